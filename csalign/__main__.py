@@ -1,0 +1,5 @@
+"""``python -m csalign``."""
+
+from csalign.cli.app import main
+
+main()

@@ -1,0 +1,257 @@
+"""What each command can be told: one frozen model a command.
+
+A field is a flag with dashes and a key of ``--config FILE.toml``; its description is the flag's
+help. Values come from, weakest first: the defaults here, the TOML file, the command line.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from csalign.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
+
+
+def _number_if_it_is_one(value: Any) -> Any:
+    """Let ``--bandwidth 0.5``, a string on the command line, become the number that it says."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value
+
+
+Number = BeforeValidator(_number_if_it_is_one)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of all: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def resolve(cls, file: Path | None, given: Mapping[str, Any]) -> Self:
+        """Join defaults, a TOML file and the values that the command line gave.
+
+        Args:
+            file: TOML file of this command's keys, or None.
+            given: values by field name, those of the command line; they win over the file.
+
+        Raises:
+            ConfigError: the file cannot be read, or keys or values are wrong; all of them are
+                named, one a line.
+        """
+        values = {**(_read_toml(file) if file else {}), **given}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, file)) from None
+
+    def to_toml(self) -> str:
+        """The resolved configuration, ready for ``--config``; unset keys are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such config file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as TOML: {error}") from None
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+        # pydantic names the member of a union after the field; the field alone is what users know.
+        name = name.split(".")[0].removesuffix("_").replace("_", "-")
+        if problem["type"] == "missing":
+            message = "is required"
+        elif problem["type"] == "extra_forbidden":
+            message = "unknown key" + (f" in {file}" if file else "")
+        else:
+            message = f"{problem['msg']} (got {problem['input']!r})"
+        line = f"{name}: {message}"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+class OutputConfig(Config):
+    """What every command that makes a folder can be told about it."""
+
+    out: Path = Field(description="Folder to make.")
+    overwrite: bool = Field(
+        False, description="Replace the folder if it exists, only after success."
+    )
+
+
+class ExtractConfig(OutputConfig):
+    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
+
+    source: Path = Field(
+        description="Folder of images with a captions table in it, or the table itself: "
+        ".csv, .tsv or .jsonl with an image and a caption column."
+    )
+    captions: Path | None = Field(
+        None, description="Captions table, when SOURCE is a folder and the table lies elsewhere."
+    )
+    image_column: str | None = Field(
+        None, description="Column of image paths, relative to the table (default: recognised)."
+    )
+    caption_column: str | None = Field(
+        None, description="Column of captions (default: recognised)."
+    )
+    split_column: str = Field("split", description="Column of splits, used if the table has it.")
+    model: str = Field(
+        "ViT-B-32", description="open_clip architecture: a name, or a JSON file of its config."
+    )
+    pretrained: str = Field(
+        description="open_clip tag or local checkpoint; 'none' gives random weights."
+    )
+    tokens: Literal["none", "image", "text", "both"] = Field(
+        "none", description="Store last-layer tokens too."
+    )
+    token_space: Literal["hidden", "projected"] = Field(
+        "projected", description="Tokens before or after the encoder's projection."
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the forward pass; auto is float32 on CPU, float16 on CUDA."
+    )
+    batch_size: Annotated[Literal["auto"] | Count, Number] = Field(
+        "auto", description="Items a forward pass; auto is 32 on CPU, 256 on an accelerator."
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Threads that decode images (default: the cores, at most 16)."
+    )
+    max_failures: Share = Field(
+        0.01, description="Share of images that may be unreadable before the command fails."
+    )
+    strict: bool = Field(False, description="Fail if anything was left out.")
+
+
+class ImportConfig(OutputConfig):
+    """``csalign import``: embeddings somebody already has -> the same artifact."""
+
+    source: Path | None = Field(
+        None, description="An .npz with both arrays, named images and texts."
+    )
+    images: Path | None = Field(None, description="(n, d) image embeddings: .npy, or .npz:NAME.")
+    texts: Path | None = Field(None, description="(m, e) text embeddings: .npy, or .npz:NAME.")
+    pairs: Path | None = Field(
+        None,
+        description="Table of pairs: image_id, and text_id or one row a text; may hold caption "
+        "and split. Without it, rows of equal number are pairs.",
+    )
+    image_table: Path | None = Field(
+        None, description="Table with a row an image: id, and source or split."
+    )
+    text_table: Path | None = Field(
+        None, description="Table with a row a text: id, and image_id, caption or split."
+    )
+    image_encoder: str = Field("unknown", description="What made the image embeddings, to record.")
+    text_encoder: str = Field("unknown", description="What made the text embeddings, to record.")
+    dtype: Literal["float16", "float32"] | None = Field(
+        None, description="Stored number format (default: that of the arrays)."
+    )
+
+
+class TrainConfig(OutputConfig):
+    """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
+
+    features: Path = Field(description="Feature set to train on.")
+    train_split: str = Field(
+        "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
+    )
+    val_split: str | None = Field(
+        None,
+        description="Split to validate on (default: val if there is one, else a tenth of the "
+        "training images, drawn with the seed).",
+    )
+    adapter: Literal["linear", "mlp"] = Field(
+        "mlp", description="linear, or mlp: the same plus a residual MLP."
+    )
+    init: Literal["canonical", "random"] = Field(
+        "canonical", description="Start from the closed form, or from random weights."
+    )
+    width: int | None = Field(
+        None, ge=1, description="Width of the shared space (default: 256 at most)."
+    )
+    hidden: Count = Field(1024, description="Hidden width of the residual MLP.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.3, description="Dropout in the residual MLP."
+    )
+    noise: NotNegative = Field(
+        0.5, description="Gaussian noise on training inputs, as a share of their mean norm."
+    )
+    captions: Literal["auto", "first", "all"] = Field(
+        "auto",
+        description="Captions to learn from: an image's first (the others weigh 0.3), all alike, "
+        "or whichever does better on validation.",
+    )
+    caption_weights: bool = Field(
+        True, description="Count a caption that many images share once, not once an image."
+    )
+    logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
+    learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
+    cs_weight: NotNegative = Field(
+        0.1, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
+    )
+    bandwidth: Annotated[Literal["median"] | Positive, Number] = Field(
+        "median",
+        description="Kernel bandwidth (sigma), a distance between unit rows; median is that of "
+        "the batch's pairwise distances, refreshed.",
+    )
+    steps: int | None = Field(
+        None, ge=0, description="Optimiser steps (default: 20 epochs); 0 is the closed form alone."
+    )
+    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
+    learning_rate: Positive = Field(5e-4, description="Peak learning rate of AdamW.")
+    weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
+    warmup: Share = Field(0.05, description="Share of the steps that warm up, before the cosine.")
+    clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    patience: Count = Field(5, description="Stop after so many validations without a better one.")
+    validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class ApplyConfig(OutputConfig):
+    """``csalign apply``: aligned embeddings, the same artifact again."""
+
+    features: Path = Field(description="Feature set to align.")
+    adapter: Path = Field(description="Run folder that holds the trained adapter.")
+    dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
+    batch_size: Count = Field(8192, description="Rows at a time.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class EvalConfig(Config):
+    """``csalign eval``: retrieval and modality gap."""
+
+    features: Path = Field(description="Feature set to evaluate on.")
+    adapter: Path | None = Field(
+        None, description="Run folder; without it the features are evaluated as they are."
+    )
+    split: str | None = Field(
+        None, description="Split(s), comma-separated; 'all' takes every row (default: test if "
+        "there is one, else all).",
+    )
+    bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
+    seed: int = Field(0, ge=0, description="Seed of the figures that sample.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

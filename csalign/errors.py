@@ -1,0 +1,69 @@
+"""The errors that csalign expects, and the exit code of each.
+
+::
+
+    CsalignError              exit 1
+    ├── ConfigError           exit 2  the command line or a config file is wrong
+    ├── DataError             exit 1  an input cannot be used
+    │   ├── SchemaError               an artifact on disk does not agree with itself
+    │   └── ShapeError                arrays whose shapes do not fit together
+    ├── EncoderError          exit 1  an encoder cannot be built or loaded
+    ├── OutputError           exit 1  an output cannot be written where it was asked for
+    └── TrainingError         exit 1  training cannot go on
+    Stopped                   exit 130 / 143, stopped by SIGINT / SIGTERM
+
+A message says what is wrong, names the file and row, and what to do about it. Anything else that
+is raised is a bug and keeps its traceback.
+"""
+
+from typing import ClassVar
+
+
+class CsalignError(Exception):
+    """Base of every expected failure."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(CsalignError):
+    """The command line or a config file is wrong."""
+
+    exit_code = 2
+
+
+class DataError(CsalignError):
+    """An input cannot be used."""
+
+
+class SchemaError(DataError):
+    """An artifact on disk does not agree with its manifest or with the format."""
+
+
+class ShapeError(DataError):
+    """Arrays whose shapes do not fit together."""
+
+
+class EncoderError(CsalignError):
+    """An encoder cannot be built or its weights cannot be loaded."""
+
+
+class OutputError(CsalignError):
+    """An output cannot be written where it was asked for."""
+
+
+class TrainingError(CsalignError):
+    """Training cannot go on."""
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived.
+
+    Not an ``Exception``, so that no ``except Exception`` on the way keeps the process alive.
+
+    Args:
+        signum: number of the signal; the exit code is 128 more, as shells count.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.exit_code = 128 + signum

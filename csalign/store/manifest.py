@@ -1,0 +1,113 @@
+"""The manifest of a feature set: what is in the folder, and how to tell that it is whole."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from csalign import files
+from csalign.enums import Modality
+from csalign.errors import DataError, SchemaError
+
+MANIFEST = "manifest.json"
+FAILURES = "failures.jsonl"
+FORMAT_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderInfo(_Record):
+    """What made the embeddings of one side.
+
+    Attributes:
+        spec: the encoder as the user named it.
+        fingerprint: SHA-256 of its weights, None where they are not known.
+        width: of its embeddings.
+        token_width: of its tokens, None where none are stored.
+        token_space: "hidden" or "projected", None where no tokens are stored.
+        preprocessing: whatever else decides the numbers: image size, mean, tokenizer, precision.
+    """
+
+    spec: str
+    fingerprint: str | None = None
+    width: int = Field(ge=1)
+    token_width: int | None = None
+    token_space: Literal["hidden", "projected"] | None = None
+    preprocessing: dict[str, Any] = {}
+
+
+class Shard(_Record):
+    """One Parquet file: path relative to the feature set, and what identifies its content."""
+
+    path: str
+    rows: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Counts(_Record):
+    """Rows on each side, texts that have an image, and inputs that were left out."""
+
+    images: int
+    texts: int
+    pairs: int
+    failures: int
+
+
+class Manifest(_Record):
+    """Content of ``manifest.json``; written last, so a folder without one is unfinished."""
+
+    format: Literal["csalign-features"] = "csalign-features"
+    format_version: Literal[1] = FORMAT_VERSION
+    csalign_version: str
+    dtype: Literal["float16", "float32"]
+    encoders: dict[Modality, EncoderInfo]
+    counts: Counts
+    shards: dict[Literal["images", "texts"], list[Shard]]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' checksums: equal for equal content, whatever the folder."""
+        sums = "\n".join(shard.sha256 for side in ("images", "texts") for shard in self.shards[side])
+        return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a feature set.
+
+    Raises:
+        DataError: no such folder, or it holds no feature set.
+        SchemaError: the manifest is damaged or of another format version.
+    """
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise DataError(f"{folder}: no such feature set; make one with csalign extract or import")
+    if not path.is_file():
+        raise DataError(f"{folder}: is no feature set (no {MANIFEST} in it)")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"{path}: is damaged ({error}); make the feature set again") from None
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise SchemaError(
+            f"{path}: format version {version}, this csalign reads up to {FORMAT_VERSION}; "
+            "upgrade csalign"
+        )
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise SchemaError(
+            f"{path}: {where}: {first['msg']}; the manifest was changed or is damaged, "
+            "make the feature set again"
+        ) from None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, which completes the feature set."""
+    files.write_json(folder / MANIFEST, manifest.model_dump(mode="json"))

@@ -1,0 +1,259 @@
+"""Read a feature set: whole embeddings as one array, or any columns in a stream."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csalign import files
+from csalign.enums import Modality
+from csalign.errors import SchemaError
+from csalign.store import schema
+from csalign.store.manifest import EncoderInfo, Manifest, Shard, read_manifest
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """One side of a feature set on disk; reads nothing until asked.
+
+    Attributes:
+        folder: the feature set.
+        modality: which side.
+        encoder: what made it.
+        dtype: stored number format, "float16" or "float32".
+        shards: its files, in row order.
+    """
+
+    folder: Path
+    modality: Modality
+    encoder: EncoderInfo
+    dtype: str
+    shards: tuple[Shard, ...]
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self.encoder.width
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether tokens are stored."""
+        return self.encoder.token_width is not None
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        return schema.table_schema(
+            self.modality, self.dtype, self.width, self.encoder.token_width
+        )
+
+    def check(self) -> None:
+        """Compare files, sizes, row counts and columns with the manifest; reads footers only.
+
+        Raises:
+            SchemaError: a shard is missing, cut short, or holds other columns; it is named.
+        """
+        for shard in self.shards:
+            path = self._path(shard)
+            if not path.is_file():
+                raise SchemaError(f"{path}: is missing; make the feature set again")
+            size = path.stat().st_size
+            if size != shard.bytes:
+                raise SchemaError(
+                    f"{path}: has {size} bytes, the manifest says {shard.bytes}: the shard was cut "
+                    "short or changed; make the feature set again"
+                )
+            with self._open(shard) as file:
+                if file.metadata.num_rows != shard.rows:
+                    raise SchemaError(
+                        f"{path}: has {file.metadata.num_rows} rows, the manifest says {shard.rows}"
+                    )
+                self._check_schema(path, file.schema_arrow)
+
+    def _check_schema(self, path: Path, found: pa.Schema) -> None:
+        for expected in self._schema:
+            index = found.get_field_index(expected.name)
+            if index < 0:
+                raise SchemaError(f"{path}: has no column {expected.name!r}")
+            kind = found.field(index).type
+            if kind != expected.type:
+                raise SchemaError(
+                    f"{path}: column {expected.name!r} is {kind}, the manifest says {expected.type}"
+                )
+
+    def verify(self) -> None:
+        """Compare every file's content with its checksum.
+
+        Raises:
+            SchemaError: a shard does not agree; it is named.
+        """
+        for shard in self.shards:
+            path = self._path(shard)
+            if files.sha256_file(path) != shard.sha256:
+                raise SchemaError(
+                    f"{path}: the content does not agree with the manifest's checksum: the shard "
+                    "was changed or is damaged; make the feature set again"
+                )
+
+    def embeddings(self) -> Array:
+        """All embeddings, (n, d), in the stored dtype, C-contiguous, maybe read-only.
+
+        Tokens are not touched. Each row group is decoded into its place; where the set is a
+        single row group the array is Arrow's own memory.
+
+        Raises:
+            SchemaError: a shard is damaged.
+        """
+        if not self.has_tokens:
+            # The embeddings are then all but a few bytes of the file, so the full checksum costs
+            # little; beside tokens the page checksums have to do.
+            self.verify()
+        whole: Array | None = None
+        row = 0
+        for values in self._embedding_groups():
+            if len(values) == len(self):
+                return values
+            if whole is None:
+                whole = np.empty((len(self), self.width), schema.DTYPES[self.dtype])
+            whole[row : row + len(values)] = values
+            row += len(values)
+        return np.empty((0, self.width), schema.DTYPES[self.dtype]) if whole is None else whole
+
+    def _embedding_groups(self) -> Iterator[Array]:
+        for batch in self.batches([schema.EMBEDDING]):
+            yield batch_vectors(batch, schema.EMBEDDING)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One string column, whole, in row order."""
+        kind = self._schema.field(name).type
+        chunks = [batch.column(name) for batch in self.batches([name])]
+        return pa.chunked_array(chunks, kind)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The given columns, a row group at a time, in row order.
+
+        Raises:
+            SchemaError: a shard is damaged.
+        """
+        for shard in self.shards:
+            with self._open(shard) as file:
+                for group in range(file.metadata.num_row_groups):
+                    table = file.read_row_group(group, columns=list(columns), use_threads=True)
+                    yield from table.combine_chunks().to_batches()
+
+    def _path(self, shard: Shard) -> Path:
+        path = self.folder / shard.path
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise SchemaError(f"{self.folder}: the manifest names {shard.path!r}, outside of it")
+        return path
+
+    @contextmanager
+    def _open(self, shard: Shard) -> Iterator[pq.ParquetFile]:
+        path = self._path(shard)
+        try:
+            with pq.ParquetFile(
+                path, memory_map=True, page_checksum_verification=True
+            ) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SchemaError(
+                f"{path}: cannot be read ({reason}); make the feature set again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """A feature set on disk: two tables and what the manifest says of them."""
+
+    path: Path
+    manifest: Manifest
+    images: FeatureTable
+    texts: FeatureTable
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a feature set and check that its files agree with its manifest.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            DataError: there is no feature set at `path`.
+            SchemaError: it does not agree with itself; the file is named.
+        """
+        manifest = read_manifest(path)
+        tables = [
+            FeatureTable(
+                path,
+                side,
+                manifest.encoders[side],
+                manifest.dtype,
+                tuple(manifest.shards[side.plural]),  # type: ignore[index]
+            )
+            for side in Modality
+        ]
+        for table in tables:
+            table.check()
+        counts = {Modality.IMAGE: manifest.counts.images, Modality.TEXT: manifest.counts.texts}
+        for table in tables:
+            if len(table) != counts[table.modality]:
+                raise SchemaError(
+                    f"{path}: the shards hold {len(table)} {table.modality.plural}, "
+                    f"the manifest counts {counts[table.modality]}"
+                )
+        return cls(path, manifest, *tables)
+
+    def table(self, modality: Modality) -> FeatureTable:
+        """The table of one side."""
+        return self.images if modality is Modality.IMAGE else self.texts
+
+    def verify(self) -> None:
+        """Compare the content of every shard with its checksum."""
+        self.images.verify()
+        self.texts.verify()
+
+    def splits(self) -> dict[str | None, dict[str, int]]:
+        """Rows by split: ``{"train": {"images": n, "texts": m}, ...}``; None is no split."""
+        found: dict[str | None, dict[str, int]] = {}
+        for table in (self.images, self.texts):
+            for entry in table.column(schema.SPLIT).value_counts().to_pylist():
+                counts = found.setdefault(entry["values"], {"images": 0, "texts": 0})
+                counts[table.modality.plural] = entry["counts"]
+        return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or "")))
+
+
+def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:
+    """A fixed-size-list column of a batch as (n, d), without a copy.
+
+    Raises:
+        SchemaError: a row or a value is null.
+    """
+    column = batch.column(name)
+    values = column.flatten()
+    if column.null_count or values.null_count:
+        raise SchemaError(f"column {name!r} holds nulls")
+    flat: Array = values.to_numpy(zero_copy_only=True)
+    return flat.reshape(len(column), column.type.list_size)
+
+
+def batch_tokens(batch: pa.RecordBatch) -> list[Array]:
+    """The tokens column of a batch: n arrays (t_i, d_t), views of one decoded block."""
+    column = batch.column(schema.TOKENS)
+    flat: Array = column.values.values.to_numpy(zero_copy_only=True)
+    vectors = flat.reshape(-1, column.type.value_type.list_size)
+    offsets = column.offsets.to_numpy()
+    return [vectors[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
