@@ -11,8 +11,62 @@ Where things live; imports run one way, down this list::
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, errors, enums, progress: what all of them use
+
+From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
+`import_arrays`, `inspect`, `apply`, `evaluate`, and `load_adapter`. Importing csalign loads none
+of the heavy libraries; using a name does.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from csalign.adapters.checkpoint import load_adapter
+    from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
+    from csalign.steps.apply import apply
+    from csalign.steps.evaluate import evaluate
+    from csalign.steps.extract import extract
+    from csalign.steps.import_arrays import import_arrays
+    from csalign.steps.inspect import inspect
+    from csalign.steps.train import train
 
 __version__ = version("csalign")
+
+_HOMES = {
+    "ApplyConfig": "csalign.config",
+    "EvalConfig": "csalign.config",
+    "ExtractConfig": "csalign.config",
+    "ImportConfig": "csalign.config",
+    "TrainConfig": "csalign.config",
+    "apply": "csalign.steps.apply",
+    "evaluate": "csalign.steps.evaluate",
+    "extract": "csalign.steps.extract",
+    "import_arrays": "csalign.steps.import_arrays",
+    "inspect": "csalign.steps.inspect",
+    "load_adapter": "csalign.adapters.checkpoint",
+    "train": "csalign.steps.train",
+}
+
+__all__ = [
+    "ApplyConfig",
+    "EvalConfig",
+    "ExtractConfig",
+    "ImportConfig",
+    "TrainConfig",
+    "__version__",
+    "apply",
+    "evaluate",
+    "extract",
+    "import_arrays",
+    "inspect",
+    "load_adapter",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that owns it, on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'csalign' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

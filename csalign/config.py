@@ -199,10 +199,8 @@ class TrainConfig(OutputConfig):
     noise: NotNegative = Field(
         0.5, description="Gaussian noise on training inputs, as a share of their mean norm."
     )
-    captions: Literal["auto", "first", "all"] = Field(
-        "auto",
-        description="Captions to learn from: an image's first (the others weigh 0.3), all alike, "
-        "or whichever does better on validation.",
+    other_captions: NotNegative = Field(
+        0.3, description="Weight of each caption after an image's first, which weighs 1."
     )
     caption_weights: bool = Field(
         True, description="Count a caption that many images share once, not once an image."
@@ -249,7 +247,8 @@ class EvalConfig(Config):
         None, description="Run folder; without it the features are evaluated as they are."
     )
     split: str | None = Field(
-        None, description="Split(s), comma-separated; 'all' takes every row (default: test if "
+        None,
+        description="Split(s), comma-separated; 'all' takes every row (default: test if "
         "there is one, else all).",
     )
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,7 +13,7 @@ from csalign.errors import DataError, SchemaError
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 
 class _Record(BaseModel):
@@ -58,6 +58,20 @@ class Counts(_Record):
     failures: int
 
 
+class Shards(_Record):
+    """The files of each side, in row order."""
+
+    images: list[Shard]
+    texts: list[Shard]
+
+
+class Encoders(_Record):
+    """What made each side."""
+
+    image: EncoderInfo
+    text: EncoderInfo
+
+
 class Manifest(_Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished."""
 
@@ -65,13 +79,17 @@ class Manifest(_Record):
     format_version: Literal[1] = FORMAT_VERSION
     csalign_version: str
     dtype: Literal["float16", "float32"]
-    encoders: dict[Modality, EncoderInfo]
+    encoders: Encoders
     counts: Counts
-    shards: dict[Literal["images", "texts"], list[Shard]]
+    shards: Shards
+
+    def encoder(self, modality: Modality) -> EncoderInfo:
+        """What made one side."""
+        return self.encoders.image if modality is Modality.IMAGE else self.encoders.text
 
     def fingerprint(self) -> str:
         """SHA-256 over the shards' checksums: equal for equal content, whatever the folder."""
-        sums = "\n".join(shard.sha256 for side in ("images", "texts") for shard in self.shards[side])
+        sums = "\n".join(shard.sha256 for shard in (*self.shards.images, *self.shards.texts))
         return hashlib.sha256(sums.encode()).hexdigest()
 
 

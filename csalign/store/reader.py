@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,9 +55,7 @@ class FeatureTable:
 
     @cached_property
     def _schema(self) -> pa.Schema:
-        return schema.table_schema(
-            self.modality, self.dtype, self.width, self.encoder.token_width
-        )
+        return schema.table_schema(self.modality, self.dtype, self.width, self.encoder.token_width)
 
     def check(self) -> None:
         """Compare files, sizes, row counts and columns with the manifest; reads footers only.
@@ -162,9 +161,7 @@ class FeatureTable:
     def _open(self, shard: Shard) -> Iterator[pq.ParquetFile]:
         path = self._path(shard)
         try:
-            with pq.ParquetFile(
-                path, memory_map=True, page_checksum_verification=True
-            ) as file:
+            with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
                 yield file
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -194,25 +191,22 @@ class FeatureSet:
             SchemaError: it does not agree with itself; the file is named.
         """
         manifest = read_manifest(path)
-        tables = [
-            FeatureTable(
-                path,
-                side,
-                manifest.encoders[side],
-                manifest.dtype,
-                tuple(manifest.shards[side.plural]),  # type: ignore[index]
+        parts = {
+            Modality.IMAGE: (manifest.shards.images, manifest.counts.images),
+            Modality.TEXT: (manifest.shards.texts, manifest.counts.texts),
+        }
+        tables = []
+        for side, (shards, count) in parts.items():
+            table = FeatureTable(
+                path, side, manifest.encoder(side), manifest.dtype, tuple(shards)
             )
-            for side in Modality
-        ]
-        for table in tables:
             table.check()
-        counts = {Modality.IMAGE: manifest.counts.images, Modality.TEXT: manifest.counts.texts}
-        for table in tables:
-            if len(table) != counts[table.modality]:
+            if len(table) != count:
                 raise SchemaError(
-                    f"{path}: the shards hold {len(table)} {table.modality.plural}, "
-                    f"the manifest counts {counts[table.modality]}"
+                    f"{path}: the shards hold {len(table)} {side.plural}, "
+                    f"the manifest counts {count}"
                 )
+            tables.append(table)
         return cls(path, manifest, *tables)
 
     def table(self, modality: Modality) -> FeatureTable:
@@ -254,6 +248,4 @@ def batch_tokens(batch: pa.RecordBatch) -> list[Array]:
     flat: Array = column.values.values.to_numpy(zero_copy_only=True)
     vectors = flat.reshape(-1, column.type.value_type.list_size)
     offsets = column.offsets.to_numpy()
-    return [vectors[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
-
-
+    return [vectors[start:end] for start, end in pairwise(offsets)]

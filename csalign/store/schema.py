@@ -1,5 +1,7 @@
 """Every column and dtype of a feature set: the only place that spells them."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +19,7 @@ STRING_COLUMNS = {
     Modality.IMAGE: (ID, SOURCE, SPLIT),
     Modality.TEXT: (ID, IMAGE_ID, CAPTION, SPLIT),
 }
-DTYPES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
 def table_schema(

@@ -20,8 +20,10 @@ from csalign.store.manifest import (
     FAILURES,
     Counts,
     EncoderInfo,
+    Encoders,
     Manifest,
     Shard,
+    Shards,
     write_manifest,
 )
 
@@ -124,14 +126,16 @@ class FeatureWriter:
         manifest = Manifest(
             csalign_version=__version__,
             dtype=self._dtype,  # type: ignore[arg-type]  # pydantic checks the literal
-            encoders=self._encoders,
+            encoders=Encoders(
+                image=self._encoders[Modality.IMAGE], text=self._encoders[Modality.TEXT]
+            ),
             counts=Counts(
                 images=len(images.ids),
                 texts=len(texts.ids),
                 pairs=texts.paired,
                 failures=self._failures,
             ),
-            shards={"images": images.shards, "texts": texts.shards},
+            shards=Shards(images=images.shards, texts=texts.shards),
         )
         write_manifest(self._folder, manifest)
 
@@ -193,31 +197,18 @@ class _SideWriter:
                 f"{self.modality} embeddings have shape {rows.embeddings.shape}, "
                 f"expected {expected}"
             )
-        embeddings = self._cast(rows.embeddings)
-        finite = np.isfinite(embeddings).all(axis=1)
-        usable = finite & embeddings.any(axis=1)
-        if not usable.all():
-            first = int(np.flatnonzero(~usable)[0])
-            what = "holds NaN or infinity" if not finite[first] else "has norm 0"
+        bad = first_unusable(rows.embeddings, self.dtype)
+        if bad is not None:
             raise DataError(
-                f"{self.modality} {ids[first]!r} (row {first} of {len(ids)}): embedding {what}"
-                f"{self._cast_hint(rows.embeddings[first])}; leave the row out or encode it again"
+                f"{self.modality} {ids[bad[0]]!r}: {bad[1]}; leave the row out or encode it again"
             )
-        return embeddings
-
-    def _cast(self, values: Array) -> Array:
-        with np.errstate(over="ignore"):  # an overflow is reported with its row
-            return np.ascontiguousarray(values, dtype=schema.DTYPES[self.dtype])
-
-    def _cast_hint(self, row: Array) -> str:
-        lost = np.isfinite(row).all() and row.any()
-        return f" once stored as {self.dtype}; use --dtype float32" if lost else ""
+        return _cast(rows.embeddings, self.dtype)
 
     def _tokens(self, rows: Rows, ids: list[str]) -> pa.Array:
         if rows.tokens is None or len(rows.tokens) != len(ids):
             raise ShapeError(f"{self.modality}: {len(ids)} embeddings need as many token arrays")
         lengths = [len(tokens) for tokens in rows.tokens]
-        values = self._cast(np.concatenate(rows.tokens))
+        values = _cast(np.concatenate(rows.tokens), self.dtype)
         if values.shape[1:] != (self.info.token_width,) or not np.isfinite(values).all():
             raise DataError(
                 f"{self.modality} tokens of {ids[0]!r} to {ids[-1]!r}: shape {values.shape}, "
@@ -298,3 +289,27 @@ class _SideWriter:
 def _fixed_lists(values: Array, kind: pa.DataType) -> pa.Array:
     flat = pa.array(values.reshape(-1), kind.value_type)
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+def _cast(values: Array, dtype: str) -> Array:
+    with np.errstate(over="ignore"):  # an overflow is reported with its row
+        return np.ascontiguousarray(values, dtype=schema.DTYPES[dtype])
+
+
+def first_unusable(embeddings: Array, dtype: str) -> tuple[int, str] | None:
+    """The first row that cannot be stored, and why; None where all can.
+
+    Args:
+        embeddings: (n, d), any float dtype.
+        dtype: "float16" or "float32", as it would be stored.
+    """
+    stored = _cast(embeddings, dtype)
+    finite = np.asarray(np.isfinite(stored).all(axis=1))
+    usable = np.asarray(finite & stored.any(axis=1))
+    if usable.all():
+        return None
+    row = int(np.flatnonzero(~usable)[0])
+    reason = "has norm 0" if finite[row] else "holds NaN or infinity"
+    if np.isfinite(embeddings[row]).all() and embeddings[row].any():
+        reason += f" once stored as {dtype} (use --dtype float32)"
+    return row, reason

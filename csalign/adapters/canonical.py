@@ -1,0 +1,160 @@
+"""The closed-form start: regularised canonical correlation analysis, with weights.
+
+CCA as CSA uses it (arXiv 2410.07610): whiten each side, take the singular vectors of the whitened
+cross-covariance, weigh each direction by a power of its correlation. Weights on the pairs make a
+caption that a thousand images share count once. One pass over the pairs gives the moments; every
+ridge and power is then a small problem of the widths alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from csalign.adapters.model import to_tensor, unit_inputs
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+CHUNK_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """A linear map for each side into one space: z = weight (u - mean).
+
+    Attributes:
+        name: which closed form and its settings, for people.
+        image_mean: (d,) float32, of the unit rows.
+        image_weight: (k, d) float32.
+        text_mean: (e,) float32.
+        text_weight: (k, e) float32.
+    """
+
+    name: str
+    image_mean: Tensor
+    image_weight: Tensor
+    text_mean: Tensor
+    text_weight: Tensor
+
+
+@dataclass(frozen=True)
+class PairMoments:
+    """Weighted means and covariances of pairs, float64: all that a closed form needs.
+
+    Attributes:
+        mean_x: (d,) of the images' unit rows.
+        mean_y: (e,) of the texts' unit rows.
+        cov_xx: (d, d).
+        cov_yy: (e, e).
+        cov_xy: (d, e).
+    """
+
+    mean_x: Tensor
+    mean_y: Tensor
+    cov_xx: Tensor
+    cov_yy: Tensor
+    cov_xy: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        images: Array,
+        texts: Array,
+        pairs: tuple[Ints, Ints],
+        weights: npt.NDArray[np.float64],
+        signed_sqrt: tuple[bool, bool],
+    ) -> "PairMoments":
+        """Accumulate the moments in one pass.
+
+        Args:
+            images: (n, d), any float dtype.
+            texts: (m, e).
+            pairs: k image rows and the k text rows that they are matched with.
+            weights: (k,), >= 0, not all 0.
+            signed_sqrt: whether the square root is taken, for images and texts.
+        """
+        d, e = images.shape[1], texts.shape[1]
+        total = torch.zeros(d + e, dtype=torch.float64)
+        second = torch.zeros(d + e, d + e, dtype=torch.float64)
+        share = torch.from_numpy(weights / weights.sum()).float()
+        for rows in _chunks(len(weights)):
+            u = unit_inputs(to_tensor(images[pairs[0][rows]], CPU), signed_sqrt=signed_sqrt[0])
+            v = unit_inputs(to_tensor(texts[pairs[1][rows]], CPU), signed_sqrt=signed_sqrt[1])
+            joint = torch.cat([u, v], 1)  # (c, d + e)
+            weighted = joint * share[rows, None]
+            total += weighted.sum(0)
+            second += weighted.T @ joint
+        covariance = second - torch.outer(total, total)
+        return cls(total[:d], total[d:], covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Eigenvalues and vectors of both sides, and the cross-covariance in those bases."""
+        values_x, vectors_x = torch.linalg.eigh(self.cov_xx)
+        values_y, vectors_y = torch.linalg.eigh(self.cov_yy)
+        cross = vectors_x.T @ self.cov_xy @ vectors_y
+        return values_x.clamp(min=0), vectors_x, values_y.clamp(min=0), vectors_y, cross
+
+    def cca(self, *, ridge: float, powers: tuple[float, ...], width: int) -> Iterator[ClosedForm]:
+        """Regularised CCA for one ridge and several powers of the correlations.
+
+        Whitening uses (C + ridge * mean eigenvalue * I)^(-1/2) on each side.
+
+        Args:
+            ridge: > 0, relative to each side's mean eigenvalue.
+            powers: a direction is scaled by its correlation to this power, on each side.
+            width: directions to keep, at most min(d, e).
+        """
+        values_x, vectors_x, values_y, vectors_y, cross = self._eigen
+        scale_x = (values_x + ridge * values_x.mean() + TINY).rsqrt()
+        scale_y = (values_y + ridge * values_y.mean() + TINY).rsqrt()
+        left, correlations, right = torch.linalg.svd(
+            scale_x[:, None] * cross * scale_y, full_matrices=False
+        )
+        map_x = (vectors_x * scale_x) @ left[:, :width]  # (d, k)
+        map_y = (vectors_y * scale_y) @ right.T[:, :width]
+        for power in powers:
+            emphasis = correlations[:width] ** power
+            yield ClosedForm(
+                f"CCA (ridge {ridge:g}, power {power:g})",
+                self.mean_x.float(),
+                _unit_energy(map_x * emphasis, self.cov_xx),
+                self.mean_y.float(),
+                _unit_energy(map_y * emphasis, self.cov_yy),
+            )
+
+    def centred(self) -> ClosedForm:
+        """Each side minus its own mean, for encoders that already share a space.
+
+        Subtracting the means takes the centroid gap away and leaves the rest as it was.
+        """
+        identity = torch.eye(len(self.mean_x))
+        return ClosedForm(
+            "centred features", self.mean_x.float(), identity, self.mean_y.float(), identity
+        )
+
+
+CPU = torch.device("cpu")
+TINY = 1e-12  # keeps constant features, whose variance is 0, from dividing by zero
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    for start in range(0, n, CHUNK_ROWS):
+        yield slice(start, start + CHUNK_ROWS)
+
+
+def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
+    """(d, k) map as a (k, d) weight, scaled so that outputs have mean squared norm 1."""
+    energy = ((covariance @ columns) * columns).sum()
+    return (columns / energy.clamp(min=TINY).sqrt()).T.float().contiguous()
+
+
+def is_non_negative(values: Array) -> bool:
+    """Whether features look like averages of ReLU activations: no value below 0."""
+    return all(values[rows].min() >= 0 for rows in _chunks(len(values)))

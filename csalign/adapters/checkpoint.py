@@ -1,0 +1,125 @@
+"""Adapters on disk: weights in safetensors, everything else in ``adapter.json``."""
+
+import json
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from csalign import __version__, files
+from csalign.adapters.model import Adapter, SideShape
+from csalign.enums import Modality
+from csalign.errors import DataError, SchemaError
+
+WEIGHTS = "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+FORMAT_VERSION: Final = 1
+
+
+class AdapterInfo(BaseModel):
+    """Content of ``adapter.json``.
+
+    Attributes:
+        adapters: shape of each side's adapter.
+        encoders: the encoder spec of each side that it was trained on.
+        start: the closed form that training started from, or "random".
+        step: optimiser step of these weights.
+        logit_scale: 1 / temperature of InfoNCE at that step.
+        bandwidth: of the divergence at that step; None where it had no weight.
+        data_fingerprint: of the feature set that it was trained on.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["csalign-adapter"] = "csalign-adapter"
+    format_version: Literal[1] = FORMAT_VERSION
+    csalign_version: str = __version__
+    adapters: dict[Modality, SideShape]
+    encoders: dict[Modality, str]
+    start: str
+    step: int
+    logit_scale: float
+    bandwidth: float | None
+    data_fingerprint: str
+
+
+def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
+    """Write weights, then the description; each appears whole or not at all.
+
+    Args:
+        folder: an existing folder.
+        adapter: both sides.
+        info: what to say of them.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in _state(adapter).items()}
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(tensors, temporary)
+    files.fsync_path(temporary)
+    temporary.rename(folder / WEIGHTS)
+    files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """Load a trained adapter.
+
+    Args:
+        folder: a run folder, or a checkpoint in it.
+
+    Returns:
+        The adapter in evaluation mode, on the CPU.
+
+    Raises:
+        DataError: there is no adapter at `folder`.
+        SchemaError: its files are damaged, do not agree, or are of another format version.
+    """
+    return load_adapter_with_info(folder)[0]
+
+
+def load_adapter_with_info(folder: Path) -> tuple[Adapter, AdapterInfo]:
+    """Like `load_adapter`, with the description beside it."""
+    info = read_info(folder)
+    path = folder / WEIGHTS
+    adapter = Adapter(info.adapters)
+    expected = _state(adapter)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SchemaError(f"{path}: cannot be read ({error}); train again") from None
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    needed = {name: tuple(value.shape) for name, value in expected.items()}
+    if found != needed:
+        wrong = sorted(name for name in found | needed if found.get(name) != needed.get(name))
+        raise SchemaError(f"{path}: does not agree with {DESCRIPTION} in {wrong[0]}; train again")
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise SchemaError(f"{path}: holds NaN or infinity; train again")
+    adapter.load_state_dict(tensors)
+    return adapter.eval(), info
+
+
+def read_info(folder: Path) -> AdapterInfo:
+    """Read ``adapter.json`` of a run folder or checkpoint.
+
+    Raises:
+        DataError: there is none.
+        SchemaError: it is damaged or of another format version.
+    """
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        kind = "holds no trained adapter" if folder.exists() else "no such run"
+        raise DataError(f"{folder}: {kind} (no {DESCRIPTION}); train one with csalign train")
+    try:
+        return AdapterInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise SchemaError(f"{path}: {where}: {first['msg']}; train again") from None
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"{path}: is damaged ({error}); train again") from None
+
+
+def _state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = dict(adapter.state_dict())
+    return state

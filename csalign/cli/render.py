@@ -1,0 +1,132 @@
+"""Results for people and for programs: the only place that prints to stdout."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from csalign.results import FeaturesResult, TrainResult
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def features_table(result: FeaturesResult) -> None:
+    """Say what was written."""
+    _print(
+        f"{result.features}: {result.images:,} images, {result.texts:,} texts, "
+        f"{result.pairs:,} pairs"
+        + (f", {result.failures:,} inputs left out (failures.jsonl)" if result.failures else "")
+    )
+
+
+def train_table(result: TrainResult) -> None:
+    """Say what was trained, and whether it was worth it."""
+    parameters = ", ".join(f"{side} {count:,}" for side, count in result.parameters.items())
+    rows = [
+        ("start", result.start),
+        ("parameters", parameters),
+        ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
+        ("kept", f"step {result.best_step:,}" if result.best_step else "the start"),
+    ]
+    for name, score in result.validation.items():
+        rows.append(
+            (
+                f"validation, {name}",
+                f"mean recall {_percent(score['mean_recall'])}, "
+                f"centroid distance {score['centroid_distance']:.4f}",
+            )
+        )
+    _print_rows(str(result.run), rows)
+
+
+def eval_tables(document: dict[str, Any]) -> None:
+    """The document of ``csalign eval`` as two tables."""
+    counts = document["counts"]
+    adapter = document["adapter"] or "no adapter"
+    _print(
+        f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
+        f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
+    )
+    retrieval = document["retrieval"]
+    table = Table("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
+    for name in ("image_to_text", "text_to_image"):
+        row = retrieval[name]
+        table.add_row(
+            name.replace("_", " "),
+            *(_percent(row[f"R@{k}"]) for k in (1, 5, 10)),
+            f"{row['median_rank']:g}",
+            f"{row['mrr']:.4f}",
+            f"{row['map']:.4f}",
+        )
+    Console().print(table)
+    gap = document["gap"]
+    flat = [("mean recall", _percent(retrieval["mean_recall"]))]
+    for name, value in gap.items():
+        label = name.replace("_", " ")
+        if isinstance(value, dict):
+            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in value.items()]
+        else:
+            flat.append((label, f"{value:.4f}"))
+    _print_rows("modality gap", flat)
+
+
+def compare_table(documents: list[dict[str, Any]]) -> None:
+    """Several documents of ``csalign eval``, a row each."""
+    table = Table("", "split", "mean recall", "i2t R@1", "t2i R@1")
+    for name in ("centroid", "RMG", "CS", "Frechet"):
+        table.add_column(name, justify="right")
+    for document in documents:
+        retrieval, gap = document["retrieval"], document["gap"]
+        table.add_row(
+            document["adapter"] or f"{document['features']} (no adapter)",
+            document["split"],
+            _percent(retrieval["mean_recall"]),
+            _percent(retrieval["image_to_text"]["R@1"]),
+            _percent(retrieval["text_to_image"]["R@1"]),
+            *(
+                f"{gap[key]:.4f}"
+                for key in ("centroid_distance", "rmg", "cs_divergence", "frechet")
+            ),
+        )
+    Console().print(table)
+
+
+def inspect_table(document: dict[str, Any]) -> None:
+    """What ``csalign inspect`` found, a line a figure."""
+    rows = []
+    for key, value in document.items():
+        if key in ("kind", "path") or value is None:
+            continue
+        if key == "validation":
+            rows += [(f"step {line['step']}", _flat(line["validation"])) for line in value]
+        elif isinstance(value, dict):
+            rows += [(f"{key}, {part}", _flat(item)) for part, item in value.items()]
+        else:
+            rows.append((key, _flat(value)))
+    _print_rows(f"{document['path']}: {document['kind']}, sound", rows)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_flat(v)}" for k, v in value.items() if v not in (None, {}))
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table("", "", title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _print(line: str) -> None:
+    Console(soft_wrap=True).print(line, markup=False, highlight=False)

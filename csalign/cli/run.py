@@ -1,0 +1,97 @@
+"""What surrounds every command: logging, signals, and errors that become exit codes."""
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+from rich.console import Console
+
+from csalign.errors import CsalignError, Stopped
+
+LOGGER = "csalign"
+
+
+@contextmanager
+def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
+    """Run a command's body; yields the console on stderr.
+
+    An expected error becomes one or two lines on stderr and its exit code; anything else is a bug
+    and keeps its traceback.
+
+    Raises:
+        typer.Exit: with the exit code of an expected error or of a signal.
+    """
+    console = Console(stderr=True, soft_wrap=True)
+    _set_up_logging(console, quiet=quiet, verbose=verbose)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield console
+    except CsalignError as error:
+        _explain(console, str(error), verbose)
+        raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        _explain(console, str(stopped), verbose)
+        raise typer.Exit(stopped.exit_code) from None
+    except BrokenPipeError:
+        # The reader of our stdout went away, as in `| head`; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        _explain(console, _os_error(error), verbose)
+        raise typer.Exit(1) from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+def _explain(console: Console, message: str, verbose: int) -> None:
+    if verbose >= 2:
+        console.print(traceback.format_exc(), markup=False, highlight=False)
+    console.print(f"csalign: {message}", markup=False, highlight=False, style="red")
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    remedy = {
+        errno.ENOSPC: "; free some space, or choose another --out",
+        errno.EDQUOT: "; free some space, or choose another --out",
+        errno.EACCES: "; check the permissions",
+        errno.EROFS: "; choose another --out",
+    }.get(error.errno or 0, "")
+    return f"{where}{reason}{remedy}"
+
+
+class _StderrHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        label = "warning: " if record.levelno >= logging.WARNING else ""
+        self._console.print(
+            f"csalign: {label}{record.getMessage()}", style=style, markup=False, highlight=False
+        )
+
+
+def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:
+    level = logging.ERROR if quiet else (logging.INFO, logging.DEBUG)[min(verbose, 1)]
+    logger = logging.getLogger(LOGGER)
+    logger.handlers = [_StderrHandler(console)]
+    logger.setLevel(level)
+    logger.propagate = False
+    if not verbose:
+        warnings.simplefilter("ignore")  # of libraries; ours go through the logger

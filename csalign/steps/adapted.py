@@ -1,0 +1,29 @@
+"""A trained adapter, checked against the features that are to go through it."""
+
+from pathlib import Path
+
+from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
+from csalign.adapters.model import Adapter
+from csalign.devices import pick_device
+from csalign.enums import Modality
+from csalign.errors import ShapeError
+from csalign.store.reader import FeatureSet
+
+
+def load_adapter_for(features: FeatureSet, run: Path, device: str) -> tuple[Adapter, AdapterInfo]:
+    """Load a run's adapter onto a device.
+
+    Raises:
+        DataError: there is no adapter at `run`.
+        SchemaError: its files are damaged.
+        ShapeError: the features are not of the widths that it takes.
+    """
+    adapter, info = load_adapter_with_info(run)
+    for side in Modality:
+        width, takes = features.table(side).width, info.adapters[side].input_width
+        if width != takes:
+            raise ShapeError(
+                f"{features.path}: {side} embeddings are {width} wide, the adapter {run} takes "
+                f"{takes}; use features of the encoders that it was trained on"
+            )
+    return adapter.to(pick_device(device)), info

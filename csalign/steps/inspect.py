@@ -1,0 +1,71 @@
+"""``csalign inspect``: what is in an artifact, and is it sound."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
+from csalign.errors import DataError
+from csalign.store.join import ALL, load_rows
+from csalign.store.manifest import MANIFEST
+from csalign.store.reader import FeatureSet
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe a feature set or a run after checking all of it.
+
+    Args:
+        path: the folder, or a file in it that names it (``manifest.json``, ``adapter.json``).
+
+    Returns:
+        Plain JSON values; "kind" is "features" or "run".
+
+    Raises:
+        DataError: there is no such artifact.
+        SchemaError: it does not agree with itself; the file is named.
+    """
+    folder = path.parent if path.name in (MANIFEST, DESCRIPTION) else path
+    if not folder.exists():
+        raise DataError(f"{path}: no such file or folder")
+    if (folder / MANIFEST).is_file():
+        return _features(folder)
+    if (folder / DESCRIPTION).is_file():
+        return _run(folder)
+    raise DataError(
+        f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION})"
+    )
+
+
+def _features(folder: Path) -> dict[str, Any]:
+    features = FeatureSet.open(folder)
+    features.verify()
+    if features.manifest.counts.pairs:
+        load_rows(features, ALL)  # joins by id, which finds ids that repeat or lead nowhere
+    manifest = features.manifest
+    shards = [*manifest.shards.images, *manifest.shards.texts]
+    return {
+        "kind": "features",
+        "path": str(folder),
+        "format_version": manifest.format_version,
+        "dtype": manifest.dtype,
+        "encoders": manifest.encoders.model_dump(mode="json"),
+        "counts": manifest.counts.model_dump(),
+        "splits": {name or "(none)": counts for name, counts in features.splits().items()},
+        "bytes": sum(shard.bytes for shard in shards),
+        "shards": len(shards),
+        "fingerprint": manifest.fingerprint(),
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    adapter, info = load_adapter_with_info(folder)
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    scores = [line for line in map(json.loads, lines) if "validation" in line]
+    return {
+        "kind": "run",
+        "path": str(folder),
+        **info.model_dump(mode="json", exclude={"format"}),
+        "parameters": adapter.parameter_counts(),
+        "validation": scores,
+    }

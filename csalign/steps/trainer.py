@@ -1,0 +1,239 @@
+"""The training loop: steps, validations, the best weights so far."""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from csalign.adapters.model import Adapter, to_tensor
+from csalign.config import TrainConfig
+from csalign.errors import TrainingError
+from csalign.objective.kernel import diagonal_share, median_distance
+from csalign.objective.loss import LossParts, alignment_loss
+from csalign.progress import Progress
+from csalign.steps.batches import Batch, PairSampler
+from csalign.steps.validation import Score, validate
+from csalign.store.join import PairedRows
+
+log = logging.getLogger(__name__)
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
+MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
+MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
+NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
+
+
+@dataclass
+class Trainer:
+    """Trains adapters on pairs and keeps the best weights on validation.
+
+    Attributes:
+        adapter: both sides, at their start; trained in place.
+        rows: training rows.
+        sampler: draws pairs of them.
+        val: held-out rows, or None: then the last weights are kept.
+        config: everything else.
+        folder: where ``metrics.jsonl`` goes.
+        device: where to compute.
+        checkpoint: called with the step after each validation, to save the current weights.
+    """
+
+    adapter: Adapter
+    rows: PairedRows
+    sampler: PairSampler
+    val: PairedRows | None
+    config: TrainConfig
+    folder: Path
+    device: torch.device
+    step: int = 0
+    best_step: int = 0
+    best_score: Score | None = None
+    start_score: Score | None = None
+    sigma: float | None = None
+    log_scale: nn.Parameter = field(init=False)
+    _best: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.adapter.to(self.device)
+        scale = torch.tensor(math.log(self.config.logit_scale), device=self.device)
+        self.log_scale = nn.Parameter(scale, requires_grad=self.config.learn_scale)
+        if self.config.bandwidth != "median" and self.config.cs_weight:
+            self.sigma = self.config.bandwidth
+
+    @property
+    def logit_scale(self) -> float:
+        """1 / temperature of InfoNCE now."""
+        return float(self.log_scale.detach().exp())
+
+    def total_steps(self) -> int:
+        """Steps asked for, or as many as 20 times the images fill."""
+        if self.config.steps is not None:
+            return self.config.steps
+        return math.ceil(20 * len(self.sampler) / self.config.batch_size)
+
+    def fit(self, progress: Progress) -> Iterator[int]:
+        """Train; yields the step after each validation, when it is a good time to save.
+
+        Leaves the best weights in `adapter`: the start's own where nothing trained beat it.
+
+        Raises:
+            TrainingError: a term of the loss, or a gradient, is not finite.
+        """
+        total = self.total_steps()
+        every = max(1, round(total / self.config.validations))
+        self._validate()
+        self.start_score = self.best_score
+        if total:
+            optimiser, schedule = self._optimiser(total)
+        stale = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            for batch in self._batches(total):
+                self._train_step(batch, optimiser, schedule)
+                progress("training steps", self.step, total)
+                if self.step % every and self.step != total:
+                    continue
+                stale = 0 if self._validate() else stale + 1
+                yield self.step
+                if self.val is not None and stale >= self.config.patience:
+                    log.info("no better validation for %d in a row: stopped early", stale)
+                    break
+        if self.val is not None:
+            self.adapter.load_state_dict(self._best)
+
+    def _batches(self, total: int) -> Iterator[Batch]:
+        rng = np.random.default_rng(self.config.seed)
+        made = 0
+        while made < total:
+            for batch in self.sampler.epoch(self.config.batch_size, rng):
+                if made == total:
+                    return
+                made += 1
+                yield batch
+
+    def _optimiser(
+        self, total: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            # Neither a bias nor the temperature should be drawn to zero.
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [self.log_scale], "weight_decay": 0.0},
+        ]
+        optimiser = torch.optim.AdamW(
+            groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        warmup = max(1, round(self.config.warmup * total))
+
+        def factor(step: int) -> float:
+            cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+            return min(1.0, (step + 1) / warmup) * cosine
+
+        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+    def _train_step(
+        self,
+        batch: Batch,
+        optimiser: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        self.adapter.train()
+        self.step += 1
+        parts = self._loss(batch)
+        self._require_finite(parts)
+        optimiser.zero_grad(set_to_none=True)
+        parts.total.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise self._diverged("the gradient's norm", float(norm))
+        rate = schedule.get_last_lr()[0]
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        self._record(
+            {
+                "step": self.step,
+                "loss": float(parts.total.detach()),
+                "infonce": float(parts.infonce.detach()),
+                "cs_divergence": float(parts.cs.detach()) if self.config.cs_weight else None,
+                "logit_scale": self.logit_scale,
+                "bandwidth": self.sigma,
+                "gradient_norm": float(norm),
+                "learning_rate": rate,
+            }
+        )
+
+    def _loss(self, batch: Batch) -> LossParts:
+        x = self.adapter.image(self._take(self.rows.images, batch.images), self.config.noise)
+        y = self.adapter.text(self._take(self.rows.texts, batch.texts), self.config.noise)
+        return alignment_loss(
+            x,
+            y,
+            logit_scale=self.log_scale.exp(),
+            cs_weight=self.config.cs_weight,
+            sigma=self._bandwidth(x, y),
+        )
+
+    def _take(self, values: Any, rows: Any) -> Tensor:
+        return to_tensor(values[rows], self.device)
+
+    def _bandwidth(self, x: Tensor, y: Tensor) -> float:
+        """Sigma for this batch; also looks whether the kernel is nearly diagonal."""
+        if not self.config.cs_weight:
+            return 1.0
+        x, y = (nn.functional.normalize(side.detach(), dim=1) for side in (x, y))
+        if self.config.bandwidth == "median" and (self.step - 1) % MEDIAN_EVERY == 0:
+            self.sigma = max(MIN_MEDIAN, median_distance(x, y))
+        assert self.sigma is not None
+        if not self._warned and (self.step - 1) % MEDIAN_EVERY == 0:
+            share = max(diagonal_share(x, sigma=self.sigma), diagonal_share(y, sigma=self.sigma))
+            if share > NEARLY_DIAGONAL and len(x) > 2:
+                self._warned = True
+                log.warning(
+                    "bandwidth %.3g is so small that %.0f %% of the kernel's mass is each row with "
+                    "itself: the divergence then only pulls the nearest cross pairs together and "
+                    "retrieval suffers; use --bandwidth median or 0.5 and above",
+                    self.sigma,
+                    100 * share,
+                )
+        return self.sigma
+
+    def _require_finite(self, parts: LossParts) -> None:
+        for name, value in parts._asdict().items():
+            if name != "total" and not torch.isfinite(value):
+                raise self._diverged(f"the {name} term", float(value))
+        if not torch.isfinite(parts.total):
+            raise self._diverged("the total loss", float(parts.total))
+
+    def _diverged(self, what: str, value: float) -> TrainingError:
+        return TrainingError(
+            f"step {self.step}: {what} is {value}; lower --learning-rate or --logit-scale"
+        )
+
+    def _validate(self) -> bool:
+        """Measure, record, and keep the weights if they are the best so far."""
+        if self.val is None:
+            self.best_step = self.step
+            return True
+        score = validate(self.adapter, self.val)
+        self._record({"step": self.step, "validation": score.to_json()})
+        better = self.best_score is None or score.mean_recall > self.best_score.mean_recall
+        if better:
+            self.best_step, self.best_score = self.step, score
+            self._best = copy.deepcopy(self.adapter.state_dict())
+        return better
+
+    def _record(self, line: dict[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

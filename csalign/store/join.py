@@ -1,0 +1,205 @@
+"""Rows of a feature set in memory: splits selected, texts joined to images by id."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from csalign.errors import DataError, SchemaError, ShapeError
+from csalign.store import schema
+from csalign.store.reader import FeatureSet, FeatureTable
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """Some images and texts of a feature set, and which belong together.
+
+    Attributes:
+        name: where they come from, for messages: the feature set and its split.
+        images: (n, d) in the stored dtype.
+        texts: (m, e) in the stored dtype.
+        image_ids: n ids.
+        text_ids: m ids.
+        captions: m captions, null where unknown.
+        text_image: (m,) int64, row of the image that a text belongs to, -1 for none.
+    """
+
+    name: str
+    images: Array
+    texts: Array
+    image_ids: pa.Array
+    text_ids: pa.Array
+    captions: pa.Array
+    text_image: Ints
+
+    @property
+    def pairs(self) -> int:
+        """Texts that belong to an image here."""
+        return int((self.text_image >= 0).sum())
+
+    @cached_property
+    def captions_of(self) -> list[Ints]:
+        """For each image, the rows of its texts in stored order; empty where it has none."""
+        paired = np.flatnonzero(self.text_image >= 0)
+        order = paired[np.argsort(self.text_image[paired], kind="stable")]
+        counts = np.bincount(self.text_image[paired], minlength=len(self.images))
+        return np.split(order, np.cumsum(counts)[:-1])
+
+    def take_images(self, keep: npt.NDArray[np.bool_]) -> "PairedRows":
+        """The images where `keep` (n,) is true, and their texts; unpaired texts are left out."""
+        position = np.where(keep, np.cumsum(keep) - 1, -1)
+        texts = np.flatnonzero((self.text_image >= 0) & keep[self.text_image])
+        return PairedRows(
+            name=self.name,
+            images=self.images[keep],
+            texts=self.texts[texts],
+            image_ids=self.image_ids.filter(pa.array(keep)),
+            text_ids=self.text_ids.take(texts),
+            captions=self.captions.take(texts),
+            text_image=position[self.text_image[texts]],
+        )
+
+
+def load_rows(features: FeatureSet, split: str) -> PairedRows:
+    """Read the embeddings of some splits and join texts to images by id.
+
+    Args:
+        features: an open feature set.
+        split: names of splits, comma-separated, or "all" for every row whatever its split.
+
+    Raises:
+        DataError: the split is not there, or holds no pairs.
+        SchemaError: an id repeats, a text names an image that is not there or is in another split,
+            or a shard is damaged.
+    """
+    names = None if split == ALL else [name.strip() for name in split.split(",")]
+    image_rows, text_rows = (_select(table, names) for table in (features.images, features.texts))
+    all_image_ids = _unique_ids(features.images)
+    text_ids = _take(_unique_ids(features.texts), text_rows)
+    image_ids = _take(all_image_ids, image_rows)
+    owner = _take(_column(features.texts, schema.IMAGE_ID), text_rows)
+    text_image = _positions(owner, image_ids)
+    where = f"{features.path}" + ("" if names is None else f" (split {split})")
+    _check_owners(features, where, owner, text_image, all_image_ids, text_ids)
+    if not (text_image >= 0).any():
+        raise DataError(f"{where}: holds no pairs; {_splits_there(features)}")
+    return PairedRows(
+        name=where,
+        images=_rows(features.images.embeddings(), image_rows),
+        texts=_rows(features.texts.embeddings(), text_rows),
+        image_ids=image_ids,
+        text_ids=text_ids,
+        captions=_take(_column(features.texts, schema.CAPTION), text_rows),
+        text_image=text_image,
+    )
+
+
+def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32]:
+    """Rows scaled to norm 1, in float32.
+
+    Args:
+        values: (n, d), any float dtype.
+        ids: n ids, for the message.
+        name: what the rows are, for the message.
+
+    Raises:
+        DataError: a row is not finite or has norm 0, and so no direction.
+    """
+    wide = values.astype(np.float32)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if len(bad):
+        what = "has norm 0" if norms[bad[0]] == 0 else "is not finite"
+        raise DataError(
+            f"{name}: the embedding of {ids[int(bad[0])].as_py()!r} {what} ({len(bad)} such rows); "
+            "encode it again or leave it out"
+        )
+    wide /= norms
+    return wide
+
+
+def check_same_width(rows: PairedRows) -> None:
+    """Raise ShapeError unless images and texts have one width."""
+    if rows.images.shape[1] != rows.texts.shape[1]:
+        raise ShapeError(
+            f"{rows.name}: images are {rows.images.shape[1]} wide and texts {rows.texts.shape[1]}, "
+            "so they can only be compared through an adapter; train one and give it with --adapter"
+        )
+
+
+def _select(table: FeatureTable, names: Sequence[str] | None) -> Ints | None:
+    """Rows whose split is among the names; None is all rows."""
+    if names is None:
+        return None
+    chosen = pc.is_in(_column(table, schema.SPLIT), value_set=pa.array(names, pa.string()))
+    return np.flatnonzero(chosen.to_numpy(zero_copy_only=False))
+
+
+def _column(table: FeatureTable, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _take(column: pa.Array, rows: Ints | None) -> pa.Array:
+    return column if rows is None else column.take(pa.array(rows))
+
+
+def _rows(values: Array, rows: Ints | None) -> Array:
+    return values if rows is None else values[rows]
+
+
+def _unique_ids(table: FeatureTable) -> pa.Array:
+    ids = _column(table, schema.ID)
+    if pc.count_distinct(ids).as_py() != len(ids):
+        counts = ids.value_counts()
+        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+        raise SchemaError(
+            f"{table.folder}: {table.modality} id {twice!r} appears more than once; ids must be "
+            "unique, make the feature set again"
+        )
+    return ids
+
+
+def _positions(owner: pa.Array, image_ids: pa.Array) -> Ints:
+    found = pc.index_in(owner, value_set=image_ids, skip_nulls=True)
+    positions: Ints = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return positions
+
+
+def _check_owners(
+    features: FeatureSet,
+    where: str,
+    owner: pa.Array,
+    text_image: Ints,
+    all_image_ids: pa.Array,
+    text_ids: pa.Array,
+) -> None:
+    lost = np.flatnonzero((text_image < 0) & owner.is_valid().to_numpy(zero_copy_only=False))
+    if not len(lost):
+        return
+    row = int(lost[0])
+    text, image = text_ids[row].as_py(), owner[row].as_py()
+    elsewhere = pc.is_in(owner[row], value_set=all_image_ids).as_py()
+    reason = "is in another split" if elsewhere else "is not there"
+    raise SchemaError(
+        f"{where}: text {text!r} belongs to image {image!r}, which {reason} "
+        f"({len(lost)} such texts); make the feature set again"
+    )
+
+
+def _splits_there(features: FeatureSet) -> str:
+    listed = ", ".join(
+        f"{name or '(none)'}: {counts['images']} images, {counts['texts']} texts"
+        for name, counts in features.splits().items()
+    )
+    return f"its splits are {listed or 'none, it is empty'}; choose one with --split"

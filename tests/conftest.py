@@ -1,0 +1,66 @@
+"""What several tests stand on: a tiny CLIP model on disk and folders of images."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import settings
+from PIL import Image
+
+# A loaded machine must not fail a test: results are asserted, never seconds.
+settings.register_profile("csalign", deadline=None)
+settings.load_profile("csalign")
+
+TINY_CLIP: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 24, "head_width": 12, "patch_size": 8},
+    "text_cfg": {
+        "context_length": 20,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 2,
+        "layers": 2,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny networks lose time, not win it, when torch splits their work over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Config file and checkpoint of a CLIP of two small layers a side, with fixed weights."""
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    model = folder / "tiny-clip.json"
+    model.write_text(json.dumps(TINY_CLIP))
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        network = open_clip.CLIP(**TINY_CLIP)
+    weights = folder / "tiny-clip.safetensors"
+    safetensors.torch.save_file(network.state_dict(), weights)
+    return model, weights
+
+
+@pytest.fixture
+def make_images(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes images of noise under a folder and returns the folder."""
+
+    def make(*names: str, folder: str = "photos", size: tuple[int, int] = (40, 36)) -> Path:
+        root = tmp_path / folder
+        for seed, name in enumerate(names):
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+            Image.fromarray(pixels).save(path)
+        return root
+
+    return make

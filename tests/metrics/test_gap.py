@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist, pdist
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.model_selection import cross_val_score
+from torch import Tensor
+
+from csalign.metrics import gap
+
+
+def unit(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(size=(n, d))) + shift
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def test_frechet_distance_equals_scipys_matrix_root() -> None:
+    x, y = unit(200, 6, 0), unit(150, 6, 1, 0.5)
+    covariances = [np.cov(side.numpy().T, bias=True) for side in (x, y)]
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    mean = float((x.mean(0) - y.mean(0)).square().sum())
+    expected = mean + np.trace(covariances[0] + covariances[1] - 2 * root)
+
+    assert gap.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+@given(n=st.integers(1, 12), m=st.integers(1, 12), seed=st.integers(0, 99))
+def test_frechet_distance_is_finite_zero_on_itself_and_symmetric_with_few_rows(
+    n: int, m: int, seed: int
+) -> None:
+    x, y = unit(n, 8, seed), unit(m, 8, seed + 1)
+
+    assert gap.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert gap.frechet_distance(x, y) == pytest.approx(gap.frechet_distance(y, x), abs=1e-9)
+
+
+def test_relative_modality_gap_equals_a_loop() -> None:
+    x, y = unit(20, 5, 0), unit(30, 5, 1, 0.3)
+    owners = torch.arange(30) % 20
+    distance = lambda a, b: (1 - float(a @ b)) / 2  # noqa: E731
+
+    def within(side: Tensor) -> float:
+        n = len(side)
+        return float(np.mean([distance(side[i], side[j]) for i in range(n) for j in range(n) if i != j]))
+
+    pairs = float(np.mean([distance(x[o], y[j]) for j, o in enumerate(owners)]))
+    expected = pairs / (pairs + (within(x) + within(y)) / 2)
+
+    assert gap.relative_modality_gap(x, y, x[owners], y) == pytest.approx(expected)
+
+
+def test_uniformity_and_alignment_equal_scipys_distances() -> None:
+    x, y = unit(40, 5, 0), unit(30, 5, 1)
+
+    expected = np.log(np.exp(-2 * pdist(x.numpy()) ** 2).mean())
+    assert gap.uniformity(x) == pytest.approx(expected)
+    expected = np.log(np.exp(-2 * cdist(x.numpy(), y.numpy()) ** 2).mean())
+    assert gap.cross_uniformity(x, y) == pytest.approx(expected)
+    expected = np.mean(np.linalg.norm(x[:30].numpy() - y.numpy(), axis=1) ** 2)
+    assert gap.alignment(x[:30], y) == pytest.approx(expected)
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    axes = torch.cat([torch.eye(6), -torch.eye(6)]).double()
+
+    assert gap.effective_rank(axes) == pytest.approx(6)
+    assert gap.effective_rank(axes[:1].repeat(5, 1)) == 1
+
+
+def test_linear_separability_agrees_with_sklearns_cross_validation() -> None:
+    x, y = unit(300, 10, 0), unit(300, 10, 1, 0.25)
+    both = torch.cat([x, y]).numpy()
+    labels = np.repeat([0, 1], 300)
+    expected = cross_val_score(LinearDiscriminantAnalysis(), both, labels, cv=5).mean()
+
+    assert gap.linear_separability(x, y, seed=0) == pytest.approx(expected, abs=0.04)
+    assert 0.55 < expected < 0.9
+
+
+def test_linear_separability_of_one_cloud_is_a_coin_toss_and_of_two_is_one() -> None:
+    assert gap.linear_separability(unit(400, 10, 0), unit(400, 10, 1), seed=0) == pytest.approx(
+        0.5, abs=0.06
+    )
+    assert gap.linear_separability(unit(50, 10, 0, 2), unit(50, 10, 1, -2), seed=0) == 1
+
+
+def test_centroid_distance_of_opposite_points_is_two() -> None:
+    x = torch.tensor([[1.0, 0.0]]).double()
+
+    assert gap.centroid_distance(x, -x) == 2
+
+
+def test_the_suite_is_finite_for_a_single_pair() -> None:
+    x = np.ones((1, 4), np.float32) / 2
+    suite = gap.gap_suite(x, x, np.array([0]), sigma=0.5, seed=0)
+
+    assert suite["centroid_distance"] == 0
+    assert suite["rmg"] == 0
+    assert suite["linear_separability"] == 0.5
+    assert suite["effective_rank"] == {"image": 1.0, "text": 1.0}
+
+
+def test_large_sets_are_sampled_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gap, "MAX_ROWS", 200)
+    x, y = (unit(400, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
+    suites = [gap.gap_suite(x, y, np.arange(400), sigma=0.5, seed=seed) for seed in (0, 0, 1)]
+
+    assert suites[0] == suites[1]
+    assert suites[0]["cs_divergence"] != suites[2]["cs_divergence"]
+    assert suites[0]["cs_divergence"] == pytest.approx(suites[2]["cs_divergence"], rel=0.5)

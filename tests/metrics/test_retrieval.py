@@ -1,0 +1,103 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csalign.metrics import retrieval
+from csalign.metrics.retrieval import mean_recall, rank_both_ways
+
+Array = npt.NDArray[Any]
+
+
+def brute_force(queries: Array, gallery: Array, own: list[list[int]]) -> tuple[list[int], list[float]]:
+    """First rank and average precision by sorting, a tied wrong item ahead of a match."""
+    first, precision = [], []
+    for query, matches in zip(queries.astype(np.float64), own, strict=True):
+        scores = gallery.astype(np.float64) @ query
+        order = sorted(range(len(gallery)), key=lambda j: (-scores[j], j in matches))
+        ranks = [position for position, j in enumerate(order, 1) if j in matches]
+        first.append(ranks[0])
+        precision.append(float(np.mean([(i + 1) / rank for i, rank in enumerate(ranks)])))
+    return first, precision
+
+
+@st.composite
+def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
+    """Few distinct directions, so that many scores are exactly equal; some texts unpaired."""
+    n, m = draw(st.integers(1, 8)), draw(st.integers(1, 14))
+    axes = np.eye(4, dtype=np.float32)
+    images = axes[draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))]
+    texts = axes[draw(st.lists(st.integers(0, 3), min_size=m, max_size=m))]
+    owners = draw(
+        st.lists(st.integers(-1, n - 1), min_size=m, max_size=m).filter(lambda o: max(o) >= 0)
+    )
+    return images, texts, np.array(owners)
+
+
+@given(galleries())
+def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
+    case: tuple[Array, Array, Array],
+) -> None:
+    images, texts, owners = case
+    image_to_text, text_to_image = rank_both_ways(images, texts, owners)
+    queried = sorted({int(o) for o in owners if o >= 0})
+    captions = [[j for j, o in enumerate(owners) if o == i] for i in queried]
+    paired = [j for j, o in enumerate(owners) if o >= 0]
+
+    first, precision = brute_force(images[queried], texts, captions)
+    assert image_to_text.first.tolist() == first
+    assert image_to_text.average_precision.tolist() == pytest.approx(precision)
+    first, precision = brute_force(texts[paired], images, [[int(owners[j])] for j in paired])
+    assert text_to_image.first.tolist() == first
+    assert text_to_image.average_precision.tolist() == pytest.approx(precision)
+
+
+def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(40, 16)).astype(np.float32)
+    owners = np.concatenate([np.repeat(np.arange(40), 5), [7]])
+    texts = (images[owners] + 1.5 * rng.normal(size=(201, 16))).astype(np.float32)
+    images /= np.linalg.norm(images, axis=1, keepdims=True)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    monkeypatch.setattr(retrieval, "TILE_BYTES", 4 * 201 * 7)  # several tiles, the last one short
+    image_to_text, _ = rank_both_ways(images, texts, owners)
+
+    captions = [np.flatnonzero(owners == i).tolist() for i in range(40)]
+    assert image_to_text.first.tolist() == brute_force(images, texts, captions)[0]
+
+
+def test_an_image_counts_once_any_of_its_captions_is_found() -> None:
+    images = np.eye(3, dtype=np.float32)
+    texts = images[[0, 1, 2, 2]]
+    image_to_text, text_to_image = rank_both_ways(images, texts, np.array([0, 0, 1, 2]))
+
+    # Image 1's only caption looks like image 2, so all three others tie or win ahead of it.
+    assert image_to_text.first.tolist() == [1, 4, 2]
+    assert text_to_image.first.tolist() == [1, 3, 3, 1]
+    assert image_to_text.summary()["R@1"] == pytest.approx(1 / 3)
+
+
+def test_collapsed_embeddings_get_the_worst_rank_and_not_the_best() -> None:
+    same = np.ones((50, 4), np.float32) / 2
+    ranks = rank_both_ways(same, same, np.arange(50))
+
+    assert all((direction.first == 50).all() for direction in ranks)
+
+
+def test_summary_figures_follow_from_the_ranks() -> None:
+    ranks = retrieval.DirectionRanks(np.array([1, 3, 7, 20]), np.array([1, 0.5, 0.2, 0.1]))
+
+    assert ranks.summary() == {
+        "R@1": 0.25,
+        "R@5": 0.5,
+        "R@10": 0.75,
+        "median_rank": 5.0,
+        "mrr": pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 20) / 4),
+        "map": pytest.approx(0.45),
+    }
+    assert mean_recall(ranks.summary(), ranks.summary()) == pytest.approx(0.5)

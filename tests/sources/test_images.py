@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from csalign.errors import DataError
+from csalign.sources.images import read_image
+
+Pixels = npt.NDArray[np.uint8]
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def read(path: Path) -> Pixels:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def grey(values: npt.NDArray[np.uint8]) -> Pixels:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_rgb_is_left_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+
+    assert (read(tmp_path / "x.png") == pixels).all()
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned a quarter clockwise
+    Image.fromarray(grey(RAMP)[:4]).save(tmp_path / "x.png", exif=exif)
+
+    assert (read(tmp_path / "x.png") == np.rot90(grey(RAMP)[:4], -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_lies_on_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.convert(mode).save(tmp_path / "x.png")
+
+    assert read(tmp_path / "x.png").tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_damaged_exif_is_passed_over(tmp_path: Path) -> None:
+    Image.fromarray(grey(RAMP)).save(tmp_path / "x.png", exif=b"Exif\0\0no such thing")
+
+    assert (read(tmp_path / "x.png") == grey(RAMP)).all()
+
+
+def test_half_transparent_is_half_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (1, 1), (255, 0, 0, 51)).save(tmp_path / "x.png")
+
+    assert read(tmp_path / "x.png").tolist() == [[[255, 204, 204]]]
+
+
+def test_a_palette_and_its_transparent_entry(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+
+    red, green, blue, white = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3
+    assert read(tmp_path / "plain.png").tolist() == [[red, green, blue]]
+    assert read(tmp_path / "clear.png").tolist() == [[red, white, blue]]
+
+
+def test_cmyk_keeps_its_colours(tmp_path: Path) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
+
+    assert np.abs(read(tmp_path / "x.jpg").astype(int) - [255, 0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_16_bit_grey_keeps_its_range(tmp_path: Path, suffix: str) -> None:
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
+
+    assert (read(tmp_path / f"x.{suffix}") == grey(RAMP)).all()
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    Image.fromarray(RAMP > 100).save(tmp_path / "x.png")
+
+    assert (read(tmp_path / "x.png") == grey((RAMP > 100) * np.uint8(255))).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_an_animation_gives_its_first_frame(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+
+    assert (read(tmp_path / f"x.{suffix}") == [255, 0, 0]).all()
+
+
+def test_a_suffix_does_not_decide_the_format(tmp_path: Path) -> None:
+    Image.fromarray(grey(RAMP)).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / "x.jpg")
+
+    assert (read(tmp_path / "x.jpg") == grey(RAMP)).all()
+
+
+def test_what_is_no_image_is_told(tmp_path: Path) -> None:
+    (tmp_path / "page.jpg").write_text("<!doctype html><title>404</title>")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
+
+    assert error_of(tmp_path / "page.jpg") == "is no image of a known format"
+    assert error_of(tmp_path / "empty.jpg") == "is empty"
+    assert error_of(tmp_path / "script.jpg") == "is no image of a known format"
+    assert error_of(tmp_path / "gone.jpg").startswith("cannot be read ([Errno 2]")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tiff", "webp"])
+def test_a_truncated_image_is_told(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    assert error_of(path)
+
+
+def test_pillows_limit_of_pixels_is_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(grey(RAMP)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+
+    assert "(Image size (64 pixels) exceeds limit of 40 pixels" in error_of(tmp_path / "x.png")
+
+
+def test_a_sliver_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (201, 1)).save(tmp_path / "x.png")
+
+    assert error_of(tmp_path / "x.png") == "is 201 x 1, more than 200 times as long as wide"
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "int.tiff")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+
+    assert error_of(tmp_path / "int.tiff") == "has 32-bit pixels, whose range is not known"
+    assert error_of(tmp_path / "float.tiff").startswith("has floating-point pixels")
