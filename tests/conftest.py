@@ -13,6 +13,9 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from csalign.config import ImportConfig
+from csalign.steps.import_arrays import import_arrays
+
 # A loaded machine must not fail a test: results are asserted, never seconds.
 settings.register_profile("csalign", deadline=None)
 settings.load_profile("csalign")
@@ -64,3 +67,27 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> tuple[Path, Path]:
+    """Two .npy files of 300 pairs that share a latent: images 24 wide, texts 16 wide."""
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(300, 8))
+    paths = (tmp_path / "images.npy", tmp_path / "texts.npy")
+    for path, width in zip(paths, (24, 16), strict=True):
+        mixed = latent @ rng.normal(size=(8, width)) + 0.7 * rng.normal(size=(300, width))
+        np.save(path, mixed.astype(np.float32))
+    return paths
+
+
+@pytest.fixture
+def features(arrays: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The arrays as a feature set: 200 training, 40 validation and 60 test pairs."""
+    splits = ["train"] * 200 + ["val"] * 40 + ["test"] * 60
+    table = tmp_path / "texts.csv"
+    lines = [f"{row},caption {row},{split}" for row, split in enumerate(splits)]
+    table.write_text("\n".join(["image_id,caption,split", *lines]))
+    out = tmp_path / "features"
+    import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], pairs=table, out=out))
+    return out

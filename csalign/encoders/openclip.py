@@ -418,8 +418,8 @@ def _suggest(name: str, known: list[str]) -> str:
     by_lower = {item.lower(): item for item in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     if close:
-        return f"did you mean {', '.join(by_lower[item] for item in close)}?"
-    return f"there are {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
+        return f"its nearest are {', '.join(by_lower[item] for item in close)}"
+    return f"it has {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
 
 
 def _build(architecture: _Architecture, weights: _Weights | None) -> Any:

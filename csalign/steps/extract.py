@@ -162,7 +162,9 @@ class _Extraction:
             done += len(window)
             self.progress("texts", done, total)
         if self.config.strict and self.writer.failures:
-            raise self._refusal(f"{self.writer.failures} inputs were left out, and strict is set")
+            raise self._refusal(
+                f"{self.writer.failures} inputs were left out, which --strict forbids"
+            )
 
     def _image_batches(self) -> Generator[tuple[list[ImageRecord], torch.Tensor]]:
         """Batches of readable images, (n, 3, h, w); those that are not are left out on the way."""
@@ -268,13 +270,13 @@ class _Extraction:
         limit = self.config.max_failures
         if failed > limit * total:
             raise self._refusal(
-                f"{failed} of {total} {what} could not be used so far, max_failures allows a "
-                f"share of {limit:g}"
+                f"{failed} of {total} {what} could not be used so far, the share allowed is "
+                f"{limit:g} (--max-failures)"
             )
 
     def _refusal(self, problem: str) -> _Refused:
         examples = "; ".join(self._examples)
-        return _Refused(f"{problem}: {examples}; all are listed in {self.failure_list}")
+        return _Refused(f"{problem}: {examples}; repair or remove what {self.failure_list} lists")
 
 
 def _flaws(embedded: Embedded, dtype: str) -> dict[int, str]:

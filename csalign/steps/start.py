@@ -10,7 +10,7 @@ from csalign.adapters.model import Adapter, SideShape
 from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.steps.batches import PairSampler
-from csalign.steps.validation import validate
+from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
@@ -40,15 +40,19 @@ def closed_form_start(
     Returns:
         The adapters and the winner's name.
     """
-    best: tuple[float, Adapter, str] | None = None
-    for form, roots in _candidates(rows, sampler, config, search=val is not None):
+    if val is None:
+        form, roots = next(_candidates(rows, sampler, config, (SAFE_RIDGE,), (SAFE_POWER,)))
+        return _adapter_at(form, config, roots), form.name
+    best: tuple[Adapter, str] | None = None
+    best_score: Score | None = None
+    for form, roots in _candidates(rows, sampler, config, RIDGES, POWERS):
         adapter = _adapter_at(form, config, roots)
-        recall = 0.0 if val is None else validate(adapter, val).mean_recall
-        log.debug("start %s: validation mean recall %.4f", form.name, recall)
-        if best is None or recall > best[0]:
-            best = (recall, adapter, form.name)
+        score = validate(adapter, val)
+        log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
+        if score.better_than(best_score):
+            best, best_score = (adapter, form.name), score
     assert best is not None
-    return best[1:]
+    return best
 
 
 def random_start(rows: PairedRows, config: TrainConfig) -> tuple[Adapter, str]:
@@ -61,23 +65,24 @@ def random_start(rows: PairedRows, config: TrainConfig) -> tuple[Adapter, str]:
 
 
 def _candidates(
-    rows: PairedRows, sampler: PairSampler, config: TrainConfig, *, search: bool
+    rows: PairedRows,
+    sampler: PairSampler,
+    config: TrainConfig,
+    ridges: tuple[float, ...],
+    powers: tuple[float, ...],
 ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
-    """Closed forms, and whether the square root is taken of images and texts."""
+    """Closed forms, the safest first, and whether the square root is taken of images and texts."""
     widths = rows.images.shape[1], rows.texts.shape[1]
     pairs, weights = sampler.weighted_pairs()
+    if widths[0] == widths[1] and config.width in (None, widths[0]):
+        plain = (False, False)
+        yield PairMoments.of(rows.images, rows.texts, pairs, weights, plain).centred(), plain
     roots = (is_non_negative(rows.images), is_non_negative(rows.texts))
     moments = PairMoments.of(rows.images, rows.texts, pairs, weights, roots)
-    for ridge in RIDGES if search else (SAFE_RIDGE,):
-        powers = POWERS if search else (SAFE_POWER,)
-        width = min(config.width or MAX_WIDTH, *widths)
+    width = min(config.width or MAX_WIDTH, *widths)
+    for ridge in ridges:
         for form in moments.cca(ridge=ridge, powers=powers, width=width):
             yield form, roots
-    if search and widths[0] == widths[1] and config.width in (None, widths[0]):
-        plain = (False, False)
-        if any(roots):
-            moments = PairMoments.of(rows.images, rows.texts, pairs, weights, plain)
-        yield moments.centred(), plain
 
 
 def _adapter_at(form: ClosedForm, config: TrainConfig, roots: tuple[bool, bool]) -> Adapter:

@@ -212,9 +212,9 @@ class Trainer:
     def _require_finite(self, parts: LossParts) -> None:
         for name, value in parts._asdict().items():
             if name != "total" and not torch.isfinite(value):
-                raise self._diverged(f"the {name} term", float(value))
+                raise self._diverged(f"the {name} term", float(value.detach()))
         if not torch.isfinite(parts.total):
-            raise self._diverged("the total loss", float(parts.total))
+            raise self._diverged("the total loss", float(parts.total.detach()))
 
     def _diverged(self, what: str, value: float) -> TrainingError:
         return TrainingError(
@@ -228,7 +228,7 @@ class Trainer:
             return True
         score = validate(self.adapter, self.val)
         self._record({"step": self.step, "validation": score.to_json()})
-        better = self.best_score is None or score.mean_recall > self.best_score.mean_recall
+        better = score.better_than(self.best_score)
         if better:
             self.best_step, self.best_score = self.step, score
             self._best = copy.deepcopy(self.adapter.state_dict())

@@ -330,12 +330,14 @@ def error_of(model: str | Path, pretrained: str | Path, **options: Any) -> str:
 
 def test_unknown_names_bring_near_ones(tiny_clip: tuple[Path, Path]) -> None:
     message = error_of("ViT-B32", "none")
-    assert message.startswith("model: open_clip has no architecture 'ViT-B32'; did you mean ViT-B-")
+    assert message.startswith(
+        "model: open_clip has no architecture 'ViT-B32'; its nearest are ViT-"
+    )
 
     message = error_of("ViT-B-32", "laion2b_s34b_b79")
-    assert "ViT-B-32 has no tag 'laion2b_s34b_b79'; did you mean laion2b_s34b_b79k" in message
+    assert "ViT-B-32 has no tag 'laion2b_s34b_b79'; its nearest are laion2b_s34b_b79k" in message
 
-    assert "has no tag 'zzz'; there are openai" in error_of("ViT-B-32", "zzz")
+    assert "has no tag 'zzz'; it has openai" in error_of("ViT-B-32", "zzz")
     assert "no tag 'zzz'; none is known for it" in error_of(tiny_clip[0], "zzz")
     assert error_of(tiny_clip[0], "gone.pt") == "pretrained: gone.pt: no such checkpoint"
 

@@ -113,6 +113,16 @@ def test_splits_reach_images_and_texts(run: Callable[..., FeaturesResult], photo
     assert column(result, Modality.TEXT, "split") == ["train", "test", "test", "val"]
 
 
+def test_images_alone_make_a_set(run: Callable[..., FeaturesResult], photos: Path) -> None:
+    (photos / "captions.csv").write_text("image,caption\na.png,\n")
+    result = run(tokens="both")
+
+    assert result == FeaturesResult(photos.parent / "features", 8, 0, 0, 0)
+    features = FeatureSet.open(result.features)
+    assert features.texts.embeddings().shape == (0, 16)
+    assert features.texts.has_tokens
+
+
 def test_tokens_are_stored_row_by_row(run: Callable[..., FeaturesResult]) -> None:
     plain, result = run("plain"), run(tokens="both", token_space="hidden")
     features = FeatureSet.open(result.features)
@@ -124,7 +134,7 @@ def test_tokens_are_stored_row_by_row(run: Callable[..., FeaturesResult]) -> Non
     # "another" and "on its own" are one and three words to the tokenizer.
     assert [len(own) for own in words[0]][-2:] == [1, 3]
     assert {own.shape[1] for own in words[0]} == {16}
-    assert features.manifest.encoders[Modality.TEXT].token_space == "hidden"
+    assert features.manifest.encoder(Modality.TEXT).token_space == "hidden"
     np.testing.assert_allclose(
         features.texts.embeddings(),
         FeatureSet.open(plain.features).texts.embeddings(),
@@ -214,11 +224,11 @@ def test_too_many_failures_end_the_run_and_keep_the_list(
 
     message = str(caught.value)
     assert message.startswith(
-        "2 of 8 images could not be used so far, max_failures allows a share of 0.2: "
+        "2 of 8 images could not be used so far, the share allowed is 0.2 (--max-failures): "
         f"{photos}/b.png cannot be read ("
     )
-    assert f"; {photos}/d.png is no image of a known format; all are listed in " in message
-    assert message.endswith(f"{partial}/failures.jsonl")
+    assert f"; {photos}/d.png is no image of a known format; repair or remove " in message
+    assert message.endswith(f"what {partial}/failures.jsonl lists")
     assert [path.name for path in partial.iterdir()] == ["failures.jsonl"]
     assert len(failures(partial)) == 2
     assert not (photos.parent / "features").exists()
@@ -228,7 +238,7 @@ def test_strict_refuses_any_failure_at_the_end(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     damage(photos)
-    with pytest.raises(DataError, match=r"^6 inputs were left out, and strict is set: "):
+    with pytest.raises(DataError, match=r"^6 inputs were left out, which --strict forbids: "):
         run(max_failures=0.5, strict=True)
 
     assert len(failures(photos.parent / "features.partial")) == 6
@@ -267,7 +277,7 @@ def test_what_the_number_format_cannot_hold_is_a_failure(
     with pytest.raises(DataError) as caught:
         run("half", dtype="float16", **options)
 
-    assert str(caught.value).startswith("9 of 9 texts could not be used so far, max_failures")
+    assert str(caught.value).startswith("9 of 9 texts could not be used so far, the share")
     assert "captions.csv, row 2 has an embedding that is not finite in float16" in str(caught.value)
 
 

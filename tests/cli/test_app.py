@@ -1,0 +1,214 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+COMMANDS = ("extract", "import", "inspect", "train", "apply", "eval", "compare")
+
+
+def csalign(
+    *arguments: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, as a pipeline does."""
+    return subprocess.run(
+        [sys.executable, "-m", "csalign", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
+    arrays: tuple[Path, Path], tmp_path: Path
+) -> None:
+    features, run, aligned = (tmp_path / name for name in ("features", "run", "aligned"))
+    for arguments in (
+        ("import", "--images", arrays[0], "--texts", arrays[1], "--out", features),
+        ("train", features, "--out", run, "--steps", 5, "--hidden", 8),
+        ("apply", features, "--adapter", run, "--out", aligned),
+        ("inspect", aligned),
+        ("inspect", run),
+        ("eval", aligned),
+        ("eval", features, "--adapter", run),
+    ):
+        done = csalign(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict)
+    (tmp_path / "eval.json").write_text(done.stdout)
+    plain = csalign("eval", features, "--adapter", run)
+    compared = csalign("compare", tmp_path / "eval.json", tmp_path / "eval.json")
+
+    assert "image to text" in plain.stdout
+    assert "centroid distance" in plain.stdout
+    assert compared.stdout.count(str(run)) == 2
+
+
+def test_the_written_configuration_can_be_fed_back(features: Path, tmp_path: Path) -> None:
+    first = csalign("train", features, "--out", tmp_path / "a", "--steps", 3, "--bandwidth", 0.7)
+    assert first.returncode == 0, first.stderr
+    settings = tmp_path / "a" / "config.toml"
+    again = csalign("train", "--config", settings, "--out", tmp_path / "b")
+    assert again.returncode == 0, again.stderr
+    weights = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("a", "b")]
+
+    assert tomllib.loads(settings.read_text())["bandwidth"] == 0.7
+    assert weights[0] == weights[1]
+
+
+def test_the_command_line_wins_over_the_file(features: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("steps = 2\nhidden = 8\n")
+    done = csalign(
+        "train", features, "--config", config, "--out", tmp_path / "run", "--steps", 1, "--json"
+    )
+
+    assert json.loads(done.stdout)["steps"] == 1
+    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["hidden"] == 8
+
+
+@pytest.mark.parametrize(
+    ("toml", "arguments", "message"),
+    [
+        ("bandwith = 1", (), "bandwith: unknown key in "),
+        ("steps = -1", (), "steps: Input should be greater than or equal to 0 (got -1)"),
+        ("steps =", (), "cannot be read as TOML"),
+        ("", ("--bandwidth", "-1"), "bandwidth: "),
+        ("", ("--adapter", "cube"), "adapter: Input should be 'linear' or 'mlp' (got 'cube')"),
+        ("", ("--steps", "many"), "many"),
+        ("", ("--no-such-option",), "--no-such-option"),
+        ("", ("--device", "abacus"), "device: 'abacus' is not usable here"),
+    ],
+)
+def test_a_wrong_configuration_exits_2_and_says_what(
+    features: Path, tmp_path: Path, toml: str, arguments: Sequence[str], message: str
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(toml)
+    done = csalign("train", features, "--out", tmp_path / "run", "--config", config, *arguments)
+
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:
+    done = csalign("train", "--steps", -1, "--batch-size", 0)
+
+    assert done.returncode == 2
+    for name in ("features: is required", "out: is required", "steps: ", "batch-size: "):
+        assert name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "nowhere", "--out", "run"), "nowhere: no such feature set"),
+        (("train", ".", "--out", "run"), "is no feature set"),
+        (("eval", "nowhere"), "nowhere: no such feature set"),
+        (("inspect", "nowhere"), "nowhere: no such file or folder"),
+        (("compare", "nowhere.json"), "nowhere.json: no such file"),
+        (("import", "--images", "a.npy", "--texts", "b.npy", "--out", "o"), "a.npy: no such file"),
+        (("extract", "nowhere", "--pretrained", "none", "--out", "o"), "nowhere: "),
+    ],
+)
+def test_a_wrong_input_exits_1_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = csalign(*arguments)
+
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_very_verbose_shows_the_traceback_of_an_expected_error() -> None:
+    assert "Traceback" in csalign("eval", "nowhere", "-vv").stderr
+
+
+def test_a_file_system_that_refuses_to_write_exits_1_with_its_reason(
+    arrays: tuple[Path, Path],
+) -> None:
+    done = csalign("import", "--images", arrays[0], "--texts", arrays[1], "--out", "/proc/csalign")
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "/proc/csalign" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_stops_a_run_and_leaves_its_checkpoints(
+    features: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csalign", "train", features, "--out", out, "--steps", "100000",
+         "--validations", "20000", "--patience", "20000", "--hidden", "8"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    checkpoints = tmp_path / "run.partial" / "checkpoints"
+    for _ in range(1_200):
+        if checkpoints.is_dir() and any(checkpoints.glob("step-*/adapter.json")):
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == code, errors
+    assert "stopped" in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+    kept = sorted(checkpoints.glob("step-*/adapter.json"))[-1].parent
+    assert csalign("inspect", kept).returncode == 0
+
+
+def test_quiet_says_nothing_and_results_stay(features: Path) -> None:
+    done = csalign("inspect", features, "-q")
+
+    assert done.stderr == ""
+    assert "300" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = csalign(command, "--help")
+
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize("statement", ["import csalign", "import csalign.cli.app"])
+def test_the_front_door_is_light(statement: str) -> None:
+    heavy = ["torch", "faiss", "pyarrow", "open_clip", "numpy"]
+    code = f"{statement}; import sys; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_version_is_printed() -> None:
+    assert csalign("--version").stdout.startswith("csalign 0.")
+
+
+def test_an_eval_of_collapsed_embeddings_is_chance_and_not_perfect(tmp_path: Path) -> None:
+    same = np.ones((40, 6), np.float32)
+    np.save(tmp_path / "same.npy", same)
+    path = tmp_path / "same.npy"
+    csalign("import", "--images", path, "--texts", path, "--out", tmp_path / "set")
+    document = json.loads(csalign("eval", tmp_path / "set", "--json").stdout)
+
+    assert document["retrieval"]["mean_recall"] == 0

@@ -1,0 +1,158 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from csalign.config import ApplyConfig, EvalConfig, ImportConfig, TrainConfig
+from csalign.errors import DataError, OutputError, SchemaError, ShapeError
+from csalign.steps.apply import apply
+from csalign.steps.evaluate import evaluate
+from csalign.steps.import_arrays import import_arrays
+from csalign.steps.inspect import inspect
+from csalign.steps.train import train
+from csalign.store.join import ALL, load_rows
+from csalign.store.reader import FeatureSet
+
+
+@pytest.fixture
+def run(features: Path, tmp_path: Path) -> Path:
+    return train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
+
+
+def aligned_set(tmp_path: Path, images: object, texts: object, pairs: str | None = None) -> Path:
+    np.save(tmp_path / "x.npy", np.asarray(images, np.float32))
+    np.save(tmp_path / "y.npy", np.asarray(texts, np.float32))
+    table = None
+    if pairs is not None:
+        table = tmp_path / "pairs.csv"
+        table.write_text(pairs)
+    out = tmp_path / "aligned"
+    import_arrays(
+        ImportConfig(images=tmp_path / "x.npy", texts=tmp_path / "y.npy", pairs=table, out=out)
+    )
+    return out
+
+
+def test_the_document_has_every_key(features: Path, run: Path) -> None:
+    document = evaluate(EvalConfig(features=features, adapter=run))
+    direction = {"R@1", "R@5", "R@10", "median_rank", "mrr", "map"}
+
+    assert document["features"] == str(features)
+    assert document["adapter"] == str(run)
+    assert document["split"] == "test"
+    assert document["counts"] == {"images": 60, "texts": 60, "pairs": 60}
+    assert set(document["retrieval"]) == {"image_to_text", "text_to_image", "mean_recall"}
+    assert set(document["retrieval"]["image_to_text"]) == direction
+    assert set(document["retrieval"]["text_to_image"]) == direction
+    assert set(document["gap"]) == {
+        "centroid_distance",
+        "rmg",
+        "cs_divergence",
+        "mmd",
+        "frechet",
+        "linear_separability",
+        "alignment",
+        "uniformity",
+        "effective_rank",
+    }
+    assert set(document["gap"]["uniformity"]) == {"image", "text", "cross"}
+    assert set(document["gap"]["effective_rank"]) == {"image", "text"}
+
+
+def test_raw_features_of_one_width_are_measured_without_an_adapter(tmp_path: Path) -> None:
+    axes = 3 * np.eye(4)
+    document = evaluate(EvalConfig(features=aligned_set(tmp_path, axes, 0.5 * axes)))
+
+    assert document["adapter"] is None
+    assert document["split"] == "all"
+    assert document["retrieval"]["mean_recall"] == 1
+    assert document["gap"]["centroid_distance"] == pytest.approx(0, abs=1e-6)
+    assert document["gap"]["cs_divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_unpaired_rows_are_distractors_and_not_queries(tmp_path: Path) -> None:
+    x = np.eye(4)[[0, 1, 2]]
+    y = np.eye(4)[[0, 1, 1]]
+    folder = aligned_set(tmp_path, x, y, "image_id\n0\n1\n\n")
+    document = evaluate(EvalConfig(features=folder))
+
+    assert document["counts"] == {"images": 3, "texts": 3, "pairs": 2}
+    assert document["retrieval"]["image_to_text"]["median_rank"] == 1.5
+    assert document["retrieval"]["text_to_image"]["R@1"] == 1
+
+
+def test_different_widths_need_an_adapter(features: Path) -> None:
+    with pytest.raises(ShapeError, match="24 wide and texts 16, .* --adapter"):
+        evaluate(EvalConfig(features=features))
+
+
+def test_an_adapter_of_other_widths_is_refused_with_both(tmp_path: Path, run: Path) -> None:
+    other = aligned_set(tmp_path, np.eye(4), np.eye(4))
+
+    with pytest.raises(ShapeError, match="image embeddings are 4 wide, the adapter .* takes 24"):
+        evaluate(EvalConfig(features=other, adapter=run))
+    with pytest.raises(ShapeError, match="image embeddings are 4 wide"):
+        apply(ApplyConfig(features=other, adapter=run, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_that_is_not_there_is_refused(features: Path, run: Path) -> None:
+    with pytest.raises(DataError, match="choose one with --split"):
+        evaluate(EvalConfig(features=features, adapter=run, split="nope"))
+
+
+def test_applied_features_measure_like_the_adapter_that_made_them(
+    features: Path, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "aligned"
+    result = apply(ApplyConfig(features=features, adapter=run, out=out, dtype="float32"))
+    before, after = FeatureSet.open(features), FeatureSet.open(out)
+
+    through = evaluate(EvalConfig(features=features, adapter=run))
+    direct = evaluate(EvalConfig(features=out))
+    assert direct["retrieval"] == through["retrieval"]
+    assert direct["gap"]["frechet"] == pytest.approx(through["gap"]["frechet"], abs=1e-5)
+    assert (result.images, result.texts, result.pairs) == (300, 300, 300)
+    assert after.splits() == before.splits()
+    assert after.texts.column("caption").equals(before.texts.column("caption"))
+    norms = np.linalg.norm(load_rows(after, ALL).images, axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-6)
+
+
+def test_apply_does_not_replace_unless_asked(features: Path, run: Path, tmp_path: Path) -> None:
+    config = ApplyConfig(features=features, adapter=run, out=tmp_path / "out")
+    apply(config)
+
+    with pytest.raises(OutputError, match="--overwrite"):
+        apply(config)
+    apply(config.model_copy(update={"overwrite": True}))
+
+
+def test_inspect_describes_features_and_runs(features: Path, run: Path) -> None:
+    described = inspect(features)
+
+    assert described["kind"] == "features"
+    assert described["counts"] == {"images": 300, "texts": 300, "pairs": 300, "failures": 0}
+    assert described["splits"]["val"] == {"images": 40, "texts": 40}
+    assert described["encoders"]["image"]["width"] == 24
+    assert inspect(features / "manifest.json") == described
+    described = inspect(run)
+    assert described["kind"] == "run"
+    assert described["start"].startswith("CCA")
+    assert described["validation"][0]["step"] == 0
+
+
+def test_inspect_finds_damage_that_a_size_does_not_show(features: Path) -> None:
+    path = features / "images/part-00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(SchemaError, match=r"images/part-00000\.parquet"):
+        inspect(features)
+
+
+@pytest.mark.parametrize(("name", "message"), [("no", "no such file"), (".", "is neither a")])
+def test_inspect_refuses_what_is_no_artifact(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        inspect(tmp_path / name)

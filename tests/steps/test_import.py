@@ -1,0 +1,216 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csalign.config import ImportConfig
+from csalign.errors import ConfigError, CsalignError, DataError, OutputError
+from csalign.steps.import_arrays import import_arrays
+from csalign.store.join import ALL, PairedRows, load_rows
+from csalign.store.reader import FeatureSet
+
+
+def save(path: Path, array: Any) -> Path:
+    np.save(path, array)
+    return path
+
+
+def numbers(n: int, d: int, dtype: Any = np.float32) -> Any:
+    return np.random.default_rng(n + d).normal(size=(n, d)).astype(dtype)
+
+
+def rows_of(out: Path) -> PairedRows:
+    return load_rows(FeatureSet.open(out), ALL)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_of_equal_number_are_pairs_and_come_back_bit_for_bit(
+    tmp_path: Path, dtype: Any
+) -> None:
+    x, y = numbers(9_000, 8, dtype), numbers(9_000, 5, dtype)
+    result = import_arrays(
+        ImportConfig(
+            images=save(tmp_path / "x.npy", x),
+            texts=save(tmp_path / "y.npy", y),
+            out=tmp_path / "out",
+        )
+    )
+    rows = rows_of(tmp_path / "out")
+
+    assert (result.images, result.texts, result.pairs) == (9_000, 9_000, 9_000)
+    assert rows.images.tobytes() == x.tobytes()
+    assert rows.texts.tobytes() == y.tobytes()
+    assert rows.text_image.tolist() == list(range(9_000))
+
+
+def test_an_npz_holds_both_sides_by_name(tmp_path: Path) -> None:
+    both = tmp_path / "both.npz"
+    np.savez(both, images=numbers(4, 3), texts=numbers(4, 2), other=numbers(4, 6))
+    import_arrays(ImportConfig(source=both, out=tmp_path / "one"))
+    named = ImportConfig(
+        images=Path(f"{both}:other"), texts=Path(f"{both}:texts"), out=tmp_path / "two"
+    )
+    import_arrays(named)
+
+    np.testing.assert_array_equal(rows_of(tmp_path / "one").images, numbers(4, 3))
+    np.testing.assert_array_equal(rows_of(tmp_path / "two").images, numbers(4, 6))
+
+
+def test_a_pairs_table_gives_several_captions_and_splits(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image_id,caption,split\n1,a,train\n0,b,test\n1,c,train\n,d,train\n")
+    import_arrays(
+        ImportConfig(
+            images=save(tmp_path / "x.npy", numbers(3, 4)),
+            texts=save(tmp_path / "y.npy", numbers(4, 4)),
+            pairs=pairs,
+            out=tmp_path / "out",
+        )
+    )
+    features = FeatureSet.open(tmp_path / "out")
+
+    assert rows_of(tmp_path / "out").text_image.tolist() == [1, 0, 1, -1]
+    assert features.texts.column("caption").to_pylist() == ["a", "b", "c", "d"]
+    assert features.images.column("split").to_pylist() == ["test", "train", None]
+
+
+def test_a_pairs_table_with_text_ids_may_be_in_any_order_and_leave_texts_out(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "images.jsonl").write_text('{"id": "cat", "split": "val"}\n{"id": "dog"}\n')
+    (tmp_path / "texts.tsv").write_text("id\tcaption\nt1\twoof\nt2\tmeow\nt3\tmoo\n")
+    (tmp_path / "pairs.csv").write_text("text_id,image_id\nt2,cat\nt1,dog\n")
+    import_arrays(
+        ImportConfig(
+            images=save(tmp_path / "x.npy", numbers(2, 4)),
+            texts=save(tmp_path / "y.npy", numbers(3, 4)),
+            image_table=tmp_path / "images.jsonl",
+            text_table=tmp_path / "texts.tsv",
+            pairs=tmp_path / "pairs.csv",
+            out=tmp_path / "out",
+        )
+    )
+    rows = rows_of(tmp_path / "out")
+
+    assert rows.text_image.tolist() == [1, 0, -1]
+    assert rows.captions.to_pylist() == ["woof", "meow", "moo"]
+    assert FeatureSet.open(tmp_path / "out").texts.column("split").to_pylist() == [
+        None,
+        "val",
+        None,
+    ]
+
+
+def with_value(row: int, value: float) -> Any:
+    array = numbers(6, 4)
+    array[row] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        (numbers(6, 4), numbers(5, 4), "6 images and 5 texts: .* --pairs TABLE"),
+        (numbers(6, 4)[0], numbers(6, 4), r"x\.npy: has shape \(4,\); embeddings are"),
+        (numbers(0, 4), numbers(0, 4), r"x\.npy: has shape \(0, 4\)"),
+        (with_value(2, np.nan), numbers(6, 4), r"x\.npy, row 2: holds NaN or infinity"),
+        (numbers(6, 4), with_value(5, np.inf), r"y\.npy, row 5: holds NaN or infinity"),
+        (numbers(6, 4), with_value(3, 0), r"y\.npy, row 3: has norm 0"),
+        (numbers(6, 4).astype(np.int64), numbers(6, 4), "has dtype int64; embeddings are float16"),
+        (np.array([{"a": 1}] * 6), numbers(6, 4), "never unpickles; save a plain array"),
+    ],
+)
+def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
+    tmp_path: Path, images: Any, texts: Any, message: str
+) -> None:
+    config = ImportConfig(
+        images=save(tmp_path / "x.npy", images),
+        texts=save(tmp_path / "y.npy", texts),
+        out=tmp_path / "out",
+    )
+
+    with pytest.raises(DataError, match=message):
+        import_arrays(config)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("image_id\n0\n1\n", r"pairs\.csv: has 2 rows and there are 3 texts"),
+        ("image_id\n0\n1\n7\n", r"pairs\.csv: image '7' is not there \(1 texts"),
+        ("picture\n0\n1\n1\n", r"no? column 'image_id' \(columns: picture\)"),
+        ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is not there"),
+        ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is paired in row 2 too"),
+        ("image_id,split\n0,a\n0,b\n1,a\n", "text '1' is in split 'b' and its image '0' in 'a'"),
+        ("image_id,caption\n0,a,b\n", r"pairs\.csv, row 2: has 3 cells, the header has 2"),
+    ],
+)
+def test_a_pairs_table_that_does_not_fit_is_refused_by_row(
+    tmp_path: Path, table: str, message: str
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(table)
+    config = ImportConfig(
+        images=save(tmp_path / "x.npy", numbers(2, 4)),
+        texts=save(tmp_path / "y.npy", numbers(3, 4)),
+        pairs=pairs,
+        out=tmp_path / "out",
+    )
+
+    with pytest.raises(DataError, match=message):
+        import_arrays(config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": "x.npy"}, "name both arrays"),
+        ({"images": "nowhere.npy", "texts": "nowhere.npy"}, "nowhere.npy: no such file"),
+        ({"source": "both.npz", "images": "x.npy"}, "not both"),
+    ],
+)
+def test_arrays_must_be_named_and_there(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        import_arrays(ImportConfig(**values, out=tmp_path / "out"))
+
+
+def test_a_truncated_npy_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", numbers(100, 8))
+    path.write_bytes(path.read_bytes()[:500])
+
+    with pytest.raises(DataError, match=r"x\.npy: is no readable NumPy file"):
+        import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
+
+
+def test_an_output_is_replaced_only_when_asked_and_only_after_success(tmp_path: Path) -> None:
+    good, bad = save(tmp_path / "x.npy", numbers(6, 4)), save(tmp_path / "b.npy", with_value(1, 0))
+    out = tmp_path / "out"
+    import_arrays(ImportConfig(images=good, texts=good, out=out))
+    before = (out / "manifest.json").read_bytes()
+
+    with pytest.raises(OutputError, match="exists; .* --overwrite"):
+        import_arrays(ImportConfig(images=good, texts=good, out=out))
+    with pytest.raises(DataError, match="norm 0"):
+        import_arrays(ImportConfig(images=good, texts=bad, out=out, overwrite=True))
+    assert (out / "manifest.json").read_bytes() == before
+    import_arrays(
+        ImportConfig(images=good, texts=good, out=out, overwrite=True, dtype="float16")
+    )
+    assert FeatureSet.open(out).manifest.dtype == "float16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npy", "out", "x.npy"]
+
+
+def test_a_folder_of_other_files_and_the_inputs_are_never_replaced(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", numbers(6, 4))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+
+    for out, message in ((home, "did not make"), (tmp_path, "is read from"), (path, "is read")):
+        with pytest.raises(CsalignError, match=message):
+            import_arrays(ImportConfig(images=path, texts=path, out=out, overwrite=True))
+    assert (home / "thesis.tex").exists()
