@@ -119,6 +119,10 @@ class PairMoments:
         )
         map_x = (vectors_x * scale_x) @ left[:, :width]  # (d, k)
         map_y = (vectors_y * scale_y) @ right.T[:, :width]
+        # The ridge leaves a direction with another variance on each side. Moving a factor from one
+        # side to the other keeps every inner product and makes the two distributions alike.
+        balance = (_deviations(map_y, self.cov_yy) / _deviations(map_x, self.cov_xx)).sqrt()
+        map_x, map_y = map_x * balance, map_y / balance
         for power in powers:
             emphasis = correlations[:width] ** power
             yield ClosedForm(
@@ -149,10 +153,14 @@ def _chunks(n: int) -> Iterator[slice]:
         yield slice(start, start + CHUNK_ROWS)
 
 
+def _deviations(columns: Tensor, covariance: Tensor) -> Tensor:
+    """Standard deviation of each output of a (d, k) map, (k,)."""
+    return ((covariance @ columns) * columns).sum(0).clamp(min=TINY).sqrt()
+
+
 def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
     """(d, k) map as a (k, d) weight, scaled so that outputs have mean squared norm 1."""
-    energy = ((covariance @ columns) * columns).sum()
-    return (columns / energy.clamp(min=TINY).sqrt()).T.float().contiguous()
+    return (columns / _deviations(columns, covariance).norm()).T.float().contiguous()
 
 
 def is_non_negative(values: Array) -> bool:

@@ -73,7 +73,7 @@ def test_raw_features_of_one_width_are_measured_without_an_adapter(tmp_path: Pat
 def test_unpaired_rows_are_distractors_and_not_queries(tmp_path: Path) -> None:
     x = np.eye(4)[[0, 1, 2]]
     y = np.eye(4)[[0, 1, 1]]
-    folder = aligned_set(tmp_path, x, y, "image_id\n0\n1\n\n")
+    folder = aligned_set(tmp_path, x, y, "image_id,caption\n0,a\n1,b\n,c\n")
     document = evaluate(EvalConfig(features=folder))
 
     assert document["counts"] == {"images": 3, "texts": 3, "pairs": 2}

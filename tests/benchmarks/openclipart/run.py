@@ -1,0 +1,219 @@
+"""Train every row of the README's results table on the Open Clip Art set, and print the table.
+
+Usage::
+
+    python tests/benchmarks/openclipart/run.py --work DIR [--seeds 3] [--json FILE]
+
+DIR is the folder of ``build.py``. Every choice was made on the validation splits "val" and "val2";
+the test split is only measured here. `±` is the standard deviation over seeds (start, order,
+captions, dropout); `se` the bootstrap standard error over test images, of the mean recall itself
+and of its difference to the first InfoNCE row on the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csalign.adapters.canonical import PairMoments
+from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
+from csalign.adapters.model import Adapter, SideShape
+from csalign.config import EvalConfig, TrainConfig
+from csalign.enums import Modality
+from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
+from csalign.steps.batches import PairSampler
+from csalign.steps.evaluate import evaluate
+from csalign.steps.start import MAX_WIDTH, POWERS, RIDGES
+from csalign.steps.train import train
+from csalign.steps.validation import Score, validate
+from csalign.store.join import PairedRows, load_rows
+from csalign.store.reader import FeatureSet
+
+TRAIN_SPLIT = "train,val2"
+# An MLP as a CLIP recipe would train it: random start, plain epochs, a learned scale. Learning
+# rate and captions were chosen on validation among the values that tune.py prints.
+INFONCE: dict[str, Any] = {
+    "init": "random",
+    "learn_scale": True,
+    "noise": 0.0,
+    "caption_weights": False,
+    "other_captions": 1.0,
+    "learning_rate": 1e-3,
+    "cs_weight": 0.0,
+}
+CS = {"cs_weight": 1.0, "bandwidth": 0.5}
+BASELINE = "InfoNCE MLP, scale 14.3"
+ROWS: dict[str, dict[str, Any]] = {
+    BASELINE: {**INFONCE, "logit_scale": 14.3},
+    "+ CS (lambda 1, sigma 0.5)": {**INFONCE, "logit_scale": 14.3, **CS},
+    "InfoNCE MLP, scale 100": {**INFONCE, "logit_scale": 100.0},
+    "+ CS (lambda 1, sigma 0.5) ": {**INFONCE, "logit_scale": 100.0, **CS},
+    "csalign train --steps 0 (closed form)": {"steps": 0},
+    "csalign train --cs-weight 0": {"cs_weight": 0.0},
+    "csalign train (the default)": {},
+}
+GAPS = ("centroid_distance", "rmg", "cs_divergence", "frechet")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained model on the test split.
+
+    Attributes:
+        document: what ``csalign eval --json`` prints.
+        hits: (n,) the mean of the six recalls of each test image and its title.
+        seconds: of training.
+    """
+
+    document: dict[str, Any]
+    hits: NDArray[np.float64]
+    seconds: float
+
+
+def main() -> None:
+    """Train, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write all figures here")
+    arguments = parser.parse_args()
+    features = arguments.work / "features"
+    table: dict[str, list[Measured]] = {"plain CCA": [measure_plain_cca(features)]}
+    for name, settings in ROWS.items():
+        table[name] = [measure(features, settings, seed) for seed in range(arguments.seeds)]
+        print(f"done: {name}", flush=True)
+    print_table(table)
+    if arguments.json:
+        documents = {name: [run.document for run in runs] for name, runs in table.items()}
+        arguments.json.write_text(json.dumps(documents, indent=2))
+
+
+def measure(features: Path, settings: Mapping[str, Any], seed: int) -> Measured:
+    """Train one row with one seed and measure it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        config = TrainConfig(
+            features=features, out=run, train_split=TRAIN_SPLIT, seed=seed, **settings
+        )
+        result = train(config)
+        return measured(features, run, result.seconds)
+
+
+def measured(features: Path, run: Path, seconds: float) -> Measured:
+    """Measure a run on the test split."""
+    document = evaluate(EvalConfig(features=features, adapter=run, split="test"))
+    rows = load_rows(FeatureSet.open(features), "test")
+    adapter = load_adapter(run)
+    ranks = rank_both_ways(
+        adapter.embed(Modality.IMAGE, rows.images),
+        adapter.embed(Modality.TEXT, rows.texts),
+        rows.text_image,
+    )
+    # One title an image, so both directions have a query for each test image; texts are in the
+    # order of their images.
+    hits = np.mean([direction.first <= k for direction in ranks for k in RECALL_AT], axis=0)
+    return Measured(document, hits, seconds)
+
+
+def measure_plain_cca(features: Path) -> Measured:
+    """CCA on titles without weights or square roots; ridge and power chosen on validation."""
+    opened = FeatureSet.open(features)
+    rows, val = load_rows(opened, TRAIN_SPLIT), load_rows(opened, "val")
+    adapter = best_on(val, plain_cca(rows))
+    info = AdapterInfo(
+        adapters={side: adapter.side(side).shape for side in Modality},
+        encoders={side: opened.table(side).encoder.spec for side in Modality},
+        start="plain CCA",
+        step=0,
+        logit_scale=1.0,
+        bandwidth=None,
+        data_fingerprint=opened.manifest.fingerprint(),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), adapter, info)
+        return measured(features, Path(folder), 0.0)
+
+
+def plain_cca(rows: PairedRows) -> list[Adapter]:
+    """Every candidate of the grid that ``csalign train`` searches."""
+    pairs, weights = PairSampler(rows, other_weight=0.0, once=False).weighted_pairs()
+    moments = PairMoments.of(rows.images, rows.texts, pairs, weights, (False, False))
+    adapters = []
+    for ridge in RIDGES:
+        for form in moments.cca(ridge=ridge, powers=POWERS, width=MAX_WIDTH):
+            adapter = Adapter(
+                {
+                    Modality.IMAGE: SideShape("linear", form.image_weight.shape[1], MAX_WIDTH),
+                    Modality.TEXT: SideShape("linear", form.text_weight.shape[1], MAX_WIDTH),
+                }
+            )
+            adapter.image.start_from(form.image_mean, form.image_weight)
+            adapter.text.start_from(form.text_mean, form.text_weight)
+            adapters.append(adapter)
+    return adapters
+
+
+def best_on(val: PairedRows, adapters: Sequence[Adapter]) -> Adapter:
+    """The candidate with the best validation score."""
+    best, best_score = adapters[0], None
+    for adapter in adapters:
+        score: Score = validate(adapter, val)
+        if score.better_than(best_score):
+            best, best_score = adapter, score
+    return best
+
+
+def bootstrap_error(values: NDArray[np.float64], draws: int = 2_000) -> float:
+    """Standard error of a mean over images, by resampling them."""
+    rng = np.random.default_rng(0)
+    picked = rng.integers(0, len(values), (draws, len(values)))
+    return float(values[picked].mean(axis=1).std())
+
+
+def print_table(table: Mapping[str, Sequence[Measured]]) -> None:
+    """Print the table as Markdown."""
+    baseline = np.mean([run.hits for run in table[BASELINE]], axis=0)
+    print("\n| | i2t R@1/5/10 | t2i R@1/5/10 | mean recall (se) | against the first InfoNCE (se) |")
+    print("|---|---|---|---|---|")
+    for name, runs in table.items():
+        hits = np.mean([run.hits for run in runs], axis=0)
+        recalls = [100 * run.document["retrieval"]["mean_recall"] for run in runs]
+        difference = hits - baseline
+        print(
+            f"| {name.strip()} | {recall_cells(runs, 'image_to_text')} "
+            f"| {recall_cells(runs, 'text_to_image')} "
+            f"| {np.mean(recalls):.2f} ± {np.std(recalls):.2f} ({100 * bootstrap_error(hits):.2f}) "
+            f"| {100 * difference.mean():+.2f} ({100 * bootstrap_error(difference):.2f}) |"
+        )
+    print("\n| | centroid distance | RMG | CS divergence | Frechet | training, s |")
+    print("|---|---|---|---|---|---|")
+    for name, runs in table.items():
+        cells = " | ".join(spread(runs, lambda d, key=gap: d["gap"][key]) for gap in GAPS)
+        seconds = float(np.median([run.seconds for run in runs]))
+        print(f"| {name.strip()} | {cells} | {seconds:.0f} |")
+
+
+def recall_cells(runs: Sequence[Measured], direction: str) -> str:
+    """Mean R@1, R@5 and R@10 in percent."""
+    return " / ".join(
+        f"{100 * np.mean([run.document['retrieval'][direction][f'R@{k}'] for run in runs]):.1f}"
+        for k in RECALL_AT
+    )
+
+
+def spread(runs: Sequence[Measured], figure: Callable[[dict[str, Any]], float]) -> str:
+    """Mean and standard deviation of a figure over seeds."""
+    values = [figure(run.document) for run in runs]
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+
+
+if __name__ == "__main__":
+    main()
