@@ -4,9 +4,9 @@ Where things live; imports run one way, down this list::
 
     cli        the commands: options, progress, tables, exit codes
     steps      extract, import, inspect, train, apply, eval: one module a command
+    encoders   frozen encoders behind one interface
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
-    encoders   frozen encoders behind one interface
     adapters   the maps into the shared space, their closed-form start, their files
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE

@@ -219,11 +219,11 @@ class TrainConfig(OutputConfig):
         None, ge=0, description="Optimiser steps (default: 20 epochs); 0 is the closed form alone."
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
-    learning_rate: Positive = Field(5e-4, description="Peak learning rate of AdamW.")
+    learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(0.05, description="Share of the steps that warm up, before the cosine.")
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    patience: Count = Field(5, description="Stop after so many validations without a better one.")
+    patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -16,11 +16,11 @@ ARTIFACT_MARKS = ("manifest.json", "adapter.json", "config.toml")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: temporary name, fsync, rename.
+    r"""Write a text file whole or not at all: temporary name, fsync, rename.
 
     Args:
         path: final path; its folder must exist.
-        text: content, written as UTF-8 with ``\\n`` line ends.
+        text: content, written as UTF-8 with ``\n`` line ends.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:

@@ -155,12 +155,14 @@ def _chunks(n: int) -> Iterator[slice]:
 
 def _deviations(columns: Tensor, covariance: Tensor) -> Tensor:
     """Standard deviation of each output of a (d, k) map, (k,)."""
-    return ((covariance @ columns) * columns).sum(0).clamp(min=TINY).sqrt()
+    variances = ((covariance @ columns) * columns).sum(0)
+    return torch.sqrt(variances.clamp(min=TINY))
 
 
 def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
     """(d, k) map as a (k, d) weight, scaled so that outputs have mean squared norm 1."""
-    return (columns / _deviations(columns, covariance).norm()).T.float().contiguous()
+    scale = torch.linalg.vector_norm(_deviations(columns, covariance))
+    return (columns / scale).T.float().contiguous()
 
 
 def is_non_negative(values: Array) -> bool:

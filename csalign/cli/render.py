@@ -2,12 +2,18 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from csalign.results import FeaturesResult, TrainResult
+
+# Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
+PIPED_WIDTH = 140
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -53,7 +59,7 @@ def eval_tables(document: dict[str, Any]) -> None:
         f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     )
     retrieval = document["retrieval"]
-    table = Table("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
+    table = _figures("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
     for name in ("image_to_text", "text_to_image"):
         row = retrieval[name]
         table.add_row(
@@ -63,7 +69,7 @@ def eval_tables(document: dict[str, Any]) -> None:
             f"{row['mrr']:.4f}",
             f"{row['map']:.4f}",
         )
-    Console().print(table)
+    _print_table(table)
     gap = document["gap"]
     flat = [("mean recall", _percent(retrieval["mean_recall"]))]
     for name, value in gap.items():
@@ -77,14 +83,12 @@ def eval_tables(document: dict[str, Any]) -> None:
 
 def compare_table(documents: list[dict[str, Any]]) -> None:
     """Several documents of ``csalign eval``, a row each."""
-    table = Table("", "split", "mean recall", "i2t R@1", "t2i R@1")
-    for name in ("centroid", "RMG", "CS", "Frechet"):
-        table.add_column(name, justify="right")
+    figures = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
+    table = _figures("", *figures)
     for document in documents:
         retrieval, gap = document["retrieval"], document["gap"]
         table.add_row(
-            document["adapter"] or f"{document['features']} (no adapter)",
-            document["split"],
+            escape(document["adapter"] or f"{document['features']} (no adapter)"),
             _percent(retrieval["mean_recall"]),
             _percent(retrieval["image_to_text"]["R@1"]),
             _percent(retrieval["text_to_image"]["R@1"]),
@@ -93,28 +97,31 @@ def compare_table(documents: list[dict[str, Any]]) -> None:
                 for key in ("centroid_distance", "rmg", "cs_divergence", "frechet")
             ),
         )
-    Console().print(table)
+    _print_table(table)
 
 
 def inspect_table(document: dict[str, Any]) -> None:
     """What ``csalign inspect`` found, a line a figure."""
-    rows = []
+    body = {key: value for key, value in document.items() if key not in ("kind", "path")}
+    for line in body.pop("validation", []):
+        body[f"validation, step {line['step']}"] = line["validation"]
+    _print_rows(f"{document['path']}: {document['kind']}, sound", list(_leaves(body)))
+
+
+def _figures(first: str, *names: str) -> Table:
+    """A table with a name in the first column and figures in the others."""
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    return Table(Column(first, overflow="fold"), *columns, box=SIMPLE)
+
+
+def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of everything in a nested document; what is unset is left out."""
     for key, value in document.items():
-        if key in ("kind", "path") or value is None:
-            continue
-        if key == "validation":
-            rows += [(f"step {line['step']}", _flat(line["validation"])) for line in value]
-        elif isinstance(value, dict):
-            rows += [(f"{key}, {part}", _flat(item)) for part, item in value.items()]
-        else:
-            rows.append((key, _flat(value)))
-    _print_rows(f"{document['path']}: {document['kind']}, sound", rows)
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_flat(v)}" for k, v in value.items() if v not in (None, {}))
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}, ")
+        elif value is not None:
+            yield name, f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _percent(share: float) -> str:
@@ -122,10 +129,18 @@ def _percent(share: float) -> str:
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table("", "", title=title, title_justify="left", show_header=False)
+    table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(escape(name), escape(value))
+    _print(title)
+    _print_table(table)
+
+
+def _print_table(table: Table) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPED_WIDTH)
+    console.print(table)
 
 
 def _print(line: str) -> None:

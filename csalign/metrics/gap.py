@@ -144,7 +144,10 @@ def alignment(own: Tensor, matched: Tensor) -> float:
 
 
 def uniformity(x: Tensor) -> float:
-    """log mean exp(-2 |x_i - x_j|^2) over pairs i < j, <= 0 (Wang and Isola 2020, t 2)."""
+    """Mean pairwise Gaussian potential, in the log domain, <= 0 (Wang and Isola 2020, t 2).
+
+    log mean exp(-2 |x_i - x_j|^2) over pairs i < j.
+    """
     n = len(x)
     if n < 2:
         return 0.0
@@ -154,7 +157,7 @@ def uniformity(x: Tensor) -> float:
 
 
 def cross_uniformity(x: Tensor, y: Tensor) -> float:
-    """log mean exp(-2 |x_i - y_j|^2) over all pairs across the modalities, <= 0."""
+    """Uniformity across the modalities, log mean exp(-2 |x_i - y_j|^2) over all pairs, <= 0."""
     exponents = -2 * squared_distances(x, y)
     return float(torch.logsumexp(exponents.flatten(), 0)) - math.log(exponents.numel())
 

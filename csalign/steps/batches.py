@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from csalign.store.join import PairedRows
 
@@ -48,7 +46,7 @@ class PairSampler:
         self._starts = np.cumsum(self._counts) - self._counts
         self._weight = other_weight
         self._once = once
-        self._keys = caption_keys(rows)
+        self._keys = rows.caption_keys
 
     def __len__(self) -> int:
         return len(self._images)
@@ -86,18 +84,3 @@ class PairSampler:
         others = 1 + np.floor(beyond / self._weight) if self._weight else np.zeros(len(counts))
         drawn = np.where(point < 1, 0, np.minimum(others, counts - 1))
         return drawn.astype(np.int64)
-
-
-def caption_keys(rows: PairedRows) -> Ints:
-    """A number for each text (m,), equal where captions are equal but for case and outer space.
-
-    A text without a caption is told by its embedding's bytes.
-    """
-    folded = pc.utf8_lower(pc.utf8_trim_whitespace(rows.captions))
-    unknown = rows.captions.is_null().to_numpy(zero_copy_only=False)
-    keys = folded.dictionary_encode().indices.fill_null(-1)
-    numbers: Ints = keys.to_numpy(zero_copy_only=False).astype(np.int64)
-    if unknown.any():
-        raw = pa.array([row.tobytes() for row in rows.texts[unknown]], pa.binary())
-        numbers[unknown] = raw.dictionary_encode().indices.to_numpy() + numbers.max() + 1
-    return numbers

@@ -55,6 +55,21 @@ class PairedRows:
         counts = np.bincount(self.text_image[paired], minlength=len(self.images))
         return np.split(order, np.cumsum(counts)[:-1])
 
+    @cached_property
+    def caption_keys(self) -> Ints:
+        """A number for each text (m,), equal where captions are but for case and outer space.
+
+        A text without a caption is told by its embedding's bytes.
+        """
+        folded = pc.utf8_lower(pc.utf8_trim_whitespace(self.captions))
+        keys = folded.dictionary_encode().indices.fill_null(-1)
+        numbers: Ints = keys.to_numpy(zero_copy_only=False).astype(np.int64)
+        unknown = np.flatnonzero(numbers < 0)
+        if len(unknown):
+            raw = pa.array([self.texts[row].tobytes() for row in unknown], pa.binary())
+            numbers[unknown] = raw.dictionary_encode().indices.to_numpy() + numbers.max() + 1
+        return numbers
+
     def take_images(self, keep: npt.NDArray[np.bool_]) -> "PairedRows":
         """The images where `keep` (n,) is true, and their texts; unpaired texts are left out."""
         position = np.where(keep, np.cumsum(keep) - 1, -1)

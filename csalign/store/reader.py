@@ -197,9 +197,7 @@ class FeatureSet:
         }
         tables = []
         for side, (shards, count) in parts.items():
-            table = FeatureTable(
-                path, side, manifest.encoder(side), manifest.dtype, tuple(shards)
-            )
+            table = FeatureTable(path, side, manifest.encoder(side), manifest.dtype, tuple(shards))
             table.check()
             if len(table) != count:
                 raise SchemaError(

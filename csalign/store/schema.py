@@ -19,7 +19,10 @@ STRING_COLUMNS = {
     Modality.IMAGE: (ID, SOURCE, SPLIT),
     Modality.TEXT: (ID, IMAGE_ID, CAPTION, SPLIT),
 }
-DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
 
 
 def table_schema(

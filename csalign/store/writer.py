@@ -125,7 +125,7 @@ class FeatureWriter:
             )
         manifest = Manifest(
             csalign_version=__version__,
-            dtype=self._dtype,  # type: ignore[arg-type]  # pydantic checks the literal
+            dtype=self._dtype,
             encoders=Encoders(
                 image=self._encoders[Modality.IMAGE], text=self._encoders[Modality.TEXT]
             ),

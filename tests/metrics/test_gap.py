@@ -8,14 +8,14 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import cross_val_score
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from csalign.metrics import gap
 
 
 def unit(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
     rng = np.random.default_rng(seed)
-    x = torch.from_numpy(rng.normal(size=(n, d))) + shift
-    return x / x.norm(dim=1, keepdim=True)
+    return normalize(torch.from_numpy(rng.normal(size=(n, d))) + shift, dim=1)
 
 
 def test_frechet_distance_equals_scipys_matrix_root() -> None:
@@ -41,11 +41,15 @@ def test_frechet_distance_is_finite_zero_on_itself_and_symmetric_with_few_rows(
 def test_relative_modality_gap_equals_a_loop() -> None:
     x, y = unit(20, 5, 0), unit(30, 5, 1, 0.3)
     owners = torch.arange(30) % 20
-    distance = lambda a, b: (1 - float(a @ b)) / 2  # noqa: E731
+
+    def distance(a: Tensor, b: Tensor) -> float:
+        return (1 - float(a @ b)) / 2
 
     def within(side: Tensor) -> float:
         n = len(side)
-        return float(np.mean([distance(side[i], side[j]) for i in range(n) for j in range(n) if i != j]))
+        return float(
+            np.mean([distance(side[i], side[j]) for i in range(n) for j in range(n) if i != j])
+        )
 
     pairs = float(np.mean([distance(x[o], y[j]) for j, o in enumerate(owners)]))
     expected = pairs / (pairs + (within(x) + within(y)) / 2)

@@ -12,7 +12,9 @@ from csalign.metrics.retrieval import mean_recall, rank_both_ways
 Array = npt.NDArray[Any]
 
 
-def brute_force(queries: Array, gallery: Array, own: list[list[int]]) -> tuple[list[int], list[float]]:
+def brute_force(
+    queries: Array, gallery: Array, own: list[list[int]]
+) -> tuple[list[int], list[float]]:
     """First rank and average precision by sorting, a tied wrong item ahead of a match."""
     first, precision = [], []
     for query, matches in zip(queries.astype(np.float64), own, strict=True):
@@ -83,7 +85,7 @@ def test_an_image_counts_once_any_of_its_captions_is_found() -> None:
 
 
 def test_collapsed_embeddings_get_the_worst_rank_and_not_the_best() -> None:
-    same = np.ones((50, 4), np.float32) / 2
+    same = np.full((50, 4), 0.5, np.float32)
     ranks = rank_both_ways(same, same, np.arange(50))
 
     assert all((direction.first == 50).all() for direction in ranks)

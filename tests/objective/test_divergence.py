@@ -159,9 +159,7 @@ def test_approaches_the_closed_form_of_two_smoothed_gaussians(shift: float, seed
 @pytest.mark.parametrize(
     ("x", "y"), [((2, 3), (2, 4)), ((0, 3), (2, 3)), ((2, 3), (0, 3)), ((3,), (2, 3))]
 )
-def test_sets_that_do_not_fit_are_refused_by_shape(
-    x: tuple[int, ...], y: tuple[int, ...]
-) -> None:
+def test_sets_that_do_not_fit_are_refused_by_shape(x: tuple[int, ...], y: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match=r"got shapes"):
         cs_divergence(torch.zeros(x), torch.zeros(y), sigma=1.0)
 
@@ -175,9 +173,7 @@ def test_a_bandwidth_that_is_not_positive_and_finite_is_refused(sigma: float) ->
 def test_mmd_equals_its_formula() -> None:
     x, y = rows(7, 3, 0), rows(5, 3, 1, 0.4)
     expected = (
-        loop_mean_kernel(x, x, 0.8)
-        + loop_mean_kernel(y, y, 0.8)
-        - 2 * loop_mean_kernel(x, y, 0.8)
+        loop_mean_kernel(x, x, 0.8) + loop_mean_kernel(y, y, 0.8) - 2 * loop_mean_kernel(x, y, 0.8)
     )
 
     assert float(mmd(x, y, sigma=0.8)) == pytest.approx(expected, abs=1e-12)

@@ -1,12 +1,14 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from csalign.steps.batches import PairSampler, caption_keys
+from csalign.steps.batches import PairSampler
 from csalign.store.join import PairedRows
 
 
-def make_rows(captions: list[list[str | None]]) -> PairedRows:
+def make_rows(captions: Sequence[Sequence[str | None]]) -> PairedRows:
     """Image i has captions[i]."""
     texts = [caption for own in captions for caption in own]
     owners = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
@@ -32,7 +34,7 @@ def draws(sampler: PairSampler, epochs: int, batch_size: int = 4) -> np.ndarray:
 def test_captions_are_equal_but_for_case_and_outer_space_and_unknown_ones_by_embedding() -> None:
     rows = make_rows([["A cat"], [" a CAT "], ["a dog"], [None], [None]])
     rows.texts[4] = rows.texts[3]
-    keys = caption_keys(rows)
+    keys = rows.caption_keys
 
     assert keys[0] == keys[1]
     assert keys[3] == keys[4]
@@ -41,9 +43,7 @@ def test_captions_are_equal_but_for_case_and_outer_space_and_unknown_ones_by_emb
 
 def test_an_epoch_shows_every_image_once_with_a_caption_of_its_own() -> None:
     rows = make_rows([["a", "b"], [], ["c"], ["d", "e", "f"]])
-    for batch in PairSampler(rows, other_weight=1.0, once=True).epoch(
-        10, np.random.default_rng(1)
-    ):
+    for batch in PairSampler(rows, other_weight=1.0, once=True).epoch(10, np.random.default_rng(1)):
         assert sorted(batch.images.tolist()) == [0, 2, 3]
         assert rows.text_image[batch.texts].tolist() == batch.images.tolist()
 
@@ -52,9 +52,7 @@ def test_a_shared_caption_comes_once_an_epoch_from_each_of_its_images_in_turn() 
     rows = make_rows([["junk"]] * 30 + [["a"], ["b"]])
     sampler = PairSampler(rows, other_weight=0.3, once=True)
     rng = np.random.default_rng(0)
-    epochs = [
-        np.concatenate([batch.images for batch in sampler.epoch(2, rng)]) for _ in range(60)
-    ]
+    epochs = [np.concatenate([batch.images for batch in sampler.epoch(2, rng)]) for _ in range(60)]
 
     assert all(len(epoch) == 3 for epoch in epochs)
     assert len({int(image) for epoch in epochs for image in epoch}) > 20

@@ -82,14 +82,14 @@ def test_unpaired_rows_are_distractors_and_not_queries(tmp_path: Path) -> None:
 
 
 def test_different_widths_need_an_adapter(features: Path) -> None:
-    with pytest.raises(ShapeError, match="24 wide and texts 16, .* --adapter"):
+    with pytest.raises(ShapeError, match=r"24 wide and texts 16, .* --adapter"):
         evaluate(EvalConfig(features=features))
 
 
 def test_an_adapter_of_other_widths_is_refused_with_both(tmp_path: Path, run: Path) -> None:
     other = aligned_set(tmp_path, np.eye(4), np.eye(4))
 
-    with pytest.raises(ShapeError, match="image embeddings are 4 wide, the adapter .* takes 24"):
+    with pytest.raises(ShapeError, match=r"image embeddings are 4 wide, the adapter .* takes 24"):
         evaluate(EvalConfig(features=other, adapter=run))
     with pytest.raises(ShapeError, match="image embeddings are 4 wide"):
         apply(ApplyConfig(features=other, adapter=run, out=tmp_path / "out"))

@@ -192,14 +192,12 @@ def test_an_output_is_replaced_only_when_asked_and_only_after_success(tmp_path: 
     import_arrays(ImportConfig(images=good, texts=good, out=out))
     before = (out / "manifest.json").read_bytes()
 
-    with pytest.raises(OutputError, match="exists; .* --overwrite"):
+    with pytest.raises(OutputError, match=r"exists; .* --overwrite"):
         import_arrays(ImportConfig(images=good, texts=good, out=out))
     with pytest.raises(DataError, match="norm 0"):
         import_arrays(ImportConfig(images=good, texts=bad, out=out, overwrite=True))
     assert (out / "manifest.json").read_bytes() == before
-    import_arrays(
-        ImportConfig(images=good, texts=good, out=out, overwrite=True, dtype="float16")
-    )
+    import_arrays(ImportConfig(images=good, texts=good, out=out, overwrite=True, dtype="float16"))
     assert FeatureSet.open(out).manifest.dtype == "float16"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npy", "out", "x.npy"]
 

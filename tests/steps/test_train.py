@@ -98,9 +98,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert one != three
 
 
-def test_training_leaves_the_callers_random_generator_alone(
-    features: Path, tmp_path: Path
-) -> None:
+def test_training_leaves_the_callers_random_generator_alone(features: Path, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run(features, tmp_path / "run")
 
@@ -122,7 +120,12 @@ def test_training_stops_early_when_validation_no_longer_improves(
     features: Path, tmp_path: Path
 ) -> None:
     result = run(
-        features, tmp_path / "run", learning_rate=30.0, clip_norm=1e6, steps=100, patience=2,
+        features,
+        tmp_path / "run",
+        learning_rate=30.0,
+        clip_norm=1e6,
+        steps=100,
+        patience=2,
         validations=20,
     )
 
@@ -291,7 +294,7 @@ def test_splits_that_cannot_be_used_are_refused(
 
 
 def test_a_set_whose_splits_have_other_names_asks_which_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no split 'train'; .* --train-split"):
+    with pytest.raises(DataError, match=r"has no split 'train'; .* --train-split"):
         run(make_set(tmp_path, 30, splits="everything"), tmp_path / "run")
 
 
@@ -311,7 +314,12 @@ def test_a_failed_replacement_leaves_the_old_run(features: Path, tmp_path: Path)
 
     with pytest.raises(TrainingError):
         run(
-            features, tmp_path / "run", overwrite=True, learning_rate=1e25, clip_norm=1e30,
-            warmup=1, steps=40,
+            features,
+            tmp_path / "run",
+            overwrite=True,
+            learning_rate=1e25,
+            clip_norm=1e30,
+            warmup=1,
+            steps=40,
         )
     assert (tmp_path / "run/adapter.safetensors").read_bytes() == before

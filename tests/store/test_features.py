@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from csalign.store.writer import FeatureWriter, Rows
 Array = npt.NDArray[Any]
 Write = Callable[..., Path]
 
-IMAGES = {
+IMAGES: dict[str, list[Any]] = {
     "id": ["a", "b", "c", "alone"],
     "source": ["a.png", "b.png", None, "alone.png"],
     "split": ["train", "train", "test", "test"],
 }
-TEXTS = {
+TEXTS: dict[str, list[Any]] = {
     "id": ["a0", "a1", "b0", "c0", "free"],
     "image_id": ["a", "a", "b", "c", None],
     "caption": ["one", "zwei", "три", "四", None],
@@ -49,8 +49,8 @@ def write(tmp_path: Path) -> Write:
         dtype: str = "float32",
         images: Array | None = None,
         texts: Array | None = None,
-        image_columns: dict[str, Sequence[str | None]] = IMAGES,
-        text_columns: dict[str, Sequence[str | None]] = TEXTS,
+        image_columns: dict[str, list[Any]] = IMAGES,
+        text_columns: dict[str, list[Any]] = TEXTS,
         tokens: bool = False,
     ) -> Path:
         folder = tmp_path / "features"
@@ -61,7 +61,9 @@ def write(tmp_path: Path) -> Write:
         }
         stored = [numbers(length, 2, length) for length in (1, 0, 4, 2, 3)] if tokens else None
         with FeatureWriter(folder, encoders, dtype) as out:
-            out.write(Modality.IMAGE, Rows(image_columns, numbers(4, 6) if images is None else images))
+            out.write(
+                Modality.IMAGE, Rows(image_columns, numbers(4, 6) if images is None else images)
+            )
             out.write(
                 Modality.TEXT,
                 Rows(text_columns, numbers(5, 3) if texts is None else texts, stored),
@@ -205,7 +207,10 @@ def rewrite_columns(folder: Path) -> None:
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: is damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), r"manifest\.json: document: "),
         (lambda f: edit_manifest(f, lambda m: m.update(format_version=9)), "upgrade csalign"),
-        (lambda f: edit_manifest(f, lambda m: m.update(dtype="float16")), "the manifest says fixed"),
+        (
+            lambda f: edit_manifest(f, lambda m: m.update(dtype="float16")),
+            "the manifest says fixed",
+        ),
         (lambda f: edit_manifest(f, lambda m: m["encoders"]["image"].update(width=7)), "width|7"),
         (lambda f: edit_manifest(f, lambda m: m["counts"].update(images=9)), "manifest counts 9"),
         (

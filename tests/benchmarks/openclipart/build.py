@@ -206,6 +206,8 @@ def run_import(folder: Path, out: Path, dtype: str) -> None:
         "--text-table": folder / "texts.csv",
         "--out": out,
         "--dtype": dtype,
+        "--image-encoder": "efficientnet-lite0 (ImageNet), pooled",
+        "--text-encoder": "all-MiniLM-L6-v2, mean pooled",
     }
     words = [str(word) for option in options.items() for word in option]
     subprocess.run([sys.executable, "-m", "csalign", "import", *words, "--overwrite"], check=True)

@@ -257,6 +257,8 @@ def main() -> None:
     build.write_tables(corpus, choose_features(corpus), work / "sample")
     if not arguments.no_import:
         build.run_import(work / "sample", SAMPLE_DATA / "features", "float16")
+        # It names folders of this machine, which mean nothing elsewhere.
+        (SAMPLE_DATA / "features" / "config.toml").unlink()
 
 
 if __name__ == "__main__":
