@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
     from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
+    from csalign.enums import Modality
     from csalign.steps.apply import apply
     from csalign.steps.evaluate import evaluate
     from csalign.steps.extract import extract
@@ -38,6 +39,7 @@ _HOMES = {
     "EvalConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
     "ImportConfig": "csalign.config",
+    "Modality": "csalign.enums",
     "TrainConfig": "csalign.config",
     "apply": "csalign.steps.apply",
     "evaluate": "csalign.steps.evaluate",
@@ -53,6 +55,7 @@ __all__ = [
     "EvalConfig",
     "ExtractConfig",
     "ImportConfig",
+    "Modality",
     "TrainConfig",
     "__version__",
     "apply",

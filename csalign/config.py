@@ -208,7 +208,7 @@ class TrainConfig(OutputConfig):
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
     cs_weight: NotNegative = Field(
-        0.1, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
+        1.0, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
     )
     bandwidth: Annotated[Literal["median"] | Positive, Number] = Field(
         "median",
@@ -216,7 +216,9 @@ class TrainConfig(OutputConfig):
         "the batch's pairwise distances, refreshed.",
     )
     steps: int | None = Field(
-        None, ge=0, description="Optimiser steps (default: 20 epochs); 0 is the closed form alone."
+        None,
+        ge=0,
+        description="Optimiser steps (default: 20 epochs, at least 200); 0 is the start alone.",
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")

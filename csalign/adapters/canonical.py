@@ -155,13 +155,13 @@ def _chunks(n: int) -> Iterator[slice]:
 
 def _deviations(columns: Tensor, covariance: Tensor) -> Tensor:
     """Standard deviation of each output of a (d, k) map, (k,)."""
-    variances = ((covariance @ columns) * columns).sum(0)
-    return torch.sqrt(variances.clamp(min=TINY))
+    variances = torch.sum((covariance @ columns) * columns, dim=0)
+    return variances.clamp(min=TINY).sqrt()
 
 
 def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
     """(d, k) map as a (k, d) weight, scaled so that outputs have mean squared norm 1."""
-    scale = torch.linalg.vector_norm(_deviations(columns, covariance))
+    scale: Tensor = torch.linalg.vector_norm(_deviations(columns, covariance))
     return (columns / scale).T.float().contiguous()
 
 

@@ -25,6 +25,8 @@ from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
 
+DEFAULT_EPOCHS = 20
+MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
@@ -75,10 +77,11 @@ class Trainer:
         return float(self.log_scale.detach().exp())
 
     def total_steps(self) -> int:
-        """Steps asked for, or as many as 20 times the images fill."""
+        """Steps asked for, or as many as 20 epochs fill, but at least 200."""
         if self.config.steps is not None:
             return self.config.steps
-        return math.ceil(20 * len(self.sampler) / self.config.batch_size)
+        epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)
+        return max(MIN_DEFAULT_STEPS, epochs)
 
     def fit(self, progress: Progress) -> Iterator[int]:
         """Train; yields the step after each validation, when it is a good time to save.
