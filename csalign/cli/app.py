@@ -11,11 +11,13 @@ import typer
 
 from csalign import __version__
 from csalign.cli import render
-from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, options_of
-from csalign.cli.progress import shown_progress
+from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.run import command
+from csalign.cli.step import step_command
 from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
 from csalign.errors import DataError
+from csalign.progress import Progress
+from csalign.results import FeaturesResult, TrainResult
 
 app = typer.Typer(
     name="csalign",
@@ -24,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # a local could be a huge tensor
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Given = dict[str, Any]
 
 
 def _show_version(wanted: bool) -> None:
@@ -44,41 +44,48 @@ def _main(
 
 
 @app.command()
-@options_of(ExtractConfig)
-def extract(
-    given: Given,
-    config: ConfigFile = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
+@step_command(ExtractConfig, render.features_table)
+def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
-    with command(quiet=quiet, verbose=verbose) as console:
-        settings = ExtractConfig.resolve(config, given)
-        from csalign.steps.extract import extract
+    from csalign.steps.extract import extract
 
-        with shown_progress(console, quiet=quiet) as progress:
-            result = extract(settings, progress)
-        render.print_json(result.to_json()) if json else render.features_table(result)
+    return extract(settings, progress)
 
 
 @app.command("import")
-@options_of(ImportConfig)
-def import_(
-    given: Given,
-    config: ConfigFile = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
+@step_command(ImportConfig, render.features_table)
+def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
     """Turn arrays of embeddings into a feature set."""
-    with command(quiet=quiet, verbose=verbose) as console:
-        settings = ImportConfig.resolve(config, given)
-        from csalign.steps.import_arrays import import_arrays
+    from csalign.steps.import_arrays import import_arrays
 
-        with shown_progress(console, quiet=quiet) as progress:
-            result = import_arrays(settings, progress)
-        render.print_json(result.to_json()) if json else render.features_table(result)
+    return import_arrays(settings, progress)
+
+
+@app.command()
+@step_command(TrainConfig, render.train_table)
+def train(settings: TrainConfig, progress: Progress) -> TrainResult:
+    """Train adapters on a feature set."""
+    from csalign.steps.train import train
+
+    return train(settings, progress)
+
+
+@app.command()
+@step_command(ApplyConfig, render.features_table)
+def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
+    """Map a feature set through trained adapters into a feature set again."""
+    from csalign.steps.apply import apply
+
+    return apply(settings, progress)
+
+
+@app.command("eval")
+@step_command(EvalConfig, render.eval_tables)
+def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
+    """Measure retrieval and the modality gap."""
+    from csalign.steps.evaluate import evaluate
+
+    return evaluate(settings, progress)
 
 
 @app.command()
@@ -94,63 +101,6 @@ def inspect(
 
         document = inspect(path)
         render.print_json(document) if json else render.inspect_table(document)
-
-
-@app.command()
-@options_of(TrainConfig)
-def train(
-    given: Given,
-    config: ConfigFile = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Train adapters on a feature set."""
-    with command(quiet=quiet, verbose=verbose) as console:
-        settings = TrainConfig.resolve(config, given)
-        from csalign.steps.train import train
-
-        with shown_progress(console, quiet=quiet) as progress:
-            result = train(settings, progress)
-        render.print_json(result.to_json()) if json else render.train_table(result)
-
-
-@app.command()
-@options_of(ApplyConfig)
-def apply(
-    given: Given,
-    config: ConfigFile = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Map a feature set through trained adapters into a feature set again."""
-    with command(quiet=quiet, verbose=verbose) as console:
-        settings = ApplyConfig.resolve(config, given)
-        from csalign.steps.apply import apply
-
-        with shown_progress(console, quiet=quiet) as progress:
-            result = apply(settings, progress)
-        render.print_json(result.to_json()) if json else render.features_table(result)
-
-
-@app.command("eval")
-@options_of(EvalConfig)
-def eval_(
-    given: Given,
-    config: ConfigFile = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Measure retrieval and the modality gap."""
-    with command(quiet=quiet, verbose=verbose) as console:
-        settings = EvalConfig.resolve(config, given)
-        from csalign.steps.evaluate import evaluate
-
-        with shown_progress(console, quiet=quiet) as progress:
-            document = evaluate(settings, progress)
-        render.print_json(document) if json else render.eval_tables(document)
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """Turns a config model into a command's options, so that each is spelled once."""
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -31,39 +30,19 @@ Verbose = Annotated[
 ]
 
 
-def options_of(config: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command with one option for each field of a config model.
+def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
+    """One command-line parameter for each field of a config model, positional ones first.
 
-    The command is called with the values that the command line gave, by field name, as its first
-    argument; fields that were not given are absent, so that a config file may set them. Its other
-    parameters are options as Typer reads them.
+    All default to None, which says that the command line did not give them, so that a config file
+    may.
     """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(command).parameters.values())[1:]
-        fields = config.model_fields
-
-        def wrapper(**values: Any) -> None:
-            given = {name: values.pop(name) for name in fields}
-            command({k: v for k, v in given.items() if v is not None}, **values)
-
-        parameters = [_parameter(name, field) for name, field in fields.items()]
-        parameters.sort(key=lambda parameter: parameter.name not in POSITIONAL)
-        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        wrapper.__name__ = command.__name__
-        wrapper.__doc__ = command.__doc__
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapper
-
-    return decorate
+    parameters = [_parameter(name, field) for name, field in config.model_fields.items()]
+    return sorted(parameters, key=lambda parameter: parameter.name not in POSITIONAL)
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
-    required = field.default is PydanticUndefined
-    shown: bool | str = False if required or field.default is None else _shown(field.default)
-    help_text = (field.description or "") + (" [required]" if required else "")
+    help_text = f"{field.description}{_default(field)}"
     if name in POSITIONAL:
         info: Any = typer.Argument(help=help_text, show_default=False, metavar=name.upper())
     else:
@@ -71,7 +50,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         flags = [f"--{flag}/--no-{flag}" if kind is bool and field.default else f"--{flag}"]
         flags += [SHORT[name]] if name in SHORT else []
         metavar = None if kind is bool else _metavar(field.annotation, kind)
-        info = typer.Option(*flags, help=help_text, show_default=shown, metavar=metavar)
+        info = typer.Option(*flags, help=help_text, show_default=False, metavar=metavar)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -80,10 +59,14 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return str(default)
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return " Required."
+    if field.default is None:
+        return ""  # the description says what happens then
+    if isinstance(field.default, bool):
+        return f" (default: {'on' if field.default else 'off'})"
+    return f" (default: {field.default})"
 
 
 def _plain_type(annotation: Any) -> Any:

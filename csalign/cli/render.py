@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -16,8 +17,9 @@ from csalign.results import FeaturesResult, TrainResult
 PIPED_WIDTH = 140
 
 
-def print_json(document: dict[str, Any]) -> None:
-    """Print one JSON document to stdout."""
+def print_json(result: Any) -> None:
+    """Print one JSON document to stdout: a document, or a result as one."""
+    document = result if isinstance(result, dict) else result.to_json()
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -85,10 +87,10 @@ def compare_table(documents: list[dict[str, Any]]) -> None:
     """Several documents of ``csalign eval``, a row each."""
     figures = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
     table = _figures("", *figures)
-    for document in documents:
+    for name, document in zip(_names(documents), documents, strict=True):
         retrieval, gap = document["retrieval"], document["gap"]
         table.add_row(
-            escape(document["adapter"] or f"{document['features']} (no adapter)"),
+            escape(name),
             _percent(retrieval["mean_recall"]),
             _percent(retrieval["image_to_text"]["R@1"]),
             _percent(retrieval["text_to_image"]["R@1"]),
@@ -98,6 +100,16 @@ def compare_table(documents: list[dict[str, Any]]) -> None:
             ),
         )
     _print_table(table)
+
+
+def _names(documents: list[dict[str, Any]]) -> list[str]:
+    """A name for each evaluation: its adapter or features, without a folder that all share."""
+    paths = [Path(document["adapter"] or document["features"]) for document in documents]
+    apart = len({path.parent for path in paths}) > 1
+    return [
+        (str(path) if apart else path.name) + ("" if document["adapter"] else " (no adapter)")
+        for path, document in zip(paths, documents, strict=True)
+    ]
 
 
 def inspect_table(document: dict[str, Any]) -> None:

@@ -1,0 +1,61 @@
+"""Makes a command out of a step: its options, its progress, its result."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from csalign.cli import render
+from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, parameters_of
+from csalign.cli.progress import shown_progress
+from csalign.cli.run import command
+from csalign.config import Config
+from csalign.progress import Progress
+
+C = TypeVar("C", bound=Config)
+R = TypeVar("R")
+
+
+def step_command(
+    config: type[C], show: Callable[[R], None]
+) -> Callable[[Callable[[C, Progress], R]], Callable[..., None]]:
+    """Decorate a function that runs a step, giving it the command line of the step's config.
+
+    Args:
+        config: its fields become options, beside ``--config``, ``--json``, ``-q`` and ``-v``.
+        show: prints a result for people.
+    """
+
+    def decorate(run_step: Callable[[C, Progress], R]) -> Callable[..., None]:
+        def run(
+            config_file: ConfigFile = None,
+            json: Json = False,
+            quiet: Quiet = False,
+            verbose: Verbose = 0,
+            **options: Any,
+        ) -> None:
+            given = {name: value for name, value in options.items() if value is not None}
+            with command(quiet=quiet, verbose=verbose) as console:
+                settings = config.resolve(config_file, given)
+                with shown_progress(console, quiet=quiet) as progress:
+                    result = run_step(settings, progress)
+                _show(result, show, as_json=json)
+
+        common = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(run).parameters.items()
+            if name != "options"
+        ]
+        parameters = [*parameters_of(config), *common]
+        run.__name__, run.__doc__ = run_step.__name__, run_step.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _show(result: R, show: Callable[[R], None], *, as_json: bool) -> None:
+    if as_json:
+        render.print_json(result)
+    else:
+        show(result)
