@@ -38,11 +38,10 @@ class PairSampler:
     """
 
     def __init__(self, rows: PairedRows, *, other_weight: float, once: bool) -> None:
-        counts = np.array([len(texts) for texts in rows.captions_of])
-        self._images = np.flatnonzero(counts)
-        self._counts = counts[self._images]
+        self._images = np.flatnonzero(rows.caption_counts)
+        self._counts = rows.caption_counts[self._images]
         # Row of the j-th caption of the i-th image: _texts[_starts[i] + j].
-        self._texts = np.concatenate(rows.captions_of)
+        self._texts = rows.texts_by_image
         self._starts = np.cumsum(self._counts) - self._counts
         self._weight = other_weight
         self._once = once

@@ -22,7 +22,7 @@ from csalign.steps.batches import PairSampler
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.trainer import Trainer
 from csalign.steps.validation import carve
-from csalign.store.join import ALL, PairedRows, load_rows, unit_rows
+from csalign.store.join import ALL, PairedRows, check_directions, load_rows
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ def _load(features: FeatureSet, config: TrainConfig) -> tuple[PairedRows, Paired
             )
     for part in (rows, val):
         if part is not None:
-            unit_rows(part.images, part.image_ids, part.name)
-            unit_rows(part.texts, part.text_ids, part.name)
+            check_directions(part.images, part.image_ids, f"{part.name}: images")
+            check_directions(part.texts, part.text_ids, f"{part.name}: texts")
     return rows, val
 
 

@@ -65,7 +65,7 @@ def carve(rows: PairedRows, seed: int) -> tuple[PairedRows, PairedRows | None]:
         What is left for training, and the held-out rows; None where fewer than 20 images have
         captions, too few to tell anything.
     """
-    captioned = np.flatnonzero([len(texts) > 0 for texts in rows.captions_of])
+    captioned = np.flatnonzero(rows.caption_counts)
     if len(captioned) < 20:
         return rows, None
     rng = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 ALL = "all"
+CHECKED_ROWS = 65_536  # at a time, so that a check needs no second copy of everything
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ class PairedRows:
         return int((self.text_image >= 0).sum())
 
     @cached_property
-    def captions_of(self) -> list[Ints]:
-        """For each image, the rows of its texts in stored order; empty where it has none."""
+    def caption_counts(self) -> Ints:
+        """How many texts each image has, (n,)."""
+        return np.bincount(self.text_image[self.text_image >= 0], minlength=len(self.images))
+
+    @cached_property
+    def texts_by_image(self) -> Ints:
+        """Rows of the paired texts, (pairs,), image by image, in stored order within an image."""
         paired = np.flatnonzero(self.text_image >= 0)
-        order = paired[np.argsort(self.text_image[paired], kind="stable")]
-        counts = np.bincount(self.text_image[paired], minlength=len(self.images))
-        return np.split(order, np.cumsum(counts)[:-1])
+        return paired[np.argsort(self.text_image[paired], kind="stable")]
 
     @cached_property
     def caption_keys(self) -> Ints:
@@ -130,17 +134,23 @@ def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32
     Raises:
         DataError: a row is not finite or has norm 0, and so no direction.
     """
+    check_directions(values, ids, name)
     wide = values.astype(np.float32)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-    if len(bad):
-        what = "has norm 0" if norms[bad[0]] == 0 else "is not finite"
-        raise DataError(
-            f"{name}: the embedding of {ids[int(bad[0])].as_py()!r} {what} ({len(bad)} such rows); "
-            "encode it again or leave it out"
-        )
-    wide /= norms
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
     return wide
+
+
+def check_directions(values: Array, ids: pa.Array, name: str) -> None:
+    """Raise DataError if a row is not finite or has norm 0; arguments as for `unit_rows`."""
+    for start in range(0, len(values), CHECKED_ROWS):
+        norms = np.linalg.norm(values[start : start + CHECKED_ROWS].astype(np.float32), axis=1)
+        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        if len(bad):
+            what = "has norm 0" if norms[bad[0]] == 0 else "is not finite"
+            raise DataError(
+                f"{name}: the embedding of {ids[start + int(bad[0])].as_py()!r} {what}; encode it "
+                "again or leave it out"
+            )
 
 
 def check_same_width(rows: PairedRows) -> None:

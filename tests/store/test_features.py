@@ -148,7 +148,8 @@ def test_texts_join_images_by_id_whatever_their_order(write: Write) -> None:
     rows = load_rows(FeatureSet.open(write(text_columns=turned)), ALL)
 
     assert rows.text_image.tolist() == [-1, 2, 1, 0, 0]
-    assert [found.tolist() for found in rows.captions_of] == [[3, 4], [2], [1], []]
+    assert rows.caption_counts.tolist() == [2, 1, 1, 0]
+    assert rows.texts_by_image.tolist() == [3, 4, 2, 1]
     assert rows.pairs == 4
 
 
