@@ -59,8 +59,13 @@ class Config(BaseModel):
             raise ConfigError(_explain(error, file)) from None
 
     def to_toml(self) -> str:
-        """The resolved configuration, ready for ``--config``; unset keys are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        """The resolved configuration, ready for ``--config``.
+
+        Unset keys are left out, and so is the leave to overwrite, which is given once and not for
+        every repetition.
+        """
+        values = self.model_dump(mode="json", exclude_none=True, exclude={"overwrite"})
+        return tomli_w.dumps(values)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -190,14 +195,17 @@ class TrainConfig(OutputConfig):
         "canonical", description="Start from the closed form, or from random weights."
     )
     width: int | None = Field(
-        None, ge=1, description="Width of the shared space (default: 256 at most)."
+        None,
+        ge=1,
+        description="Width of the shared space (default: at most 256, or the encoders' own where "
+        "they share one and its centred features do best).",
     )
     hidden: Count = Field(1024, description="Hidden width of the residual MLP.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.3, description="Dropout in the residual MLP."
     )
     noise: NotNegative = Field(
-        0.5, description="Gaussian noise on training inputs, as a share of their mean norm."
+        0.5, description="Norm of the Gaussian noise on the unit training inputs."
     )
     other_captions: NotNegative = Field(
         0.3, description="Weight of each caption after an image's first, which weighs 1."
@@ -223,11 +231,13 @@ class TrainConfig(OutputConfig):
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
-    warmup: Share = Field(0.05, description="Share of the steps that warm up, before the cosine.")
+    warmup: Share = Field(
+        0.05, description="Share of the steps over which the rate rises; it falls by a cosine."
+    )
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 
@@ -254,5 +264,5 @@ class EvalConfig(Config):
         "there is one, else all).",
     )
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
-    seed: int = Field(0, ge=0, description="Seed of the figures that sample.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -1,5 +1,6 @@
 """Files and folders that appear under their final name only when they are complete."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,8 +12,11 @@ from typing import Any
 
 from csalign.errors import OutputError
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json", "config.toml")
-"""A folder that holds one of these was made by csalign, and ``--overwrite`` may replace it."""
+ARTIFACT_MARKS = ("manifest.json", "adapter.json")
+"""Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
+
+LOCK = ".csalign-lock"
+"""In a folder that is being built; its lock dies with the process that holds it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,22 +63,30 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
         inputs: folders and files that are read and so must not be replaced.
 
     Raises:
-        OutputError: `out` exists and `overwrite` is false; `out` is a file, a folder that csalign
-            did not make, one of `inputs`, or holds one of them.
+        OutputError: `out` exists and `overwrite` is false; `out` is a file, a mount point, the
+            working directory, a folder that csalign did not make, one of `inputs`, or holds one of
+            them; or its ``OUT.partial`` is in use or not ours.
     """
-    _restore_interrupted_swap(out)
     resolved = out.resolve()
+    _restore_interrupted_swap(resolved)
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(resolved):
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
-    if not out.exists():
+    if os.path.ismount(resolved) or resolved == Path.cwd():
+        raise OutputError(
+            f"{out}: is a mount point or the working directory, which cannot be replaced; choose a "
+            "folder in it"
+        )
+    partial = _partial(resolved)
+    if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
+        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
+    if not resolved.exists():
         return
-    if not out.is_dir():
+    if not resolved.is_dir():
         raise OutputError(f"{out}: is a file; choose another --out")
-    empty = not any(out.iterdir())
-    if empty:
+    if not any(resolved.iterdir()):
         return
-    if not any((out / mark).is_file() for mark in ARTIFACT_MARKS):
+    if not _is_artifact(resolved):
         raise OutputError(f"{out}: holds files that csalign did not make; choose another --out")
     if not overwrite:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
@@ -84,7 +96,8 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
 def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]:
     """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
 
-    What stood at `out` stays untouched until then. Callers run `check_output` first.
+    What stood at `out` stays untouched until then. What a dead process left at ``OUT.partial`` is
+    replaced. Callers run `check_output` first.
 
     Args:
         out: final folder.
@@ -92,19 +105,42 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
             something that the user can use; otherwise it is removed.
 
     Yields:
-        The folder to write into: fresh, empty, on the same file system as `out`.
+        The folder to write into: fresh, on the same file system as `out`.
+
+    Raises:
+        OutputError: another process is building the same output.
     """
-    partial = out.with_name(out.name + ".partial")
-    _remove(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        fsync_path(partial)
-    except BaseException:
-        if not keep_on_failure:
-            _remove(partial)
-        raise
-    _replace(partial, out)
+    out = out.resolve()
+    partial = _partial(out)
+    with _locked(partial):
+        try:
+            yield partial
+            (partial / LOCK).unlink()
+            fsync_path(partial)
+            _replace(partial, out)
+        except BaseException:
+            if not keep_on_failure:
+                _remove(partial)
+            raise
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make an empty folder that no other process builds in."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{partial}: another process is writing there; wait for it, or choose another --out"
+            ) from None
+        for leftover in partial.iterdir():
+            if leftover.is_dir():
+                _remove(leftover)
+            elif leftover.name != LOCK:
+                leftover.unlink()
+        yield
 
 
 def _replace(partial: Path, out: Path) -> None:
@@ -124,8 +160,24 @@ def _restore_interrupted_swap(out: Path) -> None:
     _remove(previous)
 
 
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def _previous(out: Path) -> Path:
-    return out.with_name(out.name + ".previous")
+    # Hidden and ours by name: a plain OUT.previous may be somebody's backup.
+    return out.with_name(f".{out.name}.csalign-previous")
+
+
+def _is_artifact(folder: Path) -> bool:
+    for mark in ARTIFACT_MARKS:
+        try:
+            document = json.loads((folder / mark).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and str(document.get("format")).startswith("csalign-"):
+            return True
+    return False
 
 
 def _remove(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +30,7 @@ class AdapterInfo(BaseModel):
         logit_scale: 1 / temperature of InfoNCE at that step.
         bandwidth: of the divergence at that step; None where it had no weight.
         data_fingerprint: of the feature set that it was trained on.
+        train_split: the split(s) of it that it was trained on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,14 @@ class AdapterInfo(BaseModel):
     logit_scale: float
     bandwidth: float | None
     data_fingerprint: str
+    train_split: str
+
+    @model_validator(mode="after")
+    def _has_both_sides(self) -> Self:
+        for given in (self.adapters, self.encoders):
+            if set(given) != set(Modality):
+                raise ValueError("an image and a text side are needed")
+        return self
 
 
 def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
@@ -62,7 +71,7 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path | str) -> Adapter:
     """Load a trained adapter.
 
     Args:
@@ -75,7 +84,7 @@ def load_adapter(folder: Path) -> Adapter:
         DataError: there is no adapter at `folder`.
         SchemaError: its files are damaged, do not agree, or are of another format version.
     """
-    return load_adapter_with_info(folder)[0]
+    return load_adapter_with_info(Path(folder))[0]
 
 
 def load_adapter_with_info(folder: Path) -> tuple[Adapter, AdapterInfo]:

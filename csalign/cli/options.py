@@ -47,7 +47,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         info: Any = typer.Argument(help=help_text, show_default=False, metavar=name.upper())
     else:
         flag = name.replace("_", "-")
-        flags = [f"--{flag}/--no-{flag}" if kind is bool and field.default else f"--{flag}"]
+        flags = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
         flags += [SHORT[name]] if name in SHORT else []
         metavar = None if kind is bool else _metavar(field.annotation, kind)
         info = typer.Option(*flags, help=help_text, show_default=False, metavar=metavar)

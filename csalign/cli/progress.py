@@ -11,6 +11,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -58,7 +59,7 @@ def _bars(console: Console) -> Progress:
 class _BarReporter:
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._tasks = {name.description: name.id for name in bars.tasks}
+        self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         if what not in self._tasks:

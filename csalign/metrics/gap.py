@@ -1,10 +1,12 @@
 """The modality gap: how far two sets of unit embeddings lie apart, each figure by its source.
 
-All take unit rows and compute in float64. x are images (n, d), y are texts (m, d), d their width;
-`matches` are the row pairs (image, text).
+x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
+in float64. Sums over rows go through the sets in chunks; figures of all pairs of rows take at most
+`MAX_ROWS` a side.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from csalign.objective.divergence import cs_divergence, mmd
 from csalign.objective.kernel import squared_distances
 
 Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
 
-# Quadratic figures use at most so many rows a side: 5,000 x 5,000 float64 is 200 MB.
-MAX_ROWS = 5_000
+MAX_ROWS = 5_000  # 5,000 x 5,000 float64 is 200 MB
+CHUNK_ROWS = 65_536
 
 
-def gap_suite(x: Array, y: Array, text_image: Array, *, sigma: float, seed: int) -> dict[str, Any]:
+def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) -> dict[str, Any]:
     """All figures of the gap, as ``csalign eval --json`` prints them under "gap".
 
     Args:
@@ -31,35 +34,37 @@ def gap_suite(x: Array, y: Array, text_image: Array, *, sigma: float, seed: int)
         sigma: bandwidth of the CS and MMD figures.
         seed: of the sampling above `MAX_ROWS` rows and of the classifier's folds.
     """
+    images, texts = torch.from_numpy(x), torch.from_numpy(y)
     paired = np.flatnonzero(text_image >= 0)
-    images, texts = torch.from_numpy(x).double(), torch.from_numpy(y).double()
-    own = images[torch.from_numpy(text_image[paired])]
-    matched = texts[torch.from_numpy(paired)]
+    pairs = torch.from_numpy(text_image[paired]), torch.from_numpy(paired)
     rng = np.random.default_rng(seed)
-    few_x, few_y = _at_most(images, rng), _at_most(texts, rng)
+    rows_x, rows_y = _sample(len(x), rng), _sample(len(y), rng)
+    few_x, few_y = images[rows_x].double(), texts[rows_y].double()
+    folds_x, folds_y = pair_folds(len(x), text_image, rng)
+    spread_x, spread_y = _covariance_root(images), _covariance_root(texts)
     return {
         "centroid_distance": centroid_distance(images, texts),
-        "rmg": relative_modality_gap(images, texts, own, matched),
+        "rmg": relative_modality_gap(images, texts, pairs),
         "cs_divergence": float(cs_divergence(few_x, few_y, sigma=sigma)),
         "mmd": float(mmd(few_x, few_y, sigma=sigma)),
-        "frechet": frechet_distance(images, texts),
-        "linear_separability": linear_separability(few_x, few_y, seed=seed),
-        "alignment": alignment(own, matched),
+        "frechet": _frechet(centroid_distance(images, texts), spread_x, spread_y),
+        "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
+        "alignment": alignment(images, texts, pairs),
         "uniformity": {
             "image": uniformity(few_x),
             "text": uniformity(few_y),
             "cross": cross_uniformity(few_x, few_y),
         },
-        "effective_rank": {"image": effective_rank(images), "text": effective_rank(texts)},
+        "effective_rank": {"image": _effective_rank(spread_x), "text": _effective_rank(spread_y)},
     }
 
 
 def centroid_distance(x: Tensor, y: Tensor) -> float:
     """Norm of the difference of the two means, in [0, 2] (Liang et al. 2022)."""
-    return float((x.mean(0) - y.mean(0)).norm())
+    return float((_mean(x) - _mean(y)).norm())
 
 
-def relative_modality_gap(x: Tensor, y: Tensor, own: Tensor, matched: Tensor) -> float:
+def relative_modality_gap(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     """Relative modality gap, RMG = p / (p + w), in [0, 1] (Schrodi et al. 2024).
 
     p is the mean of (1 - cos) / 2 over matched pairs; w the mean of the same over all ordered
@@ -69,12 +74,12 @@ def relative_modality_gap(x: Tensor, y: Tensor, own: Tensor, matched: Tensor) ->
     Args:
         x: (n, d) all images.
         y: (m, d) all texts.
-        own: (k, d) image of each matched pair.
-        matched: (k, d) text of each matched pair.
+        pairs: (k,) image rows and (k,) text rows that are matched.
     """
-    pairs = float((1 - (own * matched).sum(1)).mean() / 2)
+    # Unit rows: (1 - cos) / 2 = |x - y|^2 / 4.
+    across = alignment(x, y, pairs) / 4
     within = (_mean_distance_within(x) + _mean_distance_within(y)) / 2
-    return pairs / (pairs + within) if pairs + within else 0.0
+    return across / (across + within) if across + within else 0.0
 
 
 def _mean_distance_within(x: Tensor) -> float:
@@ -82,65 +87,114 @@ def _mean_distance_within(x: Tensor) -> float:
     if n < 2:
         return 0.0
     # sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2, without the n x n matrix.
-    off_diagonal = float(x.sum(0).square().sum() - x.square().sum())
+    squares = sum(float(chunk.square().sum()) for chunk in _chunks(x))
+    off_diagonal = float((_mean(x) * n).square().sum()) - squares
     return (1 - off_diagonal / (n * (n - 1))) / 2
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), with biased covariances. The trace of the
-    root is the sum of the singular values of X' Y'^T / sqrt(n m), so rank-deficient covariances
-    (fewer rows than columns) need no regularising.
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), with biased covariances. With C = R^T R the
+    trace of the root is the sum of the singular values of R_x R_y^T, so rank-deficient
+    covariances (fewer rows than columns) need no regularising.
     """
-    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
-    root_x, root_y = _covariance_root(centred_x), _covariance_root(centred_y)
+    return _frechet(centroid_distance(x, y), _covariance_root(x), _covariance_root(y))
+
+
+def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
     traces = root_x.square().sum() + root_y.square().sum()
-    mean = (x.mean(0) - y.mean(0)).square().sum()
-    return max(0.0, float(mean + traces - 2 * cross))
+    return max(0.0, centroid**2 + float(traces - 2 * cross))
 
 
-def _covariance_root(centred: Tensor) -> Tensor:
-    """R with R^T R = covariance, (min(n, d), d)."""
-    scaled = centred / math.sqrt(len(centred))
-    return torch.linalg.qr(scaled, mode="r").R if len(scaled) > scaled.shape[1] else scaled
+def effective_rank(x: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+
+    Of the centred rows; between 1 and min(n - 1, d), 1 where all rows coincide.
+    """
+    return _effective_rank(_covariance_root(x))
 
 
-def linear_separability(x: Tensor, y: Tensor, *, seed: int, folds: int = 5) -> float:
+def _effective_rank(root: Tensor) -> float:
+    values = torch.linalg.svdvals(root)
+    if float(values.sum()) <= 1e-12:
+        return 1.0
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def _covariance_root(x: Tensor) -> Tensor:
+    """R with R^T R = the biased covariance, at most (d, d), by one QR a chunk."""
+    mean = _mean(x)
+    root = torch.zeros(0, x.shape[1], dtype=torch.float64)
+    for chunk in _chunks(x):
+        root = torch.cat([root, (chunk - mean) / math.sqrt(len(x))])
+        if len(root) > root.shape[1]:
+            root = torch.linalg.qr(root, mode="r").R
+    return root
+
+
+def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
     """Balanced accuracy of a linear classifier telling the modalities apart; 0.5 is no gap.
 
-    Ridge regression onto -1 / +1 with each modality weighted alike, on `folds` held-out folds.
+    Regularised linear discriminant analysis, the mean over held-out folds; a row on the plane
+    counts half.
+
+    Args:
+        x: (n, d) images.
+        y: (m, d) texts.
+        folds_x: (n,) fold of each image.
+        folds_y: (m,) fold of each text: its image's, as `pair_folds` gives. A twin of a held-out
+            row among the training rows, with the other label, would push the figure below 0.5.
 
     Returns:
-        In [0, 1]; 0.5 where a side has fewer rows than there are folds.
+        In [0, 1]; 0.5 where a fold would leave a side empty.
     """
-    if min(len(x), len(y)) < folds:
-        return 0.5
-    rng = np.random.default_rng(seed)
-    fold_x, fold_y = (torch.from_numpy(rng.permutation(len(side)) % folds) for side in (x, y))
     correct = []
-    for fold in range(folds):
-        train_x, train_y = x[fold_x != fold], y[fold_y != fold]
-        weights, bias = _fisher_plane(train_x, train_y)
-        correct.append((x[fold_x == fold] @ weights + bias > 0).double().mean())
-        correct.append((y[fold_y == fold] @ weights + bias < 0).double().mean())
+    for fold in np.unique(folds_x):
+        here_x, here_y = (torch.from_numpy(folds == fold) for folds in (folds_x, folds_y))
+        if any(not here.any() or here.all() for here in (here_x, here_y)):
+            return 0.5
+        weights, bias = _fisher_plane(x[~here_x], y[~here_y])
+        for side, sign in ((x[here_x], 1), (y[here_y], -1)):
+            score = sign * (side @ weights + bias)
+            correct.append(((score > 0).double() + (score == 0).double() / 2).mean())
     return float(torch.stack(correct).mean())
+
+
+def pair_folds(
+    images: int, text_image: Ints, rng: np.random.Generator, folds: int = 5
+) -> tuple[Ints, Ints]:
+    """A fold for each image, and for each text its image's, or a random one without an image."""
+    of_image = rng.permutation(images) % folds
+    of_text = rng.permutation(len(text_image)) % folds
+    return of_image, np.where(text_image >= 0, of_image[text_image], of_text)
 
 
 def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Regularised linear discriminant between two sets: weights (d,) and bias ()."""
     mean_x, mean_y = x.mean(0), y.mean(0)
-    within = (torch.cov(x.T, correction=0) + torch.cov(y.T, correction=0)) / 2
-    within = within.reshape(x.shape[1], x.shape[1])
+    roots = _covariance_root(x), _covariance_root(y)
+    within = (roots[0].T @ roots[0] + roots[1].T @ roots[1]) / 2
     ridge = 1e-3 * within.trace() / len(within) + 1e-12
     weights = torch.linalg.solve(within + ridge * torch.eye(len(within)).double(), mean_x - mean_y)
     return weights, -weights @ (mean_x + mean_y) / 2
 
 
-def alignment(own: Tensor, matched: Tensor) -> float:
-    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
-    return float((own - matched).square().sum(1).mean())
+def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
+    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2).
+
+    Args:
+        x: (n, d) images.
+        y: (m, d) texts.
+        pairs: (k,) image rows and (k,) text rows that are matched.
+    """
+    total = 0.0
+    for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
+        total += float((x[own].double() - y[matched].double()).square().sum())
+    return total / len(pairs[0])
 
 
 def uniformity(x: Tensor) -> float:
@@ -162,22 +216,15 @@ def cross_uniformity(x: Tensor, y: Tensor) -> float:
     return float(torch.logsumexp(exponents.flatten(), 0)) - math.log(exponents.numel())
 
 
-def effective_rank(x: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
-
-    Of the centred rows; between 1 and min(n - 1, d), 1 where all rows coincide.
-    """
-    centred = x - x.mean(0)
-    values = torch.linalg.svdvals(_covariance_root(centred))
-    if float(values.sum()) <= 1e-12:
-        return 1.0
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return math.exp(-float((shares * shares.log()).sum()))
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(0, dtype=torch.float64)
 
 
-def _at_most(x: Tensor, rng: np.random.Generator) -> Tensor:
-    if len(x) <= MAX_ROWS:
-        return x
-    rows = np.sort(rng.choice(len(x), MAX_ROWS, replace=False))
-    return x[torch.from_numpy(rows)]
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    for chunk in torch.split(x, CHUNK_ROWS):
+        yield chunk.double()
+
+
+def _sample(n: int, rng: np.random.Generator) -> Ints:
+    """All rows, or `MAX_ROWS` of them, in order."""
+    return np.sort(rng.choice(n, min(n, MAX_ROWS), replace=False))

@@ -1,6 +1,5 @@
 """Cross-modal retrieval: exact ranks from FAISS scores; the only importer of faiss."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,13 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
+# Neighbours that FAISS lists for each query; deeper matches are ranked by counting.
+LISTED = 100
 # One tile of scores; larger ones leave the processor's caches without being any faster.
 TILE_BYTES = 64 << 20
+QUERIES_AT_A_TIME = 16_384  # bounds what the lists take
+NO_ITEM = -1
+FAR = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -58,41 +62,94 @@ def rank_both_ways(
     """
     paired = np.flatnonzero(text_image >= 0)
     owners = text_image[paired]
-    order = np.argsort(owners, kind="stable")
+    order = paired[np.argsort(owners, kind="stable")]
     queried, counts = np.unique(owners, return_counts=True)
-    captions = np.split(paired[order], np.cumsum(counts)[:-1])
-    image_to_text = _rank(images[queried], texts, captions)
+    image_to_text = _rank(images[queried], texts, _padded(order, counts))
     text_to_image = _rank(texts[paired], images, owners.reshape(-1, 1))
     return image_to_text, text_to_image
 
 
-def _rank(queries: Floats, gallery: Floats, matches: Sequence[Ints] | Ints) -> DirectionRanks:
+def _padded(items: Ints, counts: Ints) -> Ints:
+    """Consecutive runs of `items`, one a row, filled up with `NO_ITEM`: (q, longest run)."""
+    rows = np.full((len(counts), counts.max()), NO_ITEM)
+    column = np.arange(rows.shape[1])
+    rows[column < counts[:, None]] = items
+    return rows
+
+
+def _rank(queries: Floats, gallery: Floats, matches: Ints) -> DirectionRanks:
     """Exact ranks of each query's matches in the gallery by inner product.
 
     A match's rank is 1 + the wrong items that score at least as high (ties against the model) +
-    the other matches that score higher. All scores compared come from the same tile, since the
-    same product computed elsewhere may round differently and outrank itself.
+    the other matches that are placed before it. FAISS lists the nearest items of each query; where
+    that list does not settle all ranks, the wrong items are counted.
+
+    Args:
+        queries: (q, d) unit rows.
+        gallery: (g, d) unit rows.
+        matches: (q, p) gallery rows that are right, filled up with `NO_ITEM`; at least one each.
     """
     queries, gallery = np.ascontiguousarray(queries), np.ascontiguousarray(gallery)
-    first = np.empty(len(queries), np.int64)
-    precision = np.empty(len(queries))
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(gallery)
     step = max(1, TILE_BYTES // (4 * len(gallery)))
-    for start in range(0, len(queries), step):
-        tile = faiss.pairwise_distances(
-            queries[start : start + step], gallery, faiss.METRIC_INNER_PRODUCT
-        )
-        for row, scores in enumerate(tile, start):
-            first[row], precision[row] = _rank_one(scores, matches[row])
-    return DirectionRanks(first, precision)
+    wrong = np.empty(matches.shape, np.int64)
+    for start in range(0, len(queries), QUERIES_AT_A_TIME):
+        some = slice(start, start + QUERIES_AT_A_TIME)
+        wrong[some], settled = _wrong_in_list(index, queries[some], matches[some])
+        deep = start + np.flatnonzero(~settled)
+        for first in range(0, len(deep), step):
+            rows = deep[first : first + step]
+            wrong[rows] = _wrong_by_counting(queries[rows] @ gallery.T, matches[rows])
+    wrong.sort(axis=1)  # the best match first; what fills up counts as infinitely far
+    known = wrong < FAR
+    position = np.arange(1, matches.shape[1] + 1)
+    precision = np.where(known, position / (position + np.where(known, wrong, 0)), 0)
+    return DirectionRanks(wrong[:, 0] + 1, precision.sum(axis=1) / known.sum(axis=1))
 
 
-def _rank_one(scores: Floats, own: Ints) -> tuple[int, float]:
-    """Rank of the best match and average precision, from one query's scores of the gallery."""
-    positives = np.sort(scores[own])[::-1]  # best first
-    scores[own] = -np.inf  # the tile is ours; what is left are the wrong items
-    wrong = np.array([np.count_nonzero(scores >= score) for score in positives])
-    position = np.arange(1, len(own) + 1)
-    return int(wrong[0]) + 1, float((position / (position + wrong)).mean())
+def _wrong_in_list(
+    index: faiss.IndexFlatIP, queries: Floats, matches: Ints
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """From FAISS's nearest items: wrong items at or before each match, (q, p), and where settled.
+
+    A query is settled when each of its matches is listed and beats the end of the list, so that
+    no item beyond the list can tie with it; or when the list is the whole gallery.
+    """
+    listed = min(index.ntotal, LISTED + matches.shape[1])
+    scores, items = index.search(queries, listed)
+    wrong = np.full(matches.shape, FAR)
+    settled = np.ones(len(queries), np.bool_)
+    is_match = np.zeros(items.shape, np.bool_)
+    for column in matches.T:
+        is_match |= items == column[:, None]
+    for place, column in enumerate(matches.T):
+        here = items == column[:, None]
+        there, needed = here.any(axis=1), column != NO_ITEM
+        score = np.where(here, scores, -np.inf).max(axis=1, keepdims=True)
+        count = ((scores >= score) & ~is_match).sum(axis=1)
+        wrong[needed, place] = count[needed]
+        beats_end = (score[:, 0] > scores[:, -1]) | (listed == index.ntotal)
+        settled &= ~needed | (there & beats_end)
+    return wrong, settled
+
+
+def _wrong_by_counting(scores: Floats, matches: Ints) -> Ints:
+    """Wrong items that score at least as high as each match, (q, p), from all scores (q, g).
+
+    The matches' scores are taken from the same product as those that they are compared with:
+    computed elsewhere they may round differently, and a match outrank itself.
+    """
+    own = np.take_along_axis(scores, np.maximum(matches, 0), axis=1)
+    for column in matches.T:
+        rows = np.flatnonzero(column != NO_ITEM)
+        scores[rows, column[rows]] = -np.inf  # what is left are the wrong items
+    wrong = np.full(matches.shape, FAR)
+    for place, column in enumerate(matches.T):
+        count = np.count_nonzero(scores >= own[:, place : place + 1], axis=1)
+        needed = column != NO_ITEM
+        wrong[needed, place] = count[needed]
+    return wrong
 
 
 def mean_recall(*directions: dict[str, Any]) -> float:

@@ -86,7 +86,7 @@ def read_array(spec: Path, names: Sequence[str]) -> Array:
 
 
 def _load(file: Path, name: str, names: Sequence[str]) -> Array:
-    if file.suffix != ".npz":
+    if not zipfile.is_zipfile(file):
         array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
         return array
     with np.load(file, allow_pickle=False) as archive:

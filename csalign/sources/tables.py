@@ -169,12 +169,15 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             record = _json_object(path, number, line)
-            yield number, {name: _scalar(value) for name, value in record.items()}
+            try:
+                yield number, {name: _scalar(value) for name, value in record.items()}
+            except ValueError as error:
+                raise DataError(f"{path}, row {number}: {error}") from None
 
 
 def _scalar(value: Any) -> str | None:
     """An id may be a number in JSON; as a string it is the same id."""
-    return None if value is None or value == "" else str(value).strip()
+    return None if value is None else _checked(str(value), "a cell") or None
 
 
 def _delimiter(path: Path) -> str:

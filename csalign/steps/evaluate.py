@@ -1,18 +1,30 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
+import logging
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from csalign.adapters.checkpoint import AdapterInfo
 from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.progress import Progress, silent
 from csalign.steps.adapted import load_adapter_for
-from csalign.store.join import ALL, PairedRows, check_same_width, load_rows, unit_rows
+from csalign.store.join import (
+    ALL,
+    PairedRows,
+    check_directions,
+    check_same_width,
+    load_rows,
+    split_names,
+    unit_rows,
+)
 from csalign.store.reader import FeatureSet
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 
@@ -36,7 +48,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     split = config.split or ("test" if "test" in features.splits() else ALL)
     rows = load_rows(features, split)
     progress("evaluation stages", 0, 3)
-    images, texts = _aligned(features, rows, config)
+    images, texts = _aligned(features, rows, split, config)
     progress("evaluation stages", 1, 3)
     ranks = rank_both_ways(images, texts, rows.text_image)
     image_to_text, text_to_image = (direction.summary() for direction in ranks)
@@ -57,15 +69,33 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     }
 
 
-def _aligned(features: FeatureSet, rows: PairedRows, config: EvalConfig) -> tuple[Floats, Floats]:
+def _aligned(
+    features: FeatureSet, rows: PairedRows, split: str, config: EvalConfig
+) -> tuple[Floats, Floats]:
     """Unit rows of both sides: through the adapter, or as they are."""
-    images = unit_rows(rows.images, rows.image_ids, f"{rows.name}: images")
-    texts = unit_rows(rows.texts, rows.text_ids, f"{rows.name}: texts")
+    sides = (
+        (Modality.IMAGE, rows.images, rows.image_ids, f"{rows.name}: images"),
+        (Modality.TEXT, rows.texts, rows.text_ids, f"{rows.name}: texts"),
+    )
     if config.adapter is None:
         check_same_width(rows)
+        images, texts = (unit_rows(values, ids, name) for _, values, ids, name in sides)
         return images, texts
-    adapter, _ = load_adapter_for(features, config.adapter, config.device)
-    return (
-        adapter.embed(Modality.IMAGE, rows.images),
-        adapter.embed(Modality.TEXT, rows.texts),
-    )
+    adapter, info = load_adapter_for(features, config.adapter, config.device)
+    _warn_of_trained_rows(features, info, split)
+    for _, values, ids, name in sides:
+        check_directions(values, ids, name)
+    images, texts = (adapter.embed(side, values) for side, values, _, _ in sides)
+    return images, texts
+
+
+def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
+    if info.data_fingerprint != features.manifest.fingerprint():
+        return
+    there = features.splits()
+    if split_names(split, there) & split_names(info.train_split, there):
+        log.warning(
+            "%s: the adapter was trained on rows of this split, so the figures say little about "
+            "new data; hold some out, as a split 'test', before training",
+            features.path,
+        )

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
-from csalign.errors import DataError
-from csalign.store.join import ALL, load_rows
+from csalign.errors import DataError, SchemaError
+from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """Describe a feature set or a run after checking all of it.
 
     Args:
@@ -24,6 +24,7 @@ def inspect(path: Path) -> dict[str, Any]:
         DataError: there is no such artifact.
         SchemaError: it does not agree with itself; the file is named.
     """
+    path = Path(path)
     folder = path.parent if path.name in (MANIFEST, DESCRIPTION) else path
     if not folder.exists():
         raise DataError(f"{path}: no such file or folder")
@@ -39,8 +40,7 @@ def inspect(path: Path) -> dict[str, Any]:
 def _features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
-    if features.manifest.counts.pairs:
-        load_rows(features, ALL)  # joins by id, which finds ids that repeat or lead nowhere
+    join_ids(features, ALL)  # finds ids that repeat or lead nowhere
     manifest = features.manifest
     shards = [*manifest.shards.images, *manifest.shards.texts]
     return {
@@ -61,7 +61,10 @@ def _run(folder: Path) -> dict[str, Any]:
     adapter, info = load_adapter_with_info(folder)
     log = folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    scores = [line for line in map(json.loads, lines) if "validation" in line]
+    try:
+        scores = [line for line in map(json.loads, lines) if "validation" in line]
+    except ValueError as error:
+        raise SchemaError(f"{log}: is damaged ({error}); train again") from None
     return {
         "kind": "run",
         "path": str(folder),

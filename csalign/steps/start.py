@@ -9,6 +9,7 @@ from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.model import Adapter, SideShape
 from csalign.config import TrainConfig
 from csalign.enums import Modality
+from csalign.errors import ConfigError
 from csalign.steps.batches import PairSampler
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
@@ -74,12 +75,20 @@ def _candidates(
     """Closed forms, the safest first, and whether the square root is taken of images and texts."""
     widths = rows.images.shape[1], rows.texts.shape[1]
     pairs, weights = sampler.weighted_pairs()
-    if widths[0] == widths[1] and config.width in (None, widths[0]):
-        plain = (False, False)
-        yield PairMoments.of(rows.images, rows.texts, pairs, weights, plain).centred(), plain
     roots = (is_non_negative(rows.images), is_non_negative(rows.texts))
     moments = PairMoments.of(rows.images, rows.texts, pairs, weights, roots)
-    width = min(config.width or MAX_WIDTH, *widths)
+    if widths[0] == widths[1] and config.width in (None, widths[0]):
+        plain = (False, False)
+        if roots == plain:
+            yield moments.centred(), plain
+        else:
+            yield PairMoments.of(rows.images, rows.texts, pairs, weights, plain).centred(), plain
+    width = config.width or min(MAX_WIDTH, *widths)
+    if width > min(widths):
+        raise ConfigError(
+            f"width: {width} is more than the narrower encoder's {min(widths)}, which the closed "
+            "form cannot give; lower it, or use --init random"
+        )
     for ridge in ridges:
         for form in moments.cca(ridge=ridge, powers=powers, width=width):
             yield form, roots

@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from csalign.adapters.checkpoint import AdapterInfo, save_adapter
 from csalign.config import TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
-from csalign.errors import DataError, TrainingError
+from csalign.errors import DataError, Stopped, TrainingError
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.trainer import Trainer
-from csalign.steps.validation import carve
-from csalign.store.join import ALL, PairedRows, check_directions, load_rows
+from csalign.steps.validation import carve, thin
+from csalign.store.join import ALL, PairedRows, check_directions, load_rows, split_names
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
-    rows, val = _load(features, config)
+    train_split = _train_split(features, config)
+    rows, val = _load(features, train_split, config)
     sampler = PairSampler(rows, other_weight=config.other_captions, once=config.caption_weights)
     if config.init == "canonical":
         adapter, start = closed_form_start(rows, sampler, val, config)
@@ -59,13 +61,17 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         files.write_text(folder / "config.toml", config.to_toml())
         files.write_json(folder / "environment.json", _environment(device, config))
         trainer = Trainer(adapter, rows, sampler, val, config, folder, device)
-        _run(trainer, folder, features, start, progress)
-        save_adapter(folder, adapter, _info(trainer, features, start))
+
+        def save(where: Path) -> None:
+            save_adapter(where, adapter, _info(trainer, features, train_split, start))
+
+        _run(trainer, folder / CHECKPOINTS, save, progress)
+        save(folder)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
-        steps=trainer.step,
-        best_step=trainer.best_step,
+        steps=trainer.steps_made,
+        best_step=trainer.step,
         start=start,
         parameters=adapter.parameter_counts(),
         validation={name: score.to_json() for name, score in scores.items() if score},
@@ -73,31 +79,36 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     )
 
 
-def _load(features: FeatureSet, config: TrainConfig) -> tuple[PairedRows, PairedRows | None]:
+def _train_split(features: FeatureSet, config: TrainConfig) -> str:
+    """The split(s) to train on; all of a set that was never split."""
+    never_split = set(features.splits()) == {None}
+    return ALL if config.train_split == "train" and never_split else config.train_split
+
+
+def _load(
+    features: FeatureSet, train_split: str, config: TrainConfig
+) -> tuple[PairedRows, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""
+    there = features.splits()
+    trained = split_names(train_split, there)
     val_split = config.val_split
-    if val_split is None and config.train_split != ALL and "val" in features.splits():
+    if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
-    train_split = config.train_split
-    if train_split == "train" and "train" not in features.splits():
-        if set(features.splits()) != {None}:
-            raise DataError(
-                f"{config.features}: has no split 'train'; name the split(s) to train on with "
-                "--train-split, or 'all'"
-            )
-        train_split = ALL  # a set that was never split: all of it is there to learn from
     rows = load_rows(features, train_split)
-    if val_split is not None:
-        if val_split in train_split.split(","):
-            raise DataError(f"split {val_split!r} is both trained and validated on; choose another")
-        val: PairedRows | None = load_rows(features, val_split)
-    else:
+    if val_split is None:
         rows, val = carve(rows, config.seed)
         if val is None:
             log.warning(
-                "%s: too few pairs to hold some out, so nothing is chosen by validation",
-                config.features,
+                "%s: too few pairs to hold some out, so nothing is chosen by validation", rows.name
             )
+    else:
+        both = trained & split_names(val_split, there)
+        if both:
+            raise DataError(
+                f"split {min(str(name) for name in both)!r} would be both trained and validated "
+                "on; name others with --train-split and --val-split"
+            )
+        val = thin(load_rows(features, val_split), config.seed)
     for part in (rows, val):
         if part is not None:
             check_directions(part.images, part.image_ids, f"{part.name}: images")
@@ -105,25 +116,32 @@ def _load(features: FeatureSet, config: TrainConfig) -> tuple[PairedRows, Paired
     return rows, val
 
 
-def _run(
-    trainer: Trainer, folder: Path, features: FeatureSet, start: str, progress: Progress
-) -> None:
-    """Train to the end, saving a checkpoint after each validation."""
+def _run(trainer: Trainer, folder: Path, save: Callable[[Path], None], progress: Progress) -> None:
+    """Train to the end, saving a checkpoint after each validation and when stopped."""
     saved: list[Path] = []
-    try:
-        for step in trainer.fit(progress):
-            path = folder / CHECKPOINTS / f"step-{step:06d}"
-            path.mkdir(parents=True)
-            save_adapter(path, trainer.adapter, _info(trainer, features, start))
+
+    def checkpoint() -> None:
+        path = folder / f"step-{trainer.step:06d}"
+        if path not in saved:
+            path.mkdir(parents=True, exist_ok=True)
+            save(path)
             saved.append(path)
-            if len(saved) > CHECKPOINTS_KEPT:
-                shutil.rmtree(saved.pop(0))
+        if len(saved) > CHECKPOINTS_KEPT:
+            shutil.rmtree(saved.pop(0))
+
+    try:
+        for _ in trainer.fit(progress):
+            checkpoint()
     except TrainingError as error:
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingError(f"{error}; {last}") from None
+    except Stopped:
+        checkpoint()
+        log.warning("the weights of step %d are in %s", trainer.step, saved[-1])
+        raise
 
 
-def _info(trainer: Trainer, features: FeatureSet, start: str) -> AdapterInfo:
+def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) -> AdapterInfo:
     return AdapterInfo(
         adapters={side: trainer.adapter.side(side).shape for side in Modality},
         encoders={side: features.table(side).encoder.spec for side in Modality},
@@ -132,6 +150,7 @@ def _info(trainer: Trainer, features: FeatureSet, start: str) -> AdapterInfo:
         logit_scale=trainer.logit_scale,
         bandwidth=trainer.sigma,
         data_fingerprint=features.manifest.fingerprint(),
+        train_split=train_split,
     )
 
 

@@ -33,6 +33,16 @@ MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would
 NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Weights, and what belongs to them."""
+
+    step: int
+    weights: dict[str, Any]
+    log_scale: Tensor
+    sigma: float | None
+
+
 @dataclass
 class Trainer:
     """Trains adapters on pairs and keeps the best weights on validation.
@@ -45,7 +55,11 @@ class Trainer:
         config: everything else.
         folder: where ``metrics.jsonl`` goes.
         device: where to compute.
-        checkpoint: called with the step after each validation, to save the current weights.
+        step: optimiser steps made; after `fit`, those of the weights that were kept.
+        steps_made: optimiser steps made in all.
+        start_score: validation of the start, None without validation rows.
+        best_score: validation of the weights that were kept.
+        sigma: bandwidth of the divergence, None where it has no weight.
     """
 
     adapter: Adapter
@@ -56,12 +70,12 @@ class Trainer:
     folder: Path
     device: torch.device
     step: int = 0
-    best_step: int = 0
+    steps_made: int = 0
     best_score: Score | None = None
     start_score: Score | None = None
     sigma: float | None = None
     log_scale: nn.Parameter = field(init=False)
-    _best: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _best: "_Kept | None" = None
     _warned: bool = False
 
     def __post_init__(self) -> None:
@@ -98,7 +112,7 @@ class Trainer:
         if total:
             optimiser, schedule = self._optimiser(total)
         stale = 0
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
             for batch in self._batches(total):
                 self._train_step(batch, optimiser, schedule)
@@ -110,8 +124,9 @@ class Trainer:
                 if self.val is not None and stale >= self.config.patience:
                     log.info("no better validation for %d in a row: stopped early", stale)
                     break
-        if self.val is not None:
-            self.adapter.load_state_dict(self._best)
+        self.steps_made = self.step
+        if self._best is not None:
+            self._restore(self._best)
 
     def _batches(self, total: int) -> Iterator[Batch]:
         rng = np.random.default_rng(self.config.seed)
@@ -162,8 +177,9 @@ class Trainer:
         rate = schedule.get_last_lr()[0]
         optimiser.step()
         schedule.step()
-        with torch.no_grad():
-            self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if self.config.learn_scale:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         self._record(
             {
                 "step": self.step,
@@ -227,15 +243,21 @@ class Trainer:
     def _validate(self) -> bool:
         """Measure, record, and keep the weights if they are the best so far."""
         if self.val is None:
-            self.best_step = self.step
             return True
         score = validate(self.adapter, self.val)
         self._record({"step": self.step, "validation": score.to_json()})
         better = score.better_than(self.best_score)
         if better:
-            self.best_step, self.best_score = self.step, score
-            self._best = copy.deepcopy(self.adapter.state_dict())
+            self.best_score = score
+            weights = copy.deepcopy(self.adapter.state_dict())
+            self._best = _Kept(self.step, weights, self.log_scale.detach().clone(), self.sigma)
         return better
+
+    def _restore(self, kept: "_Kept") -> None:
+        self.adapter.load_state_dict(kept.weights)
+        self.step, self.sigma = kept.step, kept.sigma
+        with torch.no_grad():
+            self.log_scale.copy_(kept.log_scale)
 
     def _record(self, line: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
 """How good an adapter is on held-out pairs: what training and the closed form are chosen by."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,10 @@ from csalign.adapters.model import Adapter
 from csalign.enums import Modality
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.store.join import PairedRows
+
+log = logging.getLogger(__name__)
+
+MAX_IMAGES = 2_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,17 @@ def validate(adapter: Adapter, rows: PairedRows) -> Score:
         mrr=float(np.mean([summary["mrr"] for summary in summaries])),
         centroid_distance=float(gap),
     )
+
+
+def thin(rows: PairedRows, seed: int) -> PairedRows:
+    """At most `MAX_IMAGES` of the images that have captions, since it is measured many times."""
+    captioned = np.flatnonzero(rows.caption_counts)
+    if len(captioned) <= MAX_IMAGES:
+        return rows
+    keep = np.zeros(len(rows.images), np.bool_)
+    keep[np.random.default_rng(seed).choice(captioned, MAX_IMAGES, replace=False)] = True
+    log.info("%s: validating on %d of its %d images", rows.name, MAX_IMAGES, len(captioned))
+    return rows.take_images(keep)
 
 
 def carve(rows: PairedRows, seed: int) -> tuple[PairedRows, PairedRows | None]:

@@ -1,8 +1,9 @@
 """Rows of a feature set in memory: splits selected, texts joined to images by id."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,9 @@ class PairedRows:
         numbers: Ints = keys.to_numpy(zero_copy_only=False).astype(np.int64)
         unknown = np.flatnonzero(numbers < 0)
         if len(unknown):
-            raw = pa.array([self.texts[row].tobytes() for row in unknown], pa.binary())
-            numbers[unknown] = raw.dictionary_encode().indices.to_numpy() + numbers.max() + 1
+            digests = [blake2b(self.texts[row], digest_size=16).digest() for row in unknown]
+            keys = pa.array(digests, pa.binary(16)).dictionary_encode().indices
+            numbers[unknown] = keys.to_numpy() + numbers.max() + 1
         return numbers
 
     def take_images(self, keep: npt.NDArray[np.bool_]) -> "PairedRows":
@@ -89,6 +91,13 @@ class PairedRows:
         )
 
 
+def split_names(split: str, there: Collection[str | None]) -> set[str | None]:
+    """The splits that a ``--split`` value means: names by comma, or "all" of those there are."""
+    if split == ALL:
+        return set(there)
+    return {name.strip() for name in split.split(",")}
+
+
 def load_rows(features: FeatureSet, split: str) -> PairedRows:
     """Read the embeddings of some splits and join texts to images by id.
 
@@ -101,7 +110,48 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
         SchemaError: an id repeats, a text names an image that is not there or is in another split,
             or a shard is damaged.
     """
-    names = None if split == ALL else [name.strip() for name in split.split(",")]
+    joined = join_ids(features, split)
+    if not (joined.text_image >= 0).any():
+        raise DataError(f"{joined.name}: holds no pairs; {_splits_there(features)}")
+    return PairedRows(
+        name=joined.name,
+        images=_rows(features.images.embeddings(), joined.image_rows),
+        texts=_rows(features.texts.embeddings(), joined.text_rows),
+        image_ids=joined.image_ids,
+        text_ids=joined.text_ids,
+        captions=_take(_column(features.texts, schema.CAPTION), joined.text_rows),
+        text_image=joined.text_image,
+    )
+
+
+@dataclass(frozen=True)
+class JoinedIds:
+    """Rows of some splits, joined by id; attributes as in `PairedRows`.
+
+    Attributes:
+        name: the feature set and its split, for messages.
+        image_rows: the selected rows of the image table, None for all of them.
+        text_rows: likewise of the text table.
+        image_ids: n ids.
+        text_ids: m ids.
+        text_image: (m,) int64.
+    """
+
+    name: str
+    image_rows: Ints | None
+    text_rows: Ints | None
+    image_ids: pa.Array
+    text_ids: pa.Array
+    text_image: Ints
+
+
+def join_ids(features: FeatureSet, split: str) -> JoinedIds:
+    """Select splits and join texts to images, without reading embeddings.
+
+    Raises:
+        SchemaError: an id repeats, or a text names an image that is not there or in another split.
+    """
+    names = None if split == ALL else sorted(str(name) for name in split_names(split, ()))
     image_rows, text_rows = (_select(table, names) for table in (features.images, features.texts))
     all_image_ids = _unique_ids(features.images)
     text_ids = _take(_unique_ids(features.texts), text_rows)
@@ -109,18 +159,8 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
     owner = _take(_column(features.texts, schema.IMAGE_ID), text_rows)
     text_image = _positions(owner, image_ids)
     where = f"{features.path}" + ("" if names is None else f" (split {split})")
-    _check_owners(features, where, owner, text_image, all_image_ids, text_ids)
-    if not (text_image >= 0).any():
-        raise DataError(f"{where}: holds no pairs; {_splits_there(features)}")
-    return PairedRows(
-        name=where,
-        images=_rows(features.images.embeddings(), image_rows),
-        texts=_rows(features.texts.embeddings(), text_rows),
-        image_ids=image_ids,
-        text_ids=text_ids,
-        captions=_take(_column(features.texts, schema.CAPTION), text_rows),
-        text_image=text_image,
-    )
+    _check_owners(where, owner, text_image, all_image_ids, text_ids)
+    return JoinedIds(where, image_rows, text_rows, image_ids, text_ids, text_image)
 
 
 def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32]:
@@ -166,13 +206,13 @@ def _select(table: FeatureTable, names: Sequence[str] | None) -> Ints | None:
     """Rows whose split is among the names; None is all rows."""
     if names is None:
         return None
-    chosen = pc.is_in(_column(table, schema.SPLIT), value_set=pa.array(names, pa.string()))
+    chosen = pc.is_in(_column(table, schema.SPLIT), value_set=pa.array(names, pa.large_string()))
     return np.flatnonzero(chosen.to_numpy(zero_copy_only=False))
 
 
 def _column(table: FeatureTable, name: str) -> pa.Array:
-    column = table.column(name)
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    # Large strings, since 32-bit offsets end at 2 GiB of captions.
+    return table.column(name).cast(pa.large_string()).combine_chunks()
 
 
 def _take(column: pa.Array, rows: Ints | None) -> pa.Array:
@@ -202,7 +242,6 @@ def _positions(owner: pa.Array, image_ids: pa.Array) -> Ints:
 
 
 def _check_owners(
-    features: FeatureSet,
     where: str,
     owner: pa.Array,
     text_image: Ints,
@@ -227,4 +266,4 @@ def _splits_there(features: FeatureSet) -> str:
         f"{name or '(none)'}: {counts['images']} images, {counts['texts']} texts"
         for name, counts in features.splits().items()
     )
-    return f"its splits are {listed or 'none, it is empty'}; choose one with --split"
+    return f"its splits are {listed or 'none, it is empty'}; name one of them"

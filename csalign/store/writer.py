@@ -152,7 +152,6 @@ class _SideWriter:
     shards: list[Shard] = field(default_factory=list)
     _pending: list[pa.RecordBatch] = field(default_factory=list)
     _pending_rows: int = 0
-    _pending_bytes: int = 0
     _shard_rows: int = 0
     _shard_bytes: int = 0
     _file: pq.ParquetWriter | None = None
@@ -223,12 +222,14 @@ class _SideWriter:
         row_bytes = max(1, batch.nbytes // max(1, batch.num_rows))
         limit = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes))
         while batch.num_rows:
+            if self._pending_rows >= limit:
+                self._flush()  # wider rows than before may have lowered the limit
             head = batch.slice(0, limit - self._pending_rows)
             batch = batch.slice(head.num_rows)
             self._pending.append(head)
             self._pending_rows += head.num_rows
-            if self._pending_rows >= limit:
-                self._flush()
+        if self._pending_rows >= limit:
+            self._flush()
 
     def _flush(self) -> None:
         if not self._pending_rows:

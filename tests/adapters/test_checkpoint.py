@@ -31,6 +31,7 @@ def saved(tmp_path: Path) -> tuple[Path, Adapter]:
         logit_scale=7.0,
         bandwidth=0.5,
         data_fingerprint="f" * 64,
+        train_split="train",
     )
     folder = tmp_path / "run"
     folder.mkdir()
@@ -80,6 +81,10 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (lambda f: (f / "adapter.json").write_text("{"), r"adapter\.json: is damaged"),
         (lambda f: change_json(f, format_version=2), "format_version"),
         (lambda f: change_json(f, surprise=1), "surprise"),
+        (
+            lambda f: change_json(f, encoders={"image": "eye"}),
+            "an image and a text side are needed",
+        ),
         (lambda f: (f / "adapter.safetensors").unlink(), r"adapter\.safetensors: cannot be read"),
         (
             lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40),

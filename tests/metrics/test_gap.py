@@ -1,4 +1,5 @@
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,11 @@ from csalign.metrics import gap
 def unit(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
     rng = np.random.default_rng(seed)
     return normalize(torch.from_numpy(rng.normal(size=(n, d))) + shift, dim=1)
+
+
+def separability(x: Tensor, y: Tensor, text_image: npt.NDArray[np.int64]) -> float:
+    folds = gap.pair_folds(len(x), text_image, np.random.default_rng(0))
+    return gap.linear_separability(x, y, *folds)
 
 
 def test_frechet_distance_equals_scipys_matrix_root() -> None:
@@ -54,7 +60,7 @@ def test_relative_modality_gap_equals_a_loop() -> None:
     pairs = float(np.mean([distance(x[o], y[j]) for j, o in enumerate(owners)]))
     expected = pairs / (pairs + (within(x) + within(y)) / 2)
 
-    assert gap.relative_modality_gap(x, y, x[owners], y) == pytest.approx(expected)
+    assert gap.relative_modality_gap(x, y, (owners, torch.arange(30))) == pytest.approx(expected)
 
 
 def test_uniformity_and_alignment_equal_scipys_distances() -> None:
@@ -65,7 +71,7 @@ def test_uniformity_and_alignment_equal_scipys_distances() -> None:
     expected = np.log(np.exp(-2 * cdist(x.numpy(), y.numpy()) ** 2).mean())
     assert gap.cross_uniformity(x, y) == pytest.approx(expected)
     expected = np.mean(np.linalg.norm(x[:30].numpy() - y.numpy(), axis=1) ** 2)
-    assert gap.alignment(x[:30], y) == pytest.approx(expected)
+    assert gap.alignment(x, y, (torch.arange(30), torch.arange(30))) == pytest.approx(expected)
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -81,15 +87,29 @@ def test_linear_separability_agrees_with_sklearns_cross_validation() -> None:
     labels = np.repeat([0, 1], 300)
     expected = cross_val_score(LinearDiscriminantAnalysis(), both, labels, cv=5).mean()
 
-    assert gap.linear_separability(x, y, seed=0) == pytest.approx(expected, abs=0.04)
+    assert separability(x, y, -np.ones(300, np.int64)) == pytest.approx(expected, abs=0.04)
     assert 0.55 < expected < 0.9
 
 
 def test_linear_separability_of_one_cloud_is_a_coin_toss_and_of_two_is_one() -> None:
-    assert gap.linear_separability(unit(400, 10, 0), unit(400, 10, 1), seed=0) == pytest.approx(
-        0.5, abs=0.06
-    )
-    assert gap.linear_separability(unit(50, 10, 0, 2), unit(50, 10, 1, -2), seed=0) == 1
+    apart = -np.ones(400, np.int64)
+
+    assert separability(unit(400, 10, 0), unit(400, 10, 1), apart) == pytest.approx(0.5, abs=0.06)
+    assert separability(unit(50, 10, 0, 2), unit(50, 10, 1, -2), apart[:50]) == 1
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.3])
+def test_linear_separability_of_perfectly_aligned_pairs_is_a_coin_toss(noise: float) -> None:
+    x = unit(500, 256, 0)
+    y = normalize(x + noise * unit(500, 256, 1), dim=1)
+
+    assert separability(x, y, np.arange(500)) == pytest.approx(0.5, abs=0.05)
+
+
+def test_collapsed_sets_cannot_be_told_apart() -> None:
+    same = unit(1, 8, 0).repeat(50, 1)
+
+    assert separability(same, same, np.arange(50)) == 0.5
 
 
 def test_centroid_distance_of_opposite_points_is_two() -> None:
@@ -116,3 +136,14 @@ def test_large_sets_are_sampled_with_the_seed(monkeypatch: pytest.MonkeyPatch) -
     assert suites[0] == suites[1]
     assert suites[0]["cs_divergence"] != suites[2]["cs_divergence"]
     assert suites[0]["cs_divergence"] == pytest.approx(suites[2]["cs_divergence"], rel=0.5)
+
+
+def test_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = (unit(90, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
+    whole = gap.gap_suite(x, y, np.arange(90), sigma=0.5, seed=0)
+    monkeypatch.setattr(gap, "CHUNK_ROWS", 7)
+    chunked = gap.gap_suite(x, y, np.arange(90), sigma=0.5, seed=0)
+
+    assert chunked["frechet"] == pytest.approx(whole["frechet"], abs=1e-9)
+    assert chunked["rmg"] == pytest.approx(whole["rmg"], abs=1e-9)
+    assert chunked["effective_rank"] == pytest.approx(whole["effective_rank"])

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csalign.metrics import retrieval
@@ -39,6 +39,14 @@ def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     return images, texts, np.array(owners)
 
 
+@pytest.fixture(params=[0, 2, 100], ids=["counted", "both", "listed"])
+def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks come from FAISS's lists, from counting, or from both."""
+    monkeypatch.setattr(retrieval, "LISTED", request.param)
+
+
+@pytest.mark.usefixtures("listed")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(galleries())
 def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
     case: tuple[Array, Array, Array],
@@ -57,6 +65,7 @@ def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
     assert text_to_image.average_precision.tolist() == pytest.approx(precision)
 
 
+@pytest.mark.usefixtures("listed")
 def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -96,8 +96,18 @@ def test_an_adapter_of_other_widths_is_refused_with_both(tmp_path: Path, run: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_were_trained_on_are_warned_about(
+    features: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate(EvalConfig(features=features, adapter=run, split="test"))
+    assert not caplog.records
+    evaluate(EvalConfig(features=features, adapter=run, split="all"))
+
+    assert "was trained on rows of this split" in caplog.text
+
+
 def test_a_split_that_is_not_there_is_refused(features: Path, run: Path) -> None:
-    with pytest.raises(DataError, match="choose one with --split"):
+    with pytest.raises(DataError, match="name one of them"):
         evaluate(EvalConfig(features=features, adapter=run, split="nope"))
 
 

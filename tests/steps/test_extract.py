@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from csalign import files
 from csalign.config import ExtractConfig
 from csalign.enums import Modality
 from csalign.errors import DataError, EncoderError, OutputError, Stopped
@@ -229,7 +230,7 @@ def test_too_many_failures_end_the_run_and_keep_the_list(
     )
     assert f"; {photos}/d.png is no image of a known format; repair or remove " in message
     assert message.endswith(f"what {partial}/failures.jsonl lists")
-    assert [path.name for path in partial.iterdir()] == ["failures.jsonl"]
+    assert {path.name for path in partial.iterdir()} == {"failures.jsonl", files.LOCK}
     assert len(failures(partial)) == 2
     assert not (photos.parent / "features").exists()
 

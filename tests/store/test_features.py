@@ -212,7 +212,10 @@ def rewrite_columns(folder: Path) -> None:
             lambda f: edit_manifest(f, lambda m: m.update(dtype="float16")),
             "the manifest says fixed",
         ),
-        (lambda f: edit_manifest(f, lambda m: m["encoders"]["image"].update(width=7)), "width|7"),
+        (
+            lambda f: edit_manifest(f, lambda m: m["encoders"]["image"].update(width=7)),
+            r"says .*\[7\]",
+        ),
         (lambda f: edit_manifest(f, lambda m: m["counts"].update(images=9)), "manifest counts 9"),
         (
             lambda f: edit_manifest(f, lambda m: m["shards"]["images"][0].update(sha256="0" * 64)),
