@@ -3,7 +3,6 @@
 Each command imports its step when it runs, so that ``--help`` loads nothing heavy.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,6 @@ from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.run import command
 from csalign.cli.step import step_command
 from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
-from csalign.errors import DataError
 from csalign.progress import Progress
 from csalign.results import FeaturesResult, TrainResult
 
@@ -108,23 +106,16 @@ def compare(
     evals: Annotated[
         list[Path], typer.Argument(help="What `csalign eval --json` printed.", metavar="EVAL.json")
     ],
+    json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
     """Put several evaluations side by side."""
     with command(quiet=quiet, verbose=verbose):
-        render.compare_table([_read_eval(path) for path in evals])
+        from csalign.steps.compare import compare
 
-
-def _read_eval(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        document["retrieval"]["mean_recall"], document["gap"]["rmg"]
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; make one with csalign eval --json") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: is not what csalign eval --json prints") from None
-    return dict(document)
+        document = compare(evals)
+        render.print_json(document) if json else render.compare_table(document)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -83,33 +82,18 @@ def eval_tables(document: dict[str, Any]) -> None:
     _print_rows("modality gap", flat)
 
 
-def compare_table(documents: list[dict[str, Any]]) -> None:
-    """Several documents of ``csalign eval``, a row each."""
-    figures = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
-    table = _figures("", *figures)
-    for name, document in zip(_names(documents), documents, strict=True):
-        retrieval, gap = document["retrieval"], document["gap"]
+def compare_table(document: dict[str, Any]) -> None:
+    """The document of ``csalign compare``, a row an evaluation."""
+    titles = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
+    table = _figures("", *titles)
+    for row in document["evaluations"]:
+        name, _, *figures = row.values()
         table.add_row(
             escape(name),
-            _percent(retrieval["mean_recall"]),
-            _percent(retrieval["image_to_text"]["R@1"]),
-            _percent(retrieval["text_to_image"]["R@1"]),
-            *(
-                f"{gap[key]:.4f}"
-                for key in ("centroid_distance", "rmg", "cs_divergence", "frechet")
-            ),
+            *(_percent(share) for share in figures[:3]),
+            *(f"{figure:.4f}" for figure in figures[3:]),
         )
     _print_table(table)
-
-
-def _names(documents: list[dict[str, Any]]) -> list[str]:
-    """A name for each evaluation: its adapter or features, without a folder that all share."""
-    paths = [Path(document["adapter"] or document["features"]) for document in documents]
-    apart = len({path.parent for path in paths}) > 1
-    return [
-        (str(path) if apart else path.name) + ("" if document["adapter"] else " (no adapter)")
-        for path, document in zip(paths, documents, strict=True)
-    ]
 
 
 def inspect_table(document: dict[str, Any]) -> None:
