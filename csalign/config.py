@@ -207,8 +207,13 @@ class TrainConfig(OutputConfig):
     noise: NotNegative = Field(
         0.5, description="Norm of the Gaussian noise on the unit training inputs."
     )
+    captions: Literal["first", "any"] = Field(
+        "first",
+        description="Learn from an image's first caption, or from any of them, drawn anew each "
+        "epoch.",
+    )
     other_captions: NotNegative = Field(
-        0.3, description="Weight of each caption after an image's first, which weighs 1."
+        0.3, description="Weight of a second InfoNCE term, on another caption of the image."
     )
     caption_weights: bool = Field(
         True, description="Count a caption that many images share once, not once an image."

@@ -17,11 +17,13 @@ class LossParts(NamedTuple):
         total: what is minimised.
         infonce: the pairwise term.
         cs: the Cauchy-Schwarz divergence, unweighted; 0 where its weight is 0.
+        others: a second pairwise term, on other captions, unweighted; None without one.
     """
 
     total: Tensor
     infonce: Tensor
     cs: Tensor
+    others: Tensor | None = None
 
 
 def alignment_loss(

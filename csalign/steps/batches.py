@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,12 @@ class Batch:
     Attributes:
         images: (b,) image rows.
         texts: (b,) text rows; entry i is a caption of image i.
+        others: (b,) another caption of the same image, -1 for none; None where not asked for.
     """
 
     images: Ints
     texts: Ints
+    others: Ints | None
 
 
 class PairSampler:
@@ -31,21 +33,31 @@ class PairSampler:
 
     Args:
         rows: images with their captions.
-        other_weight: weight of each caption after an image's first, whose weight is 1. Queries
-            are often like the first one (a title) and less like the others (a description).
+        captions: "first" learns from an image's first caption, which queries are often like (a
+            title) while the others (descriptions, keywords) are less so; "any" from all alike.
+        other_weight: weight of the captions after the first; 0 leaves them out. Of no meaning for
+            the pairs of "any", whose captions weigh 1 each.
         once: count a caption that many images share once: in the closed form its f pairs weigh
             1 / f, and an epoch holds one of them. Otherwise each pair counts.
     """
 
-    def __init__(self, rows: PairedRows, *, other_weight: float, once: bool) -> None:
+    def __init__(
+        self,
+        rows: PairedRows,
+        captions: Literal["first", "any"],
+        *,
+        other_weight: float,
+        once: bool,
+    ) -> None:
         self._images = np.flatnonzero(rows.caption_counts)
         self._counts = rows.caption_counts[self._images]
         # Row of the j-th caption of the i-th image: _texts[_starts[i] + j].
         self._texts = rows.texts_by_image
         self._starts = np.cumsum(self._counts) - self._counts
-        self._weight = other_weight
+        self._captions = captions
+        self._weight = float(other_weight)
         self._once = once
-        self._keys = rows.caption_keys
+        self._keys = rows.caption_keys if once else np.arange(len(rows.texts))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -53,12 +65,11 @@ class PairSampler:
     def weighted_pairs(self) -> tuple[tuple[Ints, Ints], npt.NDArray[np.float64]]:
         """All pairs with a weight, as image rows and text rows, and the weights."""
         images = np.repeat(self._images, self._counts)
-        weights = np.full(len(images), self._weight)
+        weights = np.full(len(images), 1.0 if self._captions == "any" else self._weight)
         weights[self._starts] = 1.0
         used = weights > 0
         images, texts, weights = images[used], self._texts[used], weights[used]
-        if self._once:
-            weights /= np.bincount(self._keys[texts])[self._keys[texts]]
+        weights /= np.bincount(self._keys[texts])[self._keys[texts]]
         return (images, texts), weights
 
     def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
@@ -68,18 +79,27 @@ class PairSampler:
         holds no caption twice and so no false negatives of that kind.
         """
         order = rng.permutation(len(self._images))
-        texts = self._texts[self._starts[order] + self._draw(self._counts[order], rng)]
-        if self._once:
-            _, kept = np.unique(self._keys[texts], return_index=True)
-            kept.sort()  # keep the random order
-            order, texts = order[kept], texts[kept]
+        drawn = np.zeros(len(order), np.int64)
+        if self._captions == "any":
+            drawn = rng.integers(0, self._counts[order])
+        texts = self._texts[self._starts[order] + drawn]
+        kept = self._first_of_each(texts)
+        order, drawn, texts = order[kept], drawn[kept], texts[kept]
         for part in np.array_split(np.arange(len(order)), -(-len(order) // batch_size)):
-            yield Batch(self._images[order[part]], texts[part])
+            others = self._others(order[part], drawn[part], rng) if self._weight else None
+            yield Batch(self._images[order[part]], texts[part], others)
 
-    def _draw(self, counts: Ints, rng: np.random.Generator) -> Ints:
-        """A caption number for each image, in proportion to the weights."""
-        point = rng.random(len(counts)) * (1 + self._weight * (counts - 1))
-        beyond = np.maximum(point - 1, 0)
-        others = 1 + np.floor(beyond / self._weight) if self._weight else np.zeros(len(counts))
-        drawn = np.where(point < 1, 0, np.minimum(others, counts - 1))
-        return drawn.astype(np.int64)
+    def _others(self, images: Ints, drawn: Ints, rng: np.random.Generator) -> Ints:
+        """For each image a caption that is not the drawn one, no caption twice; -1 for none."""
+        counts = self._counts[images]
+        step = rng.integers(1, np.maximum(counts, 2))
+        texts = self._texts[self._starts[images] + (drawn + step) % counts]
+        several = np.flatnonzero(counts > 1)
+        chosen = several[self._first_of_each(texts[several])]
+        others = np.full(len(images), -1)
+        others[chosen] = texts[chosen]
+        return others
+
+    def _first_of_each(self, texts: Ints) -> Ints:
+        """Positions in `texts`, ascending, of the first text with each caption."""
+        return np.sort(np.unique(self._keys[texts], return_index=True)[1])

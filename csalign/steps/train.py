@@ -51,7 +51,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     features = FeatureSet.open(config.features)
     train_split = _train_split(features, config)
     rows, val = _load(features, train_split, config)
-    sampler = PairSampler(rows, other_weight=config.other_captions, once=config.caption_weights)
+    sampler = PairSampler(
+        rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
+    )
     if config.init == "canonical":
         adapter, start = closed_form_start(rows, sampler, val, config)
     else:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from csalign.adapters.model import Adapter, to_tensor
 from csalign.config import TrainConfig
 from csalign.errors import TrainingError
+from csalign.objective.infonce import infonce
 from csalign.objective.kernel import diagonal_share, median_distance
 from csalign.objective.loss import LossParts, alignment_loss
 from csalign.progress import Progress
@@ -185,6 +187,7 @@ class Trainer:
                 "step": self.step,
                 "loss": float(parts.total.detach()),
                 "infonce": float(parts.infonce.detach()),
+                "infonce_others": None if parts.others is None else float(parts.others.detach()),
                 "cs_divergence": float(parts.cs.detach()) if self.config.cs_weight else None,
                 "logit_scale": self.logit_scale,
                 "bandwidth": self.sigma,
@@ -196,13 +199,24 @@ class Trainer:
     def _loss(self, batch: Batch) -> LossParts:
         x = self.adapter.image(self._take(self.rows.images, batch.images), self.config.noise)
         y = self.adapter.text(self._take(self.rows.texts, batch.texts), self.config.noise)
-        return alignment_loss(
+        parts = alignment_loss(
             x,
             y,
             logit_scale=self.log_scale.exp(),
             cs_weight=self.config.cs_weight,
             sigma=self._bandwidth(x, y),
         )
+        if batch.others is None or (batch.others >= 0).sum() < 2:
+            return parts
+        have = np.flatnonzero(batch.others >= 0)
+        other = self.adapter.text(
+            self._take(self.rows.texts, batch.others[have]), self.config.noise
+        )
+        own = x[torch.from_numpy(have).to(self.device)]
+        extra = infonce(
+            normalize(own, dim=1), normalize(other, dim=1), logit_scale=self.log_scale.exp()
+        )
+        return parts._replace(total=parts.total + self.config.other_captions * extra, others=extra)
 
     def _take(self, values: Any, rows: Any) -> Tensor:
         return to_tensor(values[rows], self.device)
@@ -211,7 +225,7 @@ class Trainer:
         """Sigma for this batch; also looks whether the kernel is nearly diagonal."""
         if not self.config.cs_weight:
             return 1.0
-        x, y = (nn.functional.normalize(side.detach(), dim=1) for side in (x, y))
+        x, y = (normalize(side.detach(), dim=1) for side in (x, y))
         if self.config.bandwidth == "median" and (self.step - 1) % MEDIAN_EVERY == 0:
             self.sigma = max(MIN_MEDIAN, median_distance(x, y))
         assert self.sigma is not None
@@ -230,7 +244,7 @@ class Trainer:
 
     def _require_finite(self, parts: LossParts) -> None:
         for name, value in parts._asdict().items():
-            if name != "total" and not torch.isfinite(value):
+            if name != "total" and value is not None and not torch.isfinite(value):
                 raise self._diverged(f"the {name} term", float(value.detach()))
         if not torch.isfinite(parts.total):
             raise self._diverged("the total loss", float(parts.total.detach()))

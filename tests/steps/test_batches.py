@@ -1,10 +1,11 @@
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from csalign.steps.batches import PairSampler
+from csalign.steps.batches import Batch, PairSampler
 from csalign.store.join import PairedRows
 
 
@@ -24,11 +25,9 @@ def make_rows(captions: Sequence[Sequence[str | None]]) -> PairedRows:
     )
 
 
-def draws(sampler: PairSampler, epochs: int, batch_size: int = 4) -> np.ndarray:
+def draws(sampler: PairSampler, epochs: int) -> list[Batch]:
     rng = np.random.default_rng(0)
-    return np.concatenate(
-        [batch.texts for _ in range(epochs) for batch in sampler.epoch(batch_size, rng)]
-    )
+    return [batch for _ in range(epochs) for batch in sampler.epoch(4, rng)]
 
 
 def test_captions_are_equal_but_for_case_and_outer_space_and_unknown_ones_by_embedding() -> None:
@@ -41,54 +40,73 @@ def test_captions_are_equal_but_for_case_and_outer_space_and_unknown_ones_by_emb
     assert len(set(keys.tolist())) == 3
 
 
-def test_an_epoch_shows_every_image_once_with_a_caption_of_its_own() -> None:
+@pytest.mark.parametrize("captions", ["first", "any"])
+def test_an_epoch_shows_every_image_once_with_captions_of_its_own(
+    captions: Literal["first", "any"],
+) -> None:
     rows = make_rows([["a", "b"], [], ["c"], ["d", "e", "f"]])
-    for batch in PairSampler(rows, other_weight=1.0, once=True).epoch(10, np.random.default_rng(1)):
+    sampler = PairSampler(rows, captions, other_weight=0.3, once=True)
+    seen = set()
+    for batch in draws(sampler, 50):
+        assert batch.others is not None
         assert sorted(batch.images.tolist()) == [0, 2, 3]
         assert rows.text_image[batch.texts].tolist() == batch.images.tolist()
+        for image, text, other in zip(batch.images, batch.texts, batch.others, strict=True):
+            assert other != text
+            assert (other == -1) if image == 2 else (rows.text_image[other] == image)
+            seen.add((int(text), int(other)))
+
+    firsts = {(0, 1), (2, -1), (3, 4), (3, 5)}
+    rest = {(1, 0), (4, 3), (4, 5), (5, 3), (5, 4)}
+    assert seen == (firsts if captions == "first" else firsts | rest)
+
+
+def test_without_weight_there_are_no_other_captions() -> None:
+    sampler = PairSampler(make_rows([["a", "b"], ["c"]]), "first", other_weight=0.0, once=True)
+
+    assert all(batch.others is None for batch in draws(sampler, 3))
 
 
 def test_a_shared_caption_comes_once_an_epoch_from_each_of_its_images_in_turn() -> None:
-    rows = make_rows([["junk"]] * 30 + [["a"], ["b"]])
-    sampler = PairSampler(rows, other_weight=0.3, once=True)
+    rows = make_rows([["junk", "tag"]] * 30 + [["a"], ["b"]])
+    sampler = PairSampler(rows, "first", other_weight=0.3, once=True)
     rng = np.random.default_rng(0)
-    epochs = [np.concatenate([batch.images for batch in sampler.epoch(2, rng)]) for _ in range(60)]
+    epochs = [list(sampler.epoch(32, rng)) for _ in range(60)]
 
-    assert all(len(epoch) == 3 for epoch in epochs)
-    assert len({int(image) for epoch in epochs for image in epoch}) > 20
-    assert len(draws(PairSampler(rows, other_weight=0.3, once=False), 1)) == 32
+    assert all(len(batch.images) == 3 for (batch,) in epochs)
+    assert len({int(image) for (batch,) in epochs for image in batch.images}) > 20
+    (batch,) = PairSampler(rows, "first", other_weight=0.3, once=False).epoch(32, rng)
+    assert len(batch.images) == 32
 
 
-@pytest.mark.parametrize(("weight", "share"), [(0.0, 1.0), (0.3, 1 / 1.6), (1.0, 1 / 3)])
-def test_the_first_caption_is_drawn_in_proportion_to_its_weight(
-    weight: float, share: float
-) -> None:
-    sampler = PairSampler(make_rows([["a", "b", "c"]]), other_weight=weight, once=True)
-    drawn = draws(sampler, 4_000)
+def test_other_captions_of_a_batch_are_not_repeated() -> None:
+    rows = make_rows([["a", "tag"], ["b", "TAG"], ["c", "sky"]])
+    sampler = PairSampler(rows, "first", other_weight=0.3, once=True)
 
-    assert (drawn == 0).mean() == pytest.approx(share, abs=0.03)
-    assert (drawn == 1).mean() == pytest.approx((drawn == 2).mean(), abs=0.03)
+    for batch in draws(sampler, 20):
+        assert batch.others is not None
+        assert sorted((batch.others >= 0).tolist()) == [False, True, True]
 
 
 def test_pairs_of_the_closed_form_weigh_by_place_and_frequency() -> None:
     rows = make_rows([["junk", "x"], ["junk"], ["junk", "y"]])
-    (images, texts), weights = PairSampler(rows, other_weight=0.5, once=True).weighted_pairs()
+    (images, texts), weights = PairSampler(
+        rows, "first", other_weight=0.5, once=True
+    ).weighted_pairs()
 
     assert images.tolist() == [0, 0, 1, 2, 2]
     assert texts.tolist() == [0, 1, 2, 3, 4]
     assert weights.tolist() == pytest.approx([1 / 3, 0.5, 1 / 3, 1 / 3, 0.5])
-    (_, texts), weights = PairSampler(rows, other_weight=0.0, once=False).weighted_pairs()
+    (_, texts), weights = PairSampler(rows, "first", other_weight=0, once=False).weighted_pairs()
     assert texts.tolist() == [0, 2, 3]
     assert weights.tolist() == [1, 1, 1]
+    _, weights = PairSampler(rows, "any", other_weight=0, once=False).weighted_pairs()
+    assert weights.tolist() == [1] * 5
 
 
 def test_batches_of_an_epoch_are_of_like_size() -> None:
     rows = make_rows([[f"c{i}"] for i in range(21)])
-    sizes = [
-        len(batch.images)
-        for batch in PairSampler(rows, other_weight=1, once=True).epoch(
-            10, np.random.default_rng(0)
-        )
-    ]
+    sampler = PairSampler(rows, "first", other_weight=1, once=True)
+    sizes = [len(batch.images) for batch in sampler.epoch(10, np.random.default_rng(0))]
 
     assert sizes == [7, 7, 7]
