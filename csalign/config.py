@@ -231,7 +231,7 @@ class TrainConfig(OutputConfig):
     steps: int | None = Field(
         None,
         ge=0,
-        description="Optimiser steps (default: 20 epochs, at least 200); 0 is the start alone.",
+        description="Optimiser steps (default: 40 epochs, at least 200); 0 is the start alone.",
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")

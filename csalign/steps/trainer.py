@@ -27,7 +27,7 @@ from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 20
+DEFAULT_EPOCHS = 40
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
@@ -93,7 +93,7 @@ class Trainer:
         return float(self.log_scale.detach().exp())
 
     def total_steps(self) -> int:
-        """Steps asked for, or as many as 20 epochs fill, but at least 200."""
+        """Steps asked for, or as many as 40 epochs fill, but at least 200."""
         if self.config.steps is not None:
             return self.config.steps
         epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)

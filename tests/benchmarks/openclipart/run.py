@@ -16,7 +16,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ INFONCE: dict[str, Any] = {
     "caption_weights": False,
     "captions": "any",
     "other_captions": 0.0,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "cs_weight": 0.0,
 }
 CS = {"cs_weight": 1.0, "bandwidth": 0.5}
@@ -85,13 +87,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     arguments = parser.parse_args()
     features = arguments.work / "features"
-    table: dict[str, list[Measured]] = {"plain CCA": [measure_plain_cca(features)]}
-    for name, settings in ROWS.items():
-        table[name] = [measure(features, settings, seed) for seed in range(arguments.seeds)]
-        print(f"done: {name}", flush=True)
+    table: dict[str, list[Any]] = {}
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        for name, settings in ROWS.items():
+            table[name] = [
+                pool.submit(measure, features, settings, seed) for seed in range(arguments.seeds)
+            ]
+        table = {name: [run.result() for run in runs] for name, runs in table.items()}
+    table["plain CCA"] = [measure_plain_cca(features)]
     print_table(table)
     if arguments.json:
         documents = {name: [run.document for run in runs] for name, runs in table.items()}
@@ -138,6 +145,7 @@ def measure_plain_cca(features: Path) -> Measured:
         logit_scale=1.0,
         bandwidth=None,
         data_fingerprint=opened.manifest.fingerprint(),
+        train_split=TRAIN_SPLIT,
     )
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(Path(folder), adapter, info)
