@@ -29,7 +29,7 @@ ALLOWED = {
 }
 ONLY_DOORS = {
     "faiss": {"metrics/retrieval.py"},
-    "open_clip": {"encoders/openclip.py"},
+    "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
     "pyarrow": {"store/schema.py", "store/reader.py", "store/writer.py", "store/join.py"},
     "safetensors": {"adapters/checkpoint.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},

@@ -1,16 +1,10 @@
-"""Frozen open_clip models behind the `Encoder` protocol; the only importer of open_clip."""
+"""Frozen open_clip models behind the `Encoder` protocol."""
 
-import difflib
 import hashlib
-import json
 import logging
-import tempfile
-import textwrap
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +15,15 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from PIL import Image
 
 from csalign.encoders.base import Embedded, Floats
+from csalign.encoders.openclip_models import (
+    build_network,
+    build_tokenizer,
+    find_architecture,
+    find_weights,
+    first_line,
+    load_weights,
+    warn_of_activation,
+)
 from csalign.enums import Modality
 from csalign.errors import EncoderError
 from csalign.store.manifest import EncoderInfo
@@ -75,15 +78,15 @@ def load_encoder(
         EncoderError: there is no such architecture or tag; the weights cannot be had, are no
             checkpoint, or are of another model; or the architecture does not give those tokens.
     """
-    architecture = _find_architecture(model)
-    tokenizer = _build_tokenizer(architecture)
-    weights = None if pretrained == RANDOM else _find_weights(architecture, pretrained)
-    network = _build(architecture, weights)
+    architecture = find_architecture(model)
+    tokenizer = build_tokenizer(architecture)
+    weights = None if pretrained == RANDOM else find_weights(architecture, pretrained)
+    network = build_network(architecture, weights)
     if weights is None:
         logger.warning("%s: random weights; the embeddings carry no meaning", model)
     else:
-        _load_weights(network, weights, model)
-        _warn_of_activation(architecture, weights)
+        load_weights(network, weights, model)
+        warn_of_activation(architecture, weights)
     on_cpu = device.type == "cpu"
     try:
         return OpenClipEncoder(
@@ -97,7 +100,7 @@ def load_encoder(
             tokens=tokens or TokenChoice(),
         )
     except (AssertionError, RuntimeError) as error:  # its first run is in there
-        raise EncoderError(f"model: {model} cannot be run ({_first_line(error)})") from error
+        raise EncoderError(f"model: {model} cannot be run ({first_line(error)})") from error
 
 
 class OpenClipEncoder:
@@ -328,167 +331,6 @@ class _TextSide(torch.nn.Module):
         return projected
 
 
-@dataclass(frozen=True)
-class _Architecture:
-    """An architecture that open_clip has in its registry."""
-
-    spec: str  # as the user named it
-    name: str  # in the registry
-    preprocessing: dict[str, Any]  # where its config file says more than the registry keeps
-
-    @property
-    def quick_gelu(self) -> bool:
-        return bool(open_clip.get_model_config(self.name).get("quick_gelu", False))
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """A checkpoint on disk and, for a tag, what open_clip knows about it."""
-
-    path: Path
-    tag: dict[str, Any]
-
-
-def _find_architecture(model: str) -> _Architecture:
-    path = Path(model)
-    if path.suffix.lower() == ".json":
-        return _register(path)
-    name = model.replace("/", "-")
-    known = open_clip.list_models()
-    if name in known:
-        return _Architecture(model, name, {})
-    raise EncoderError(
-        f"model: open_clip has no architecture {model!r}; {_suggest(name, known)}, "
-        "or give a JSON file of its config"
-    )
-
-
-def _register(path: Path) -> _Architecture:
-    """Make a config file known to open_clip, under a name that no other config has."""
-    try:
-        content = path.read_bytes()
-        document = json.loads(content)
-        config = document.get("model_cfg", document)
-        preprocessing = document.get("preprocess_cfg", {})
-        missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    except OSError as error:
-        raise EncoderError(f"model: {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise EncoderError(f"model: {path}: is no open_clip model config ({error})") from None
-    if missing:
-        raise EncoderError(f"model: {path}: is no open_clip model config, lacks {missing[0]!r}")
-    name = f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}"
-    if name not in open_clip.list_models():
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, f"{name}.json")
-            copy.write_text(json.dumps(config), encoding="utf-8")
-            open_clip.add_model_config(copy)
-    return _Architecture(str(path), name, preprocessing)
-
-
-def _find_weights(architecture: _Architecture, pretrained: str) -> _Weights:
-    tag = open_clip.get_pretrained_cfg(architecture.name, pretrained)
-    if not tag:
-        path = Path(pretrained)
-        if path.is_file():
-            return _Weights(path, {})
-        raise EncoderError(_unknown_weights(architecture, pretrained))
-    try:
-        with _quiet():
-            return _Weights(Path(open_clip.download_pretrained(tag)), tag)
-    except (OSError, RuntimeError) as error:
-        raise EncoderError(
-            f"pretrained: {pretrained!r} of {architecture.spec} could not be downloaded "
-            f"({_first_line(error)}); give the path of a local checkpoint instead"
-        ) from error
-
-
-def _unknown_weights(architecture: _Architecture, pretrained: str) -> str:
-    if len(Path(pretrained).parts) > 1 or Path(pretrained).suffix:
-        return f"pretrained: {pretrained}: no such checkpoint"
-    known = open_clip.list_pretrained_tags_by_model(architecture.name)
-    hint = _suggest(pretrained, known) if known else "none is known for it"
-    return (
-        f"pretrained: {architecture.spec} has no tag {pretrained!r}; {hint}, or give the path of "
-        "a local checkpoint"
-    )
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    by_lower = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        return f"its nearest are {', '.join(by_lower[item] for item in close)}"
-    return f"it has {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
-
-
-def _build(architecture: _Architecture, weights: _Weights | None) -> Any:
-    """Build the network with random weights, the same ones each time."""
-    preprocessing = {**architecture.preprocessing, **(weights.tag if weights else {})}
-    preprocessing.pop("size", None)  # the network's own size decides
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            return open_clip.create_model(
-                architecture.name, pretrained_text=False, force_preprocess_cfg=preprocessing
-            )
-        except OSError as error:
-            raise EncoderError(_unreachable(architecture, "text tower", error)) from error
-        except Exception as error:  # a config with wrong values can fail anywhere in open_clip
-            raise EncoderError(
-                f"model: {architecture.spec} cannot be built ({_first_line(error)})"
-            ) from error
-
-
-def _build_tokenizer(architecture: _Architecture) -> Any:
-    try:
-        with _quiet():
-            return open_clip.get_tokenizer(architecture.name)
-    except (OSError, ImportError, ValueError) as error:
-        raise EncoderError(_unreachable(architecture, "tokenizer", error)) from error
-
-
-def _unreachable(architecture: _Architecture, part: str, error: Exception) -> str:
-    return (
-        f"model: the {part} of {architecture.spec} comes from the Hugging Face hub and could not "
-        f"be had ({_first_line(error)}); connect once, or fill the hub's cache"
-    )
-
-
-def _load_weights(network: Any, weights: _Weights, model: str) -> None:
-    path = weights.path
-    try:
-        if path.suffix != ".safetensors":
-            # open_clip falls back to full unpickling on a TypeError, which runs code out of the
-            # file; what passes here does not get there.
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint can fail anywhere
-        raise EncoderError(
-            f"pretrained: {path} cannot be read as plain weights ({_first_line(error)}); convert "
-            "it to .safetensors, or save its state dict alone"
-        ) from error
-    try:
-        with _quiet():
-            open_clip.load_checkpoint(network, str(path), strict=True, weights_only=True)
-    except Exception as error:  # so can weights of some other network
-        raise EncoderError(
-            f"pretrained: {path} does not fit {model} ({_first_line(error)}); choose the "
-            "architecture that it was trained with"
-        ) from error
-
-
-def _warn_of_activation(architecture: _Architecture, weights: _Weights) -> None:
-    """Tell of weights trained with QuickGELU in a model without it, which costs accuracy."""
-    quick = weights.tag.get("quick_gelu", "openai" in str(weights.path).lower())
-    if quick and not architecture.quick_gelu:
-        logger.warning(
-            "%s: these weights look trained with QuickGELU, %s has GELU; use its -quickgelu "
-            "variant, or the embeddings lose accuracy",
-            weights.path,
-            architecture.spec,
-        )
-
-
 def _check_tokens(network: Any, tokens: TokenChoice) -> None:
     visual, text = network.visual, getattr(network, "text", network)
     if Modality.IMAGE in tokens.sides and not (
@@ -526,40 +368,3 @@ def _tokenizer_name(tokenizer: Any) -> str:
 def _to_numpy(tensor: torch.Tensor) -> Floats:
     array: Floats = tensor.float().cpu().numpy()
     return array
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch heads a list of mismatches with a line that says nothing.
-    text = " ".join(lines[1:2] if lines[1:] and lines[0].endswith(":") else lines[:1])
-    return textwrap.shorten(text, 160, placeholder=" ...") or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what open_clip says to the root logger and as warnings in this module's log.
-
-    It would otherwise put a handler on the root logger of the process; and the hub's client would
-    print a warning each time it tries again.
-    """
-    root, handler = logging.getLogger(), logging.NullHandler()
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-
-    def divert(record: logging.LogRecord) -> bool:
-        logger.debug("%s", record.getMessage())
-        return False
-
-    root.addFilter(divert)
-    root.addHandler(handler)
-    hub.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        hub.setLevel(level)
-        root.removeHandler(handler)
-        root.removeFilter(divert)
-        for warning in caught:
-            logger.info("%s", warning.message)
