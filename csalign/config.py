@@ -186,7 +186,7 @@ class TrainConfig(OutputConfig):
     val_split: str | None = Field(
         None,
         description="Split to validate on (default: val if there is one, else a tenth of the "
-        "training images, drawn with the seed).",
+        "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
     )
     adapter: Literal["linear", "mlp"] = Field(
         "mlp", description="linear, or mlp: the same plus a residual MLP."

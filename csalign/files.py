@@ -15,6 +15,19 @@ from csalign.errors import OutputError
 ARTIFACT_MARKS = ("manifest.json", "adapter.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
+ARTIFACT_ENTRIES = {
+    *ARTIFACT_MARKS,
+    "adapter.safetensors",
+    "checkpoints",
+    "config.toml",
+    "environment.json",
+    "failures.jsonl",
+    "images",
+    "metrics.jsonl",
+    "texts",
+}
+"""All that csalign puts into the folder of an artifact; anything else there is the user's."""
+
 LOCK = ".csalign-lock"
 """In a folder that is being built; its lock dies with the process that holds it."""
 
@@ -68,15 +81,17 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             them; or its ``OUT.partial`` is in use or not ours.
     """
     resolved = out.resolve()
-    _restore_interrupted_swap(resolved)
     for source in inputs:
         if source.exists() and source.resolve().is_relative_to(resolved):
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
+        if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
+            raise OutputError(f"{out}: lies inside {source}, which it would change; choose another")
     if os.path.ismount(resolved) or resolved == Path.cwd():
         raise OutputError(
             f"{out}: is a mount point or the working directory, which cannot be replaced; choose a "
             "folder in it"
         )
+    _restore_interrupted_swap(resolved)
     partial = _partial(resolved)
     if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
@@ -86,8 +101,12 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
         raise OutputError(f"{out}: is a file; choose another --out")
     if not any(resolved.iterdir()):
         return
-    if not _is_artifact(resolved):
-        raise OutputError(f"{out}: holds files that csalign did not make; choose another --out")
+    foreign = {path.name for path in resolved.iterdir()} - ARTIFACT_ENTRIES
+    if foreign or not _is_artifact(resolved):
+        example = min(foreign or {path.name for path in resolved.iterdir()})
+        raise OutputError(
+            f"{out}: holds files that csalign did not make ({example}); choose another --out"
+        )
     if not overwrite:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
 

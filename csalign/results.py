@@ -37,6 +37,7 @@ class TrainResult:
         steps: optimiser steps that were made.
         best_step: step whose weights were kept; 0 is the start, where nothing trained beat it.
         start: which closed form (or "random") training started from, and its settings.
+        pairs: texts with an image that were trained on and validated on.
         parameters: trainable parameters by side.
         validation: mean recall and centroid gap on the validation split of the start and of what
             was kept; {} without validation.
@@ -47,6 +48,7 @@ class TrainResult:
     steps: int
     best_step: int
     start: str
+    pairs: dict[str, int]
     parameters: dict[str, int]
     validation: dict[str, dict[str, float]]
     seconds: float

@@ -66,11 +66,26 @@ def test_what_csalign_did_not_make_is_never_touched(tmp_path: Path, name: str) -
     assert (other / "config.toml").read_text() == "title = 'my blog'"
 
 
+def test_a_file_of_the_users_in_an_artifact_keeps_it_from_being_replaced(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    (out / "NOTES.md").touch()
+
+    with pytest.raises(OutputError, match=r"did not make \(NOTES\.md\)"):
+        check_output(out, overwrite=True)
+
+
+def test_an_output_inside_an_artifact_that_is_read_is_refused(tmp_path: Path) -> None:
+    features = artifact(tmp_path / "features")
+
+    with pytest.raises(OutputError, match="lies inside"):
+        check_output(features / "run", overwrite=False, inputs=(features,))
+
+
 def test_the_working_directory_and_mount_points_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for out in (Path(), Path("/proc")):
+    for out in (Path(), Path("/proc"), Path("/")):
         with pytest.raises(OutputError, match="mount point or the working directory"):
             check_output(out, overwrite=True)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from csalign import __version__, files
 from csalign.adapters.model import Adapter, SideShape
 from csalign.enums import Modality
-from csalign.errors import DataError, SchemaError
+from csalign.errors import DataError, OutputError, SchemaError
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -31,6 +31,7 @@ class AdapterInfo(BaseModel):
         bandwidth: of the divergence at that step; None where it had no weight.
         data_fingerprint: of the feature set that it was trained on.
         train_split: the split(s) of it that it was trained on.
+        weights_sha256: of the weights file; set when it is written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class AdapterInfo(BaseModel):
     bandwidth: float | None
     data_fingerprint: str
     train_split: str
+    weights_sha256: str = ""
 
     @model_validator(mode="after")
     def _has_both_sides(self) -> Self:
@@ -65,8 +67,12 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in _state(adapter).items()}
     temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary)
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:  # also where the disk is full
+        raise OutputError(f"{temporary}: cannot be written ({error})") from None
     files.fsync_path(temporary)
+    info = info.model_copy(update={"weights_sha256": files.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
     files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
 
@@ -102,8 +108,11 @@ def load_adapter_with_info(folder: Path) -> tuple[Adapter, AdapterInfo]:
     if found != needed:
         wrong = sorted(name for name in found | needed if found.get(name) != needed.get(name))
         raise SchemaError(f"{path}: does not agree with {DESCRIPTION} in {wrong[0]}; train again")
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
-        raise SchemaError(f"{path}: holds NaN or infinity; train again")
+    if files.sha256_file(path) != info.weights_sha256:
+        raise SchemaError(
+            f"{path}: the content does not agree with the checksum in {DESCRIPTION}: the weights "
+            "were changed or are damaged; train again"
+        )
     adapter.load_state_dict(tensors)
     return adapter.eval(), info
 

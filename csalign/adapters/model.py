@@ -38,6 +38,11 @@ class SideShape:
     dropout: float = 0.3
     signed_sqrt: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no adapter can be built from, such as a damaged description."""
+        if min(self.input_width, self.width, self.hidden) < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"no adapter has this shape: {self}")
+
 
 class SideAdapter(nn.Module):
     """The adapter of one side: unit rows, centred, then linear (+ residual MLP).

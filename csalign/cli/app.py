@@ -116,8 +116,3 @@ def compare(
 
         document = compare(evals)
         render.print_json(document) if json else render.compare_table(document)
-
-
-def main() -> None:
-    """Entry point."""
-    app()

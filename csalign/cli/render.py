@@ -36,6 +36,7 @@ def train_table(result: TrainResult) -> None:
     parameters = ", ".join(f"{side} {count:,}" for side, count in result.parameters.items())
     rows = [
         ("start", result.start),
+        ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
         ("parameters", parameters),
         ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
         ("kept", f"step {result.best_step:,}" if result.best_step else "the start"),

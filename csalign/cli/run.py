@@ -1,4 +1,4 @@
-"""What surrounds every command: logging, signals, and errors that become exit codes."""
+"""What surrounds every command: logging, and errors that become exit codes."""
 
 import errno
 import logging
@@ -9,7 +9,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import typer
 from rich.console import Console
@@ -31,7 +30,6 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     """
     console = Console(stderr=True, soft_wrap=True)
     _set_up_logging(console, quiet=quiet, verbose=verbose)
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield console
     except CsalignError as error:
@@ -41,19 +39,12 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         _explain(console, str(stopped), verbose)
         raise typer.Exit(stopped.exit_code) from None
     except BrokenPipeError:
-        # The reader of our stdout went away, as in `| head`; nothing is left to tell it.
+        # The reader of our stdout went away, as in `| head`; end as SIGPIPE would have it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         _explain(console, _os_error(error), verbose)
         raise typer.Exit(1) from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(signum)
 
 
 def _explain(console: Console, message: str, verbose: int) -> None:

@@ -207,7 +207,9 @@ def _quiet() -> Iterator[None]:
     level = hub.level
 
     def divert(record: logging.LogRecord) -> bool:
-        logger.debug("%s", record.getMessage())
+        # Weights are loaded after the network is built, so this one would only mislead.
+        if "No pretrained weights" not in record.getMessage():
+            logger.debug("%s", record.getMessage())
         return False
 
     root.addFilter(divert)

@@ -17,6 +17,7 @@ Strings = Sequence[str | None]
 
 IMAGE_ARRAYS = ("images", "image", "image_embeddings", "img_emb")
 TEXT_ARRAYS = ("texts", "text", "text_embeddings", "text_emb")
+NPY_MAGIC = b"\x93NUMPY"
 ID_NAMES = ("id",)
 IMAGE_ID_NAMES = ("image_id", "image", "image_row")
 TEXT_ID_NAMES = ("text_id", "text", "text_row")
@@ -77,16 +78,21 @@ def read_array(spec: Path, names: Sequence[str]) -> Array:
             ) from None
         raise DataError(f"{file}: is no readable NumPy file ({error})") from None
     if array.ndim != 2 or not array.size:
-        raise ShapeError(f"{file}: has shape {array.shape}; embeddings are (rows, width)")
-    if array.dtype not in (np.float16, np.float32, np.float64):
+        what = "is empty" if not array.size else "embeddings are (rows, width)"
+        raise ShapeError(f"{file}: has shape {array.shape}: {what}")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ShapeError(
-            f"{file}: has dtype {array.dtype}; embeddings are float16, float32 or float64"
+            f"{file}: has dtype {array.dtype}; embeddings are float16, float32 or float64, save "
+            "them with numpy.save(path, array.astype('float32'))"
         )
     return array
 
 
 def _load(file: Path, name: str, names: Sequence[str]) -> Array:
     if not zipfile.is_zipfile(file):
+        with file.open("rb") as start:
+            if start.read(len(NPY_MAGIC)) != NPY_MAGIC:
+                raise ValueError("it has not the beginning of one")
         array: Array = np.load(file, mmap_mode="r", allow_pickle=False)
         return array
     with np.load(file, allow_pickle=False) as archive:

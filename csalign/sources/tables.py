@@ -22,6 +22,7 @@ IMAGE_NAMES = (
 )
 CAPTION_NAMES = ("caption", "title", "text", "sentence", "captions", "caption_text")
 SPLIT_NAME = "split"
+LONGEST_CELL = 64 << 20  # characters; a quote that is never closed would else fill the memory
 
 
 class Row(NamedTuple):
@@ -159,7 +160,7 @@ def read_table(path: Path) -> Table:
 def _csv_dicts(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
     records = _csv_records(path, _delimiter(path))
     _, names = next(records, (0, []))
-    names = [name.strip() for name in names]
+    names = _header(path, names)
     for number, cells in records:
         _check_cells(path, number, cells, names)
         yield number, {n: cell.strip() or None for n, cell in zip(names, cells, strict=True)}
@@ -178,6 +179,14 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
 def _scalar(value: Any) -> str | None:
     """An id may be a number in JSON; as a string it is the same id."""
     return None if value is None else _checked(str(value), "a cell") or None
+
+
+def _header(path: Path, cells: Sequence[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{path}: has the column {name!r} twice; rename one of them")
+    return names
 
 
 def _delimiter(path: Path) -> str:
@@ -214,7 +223,7 @@ def _csv_rows(table: Path, columns: Columns) -> Iterator[Row]:
     header = next(records, None)
     if header is None:
         return
-    names = [name.strip() for name in header[1]]
+    names = _header(table, header[1])
     found = columns.find(names, table)
     image, caption = names.index(found.image), names.index(found.caption)
     split = None if found.split is None else names.index(found.split)
@@ -230,6 +239,7 @@ def _csv_rows(table: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _csv_records(table: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(LONGEST_CELL)  # the module's own is 128 KiB, which captions exceed
     reader = csv.reader(_lines(table), delimiter=delimiter, strict=True)
     number = 1
     try:

@@ -24,6 +24,8 @@ from csalign.store.join import (
 )
 from csalign.store.reader import FeatureSet
 
+COLLAPSED_RANK = 1.5  # effective dimensions
+
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
@@ -55,6 +57,11 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     progress("evaluation stages", 2, 3)
     gap = gap_suite(images, texts, rows.text_image, sigma=config.bandwidth, seed=config.seed)
     progress("evaluation stages", 3, 3)
+    for side, rank in gap["effective_rank"].items():
+        if rank < COLLAPSED_RANK:
+            log.warning(
+                "all %s embeddings are nearly the same, so a small gap means nothing here", side
+            )
     return {
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),

@@ -1,5 +1,6 @@
 """``csalign import``: embeddings somebody already has, into a feature set."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def _specs(config: ImportConfig) -> dict[Modality, Path]:
     if config.source is not None:
         if config.images or config.texts:
             raise ConfigError("give either SOURCE or --images and --texts, not both")
+        if not zipfile.is_zipfile(config.source):
+            raise ConfigError(
+                f"{config.source}: is no .npz with both arrays; name two files with --images and "
+                "--texts"
+            )
         return {Modality.IMAGE: config.source, Modality.TEXT: config.source}
     if config.images is None or config.texts is None:
         raise ConfigError("name both arrays: --images A.npy --texts B.npy, or one .npz as SOURCE")

@@ -75,6 +75,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         steps=trainer.steps_made,
         best_step=trainer.step,
         start=start,
+        pairs={"train": rows.pairs, "validation": val.pairs if val else 0},
         parameters=adapter.parameter_counts(),
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=round(time.monotonic() - began, 3),
@@ -107,8 +108,9 @@ def _load(
         both = trained & split_names(val_split, there)
         if both:
             raise DataError(
-                f"split {min(str(name) for name in both)!r} would be both trained and validated "
-                "on; name others with --train-split and --val-split"
+                f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
+                "both trained and validated on; name other splits with --train-split and "
+                "--val-split"
             )
         val = thin(load_rows(features, val_split), config.seed)
     for part in (rows, val):

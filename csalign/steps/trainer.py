@@ -251,7 +251,8 @@ class Trainer:
 
     def _diverged(self, what: str, value: float) -> TrainingError:
         return TrainingError(
-            f"step {self.step}: {what} is {value}; lower --learning-rate or --logit-scale"
+            f"step {self.step}: {what} is {value}; lower --learning-rate, --logit-scale or "
+            "--cs-weight, or leave --bandwidth at median"
         )
 
     def _validate(self) -> bool:

@@ -63,6 +63,13 @@ class FeatureTable:
         Raises:
             SchemaError: a shard is missing, cut short, or holds other columns; it is named.
         """
+        named = {self._path(shard) for shard in self.shards}
+        for path in sorted((self.folder / self.modality.plural).glob("*.parquet")):
+            if path not in named:
+                raise SchemaError(
+                    f"{path}: is not in the manifest, though other readers would take it for a "
+                    "part of the set; remove it"
+                )
         for shard in self.shards:
             path = self._path(shard)
             if not path.is_file():

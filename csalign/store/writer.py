@@ -312,5 +312,6 @@ def first_unusable(embeddings: Array, dtype: str) -> tuple[int, str] | None:
     row = int(np.flatnonzero(~usable)[0])
     reason = "has norm 0" if finite[row] else "holds NaN or infinity"
     if np.isfinite(embeddings[row]).all() and embeddings[row].any():
-        reason += f" once stored as {dtype} (use --dtype float32)"
+        remedy = "use --dtype float32" if dtype == "float16" else "scale it down"
+        reason += f" once stored as {dtype} ({remedy})"
     return row, reason

@@ -68,6 +68,12 @@ def change_json(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def change_shape(folder: Path, **values: Any) -> None:
+    shapes = json.loads((folder / "adapter.json").read_text())["adapters"]
+    shapes["image"].update(values)
+    change_json(folder, adapters=shapes)
+
+
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     change(tensors)
@@ -81,6 +87,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (lambda f: (f / "adapter.json").write_text("{"), r"adapter\.json: is damaged"),
         (lambda f: change_json(f, format_version=2), "format_version"),
         (lambda f: change_json(f, surprise=1), "surprise"),
+        (lambda f: change_shape(f, hidden=-5), "no adapter has this shape"),
         (
             lambda f: change_json(f, encoders={"image": "eye"}),
             "an image and a text side are needed",
@@ -92,8 +99,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         ),
         (lambda f: change_weights(f, lambda t: t.pop("image.mean")), "agree with .* image.mean"),
         (
-            lambda f: change_weights(f, lambda t: t["text.mean"].fill_(torch.nan)),
-            "holds NaN or infinity",
+            lambda f: change_weights(f, lambda t: t["text.mean"].neg_().add_(1)),
+            r"adapter\.safetensors: the content does not agree with the checksum",
         ),
     ],
 )

@@ -112,7 +112,7 @@ def with_value(row: int, value: float) -> Any:
     ("images", "texts", "message"),
     [
         (numbers(6, 4), numbers(5, 4), "6 images and 5 texts: .* --pairs TABLE"),
-        (numbers(6, 4)[0], numbers(6, 4), r"x\.npy: has shape \(4,\); embeddings are"),
+        (numbers(6, 4)[0], numbers(6, 4), r"x\.npy: has shape \(4,\): embeddings are"),
         (numbers(0, 4), numbers(0, 4), r"x\.npy: has shape \(0, 4\)"),
         (with_value(2, np.nan), numbers(6, 4), r"x\.npy, row 2: holds NaN or infinity"),
         (numbers(6, 4), with_value(5, np.inf), r"y\.npy, row 5: holds NaN or infinity"),
@@ -140,6 +140,7 @@ def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
     [
         ("image_id\n0\n1\n", r"pairs\.csv: has 2 rows and there are 3 texts"),
         ("image_id\n0\n1\n7\n", r"pairs\.csv: image '7' is not there \(1 texts"),
+        ("image_id,image_id\n0,0\n1,1\n1,1\n", "has the column 'image_id' twice"),
         ("picture\n0\n1\n1\n", r"no? column 'image_id' \(columns: picture\)"),
         ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is not there"),
         ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is paired in row 2 too"),
@@ -169,6 +170,7 @@ def test_a_pairs_table_that_does_not_fit_is_refused_by_row(
         ({"images": "x.npy"}, "name both arrays"),
         ({"images": "nowhere.npy", "texts": "nowhere.npy"}, "nowhere.npy: no such file"),
         ({"source": "both.npz", "images": "x.npy"}, "not both"),
+        ({"source": "x.npy"}, "is no .npz with both arrays"),
     ],
 )
 def test_arrays_must_be_named_and_there(
@@ -184,6 +186,16 @@ def test_a_truncated_npy_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"x\.npy: is no readable NumPy file"):
         import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
+    path.write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=r"x\.npy: is no readable NumPy file"):
+        import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
+
+
+def test_arrays_of_the_other_byte_order_are_read_as_what_they_are(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npy", numbers(6, 4).astype(">f4"))
+    import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
+
+    np.testing.assert_array_equal(rows_of(tmp_path / "out").images, numbers(6, 4))
 
 
 def test_an_output_is_replaced_only_when_asked_and_only_after_success(tmp_path: Path) -> None:

@@ -203,6 +203,10 @@ def rewrite_columns(folder: Path) -> None:
         (flip, r"images/part-00000\.parquet: "),
         (rewrite_columns, r"images/part-00000\.parquet: has no column 'embedding'"),
         (lambda f: (f / "images/part-00000.parquet").unlink(), r"part-00000\.parquet: is missing"),
+        (
+            lambda f: shutil.copy(f / "images/part-00000.parquet", f / "images/part-00001.parquet"),
+            r"part-00001\.parquet: is not in the manifest",
+        ),
         (lambda f: shutil.rmtree(f / "texts"), r"texts/part-00000\.parquet: is missing"),
         (lambda f: (f / "manifest.json").unlink(), r"is no feature set \(no manifest\.json in it"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: is damaged"),
