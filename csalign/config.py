@@ -221,7 +221,7 @@ class TrainConfig(OutputConfig):
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
     cs_weight: NotNegative = Field(
-        1.0, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
+        0.1, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
     )
     bandwidth: Annotated[Literal["median"] | Positive, Number] = Field(
         "median",

@@ -191,7 +191,9 @@ def test_every_command_has_help(command: str) -> None:
     assert "Usage:" in done.stdout
 
 
-@pytest.mark.parametrize("statement", ["import csalign", "import csalign.cli.app", "import csalign.__main__"])
+@pytest.mark.parametrize(
+    "statement", ["import csalign", "import csalign.cli.app", "import csalign.__main__"]
+)
 def test_the_front_door_is_light(statement: str) -> None:
     heavy = ["torch", "faiss", "pyarrow", "open_clip", "numpy"]
     code = f"{statement}; import sys; print([n for n in {heavy} if n in sys.modules])"
