@@ -4,7 +4,7 @@ Usage::
 
     python tests/benchmarks/sample_data/make.py --work DIR
 
-DIR is the folder of ``tests/benchmarks/openclipart/build.py``; whatever is missing there is
+DIR is the folder of ``tests/benchmarks/openclipart/prepare.py``; whatever is missing there is
 computed first. The command writes the drawings with their captions and attribution, and the arrays
 of the sample feature set, which it then imports. The tiny CLIP model has a script of its own,
 ``train_tiny_clip.py``.
@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "openclipart"))
 
-import build  # noqa: E402  (found by the line above)
+import prepare  # noqa: E402  (found by the line above)
 from corpus import SVG_ROOT, Drawing, picture_path, rasterise  # noqa: E402
 
 SAMPLE_DATA = ROOT / "sample_data"
@@ -158,7 +158,7 @@ def choose_drawings(
     vocabulary = set((get_model_path() / "vocab.txt").read_text(encoding="utf-8").split())
     by_id = {drawing.id: drawing for drawing in drawings}
     folders: dict[str, list[Drawing]] = defaultdict(list)
-    for drawing_id in build.hash_order(by_id):
+    for drawing_id in prepare.hash_order(by_id):
         drawing = by_id[drawing_id]
         folder = drawing_id.split("/")[0]
         if (
@@ -222,7 +222,7 @@ def write_drawings(drawings: Sequence[Drawing], root: Path = SVG_ROOT) -> None:
     (SAMPLE_DATA / "ATTRIBUTION.md").write_text("\n".join(attribution) + "\n", encoding="utf-8")
 
 
-def choose_features(corpus: build.Corpus) -> dict[str, str]:
+def choose_features(corpus: prepare.Corpus) -> dict[str, str]:
     """Choose the drawings of the sample feature set and their splits.
 
     Args:
@@ -238,7 +238,7 @@ def choose_features(corpus: build.Corpus) -> dict[str, str]:
         if eligible and drawing.license == PUBLIC_DOMAIN
     ]
     names = [name for name, size in FEATURE_SPLITS.items() for _ in range(size)]
-    return dict(zip(build.hash_order(ids), names, strict=False))
+    return dict(zip(prepare.hash_order(ids), names, strict=False))
 
 
 def main() -> None:
@@ -250,13 +250,13 @@ def main() -> None:
     arguments = parser.parse_args()
     work: Path = arguments.work
 
-    corpus = build.load_corpus(work, arguments.svg_root)
-    splits = build.assign_splits([drawing.id for drawing in corpus.drawings], corpus.eligible)
-    pictures = build.pictures_folder(work)
+    corpus = prepare.load_corpus(work, arguments.svg_root)
+    splits = prepare.assign_splits([drawing.id for drawing in corpus.drawings], corpus.eligible)
+    pictures = prepare.pictures_folder(work)
     write_drawings(choose_drawings(corpus.drawings, splits, pictures), arguments.svg_root)
-    build.write_tables(corpus, choose_features(corpus), work / "sample")
+    prepare.write_tables(corpus, choose_features(corpus), work / "sample")
     if not arguments.no_import:
-        build.run_import(work / "sample", SAMPLE_DATA / "features", "float16")
+        prepare.run_import(work / "sample", SAMPLE_DATA / "features", "float16")
         # It names folders of this machine, which mean nothing elsewhere.
         (SAMPLE_DATA / "features" / "config.toml").unlink()
 

