@@ -5,9 +5,9 @@ Usage::
     python tests/benchmarks/openclipart/run.py --work DIR [--seeds 3] [--json FILE]
 
 DIR is the folder of ``prepare.py``. Every choice was made on the validation splits "val" and
-"val2"; the test split is only measured here. `±` is the standard deviation over seeds (start, order,
-captions, dropout); `se` the bootstrap standard error over test images, of the mean recall itself
-and of its difference to the first InfoNCE row on the same images.
+"val2"; the test split is only measured here. `±` is the standard deviation over seeds (start,
+order, captions, dropout); `se` the bootstrap standard error over test images, of the mean recall
+itself and of its difference to the first InfoNCE row on the same images.
 """
 
 from __future__ import annotations
