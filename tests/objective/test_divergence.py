@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import ndtri
 from torch import Tensor
 
 from csalign.errors import ShapeError
@@ -138,14 +139,13 @@ def test_is_minus_twice_the_log_cosine_of_random_feature_means() -> None:
     assert float(cs_divergence(x, y, sigma=sigma)) == pytest.approx(expected, rel=0.02)
 
 
-@settings(max_examples=5)
-@given(shift=st.floats(0.5, 2), seed=st.integers(0, 50))
-def test_approaches_the_closed_form_of_two_smoothed_gaussians(shift: float, seed: int) -> None:
+@pytest.mark.parametrize("shift", [0.5, 1.0, 2.0])
+def test_approaches_the_closed_form_of_two_smoothed_gaussians(shift: float) -> None:
     """N(m, S) smoothed on both sides of an inner product: N(m1; m2, S1 + S2 + sigma^2)."""
-    rng = np.random.default_rng(seed)
     deviations, sigma, n = (0.5, 1.0), 1.0, 1_500
-    x = torch.from_numpy(rng.normal(0, deviations[0], (n, 1)))
-    y = torch.from_numpy(rng.normal(shift, deviations[1], (n, 1)))
+    # Quantiles stand for a sample that has no luck in it.
+    standard = torch.from_numpy(ndtri((np.arange(n) + 0.5) / n)).reshape(-1, 1)
+    x, y = deviations[0] * standard, deviations[1] * standard + shift
 
     def log_inner(i: int, j: int, gap: float) -> float:
         variance = deviations[i] ** 2 + deviations[j] ** 2 + sigma**2
@@ -153,7 +153,7 @@ def test_approaches_the_closed_form_of_two_smoothed_gaussians(shift: float, seed
 
     expected = log_inner(0, 0, 0) + log_inner(1, 1, 0) - 2 * log_inner(0, 1, shift)
 
-    assert float(cs_divergence(x, y, sigma=sigma)) == pytest.approx(expected, rel=0.15, abs=0.02)
+    assert float(cs_divergence(x, y, sigma=sigma)) == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize(
