@@ -1,7 +1,8 @@
 """What the toolkit asks of an encoder, whoever made it."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +28,59 @@ class Embedded(NamedTuple):
     tokens: list[Floats] | None
 
 
-class Encoder(Protocol):
-    """A frozen pair of an image and a text encoder."""
+class ImageEncoder(Protocol):
+    """A frozen image encoder."""
 
     @property
     def batch_size(self) -> int:
-        """How many images or texts go through a forward pass."""
+        """How many images go through a forward pass."""
 
-    def info(self, modality: Modality) -> EncoderInfo:
-        """What made the embeddings of one side, for the manifest."""
+    @property
+    def info(self) -> EncoderInfo:
+        """What makes the embeddings, for the manifest."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
 
-    def embed_images(self, pixels: torch.Tensor) -> Embedded:
+    def embed(self, pixels: torch.Tensor) -> Embedded:
         """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
 
-    def embed_texts(self, texts: Sequence[str]) -> Embedded:
+
+class TextEncoder(Protocol):
+    """A frozen text encoder."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many texts go through a forward pass."""
+
+    @property
+    def info(self) -> EncoderInfo:
+        """What makes the embeddings, for the manifest."""
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
         """Embed one or more texts, in as many batches as they need, in their order."""
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How encoders are to be run.
+
+    Attributes:
+        device: where to run them.
+        precision: of the forward pass: "float32", "float16", "bfloat16"; "auto" is float32 on the
+            CPU and float16 elsewhere.
+        batch_size: items a forward pass (None: 32 on the CPU, 256 elsewhere).
+        tokens: the modalities to give last-layer tokens of, beside the embeddings.
+        token_space: "hidden" after the last norm, "projected" times the encoder's projection too.
+        max_tokens: tokens an item at most; None keeps all of them. Grids of image tokens are
+            pooled to k x k, texts are cut.
+        compile: whether to run the networks through torch.compile.
+    """
+
+    device: torch.device
+    precision: str = "auto"
+    batch_size: int | None = None
+    tokens: Collection[Modality] = ()
+    token_space: Literal["hidden", "projected"] = "projected"
+    max_tokens: int | None = None
+    compile: bool = False
