@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from csalign.errors import ConfigError
+from csalign.locations import parse_location
 
 C = TypeVar("C", bound="Config")
 
@@ -29,6 +38,8 @@ def _number_if_it_is_one(value: Any) -> Any:
 
 
 Number = BeforeValidator(_number_if_it_is_one)
+# A `Path`, or for a URL what has the methods of one; see `locations`.
+Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -98,7 +109,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
 class OutputConfig(Config):
     """What every command that makes a folder can be told about it."""
 
-    out: Path = Field(description="Folder to make.")
+    out: Location = Field(description="Folder to make.")
     overwrite: bool = Field(
         False, description="Replace the folder if it exists, only after success."
     )
@@ -107,31 +118,54 @@ class OutputConfig(Config):
 class ExtractConfig(OutputConfig):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
-    source: Path = Field(
-        description="Folder of images with a captions table in it, or the table itself: "
-        ".csv, .tsv or .jsonl with an image and a caption column."
+    source: Location = Field(
+        description="What to embed: a folder of images, a table, COCO or Karpathy JSON, WebDataset "
+        "tars, Parquet, a text file of captions, or - for a list of images on stdin."
     )
-    captions: Path | None = Field(
+    kind: Literal[
+        "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
+    ] = Field("auto", description="What SOURCE is, where it is not recognised.")
+    captions: Location | None = Field(
         None, description="Captions table, when SOURCE is a folder and the table lies elsewhere."
     )
+    images: Location | None = Field(
+        None, description="Folder that image paths start from (default: recognised)."
+    )
     image_column: str | None = Field(
-        None, description="Column of image paths, relative to the table (default: recognised)."
+        None, description="Column of images: paths, bytes or base64 (default: recognised)."
     )
     caption_column: str | None = Field(
         None, description="Column of captions (default: recognised)."
     )
-    split_column: str = Field("split", description="Column of splits, used if the table has it.")
-    model: str = Field(
-        "ViT-B-32", description="open_clip architecture: a name, or a JSON file of its config."
+    split_column: str = Field("split", description="Column of splits, used if the source has it.")
+    id_column: str | None = Field(
+        None, description="Column of image ids (default: paths, keys or row numbers)."
     )
-    pretrained: str = Field(
-        description="open_clip tag or local checkpoint; 'none' gives random weights."
+    encoder: str | None = Field(
+        None,
+        description="Encoder of both sides: open_clip:MODEL/TAG or open_clip:MODEL+WEIGHTS, where "
+        "MODEL may be a JSON file of its config.",
+    )
+    image_encoder: str | None = Field(
+        None,
+        description="Encoder of the images alone: like --encoder, timm:MODEL[+WEIGHTS], "
+        "PACKAGE.MODULE:CALLABLE, or none.",
+    )
+    text_encoder: str | None = Field(
+        None,
+        description="Encoder of the texts alone: like --encoder, "
+        "hf:MODEL-OR-FOLDER[?pooling=mean&prefix=...], PACKAGE.MODULE:CALLABLE, or none.",
     )
     tokens: Literal["none", "image", "text", "both"] = Field(
         "none", description="Store last-layer tokens too."
     )
     token_space: Literal["hidden", "projected"] = Field(
         "projected", description="Tokens before or after the encoder's projection."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens an item: image grids are pooled to k x k, texts cut (default: all).",
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -144,10 +178,27 @@ class ExtractConfig(OutputConfig):
     workers: int | None = Field(
         None, ge=1, description="Threads that decode images (default: the cores, at most 16)."
     )
+    compile: bool = Field(False, description="Run the encoders through torch.compile.")
+    shard: str = Field(
+        "auto",
+        description="Do share I of N, counted from 0: I/N; auto reads torchrun's and SLURM's array "
+        "variables.",
+    )
+    part_rows: Count = Field(
+        4096, description="Records a file, which is what a rerun need not do again."
+    )
     max_failures: Share = Field(
-        0.01, description="Share of images that may be unreadable before the command fails."
+        0.01, description="Share of records that may be unusable before the command fails."
+    )
+    retry_failures: bool = Field(
+        False, description="Make those finished parts anew that left something out."
     )
     strict: bool = Field(False, description="Fail if anything was left out.")
+
+    def to_toml(self) -> str:
+        """The same for every process of a job; see `Config.to_toml`."""
+        unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
+        return super(ExtractConfig, self.model_copy(update=unshared)).to_toml()
 
 
 class ImportConfig(OutputConfig):
@@ -179,7 +230,7 @@ class ImportConfig(OutputConfig):
 class TrainConfig(OutputConfig):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-    features: Path = Field(description="Feature set to train on.")
+    features: Location = Field(description="Feature set to train on.")
     train_split: str = Field(
         "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
     )
@@ -249,7 +300,7 @@ class TrainConfig(OutputConfig):
 class ApplyConfig(OutputConfig):
     """``csalign apply``: aligned embeddings, the same artifact again."""
 
-    features: Path = Field(description="Feature set to align.")
+    features: Location = Field(description="Feature set to align.")
     adapter: Path = Field(description="Run folder that holds the trained adapter.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     batch_size: Count = Field(8192, description="Rows at a time.")
@@ -259,7 +310,7 @@ class ApplyConfig(OutputConfig):
 class EvalConfig(Config):
     """``csalign eval``: retrieval and modality gap."""
 
-    features: Path = Field(description="Feature set to evaluate on.")
+    features: Location = Field(description="Feature set to evaluate on.")
     adapter: Path | None = Field(
         None, description="Run folder; without it the features are evaluated as they are."
     )

@@ -5,15 +5,23 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from csalign.errors import OutputError
+from csalign.locations import is_remote
 
 ARTIFACT_MARKS = ("manifest.json", "adapter.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
+
+LOCK = ".csalign-lock"
+"""In a folder that is being built; its lock dies with the process that holds it."""
+
+JOB = ".csalign-job.json"
+"""In a folder that is built bit by bit: what it is to become, so that only that continues it."""
 
 ARTIFACT_ENTRIES = {
     *ARTIFACT_MARKS,
@@ -25,20 +33,21 @@ ARTIFACT_ENTRIES = {
     "images",
     "metrics.jsonl",
     "texts",
+    JOB,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
-
-LOCK = ".csalign-lock"
-"""In a folder that is being built; its lock dies with the process that holds it."""
 
 
 def write_text(path: Path, text: str) -> None:
     r"""Write a text file whole or not at all: temporary name, fsync, rename.
 
     Args:
-        path: final path; its folder must exist.
+        path: final path; its folder must exist. In an object store every write is whole.
         text: content, written as UTF-8 with ``\n`` line ends.
     """
+    if is_remote(path):
+        path.write_bytes(text.encode())
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
@@ -50,6 +59,33 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document whole or not at all; NaN is refused rather than written."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def arriving(path: Path) -> Iterator[Path]:
+    """A local path to write a file to, which then appears under its own name, whole or not at all.
+
+    Args:
+        path: final path, local or in an object store.
+
+    Yields:
+        Where to write it. If the block raises, what was written is removed.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            _upload(temporary, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        fsync_path(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def fsync_path(path: Path) -> None:
@@ -80,8 +116,13 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             working directory, a folder that csalign did not make, one of `inputs`, or holds one of
             them; or its ``OUT.partial`` is in use or not ours.
     """
+    if is_remote(out):
+        _check_remote_output(out, overwrite=overwrite, inputs=inputs)
+        return
     resolved = out.resolve()
     for source in inputs:
+        if is_remote(source):
+            continue
         if source.exists() and source.resolve().is_relative_to(resolved):
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
         if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
@@ -92,8 +133,9 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             "folder in it"
         )
     _restore_interrupted_swap(resolved)
-    partial = _partial(resolved)
-    if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
+    partial = partial_of(resolved)
+    marked = (partial / LOCK).exists() or (partial / JOB).exists()
+    if partial.exists() and any(partial.iterdir()) and not marked:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
     if not resolved.exists():
         return
@@ -111,12 +153,29 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
 
 
+def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+    address = f"{out}/"
+    for source in inputs:
+        if f"{source}/".startswith(address) or address.startswith(f"{source}/"):
+            raise OutputError(f"{out}: overlaps with {source}, which is read; choose another --out")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if not names:
+        return
+    if names - ARTIFACT_ENTRIES or not _is_artifact(out):
+        example = min(names - ARTIFACT_ENTRIES or names)
+        raise OutputError(
+            f"{out}: holds files that csalign did not make ({example}); choose another --out"
+        )
+    if not overwrite:
+        raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+
+
 @contextmanager
 def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]:
     """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
 
     What stood at `out` stays untouched until then. What a dead process left at ``OUT.partial`` is
-    replaced. Callers run `check_output` first.
+    replaced. Callers run `check_output` first. For an object store the folder is built locally.
 
     Args:
         out: final folder.
@@ -124,22 +183,26 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
             something that the user can use; otherwise it is removed.
 
     Yields:
-        The folder to write into: fresh, on the same file system as `out`.
+        The folder to write into: fresh, and local.
 
     Raises:
         OutputError: another process is building the same output.
     """
+    if is_remote(out):
+        with tempfile.TemporaryDirectory(prefix="csalign-") as local:
+            yield Path(local)
+            publish(Path(local), out)
+        return
     out = out.resolve()
-    partial = _partial(out)
+    partial = partial_of(out)
     with _locked(partial):
         try:
             yield partial
             (partial / LOCK).unlink()
-            fsync_path(partial)
-            _replace(partial, out)
+            publish(partial, out)
         except BaseException:
             if not keep_on_failure:
-                _remove(partial)
+                remove_folder(partial)
             raise
 
 
@@ -147,19 +210,61 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
 def _locked(partial: Path) -> Iterator[None]:
     """Make an empty folder that no other process builds in."""
     partial.mkdir(parents=True, exist_ok=True)
+    if (partial / JOB).exists():
+        raise OutputError(
+            f"{partial}: holds an unfinished extraction; finish it, remove it, or choose another "
+            "--out"
+        )
     with (partial / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                f"{partial}: another process is writing there; wait for it, or choose another --out"
-            ) from None
-        for leftover in partial.iterdir():
-            if leftover.is_dir():
-                _remove(leftover)
-            elif leftover.name != LOCK:
-                leftover.unlink()
+            raise OutputError(in_use(partial)) from None
+        empty_folder(partial)
         yield
+
+
+def in_use(partial: Path) -> str:
+    """What to say of a folder whose lock is held."""
+    return f"{partial}: another process is writing there; wait for it, or choose another --out"
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove everything in it but its lock."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            remove_folder(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Move a finished folder to its final name, in place of what stands there.
+
+    Locally that is a rename. An object store has none: the file that makes a folder an artifact
+    is removed first and arrives last, so that what is half there is no artifact.
+    """
+    if not is_remote(out):
+        fsync_path(folder)
+        _replace(folder, out)
+        return
+    for mark in ARTIFACT_MARKS:
+        (out / mark).unlink(missing_ok=True)
+    remove_folder(out)
+    entries = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(entries, key=lambda path: path.name in ARTIFACT_MARKS):
+        target = out.joinpath(*path.relative_to(folder).parts)
+        if is_remote(folder):
+            out.fs.copy(path.path, target.path)  # type: ignore[attr-defined]  # of UPath
+        else:
+            _upload(path, target)
+    if is_remote(folder):
+        remove_folder(folder)
+
+
+def _upload(local: Path, remote: Path) -> None:
+    remote.parent.mkdir(parents=True, exist_ok=True)  # object stores need none, others do
+    remote.fs.put_file(str(local), remote.path)  # type: ignore[attr-defined]  # of UPath
 
 
 def _replace(partial: Path, out: Path) -> None:
@@ -168,7 +273,7 @@ def _replace(partial: Path, out: Path) -> None:
         out.rename(previous)
     partial.rename(out)
     fsync_path(out.parent)
-    _remove(previous)
+    remove_folder(previous)
 
 
 def _restore_interrupted_swap(out: Path) -> None:
@@ -176,10 +281,11 @@ def _restore_interrupted_swap(out: Path) -> None:
     previous = _previous(out)
     if previous.is_dir() and not out.exists():
         previous.rename(out)
-    _remove(previous)
+    remove_folder(previous)
 
 
-def _partial(out: Path) -> Path:
+def partial_of(out: Path) -> Path:
+    """Where a folder is built before it gets its name."""
     return out.with_name(out.name + ".partial")
 
 
@@ -199,6 +305,10 @@ def _is_artifact(folder: Path) -> bool:
     return False
 
 
-def _remove(folder: Path) -> None:
-    if folder.is_dir():
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    if is_remote(folder):
+        if folder.exists():
+            folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]  # of UPath
+    elif folder.is_dir():
         shutil.rmtree(folder)

@@ -15,6 +15,8 @@ class FeaturesResult:
         texts: text rows.
         pairs: texts that belong to an image.
         failures: inputs that were left out, listed in ``failures.jsonl``.
+        complete: false where this process did its share and others are not done yet; the rest
+            then speaks of this share, and `features` is the unfinished folder.
     """
 
     features: Path
@@ -22,6 +24,7 @@ class FeaturesResult:
     texts: int
     pairs: int
     failures: int
+    complete: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""

@@ -1,7 +1,8 @@
 """What several tests stand on: a tiny CLIP model on disk and folders of images."""
 
 import json
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import settings
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from csalign.config import ImportConfig
+from csalign.locations import parse_location
 from csalign.steps.import_arrays import import_arrays
 
 # A loaded machine must not fail a test: results are asserted, never seconds. The examples are the
@@ -52,6 +55,34 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     weights = folder / "tiny-clip.safetensors"
     safetensors.torch.save_file(network.state_dict(), weights)
     return model, weights
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """Address of an S3 server in this process."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty bucket of a local S3 server, as commands find it: by its URL alone."""
+    for name, value in (
+        ("AWS_ENDPOINT_URL", s3_server),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{uuid.uuid4()}"
+    s3fs.S3FileSystem().mkdir(name)
+    return parse_location(f"s3://{name}")
 
 
 @pytest.fixture

@@ -88,7 +88,10 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A feature set or a run.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="A feature set or a run.", metavar="PATH")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="First make it whole from the parts in PATH.partial.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -97,7 +100,7 @@ def inspect(
     with command(quiet=quiet, verbose=verbose):
         from csalign.steps.inspect import inspect
 
-        document = inspect(path)
+        document = inspect(path, merge=merge)
         render.print_json(document) if json else render.inspect_table(document)
 
 

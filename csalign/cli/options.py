@@ -70,9 +70,12 @@ def _default(field: FieldInfo) -> str:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """The type that Typer parses; pydantic does the rest, so anything unusual is a string."""
+    """The type that Typer parses; pydantic does the rest, so anything unusual is a string.
+
+    So are paths: as a Path, a URL would lose one of its slashes.
+    """
     members = _members(annotation)
-    for kind in (bool, int, float, Path):
+    for kind in (bool, int, float):
         if members == [kind]:
             return kind
     return str

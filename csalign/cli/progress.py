@@ -70,16 +70,16 @@ class _BarReporter:
 class _LineReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._began: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
         self._last = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        began = self._began.setdefault(what, now)
+        began, first = self._began.setdefault(what, (now, done))  # a rerun begins further on
         if now - self._last < LINE_EVERY_S:
             return
         self._last = now
-        rate = done / (now - began) if now > began else 0.0
+        rate = (done - first) / (now - began) if now > began else 0.0
         line = f"{what}: {done}" + (f" of {total}" if total else "") + f", {rate:,.4g}/s"
         if total and rate:
             line += f", {(total - done) / rate:,.0f} s left"

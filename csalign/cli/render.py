@@ -28,6 +28,7 @@ def features_table(result: FeaturesResult) -> None:
         f"{result.features}: {result.images:,} images, {result.texts:,} texts, "
         f"{result.pairs:,} pairs"
         + (f", {result.failures:,} inputs left out (failures.jsonl)" if result.failures else "")
+        + ("" if result.complete else "; other shards are not done yet")
     )
 
 

@@ -20,10 +20,10 @@ def load_adapter_for(features: FeatureSet, run: Path, device: str) -> tuple[Adap
     """
     adapter, info = load_adapter_with_info(run)
     for side in Modality:
-        width, takes = features.table(side).width, info.adapters[side].input_width
-        if width != takes:
+        table, takes = features.table(side), info.adapters[side].input_width
+        if table.made_by is not None and table.width != takes:
             raise ShapeError(
-                f"{features.path}: {side} embeddings are {width} wide, the adapter {run} takes "
-                f"{takes}; use features of the encoders that it was trained on"
+                f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
+                f"takes {takes}; use features of the encoders that it was trained on"
             )
     return adapter.to(pick_device(device)), info

@@ -12,7 +12,8 @@ from csalign.steps.adapted import load_adapter_for
 from csalign.store import schema
 from csalign.store.manifest import EncoderInfo
 from csalign.store.reader import FeatureSet, FeatureTable, batch_vectors
-from csalign.store.writer import FeatureWriter, Rows
+from csalign.store.shard import Rows
+from csalign.store.writer import FeatureWriter
 
 
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:

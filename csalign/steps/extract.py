@@ -1,307 +1,343 @@
 """Images and captions -> a feature set, through frozen encoders."""
 
+import logging
 import os
 import shutil
-import warnings
-from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
 from csalign import files
 from csalign.config import ExtractConfig
 from csalign.devices import pick_device
-from csalign.encoders.base import Embedded, Encoder, Floats
-from csalign.encoders.openclip import TokenChoice, load_encoder
+from csalign.encoders.base import EncoderOptions
+from csalign.encoders.spec import Encoders, load_encoders
 from csalign.enums import Modality
-from csalign.errors import DataError
+from csalign.errors import ConfigError, DataError, OutputError
+from csalign.locations import is_remote
 from csalign.progress import Progress, silent
 from csalign.results import FeaturesResult
-from csalign.sources.captions import CaptionSource, ImageRecord, TextRecord, read_captions
-from csalign.sources.images import read_image
-from csalign.sources.tables import Columns
-from csalign.store import schema
-from csalign.store.manifest import FAILURES, read_manifest
-from csalign.store.writer import FeatureWriter, Rows
+from csalign.sources.base import Source, Volume
+from csalign.sources.open import SourceOptions, open_source
+from csalign.steps.embedding import Embedder
+from csalign.steps.turns import device_of, own_volumes, owns, turn_of
+from csalign.store import manifest, schema
+from csalign.store.workspace import Job, Receipt, Turn, Workspace, alone, open_workspace
 
-# Enough texts to find some of like length for a batch, few enough to hold their tokens.
-_BATCHES_A_WINDOW = 8
+logger = logging.getLogger(__name__)
+
+LEFT_OUT = "none"
+"""In place of an encoder: leave that side of the source out."""
+
 _MAX_WORKERS = 16
 _REASONS_SHOWN = 3
-
-
-class _Refused(DataError):
-    """Too much was left out; the list of it is worth keeping."""
+# Before so many records a share of failures says little, where their number is not known.
+_ENOUGH_RECORDS = 10_000
+_TOKENS_A_CAPTION = 16  # about, for the estimate of the size
 
 
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source and write them as a feature set.
 
+    The source is divided into parts of `config.part_rows` records. What is finished stays in
+    ``OUT.partial`` whatever happens, and the same call goes on from there; several processes
+    share the parts by `config.shard`, and the last of them makes the feature set.
+
     Images that cannot be read are left out together with their captions and listed in
-    ``failures.jsonl``; where that makes the command fail, the list stays in ``OUT.partial``.
+    ``failures.jsonl``; where that makes the command fail, the list is in ``OUT.partial``.
 
     Args:
-        config: what to read, with which encoder, and where to write.
+        config: what to read, with which encoders, and where to write.
         progress: told of images and texts as they are done.
 
     Returns:
-        What was written.
+        What was written: by this process, if others are not done yet.
 
     Raises:
-        OutputError: `config.out` must not be written.
+        OutputError: `config.out` must not be written, or holds another unfinished extraction.
         DataError: the source cannot be used, or too much of it had to be left out.
-        EncoderError: the encoder cannot be loaded or does not give the tokens asked for.
-        ConfigError: the device does not exist here.
+        EncoderError: an encoder cannot be loaded or does not give the tokens asked for.
+        ConfigError: no encoder is named for a side of the source, or the device does not exist.
     """
-    inputs = (config.source, config.captions, Path(config.pretrained), Path(config.model))
-    files.check_output(
-        config.out,
-        overwrite=config.overwrite,
-        inputs=tuple(path for path in inputs if path is not None),
+    turn = turn_of(config.shard)
+    inputs = [path for path in (config.source, config.captions, config.images) if path is not None]
+    files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(map(Path, inputs)))
+    source = open_source(config.source, _source_options(config))
+    logger.info("%s: %s", config.source, source.description)
+    if turn.count > 1:
+        logger.info("shard %s of the work", turn)
+    encoders = _load_encoders(config, source)
+    job = Job(
+        source=source.fingerprint,
+        part_rows=config.part_rows,
+        dtype=config.dtype,
+        encoders=manifest.Encoders(
+            image=encoders.image.info if encoders.image else None,
+            text=encoders.text.info if encoders.text else None,
+        ),
     )
-    columns = Columns(config.image_column, config.caption_column, config.split_column)
-    source = read_captions(config.source, captions=config.captions, columns=columns)
-    encoder = _load_encoder(config)
-    with _staged_folder(config.out) as folder:
-        encoders = {side: encoder.info(side) for side in Modality}
-        with FeatureWriter(folder, encoders, config.dtype) as writer:
-            job = _Extraction(config, source, encoder, writer, folder / FAILURES, progress)
-            job.write_images()
-            job.write_texts()
-        files.write_text(folder / "config.toml", config.to_toml())
-    counts = read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
+    with open_workspace(
+        config.out, job, turn, config=config.to_toml(), restart=config.overwrite
+    ) as workspace:
+        extraction = _Extraction(config, source, encoders, workspace, turn, progress)
+        if not workspace.is_whole:
+            extraction.run()
+    return _complete(config, workspace, extraction)
 
 
-def _load_encoder(config: ExtractConfig) -> Encoder:
-    sides = [side for side in Modality if config.tokens in (side.value, "both")]
-    return load_encoder(
-        config.model,
-        config.pretrained,
-        device=pick_device(config.device),
+def _source_options(config: ExtractConfig) -> SourceOptions:
+    return SourceOptions(
+        kind=config.kind,
+        captions=config.captions,
+        images=config.images,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        split_column=config.split_column,
+        id_column=config.id_column,
+    )
+
+
+def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
+    specs = {
+        Modality.IMAGE: config.image_encoder or config.encoder,
+        Modality.TEXT: config.text_encoder or config.encoder,
+    }
+    wanted: dict[Modality, str | None] = dict.fromkeys(Modality)
+    for side in Modality:
+        if side not in source.sides or specs[side] == LEFT_OUT:
+            continue
+        if specs[side] is None:
+            raise ConfigError(
+                f"{side}-encoder: is required, since the source holds {side.plural}; give "
+                f"--encoder for both sides, or --{side}-encoder {LEFT_OUT} to leave them out"
+            )
+        wanted[side] = specs[side]
+    options = EncoderOptions(
+        device=pick_device(device_of(config.device)),
         precision=config.precision,
         batch_size=None if config.batch_size == "auto" else config.batch_size,
-        tokens=TokenChoice(sides, config.token_space),
+        tokens=[side for side in Modality if config.tokens in (side.value, "both")],
+        token_space=config.token_space,
+        max_tokens=config.max_tokens,
+        compile=config.compile,
     )
+    return load_encoders(wanted[Modality.IMAGE], wanted[Modality.TEXT], options)
 
 
-@contextmanager
-def _staged_folder(out: Path) -> Iterator[Path]:
-    """A staged folder that leaves the list of failures if refused, nothing if it fails else."""
-    with files.staged_folder(out, keep_on_failure=True) as folder:
-        try:
-            yield folder
-        except _Refused:
-            for side in Modality:
-                shutil.rmtree(folder / side.plural, ignore_errors=True)
-            raise
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+def _complete(config: ExtractConfig, workspace: Workspace, mine: "_Extraction") -> FeaturesResult:
+    """Make the feature set if all processes are done; else tell what this one did."""
+    missing = [] if workspace.is_whole else workspace.missing()
+    if missing:
+        logger.info(
+            "%s: shard %s is done; the feature set appears when %s",
+            workspace.folder,
+            mine.turn,
+            f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
+        )
+        return mine.result(workspace.folder)
+    with alone(workspace) as is_there:
+        if is_there:
+            workspace.complete_and_publish()
+    counts = manifest.read_manifest(config.out).counts
+    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
 
 @dataclass
 class _Extraction:
-    """One run of `extract`, from a loaded encoder to what the writer got.
-
-    Attributes:
-        failure_list: where the writer lists what is left out, for messages.
-        left_out: images that were left out, and why.
-    """
+    """What one process does for a job."""
 
     config: ExtractConfig
-    source: CaptionSource
-    encoder: Encoder
-    writer: FeatureWriter
-    failure_list: Path
+    source: Source
+    encoders: Encoders
+    workspace: Workspace
+    turn: Turn
     progress: Progress
-    left_out: dict[str, str] = field(default_factory=dict)
-    _examples: list[str] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
 
-    def write_images(self) -> None:
-        """Decode, embed and write the images.
-
-        Raises:
-            _Refused: more than the allowed share could not be used, or all of them.
-        """
-        total = len(self.source.image_ids)
-        kept = 0
-        self.progress("images", 0, total)
-        # Pillow warns at one size and raises at twice that; here its first limit is the limit.
-        with warnings.catch_warnings(), closing(self._image_batches()) as batches:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for records, pixels in batches:
-                kept += self._write_image_batch(records, self.encoder.embed_images(pixels))
-                self.progress("images", kept + len(self.left_out), total)
-        if not kept:
-            raise self._refusal(f"0 of {total} images could be used")
-
-    def write_texts(self) -> None:
-        """Embed and write the texts whose image was not left out.
+    def run(self) -> None:
+        """Make the parts of this process that are not there yet.
 
         Raises:
-            _Refused: more than the allowed share of the others could not be used, or anything
-                was left out although the command is strict.
+            DataError: more than the allowed share could not be used, or all of it.
         """
-        total = len(self.source.captions)
-        done = failed = 0
-        self.progress("texts", 0, total)
-        for window in _groups(self.source.texts(), self.encoder.batch_size * _BATCHES_A_WINDOW):
-            records = [record for record in window if not self._lost_its_image(record)]
-            if records:
-                embedded = self.encoder.embed_texts([record.caption for record in records])
-                failed += len(records) - self._write_text_window(records, embedded)
-            self._check_share("texts", failed, total)
-            done += len(window)
-            self.progress("texts", done, total)
-        if self.config.strict and self.writer.failures:
-            raise self._refusal(
-                f"{self.writer.failures} inputs were left out, which --strict forbids"
-            )
-
-    def _image_batches(self) -> Generator[tuple[list[ImageRecord], torch.Tensor]]:
-        """Batches of readable images, (n, 3, h, w); those that are not are left out on the way."""
-        records: list[ImageRecord] = []
-        pixels: list[torch.Tensor] = []
-        with closing(self._decoded_images()) as decoded:
-            for record, result in decoded:
-                if isinstance(result, str):
-                    self._leave_out(record, result)
-                    continue
-                records.append(record)
-                pixels.append(result)
-                if len(records) == self.encoder.batch_size:
-                    yield records, torch.stack(pixels)
-                    records, pixels = [], []
-        if records:
-            yield records, torch.stack(pixels)
-
-    def _decoded_images(self) -> Generator[tuple[ImageRecord, torch.Tensor | str]]:
-        """Each image in order, preprocessed or the reason why not, decoded ahead in threads."""
+        self._check_room()
+        total = self.source.total if self.turn.count == 1 else None
         workers = self.config.workers or min(_cores(), _MAX_WORKERS)
-        ahead = 2 * self.encoder.batch_size + workers
-        pending: deque[tuple[ImageRecord, Future[torch.Tensor | str]]] = deque()
-        executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-        try:
-            for record in self.source.images():
-                pending.append((record, executor.submit(self._load, record.path)))
-                if len(pending) > ahead:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            for record, future in pending:
-                yield record, future.result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+        embedder = Embedder(
+            self.encoders.image,
+            self.encoders.text,
+            self.config.dtype,
+            workers,
+            self.progress,
+            total if self.encoders.image else None,
+        )
+        with closing(embedder):
+            for volume in own_volumes(self.turn, len(self.source.volumes)):
+                for receipt, is_new in self._parts(volume, embedder):
+                    self._count(receipt, embedder, is_new=is_new)
+        self._check(final=True)
+        self.workspace.finish([receipt.name for receipt in self.receipts])
 
-    def _load(self, path: Path) -> torch.Tensor | str:
-        try:
-            return self.encoder.preprocess(read_image(path))
-        except DataError as error:
-            return str(error)
+    def result(self, folder: Path) -> FeaturesResult:
+        """What this process did."""
+        return FeaturesResult(
+            folder,
+            sum(receipt.images.rows for receipt in self.receipts if receipt.images),
+            sum(receipt.texts.rows for receipt in self.receipts if receipt.texts),
+            sum(receipt.pairs for receipt in self.receipts),
+            sum(len(receipt.failures) for receipt in self.receipts),
+            complete=False,
+        )
 
-    def _write_image_batch(self, records: list[ImageRecord], embedded: Embedded) -> int:
-        flaws = _flaws(embedded, self.config.dtype)
-        for position, reason in flaws.items():
-            self._leave_out(records[position], reason)
-        columns: dict[str, Sequence[str | None]] = {
-            schema.ID: [record.id for record in records],
-            schema.SOURCE: [record.path.as_posix() for record in records],
-            schema.SPLIT: [record.split for record in records],
-        }
-        return self._write(Modality.IMAGE, columns, embedded, flaws)
+    def _parts(self, volume: int, embedder: Embedder) -> Iterator[tuple[Receipt, bool]]:
+        """The receipts of this process's parts of a volume, and whether they are new."""
+        volumes = len(self.source.volumes)
+        rows = self.config.part_rows
+        first = next(
+            part for part in range(self.turn.count) if owns(self.turn, volumes, volume, part)
+        )
+        known = self._receipt(volume, first)
+        if known is not None:  # then the volume need not be opened to know its parts
+            own = self._own_parts(volume, known.volume_records)
+            there = [self._receipt(volume, part) for part in own]
+            if all(there):
+                yield from ((receipt, False) for receipt in there if receipt is not None)
+                return
+        with self.source.open(volume) as opened:
+            records = len(opened)
+            for part in self._own_parts(volume, records):
+                receipt = self._receipt(volume, part)
+                if receipt is not None:
+                    yield receipt, False
+                else:
+                    stop = min(records, (part + 1) * rows)
+                    name = self._name(volume, part)
+                    yield self._make(name, opened, part * rows, stop, embedder), True
 
-    def _write_text_window(self, records: list[TextRecord], embedded: Embedded) -> int:
-        flaws = _flaws(embedded, self.config.dtype)
-        for position, reason in flaws.items():
-            self._fail(self.source.table, records[position].row, reason)
-        columns: dict[str, Sequence[str | None]] = {
-            schema.ID: [record.id for record in records],
-            schema.IMAGE_ID: [record.image_id for record in records],
-            schema.CAPTION: [record.caption for record in records],
-            schema.SPLIT: [record.split for record in records],
-        }
-        return self._write(Modality.TEXT, columns, embedded, flaws)
+    def _own_parts(self, volume: int, records: int) -> list[int]:
+        volumes = len(self.source.volumes)
+        count = -(-records // self.config.part_rows)
+        return [part for part in range(count) if owns(self.turn, volumes, volume, part)]
 
-    def _write(
-        self,
-        side: Modality,
-        columns: Mapping[str, Sequence[str | None]],
-        embedded: Embedded,
-        flaws: Collection[int],
-    ) -> int:
-        """Write the rows without a flaw and return how many they are."""
-        kept = [row for row in range(len(embedded.embeddings)) if row not in flaws]
-        if kept:
-            rows = Rows(
-                {name: [values[row] for row in kept] for name, values in columns.items()},
-                embedded.embeddings[kept],
-                None if embedded.tokens is None else [embedded.tokens[row] for row in kept],
-            )
-            self.writer.write(side, rows)
-        return len(kept)
+    def _receipt(self, volume: int, part: int) -> Receipt | None:
+        receipt = self.workspace.receipt(self._name(volume, part))
+        if receipt is not None and receipt.failures and self.config.retry_failures:
+            return None
+        return receipt
 
-    def _lost_its_image(self, record: TextRecord) -> bool:
-        reason = None if record.image_id is None else self.left_out.get(record.image_id)
-        if reason is None:
-            return False
-        self._fail(self.source.table, record.row, f"its image {record.image_id} {reason}")
-        return True
+    def _name(self, volume: int, part: int) -> str:
+        if len(self.source.volumes) == 1:
+            return f"part-{part:05d}"
+        return f"part-{volume:05d}-{part:05d}"
 
-    def _leave_out(self, record: ImageRecord, reason: str) -> None:
-        self.left_out[record.id] = reason
-        self._fail(record.path, None, reason)
-        self._check_share("images", len(self.left_out), len(self.source.image_ids))
+    def _make(
+        self, name: str, volume: Volume, start: int, stop: int, embedder: Embedder
+    ) -> Receipt:
+        with self.workspace.part(name) as part:
+            tally = embedder.embed(volume.records(start, stop), volume.name, part)
+            receipt = Receipt(name=name, volume_records=len(volume), **asdict(tally))
+            return self.workspace.seal(part, receipt)
 
-    def _fail(self, source: Path, row: int | None, reason: str) -> None:
-        self.writer.fail(source.as_posix(), row, reason)
-        if len(self._examples) < _REASONS_SHOWN:
-            where = f"{source}" if row is None else f"{source}, row {row}"
-            self._examples.append(f"{where} {reason}")
+    def _count(self, receipt: Receipt, embedder: Embedder, *, is_new: bool) -> None:
+        self.receipts.append(receipt)
+        if not is_new:
+            for side in Modality:
+                shard = receipt.side(side)
+                embedder.report(side, shard.rows if shard else 0)
+        self._check()
 
-    def _check_share(self, what: str, failed: int, total: int) -> None:
-        # Asked at each failure, so that a run that cannot succeed does not go on.
+    def _check(self, *, final: bool = False) -> None:
+        """Raise if what was left out is more than the user allows."""
+        records = sum(receipt.records for receipt in self.receipts)
+        total = self.source.total if self.turn.count == 1 else None
+        if total is None and not final and records < _ENOUGH_RECORDS:
+            return
         limit = self.config.max_failures
-        if failed > limit * total:
-            raise self._refusal(
-                f"{failed} of {total} {what} could not be used so far, the share allowed is "
-                f"{limit:g} (--max-failures)"
+        failed = sum(receipt.failed_records for receipt in self.receipts)
+        if failed > limit * (total or records):
+            self._refuse(f"{failed} of {records} records could not be used", limit)
+        texts = sum(receipt.texts_seen for receipt in self.receipts)
+        failed = sum(receipt.failed_texts for receipt in self.receipts)
+        if failed > limit * texts:
+            self._refuse(f"{failed} of {texts} texts could not be used", limit)
+        if not final:
+            return
+        left_out = sum(len(receipt.failures) for receipt in self.receipts)
+        if self.config.strict and left_out:
+            self._refuse(f"{left_out} inputs were left out, which --strict forbids", None)
+        if records and not any(receipt.images or receipt.texts for receipt in self.receipts):
+            self._refuse(f"0 of {records} records could be used", None)
+
+    def _refuse(self, problem: str, limit: float | None) -> None:
+        failures = [failure for receipt in self.receipts for failure in receipt.failures]
+        path = self.workspace.list_failures(failures)
+        examples = "; ".join(
+            f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} "
+            f"{failure.reason}"
+            for failure in failures[:_REASONS_SHOWN]
+        )
+        remedy = "repair what it lists and go on with --retry-failures"
+        if limit is not None:
+            problem += f", the share allowed is {limit:g}"
+            remedy += ", or with a higher --max-failures"
+        raise DataError(f"{problem}: {examples}; {path} has all of them: {remedy}")
+
+    def _check_room(self) -> None:
+        """Tell how large the feature set will be, and refuse if the disk is too small for it.
+
+        Raises:
+            OutputError: the images alone would not fit.
+        """
+        sizes = {
+            side: _row_bytes(self.encoders, side, self.config.dtype)
+            for side in Modality
+            if self.encoders.side(side) is not None
+        }
+        each = ", ".join(
+            f"{_readable(size)} {'an' if side is Modality.IMAGE else 'about, a'} {side}"
+            for side, size in sizes.items()
+        )
+        total = self.source.total
+        if total is None or Modality.IMAGE not in sizes:
+            logger.info("size on disk: %s", each)
+            return
+        needed = total * sizes[Modality.IMAGE]
+        logger.info("size on disk: %s; up to %s of images", each, _readable(needed))
+        folder = self.workspace.folder
+        if is_remote(folder) or self.workspace.is_begun:
+            return
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OutputError(
+                f"{folder}: {total} images need {_readable(needed)}, {_readable(free)} are free; "
+                "free some space, choose another --out, or store fewer tokens with --max-tokens"
             )
 
-    def _refusal(self, problem: str) -> _Refused:
-        examples = "; ".join(self._examples)
-        return _Refused(f"{problem}: {examples}; repair or remove what {self.failure_list} lists")
+
+def _row_bytes(encoders: Encoders, side: Modality, dtype: str) -> int:
+    """Bytes of numbers in a row; those of texts with tokens are a guess at their length."""
+    item: int = schema.DTYPES[dtype].itemsize
+    info = encoders.side(side).info
+    count = 0
+    if info.token_width is not None:
+        count = _TOKENS_A_CAPTION
+        if side is Modality.IMAGE and encoders.image is not None:
+            blank = encoders.image.preprocess(Image.new("RGB", (64, 64)))
+            tokens = encoders.image.embed(blank.unsqueeze(0)).tokens
+            count = len(tokens[0]) if tokens else 0
+    width: int = info.width + count * (info.token_width or 0)
+    return item * width
 
 
-def _flaws(embedded: Embedded, dtype: str) -> dict[int, str]:
-    """What the store would refuse, by position: values not finite once stored, or all of them 0."""
-    flaws = {}
-    for position, embedding in enumerate(embedded.embeddings):
-        if not _is_finite(embedding, dtype):
-            flaws[position] = f"has an embedding that is not finite in {dtype}"
-        elif not embedding.astype(dtype).any():
-            flaws[position] = "has an embedding of norm 0"
-    for position, tokens in enumerate(embedded.tokens or ()):
-        if position not in flaws and not _is_finite(tokens, dtype):
-            flaws[position] = f"has tokens that are not finite in {dtype}"
-    return flaws
-
-
-def _is_finite(values: Floats, dtype: str) -> bool:
-    with np.errstate(over="ignore"):  # an overflow is what is looked for
-        return bool(np.isfinite(values.astype(dtype)).all())
-
-
-def _groups(records: Iterable[TextRecord], size: int) -> Iterator[list[TextRecord]]:
-    rest = iter(records)
-    while group := list(islice(rest, size)):
-        yield group
+def _readable(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _cores() -> int:

@@ -25,7 +25,8 @@ from csalign.sources.arrays import (
 from csalign.sources.tables import Table, read_table
 from csalign.store import schema
 from csalign.store.manifest import EncoderInfo
-from csalign.store.writer import FeatureWriter, Rows, first_unusable
+from csalign.store.shard import Rows, first_unusable
+from csalign.store.writer import FeatureWriter
 
 CHUNK_ROWS = 8_192
 

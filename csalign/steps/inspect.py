@@ -6,25 +6,30 @@ from typing import Any
 
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
 from csalign.errors import DataError, SchemaError
+from csalign.locations import parse_location
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet
+from csalign.store.workspace import merge_parts
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
+def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     """Describe a feature set or a run after checking all of it.
 
     Args:
         path: the folder, or a file in it that names it (``manifest.json``, ``adapter.json``).
+        merge: first make the feature set `path` out of the parts in ``PATH.partial``.
 
     Returns:
         Plain JSON values; "kind" is "features" or "run".
 
     Raises:
-        DataError: there is no such artifact.
+        DataError: there is no such artifact, or parts of it are missing.
         SchemaError: it does not agree with itself; the file is named.
     """
-    path = Path(path)
+    path = parse_location(path)
+    if merge:
+        merge_parts(path)
     folder = path.parent if path.name in (MANIFEST, DESCRIPTION) else path
     if not folder.exists():
         raise DataError(f"{path}: no such file or folder")

@@ -64,12 +64,20 @@ class Shards(_Record):
     images: list[Shard]
     texts: list[Shard]
 
+    def side(self, modality: Modality) -> list[Shard]:
+        """The files of one side."""
+        return self.images if modality is Modality.IMAGE else self.texts
+
 
 class Encoders(_Record):
-    """What made each side."""
+    """What made each side; None for a side that is not there."""
 
-    image: EncoderInfo
-    text: EncoderInfo
+    image: EncoderInfo | None
+    text: EncoderInfo | None
+
+    def side(self, modality: Modality) -> EncoderInfo | None:
+        """What made one side, None if it is not there."""
+        return self.image if modality is Modality.IMAGE else self.text
 
 
 class Manifest(_Record):
@@ -82,10 +90,6 @@ class Manifest(_Record):
     encoders: Encoders
     counts: Counts
     shards: Shards
-
-    def encoder(self, modality: Modality) -> EncoderInfo:
-        """What made one side."""
-        return self.encoders.image if modality is Modality.IMAGE else self.encoders.text
 
     def fingerprint(self) -> str:
         """SHA-256 over the shards' checksums: equal for equal content, whatever the folder."""

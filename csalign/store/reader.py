@@ -1,11 +1,11 @@
 """Read a feature set: whole embeddings as one array, or any columns in a stream."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import numpy as np
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from csalign import files
 from csalign.enums import Modality
-from csalign.errors import SchemaError
+from csalign.errors import DataError, SchemaError
+from csalign.locations import is_remote
 from csalign.store import schema
 from csalign.store.manifest import EncoderInfo, Manifest, Shard, read_manifest
 
@@ -29,19 +30,30 @@ class FeatureTable:
     Attributes:
         folder: the feature set.
         modality: which side.
-        encoder: what made it.
+        made_by: the encoder, None where the feature set has no such side.
         dtype: stored number format, "float16" or "float32".
         shards: its files, in row order.
     """
 
     folder: Path
     modality: Modality
-    encoder: EncoderInfo
+    made_by: EncoderInfo | None
     dtype: str
     shards: tuple[Shard, ...]
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def encoder(self) -> EncoderInfo:
+        """What made it.
+
+        Raises:
+            DataError: the feature set has no such side.
+        """
+        if self.made_by is None:
+            raise DataError(f"{self.folder}: has no {self.modality.plural}; this needs both sides")
+        return self.made_by
 
     @property
     def width(self) -> int:
@@ -51,7 +63,7 @@ class FeatureTable:
     @property
     def has_tokens(self) -> bool:
         """Whether tokens are stored."""
-        return self.encoder.token_width is not None
+        return self.made_by is not None and self.made_by.token_width is not None
 
     @cached_property
     def _schema(self) -> pa.Schema:
@@ -63,9 +75,10 @@ class FeatureTable:
         Raises:
             SchemaError: a shard is missing, cut short, or holds other columns; it is named.
         """
-        named = {self._path(shard) for shard in self.shards}
-        for path in sorted((self.folder / self.modality.plural).glob("*.parquet")):
-            if path not in named:
+        named = {self._path(shard).name for shard in self.shards}
+        side = self.folder / self.modality.plural
+        for path in sorted(side.glob("*.parquet") if side.exists() else ()):
+            if path.name not in named:
                 raise SchemaError(
                     f"{path}: is not in the manifest, though other readers would take it for a "
                     "part of the set; remove it"
@@ -134,7 +147,9 @@ class FeatureTable:
                 whole = np.empty((len(self), self.width), schema.DTYPES[self.dtype])
             whole[row : row + len(values)] = values
             row += len(values)
-        return np.empty((0, self.width), schema.DTYPES[self.dtype]) if whole is None else whole
+        if whole is None:
+            return np.empty((0, self.width), schema.DTYPES[self.dtype])
+        return whole
 
     def _embedding_groups(self) -> Iterator[Array]:
         for batch in self.batches([schema.EMBEDDING]):
@@ -142,9 +157,8 @@ class FeatureTable:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One string column, whole, in row order."""
-        kind = self._schema.field(name).type
         chunks = [batch.column(name) for batch in self.batches([name])]
-        return pa.chunked_array(chunks, kind)
+        return pa.chunked_array(chunks, pa.string())
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The given columns, a row group at a time, in row order.
@@ -159,8 +173,9 @@ class FeatureTable:
                     yield from table.combine_chunks().to_batches()
 
     def _path(self, shard: Shard) -> Path:
-        path = self.folder / shard.path
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        path = self.folder.joinpath(*shard.path.split("/"))
+        outside = ".." in shard.path.split("/") or PurePosixPath(shard.path).is_absolute()
+        if outside or not (is_remote(path) or path.resolve().is_relative_to(self.folder.resolve())):
             raise SchemaError(f"{self.folder}: the manifest names {shard.path!r}, outside of it")
         return path
 
@@ -168,8 +183,18 @@ class FeatureTable:
     def _open(self, shard: Shard) -> Iterator[pq.ParquetFile]:
         path = self._path(shard)
         try:
-            with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-                yield file
+            with ExitStack() as stack:
+                # A store answers slowly, so what is needed of a row group is fetched at once.
+                away = is_remote(path)
+                opened: Any = stack.enter_context(path.open("rb")) if away else path
+                yield stack.enter_context(
+                    pq.ParquetFile(
+                        opened,
+                        memory_map=not away,
+                        pre_buffer=away,
+                        page_checksum_verification=True,
+                    )
+                )
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SchemaError(
@@ -204,7 +229,8 @@ class FeatureSet:
         }
         tables = []
         for side, (shards, count) in parts.items():
-            table = FeatureTable(path, side, manifest.encoder(side), manifest.dtype, tuple(shards))
+            made_by = manifest.encoders.side(side)
+            table = FeatureTable(path, side, made_by, manifest.dtype, tuple(shards))
             table.check()
             if len(table) != count:
                 raise SchemaError(

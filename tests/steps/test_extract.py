@@ -135,7 +135,7 @@ def test_tokens_are_stored_row_by_row(run: Callable[..., FeaturesResult]) -> Non
     # "another" and "on its own" are one and three words to the tokenizer.
     assert [len(own) for own in words[0]][-2:] == [1, 3]
     assert {own.shape[1] for own in words[0]} == {16}
-    assert features.manifest.encoder(Modality.TEXT).token_space == "hidden"
+    assert features.table(Modality.TEXT).encoder.token_space == "hidden"
     np.testing.assert_allclose(
         features.texts.embeddings(),
         FeatureSet.open(plain.features).texts.embeddings(),

@@ -14,11 +14,12 @@ import pytest
 
 from csalign.enums import Modality
 from csalign.errors import CsalignError, DataError, SchemaError, ShapeError
-from csalign.store import reader, schema, writer
+from csalign.store import reader, schema, shard, writer
 from csalign.store.join import ALL, load_rows
 from csalign.store.manifest import EncoderInfo
 from csalign.store.reader import FeatureSet, batch_tokens
-from csalign.store.writer import FeatureWriter, Rows
+from csalign.store.shard import Rows
+from csalign.store.writer import FeatureWriter
 
 Array = npt.NDArray[Any]
 Write = Callable[..., Path]
@@ -86,7 +87,7 @@ def test_embeddings_come_back_bit_for_bit(write: Write, dtype: str) -> None:
 def test_several_shards_and_row_groups_come_back_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 7)
+    monkeypatch.setattr(shard, "ROW_GROUP_ROWS", 7)
     monkeypatch.setattr(writer, "SHARD_BYTES", 1_000)
     x, y = numbers(100, 5), numbers(60, 4, 1)
     encoders = {

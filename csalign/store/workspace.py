@@ -1,0 +1,505 @@
+"""A feature set that is built part by part, by several processes, and survives their deaths.
+
+It lives in ``OUT.partial``: a part is a file a side, with a receipt that is written when both are
+there. A part's content follows from the source alone, so it does not matter which process writes
+it, nor when. Once every process has said that it is done, the receipts become the manifest::
+
+    .csalign-job.json    what the set is to become; another job is refused
+    images/ texts/       finished parts, under their final names
+    receipts/            a JSON file a part
+    finished/            a JSON file a process that is done, naming its parts
+"""
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from csalign import __version__, files
+from csalign.enums import Modality
+from csalign.errors import DataError, OutputError, SchemaError
+from csalign.locations import is_remote
+from csalign.store import schema
+from csalign.store.manifest import (
+    FAILURES,
+    MANIFEST,
+    Counts,
+    Encoders,
+    Manifest,
+    Shard,
+    Shards,
+    write_manifest,
+)
+from csalign.store.shard import Rows, ShardWriter
+
+RECEIPTS = "receipts"
+FINISHED = "finished"
+_CLAIM = "receipts.claim"
+_PATIENCE = 30.0  # seconds to wait for a process that only sets up or completes the folder
+
+D = TypeVar("D", bound="_Document")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(_Document):
+    """What decides every byte of the result, but for the order in which parts are made."""
+
+    format: str = "csalign-job"
+    source: str
+    part_rows: int
+    dtype: str
+    encoders: Encoders
+
+
+class Failure(_Document):
+    """An input that was left out.
+
+    Attributes:
+        source: file that it came from.
+        row: 1-based row of it, None if the file as a whole.
+        reason: why, in a few words.
+    """
+
+    source: str
+    row: int | None
+    reason: str
+
+
+class Receipt(_Document):
+    """A finished part.
+
+    Attributes:
+        name: of the part.
+        volume_records: records of the volume that it belongs to, all parts together.
+        records: that went into it.
+        failed_records: of these, left out as a whole.
+        failed_texts: texts left out although their record was not.
+        texts_seen: texts of the records that were not left out.
+        pairs: texts that belong to an image.
+        images: its file of images, None if it has none.
+        texts: its file of texts, None if it has none.
+        failures: what was left out.
+    """
+
+    name: str
+    volume_records: int
+    records: int
+    failed_records: int = 0
+    failed_texts: int = 0
+    texts_seen: int = 0
+    pairs: int = 0
+    images: Shard | None = None
+    texts: Shard | None = None
+    failures: list[Failure] = []
+
+    def side(self, modality: Modality) -> Shard | None:
+        """Its file of one side."""
+        return self.images if modality is Modality.IMAGE else self.texts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which of how many processes this is; the first is 0."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+class _Finished(_Document):
+    index: int
+    count: int
+    parts: list[str]
+
+
+@dataclass
+class PartWriter:
+    """Writes the two files of a part."""
+
+    sides: dict[Modality, ShardWriter]
+    failures: list[Failure] = field(default_factory=list)
+    pairs: int = 0
+
+    def write(self, modality: Modality, rows: Rows) -> None:
+        """Append rows to one side; see `ShardWriter.write`."""
+        self.sides[modality].write(rows)
+        if modality is Modality.TEXT:
+            self.pairs += sum(owner is not None for owner in rows.columns[schema.IMAGE_ID])
+
+
+class Workspace:
+    """The folder of one job, as one process sees it; made by `open_workspace`."""
+
+    def __init__(self, folder: Path, out: Path, job: Job, turn: Turn) -> None:
+        self.folder = folder
+        self._out = out
+        self._job = job
+        self._turn = turn
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether some part is finished."""
+        return (self.folder / RECEIPTS).exists()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there and it lacks nothing but its name."""
+        return (self.folder / MANIFEST).is_file()
+
+    def receipt(self, name: str) -> Receipt | None:
+        """The receipt of a finished part, None if it is not finished."""
+        path = self.folder / RECEIPTS / f"{name}.json"
+        receipt = _read(path, Receipt) if path.is_file() else None
+        if receipt is None:
+            return None
+        for side in Modality:
+            shard = receipt.side(side)
+            file = shard and self.folder.joinpath(*shard.path.split("/"))
+            if shard and file and not (file.is_file() and file.stat().st_size == shard.bytes):
+                return None  # removed or cut short by other hands: made again
+        return receipt
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[PartWriter]:
+        """Writes one part; nothing of it stays if the block raises. `seal` completes it."""
+        sides = {}
+        for side in Modality:
+            info = self._job.encoders.side(side)
+            if info is not None:
+                sides[side] = ShardWriter(self.folder, name, side, info, self._job.dtype)
+        try:
+            yield PartWriter(sides)
+        except BaseException as error:
+            for writer in sides.values():
+                writer.abort(error)
+            raise
+
+    def seal(self, part: PartWriter, receipt: Receipt) -> Receipt:
+        """Let a part's files appear under their names, and its receipt after them."""
+        shards = {side.value + "s": writer.close() for side, writer in part.sides.items()}
+        update = {**shards, "pairs": part.pairs, "failures": part.failures}
+        receipt = receipt.model_copy(update=update)
+        _write(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
+        return receipt
+
+    def finish(self, parts: list[str]) -> None:
+        """Say that this process has done its parts, all of which have receipts."""
+        turn = self._turn
+        document = _Finished(index=turn.index, count=turn.count, parts=parts)
+        _write(self.folder / FINISHED / f"{turn.index}-of-{turn.count}.json", document)
+
+    def claim(self) -> bool:
+        """Whether this process may complete a folder in an object store: the first one may."""
+        path = self.folder / _CLAIM
+        try:
+            # The one write that object stores refuse if the name is taken.
+            path.fs.pipe_file(path.path, str(self._turn).encode(), mode="create")  # type: ignore[attr-defined]
+        except FileExistsError:
+            return path.read_bytes() == str(self._turn).encode()
+        return True
+
+    def missing(self) -> list[Turn]:
+        """The processes that are not done; empty once all of some number of them are."""
+        return _missing(_finished(self.folder))
+
+    def list_failures(self, failures: list[Failure]) -> Path:
+        """Write a list of what was left out, for a job that failed because of it."""
+        path = self.folder / FAILURES
+        files.write_text(path, _lines(failures))
+        return path
+
+    def complete_and_publish(self) -> None:
+        """Turn the parts into a whole feature set and give it its name; see `alone`.
+
+        Raises:
+            DataError: an id appears twice.
+        """
+        if not self.is_whole:
+            self._complete()
+        self._publish()
+
+    def _complete(self) -> None:
+        receipts = [
+            receipt for name in _parts(self.folder) if (receipt := self.receipt(name)) is not None
+        ]
+        shards = {
+            side: [shard for receipt in receipts if (shard := receipt.side(side)) is not None]
+            for side in Modality
+        }
+        for side in Modality:
+            _check_ids(self.folder, side, shards[side])
+        failures = [failure for receipt in receipts for failure in receipt.failures]
+        files.write_text(self.folder / FAILURES, _lines(failures))
+        manifest = Manifest(
+            csalign_version=__version__,
+            dtype=self._job.dtype,
+            encoders=self._job.encoders,
+            counts=Counts(
+                images=sum(shard.rows for shard in shards[Modality.IMAGE]),
+                texts=sum(shard.rows for shard in shards[Modality.TEXT]),
+                pairs=sum(receipt.pairs for receipt in receipts),
+                failures=len(failures),
+            ),
+            shards=Shards(images=shards[Modality.IMAGE], texts=shards[Modality.TEXT]),
+        )
+        write_manifest(self.folder, manifest)
+
+    def _publish(self) -> None:
+        # A later process may have to repeat this, so the job goes last.
+        for name in (RECEIPTS, FINISHED):
+            files.remove_folder(self.folder / name)
+        (self.folder / _CLAIM).unlink(missing_ok=True)
+        for entry in self.folder.rglob("*.tmp"):  # what a killed process was writing
+            entry.unlink()
+        for lock in self.folder.glob(f"{files.LOCK}*"):
+            lock.unlink()
+        files.publish(self.folder, self._out)
+        (self._out / files.JOB).unlink(missing_ok=True)
+
+
+@contextmanager
+def open_workspace(
+    out: Path, job: Job, turn: Turn, *, config: str, restart: bool = False
+) -> Iterator[Workspace]:
+    """Begin a job, or continue it, holding the locks of this process's turn.
+
+    In an object store there are no locks: processes that do the same turn write the same bytes.
+
+    Args:
+        out: the feature set that it is to become.
+        job: what it is.
+        turn: which process this is.
+        config: content of the feature set's ``config.toml``, that of the process that begins.
+        restart: whether another job's unfinished parts may be removed.
+
+    Raises:
+        OutputError: another job was begun there, or another process has this turn.
+    """
+    if is_remote(out):
+        folder = files.partial_of(out)
+        _begin(folder, job, config, restart=restart)
+        yield Workspace(folder, out, job, turn)
+        return
+    out = out.resolve()
+    folder = files.partial_of(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / files.LOCK).open("a") as lock:
+        _join(lock, folder, job, config, restart=restart)
+        with (folder / f"{files.LOCK}-{turn.index}-of-{turn.count}").open("a") as own:
+            if not _try_lock(own, fcntl.LOCK_EX):
+                raise OutputError(
+                    f"{folder}: another process does shard {turn}; wait for it, or choose another "
+                    "--out"
+                )
+            yield Workspace(folder, out, job, turn)
+
+
+@contextmanager
+def alone(workspace: Workspace) -> Iterator[bool]:
+    """Wait until no other process works in the folder; False if one of them completes it.
+
+    Raises:
+        OutputError: another process still works there after a while.
+    """
+    if is_remote(workspace.folder):
+        yield workspace.claim()
+        return
+    path = workspace.folder / files.LOCK
+    if not path.exists():
+        yield False
+        return
+    with path.open("a") as lock:
+        _wait_for(lock, fcntl.LOCK_EX, workspace.folder)
+        yield path.exists()
+
+
+def merge_parts(out: Path) -> None:
+    """Make a feature set out of the parts in ``OUT.partial``, whoever wrote them.
+
+    For parts that were made on machines without a common disk and then copied into one folder,
+    and where the last process died before it could do so.
+
+    Raises:
+        DataError: there are no parts, or some processes are not done.
+        OutputError: `out` exists, or somebody still works on the parts.
+    """
+    files.check_output(out, overwrite=False)
+    folder = files.partial_of(out if is_remote(out) else out.resolve())
+    job = _read_job(folder)
+    if job is None:
+        raise DataError(f"{folder}: holds no parts of a feature set")
+    workspace = Workspace(folder, out, job, Turn(0, 1))
+    if not workspace.is_whole and (missing := workspace.missing()):
+        listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
+        raise DataError(
+            f"{folder}: shards {listed} are not done; run csalign extract with --shard for each"
+        )
+    if is_remote(folder):
+        workspace.complete_and_publish()
+        return
+    with alone(workspace) as is_there:
+        if is_there:
+            workspace.complete_and_publish()
+
+
+def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool) -> None:
+    """Take a share in the folder's lock once the folder holds this job."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        if _try_lock(lock, fcntl.LOCK_SH):
+            if not (folder / files.LOCK).exists():
+                raise OutputError(f"{folder}: was completed by another process just now")
+            found = _read_job(folder)
+            if found == job:
+                return
+            if found is not None and not restart:
+                raise OutputError(_other_job(folder, found, job))
+            # A lock cannot be raised while others share it, so it is given back in between.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            if _try_lock(lock, fcntl.LOCK_EX):
+                _begin(folder, job, config, restart=restart)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                return
+        if time.monotonic() > deadline:
+            raise OutputError(files.in_use(folder))
+        time.sleep(0.05)
+
+
+def _begin(folder: Path, job: Job, config: str, *, restart: bool) -> None:
+    found = _read_job(folder)
+    if found == job:
+        return
+    if found is not None and not restart:
+        raise OutputError(_other_job(folder, found, job))
+    if is_remote(folder):
+        files.remove_folder(folder)
+    else:
+        files.empty_folder(folder)
+    files.write_text(folder / "config.toml", config)
+    _write(folder / files.JOB, job)
+
+
+def _other_job(folder: Path, found: Job, job: Job) -> str:
+    old, new = _flat(found.model_dump()), _flat(job.model_dump())
+    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+    change = f"another {name}"
+    if name not in ("source", "encoders.image.fingerprint", "encoders.text.fingerprint"):
+        change = f"{name} {old.get(name)}, not {new.get(name)}"
+    return (
+        f"{folder}: was begun with {change}; go on with the same options and source, or start "
+        "anew with --overwrite"
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
+
+
+def _try_lock(lock: Any, kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait_for(lock: Any, kind: int, folder: Path) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    while not _try_lock(lock, kind):
+        if time.monotonic() > deadline:
+            raise OutputError(
+                f"{folder}: all parts are there, but another process still works on them; complete "
+                "it with csalign inspect --merge when that is done"
+            )
+        time.sleep(0.05)
+
+
+def _finished(folder: Path) -> list[_Finished]:
+    if is_remote(folder):
+        folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
+    marks = sorted((folder / FINISHED).glob("*.json")) if (folder / FINISHED).exists() else []
+    return [_read(path, _Finished) for path in marks]
+
+
+def _missing(finished: list[_Finished]) -> list[Turn]:
+    counts = {mark.count for mark in finished}
+    left = []
+    for count in sorted(counts):
+        there = {mark.index for mark in finished if mark.count == count}
+        absent = [Turn(index, count) for index in range(count) if index not in there]
+        if not absent:
+            return []
+        left = absent
+    return left or [Turn(0, 1)]
+
+
+def _parts(folder: Path) -> list[str]:
+    """All parts in the source's order, once nothing is missing."""
+    finished = _finished(folder)
+    whole = next(
+        mark.count
+        for mark in finished
+        if not _missing([other for other in finished if other.count == mark.count])
+    )
+    return sorted(name for mark in finished if mark.count == whole for name in mark.parts)
+
+
+def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
+    chunks: list[pa.Array] = []
+    for shard in shards:
+        with folder.joinpath(*shard.path.split("/")).open("rb") as file:
+            chunks += pq.read_table(file, columns=[schema.ID]).column(0).chunks
+    ids = pa.chunked_array(chunks, pa.string())
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counted = ids.value_counts()
+    worst = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+    raise DataError(
+        f"{folder}: {side} id {worst[0].as_py()!r} appears twice ({len(worst)} such ids in all); "
+        "ids must be unique across the files of the source"
+    )
+
+
+def _read_job(folder: Path) -> Job | None:
+    path = folder / files.JOB
+    return _read(path, Job) if path.is_file() else None
+
+
+def _read(path: Path, kind: type[D]) -> D:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise SchemaError(
+            f"{path}: is damaged ({error.errors()[0]['msg']}); remove it to have it made again"
+        ) from None
+
+
+def _write(path: Path, document: _Document) -> None:
+    if not is_remote(path):
+        path.parent.mkdir(exist_ok=True)
+    files.write_json(path, document.model_dump(mode="json"))
+
+
+def _lines(failures: list[Failure]) -> str:
+    return "".join(
+        json.dumps(failure.model_dump(), ensure_ascii=False) + "\n" for failure in failures
+    )

@@ -1,0 +1,42 @@
+import pytest
+
+from csalign.errors import ConfigError
+from csalign.steps.turns import own_volumes, owns, turn_of
+from csalign.store.workspace import Turn
+
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
+
+
+def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
+    assert turn_of("2/5", ARRAY) == Turn(2, 5)
+    assert turn_of("auto", {}) == Turn(0, 1)
+    assert turn_of("auto", TORCHRUN) == Turn(1, 2)
+    assert turn_of("auto", ARRAY) == Turn(3, 4)
+    assert turn_of("auto", ARRAY | TORCHRUN) == Turn(7, 8)
+    assert turn_of("auto", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "9"}).count == 9
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [("4/4", "counted from 0, 0/4 to 3/4"), ("1", "must be I/N"), ("-1/2", "must be I/N")],
+)
+def test_a_shard_that_does_not_exist_is_refused(shard: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        turn_of(shard)
+
+
+@pytest.mark.parametrize("volumes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_each_part_has_exactly_one_owner(volumes: int, count: int) -> None:
+    turns = [Turn(index, count) for index in range(count)]
+    for volume in range(volumes):
+        for part in range(6):
+            owners = [turn for turn in turns if owns(turn, volumes, volume, part)]
+            assert len(owners) == 1
+            assert volume in own_volumes(owners[0], volumes)

@@ -1,0 +1,219 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from csalign import files
+from csalign.enums import Modality
+from csalign.errors import DataError, OutputError, SchemaError
+from csalign.locations import is_remote, parse_location
+from csalign.store.manifest import EncoderInfo, Encoders
+from csalign.store.reader import FeatureSet
+from csalign.store.shard import Rows
+from csalign.store.workspace import (
+    Failure,
+    Job,
+    Receipt,
+    Turn,
+    Workspace,
+    alone,
+    merge_parts,
+    open_workspace,
+)
+
+JOB = Job(
+    source="0" * 64,
+    part_rows=3,
+    dtype="float32",
+    encoders=Encoders(
+        image=EncoderInfo(spec="a", width=4), text=EncoderInfo(spec="a", width=2, fingerprint="f")
+    ),
+)
+ONE = Turn(0, 1)
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def out(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A place for a feature set: on disk, in fsspec's memory, on a local S3 server."""
+    if request.param == "local":
+        yield tmp_path / "features"
+    elif request.param == "memory":
+        yield parse_location(f"memory://{tmp_path}/features")
+    else:
+        yield request.getfixturevalue("bucket") / "features"
+
+
+def write_part(workspace: Workspace, name: str, prefix: str = "") -> None:
+    number = int(name[-1])
+    rows = np.arange(1, 13, dtype=np.float32).reshape(3, 4) + number
+    with workspace.part(name) as part:
+        ids = [f"{prefix}{number}-{row}" for row in range(3)]
+        part.write(Modality.IMAGE, Rows({"id": ids}, rows))
+        columns = {"id": [f"{ids[0]}#0", f"x{number}"], "image_id": [ids[0], None]}
+        part.write(Modality.TEXT, Rows(columns, rows[:2, :2]))
+        part.failures.append(Failure(source=f"{name}.jpg", row=None, reason="is empty"))
+        workspace.seal(part, Receipt(name=name, volume_records=6, records=3, failed_records=1))
+
+
+def complete(workspace: Workspace) -> None:
+    with alone(workspace) as is_there:
+        assert is_there
+        workspace.complete_and_publish()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        "/".join(path.parts[-2:]): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_parts_become_a_feature_set(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="dtype = 'float32'\n") as workspace:
+        for name in ("part-00001", "part-00000"):
+            write_part(workspace, name)
+        assert not out.exists()
+        assert workspace.missing() == [ONE]
+        workspace.finish(["part-00000", "part-00001"])
+        assert workspace.missing() == []
+    complete(workspace)
+
+    features = FeatureSet.open(out)
+    features.verify()
+    counts = features.manifest.counts
+    assert (counts.images, counts.texts, counts.pairs, counts.failures) == (6, 4, 2, 2)
+    ids = ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+    assert features.images.column("id").to_pylist() == ids
+    np.testing.assert_array_equal(features.images.embeddings()[3], [2, 3, 4, 5])
+    lines = (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["source"] for line in lines] == ["part-00000.jpg", "part-00001.jpg"]
+    assert not files.partial_of(out).exists()
+    entries = {path.name for path in out.iterdir()}
+    assert entries == {"manifest.json", "config.toml", "failures.jsonl", "images", "texts"}
+
+
+def test_who_writes_which_part_when_does_not_matter(out: Path) -> None:
+    other = out.with_name("other")
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        write_part(workspace, "part-00001")
+        workspace.finish(["part-00000", "part-00001"])
+    complete(workspace)
+    for index in (1, 0):
+        with open_workspace(other, JOB, Turn(index, 2), config="") as workspace:
+            write_part(workspace, f"part-0000{index}")
+            workspace.finish([f"part-0000{index}"])
+            assert workspace.missing() == ([Turn(0, 2)] if index else [])
+    complete(workspace)
+
+    assert {name.split("/")[1]: data for name, data in content(out).items()} == {
+        name.split("/")[1]: data for name, data in content(other).items()
+    }
+
+
+def test_a_rerun_finds_what_is_finished_and_nothing_else(out: Path) -> None:
+    with (  # noqa: PT012
+        pytest.raises(RuntimeError, match="power cut"),
+        open_workspace(out, JOB, ONE, config="") as workspace,
+    ):
+        write_part(workspace, "part-00000")
+        with workspace.part("part-00001") as part:
+            part.write(Modality.IMAGE, Rows({"id": ["a"]}, np.ones((1, 4))))
+            raise RuntimeError("power cut")
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        receipt = workspace.receipt("part-00000")
+
+        assert receipt is not None
+        assert receipt.pairs == 1
+        assert workspace.receipt("part-00001") is None
+        (workspace.folder / "images" / "part-00000.parquet").unlink()
+        assert workspace.receipt("part-00000") is None
+
+
+def test_another_job_is_refused_by_what_differs_unless_it_may_start_anew(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+    half = JOB.model_copy(update={"dtype": "float16"})
+    with pytest.raises(OutputError, match="begun with dtype float32, not float16"):
+        open_workspace(out, half, ONE, config="").__enter__()
+    elsewhere = JOB.model_copy(update={"source": "1" * 64})
+    with pytest.raises(OutputError, match=r"begun with another source; .* --overwrite"):
+        open_workspace(out, elsewhere, ONE, config="").__enter__()
+
+    with open_workspace(out, half, ONE, config="", restart=True) as workspace:
+        assert workspace.receipt("part-00000") is None
+        assert not (workspace.folder / "images").exists()
+
+
+def test_one_process_has_a_turn_and_another_job_cannot_push_it_out(tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    with open_workspace(out, JOB, Turn(0, 2), config=""):
+        with open_workspace(out, JOB, Turn(1, 2), config=""):
+            pass
+        with pytest.raises(OutputError, match="another process does shard 0/2"):
+            open_workspace(out, JOB, Turn(0, 2), config="").__enter__()
+
+
+def test_a_set_that_only_lacks_its_name_gets_it(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+    with monkeypatch.context() as broken:
+        broken.setattr(files, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            complete(workspace)
+    files.check_output(out, overwrite=False)
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        assert workspace.is_whole
+    complete(workspace)
+
+    FeatureSet.open(out).verify()
+
+
+def test_merging_waits_for_every_shard_and_refuses_repeated_ids(out: Path) -> None:
+    with pytest.raises(DataError, match="holds no parts"):
+        merge_parts(out)
+    with open_workspace(out, JOB, Turn(0, 3), config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+    with pytest.raises(DataError, match="shards 1/3, 2/3 are not done"):
+        merge_parts(out)
+    for index, part in ((1, "part-10001"), (2, "part-20001")):
+        with open_workspace(out, JOB, Turn(index, 3), config="") as workspace:
+            write_part(workspace, part)
+            workspace.finish([part])
+    with pytest.raises(DataError, match=r"image id '1-0' appears twice \(3 such ids"):
+        merge_parts(out)
+
+
+def test_a_damaged_receipt_is_named(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        (workspace.folder / "receipts" / "part-00000.json").write_text("{")
+        with pytest.raises(SchemaError, match=r"part-00000.json: is damaged .* remove it"):
+            workspace.receipt("part-00000")
+
+
+def test_an_unfinished_extraction_is_not_swept_away_by_an_import(tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    with open_workspace(out, JOB, ONE, config=""):
+        pass
+    with pytest.raises(OutputError, match="holds an unfinished extraction"):
+        files.staged_folder(out).__enter__()
+
+
+def test_in_an_object_store_the_first_of_two_completes(bucket: Path) -> None:
+    out = bucket / "features"
+    assert is_remote(out)
+    workspaces = []
+    for index in (0, 1):
+        with open_workspace(out, JOB, Turn(index, 2), config="") as workspace:
+            write_part(workspace, f"part-0000{index}")
+            workspace.finish([f"part-0000{index}"])
+            workspaces.append(workspace)
+
+    with alone(workspaces[1]) as mine, alone(workspaces[0]) as yours:
+        assert mine
+        assert not yours
+    complete(workspaces[1])
