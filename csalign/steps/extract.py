@@ -175,6 +175,9 @@ class _Extraction:
             total if self.encoders.image else None,
         )
         with closing(embedder):
+            for side in Modality:
+                if self.encoders.side(side) is not None:
+                    embedder.report(side, 0)
             for volume in own_volumes(self.turn, len(self.source.volumes)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)

@@ -305,7 +305,13 @@ def open_workspace(
                     f"{folder}: another process does shard {turn}; wait for it, or choose another "
                     "--out"
                 )
-            yield Workspace(folder, out, job, turn)
+            workspace = Workspace(folder, out, job, turn)
+            try:
+                yield workspace
+            except BaseException:
+                if turn.count == 1 and not workspace.is_begun:
+                    files.remove_folder(folder)  # there is nothing to go on from
+                raise
 
 
 @contextmanager
