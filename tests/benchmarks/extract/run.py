@@ -26,10 +26,44 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "ViT-B-32"
-WORDS = (
-    "a photo of two small brown dogs that run over the wet grass behind an old red barn while the "
-    "sun sets over quiet hills and somebody on a bicycle waves to them from the road"
-).split()
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "two",
+    "small",
+    "brown",
+    "dogs",
+    "that",
+    "run",
+    "over",
+    "the",
+    "wet",
+    "grass",
+    "behind",
+    "an",
+    "old",
+    "red",
+    "barn",
+    "while",
+    "the",
+    "sun",
+    "sets",
+    "over",
+    "quiet",
+    "hills",
+    "and",
+    "somebody",
+    "on",
+    "a",
+    "bicycle",
+    "waves",
+    "to",
+    "them",
+    "from",
+    "the",
+    "road",
+]
 
 
 def make_inputs(work: Path, images: int, captions: int) -> None:
@@ -100,9 +134,9 @@ def forward(work: Path, images: int, captions: int) -> float:
 
 def _encoders(work: Path, precision: str = "float32") -> Any:
     import torch
+    from csalign.encoders.spec import load_encoders
 
     from csalign.encoders.base import EncoderOptions
-    from csalign.encoders.spec import load_encoders
 
     spec = f"open_clip:{MODEL}+{work / MODEL}.safetensors"
     return load_encoders(spec, spec, EncoderOptions(torch.device("cpu"), precision))
@@ -111,9 +145,8 @@ def _encoders(work: Path, precision: str = "float32") -> Any:
 def encoder(work: Path, images: int, captions: int) -> float:
     """csalign's encoder, on tensors that are already there."""
     image = _encoders(work).image
-    from PIL import Image
-
     import torch
+    from PIL import Image
 
     pixels = torch.stack(
         [image.preprocess(Image.open(path).convert("RGB")) for path in _pictures(work, images)]
