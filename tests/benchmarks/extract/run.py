@@ -26,44 +26,10 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "ViT-B-32"
-WORDS = [
-    "a",
-    "photo",
-    "of",
-    "two",
-    "small",
-    "brown",
-    "dogs",
-    "that",
-    "run",
-    "over",
-    "the",
-    "wet",
-    "grass",
-    "behind",
-    "an",
-    "old",
-    "red",
-    "barn",
-    "while",
-    "the",
-    "sun",
-    "sets",
-    "over",
-    "quiet",
-    "hills",
-    "and",
-    "somebody",
-    "on",
-    "a",
-    "bicycle",
-    "waves",
-    "to",
-    "them",
-    "from",
-    "the",
-    "road",
-]
+WORDS = """
+a photo of two small brown dogs that run over the wet grass behind an old red barn while the sun sets
+over quiet hills and somebody on a bicycle waves to them from the road
+"""
 
 
 def make_inputs(work: Path, images: int, captions: int) -> None:
@@ -83,7 +49,7 @@ def make_inputs(work: Path, images: int, captions: int) -> None:
             Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(4)).save(path)
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 21, captions)
-    lines = [" ".join(rng.choice(WORDS, length)) for length in lengths]
+    lines = [" ".join(rng.choice(WORDS.split(), length)) for length in lengths]
     (work / "captions.txt").write_text("\n".join(lines) + "\n")
     weights = work / f"{MODEL}.safetensors"
     if not weights.exists():
