@@ -56,8 +56,8 @@ class Embedder:
         text: None leaves texts out.
         dtype: "float16" or "float32", as the rows will be stored.
         workers: threads that decode.
-        progress: told of images and texts as they are done.
-        total: images that there may be in all, if that is known.
+        progress: told of records, once their image is done, and of texts.
+        total: records in all, if that is known.
     """
 
     image: ImageEncoder | None
@@ -66,7 +66,7 @@ class Embedder:
     workers: int
     progress: Progress
     total: int | None = None
-    done: dict[Modality, int] = field(default_factory=lambda: dict.fromkeys(Modality, 0))
+    done: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -93,11 +93,16 @@ class Embedder:
         work.writes.drain()
         return work.tally
 
-    def report(self, side: Modality, count: int) -> None:
+    def begin(self) -> None:
+        """Show what will be counted."""
+        self.report("records", 0)
+        if self.text is not None:
+            self.report("texts", 0)
+
+    def report(self, what: str, count: int) -> None:
         """Count what is done."""
-        self.done[side] += count
-        total = self.total if side is Modality.IMAGE else None
-        self.progress(side.plural, self.done[side], total)
+        self.done[what] = self.done.get(what, 0) + count
+        self.progress(what, self.done[what], self.total if what == "records" else None)
 
     def _ahead(self, records: Iterator[Record]) -> Generator[Record]:
         """The same records, read in a thread while the caller is busy."""
@@ -171,7 +176,7 @@ class _Part:
             pixels = torch.stack([item[1] for item in batch])
             embedded = _embedded(self.embedder.image.embed, pixels)
             self._write_images([item[0] for item in batch], embedded)
-            self.embedder.report(Modality.IMAGE, len(batch))
+            self.embedder.report("records", len(batch))
 
     @property
     def _batch_size(self) -> int:
@@ -184,7 +189,7 @@ class _Part:
         for window in _groups(self._kept_texts(), encoder.batch_size * _BATCHES_A_WINDOW):
             embedded = _embedded(encoder.embed, [owned.text.caption for owned in window])
             self._write_texts(window, embedded)
-            self.embedder.report(Modality.TEXT, len(window))
+            self.embedder.report("texts", len(window))
 
     def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, torch.Tensor]]:
         """The images that can be used, decoded ahead, in order."""
@@ -201,10 +206,13 @@ class _Part:
         if record.flaw is not None:
             self.tally.failed_records += 1
             self._fail(self.volume, record.row, record.flaw)
+            self.embedder.report("records", 1)
             return
         image = record.image if self.embedder.image else None
         if image is not None:
             pending.append(_Decoding(record, image, self.embedder.decode(image)))
+        else:
+            self.embedder.report("records", 1)
         owner = image.id if image else None
         self._texts += [OwnedText(text, owner, record.split) for text in record.texts]
 
@@ -212,6 +220,7 @@ class _Part:
         result = decoding.pixels.result()
         if isinstance(result, str):
             self._lose(decoding.image, result)
+            self.embedder.report("records", 1)
         else:
             yield decoding, result
 

@@ -13,8 +13,8 @@ from PIL import Image
 from csalign import files
 from csalign.config import ExtractConfig
 from csalign.devices import pick_device
-from csalign.encoders.base import EncoderOptions
-from csalign.encoders.spec import Encoders, load_encoders
+from csalign.encoders.base import EncoderOptions, Encoders
+from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError
 from csalign.locations import is_remote
@@ -64,7 +64,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     """
     turn = turn_of(config.shard)
     inputs = [path for path in (config.source, config.captions, config.images) if path is not None]
-    files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(map(Path, inputs)))
+    files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(inputs))
     source = open_source(config.source, _source_options(config))
     logger.info("%s: %s", config.source, source.description)
     if turn.count > 1:
@@ -172,12 +172,10 @@ class _Extraction:
             self.config.dtype,
             workers,
             self.progress,
-            total if self.encoders.image else None,
+            total,
         )
         with closing(embedder):
-            for side in Modality:
-                if self.encoders.side(side) is not None:
-                    embedder.report(side, 0)
+            embedder.begin()
             for volume in own_volumes(self.turn, len(self.source.volumes)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)
@@ -247,9 +245,8 @@ class _Extraction:
     def _count(self, receipt: Receipt, embedder: Embedder, *, is_new: bool) -> None:
         self.receipts.append(receipt)
         if not is_new:
-            for side in Modality:
-                shard = receipt.side(side)
-                embedder.report(side, shard.rows if shard else 0)
+            embedder.report("records", receipt.records)
+            embedder.report("texts", receipt.texts_seen)
         self._check()
 
     def _check(self, *, final: bool = False) -> None:
@@ -315,7 +312,7 @@ class _Extraction:
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise OutputError(
-                f"{folder}: {total} images need {_readable(needed)}, {_readable(free)} are free; "
+                f"{folder}: {total} records need {_readable(needed)}, {_readable(free)} are free; "
                 "free some space, choose another --out, or store fewer tokens with --max-tokens"
             )
 

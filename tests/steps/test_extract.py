@@ -17,6 +17,7 @@ from csalign import files
 from csalign.config import ExtractConfig
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
+from csalign.encoders.openclip import OpenClipImages
 from csalign.results import FeaturesResult
 from csalign.steps.extract import extract
 from csalign.store.reader import FeatureSet, batch_tokens
@@ -117,12 +118,13 @@ def test_splits_reach_images_and_texts(run: Callable[..., FeaturesResult], photo
 
 def test_images_alone_make_a_set(run: Callable[..., FeaturesResult], photos: Path) -> None:
     (photos / "captions.csv").write_text("image,caption\na.png,\n")
-    result = run(tokens="both")
+    result = run(tokens="image")
 
     assert result == FeaturesResult(photos.parent / "features", 8, 0, 0, 0)
     features = FeatureSet.open(result.features)
-    assert features.texts.embeddings().shape == (0, 16)
-    assert features.texts.has_tokens
+    assert features.images.has_tokens
+    with pytest.raises(DataError, match="has no texts; this needs both sides"):
+        features.texts.embeddings()
 
 
 def test_tokens_are_stored_row_by_row(run: Callable[..., FeaturesResult]) -> None:
@@ -327,7 +329,7 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if (what, done) == ("images", 3):
+        if (what, done) == ("records", 3):
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -336,14 +338,14 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     assert [path.name for path in photos.parent.iterdir()] == [photos.name]
 
 
-def test_progress_counts_images_then_texts(run: Callable[..., FeaturesResult]) -> None:
+def test_progress_counts_records_then_texts(run: Callable[..., FeaturesResult]) -> None:
     seen: list[tuple[str, int, int | None]] = []
 
     run(progress=lambda *told: seen.append(told))
 
-    assert [told for told in seen if told[0] == "images"] == [
-        ("images", done, 8) for done in (0, 3, 6, 8)
-    ]
+    records = [told for told in seen if told[0] == "records"]
+    assert records[0] == ("records", 0, 9)
+    assert records[-1] == ("records", 9, 9)  # the caption without an image is one too
     assert [told for told in seen if told[0] == "texts"] == [
         ("texts", done, None) for done in (0, 9)
     ]
@@ -367,7 +369,7 @@ def test_a_stopped_run_goes_on_where_it_was(run: Callable[..., FeaturesResult]) 
     told: list[int] = []
 
     def stop(what: str, done: int, total: int | None) -> None:
-        if (what, done) == ("images", 5):
+        if (what, done) == ("records", 5):
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -375,12 +377,12 @@ def test_a_stopped_run_goes_on_where_it_was(run: Callable[..., FeaturesResult]) 
     parts = {path.name for path in (whole.features.parent / "features.partial").glob("*/*.parquet")}
     assert parts == {"part-00000.parquet", "part-00001.parquet"}
     rest = run(
-        progress=lambda what, done, total: told.append(done) if what == "images" else None,
+        progress=lambda what, done, total: told.append(done) if what == "records" else None,
         part_rows=2,
         batch_size=1,
     )
 
-    assert told == [0, 2, 4, 5, 6, 7, 8]
+    assert told == [0, 2, 4, 5, 6, 7, 8, 9]
     for side in Modality:
         np.testing.assert_allclose(
             FeatureSet.open(rest.features).table(side).embeddings(),
@@ -457,7 +459,7 @@ def test_a_disk_too_small_is_refused_before_the_work(
     run: Callable[..., FeaturesResult], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
-    with pytest.raises(OutputError, match=r"8 images need 12.8 kB, 3 kB are free"):
+    with pytest.raises(OutputError, match=r"9 records need 9.79 kB, 3 kB are free"):
         run(tokens="image")
 
     assert run(tokens="image", max_tokens=4).images == 8

@@ -70,7 +70,7 @@ def main() -> None:
 
     def progress(what: str, done: int, total: int | None) -> None:
         nonlocal said
-        if what == "images" and done >= said:
+        if what == "records" and done >= said:
             print(f"{done:>8} images  {resident():8.0f} MB", flush=True)
             said += options.images // 20
 
