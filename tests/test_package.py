@@ -32,6 +32,8 @@ ONLY_DOORS = {
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
     "pyarrow": {"store/schema.py", "store/reader.py", "store/writer.py", "store/join.py"},
     "safetensors": {"adapters/checkpoint.py"},
+    "timm": {"encoders/timm_images.py"},
+    "transformers": {"encoders/hf_texts.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }
 

@@ -84,3 +84,10 @@ class EncoderOptions:
     token_space: Literal["hidden", "projected"] = "projected"
     max_tokens: int | None = None
     compile: bool = False
+
+
+class Encoders(NamedTuple):
+    """The encoders of both sides, None where none was asked for."""
+
+    image: ImageEncoder | None
+    text: TextEncoder | None

@@ -1,24 +1,32 @@
 """Find, build and load open_clip models by name, tag, config file or checkpoint."""
 
-import difflib
 import hashlib
 import json
 import logging
 import tempfile
-import textwrap
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.pretrained import download_pretrained_from_hf
 
-from csalign.errors import EncoderError
+from csalign.encoders.libraries import first_line, quiet, suggest
+from csalign.errors import ConfigError, EncoderError
 
 logger = logging.getLogger(__name__)
+
+RANDOM = "none"
+"""Name of the weights that no file holds: random ones, always the same."""
+
+_CONFIG = "open_clip_config.json"
+_FOLDER_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Architecture:
     spec: str  # as the user named it
     name: str  # in the registry
     preprocessing: dict[str, Any]  # where its config file says more than the registry keeps
+    tokenizer: str  # what open_clip finds its tokenizer by
 
     @property
     def quick_gelu(self) -> bool:
@@ -43,6 +52,70 @@ class Weights:
     tag: dict[str, Any]
 
 
+def find_model(name: str) -> tuple[Architecture, Weights | None]:
+    """The architecture and the weights that a name stands for; None for random ones.
+
+    Args:
+        name: ARCHITECTURE/TAG, ARCHITECTURE+FILE, local-dir:FOLDER or hf-hub:NAME. The
+            architecture may be the path of a JSON file of its config, the tag may be "none".
+
+    Raises:
+        ConfigError: the name has none of these forms.
+        EncoderError: there is no such architecture, tag or file; or the hub cannot be reached.
+    """
+    scheme, _, place = name.partition(":")
+    if scheme == "local-dir":
+        return _find_in_folder(name, Path(place))
+    if scheme == "hf-hub":
+        return _find_on_hub(name, place)
+    model, pretrained = _split(name)
+    architecture = find_architecture(model)
+    return architecture, None if pretrained == RANDOM else find_weights(architecture, pretrained)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ARCHITECTURE/TAG or ARCHITECTURE+FILE -> its two parts; either may have a slash in it."""
+    config, mark, weights = name.partition(".json+")
+    if mark:
+        model = f"{config}.json"
+    elif "+" in name:
+        model, _, weights = name.partition("+")
+    elif name.lower().endswith(".json") or name.replace("/", "-") in open_clip.list_models():
+        model, weights = name, ""
+    else:
+        model, _, weights = name.rpartition("/")
+    if model and weights:
+        return model, weights
+    bare = model or name
+    tags = open_clip.list_pretrained_tags_by_model(bare.replace("/", "-"))
+    raise ConfigError(
+        f"open_clip:{name} names no weights; write open_clip:{bare}/TAG"
+        f"{f' ({suggest(bare, tags)})' if tags else ''}, open_clip:{bare}+FILE or, for random "
+        f"ones, open_clip:{bare}/{RANDOM}"
+    )
+
+
+def _find_in_folder(name: str, folder: Path) -> tuple[Architecture, Weights]:
+    architecture = _register(folder / _CONFIG, tokenizer=name)
+    for file in _FOLDER_WEIGHTS:
+        if (folder / file).is_file():
+            return architecture, Weights(folder / file, {})
+    raise EncoderError(f"{folder}: holds no weights, looked for {', '.join(_FOLDER_WEIGHTS)}")
+
+
+def _find_on_hub(name: str, repository: str) -> tuple[Architecture, Weights]:
+    try:
+        with quiet():
+            config = download_pretrained_from_hf(repository, filename=_CONFIG)
+            weights = download_pretrained_from_hf(repository)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EncoderError(
+            f"open_clip:{name} could not be downloaded ({first_line(error)}); give "
+            "open_clip:local-dir:FOLDER instead"
+        ) from error
+    return _register(Path(config), tokenizer=name), Weights(Path(weights), {})
+
+
 def find_architecture(model: str) -> Architecture:
     """The architecture of that name, or of that JSON config file.
 
@@ -55,14 +128,14 @@ def find_architecture(model: str) -> Architecture:
     name = model.replace("/", "-")
     known = open_clip.list_models()
     if name in known:
-        return Architecture(model, name, {})
+        return Architecture(model, name, {}, tokenizer=name)
     raise EncoderError(
-        f"model: open_clip has no architecture {model!r}; {_suggest(name, known)}, "
+        f"open_clip has no architecture {model!r}; {suggest(name, known)}, "
         "or give a JSON file of its config"
     )
 
 
-def _register(path: Path) -> Architecture:
+def _register(path: Path, tokenizer: str | None = None) -> Architecture:
     """Make a config file known to open_clip, under a name that no other config has."""
     try:
         content = path.read_bytes()
@@ -71,18 +144,18 @@ def _register(path: Path) -> Architecture:
         preprocessing = document.get("preprocess_cfg", {})
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     except OSError as error:
-        raise EncoderError(f"model: {path}: cannot be read ({error.strerror})") from None
+        raise EncoderError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, AttributeError, TypeError) as error:
-        raise EncoderError(f"model: {path}: is no open_clip model config ({error})") from None
+        raise EncoderError(f"{path}: is no open_clip model config ({error})") from None
     if missing:
-        raise EncoderError(f"model: {path}: is no open_clip model config, lacks {missing[0]!r}")
+        raise EncoderError(f"{path}: is no open_clip model config, lacks {missing[0]!r}")
     name = f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}"
     if name not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, f"{name}.json")
             copy.write_text(json.dumps(config), encoding="utf-8")
             open_clip.add_model_config(copy)
-    return Architecture(str(path), name, preprocessing)
+    return Architecture(str(path), name, preprocessing, tokenizer or name)
 
 
 def find_weights(architecture: Architecture, pretrained: str) -> Weights:
@@ -98,39 +171,31 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
             return Weights(path, {})
         raise EncoderError(_unknown_weights(architecture, pretrained))
     try:
-        with _quiet():
+        with quiet():
             return Weights(Path(open_clip.download_pretrained(tag)), tag)
     except (OSError, RuntimeError) as error:
         raise EncoderError(
-            f"pretrained: {pretrained!r} of {architecture.spec} could not be downloaded "
+            f"{pretrained!r} of {architecture.spec} could not be downloaded "
             f"({first_line(error)}); give the path of a local checkpoint instead"
         ) from error
 
 
 def _unknown_weights(architecture: Architecture, pretrained: str) -> str:
     if len(Path(pretrained).parts) > 1 or Path(pretrained).suffix:
-        return f"pretrained: {pretrained}: no such checkpoint"
+        return f"{pretrained}: no such checkpoint"
     known = open_clip.list_pretrained_tags_by_model(architecture.name)
-    hint = _suggest(pretrained, known) if known else "none is known for it"
+    hint = suggest(pretrained, known) if known else "none is known for it"
     return (
-        f"pretrained: {architecture.spec} has no tag {pretrained!r}; {hint}, or give the path of "
+        f"{architecture.spec} has no tag {pretrained!r}; {hint}, or give the path of "
         "a local checkpoint"
     )
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    by_lower = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        return f"its nearest are {', '.join(by_lower[item] for item in close)}"
-    return f"it has {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
 
 
 def build_network(architecture: Architecture, weights: Weights | None) -> Any:
     """Build the network with random weights, the same ones each time."""
     preprocessing = {**architecture.preprocessing, **(weights.tag if weights else {})}
     preprocessing.pop("size", None)  # the network's own size decides
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             return open_clip.create_model(
@@ -140,22 +205,22 @@ def build_network(architecture: Architecture, weights: Weights | None) -> Any:
             raise EncoderError(_unreachable(architecture, "text tower", error)) from error
         except Exception as error:  # a config with wrong values can fail anywhere in open_clip
             raise EncoderError(
-                f"model: {architecture.spec} cannot be built ({first_line(error)})"
+                f"{architecture.spec} cannot be built ({first_line(error)})"
             ) from error
 
 
 def build_tokenizer(architecture: Architecture) -> Any:
     """The tokenizer that belongs to an architecture."""
     try:
-        with _quiet():
-            return open_clip.get_tokenizer(architecture.name)
+        with quiet():
+            return open_clip.get_tokenizer(architecture.tokenizer)
     except (OSError, ImportError, ValueError) as error:
         raise EncoderError(_unreachable(architecture, "tokenizer", error)) from error
 
 
 def _unreachable(architecture: Architecture, part: str, error: Exception) -> str:
     return (
-        f"model: the {part} of {architecture.spec} comes from the Hugging Face hub and could not "
+        f"the {part} of {architecture.spec} comes from the Hugging Face hub and could not "
         f"be had ({first_line(error)}); connect once, or fill the hub's cache"
     )
 
@@ -170,15 +235,15 @@ def load_weights(network: Any, weights: Weights, model: str) -> None:
             torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file that is no checkpoint can fail anywhere
         raise EncoderError(
-            f"pretrained: {path} cannot be read as plain weights ({first_line(error)}); convert "
+            f"{path} cannot be read as plain weights ({first_line(error)}); convert "
             "it to .safetensors, or save its state dict alone"
         ) from error
     try:
-        with _quiet():
+        with quiet():
             open_clip.load_checkpoint(network, str(path), strict=True, weights_only=True)
     except Exception as error:  # so can weights of some other network
         raise EncoderError(
-            f"pretrained: {path} does not fit {model} ({first_line(error)}); choose the "
+            f"{path} does not fit {model} ({first_line(error)}); choose the "
             "architecture that it was trained with"
         ) from error
 
@@ -193,43 +258,3 @@ def warn_of_activation(architecture: Architecture, weights: Weights) -> None:
             weights.path,
             architecture.spec,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what open_clip says to the root logger and as warnings in this module's log.
-
-    It would otherwise put a handler on the root logger of the process; and the hub's client would
-    print a warning each time it tries again.
-    """
-    root, handler = logging.getLogger(), logging.NullHandler()
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-
-    def divert(record: logging.LogRecord) -> bool:
-        # Weights are loaded after the network is built, so this one would only mislead.
-        if "No pretrained weights" not in record.getMessage():
-            logger.debug("%s", record.getMessage())
-        return False
-
-    root.addFilter(divert)
-    root.addHandler(handler)
-    hub.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    finally:
-        hub.setLevel(level)
-        root.removeHandler(handler)
-        root.removeFilter(divert)
-        for warning in caught:
-            logger.info("%s", warning.message)
-
-
-def first_line(error: Exception) -> str:
-    """The line of an error of torch or a hub that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch heads a list of mismatches with a line that says nothing.
-    text = " ".join(lines[1:2] if lines[1:] and lines[0].endswith(":") else lines[:1])
-    return textwrap.shorten(text, 160, placeholder=" ...") or type(error).__name__

@@ -9,12 +9,16 @@ import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+import transformers
 from PIL import Image
 
-from csalign.encoders.openclip import OpenClipEncoder, TokenChoice, load_encoder
+from csalign.encoders.base import EncoderOptions
+from csalign.encoders.openclip import OpenClipImages, OpenClipTexts
+from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
-from csalign.errors import EncoderError
+from csalign.errors import ConfigError, EncoderError
 
 CPU = torch.device("cpu")
 BOTH = tuple(Modality)
@@ -61,13 +65,22 @@ def direct(tiny_clip: tuple[Path, Path]) -> Iterator[Any]:
         yield network.eval(), transform, open_clip.get_tokenizer(model.stem)
 
 
-def load(tiny_clip: tuple[Path, Path], **options: Any) -> OpenClipEncoder:
+def load_spec(spec: str, **options: Any) -> tuple[OpenClipImages, OpenClipTexts]:
+    image, text = load_encoders(spec, spec, EncoderOptions(CPU, **options))
+    assert isinstance(image, OpenClipImages)
+    assert isinstance(text, OpenClipTexts)
+    return image, text
+
+
+def load(
+    tiny_clip: tuple[str | Path, str | Path], **options: Any
+) -> tuple[OpenClipImages, OpenClipTexts]:
     model, weights = tiny_clip
-    return load_encoder(str(model), str(weights), device=CPU, **options)
+    return load_spec(f"open_clip:{model}+{weights}", **options)
 
 
-def embed_images(encoder: OpenClipEncoder, images: list[Image.Image]) -> Any:
-    return encoder.embed_images(torch.stack([encoder.preprocess(image) for image in images]))
+def embed_images(encoder: OpenClipImages, images: list[Image.Image]) -> Any:
+    return encoder.embed(torch.stack([encoder.preprocess(image) for image in images]))
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
@@ -78,10 +91,10 @@ def test_embeddings_are_those_of_open_clip(
     tiny_clip: tuple[Path, Path], direct: Any, images: list[Image.Image]
 ) -> None:
     network, transform, tokenizer = direct
-    encoder = load(tiny_clip)
+    image, text = load(tiny_clip)
 
     pixels = torch.stack([transform(image) for image in images])
-    image_side, text_side = embed_images(encoder, images), encoder.embed_texts(CAPTIONS)
+    image_side, text_side = embed_images(image, images), text.embed(CAPTIONS)
 
     assert image_side.embeddings.dtype == text_side.embeddings.dtype == np.float32
     assert_close(image_side.embeddings, network.encode_image(pixels))
@@ -94,23 +107,19 @@ def test_image_tokens_are_the_patches_after_the_last_norm(
 ) -> None:
     network, transform, _ = direct
     visual = network.visual
-    seen = visual.transformer(visual._embeds(torch.stack([transform(image) for image in images])))
+    pixels = torch.stack([transform(image) for image in images])
+    seen = visual.transformer(visual._embeds(pixels))
     hidden = visual.ln_post(seen)[:, 1:]
 
     spaces: dict[Space, Any] = {"hidden": hidden, "projected": hidden @ visual.proj}
     for space, expected in spaces.items():
-        encoder = load(tiny_clip, tokens=TokenChoice(BOTH, space))
+        encoder, _ = load(tiny_clip, tokens=BOTH, token_space=space)
         actual = embed_images(encoder, images)
 
         assert_close(actual.tokens, expected)
-        assert_close(
-            actual.embeddings,
-            load(tiny_clip)._network.encode_image(
-                torch.stack([transform(image) for image in images])
-            ),
-        )
-        assert encoder.info(Modality.IMAGE).token_width == expected.shape[-1]
-        assert encoder.info(Modality.IMAGE).token_space == space
+        assert_close(actual.embeddings, network.encode_image(pixels))
+        assert encoder.info.token_width == expected.shape[-1]
+        assert encoder.info.token_space == space
 
 
 def test_text_tokens_leave_out_special_tokens_and_padding(
@@ -125,8 +134,8 @@ def test_text_tokens_leave_out_special_tokens_and_padding(
 
     spaces: dict[Space, Any] = {"hidden": hidden, "projected": hidden @ network.text_projection}
     for space, expected in spaces.items():
-        encoder = load(tiny_clip, tokens=TokenChoice([Modality.TEXT], space), batch_size=2)
-        actual = encoder.embed_texts(CAPTIONS)
+        _, encoder = load(tiny_clip, tokens=[Modality.TEXT], token_space=space, batch_size=2)
+        actual = encoder.embed(CAPTIONS)
 
         assert actual.tokens is not None
         for row, end in enumerate(ends):
@@ -149,14 +158,15 @@ def test_text_tokens_leave_out_special_tokens_and_padding(
 def test_texts_are_cropped_only_where_that_changes_nothing(
     make_config: MakeConfig, changes: dict[str, Any], crops: bool
 ) -> None:
-    encoder = load_encoder(str(make_config(**changes)), "none", device=CPU, batch_size=2)
+    _, encoder = load((make_config(**changes), "none"), batch_size=2)
     ids = encoder._tokenizer(CAPTIONS)
     lengths = []
-    encoder._text_side.register_forward_pre_hook(lambda _, ids: lengths.append(ids[0].shape[1]))
+    encoder._side.register_forward_pre_hook(lambda _, ids: lengths.append(ids[0].shape[1]))
 
-    actual = encoder.embed_texts(CAPTIONS).embeddings
+    actual = encoder.embed(CAPTIONS).embeddings
     with torch.inference_mode():
-        expected = encoder._network.encode_text(ids, normalize=False)
+        tower = encoder._side.tower
+        expected = tower.encode_text(ids) if isinstance(tower, open_clip.CLIP) else tower(ids)
 
     assert lengths == ([4, 13, 20] if crops else [20, 20, 20])
     assert_close(actual, expected, 2e-6)
@@ -168,27 +178,22 @@ def test_projected_tokens_live_where_the_embedding_does(
     make_config: MakeConfig, proj_type: str, proj_bias: bool
 ) -> None:
     changes = {"custom_text": True, "text_cfg": {"proj_type": proj_type, "proj_bias": proj_bias}}
-    tokens = TokenChoice([Modality.TEXT], "projected")
-    encoder = load_encoder(str(make_config(**changes)), "none", device=CPU, tokens=tokens)
-    tower = encoder._network.text
-    tower.output_tokens = True
+    _, encoder = load((make_config(**changes), "none"), tokens=[Modality.TEXT])
     ids = encoder._tokenizer(CAPTIONS[:1])
     with torch.inference_mode():
-        pooled, hidden = tower(ids)
+        pooled, projected = encoder._side(ids)
 
-    actual = encoder.embed_texts(CAPTIONS[:1])
+    actual = encoder.embed(CAPTIONS[:1])
 
     assert actual.tokens is not None
     assert actual.tokens[0].shape == (2, 16)
-    end = encoder._text_side.project(hidden)[0, 3]
-    assert_close(end.detach(), pooled[0])
+    assert_close(actual.tokens[0], projected[0, 1:3])
+    assert_close(projected[0, 3], pooled[0])
 
 
 def test_padding_of_another_tokenizer_is_dropped_too(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     vocabulary = {"<pad>": 0, "<eos>": 1, "a": 2, "dog": 3, "<unk>": 4}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -201,24 +206,21 @@ def test_padding_of_another_tokenizer_is_dropped_too(
     changes = {"hf_tokenizer_name": str(tmp_path / "words"), "no_causal_mask": True}
     model = make_config(custom_text=True, text_cfg={**changes, "pool_type": "last"})
 
-    encoder = load_encoder(
-        str(model), "none", device=CPU, tokens=TokenChoice([Modality.TEXT], "hidden")
-    )
-    tokens = encoder.embed_texts(["a dog", "dog", ""]).tokens
+    _, encoder = load((model, "none"), tokens=[Modality.TEXT], token_space="hidden")
+    tokens = encoder.embed(["a dog", "dog", ""]).tokens
 
     assert tokens is not None
     assert [len(own) for own in tokens] == [2, 1, 0]
-    encoder._network.text.output_tokens = True
+    encoder._side.tower.output_tokens = True
     with torch.inference_mode():
-        _, hidden = encoder._network.text(encoder._tokenizer(["a dog"]))
+        _, hidden = encoder._side.tower(encoder._tokenizer(["a dog"]))
     assert_close(tokens[0], hidden[0, :2])
 
 
 def test_info_records_all_that_decides_the_numbers(tiny_clip: tuple[Path, Path]) -> None:
-    encoder = load(tiny_clip)
-    image, text = (encoder.info(side) for side in Modality)
+    image, text = (encoder.info for encoder in load(tiny_clip))
 
-    assert image.spec == text.spec == f"open_clip:{tiny_clip[0]}:{tiny_clip[1]}"
+    assert image.spec == text.spec == f"open_clip:{tiny_clip[0]}+{tiny_clip[1]}"
     assert image.fingerprint == text.fingerprint
     assert (image.width, image.token_width, image.token_space) == (16, None, None)
     assert image.preprocessing == {
@@ -248,7 +250,7 @@ def test_a_hub_config_brings_its_preprocessing(
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps(config))
 
-    preprocessing = load((path, tiny_clip[1])).info(Modality.IMAGE).preprocessing
+    preprocessing = load((path, tiny_clip[1]))[0].info.preprocessing
 
     assert preprocessing["mean"] == [0.5] * 3
     assert preprocessing["image_size"] == [32, 32]
@@ -264,7 +266,7 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_file(
     torch.save(state | {"logit_scale": torch.tensor(1.0)}, tmp_path / "other.pt")
 
     first, same, other = (
-        load((tiny_clip[0], path)).info(Modality.IMAGE).fingerprint
+        load((tiny_clip[0], path))[0].info.fingerprint
         for path in (tiny_clip[1], tmp_path / "same.pt", tmp_path / "other.pt")
     )
 
@@ -279,10 +281,7 @@ def test_random_weights_are_the_same_each_time_and_told(
     torch.manual_seed(1)
     handlers = list(logging.getLogger().handlers)
 
-    prints = {
-        load_encoder(str(tiny_clip[0]), "none", device=CPU).info(Modality.TEXT).fingerprint
-        for _ in range(2)
-    }
+    prints = {load((tiny_clip[0], "none"))[1].info.fingerprint for _ in range(2)}
 
     assert len(prints) == 1
     assert torch.rand(1) == expected
@@ -292,16 +291,30 @@ def test_random_weights_are_the_same_each_time_and_told(
     ] * 2
 
 
-def test_lower_precision_stays_near(
-    tiny_clip: tuple[Path, Path], images: list[Image.Image]
-) -> None:
-    full = embed_images(load(tiny_clip), images).embeddings
-    encoder = load(tiny_clip, precision="bfloat16", tokens=TokenChoice(BOTH))
-    low = embed_images(encoder, images)
+def cosines(first: Any, other: Any) -> Any:
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(other, axis=1)
+    return (first * other).sum(axis=1) / norms
 
-    assert low.embeddings.dtype == low.tokens[0].dtype == np.float32
-    assert 0 < np.abs(low.embeddings - full).max() < 0.05
-    assert encoder.info(Modality.IMAGE).preprocessing["precision"] == "bfloat16"
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_stays_near(
+    tiny_clip: tuple[Path, Path], images: list[Image.Image], precision: str
+) -> None:
+    image, text = load(tiny_clip)
+    low_image, low_text = load(tiny_clip, precision=precision, tokens=BOTH, batch_size=2)
+    pairs = (
+        (embed_images(image, images), embed_images(low_image, images)),
+        (text.embed(CAPTIONS), low_text.embed(CAPTIONS)),
+    )
+
+    for full, low in pairs:
+        assert low.tokens is not None
+        assert low.embeddings.dtype == low.tokens[0].dtype == np.float32
+        assert 0 < np.abs(low.embeddings - full.embeddings).max() < 0.05
+        assert cosines(low.embeddings, full.embeddings).min() > 0.99
+    assert low_image.info.preprocessing["precision"] == precision
+    assert low_image.info.fingerprint == image.info.fingerprint
+    assert low_text._crops
 
 
 def test_weights_named_after_openai_need_quick_gelu(
@@ -322,7 +335,7 @@ def test_weights_named_after_openai_need_quick_gelu(
 
 def error_of(model: str | Path, pretrained: str | Path, **options: Any) -> str:
     with pytest.raises(EncoderError) as caught:
-        load_encoder(str(model), str(pretrained), device=CPU, **options)
+        load((model, pretrained), **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -330,16 +343,14 @@ def error_of(model: str | Path, pretrained: str | Path, **options: Any) -> str:
 
 def test_unknown_names_bring_near_ones(tiny_clip: tuple[Path, Path]) -> None:
     message = error_of("ViT-B32", "none")
-    assert message.startswith(
-        "model: open_clip has no architecture 'ViT-B32'; its nearest are ViT-"
-    )
+    assert message.startswith("open_clip has no architecture 'ViT-B32'; its nearest are ViT-")
 
     message = error_of("ViT-B-32", "laion2b_s34b_b79")
     assert "ViT-B-32 has no tag 'laion2b_s34b_b79'; its nearest are laion2b_s34b_b79k" in message
 
     assert "has no tag 'zzz'; it has openai" in error_of("ViT-B-32", "zzz")
     assert "no tag 'zzz'; none is known for it" in error_of(tiny_clip[0], "zzz")
-    assert error_of(tiny_clip[0], "gone.pt") == "pretrained: gone.pt: no such checkpoint"
+    assert error_of(tiny_clip[0], "gone.pt") == "gone.pt: no such checkpoint"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(
@@ -350,13 +361,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
 
     message = error_of("ViT-B-32", "laion2b_s34b_b79k")
 
-    assert message.startswith("pretrained: 'laion2b_s34b_b79k' of ViT-B-32 could not be downloaded")
+    assert message.startswith("'laion2b_s34b_b79k' of ViT-B-32 could not be downloaded")
     assert message.endswith("give the path of a local checkpoint instead")
+    assert error_of_spec("open_clip:hf-hub:some/model").startswith(
+        "open_clip:hf-hub:some/model could not be downloaded"
+    )
     for model in ("ViT-B-16-SigLIP", "roberta-ViT-B-32"):
         message = error_of(model, "none")
-        assert message.startswith(
-            f"model: the tokenizer of {model} comes from the Hugging Face hub"
-        )
+        assert message.startswith(f"the tokenizer of {model} comes from the Hugging Face hub")
         assert message.endswith("connect once, or fill the hub's cache")
 
 
@@ -373,7 +385,7 @@ def test_a_config_that_is_none_is_told(tmp_path: Path, content: str, expected: s
     path = tmp_path / "model.json"
     path.write_text(content)
 
-    assert error_of(path, "none").startswith(f"model: {path}")
+    assert error_of(path, "none").startswith(f"{path}")
     assert expected in error_of(path, "none")
     assert "No such file" in error_of(tmp_path / "gone.json", "none")
 
@@ -382,7 +394,7 @@ def test_a_network_that_builds_and_does_not_run_is_told(make_config: MakeConfig)
     model = make_config(vision_cfg={"layers": [1, 1, 1, 1], "width": 8})
 
     assert error_of(model, "none") == (
-        f"model: {model} cannot be run (embed_dim 256 not divisible by num_heads 21)"
+        f"{model} cannot be run (embed_dim 256 not divisible by num_heads 21)"
     )
 
 
@@ -393,7 +405,7 @@ def test_weights_of_another_model_do_not_fit(
 
     message = error_of(wider, tiny_clip[1])
 
-    assert message.startswith(f"pretrained: {tiny_clip[1]} does not fit {wider} (size mismatch for")
+    assert message.startswith(f"{tiny_clip[1]} does not fit {wider} (size mismatch for")
 
 
 class Bomb:
@@ -415,7 +427,7 @@ def test_a_checkpoint_never_runs_code(
 
     message = error_of(tiny_clip[0], weights)
 
-    assert message.startswith(f"pretrained: {weights} cannot be read as plain weights")
+    assert message.startswith(f"{weights} cannot be read as plain weights")
     assert not (tmp_path / "ran").exists()
 
 
@@ -423,7 +435,7 @@ def test_a_checkpoint_never_runs_code(
 def test_damaged_weights_are_told(tiny_clip: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(tiny_clip[1].read_bytes()[:500])
 
-    assert error_of(tiny_clip[0], tmp_path / name).startswith(f"pretrained: {tmp_path / name} ")
+    assert error_of(tiny_clip[0], tmp_path / name).startswith(f"{tmp_path / name} ")
 
 
 @pytest.mark.parametrize(
@@ -438,9 +450,98 @@ def test_a_tower_without_tokens_says_so(
     make_config: MakeConfig, changes: dict[str, Any], side: int, tower: str
 ) -> None:
     model = make_config(**changes)
-    asked = TokenChoice([BOTH[side]])
 
-    message = error_of(model, "none", tokens=asked)
+    message = error_of(model, "none", tokens=[BOTH[side]])
 
     assert message.startswith(f"tokens: the {BOTH[side]} tower ({tower}")
-    load_encoder(str(model), "none", device=CPU, tokens=TokenChoice([BOTH[1 - side]]))
+    load((model, "none"), tokens=[BOTH[1 - side]])
+
+
+def test_a_side_that_is_not_asked_for_is_not_kept(tiny_clip: tuple[Path, Path]) -> None:
+    spec = f"open_clip:{tiny_clip[0]}+{tiny_clip[1]}"
+    options = EncoderOptions(CPU)
+    both = load_encoders(spec, spec, options)
+    assert both.image is not None
+    assert both.text is not None
+
+    image, no_text = load_encoders(spec, None, options)
+    assert isinstance(image, OpenClipImages)
+    assert no_text is None
+    assert image.info == both.image.info
+    assert not any("token_embedding" in name for name in image._side.state_dict())
+
+    no_image, text = load_encoders(None, spec, options)
+    assert isinstance(text, OpenClipTexts)
+    assert no_image is None
+    assert text.info == both.text.info
+    assert not any("visual" in name for name in text._side.state_dict())
+
+
+def test_a_folder_holds_config_weights_and_tokenizer(
+    tiny_clip: tuple[Path, Path], tmp_path: Path, images: list[Image.Image]
+) -> None:
+    config = {"model_cfg": json.loads(tiny_clip[0].read_text()), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    spec = f"open_clip:local-dir:{tmp_path}"
+    with pytest.raises(EncoderError, match=r"holds no weights, looked for open_clip_model\.safet"):
+        load_spec(spec)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(tiny_clip[1].read_bytes())
+
+    image, text = load_spec(spec)
+    expected = load(tiny_clip)
+
+    assert image.info.spec == spec
+    assert_close(
+        embed_images(image, images).embeddings, embed_images(expected[0], images).embeddings
+    )
+    assert_close(text.embed(CAPTIONS).embeddings, expected[1].embed(CAPTIONS).embeddings)
+    with pytest.raises(EncoderError, match=r"open_clip_config\.json: cannot be read"):
+        load_spec(f"{spec}/nowhere")
+
+
+def test_a_name_without_weights_shows_the_forms() -> None:
+    for name, bare in [
+        ("ViT-B-32", "ViT-B-32"),
+        ("ViT-B/32", "ViT-B/32"),
+        ("ViT-B/32/", "ViT-B/32"),
+        ("a/model.json", "a/model.json"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_spec(f"open_clip:{name}")
+        assert str(caught.value).startswith(
+            f"open_clip:{name} names no weights; write open_clip:{bare}/TAG"
+        )
+        assert str(caught.value).endswith(
+            f"open_clip:{bare}+FILE or, for random ones, open_clip:{bare}/none"
+        )
+
+
+def test_architectures_may_have_a_slash() -> None:
+    assert "ViT-B/32 has no tag 'zzz'" in error_of_spec("open_clip:ViT-B/32/zzz")
+    assert error_of_spec("open_clip:ViT-B/32+a+b.pt") == "a+b.pt: no such checkpoint"
+
+
+def error_of_spec(spec: str) -> str:
+    with pytest.raises(EncoderError) as caught:
+        load_spec(spec)
+    return str(caught.value)
+
+
+def test_tokens_beyond_the_limit_are_pooled_or_cut(
+    tiny_clip: tuple[Path, Path], images: list[Image.Image]
+) -> None:
+    image, text = load(tiny_clip, tokens=BOTH)
+    few_image, few_text = load(tiny_clip, tokens=BOTH, max_tokens=5)
+    all_tokens, few = embed_images(image, images), embed_images(few_image, images)
+
+    quarter = all_tokens.tokens[0].reshape(2, 2, 2, 2, 16).mean(axis=(1, 3)).reshape(4, 16)
+    assert_close(few.tokens[0], quarter)
+    assert_close(few.embeddings, all_tokens.embeddings)
+    whole, cut = text.embed(CAPTIONS).tokens, few_text.embed(CAPTIONS).tokens
+    assert whole is not None
+    assert cut is not None
+    assert [len(own) for own in cut] == [2, 5, 0, 3, 5]
+    assert_close(cut[1], whole[1][:5])
+    assert few_image.info.preprocessing["max_tokens"] == 5
+    assert few_text.info.preprocessing["max_tokens"] == 5
+    assert "max_tokens" not in image.info.preprocessing

@@ -1,0 +1,415 @@
+"""Frozen transformers models as text encoders."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from csalign.encoders.base import Embedded, EncoderOptions
+from csalign.encoders.libraries import first_line, first_run, quiet
+from csalign.encoders.running import (
+    batch_size_of,
+    describe,
+    embed_by_length,
+    fingerprint,
+    gives_tokens,
+    inference,
+    ready,
+    to_device,
+    to_numpy,
+)
+from csalign.encoders.tokens import limit_tokens
+from csalign.enums import Modality
+from csalign.errors import ConfigError, EncoderError
+from csalign.store.manifest import EncoderInfo
+
+logger = logging.getLogger(__name__)
+
+Pooling = Literal["mean", "cls", "last", "eos"]
+
+_SAMPLE = ("a", "two people on bicycles wait at a crossing in the rain")
+_DEFAULT_MAX_LENGTH = 512
+# Tokenizers that know no limit name an astronomical one.
+_SANE_MAX_LENGTH = 1_000_000
+# How sentence-transformers calls the poolings, in its older files as flags.
+_POOLINGS: dict[str, Pooling] = {
+    "mean": "mean",
+    "cls": "cls",
+    "lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+
+
+class Settings(BaseModel):
+    """What may stand behind the question mark of a spec.
+
+    Attributes:
+        pooling: "mean" over all tokens, "cls" the first, "last" the last, "eos" the end-of-text
+            token, which is appended where the tokenizer does not. Default: what the
+            sentence-transformers files beside the model say, else "last" for causal models and
+            "mean" for the others.
+        layer: which of the hidden states, as an index; -1 is the output after the last norm.
+        prefix: put before each text.
+        max_length: tokens a text is cut to. Default: what the model's files say, else 512.
+        trust_remote_code: whether code that comes with the model may be run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pooling: Pooling | None = None
+    layer: int = -1
+    prefix: str = ""
+    max_length: int | None = Field(default=None, ge=2)
+    trust_remote_code: bool = False
+
+
+def load_hf(name: str, options: EncoderOptions) -> "HfTexts":
+    """Load a transformers model, frozen; of an encoder-decoder only the encoder is kept.
+
+    Args:
+        name: folder or hub name of the model, then perhaps ?OPTION=VALUE&..., see `Settings`.
+            Values are URL-decoded.
+        options: how to run it. Its embedding has no projection, so the tokens of both spaces are
+            the same.
+
+    Raises:
+        ConfigError: an option is unknown or has a wrong value.
+        EncoderError: transformers is not installed; or the model cannot be had, lacks weights, is
+            none of texts, or cannot be run.
+    """
+    model, _, query = name.partition("?")
+    settings = _parse(name, query)
+    _require_transformers(name)
+    network = _load_network(model, settings)
+    tokenizer = _load_tokenizer(model, settings)
+    with first_run(f"hf:{name}"):
+        return HfTexts(network, tokenizer, model, settings, f"hf:{name}", options)
+
+
+class HfTexts:
+    """A transformers model; see `TextEncoder` for its methods."""
+
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        model: str,
+        settings: Settings,
+        spec: str,
+        options: EncoderOptions,
+    ) -> None:
+        self._options = options
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._with_tokens = gives_tokens(options, Modality.TEXT)
+        self._max_length = _max_length(model, network, tokenizer, settings, spec)
+        weights = fingerprint(network)
+        network.eval()
+        self._pooling = (
+            settings.pooling or _stored_pooling(model, spec) or _default_pooling(network)
+        )
+        _check_modules(model, settings, self._pooling, spec)
+        self._eos = _end_of_text(tokenizer, spec) if self._pooling == "eos" else None
+        # Masked, so any would do, but that some models number positions by their own.
+        marks = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._padding = next(mark for mark in marks if mark is not None)
+        # What stands for an empty text, where the tokenizer adds nothing to it.
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, self._padding)
+        self._nothing = next(mark for mark in marks if mark is not None)
+        self._network = ready(network, options)
+        self._info = self._probe(spec, weights)
+
+    @property
+    def batch_size(self) -> int:
+        """How many texts go through a forward pass."""
+        return batch_size_of(self._options)
+
+    @property
+    def info(self) -> EncoderInfo:
+        """What makes the embeddings, for the manifest."""
+        return self._info
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Embed one or more texts, in as many batches as they need, in their order.
+
+        Texts of like length share a batch, which is as long as the longest of them.
+        """
+        ids, special = self._tokenize(texts)
+
+        def embed_batch(positions: list[int]) -> Embedded:
+            return self._embed_ids(
+                [ids[position] for position in positions],
+                [special[position] for position in positions],
+            )
+
+        return embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """The ids of each text, and 1 for each of them that is no part of the text."""
+        encoded = self._tokenizer(
+            [self._settings.prefix + text for text in texts],
+            truncation=True,
+            max_length=self._max_length - (self._eos is not None),
+            padding=False,
+            return_attention_mask=False,
+            return_special_tokens_mask=True,
+        )
+        ids = [list(own) for own in encoded["input_ids"]]
+        special = [list(own) for own in encoded["special_tokens_mask"]]
+        for own, marks in zip(ids, special, strict=True):
+            if self._eos is not None and own[-1:] != [self._eos]:
+                own.append(self._eos)
+                marks.append(1)
+            elif not own:
+                own.append(self._nothing)
+                marks.append(1)
+        return ids, special
+
+    def _embed_ids(self, ids: list[list[int]], special: list[list[int]]) -> Embedded:
+        """Embed texts in one batch, padded at the right whatever side the tokenizer pads.
+
+        With the mask that is the same for encoders, and it leaves a causal model's positions as
+        they are without padding.
+        """
+        lengths = torch.tensor([len(own) for own in ids])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        padded = torch.full(mask.shape, self._padding)
+        padded[mask] = torch.tensor([mark for own in ids for mark in own])
+        with inference(self._options):
+            hidden = self._run(padded, mask)
+            pooled = to_numpy(self._pool(hidden, lengths.to(hidden.device)))
+            if not self._with_tokens:
+                return Embedded(pooled, None)
+            rows = to_numpy(hidden)
+        tokens = [
+            own[: len(marks)][np.array(marks) == 0]
+            for own, marks in zip(rows, special, strict=True)
+        ]
+        return Embedded(pooled, limit_tokens(tokens, Modality.TEXT, self._options.max_tokens))
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Ids and mask (n, t) -> hidden states of the chosen layer (n, t, d)."""
+        layer = self._settings.layer
+        output = self._network(
+            input_ids=to_device(ids, self._options),
+            attention_mask=to_device(mask.long(), self._options),
+            output_hidden_states=layer != -1,
+            return_dict=True,
+        )
+        hidden: torch.Tensor
+        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        return hidden
+
+    def _pool(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Hidden states (n, t, d) of texts of these lengths (n,) -> embeddings (n, d)."""
+        if self._pooling == "cls":
+            return hidden[:, 0]
+        if self._pooling == "mean":
+            mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+            return (hidden.float() * mask[:, :, None]).sum(dim=1) / lengths[:, None]
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+    def _probe(self, spec: str, weights: str) -> EncoderInfo:
+        """Embed some texts, so that what does not work fails before the work."""
+        sample = [*_SAMPLE]
+        if self._settings.max_length is not None:
+            # More positions than the model has would fail at the first long text only.
+            sample.append("word " * self._max_length)
+        return describe(
+            self.embed(sample),
+            self._options,
+            spec=spec,
+            fingerprint=weights,
+            preprocessing={
+                "tokenizer": str(self._tokenizer.name_or_path),
+                "pooling": self._pooling,
+                "layer": self._settings.layer,
+                "prefix": self._settings.prefix,
+                "max_length": self._max_length,
+            },
+        )
+
+
+def _parse(name: str, query: str) -> Settings:
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+        return Settings.model_validate(dict(pairs))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option, problem = first["loc"][0], first["msg"]
+    except ValueError as error:
+        option, problem = query, str(error)
+    raise ConfigError(
+        f"hf:{name}: {option}: {problem}; the options are {', '.join(Settings.model_fields)}"
+    )
+
+
+def _require_transformers(name: str) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise EncoderError(
+            f"hf:{name} needs transformers; install it with: pip install 'csalign[hf]'"
+        ) from None
+
+
+def _load_network(model: str, settings: Settings) -> Any:
+    from transformers import AutoModel
+
+    try:
+        with _without_bars():
+            network, report = AutoModel.from_pretrained(
+                model,
+                dtype="auto",  # as it is stored; `ready` converts it
+                trust_remote_code=settings.trust_remote_code,
+                output_loading_info=True,
+            )
+    except Exception as error:  # what it reads or downloads can be wrong in any way
+        raise _not_loaded(model, error) from error
+    if hasattr(network.config, "vision_config"):
+        raise EncoderError(f"hf:{model} is no model of texts alone; use open_clip: for CLIP models")
+    if network.config.is_encoder_decoder:
+        network = network.get_encoder()
+    names = set(network.state_dict())
+    # Nothing here uses the pooler that some models have behind the last layer.
+    missing = sorted(
+        key
+        for key in report["missing_keys"]
+        if "pooler." not in key and (key in names or key.removeprefix("encoder.") in names)
+    )
+    if missing:
+        raise EncoderError(
+            f"hf:{model} lacks weights ({missing[0]}{' and others' if missing[1:] else ''}), which "
+            "would be random; choose a whole checkpoint"
+        )
+    network.config.use_cache = False  # it would hold keys and values that nothing reads
+    return network
+
+
+def _load_tokenizer(model: str, settings: Settings) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                model, trust_remote_code=settings.trust_remote_code
+            )
+    except Exception as error:  # what it reads or downloads can be wrong in any way
+        raise _not_loaded(model, error) from error
+
+
+def _not_loaded(model: str, error: Exception) -> EncoderError:
+    if "trust_remote_code" in str(error):
+        return EncoderError(
+            f"hf:{model} runs code that comes with it; add the option trust_remote_code=true if "
+            "you trust it"
+        )
+    return EncoderError(
+        f"hf:{model} could not be loaded ({first_line(error)}); connect once, or give the folder "
+        "of a saved model"
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' own bar over the weights that it loads."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _beside(model: str, file: str) -> Any:
+    """A JSON file that may lie beside a model, on disk or on the hub; {} where there is none."""
+    path = Path(model, file)
+    if not Path(model).is_dir():
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            with quiet():
+                path = Path(huggingface_hub.hf_hub_download(model, file))
+        except EntryNotFoundError:  # also where the hub is out of reach, and it is not in its cache
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
+
+
+def _stored_pooling(model: str, spec: str) -> Pooling | None:
+    """What the sentence-transformers files beside a model say, None if there are none."""
+    stored = _beside(model, "1_Pooling/config.json")
+    if not stored:
+        return None
+    named = stored.get("pooling_mode")
+    chosen = [named] if isinstance(named, str) else list(named or ())
+    chosen += [key for key, on in stored.items() if key.startswith("pooling_mode_") and on is True]
+    if len(chosen) == 1 and chosen[0] in _POOLINGS:
+        return _POOLINGS[chosen[0]]
+    raise EncoderError(
+        f"{spec}: its 1_Pooling/config.json asks for {', '.join(chosen) or 'no pooling'}, which is "
+        "not known here; choose one with pooling=mean, cls, last or eos"
+    )
+
+
+def _check_modules(model: str, settings: Settings, pooling: Pooling, spec: str) -> None:
+    """Tell of what sentence-transformers would do with a model and is not done here."""
+    stored = _beside(model, "1_Pooling/config.json")
+    if settings.prefix and pooling == "mean" and stored.get("include_prompt") is False:
+        raise EncoderError(
+            f"{spec}: its 1_Pooling/config.json leaves prompts out of the mean, which is not "
+            "supported here; leave prefix out"
+        )
+    for module in _beside(model, "modules.json") or ():
+        if str(module.get("type")).endswith(".Dense"):
+            logger.warning("%s: the embeddings are those before its %s", spec, module.get("path"))
+
+
+def _default_pooling(network: Any) -> Pooling:
+    """Where a model's tokens do not see what follows them, "last"; otherwise "mean"."""
+    vocabulary = network.get_input_embeddings().num_embeddings
+    ids = torch.tensor([[[3, 5, 7]], [[3, 5, 9]]]) % vocabulary
+    with torch.inference_mode():
+        # One by one, so that the same arithmetic is done to both.
+        first, other = (
+            network(input_ids=own, attention_mask=torch.ones_like(own))[0][0, 0].float()
+            for own in ids
+        )
+    return "last" if torch.allclose(first, other, rtol=0, atol=1e-6) else "mean"
+
+
+def _max_length(model: str, network: Any, tokenizer: Any, settings: Settings, spec: str) -> int:
+    positions = getattr(network.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        positions = _SANE_MAX_LENGTH
+    if settings.max_length is not None:
+        if settings.max_length > positions:
+            raise ConfigError(f"{spec}: max_length: the model has {positions} positions")
+        return settings.max_length
+    stored = _beside(model, "sentence_bert_config.json").get("max_seq_length")
+    known = stored if isinstance(stored, int) else tokenizer.model_max_length
+    return min(known if known < _SANE_MAX_LENGTH else _DEFAULT_MAX_LENGTH, positions)
+
+
+def _end_of_text(tokenizer: Any, spec: str) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{spec}: its tokenizer has no end-of-text token; choose another pooling")
+    return int(tokenizer.eos_token_id)

@@ -1,0 +1,227 @@
+"""Encoders that others wrote: found by name, called, checked once, and kept to the interface."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from csalign.encoders.base import (
+    Embedded,
+    EncoderOptions,
+    Encoders,
+    Floats,
+    ImageEncoder,
+    TextEncoder,
+)
+from csalign.encoders.libraries import first_line
+from csalign.encoders.running import gives_tokens
+from csalign.encoders.tokens import limit_tokens
+from csalign.enums import Modality
+from csalign.errors import CsalignError, EncoderError
+from csalign.store.manifest import EncoderInfo
+
+GROUP = "csalign.encoders"
+"""Entry point group whose names are prefixes of encoders."""
+
+_TEXTS = ("a", "two people on bicycles wait at a crossing in the rain")
+
+Factory = Callable[[str, Modality, EncoderOptions], Any]
+
+
+def find_factory(spec: str) -> tuple[Factory, str] | None:
+    """What makes the encoder of a spec, and the argument for it; None if nothing is of its form.
+
+    Args:
+        spec: NAME:ARGUMENT for an installed entry point, or MODULE:CALLABLE[+ARGUMENT]. The
+            module is imported, which runs its code.
+
+    Raises:
+        EncoderError: there is such a module and it cannot be imported, or lacks the callable.
+    """
+    name, _, rest = spec.partition(":")
+    for entry in entry_points(group=GROUP, name=name):
+        with _told(spec, "import"):
+            return entry.load(), rest
+    callable_name, _, argument = rest.partition("+")
+    if not all(part.isidentifier() for part in (callable_name, *name.split("."))):
+        return None
+    try:
+        with _told(spec, "import"):
+            module = importlib.import_module(name)
+    except EncoderError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{name}.".startswith(f"{missing.name}."):
+            return None
+        raise
+    factory = getattr(module, callable_name, None)
+    if not callable(factory):
+        raise EncoderError(f"{spec}: {name} has no callable {callable_name!r}")
+    return factory, argument
+
+
+def load_third_party(
+    spec: str, factory: Factory, argument: str, side: Modality, options: EncoderOptions
+) -> Encoders:
+    """Call what makes an encoder, and check what it gives with a probe.
+
+    Raises:
+        EncoderError: it raised something, or gives what is no encoder of that side.
+    """
+    with _told(spec, "load"):
+        inner = factory(argument, side, options)
+    if side is Modality.IMAGE:
+        return Encoders(_Images(inner, spec, options), None)
+    return Encoders(None, _Texts(inner, spec, options))
+
+
+class _Checked:
+    """What both sides share: the checks of what an encoder says of itself and gives."""
+
+    side: Modality
+
+    def __init__(self, inner: Any, spec: str, options: EncoderOptions) -> None:
+        self._inner = inner
+        self._spec = spec
+        self._options = options
+        self._with_tokens = gives_tokens(options, self.side)
+        self._width: int | None = None
+        with _told(spec, "describe"):
+            batch_size, info = inner.batch_size, inner.info
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise self._wrong(f"its batch_size is {batch_size!r}, not a positive int")
+        if not isinstance(info, EncoderInfo):
+            raise self._wrong(f"its info is {_kind(info)}, not an EncoderInfo")
+        self._batch_size: int = batch_size
+        self._info: EncoderInfo = info
+        embedded = self._probe()
+        self._width = embedded.embeddings.shape[1]
+        if not np.isfinite(embedded.embeddings).all():
+            raise self._wrong("its embeddings are not finite")
+        if self._info.width != self._width:
+            raise self._wrong(
+                f"its info says width {self._info.width}, its embeddings have {self._width}"
+            )
+        self._info = self._complete(embedded)
+
+    @property
+    def batch_size(self) -> int:
+        """How many items go through a forward pass."""
+        return self._batch_size
+
+    @property
+    def info(self) -> EncoderInfo:
+        """What makes the embeddings, for the manifest."""
+        return self._info
+
+    def _probe(self) -> Embedded:
+        raise NotImplementedError
+
+    def _checked(self, embedded: Any, count: int) -> Embedded:
+        """What the encoder gave for `count` items, in the types that `Embedded` promises."""
+        try:
+            embeddings, tokens = embedded
+        except (TypeError, ValueError):
+            raise self._wrong(f"it gives {_kind(embedded)}, not an Embedded") from None
+        if not _is_floats(embeddings) or embeddings.ndim != 2 or len(embeddings) != count:
+            raise self._wrong(f"its embeddings are {_kind(embeddings)}, not ({count}, d) floats")
+        if self._width not in (None, embeddings.shape[1]):
+            raise self._wrong(f"its embeddings changed width: {self._width}, {embeddings.shape[1]}")
+        limited = None
+        if self._with_tokens:
+            limited = limit_tokens(
+                self._checked_tokens(tokens, count), self.side, self._options.max_tokens
+            )
+        return Embedded(embeddings.astype(np.float32, copy=False), limited)
+
+    def _checked_tokens(self, tokens: Any, count: int) -> list[Floats]:
+        if tokens is None:
+            raise self._wrong("it gives no tokens; leave this side's tokens out")
+        if len(tokens) != count:
+            raise self._wrong(f"it gives tokens of {len(tokens)} items for {count}")
+        for own in tokens:
+            if not _is_floats(own) or own.ndim != 2 or own.shape[1] != tokens[0].shape[1]:
+                raise self._wrong(f"its tokens are {_kind(own)}, not (t, d_t) floats of one width")
+        return [own.astype(np.float32, copy=False) for own in tokens]
+
+    def _complete(self, embedded: Embedded) -> EncoderInfo:
+        """The encoder's own info, with what csalign knows better."""
+        changes: dict[str, Any] = {"spec": self._spec, "token_width": None, "token_space": None}
+        if embedded.tokens is not None:
+            changes["token_width"] = embedded.tokens[0].shape[1]
+            changes["token_space"] = self._info.token_space or self._options.token_space
+            if self._options.max_tokens is not None:
+                limit = {"max_tokens": self._options.max_tokens}
+                changes["preprocessing"] = self._info.preprocessing | limit
+        return self._info.model_copy(update=changes)
+
+    def _wrong(self, problem: str) -> EncoderError:
+        return EncoderError(f"{self._spec}: {problem}")
+
+
+class _Images(_Checked):
+    """An image encoder that gives what it should."""
+
+    side = Modality.IMAGE
+    _inner: ImageEncoder
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        with _told(self._spec, "preprocess an image"):
+            return self._inner.preprocess(image)
+
+    def embed(self, pixels: torch.Tensor) -> Embedded:
+        """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
+        with _told(self._spec, "embed images"):
+            embedded = self._inner.embed(pixels)
+        return self._checked(embedded, len(pixels))
+
+    def _probe(self) -> Embedded:
+        noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+        pixels = self.preprocess(Image.fromarray(noise))
+        if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
+            raise self._wrong(f"its preprocess gives {_kind(pixels)}, not a tensor of floats")
+        return self.embed(torch.stack([pixels, pixels.flip(-1)]))
+
+
+class _Texts(_Checked):
+    """A text encoder that gives what it should."""
+
+    side = Modality.TEXT
+    _inner: TextEncoder
+
+    def embed(self, texts: Sequence[str]) -> Embedded:
+        """Embed one or more texts, in as many batches as they need, in their order."""
+        with _told(self._spec, "embed texts"):
+            embedded = self._inner.embed(texts)
+        return self._checked(embedded, len(texts))
+
+    def _probe(self) -> Embedded:
+        return self.embed(_TEXTS)
+
+
+@contextmanager
+def _told(spec: str, what: str) -> Iterator[None]:
+    """Turn whatever other people's code raises into one line."""
+    try:
+        yield
+    except CsalignError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise EncoderError(f"{spec}: failed to {what} ({reason})") from error
+
+
+def _is_floats(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.kind == "f"
+
+
+def _kind(values: Any) -> str:
+    shape = getattr(values, "shape", None)
+    if shape is None:
+        return type(values).__name__
+    return f"{type(values).__name__} {tuple(shape)} of {getattr(values, 'dtype', 'unknown')}"

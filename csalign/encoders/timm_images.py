@@ -1,0 +1,213 @@
+"""Frozen timm models as image encoders."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+
+from csalign.encoders.base import Embedded, EncoderOptions
+from csalign.encoders.libraries import first_line, first_run, quiet, suggest
+from csalign.encoders.running import (
+    batch_size_of,
+    describe,
+    fingerprint,
+    gives_tokens,
+    inference,
+    ready,
+    to_device,
+    to_numpy,
+)
+from csalign.encoders.tokens import limit_tokens
+from csalign.enums import Modality
+from csalign.errors import EncoderError
+from csalign.store.manifest import EncoderInfo
+
+logger = logging.getLogger(__name__)
+
+# Of the transform, which decides the numbers as much as the weights do.
+_RECORDED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def load_timm(name: str, options: EncoderOptions) -> "TimmImages":
+    """Load a timm model without its classifier, frozen.
+
+    Args:
+        name: MODEL for the weights that timm has for it, MODEL+FILE for a local checkpoint of the
+            same architecture (its classifier is ignored), MODEL+none for random weights, the same
+            each time. MODEL is whatever `timm.create_model` takes, so hf-hub:NAME and
+            local-dir:FOLDER too.
+        options: how to run it. Its embedding has no projection, so the tokens of both spaces are
+            the same.
+
+    Raises:
+        EncoderError: there is no such model; the weights cannot be had, are no checkpoint or of
+            another model; or it has no tokens that share a space with its embedding.
+    """
+    model, _, weights = name.partition("+")
+    network = _build(model, pretrained=not weights)
+    if weights == "none":
+        logger.warning("%s: random weights; the embeddings carry no meaning", model)
+    elif weights:
+        _load_weights(network, Path(weights), model)
+    with first_run(f"timm:{name}"):
+        return TimmImages(network, f"timm:{name}", options)
+
+
+class TimmImages:
+    """A timm model; see `ImageEncoder` for its methods."""
+
+    def __init__(self, network: Any, spec: str, options: EncoderOptions) -> None:
+        self._options = options
+        self._config = resolve_model_data_config(network)
+        self._transform = create_transform(**self._config, is_training=False)
+        weights = fingerprint(network)
+        with_tokens = gives_tokens(options, Modality.IMAGE)
+        if with_tokens:
+            _check_tokens(network.eval(), self._config["input_size"], spec)
+        self._side = ready(_Side(network, with_tokens=with_tokens), options)
+        self._info = self._probe(spec, weights)
+
+    @property
+    def batch_size(self) -> int:
+        """How many images go through a forward pass."""
+        return batch_size_of(self._options)
+
+    @property
+    def info(self) -> EncoderInfo:
+        """What makes the embeddings, for the manifest."""
+        return self._info
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        pixels: torch.Tensor = self._transform(image)
+        return pixels
+
+    def embed(self, pixels: torch.Tensor) -> Embedded:
+        """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
+        with inference(self._options):
+            pooled, tokens = self._side(to_device(pixels, self._options))
+        if tokens is None:
+            return Embedded(to_numpy(pooled), None)
+        limited = limit_tokens(
+            list(to_numpy(tokens)), Modality.IMAGE, self._options.max_tokens, self._side.grid
+        )
+        return Embedded(to_numpy(pooled), limited)
+
+    def _probe(self, spec: str, weights: str) -> EncoderInfo:
+        """Embed an image, so that what does not work fails before the work."""
+        recorded = {key: self._config[key] for key in _RECORDED if key in self._config}
+        return describe(
+            self.embed(torch.zeros(1, *self._config["input_size"])),
+            self._options,
+            spec=spec,
+            fingerprint=weights,
+            preprocessing={
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in recorded.items()
+            },
+        )
+
+
+class _Side(torch.nn.Module):
+    """A timm model that gives its tokens too, if asked for.
+
+    Attributes:
+        grid: rows and columns of the last tokens, None if they lie on none that is known.
+    """
+
+    def __init__(self, network: Any, *, with_tokens: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.grid: tuple[int, int] | None = None
+        self._with_tokens = with_tokens
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pixels (n, 3, h, w) -> (n, d) and, if asked for, tokens (n, t, d_t)."""
+        network = self.network
+        if not self._with_tokens:
+            return network(pixels), None
+        features = network.forward_features(pixels)
+        pooled = network.forward_head(features)
+        if features.ndim == 4:  # a feature map
+            if getattr(network, "output_fmt", "NCHW") != "NHWC":
+                features = features.permute(0, 2, 3, 1)
+            self.grid = (features.shape[1], features.shape[2])
+            return pooled, features.flatten(1, 2)
+        tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
+        if getattr(network, "fc_norm", None) is not None:
+            # Models that average their tokens have their last norm behind that.
+            tokens = network.fc_norm(tokens)
+        grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+        self.grid = None if grid is None else (grid[0], grid[1])
+        return pooled, tokens
+
+
+def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
+    """See whether the tokens share a space with the embedding.
+
+    They do after the last norm of a plain ViT, which pools by its class token or by averaging, and
+    wherever else the embedding is their mean.
+    """
+    noise = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        pooled, tokens = _Side(network, with_tokens=True)(noise)
+    plain_vit = (
+        hasattr(network, "num_prefix_tokens") and getattr(network, "attn_pool", None) is None
+    )
+    mean = tokens.mean(dim=1)
+    if pooled.shape == mean.shape and (plain_vit or torch.allclose(pooled, mean, atol=1e-4)):
+        return
+    raise EncoderError(
+        f"tokens: {spec} ({type(network).__name__}) gives no tokens that share a space with its "
+        "embedding; choose a plain ViT model, or leave this side's tokens out"
+    )
+
+
+def _build(model: str, *, pretrained: bool) -> Any:
+    known = timm.list_models()
+    if ":" not in model and not timm.is_model(model):
+        raise EncoderError(f"timm has no model {model!r}; {suggest(model, known)}")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return timm.create_model(model, pretrained=pretrained, num_classes=0)
+        except Exception as error:  # what it reads or downloads can be wrong in any way
+            remedy = (
+                f"connect once, or write timm:{model}+FILE with a local checkpoint"
+                if pretrained
+                else "see timm.list_models() for what there is"
+            )
+            raise EncoderError(
+                f"timm:{model} could not be loaded ({first_line(error)}); {remedy}"
+            ) from error
+
+
+def _load_weights(network: Any, path: Path, model: str) -> None:
+    """Load a checkpoint without its classifier, tensors only: no pickle is run."""
+    if not path.is_file():
+        raise EncoderError(f"{path}: no such checkpoint")
+    try:
+        state: Mapping[str, Any] = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # a file that is no checkpoint can fail anywhere
+        raise EncoderError(
+            f"{path} cannot be read as plain weights ({first_line(error)}); convert it to "
+            ".safetensors, or save its state dict alone"
+        ) from error
+    heads = network.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    try:
+        network.load_state_dict(
+            {name: values for name, values in state.items() if not name.startswith(prefixes)},
+            strict=True,
+        )
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise EncoderError(
+            f"{path} does not fit {model} ({first_line(error)}); choose the model that it was "
+            "trained with"
+        ) from error
