@@ -12,7 +12,7 @@ from typing import Any
 
 from csalign.errors import OutputError
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json")
+ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 ARTIFACT_ENTRIES = {
@@ -23,8 +23,15 @@ ARTIFACT_ENTRIES = {
     "environment.json",
     "failures.jsonl",
     "images",
+    "images.csv",
+    "images.npy",
+    "img_emb",
+    "metadata",
     "metrics.jsonl",
+    "text_emb",
     "texts",
+    "texts.csv",
+    "texts.npy",
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
 
