@@ -35,7 +35,7 @@ from csalign.sources.vectors.base import (
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
 
-_REMOTE_BUFFER = 4 << 20
+_BUFFER = 4 << 20
 _LABEL_ROWS = 65_536
 
 # What the columns beside the vectors may be called, the likeliest first.
@@ -78,7 +78,7 @@ class TableFile:
         """
         with _reading(self.path) as file:
             if _is_parquet(self.path):
-                yield from _parquet(self.path, file).iter_batches(rows, columns=list(columns))
+                yield from _parquet(file).iter_batches(rows, columns=list(columns))
                 return
             for batch in _arrow_batches(file):
                 for start in range(0, batch.num_rows, rows):
@@ -93,7 +93,7 @@ def open_table(path: Path, split: str | None = None) -> TableFile:
     """
     with _reading(path) as file:
         if _is_parquet(path):
-            found = _parquet(path, file)
+            found = _parquet(file)
             return TableFile(path, found.metadata.num_rows, found.schema_arrow, split)
         batches = _arrow_batches(file)
         first = next(batches, None)
@@ -315,11 +315,9 @@ def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() in PARQUET
 
 
-def _parquet(path: Path, file: Any) -> pq.ParquetFile:
-    # Neither whole row groups nor whole columns are read ahead: their size is the writer's choice.
-    return pq.ParquetFile(
-        file, buffer_size=_REMOTE_BUFFER if is_remote(path) else 0, pre_buffer=False
-    )
+def _parquet(file: Any) -> pq.ParquetFile:
+    # Neither whole row groups nor whole columns are held: their size is the writer's choice.
+    return pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
 
 
 def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
@@ -347,8 +345,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
-        # Mapped, so that passing over rows of an Arrow file does not read them.
-        with path.open("rb") if is_remote(path) else pa.memory_map(str(path)) as file:
+        # An Arrow file is mapped, so that passing over its rows does not read them.
+        mapped = not is_remote(path) and not _is_parquet(path)
+        with pa.memory_map(str(path)) if mapped else path.open("rb") as file:
             yield file
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,8 +26,12 @@ def test_every_float_array_is_read_as_what_it_is(
 ) -> None:
     array = np.asarray(numbers(20_000, 3, dtype=dtype), order=order)
     path = tmp_path / ("x.npy" if form == "npy" else "x.npz")
-    save = {"npy": np.save, "stored": np.savez, "deflated": np.savez_compressed}[form]
-    save(path, array) if form == "npy" else save(path, images=array)
+    if form == "npy":
+        np.save(path, array)
+    elif form == "stored":
+        np.savez(path, images=array)
+    else:
+        np.savez_compressed(path, images=array)
     vectors = read_side(path, Modality.IMAGE)
     chunks = [chunk for chunk, _ in vectors.chunks()]
 
