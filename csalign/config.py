@@ -205,20 +205,50 @@ class ImportConfig(OutputConfig):
     """``csalign import``: embeddings somebody already has -> the same artifact."""
 
     source: Path | None = Field(
-        None, description="An .npz with both arrays, named images and texts."
+        None,
+        description="What holds both sides: clip-retrieval's output folder; .npz, .safetensors, "
+        ".pt or .h5 with arrays named images and texts; Parquet or a dataset of Hugging Face with "
+        "columns image_embedding and text_embedding.",
     )
-    images: Path | None = Field(None, description="(n, d) image embeddings: .npy, or .npz:NAME.")
-    texts: Path | None = Field(None, description="(m, e) text embeddings: .npy, or .npz:NAME.")
+    images: Path | None = Field(
+        None,
+        description="(n, d) image embeddings: .npy, .npz, .safetensors, .pt, .h5, .parquet, "
+        ".arrow, FILE:NAME where it holds several, or a folder of such files.",
+    )
+    texts: Path | None = Field(
+        None, description="(m, e) or (n, k, e) text embeddings, k an image; likewise."
+    )
+    image_column: str | None = Field(
+        None, description="Array or column of image embeddings (default: recognised)."
+    )
+    text_column: str | None = Field(
+        None, description="Array or column of text embeddings (default: recognised)."
+    )
     pairs: Path | None = Field(
         None,
         description="Table of pairs: image_id, and text_id or one row a text; may hold caption "
         "and split. Without it, rows of equal number are pairs.",
     )
+    captions_per_image: Count | None = Field(
+        None, description="Captions that every image has; their order must be given too."
+    )
+    caption_order: Literal["blocks", "copies"] | None = Field(
+        None,
+        description="blocks: the captions of the first image, then those of the second; copies: a "
+        "caption of every image, then the next of every image.",
+    )
+    text_counts: Path | None = Field(
+        None,
+        description="Captions of each image, texts in the order of images: .npy of counts or "
+        "offsets, or a table with a column count.",
+    )
     image_table: Path | None = Field(
-        None, description="Table with a row an image: id, and source or split."
+        None,
+        description="Table with a row an image: id, and source or split; in place of columns "
+        "beside the embeddings.",
     )
     text_table: Path | None = Field(
-        None, description="Table with a row a text: id, and image_id, caption or split."
+        None, description="Table with a row a text: id, and image_id, caption or split; likewise."
     )
     image_encoder: str = Field("unknown", description="What made the image embeddings, to record.")
     text_encoder: str = Field("unknown", description="What made the text embeddings, to record.")
@@ -302,6 +332,11 @@ class ApplyConfig(OutputConfig):
 
     features: Location = Field(description="Feature set to align.")
     adapter: Path = Field(description="Run folder that holds the trained adapter.")
+    format: Literal["parquet", "npy", "clip-retrieval"] = Field(
+        "parquet",
+        description="A feature set; .npy arrays with .csv tables; or the folder that "
+        "clip-retrieval and autofaiss index, of pairs alone.",
+    )
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     batch_size: Count = Field(8192, description="Rows at a time.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

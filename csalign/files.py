@@ -14,7 +14,7 @@ from typing import Any
 from csalign.errors import OutputError
 from csalign.locations import is_remote
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json")
+ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 LOCK = ".csalign-lock"
@@ -31,8 +31,15 @@ ARTIFACT_ENTRIES = {
     "environment.json",
     "failures.jsonl",
     "images",
+    "images.csv",
+    "images.npy",
+    "img_emb",
+    "metadata",
     "metrics.jsonl",
+    "text_emb",
     "texts",
+    "texts.csv",
+    "texts.npy",
     JOB,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""

@@ -1,10 +1,7 @@
 """``csalign import``: embeddings somebody already has, into a feature set."""
 
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from csalign import files
 from csalign.config import ImportConfig
@@ -12,127 +9,172 @@ from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError
 from csalign.progress import Progress, silent
 from csalign.results import FeaturesResult
-from csalign.sources.arrays import (
-    IMAGE_ARRAYS,
-    TEXT_ARRAYS,
-    Array,
-    Strings,
+from csalign.sources.pairing import (
+    ImageRows,
+    TextRows,
     describe_images,
     describe_texts,
-    read_array,
+    owners_by_counts,
+    owners_by_layout,
+    read_label_table,
     share_splits,
 )
-from csalign.sources.tables import Table, read_table
+from csalign.sources.vectors.base import Labels, Strings, Vectors
+from csalign.sources.vectors.opening import read_both, read_side, split_spec
 from csalign.store import schema
 from csalign.store.manifest import EncoderInfo
 from csalign.store.shard import Rows, first_unusable
 from csalign.store.writer import FeatureWriter
 
-CHUNK_ROWS = 8_192
-
 
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
-    """Write arrays of embeddings, with what tables say of their rows, as a feature set.
+    """Write embeddings, with what files and tables say of their rows, as a feature set.
+
+    Streams them; what is held in memory are ids, captions and other labels.
 
     Args:
-        config: the arrays and tables.
+        config: the files and tables.
         progress: told how far it is.
 
     Raises:
-        ConfigError: the arrays are not both named.
+        ConfigError: options do not go together, or do not say which side is which.
         DataError: a file is missing or damaged, counts or ids do not agree, a row is not finite
             or has norm 0.
         ShapeError: an array is not (rows, width) of floats.
         OutputError: ``config.out`` exists and is not to be replaced.
     """
-    specs = _specs(config)
-    tables = (config.image_table, config.text_table, config.pairs)
-    inputs = tuple(path for path in (*specs.values(), *tables) if path is not None)
-    files.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
-    arrays = {
-        Modality.IMAGE: read_array(specs[Modality.IMAGE], IMAGE_ARRAYS),
-        Modality.TEXT: read_array(specs[Modality.TEXT], TEXT_ARRAYS),
-    }
-    columns = _columns(config, {side: len(array) for side, array in arrays.items()})
-    dtype = config.dtype or _dtype(arrays)
-    specs_by_side = {Modality.IMAGE: config.image_encoder, Modality.TEXT: config.text_encoder}
+    _check_options(config)
+    files.check_output(config.out, overwrite=config.overwrite, inputs=_inputs(config))
+    sides = _open(config)
+    columns = _columns(config, sides)
+    dtype = config.dtype or _dtype(sides)
+    specs = {Modality.IMAGE: config.image_encoder, Modality.TEXT: config.text_encoder}
     encoders = {
-        side: EncoderInfo(spec=specs_by_side[side], width=array.shape[1])
-        for side, array in arrays.items()
+        side: EncoderInfo(spec=specs[side], width=vectors.width) for side, vectors in sides.items()
     }
-    total, done = sum(map(len, arrays.values())), 0
+    total, done = sum(map(len, sides.values())), 0
     with files.staged_folder(config.out) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype) as writer:
-            for side, array in arrays.items():
-                for start in range(0, len(array), CHUNK_ROWS):
-                    chunk = _checked(array, start, dtype, specs[side])
+            for side, vectors in sides.items():
+                start = 0
+                for chunk, where in vectors.chunks():
+                    bad = first_unusable(chunk, dtype)
+                    if bad is not None:
+                        raise DataError(
+                            f"{where(bad[0])}: {bad[1]}; leave the row out or encode it again"
+                        )
                     part = {
                         name: values[start : start + len(chunk)]
                         for name, values in columns[side].items()
                     }
                     writer.write(side, Rows(part, chunk))
-                    done += len(chunk)
-                    progress("rows", done, total)
-    pairs = sum(owner is not None for owner in columns[Modality.TEXT][schema.IMAGE_ID])
-    images, texts = (len(array) for array in arrays.values())
-    return FeaturesResult(config.out, images, texts, pairs, 0)
+                    start += len(chunk)
+                    progress("rows", done + start, total)
+                done += start
+    images, texts = (len(sides[side]) if side in sides else 0 for side in Modality)
+    owners: Sequence[str | None] = columns.get(Modality.TEXT, {}).get(schema.IMAGE_ID, ())
+    return FeaturesResult(config.out, images, texts, sum(owner is not None for owner in owners), 0)
 
 
-def _specs(config: ImportConfig) -> dict[Modality, Path]:
-    """Where each side's array is."""
+def _check_options(config: ImportConfig) -> None:
+    if config.source is not None and (config.images or config.texts):
+        raise ConfigError("give either SOURCE or --images and --texts, not both")
+    if not (config.source or config.images or config.texts):
+        raise ConfigError(
+            "name embeddings: --images A.npy --texts B.npy, or one SOURCE that holds both"
+        )
+    if (config.captions_per_image is None) != (config.caption_order is None):
+        raise ConfigError(
+            "--captions-per-image and --caption-order go together: the counts alone do not tell "
+            "blocks from copies"
+        )
+    given = {
+        "--pairs": config.pairs,
+        "--captions-per-image": config.captions_per_image,
+        "--text-counts": config.text_counts,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} say the same thing twice; give one of them")
+
+
+def _inputs(config: ImportConfig) -> tuple[Path, ...]:
+    arrays = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
+    tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
+    return (*arrays, *(path for path in tables if path is not None))
+
+
+def _open(config: ImportConfig) -> dict[Modality, Vectors]:
+    """Each side that there is, images first."""
+    columns = {Modality.IMAGE: config.image_column, Modality.TEXT: config.text_column}
     if config.source is not None:
-        if config.images or config.texts:
-            raise ConfigError("give either SOURCE or --images and --texts, not both")
-        if not zipfile.is_zipfile(config.source):
-            raise ConfigError(
-                f"{config.source}: is no .npz with both arrays; name two files with --images and "
-                "--texts"
-            )
-        return {Modality.IMAGE: config.source, Modality.TEXT: config.source}
-    if config.images is None or config.texts is None:
-        raise ConfigError("name both arrays: --images A.npy --texts B.npy, or one .npz as SOURCE")
-    return {Modality.IMAGE: config.images, Modality.TEXT: config.texts}
+        return read_both(config.source, columns)
+    specs = {Modality.IMAGE: config.images, Modality.TEXT: config.texts}
+    return {
+        side: read_side(spec, side, columns[side])
+        for side, spec in specs.items()
+        if spec is not None
+    }
 
 
 def _columns(
-    config: ImportConfig, counts: Mapping[Modality, int]
+    config: ImportConfig, sides: Mapping[Modality, Vectors]
 ) -> dict[Modality, dict[str, Strings]]:
-    def table(path: Path | None) -> Table | None:
-        return None if path is None else read_table(path)
+    """The string columns of each side that there is."""
+    images = texts = None
+    if Modality.IMAGE in sides:
+        vectors = sides[Modality.IMAGE]
+        if vectors.captions_each is not None:
+            raise DataError(
+                f"{vectors.name}: is 3-D, and an image has one embedding: save (images, width)"
+            )
+        images = describe_images(len(vectors), _labels(config.image_table, vectors))
+    if Modality.TEXT in sides:
+        vectors = sides[Modality.TEXT]
+        pairs = None if config.pairs is None else read_label_table(config.pairs)
+        owners = None if images is None else _owners(config, len(images.ids), vectors)
+        labels = _labels(config.text_table, vectors)
+        texts = describe_texts(len(vectors), images, labels, pairs, owners)
+    if images is not None and texts is not None:
+        images, texts = share_splits(images, texts)
+    return _by_side(images, texts)
 
-    images = describe_images(counts[Modality.IMAGE], table(config.image_table))
-    texts = describe_texts(
-        counts[Modality.TEXT], images, table(config.text_table), table(config.pairs)
-    )
-    images, texts = share_splits(images, texts)
-    return {
-        Modality.IMAGE: {
+
+def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
+    return vectors.labels if table is None else read_label_table(table)
+
+
+def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] | None:
+    """The image row of each text row, where an option or the array's shape says so."""
+    if config.text_counts is not None:
+        return owners_by_counts(config.text_counts, images, len(texts))
+    if config.captions_per_image is not None and config.caption_order is not None:
+        return owners_by_layout(images, len(texts), config.captions_per_image, config.caption_order)
+    if texts.captions_each is not None and config.pairs is None:
+        return owners_by_layout(images, len(texts), texts.captions_each, "blocks")
+    return None
+
+
+def _by_side(
+    images: ImageRows | None, texts: TextRows | None
+) -> dict[Modality, dict[str, Strings]]:
+    found: dict[Modality, dict[str, Strings]] = {}
+    if images is not None:
+        found[Modality.IMAGE] = {
             schema.ID: images.ids,
             schema.SOURCE: images.sources,
             schema.SPLIT: images.splits,
-        },
-        Modality.TEXT: {
+        }
+    if texts is not None:
+        found[Modality.TEXT] = {
             schema.ID: texts.ids,
             schema.IMAGE_ID: texts.image_ids,
             schema.CAPTION: texts.captions,
             schema.SPLIT: texts.splits,
-        },
-    }
+        }
+    return found
 
 
-def _dtype(arrays: Mapping[Modality, Array]) -> str:
-    halves = all(array.dtype == np.float16 for array in arrays.values())
-    return "float16" if halves else "float32"
-
-
-def _checked(array: Array, start: int, dtype: str, spec: Path) -> Array:
-    """One chunk of the array, read into memory; a bad row is named by its number in the file."""
-    chunk = np.array(array[start : start + CHUNK_ROWS])
-    bad = first_unusable(chunk, dtype)
-    if bad is not None:
-        row, reason = bad
-        raise DataError(
-            f"{spec}, row {start + row}: {reason}; leave the row out or encode it again"
-        )
-    return chunk
+def _dtype(sides: Mapping[Modality, Vectors]) -> str:
+    return "float16" if all(vectors.is_half for vectors in sides.values()) else "float32"

@@ -2,7 +2,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import safetensors.torch
+import torch
 
 from csalign.config import ImportConfig
 from csalign.errors import ConfigError, CsalignError, DataError, OutputError
@@ -143,7 +146,7 @@ def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
         ("image_id,image_id\n0,0\n1,1\n1,1\n", "has the column 'image_id' twice"),
         ("picture\n0\n1\n1\n", r"no? column 'image_id' \(columns: picture\)"),
         ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is not there"),
-        ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is paired in row 2 too"),
+        ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is paired in .*pairs\.csv, row 2 too"),
         ("image_id,split\n0,a\n0,b\n1,a\n", "text '1' is in split 'b' and its image '0' in 'a'"),
         ("image_id,caption\n0,a,b\n", r"pairs\.csv, row 2: has 3 cells, the header has 2"),
     ],
@@ -167,10 +170,10 @@ def test_a_pairs_table_that_does_not_fit_is_refused_by_row(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"images": "x.npy"}, "name both arrays"),
+        ({}, "name embeddings: --images"),
         ({"images": "nowhere.npy", "texts": "nowhere.npy"}, "nowhere.npy: no such file"),
         ({"source": "both.npz", "images": "x.npy"}, "not both"),
-        ({"source": "x.npy"}, "is no .npz with both arrays"),
+        ({"source": "nowhere"}, "nowhere: no such file or folder"),
     ],
 )
 def test_arrays_must_be_named_and_there(
@@ -224,3 +227,138 @@ def test_a_folder_of_other_files_and_the_inputs_are_never_replaced(tmp_path: Pat
         with pytest.raises(CsalignError, match=message):
             import_arrays(ImportConfig(images=path, texts=path, out=out, overwrite=True))
     assert (home / "thesis.tex").exists()
+
+
+def import_files(tmp_path: Path, **values: Any) -> FeatureSet:
+    import_arrays(ImportConfig(**values, out=tmp_path / "out", overwrite=True))
+    return FeatureSet.open(tmp_path / "out")
+
+
+def test_bfloat16_is_stored_as_float32_without_loss(tmp_path: Path) -> None:
+    x = torch.from_numpy(numbers(6, 4)).bfloat16()
+    safetensors.torch.save_file({"images": x, "texts": x.clone()}, tmp_path / "both.safetensors")
+    features = import_files(tmp_path, source=tmp_path / "both.safetensors")
+
+    assert features.manifest.dtype == "float32"
+    np.testing.assert_array_equal(features.images.embeddings(), x.float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("order", "owners"), [("blocks", [0, 0, 0, 1, 1, 1]), ("copies", [0, 1, 0, 1, 0, 1])]
+)
+def test_the_order_of_several_captions_is_as_asked(
+    tmp_path: Path, order: Any, owners: list[int]
+) -> None:
+    given = {
+        "images": save(tmp_path / "x.npy", numbers(2, 4)),
+        "texts": save(tmp_path / "y.npy", numbers(6, 4)),
+    }
+    features = import_files(tmp_path, **given, captions_per_image=3, caption_order=order)
+
+    assert load_rows(features, ALL).text_image.tolist() == owners
+    with pytest.raises(DataError, match="2 images and 6 texts: rows are pairs only"):
+        import_files(tmp_path, **given)
+    with pytest.raises(ConfigError, match="--captions-per-image and --caption-order go together"):
+        import_files(tmp_path, **given, captions_per_image=3)
+    with pytest.raises(ConfigError, match="--captions-per-image and --text-counts say the same"):
+        import_files(
+            tmp_path,
+            **given,
+            captions_per_image=3,
+            caption_order=order,
+            text_counts=tmp_path / "c.npy",
+        )
+
+
+def test_sail_shards_pair_by_whole_copies(tmp_path: Path) -> None:
+    x, y = torch.from_numpy(numbers(5, 4)).half(), torch.from_numpy(numbers(10, 3)).half()
+    for name, array, batch in (("image", x, 2), ("text", y, 4)):  # batches differ by side
+        (tmp_path / name).mkdir()
+        for number, start in enumerate(range(0, len(array), batch)):
+            part = array[start : start + batch].clone()
+            torch.save(part, tmp_path / name / f"{number}.pt")
+    features = import_files(
+        tmp_path,
+        images=tmp_path / "image",
+        texts=tmp_path / "text",
+        captions_per_image=2,
+        caption_order="copies",
+    )
+    rows = load_rows(features, ALL)
+
+    assert features.manifest.dtype == "float16"
+    assert rows.text_image.tolist() == [*range(5), *range(5)]
+    assert rows.texts.tobytes() == y.numpy().tobytes()
+
+
+def test_a_3d_array_and_counts_give_each_image_its_captions(tmp_path: Path) -> None:
+    y = numbers(3 * 2, 4).reshape(3, 2, 4)
+    x = save(tmp_path / "x.npy", numbers(3, 4))
+    deep = import_files(tmp_path, images=x, texts=save(tmp_path / "y.npy", y))
+    assert load_rows(deep, ALL).text_image.tolist() == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(deep.texts.embeddings(), y.reshape(6, 4))
+
+    counts = save(tmp_path / "c.npy", np.array([1, 0, 5]))
+    flat = save(tmp_path / "y.npy", y.reshape(6, 4))
+    ragged = import_files(tmp_path, images=x, texts=flat, text_counts=counts)
+    assert load_rows(ragged, ALL).text_image.tolist() == [0, 2, 2, 2, 2, 2]
+    with pytest.raises(DataError, match="is 3-D, and an image has one embedding"):
+        import_files(tmp_path, images=save(tmp_path / "y.npy", y), texts=x)
+
+
+def test_parquet_of_each_side_pairs_by_image_id_with_all_it_says(tmp_path: Path) -> None:
+    x, y = numbers(3, 4), numbers(4, 5)
+    images = {"image_id": [10, 20, 30], "source": ["a.jpg", "b.jpg", "c.jpg"], "embedding": [*x]}
+    texts = {
+        "id": ["p", "q", "r", "s"],
+        "image_id": [20, 10, 20, None],
+        "caption": ["one", "two", "three", "four"],
+        "split": ["train", "test", "train", "train"],
+        "text_embedding": [*y],
+    }
+    pd.DataFrame(images).to_parquet(tmp_path / "x.parquet")
+    pd.DataFrame(texts).astype({"image_id": "Int64"}).to_parquet(tmp_path / "y.parquet")
+    features = import_files(tmp_path, images=tmp_path / "x.parquet", texts=tmp_path / "y.parquet")
+
+    assert features.texts.column("image_id").to_pylist() == ["20", "10", "20", None]
+    assert features.texts.column("caption").to_pylist() == texts["caption"]
+    assert features.images.column("source").to_pylist() == images["source"]
+    assert features.images.column("split").to_pylist() == ["test", "train", None]
+    np.testing.assert_array_equal(features.texts.embeddings(), y)
+
+
+def test_clip_retrieval_comes_in_with_captions_and_pairs(tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    for number, rows in enumerate((3, 2)):
+        for name in ("img_emb", "text_emb"):
+            (clip / name).mkdir(parents=True, exist_ok=True)
+            np.save(clip / name / f"{name}_{number}.npy", numbers(rows, 4, np.float16) + number)
+        (clip / "metadata").mkdir(exist_ok=True)
+        names = [f"{number}{row}" for row in range(rows)]
+        frame = pd.DataFrame({"image_path": names, "caption": [f"of {name}" for name in names]})
+        frame.to_parquet(clip / "metadata" / f"metadata_{number}.parquet")
+    features = import_files(tmp_path, source=clip)
+
+    assert features.manifest.dtype == "float16"
+    assert features.images.column("id").to_pylist() == ["00", "01", "02", "10", "11"]
+    assert features.texts.column("image_id") == features.images.column("id")
+    assert features.texts.column("caption").to_pylist()[3] == "of 10"
+
+
+def test_a_bad_row_is_named_in_its_own_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for number in range(3):
+        save(folder / f"{number}.npy", numbers(6, 4))
+    save(folder / "2.npy", with_value(4, np.nan))
+
+    with pytest.raises(DataError, match=r"x/2\.npy, row 4: holds NaN or infinity; leave the row"):
+        import_files(tmp_path, images=folder, texts=folder)
+
+
+def test_a_folder_that_is_read_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "both.npz"
+    np.savez(path, images=numbers(3, 2), texts=numbers(3, 2))
+
+    with pytest.raises(OutputError, match=r"this is where .*both\.npz is read from"):
+        import_arrays(ImportConfig(images=Path(f"{path}:images"), out=tmp_path, overwrite=True))
