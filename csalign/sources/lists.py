@@ -10,6 +10,7 @@ from csalign.sources.catalog import Catalog, CatalogSource
 from csalign.sources.columns import Columns, Row
 from csalign.sources.lines import Lines
 from csalign.sources.tables import row_of
+from csalign.sources.tree import opened
 
 
 def read_captions(file: Path) -> CatalogSource:
@@ -21,8 +22,8 @@ def read_captions(file: Path) -> CatalogSource:
     catalog = Catalog(None)
     catalog.begin(file.as_posix())
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        for number, text, flaw in _texts(Lines(file, opened, digest)):
+    with opened(file) as lines:
+        for number, text, flaw in _texts(Lines(file, lines, digest)):
             catalog.add(Row(number, captions=(text,), flaw=flaw))
     return catalog.finish("text file with a caption a line", digest.hexdigest())
 

@@ -19,7 +19,7 @@ from csalign.sources.folders import images_in, read_folder
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.lists import read_captions, read_list
 from csalign.sources.patterns import common_folder, expand
-from csalign.sources.tree import files_below, fingerprint
+from csalign.sources.tree import files_below, fingerprint, opened
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ class _Opener:
         kind, start = self._options.kind, _start_of(file)
         form = _form_of(file, start)
         if kind == "list":
-            with file.open("rb") as lines:
+            with opened(file) as lines:
                 return read_list(file, lines, self._options.images, self._columns)
         if form == "webdataset":
             self._expect(file, form, "captions")
@@ -324,8 +324,8 @@ def _tell_of_documents(folder: Path, files: Mapping[str, int | None]) -> None:
 def _start_of(file: Path) -> bytes:
     if not is_remote(file) and not file.is_file():
         raise DataError(f"{file}: is no regular file")
-    with file.open("rb") as opened:
-        return opened.read(_SNIFFED)
+    with opened(file) as start:
+        return start.read(_SNIFFED)
 
 
 def _form_of(file: Path, start: bytes) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from csalign.errors import DataError
 from csalign.sources.columns import (
@@ -18,6 +18,7 @@ from csalign.sources.columns import (
     is_base64_name,
 )
 from csalign.sources.lines import CsvRecord, Lines, csv_records
+from csalign.sources.tree import opened
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _DELIMITERS = ",\t;|"
@@ -62,7 +63,7 @@ class RowReader:
             DataError: the file, its header or a column makes the whole table unusable; the
                 message names the table and the row.
         """
-        with _opened(self._table) as file:
+        with opened(self._table) as file:
             lines = Lines(self._table, file, self._digest)
             yield from self._jsonl_rows(lines) if self._form == ".jsonl" else self._csv_rows(lines)
 
@@ -191,7 +192,7 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
     numbers: list[int] = []
     columns: dict[str, list[str | None]] = {}
-    with _opened(path) as file:
+    with opened(path) as file:
         lines = Lines(path, file)
         records = _json_records if suffix == ".jsonl" else _csv_dicts
         for number, record in records(path, lines):
@@ -276,7 +277,7 @@ def _delimiter(lines: "Lines", form: str) -> str:
     """What parts the cells: the usual one of the form, unless the header has another alone."""
     usual = "\t" if form == ".tsv" else ","
     header = lines.peek()
-    for delimiter in (usual, *_DELIMITERS):
+    for delimiter in f"{usual}{_DELIMITERS}":
         if delimiter in header:
             return delimiter
     return usual
@@ -329,10 +330,3 @@ def _checked(value: object, name: str) -> str:
             f"{name} holds half of a surrogate pair; write the character whole"
         ) from None
     return value.strip()
-
-
-def _opened(table: Path) -> BinaryIO:
-    try:
-        return table.open("rb")
-    except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror or error})") from None

@@ -1,6 +1,7 @@
 """What lies below a folder, on a disk or in an object store, and how its files are read."""
 
 import hashlib
+import io
 import os
 import posixpath
 import re
@@ -72,6 +73,20 @@ def read_bounded(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
         raise DataError(f"cannot be read ({reason})") from None
 
 
+def opened(path: Path) -> BinaryIO:
+    """Open a file to be read by lines, as far as one likes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        file: Any = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    # What object stores give reads no line of bounded length.
+    return cast(BinaryIO, io.BufferedReader(file, 1 << 20) if is_remote(path) else file)
+
+
 @contextmanager
 def local_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that has a descriptor: a remote one is copied to a temporary file first.
@@ -130,6 +145,7 @@ def path_below(root: Path, path: str) -> str:
     Raises:
         DataError: it is a URL or lies elsewhere; the message is the reason alone.
     """
+    given = path
     if "://" in path:
         start = f"{root}/"
         if not (is_remote(root) and path.startswith(start)):
@@ -139,7 +155,7 @@ def path_below(root: Path, path: str) -> str:
         path = os.path.relpath(path, root)
     normal = posixpath.normpath(path)
     if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:
-        raise DataError(f"image {path!r} lies outside of {root}; move it inside")
+        raise DataError(f"image {given!r} lies outside of {root}; move it inside")
     return normal
 
 

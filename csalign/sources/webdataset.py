@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -300,7 +301,8 @@ class _TarVolume:
         entry = self._json(members)
         texts = texts_of(record_id, self._captions(members, entry))
         if image is None and not texts:
-            listed = ", ".join(f".{extension}" for extension in members)
+            listed = ", ".join(f".{extension}" for extension in islice(members, 5))
+            listed += ", ..." if len(members) > 5 else ""
             raise DataError(f"has neither an image nor a caption (members: {listed})")
         row = sample + 1
         named = tuple(TextInput(text.id, text.caption, row) for text in texts)
