@@ -204,18 +204,18 @@ class ExtractConfig(OutputConfig):
 class ImportConfig(OutputConfig):
     """``csalign import``: embeddings somebody already has -> the same artifact."""
 
-    source: Path | None = Field(
+    source: Location | None = Field(
         None,
         description="What holds both sides: clip-retrieval's output folder; .npz, .safetensors, "
         ".pt or .h5 with arrays named images and texts; Parquet or a dataset of Hugging Face with "
         "columns image_embedding and text_embedding.",
     )
-    images: Path | None = Field(
+    images: Location | None = Field(
         None,
         description="(n, d) image embeddings: .npy, .npz, .safetensors, .pt, .h5, .parquet, "
         ".arrow, FILE:NAME where it holds several, or a folder of such files.",
     )
-    texts: Path | None = Field(
+    texts: Location | None = Field(
         None, description="(m, e) or (n, k, e) text embeddings, k an image; likewise."
     )
     image_column: str | None = Field(
@@ -224,7 +224,7 @@ class ImportConfig(OutputConfig):
     text_column: str | None = Field(
         None, description="Array or column of text embeddings (default: recognised)."
     )
-    pairs: Path | None = Field(
+    pairs: Location | None = Field(
         None,
         description="Table of pairs: image_id, and text_id or one row a text; may hold caption "
         "and split. Without it, rows of equal number are pairs.",
@@ -237,17 +237,17 @@ class ImportConfig(OutputConfig):
         description="blocks: the captions of the first image, then those of the second; copies: a "
         "caption of every image, then the next of every image.",
     )
-    text_counts: Path | None = Field(
+    text_counts: Location | None = Field(
         None,
         description="Captions of each image, texts in the order of images: .npy of counts or "
         "offsets, or a table with a column count.",
     )
-    image_table: Path | None = Field(
+    image_table: Location | None = Field(
         None,
         description="Table with a row an image: id, and source or split; in place of columns "
         "beside the embeddings.",
     )
-    text_table: Path | None = Field(
+    text_table: Location | None = Field(
         None, description="Table with a row a text: id, and image_id, caption or split; likewise."
     )
     image_encoder: str = Field("unknown", description="What made the image embeddings, to record.")

@@ -91,3 +91,7 @@ class Encoders(NamedTuple):
 
     image: ImageEncoder | None
     text: TextEncoder | None
+
+    def side(self, modality: Modality) -> ImageEncoder | TextEncoder | None:
+        """The encoder of one side."""
+        return self.image if modality is Modality.IMAGE else self.text

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
+from csalign.encoders.prepack import prepack
 from csalign.enums import Modality
-from csalign.errors import EncoderError
 from csalign.store.manifest import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -60,6 +60,8 @@ def ready(network: Network, options: EncoderOptions) -> Network:
     if options.device.type == "cuda":
         # Only convolutions have such weights, and they are faster so.
         network.to(memory_format=torch.channels_last)
+    if options.device.type == "cpu" and not options.compile:
+        prepack(network)
     if options.compile and not _compile_blocks(network):
         network.compile()
     return network
@@ -84,22 +86,12 @@ def _compile_blocks(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def inference(options: EncoderOptions) -> Iterator[None]:
-    """Everything that a forward pass is run under.
-
-    Raises:
-        EncoderError: the device has too little memory for it.
-    """
+    """Everything that a forward pass is run under."""
     autocast = torch.autocast(
         options.device.type, dtype=torch.float16, enabled=precision_of(options) == "float16"
     )
-    try:
-        with torch.inference_mode(), autocast:
-            yield
-    except torch.OutOfMemoryError as error:
-        raise EncoderError(
-            f"batch_size: {batch_size_of(options)} is more than {options.device} has memory for; "
-            "choose a smaller one"
-        ) from error
+    with torch.inference_mode(), autocast:
+        yield
 
 
 def to_device(tensor: torch.Tensor, options: EncoderOptions) -> torch.Tensor:

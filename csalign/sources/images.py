@@ -1,7 +1,7 @@
-"""Read an image file the way encoders want it: upright, opaque, 8-bit RGB."""
+"""Decode an image the way encoders want it: upright, opaque, 8-bit RGB."""
 
 from functools import cache
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,19 +18,20 @@ SUFFIXES = {
 MAX_ASPECT = 200
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image: first frame, EXIF orientation applied, alpha over white, 8-bit RGB.
+def read_image(data: bytes) -> Image.Image:
+    """Decode an image: first frame, EXIF orientation applied, alpha over white, 8-bit RGB.
 
-    May run in several threads. An image above Pillow's decompression-bomb warning is refused only
-    while warnings of that class are errors, as `csalign.steps.extract` makes them.
+    May run in several threads. Pillow's limit of pixels, `Image.MAX_IMAGE_PIXELS`, at which it
+    warns, is the limit.
 
     Raises:
         DataError: it cannot be read; the message is the reason alone, without the path.
     """
     try:
-        if path.stat().st_size == 0:
+        if not data:
             raise DataError("is empty")
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            _check_pixels(*image.size)
             _check_sides(*image.size)
             image.load()
             return _to_rgb(_upright(image))
@@ -38,6 +39,8 @@ def read_image(path: Path) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise DataError("is no image of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(_too_large()) from None
     except Exception as error:  # what a decoder raises on damaged bytes is not bounded
         raise DataError(_reason(error)) from error
 
@@ -48,6 +51,16 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     wanted = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
     return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    # Pillow itself only warns, up to twice its limit.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise DataError(_too_large())
+
+
+def _too_large() -> str:
+    return f"has more than {Image.MAX_IMAGE_PIXELS} pixels"
 
 
 def _check_sides(width: int, height: int) -> None:

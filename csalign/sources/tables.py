@@ -1,99 +1,143 @@
 """Read tables row by row, or whole: .csv, .tsv and .jsonl."""
 
 import csv
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from csalign.errors import DataError
+from csalign.sources.columns import (
+    Columns,
+    Found,
+    Row,
+    from_base64,
+    is_base64,
+    is_base64_name,
+)
+from csalign.sources.lines import CsvRecord, Lines, csv_records
+from csalign.sources.tree import opened
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-IMAGE_NAMES = (
-    "image",
-    "image_path",
-    "image path",
-    "filepath",
-    "file_name",
-    "filename",
-    "path",
-    "file",
-)
-CAPTION_NAMES = ("caption", "title", "text", "sentence", "captions", "caption_text")
-SPLIT_NAME = "split"
-LONGEST_CELL = 64 << 20  # characters; a quote that is never closed would else fill the memory
+_DELIMITERS = ",\t;|"
 
 
-class Row(NamedTuple):
-    """One row of a captions table.
+class RowReader:
+    """The rows of a captions table, streamed; blank lines are passed over.
 
-    Attributes:
-        number: its first line in the file, counted from 1, the header included.
-        image: path as the table gives it, "" if there is none.
-        captions: stripped and not empty; several only where a .jsonl row lists them.
-        split: None if there is none.
-    """
-
-    number: int
-    image: str
-    captions: tuple[str, ...]
-    split: str | None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns to read; None means to recognise the column by its name.
-
-    Attributes:
-        image: of image paths.
-        caption: of captions.
-        split: of splits. A table need not have it while it is the usual one.
-    """
-
-    image: str | None = None
-    caption: str | None = None
-    split: str = SPLIT_NAME
-
-    def find(self, names: Sequence[str], table: Path) -> "_Found":
-        """Tell which of a table's columns are meant.
-
-        Raises:
-            DataError: a column is not there; the message lists those that are.
-        """
-        return _Found(
-            _find(names, self.image, IMAGE_NAMES, "image", table),
-            _find(names, self.caption, CAPTION_NAMES, "caption", table),
-            self._find_split(names, table),
-        )
-
-    def _find_split(self, names: Sequence[str], table: Path) -> str | None:
-        if self.split != SPLIT_NAME:
-            return _find(names, self.split, (), "split", table)
-        return next((name for name in names if name.lower() == SPLIT_NAME), None)
-
-
-class _Found(NamedTuple):
-    image: str
-    caption: str
-    split: str | None
-
-
-def read_rows(table: Path, columns: Columns) -> Iterator[Row]:
-    """Stream the rows of a captions table; blank lines are passed over.
+    A row that cannot be used comes with its flaw, and the rows behind it are read.
 
     Args:
         table: a .csv or .tsv with a header, or a .jsonl with an object a line; UTF-8, with or
             without a byte order mark.
         columns: which columns hold what.
+        form: suffix to read it as (default: its own).
 
-    Raises:
-        DataError: a column is missing, or a line is not UTF-8 or malformed; the message names
-            the table and the row.
+    Attributes:
+        found: the columns, once rows were read.
+        fingerprint: hex SHA-256 of what was read so far.
     """
-    if table.suffix.lower() == ".jsonl":
-        return _jsonl_rows(table, columns)
-    return _csv_rows(table, columns)
+
+    def __init__(self, table: Path, columns: Columns, form: str | None = None) -> None:
+        self._table = table
+        self._columns = columns
+        self._form = form or table.suffix.lower()
+        self._delimiter = ","
+        self._names: list[str] = []
+        self._digest = hashlib.sha256()
+        self.found = Found(None, None, None, None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what was read so far and of what its columns are taken for."""
+        digest = self._digest.copy()
+        digest.update(repr(self.found).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Stream the rows.
+
+        Raises:
+            DataError: the file, its header or a column makes the whole table unusable; the
+                message names the table and the row.
+        """
+        with opened(self._table) as file:
+            lines = Lines(self._table, file, self._digest)
+            yield from self._jsonl_rows(lines) if self._form == ".jsonl" else self._csv_rows(lines)
+
+    def image_bytes(self, span: tuple[int, int]) -> bytes:
+        """Decode the base64 image of a row again; may run in any thread.
+
+        Raises:
+            DataError: it is not valid base64; the message is the reason alone.
+        """
+        try:
+            with self._table.open("rb") as file:
+                file.seek(span[0])
+                line = file.read(span[1] - span[0]).decode()
+            return from_base64(self._image_cell(line))
+        except (OSError, ValueError, LookupError, csv.Error) as error:
+            raise DataError(f"cannot be read ({error})") from None
+
+    def _image_cell(self, line: str) -> str:
+        if self._form == ".jsonl":
+            record = json.loads(line)
+            return str(record[self._columns.pick(record).image])
+        cells: list[str] = next(
+            csv.reader(line.splitlines(keepends=True), delimiter=self._delimiter)
+        )
+        return cells[self._names.index(str(self.found.image))]
+
+    def _csv_rows(self, lines: "Lines") -> Iterator[Row]:
+        self._delimiter = _delimiter(lines, self._form)
+        records = csv_records(lines, self._delimiter)
+        names = _header(self._table, records)
+        if names is None:
+            return
+        self._names = names
+        self.found = found = self._columns.find(names, self._table)
+        found.warn_of_one_side(names, self._table)
+        places = [None if name is None else names.index(name) for name in found]
+        all_base64 = is_base64_name(found.image)
+        for number, cells, flaw in records:
+            if flaw is None:
+                flaw = _cell_count_flaw(cells, names)
+            if flaw is not None:
+                lines.keep_first()
+                yield Row(number, flaw=flaw)
+                continue
+            image, caption, split, own_id = (
+                "" if place is None else cells[place].strip() for place in places
+            )
+            span = lines.span if image and (all_base64 or is_base64(image)) else None
+            captions = (caption,) if caption else ()
+            yield Row(number, image, captions, split or None, own_id or None, span=span)
+
+    def _jsonl_rows(self, lines: "Lines") -> Iterator[Row]:
+        by_names: dict[tuple[str, ...], Found] = {}
+        seen: dict[str, None] = {}
+        while True:
+            lines.begin()
+            line = next(lines, None)
+            if line is None:
+                break
+            number = lines.number
+            if not line.strip():
+                continue
+            try:
+                record = _json_object(line, lines.flaw)
+                names = tuple(record)
+                if names not in by_names:
+                    by_names[names] = self._columns.pick(names)
+                    seen |= dict.fromkeys(names)
+                yield _json_row(number, record, by_names[names], lines.span)
+            except ValueError as error:
+                yield Row(number, flaw=str(error))
+        if by_names:  # keys may be left out of a row, so what is there is known at the end alone
+            self.found = self._columns.find(seen, self._table)
+            self.found.warn_of_one_side(seen, self._table)
 
 
 @dataclass(frozen=True)
@@ -148,32 +192,67 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
     numbers: list[int] = []
     columns: dict[str, list[str | None]] = {}
-    for number, record in _json_records(path) if suffix == ".jsonl" else _csv_dicts(path):
-        for name in record.keys() - columns.keys():
-            columns[name] = [None] * len(numbers)
-        for name, values in columns.items():
-            values.append(record.get(name))
-        numbers.append(number)
+    with opened(path) as file:
+        lines = Lines(path, file)
+        records = _json_records if suffix == ".jsonl" else _csv_dicts
+        for number, record in records(path, lines):
+            for name in record.keys() - columns.keys():
+                columns[name] = [None] * len(numbers)
+            for name, values in columns.items():
+                values.append(record.get(name))
+            numbers.append(number)
     return Table(path, numbers, columns)
 
 
-def _csv_dicts(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
-    records = _csv_records(path, _delimiter(path))
-    _, names = next(records, (0, []))
-    names = _header(path, names)
-    for number, cells in records:
-        _check_cells(path, number, cells, names)
+def _json_row(number: int, record: dict[str, Any], found: Found, span: tuple[int, int]) -> Row:
+    image = _json_text(record, found.image)
+    in_base64 = image and (is_base64_name(found.image) or is_base64(image))
+    return Row(
+        number,
+        image,
+        _json_captions(record, found.caption),
+        _json_text(record, found.split) or None,
+        _json_id(record, found.id),
+        span=span if in_base64 else None,
+    )
+
+
+def row_of(number: int, record: dict[str, Any], columns: Columns) -> Row:
+    """The row that a JSON object is, with its flaw if it has one."""
+    try:
+        return _json_row(number, record, columns.pick(record), (0, 0))
+    except ValueError as error:
+        return Row(number, flaw=str(error))
+
+
+def caption_of(value: Any, name: str) -> tuple[str, ...]:
+    """The captions in a JSON value: text or a list of texts, stripped and not empty.
+
+    Raises:
+        ValueError: it is neither; the message is the reason alone.
+    """
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(text for text in (_checked(item, name) for item in values) if text)
+
+
+def _csv_dicts(path: Path, lines: "Lines") -> Iterator[tuple[int, dict[str, str | None]]]:
+    records = csv_records(lines, "\t" if path.suffix.lower() == ".tsv" else ",")
+    names = _header(path, records) or []
+    for number, cells, flaw in records:
+        if flaw := flaw or _cell_count_flaw(cells, names):
+            raise DataError(f"{path}, row {number}: {flaw}")
         yield number, {n: cell.strip() or None for n, cell in zip(names, cells, strict=True)}
 
 
-def _json_records(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
-    for number, line in enumerate(_lines(path), 1):
+def _json_records(path: Path, lines: "Lines") -> Iterator[tuple[int, dict[str, str | None]]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            record = _json_object(path, number, line)
             try:
+                record = _json_object(line, lines.flaw)
                 yield number, {name: _scalar(value) for name, value in record.items()}
             except ValueError as error:
                 raise DataError(f"{path}, row {number}: {error}") from None
+        lines.begin()
 
 
 def _scalar(value: Any) -> str | None:
@@ -181,122 +260,67 @@ def _scalar(value: Any) -> str | None:
     return None if value is None else _checked(str(value), "a cell") or None
 
 
-def _header(path: Path, cells: Sequence[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
+def _header(table: Path, records: Iterator["CsvRecord"]) -> list[str] | None:
+    first = next(records, None)
+    if first is None:
+        return None
+    if first.flaw is not None:
+        raise DataError(f"{table}, row {first.number}: {first.flaw}")
+    names = [cell.strip() for cell in first.cells]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"{path}: has the column {name!r} twice; rename one of them")
+            raise DataError(f"{table}: has the column {name!r} twice; rename one of them")
     return names
 
 
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix.lower() == ".tsv" else ","
+def _delimiter(lines: "Lines", form: str) -> str:
+    """What parts the cells: the usual one of the form, unless the header has another alone."""
+    usual = "\t" if form == ".tsv" else ","
+    header = lines.peek()
+    for delimiter in f"{usual}{_DELIMITERS}":
+        if delimiter in header:
+            return delimiter
+    return usual
 
 
-def _check_cells(path: Path, number: int, cells: Sequence[str], names: Sequence[str]) -> None:
-    if len(cells) != len(names):
-        raise DataError(
-            f"{path}, row {number}: has {len(cells)} cells, the header has {len(names)}; "
-            "put double quotes around a cell that holds the separator"
-        )
+def _cell_count_flaw(cells: Sequence[str], names: Sequence[str]) -> str | None:
+    if len(cells) == len(names):
+        return None
+    return (
+        f"has {len(cells)} cells, the header has {len(names)}; put double quotes around a cell "
+        "that holds the separator"
+    )
 
 
-def _find(
-    names: Sequence[str], given: str | None, known: Iterable[str], what: str, table: Path
-) -> str:
-    if given is not None:
-        if given in names:
-            return given
-        problem = f"has no column {given!r}"
-    else:
-        by_name = {name.lower(): name for name in reversed(names)}
-        for name in known:
-            if name in by_name:
-                return by_name[name]
-        problem = f"no column looks like the {what} column"
-    listed = ", ".join(names) or "none"
-    raise DataError(f"{table}: {problem} (columns: {listed}); name it with --{what}-column")
-
-
-def _csv_rows(table: Path, columns: Columns) -> Iterator[Row]:
-    records = _csv_records(table, _delimiter(table))
-    header = next(records, None)
-    if header is None:
-        return
-    names = _header(table, header[1])
-    found = columns.find(names, table)
-    image, caption = names.index(found.image), names.index(found.caption)
-    split = None if found.split is None else names.index(found.split)
-    for number, cells in records:
-        _check_cells(table, number, cells, names)
-        text = cells[caption].strip()
-        yield Row(
-            number,
-            cells[image].strip(),
-            (text,) if text else (),
-            None if split is None else cells[split].strip() or None,
-        )
-
-
-def _csv_records(table: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(LONGEST_CELL)  # the module's own is 128 KiB, which captions exceed
-    reader = csv.reader(_lines(table), delimiter=delimiter, strict=True)
-    number = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield number, cells
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{table}, row {number}: is malformed ({error}); quote cells with double quotes and "
-            "double a quote inside them"
-        ) from None
-
-
-def _jsonl_rows(table: Path, columns: Columns) -> Iterator[Row]:
-    found: _Found | None = None
-    for number, line in enumerate(_lines(table), 1):
-        if not line.strip():
-            continue
-        record = _json_object(table, number, line)
-        if found is None:
-            found = columns.find(list(record), table)
-        try:
-            yield Row(
-                number,
-                _json_text(record, found.image),
-                _json_captions(record, found.caption),
-                (_json_text(record, found.split) or None) if found.split else None,
-            )
-        except ValueError as error:
-            raise DataError(f"{table}, row {number}: {error}") from None
-
-
-def _json_object(table: Path, number: int, line: str) -> dict[str, Any]:
+def _json_object(line: str, flaw: str | None) -> dict[str, Any]:
+    if flaw is not None:
+        raise ValueError(flaw)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{table}, row {number}: is not valid JSON ({error}); each line must be one object"
-        ) from None
+        raise ValueError(f"is not valid JSON ({error}); each line must be one object") from None
     if not isinstance(record, dict):
-        raise DataError(f"{table}, row {number}: is no JSON object; each line must be one object")
+        raise ValueError("is no JSON object; each line must be one object")
     return record
 
 
-def _json_text(record: dict[str, Any], name: str) -> str:
-    value = record.get(name)
-    return "" if value is None else _checked(value, name)
+def _json_text(record: dict[str, Any], name: str | None) -> str:
+    value = None if name is None else record.get(name)
+    return "" if value is None else _checked(value, str(name))
 
 
-def _json_captions(record: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = record.get(name)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(text for text in (_checked(item, name) for item in values) if text)
+def _json_id(record: dict[str, Any], name: str | None) -> str | None:
+    value = None if name is None else record.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return None if value is None else _checked(value, str(name)) or None
 
 
-def _checked(value: Any, name: str) -> str:
+def _json_captions(record: dict[str, Any], name: str | None) -> tuple[str, ...]:
+    return () if name is None else caption_of(record.get(name), name)
+
+
+def _checked(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {value!r:.40}")
     try:
@@ -306,21 +330,3 @@ def _checked(value: Any, name: str) -> str:
             f"{name} holds half of a surrogate pair; write the character whole"
         ) from None
     return value.strip()
-
-
-def _lines(table: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends; decoded one by one, so that errors have a row."""
-    offset = 0
-    try:
-        with table.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode()
-                yield text.removeprefix("\ufeff") if number == 1 else text
-                offset += len(line)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{table}, row {number}: is not UTF-8 (byte 0x{error.object[error.start]:02x} at "
-            f"offset {offset + error.start}); save the table as UTF-8"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror})") from None

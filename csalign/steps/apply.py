@@ -19,7 +19,7 @@ from csalign.store.reader import FeatureSet, FeatureTable, batch_vectors
 from csalign.store.shard import Rows
 from csalign.store.writer import FeatureWriter
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
@@ -43,12 +43,13 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     features = FeatureSet.open(config.features)
     features.verify()
     adapter, info = load_adapter_for(features, config.adapter, config.device)
+    sides = [side for side in Modality if features.table(side).made_by is not None]
     total = len(features.images) + len(features.texts)
     done = 0
     with files.staged_folder(config.out) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
-        with _writer(folder, config, features, info) as writer:
-            for side in Modality:
+        with _writer(folder, config, features, sides, info) as writer:
+            for side in sides:
                 for rows in _adapted(features.table(side), adapter, config.batch_size):
                     writer.write(side, rows)
                     done += len(rows.embeddings)
@@ -68,7 +69,11 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
 
 
 def _writer(
-    folder: Path, config: ApplyConfig, features: FeatureSet, info: AdapterInfo
+    folder: Path,
+    config: ApplyConfig,
+    features: FeatureSet,
+    there: list[Modality],
+    info: AdapterInfo,
 ) -> RowWriter:
     """What writes the format that is asked for."""
     if config.format == "parquet":
@@ -78,10 +83,10 @@ def _writer(
                 width=info.adapters[side].width,
                 preprocessing={"adapter_trained_on": info.data_fingerprint, "normalized": True},
             )
-            for side in Modality
+            for side in there
         }
         return FeatureWriter(folder, encoders, config.dtype)
-    sides = {side: Side(len(features.table(side)), info.adapters[side].width) for side in Modality}
+    sides = {side: Side(len(features.table(side)), info.adapters[side].width) for side in there}
     note = {
         "adapter": str(config.adapter),
         "adapter_sha256": info.weights_sha256,
@@ -97,7 +102,7 @@ def _writer(
 
 def _warn_of(left_out: dict[Modality, int]) -> None:
     if any(left_out.values()):
-        log.warning(
+        logger.warning(
             "%d images and %d texts have no partner and were left out, since clip-retrieval's rows "
             "are pairs; --format npy keeps them",
             left_out[Modality.IMAGE],

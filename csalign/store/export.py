@@ -17,7 +17,7 @@ from csalign import __version__, files
 from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError, ShapeError
 from csalign.store import schema
-from csalign.store.writer import Array, Rows, first_unusable
+from csalign.store.shard import Array, Rows, first_unusable
 
 NOTE = "aligned.json"
 PART_ROWS = 1_000_000  # clip-retrieval's own

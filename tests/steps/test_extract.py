@@ -15,9 +15,9 @@ from PIL import Image
 
 from csalign import files
 from csalign.config import ExtractConfig
+from csalign.encoders.openclip import OpenClipImages
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
-from csalign.encoders.openclip import OpenClipImages
 from csalign.results import FeaturesResult
 from csalign.steps.extract import extract
 from csalign.store.reader import FeatureSet, batch_tokens
