@@ -22,7 +22,7 @@ def parse_location(value: Any) -> Path:
     from upath import UPath
 
     try:
-        location = UPath(value)
+        location = UPath(value.rstrip("/"))  # a slash at the end would be an empty name
         _ = location.fs  # the import of what speaks the protocol waits until here
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{value}: {error}") from None

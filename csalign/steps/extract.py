@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
 from csalign import files
 from csalign.config import ExtractConfig
 from csalign.devices import pick_device
-from csalign.encoders.base import EncoderOptions, Encoders
+from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder
 from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError
@@ -292,9 +293,9 @@ class _Extraction:
             OutputError: the images alone would not fit.
         """
         sizes = {
-            side: _row_bytes(self.encoders, side, self.config.dtype)
+            side: _row_bytes(encoder, self.config.dtype)
             for side in Modality
-            if self.encoders.side(side) is not None
+            if (encoder := self.encoders.side(side)) is not None
         }
         each = ", ".join(
             f"{_readable(size)} {'an' if side is Modality.IMAGE else 'about, a'} {side}"
@@ -317,19 +318,19 @@ class _Extraction:
             )
 
 
-def _row_bytes(encoders: Encoders, side: Modality, dtype: str) -> int:
+def _row_bytes(encoder: ImageEncoder | TextEncoder, dtype: str) -> int:
     """Bytes of numbers in a row; those of texts with tokens are a guess at their length."""
-    item: int = schema.DTYPES[dtype].itemsize
-    info = encoders.side(side).info
+    info = encoder.info
     count = 0
     if info.token_width is not None:
         count = _TOKENS_A_CAPTION
-        if side is Modality.IMAGE and encoders.image is not None:
-            blank = encoders.image.preprocess(Image.new("RGB", (64, 64)))
-            tokens = encoders.image.embed(blank.unsqueeze(0)).tokens
+        if hasattr(encoder, "preprocess"):
+            images = cast(ImageEncoder, encoder)
+            blank = images.preprocess(Image.new("RGB", (64, 64)))
+            tokens = images.embed(blank.unsqueeze(0)).tokens
             count = len(tokens[0]) if tokens else 0
-    width: int = info.width + count * (info.token_width or 0)
-    return item * width
+    item: int = schema.DTYPES[dtype].itemsize
+    return item * (info.width + count * (info.token_width or 0))
 
 
 def _readable(size: float) -> str:

@@ -72,7 +72,7 @@ def test_image_tower_stays_the_same(clip: Any) -> None:
 
 
 def test_text_tower_stays_the_same_whole_and_cropped(clip: Any) -> None:
-    side = _TextSide(clip, with_tokens=True)
+    side = _TextSide(clip, "hidden")
     ids = torch.randint(1, clip.vocab_size - 1, (5, clip.context_length))
     with torch.inference_mode():
         whole, cropped = side.embed(ids), side.embed(ids[:, :6])

@@ -43,7 +43,7 @@ def run(tiny_clip: tuple[Path, Path], photos: Path) -> Callable[..., FeaturesRes
     def run(out: str = "features", progress: Any = None, **options: Any) -> FeaturesResult:
         values: dict[str, Any] = {
             "source": photos,
-            "out": photos.parent / out,
+            "out": out if "://" in out else photos.parent / out,
             "encoder": f"open_clip:{tiny_clip[0]}+{tiny_clip[1]}",
             "batch_size": 3,
             "workers": 2,
@@ -329,7 +329,7 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if (what, done) == ("records", 3):
+        if what == "records" and done >= 3:
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -420,7 +420,7 @@ def test_a_source_and_a_set_in_an_object_store(
     for path in photos.iterdir():
         (bucket / "photos" / path.name).write_bytes(path.read_bytes())
     here = run()
-    there = run(source=f"{bucket}/photos", out=f"{bucket}/features")
+    there = run(source=str(bucket / "photos"), out=f"{bucket / 'features'}/")
 
     assert isinstance(there.features, type(bucket))
     assert not files.partial_of(there.features).exists()

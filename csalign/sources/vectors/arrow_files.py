@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
 from csalign.locations import is_remote
-from csalign.sources.tables import CAPTION_NAMES, IMAGE_NAMES
+from csalign.sources.columns import CAPTION_NAMES, IMAGE_NAMES
 from csalign.sources.vectors.base import (
     EITHER_NAMES,
     Array,

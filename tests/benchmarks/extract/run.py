@@ -27,8 +27,8 @@ from typing import Any
 
 MODEL = "ViT-B-32"
 WORDS = """
-a photo of two small brown dogs that run over the wet grass behind an old red barn while the sun sets
-over quiet hills and somebody on a bicycle waves to them from the road
+a photo of two small brown dogs that run over the wet grass behind an old red barn while the sun
+sets over quiet hills and somebody on a bicycle waves to them from the road
 """
 
 
