@@ -12,7 +12,7 @@ from csalign.errors import DataError
 from csalign.sources.catalog import Catalog, CatalogSource
 from csalign.sources.columns import Columns, Row
 from csalign.sources.tables import caption_of, row_of
-from csalign.sources.tree import fingerprint, path_below, split_of
+from csalign.sources.tree import fingerprint, is_file, opened, path_below, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,8 @@ def read_document(table: Path) -> Any:
         DataError: it is not there or no JSON.
     """
     try:
-        return json.loads(table.read_bytes())
-    except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror or error})") from None
+        with opened(table) as file:
+            return json.load(file)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{table}: is not valid JSON ({error}); a table with an object a line is called .jsonl"
@@ -229,6 +228,6 @@ def _folders_in(parent: Path) -> list[Path]:
 
 def _is_there(folder: Path, name: str) -> bool:
     try:
-        return (folder / path_below(folder, name)).is_file()
-    except (DataError, OSError, ValueError):
+        return is_file(folder / path_below(folder, name))
+    except DataError:
         return False

@@ -17,7 +17,7 @@ from csalign.errors import DataError
 from csalign.locations import is_remote
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.columns import BASE64_NAMES, Row
-from csalign.sources.tree import path_below, read_bounded
+from csalign.sources.tree import is_file, path_below, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class CatalogSource:
             if isinstance(place, str):
                 path = Path(place) if self.root is None else self.root / place
                 # A remote file is looked for when it is read, rather than asked for twice.
-                if row is not None and not is_remote(path) and not path.is_file():
+                if row is not None and not is_remote(path) and not is_file(path):
                     flaw = f"unknown image {place!r}; correct the path, {self._start()}"
                     return Record(None, row=row, flaw=flaw)
                 image = ImageInput(label, path.as_posix(), partial(read_bounded, path))

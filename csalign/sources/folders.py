@@ -65,16 +65,15 @@ def _tell_of_stems(
             "%s: %d .txt files are left out, as no image has their stem (%s)",
             *(folder, len(left), left[0]),
         )
-    if len(known) < len(found):
-        shared = [
-            f"{a} and {b}" for a, b, x, y in zip(found, found[1:], stems, stems[1:], strict=False)
-            if x == y and x in texts
-        ]  # fmt: skip
-        if shared:
+    first: dict[str, str] = {}
+    for name, stem in zip(found, stems, strict=True):
+        if first.setdefault(stem, name) != name and stem in texts:
             logger.warning(
-                "%s: images of the same stem share its captions (%s); rename them if they differ",
-                *(folder, shared[0]),
+                "%s: images of the same stem share its captions, as %s and %s do; rename them if "
+                "they differ",
+                *(folder, first[stem], name),
             )
+            break
 
 
 def _parts(name: str) -> tuple[str, str]:

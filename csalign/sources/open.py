@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from csalign.errors import ConfigError, DataError
 from csalign.locations import is_remote, parse_location
@@ -19,7 +19,7 @@ from csalign.sources.folders import images_in, read_folder
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.lists import read_captions, read_list
 from csalign.sources.patterns import common_folder, expand
-from csalign.sources.tree import files_below, fingerprint, opened
+from csalign.sources.tree import files_below, fingerprint, opened, told_of
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,9 @@ def open_source(source: Path | str, options: SourceOptions | None = None) -> Sou
     options = options or SourceOptions()
     if options.kind not in get_args(Kind):
         raise ConfigError(f"kind: {options.kind} is none of {', '.join(get_args(Kind))}")
-    opener = _Opener(options)
-    try:
-        return opener.open(source)
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror or error})") from None
+    is_url = "://" in str(source)
+    with told_of(cast(Path, source) if is_url else Path(source)):
+        return _Opener(options).open(source)
 
 
 class _Opener:
@@ -157,6 +155,11 @@ class _Opener:
             table = _table_in(folder, files)
             if table is not None:
                 return self._file(table, folder, files)
+            if any(by_suffix.values()):
+                raise DataError(
+                    f"{folder}: holds images as well as tar, Parquet or Arrow files; say which "
+                    "with --kind folder, webdataset or parquet"
+                )
             _tell_of_documents(folder, files)
         return read_folder(folder, files, lines=self._options.caption_lines is not False)
 

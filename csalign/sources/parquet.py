@@ -30,6 +30,7 @@ from csalign.sources.tree import (
     read_bounded,
     size_of,
     split_of,
+    told_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -117,14 +118,15 @@ class _Shelf(NamedTuple):
 @contextmanager
 def _opened(path: Path) -> Iterator[_Shelf]:
     with ExitStack() as stack:
-        try:
-            if path.suffix.lower() == ".arrow":
-                shelf = _arrow_shelf(stack.enter_context(local_file(path)))
-            else:
-                file = stack.enter_context(path.open("rb")) if is_remote(path) else path
-                shelf = _parquet_shelf(stack, file)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({_line(error)})") from None
+        with told_of(path):
+            try:
+                if path.suffix.lower() == ".arrow":
+                    shelf = _arrow_shelf(stack.enter_context(local_file(path)))
+                else:
+                    file = stack.enter_context(path.open("rb")) if is_remote(path) else path
+                    shelf = _parquet_shelf(stack, file)
+            except pa.ArrowException as error:
+                raise DataError(f"{path}: cannot be read ({_line(error)})") from None
         yield shelf
 
 
@@ -436,10 +438,11 @@ def _rows(
 def _guarded(
     path: Path, batches: Iterator[tuple[int, pa.RecordBatch]]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    try:
-        yield from batches
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is damaged ({_line(error)}); write it again") from None
+    with told_of(path):
+        try:
+            yield from batches
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: is damaged ({_line(error)}); write it again") from None
 
 
 class _Broken(str):

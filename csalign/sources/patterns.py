@@ -7,7 +7,7 @@ from pathlib import Path
 from csalign.errors import ConfigError, DataError
 from csalign.locations import parse_location
 
-_MOST_FILES = 1_000_000
+_MOST_FILES = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 

@@ -18,7 +18,7 @@ from csalign.sources.columns import (
     is_base64_name,
 )
 from csalign.sources.lines import CsvRecord, Lines, csv_records
-from csalign.sources.tree import opened
+from csalign.sources.tree import opened, told_of
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _DELIMITERS = ",\t;|"
@@ -74,11 +74,11 @@ class RowReader:
             DataError: it is not valid base64; the message is the reason alone.
         """
         try:
-            with self._table.open("rb") as file:
+            with told_of(self._table, named=False), self._table.open("rb") as file:
                 file.seek(span[0])
-                line = file.read(span[1] - span[0]).decode()
+                line = file.read(span[1] - span[0]).decode("utf-8-sig")
             return from_base64(self._image_cell(line))
-        except (OSError, ValueError, LookupError, csv.Error) as error:
+        except (ValueError, LookupError, csv.Error) as error:
             raise DataError(f"cannot be read ({error})") from None
 
     def _image_cell(self, line: str) -> str:

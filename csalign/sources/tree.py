@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from csalign.errors import DataError
+from csalign.errors import CsalignError, DataError
 from csalign.locations import is_remote
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 16 << 20
+_BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
 _SPLITS = {
     **{"train": "train", "training": "train"},
     **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
@@ -47,12 +48,10 @@ def size_of(path: Path) -> int:
     Raises:
         DataError: there is no such file.
     """
-    try:
+    if not is_file(path):
+        raise DataError(f"{path}: no such file")
+    with told_of(path):
         return path.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_bounded(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
@@ -61,16 +60,38 @@ def read_bounded(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
     Raises:
         DataError: it is larger, not there or no file; the message is the reason alone.
     """
-    try:
+    with told_of(path, named=False):
         status = path.stat()
         check_size(status.st_size, limit)
         # A named pipe would let the reader wait for ever.
         if not is_remote(path) and not stat.S_ISREG(status.st_mode):
             raise DataError("is no regular file")
         return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"cannot be read ({reason})") from None
+
+
+@contextmanager
+def told_of(path: Path, *, named: bool = True) -> Iterator[None]:
+    """Turn what reading a path raises into a `DataError`, whose message starts with it if named."""
+    try:
+        yield
+    except CsalignError:
+        raise
+    except Exception as error:
+        # The libraries that speak to object stores have errors of their own.
+        is_expected = isinstance(error, OSError | ValueError)
+        if not is_expected and (isinstance(error, _BUGS) or not is_remote(path)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        where = f"{path}: " if named else ""
+        raise DataError(f"{where}cannot be read ({reason.splitlines()[0]})") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file, which there is not under a name that no file may have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def opened(path: Path) -> BinaryIO:
@@ -79,10 +100,8 @@ def opened(path: Path) -> BinaryIO:
     Raises:
         DataError: it cannot be read.
     """
-    try:
+    with told_of(path):
         file: Any = path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     # What object stores give reads no line of bounded length.
     return cast(BinaryIO, io.BufferedReader(file, 1 << 20) if is_remote(path) else file)
 
@@ -95,15 +114,13 @@ def local_file(path: Path) -> Iterator[BinaryIO]:
         DataError: it cannot be read.
     """
     with ExitStack() as stack:
-        try:
+        with told_of(path):
             file: BinaryIO = stack.enter_context(path.open("rb"))
             if is_remote(path):
                 copy = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(file, copy, 8 << 20)
                 copy.flush()
                 file = cast(BinaryIO, copy)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
         yield file
 
 
@@ -151,7 +168,7 @@ def path_below(root: Path, path: str) -> str:
         if not (is_remote(root) and path.startswith(start)):
             raise DataError(f"image {path!r} is a URL, which is not fetched; download it first")
         path = path.removeprefix(start)
-    elif not is_remote(root) and Path(path).is_absolute():
+    elif os.path.isabs(path) and not is_remote(root):  # noqa: PTH117
         path = os.path.relpath(path, root)
     normal = posixpath.normpath(path)
     if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:

@@ -30,6 +30,7 @@ from csalign.sources.tree import (
     fingerprint,
     is_text,
     local_file,
+    opened,
     size_of,
     split_of,
 )
@@ -142,11 +143,8 @@ def is_tar(start: bytes) -> bool:
 
 
 def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(_BLOCK)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    with opened(path) as file:
+        start = file.read(_BLOCK)
     if not is_tar(start):
         raise DataError(f"{path}: is no tar file; write or download it again")
 

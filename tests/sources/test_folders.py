@@ -67,7 +67,7 @@ def test_images_of_one_stem_share_their_captions_and_it_is_told(
     write(folder, a="x", notes="of nothing")
 
     assert outline(folder) == [("a.jpg", ["x"], None), ("a.png", ["x"], None), ("b.png", [], None)]
-    assert "images of the same stem share its captions (a.jpg and a.png)" in caplog.text
+    assert "images of the same stem share its captions, as a.jpg and a.png do" in caplog.text
     assert "1 .txt files are left out, as no image has their stem (notes.txt)" in caplog.text
 
 
@@ -163,6 +163,19 @@ def test_a_document_beside_images_is_pointed_out(
     assert "dataset.json is not read; if it holds the captions, name it with --captions" in (
         caplog.text
     )
+
+
+def test_images_among_tars_must_be_chosen(make_images: MakeImages, outline: Outline) -> None:
+    folder = make_images("cover.png")
+    (folder / "data").mkdir()
+    (folder / "data" / "0.tar").write_bytes(bytes(1024))
+
+    assert error_of(folder) == (
+        f"{folder}: holds images as well as tar, Parquet or Arrow files; say which with --kind "
+        "folder, webdataset or parquet"
+    )
+    assert outline(folder, kind="folder") == [("cover.png", [], None)]
+    assert outline(folder, kind="webdataset") == [(None, [], "the tar holds no sample")]
 
 
 def test_what_is_no_source_is_refused(make_images: MakeImages, tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_a_folder_is_read_from_an_object_store(
         open_source(f"{store}/none")
 
 
+def test_an_object_store_that_refuses_is_told_in_one_line(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+    with pytest.raises(DataError, match=r"^s3://none/x: .*[^\n]*$"):
+        open_source("s3://none/x")
+
+
 def test_a_table_is_read_from_an_object_store(
     store: str, make_images: MakeImages, records: Records, outline: Outline
 ) -> None:

@@ -320,7 +320,9 @@ def test_bad_lines_of_json_are_flaws(photos: Path, outline: Outline) -> None:
 
 
 def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) -> None:
-    table = write(photos / "t.csv", "image,caption", "a.png,x", "gone.png,y", "nul\0.png,z")
+    table = write(
+        photos / "t.csv", "image,caption", "a.png,x", "gone.png,y", "nul\0.png,z", f"{'x' * 300},c"
+    )
 
     assert flaws(table) == [
         (
@@ -329,6 +331,11 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
             "the row",
         ),
         (4, f"image 'nul\\x00.png' lies outside of {photos}; move it inside"),
+        (
+            5,
+            f"unknown image '{'x' * 300}'; correct the path, which starts from {photos}, or remove "
+            "the row",
+        ),
     ]
 
 
