@@ -118,9 +118,10 @@ class OutputConfig(Config):
 class ExtractConfig(OutputConfig):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
-    source: Location = Field(
+    source: Annotated[str, BeforeValidator(str)] = Field(
         description="What to embed: a folder of images, a table, COCO or Karpathy JSON, WebDataset "
-        "tars, Parquet, a text file of captions, or - for a list of images on stdin."
+        "tars ({00000..00012}.tar), Parquet, a text file of captions, or - for a list of images on "
+        "stdin; local or a URL."
     )
     kind: Literal[
         "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
@@ -140,6 +141,11 @@ class ExtractConfig(OutputConfig):
     split_column: str = Field("split", description="Column of splits, used if the source has it.")
     id_column: str | None = Field(
         None, description="Column of image ids (default: paths, keys or row numbers)."
+    )
+    caption_lines: bool | None = Field(
+        None,
+        description="Each line of a .txt beside an image is a caption, rather than the whole of it "
+        "(default: in folders, but not in tars).",
     )
     encoder: str | None = Field(
         None,

@@ -9,7 +9,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1. extract: drawings and captions through a tiny CLIP, embeddings and tokens to Parquet"
 csalign extract "$data/drawings" --out "$out/drawings" --overwrite --tokens both \
-    --model "$data/tiny-clip/tiny-clip.json" --pretrained "$data/tiny-clip/tiny-clip.safetensors"
+    --encoder "open_clip:$data/tiny-clip/tiny-clip.json+$data/tiny-clip/tiny-clip.safetensors"
 csalign inspect "$out/drawings"
 
 say "2. train: on 1,000 drawings as an image encoder and a sentence encoder saw them"

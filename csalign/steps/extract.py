@@ -18,7 +18,7 @@ from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEn
 from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError
-from csalign.locations import is_remote
+from csalign.locations import is_remote, parse_location
 from csalign.progress import Progress, silent
 from csalign.results import FeaturesResult
 from csalign.sources.base import Source, Volume
@@ -64,7 +64,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         ConfigError: no encoder is named for a side of the source, or the device does not exist.
     """
     turn = turn_of(config.shard)
-    inputs = [path for path in (config.source, config.captions, config.images) if path is not None]
+    inputs = [path for path in (config.captions, config.images) if path is not None]
+    if "::" not in config.source:  # which joins several
+        inputs.append(parse_location(config.source))
     files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(inputs))
     source = open_source(config.source, _source_options(config))
     logger.info("%s: %s", config.source, source.description)
@@ -98,6 +100,7 @@ def _source_options(config: ExtractConfig) -> SourceOptions:
         caption_column=config.caption_column,
         split_column=config.split_column,
         id_column=config.id_column,
+        caption_lines=config.caption_lines,
     )
 
 

@@ -51,8 +51,8 @@ def write_part(workspace: Workspace, name: str, prefix: str = "") -> None:
     with workspace.part(name) as part:
         ids = [f"{prefix}{number}-{row}" for row in range(3)]
         part.write(Modality.IMAGE, Rows({"id": ids}, rows))
-        owners: list[str | None] = [ids[0], None]
-        columns = {"id": [f"{ids[0]}#0", f"x{number}"], "image_id": owners}
+        columns: dict[str, list[str | None]] = {"id": [f"{ids[0]}#0", f"x{number}"]}
+        columns["image_id"] = [ids[0], None]
         part.write(Modality.TEXT, Rows(columns, rows[:2, :2]))
         part.failures.append(Failure(source=f"{name}.jpg", row=None, reason="is empty"))
         workspace.seal(part, Receipt(name=name, volume_records=6, records=3, failed_records=1))
