@@ -10,7 +10,7 @@ Where things live; imports run one way, down this list::
     adapters   the maps into the shared space, their closed-form start, their files
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
-    config, results, files, errors, enums, progress: what all of them use
+    config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
 `import_arrays`, `inspect`, `apply`, `evaluate`, and `load_adapter`. Importing csalign loads none

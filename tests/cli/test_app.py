@@ -118,7 +118,7 @@ def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:
         (("inspect", "nowhere"), "nowhere: no such file or folder"),
         (("compare", "nowhere.json"), "nowhere.json: no such file"),
         (("import", "--images", "a.npy", "--texts", "b.npy", "--out", "o"), "a.npy: no such file"),
-        (("extract", "nowhere", "--pretrained", "none", "--out", "o"), "nowhere: "),
+        (("extract", "nowhere", "--encoder", "open_clip:RN50/none", "--out", "o"), "nowhere: "),
     ],
 )
 def test_a_wrong_input_exits_1_with_one_line(
