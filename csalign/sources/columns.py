@@ -95,7 +95,8 @@ class Columns:
         if found.image is None and found.caption is None:
             raise DataError(
                 f"{table}: no column looks like images or captions (columns: {listed}); name them "
-                "with --image-column and --caption-column"
+                "with --image-column and --caption-column, or read a folder's images without the "
+                "table by --kind folder"
             )
         return found
 
