@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
     if is_remote(path):
         path.write_bytes(text.encode())
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
@@ -85,7 +86,8 @@ def arriving(path: Path) -> Iterator[Path]:
             _upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    # Another process, maybe of another machine, may be writing the same file.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         fsync_path(temporary)
@@ -161,20 +163,31 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
 
 
 def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
+    if not out.name:
+        raise OutputError(f"{out}: is a whole bucket; choose a folder in it")
     address = f"{out}/"
     for source in inputs:
         if f"{source}/".startswith(address) or address.startswith(f"{source}/"):
             raise OutputError(f"{out}: overlaps with {source}, which is read; choose another --out")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    partial = partial_of(out)
+    foreign = _names(partial) - {"config.toml"}  # which is written first
+    if foreign and JOB not in foreign:
+        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
+    names = _names(out)
     if not names:
         return
-    if names - ARTIFACT_ENTRIES or not _is_artifact(out):
+    is_half = JOB in names  # a process died on the way
+    if names - ARTIFACT_ENTRIES or not (is_half or _is_artifact(out)):
         example = min(names - ARTIFACT_ENTRIES or names)
         raise OutputError(
             f"{out}: holds files that csalign did not make ({example}); choose another --out"
         )
-    if not overwrite:
+    if not overwrite and not is_half:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 @contextmanager
@@ -249,22 +262,30 @@ def publish(folder: Path, out: Path) -> None:
     """Move a finished folder to its final name, in place of what stands there.
 
     Locally that is a rename. An object store has none: the file that makes a folder an artifact
-    is removed first and arrives last, so that what is half there is no artifact.
+    is removed first and arrives last, so that what is half there is no artifact; and a job file
+    tells a later process that it may go on.
+
+    Raises:
+        OutputError: the folder is not there any more, or not whole.
     """
     if not is_remote(out):
         fsync_path(folder)
         _replace(folder, out)
         return
-    for mark in ARTIFACT_MARKS:
-        (out / mark).unlink(missing_ok=True)
-    remove_folder(out)
-    entries = [path for path in folder.rglob("*") if path.is_file()]
+    entries = [path for path in folder.rglob("*") if path.is_file() and path.name != JOB]
+    if not any(path.name in ARTIFACT_MARKS for path in entries):
+        raise OutputError(f"{folder}: is gone; another process moved it to {out}")
+    (out / JOB).write_bytes(b"")
+    old = {path for path in out.rglob("*") if path.is_file() and path.name != JOB}
+    for path in sorted(old, key=lambda path: path.name not in ARTIFACT_MARKS):
+        path.unlink()
     for path in sorted(entries, key=lambda path: path.name in ARTIFACT_MARKS):
         target = out.joinpath(*path.relative_to(folder).parts)
         if is_remote(folder):
             out.fs.copy(path.path, target.path)  # type: ignore[attr-defined]  # of UPath
         else:
             _upload(path, target)
+    (out / JOB).unlink()
     if is_remote(folder):
         remove_folder(folder)
 

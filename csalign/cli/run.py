@@ -16,6 +16,8 @@ from rich.console import Console
 from csalign.errors import CsalignError, Stopped
 
 LOGGER = "csalign"
+STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "huggingface_hub"}
+"""Libraries behind object stores, whose errors are no OSErrors."""
 
 
 @contextmanager
@@ -44,6 +46,11 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         _explain(console, _os_error(error), verbose)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in STORES:
+            raise
+        _explain(console, f"the object store failed: {error}; check its address and keys", verbose)
         raise typer.Exit(1) from None
 
 

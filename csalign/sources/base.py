@@ -88,6 +88,10 @@ class Source(Protocol):
         """Records in all volumes, None where counting them means reading the source."""
 
     @property
+    def total_images(self) -> int | None:
+        """Images in all volumes, likewise."""
+
+    @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of what decides the records: a changed source must not resume a run."""
 

@@ -234,6 +234,11 @@ class CatalogSource:
         """See `Source`."""
         return len(self.labels)
 
+    @property
+    def total_images(self) -> int | None:
+        """See `Source`."""
+        return self.kinds.count(_IMAGE)
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""

@@ -126,6 +126,11 @@ class FolderSource:
         return len(self.names)
 
     @property
+    def total_images(self) -> int | None:
+        """See `Source`."""
+        return len(self.names) if self.has_images else 0
+
+    @property
     def fingerprint(self) -> str:
         """See `Source`: the names, and the sizes of the .txt."""
         sizes = (self._size(name) for name in self.texts if name is not None)

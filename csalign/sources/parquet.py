@@ -298,6 +298,11 @@ class ColumnarSource:
         there = {Modality.IMAGE: self.layout.found.image, Modality.TEXT: self.layout.found.caption}
         return tuple(side for side, column in there.items() if column is not None)
 
+    @property
+    def total_images(self) -> int | None:
+        """See `Source`; a row may lack its image."""
+        return 0 if self.layout.found.image is None else self.total
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""

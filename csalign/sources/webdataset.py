@@ -83,6 +83,11 @@ class TarSource:
         return None
 
     @property
+    def total_images(self) -> int | None:
+        """See `Source`."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """See `Source`: names and sizes."""
         return fingerprint([self.columns, self.lines, *self.paths, *self.sizes])

@@ -87,10 +87,14 @@ class Embedder:
             part: takes the rows, and what had to be left out.
         """
         work = _Part(self, volume, part, _Writes(self._writer, part))
-        with closing(self._ahead(iter(records))) as ahead:
-            work.embed_images(ahead)
-        work.embed_texts()
-        work.writes.drain()
+        try:
+            with closing(self._ahead(iter(records))) as ahead:
+                work.embed_images(ahead)
+            work.embed_texts()
+            work.writes.drain()
+        except BaseException:
+            work.writes.cancel()
+            raise
         return work.tally
 
     def begin(self) -> None:
@@ -106,7 +110,8 @@ class Embedder:
 
     def _ahead(self, records: Iterator[Record]) -> Generator[Record]:
         """The same records, read in a thread while the caller is busy."""
-        pending = deque(self._reader.submit(next, records, _END) for _ in range(self.queue))
+        ahead = 2 * self.workers + 2
+        pending = deque(self._reader.submit(next, records, _END) for _ in range(ahead))
         try:
             while (record := pending.popleft().result()) is not _END:
                 pending.append(self._reader.submit(next, records, _END))
@@ -119,8 +124,8 @@ class Embedder:
 
     @property
     def queue(self) -> int:
-        """Images that are decoded ahead."""
-        return self.workers + 2 * (self.image.batch_size if self.image else 1)
+        """Images that are decoded ahead: the next batch while this one is computed."""
+        return 2 * self.workers + (self.image.batch_size if self.image else 1)
 
     def decode(self, image: ImageInput) -> Future[torch.Tensor | str]:
         """Begin to read and preprocess an image; gives the reason if it cannot be used."""
@@ -151,11 +156,18 @@ class _Writes:
         while self._pending:
             self._pending.popleft().result()
 
+    def cancel(self) -> None:
+        """Wait until nothing writes any more, so that the files can be removed."""
+        for future in self._pending:
+            future.cancel()
+        wait(self._pending)
+
 
 class _Decoding(NamedTuple):
-    record: Record
-    image: ImageInput
-    pixels: Future[torch.Tensor | str]
+    id: str
+    source: str
+    split: str | None
+    pixels: Future[torch.Tensor | str]  # this alone holds on to the image's bytes, until it is done
 
 
 @dataclass
@@ -210,7 +222,8 @@ class _Part:
             return
         image = record.image if self.embedder.image else None
         if image is not None:
-            pending.append(_Decoding(record, image, self.embedder.decode(image)))
+            pixels = self.embedder.decode(image)
+            pending.append(_Decoding(image.id, image.source, record.split, pixels))
         else:
             self.embedder.report("records", 1)
         owner = image.id if image else None
@@ -219,12 +232,12 @@ class _Part:
     def _usable(self, decoding: _Decoding) -> Iterator[tuple[_Decoding, torch.Tensor]]:
         result = decoding.pixels.result()
         if isinstance(result, str):
-            self._lose(decoding.image, result)
+            self._lose(decoding, result)
             self.embedder.report("records", 1)
         else:
             yield decoding, result
 
-    def _lose(self, image: ImageInput, reason: str) -> None:
+    def _lose(self, image: _Decoding, reason: str) -> None:
         self.tally.failed_records += 1
         self._lost[image.id] = reason
         self._fail(image.source, None, reason)
@@ -244,11 +257,11 @@ class _Part:
     def _write_images(self, batch: list[_Decoding], embedded: Embedded) -> None:
         flaws = _flaws(embedded, self.embedder.dtype)
         for position, reason in flaws.items():
-            self._lose(batch[position].image, reason)
+            self._lose(batch[position], reason)
         columns: dict[str, Sequence[str | None]] = {
-            schema.ID: [item.image.id for item in batch],
-            schema.SOURCE: [item.image.source for item in batch],
-            schema.SPLIT: [item.record.split for item in batch],
+            schema.ID: [item.id for item in batch],
+            schema.SOURCE: [item.source for item in batch],
+            schema.SPLIT: [item.split for item in batch],
         }
         self._write(Modality.IMAGE, columns, embedded, flaws)
 

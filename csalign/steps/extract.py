@@ -35,6 +35,7 @@ LEFT_OUT = "none"
 
 _MAX_WORKERS = 16
 _REASONS_SHOWN = 3
+STDIN = "-"
 # Before so many records a share of failures says little, where their number is not known.
 _ENOUGH_RECORDS = 10_000
 _TOKENS_A_CAPTION = 16  # about, for the estimate of the size
@@ -74,6 +75,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         logger.info("shard %s of the work", turn)
     encoders = _load_encoders(config, source)
     job = Job(
+        location=_location(config),
         source=source.fingerprint,
         part_rows=config.part_rows,
         dtype=config.dtype,
@@ -86,9 +88,18 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         config.out, job, turn, config=config.to_toml(), restart=config.overwrite
     ) as workspace:
         extraction = _Extraction(config, source, encoders, workspace, turn, progress)
+        missing: list[Turn] = []
         if not workspace.is_whole:
             extraction.run()
-    return _complete(config, workspace, extraction)
+            missing = [] if workspace.is_gone else workspace.missing()
+    if missing:
+        logger.info(
+            "%s: shard %s is done; the feature set appears when %s",
+            *(workspace.folder, turn),
+            f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
+        )
+        return extraction.result(workspace.folder)
+    return _complete(config, workspace)
 
 
 def _source_options(config: ExtractConfig) -> SourceOptions:
@@ -131,20 +142,29 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
     return load_encoders(wanted[Modality.IMAGE], wanted[Modality.TEXT], options)
 
 
-def _complete(config: ExtractConfig, workspace: Workspace, mine: "_Extraction") -> FeaturesResult:
-    """Make the feature set if all processes are done; else tell what this one did."""
-    missing = [] if workspace.is_whole else workspace.missing()
-    if missing:
-        logger.info(
-            "%s: shard %s is done; the feature set appears when %s",
-            workspace.folder,
-            mine.turn,
-            f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
-        )
-        return mine.result(workspace.folder)
-    with alone(workspace) as is_there:
-        if is_there:
+def _location(config: ExtractConfig) -> str:
+    """Where the source lies, since its fingerprint says what it holds by names alone."""
+    places = [config.source, config.captions, config.images]
+    return " ".join(
+        str(place) if "://" in str(place) or str(place) == STDIN else str(Path(place).absolute())
+        for place in places
+        if place is not None
+    )
+
+
+def _complete(config: ExtractConfig, workspace: Workspace) -> FeaturesResult:
+    """Make the feature set, now that all processes are done, or wait for the one that does.
+
+    Raises:
+        DataError: more than the allowed share of the whole could not be used.
+    """
+    with alone(workspace) as is_mine:
+        if is_mine:
+            if not workspace.is_whole:
+                _check(config, workspace, workspace.receipts())
             workspace.complete_and_publish()
+    if not is_mine:
+        workspace.wait_until_complete()
     counts = manifest.read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
@@ -168,6 +188,7 @@ class _Extraction:
             DataError: more than the allowed share could not be used, or all of it.
         """
         self._check_room()
+        self.workspace.begin()
         total = self.source.total if self.turn.count == 1 else None
         workers = self.config.workers or min(_cores(), _MAX_WORKERS)
         embedder = Embedder(
@@ -183,7 +204,6 @@ class _Extraction:
             for volume in own_volumes(self.turn, len(self.source.volumes)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)
-        self._check(final=True)
         self.workspace.finish([receipt.name for receipt in self.receipts])
 
     def result(self, folder: Path) -> FeaturesResult:
@@ -251,43 +271,8 @@ class _Extraction:
         if not is_new:
             embedder.report("records", receipt.records)
             embedder.report("texts", receipt.texts_seen)
-        self._check()
-
-    def _check(self, *, final: bool = False) -> None:
-        """Raise if what was left out is more than the user allows."""
-        records = sum(receipt.records for receipt in self.receipts)
-        total = self.source.total if self.turn.count == 1 else None
-        if total is None and not final and records < _ENOUGH_RECORDS:
-            return
-        limit = self.config.max_failures
-        failed = sum(receipt.failed_records for receipt in self.receipts)
-        if failed > limit * (total or records):
-            self._refuse(f"{failed} of {records} records could not be used", limit)
-        texts = sum(receipt.texts_seen for receipt in self.receipts)
-        failed = sum(receipt.failed_texts for receipt in self.receipts)
-        if failed > limit * texts:
-            self._refuse(f"{failed} of {texts} texts could not be used", limit)
-        if not final:
-            return
-        left_out = sum(len(receipt.failures) for receipt in self.receipts)
-        if self.config.strict and left_out:
-            self._refuse(f"{left_out} inputs were left out, which --strict forbids", None)
-        if records and not any(receipt.images or receipt.texts for receipt in self.receipts):
-            self._refuse(f"0 of {records} records could be used", None)
-
-    def _refuse(self, problem: str, limit: float | None) -> None:
-        failures = [failure for receipt in self.receipts for failure in receipt.failures]
-        path = self.workspace.list_failures(failures)
-        examples = "; ".join(
-            f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} "
-            f"{failure.reason}"
-            for failure in failures[:_REASONS_SHOWN]
-        )
-        remedy = "repair what it lists and go on with --retry-failures"
-        if limit is not None:
-            problem += f", the share allowed is {limit:g}"
-            remedy += ", or with a higher --max-failures"
-        raise DataError(f"{problem}: {examples}; {path} has all of them: {remedy}")
+        if self.turn.count == 1:
+            _check(self.config, self.workspace, self.receipts, of=self.source.total)
 
     def _check_room(self) -> None:
         """Tell how large the feature set will be, and refuse if the disk is too small for it.
@@ -304,21 +289,75 @@ class _Extraction:
             f"{_readable(size)} {'an' if side is Modality.IMAGE else 'about, a'} {side}"
             for side, size in sizes.items()
         )
-        total = self.source.total
-        if total is None or Modality.IMAGE not in sizes:
+        images = self.source.total_images
+        if images is None or Modality.IMAGE not in sizes:
             logger.info("size on disk: %s", each)
             return
-        needed = total * sizes[Modality.IMAGE]
-        logger.info("size on disk: %s; up to %s of images", each, _readable(needed))
+        needed = images * sizes[Modality.IMAGE]
+        logger.info("size on disk: %s; %s in all for images", each, _readable(needed))
         folder = self.workspace.folder
         if is_remote(folder) or self.workspace.is_begun:
             return
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise OutputError(
-                f"{folder}: {total} records need {_readable(needed)}, {_readable(free)} are free; "
+                f"{folder}: {images} images need {_readable(needed)}, {_readable(free)} are free; "
                 "free some space, choose another --out, or store fewer tokens with --max-tokens"
             )
+
+
+def _check(
+    config: ExtractConfig, workspace: Workspace, receipts: list[Receipt], of: int | None = -1
+) -> None:
+    """Raise if what was left out is more than the user allows.
+
+    Args:
+        config: says what is allowed.
+        workspace: where the list of failures goes then.
+        receipts: of the parts so far.
+        of: records that there will be in all, None if that is not known; -1 if this is all.
+
+    Raises:
+        DataError: it is more.
+    """
+    is_all = of == -1
+    records = sum(receipt.records for receipt in receipts)
+    limit = config.max_failures
+    failed = sum(receipt.failed_records for receipt in receipts)
+    if (is_all or of or records >= _ENOUGH_RECORDS) and failed > limit * max(of or 0, records):
+        raise _refusal(
+            workspace, receipts, f"{failed} of {records} records could not be used", limit
+        )
+    texts = sum(receipt.texts_seen for receipt in receipts)
+    failed = sum(receipt.failed_texts for receipt in receipts)
+    if (is_all or texts >= _ENOUGH_RECORDS) and failed > limit * texts:
+        raise _refusal(workspace, receipts, f"{failed} of {texts} texts could not be used", limit)
+    if not is_all:
+        return
+    left_out = sum(len(receipt.failures) for receipt in receipts)
+    if config.strict and left_out:
+        problem = f"{left_out} inputs were left out, which --strict forbids"
+        raise _refusal(workspace, receipts, problem, None)
+    if not records:
+        raise DataError(f"{config.source}: holds nothing to embed")
+    if not any(receipt.images or receipt.texts for receipt in receipts):
+        raise _refusal(workspace, receipts, f"0 of {records} records could be used", None)
+
+
+def _refusal(
+    workspace: Workspace, receipts: list[Receipt], problem: str, limit: float | None
+) -> DataError:
+    failures = [failure for receipt in receipts for failure in receipt.failures]
+    path = workspace.list_failures(failures)
+    examples = "; ".join(
+        f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
+        for failure in failures[:_REASONS_SHOWN]
+    )
+    remedy = "repair what it lists and go on with --retry-failures"
+    if limit is not None:
+        problem += f", the share allowed is {limit:g}"
+        remedy += ", or with a higher --max-failures"
+    return DataError(f"{problem}: {examples}; {path} has all of them: {remedy}")
 
 
 def _row_bytes(encoder: ImageEncoder | TextEncoder, dtype: str) -> int:

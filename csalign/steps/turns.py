@@ -19,7 +19,13 @@ def turn_of(shard: str, environment: Mapping[str, str] = os.environ) -> Turn:
     """
     if shard == "auto":
         array, rank = _array_task(environment), _rank(environment)
-        return Turn(array.index * rank.count + rank.index, array.count * rank.count)
+        turn = Turn(array.index * rank.count + rank.index, array.count * rank.count)
+        if not 0 <= turn.index < turn.count:
+            raise ConfigError(
+                f"shard: the variables of SLURM or torchrun give {turn}, as in an array that is a "
+                "list; give --shard I/N"
+            )
+        return turn
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None:
         raise ConfigError(f"shard: must be I/N or auto (got {shard!r})")

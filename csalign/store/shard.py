@@ -107,9 +107,13 @@ class ShardWriter:
 
     def abort(self, error: BaseException) -> None:
         """Remove what was written, since the block around failed with `error`."""
-        if self._file is not None:
-            self._file.close()
-        self._arrival.__exit__(type(error), error, error.__traceback__)
+        try:
+            if self._file is not None:
+                self._file.close()
+        except (pa.ArrowException, OSError):
+            pass  # of a file that is thrown away
+        finally:
+            self._arrival.__exit__(type(error), error, error.__traceback__)
 
     def _embeddings(self, rows: Rows, ids: Sequence[str | None]) -> Array:
         expected = (len(ids), self._info.width)

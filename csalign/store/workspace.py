@@ -13,8 +13,9 @@ it, nor when. Once every process has said that it is done, the receipts become t
 import fcntl
 import json
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ from csalign.store.shard import Rows, ShardWriter
 RECEIPTS = "receipts"
 FINISHED = "finished"
 _CLAIM = "receipts.claim"
-_PATIENCE = 30.0  # seconds to wait for a process that only sets up or completes the folder
+_PATIENCE = 60.0  # seconds to wait for a process that only sets up or completes the folder
 
 D = TypeVar("D", bound="_Document")
 
@@ -54,9 +55,18 @@ class _Document(BaseModel):
 
 
 class Job(_Document):
-    """What decides every byte of the result, but for the order in which parts are made."""
+    """What decides every byte of the result, but for the order in which parts are made.
+
+    Attributes:
+        location: where the source lies.
+        source: its fingerprint.
+        part_rows: records a part.
+        dtype: "float16" or "float32".
+        encoders: what makes each side.
+    """
 
     format: str = "csalign-job"
+    location: str
     source: str
     part_rows: int
     dtype: str
@@ -149,6 +159,12 @@ class Workspace:
         self._out = out
         self._job = job
         self._turn = turn
+        self._token = uuid.uuid4().hex.encode()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether another process has completed it."""
+        return not (self.folder / files.JOB).exists()
 
     @property
     def is_begun(self) -> bool:
@@ -184,13 +200,17 @@ class Workspace:
         try:
             yield PartWriter(sides)
         except BaseException as error:
-            for writer in sides.values():
-                writer.abort(error)
+            with ExitStack() as aborts:  # each of them, whatever becomes of the others
+                for writer in sides.values():
+                    aborts.callback(writer.abort, error)
             raise
 
     def seal(self, part: PartWriter, receipt: Receipt) -> Receipt:
         """Let a part's files appear under their names, and its receipt after them."""
-        shards = {side.value + "s": writer.close() for side, writer in part.sides.items()}
+        shards = {side.plural: writer.close() for side, writer in part.sides.items()}
+        for side, shard in shards.items():
+            if shard is None:  # one that had rows once, made anew
+                (self.folder / side / f"{receipt.name}.parquet").unlink(missing_ok=True)
         update = {**shards, "pairs": part.pairs, "failures": part.failures}
         receipt = receipt.model_copy(update=update)
         _write(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
@@ -199,18 +219,41 @@ class Workspace:
     def finish(self, parts: list[str]) -> None:
         """Say that this process has done its parts, all of which have receipts."""
         turn = self._turn
-        document = _Finished(index=turn.index, count=turn.count, parts=parts)
-        _write(self.folder / FINISHED / f"{turn.index}-of-{turn.count}.json", document)
+        _write(self._mark, _Finished(index=turn.index, count=turn.count, parts=parts))
+
+    def begin(self) -> None:
+        """Take back that this process has done its parts, since it may do some of them anew."""
+        self._mark.unlink(missing_ok=True)
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / FINISHED / f"{self._turn.index}-of-{self._turn.count}.json"
 
     def claim(self) -> bool:
         """Whether this process may complete a folder in an object store: the first one may."""
         path = self.folder / _CLAIM
         try:
             # The one write that object stores refuse if the name is taken.
-            path.fs.pipe_file(path.path, str(self._turn).encode(), mode="create")  # type: ignore[attr-defined]
+            path.fs.pipe_file(path.path, self._token, mode="create")  # type: ignore[attr-defined]
         except FileExistsError:
-            return path.read_bytes() == str(self._turn).encode()
+            return False
         return True
+
+    def wait_until_complete(self) -> None:
+        """Wait for the process that completes the folder.
+
+        Raises:
+            OutputError: it does not come to an end.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while not (self.is_gone and (self._out / MANIFEST).exists()):
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"{self.folder}: another process was to complete it; if none does, complete it "
+                    f"with csalign inspect --merge {self._out}"
+                )
+            time.sleep(0.2)
+            _refresh(self.folder)
 
     def missing(self) -> list[Turn]:
         """The processes that are not done; empty once all of some number of them are."""
@@ -221,6 +264,21 @@ class Workspace:
         path = self.folder / FAILURES
         files.write_text(path, _lines(failures))
         return path
+
+    def receipts(self) -> list[Receipt]:
+        """The receipts of all parts, in the source's order, once nothing is missing.
+
+        Raises:
+            DataError: a part is not there, though a process said that it made it.
+        """
+        found = {name: self.receipt(name) for name in _parts(self.folder)}
+        lost = [name for name, receipt in found.items() if receipt is None]
+        if lost:
+            raise DataError(
+                f"{self.folder}: {lost[0]} is not whole ({len(lost)} such parts in all); copy it "
+                "again, or run csalign extract again to have it made"
+            )
+        return [receipt for receipt in found.values() if receipt is not None]
 
     def complete_and_publish(self) -> None:
         """Turn the parts into a whole feature set and give it its name; see `alone`.
@@ -233,15 +291,14 @@ class Workspace:
         self._publish()
 
     def _complete(self) -> None:
-        receipts = [
-            receipt for name in _parts(self.folder) if (receipt := self.receipt(name)) is not None
-        ]
+        receipts = self.receipts()
         shards = {
             side: [shard for receipt in receipts if (shard := receipt.side(side)) is not None]
             for side in Modality
         }
         for side in Modality:
             _check_ids(self.folder, side, shards[side])
+            _remove_others(self.folder / side.plural, shards[side])
         failures = [failure for receipt in receipts for failure in receipt.failures]
         files.write_text(self.folder / FAILURES, _lines(failures))
         manifest = Manifest(
@@ -297,9 +354,9 @@ def open_workspace(
     out = out.resolve()
     folder = files.partial_of(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / files.LOCK).open("a") as lock:
+    with (folder / files.LOCK).open("a+") as lock:
         _join(lock, folder, job, config, restart=restart)
-        with (folder / f"{files.LOCK}-{turn.index}-of-{turn.count}").open("a") as own:
+        with (folder / f"{files.LOCK}-{turn.index}-of-{turn.count}").open("a+") as own:
             if not _try_lock(own, fcntl.LOCK_EX):
                 raise OutputError(
                     f"{folder}: another process does shard {turn}; wait for it, or choose another "
@@ -316,11 +373,7 @@ def open_workspace(
 
 @contextmanager
 def alone(workspace: Workspace) -> Iterator[bool]:
-    """Wait until no other process works in the folder; False if one of them completes it.
-
-    Raises:
-        OutputError: another process still works there after a while.
-    """
+    """Wait until no other process works in the folder; False if one of them completes it."""
     if is_remote(workspace.folder):
         yield workspace.claim()
         return
@@ -328,8 +381,9 @@ def alone(workspace: Workspace) -> Iterator[bool]:
     if not path.exists():
         yield False
         return
-    with path.open("a") as lock:
-        _wait_for(lock, fcntl.LOCK_EX, workspace.folder)
+    with path.open("a+") as lock:
+        # All parts are there, so that who holds it is about to end or completes the folder.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield path.exists()
 
 
@@ -349,6 +403,8 @@ def merge_parts(out: Path) -> None:
     if job is None:
         raise DataError(f"{folder}: holds no parts of a feature set")
     workspace = Workspace(folder, out, job, Turn(0, 1))
+    if not is_remote(folder):
+        (folder / files.LOCK).touch()  # which copies may lack
     if not workspace.is_whole and (missing := workspace.missing()):
         listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
         raise DataError(
@@ -428,20 +484,13 @@ def _try_lock(lock: Any, kind: int) -> bool:
     return True
 
 
-def _wait_for(lock: Any, kind: int, folder: Path) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not _try_lock(lock, kind):
-        if time.monotonic() > deadline:
-            raise OutputError(
-                f"{folder}: all parts are there, but another process still works on them; complete "
-                "it with csalign inspect --merge when that is done"
-            )
-        time.sleep(0.05)
+def _refresh(folder: Path) -> None:
+    if is_remote(folder):
+        folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
 
 
 def _finished(folder: Path) -> list[_Finished]:
-    if is_remote(folder):
-        folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
+    _refresh(folder)
     marks = sorted((folder / FINISHED).glob("*.json")) if (folder / FINISHED).exists() else []
     return [_read(path, _Finished) for path in marks]
 
@@ -461,12 +510,20 @@ def _missing(finished: list[_Finished]) -> list[Turn]:
 def _parts(folder: Path) -> list[str]:
     """All parts in the source's order, once nothing is missing."""
     finished = _finished(folder)
-    whole = next(
-        mark.count
-        for mark in finished
-        if not _missing([other for other in finished if other.count == mark.count])
-    )
-    return sorted(name for mark in finished if mark.count == whole for name in mark.parts)
+    for count in {mark.count for mark in finished}:
+        marks = [mark for mark in finished if mark.count == count]
+        if not _missing(marks):
+            names = [name for mark in marks for name in mark.parts]
+            return sorted(names, key=lambda name: [int(part) for part in name.split("-")[1:]])
+    raise OutputError(f"{folder}: is gone or not whole; another process works on it")
+
+
+def _remove_others(folder: Path, shards: list[Shard]) -> None:
+    """Remove the files of killed processes, which other readers would take for parts."""
+    kept = {shard.path.rpartition("/")[2] for shard in shards}
+    for path in list(folder.iterdir()) if folder.exists() else []:
+        if path.name not in kept:
+            path.unlink()
 
 
 def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:

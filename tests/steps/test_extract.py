@@ -3,11 +3,13 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Timer
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import open_clip
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -21,6 +23,7 @@ from csalign.errors import ConfigError, DataError, EncoderError, OutputError, St
 from csalign.results import FeaturesResult
 from csalign.steps.extract import extract
 from csalign.store.reader import FeatureSet, batch_tokens
+from csalign.store.workspace import PartWriter
 
 MakeImages = Callable[..., Path]
 NAMES = [f"{letter}.png" for letter in "abcdefgh"]
@@ -459,7 +462,57 @@ def test_a_disk_too_small_is_refused_before_the_work(
     run: Callable[..., FeaturesResult], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
-    with pytest.raises(OutputError, match=r"9 records need 9.79 kB, 3 kB are free"):
+    with pytest.raises(OutputError, match=r"8 images need 8.7 kB, 3 kB are free"):
         run(tokens="image")
 
     assert run(tokens="image", max_tokens=4).images == 8
+
+
+def test_another_folder_with_the_same_names_does_not_go_on(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    run(shard="0/2", part_rows=2)
+    shutil.copytree(photos, photos.with_name("others"))
+    with pytest.raises(OutputError, match=f"begun with location {photos}, not {photos.parent}/"):
+        run(source=photos.with_name("others"), shard="1/2", part_rows=2)
+
+
+def test_the_share_of_failures_is_that_of_the_whole_however_it_is_shared_out(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    (photos / "a.png").write_bytes(b"")
+    first = run(shard="0/4", part_rows=2, max_failures=0.2)
+    assert not first.complete
+    for index in (1, 2):
+        run(shard=f"{index}/4", part_rows=2, max_failures=0.1)
+    with pytest.raises(DataError, match="1 of 9 records could not be used, the share allowed"):
+        run(shard="3/4", part_rows=2, max_failures=0.1)
+
+    assert run(shard="1/4", part_rows=2, max_failures=0.2).images == 7
+
+
+def test_a_source_of_nothing_is_refused(run: Callable[..., FeaturesResult], tmp_path: Path) -> None:
+    pd.DataFrame({"image": [], "caption": []}).astype(str).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty\.parquet: "):
+        run(source=tmp_path / "empty.parquet")
+
+
+def test_an_error_in_mid_air_waits_for_what_is_being_written(
+    run: Callable[..., FeaturesResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stopped = Event(), Event()
+    write = PartWriter.write
+
+    def slow(self: Any, modality: Modality, rows: Any) -> None:
+        begun.set()
+        stopped.wait(5)
+        write(self, modality, rows)
+
+    def stop(what: str, done: int, total: int | None) -> None:
+        if what == "records" and begun.wait(5):
+            Timer(0.2, stopped.set).start()
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(PartWriter, "write", slow)
+    with pytest.raises(Stopped):
+        run(progress=lambda *told: stop(*told) if told[1] > 3 else None)

@@ -24,11 +24,21 @@ def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
 
 @pytest.mark.parametrize(
     ("shard", "message"),
-    [("4/4", "counted from 0, 0/4 to 3/4"), ("1", "must be I/N"), ("-1/2", "must be I/N")],
+    [
+        ("4/4", "counted from 0, 0/4 to 3/4"),
+        ("1", "must be I/N"),
+        ("-1/2", "must be I/N"),
+    ],
 )
 def test_a_shard_that_does_not_exist_is_refused(shard: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         turn_of(shard)
+
+
+def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
+    array = ARRAY | {"SLURM_ARRAY_TASK_ID": "15", "SLURM_ARRAY_TASK_STEP": "1"}
+    with pytest.raises(ConfigError, match="give --shard I/N"):
+        turn_of("auto", array)
 
 
 @pytest.mark.parametrize("volumes", [1, 2, 3, 4, 7])

@@ -24,6 +24,7 @@ from csalign.store.workspace import (
 )
 
 JOB = Job(
+    location="photos",
     source="0" * 64,
     part_rows=3,
     dtype="float32",
@@ -217,4 +218,100 @@ def test_in_an_object_store_the_first_of_two_completes(bucket: Path) -> None:
     with alone(workspaces[1]) as mine, alone(workspaces[0]) as yours:
         assert mine
         assert not yours
-    complete(workspaces[1])
+        workspaces[1].complete_and_publish()
+    workspaces[0].wait_until_complete()
+    with pytest.raises(OutputError, match="is gone"):
+        workspaces[0].complete_and_publish()
+
+    FeatureSet.open(out).verify()
+
+
+def test_parts_that_were_copied_in_part_are_named_and_nothing_is_lost(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        for name in ("part-00000", "part-00001"):
+            write_part(workspace, name)
+        workspace.finish(["part-00000", "part-00001"])
+    (workspace.folder / "texts" / "part-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-00001 is not whole \(1 such parts in all\)"):
+        merge_parts(out)
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00001")
+    merge_parts(out)
+
+    assert FeatureSet.open(out).manifest.counts.images == 6
+
+
+def test_parts_without_a_lock_beside_them_are_merged_too(tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+    for lock in workspace.folder.glob(f"{files.LOCK}*"):
+        lock.unlink()
+    merge_parts(out)
+
+    assert FeatureSet.open(out).manifest.counts.images == 3
+
+
+def test_a_part_made_anew_may_lose_a_side(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        with workspace.part("part-00000") as part:
+            part.write(Modality.TEXT, Rows({"id": ["a"], "image_id": [None]}, np.ones((1, 2))))
+            workspace.seal(part, Receipt(name="part-00000", volume_records=6, records=3))
+        workspace.finish(["part-00000"])
+    complete(workspace)
+
+    assert FeatureSet.open(out).manifest.counts.images == 0
+
+
+def test_two_processes_that_make_the_same_part_at_once_do_not_harm_each_other(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "features"
+    with (
+        open_workspace(out, JOB, Turn(1, 2), config="") as one,
+        open_workspace(out, JOB, ONE, config="") as other,
+        one.part("part-00000") as slow,
+    ):
+        slow.write(Modality.IMAGE, Rows({"id": ["x"]}, np.ones((1, 4))))
+        write_part(other, "part-00000")
+        one.seal(slow, Receipt(name="part-00000", volume_records=6, records=3))
+        other.finish(["part-00000"])
+        receipt = other.receipt("part-00000")
+    complete(other)
+
+    assert receipt is not None
+    FeatureSet.open(out).verify()
+
+
+def test_a_publication_that_died_half_way_goes_on(bucket: Path) -> None:
+    out = bucket / "features"
+    for _ in range(2):  # into nothing, and over an older set
+        with open_workspace(out, JOB, ONE, config="") as workspace:
+            write_part(workspace, "part-00000")
+            workspace.finish(["part-00000"])
+        (out / files.JOB).write_bytes(b"")
+        (out / "manifest.json").unlink(missing_ok=True)
+        (out / "config.toml").write_bytes(b"")
+        files.check_output(out, overwrite=False)
+        complete(workspace)
+        FeatureSet.open(out).verify()
+
+
+def test_a_bucket_and_what_is_not_ours_are_left_alone(bucket: Path) -> None:
+    with pytest.raises(OutputError, match="is a whole bucket"):
+        files.check_output(bucket, overwrite=True)
+    (bucket / "features.partial" / "thesis.tex").write_bytes(b"x")
+    with pytest.raises(OutputError, match="csalign did not make it"):
+        files.check_output(bucket / "features", overwrite=True)
+
+
+def test_parts_stay_in_order_beyond_five_digits(tmp_path: Path) -> None:
+    names = ["part-99999", "part-100000"]
+    with open_workspace(tmp_path / "features", JOB, ONE, config="") as workspace:
+        for name in names:
+            write_part(workspace, name, prefix=name)
+        workspace.finish(names[::-1])
+
+        assert [receipt.name for receipt in workspace.receipts()] == names
