@@ -1,13 +1,14 @@
-"""The closed-form start: regularised canonical correlation analysis, with weights.
+"""Closed-form starts: regularised canonical correlation analysis, and simpler maps, with weights.
 
 CCA as CSA uses it (arXiv 2410.07610): whiten each side, take the singular vectors of the whitened
-cross-covariance, weigh each direction by a power of its correlation. Weights on the pairs make a
-caption that a thousand images share count once. One pass over the pairs gives the moments; every
-ridge and power is then a small problem of the widths alone.
+cross-covariance, weigh each direction by a power of its correlation. Orthogonal Procrustes turns
+one side onto the other, ridge regression predicts a side that stays as it is. Weights on the pairs
+make a caption that a thousand images share count once. One pass over the pairs gives the moments;
+every closed form is then a small problem of the widths alone.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.model import to_tensor, unit_inputs
+from csalign.adapters.inputs import to_tensor, unit_inputs
+from csalign.enums import Modality
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -26,7 +28,7 @@ CHUNK_ROWS = 8_192
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A linear map for each side into one space: z = weight (u - mean).
+    """A linear map for each side into one space: z = weight (u - mean) + bias.
 
     Attributes:
         name: which closed form and its settings, for people.
@@ -34,6 +36,8 @@ class ClosedForm:
         image_weight: (k, d) float32.
         text_mean: (e,) float32.
         text_weight: (k, e) float32.
+        image_bias: (k,) float32; None for 0.
+        text_bias: likewise.
     """
 
     name: str
@@ -41,6 +45,8 @@ class ClosedForm:
     image_weight: Tensor
     text_mean: Tensor
     text_weight: Tensor
+    image_bias: Tensor | None = None
+    text_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,19 +139,88 @@ class PairMoments:
                 _unit_energy(map_y * emphasis, self.cov_yy),
             )
 
-    def centred(self) -> ClosedForm:
+    def centred(self, to: Modality | None = None) -> ClosedForm:
         """Each side minus its own mean, for encoders that already share a space.
 
         Subtracting the means takes the centroid gap away and leaves the rest as it was.
+
+        Args:
+            to: a side to leave where it is; the other is then moved onto its mean.
         """
         identity = torch.eye(len(self.mean_x))
+        if to is not None:
+            return self._onto(to, f"features moved onto the {to} mean", identity)
         return ClosedForm(
             "centred features", self.mean_x.float(), identity, self.mean_y.float(), identity
         )
 
+    def ridge(self, to: Modality, ridge: float, *, centre: bool = False) -> ClosedForm:
+        """Ridge regression of one side's unit rows on the other's, for a side that keeps its space.
+
+        The map minimises the weighted mean squared error plus the ridge times its squared norm.
+
+        Args:
+            to: the side to predict, whose map is the identity.
+            ridge: > 0, relative to the mean eigenvalue of the other side's covariance.
+            centre: whether to centre the side `to` as well. Otherwise it stays where it is, as a
+                frozen side must, and the map has a bias to get there.
+        """
+        values_x, vectors_x, values_y, vectors_y, _ = self._eigen
+        if to is Modality.TEXT:
+            values, vectors, cross = values_x, vectors_x, self.cov_xy
+        else:
+            values, vectors, cross = values_y, vectors_y, self.cov_xy.T
+        scale = values + ridge * values.mean() + TINY
+        weight = ((vectors / scale) @ (vectors.T @ cross)).T.float().contiguous()
+        form = self._onto(to, f"ridge regression to the {to} side (ridge {ridge:g})", weight)
+        if not centre:
+            return form
+        x, y = self.mean_x.float(), self.mean_y.float()
+        return replace(form, image_mean=x, text_mean=y, image_bias=None, text_bias=None)
+
+    def procrustes(self, width: int | None = None) -> ClosedForm:
+        """Orthogonal Procrustes: the rotation or reflection that takes one side nearest the other.
+
+        Both sides are centred. The narrower one (the texts', if they are alike) keeps its axes;
+        the wider one is first reduced to its principal components.
+
+        Args:
+            width: components to keep of both, at most min(d, e), which is the default.
+        """
+        _, vectors_x, _, vectors_y, _ = self._eigen  # in ascending order of their eigenvalues
+        d, e = len(self.mean_x), len(self.mean_y)
+        k = min(d, e) if width is None else width
+        axes_x = _eye(d) if d == k else vectors_x[:, -k:].flip(1)
+        axes_y = _eye(e) if e == k else vectors_y[:, -k:].flip(1)
+        left, _, right = torch.linalg.svd(axes_x.T @ self.cov_xy @ axes_y)
+        if d < e:
+            axes_y = axes_y @ right.T @ left.T
+        else:
+            axes_x = axes_x @ left @ right
+        return ClosedForm(
+            "orthogonal Procrustes",
+            self.mean_x.float(),
+            axes_x.T.float().contiguous(),
+            self.mean_y.float(),
+            axes_y.T.float().contiguous(),
+        )
+
+    def _onto(self, to: Modality, name: str, weight: Tensor) -> ClosedForm:
+        """The side `to` as it is, the other mapped with its mean onto that side's mean."""
+        x, y = self.mean_x.float(), self.mean_y.float()
+        if to is Modality.TEXT:
+            eye = torch.eye(len(y))
+            return ClosedForm(name, x, weight, torch.zeros_like(y), eye, image_bias=y)
+        eye = torch.eye(len(x))
+        return ClosedForm(name, torch.zeros_like(x), eye, y, weight, text_bias=x)
+
 
 CPU = torch.device("cpu")
 TINY = 1e-12  # keeps constant features, whose variance is 0, from dividing by zero
+
+
+def _eye(n: int) -> Tensor:
+    return torch.eye(n, dtype=torch.float64)
 
 
 def _chunks(n: int) -> Iterator[slice]:

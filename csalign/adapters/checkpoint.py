@@ -1,6 +1,7 @@
 """Adapters on disk: weights in safetensors, everything else in ``adapter.json``."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -10,9 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csalign import __version__, files
-from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.kinds import KINDS
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.enums import Modality
-from csalign.errors import DataError, OutputError, SchemaError
+from csalign.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -65,7 +68,11 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
         adapter: both sides.
         info: what to say of them.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _state(adapter).items()}
+    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in _state(adapter).items()
+    }
     temporary = folder / f".{WEIGHTS}.tmp"
     try:
         save_file(tensors, temporary)
@@ -77,27 +84,32 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
 
 
-def load_adapter(folder: Path | str) -> Adapter:
+def load_adapter(folder: Path | str, *, allow: Collection[str] = ()) -> Adapter:
     """Load a trained adapter.
 
     Args:
         folder: a run folder, or a checkpoint in it.
+        allow: kinds ``package.module:Class`` that may be imported if the run names them, since
+            that runs their code; kinds of installed entry points need not be here.
 
     Returns:
         The adapter in evaluation mode, on the CPU.
 
     Raises:
         DataError: there is no adapter at `folder`.
-        SchemaError: its files are damaged, do not agree, or are of another format version.
+        SchemaError: its files are damaged, do not agree, are of another format version, or name
+            a kind that is not installed or not allowed.
     """
-    return load_adapter_with_info(Path(folder))[0]
+    return load_adapter_with_info(Path(folder), allow=allow)[0]
 
 
-def load_adapter_with_info(folder: Path) -> tuple[Adapter, AdapterInfo]:
+def load_adapter_with_info(
+    folder: Path, *, allow: Collection[str] = ()
+) -> tuple[Adapter, AdapterInfo]:
     """Like `load_adapter`, with the description beside it."""
     info = read_info(folder)
     path = folder / WEIGHTS
-    adapter = Adapter(info.adapters)
+    adapter = _empty(info, folder / DESCRIPTION, allow)
     expected = _state(adapter)
     try:
         tensors = load_file(path)
@@ -113,8 +125,23 @@ def load_adapter_with_info(folder: Path) -> tuple[Adapter, AdapterInfo]:
             f"{path}: the content does not agree with the checksum in {DESCRIPTION}: the weights "
             "were changed or are damaged; train again"
         )
+    if adapter.image.mean.is_meta:
+        adapter.to_empty(device="cpu")
     adapter.load_state_dict(tensors)
     return adapter.eval(), info
+
+
+def _empty(info: AdapterInfo, path: Path, allow: Collection[str]) -> Adapter:
+    """The described adapter, without memory for weights where the kinds are csalign's own.
+
+    So what a damaged description asks for is compared with the weights file before it is taken.
+    """
+    own = all(shape.kind in KINDS for shape in info.adapters.values())
+    try:
+        with torch.device("meta" if own else "cpu"):
+            return Adapter(info.adapters, allow=allow)
+    except (ConfigError, ShapeError) as error:
+        raise SchemaError(f"{path}: {error}") from None
 
 
 def read_info(folder: Path) -> AdapterInfo:

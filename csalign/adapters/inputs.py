@@ -1,0 +1,25 @@
+"""Embeddings as adapters take them in."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Array = npt.NDArray[Any]
+
+
+def unit_inputs(x: Tensor, *, signed_sqrt: bool) -> Tensor:
+    """Rows as the linear path sees them before centring: (..., d) float32, norm 1."""
+    x = x.float()
+    if signed_sqrt:
+        x = x.sign() * x.abs().sqrt()
+    return normalize(x, dim=-1)
+
+
+def to_tensor(values: Array, device: torch.device) -> Tensor:
+    """A float32 tensor on a device; the cast from float16 happens there."""
+    # A read-only array (Arrow's memory) must be copied before torch may share it.
+    return torch.from_numpy(np.array(values)).to(device).float()
