@@ -275,9 +275,14 @@ class TrainConfig(OutputConfig):
         description="Split to validate on (default: val if there is one, else a tenth of the "
         "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
     )
-    adapter: Literal["linear", "mlp"] = Field(
-        "mlp", description="linear, or mlp: the same plus a residual MLP."
+    adapter: str = Field(
+        "mlp",
+        description="Kind of both sides: linear; mlp or glu, the same plus a residual; low-rank, "
+        "near the identity; identity, frozen; transformer, over tokens; or your own, "
+        "PACKAGE.MODULE:CLASS.",
     )
+    image_adapter: str | None = Field(None, description="Kind of the image side, if another.")
+    text_adapter: str | None = Field(None, description="Kind of the text side, if another.")
     init: Literal["canonical", "random"] = Field(
         "canonical", description="Start from the closed form, or from random weights."
     )
@@ -287,9 +292,11 @@ class TrainConfig(OutputConfig):
         description="Width of the shared space (default: at most 256, or the encoders' own where "
         "they share one and its centred features do best).",
     )
-    hidden: Count = Field(1024, description="Hidden width of the residual MLP.")
+    hidden: Count = Field(1024, description="Hidden width of mlp, glu and transformer.")
+    rank: Count = Field(8, description="Rank of the change that low-rank makes.")
+    layers: Count = Field(2, description="Blocks of transformer.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.3, description="Dropout in the residual MLP."
+        0.3, description="Dropout in what is added to the linear map."
     )
     noise: NotNegative = Field(
         0.5, description="Norm of the Gaussian noise on the unit training inputs."
@@ -338,6 +345,9 @@ class ApplyConfig(OutputConfig):
 
     features: Location = Field(description="Feature set to align.")
     adapter: Path = Field(description="Run folder that holds the trained adapter.")
+    allow_adapter: str | None = Field(
+        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+    )
     format: Literal["parquet", "npy", "clip-retrieval"] = Field(
         "parquet",
         description="A feature set; .npy arrays with .csv tables; or the folder that "
@@ -354,6 +364,9 @@ class EvalConfig(Config):
     features: Location = Field(description="Feature set to evaluate on.")
     adapter: Path | None = Field(
         None, description="Run folder; without it the features are evaluated as they are."
+    )
+    allow_adapter: str | None = Field(
+        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
     )
     split: str | None = Field(
         None,

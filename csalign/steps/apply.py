@@ -42,7 +42,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     files.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
     features = FeatureSet.open(config.features)
     features.verify()
-    adapter, info = load_adapter_for(features, config.adapter, config.device)
+    adapter, info = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
     sides = [side for side in Modality if features.table(side).made_by is not None]
     total = len(features.images) + len(features.texts)
     done = 0

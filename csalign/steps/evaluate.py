@@ -88,7 +88,7 @@ def _aligned(
         check_same_width(rows)
         images, texts = (unit_rows(values, ids, name) for _, values, ids, name in sides)
         return images, texts
-    adapter, info = load_adapter_for(features, config.adapter, config.device)
+    adapter, info = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
     _warn_of_trained_rows(features, info, split)
     for _, values, ids, name in sides:
         check_directions(values, ids, name)

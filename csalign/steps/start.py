@@ -1,12 +1,16 @@
 """Where training starts: the best closed form on validation, or random weights."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
+from csalign.adapters.kinds import find_kind, shared_width
 from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.side import SideAdapter
 from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.errors import ConfigError
@@ -16,11 +20,18 @@ from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
 
-MAX_WIDTH = 256
 RIDGES = (0.3, 1.0, 3.0, 10.0)
 POWERS = (0.5, 1.0)
 # Without a validation set there is nothing to choose by; these did well on every corpus tried.
 SAFE_RIDGE, SAFE_POWER = 1.0, 1.0
+
+
+def kinds_of(config: TrainConfig) -> dict[Modality, str]:
+    """The kind of adapter that each side is to have."""
+    return {
+        Modality.IMAGE: config.image_adapter or config.adapter,
+        Modality.TEXT: config.text_adapter or config.adapter,
+    }
 
 
 def closed_form_start(
@@ -28,94 +39,160 @@ def closed_form_start(
 ) -> tuple[Adapter, str]:
     """Build adapters at the closed form that does best on validation.
 
-    Candidates are CCA over a grid of ridges and powers and, where the encoders share a width
+    Which closed forms there are depends on what the two kinds can hold. Two kinds with a linear
+    path choose among CCA over a grid of ridges and powers and, where the encoders share a width
     already, the centred features themselves: aligned encoders such as CLIP's can only lose by a
-    map fitted on few pairs.
+    map fitted on few pairs. Beside a side that keeps its space the other is regressed onto it.
 
     Args:
         rows: training rows.
         sampler: gives their pairs and weights.
         val: held-out rows, or None.
-        config: adapter kind and widths.
+        config: adapter kinds and widths.
 
     Returns:
-        The adapters and the winner's name.
+        The adapters and the winner's name; random ones where the kinds can hold no closed form.
     """
+    space = _Space(rows, sampler, config)
     if val is None:
-        form, roots = next(_candidates(rows, sampler, config, (SAFE_RIDGE,), (SAFE_POWER,)))
-        return _adapter_at(form, config, roots), form.name
+        first = next(space.candidates((SAFE_RIDGE,), (SAFE_POWER,)), None)
+        return random_start(rows, config) if first is None else (space.at(*first), first[0].name)
     best: tuple[Adapter, str] | None = None
     best_score: Score | None = None
-    for form, roots in _candidates(rows, sampler, config, RIDGES, POWERS):
-        adapter = _adapter_at(form, config, roots)
+    for form, roots in space.candidates(RIDGES, POWERS):
+        adapter = space.at(form, roots)
         score = validate(adapter, val)
         log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
         if score.better_than(best_score):
             best, best_score = (adapter, form.name), score
-    assert best is not None
-    return best
+    return best or random_start(rows, config)
 
 
 def random_start(rows: PairedRows, config: TrainConfig) -> tuple[Adapter, str]:
     """Build adapters with random weights, seeded."""
-    widths = rows.images.shape[1], rows.texts.shape[1]
-    width = config.width or min(MAX_WIDTH, *widths)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Adapter(_shapes(config, widths, width, (False, False))), "random"
+    return _build(rows, config, None, (False, False)), "random"
 
 
-def _candidates(
-    rows: PairedRows,
-    sampler: PairSampler,
-    config: TrainConfig,
-    ridges: tuple[float, ...],
-    powers: tuple[float, ...],
-) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
-    """Closed forms, the safest first, and whether the square root is taken of images and texts."""
-    widths = rows.images.shape[1], rows.texts.shape[1]
-    pairs, weights = sampler.weighted_pairs()
-    roots = (is_non_negative(rows.images), is_non_negative(rows.texts))
-    moments = PairMoments.of(rows.images, rows.texts, pairs, weights, roots)
-    if widths[0] == widths[1] and config.width in (None, widths[0]):
-        plain = (False, False)
-        if roots == plain:
-            yield moments.centred(), plain
-        else:
-            yield PairMoments.of(rows.images, rows.texts, pairs, weights, plain).centred(), plain
-    width = config.width or min(MAX_WIDTH, *widths)
-    if width > min(widths):
-        raise ConfigError(
-            f"width: {width} is more than the narrower encoder's {min(widths)}, which the closed "
-            "form cannot give; lower it, or use --init random"
-        )
-    for ridge in ridges:
-        for form in moments.cca(ridge=ridge, powers=powers, width=width):
-            yield form, roots
+def _build(
+    rows: PairedRows, config: TrainConfig, width: int | None, roots: tuple[bool, bool]
+) -> Adapter:
+    """Adapters with random weights.
 
-
-def _adapter_at(form: ClosedForm, config: TrainConfig, roots: tuple[bool, bool]) -> Adapter:
-    width, image_width = form.image_weight.shape
-    shapes = _shapes(config, (image_width, form.text_weight.shape[1]), width, roots)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        adapter = Adapter(shapes)
-    adapter.image.start_from(form.image_mean, form.image_weight)
-    adapter.text.start_from(form.text_mean, form.text_weight)
-    return adapter
-
-
-def _shapes(
-    config: TrainConfig, widths: tuple[int, int], width: int, roots: tuple[bool, bool]
-) -> dict[Modality, SideShape]:
-    return {
+    Args:
+        rows: for the encoders' widths.
+        config: everything else.
+        width: of the shared space; None for what the kinds and the config say.
+        roots: whether the square root is taken of images and texts.
+    """
+    kinds = kinds_of(config)
+    widths = _widths(rows)
+    allow = set(kinds.values())  # the user named them
+    if width is None:
+        width = shared_width(kinds, widths, config.width, allow=allow)
+    shapes = {
         side: SideShape(
-            kind=config.adapter,
-            input_width=input_width,
+            kind=kinds[side],
+            input_width=widths[side],
             width=width,
             hidden=config.hidden,
             dropout=config.dropout,
             signed_sqrt=root,
+            rank=config.rank,
+            layers=config.layers,
         )
-        for side, input_width, root in zip(Modality, widths, roots, strict=True)
+        for side, root in zip(Modality, roots, strict=True)
     }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Adapter(shapes, allow=allow)
+
+
+def _widths(rows: PairedRows) -> dict[Modality, int]:
+    return {Modality.IMAGE: rows.images.shape[1], Modality.TEXT: rows.texts.shape[1]}
+
+
+@dataclass(frozen=True)
+class _Space:
+    """The closed forms that two kinds of adapters can start from."""
+
+    rows: PairedRows
+    sampler: PairSampler
+    config: TrainConfig
+
+    def at(self, form: ClosedForm, roots: tuple[bool, bool]) -> Adapter:
+        """Adapters at a closed form."""
+        adapter = _build(self.rows, self.config, len(form.image_weight), roots)
+        adapter.start_from(form)
+        return adapter
+
+    def candidates(
+        self, ridges: tuple[float, ...], powers: tuple[float, ...]
+    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
+        """Closed forms, the safest first, and whether the square root is taken of each side."""
+        kept = [side for side, kind in self._classes.items() if kind.keeps_width]
+        free = [side for side, kind in self._classes.items() if kind.accepts_closed_form]
+        if len(kept) + len(free) < len(Modality):
+            return
+        width = shared_width(
+            kinds_of(self.config), _widths(self.rows), self.config.width, allow=self._allow
+        )
+        if len(free) == len(Modality):
+            yield from self._mapped(ridges, powers, width)
+        elif not free:
+            frozen = [side for side in kept if kinds_of(self.config)[side] == "identity"]
+            yield self._moments((False, False)).centred(*frozen), (False, False)
+        else:
+            yield from self._regressed(kept[0], ridges)
+
+    def _mapped(
+        self, ridges: tuple[float, ...], powers: tuple[float, ...], width: int
+    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
+        """For two kinds that can be any linear map."""
+        widths = _widths(self.rows)
+        plain = (False, False)
+        alike = len(set(widths.values())) == 1
+        if alike and self.config.width in (None, widths[Modality.IMAGE]):
+            yield self._moments(plain).centred(), plain
+        if width > min(widths.values()):
+            raise ConfigError(
+                f"width: {width} is more than the narrower encoder's {min(widths.values())}, which "
+                "the closed form cannot give; lower it, or use --init random"
+            )
+        for ridge in ridges:
+            for form in self._moments(self._roots).cca(ridge=ridge, powers=powers, width=width):
+                yield form, self._roots
+
+    def _regressed(
+        self, to: Modality, ridges: tuple[float, ...]
+    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
+        """For a side that keeps its space beside one that can be any linear map."""
+        image_root, text_root = self._roots
+        roots = (image_root and to is not Modality.IMAGE, text_root and to is not Modality.TEXT)
+        is_frozen = kinds_of(self.config)[to] == "identity"
+        for ridge in ridges:
+            yield self._moments(roots).ridge(to, ridge, centre=not is_frozen), roots
+
+    @cached_property
+    def _classes(self) -> Mapping[Modality, type[SideAdapter]]:
+        return {
+            side: find_kind(kind, allow=self._allow) for side, kind in kinds_of(self.config).items()
+        }
+
+    @property
+    def _allow(self) -> set[str]:
+        return set(kinds_of(self.config).values())
+
+    @cached_property
+    def _roots(self) -> tuple[bool, bool]:
+        return is_non_negative(self.rows.images), is_non_negative(self.rows.texts)
+
+    @cached_property
+    def _known(self) -> dict[tuple[bool, bool], PairMoments]:
+        return {}
+
+    def _moments(self, roots: tuple[bool, bool]) -> PairMoments:
+        if roots not in self._known:
+            pairs, weights = self.sampler.weighted_pairs()
+            images, texts = self.rows.images, self.rows.texts
+            self._known[roots] = PairMoments.of(images, texts, pairs, weights, roots)
+        return self._known[roots]

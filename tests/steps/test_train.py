@@ -10,7 +10,14 @@ import torch
 
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.config import EvalConfig, ImportConfig, TrainConfig
-from csalign.errors import ConfigError, DataError, OutputError, TrainingError
+from csalign.errors import (
+    ConfigError,
+    DataError,
+    OutputError,
+    SchemaError,
+    ShapeError,
+    TrainingError,
+)
 from csalign.results import TrainResult
 from csalign.steps.evaluate import evaluate
 from csalign.steps.import_arrays import import_arrays
@@ -365,3 +372,63 @@ def test_a_failed_replacement_leaves_the_old_run(features: Path, tmp_path: Path)
     with pytest.raises(TrainingError):
         run(features, tmp_path / "run", overwrite=True, **EXPLODES)
     assert (tmp_path / "run/adapter.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "start"),
+    [
+        ("glu", "glu", "CCA"),
+        ("transformer", "linear", "CCA"),
+        ("mlp", "identity", "ridge regression to the text side"),
+        ("identity", "glu", "ridge regression to the image side"),
+        ("mlp", "low-rank", "ridge regression to the text side"),
+    ],
+)
+def test_each_kind_of_adapter_starts_from_a_closed_form_and_comes_back_the_same(
+    features: Path, tmp_path: Path, image: str, text: str, start: str
+) -> None:
+    result = run(features, tmp_path / "run", image_adapter=image, text_adapter=text)
+    closed = run(features, tmp_path / "closed", image_adapter=image, text_adapter=text, steps=0)
+
+    assert start in result.start
+    assert recall(features, tmp_path / "run") >= 0.9 * recall(features, tmp_path / "closed") > 0.3
+    kinds = {side.value: shape.kind for side, shape in read_info(tmp_path / "run").adapters.items()}
+    assert kinds == {"image": image, "text": text}
+    assert closed.parameters["text"] == 0 or text != "identity"
+
+
+def test_sides_that_cannot_share_a_space_are_refused_before_training(
+    features: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ShapeError, match="keep each encoder's width"):
+        run(features, tmp_path / "run", adapter="low-rank")
+    with pytest.raises(ConfigError, match="identity on both sides leaves nothing to train"):
+        run(features, tmp_path / "run", adapter="identity")
+    with pytest.raises(ConfigError, match="no such kind of adapter; there are linear, mlp"):
+        run(features, tmp_path / "run", adapter="lienar")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_ones_own_is_imported_only_where_it_is_named(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from csalign.adapters.side import SideAdapter\n"
+        "class Mine(SideAdapter):\n"
+        "    def __init__(self, shape):\n"
+        "        super().__init__(shape)\n"
+        "        self.map = nn.Linear(shape.input_width, shape.width)\n"
+        "    def forward(self, x, noise=0.0):\n"
+        "        return self.map(self.inputs(x, noise))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run(features, tmp_path / "run", text_adapter="mine:Mine")
+
+    assert result.start == "random"
+    with pytest.raises(SchemaError, match="mine:Mine"):
+        evaluate(EvalConfig(features=features, adapter=tmp_path / "run"))
+    document = evaluate(
+        EvalConfig(features=features, adapter=tmp_path / "run", allow_adapter="mine:Mine")
+    )
+    assert document["retrieval"]["mean_recall"] > 0
