@@ -13,7 +13,8 @@ from rich.table import Column, Table
 from csalign.results import FeaturesResult, TrainResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
-PIPED_WIDTH = 140
+PIPED_WIDTH = 160
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def print_json(result: Any) -> None:
@@ -61,9 +62,9 @@ def eval_tables(document: dict[str, Any]) -> None:
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
         f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     )
-    retrieval = document["retrieval"]
+    retrieval, intervals = document["retrieval"], document["intervals"]
     table = _figures("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
-    for name in ("image_to_text", "text_to_image"):
+    for name in DIRECTIONS:
         row = retrieval[name]
         table.add_row(
             name.replace("_", " "),
@@ -72,30 +73,58 @@ def eval_tables(document: dict[str, Any]) -> None:
             f"{row['mrr']:.4f}",
             f"{row['map']:.4f}",
         )
+        if intervals:
+            around = intervals[name]
+            table.add_row(
+                "95 %",
+                *(_range(around[f"R@{k}"], scale=100) for k in (1, 5, 10)),
+                _range(around["median_rank"], digits=1),
+                *(_range(around[figure], digits=4) for figure in ("mrr", "map")),
+                style="dim",
+            )
     _print_table(table)
     gap = document["gap"]
-    flat = [("mean recall", _percent(retrieval["mean_recall"]))]
+    whole = intervals.get("mean_recall")
+    flat = [("mean recall", _percent(retrieval["mean_recall"]) + _beside(whole, scale=100))]
     for name, value in gap.items():
         label = name.replace("_", " ")
         if isinstance(value, dict):
             flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in value.items()]
         else:
-            flat.append((label, f"{value:.4f}"))
+            flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
     _print_rows("modality gap", flat)
 
 
 def compare_table(document: dict[str, Any]) -> None:
-    """The document of ``csalign compare``, a row an evaluation."""
-    titles = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
-    table = _figures("", *titles)
-    for row in document["evaluations"]:
-        name, _, *figures = row.values()
+    """The document of ``csalign compare``, a row a system."""
+    rows = document["evaluations"]
+    costs = {"parameters": ",.0f", "seconds": ",.1f"}
+    costs = {cost: kind for cost, kind in costs.items() if any(row[cost] for row in rows)}
+    titles = ("i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet", *costs)
+    table = Table(
+        Column(overflow="fold"),
+        Column("mean recall", justify="right"),
+        Column("difference", justify="right"),
+        Column("", overflow="fold"),
+        *(Column(title, justify="right", no_wrap=True) for title in titles),
+        box=SIMPLE,
+    )
+    for row in rows:
+        interval = row["intervals"].get("mean_recall")
+        difference = row["difference"].get("mean_recall")
         table.add_row(
-            escape(name),
-            *(_percent(share) for share in figures[:3]),
-            *(f"{figure:.4f}" for figure in figures[3:]),
+            escape(row["name"]),
+            _percent(row["mean_recall"]) + _beside(interval, scale=100),
+            _signed(difference) if difference else "",
+            row["verdict"],
+            *(_percent(row[f"{direction}_R@1"]) for direction in DIRECTIONS),
+            *(f"{row[gap]:.4f}" for gap in ("centroid_distance", "rmg", "cs_divergence")),
+            f"{row['frechet']:.4f}",
+            *("" if row[cost] is None else format(row[cost], costs[cost]) for cost in costs),
         )
     _print_table(table)
+    if any(row["intervals"] for row in rows):
+        _print("[..., ...]: 95 % bootstrap intervals over images; differences are paired")
 
 
 def inspect_table(document: dict[str, Any]) -> None:
@@ -124,6 +153,20 @@ def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _beside(interval: list[float] | None, *, scale: float = 1, digits: int = 2) -> str:
+    """An interval to stand behind its figure; nothing where there is none."""
+    return "" if interval is None else f" {_range(interval, scale=scale, digits=digits)}"
+
+
+def _range(interval: list[float], *, scale: float = 1, digits: int = 2) -> str:
+    return "[" + ", ".join(f"{scale * end:.{digits}f}" for end in interval) + "]"
+
+
+def _signed(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"]
+    return f"{100 * difference['value']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
