@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.results import FeaturesResult, TrainResult
@@ -96,35 +97,31 @@ def eval_tables(document: dict[str, Any]) -> None:
 
 
 def compare_table(document: dict[str, Any]) -> None:
-    """The document of ``csalign compare``, a row a system."""
+    """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
     rows = document["evaluations"]
-    costs = {"parameters": ",.0f", "seconds": ",.1f"}
-    costs = {cost: kind for cost, kind in costs.items() if any(row[cost] for row in rows)}
-    titles = ("i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet", *costs)
-    table = Table(
-        Column(overflow="fold"),
-        Column("mean recall", justify="right"),
-        Column("difference", justify="right"),
-        Column("", overflow="fold"),
-        *(Column(title, justify="right", no_wrap=True) for title in titles),
-        box=SIMPLE,
-    )
+    names = [escape(row["name"]) for row in rows]
+    judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
     for row in rows:
-        interval = row["intervals"].get("mean_recall")
         difference = row["difference"].get("mean_recall")
-        table.add_row(
-            escape(row["name"]),
-            _percent(row["mean_recall"]) + _beside(interval, scale=100),
-            _signed(difference) if difference else "",
-            row["verdict"],
-            *(_percent(row[f"{direction}_R@1"]) for direction in DIRECTIONS),
-            *(f"{row[gap]:.4f}" for gap in ("centroid_distance", "rmg", "cs_divergence")),
-            f"{row['frechet']:.4f}",
-            *("" if row[cost] is None else format(row[cost], costs[cost]) for cost in costs),
-        )
-    _print_table(table)
+        interval = _beside(row["intervals"].get("mean_recall"), scale=100)
+        judged["mean recall"].append(_percent(row["mean_recall"]) + interval)
+        judged["difference"].append(_signed(difference) if difference else "")
+    shown = {
+        "i2t R@1": [_percent(row["image_to_text_R@1"]) for row in rows],
+        "t2i R@1": [_percent(row["text_to_image_R@1"]) for row in rows],
+    }
+    gap = {"centroid": "centroid_distance", "RMG": "rmg", "CS": "cs_divergence"}
+    for title, key in {**gap, "Frechet": "frechet"}.items():
+        shown[title] = [f"{row[key]:.4f}" for row in rows]
+    for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
+        if any(row[key] is not None for row in rows):
+            shown[key] = ["" if row[key] is None else format(row[key], kind) for row in rows]
+    one = _columns(names, judged | shown)
+    for table in [one] if _fits(one) else [_columns(names, judged), _columns(names, shown)]:
+        _print_table(table)
     if any(row["intervals"] for row in rows):
-        _print("[..., ...]: 95 % bootstrap intervals over images; differences are paired")
+        paired = "; differences are paired" if any(row["difference"] for row in rows) else ""
+        _print(f"[..., ...]: 95 % bootstrap intervals over images{paired}")
 
 
 def inspect_table(document: dict[str, Any]) -> None:
@@ -139,6 +136,20 @@ def _figures(first: str, *names: str) -> Table:
     """A table with a name in the first column and figures in the others."""
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     return Table(Column(first, overflow="fold"), *columns, box=SIMPLE)
+
+
+def _columns(names: list[str], cells: dict[str, list[str]]) -> Table:
+    """A table of the names and of columns by title."""
+    table = _figures("", *cells)
+    for name, *row in zip(names, *cells.values(), strict=True):
+        table.add_row(name, *row)
+    return table
+
+
+def _fits(table: Table) -> bool:
+    console = _console()
+    unbounded = console.options.update(max_width=1_000)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
 
 
 def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -178,10 +189,12 @@ def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _print_table(table: Table) -> None:
+    _console().print(table)
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH)
-    console.print(table)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
 def _print(line: str) -> None:
