@@ -11,6 +11,7 @@ import typer
 from csalign import __version__
 from csalign.cli import render
 from csalign.cli.options import Json, Quiet, Verbose
+from csalign.cli.progress import shown_progress
 from csalign.cli.run import command
 from csalign.cli.step import step_command
 from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
@@ -106,16 +107,32 @@ def inspect(
 
 @app.command()
 def compare(
-    evals: Annotated[
-        list[Path], typer.Argument(help="What `csalign eval --json` printed.", metavar="EVAL.json")
+    systems: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Runs, evaluated on their features, and what `csalign eval --json` printed.",
+            metavar="RUN|EVAL.json",
+        ),
     ],
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split(s) of the runs; 'all' takes every row (default: test if any)."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What the others are compared with, by name or number (default: the first).",
+            metavar="N|NAME",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Put several evaluations side by side."""
-    with command(quiet=quiet, verbose=verbose):
+    """Put several systems side by side and tell which differences are more than chance."""
+    with command(quiet=quiet, verbose=verbose) as console:
         from csalign.steps.compare import compare
 
-        document = compare(evals)
+        with shown_progress(console, quiet=quiet) as progress:
+            document = compare(systems, split=split, baseline=baseline, progress=progress)
         render.print_json(document) if json else render.compare_table(document)

@@ -8,12 +8,14 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.results import FeaturesResult, TrainResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
-PIPED_WIDTH = 140
+PIPED_WIDTH = 160
+DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 def print_json(result: Any) -> None:
@@ -61,9 +63,9 @@ def eval_tables(document: dict[str, Any]) -> None:
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
         f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     )
-    retrieval = document["retrieval"]
+    retrieval, intervals = document["retrieval"], document["intervals"]
     table = _figures("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
-    for name in ("image_to_text", "text_to_image"):
+    for name in DIRECTIONS:
         row = retrieval[name]
         table.add_row(
             name.replace("_", " "),
@@ -72,30 +74,54 @@ def eval_tables(document: dict[str, Any]) -> None:
             f"{row['mrr']:.4f}",
             f"{row['map']:.4f}",
         )
+        if intervals:
+            around = intervals[name]
+            table.add_row(
+                "95 %",
+                *(_range(around[f"R@{k}"], scale=100) for k in (1, 5, 10)),
+                _range(around["median_rank"], digits=1),
+                *(_range(around[figure], digits=4) for figure in ("mrr", "map")),
+                style="dim",
+            )
     _print_table(table)
     gap = document["gap"]
-    flat = [("mean recall", _percent(retrieval["mean_recall"]))]
+    whole = intervals.get("mean_recall")
+    flat = [("mean recall", _percent(retrieval["mean_recall"]) + _beside(whole, scale=100))]
     for name, value in gap.items():
         label = name.replace("_", " ")
         if isinstance(value, dict):
             flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in value.items()]
         else:
-            flat.append((label, f"{value:.4f}"))
+            flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
     _print_rows("modality gap", flat)
 
 
 def compare_table(document: dict[str, Any]) -> None:
-    """The document of ``csalign compare``, a row an evaluation."""
-    titles = ("mean recall", "i2t R@1", "t2i R@1", "centroid", "RMG", "CS", "Frechet")
-    table = _figures("", *titles)
-    for row in document["evaluations"]:
-        name, _, *figures = row.values()
-        table.add_row(
-            escape(name),
-            *(_percent(share) for share in figures[:3]),
-            *(f"{figure:.4f}" for figure in figures[3:]),
-        )
-    _print_table(table)
+    """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
+    rows = document["evaluations"]
+    names = [escape(row["name"]) for row in rows]
+    judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
+    for row in rows:
+        difference = row["difference"].get("mean_recall")
+        interval = _beside(row["intervals"].get("mean_recall"), scale=100)
+        judged["mean recall"].append(_percent(row["mean_recall"]) + interval)
+        judged["difference"].append(_signed(difference) if difference else "")
+    shown = {
+        "i2t R@1": [_percent(row["image_to_text_R@1"]) for row in rows],
+        "t2i R@1": [_percent(row["text_to_image_R@1"]) for row in rows],
+    }
+    gap = {"centroid": "centroid_distance", "RMG": "rmg", "CS": "cs_divergence"}
+    for title, key in {**gap, "Frechet": "frechet"}.items():
+        shown[title] = [f"{row[key]:.4f}" for row in rows]
+    for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
+        if any(row[key] is not None for row in rows):
+            shown[key] = ["" if row[key] is None else format(row[key], kind) for row in rows]
+    one = _columns(names, judged | shown)
+    for table in [one] if _fits(one) else [_columns(names, judged), _columns(names, shown)]:
+        _print_table(table)
+    if any(row["intervals"] for row in rows):
+        paired = "; differences are paired" if any(row["difference"] for row in rows) else ""
+        _print(f"[..., ...]: 95 % bootstrap intervals over images{paired}")
 
 
 def inspect_table(document: dict[str, Any]) -> None:
@@ -112,6 +138,20 @@ def _figures(first: str, *names: str) -> Table:
     return Table(Column(first, overflow="fold"), *columns, box=SIMPLE)
 
 
+def _columns(names: list[str], cells: dict[str, list[str]]) -> Table:
+    """A table of the names and of columns by title."""
+    table = _figures("", *cells)
+    for name, *row in zip(names, *cells.values(), strict=True):
+        table.add_row(name, *row)
+    return table
+
+
+def _fits(table: Table) -> bool:
+    console = _console()
+    unbounded = console.options.update(max_width=1_000)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
+
+
 def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Name and value of everything in a nested document; what is unset is left out."""
     for key, value in document.items():
@@ -126,6 +166,20 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def _beside(interval: list[float] | None, *, scale: float = 1, digits: int = 2) -> str:
+    """An interval to stand behind its figure; nothing where there is none."""
+    return "" if interval is None else f" {_range(interval, scale=scale, digits=digits)}"
+
+
+def _range(interval: list[float], *, scale: float = 1, digits: int = 2) -> str:
+    return "[" + ", ".join(f"{scale * end:.{digits}f}" for end in interval) + "]"
+
+
+def _signed(difference: dict[str, Any]) -> str:
+    low, high = difference["interval"]
+    return f"{100 * difference['value']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
@@ -135,10 +189,12 @@ def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _print_table(table: Table) -> None:
+    _console().print(table)
+
+
+def _console() -> Console:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPED_WIDTH)
-    console.print(table)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
 def _print(line: str) -> None:

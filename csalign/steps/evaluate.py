@@ -1,16 +1,19 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo
+from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
+from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.gap import gap_suite
-from csalign.metrics.retrieval import mean_recall, rank_both_ways
+from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
 from csalign.progress import Progress, silent
 from csalign.steps.adapted import load_adapter_for
 from csalign.store.join import (
@@ -31,6 +34,42 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Embeddings of a split in the shared space, and where each query found its matches.
+
+    Attributes:
+        config: what was asked for.
+        split: which split(s) were taken.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
+        text_image: (m,) int64, image row of each text, -1 for none.
+        ranks: image to text, and text to image.
+        fingerprints: of the features' content and of the adapter's weights, None without one.
+        parameters: of the adapter, None without one.
+    """
+
+    config: EvalConfig
+    split: str
+    images: Floats
+    texts: Floats
+    text_image: npt.NDArray[np.int64]
+    ranks: tuple[DirectionRanks, DirectionRanks]
+    fingerprints: dict[str, str | None]
+    parameters: int | None
+
+    def resample(self) -> Resamples:
+        """The figures on bootstrap resamples, as many and by the seed that the config says."""
+        return resample(
+            self.ranks,
+            self.images,
+            self.texts,
+            self.text_image,
+            resamples=self.config.resamples,
+            seed=self.config.seed,
+        )
+
+
 def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     """Measure retrieval and gap.
 
@@ -39,47 +78,83 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         progress: told how far it is.
 
     Returns:
-        The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1].
+        The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
+        "intervals" are nested as "retrieval" is, with those of the gap beside them.
 
     Raises:
         DataError: no such feature set or split, no pairs in it, or a row without a direction.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
     """
+    progress("evaluation stages", 0, 3)
+    measured = measure(config)
+    progress("evaluation stages", 1, 3)
+    resamples = measured.resample() if config.intervals else None
+    progress("evaluation stages", 2, 3)
+    described = describe(measured, resamples)
+    progress("evaluation stages", 3, 3)
+    return described
+
+
+def measure(config: EvalConfig) -> Measured:
+    """Embed the rows and rank them; arguments and errors are those of `evaluate`."""
     features = FeatureSet.open(config.features)
     split = config.split or ("test" if "test" in features.splits() else ALL)
     rows = load_rows(features, split)
-    progress("evaluation stages", 0, 3)
-    images, texts = _aligned(features, rows, split, config)
-    progress("evaluation stages", 1, 3)
-    ranks = rank_both_ways(images, texts, rows.text_image)
-    image_to_text, text_to_image = (direction.summary() for direction in ranks)
-    progress("evaluation stages", 2, 3)
-    gap = gap_suite(images, texts, rows.text_image, sigma=config.bandwidth, seed=config.seed)
-    progress("evaluation stages", 3, 3)
+    images, texts, loaded = _aligned(features, rows, split, config)
+    return Measured(
+        config=config,
+        split=split,
+        images=images,
+        texts=texts,
+        text_image=rows.text_image,
+        ranks=rank_both_ways(images, texts, rows.text_image),
+        fingerprints={
+            "features": features.manifest.fingerprint(),
+            "adapter": loaded[1].weights_sha256 if loaded else None,
+        },
+        parameters=sum(loaded[0].parameter_counts().values()) if loaded else None,
+    )
+
+
+def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
+    """Compute all figures and write the document of `evaluate`.
+
+    Args:
+        measured: embeddings and ranks.
+        resamples: for the intervals; without them there are none.
+    """
+    config, images, texts = measured.config, measured.images, measured.texts
+    image_to_text, text_to_image = (direction.summary() for direction in measured.ranks)
+    gap = gap_suite(images, texts, measured.text_image, sigma=config.bandwidth, seed=config.seed)
     for side, rank in gap["effective_rank"].items():
         if rank < COLLAPSED_RANK:
             log.warning(
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
             )
+    pairs = int((measured.text_image >= 0).sum())
     return {
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),
-        "split": split,
-        "counts": {"images": len(images), "texts": len(texts), "pairs": rows.pairs},
+        "split": measured.split,
+        "fingerprints": measured.fingerprints,
+        "parameters": measured.parameters,
+        "bandwidth": config.bandwidth,
+        "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
         "retrieval": {
             "image_to_text": image_to_text,
             "text_to_image": text_to_image,
             "mean_recall": mean_recall(image_to_text, text_to_image),
         },
         "gap": gap,
+        "intervals": resamples.intervals() if resamples else {},
     }
 
 
 def _aligned(
     features: FeatureSet, rows: PairedRows, split: str, config: EvalConfig
-) -> tuple[Floats, Floats]:
-    """Unit rows of both sides: through the adapter, or as they are."""
+) -> tuple[Floats, Floats, tuple[Adapter, AdapterInfo] | None]:
+    """Unit rows of both sides: through the adapter, which is given too, or as they are."""
     sides = (
         (Modality.IMAGE, rows.images, rows.image_ids, f"{rows.name}: images"),
         (Modality.TEXT, rows.texts, rows.text_ids, f"{rows.name}: texts"),
@@ -87,13 +162,13 @@ def _aligned(
     if config.adapter is None:
         check_same_width(rows)
         images, texts = (unit_rows(values, ids, name) for _, values, ids, name in sides)
-        return images, texts
+        return images, texts, None
     adapter, info = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
     _warn_of_trained_rows(features, info, split)
     for _, values, ids, name in sides:
         check_directions(values, ids, name)
     images, texts = (adapter.embed(side, values) for side, values, _, _ in sides)
-    return images, texts
+    return images, texts, (adapter, info)
 
 
 def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:

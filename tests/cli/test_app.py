@@ -49,7 +49,14 @@ def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
 
     assert "image to text" in plain.stdout
     assert "centroid distance" in plain.stdout
-    assert [line.split()[0] for line in compared.stdout.splitlines() if "%" in line] == ["run"] * 2
+    rows = [line.split() for line in compared.stdout.splitlines() if " run " in line]
+    assert [row[0] for row in rows] == ["run"] * 2
+    assert "baseline" in rows[0]
+    assert "cannot tell" in compared.stdout
+    assert "[" in plain.stdout
+    with_run = csalign("compare", tmp_path / "eval.json", run, "--baseline", 2, "--split", "all")
+    assert with_run.returncode == 0, with_run.stderr
+    assert csalign("compare", run, "--baseline", "x").returncode == 2
 
 
 def test_the_written_configuration_can_be_fed_back(features: Path, tmp_path: Path) -> None:

@@ -55,8 +55,39 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
         "uniformity",
         "effective_rank",
     }
+    intervals = document["intervals"]
+    assert set(intervals["image_to_text"]) == set(intervals["text_to_image"]) == direction
+    whole = {"mean_recall", "centroid_distance", "rmg", "alignment"}
+    assert set(intervals) == {"image_to_text", "text_to_image", *whole}
+    assert set(document["fingerprints"]) == {"features", "adapter"}
     assert set(document["gap"]["uniformity"]) == {"image", "text", "cross"}
     assert set(document["gap"]["effective_rank"]) == {"image", "text"}
+
+
+def test_intervals_hold_the_figures_and_follow_seed_and_resamples(
+    features: Path, run: Path
+) -> None:
+    config = EvalConfig(features=features, adapter=run, resamples=200)
+    document = evaluate(config)
+    intervals = document["intervals"]
+    other = evaluate(config.model_copy(update={"seed": 1}))["intervals"]
+
+    for name in ("image_to_text", "text_to_image"):
+        for figure, (low, high) in intervals[name].items():
+            assert low <= document["retrieval"][name][figure] <= high
+    for figure in ("centroid_distance", "rmg", "alignment"):
+        low, high = intervals[figure]
+        assert low < document["gap"][figure] < high
+    assert evaluate(config)["intervals"] == intervals
+    assert other["alignment"] != intervals["alignment"]
+
+
+def test_intervals_can_be_left_out(features: Path, run: Path) -> None:
+    config = EvalConfig(features=features, adapter=run)
+    document = evaluate(config.model_copy(update={"intervals": False}))
+
+    assert document["intervals"] == {}
+    assert document == {**evaluate(config), "intervals": {}}
 
 
 def test_raw_features_of_one_width_are_measured_without_an_adapter(tmp_path: Path) -> None:
