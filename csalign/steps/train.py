@@ -61,7 +61,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     log.info("start: %s", start)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
-        files.write_json(folder / "environment.json", _environment(device, config))
+        environment = _environment(device, config)
+        files.write_json(folder / "environment.json", environment)
         trainer = Trainer(adapter, rows, sampler, val, config, folder, device)
 
         def save(where: Path) -> None:
@@ -69,6 +70,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
         _run(trainer, folder / CHECKPOINTS, save, progress)
         save(folder)
+        seconds = round(time.monotonic() - began, 3)
+        files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
@@ -78,7 +81,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         pairs={"train": rows.pairs, "validation": val.pairs if val else 0},
         parameters=adapter.parameter_counts(),
         validation={name: score.to_json() for name, score in scores.items() if score},
-        seconds=round(time.monotonic() - began, 3),
+        seconds=seconds,
     )
 
 
