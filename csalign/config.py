@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+from csalign.enums import DivergenceName, PairwiseName
 from csalign.errors import ConfigError
 from csalign.locations import parse_location
 
@@ -37,7 +38,15 @@ def _number_if_it_is_one(value: Any) -> Any:
     return value
 
 
+def _several_if_by_comma(value: Any) -> Any:
+    """Let ``--bandwidth 0.5,1`` become the numbers that it says."""
+    if isinstance(value, str) and "," in value:
+        return tuple(_number_if_it_is_one(part.strip()) for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
 Number = BeforeValidator(_number_if_it_is_one)
+Several = BeforeValidator(_several_if_by_comma)
 # A `Path`, or for a URL what has the methods of one; see `locations`.
 Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -314,13 +323,36 @@ class TrainConfig(OutputConfig):
     )
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
-    cs_weight: NotNegative = Field(
-        0.1, description="Weight (lambda) of the Cauchy-Schwarz divergence; 0 is InfoNCE alone."
+    pairwise: PairwiseName = Field(
+        PairwiseName.INFONCE, description="Loss of the pairs: infonce, sigmoid (SigLIP) or none."
     )
-    bandwidth: Annotated[Literal["median"] | Positive, Number] = Field(
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Label smoothing of InfoNCE."
+    )
+    mixing: NotNegative = Field(
+        0.0, description="Mix pairs with each other (FuseMix), by Beta(mixing, mixing); 0 does not."
+    )
+    divergence: DivergenceName = Field(
+        DivergenceName.CS,
+        description="Distribution term: cs, mmd, gaussian-kl, sinkhorn, pairs-mse or none.",
+    )
+    cs_weight: NotNegative = Field(
+        0.1, description="Weight (lambda) of the distribution term; 0 is the pairwise loss alone."
+    )
+    bandwidth: Annotated[
+        Literal["median", "tied"] | Positive | tuple[Positive, ...], Number, Several
+    ] = Field(
         "median",
-        description="Kernel bandwidth (sigma), a distance between unit rows; median is that of "
-        "the batch's pairwise distances, refreshed.",
+        description="Kernel bandwidth (sigma), a distance between unit rows, or several by comma; "
+        "median is that of the batch's distances, refreshed; tied is 1/sqrt(logit scale).",
+    )
+    unpaired: str | None = Field(
+        None,
+        description="Further feature sets, by comma, whose rows the distribution term sees too, as "
+        "it sees the training rows without a partner.",
+    )
+    unpaired_ratio: NotNegative = Field(
+        1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
     steps: int | None = Field(
         None,

@@ -47,7 +47,7 @@ class AdapterInfo(BaseModel):
     start: str
     step: int
     logit_scale: float
-    bandwidth: float | None
+    bandwidth: float | tuple[float, ...] | None
     data_fingerprint: str
     train_split: str
     weights_sha256: str = ""

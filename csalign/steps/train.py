@@ -17,11 +17,13 @@ from csalign.config import TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, Stopped, TrainingError
+from csalign.locations import parse_location
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.trainer import Trainer
+from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
 from csalign.store.join import ALL, PairedRows, check_directions, load_rows, split_names
 from csalign.store.reader import FeatureSet
@@ -59,11 +61,12 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     else:
         adapter, start = random_start(rows, config)
     log.info("start: %s", start)
+    unpaired = gather_unpaired(rows, _further_sets(config), train_split)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         environment = _environment(device, config)
         files.write_json(folder / "environment.json", environment)
-        trainer = Trainer(adapter, rows, sampler, val, config, folder, device)
+        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
@@ -83,6 +86,11 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=seconds,
     )
+
+
+def _further_sets(config: TrainConfig) -> list[Path]:
+    """The feature sets that `config.unpaired` names."""
+    return [parse_location(name.strip()) for name in (config.unpaired or "").split(",") if name]
 
 
 def _train_split(features: FeatureSet, config: TrainConfig) -> str:
@@ -154,8 +162,8 @@ def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) 
         encoders={side: features.table(side).encoder.spec for side in Modality},
         start=start,
         step=trainer.step,
-        logit_scale=trainer.logit_scale,
-        bandwidth=trainer.sigma,
+        logit_scale=trainer.loss.logit_scale,
+        bandwidth=trainer.loss.sigma,
         data_fingerprint=features.manifest.fingerprint(),
         train_split=train_split,
     )

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from csalign.adapters.model import Adapter, to_tensor
+from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.errors import TrainingError
-from csalign.objective.infonce import infonce
-from csalign.objective.kernel import diagonal_share, median_distance
-from csalign.objective.loss import LossParts, alignment_loss
+from csalign.objective.kernel import Sigma
+from csalign.objective.loss import LossParts
 from csalign.progress import Progress
+from csalign.steps.batch_loss import BatchLoss
 from csalign.steps.batches import Batch, PairSampler
+from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
 
@@ -29,10 +29,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 40
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
-MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
-MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
-MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
-NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,8 @@ class _Kept:
 
     step: int
     weights: dict[str, Any]
-    log_scale: Tensor
-    sigma: float | None
+    loss: dict[str, Any]
+    sigma: Sigma | None
 
 
 @dataclass
@@ -53,6 +49,7 @@ class Trainer:
         adapter: both sides, at their start; trained in place.
         rows: training rows.
         sampler: draws pairs of them.
+        unpaired: rows that the distribution term sees besides.
         val: held-out rows, or None: then the last weights are kept.
         config: everything else.
         folder: where ``metrics.jsonl`` goes.
@@ -61,12 +58,13 @@ class Trainer:
         steps_made: optimiser steps made in all.
         start_score: validation of the start, None without validation rows.
         best_score: validation of the weights that were kept.
-        sigma: bandwidth of the divergence, None where it has no weight.
+        loss: the objective, with its temperature and bandwidth.
     """
 
     adapter: Adapter
     rows: PairedRows
     sampler: PairSampler
+    unpaired: Unpaired
     val: PairedRows | None
     config: TrainConfig
     folder: Path
@@ -75,22 +73,12 @@ class Trainer:
     steps_made: int = 0
     best_score: Score | None = None
     start_score: Score | None = None
-    sigma: float | None = None
-    log_scale: nn.Parameter = field(init=False)
+    loss: BatchLoss = field(init=False)
     _best: "_Kept | None" = None
-    _warned: bool = False
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
-        scale = torch.tensor(math.log(self.config.logit_scale), device=self.device)
-        self.log_scale = nn.Parameter(scale, requires_grad=self.config.learn_scale)
-        if self.config.bandwidth != "median" and self.config.cs_weight:
-            self.sigma = self.config.bandwidth
-
-    @property
-    def logit_scale(self) -> float:
-        """1 / temperature of InfoNCE now."""
-        return float(self.log_scale.detach().exp())
+        self.loss = BatchLoss(self.adapter, self.rows, self.unpaired, self.config, self.device)
 
     def total_steps(self) -> int:
         """Steps asked for, or as many as 40 epochs fill, but at least 200."""
@@ -116,8 +104,9 @@ class Trainer:
         stale = 0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.config.seed)
+            rng = np.random.default_rng([self.config.seed, 1])  # leaves the batches what they are
             for batch in self._batches(total):
-                self._train_step(batch, optimiser, schedule)
+                self._train_step(batch, rng, optimiser, schedule)
                 progress("training steps", self.step, total)
                 if self.step % every and self.step != total:
                     continue
@@ -148,7 +137,7 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim > 1]},
             # Neither a bias nor the temperature should be drawn to zero.
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            {"params": [self.log_scale], "weight_decay": 0.0},
+            {"params": list(self.loss.parameters()), "weight_decay": 0.0},
         ]
         optimiser = torch.optim.AdamW(
             groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -164,12 +153,13 @@ class Trainer:
     def _train_step(
         self,
         batch: Batch,
+        rng: np.random.Generator,
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
         self.adapter.train()
         self.step += 1
-        parts = self._loss(batch)
+        parts = self.loss(batch, self.step, rng)
         self._require_finite(parts)
         optimiser.zero_grad(set_to_none=True)
         parts.total.backward()  # type: ignore[no-untyped-call]
@@ -179,72 +169,26 @@ class Trainer:
         rate = schedule.get_last_lr()[0]
         optimiser.step()
         schedule.step()
-        if self.config.learn_scale:
-            with torch.no_grad():
-                self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        self.loss.clamp()
         self._record(
             {
                 "step": self.step,
                 "loss": float(parts.total.detach()),
-                "infonce": float(parts.infonce.detach()),
-                "infonce_others": None if parts.others is None else float(parts.others.detach()),
-                "cs_divergence": float(parts.cs.detach()) if self.config.cs_weight else None,
-                "logit_scale": self.logit_scale,
-                "bandwidth": self.sigma,
+                "pairwise": float(parts.pairwise.detach()),
+                "pairwise_others": None if parts.others is None else float(parts.others.detach()),
+                "divergence": float(parts.divergence.detach()) if self.config.cs_weight else None,
+                "logit_scale": self.loss.logit_scale,
+                "bandwidth": self.loss.sigma,
                 "gradient_norm": float(norm),
                 "learning_rate": rate,
             }
         )
 
-    def _loss(self, batch: Batch) -> LossParts:
-        x = self.adapter.image(self._take(self.rows.images, batch.images), self.config.noise)
-        y = self.adapter.text(self._take(self.rows.texts, batch.texts), self.config.noise)
-        parts = alignment_loss(
-            x,
-            y,
-            logit_scale=self.log_scale.exp(),
-            cs_weight=self.config.cs_weight,
-            sigma=self._bandwidth(x, y),
-        )
-        if batch.others is None or (batch.others >= 0).sum() < 2:
-            return parts
-        have = np.flatnonzero(batch.others >= 0)
-        other = self.adapter.text(
-            self._take(self.rows.texts, batch.others[have]), self.config.noise
-        )
-        own = x[torch.from_numpy(have).to(self.device)]
-        extra = infonce(
-            normalize(own, dim=1), normalize(other, dim=1), logit_scale=self.log_scale.exp()
-        )
-        return parts._replace(total=parts.total + self.config.other_captions * extra, others=extra)
-
-    def _take(self, values: Any, rows: Any) -> Tensor:
-        return to_tensor(values[rows], self.device)
-
-    def _bandwidth(self, x: Tensor, y: Tensor) -> float:
-        """Sigma for this batch; also looks whether the kernel is nearly diagonal."""
-        if not self.config.cs_weight:
-            return 1.0
-        x, y = (normalize(side.detach(), dim=1) for side in (x, y))
-        if self.config.bandwidth == "median" and (self.step - 1) % MEDIAN_EVERY == 0:
-            self.sigma = max(MIN_MEDIAN, median_distance(x, y))
-        assert self.sigma is not None
-        if not self._warned and (self.step - 1) % MEDIAN_EVERY == 0:
-            share = max(diagonal_share(x, sigma=self.sigma), diagonal_share(y, sigma=self.sigma))
-            if share > NEARLY_DIAGONAL and len(x) > 2:
-                self._warned = True
-                log.warning(
-                    "bandwidth %.3g is so small that %.0f %% of the kernel's mass is each row with "
-                    "itself: the divergence then only pulls the nearest cross pairs together and "
-                    "retrieval suffers; use --bandwidth median or 0.5 and above",
-                    self.sigma,
-                    100 * share,
-                )
-        return self.sigma
-
     def _require_finite(self, parts: LossParts) -> None:
-        for name, value in parts._asdict().items():
-            if name != "total" and value is not None and not torch.isfinite(value):
+        names = {"pairwise": self.config.pairwise, "divergence": self.config.divergence}
+        for term, value in parts._asdict().items():
+            name = names.get(term, term)
+            if term != "total" and value is not None and not torch.isfinite(value):
                 raise self._diverged(f"the {name} term", float(value.detach()))
         if not torch.isfinite(parts.total):
             raise self._diverged("the total loss", float(parts.total.detach()))
@@ -265,14 +209,14 @@ class Trainer:
         if better:
             self.best_score = score
             weights = copy.deepcopy(self.adapter.state_dict())
-            self._best = _Kept(self.step, weights, self.log_scale.detach().clone(), self.sigma)
+            temperature = copy.deepcopy(self.loss.state_dict())
+            self._best = _Kept(self.step, weights, temperature, self.loss.sigma)
         return better
 
     def _restore(self, kept: "_Kept") -> None:
         self.adapter.load_state_dict(kept.weights)
-        self.step, self.sigma = kept.step, kept.sigma
-        with torch.no_grad():
-            self.log_scale.copy_(kept.log_scale)
+        self.loss.load_state_dict(kept.loss)
+        self.step, self.loss.sigma = kept.step, kept.sigma
 
     def _record(self, line: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:

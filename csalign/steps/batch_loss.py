@@ -1,0 +1,183 @@
+"""The loss of one batch: adapters, pairwise terms, unpaired rows, bandwidth, temperature."""
+
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from csalign.adapters.inputs import to_tensor
+from csalign.adapters.model import Adapter
+from csalign.config import TrainConfig
+from csalign.enums import DivergenceName, Modality, PairwiseName
+from csalign.objective.divergences import divergence
+from csalign.objective.kernel import Sigma, diagonal_share, median_distance
+from csalign.objective.loss import LossParts, Objective
+from csalign.objective.mixing import mix_pairs
+from csalign.objective.pairwise import pairwise_loss
+from csalign.steps.batches import Batch
+from csalign.steps.unpaired import Unpaired
+from csalign.store.join import PairedRows
+
+log = logging.getLogger(__name__)
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
+MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
+MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
+NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
+SIGLIP_BIAS = -10.0  # SigLIP's start: nearly all pairs are negatives
+
+
+class BatchLoss(nn.Module):
+    """Computes the objective of a batch.
+
+    Args:
+        adapter: both sides.
+        rows: training rows.
+        unpaired: what the distribution term sees besides.
+        config: the terms and their weights.
+        device: where to compute.
+
+    Attributes:
+        sigma: bandwidth or bandwidths of the last batch, None where nothing has one.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        rows: PairedRows,
+        unpaired: Unpaired,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self._adapter = [adapter]  # not a submodule: its weights are saved on their own
+        self._rows = rows
+        self._unpaired = unpaired
+        self._config = config
+        self._device = device
+        self._objective = Objective(
+            pairwise=config.pairwise,
+            divergence=config.divergence,
+            weight=config.cs_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
+        scale = torch.tensor(math.log(config.logit_scale), device=device)
+        self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
+        is_sigmoid = config.pairwise is PairwiseName.SIGMOID
+        bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0, device=device)
+        self.logit_bias = nn.Parameter(bias, requires_grad=is_sigmoid)
+        fixed = not isinstance(config.bandwidth, str)
+        self.sigma: Sigma | None = config.bandwidth if fixed and self._has_bandwidth else None
+        self._warned = False
+
+    @property
+    def logit_scale(self) -> float:
+        """1 / temperature of the pairwise term now."""
+        return float(self.log_scale.detach().exp())
+
+    def clamp(self) -> None:
+        """Keep a learned temperature where training is stable."""
+        if self._config.learn_scale:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
+        """The objective of a batch.
+
+        Args:
+            batch: rows.
+            step: number of the step, from 1.
+            rng: draws the unpaired rows and what is mixed.
+        """
+        adapter, noise = self._adapter[0], self._config.noise
+        inputs = self._mixed(
+            self._take(self._rows.images, batch.images), self._take(self._rows.texts, batch.texts), rng
+        )
+        x, y = adapter.image(inputs[0], noise), adapter.text(inputs[1], noise)
+        extras = [self._extra(side, rng) for side in Modality]
+        parts = self._objective(
+            x,
+            y,
+            logit_scale=self.log_scale.exp(),
+            logit_bias=self.logit_bias,
+            sigma=self._bandwidth(x, y, step),
+            x_extra=extras[0],
+            y_extra=extras[1],
+        )
+        if batch.others is None or (batch.others >= 0).sum() < 2:
+            return parts
+        have = np.flatnonzero(batch.others >= 0)
+        other = adapter.text(self._take(self._rows.texts, batch.others[have]), noise)
+        own = x[torch.from_numpy(have).to(self._device)]
+        extra = self._pairwise(
+            normalize(own, dim=1),
+            normalize(other, dim=1),
+            logit_scale=self.log_scale.exp(),
+            logit_bias=self.logit_bias,
+        )
+        total = parts.total + self._config.other_captions * extra
+        return parts._replace(total=total, others=extra)
+
+    def _take(self, values: Any, rows: Any) -> Tensor:
+        return to_tensor(values[rows], self._device)
+
+    def _mixed(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The pairs, mixed with others if that is asked for (FuseMix)."""
+        beta = self._config.mixing
+        if not beta:
+            return x, y
+        partner = torch.from_numpy(rng.permutation(len(x))).to(self._device)
+        return mix_pairs(
+            normalize(x, dim=1), normalize(y, dim=1), float(rng.beta(beta, beta)), partner
+        )
+
+    def _extra(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
+        if not self._config.cs_weight or divergence(self._config.divergence).matched:
+            return None
+        count = round(self._config.unpaired_ratio * self._config.batch_size)
+        rows = self._unpaired.draw(side, count, rng)
+        if rows is None:
+            return None
+        own: Tensor = self._adapter[0].side(side)(to_tensor(rows, self._device), self._config.noise)
+        return own
+
+    @property
+    def _has_bandwidth(self) -> bool:
+        has: bool = divergence(self._config.divergence).has_bandwidth
+        return bool(self._config.cs_weight) and has
+
+    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
+        """Sigma for this batch; also looks whether the kernel is nearly diagonal."""
+        if not self._has_bandwidth:
+            return 1.0
+        x, y = (normalize(side.detach(), dim=1) for side in (x, y))
+        is_due = (step - 1) % MEDIAN_EVERY == 0
+        if self._config.bandwidth == "tied":
+            self.sigma = self.logit_scale**-0.5
+        elif self._config.bandwidth == "median" and is_due:
+            self.sigma = max(MIN_MEDIAN, median_distance(x, y))
+        assert self.sigma is not None
+        if is_due and not self._warned and self._config.divergence in _KERNELS and len(x) > 2:
+            self._warn_of_narrow(x, y, self.sigma)
+        return self.sigma
+
+    def _warn_of_narrow(self, x: Tensor, y: Tensor, sigma: Sigma) -> None:
+        widest = sigma if isinstance(sigma, float) else max(sigma)
+        share = max(diagonal_share(x, sigma=widest), diagonal_share(y, sigma=widest))
+        if share > NEARLY_DIAGONAL:
+            self._warned = True
+            log.warning(
+                "bandwidth %.3g is so small that %.0f %% of the kernel's mass is each row with "
+                "itself: the divergence then only pulls the nearest cross pairs together and "
+                "retrieval suffers; use --bandwidth median or 0.5 and above",
+                widest,
+                100 * share,
+            )
+
+
+_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
