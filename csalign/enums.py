@@ -13,3 +13,22 @@ class Modality(StrEnum):
     def plural(self) -> str:
         """Name of this side's folder in a feature set and of its counts."""
         return f"{self.value}s"
+
+
+class PairwiseName(StrEnum):
+    """A loss on matched rows."""
+
+    INFONCE = "infonce"
+    SIGMOID = "sigmoid"
+    NONE = "none"
+
+
+class DivergenceName(StrEnum):
+    """A measure of how far apart two sets of rows lie as distributions."""
+
+    CS = "cs"
+    MMD = "mmd"
+    GAUSSIAN_KL = "gaussian-kl"
+    SINKHORN = "sinkhorn"
+    PAIRS_MSE = "pairs-mse"
+    NONE = "none"

@@ -1,11 +1,32 @@
-"""The distribution term: how far apart two sets of embeddings lie as distributions."""
+"""The kernel divergences: how far apart two sets of embeddings lie as distributions."""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
-from csalign.objective.kernel import log_mean_kernel
+from csalign.objective.kernel import Sigma, log_mean_kernels
 
 
-def cs_divergence(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
+class CSTerms(NamedTuple):
+    """What the Cauchy-Schwarz divergence is made of; their sum is the divergence.
+
+    Attributes:
+        cross: -2 log mean k(x, y), >= 0, () tensor; falls as the sets come together.
+        intra: log mean k(x, x) + log mean k(y, y), <= 0, () tensor; falls as each set spreads.
+    """
+
+    cross: Tensor
+    intra: Tensor
+
+
+def cs_terms(x: Tensor, y: Tensor, *, sigma: Sigma) -> CSTerms:
+    """The two terms of `cs_divergence`, which takes the same arguments; both differentiable."""
+    cross = -2 * log_mean_kernels(x, y, sigma=sigma)
+    intra = log_mean_kernels(x, x, sigma=sigma) + log_mean_kernels(y, y, sigma=sigma)
+    return CSTerms(cross=cross.mean(), intra=intra.mean())
+
+
+def cs_divergence(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
     """Estimate the Cauchy-Schwarz divergence between two sets of rows.
 
     log mean k(x, x) + log mean k(y, y) - 2 log mean k(x, y) with the Gaussian kernel
@@ -15,7 +36,8 @@ def cs_divergence(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
     Args:
         x: (n, d), float, any norm, n >= 1.
         y: (m, d), same dtype and device; m may differ from n, rows need not be paired.
-        sigma: bandwidth, > 0, a distance between rows and not its square.
+        sigma: bandwidth, > 0, a distance between rows and not its square; the mean of the
+            divergences at several.
 
     Returns:
         () tensor in nats, >= 0 up to rounding, 0 when the sets coincide; differentiable in both,
@@ -30,11 +52,11 @@ def cs_divergence(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
         >>> float(cs_divergence(torch.zeros(1, 1), torch.ones(1, 1), sigma=1.0))
         1.0
     """
-    cross = log_mean_kernel(x, y, sigma=sigma)
-    return log_mean_kernel(x, x, sigma=sigma) + log_mean_kernel(y, y, sigma=sigma) - 2 * cross
+    terms = cs_terms(x, y, sigma=sigma)
+    return terms.intra + terms.cross
 
 
-def mmd(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
+def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
     """Squared maximum mean discrepancy with the same kernel (Gretton et al. 2012, biased).
 
     mean k(x, x) + mean k(y, y) - 2 mean k(x, y), diagonals included.
@@ -42,10 +64,10 @@ def mmd(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
     Args:
         x: (n, d), float.
         y: (m, d), same dtype and device.
-        sigma: bandwidth, > 0.
+        sigma: bandwidth, > 0; the mean over several.
 
     Returns:
         () tensor, in [0, 2] up to rounding.
     """
-    own = log_mean_kernel(x, x, sigma=sigma).exp() + log_mean_kernel(y, y, sigma=sigma).exp()
-    return own - 2 * log_mean_kernel(x, y, sigma=sigma).exp()
+    own = log_mean_kernels(x, x, sigma=sigma).exp() + log_mean_kernels(y, y, sigma=sigma).exp()
+    return (own - 2 * log_mean_kernels(x, y, sigma=sigma).exp()).mean()

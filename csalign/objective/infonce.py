@@ -1,13 +1,17 @@
-"""The pairwise term: symmetric InfoNCE."""
+"""Symmetric InfoNCE, with one or several positives a row, and what it is made of."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from csalign.errors import ShapeError
+from csalign.objective.matching import check_matched, positives
 
 
-def infonce(x: Tensor, y: Tensor, *, logit_scale: Tensor | float) -> Tensor:
+def infonce(
+    x: Tensor, y: Tensor, *, logit_scale: Tensor | float, label_smoothing: float = 0.0
+) -> Tensor:
     """Symmetric InfoNCE of matched rows, as CLIP trains with (Radford et al. 2021).
 
     Mean of the cross-entropies that pick y_i among all y given x_i, and x_i among all x given
@@ -17,17 +21,100 @@ def infonce(x: Tensor, y: Tensor, *, logit_scale: Tensor | float) -> Tensor:
         x: (n, d), float, unit rows.
         y: (n, d), unit rows; row i is the match of x's row i.
         logit_scale: factor on the cosines, 1 / temperature; may carry a gradient.
+        label_smoothing: share of each target that is spread evenly over all n rows, in [0, 1).
 
     Returns:
         () tensor in nats, >= 0; log n for equal logits.
 
     Raises:
         ShapeError: the shapes differ, or are not 2-D.
+        ValueError: label_smoothing is not in [0, 1).
     """
-    if x.ndim != 2 or x.shape != y.shape:
-        raise ShapeError(
-            f"matched rows are needed, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+    check_matched(x, y)
+    check_smoothing(label_smoothing)
     logits = logit_scale * x @ y.T
     labels = torch.arange(len(x), device=x.device)
-    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    forth = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    back = cross_entropy(logits.T, labels, label_smoothing=label_smoothing)
+    return (forth + back) / 2
+
+
+def multi_positive_infonce(
+    x: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    *,
+    logit_scale: Tensor | float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Symmetric InfoNCE where one row of x may own several rows of y.
+
+    From x to y each row's loss is the mean of -log p(y_j | x_i) over the y_j that it owns, with
+    p the softmax over all m rows of y: L_out of supervised contrastive learning (Khosla et al.
+    2020, equation 2). From y to x each row picks its owner among the n rows of x. The two means
+    over rows are averaged, so a row of x with many captions counts as much as one with a single
+    caption in the first half. Equal to `infonce` where owner is 0, 1, ..., n - 1.
+
+    Args:
+        x: (n, d), float, unit rows. Rows that own nothing are negatives only.
+        y: (m, d), unit rows.
+        owner: (m,), int64, the row of x that each row of y belongs to.
+        logit_scale: factor on the cosines, 1 / temperature; may carry a gradient.
+        label_smoothing: share of each target that is spread evenly over all rows, in [0, 1).
+
+    Returns:
+        () tensor in nats, >= 0.
+
+    Raises:
+        ShapeError: the widths differ, or owner is not (m,).
+        ValueError: an owner is not in [0, n), or label_smoothing is not in [0, 1).
+    """
+    check_smoothing(label_smoothing)
+    owned = positives(x, y, owner)
+    logits = logit_scale * x @ y.T
+    some = owned.any(1)
+    targets = owned[some].to(logits.dtype)
+    forth = cross_entropy(
+        logits[some], targets / targets.sum(1, keepdim=True), label_smoothing=label_smoothing
+    )
+    back = cross_entropy(logits.T, owner, label_smoothing=label_smoothing)
+    return (forth + back) / 2
+
+
+class InfonceTerms(NamedTuple):
+    """What pulls and what pushes in InfoNCE; their sum is InfoNCE.
+
+    Attributes:
+        alignment: -logit_scale * mean_i <x_i, y_i>, () tensor.
+        uniformity: mean over both directions of the log-sum-exp of each row's logits, its
+            positive included, () tensor.
+    """
+
+    alignment: Tensor
+    uniformity: Tensor
+
+
+def alignment_uniformity(x: Tensor, y: Tensor, *, logit_scale: Tensor | float) -> InfonceTerms:
+    """Split InfoNCE into its alignment and its uniformity (Wang and Isola 2020, equation 1).
+
+    Args:
+        x: (n, d), float, unit rows.
+        y: (n, d), unit rows; row i is the match of x's row i.
+        logit_scale: factor on the cosines.
+
+    Returns:
+        Both terms, differentiable; alignment + uniformity = `infonce`.
+
+    Raises:
+        ShapeError: the shapes differ, or are not 2-D.
+    """
+    check_matched(x, y)
+    logits = logit_scale * x @ y.T
+    pushed = (logits.logsumexp(1).mean() + logits.logsumexp(0).mean()) / 2
+    return InfonceTerms(alignment=-logits.diagonal().mean(), uniformity=pushed)
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Raise ValueError unless label_smoothing is in [0, 1)."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")

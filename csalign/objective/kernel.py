@@ -7,6 +7,8 @@ from torch import Tensor
 
 from csalign.errors import ShapeError
 
+Sigma = float | tuple[float, ...]
+
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """All squared Euclidean distances between the rows of two sets.
@@ -44,9 +46,28 @@ def log_mean_kernel(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
         ShapeError: see `squared_distances`.
         ValueError: sigma is not a positive finite number.
     """
-    check_sigma(sigma)
-    exponents = squared_distances(x, y).mul(-0.5 / sigma**2)
-    return torch.logsumexp(exponents.flatten(), dim=0) - math.log(exponents.numel())
+    return log_mean_kernels(x, y, sigma=sigma)[0]
+
+
+def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
+    """`log_mean_kernel` for one or several bandwidths, from one table of distances.
+
+    Args:
+        x: (n, d), float.
+        y: (m, d), same dtype and device.
+        sigma: bandwidth or bandwidths, > 0.
+
+    Returns:
+        (s,), one for each bandwidth.
+
+    Raises:
+        ShapeError: see `squared_distances`.
+        ValueError: a sigma is not a positive finite number, or there is none.
+    """
+    sigmas = bandwidths(sigma)
+    squares = squared_distances(x, y)
+    sums = [torch.logsumexp(squares.mul(-0.5 / s**2).flatten(), dim=0) for s in sigmas]
+    return torch.stack(sums) - math.log(squares.numel())
 
 
 def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
@@ -102,7 +123,16 @@ def check_sets(x: Tensor, y: Tensor) -> None:
         )
 
 
-def check_sigma(sigma: float) -> None:
-    """Raise ValueError unless sigma is a positive finite number."""
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"sigma must be positive and finite, got {sigma}")
+def bandwidths(sigma: Sigma) -> tuple[float, ...]:
+    """One or several bandwidths as a tuple.
+
+    Raises:
+        ValueError: a sigma is not a positive finite number, or there is none.
+    """
+    sigmas = sigma if isinstance(sigma, tuple) else (sigma,)
+    if not sigmas:
+        raise ValueError("at least one sigma is needed")
+    for value in sigmas:
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"sigma must be positive and finite, got {value}")
+    return sigmas

@@ -1,33 +1,176 @@
-"""The CS-Aligner objective: the pairwise term plus lambda times the distribution term."""
+"""The objective: pairwise term + lambda * distribution term + mu * token term."""
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.objective.divergence import cs_divergence
-from csalign.objective.infonce import infonce
+from csalign.enums import DivergenceName, PairwiseName
+from csalign.objective.divergences import divergence
+from csalign.objective.kernel import Sigma
+from csalign.objective.matching import check_owner
+from csalign.objective.pairwise import pairwise_loss
+from csalign.objective.sigmoid import SigmoidDivisor
+from csalign.objective.tokens import token_divergence, unit_tokens
 
 
 class LossParts(NamedTuple):
-    """The objective and what it is made of, each a () tensor in nats.
+    """The objective and what it is made of, each a () tensor.
 
     Attributes:
         total: what is minimised.
-        infonce: the pairwise term.
-        cs: the Cauchy-Schwarz divergence, unweighted; 0 where its weight is 0.
+        pairwise: the pairwise term.
+        divergence: the distribution term, unweighted; 0 where its weight is 0.
+        token: the token term, unweighted; 0 where its weight is 0.
         others: a second pairwise term, on other captions, unweighted; None without one.
     """
 
     total: Tensor
-    infonce: Tensor
-    cs: Tensor
+    pairwise: Tensor
+    divergence: Tensor
+    token: Tensor
     others: Tensor | None = None
+
+    @property
+    def infonce(self) -> Tensor:
+        """The pairwise term, where it is InfoNCE."""
+        return self.pairwise
+
+    @property
+    def cs(self) -> Tensor:
+        """The distribution term, where it is the Cauchy-Schwarz divergence."""
+        return self.divergence
+
+
+class TokenBatch(NamedTuple):
+    """Adapted tokens of a batch of pairs, any norm, and where there are tokens.
+
+    Attributes:
+        x: (b, v, d), float, of the images.
+        y: (b, l, d), of the texts.
+        x_mask: (b, v), bool, True where there is a token.
+        y_mask: (b, l), bool.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_mask: Tensor
+    y_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L_pair + weight * D(X, Y) + token_weight * L_token (CS-Aligner, arXiv 2502.17028).
+
+    Call it with a batch. A term whose weight is 0 is not computed, so that the total is that of
+    the others bit for bit.
+
+    Attributes:
+        pairwise: the loss on matched rows.
+        divergence: the distribution term.
+        weight: lambda, >= 0, of the distribution term.
+        token_weight: mu, >= 0, of the token term, which is always the CS divergence.
+        label_smoothing: of InfoNCE, in [0, 1).
+        sigmoid_divisor: of the sigmoid loss, see `sigmoid_loss`.
+
+    Raises:
+        ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
+            not fit.
+    """
+
+    pairwise: PairwiseName = PairwiseName.INFONCE
+    divergence: DivergenceName = DivergenceName.CS
+    weight: float = 0.0
+    token_weight: float = 0.0
+    label_smoothing: float = 0.0
+    sigmoid_divisor: SigmoidDivisor = "rows"
+
+    def __post_init__(self) -> None:
+        pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
+        divergence(self.divergence)
+        for weight in (self.weight, self.token_weight):
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise ValueError(f"weights must be finite and not negative, got {weight}")
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        logit_scale: Tensor | float,
+        sigma: Sigma = 1.0,
+        logit_bias: Tensor | float = 0.0,
+        owner: Tensor | None = None,
+        x_extra: Tensor | None = None,
+        y_extra: Tensor | None = None,
+        tokens: TokenBatch | None = None,
+    ) -> LossParts:
+        """The objective of one batch; all rows are normalised here.
+
+        Args:
+            x: (n, d), float, adapted image embeddings, any norm.
+            y: (m, d), adapted text embeddings; m = n unless owner is given.
+            logit_scale: 1 / temperature of the pairwise loss.
+            sigma: bandwidth or bandwidths of the distribution and the token term.
+            logit_bias: of the sigmoid loss.
+            owner: (m,), int64, the image of each text; None where row i belongs to row i.
+            x_extra: (k, d), adapted unpaired images that the distribution term sees beside x.
+            y_extra: (l, d), adapted unpaired texts.
+            tokens: what the token term compares; needed where token_weight is not 0.
+
+        Raises:
+            ShapeError: the shapes do not fit together, or there are too few rows.
+            ValueError: an owner or sigma is out of range, or tokens are missing.
+        """
+        x, y = normalize(x, dim=1), normalize(y, dim=1)
+        loss = pairwise_loss(
+            self.pairwise,
+            label_smoothing=self.label_smoothing,
+            sigmoid_divisor=self.sigmoid_divisor,
+        )
+        pairwise = loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
+        total = pairwise
+        apart = token = torch.zeros_like(pairwise)
+        if self.weight:
+            apart = self._divergence(x, y, owner, (x_extra, y_extra), sigma)
+            total = total + self.weight * apart
+        if self.token_weight:
+            token = self._token(tokens, sigma)
+            total = total + self.token_weight * token
+        return LossParts(total, pairwise, apart, token)
+
+    def _divergence(
+        self,
+        x: Tensor,
+        y: Tensor,
+        owner: Tensor | None,
+        extras: tuple[Tensor | None, Tensor | None],
+        sigma: Sigma,
+    ) -> Tensor:
+        measure = divergence(self.divergence)
+        if measure.matched:
+            if owner is not None:
+                check_owner(x, y, owner)
+                x = x[owner]
+            return measure(x, y, sigma=sigma)
+        x, y = (
+            rows if extra is None else torch.cat([rows, normalize(extra, dim=1)])
+            for rows, extra in zip((x, y), extras, strict=True)
+        )
+        return measure(x, y, sigma=sigma)
+
+    def _token(self, tokens: TokenBatch | None, sigma: Sigma) -> Tensor:
+        if tokens is None:
+            raise ValueError("the token term has a weight, but the batch has no tokens")
+        x, y = unit_tokens(tokens.x, tokens.x_mask), unit_tokens(tokens.y, tokens.y_mask)
+        return token_divergence(x, y, tokens.x_mask, tokens.y_mask, sigma=sigma)
 
 
 def alignment_loss(
-    x: Tensor, y: Tensor, *, logit_scale: Tensor | float, cs_weight: float, sigma: float
+    x: Tensor, y: Tensor, *, logit_scale: Tensor | float, cs_weight: float, sigma: Sigma
 ) -> LossParts:
     """InfoNCE + cs_weight * CS divergence of a batch of pairs (arXiv 2502.17028).
 
@@ -37,11 +180,6 @@ def alignment_loss(
         logit_scale: 1 / temperature of InfoNCE.
         cs_weight: lambda, >= 0; at 0 the divergence is not computed at all, so that the result is
             InfoNCE's bit for bit.
-        sigma: bandwidth of the divergence.
+        sigma: bandwidth or bandwidths of the divergence.
     """
-    x, y = normalize(x, dim=1), normalize(y, dim=1)
-    pairwise = infonce(x, y, logit_scale=logit_scale)
-    if not cs_weight:
-        return LossParts(pairwise, pairwise, torch.zeros_like(pairwise))
-    divergence = cs_divergence(x, y, sigma=sigma)
-    return LossParts(pairwise + cs_weight * divergence, pairwise, divergence)
+    return Objective(weight=cs_weight)(x, y, logit_scale=logit_scale, sigma=sigma)

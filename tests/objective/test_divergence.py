@@ -9,7 +9,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from csalign.errors import ShapeError
-from csalign.objective.divergence import cs_divergence, mmd
+from csalign.objective.divergence import cs_divergence, cs_terms, mmd
 from csalign.objective.kernel import diagonal_share, log_mean_kernel, median_distance
 
 SIGMAS = st.sampled_from([0.3, 1.0, 2.5])
@@ -177,6 +177,31 @@ def test_mmd_equals_its_formula() -> None:
     )
 
     assert float(mmd(x, y, sigma=0.8)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_several_bandwidths_give_the_mean_over_them() -> None:
+    x, y, sigmas = rows(7, 3, 0), rows(5, 3, 1, 0.4), (0.3, 1.0, 2.5)
+    expected = [loop_divergence(x, y, sigma) for sigma in sigmas]
+
+    assert float(cs_divergence(x, y, sigma=sigmas)) == pytest.approx(sum(expected) / 3)
+    means = [float(mmd(x, y, sigma=sigma)) for sigma in sigmas]
+    assert float(mmd(x, y, sigma=sigmas)) == pytest.approx(sum(means) / 3)
+
+
+@pytest.mark.parametrize(("sigma", "why"), [((), "at least one"), ((1.0, 0.0), "positive")])
+def test_bandwidths_that_make_no_sense_are_refused(sigma: tuple[float, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        mmd(torch.zeros(1, 1), torch.zeros(1, 1), sigma=sigma)
+
+
+def test_cross_and_intra_terms_are_their_formulas_and_sum_to_the_divergence() -> None:
+    x, y = rows(7, 3, 0), rows(5, 3, 1, 0.4)
+    terms = cs_terms(x, y, sigma=0.8)
+    intra = loop_mean_kernel(x, x, 0.8) * loop_mean_kernel(y, y, 0.8)
+
+    assert float(terms.cross) == pytest.approx(-2 * math.log(loop_mean_kernel(x, y, 0.8)))
+    assert float(terms.intra) == pytest.approx(math.log(intra))
+    assert float(sum(terms)) == float(cs_divergence(x, y, sigma=0.8))
 
 
 def test_median_distance_is_that_of_all_pairs_of_the_union() -> None:

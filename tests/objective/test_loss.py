@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from csalign.enums import DivergenceName, PairwiseName
+from csalign.errors import ShapeError
+from csalign.objective.divergence import cs_divergence
+from csalign.objective.divergences import divergence
+from csalign.objective.infonce import infonce, multi_positive_infonce
+from csalign.objective.loss import Objective, TokenBatch, alignment_loss
+from csalign.objective.pairwise import pairwise_loss
+from csalign.objective.sigmoid import sigmoid_loss
+from csalign.objective.tokens import token_divergence
+
+
+def rows(n: int, d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(n, d, generator=generator)
+
+
+def unit(x: Tensor) -> Tensor:
+    return normalize(x, dim=-1)
+
+
+@pytest.fixture
+def tokens() -> TokenBatch:
+    x, y = rows(32, 8, 4).reshape(4, 8, 8), rows(20, 8, 5).reshape(4, 5, 8)
+    x_mask, y_mask = torch.ones(4, 8).bool(), torch.ones(4, 5).bool()
+    y_mask[1, 3:] = False
+    y[1, 3:] = math.nan
+    return TokenBatch(x, y, x_mask, y_mask)
+
+
+def test_weight_zero_is_infonce_alone_bit_for_bit(tokens: TokenBatch) -> None:
+    x, y = rows(32, 8, 0), rows(32, 8, 1)
+    alone = infonce(unit(x), unit(y), logit_scale=7.0)
+    parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.0, sigma=0.5)
+
+    assert torch.equal(parts.total, alone)
+    assert float(parts.cs) == 0
+    # A bandwidth of no sense and tokens of no use show that neither term is computed.
+    parts = Objective()(x, y, logit_scale=7.0, sigma=-1.0, tokens=tokens, x_extra=x)
+    assert torch.equal(parts.total, alone)
+    assert float(parts.divergence) == float(parts.token) == 0
+
+
+def test_total_is_the_pairwise_term_plus_the_weighted_divergence() -> None:
+    x, y = rows(32, 8, 0), rows(32, 8, 1)
+    parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.25, sigma=0.5)
+    apart = cs_divergence(unit(x), unit(y), sigma=0.5)
+
+    assert torch.equal(parts.infonce, infonce(unit(x), unit(y), logit_scale=7.0))
+    assert torch.equal(parts.cs, apart)
+    assert torch.equal(parts.total, parts.infonce + 0.25 * apart)
+
+
+@pytest.mark.parametrize("pairwise", PairwiseName)
+@pytest.mark.parametrize("name", DivergenceName)
+def test_every_choice_is_the_weighted_sum_of_its_terms(
+    pairwise: PairwiseName, name: DivergenceName, tokens: TokenBatch
+) -> None:
+    x, y = rows(12, 8, 0).requires_grad_(), rows(12, 8, 1).requires_grad_()
+    objective = Objective(pairwise, name, weight=0.3, token_weight=0.2)
+    parts = objective(x, y, logit_scale=7.0, sigma=0.5, logit_bias=-2.0, tokens=tokens)
+    units = unit(x.detach()), unit(y.detach())
+    expected = (
+        float(pairwise_loss(pairwise)(*units, logit_scale=7.0, logit_bias=-2.0)),
+        float(divergence(name)(*units, sigma=0.5)),
+        float(loop_tokens(tokens, 0.5)),
+    )
+
+    found = tuple(float(term.detach()) for term in (parts.pairwise, parts.divergence, parts.token))
+    assert found == pytest.approx(expected)
+    total = expected[0] + 0.3 * expected[1] + 0.2 * expected[2]
+    assert float(parts.total.detach()) == pytest.approx(total)
+    parts.total.backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def loop_tokens(tokens: TokenBatch, sigma: float) -> float:
+    x, y, x_mask, y_mask = tokens
+    values = [
+        float(cs_divergence(unit(x[i][x_mask[i]]), unit(y[i][y_mask[i]]), sigma=sigma))
+        for i in range(len(x))
+    ]
+    return sum(values) / len(values)
+
+
+def test_tokens_of_unit_norm_are_taken_as_they_are(tokens: TokenBatch) -> None:
+    units = unit(tokens.x), unit(tokens.y)
+    parts = Objective(token_weight=1.0)(
+        rows(4, 8, 0), rows(4, 8, 1), logit_scale=7.0, sigma=0.5, tokens=tokens
+    )
+    expected = token_divergence(*units, tokens.x_mask, tokens.y_mask, sigma=0.5)
+
+    assert float(parts.token) == pytest.approx(float(expected))
+
+
+def test_names_choose_the_pairwise_loss() -> None:
+    x, y = unit(rows(6, 8, 0)), unit(rows(6, 8, 1))
+    owner = torch.tensor([0, 0, 1, 1, 5, 5])
+    smooth = pairwise_loss(PairwiseName.INFONCE, label_smoothing=0.1)
+    sigmoid = pairwise_loss(PairwiseName.SIGMOID, sigmoid_divisor="pairs")
+
+    assert torch.equal(
+        smooth(x, y, logit_scale=7.0), infonce(x, y, logit_scale=7.0, label_smoothing=0.1)
+    )
+    assert torch.equal(
+        smooth(x, y, logit_scale=7.0, owner=owner),
+        multi_positive_infonce(x, y, owner, logit_scale=7.0, label_smoothing=0.1),
+    )
+    assert torch.equal(
+        sigmoid(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner),
+        sigmoid_loss(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner, divisor="pairs"),
+    )
+    assert float(pairwise_loss(PairwiseName.NONE)(x, y, logit_scale=7.0)) == 0
+
+
+def test_unpaired_rows_reach_the_divergence_and_not_the_pairwise_term() -> None:
+    x, y, x_extra, y_extra = (rows(n, 8, n).requires_grad_() for n in (6, 6, 3, 5))
+    y = rows(6, 8, 9).requires_grad_()
+    parts = Objective(weight=0.5)(
+        x, y, logit_scale=7.0, sigma=0.5, x_extra=x_extra, y_extra=y_extra
+    )
+    apart = cs_divergence(unit(torch.cat([x, x_extra])), unit(torch.cat([y, y_extra])), sigma=0.5)
+
+    assert torch.equal(parts.pairwise, infonce(unit(x), unit(y), logit_scale=7.0))
+    assert float(parts.divergence.detach()) == pytest.approx(float(apart.detach()))
+    grads = torch.autograd.grad(parts.total, (x_extra, y_extra))
+    assert all(float(grad.norm()) > 0 for grad in grads)
+
+
+def test_extra_rows_on_one_side_alone_are_enough() -> None:
+    x, y, extra = rows(6, 8, 0), rows(6, 8, 1), rows(4, 8, 2)
+    parts = Objective(weight=0.5)(x, y, logit_scale=7.0, sigma=0.5, y_extra=extra)
+    apart = cs_divergence(unit(x), unit(torch.cat([y, extra])), sigma=0.5)
+
+    assert float(parts.divergence) == pytest.approx(float(apart))
+
+
+def test_pairs_mse_sees_pairs_only_and_follows_the_owners() -> None:
+    x, y, owner = rows(4, 8, 0), rows(6, 8, 1), torch.tensor([0, 0, 1, 3, 3, 2])
+    parts = Objective(PairwiseName.NONE, DivergenceName.PAIRS_MSE, weight=1.0)(
+        x, y, logit_scale=1.0, owner=owner, x_extra=rows(9, 8, 2)
+    )
+    expected = sum(
+        float((unit(x)[own] - unit(y)[j]).square().sum()) for j, own in enumerate(owner.tolist())
+    )
+
+    assert float(parts.total) == pytest.approx(expected / 6)
+    with pytest.raises(ValueError, match="needs an owner from 0 to 3"):
+        Objective(PairwiseName.NONE, DivergenceName.PAIRS_MSE, weight=1.0)(
+            x, y, logit_scale=1.0, owner=owner + 1
+        )
+
+
+def test_without_a_pairwise_loss_the_sides_may_differ_in_size() -> None:
+    parts = Objective(PairwiseName.NONE, weight=2.0)(
+        rows(4, 8, 0), rows(7, 8, 1), logit_scale=1.0, sigma=0.5
+    )
+
+    assert float(parts.total) == pytest.approx(2 * float(parts.divergence))
+
+
+def test_a_token_weight_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="the batch has no tokens"):
+        Objective(token_weight=0.1)(rows(4, 8, 0), rows(4, 8, 1), logit_scale=1.0)
+
+
+def test_too_few_rows_for_the_divergence_are_refused() -> None:
+    objective = Objective(divergence=DivergenceName.GAUSSIAN_KL, weight=0.1)
+
+    with pytest.raises(ShapeError, match="'gaussian-kl' needs 2 rows a side or more"):
+        objective(rows(1, 8, 0), rows(1, 8, 1), logit_scale=1.0)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_weights_that_make_no_sense_are_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        Objective(weight=weight)
+    with pytest.raises(ValueError, match="finite and not negative"):
+        Objective(token_weight=weight)
+
+
+def test_choices_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"label smoothing is InfoNCE's.*'sigmoid'"):
+        Objective(PairwiseName.SIGMOID, label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing must be in"):
+        Objective(label_smoothing=1.5)
+    with pytest.raises(ValueError, match="'triplet' is not a valid PairwiseName"):
+        Objective("triplet")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'tv' is not a valid DivergenceName"):
+        Objective(divergence="tv")  # type: ignore[arg-type]
