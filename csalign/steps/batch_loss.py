@@ -96,7 +96,9 @@ class BatchLoss(nn.Module):
         """
         adapter, noise = self._adapter[0], self._config.noise
         inputs = self._mixed(
-            self._take(self._rows.images, batch.images), self._take(self._rows.texts, batch.texts), rng
+            self._take(self._rows.images, batch.images),
+            self._take(self._rows.texts, batch.texts),
+            rng,
         )
         x, y = adapter.image(inputs[0], noise), adapter.text(inputs[1], noise)
         extras = [self._extra(side, rng) for side in Modality]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
@@ -162,7 +162,7 @@ class Trainer:
         parts = self.loss(batch, self.step, rng)
         self._require_finite(parts)
         optimiser.zero_grad(set_to_none=True)
-        parts.total.backward()  # type: ignore[no-untyped-call]
+        parts.total.backward()
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.clip_norm)
         if not torch.isfinite(norm):
             raise self._diverged("the gradient's norm", float(norm))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
-from csalign.store.join import PairedRows, check_directions, join_ids, split_names
+from csalign.store.join import PairedRows, check_directions, split_names
 from csalign.store.reader import FeatureSet
 
 Array = npt.NDArray[Any]
@@ -81,9 +81,7 @@ def gather_unpaired(rows: PairedRows, others: Sequence[Path], train_split: str) 
     return Unpaired(images, texts)
 
 
-def _side_rows(
-    features: FeatureSet, side: Modality, names: set[str | None], width: int
-) -> Array:
+def _side_rows(features: FeatureSet, side: Modality, names: set[str | None], width: int) -> Array:
     table = features.table(side)
     if table.made_by is None or not len(table):
         return np.empty((0, width), np.float32)
