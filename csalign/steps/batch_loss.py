@@ -71,8 +71,9 @@ class BatchLoss(nn.Module):
         is_sigmoid = config.pairwise is PairwiseName.SIGMOID
         bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0, device=device)
         self.logit_bias = nn.Parameter(bias, requires_grad=is_sigmoid)
-        fixed = not isinstance(config.bandwidth, str)
-        self.sigma: Sigma | None = config.bandwidth if fixed and self._has_bandwidth else None
+        self.sigma: Sigma | None = None
+        if self._has_bandwidth and not isinstance(config.bandwidth, str):
+            self.sigma = config.bandwidth
         self._warned = False
 
     @property
@@ -95,12 +96,10 @@ class BatchLoss(nn.Module):
             rng: draws the unpaired rows and what is mixed.
         """
         adapter, noise = self._adapter[0], self._config.noise
-        inputs = self._mixed(
-            self._take(self._rows.images, batch.images),
-            self._take(self._rows.texts, batch.texts),
-            rng,
-        )
-        x, y = adapter.image(inputs[0], noise), adapter.text(inputs[1], noise)
+        images = self._take(self._rows.images, batch.images)
+        texts = self._take(self._rows.texts, batch.texts)
+        images, texts = self._mixed(images, texts, rng)
+        x, y = adapter.image(images, noise), adapter.text(texts, noise)
         extras = [self._extra(side, rng) for side in Modality]
         parts = self._objective(
             x,

@@ -87,8 +87,8 @@ def _side_rows(features: FeatureSet, side: Modality, names: set[str | None], wid
         return np.empty((0, width), np.float32)
     if table.width != width:
         raise ShapeError(
-            f"{features.path}: {side} embeddings are {table.width} wide, those to train on {width}; "
-            "extract both with the same encoder"
+            f"{features.path}: {side} embeddings are {table.width} wide, those to train on "
+            f"{width}; extract both with the same encoder"
         )
     splits = np.array(table.column("split").to_pylist(), dtype=object)
     chosen = np.flatnonzero([split in names for split in splits])

@@ -85,7 +85,7 @@ def test_metrics_have_a_line_a_step_and_the_validations(features: Path, tmp_path
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert [line["step"] for line in scores] == [0, 3, 6, 9, 12]
     for line in steps:
-        expected = line["infonce"] + 0.1 * line["cs_divergence"]
+        expected = line["pairwise"] + 0.1 * line["divergence"]
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
         assert 0.5 < line["bandwidth"] < 2
         assert line["logit_scale"] == pytest.approx(7)
@@ -145,8 +145,8 @@ def test_weight_zero_takes_the_divergence_out(features: Path, tmp_path: Path) ->
     run(features, tmp_path / "run", cs_weight=0)
     steps = [line for line in lines(tmp_path / "run") if "loss" in line]
 
-    assert all(line["loss"] == line["infonce"] for line in steps)
-    assert all(line["cs_divergence"] is None and line["bandwidth"] is None for line in steps)
+    assert all(line["loss"] == line["pairwise"] for line in steps)
+    assert all(line["divergence"] is None and line["bandwidth"] is None for line in steps)
 
 
 def test_the_divergence_closes_the_gap_that_a_high_logit_scale_opens(
