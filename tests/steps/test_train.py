@@ -432,3 +432,63 @@ def test_an_adapter_of_ones_own_is_imported_only_where_it_is_named(
         EvalConfig(features=features, adapter=tmp_path / "run", allow_adapter="mine:Mine")
     )
     assert document["retrieval"]["mean_recall"] > 0
+
+
+def test_unpaired_rows_reach_the_divergence_and_nothing_else(
+    features: Path, arrays: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import_arrays(ImportConfig(images=arrays[0], out=tmp_path / "images"))
+    import_arrays(ImportConfig(texts=arrays[1], out=tmp_path / "texts"))
+    further = {"unpaired": f"{tmp_path / 'images'}, {tmp_path / 'texts'}"}
+    run(features, tmp_path / "alone", cs_weight=1.0)
+    run(features, tmp_path / "more", cs_weight=1.0, **further)
+    run(features, tmp_path / "none", cs_weight=0.0)
+    run(features, tmp_path / "none more", cs_weight=0.0, **further)
+
+    first = [lines(tmp_path / name)[1] for name in ("alone", "more", "none", "none more")]
+    assert first[0]["pairwise"] == first[1]["pairwise"]
+    assert first[0]["divergence"] != first[1]["divergence"]
+    weights = [
+        (tmp_path / name / "adapter.safetensors").read_bytes() for name in ("none", "none more")
+    ]
+    assert weights[0] == weights[1]
+    import_arrays(ImportConfig(images=arrays[1], out=tmp_path / "narrow"))
+    with pytest.raises(ShapeError, match="16 wide, those to train on 24; extract both"):
+        run(features, tmp_path / "run", unpaired=str(tmp_path / "narrow"))
+
+
+@pytest.mark.parametrize("name", ["mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none"])
+def test_each_divergence_can_take_the_place_of_cs(
+    features: Path, tmp_path: Path, name: str
+) -> None:
+    result = run(features, tmp_path / "run", divergence=name, cs_weight=0.5)
+    first = next(line for line in lines(tmp_path / "run") if "loss" in line)
+
+    assert result.steps == 12
+    assert first["loss"] == pytest.approx(
+        first["pairwise"] + 0.5 * first["divergence"] + 0.3 * (first["pairwise_others"] or 0)
+    )
+    assert (first["divergence"] == 0) is (name == "none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pairwise": "sigmoid", "logit_scale": 10.0},
+        {"pairwise": "none", "cs_weight": 1.0},
+        {"label_smoothing": 0.1},
+        {"mixing": 1.0},
+        {"bandwidth": (0.5, 1.0)},
+        {"bandwidth": "tied", "logit_scale": 4.0},
+    ],
+)
+def test_other_losses_mixing_and_bandwidths_train(
+    features: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    learning = {"init": "random", "noise": 0.0, "dropout": 0.0, "steps": 40, "learning_rate": 3e-3}
+    run(features, tmp_path / "run", **learning, **options)
+    logged = [line for line in lines(tmp_path / "run") if "loss" in line]
+
+    assert logged[-1]["loss"] < 0.95 * logged[0]["loss"]
+    if "bandwidth" in options:
+        assert logged[0]["bandwidth"] == ([0.5, 1.0] if options["bandwidth"] != "tied" else 0.5)
