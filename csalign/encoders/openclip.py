@@ -8,9 +8,9 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer, VisionTransformer
-from PIL import Image
 
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
+from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_run
 from csalign.encoders.openclip_models import (
     build_network,
@@ -77,65 +77,30 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
     _check_tokens(visual, text, [side for side in sides if side in options.tokens])
     with first_run(architecture.spec):
         return Encoders(
-            OpenClipImages(visual, options, record) if Modality.IMAGE in sides else None,
+            _load_images(visual, options, record) if Modality.IMAGE in sides else None,
             OpenClipTexts(text, tokenizer, options, record) if tokenizer is not None else None,
         )
 
 
-class OpenClipImages:
-    """The image tower of an open_clip model; see `ImageEncoder` for its methods."""
-
-    def __init__(self, tower: Any, options: EncoderOptions, record: dict[str, str]) -> None:
-        self._options = options
-        self._config = PreprocessCfg(**tower.preprocess_cfg)
-        self._transform = image_transform_v2(self._config, is_train=False)
-        space = options.token_space if gives_tokens(options, Modality.IMAGE) else None
-        self._side = ready(_ImageSide(tower, space), options)
-        self._info = self._probe(**record)
-
-    @property
-    def batch_size(self) -> int:
-        """How many images go through a forward pass."""
-        return batch_size_of(self._options)
-
-    @property
-    def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
-        return self._info
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
-        pixels: torch.Tensor = self._transform(image)
-        return pixels
-
-    def embed(self, pixels: torch.Tensor) -> Embedded:
-        """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
-        with inference(self._options):
-            pooled, hidden = self._side(to_device(pixels, self._options))
-        if hidden is None:
-            return Embedded(to_numpy(pooled), None)
-        tokens = limit_tokens(
-            list(to_numpy(hidden)), Modality.IMAGE, self._options.max_tokens, self._side.grid
-        )
-        return Embedded(to_numpy(pooled), tokens)
-
-    def _probe(self, spec: str, fingerprint: str, activation: str) -> EncoderInfo:
-        """Embed an image, so that what does not work fails before the work."""
-        config = self._config
-        return describe(
-            self.embed(torch.zeros(1, *config.input_size)),
-            self._options,
-            spec=spec,
-            fingerprint=fingerprint,
-            preprocessing={
-                "image_size": list(config.input_size[1:]),
-                "mean": list(config.mean),
-                "std": list(config.std),
-                "interpolation": config.interpolation,
-                "resize_mode": config.resize_mode,
-                "activation": activation,
-            },
-        )
+def _load_images(tower: Any, options: EncoderOptions, record: dict[str, str]) -> TowerImages:
+    config = PreprocessCfg(**tower.preprocess_cfg)
+    space = options.token_space if gives_tokens(options, Modality.IMAGE) else None
+    return TowerImages(
+        ready(_ImageSide(tower, space), options),
+        image_transform_v2(config, is_train=False),
+        config.input_size,
+        options,
+        spec=record["spec"],
+        fingerprint=record["fingerprint"],
+        preprocessing={
+            "image_size": list(config.input_size[1:]),
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "interpolation": config.interpolation,
+            "resize_mode": config.resize_mode,
+            "activation": record["activation"],
+        },
+    )
 
 
 class OpenClipTexts:

@@ -7,26 +7,19 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
-from csalign.encoders.base import Embedded, EncoderOptions
+from csalign.encoders.base import EncoderOptions
+from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_line, first_run, quiet, suggest
 from csalign.encoders.running import (
-    batch_size_of,
-    describe,
     fingerprint,
     gives_tokens,
-    inference,
     ready,
-    to_device,
-    to_numpy,
 )
-from csalign.encoders.tokens import limit_tokens
 from csalign.enums import Modality
 from csalign.errors import EncoderError
-from csalign.store.manifest import EncoderInfo
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +27,7 @@ logger = logging.getLogger(__name__)
 _RECORDED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def load_timm(name: str, options: EncoderOptions) -> "TimmImages":
+def load_timm(name: str, options: EncoderOptions) -> TowerImages:
     """Load a timm model without its classifier, frozen.
 
     Args:
@@ -55,61 +48,23 @@ def load_timm(name: str, options: EncoderOptions) -> "TimmImages":
         logger.warning("%s: random weights; the embeddings carry no meaning", model)
     elif weights:
         _load_weights(network, Path(weights), model)
+    config = resolve_model_data_config(network)
+    with_tokens = gives_tokens(options, Modality.IMAGE)
     with first_run(f"timm:{name}"):
-        return TimmImages(network, f"timm:{name}", options)
-
-
-class TimmImages:
-    """A timm model; see `ImageEncoder` for its methods."""
-
-    def __init__(self, network: Any, spec: str, options: EncoderOptions) -> None:
-        self._options = options
-        self._config = resolve_model_data_config(network)
-        self._transform = create_transform(**self._config, is_training=False)
-        weights = fingerprint(network)
-        with_tokens = gives_tokens(options, Modality.IMAGE)
         if with_tokens:
-            _check_tokens(network.eval(), self._config["input_size"], spec)
-        self._side = ready(_Side(network, with_tokens=with_tokens), options)
-        self._info = self._probe(spec, weights)
-
-    @property
-    def batch_size(self) -> int:
-        """How many images go through a forward pass."""
-        return batch_size_of(self._options)
-
-    @property
-    def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
-        return self._info
-
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
-        pixels: torch.Tensor = self._transform(image)
-        return pixels
-
-    def embed(self, pixels: torch.Tensor) -> Embedded:
-        """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
-        with inference(self._options):
-            pooled, tokens = self._side(to_device(pixels, self._options))
-        if tokens is None:
-            return Embedded(to_numpy(pooled), None)
-        limited = limit_tokens(
-            list(to_numpy(tokens)), Modality.IMAGE, self._options.max_tokens, self._side.grid
-        )
-        return Embedded(to_numpy(pooled), limited)
-
-    def _probe(self, spec: str, weights: str) -> EncoderInfo:
-        """Embed an image, so that what does not work fails before the work."""
-        recorded = {key: self._config[key] for key in _RECORDED if key in self._config}
-        return describe(
-            self.embed(torch.zeros(1, *self._config["input_size"])),
-            self._options,
-            spec=spec,
-            fingerprint=weights,
+            _check_tokens(network.eval(), config["input_size"], f"timm:{name}")
+        own = fingerprint(network)
+        return TowerImages(
+            ready(_Side(network, with_tokens=with_tokens), options),
+            create_transform(**config, is_training=False),
+            config["input_size"],
+            options,
+            spec=f"timm:{name}",
+            fingerprint=own,
             preprocessing={
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in recorded.items()
+                key: list(config[key]) if isinstance(config[key], tuple) else config[key]
+                for key in _RECORDED
+                if key in config
             },
         )
 

@@ -15,7 +15,8 @@ import transformers
 from PIL import Image
 
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.openclip import OpenClipImages, OpenClipTexts
+from csalign.encoders.images import TowerImages
+from csalign.encoders.openclip import OpenClipTexts
 from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, EncoderError
@@ -65,21 +66,21 @@ def direct(tiny_clip: tuple[Path, Path]) -> Iterator[Any]:
         yield network.eval(), transform, open_clip.get_tokenizer(model.stem)
 
 
-def load_spec(spec: str, **options: Any) -> tuple[OpenClipImages, OpenClipTexts]:
+def load_spec(spec: str, **options: Any) -> tuple[TowerImages, OpenClipTexts]:
     image, text = load_encoders(spec, spec, EncoderOptions(CPU, **options))
-    assert isinstance(image, OpenClipImages)
+    assert isinstance(image, TowerImages)
     assert isinstance(text, OpenClipTexts)
     return image, text
 
 
 def load(
     tiny_clip: tuple[str | Path, str | Path], **options: Any
-) -> tuple[OpenClipImages, OpenClipTexts]:
+) -> tuple[TowerImages, OpenClipTexts]:
     model, weights = tiny_clip
     return load_spec(f"open_clip:{model}+{weights}", **options)
 
 
-def embed_images(encoder: OpenClipImages, images: list[Image.Image]) -> Any:
+def embed_images(encoder: TowerImages, images: list[Image.Image]) -> Any:
     return encoder.embed(torch.stack([encoder.preprocess(image) for image in images]))
 
 
@@ -465,10 +466,11 @@ def test_a_side_that_is_not_asked_for_is_not_kept(tiny_clip: tuple[Path, Path]) 
     assert both.text is not None
 
     image, no_text = load_encoders(spec, None, options)
-    assert isinstance(image, OpenClipImages)
+    assert isinstance(image, TowerImages)
     assert no_text is None
     assert image.info == both.image.info
-    assert not any("token_embedding" in name for name in image._side.state_dict())
+    assert isinstance(image._tower, torch.nn.Module)
+    assert not any("token_embedding" in name for name in image._tower.state_dict())
 
     no_image, text = load_encoders(None, spec, options)
     assert isinstance(text, OpenClipTexts)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from csalign.encoders.base import EncoderOptions
+from csalign.encoders.images import TowerImages
 from csalign.encoders.spec import load_encoders
-from csalign.encoders.timm_images import TimmImages
 from csalign.enums import Modality
 from csalign.errors import EncoderError
 
@@ -26,13 +26,13 @@ def images() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
 
 
-def load(name: str, **options: Any) -> TimmImages:
+def load(name: str, **options: Any) -> TowerImages:
     encoder = load_encoders(f"timm:{name}", None, EncoderOptions(CPU, **options)).image
-    assert isinstance(encoder, TimmImages)
+    assert isinstance(encoder, TowerImages)
     return encoder
 
 
-def embed(encoder: TimmImages, images: list[Image.Image]) -> Any:
+def embed(encoder: TowerImages, images: list[Image.Image]) -> Any:
     return encoder.embed(torch.stack([encoder.preprocess(image) for image in images]))
 
 

@@ -1,6 +1,6 @@
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 import webdataset
-from moto.server import ThreadedMotoServer
 from upath import UPath
 
 from csalign.errors import DataError
@@ -19,15 +18,6 @@ from csalign.sources.open import open_source
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]
 Outline = Callable[..., list[tuple[Any, ...]]]
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])

@@ -385,7 +385,8 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
 
     assert error_of(table) == (
         f"{table}: no column looks like images or captions (columns: photo, words); name them "
-        "with --image-column and --caption-column"
+        "with --image-column and --caption-column, or read a folder's images without the table by "
+        "--kind folder"
     )
     assert "has no column 'word' (columns: photo, words)" in error_of(table, caption_column="word")
     message = error_of(table, image_column="photo", split_column="fold")

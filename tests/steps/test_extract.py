@@ -17,7 +17,7 @@ from PIL import Image
 
 from csalign import files
 from csalign.config import ExtractConfig
-from csalign.encoders.openclip import OpenClipImages
+from csalign.encoders.images import TowerImages
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
 from csalign.results import FeaturesResult
@@ -440,14 +440,14 @@ def test_batches_too_large_for_the_device_are_halved(
     run: Callable[..., FeaturesResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run("whole")
-    embed = OpenClipImages.embed
+    embed = TowerImages.embed
 
     def greedy(self: Any, pixels: torch.Tensor) -> Any:
         if len(pixels) > 1:
             raise torch.OutOfMemoryError("out of memory")
         return embed(self, pixels)
 
-    monkeypatch.setattr(OpenClipImages, "embed", greedy)
+    monkeypatch.setattr(TowerImages, "embed", greedy)
     halved = run(batch_size=8)
 
     np.testing.assert_allclose(
