@@ -13,8 +13,8 @@ Where things live; imports run one way, down this list::
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `apply`, `evaluate`, and `load_adapter`. Importing csalign loads none
-of the heavy libraries; using a name does.
+`import_arrays`, `inspect`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing csalign
+loads none of the heavy libraries; using a name does.
 """
 
 from importlib import import_module
@@ -23,9 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
-    from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
+    from csalign.config import (
+        ApplyConfig,
+        DiagnoseConfig,
+        EvalConfig,
+        ExtractConfig,
+        ImportConfig,
+        TrainConfig,
+    )
     from csalign.enums import Modality
     from csalign.steps.apply import apply
+    from csalign.steps.diagnose import diagnose
     from csalign.steps.evaluate import evaluate
     from csalign.steps.extract import extract
     from csalign.steps.import_arrays import import_arrays
@@ -36,12 +44,14 @@ __version__ = version("csalign")
 
 _HOMES = {
     "ApplyConfig": "csalign.config",
+    "DiagnoseConfig": "csalign.config",
     "EvalConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
     "ImportConfig": "csalign.config",
     "Modality": "csalign.enums",
     "TrainConfig": "csalign.config",
     "apply": "csalign.steps.apply",
+    "diagnose": "csalign.steps.diagnose",
     "evaluate": "csalign.steps.evaluate",
     "extract": "csalign.steps.extract",
     "import_arrays": "csalign.steps.import_arrays",
@@ -52,6 +62,7 @@ _HOMES = {
 
 __all__ = [
     "ApplyConfig",
+    "DiagnoseConfig",
     "EvalConfig",
     "ExtractConfig",
     "ImportConfig",
@@ -59,6 +70,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "apply",
+    "diagnose",
     "evaluate",
     "extract",
     "import_arrays",

@@ -410,3 +410,26 @@ class EvalConfig(Config):
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class DiagnoseConfig(Config):
+    """``csalign diagnose``: where the objective works against itself."""
+
+    features: Location = Field(description="Feature set to look at.")
+    adapter: Path | None = Field(
+        None, description="Run folder; without it the features are taken as they are."
+    )
+    allow_adapter: str | None = Field(
+        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+    )
+    split: str | None = Field(
+        None, description="Split(s), comma-separated (default: test if there is one, else all)."
+    )
+    logit_scale: Positive | None = Field(
+        None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
+    )
+    cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the divergence.")
+    bandwidth: Positive = Field(0.5, description="Bandwidth of the divergence.")
+    pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to look at, at most.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of which pairs are taken.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -14,7 +14,14 @@ from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.progress import shown_progress
 from csalign.cli.run import command
 from csalign.cli.step import step_command
-from csalign.config import ApplyConfig, EvalConfig, ExtractConfig, ImportConfig, TrainConfig
+from csalign.config import (
+    ApplyConfig,
+    DiagnoseConfig,
+    EvalConfig,
+    ExtractConfig,
+    ImportConfig,
+    TrainConfig,
+)
 from csalign.progress import Progress
 from csalign.results import FeaturesResult, TrainResult
 
@@ -85,6 +92,15 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     from csalign.steps.evaluate import evaluate
 
     return evaluate(settings, progress)
+
+
+@app.command()
+@step_command(DiagnoseConfig, render.diagnosis_tables)
+def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
+    """Tell how far the objective works against itself, and what the gap is made of."""
+    from csalign.steps.diagnose import diagnose
+
+    return diagnose(settings, progress)
 
 
 @app.command()

@@ -124,6 +124,23 @@ def compare_table(document: dict[str, Any]) -> None:
         _print(f"[..., ...]: 95 % bootstrap intervals over images{paired}")
 
 
+def diagnosis_tables(document: dict[str, Any]) -> None:
+    """The document of ``csalign diagnose``: both objectives side by side, then the gap."""
+    infonce, objective = document["infonce"], document["objective"]
+    _print(
+        f"{document['features']}, {document['adapter'] or 'no adapter'}, split "
+        f"{document['split']}: {document['pairs']:,} pairs at logit scale "
+        f"{document['logit_scale']:g}, CS weight {document['cs_weight']:g}"
+    )
+    table = _figures("", "InfoNCE", "with CS")
+    for name in ("loss", "alignment", "uniformity", "gradient_cosine"):
+        label = "cosine of their gradients" if name == "gradient_cosine" else name
+        table.add_row(label, f"{infonce[name]:.4f}", f"{objective[name]:.4f}")
+    _print_table(table)
+    rest = {name: value for name, value in objective.items() if name not in infonce}
+    _print_rows("divergence and gap", list(_leaves(rest | document["gap"])))
+
+
 def inspect_table(document: dict[str, Any]) -> None:
     """What ``csalign inspect`` found, a line a figure."""
     body = {key: value for key, value in document.items() if key not in ("kind", "path")}
