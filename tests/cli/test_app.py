@@ -89,7 +89,7 @@ def test_the_command_line_wins_over_the_file(features: Path, tmp_path: Path) -> 
         ("steps = -1", (), "steps: Input should be greater than or equal to 0 (got -1)"),
         ("steps =", (), "cannot be read as TOML"),
         ("", ("--bandwidth", "-1"), "bandwidth: "),
-        ("", ("--adapter", "cube"), "adapter: Input should be 'linear' or 'mlp' (got 'cube')"),
+        ("", ("--adapter", "cube"), "cube: no such kind of adapter; there are linear, mlp"),
         ("", ("--steps", "many"), "--steps"),
         ("", ("--no-such-option",), "--no-such-option"),
         ("", ("--device", "abacus"), "device: 'abacus' is not usable here"),
