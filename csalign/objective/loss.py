@@ -34,16 +34,6 @@ class LossParts(NamedTuple):
     token: Tensor
     others: Tensor | None = None
 
-    @property
-    def infonce(self) -> Tensor:
-        """The pairwise term, where it is InfoNCE."""
-        return self.pairwise
-
-    @property
-    def cs(self) -> Tensor:
-        """The distribution term, where it is the Cauchy-Schwarz divergence."""
-        return self.divergence
-
 
 class TokenBatch(NamedTuple):
     """Adapted tokens of a batch of pairs, any norm, and where there are tokens.

@@ -18,8 +18,9 @@ from csalign.progress import Progress
 from csalign.sources.base import ImageInput, Record, TextInput
 from csalign.sources.images import read_image
 from csalign.store import schema
+from csalign.store.documents import Failure
 from csalign.store.shard import Rows
-from csalign.store.workspace import Failure, PartWriter
+from csalign.store.workspace import PartWriter
 
 # Enough texts to find some of like length for a batch, few enough to hold their tokens.
 _BATCHES_A_WINDOW = 16
@@ -39,7 +40,7 @@ class OwnedText(NamedTuple):
 
 @dataclass
 class Tally:
-    """What became of a part's records; see `store.workspace.Receipt`."""
+    """What became of a part's records; see `store.documents.Receipt`."""
 
     records: int = 0
     failed_records: int = 0

@@ -26,7 +26,8 @@ from csalign.sources.open import SourceOptions, open_source
 from csalign.steps.embedding import Embedder
 from csalign.steps.turns import device_of, own_volumes, owns, turn_of
 from csalign.store import manifest, schema
-from csalign.store.workspace import Job, Receipt, Turn, Workspace, alone, open_workspace
+from csalign.store.documents import Job, Receipt, Turn
+from csalign.store.workspace import Workspace, alone, open_workspace
 
 logger = logging.getLogger(__name__)
 

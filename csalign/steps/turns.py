@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from csalign.errors import ConfigError
-from csalign.store.workspace import Turn
+from csalign.store.documents import Turn
 
 
 def turn_of(shard: str, environment: Mapping[str, str] = os.environ) -> Turn:

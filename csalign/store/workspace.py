@@ -18,23 +18,31 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from csalign import __version__, files
 from csalign.enums import Modality
-from csalign.errors import DataError, OutputError, SchemaError
+from csalign.errors import DataError, OutputError
 from csalign.locations import is_remote
 from csalign.store import schema
+from csalign.store.documents import (
+    Failure,
+    Finished,
+    Job,
+    Receipt,
+    Turn,
+    other_job,
+    read_document,
+    write_document,
+)
 from csalign.store.manifest import (
     FAILURES,
     MANIFEST,
     Counts,
-    Encoders,
     Manifest,
     Shard,
     Shards,
@@ -46,94 +54,6 @@ RECEIPTS = "receipts"
 FINISHED = "finished"
 _CLAIM = "receipts.claim"
 _PATIENCE = 60.0  # seconds to wait for a process that only sets up or completes the folder
-
-D = TypeVar("D", bound="_Document")
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Job(_Document):
-    """What decides every byte of the result, but for the order in which parts are made.
-
-    Attributes:
-        location: where the source lies.
-        source: its fingerprint.
-        part_rows: records a part.
-        dtype: "float16" or "float32".
-        encoders: what makes each side.
-    """
-
-    format: str = "csalign-job"
-    location: str
-    source: str
-    part_rows: int
-    dtype: str
-    encoders: Encoders
-
-
-class Failure(_Document):
-    """An input that was left out.
-
-    Attributes:
-        source: file that it came from.
-        row: 1-based row of it, None if the file as a whole.
-        reason: why, in a few words.
-    """
-
-    source: str
-    row: int | None
-    reason: str
-
-
-class Receipt(_Document):
-    """A finished part.
-
-    Attributes:
-        name: of the part.
-        volume_records: records of the volume that it belongs to, all parts together.
-        records: that went into it.
-        failed_records: of these, left out as a whole.
-        failed_texts: texts left out although their record was not.
-        texts_seen: texts of the records that were not left out.
-        pairs: texts that belong to an image.
-        images: its file of images, None if it has none.
-        texts: its file of texts, None if it has none.
-        failures: what was left out.
-    """
-
-    name: str
-    volume_records: int
-    records: int
-    failed_records: int = 0
-    failed_texts: int = 0
-    texts_seen: int = 0
-    pairs: int = 0
-    images: Shard | None = None
-    texts: Shard | None = None
-    failures: list[Failure] = []
-
-    def side(self, modality: Modality) -> Shard | None:
-        """Its file of one side."""
-        return self.images if modality is Modality.IMAGE else self.texts
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Which of how many processes this is; the first is 0."""
-
-    index: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-class _Finished(_Document):
-    index: int
-    count: int
-    parts: list[str]
 
 
 @dataclass
@@ -179,7 +99,7 @@ class Workspace:
     def receipt(self, name: str) -> Receipt | None:
         """The receipt of a finished part, None if it is not finished."""
         path = self.folder / RECEIPTS / f"{name}.json"
-        receipt = _read(path, Receipt) if path.is_file() else None
+        receipt = read_document(path, Receipt) if path.is_file() else None
         if receipt is None:
             return None
         for side in Modality:
@@ -213,13 +133,13 @@ class Workspace:
                 (self.folder / side / f"{receipt.name}.parquet").unlink(missing_ok=True)
         update = {**shards, "pairs": part.pairs, "failures": part.failures}
         receipt = receipt.model_copy(update=update)
-        _write(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
+        write_document(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
         return receipt
 
     def finish(self, parts: list[str]) -> None:
         """Say that this process has done its parts, all of which have receipts."""
         turn = self._turn
-        _write(self._mark, _Finished(index=turn.index, count=turn.count, parts=parts))
+        write_document(self._mark, Finished(index=turn.index, count=turn.count, parts=parts))
 
     def begin(self) -> None:
         """Take back that this process has done its parts, since it may do some of them anew."""
@@ -429,7 +349,7 @@ def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool) -> N
             if found == job:
                 return
             if found is not None and not restart:
-                raise OutputError(_other_job(folder, found, job))
+                raise OutputError(other_job(folder, found, job))
             # A lock cannot be raised while others share it, so it is given back in between.
             fcntl.flock(lock, fcntl.LOCK_UN)
             if _try_lock(lock, fcntl.LOCK_EX):
@@ -446,34 +366,13 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool) -> None:
     if found == job:
         return
     if found is not None and not restart:
-        raise OutputError(_other_job(folder, found, job))
+        raise OutputError(other_job(folder, found, job))
     if is_remote(folder):
         files.remove_folder(folder)
     else:
         files.empty_folder(folder)
     files.write_text(folder / "config.toml", config)
-    _write(folder / files.JOB, job)
-
-
-def _other_job(folder: Path, found: Job, job: Job) -> str:
-    old, new = _flat(found.model_dump()), _flat(job.model_dump())
-    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    change = f"another {name}"
-    if name not in ("source", "encoders.image.fingerprint", "encoders.text.fingerprint"):
-        change = f"{name} {old.get(name)}, not {new.get(name)}"
-    return (
-        f"{folder}: was begun with {change}; go on with the same options and source, or start "
-        "anew with --overwrite"
-    )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat
+    write_document(folder / files.JOB, job)
 
 
 def _try_lock(lock: Any, kind: int) -> bool:
@@ -489,13 +388,13 @@ def _refresh(folder: Path) -> None:
         folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
 
 
-def _finished(folder: Path) -> list[_Finished]:
+def _finished(folder: Path) -> list[Finished]:
     _refresh(folder)
     marks = sorted((folder / FINISHED).glob("*.json")) if (folder / FINISHED).exists() else []
-    return [_read(path, _Finished) for path in marks]
+    return [read_document(path, Finished) for path in marks]
 
 
-def _missing(finished: list[_Finished]) -> list[Turn]:
+def _missing(finished: list[Finished]) -> list[Turn]:
     counts = {mark.count for mark in finished}
     left = []
     for count in sorted(counts):
@@ -544,22 +443,7 @@ def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
 
 def _read_job(folder: Path) -> Job | None:
     path = folder / files.JOB
-    return _read(path, Job) if path.is_file() else None
-
-
-def _read(path: Path, kind: type[D]) -> D:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise SchemaError(
-            f"{path}: is damaged ({error.errors()[0]['msg']}); remove it to have it made again"
-        ) from None
-
-
-def _write(path: Path, document: _Document) -> None:
-    if not is_remote(path):
-        path.parent.mkdir(exist_ok=True)
-    files.write_json(path, document.model_dump(mode="json"))
+    return read_document(path, Job) if path.is_file() else None
 
 
 def _lines(failures: list[Failure]) -> str:

@@ -40,7 +40,7 @@ def test_weight_zero_is_infonce_alone_bit_for_bit(tokens: TokenBatch) -> None:
     parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.0, sigma=0.5)
 
     assert torch.equal(parts.total, alone)
-    assert float(parts.cs) == 0
+    assert float(parts.divergence) == 0
     # A bandwidth of no sense and tokens of no use show that neither term is computed.
     parts = Objective()(x, y, logit_scale=7.0, sigma=-1.0, tokens=tokens, x_extra=x)
     assert torch.equal(parts.total, alone)
@@ -52,9 +52,9 @@ def test_total_is_the_pairwise_term_plus_the_weighted_divergence() -> None:
     parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.25, sigma=0.5)
     apart = cs_divergence(unit(x), unit(y), sigma=0.5)
 
-    assert torch.equal(parts.infonce, infonce(unit(x), unit(y), logit_scale=7.0))
-    assert torch.equal(parts.cs, apart)
-    assert torch.equal(parts.total, parts.infonce + 0.25 * apart)
+    assert torch.equal(parts.pairwise, infonce(unit(x), unit(y), logit_scale=7.0))
+    assert torch.equal(parts.divergence, apart)
+    assert torch.equal(parts.total, parts.pairwise + 0.25 * apart)
 
 
 @pytest.mark.parametrize("pairwise", PairwiseName)

@@ -2,7 +2,7 @@ import pytest
 
 from csalign.errors import ConfigError
 from csalign.steps.turns import own_volumes, owns, turn_of
-from csalign.store.workspace import Turn
+from csalign.store.documents import Turn
 
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7",

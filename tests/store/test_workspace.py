@@ -9,19 +9,11 @@ from csalign import files
 from csalign.enums import Modality
 from csalign.errors import DataError, OutputError, SchemaError
 from csalign.locations import is_remote, parse_location
+from csalign.store.documents import Failure, Job, Receipt, Turn
 from csalign.store.manifest import EncoderInfo, Encoders
 from csalign.store.reader import FeatureSet
 from csalign.store.shard import Rows
-from csalign.store.workspace import (
-    Failure,
-    Job,
-    Receipt,
-    Turn,
-    Workspace,
-    alone,
-    merge_parts,
-    open_workspace,
-)
+from csalign.store.workspace import Workspace, alone, merge_parts, open_workspace
 
 JOB = Job(
     location="photos",

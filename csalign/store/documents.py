@@ -1,0 +1,148 @@
+"""What a feature set that is built part by part keeps beside its parts, as JSON documents."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from csalign import files
+from csalign.enums import Modality
+from csalign.errors import SchemaError
+from csalign.locations import is_remote
+from csalign.store.manifest import Encoders, Shard
+
+D = TypeVar("D", bound="Document")
+
+
+class Document(BaseModel):
+    """Base of all: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(Document):
+    """What decides every byte of the result, but for the order in which parts are made.
+
+    Attributes:
+        location: where the source lies.
+        source: its fingerprint.
+        part_rows: records a part.
+        dtype: "float16" or "float32".
+        encoders: what makes each side.
+    """
+
+    format: str = "csalign-job"
+    location: str
+    source: str
+    part_rows: int
+    dtype: str
+    encoders: Encoders
+
+
+class Failure(Document):
+    """An input that was left out.
+
+    Attributes:
+        source: file that it came from.
+        row: 1-based row of it, None if the file as a whole.
+        reason: why, in a few words.
+    """
+
+    source: str
+    row: int | None
+    reason: str
+
+
+class Receipt(Document):
+    """A finished part.
+
+    Attributes:
+        name: of the part.
+        volume_records: records of the volume that it belongs to, all parts together.
+        records: that went into it.
+        failed_records: of these, left out as a whole.
+        failed_texts: texts left out although their record was not.
+        texts_seen: texts of the records that were not left out.
+        pairs: texts that belong to an image.
+        images: its file of images, None if it has none.
+        texts: its file of texts, None if it has none.
+        failures: what was left out.
+    """
+
+    name: str
+    volume_records: int
+    records: int
+    failed_records: int = 0
+    failed_texts: int = 0
+    texts_seen: int = 0
+    pairs: int = 0
+    images: Shard | None = None
+    texts: Shard | None = None
+    failures: list[Failure] = []
+
+    def side(self, modality: Modality) -> Shard | None:
+        """Its file of one side."""
+        return self.images if modality is Modality.IMAGE else self.texts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which of how many processes this is; the first is 0."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+class Finished(Document):
+    """What a process says that is done with its parts."""
+
+    index: int
+    count: int
+    parts: list[str]
+
+
+def other_job(folder: Path, found: Job, job: Job) -> str:
+    """What to say of a folder that holds another job."""
+    old, new = _flat(found.model_dump()), _flat(job.model_dump())
+    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+    change = f"another {name}"
+    if name not in ("source", "encoders.image.fingerprint", "encoders.text.fingerprint"):
+        change = f"{name} {old.get(name)}, not {new.get(name)}"
+    return (
+        f"{folder}: was begun with {change}; go on with the same options and source, or start "
+        "anew with --overwrite"
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
+
+
+def read_document(path: Path, kind: type[D]) -> D:
+    """Read a document.
+
+    Raises:
+        SchemaError: it is damaged.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise SchemaError(
+            f"{path}: is damaged ({error.errors()[0]['msg']}); remove it to have it made again"
+        ) from None
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write a document whole or not at all, and the folder that it lies in."""
+    if not is_remote(path):
+        path.parent.mkdir(exist_ok=True)
+    files.write_json(path, document.model_dump(mode="json"))
