@@ -115,6 +115,15 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     return "\n".join(lines)
 
 
+def _local(value: Any) -> Any:
+    if "://" in str(value):
+        raise ValueError("runs are kept on a local disk, URLs are for feature sets")
+    return value
+
+
+RunFolder = Annotated[Path, BeforeValidator(_local)]
+
+
 class OutputConfig(Config):
     """What every command that makes a folder can be told about it."""
 
@@ -275,6 +284,7 @@ class ImportConfig(OutputConfig):
 class TrainConfig(OutputConfig):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
+    out: RunFolder = Field(description="Folder to make.")
     features: Location = Field(description="Feature set to train on.")
     train_split: str = Field(
         "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
@@ -376,7 +386,7 @@ class ApplyConfig(OutputConfig):
     """``csalign apply``: aligned embeddings, the same artifact again."""
 
     features: Location = Field(description="Feature set to align.")
-    adapter: Path = Field(description="Run folder that holds the trained adapter.")
+    adapter: RunFolder = Field(description="Run folder that holds the trained adapter.")
     allow_adapter: str | None = Field(
         None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
     )
@@ -394,7 +404,7 @@ class EvalConfig(Config):
     """``csalign eval``: retrieval and modality gap."""
 
     features: Location = Field(description="Feature set to evaluate on.")
-    adapter: Path | None = Field(
+    adapter: RunFolder | None = Field(
         None, description="Run folder; without it the features are evaluated as they are."
     )
     allow_adapter: str | None = Field(
@@ -416,7 +426,7 @@ class DiagnoseConfig(Config):
     """``csalign diagnose``: where the objective works against itself."""
 
     features: Location = Field(description="Feature set to look at.")
-    adapter: Path | None = Field(
+    adapter: RunFolder | None = Field(
         None, description="Run folder; without it the features are taken as they are."
     )
     allow_adapter: str | None = Field(

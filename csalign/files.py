@@ -112,13 +112,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
+def check_output(
+    out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), searched: Path | None = None
+) -> None:
     """Refuse an output folder that must not be written, before any work is done.
 
     Args:
         out: the folder to be made.
         overwrite: whether an artifact that is there may be replaced.
         inputs: folders and files that are read and so must not be replaced.
+        searched: that one of them which, if it is a folder, is read with all that is in it; an
+            output in there would be read by the next run.
 
     Raises:
         OutputError: `out` exists and `overwrite` is false; `out` is a file, a mount point, the
@@ -136,6 +140,11 @@ def check_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
         if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
             raise OutputError(f"{out}: lies inside {source}, which it would change; choose another")
+    is_searched = searched is not None and not is_remote(searched) and searched.is_dir()
+    if is_searched and searched and resolved.is_relative_to(searched.resolve()):
+        raise OutputError(
+            f"{out}: lies inside {searched}, where the next run would read it; choose another --out"
+        )
     if os.path.ismount(resolved) or resolved == Path.cwd():
         raise OutputError(
             f"{out}: is a mount point or the working directory, which cannot be replaced; choose a "

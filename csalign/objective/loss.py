@@ -157,19 +157,3 @@ class Objective:
             raise ValueError("the token term has a weight, but the batch has no tokens")
         x, y = unit_tokens(tokens.x, tokens.x_mask), unit_tokens(tokens.y, tokens.y_mask)
         return token_divergence(x, y, tokens.x_mask, tokens.y_mask, sigma=sigma)
-
-
-def alignment_loss(
-    x: Tensor, y: Tensor, *, logit_scale: Tensor | float, cs_weight: float, sigma: Sigma
-) -> LossParts:
-    """InfoNCE + cs_weight * CS divergence of a batch of pairs (arXiv 2502.17028).
-
-    Args:
-        x: (n, d), float, adapted image embeddings, any norm; normalised here.
-        y: (n, d), adapted text embeddings, row i the match of x's row i.
-        logit_scale: 1 / temperature of InfoNCE.
-        cs_weight: lambda, >= 0; at 0 the divergence is not computed at all, so that the result is
-            InfoNCE's bit for bit.
-        sigma: bandwidth or bandwidths of the divergence.
-    """
-    return Objective(weight=cs_weight)(x, y, logit_scale=logit_scale, sigma=sigma)

@@ -128,7 +128,7 @@ class Catalog:
                 self._places[position] = place
             return position
         first = self._rows[position]
-        if row.span is None and self._places.get(position, key) != place:
+        if not self._is_same_image(position, key, place, row.span):
             raise DataError(f"has the id {key!r} of another image, in row {first}; ids are unique")
         split = self._split_names[self._splits[position]]
         if split != row.split:
@@ -137,6 +137,15 @@ class Catalog:
                 f"{row.split or 'none'} in row {row.number}; give all its rows the same split"
             )
         return position
+
+    def _is_same_image(
+        self, position: int, key: str, place: str, span: tuple[int, int] | None
+    ) -> bool:
+        known = self._places.get(position, key)
+        if span is None or isinstance(known, str):
+            return span is None and known == place
+        assert self._load is not None
+        return self._load(known) == self._load(span)
 
     def _path(self, row: Row) -> tuple[str, str | None]:
         if len(row.image) > _LONGEST_PATH:

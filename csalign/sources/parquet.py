@@ -368,6 +368,12 @@ class _ColumnarVolume:
         split = _text(rows[0], found.split) or self._split
         if any((_text(values, found.split) or self._split) != split for values in rows):
             raise ValueError(f"its rows are in several splits, one of them {split or 'none'}")
+        if found.image is not None:
+            others = [values[found.image] for values in rows[1:]]
+            if any(other is not None and other != rows[0][found.image] for other in others):
+                raise ValueError(
+                    f"its rows share the id {own!r}, but not the image; ids are unique"
+                )
         volume = self._prefix if self._several else ""
         image = None
         if found.image is not None and rows[0][found.image] is not None:

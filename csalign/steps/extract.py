@@ -67,9 +67,12 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     """
     turn = turn_of(config.shard)
     inputs = [path for path in (config.captions, config.images) if path is not None]
-    if "::" not in config.source:  # which joins several
-        inputs.append(parse_location(config.source))
-    files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(inputs))
+    searched = None if "::" in config.source else parse_location(config.source)
+    if searched is not None:  # not several that are joined
+        inputs.append(searched)
+    files.check_output(
+        config.out, overwrite=config.overwrite, inputs=tuple(inputs), searched=searched
+    )
     source = open_source(config.source, _source_options(config))
     logger.info("%s: %s", config.source, source.description)
     if turn.count > 1:
@@ -121,6 +124,8 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
         Modality.IMAGE: config.image_encoder or config.encoder,
         Modality.TEXT: config.text_encoder or config.encoder,
     }
+    if all(spec == LEFT_OUT for spec in specs.values()):
+        raise ConfigError("image-encoder, text-encoder: one of them has to be an encoder")
     wanted: dict[Modality, str | None] = dict.fromkeys(Modality)
     for side in Modality:
         if side not in source.sides or specs[side] == LEFT_OUT:
@@ -354,11 +359,12 @@ def _refusal(
         f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
         for failure in failures[:_REASONS_SHOWN]
     )
-    remedy = "repair what it lists and go on with --retry-failures"
+    remedy = "repair the images and go on with --retry-failures"
     if limit is not None:
         problem += f", the share allowed is {limit:g}"
         remedy += ", or with a higher --max-failures"
-    return DataError(f"{problem}: {examples}; {path} has all of them: {remedy}")
+    remedy += "; a repaired table, tar or caption is another source, which --overwrite begins anew"
+    return DataError(f"{problem}: {examples}; {path} lists those so far: {remedy}")
 
 
 def _row_bytes(encoder: ImageEncoder | TextEncoder, dtype: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
 from csalign.errors import DataError, SchemaError
-from csalign.locations import parse_location
+from csalign.locations import is_remote, parse_location
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet
@@ -35,7 +35,7 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
         raise DataError(f"{path}: no such file or folder")
     if (folder / MANIFEST).is_file():
         return _features(folder)
-    if (folder / DESCRIPTION).is_file():
+    if not is_remote(folder) and (folder / DESCRIPTION).is_file():
         return _run(folder)
     raise DataError(
         f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION})"

@@ -1,5 +1,6 @@
 """What a feature set that is built part by part keeps beside its parts, as JSON documents."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,11 @@ class Job(Document):
     dtype: str
     encoders: Encoders
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the content of parts, so not of where the source lies."""
+        content = self.model_dump_json(exclude={"location"})
+        return hashlib.sha256(content.encode()).hexdigest()
+
 
 class Failure(Document):
     """An input that was left out.
@@ -59,6 +65,7 @@ class Receipt(Document):
 
     Attributes:
         name: of the part.
+        job: `Job.fingerprint` of the job that it was made for; set when it is sealed.
         volume_records: records of the volume that it belongs to, all parts together.
         records: that went into it.
         failed_records: of these, left out as a whole.
@@ -71,6 +78,7 @@ class Receipt(Document):
     """
 
     name: str
+    job: str = ""
     volume_records: int
     records: int
     failed_records: int = 0

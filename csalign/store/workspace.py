@@ -97,11 +97,21 @@ class Workspace:
         return (self.folder / MANIFEST).is_file()
 
     def receipt(self, name: str) -> Receipt | None:
-        """The receipt of a finished part, None if it is not finished."""
+        """The receipt of a finished part, None if it is not finished.
+
+        Raises:
+            DataError: the part was made with other options, and copied here.
+            SchemaError: the receipt is damaged.
+        """
         path = self.folder / RECEIPTS / f"{name}.json"
         receipt = read_document(path, Receipt) if path.is_file() else None
         if receipt is None:
             return None
+        if receipt.job != self._job.fingerprint():
+            raise DataError(
+                f"{path}: the part was made with other options or of another source than "
+                f"{self.folder / files.JOB} says; copy parts of one job only"
+            )
         for side in Modality:
             shard = receipt.side(side)
             file = shard and self.folder.joinpath(*shard.path.split("/"))
@@ -131,8 +141,8 @@ class Workspace:
         for side, shard in shards.items():
             if shard is None:  # one that had rows once, made anew
                 (self.folder / side / f"{receipt.name}.parquet").unlink(missing_ok=True)
-        update = {**shards, "pairs": part.pairs, "failures": part.failures}
-        receipt = receipt.model_copy(update=update)
+        known = {"job": self._job.fingerprint(), "pairs": part.pairs, "failures": part.failures}
+        receipt = receipt.model_copy(update={**shards, **known})
         write_document(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
         return receipt
 

@@ -10,7 +10,7 @@ from csalign.errors import ShapeError
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.divergences import divergence
 from csalign.objective.infonce import infonce, multi_positive_infonce
-from csalign.objective.loss import Objective, TokenBatch, alignment_loss
+from csalign.objective.loss import Objective, TokenBatch
 from csalign.objective.pairwise import pairwise_loss
 from csalign.objective.sigmoid import sigmoid_loss
 from csalign.objective.tokens import token_divergence
@@ -37,7 +37,7 @@ def tokens() -> TokenBatch:
 def test_weight_zero_is_infonce_alone_bit_for_bit(tokens: TokenBatch) -> None:
     x, y = rows(32, 8, 0), rows(32, 8, 1)
     alone = infonce(unit(x), unit(y), logit_scale=7.0)
-    parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.0, sigma=0.5)
+    parts = Objective(weight=0.0)(x, y, logit_scale=7.0, sigma=0.5)
 
     assert torch.equal(parts.total, alone)
     assert float(parts.divergence) == 0
@@ -49,7 +49,7 @@ def test_weight_zero_is_infonce_alone_bit_for_bit(tokens: TokenBatch) -> None:
 
 def test_total_is_the_pairwise_term_plus_the_weighted_divergence() -> None:
     x, y = rows(32, 8, 0), rows(32, 8, 1)
-    parts = alignment_loss(x, y, logit_scale=7.0, cs_weight=0.25, sigma=0.5)
+    parts = Objective(weight=0.25)(x, y, logit_scale=7.0, sigma=0.5)
     apart = cs_divergence(unit(x), unit(y), sigma=0.5)
 
     assert torch.equal(parts.pairwise, infonce(unit(x), unit(y), logit_scale=7.0))

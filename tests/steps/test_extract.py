@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 import signal
@@ -235,7 +236,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
         f"{photos}/b.png cannot be read ("
     )
     assert f"; {photos}/d.png is no image of a known format; " in message
-    assert f"; {partial}/failures.jsonl has all of them: repair what it lists" in message
+    assert f"; {partial}/failures.jsonl lists those so far: repair the images" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
@@ -516,3 +517,54 @@ def test_an_error_in_mid_air_waits_for_what_is_being_written(
     monkeypatch.setattr(PartWriter, "write", slow)
     with pytest.raises(Stopped):
         run(progress=lambda *told: stop(*told) if told[1] > 3 else None)
+
+
+def test_an_output_that_the_next_run_would_read_is_refused(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    with pytest.raises(OutputError, match="where the next run would read it"):
+        run(f"{photos.name}/features")
+
+    assert not list(photos.glob("features*"))
+
+
+def test_leaving_both_sides_out_is_refused_at_once(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    with pytest.raises(ConfigError, match="one of them has to be an encoder"):
+        run(image_encoder="none", text_encoder="none")
+
+    assert [path.name for path in photos.parent.iterdir()] == [photos.name]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_rows_that_share_an_id_but_not_the_image_are_left_out(
+    run: Callable[..., FeaturesResult], photos: Path, tmp_path: Path, form: str
+) -> None:
+    images = [(photos / name).read_bytes() for name in ("a.png", "b.png", "c.png", "c.png")]
+    ids, captions = ["10", "10", "11", "11"], ["of a", "of b", "of c", "c too"]
+    source = tmp_path / f"x.{form}"
+    if form == "parquet":
+        pd.DataFrame({"id": ids, "image": images, "caption": captions}).to_parquet(source)
+    else:
+        names = ("id", "image_base64", "caption")
+        rows = zip(
+            ids, [base64.b64encode(image).decode() for image in images], captions, strict=False
+        )
+        lines = [json.dumps(dict(zip(names, row, strict=False))) for row in rows]
+        source.write_text("\n".join(lines))
+    result = run(source=source, id_column="id", max_failures=0.9)
+
+    found = dict(
+        zip(
+            column(result, Modality.TEXT, "caption"),
+            column(result, Modality.TEXT, "image_id"),
+            strict=False,
+        )
+    )
+    assert "of b" not in found
+    assert {caption for caption, owner in found.items() if str(owner).endswith("11")} == {
+        "of c",
+        "c too",
+    }
+    assert any("10" in failure["reason"] for failure in failures(result.features))

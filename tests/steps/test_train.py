@@ -492,3 +492,10 @@ def test_other_losses_mixing_and_bandwidths_train(
     assert logged[-1]["loss"] < 0.95 * logged[0]["loss"]
     if "bandwidth" in options:
         assert logged[0]["bandwidth"] == ([0.5, 1.0] if options["bandwidth"] != "tied" else 0.5)
+
+
+def test_a_run_in_an_object_store_is_refused_before_training(features: Path) -> None:
+    with pytest.raises(ConfigError, match=r"out: .*runs are kept on a local disk"):
+        TrainConfig.resolve(None, {"features": features, "out": "s3://bucket/run"})
+    with pytest.raises(ConfigError, match=r"adapter: .*runs are kept on a local disk"):
+        EvalConfig.resolve(None, {"features": features, "adapter": "s3://bucket/run"})

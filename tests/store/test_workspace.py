@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -307,3 +308,17 @@ def test_parts_stay_in_order_beyond_five_digits(tmp_path: Path) -> None:
         workspace.finish(names[::-1])
 
         assert [receipt.name for receipt in workspace.receipts()] == names
+
+
+def test_parts_of_another_job_are_not_merged(tmp_path: Path) -> None:
+    half = JOB.model_copy(update={"dtype": "float16"})
+    for turn, job in ((Turn(0, 2), JOB), (Turn(1, 2), half)):
+        out = tmp_path / str(turn.index)
+        with open_workspace(out, job, turn, config="") as workspace:
+            write_part(workspace, f"part-0000{turn.index}")
+            workspace.finish([f"part-0000{turn.index}"])
+    shutil.copytree(files.partial_of(out), tmp_path / "0.partial", dirs_exist_ok=True)
+    with pytest.raises(DataError, match=r"part-00000\.json: the part was made with other options"):
+        merge_parts(tmp_path / "0")
+
+    assert (tmp_path / "0.partial" / "receipts").exists()
