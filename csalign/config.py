@@ -373,6 +373,16 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    guess_pairs: bool = Field(
+        True,
+        description="Fit the closed form on unpaired rows too that are each other's nearest, where "
+        "validation recall rises.",
+    )
+    match_moments: bool = Field(
+        True,
+        description="With unpaired rows, move and stretch the outputs after training, so that all "
+        "rows of both sides have like means and covariances, where validation recall holds.",
+    )
     steps: int | None = Field(
         None,
         ge=0,

@@ -21,6 +21,7 @@ from csalign.locations import parse_location
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
+from csalign.steps.match import match_outputs
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.trainer import Trainer
@@ -58,12 +59,12 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
     )
     check_terms(config, len(sampler))
+    unpaired = gather_unpaired(rows, _further_sets(config), train_split)
     if config.init == "canonical":
-        adapter, start = closed_form_start(rows, sampler, val, config)
+        adapter, start = closed_form_start(rows, sampler, val, config, unpaired)
     else:
         adapter, start = random_start(rows, config)
     log.info("start: %s", start)
-    unpaired = gather_unpaired(rows, _further_sets(config), train_split)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         environment = _environment(device, config)
@@ -74,10 +75,14 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
 
         _run(trainer, folder / CHECKPOINTS, save, progress)
+        scores = {"start": trainer.start_score, "kept": trainer.best_score}
+        if config.match_moments and val is not None and trainer.best_score is not None:
+            scores["matched"] = match_outputs(
+                adapter, rows, sampler, unpaired, val, trainer.best_score, config
+            )
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
-    scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
         steps=trainer.steps_made,

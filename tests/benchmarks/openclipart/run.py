@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 
 from csalign.adapters.canonical import PairMoments
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
+from csalign.adapters.kinds import DEFAULT_WIDTH
 from csalign.adapters.model import Adapter, SideShape
 from csalign.config import EvalConfig, TrainConfig
 from csalign.enums import Modality
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
 from csalign.steps.batches import PairSampler
 from csalign.steps.evaluate import evaluate
-from csalign.steps.start import MAX_WIDTH, POWERS, RIDGES
+from csalign.steps.start import POWERS, RIDGES
 from csalign.steps.train import train
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows, load_rows
@@ -161,11 +162,11 @@ def plain_cca(rows: PairedRows) -> list[Adapter]:
     moments = PairMoments.of(rows.images, rows.texts, pairs, weights, (False, False))
     adapters = []
     for ridge in RIDGES:
-        for form in moments.cca(ridge=ridge, powers=POWERS, width=MAX_WIDTH):
+        for form in moments.cca(ridge=ridge, powers=POWERS, width=DEFAULT_WIDTH):
             adapter = Adapter(
                 {
-                    Modality.IMAGE: SideShape("linear", form.image_weight.shape[1], MAX_WIDTH),
-                    Modality.TEXT: SideShape("linear", form.text_weight.shape[1], MAX_WIDTH),
+                    Modality.IMAGE: SideShape("linear", form.image_weight.shape[1], DEFAULT_WIDTH),
+                    Modality.TEXT: SideShape("linear", form.text_weight.shape[1], DEFAULT_WIDTH),
                 }
             )
             adapter.image.start_from(form.image_mean, form.image_weight)

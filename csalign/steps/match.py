@@ -1,0 +1,127 @@
+"""After training: both sides' outputs brought to like means and covariances over all rows."""
+
+import copy
+import logging
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from csalign.adapters.inputs import to_tensor, unit_inputs
+from csalign.adapters.matching import Outputs, match_moments
+from csalign.adapters.model import Adapter
+from csalign.adapters.neighbours import nearest_mean
+from csalign.adapters.side import SideAdapter
+from csalign.config import TrainConfig
+from csalign.enums import Modality
+from csalign.steps.batches import PairSampler
+from csalign.steps.guessing import distinct
+from csalign.steps.unpaired import Array, Unpaired
+from csalign.steps.validation import Score, validate
+from csalign.store.join import PairedRows
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 20_000  # a side, paired and unpaired each; a covariance needs no more
+TOLERANCE = 0.0025  # of mean recall: less than some hundred validation pairs can tell
+
+
+def match_outputs(
+    adapter: Adapter,
+    rows: PairedRows,
+    sampler: PairSampler,
+    unpaired: Unpaired,
+    val: PairedRows,
+    before: Score,
+    config: TrainConfig,
+) -> Score | None:
+    """Match both sides' outputs over paired and unpaired rows, if validation recall holds.
+
+    A fit sees its own pairs too well: new rows come out elsewhere, and narrower. Unpaired rows
+    are new rows. What each counts is taken from the paired rows most like it, since a caption that
+    a thousand images share counts once among pairs and must not count a thousand times here.
+
+    Args:
+        adapter: both sides, on any device; changed in place if the match is taken.
+        rows: training rows.
+        sampler: their pairs and weights.
+        unpaired: the other rows.
+        val: held-out rows.
+        before: the adapter's score on them.
+        config: for the seed, and whether captions count once.
+
+    Returns:
+        The score after the match; None where nothing was changed.
+    """
+    if not any(unpaired.count(side) for side in Modality):
+        return None
+    frozen = {side: not adapter.parameter_counts()[side.value] for side in Modality}
+    if not all(frozen[side] or adapter.side(side).accepts_output_map for side in Modality):
+        log.info("unpaired rows: the outputs of these kinds of adapters cannot be matched")
+        return None
+    rng = np.random.default_rng(config.seed)
+    outputs = {}
+    for side in Modality:
+        known, weights = _paired(side, rows, sampler, once=config.caption_weights, rng=rng)
+        others = unpaired.sample(side, MAX_ROWS, rng)
+        if side is Modality.TEXT and config.caption_weights:
+            others = others[distinct(others)]
+        outputs[side] = _outputs(adapter.side(side), known, weights, others, frozen[side])
+    matched = copy.deepcopy(adapter)
+    for side, change in zip(Modality, match_moments(*outputs.values()), strict=True):
+        if not frozen[side]:
+            device = adapter.side(side).mean.device
+            matched.side(side).then(change.weight.to(device), change.bias.to(device))
+    score = validate(matched, val)
+    log.info(
+        "outputs matched over all rows: validation mean recall %.4f from %.4f, centroid distance "
+        "%.4f from %.4f",
+        score.mean_recall,
+        before.mean_recall,
+        score.centroid_distance,
+        before.centroid_distance,
+    )
+    if score.mean_recall < before.mean_recall - TOLERANCE:
+        return None
+    adapter.load_state_dict(matched.state_dict())
+    return score
+
+
+def _paired(
+    side: Modality,
+    rows: PairedRows,
+    sampler: PairSampler,
+    *,
+    once: bool,
+    rng: np.random.Generator,
+) -> tuple[Array, npt.NDArray[np.float64]]:
+    """The paired rows of a side, and what each counts among pairs, 1 on average."""
+    (images, texts), weights = sampler.weighted_pairs()
+    own, values = (images, rows.images) if side is Modality.IMAGE else (texts, rows.texts)
+    groups = rows.caption_keys[texts] if side is Modality.TEXT and once else own
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    sums = np.bincount(group, weights)
+    chosen = np.arange(len(first))
+    if len(chosen) > MAX_ROWS:
+        chosen = np.sort(rng.choice(chosen, MAX_ROWS, replace=False))
+    return values[own[first[chosen]]], sums[chosen] / sums.mean()
+
+
+@torch.inference_mode()
+def _outputs(
+    side: SideAdapter,
+    known: Array,
+    weights: npt.NDArray[np.float64],
+    others: Array,
+    is_frozen: bool,
+) -> Outputs:
+    """What a side makes of its paired and unpaired rows, and what each counts."""
+    side.eval()
+    device = side.mean.device
+    paired, further = to_tensor(known, device), to_tensor(others, device)
+    values = torch.from_numpy(weights).to(device, torch.float32)
+    seen, new = (unit_inputs(x, signed_sqrt=side.shape.signed_sqrt) for x in (paired, further))
+    guessed = nearest_mean(seen, values, new)
+    return Outputs(
+        torch.cat([side(paired), side(further)]), torch.cat([values, guessed]), is_frozen
+    )
