@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 SHRINKAGE = 0.3  # towards equal variances; keeps what few rows say of small directions small
-CENTRING_ROUNDS = 30  # each takes most of what is left away
+LEAST_VARIANCE = 1e-9  # keeps sides that do not vary at all as they are
+CENTRED = 1e-4  # distance to the mean that is asked for: far below any gap that is measured
+CENTRING_ROUNDS = 50
 _TINY = 1e-12
 
 
@@ -65,7 +67,7 @@ class _Side:
     """One side's outputs under the map found so far, float64."""
 
     def __init__(self, rows: Tensor, weights: Tensor, is_frozen: bool) -> None:
-        self.rows = rows.double()
+        self.rows = rows.double()  # already stretched, not yet moved
         self.share = (weights.double() / weights.double().sum())[:, None]
         self.is_frozen = is_frozen
         self.weight = torch.eye(rows.shape[1], dtype=torch.float64)
@@ -75,18 +77,15 @@ class _Side:
     def of(cls, outputs: Outputs) -> "_Side":
         return cls(outputs.rows.cpu(), outputs.weights.cpu(), outputs.is_frozen)
 
-    def _mapped(self) -> Tensor:
-        return self.rows @ self.weight.T + self.bias
-
     def mean(self) -> Tensor:
-        return (self.share * normalize(self._mapped(), dim=1)).sum(0)
+        return (self.share * normalize(self.rows + self.bias, dim=1)).sum(0)
 
     def covariance(self) -> Tensor:
-        unit = normalize(self._mapped(), dim=1)
+        unit = normalize(self.rows + self.bias, dim=1)
         centred = unit - (self.share * unit).sum(0)
         spread = centred.T @ (self.share * centred)
-        even = spread.trace() / len(spread) * torch.eye(len(spread), dtype=torch.float64)
-        return (1 - SHRINKAGE) * spread + SHRINKAGE * even
+        even = spread.trace() / len(spread) * SHRINKAGE + LEAST_VARIANCE
+        return (1 - SHRINKAGE) * spread + even * torch.eye(len(spread), dtype=torch.float64)
 
     def centre(self, target: Tensor) -> None:
         """Move the origin until the mean unit row is `target`.
@@ -96,14 +95,16 @@ class _Side:
         if self.is_frozen:
             return
         for _ in range(CENTRING_ROUNDS):
-            mapped = self._mapped()
-            norms = mapped.norm(dim=1, keepdim=True).clamp(min=_TINY)
-            off = target - (self.share * mapped / norms).sum(0)
-            self.bias = self.bias + off / (self.share / norms).sum()
+            moved = self.rows + self.bias
+            weights = self.share / moved.norm(dim=1, keepdim=True).clamp(min=_TINY)
+            off = target - (weights * moved).sum(0)
+            self.bias = self.bias + off / weights.sum()
+            if off.norm() < CENTRED:
+                return
 
     def stretch(self, by: Tensor, part: float) -> None:
         step = (1 - part) * torch.eye(len(by), dtype=torch.float64) + part * by
-        self.weight, self.bias = step @ self.weight, step @ self.bias
+        self.rows, self.weight, self.bias = self.rows @ step.T, step @ self.weight, step @ self.bias
 
 
 def transport(own: Tensor, other: Tensor) -> Tensor:
