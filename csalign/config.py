@@ -374,7 +374,7 @@ class TrainConfig(OutputConfig):
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
     guess_pairs: bool = Field(
-        True,
+        False,
         description="Fit the closed form on unpaired rows too that are each other's nearest, where "
         "validation recall rises.",
     )

@@ -39,7 +39,9 @@ class Outputs(NamedTuple):
     is_frozen: bool = False
 
 
-def match_moments(x: Outputs, y: Outputs) -> tuple[OutputMap, OutputMap]:
+def match_moments(
+    x: Outputs, y: Outputs, *, covariances: bool = True
+) -> tuple[OutputMap, OutputMap]:
     """Affine maps after which the unit rows of both sides have like means and covariances.
 
     Each side goes half of the way: its mean unit row to 0, its covariance to the midpoint of the
@@ -48,14 +50,15 @@ def match_moments(x: Outputs, y: Outputs) -> tuple[OutputMap, OutputMap]:
     Args:
         x: outputs of one side.
         y: of the other, as wide.
+        covariances: whether to match these too, and not the means alone.
     """
     sides = [_Side.of(x), _Side.of(y)]
     frozen = [side for side in sides if side.is_frozen]
     target = frozen[0].mean() if frozen else torch.zeros(x.rows.shape[1], dtype=torch.float64)
     for side in sides:
         side.centre(target)
-    covariances = [side.covariance() for side in sides]
-    for side, own, other in zip(sides, covariances, reversed(covariances), strict=True):
+    spreads = [side.covariance() for side in sides] if covariances else []
+    for side, own, other in zip(sides, spreads, reversed(spreads), strict=False):
         if not side.is_frozen:
             side.stretch(transport(own, other), 1.0 if frozen else 0.5)
             side.centre(target)

@@ -50,7 +50,7 @@ def closed_form_start(
     already, the centred features themselves: aligned encoders such as CLIP's can only lose by a
     map fitted on few pairs. Beside a side that keeps its space the other is regressed onto it.
 
-    Where both sides have unpaired rows, those that the winner finds to be each other's nearest are
+    With ``config.guess_pairs``, unpaired rows that the winner finds to be each other's nearest are
     taken for pairs of little weight and the closed forms fitted anew; validation decides.
 
     Args:

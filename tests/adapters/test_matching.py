@@ -36,6 +36,13 @@ def test_both_sides_come_to_one_mean_and_nearer_covariances() -> None:
     assert apart[1] < 0.7 * apart[0]
 
 
+def test_the_means_alone_can_be_matched() -> None:
+    first, second = match_moments(even(X), even(Y), covariances=False)
+
+    assert torch.equal(first.weight, torch.eye(4))
+    assert max(mapped(X, first).mean(0).norm(), mapped(Y, second).mean(0).norm()) < 1e-3
+
+
 def test_rows_that_count_for_nothing_change_nothing() -> None:
     junk = rows(9.0, torch.full((4,), 5.0), 1_000)
     weights = torch.cat([torch.ones(len(X)), torch.zeros(1_000)])

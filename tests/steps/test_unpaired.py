@@ -18,7 +18,7 @@ from csalign.steps.validation import carve
 from csalign.store.join import load_rows
 from csalign.store.reader import FeatureSet
 
-OFF: dict[str, Any] = {"guess_pairs": False, "match_moments": False}
+OFF: dict[str, Any] = {"match_moments": False}
 
 
 def run(features: Path, out: Path, **values: Any) -> TrainResult:
@@ -63,7 +63,7 @@ def few_pairs(tmp_path: Path) -> Path:
 def test_without_unpaired_rows_nothing_is_guessed_and_nothing_matched(
     features: Path, tmp_path: Path
 ) -> None:
-    found = run(features, tmp_path / "default")
+    found = run(features, tmp_path / "default", guess_pairs=True)
     run(features, tmp_path / "off", **OFF)
 
     assert weights(tmp_path / "default") == weights(tmp_path / "off")
@@ -75,7 +75,7 @@ def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
     few_pairs: Path, tmp_path: Path
 ) -> None:
     run(few_pairs, tmp_path / "off", **OFF)
-    found = run(few_pairs, tmp_path / "matched", guess_pairs=False)
+    found = run(few_pairs, tmp_path / "matched")
     off, matched = (
         evaluate(EvalConfig(features=few_pairs, adapter=tmp_path / name))
         for name in ("off", "matched")
@@ -92,7 +92,7 @@ def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
 
 def test_guessed_pairs_are_used_where_validation_gains(few_pairs: Path, tmp_path: Path) -> None:
     off = run(few_pairs, tmp_path / "off", **OFF)
-    found = run(few_pairs, tmp_path / "guessed", match_moments=False)
+    found = run(few_pairs, tmp_path / "guessed", guess_pairs=True, **OFF)
 
     assert found.start.endswith("with guessed pairs")
     assert found.validation["start"]["mean_recall"] > off.validation["start"]["mean_recall"]
@@ -127,7 +127,7 @@ def test_kinds_that_cannot_be_matched_are_left_alone(
     few_pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    settings = {"adapter": "transformer", "hidden": 16, "layers": 1, "guess_pairs": False}
+    settings = {"adapter": "transformer", "hidden": 16, "layers": 1}
     found = run(few_pairs, tmp_path / "run", **settings)
 
     assert "matched" not in found.validation
