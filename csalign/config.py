@@ -364,6 +364,25 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    token_weight: NotNegative = Field(
+        0.0,
+        description="Weight (mu) of the token term, the CS divergence between the tokens of an "
+        "image and those of its text; 0 leaves it out.",
+    )
+    tokens: bool = Field(
+        False,
+        description="Embed with the stored tokens where the kind mixes them in (transformer); "
+        "--token-weight does so too.",
+    )
+    token_samples: Count = Field(
+        16, description="Tokens a row and step, drawn anew where a row has more."
+    )
+    token_pairs: Count = Field(64, description="Pairs of a step that the token term sees.")
+    token_memory: Count = Field(
+        1024,
+        description="MiB of tokens to keep in memory; a set that needs more is read block by "
+        "block, and shuffled within some blocks at a time.",
+    )
     steps: int | None = Field(
         None,
         ge=0,
@@ -394,6 +413,9 @@ class ApplyConfig(OutputConfig):
         "parquet",
         description="A feature set; .npy arrays with .csv tables; or the folder that "
         "clip-retrieval and autofaiss index, of pairs alone.",
+    )
+    tokens: bool = Field(
+        False, description="Align and store the tokens too, if the run was trained with some."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     batch_size: Count = Field(8192, description="Rows at a time.")

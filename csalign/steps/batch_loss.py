@@ -15,10 +15,12 @@ from csalign.config import TrainConfig
 from csalign.enums import DivergenceName, Modality, PairwiseName
 from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
-from csalign.objective.loss import LossParts, Objective
+from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
 from csalign.objective.pairwise import pairwise_loss
+from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch
+from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.store.join import PairedRows
 
@@ -40,6 +42,7 @@ class BatchLoss(nn.Module):
         unpaired: what the distribution term sees besides.
         config: the terms and their weights.
         device: where to compute.
+        tokens: of the training rows, None where no side trains with any.
 
     Attributes:
         sigma: bandwidth or bandwidths of the last batch, None where nothing has one.
@@ -52,6 +55,7 @@ class BatchLoss(nn.Module):
         unpaired: Unpaired,
         config: TrainConfig,
         device: torch.device,
+        tokens: StoredTokens | None = None,
     ) -> None:
         super().__init__()
         self._adapter = [adapter]  # not a submodule: its weights are saved on their own
@@ -59,10 +63,14 @@ class BatchLoss(nn.Module):
         self._unpaired = unpaired
         self._config = config
         self._device = device
+        self._tokens = (
+            None if tokens is None else BatchTokens(adapter, rows, tokens, config, device)
+        )
         self._objective = Objective(
             pairwise=config.pairwise,
             divergence=config.divergence,
             weight=config.cs_weight,
+            token_weight=config.token_weight,
             label_smoothing=config.label_smoothing,
         )
         self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
@@ -99,7 +107,11 @@ class BatchLoss(nn.Module):
         images = self._take(self._rows.images, batch.images)
         texts = self._take(self._rows.texts, batch.texts)
         images, texts = self._mixed(images, texts, rng)
-        x, y = adapter.image(images, noise), adapter.text(texts, noise)
+        tokens: TokenBatch | None = None
+        if self._tokens is None:
+            x, y = adapter.image(images, noise), adapter.text(texts, noise)
+        else:
+            x, y, tokens = self._tokens.forward(batch, images, texts)
         extras = [self._extra(side, rng) for side in Modality]
         parts = self._objective(
             x,
@@ -109,11 +121,16 @@ class BatchLoss(nn.Module):
             sigma=self._bandwidth(x, y, step),
             x_extra=extras[0],
             y_extra=extras[1],
+            tokens=tokens,
         )
         if batch.others is None or (batch.others >= 0).sum() < 2:
             return parts
         have = np.flatnonzero(batch.others >= 0)
-        other = adapter.text(self._take(self._rows.texts, batch.others[have]), noise)
+        others = self._take(self._rows.texts, batch.others[have])
+        if self._tokens is None:
+            other = adapter.text(others, noise)
+        else:
+            other = self._tokens.texts(batch.others[have], others)
         own = x[torch.from_numpy(have).to(self._device)]
         extra = self._pairwise(
             normalize(own, dim=1),
@@ -140,6 +157,8 @@ class BatchLoss(nn.Module):
     def _extra(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
         if not self._config.cs_weight or divergence(self._config.divergence).matched:
             return None
+        if self._adapter[0].side(side).embeds_with_tokens:
+            return None  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
         if rows is None:
@@ -149,6 +168,8 @@ class BatchLoss(nn.Module):
 
     @property
     def _has_bandwidth(self) -> bool:
+        if self._config.token_weight:
+            return True
         has: bool = divergence(self._config.divergence).has_bandwidth
         return bool(self._config.cs_weight) and has
 

@@ -20,8 +20,9 @@ from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
-from csalign.steps.batches import PairSampler
+from csalign.steps.batches import PairSampler, uniform
 from csalign.steps.start import closed_form_start, random_start
+from csalign.steps.tokens import open_tokens, token_widths, warn_of_rows_without_tokens
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
@@ -42,8 +43,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         progress: told how far it is.
 
     Raises:
+        ConfigError: options that do not go together.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
-            without a direction.
+            without a direction, no tokens where they are asked for.
         OutputError: ``config.out`` exists and is not to be replaced.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
@@ -51,22 +53,29 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
+    widths = token_widths(features, config)
     train_split = _train_split(features, config)
     rows, val = _load(features, train_split, config)
+    tokens = open_tokens(features, widths, rows, config)
     sampler = PairSampler(
-        rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
+        rows,
+        config.captions,
+        other_weight=config.other_captions,
+        once=config.caption_weights,
+        order=tokens.order if tokens else uniform,
     )
     if config.init == "canonical":
-        adapter, start = closed_form_start(rows, sampler, val, config)
+        adapter, start = closed_form_start(rows, sampler, val, config, widths)
     else:
-        adapter, start = random_start(rows, config)
+        adapter, start = random_start(rows, config, widths)
     log.info("start: %s", start)
     unpaired = gather_unpaired(rows, _further_sets(config), train_split)
+    warn_of_rows_without_tokens(adapter, unpaired)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         environment = _environment(device, config)
         files.write_json(folder / "environment.json", environment)
-        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device)
+        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))

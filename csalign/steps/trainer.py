@@ -21,6 +21,7 @@ from csalign.objective.loss import LossParts
 from csalign.progress import Progress
 from csalign.steps.batch_loss import BatchLoss
 from csalign.steps.batches import Batch, PairSampler
+from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
@@ -54,6 +55,7 @@ class Trainer:
         config: everything else.
         folder: where ``metrics.jsonl`` goes.
         device: where to compute.
+        tokens: of the rows, None where no side trains with any.
         step: optimiser steps made; after `fit`, those of the weights that were kept.
         steps_made: optimiser steps made in all.
         start_score: validation of the start, None without validation rows.
@@ -69,6 +71,7 @@ class Trainer:
     config: TrainConfig
     folder: Path
     device: torch.device
+    tokens: StoredTokens | None = None
     step: int = 0
     steps_made: int = 0
     best_score: Score | None = None
@@ -78,7 +81,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
-        self.loss = BatchLoss(self.adapter, self.rows, self.unpaired, self.config, self.device)
+        self.loss = BatchLoss(
+            self.adapter, self.rows, self.unpaired, self.config, self.device, self.tokens
+        )
 
     def total_steps(self) -> int:
         """Steps asked for, or as many as 40 epochs fill, but at least 200."""
@@ -177,6 +182,7 @@ class Trainer:
                 "pairwise": float(parts.pairwise.detach()),
                 "pairwise_others": None if parts.others is None else float(parts.others.detach()),
                 "divergence": float(parts.divergence.detach()) if self.config.cs_weight else None,
+                "token": float(parts.token.detach()) if self.config.token_weight else None,
                 "logit_scale": self.loss.logit_scale,
                 "bandwidth": self.loss.sigma,
                 "gradient_norm": float(norm),
@@ -203,7 +209,7 @@ class Trainer:
         """Measure, record, and keep the weights if they are the best so far."""
         if self.val is None:
             return True
-        score = validate(self.adapter, self.val)
+        score = validate(self.adapter, self.val, self.tokens.features if self.tokens else None)
         self._record({"step": self.step, "validation": score.to_json()})
         better = score.better_than(self.best_score)
         if better:
