@@ -90,8 +90,8 @@ def _sides_of_tokens(
     found = [side for side in takes if features.table(side).has_tokens]
     if not found:
         raise DataError(
-            f"{features.path}: stores no tokens of {' or '.join(takes)}s; make it with csalign "
-            "extract --tokens both, or leave --tokens out"
+            f"{features.path}: stores no {' or '.join(takes)} tokens; make it with csalign extract "
+            "--tokens both, or leave --tokens out"
         )
     for side in found:
         check_tokens(features, side, config.adapter, info.adapters[side].token_width)

@@ -45,8 +45,8 @@ def token_widths(features: FeatureSet, config: TrainConfig) -> dict[Modality, in
     mixing = [side for side in Modality if classes[side].mixes_tokens()]
     if not (config.token_weight or mixing):
         raise ConfigError(
-            f"tokens: {' and '.join(sorted(set(kinds.values())))} embed without tokens; give a "
-            "side the kind transformer, or add a token term by --token-weight"
+            f"tokens: no side embeds with them, being {' and '.join(sorted(set(kinds.values())))}; "
+            "give one the kind transformer, or add a token term by --token-weight"
         )
     if mixing:
         _refuse_mixtures(config, kinds[mixing[0]])
