@@ -153,6 +153,9 @@ class SideAdapter(nn.Module):
     ) -> Aligned:
         """Map embeddings and their tokens; by default each token as if it were an embedding.
 
+        A kind that has its own is taken to mix tokens into the embedding: where it was trained
+        with tokens, it is only ever called with them.
+
         Args:
             x: (n, input_width), as in `forward`.
             tokens: (n, t, token_width), any float dtype; anything, even NaN, where there is none.

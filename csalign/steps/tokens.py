@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 Groups = tuple[Modality, int]
 
 MIB = 1 << 20
+SCATTERED = 4  # times that an epoch reads all tokens, above which to warn
 
 
 def token_widths(features: FeatureSet, config: TrainConfig) -> dict[Modality, int]:
@@ -203,27 +204,39 @@ class BlockOrder:
 
 
 def _block_order(layout: _Layout, budget: int) -> BlockOrder:
-    """Blocks by the row groups of that side by which an epoch reads least.
+    """Blocks by the row groups of a side, or of both, whichever reads least in an epoch.
 
-    Row groups of the other side lie in several blocks, and are read for each. Blocks of which not
-    two fit would leave little to shuffle, so they are taken only if there are no others.
+    A row group of the other side lies in several blocks, and is read for each. Blocks should fit,
+    best several at once, since only what is there together is shuffled.
     """
-    orders = [_by(side, layout, budget) for side in layout.groups]
+    labels = list(layout.groups.values())
+    if len(labels) > 1:
+        labels.append(np.unique(np.stack(labels), axis=1, return_inverse=True)[1])
+    orders = [_by(own, layout, budget) for own in labels]
 
-    def cost(order: BlockOrder) -> tuple[bool, int]:
+    def cost(order: BlockOrder) -> tuple[int, int]:
         read = [layout.size(needs) for needs in order.needs]
-        return 2 * max(read) > budget, sum(read)
+        return -min(2, budget // max(read)), sum(read)
 
-    return min(orders, key=cost)
+    best = min(orders, key=cost)
+    times = cost(best)[1] / layout.size(layout.all_groups())
+    if times > SCATTERED:
+        log.warning(
+            "the tokens of images and of their texts are stored in such different orders that an "
+            "epoch reads them about %.0f times; raise --token-memory if you can",
+            times,
+        )
+    return best
 
 
-def _by(side: Modality, layout: _Layout, budget: int) -> BlockOrder:
-    _, blocks = np.unique(layout.groups[side], return_inverse=True)
+def _by(labels: Ints, layout: _Layout, budget: int) -> BlockOrder:
+    """Blocks of images of one label; `labels` (p,) is of pairs."""
+    _, blocks = np.unique(labels, return_inverse=True)
     block_of = np.full(layout.images.max() + 1, -1)
     block_of[layout.images[::-1]] = blocks[::-1]  # of an image's texts the first decides
     needs = [set[Groups]() for _ in range(blocks.max() + 1)]
     own = block_of[layout.images]
-    for other, groups in layout.groups.items():
+    for side, groups in layout.groups.items():
         for block, group in np.unique(np.stack([own, groups], 1), axis=0).tolist():
-            needs[block].add((other, group))
+            needs[block].add((side, group))
     return BlockOrder(block_of, needs, layout.sizes, budget)

@@ -213,16 +213,25 @@ class FeatureTable:
                     found.append(RowGroup(shard, index, group.num_rows, size))
         return found
 
-    def read_group(self, group: RowGroup, columns: Sequence[str]) -> list[pa.RecordBatch]:
-        """The given columns of one row group, usually as one batch.
+    def read_group(
+        self, group: RowGroup, columns: Sequence[str], rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """The given columns of one row group, a few rows at a time.
+
+        Decoding takes several times the memory of what is decoded, so this needs little.
+
+        Args:
+            group: of this table.
+            columns: to read.
+            rows: of a batch, at most.
 
         Raises:
             SchemaError: the shard is damaged.
         """
         with self._open(group.shard) as file:
-            table = file.read_row_group(group.index, columns=list(columns), use_threads=True)
-            batches: list[pa.RecordBatch] = table.combine_chunks().to_batches()
-            return batches
+            yield from file.iter_batches(
+                rows, row_groups=[group.index], columns=list(columns), use_threads=False
+            )
 
     def _path(self, shard: Shard) -> Path:
         path = self.folder.joinpath(*shard.path.split("/"))

@@ -1,5 +1,6 @@
 """Read the tokens of any rows in bounded memory: row groups, decoded when needed, the last kept."""
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
+_PIECE_BYTES = 2 << 20
+
 
 class PaddedTokens(NamedTuple):
     """Tokens of some rows.
@@ -30,15 +33,29 @@ class PaddedTokens(NamedTuple):
     mask: Mask
 
 
-class _Block(NamedTuple):
-    """A decoded row group: its tokens (k, d), and where each row's begin (n + 1,)."""
+class _Block:
+    """A decoded row group, in pieces of some rows: their tokens, and where each row's begin."""
 
-    tokens: Array
-    starts: Array
+    def __init__(self) -> None:
+        self.rows = self.bytes = 0
+        self._pieces: list[tuple[Array, Array]] = []
+        self._firsts: list[int] = []
 
-    @property
-    def bytes(self) -> int:
-        return self.tokens.nbytes + self.starts.nbytes
+    def append(self, tokens: Array, starts: Array) -> None:
+        """Add rows: tokens (k, d), copied, and starts (n + 1,)."""
+        # A copy, since Arrow keeps what it frees, where numpy gives such pieces back.
+        tokens, starts = tokens[starts[0] : starts[-1]].copy(), starts - starts[0]
+        self._pieces.append((tokens, starts))
+        self._firsts.append(self.rows)
+        self.rows += len(starts) - 1
+        self.bytes += tokens.nbytes + starts.nbytes
+
+    def row(self, place: int) -> Array:
+        """The tokens (t, d) of one row, a view."""
+        piece = bisect_right(self._firsts, place) - 1
+        tokens, starts = self._pieces[piece]
+        own = place - self._firsts[piece]
+        return tokens[starts[own] : starts[own + 1]]
 
 
 @dataclass
@@ -129,11 +146,15 @@ class TokenRows:
         Raises:
             SchemaError: the shard is damaged.
         """
-        (batch,) = self.table.read_group(self.groups[group], [schema.TOKENS])
-        block = _Block(*flat_tokens(batch))
-        if len(block.starts) != self.groups[group].rows + 1:
-            path = self.groups[group].shard.path
-            raise SchemaError(f"{self.table.folder}: {path} changed while it was read")
+        described = self.groups[group]
+        rows = max(1, described.rows * _PIECE_BYTES // max(1, described.bytes))
+        block = _Block()
+        for batch in self.table.read_group(described, [schema.TOKENS], rows):
+            block.append(*flat_tokens(batch))
+        if block.rows != described.rows:
+            raise SchemaError(
+                f"{self.table.folder}: {described.shard.path} changed while it was read"
+            )
         return block
 
 
@@ -174,7 +195,7 @@ def take_together(wanted: Sequence[Wanted]) -> list[PaddedTokens]:
         source, _, draws = wanted[number]
         block = source.cache.block(source, group)
         for position, place in zip(positions.tolist(), places.tolist(), strict=True):
-            own = block.tokens[block.starts[place] : block.starts[place + 1]]
+            own = block.row(place)
             drawn = _drawn(len(own), None if draws is None else draws[position])
             found[number][position] = own[drawn].copy()  # a view would keep the whole block
     return [_padded(one, rows) for one, rows in zip(wanted, found, strict=True)]

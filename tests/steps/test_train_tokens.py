@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,31 @@ def test_block_order_shows_each_image_once_and_decodes_each_row_group_about_once
     assert len(groups) > 30
     assert cache.reads / 4 < 1.7 * len(groups)
     assert 0.8 * cache.budget < cache.most <= cache.budget
+
+
+def test_memory_for_two_row_groups_suffices_for_block_order(
+    large: tuple[Path, TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("csalign.steps.tokens.MIB", 140 << 10)
+    tokens, rows = opened(large[1])
+    cache: Any = tokens.sources[Modality.IMAGE].cache
+    shown = epoch(tokens, rows, 0)
+
+    assert sorted(shown) == list(range(480))
+    assert cache.most <= 140 << 10
+    assert cache.reads < 3 * sum(len(source.groups) for source in tokens.sources.values())
+
+
+def test_texts_stored_in_another_order_than_images_are_warned_about(
+    large: tuple[Path, TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    features = FeatureSet.open(large[0])
+    rows = load_rows(features, "train")
+    order = np.random.default_rng(0).permutation(480)
+    widths = token_widths(features, large[1])
+    open_tokens(features, widths, replace(rows, text_image=order), large[1])
+
+    assert "stored in such different orders" in caplog.text
 
 
 def test_block_order_mixes_distant_images_in_a_batch(large: tuple[Path, TrainConfig]) -> None:
