@@ -381,6 +381,42 @@ class TrainConfig(OutputConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
+    def recipe(self) -> str:
+        """Everything but the folder to make as TOML, for ``train --config FILE --out RUN``."""
+        left_out = set(OutputConfig.model_fields)
+        values = self.model_dump(mode="json", exclude_none=True, exclude=left_out)
+        return tomli_w.dumps(values)
+
+
+class TuneConfig(TrainConfig):
+    """``csalign tune``: a search for settings of ``csalign train``; those that are given stay."""
+
+    out: RunFolder = Field(description="Folder of the study; one that is there is continued.")
+    overwrite: bool = Field(False, description="Begin anew in place of the study that is there.")
+    trials: Count | None = Field(
+        None,
+        description="Trials in all, those of a continued study included (default: 50, or without "
+        "end where --minutes is given).",
+    )
+    minutes: NotNegative | None = Field(
+        None, description="Begin no trial after so many minutes; the first is always made."
+    )
+    search: str | None = Field(
+        None,
+        description="Settings to search, by comma (default: those of adapter, init, learning-rate, "
+        "logit-scale, noise, dropout, captions, other-captions, cs-weight and bandwidth that "
+        "neither the command line nor --config gives).",
+    )
+    recall_slack: Share = Field(
+        0.0,
+        description="Recall to give for a narrower gap: of the trials within so much of the best "
+        "mean recall, 0.01 being a point, the narrowest centroid distance wins.",
+    )
+
+    def base(self) -> TrainConfig:
+        """What every trial starts from, and the first trial is."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
 
 class ApplyConfig(OutputConfig):
     """``csalign apply``: aligned embeddings, the same artifact again."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-COMMANDS = ("extract", "import", "inspect", "train", "apply", "eval", "compare")
+COMMANDS = ("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare")
 
 
 def csalign(
