@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Trainer:
         epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)
         return max(MIN_DEFAULT_STEPS, epochs)
 
-    def fit(self, progress: Progress) -> Iterator[int]:
+    def fit(self, progress: Progress) -> Generator[int, None, None]:
         """Train; yields the step after each validation, when it is a good time to save.
 
         Leaves the best weights in `adapter`: the start's own where nothing trained beat it.

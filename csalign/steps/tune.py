@@ -18,7 +18,7 @@ from csalign.config import TrainConfig, TuneConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import CsalignError, DataError, Stopped, TrainingError
-from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergence import cs_divergence
 from csalign.progress import Progress, silent
@@ -148,6 +148,8 @@ class _Search:
                 trials = self.study.trials
                 self._tell(trials)
         except Stopped:
+            trials = self.study.trials
+            self._write()
             best = winner(trials, self.config.recall_slack)
             log.warning(
                 "%s: holds %d trials%s; the same command goes on",
@@ -206,16 +208,20 @@ class _Search:
         """The figures less the default's, which a later process finds in the study."""
         if number == 0:
             drawn = {name: resamples.figures[name,].tolist() for name in COMPARED}
-            measured = {name: figures[name] for name in COMPARED}
             self.study.note_default(
-                {"images": resamples.images, "figures": measured, "resamples": drawn}
+                {
+                    "images": resamples.images,
+                    "figures": {name: figures[name] for name in COMPARED},
+                    "resamples": drawn,
+                }
             )
-            return {}
         default = self.study.default
-        if default is None:
+        if number == 0 or default is None:
             return {}
-        drawn = {(name,): np.array(default["resamples"][name]) for name in COMPARED}
-        baseline = Resamples(drawn, default["images"])
+        places: dict[Place, Floats] = {
+            (name,): np.array(values) for name, values in default["resamples"].items()
+        }
+        baseline = Resamples(places, default["images"])
         return {
             name: {
                 "value": figures[name] - default["figures"][name],

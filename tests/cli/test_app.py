@@ -71,6 +71,19 @@ def test_the_written_configuration_can_be_fed_back(features: Path, tmp_path: Pat
     assert weights[0] == weights[1]
 
 
+def test_a_search_prints_its_trials_and_what_they_are_worth(features: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    done = csalign("tune", features, "--out", study, "--steps", 3, "--hidden", 8, "--trials", 3)
+
+    assert done.returncode == 0, done.stderr
+    assert f"{study}: 3 trials; measured on" in done.stdout
+    assert {"0, the default", "1, the closed form"} <= {
+        line.split("  ")[1].strip() for line in done.stdout.splitlines() if "%" in line
+    }
+    assert f"csalign train --config {study}/config.toml --out RUN" in done.stdout
+    assert "trial 2 of 3, " in done.stderr
+
+
 def test_the_command_line_wins_over_the_file(features: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text("steps = 2\nhidden = 8\n")
