@@ -47,10 +47,11 @@ SEARCHED = (
     *("adapter", "init", "learning_rate", "logit_scale", "noise", "dropout"),
     *("captions", "other_captions", "cs_weight", "bandwidth"),
 )
+DECIDED_BY = {"dropout": "adapter", "other_captions": "captions", "bandwidth": "cs_weight"}
 WITHOUT_DROPOUT = {"linear", "identity"}
-# What optuna knows the two forks by: whether there is a divergence, and whose bandwidth it has.
-HAS_DIVERGENCE, BANDWIDTH_KIND = "has_divergence", "bandwidth_kind"
-GIVEN = "given"
+# What optuna knows the two forks by: a number is drawn where the kind is "fixed".
+WEIGHT_KIND, BANDWIDTH_KIND = "cs_weight_kind", "bandwidth_kind"
+FIXED, GIVEN = "fixed", "given"
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,9 @@ class SearchSpace:
     def given(self) -> dict[str, Any]:
         """The values of `base` by the names that optuna knows them by."""
         values = {name: getattr(self.base, name) for name in self.names}
-        forks = {
-            HAS_DIVERGENCE: self.base.cs_weight > 0,
-            BANDWIDTH_KIND: self._given_bandwidth(),
-        }
-        return values | forks
+        weight = self.base.cs_weight
+        weight_kind = weight if weight == "auto" else FIXED if weight else "none"
+        return values | {WEIGHT_KIND: weight_kind, BANDWIDTH_KIND: self._given_bandwidth()}
 
     def describe(self) -> dict[str, Any]:
         """What is searched, as plain JSON values: choices as lists, bounds as records."""
@@ -94,12 +93,13 @@ class SearchSpace:
     def _value(self, trial: Trial, name: str) -> Any:
         if name == "cs_weight":
             needed = self.base.pairwise is PairwiseName.NONE  # else there would be no loss at all
-            forks = [True] if needed else [True, False]
-            if not trial.suggest_categorical(HAS_DIVERGENCE, forks):
-                return 0.0
+            kinds = [FIXED, "auto", *([] if needed else ["none"])]
+            kind = trial.suggest_categorical(WEIGHT_KIND, kinds)
+            if kind != FIXED:
+                return kind if kind == "auto" else 0.0
         if name == "bandwidth":
             kind = trial.suggest_categorical(BANDWIDTH_KIND, self._bandwidths())
-            if kind != "fixed":
+            if kind != FIXED:
                 return self.base.bandwidth if kind == GIVEN else kind
         if name not in RANGES:
             return trial.suggest_categorical(name, self._choices(name))
@@ -109,17 +109,19 @@ class SearchSpace:
         return min(bounds.high, max(bounds.low, float(f"{value:.3g}")))
 
     def _bandwidths(self) -> list[str]:
-        return list(dict.fromkeys(["median", "fixed", self._given_bandwidth()]))
+        return list(dict.fromkeys(["median", FIXED, self._given_bandwidth()]))
 
     def _given_bandwidth(self) -> str:
         if isinstance(self.base.bandwidth, float):
-            return "fixed"
+            return FIXED
         return "median" if self.base.bandwidth == "median" else GIVEN  # tied, or several
 
     def _choices(self, name: str) -> Sequence[str]:
         if name == "adapter":
             return self.adapters
-        return ("canonical", "random") if name == "init" else ("first", "any")
+        if name == "init":
+            return ("canonical", "random")
+        return ("first", "sample") if self.base.mixing else ("first", "sample", "all")
 
     def _range(self, name: str) -> Range:
         value = getattr(self.base, name)
@@ -163,8 +165,10 @@ def _matters(name: str, config: TrainConfig) -> bool:
     """Whether a setting changes anything, the others being what they are."""
     if name == "dropout":
         return not set(kinds_of(config).values()) <= WITHOUT_DROPOUT
+    if name == "other_captions":
+        return config.captions != "all"
     if name == "bandwidth":
-        return config.cs_weight > 0 and divergence(config.divergence).has_bandwidth
+        return config.cs_weight != 0 and divergence(config.divergence).has_bandwidth
     return True
 
 
@@ -178,9 +182,9 @@ def _moot(name: str, asked: Sequence[str], base: TrainConfig, rows: PairedRows) 
         return "the divergence is none"
     if name == "logit_scale" and base.pairwise is PairwiseName.NONE and base.bandwidth != "tied":
         return "the pairwise loss is none"
-    decides = {"dropout": "adapter", "bandwidth": "cs_weight"}.get(name)
     if name == "bandwidth" and not divergence(base.divergence).has_bandwidth:
         return f"{base.divergence} has none"
+    decides = DECIDED_BY.get(name)
     if decides and decides not in asked and not _matters(name, base):
         return f"{decides.replace('_', '-')} is {getattr(base, decides)}"
     return None

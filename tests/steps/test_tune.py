@@ -168,9 +168,11 @@ def test_a_setting_is_chosen_only_where_it_matters(tmp_path: Path) -> None:
     assert {settings["adapter"] for settings in searched} == {"linear", "mlp", "glu", "low-rank"}
     for settings in searched:
         assert ("dropout" in settings) == (settings["adapter"] != "linear")
-        assert ("bandwidth" in settings) == (settings["cs_weight"] > 0)
-        assert settings["captions"] in ("first", "any")
-    assert {settings["cs_weight"] > 0 for settings in searched} == {True, False}
+        assert ("bandwidth" in settings) == (settings["cs_weight"] != 0)
+        assert ("other_captions" in settings) == (settings["captions"] != "all")
+    assert {settings["captions"] for settings in searched} == {"first", "sample", "all"}
+    assert {type(settings["cs_weight"]) for settings in searched} == {float, str}
+    assert 0.0 in [settings["cs_weight"] for settings in searched]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +350,7 @@ def test_optunas_own_settings_are_left_alone(features: Path, tmp_path: Path) -> 
 
 def test_a_signal_keeps_the_trials_and_the_winner_so_far(features: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
-    command = [sys.executable, "-m", "csalign", "tune", features, "--out", study]
+    command = [sys.executable, "-m", "csalign", "tune", str(features), "--out", str(study)]
     options = ["--trials", "1000", "--steps", "8", "--hidden", "8"]
     process = subprocess.Popen(
         [*command, *options],
