@@ -104,8 +104,10 @@ def _setting(value: Any) -> str:
 
 
 def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
-    name = "Trial 0, the default," if best.number == 0 else f"Trial {best.number}"
-    yield f"{name} is the best; {result.config} has its settings."
+    if best.number == 0:
+        yield f"No trial was better than the default, whose settings are in {result.config}."
+        return
+    yield f"Trial {best.number} is the best; {result.config} has its settings."
     if best.difference:
         low, high = best.difference["mean_recall"]["interval"]
         judged = "cannot be told from chance" if low <= 0 <= high else "is more than chance"

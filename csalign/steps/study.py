@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.pruners import MedianPruner
+from optuna.pruners import PercentilePruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -35,6 +35,7 @@ STATES = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+HOPELESS = 0.25  # a trial is ended that is as low as this share of those before it
 JUDGED_FROM = 0.5  # share of a trial's validations before which it is not compared with others
 
 
@@ -50,7 +51,9 @@ class Study:
             study_name="csalign",
             direction="maximize",
             load_if_exists=True,
-            pruner=MedianPruner(n_warmup_steps=round(JUDGED_FROM * validations)),
+            pruner=PercentilePruner(
+                100 * (1 - HOPELESS), n_warmup_steps=round(JUDGED_FROM * validations)
+            ),
         )
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             # A dead process left it; unlike a failed one it has no record and so is not counted.

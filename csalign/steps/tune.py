@@ -150,13 +150,14 @@ class _Search:
         except Stopped:
             trials = self.study.trials
             self._write()
-            best = winner(trials, self.config.recall_slack)
-            log.warning(
-                "%s: holds %d trials%s; the same command goes on",
-                self.config.out,
-                len(trials),
-                "" if best is None else f", the best of them, {best.number}, in {CONFIG}",
-            )
+            if trials:
+                best = winner(trials, self.config.recall_slack)
+                log.warning(
+                    "%s: holds %d trials%s; the same command goes on",
+                    self.config.out,
+                    len(trials),
+                    "" if best is None else f", the best of them, {best.number}, in {CONFIG}",
+                )
             raise
         progress("trials", len(trials), total)
 

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -348,7 +347,10 @@ def test_optunas_own_settings_are_left_alone(features: Path, tmp_path: Path) -> 
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
 
-def test_a_signal_keeps_the_trials_and_the_winner_so_far(features: Path, tmp_path: Path) -> None:
+def test_a_signal_keeps_the_trials_and_the_winner_so_far(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     study = tmp_path / "study"
     command = [sys.executable, "-m", "csalign", "tune", str(features), "--out", str(study)]
     options = ["--trials", "1000", "--steps", "8", "--hidden", "8"]
@@ -356,7 +358,6 @@ def test_a_signal_keeps_the_trials_and_the_winner_so_far(features: Path, tmp_pat
         [*command, *options],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     trials = study / "trials.jsonl"
     for _ in range(1_200):
