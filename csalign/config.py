@@ -489,5 +489,8 @@ class DiagnoseConfig(Config):
     cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the divergence.")
     bandwidth: Positive = Field(0.5, description="Bandwidth of the divergence.")
     pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to look at, at most.")
+    plot: Path | None = Field(
+        None, description="Also write a page with plots, such as diagnosis.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of which pairs are taken.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

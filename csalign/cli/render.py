@@ -75,6 +75,7 @@ def tune_tables(result: TuneResult) -> None:
         "to the default": [_to_default(trial, "mean_recall") for trial in shown],
         "centroid": [f"{trial.centroid_distance:.4f}" for trial in shown],
         "CS": [f"{trial.cs_divergence:.4f}" for trial in shown],
+        "kept": [f"step {trial.best_step}" if trial.best_step else "start" for trial in shown],
         "seconds": [f"{trial.seconds:.1f}" for trial in shown],
     }
     searched = list(dict.fromkeys(name for trial in shown for name in trial.settings))

@@ -73,15 +73,14 @@ def test_the_written_configuration_can_be_fed_back(features: Path, tmp_path: Pat
 
 def test_a_search_prints_its_trials_and_what_they_are_worth(features: Path, tmp_path: Path) -> None:
     study = tmp_path / "study"
-    options = ("--steps", 3, "--hidden", 8, "--trials", 3, "--recall-slack", 1)
-    done = csalign("tune", features, "--out", study, *options)
+    slow = ("--init", "random", "--learning-rate", 1e-6, "--search", "learning-rate")
+    done = csalign("tune", features, "--out", study, *slow, "--steps", 20, "--trials", 3)
 
     assert done.returncode == 0, done.stderr
     assert f"{study}: 3 trials; measured on" in done.stdout
-    assert {"0, the default", "1, the closed form"} <= {
-        line.split("  ")[1].strip() for line in done.stdout.splitlines() if "%" in line
-    }
+    assert "0, the default" in done.stdout
     assert "is the best" in done.stdout
+    assert "To the default: mean recall +" in done.stdout
     assert f"csalign train --config {study}/config.toml --out RUN" in done.stdout
     assert "trial 2 of 3, " in done.stderr
 
