@@ -19,9 +19,10 @@ from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
 from csalign.objective.pairwise import pairwise_loss
 from csalign.steps.batch_tokens import BatchTokens
-from csalign.steps.batches import Batch
+from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
+from csalign.steps.weight import Weight
 from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class BatchLoss(nn.Module):
         tokens: of the training rows, None where no side trains with any.
 
     Attributes:
+        weight: lambda now.
         sigma: bandwidth or bandwidths of the last batch, None where nothing has one.
     """
 
@@ -66,13 +68,8 @@ class BatchLoss(nn.Module):
         self._tokens = (
             None if tokens is None else BatchTokens(adapter, rows, tokens, config, device)
         )
-        self._objective = Objective(
-            pairwise=config.pairwise,
-            divergence=config.divergence,
-            weight=config.cs_weight,
-            token_weight=config.token_weight,
-            label_smoothing=config.label_smoothing,
-        )
+        is_none = config.divergence is DivergenceName.NONE
+        self.weight = Weight.of(0.0 if is_none else config.cs_weight)
         self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
         scale = torch.tensor(math.log(config.logit_scale), device=device)
         self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
@@ -103,34 +100,31 @@ class BatchLoss(nn.Module):
             step: number of the step, from 1.
             rng: draws the unpaired rows and what is mixed.
         """
-        adapter, noise = self._adapter[0], self._config.noise
         images = self._take(self._rows.images, batch.images)
         texts = self._take(self._rows.texts, batch.texts)
         images, texts = self._mixed(images, texts, rng)
         tokens: TokenBatch | None = None
         if self._tokens is None:
-            x, y = adapter.image(images, noise), adapter.text(texts, noise)
+            x, y = self._embed(Modality.IMAGE, images), self._embed(Modality.TEXT, texts)
         else:
             x, y, tokens = self._tokens.forward(batch, images, texts)
-        extras = [self._extra(side, rng) for side in Modality]
-        parts = self._objective(
+        have, other = np.empty(0, np.int64), None
+        if batch.others is not None and (batch.others >= 0).sum() > 1:
+            have = np.flatnonzero(batch.others >= 0)
+            other = self._captions(batch.others[have])
+        parts = self._objective()(
             x,
             y,
             logit_scale=self.log_scale.exp(),
             logit_bias=self.logit_bias,
             sigma=self._bandwidth(x, y, step),
-            x_extra=extras[0],
-            y_extra=extras[1],
+            owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
+            x_extra=self._extra_images(rng),
+            y_extra=self._extra_texts(batch, other, rng),
             tokens=tokens,
         )
-        if batch.others is None or (batch.others >= 0).sum() < 2:
+        if other is None:
             return parts
-        have = np.flatnonzero(batch.others >= 0)
-        others = self._take(self._rows.texts, batch.others[have])
-        if self._tokens is None:
-            other = adapter.text(others, noise)
-        else:
-            other = self._tokens.texts(batch.others[have], others)
         own = x[torch.from_numpy(have).to(self._device)]
         extra = self._pairwise(
             normalize(own, dim=1),
@@ -141,8 +135,28 @@ class BatchLoss(nn.Module):
         total = parts.total + self._config.other_captions * extra
         return parts._replace(total=total, others=extra)
 
+    def _objective(self) -> Objective:
+        return Objective(
+            pairwise=self._config.pairwise,
+            divergence=self._config.divergence,
+            weight=self.weight.value,
+            token_weight=self._config.token_weight,
+            label_smoothing=self._config.label_smoothing,
+        )
+
     def _take(self, values: Any, rows: Any) -> Tensor:
         return to_tensor(values[rows], self._device)
+
+    def _embed(self, side: Modality, rows: Tensor) -> Tensor:
+        embedded: Tensor = self._adapter[0].side(side)(rows, self._config.noise)
+        return embedded
+
+    def _captions(self, rows: Ints) -> Tensor:
+        """Embedded captions of the batch's images, beside those of the pairs."""
+        texts = self._take(self._rows.texts, rows)
+        if self._tokens is None:
+            return self._embed(Modality.TEXT, texts)
+        return self._tokens.texts(rows, texts)
 
     def _mixed(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The pairs, mixed with others if that is asked for (FuseMix)."""
@@ -154,24 +168,46 @@ class BatchLoss(nn.Module):
             normalize(x, dim=1), normalize(y, dim=1), float(rng.beta(beta, beta)), partner
         )
 
-    def _extra(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
-        if not self._config.cs_weight or divergence(self._config.divergence).matched:
+    @property
+    def _takes_extra(self) -> bool:
+        """Whether the distribution term has a use for rows beside the pairs."""
+        return bool(self.weight.value) and not divergence(self._config.divergence).matched
+
+    def _extra_images(self, rng: np.random.Generator) -> Tensor | None:
+        rows = self._draw_unpaired(Modality.IMAGE, rng)
+        return None if rows is None else self._embed(Modality.IMAGE, rows)
+
+    def _extra_texts(
+        self, batch: Batch, other: Tensor | None, rng: np.random.Generator
+    ) -> Tensor | None:
+        """Embedded unpaired texts, and the captions that the pairs leave out."""
+        parts = [other] if other is not None and self._takes_captions else []
+        rows = self._draw_unpaired(Modality.TEXT, rng)
+        if rows is not None:
+            parts.append(self._embed(Modality.TEXT, rows))
+        if self._takes_captions and len(batch.further):
+            parts.append(self._captions(batch.further))
+        return torch.cat(parts) if parts else None
+
+    @property
+    def _takes_captions(self) -> bool:
+        return self._takes_extra and self._config.cs_captions == "all"
+
+    def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
+        if not self._takes_extra:
             return None
         if self._adapter[0].side(side).embeds_with_tokens:
             return None  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
-        if rows is None:
-            return None
-        own: Tensor = self._adapter[0].side(side)(to_tensor(rows, self._device), self._config.noise)
-        return own
+        return None if rows is None else to_tensor(rows, self._device)
 
     @property
     def _has_bandwidth(self) -> bool:
         if self._config.token_weight:
             return True
         has: bool = divergence(self._config.divergence).has_bandwidth
-        return bool(self._config.cs_weight) and has
+        return bool(self.weight.value) and has
 
     def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
         """Sigma for this batch; also looks whether the kernel is nearly diagonal."""

@@ -60,20 +60,22 @@ class BatchTokens:
         Args:
             batch: rows.
             images: (b, input_width), their image embeddings.
-            texts: likewise.
+            texts: (m, input_width), likewise.
         """
-        seen = self._seen(len(images))
         inputs = {Modality.IMAGE: images, Modality.TEXT: texts}
         rows = {Modality.IMAGE: batch.images, Modality.TEXT: batch.texts}
-        asked = {side: rows[side] if self._mixes(side) else rows[side][seen] for side in rows}
+        chosen = self._seen(len(texts))
+        owners = chosen if batch.owner is None else batch.owner[chosen]
+        seen = {Modality.IMAGE: owners, Modality.TEXT: chosen}
+        asked = {side: rows[side] if self._mixes(side) else rows[side][seen[side]] for side in rows}
         read = self._read({side: asked[side] for side in self._sources})
         whole = {side: self._whole(side, inputs[side], read.get(side)) for side in Modality}
         x, y = whole[Modality.IMAGE].embeddings, whole[Modality.TEXT].embeddings
         if not self._config.token_weight:
             return x, y, None
-        at = torch.from_numpy(seen).to(self._device)
         sets = []
         for side in Modality:
+            at = torch.from_numpy(seen[side]).to(self._device)
             if self._mixes(side):
                 sets.append((whole[side].tokens[at], read[side][1][at]))
             else:

@@ -96,12 +96,14 @@ class StoredTokens:
 
     Attributes:
         features: the feature set.
-        sources: of each side that trains with tokens; they share one cache.
+        widths: of the tokens of each side that trains with them.
+        sources: of these sides; they share one cache.
         order: in which epochs show the images: any where all tokens fit into the cache, else so
             that few row groups are decoded again.
     """
 
     features: FeatureSet
+    widths: Mapping[Modality, int]
     sources: Mapping[Modality, TokenRows]
     order: Order
 
@@ -121,14 +123,14 @@ def open_tokens(
     sources = {side: TokenRows(features.table(side), cache) for side in widths}
     layout = _layout(rows, sources)
     if layout.size(layout.all_groups()) <= cache.budget:
-        return StoredTokens(features, sources, uniform)
+        return StoredTokens(features, widths, sources, uniform)
     least = sum(max(group.bytes for group in source.groups) for source in sources.values())
     if least > cache.budget:
         raise ConfigError(
             f"token_memory: a row group of each side takes {-(-least // MIB)} MiB, more than "
             f"{config.token_memory}; raise --token-memory"
         )
-    return StoredTokens(features, sources, _block_order(layout, cache.budget))
+    return StoredTokens(features, widths, sources, _block_order(layout, cache.budget))
 
 
 @dataclass(frozen=True)

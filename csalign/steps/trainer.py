@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
@@ -78,9 +79,13 @@ class Trainer:
     start_score: Score | None = None
     loss: BatchLoss = field(init=False)
     _best: "_Kept | None" = None
+    _average: AveragedModel | None = None
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
+        if self.config.average:
+            decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
         self.loss = BatchLoss(
             self.adapter, self.rows, self.unpaired, self.config, self.device, self.tokens
         )
@@ -92,7 +97,7 @@ class Trainer:
         epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)
         return max(MIN_DEFAULT_STEPS, epochs)
 
-    def fit(self, progress: Progress) -> Iterator[int]:
+    def fit(self, progress: Progress) -> Generator[int, None, None]:
         """Train; yields the step after each validation, when it is a good time to save.
 
         Leaves the best weights in `adapter`: the start's own where nothing trained beat it.
@@ -123,6 +128,8 @@ class Trainer:
         self.steps_made = self.step
         if self._best is not None:
             self._restore(self._best)
+        elif self._average is not None:
+            self.adapter.load_state_dict(self._average.module.state_dict())
 
     def _batches(self, total: int) -> Iterator[Batch]:
         rng = np.random.default_rng(self.config.seed)
@@ -164,6 +171,7 @@ class Trainer:
     ) -> None:
         self.adapter.train()
         self.step += 1
+        weight = self.loss.weight.value
         parts = self.loss(batch, self.step, rng)
         self._require_finite(parts)
         optimiser.zero_grad(set_to_none=True)
@@ -175,13 +183,16 @@ class Trainer:
         optimiser.step()
         schedule.step()
         self.loss.clamp()
+        if self._average is not None:
+            self._average.update_parameters(self.adapter)
         self._record(
             {
                 "step": self.step,
                 "loss": float(parts.total.detach()),
                 "pairwise": float(parts.pairwise.detach()),
                 "pairwise_others": None if parts.others is None else float(parts.others.detach()),
-                "divergence": float(parts.divergence.detach()) if self.config.cs_weight else None,
+                "divergence": float(parts.divergence.detach()) if weight else None,
+                "cs_weight": weight,
                 "token": float(parts.token.detach()) if self.config.token_weight else None,
                 "logit_scale": self.loss.logit_scale,
                 "bandwidth": self.loss.sigma,
@@ -209,15 +220,24 @@ class Trainer:
         """Measure, record, and keep the weights if they are the best so far."""
         if self.val is None:
             return True
-        score = validate(self.adapter, self.val, self.tokens.features if self.tokens else None)
+        adapter = self._kept_adapter()
+        score = validate(adapter, self.val, self.tokens.features if self.tokens else None)
         self._record({"step": self.step, "validation": score.to_json()})
         better = score.better_than(self.best_score)
+        self.loss.weight = self.loss.weight.after(score, self.best_score)
         if better:
             self.best_score = score
-            weights = copy.deepcopy(self.adapter.state_dict())
+            weights = copy.deepcopy(adapter.state_dict())
             temperature = copy.deepcopy(self.loss.state_dict())
             self._best = _Kept(self.step, weights, temperature, self.loss.sigma)
         return better
+
+    def _kept_adapter(self) -> Adapter:
+        """The weights that would be kept now: the running average, where there is one."""
+        if self._average is None:
+            return self.adapter
+        assert isinstance(self._average.module, Adapter)
+        return self._average.module
 
     def _restore(self, kept: "_Kept") -> None:
         self.adapter.load_state_dict(kept.weights)

@@ -263,7 +263,7 @@ def test_block_order_mixes_distant_images_in_a_batch(large: tuple[Path, TrainCon
 def test_any_order_would_decode_row_groups_many_times(large: tuple[Path, TrainConfig]) -> None:
     tokens, rows = opened(large[1])
     cache = tokens.sources[Modality.IMAGE].cache
-    epoch(StoredTokens(tokens.features, tokens.sources, uniform), rows, 0)
+    epoch(replace(tokens, order=uniform), rows, 0)
 
     assert cache.reads > 3 * sum(len(source.groups) for source in tokens.sources.values())
 
@@ -456,7 +456,17 @@ def test_wrong_combinations_are_refused_before_anything_is_computed(
         run(features, tmp_path / "run", **options)
 
 
-@pytest.mark.parametrize("options", [{"mixing": 1.0}, {"captions": "any"}, {"adapter": "low-rank"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixing": 1.0},
+        {"captions": "sample"},
+        {"captions": "all"},
+        {"captions": "all", "adapter": "transformer"},
+        {"average": 0.9},
+        {"adapter": "low-rank"},
+    ],
+)
 def test_the_token_term_goes_with_other_options(
     write_tokens: Write, tmp_path: Path, options: dict[str, Any]
 ) -> None:
