@@ -99,22 +99,6 @@ class PairMoments:
         covariance = second - torch.outer(total, total)
         return cls(total[:d], total[d:], covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
 
-    def mixed(self, other: "PairMoments", share: float) -> "PairMoments":
-        """The moments of a mixture with other pairs, which have the given share in [0, 1] of it."""
-        apart_x, apart_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
-        between = share * (1 - share)
-
-        def mix(own: Tensor, others: Tensor) -> Tensor:
-            return (1 - share) * own + share * others
-
-        return PairMoments(
-            mix(self.mean_x, other.mean_x),
-            mix(self.mean_y, other.mean_y),
-            mix(self.cov_xx, other.cov_xx) + between * torch.outer(apart_x, apart_x),
-            mix(self.cov_yy, other.cov_yy) + between * torch.outer(apart_y, apart_y),
-            mix(self.cov_xy, other.cov_xy) + between * torch.outer(apart_x, apart_y),
-        )
-
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues and vectors of both sides, and the cross-covariance in those bases."""

@@ -15,7 +15,6 @@ from csalign.adapters.side import SideAdapter
 from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.steps.batches import PairSampler
-from csalign.steps.guessing import distinct
 from csalign.steps.unpaired import Array, Unpaired
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
@@ -135,3 +134,10 @@ def _outputs(
     return Outputs(
         torch.cat([side(paired), side(further)]), torch.cat([values, guessed]), is_frozen
     )
+
+
+def distinct(rows: Array) -> npt.NDArray[np.int64]:
+    """Positions, ascending, of the first of each group of equal rows (n, d)."""
+    size = rows.dtype.itemsize * rows.shape[1]
+    whole = np.ascontiguousarray(rows).view(np.dtype((np.void, size)))
+    return np.sort(np.unique(whole[:, 0], return_index=True)[1])

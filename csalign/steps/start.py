@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,10 +15,10 @@ from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.errors import ConfigError
 from csalign.steps.batches import PairSampler
-from csalign.steps.guessing import Guesser
-from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
+
+TokenWidths = Mapping[Modality, int]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def closed_form_start(
     sampler: PairSampler,
     val: PairedRows | None,
     config: TrainConfig,
-    unpaired: Unpaired | None = None,
+    token_widths: TokenWidths,
 ) -> tuple[Adapter, str]:
     """Build adapters at the closed form that does best on validation.
 
@@ -50,47 +50,54 @@ def closed_form_start(
     already, the centred features themselves: aligned encoders such as CLIP's can only lose by a
     map fitted on few pairs. Beside a side that keeps its space the other is regressed onto it.
 
-    With ``config.guess_pairs``, unpaired rows that the winner finds to be each other's nearest are
-    taken for pairs of little weight and the closed forms fitted anew; validation decides.
-
     Args:
         rows: training rows.
         sampler: gives their pairs and weights.
         val: held-out rows, or None.
         config: adapter kinds and widths.
-        unpaired: rows of no pair, to guess pairs among.
+        token_widths: of the sides that take tokens. Validation is without them: a closed form
+            makes nothing of them.
 
     Returns:
         The adapters and the winner's name; random ones where the kinds can hold no closed form.
     """
-    space = _Space(rows, sampler, config)
+    space = _Space(rows, sampler, config, token_widths)
     if val is None:
         first = next(space.candidates((SAFE_RIDGE,), (SAFE_POWER,)), None)
-        return random_start(rows, config) if first is None else (space.at(*first), first[0].name)
-    best = space.best_on(val)
-    if best is None:
-        return random_start(rows, config)
-    guesser = Guesser.of(unpaired, config.seed) if unpaired and config.guess_pairs else None
-    if guesser is not None:
-        found = replace(space, guessed=(guesser, best.adapter)).best_on(val)
-        if found is not None and found.score.better_than(best.score):
-            best = replace(found, name=f"{found.name}, with guessed pairs")
-    return best.adapter, best.name
+        if first is None:
+            return random_start(rows, config, token_widths)
+        return space.at(*first), first[0].name
+    best: tuple[Adapter, str] | None = None
+    best_score: Score | None = None
+    for form, roots in space.candidates(RIDGES, POWERS):
+        adapter = space.at(form, roots)
+        score = validate(adapter, val)
+        log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
+        if score.better_than(best_score):
+            best, best_score = (adapter, form.name), score
+    return best or random_start(rows, config, token_widths)
 
 
-def random_start(rows: PairedRows, config: TrainConfig) -> tuple[Adapter, str]:
+def random_start(
+    rows: PairedRows, config: TrainConfig, token_widths: TokenWidths
+) -> tuple[Adapter, str]:
     """Build adapters with random weights, seeded."""
-    return _build(rows, config, None, (False, False)), "random"
+    return _build(rows, config, token_widths, None, (False, False)), "random"
 
 
 def _build(
-    rows: PairedRows, config: TrainConfig, width: int | None, roots: tuple[bool, bool]
+    rows: PairedRows,
+    config: TrainConfig,
+    token_widths: TokenWidths,
+    width: int | None,
+    roots: tuple[bool, bool],
 ) -> Adapter:
     """Adapters with random weights.
 
     Args:
         rows: for the encoders' widths.
         config: everything else.
+        token_widths: of the sides that take tokens.
         width: of the shared space; None for what the kinds and the config say.
         roots: whether the square root is taken of images and texts.
     """
@@ -107,6 +114,7 @@ def _build(
             hidden=config.hidden,
             dropout=config.dropout,
             signed_sqrt=root,
+            token_width=token_widths.get(side),
             rank=config.rank,
             layers=config.layers,
         )
@@ -122,44 +130,17 @@ def _widths(rows: PairedRows) -> dict[Modality, int]:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A closed form in place, and how good it is on validation."""
-
-    adapter: Adapter
-    name: str
-    score: Score
-
-
-@dataclass(frozen=True)
 class _Space:
-    """The closed forms that two kinds of adapters can start from.
-
-    Attributes:
-        rows: training rows.
-        sampler: their pairs and weights.
-        config: adapter kinds and widths.
-        guessed: pairs to add: what finds them, and in whose space.
-    """
+    """The closed forms that two kinds of adapters can start from."""
 
     rows: PairedRows
     sampler: PairSampler
     config: TrainConfig
-    guessed: tuple[Guesser, Adapter] | None = None
-
-    def best_on(self, val: PairedRows) -> _Found | None:
-        """The candidate that does best on held-out rows, None if there is none."""
-        best: _Found | None = None
-        for form, roots in self.candidates(RIDGES, POWERS):
-            adapter = self.at(form, roots)
-            score = validate(adapter, val)
-            log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
-            if score.better_than(best.score if best else None):
-                best = _Found(adapter, form.name, score)
-        return best
+    token_widths: TokenWidths
 
     def at(self, form: ClosedForm, roots: tuple[bool, bool]) -> Adapter:
         """Adapters at a closed form."""
-        adapter = _build(self.rows, self.config, len(form.image_weight), roots)
+        adapter = _build(self.rows, self.config, self.token_widths, len(form.image_weight), roots)
         adapter.start_from(form)
         return adapter
 
@@ -232,9 +213,5 @@ class _Space:
         if roots not in self._known:
             pairs, weights = self.sampler.weighted_pairs()
             images, texts = self.rows.images, self.rows.texts
-            moments = PairMoments.of(images, texts, pairs, weights, roots)
-            if self.guessed:
-                guesser, adapter = self.guessed
-                moments = guesser.mixed_into(moments, adapter, roots)
-            self._known[roots] = moments
+            self._known[roots] = PairMoments.of(images, texts, pairs, weights, roots)
         return self._known[roots]

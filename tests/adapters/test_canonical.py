@@ -31,17 +31,6 @@ def unit(values: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> torch.Ten
     return unit_inputs(torch.from_numpy(values), signed_sqrt=False)
 
 
-def test_mixed_moments_are_those_of_the_rows_together() -> None:
-    parts = [
-        PairMoments.of(IMAGES, TEXTS, (rows, rows), np.ones(len(rows)), PLAIN)
-        for rows in (ROWS[:100], ROWS[100:])
-    ]
-    mixed, whole = parts[0].mixed(parts[1], 0.75), moments()
-
-    for name in ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy"):
-        np.testing.assert_allclose(getattr(mixed, name), getattr(whole, name), atol=1e-7)
-
-
 def test_moments_equal_numpys_weighted_covariances() -> None:
     weights = RNG.random(400)
     found = moments(weights)

@@ -60,15 +60,12 @@ def few_pairs(tmp_path: Path) -> Path:
     return out
 
 
-def test_without_unpaired_rows_nothing_is_guessed_and_nothing_matched(
-    features: Path, tmp_path: Path
-) -> None:
-    found = run(features, tmp_path / "default", guess_pairs=True)
+def test_without_unpaired_rows_nothing_is_matched(features: Path, tmp_path: Path) -> None:
+    found = run(features, tmp_path / "default")
     run(features, tmp_path / "off", **OFF)
 
     assert weights(tmp_path / "default") == weights(tmp_path / "off")
     assert set(found.validation) == {"start", "kept"}
-    assert "guessed" not in found.start
 
 
 def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
@@ -88,19 +85,6 @@ def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
     assert matched["gap"]["centroid_distance"] < off["gap"]["centroid_distance"]
     assert matched["gap"]["frechet"] < off["gap"]["frechet"]
     assert matched["retrieval"]["mean_recall"] > off["retrieval"]["mean_recall"] - 0.02
-
-
-def test_guessed_pairs_are_used_where_validation_gains(few_pairs: Path, tmp_path: Path) -> None:
-    off = run(few_pairs, tmp_path / "off", **OFF)
-    found = run(few_pairs, tmp_path / "guessed", guess_pairs=True, **OFF)
-
-    assert found.start.endswith("with guessed pairs")
-    assert found.validation["start"]["mean_recall"] > off.validation["start"]["mean_recall"]
-    recalls = [
-        evaluate(EvalConfig(features=few_pairs, adapter=tmp_path / name))["retrieval"]
-        for name in ("off", "guessed")
-    ]
-    assert recalls[1]["mean_recall"] > recalls[0]["mean_recall"]
 
 
 def test_a_frozen_side_stays_where_it_is(arrays: tuple[Path, Path], tmp_path: Path) -> None:

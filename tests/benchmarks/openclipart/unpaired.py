@@ -40,9 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "+ unpaired in the CS term": OFF,
     "+ unpaired, moments matched (the default)": {},
     "closed form, pairs alone": {**OFF, "steps": 0},
-    "closed form, + guessed pairs": {**OFF, "guess_pairs": True, "steps": 0},
-    "closed form, + matched moments": {"steps": 0},
-    "closed form, + both": {"guess_pairs": True, "steps": 0},
+    "closed form, + unpaired, moments matched": {"steps": 0},
 }
 GAPS = ("centroid_distance", "frechet", "cs_divergence", "rmg")
 
