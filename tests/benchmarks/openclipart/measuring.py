@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ GAPS = ("centroid_distance", "rmg", "cs_divergence", "frechet")
 DIGITS = 7  # of a resampled figure
 
 Settings = Mapping[str, Any]
+What = Mapping[str, Any]
 Record = dict[str, Any]
+NOTHING: Settings = MappingProxyType({})
 
 
 class Ledger:
@@ -41,7 +43,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Record] = {}
+        self._known: list[tuple[What, Record]] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -49,24 +51,25 @@ class Ledger:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            self._known[entry["key"]] = entry["record"]
+            self._known.append((entry["what"], entry["record"]))
 
-    def get(self, what: Mapping[str, Any], make: Callable[[], Record]) -> Record:
+    def get(self, what: What, make: Callable[[], Record], defaults: Settings = NOTHING) -> Record:
         """The record of `what`, made and written down if it is not known.
 
         Args:
-            what: everything that the record depends on, save the code.
+            what: everything that the record depends on, save the code; its "settings" by name.
             make: gives a record of plain JSON values.
+            defaults: of settings that a record may be too old to know; those changed nothing.
         """
-        text = json.dumps(what, sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        if key not in self._known:
-            record = make()
-            entry = {"key": key, "what": json.loads(text), "record": record}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            self._known[key] = record
-        return self._known[key]
+        what = json.loads(json.dumps(what, default=str))
+        for known, record in self._known:
+            if {**known, "settings": {**defaults, **known["settings"]}} == what:
+                return record
+        record = make()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, "record": record}) + "\n")
+        self._known.append((what, record))
+        return record
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,13 @@ class Bench:
     Attributes:
         features: with the splits train, val, val2 and test.
         ledger: remembers.
+        exact: whether training makes matrix products in float32. Otherwise it makes them in
+            bfloat16, where the processor can, which takes about half the time.
     """
 
     features: Path
     ledger: Ledger
+    exact: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,12 +93,8 @@ class Bench:
         return FeatureSet.open(self.features).manifest.fingerprint()
 
     def validated(self, settings: Settings, seed: int) -> Record:
-        """Train once, quickly, for the validation score; the test split is not read.
-
-        Matrix products are made in bfloat16 where the processor can, which is faster.
-        """
-        with bfloat16_products():
-            return self._trained(settings, seed, self._validation)
+        """Train once and give the validation score of what was kept; the test split is not read."""
+        return self._trained(settings, seed, self._validation)
 
     def tested(self, settings: Settings, seeds: int, name: str) -> Row:
         """Train with seeds 0, 1, ... and measure each on the test split."""
@@ -125,11 +127,18 @@ class Bench:
             )
             # The resolved settings: another default is another run.
             resolved = config.model_dump(mode="json", exclude={"out", "features", "overwrite"})
-            what = {"look": look.__name__, "features": self.fingerprint, "settings": resolved}
+            what = {
+                "look": look.__name__,
+                "features": self.fingerprint,
+                "exact": self.exact,
+                "settings": resolved,
+            }
+            defaults = {name: TrainConfig.model_fields[name].default for name in resolved}
 
             def make() -> Record:
                 print(f"{look.__name__[1:]} {seed} {dict(settings)}", flush=True)
-                result = train(config)
+                with products("highest" if self.exact else "medium"):
+                    result = train(config)
                 record = {
                     "seconds": result.seconds,
                     "steps": result.steps,
@@ -141,7 +150,7 @@ class Bench:
                 print(f"  {record['validation']} {record['seconds']:.0f} s", flush=True)
                 return found
 
-            return self.ledger.get(what, make)
+            return self.ledger.get(what, make, defaults)
 
     def _validation(self, config: TrainConfig, record: Record) -> Record:
         return record
@@ -158,10 +167,10 @@ class Bench:
 
 
 @contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Let torch make matrix products of float32 numbers in bfloat16."""
+def products(precision: str) -> Iterator[None]:
+    """Set how torch makes matrix products of float32 numbers."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write all figures here")
     arguments = parser.parse_args()
-    bench = Bench(arguments.work / "features", Ledger(arguments.work / "runs.jsonl"))
+    bench = Bench(arguments.work / "features", Ledger(arguments.work / "runs.jsonl"), exact=True)
     table = [bench.tested(settings, arguments.seeds, name) for name, settings in ROWS.items()]
     table.append(plain_cca(bench))
     print_table(table, table[0])
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def plain_cca(bench: Bench) -> Row:
-    """CCA on titles without weights or square roots, on the grid that ``csalign train`` searches."""
+    """CCA on titles without weights or square roots, on the grid of ``csalign train``."""
 
     def make() -> Measured:
         val = load_rows(FeatureSet.open(bench.features), "val")
