@@ -9,11 +9,11 @@ DIR is the folder of ``prepare.py``. Every table has its baseline, to which diff
 bootstrap differences over the test drawings, of the mean over seeds. All but what a row names is
 the default of ``csalign train``, in 20 epochs in place of 40 so that the whole takes an hour or
 two; tables "scale 100" have CLIP's logit scale, which is where a gap opens, from a random start if
-nothing else is said. Where a row has several weights (lambda) to choose from,
-each is tried in 120 steps, and the choice is made on the split val: of those whose mean recall is
-within one point of the best, the one with the nearest centroids. The test split is read for the
-table alone. Training makes its matrix products in bfloat16 where the processor can; ``peers.py``
-shows that this changes nothing.
+nothing else is said. Where a row has several weights (lambda) to choose from, each is tried in 120
+steps, and the choice is made on the split val: of those whose mean recall is within one point of
+the best, the one with the nearest centroids. The test split is read for the table alone. Training
+makes its matrix products in bfloat16 where the processor can; ``peers.py`` has a row that shows
+what this changes.
 
 Seeds are run one after the other for all rows, and finished runs kept in DIR/runs.jsonl, from which
 an interrupted run, or one with more seeds, goes on; delete it after changing csalign's code.

@@ -16,11 +16,12 @@ where the processor can; a last row shows csalign's default in float32.
 
 The facts of the recipes are from papers and public code; the code here is ours.
 
-* InfoNCE MLP: ShareLock (Ruthardt et al. 2024, arXiv 2410.07173; ``models/projection.py`` and
+* InfoNCE MLP on both sides: what a CLIP recipe trains on two frozen encoders, csalign's own MLP from
+  a random start, with a learned scale; its first trial is the baseline of ``run.py``.
+* InfoNCE MLP on texts: ShareLock (Ruthardt et al. 2024, arXiv 2410.07173; ``models/projection.py`` and
   ``configs/default_config.yaml`` of its repository). Images stay as they are; the texts' head is
   3 x [linear 4096, batch norm, ReLU, dropout 0.2], linear; CLIP's loss at the fixed scale 14.29;
-  Adam 1e-3, weight decay 1e-4, batches of 1,024, 3 % warm-up. Here it is 1,024 wide, and the
-  search may put the same head on the images.
+  Adam 1e-3, weight decay 1e-4, batches of 1,024, 3 % warm-up. Here it is 1,024 wide.
 * SAIL (Zhang et al. 2024, arXiv 2412.04616; ``model/linear.py``, ``model/loss.py`` of
   github.com/lezhang7/SAIL). W3 (ReLU6(W1 h) * W2 h) with h the layer norm, 8 times as wide, to
   1,024; sigmoid loss from scale 20 and bias -10, both learned; a second caption as further
@@ -141,10 +142,30 @@ PEERS = {
         },
         fit=fit_ridge,
     ),
-    "InfoNCE MLP (ShareLock)": Peer(
+    "InfoNCE MLP on both sides": Peer(
         {
             "captions": "sample",
-            "image_adapter": "identity",
+            "hidden": 1024,
+            "width": 256,
+            "dropout": 0.3,
+            "logit_scale": 14.29,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.01,
+        },
+        {
+            "captions": CAPTIONS,
+            "hidden": one_of(512, 1024),
+            "width": one_of(128, 256, 512),
+            "dropout": one_of(0.0, 0.2, 0.4, 0.6),
+            "logit_scale": between(5, 40),
+            "learning_rate": RATE,
+            "weight_decay": one_of(1e-4, 1e-2, 1e-1),
+        },
+        {**PLAIN, "adapter": "mlp", "learn_scale": True},
+    ),
+    "InfoNCE MLP on texts (ShareLock)": Peer(
+        {
+            "captions": "sample",
             "layers": 3,
             "hidden": 1024,
             "dropout": 0.2,
@@ -154,7 +175,6 @@ PEERS = {
         },
         {
             "captions": CAPTIONS,
-            "image_adapter": one_of("identity", "heads:ShareLock"),
             "layers": one_of(1, 2, 3),
             "hidden": one_of(512, 1024),
             "dropout": one_of(0.0, 0.2, 0.4, 0.6),
@@ -162,7 +182,7 @@ PEERS = {
             "learning_rate": RATE,
             "weight_decay": one_of(1e-4, 1e-2, 1e-1),
         },
-        {**PLAIN, "text_adapter": "heads:ShareLock", "warmup": 0.03},
+        {**PLAIN, "image_adapter": "identity", "text_adapter": "heads:ShareLock", "warmup": 0.03},
     ),
     "sigmoid + GLU (SAIL)": Peer(
         {
