@@ -16,12 +16,12 @@ where the processor can; a last row shows csalign's default in float32.
 
 The facts of the recipes are from papers and public code; the code here is ours.
 
-* InfoNCE MLP on both sides: what a CLIP recipe trains on two frozen encoders, csalign's own MLP from
-  a random start, with a learned scale; its first trial is the baseline of ``run.py``.
-* InfoNCE MLP on texts: ShareLock (Ruthardt et al. 2024, arXiv 2410.07173; ``models/projection.py`` and
-  ``configs/default_config.yaml`` of its repository). Images stay as they are; the texts' head is
-  3 x [linear 4096, batch norm, ReLU, dropout 0.2], linear; CLIP's loss at the fixed scale 14.29;
-  Adam 1e-3, weight decay 1e-4, batches of 1,024, 3 % warm-up. Here it is 1,024 wide.
+* InfoNCE MLP on both sides: what a CLIP recipe trains on two frozen encoders, csalign's own MLP
+  from a random start, with a learned scale; its first trial is the baseline of ``run.py``.
+* InfoNCE MLP on texts: ShareLock (Ruthardt et al. 2024, arXiv 2410.07173; ``configs`` and
+  ``models/projection.py`` of its repository). Images stay as they are; the texts' head is 3 x
+  [linear 4096, batch norm, ReLU, dropout 0.2], linear; CLIP's loss at the fixed scale 14.29; Adam
+  1e-3, weight decay 1e-4, batches of 1,024, 3 % warm-up. Here it is 1,024 wide.
 * SAIL (Zhang et al. 2024, arXiv 2412.04616; ``model/linear.py``, ``model/loss.py`` of
   github.com/lezhang7/SAIL). W3 (ReLU6(W1 h) * W2 h) with h the layer norm, 8 times as wide, to
   1,024; sigmoid loss from scale 20 and bias -10, both learned; a second caption as further
