@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from csalign.config import EvalConfig, TrainConfig
-from csalign.metrics.bootstrap import Resamples
+from csalign.metrics.bootstrap import Floats, Place, Resamples
 from csalign.steps.evaluate import Measured, describe, measure
 from csalign.steps.train import train
 from csalign.store.reader import FeatureSet
@@ -208,7 +208,7 @@ class Row:
     @cached_property
     def resamples(self) -> Resamples:
         """The mean over seeds of each figure on each resample of the test images."""
-        figures = {
+        figures: dict[Place, Floats] = {
             place: np.mean([run["resamples"]["/".join(place)] for run in self.runs], axis=0)
             for place in PLACES
         }
