@@ -215,7 +215,9 @@ class ExtractConfig(OutputConfig):
         0.01, description="Share of records that may be unusable before the command fails."
     )
     retry_failures: bool = Field(
-        False, description="Make those finished parts anew that left something out."
+        False,
+        description="Make those finished parts anew that left something out, or whose images or "
+        "captions changed since.",
     )
     strict: bool = Field(False, description="Fail if anything was left out.")
 

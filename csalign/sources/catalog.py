@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -17,7 +17,7 @@ from csalign.errors import DataError
 from csalign.locations import is_remote
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.columns import BASE64_NAMES, Row
-from csalign.sources.tree import is_file, path_below, read_bounded
+from csalign.sources.tree import fingerprint, is_file, path_below, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -248,11 +248,35 @@ class CatalogSource:
         """See `Source`."""
         return self.kinds.count(_IMAGE)
 
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: all that is known of the records."""
+        if self._holds_images:
+            return self.fingerprint  # their bytes are not held here, but the whole was hashed
+        part = self.parts[position]
+        last = min(part.start + stop, self._stop(position))
+        return fingerprint(self._content(record) for record in range(part.start + start, last))
+
+    @cached_property
+    def _holds_images(self) -> bool:
+        """Whether there are images that lie in the table itself."""
+        return any(not isinstance(place, str) for place in self.places.values())
+
+    def _content(self, record: int) -> tuple[object, ...]:
+        own = self.order[self.starts[record] : self.starts[record + 1]]
+        return (
+            *(self.kinds[record], self.labels[record], self.places.get(record)),
+            self.split_names[self.splits[record]],
+            *(self.captions[place] for place in own),
+        )
+
+    def _stop(self, position: int) -> int:
+        after = self.parts[position + 1 : position + 2]
+        return after[0].start if after else len(self.labels)
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""
-        stops = [part.start for part in self.parts[1:]] + [len(self.labels)]
-        yield _CatalogVolume(self, self.parts[position], stops[position])
+        yield _CatalogVolume(self, self.parts[position], self._stop(position))
 
     def repeated_captions(self) -> int:
         """Captions that an image has more than once, which its record gives once."""

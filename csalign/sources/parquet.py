@@ -89,7 +89,7 @@ def open_parquet(
         )
     _tell_of_splits(root, paths, layout)
     count = None if layout.found.id else total
-    return ColumnarSource(root, paths, layout, images, count, mark)
+    return ColumnarSource(root, paths, known, layout, images, count, mark)
 
 
 class _Layout(NamedTuple):
@@ -268,6 +268,7 @@ class ColumnarSource:
     Attributes:
         root: folder that all files are below.
         paths: the files, by their path below it.
+        sizes: bytes of each.
         layout: what their columns hold.
         images: folder that image paths start from, None for `root`.
         total: see `Source`.
@@ -276,6 +277,7 @@ class ColumnarSource:
 
     root: Path
     paths: Sequence[str]
+    sizes: Sequence[int]
     layout: _Layout
     images: Path | None
     total: int | None
@@ -302,6 +304,10 @@ class ColumnarSource:
     def total_images(self) -> int | None:
         """See `Source`; a row may lack its image."""
         return 0 if self.layout.found.image is None else self.total
+
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: name, size and columns of the file."""
+        return fingerprint([self.layout, self.paths[position], self.sizes[position]])
 
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:

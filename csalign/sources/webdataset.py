@@ -92,6 +92,10 @@ class TarSource:
         """See `Source`: names and sizes."""
         return fingerprint([self.columns, self.lines, *self.paths, *self.sizes])
 
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: name and size of the tar."""
+        return fingerprint([self.columns, self.lines, self.paths[position], self.sizes[position]])
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`; a remote tar is copied to a temporary file first."""

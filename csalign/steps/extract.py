@@ -89,7 +89,12 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         ),
     )
     with open_workspace(
-        config.out, job, turn, config=config.to_toml(), restart=config.overwrite
+        config.out,
+        job,
+        turn,
+        config=config.to_toml(),
+        restart=config.overwrite,
+        retry=config.retry_failures,
     ) as workspace:
         extraction = _Extraction(config, source, encoders, workspace, turn, progress)
         missing: list[Turn] = []
@@ -231,7 +236,8 @@ class _Extraction:
             part for part in range(self.turn.count) if owns(self.turn, volumes, volume, part)
         )
         known = self._receipt(volume, first)
-        if known is not None:  # then the volume need not be opened to know its parts
+        # Then the volume need not be opened to know its parts; the others cost nothing to open.
+        if known is not None and self.source.total is None:
             own = self._own_parts(volume, known.volume_records)
             there = [self._receipt(volume, part) for part in own]
             if all(there):
@@ -241,12 +247,14 @@ class _Extraction:
             records = len(opened)
             for part in self._own_parts(volume, records):
                 receipt = self._receipt(volume, part)
-                if receipt is not None:
+                # Where the stamp is of the whole volume, the number of records must be the same.
+                if receipt is not None and (
+                    self.source.total is not None or receipt.volume_records == records
+                ):
                     yield receipt, False
                 else:
                     stop = min(records, (part + 1) * rows)
-                    name = self._name(volume, part)
-                    yield self._make(name, opened, part * rows, stop, embedder), True
+                    yield self._make(volume, part, opened, stop, embedder), True
 
     def _own_parts(self, volume: int, records: int) -> list[int]:
         volumes = len(self.source.volumes)
@@ -255,9 +263,13 @@ class _Extraction:
 
     def _receipt(self, volume: int, part: int) -> Receipt | None:
         receipt = self.workspace.receipt(self._name(volume, part))
-        if receipt is not None and receipt.failures and self.config.retry_failures:
+        if receipt is None or receipt.stamp != self._stamp(volume, part):
             return None
-        return receipt
+        return None if receipt.failures and self.config.retry_failures else receipt
+
+    def _stamp(self, volume: int, part: int) -> str:
+        rows = self.config.part_rows
+        return self.source.stamp(volume, part * rows, (part + 1) * rows)
 
     def _name(self, volume: int, part: int) -> str:
         if len(self.source.volumes) == 1:
@@ -265,11 +277,18 @@ class _Extraction:
         return f"part-{volume:05d}-{part:05d}"
 
     def _make(
-        self, name: str, volume: Volume, start: int, stop: int, embedder: Embedder
+        self, position: int, number: int, volume: Volume, stop: int, embedder: Embedder
     ) -> Receipt:
+        name = self._name(position, number)
+        start = number * self.config.part_rows
         with self.workspace.part(name) as part:
             tally = embedder.embed(volume.records(start, stop), volume.name, part)
-            receipt = Receipt(name=name, volume_records=len(volume), **asdict(tally))
+            receipt = Receipt(
+                name=name,
+                stamp=self._stamp(position, number),
+                volume_records=len(volume),
+                **asdict(tally),
+            )
             return self.workspace.seal(part, receipt)
 
     def _count(self, receipt: Receipt, embedder: Embedder, *, is_new: bool) -> None:
@@ -359,11 +378,10 @@ def _refusal(
         f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
         for failure in failures[:_REASONS_SHOWN]
     )
-    remedy = "repair the images and go on with --retry-failures"
+    remedy = "repair them and go on with --retry-failures"
     if limit is not None:
         problem += f", the share allowed is {limit:g}"
         remedy += ", or with a higher --max-failures"
-    remedy += "; a repaired table, tar or caption is another source, which --overwrite begins anew"
     return DataError(f"{problem}: {examples}; {path} lists those so far: {remedy}")
 
 

@@ -133,12 +133,33 @@ def test_another_job_is_refused_by_what_differs_unless_it_may_start_anew(out: Pa
     with pytest.raises(OutputError, match="begun with dtype float32, not float16"):
         open_workspace(out, half, ONE, config="").__enter__()
     elsewhere = JOB.model_copy(update={"source": "1" * 64})
-    with pytest.raises(OutputError, match=r"begun with another source; .* --overwrite"):
+    with pytest.raises(
+        OutputError, match=r"held something else; .* --retry-failures, .* --overwrite"
+    ):
         open_workspace(out, elsewhere, ONE, config="").__enter__()
 
     with open_workspace(out, half, ONE, config="", restart=True) as workspace:
         assert workspace.receipt("part-00000") is None
         assert not (workspace.folder / "images").exists()
+
+
+def test_a_changed_source_goes_on_when_asked_but_no_process_counts_as_done(out: Path) -> None:
+    for index in (0, 1):
+        with open_workspace(out, JOB, Turn(index, 2), config="") as workspace:
+            write_part(workspace, f"part-0000{index}")
+            workspace.finish([f"part-0000{index}"])
+    changed = JOB.model_copy(update={"source": "1" * 64})
+    with open_workspace(out, changed, Turn(1, 2), config="", retry=True) as workspace:
+        assert workspace.receipt("part-00001") is not None
+        workspace.finish(["part-00001"])
+        assert workspace.missing() == [Turn(0, 2)]
+    with pytest.raises(DataError, match="shards 0/2 are not done"):
+        merge_parts(out)
+    with open_workspace(out, changed, Turn(0, 2), config="") as workspace:
+        workspace.finish(["part-00000"])
+    complete(workspace)
+
+    assert FeatureSet.open(out).manifest.counts.images == 6
 
 
 def test_one_process_has_a_turn_and_another_job_cannot_push_it_out(tmp_path: Path) -> None:
