@@ -17,7 +17,8 @@ from csalign.errors import DataError
 from csalign.locations import is_remote
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.columns import BASE64_NAMES, Row
-from csalign.sources.tree import fingerprint, is_file, path_below, read_bounded
+from csalign.sources.lost import LostVolume
+from csalign.sources.tree import fingerprint, is_file, name_flaw, path_below, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,11 @@ class Catalog:
         """
         self._volumes.append(_Part(name, prefix, len(self._labels)))
 
+    def lose(self, name: str, reason: str) -> None:
+        """Take in a volume that cannot be read at all."""
+        self._volumes.append(_Part(name, "", len(self._labels), is_lost=True))
+        self._new(_FLAW, reason, 0, None)
+
     def add(self, row: Row) -> None:
         """Take in a row."""
         try:
@@ -82,7 +88,10 @@ class Catalog:
     def add_found(self, image_ids: Iterable[str]) -> None:
         """Add the images of a folder that no row spoke of."""
         for image_id in image_ids:
-            if image_id not in self._positions:
+            flaw = name_flaw(image_id)
+            if flaw is not None:
+                self._new(_FLAW, flaw, 0, None)
+            elif image_id not in self._positions:
                 self._positions[image_id] = self._new(_IMAGE, image_id, 0, None)
 
     def finish(self, description: str, fingerprint: str) -> "CatalogSource":
@@ -187,6 +196,7 @@ class _Part(NamedTuple):
     name: str
     prefix: str
     start: int
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,7 +286,11 @@ class CatalogSource:
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""
-        yield _CatalogVolume(self, self.parts[position], self._stop(position))
+        part = self.parts[position]
+        if part.is_lost:
+            yield LostVolume(part.name, self.labels[part.start])
+            return
+        yield _CatalogVolume(self, part, self._stop(position))
 
     def repeated_captions(self) -> int:
         """Captions that an image has more than once, which its record gives once."""

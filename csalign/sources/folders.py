@@ -12,7 +12,7 @@ from csalign.enums import Modality
 from csalign.errors import DataError
 from csalign.sources import images
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
-from csalign.sources.tree import MAX_TEXT_BYTES, decoded, fingerprint, read_bounded
+from csalign.sources.tree import MAX_TEXT_BYTES, decoded, fingerprint, name_flaw, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,9 @@ class FolderSource:
     def record(self, position: int) -> Record:
         """One of the records, for which its .txt is read."""
         name, text = self.names[position], self.texts[position]
+        flaw = name_flaw(name)
+        if flaw is not None:
+            return Record(None, flaw=flaw)
         image = None
         if self.has_images:
             path = self.folder / name

@@ -33,12 +33,9 @@ def files_below(folder: Path) -> dict[str, int | None]:
         The size in bytes of each, None where it was not told without asking for each file.
 
     Raises:
-        DataError: a folder cannot be read, or a name is not UTF-8.
+        DataError: a folder cannot be read.
     """
     found = _remote_files(folder) if is_remote(folder) else _local_files(folder)
-    for name in found:
-        if not is_text(name):
-            raise DataError(f"{folder}: file name {name!r} is not UTF-8; rename the file")
     return {name: found[name] for name in sorted(found)}
 
 
@@ -154,6 +151,16 @@ def is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown(name: str) -> str:
+    """A name as it can be written, with what is not UTF-8 in it escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def name_flaw(name: str) -> str | None:
+    """What is wrong with a file's name, None if nothing is."""
+    return None if is_text(name) else f"{shown(name)}: file name is not UTF-8; rename the file"
 
 
 def path_below(root: Path, path: str) -> str:

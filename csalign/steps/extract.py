@@ -22,6 +22,7 @@ from csalign.locations import is_remote, parse_location
 from csalign.progress import Progress, silent
 from csalign.results import FeaturesResult
 from csalign.sources.base import Source, Volume
+from csalign.sources.lost import LostVolume
 from csalign.sources.open import SourceOptions, open_source
 from csalign.steps.embedding import Embedder
 from csalign.steps.turns import device_of, own_volumes, owns, turn_of
@@ -287,6 +288,7 @@ class _Extraction:
                 name=name,
                 stamp=self._stamp(position, number),
                 volume_records=len(volume),
+                is_lost=isinstance(volume, LostVolume),
                 **asdict(tally),
             )
             return self.workspace.seal(part, receipt)
@@ -297,7 +299,8 @@ class _Extraction:
             embedder.report("records", receipt.records)
             embedder.report("texts", receipt.texts_seen)
         if self.turn.count == 1:
-            _check(self.config, self.workspace, self.receipts, of=self.source.total)
+            known = (self.source.total, len(self.source.volumes))
+            _check(self.config, self.workspace, self.receipts, *known)
 
     def _check_room(self) -> None:
         """Tell how large the feature set will be, and refuse if the disk is too small for it.
@@ -332,7 +335,11 @@ class _Extraction:
 
 
 def _check(
-    config: ExtractConfig, workspace: Workspace, receipts: list[Receipt], of: int | None = -1
+    config: ExtractConfig,
+    workspace: Workspace,
+    receipts: list[Receipt],
+    of: int | None = -1,
+    volumes: int | None = None,
 ) -> None:
     """Raise if what was left out is more than the user allows.
 
@@ -341,6 +348,7 @@ def _check(
         workspace: where the list of failures goes then.
         receipts: of the parts so far.
         of: records that there will be in all, None if that is not known; -1 if this is all.
+        volumes: likewise; None for those of the receipts.
 
     Raises:
         DataError: it is more.
@@ -353,6 +361,11 @@ def _check(
         raise _refusal(
             workspace, receipts, f"{failed} of {records} records could not be used", limit
         )
+    lost = sum(receipt.is_lost for receipt in receipts)
+    count = volumes or len({receipt.name.rpartition("-")[0] for receipt in receipts})
+    if lost > limit * count:
+        problem = f"{lost} of {count} files could not be read"
+        raise _refusal(workspace, receipts, problem, limit)
     texts = sum(receipt.texts_seen for receipt in receipts)
     failed = sum(receipt.failed_texts for receipt in receipts)
     if (is_all or texts >= _ENOUGH_RECORDS) and failed > limit * texts:

@@ -68,6 +68,7 @@ class Receipt(Document):
         job: `Job.fingerprint` of the job that it was made for; set when it is sealed.
         stamp: of the records that it was made of; see `sources.base.Source`.
         volume_records: records of the volume that it belongs to, all parts together.
+        is_lost: whether it stands for a file that could not be read at all.
         records: that went into it.
         failed_records: of these, left out as a whole.
         failed_texts: texts left out although their record was not.
@@ -82,6 +83,7 @@ class Receipt(Document):
     job: str = ""
     stamp: str = ""
     volume_records: int
+    is_lost: bool = False
     records: int
     failed_records: int = 0
     failed_texts: int = 0

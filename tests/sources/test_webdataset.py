@@ -354,6 +354,22 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     assert "c.tar.gz: is compressed" in error_of(tmp_path / "z")
 
 
+def test_a_file_that_is_no_tar_is_a_flaw_among_others(tmp_path: Path, outline: Outline) -> None:
+    write_samples(tmp_path / "b.tar", {"__key__": "k", "txt": "x"})
+    (tmp_path / "a.tar").write_text("<html>not found</html>" * 100)
+    odd = tmp_path / "\udcff.tar"
+    odd.write_bytes((tmp_path / "b.tar").read_bytes())
+
+    assert outline(tmp_path) == [
+        (None, [], "is no tar file; write or download it again"),
+        (None, ["x"], None),
+        (None, [], "file name is not UTF-8; rename the file"),
+    ]
+    odd.unlink()
+    (tmp_path / "b.tar").write_bytes(b"")
+    assert error_of(tmp_path).startswith("none of 2 files can be read: ")
+
+
 def test_many_members_of_one_key_take_neither_time_nor_memory(tmp_path: Path, flaws: Flaws) -> None:
     tar = write_members(tmp_path / "t.tar", *((f"k.{row}", b"") for row in range(5000)))
     tracemalloc.start()

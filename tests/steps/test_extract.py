@@ -267,7 +267,7 @@ def test_a_repaired_table_goes_on_with_the_parts_that_it_left_alone(
     whole = run("whole", part_rows=3)
     repaired = table.read_text()
     table.write_text(repaired.replace("e.png,", "e.png,x,"))
-    with pytest.raises(DataError, match="row 6 has 3 cells, .* go on with --retry-failures"):
+    with pytest.raises(DataError, match=r"row 6 has 3 cells, .* go on with --retry-failures"):
         run(part_rows=3)
     partial = photos.parent / "features.partial"
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
@@ -304,7 +304,7 @@ def test_a_repaired_caption_beside_an_image_goes_on(
         (folder / name).with_suffix(".txt").write_text(f"of {name}")
     whole = run("whole", source=folder, part_rows=3)
     (folder / "b.txt").write_bytes(content or b"\xff")
-    with pytest.raises(DataError, match="its captions b.txt: is not UTF-8"):
+    with pytest.raises(DataError, match=r"its captions b\.txt: is not UTF-8"):
         run(source=folder, part_rows=3)
     (folder / "b.txt").write_text("of b.png")
 
@@ -338,6 +338,33 @@ def test_a_repaired_tar_is_read_anew_and_the_others_are_not(
     assert shards(result) == shards(whole)
     first = result.features / "images" / "part-00000-00000.parquet"
     assert first.stat().st_mtime_ns == began
+
+
+def test_files_that_are_lost_count_among_files(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    tars = photos.parent / "tars"
+    tars.mkdir()
+    for number in range(3):
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
+            tar.add(photos / "a.png", "a.png")
+    whole = (tars / "1.tar").read_bytes()
+    (tars / "1.tar").write_text("<html>")
+    with pytest.raises(DataError, match=r"^1 of 3 files could not be read, the share allowed is"):
+        run(source=tars)
+    lossy = run("lossy", source=tars, max_failures=0.4)
+    (tars / "1.tar").write_bytes(whole)
+    mended = run(source=tars, retry_failures=True)
+
+    assert (lossy.images, mended.images) == (2, 3)
+    assert failures(lossy.features) == [
+        {
+            "source": f"{tars}/1.tar",
+            "row": None,
+            "reason": "is no tar file; write or download it again",
+        }
+    ]
+    assert shards(mended) == shards(run("whole", source=tars))
 
 
 def test_strict_refuses_any_failure_at_the_end(
