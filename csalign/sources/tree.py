@@ -79,8 +79,11 @@ def told_of(path: Path, *, named: bool = True) -> Iterator[None]:
         if not is_expected and (isinstance(error, _BUGS) or not is_remote(path)):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        where = f"{path}: " if named else ""
-        raise DataError(f"{where}cannot be read ({reason.splitlines()[0]})") from None
+        told = f"cannot be read ({reason.splitlines()[0]})"
+        if named:
+            remedy = "; check the address, the keys and the network" if is_remote(path) else ""
+            told = f"{path}: {told}{remedy}"
+        raise DataError(told) from None
 
 
 def is_file(path: Path) -> bool:

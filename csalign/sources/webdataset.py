@@ -388,7 +388,10 @@ class _TarVolume:
 def _read_member(file: BinaryIO, member: tuple[int, int], limit: int = MAX_IMAGE_BYTES) -> bytes:
     offset, size = member
     check_size(size, limit)
-    data = os.pread(file.fileno(), size, offset)
+    try:
+        data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from None
     if len(data) < size:
         raise DataError("is cut short")
     return data

@@ -89,14 +89,17 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             text=encoders.text.info if encoders.text else None,
         ),
     )
-    with open_workspace(
-        config.out,
-        job,
-        turn,
-        config=config.to_toml(),
-        restart=config.overwrite,
-        retry=config.retry_failures,
-    ) as workspace:
+    with (
+        files.writing(config.out),
+        open_workspace(
+            config.out,
+            job,
+            turn,
+            config=config.to_toml(),
+            restart=config.overwrite,
+            retry=config.retry_failures,
+        ) as workspace,
+    ):
         extraction = _Extraction(config, source, encoders, workspace, turn, progress)
         missing: list[Turn] = []
         if not workspace.is_whole:
@@ -109,7 +112,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
         )
         return extraction.result(workspace.folder)
-    return _complete(config, workspace)
+    with files.writing(config.out):
+        return _complete(config, workspace)
 
 
 def _source_options(config: ExtractConfig) -> SourceOptions:

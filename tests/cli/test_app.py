@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -152,6 +153,25 @@ def test_a_file_system_that_refuses_to_write_exits_1_with_its_reason(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "/proc/csalign" in done.stderr
+
+
+def test_a_file_that_cannot_grow_is_named_with_the_remedy(
+    arrays: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "csalign", "import", "--images", arrays[0], "--out", out],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"csalign: {out}.partial/images/part-00000.parquet: File too large; free some space, or "
+        "choose another --out\n"
+    )
 
 
 @pytest.mark.parametrize(
