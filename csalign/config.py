@@ -108,7 +108,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
         elif problem["type"] == "extra_forbidden":
             message = "unknown key" + (f" in {file}" if file else "")
         else:
-            message = f"{problem['msg']} (got {problem['input']!r})"
+            message = f"{problem['msg']} (got {problem['input']!r:.200})"
         line = f"{name}: {message}"
         if line not in lines:
             lines.append(line)

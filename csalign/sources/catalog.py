@@ -138,7 +138,9 @@ class Catalog:
             return position
         first = self._rows[position]
         if not self._is_same_image(position, key, place, row.span):
-            raise DataError(f"has the id {key!r} of another image, in row {first}; ids are unique")
+            raise DataError(
+                f"has the id {key!r:.200} of another image, in row {first}; ids are unique"
+            )
         split = self._split_names[self._splits[position]]
         if split != row.split:
             raise DataError(
@@ -167,7 +169,7 @@ class Catalog:
         if self._root is not None:
             return path_below(self._root, row.image), row.id
         if "://" in row.image or "\0" in row.image:
-            raise DataError(f"image {row.image!r} is no file; URLs are not fetched")
+            raise DataError(f"image {row.image!r:.200} is no file; URLs are not fetched")
         return posixpath.normpath(row.image), row.id
 
     def _caption_alone(self, row: Row) -> int:
@@ -178,7 +180,9 @@ class Catalog:
         if row.id is not None:
             first = self._positions.setdefault(label, len(self._labels))
             if first != len(self._labels):
-                raise DataError(f"has the id {label!r} of row {self._rows[first]}; ids are unique")
+                raise DataError(
+                    f"has the id {label!r:.200} of row {self._rows[first]}; ids are unique"
+                )
         return self._new(_CAPTION, label, row.number, row.split)
 
     def _new(self, kind: int, label: str, row: int, split: str | None) -> int:
@@ -314,7 +318,7 @@ class CatalogSource:
                 path = Path(place) if self.root is None else self.root / place
                 # A remote file is looked for when it is read, rather than asked for twice.
                 if row is not None and not is_remote(path) and not is_file(path):
-                    flaw = f"unknown image {place!r}; correct the path, {self._start()}"
+                    flaw = f"unknown image {place!r:.200}; correct the path, {self._start()}"
                     return Record(None, row=row, flaw=flaw)
                 image = ImageInput(label, path.as_posix(), partial(read_bounded, path))
             else:

@@ -230,7 +230,7 @@ def _image_kind(path: Path, shelf: _Shelf, name: str) -> str:
             return "base64"
         return "path"
     raise DataError(
-        f"{path}: column {name!r} holds {held}, not images or paths; name another with "
+        f"{path}: column {name!r:.200} holds {held}, not images or paths; name another with "
         "--image-column"
     )
 
@@ -434,7 +434,7 @@ class _ColumnarVolume:
             others = [values[found.image] for values in rows[1:]]
             if any(other is not None and other != rows[0][found.image] for other in others):
                 raise ValueError(
-                    f"its rows share the id {own!r}, but not the image; ids are unique"
+                    f"its rows share the id {own!r:.200}, but not the image; ids are unique"
                 )
         volume = self._prefix if self._several else ""
         image = None

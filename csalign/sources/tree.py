@@ -176,13 +176,18 @@ def path_below(root: Path, path: str) -> str:
     if "://" in path:
         start = f"{root}/"
         if not (is_remote(root) and path.startswith(start)):
-            raise DataError(f"image {path!r} is a URL, which is not fetched; download it first")
+            raise DataError(
+                f"image {path!r:.200} is a URL, which is not fetched; download it first"
+            )
         path = path.removeprefix(start)
     elif os.path.isabs(path) and not is_remote(root):  # noqa: PTH117
         path = os.path.relpath(path, root)
     normal = posixpath.normpath(path)
     if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:
-        raise DataError(f"image {given!r} lies outside of {root}; move it inside")
+        remedy = "move it inside"
+        if given.startswith("/"):
+            remedy += ", or name a folder that holds all images with --images"
+        raise DataError(f"image {given!r:.200} lies outside of {root}; {remedy}")
     return normal
 
 

@@ -214,7 +214,7 @@ class _Scanner:
             if not self._index.keys:
                 self._begin("")
             key = self._index.keys[-1]
-            where = f"ends inside of or after sample {key!r}" if key else "cannot be read"
+            where = f"ends inside of or after sample {key!r:.200}" if key else "cannot be read"
             self._flaw(f"the tar {where}: {reason}; write or download it again")
         elif not self._index.keys:
             self._begin("")
@@ -231,7 +231,7 @@ class _Scanner:
                     members.clear()  # it would keep them all
                     if member.offset_data + member.size > self._size:
                         self._add(member)
-                        return f"{member.name!r} is cut short"
+                        return f"{member.name!r:.200} is cut short"
                     self._add(member)
                 end = tar.offset
         except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -253,13 +253,13 @@ class _Scanner:
             self._begin(key)
         if not is_text(name):
             self._index.keys[-1] = ascii(key)
-            self._flaw(f"{name!r} is no UTF-8 name")
+            self._flaw(f"{name!r:.200} is no UTF-8 name")
         elif name.startswith("/") or ".." in name.split("/"):
-            self._flaw(f"{name!r} leads out of the tar")
+            self._flaw(f"{name!r:.200} leads out of the tar")
         elif not member.isreg() or member.sparse is not None:
-            self._flaw(f"{name!r} is a link or special file, which is not followed")
+            self._flaw(f"{name!r:.200} is a link or special file, which is not followed")
         elif not dot:
-            self._flaw(f"{name!r} has no extension")
+            self._flaw(f"{name!r:.200} has no extension")
         else:
             self._member(extension.lower(), member.offset_data, member.size)
 
@@ -309,7 +309,7 @@ class _TarVolume:
                     raise DataError(flaw)
                 yield self._record(sample, key)
             except DataError as error:
-                reason = f"{key}: {error}" if key else str(error)
+                reason = f"{key:.200}: {error}" if key else str(error)
                 yield Record(None, row=sample + 1, flaw=reason)
 
     @property

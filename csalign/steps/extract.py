@@ -25,7 +25,7 @@ from csalign.sources.base import Source, Volume
 from csalign.sources.lost import LostVolume
 from csalign.sources.open import SourceOptions, open_source
 from csalign.steps.embedding import Embedder
-from csalign.steps.turns import device_of, own_volumes, owns, turn_of
+from csalign.steps.turns import check_array, device_of, own_volumes, owns, turn_of
 from csalign.store import manifest, schema
 from csalign.store.documents import Job, Receipt, Turn
 from csalign.store.workspace import Workspace, alone, open_workspace
@@ -66,6 +66,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         EncoderError: an encoder cannot be loaded or does not give the tokens asked for.
         ConfigError: no encoder is named for a side of the source, or the device does not exist.
     """
+    if config.max_tokens is not None and config.tokens == "none":
+        raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
     turn = turn_of(config.shard)
     inputs = [path for path in (config.captions, config.images) if path is not None]
     searched = None if "::" in config.source else parse_location(config.source)
@@ -100,6 +102,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             retry=config.retry_failures,
         ) as workspace,
     ):
+        check_array(turn, config.shard, workspace.counts())
         extraction = _Extraction(config, source, encoders, workspace, turn, progress)
         missing: list[Turn] = []
         if not workspace.is_whole:
@@ -220,6 +223,12 @@ class _Extraction:
             for volume in own_volumes(self.turn, len(self.source.volumes)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)
+        if not self.receipts:
+            logger.warning(
+                "shard %s has nothing to do: there are fewer parts than shards; take fewer shards, "
+                "or a smaller --part-rows",
+                self.turn,
+            )
         self.workspace.finish([receipt.name for receipt in self.receipts])
 
     def result(self, folder: Path) -> FeaturesResult:

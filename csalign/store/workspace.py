@@ -187,6 +187,16 @@ class Workspace:
             time.sleep(0.2)
             _refresh(self.folder)
 
+    def counts(self) -> set[int]:
+        """Numbers of processes by which the work was shared out so far, this one left out."""
+        folder = self.folder / FINISHED
+        marks = [path.stem for path in folder.glob("*.json")] if folder.exists() else []
+        if not is_remote(self.folder):
+            own = f"{files.LOCK}-{self._turn.index}-of-{self._turn.count}"
+            locks = [path.name for path in self.folder.glob(f"{files.LOCK}-*")]
+            marks += [name for name in locks if name != own]
+        return {int(name.rpartition("-")[2]) for name in marks}
+
     def missing(self) -> list[Turn]:
         """The processes that are not done; empty once all of some number of them are."""
         return _missing(self._finished())
@@ -355,8 +365,8 @@ def merge_parts(out: Path) -> None:
         DataError: there are no parts, or some processes are not done.
         OutputError: `out` exists, or somebody still works on the parts.
     """
-    files.check_output(out, overwrite=False)
     folder = files.partial_of(out if is_remote(out) else out.resolve())
+    _check_free(out, folder)
     job = _read_job(folder)
     if job is None:
         raise DataError(f"{folder}: holds no parts of a feature set")
@@ -374,6 +384,20 @@ def merge_parts(out: Path) -> None:
     with alone(workspace) as is_there:
         if is_there:
             workspace.complete_and_publish()
+
+
+def _check_free(out: Path, folder: Path) -> None:
+    try:
+        files.check_output(out, overwrite=False)
+    except OutputError as error:
+        if not out.exists():
+            raise
+        if not folder.exists() and (out / MANIFEST).is_file():
+            raise DataError(f"{out}: is whole already; leave out --merge") from None
+        raise OutputError(
+            f"{out}: is in the way of the feature set that the parts in {folder} are to become; "
+            "move it"
+        ) from error
 
 
 def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:

@@ -203,6 +203,38 @@ def test_a_signal_stops_a_run_and_leaves_its_checkpoints(
     assert csalign("inspect", kept).returncode == 0
 
 
+LOST = """
+import os, signal, time
+from csalign import stopping
+from csalign.errors import Stopped
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+stopping.catch_signals()
+Dying()
+try:
+    stopping.check()
+except Stopped:
+    print("noticed")
+try:
+    time.sleep(30)
+except Stopped as stopped:
+    print("stopped", stopped.exit_code)
+"""
+
+
+def test_a_signal_that_python_drops_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=25, check=False
+    )
+
+    assert done.stdout.split() == ["noticed", "stopped", "130"]
+    assert done.stderr == ""
+
+
 def test_quiet_says_nothing_and_results_stay(features: Path) -> None:
     done = csalign("inspect", features, "-q")
 

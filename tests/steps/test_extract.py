@@ -367,6 +367,33 @@ def test_files_that_are_lost_count_among_files(
     assert shards(mended) == shards(run("whole", source=tars))
 
 
+def test_a_shard_without_a_part_says_so(
+    run: Callable[..., FeaturesResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(shard="1/2")
+
+    assert "shard 1/2 has nothing to do: there are fewer parts than shards" in caplog.text
+
+
+def test_a_limit_of_tokens_that_nothing_stores_is_refused(
+    run: Callable[..., FeaturesResult],
+) -> None:
+    with pytest.raises(ConfigError, match=r"^max-tokens: no tokens are stored; add --tokens"):
+        run(max_tokens=4)
+
+
+def test_a_slurm_array_of_one_does_not_take_over_the_work_of_many(
+    run: Callable[..., FeaturesResult], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(shard="3/4", part_rows=2)
+    for name, value in (("ID", 0), ("MIN", 0), ("MAX", 0), ("COUNT", 1)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ConfigError, match="begun in 4 shares"):
+        run(shard="auto", part_rows=2)
+
+    assert run(shard="0/1", part_rows=2).complete
+
+
 def test_strict_refuses_any_failure_at_the_end(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:

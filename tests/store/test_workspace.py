@@ -255,6 +255,21 @@ def test_parts_that_were_copied_in_part_are_named_and_nothing_is_lost(out: Path)
     assert FeatureSet.open(out).manifest.counts.images == 6
 
 
+def test_a_set_that_is_whole_has_nothing_to_merge(tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+        assert workspace.counts() == {1}
+    merge_parts(out)
+    with pytest.raises(DataError, match=f"^{out}: is whole already; leave out --merge$"):
+        merge_parts(out)
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+    with pytest.raises(OutputError, match=rf"^{out}: is in the way of .*{out}.partial.* move it$"):
+        merge_parts(out)
+
+
 def test_parts_without_a_lock_beside_them_are_merged_too(tmp_path: Path) -> None:
     out = tmp_path / "features"
     with open_workspace(out, JOB, ONE, config="") as workspace:
