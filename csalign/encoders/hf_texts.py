@@ -205,17 +205,14 @@ class HfTexts:
             output_hidden_states=layer != -1,
             return_dict=True,
         )
-        hidden: torch.Tensor = output.last_hidden_state
-        if layer == -1:
-            return hidden
-        states = output.hidden_states
+        last: torch.Tensor = output.last_hidden_state
+        states: Sequence[torch.Tensor] = output.hidden_states or (last,)
         if not -len(states) <= layer < len(states):
             raise EncoderError(
                 f"hf: layer={layer} does not exist; the model has the layers 0, its input, to "
                 f"{len(states) - 1}, which are also -{len(states)} to -1"
             )
-        hidden = states[layer]
-        return hidden
+        return last if layer == -1 else states[layer]
 
     def _pool(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Hidden states (n, t, d) of texts of these lengths (n,) -> embeddings (n, d)."""

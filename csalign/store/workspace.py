@@ -1,8 +1,9 @@
 """A feature set that is built part by part, by several processes, and survives their deaths.
 
 It lives in ``OUT.partial``: a part is a file a side, with a receipt that is written when both are
-there. A part's content follows from the source alone, so it does not matter which process writes
-it, nor when. Once every process has said that it is done, the receipts become the manifest::
+there. A part's content follows from its records alone, so it does not matter which process writes
+it, nor when; but for the rounding of a product that another process or machine computes another
+way. Once every process has said that it is done, the receipts become the manifest::
 
     .csalign-job.json    what the set is to become; another job is refused
     images/ texts/       finished parts, under their final names
@@ -477,6 +478,8 @@ def _remove_others(folder: Path, shards: list[Shard]) -> None:
     for path in list(folder.iterdir()) if folder.exists() else []:
         if path.name not in kept:
             path.unlink()
+    if not shards and not is_remote(folder) and folder.exists():
+        folder.rmdir()  # a side that is not there has no folder
 
 
 def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:

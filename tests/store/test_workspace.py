@@ -292,6 +292,7 @@ def test_a_part_made_anew_may_lose_a_side(out: Path) -> None:
     complete(workspace)
 
     assert FeatureSet.open(out).manifest.counts.images == 0
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["texts"]
 
 
 def test_two_processes_that_make_the_same_part_at_once_do_not_harm_each_other(
