@@ -8,6 +8,7 @@ Where things live; imports run one way, down this list::
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
+    report     pages with plots
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use

@@ -322,13 +322,15 @@ class TrainConfig(OutputConfig):
     noise: NotNegative = Field(
         0.5, description="Norm of the Gaussian noise on the unit training inputs."
     )
-    captions: Literal["first", "any"] = Field(
+    captions: Literal["first", "sample", "all"] = Field(
         "first",
-        description="Learn from an image's first caption, or from any of them, drawn anew each "
-        "epoch.",
+        description="Learn from an image's first caption, from one of them, drawn anew each epoch, "
+        "or from all of them at once.",
     )
     other_captions: NotNegative = Field(
-        0.3, description="Weight of a second InfoNCE term, on another caption of the image."
+        0.3,
+        description="Weight of a second InfoNCE term, on another caption of the image; not for "
+        "captions all.",
     )
     caption_weights: bool = Field(
         True, description="Count a caption that many images share once, not once an image."
@@ -348,8 +350,15 @@ class TrainConfig(OutputConfig):
         DivergenceName.CS,
         description="Distribution term: cs, mmd, gaussian-kl, sinkhorn, pairs-mse or none.",
     )
-    cs_weight: NotNegative = Field(
-        0.1, description="Weight (lambda) of the distribution term; 0 is the pairwise loss alone."
+    cs_weight: Annotated[Literal["auto"] | NotNegative, Number] = Field(
+        0.1,
+        description="Weight (lambda) of the distribution term; 0 is the pairwise loss alone; auto "
+        "raises it while validation recall holds.",
+    )
+    cs_captions: Literal["all", "paired"] = Field(
+        "all",
+        description="The distribution term sees all captions of a step's images, or the one that "
+        "the pairwise loss learns from.",
     )
     bandwidth: Annotated[
         Literal["median", "tied"] | Positive | tuple[Positive, ...], Number, Several
@@ -376,6 +385,9 @@ class TrainConfig(OutputConfig):
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(
         0.05, description="Share of the steps over which the rate rises; it falls by a cosine."
+    )
+    average: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of a running average of the weights, which is kept instead; 0 off."
     )
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
@@ -443,5 +455,8 @@ class DiagnoseConfig(Config):
     cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the divergence.")
     bandwidth: Positive = Field(0.5, description="Bandwidth of the divergence.")
     pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to look at, at most.")
+    plot: Path | None = Field(
+        None, description="Also write a page with plots, such as diagnosis.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of which pairs are taken.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -12,18 +12,9 @@ import csalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PARTS = {"store", "sources", "encoders", "adapters", "metrics"}
-BASE = {
-    "errors",
-    "enums",
-    "progress",
-    "results",
-    "files",
-    "locations",
-    "stopping",
-    "__version__",
-    "csalign",
-}
+PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report"}
+BASE = {"errors", "enums", "progress", "results", "files", "locations", "stopping"}
+BASE |= {"__version__", "csalign"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
 ALLOWED = {
@@ -33,6 +24,7 @@ ALLOWED = {
     "encoders": BASE | {"store"},
     "adapters": BASE,
     "metrics": BASE | {"objective"},
+    "report": BASE,
     "steps": BASE | PARTS | {"objective", "config", "devices", "steps"},
     "cli": BASE | {"steps", "config"},
     "": BASE | {"config"},
@@ -41,6 +33,7 @@ ONLY_DOORS = {
     "faiss": {"metrics/retrieval.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
+    "plotly": {"report/diagnosis.py", "report/page.py"},
     "pyarrow": {
         "sources/parquet.py",
         "sources/vectors/arrow_files.py",

@@ -20,6 +20,7 @@ from csalign.objective.mixing import mix_pairs
 from csalign.objective.pairwise import pairwise_loss
 from csalign.steps.batches import Batch
 from csalign.steps.unpaired import Unpaired
+from csalign.steps.weight import Weight
 from csalign.store.join import PairedRows
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class BatchLoss(nn.Module):
         device: where to compute.
 
     Attributes:
+        weight: lambda now.
         sigma: bandwidth or bandwidths of the last batch, None where nothing has one.
     """
 
@@ -59,12 +61,8 @@ class BatchLoss(nn.Module):
         self._unpaired = unpaired
         self._config = config
         self._device = device
-        self._objective = Objective(
-            pairwise=config.pairwise,
-            divergence=config.divergence,
-            weight=config.cs_weight,
-            label_smoothing=config.label_smoothing,
-        )
+        is_none = config.divergence is DivergenceName.NONE
+        self.weight = Weight.of(0.0 if is_none else config.cs_weight)
         self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
         scale = torch.tensor(math.log(config.logit_scale), device=device)
         self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
@@ -95,25 +93,26 @@ class BatchLoss(nn.Module):
             step: number of the step, from 1.
             rng: draws the unpaired rows and what is mixed.
         """
-        adapter, noise = self._adapter[0], self._config.noise
         images = self._take(self._rows.images, batch.images)
         texts = self._take(self._rows.texts, batch.texts)
         images, texts = self._mixed(images, texts, rng)
-        x, y = adapter.image(images, noise), adapter.text(texts, noise)
-        extras = [self._extra(side, rng) for side in Modality]
-        parts = self._objective(
+        x, y = self._embed(Modality.IMAGE, images), self._embed(Modality.TEXT, texts)
+        have, other = np.empty(0, np.int64), None
+        if batch.others is not None and (batch.others >= 0).sum() > 1:
+            have = np.flatnonzero(batch.others >= 0)
+            other = self._embed(Modality.TEXT, self._take(self._rows.texts, batch.others[have]))
+        parts = self._objective()(
             x,
             y,
             logit_scale=self.log_scale.exp(),
             logit_bias=self.logit_bias,
             sigma=self._bandwidth(x, y, step),
-            x_extra=extras[0],
-            y_extra=extras[1],
+            owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
+            x_extra=self._extra_images(rng),
+            y_extra=self._extra_texts(batch, other, rng),
         )
-        if batch.others is None or (batch.others >= 0).sum() < 2:
+        if other is None:
             return parts
-        have = np.flatnonzero(batch.others >= 0)
-        other = adapter.text(self._take(self._rows.texts, batch.others[have]), noise)
         own = x[torch.from_numpy(have).to(self._device)]
         extra = self._pairwise(
             normalize(own, dim=1),
@@ -124,8 +123,20 @@ class BatchLoss(nn.Module):
         total = parts.total + self._config.other_captions * extra
         return parts._replace(total=total, others=extra)
 
+    def _objective(self) -> Objective:
+        return Objective(
+            pairwise=self._config.pairwise,
+            divergence=self._config.divergence,
+            weight=self.weight.value,
+            label_smoothing=self._config.label_smoothing,
+        )
+
     def _take(self, values: Any, rows: Any) -> Tensor:
         return to_tensor(values[rows], self._device)
+
+    def _embed(self, side: Modality, rows: Tensor) -> Tensor:
+        embedded: Tensor = self._adapter[0].side(side)(rows, self._config.noise)
+        return embedded
 
     def _mixed(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The pairs, mixed with others if that is asked for (FuseMix)."""
@@ -137,20 +148,41 @@ class BatchLoss(nn.Module):
             normalize(x, dim=1), normalize(y, dim=1), float(rng.beta(beta, beta)), partner
         )
 
-    def _extra(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
-        if not self._config.cs_weight or divergence(self._config.divergence).matched:
+    @property
+    def _takes_extra(self) -> bool:
+        """Whether the distribution term has a use for rows beside the pairs."""
+        return bool(self.weight.value) and not divergence(self._config.divergence).matched
+
+    def _extra_images(self, rng: np.random.Generator) -> Tensor | None:
+        rows = self._draw_unpaired(Modality.IMAGE, rng)
+        return None if rows is None else self._embed(Modality.IMAGE, rows)
+
+    def _extra_texts(
+        self, batch: Batch, other: Tensor | None, rng: np.random.Generator
+    ) -> Tensor | None:
+        """Embedded unpaired texts, and the captions that the pairs leave out."""
+        parts = [other] if other is not None and self._takes_captions else []
+        rows = [self._draw_unpaired(Modality.TEXT, rng)]
+        if self._takes_captions and len(batch.further):
+            rows.append(self._take(self._rows.texts, batch.further))
+        parts += [self._embed(Modality.TEXT, own) for own in rows if own is not None]
+        return torch.cat(parts) if parts else None
+
+    @property
+    def _takes_captions(self) -> bool:
+        return self._takes_extra and self._config.cs_captions == "all"
+
+    def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
+        if not self._takes_extra:
             return None
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
-        if rows is None:
-            return None
-        own: Tensor = self._adapter[0].side(side)(to_tensor(rows, self._device), self._config.noise)
-        return own
+        return None if rows is None else to_tensor(rows, self._device)
 
     @property
     def _has_bandwidth(self) -> bool:
         has: bool = divergence(self._config.divergence).has_bandwidth
-        return bool(self._config.cs_weight) and has
+        return bool(self.weight.value) and has
 
     def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
         """Sigma for this batch; also looks whether the kernel is nearly diagonal."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from csalign.store.join import PairedRows
 
 Array = npt.NDArray[Any]
+CaptionUse = Literal["first", "sample", "all"]
 Ints = npt.NDArray[np.int64]
 
 
@@ -19,13 +20,18 @@ class Batch:
 
     Attributes:
         images: (b,) image rows.
-        texts: (b,) text rows; entry i is a caption of image i.
+        texts: (m,) rows of the captions that the pairwise loss sees.
+        owner: (m,) the image of each, as a position in `images`; None where m = b and text i is a
+            caption of image i.
         others: (b,) another caption of the same image, -1 for none; None where not asked for.
+        further: (k,) rows of all captions of these images that are in neither, each caption once.
     """
 
     images: Ints
     texts: Ints
+    owner: Ints | None
     others: Ints | None
+    further: Ints
 
 
 class PairSampler:
@@ -34,9 +40,10 @@ class PairSampler:
     Args:
         rows: images with their captions.
         captions: "first" learns from an image's first caption, which queries are often like (a
-            title) while the others (descriptions, keywords) are less so; "any" from all alike.
+            title) while the others (descriptions, keywords) are less so; "sample" from any of
+            them, drawn anew each epoch; "all" from all of them at once.
         other_weight: weight of the captions after the first; 0 leaves them out. Of no meaning for
-            the pairs of "any", whose captions weigh 1 each.
+            the pairs of "sample" and "all", whose captions weigh 1 each.
         once: count a caption that many images share once: in the closed form its f pairs weigh
             1 / f, and an epoch holds one of them. Otherwise each pair counts.
     """
@@ -44,7 +51,7 @@ class PairSampler:
     def __init__(
         self,
         rows: PairedRows,
-        captions: Literal["first", "any"],
+        captions: CaptionUse,
         *,
         other_weight: float,
         once: bool,
@@ -54,6 +61,7 @@ class PairSampler:
         # Row of the j-th caption of the i-th image: _texts[_starts[i] + j].
         self._texts = rows.texts_by_image
         self._starts = np.cumsum(self._counts) - self._counts
+        self._owners = rows.text_image
         self._captions = captions
         self._weight = float(other_weight)
         self._once = once
@@ -65,7 +73,7 @@ class PairSampler:
     def weighted_pairs(self) -> tuple[tuple[Ints, Ints], npt.NDArray[np.float64]]:
         """All pairs with a weight, as image rows and text rows, and the weights."""
         images = np.repeat(self._images, self._counts)
-        weights = np.full(len(images), 1.0 if self._captions == "any" else self._weight)
+        weights = np.full(len(images), self._weight if self._captions == "first" else 1.0)
         weights[self._starts] = 1.0
         used = weights > 0
         images, texts, weights = images[used], self._texts[used], weights[used]
@@ -80,14 +88,33 @@ class PairSampler:
         """
         order = rng.permutation(len(self._images))
         drawn = np.zeros(len(order), np.int64)
-        if self._captions == "any":
+        if self._captions == "sample":
             drawn = rng.integers(0, self._counts[order])
         texts = self._texts[self._starts[order] + drawn]
         kept = self._first_of_each(texts)
         order, drawn, texts = order[kept], drawn[kept], texts[kept]
         for part in np.array_split(np.arange(len(order)), -(-len(order) // batch_size)):
-            others = self._others(order[part], drawn[part], rng) if self._weight else None
-            yield Batch(self._images[order[part]], texts[part], others)
+            yield self._batch(order[part], drawn[part], texts[part], rng)
+
+    def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> Batch:
+        rows = self._images[images]
+        if self._captions == "all":
+            texts = np.concatenate([texts, self._further(images, texts)])
+            by_row = np.argsort(rows)
+            found = np.searchsorted(rows, self._owners[texts], sorter=by_row)
+            return Batch(rows, texts, by_row[found], None, texts[:0])
+        others = self._others(images, drawn, rng) if self._weight else None
+        seen = texts if others is None else np.concatenate([texts, others[others >= 0]])
+        return Batch(rows, texts, None, others, self._further(images, seen))
+
+    def _further(self, images: Ints, seen: Ints) -> Ints:
+        """All captions of some images but for those that were seen, no caption twice."""
+        counts = self._counts[images]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        own = self._texts[np.repeat(self._starts[images], counts) + within]
+        every = np.concatenate([seen, own])
+        kept = self._first_of_each(every)
+        return every[kept[kept >= len(seen)]]
 
     def _others(self, images: Ints, drawn: Ints, rng: np.random.Generator) -> Ints:
         """For each image a caption that is not the drawn one, no caption twice; -1 for none."""

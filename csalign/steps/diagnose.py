@@ -1,5 +1,7 @@
 """``csalign diagnose``: does the objective work against itself on these embeddings, and how."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,16 @@ from torch import Tensor
 from csalign.adapters.checkpoint import read_info
 from csalign.config import DiagnoseConfig, EvalConfig
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
-from csalign.objective.conflict import gradient_cosine
+from csalign.objective.conflict import cosine, gradient
 from csalign.objective.divergence import cs_terms
-from csalign.objective.infonce import alignment_uniformity, infonce
+from csalign.objective.infonce import InfonceTerms, alignment_uniformity
 from csalign.progress import Progress, silent
+from csalign.report.diagnosis import write_diagnosis
+from csalign.report.page import check_page
 from csalign.steps.evaluate import Measured, measure
 
 CLIP_LOGIT_SCALE = 100.0
+SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 
 
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -35,7 +40,10 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
 
     Raises:
         DataError, ShapeError, SchemaError: as `evaluate`.
+        OutputError: the page cannot be written where it is wanted.
     """
+    if config.plot is not None:
+        check_page(config.plot)
     progress("diagnosis stages", 0, 2)
     measured = measure(
         EvalConfig(
@@ -52,6 +60,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     if scale is None:
         scale = read_info(config.adapter).logit_scale if config.adapter else CLIP_LOGIT_SCALE
     x, y = _pairs(measured, config)
+    by_scale = _by_scale(x, y, sorted({*SCALES, scale}), config.bandwidth)
     document = {
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),
@@ -60,10 +69,14 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
         "logit_scale": scale,
         "cs_weight": config.cs_weight,
         "bandwidth": config.bandwidth,
-        "infonce": _infonce(x, y, scale),
-        "objective": _objective(x, y, scale, config),
+        **_losses(x, y, scale, by_scale[scale], config),
         "gap": _gap(measured),
+        "by_scale": [
+            _conflict(at, gradients, config.cs_weight) for at, gradients in by_scale.items()
+        ],
     }
+    if config.plot is not None:
+        write_diagnosis(config.plot, document)
     progress("diagnosis stages", 2, 2)
     return document
 
@@ -80,48 +93,74 @@ def _pairs(measured: Measured, config: DiagnoseConfig) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).double(), torch.from_numpy(measured.texts[texts]).double()
 
 
-def _infonce(x: Tensor, y: Tensor, scale: float) -> dict[str, float]:
-    terms = alignment_uniformity(x, y, logit_scale=scale)
-    cosine = gradient_cosine(
-        lambda a, b: alignment_uniformity(a, b, logit_scale=scale).alignment,
-        lambda a, b: alignment_uniformity(a, b, logit_scale=scale).uniformity,
-        x,
-        y,
-    )
+def _by_scale(
+    x: Tensor, y: Tensor, scales: Sequence[float], sigma: float
+) -> dict[float, "_Gradients"]:
+    cross = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).cross, x, y)
+    intra = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).intra, x, y)
+
+    def at(scale: float) -> _Gradients:
+        alignment = gradient(lambda a, b: _terms(a, b, scale).alignment, x, y)
+        uniformity = gradient(lambda a, b: _terms(a, b, scale).uniformity, x, y)
+        return _Gradients(alignment, uniformity, cross, intra)
+
+    return {scale: at(scale) for scale in scales}
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients in the embeddings of the four terms that the objective is made of."""
+
+    alignment: Tensor
+    uniformity: Tensor
+    cross: Tensor
+    intra: Tensor
+
+    def conflict(self, weight: float) -> float:
+        """Cosine between what pulls and what pushes, with so much of the divergence."""
+        return cosine(self.alignment + weight * self.cross, self.uniformity + weight * self.intra)
+
+
+def _terms(x: Tensor, y: Tensor, scale: float) -> InfonceTerms:
+    return alignment_uniformity(x, y, logit_scale=scale)
+
+
+def _losses(
+    x: Tensor, y: Tensor, scale: float, gradients: _Gradients, config: DiagnoseConfig
+) -> dict[str, dict[str, float]]:
+    """InfoNCE and the full objective, taken apart."""
+    weight = config.cs_weight
+    infonce, parts = _terms(x, y, scale), cs_terms(x, y, sigma=config.bandwidth)
+    alignment, uniformity = float(infonce.alignment), float(infonce.uniformity)
+    cross, intra = float(parts.cross), float(parts.intra)
     return {
-        "loss": float(terms.alignment + terms.uniformity),
-        "alignment": float(terms.alignment),
-        "uniformity": float(terms.uniformity),
-        "gradient_cosine": cosine.overall,
+        "infonce": {
+            "loss": alignment + uniformity,
+            "alignment": alignment,
+            "uniformity": uniformity,
+            "gradient_cosine": gradients.conflict(0.0),
+        },
+        "objective": {
+            "loss": alignment + uniformity + weight * (cross + intra),
+            "alignment": alignment + weight * cross,
+            "uniformity": uniformity + weight * intra,
+            "gradient_cosine": gradients.conflict(weight),
+            "cs_divergence": cross + intra,
+            "cs_cross": cross,
+            "cs_intra": intra,
+            "infonce_cs_gradient_cosine": cosine(
+                gradients.alignment + gradients.uniformity, gradients.cross + gradients.intra
+            ),
+        },
     }
 
 
-def _objective(x: Tensor, y: Tensor, scale: float, config: DiagnoseConfig) -> dict[str, float]:
-    weight, sigma = config.cs_weight, config.bandwidth
-
-    def together(a: Tensor, b: Tensor) -> Tensor:
-        cross = cs_terms(a, b, sigma=sigma).cross
-        return alignment_uniformity(a, b, logit_scale=scale).alignment + weight * cross
-
-    def apart(a: Tensor, b: Tensor) -> Tensor:
-        intra = cs_terms(a, b, sigma=sigma).intra
-        return alignment_uniformity(a, b, logit_scale=scale).uniformity + weight * intra
-
-    def divergence(a: Tensor, b: Tensor) -> Tensor:
-        return sum(cs_terms(a, b, sigma=sigma), start=torch.zeros((), dtype=a.dtype))
-
-    terms = cs_terms(x, y, sigma=sigma)
+def _conflict(scale: float, gradients: _Gradients, weight: float) -> dict[str, float]:
+    """The conflict of both objectives at a scale."""
     return {
-        "loss": float(together(x, y) + apart(x, y)),
-        "alignment": float(together(x, y)),
-        "uniformity": float(apart(x, y)),
-        "gradient_cosine": gradient_cosine(together, apart, x, y).overall,
-        "cs_divergence": float(terms.cross + terms.intra),
-        "cs_cross": float(terms.cross),
-        "cs_intra": float(terms.intra),
-        "infonce_cs_gradient_cosine": gradient_cosine(
-            lambda a, b: infonce(a, b, logit_scale=scale), divergence, x, y
-        ).overall,
+        "logit_scale": scale,
+        "infonce": gradients.conflict(0.0),
+        "objective": gradients.conflict(weight),
     }
 
 

@@ -22,6 +22,7 @@ from csalign.progress import Progress, silent
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
 from csalign.steps.start import closed_form_start, random_start
+from csalign.steps.terms import check_terms
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
@@ -56,6 +57,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     sampler = PairSampler(
         rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
     )
+    check_terms(config, len(sampler))
     if config.init == "canonical":
         adapter, start = closed_form_start(rows, sampler, val, config)
     else:

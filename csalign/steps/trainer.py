@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
@@ -75,9 +76,13 @@ class Trainer:
     start_score: Score | None = None
     loss: BatchLoss = field(init=False)
     _best: "_Kept | None" = None
+    _average: AveragedModel | None = None
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
+        if self.config.average:
+            decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
         self.loss = BatchLoss(self.adapter, self.rows, self.unpaired, self.config, self.device)
 
     def total_steps(self) -> int:
@@ -118,6 +123,8 @@ class Trainer:
         self.steps_made = self.step
         if self._best is not None:
             self._restore(self._best)
+        elif self._average is not None:
+            self.adapter.load_state_dict(self._average.module.state_dict())
 
     def _batches(self, total: int) -> Iterator[Batch]:
         rng = np.random.default_rng(self.config.seed)
@@ -159,6 +166,7 @@ class Trainer:
     ) -> None:
         self.adapter.train()
         self.step += 1
+        weight = self.loss.weight.value
         parts = self.loss(batch, self.step, rng)
         self._require_finite(parts)
         optimiser.zero_grad(set_to_none=True)
@@ -170,13 +178,16 @@ class Trainer:
         optimiser.step()
         schedule.step()
         self.loss.clamp()
+        if self._average is not None:
+            self._average.update_parameters(self.adapter)
         self._record(
             {
                 "step": self.step,
                 "loss": float(parts.total.detach()),
                 "pairwise": float(parts.pairwise.detach()),
                 "pairwise_others": None if parts.others is None else float(parts.others.detach()),
-                "divergence": float(parts.divergence.detach()) if self.config.cs_weight else None,
+                "divergence": float(parts.divergence.detach()) if weight else None,
+                "cs_weight": weight,
                 "logit_scale": self.loss.logit_scale,
                 "bandwidth": self.loss.sigma,
                 "gradient_norm": float(norm),
@@ -203,15 +214,24 @@ class Trainer:
         """Measure, record, and keep the weights if they are the best so far."""
         if self.val is None:
             return True
-        score = validate(self.adapter, self.val)
+        adapter = self._kept_adapter()
+        score = validate(adapter, self.val)
         self._record({"step": self.step, "validation": score.to_json()})
         better = score.better_than(self.best_score)
+        self.loss.weight = self.loss.weight.after(score, self.best_score)
         if better:
             self.best_score = score
-            weights = copy.deepcopy(self.adapter.state_dict())
+            weights = copy.deepcopy(adapter.state_dict())
             temperature = copy.deepcopy(self.loss.state_dict())
             self._best = _Kept(self.step, weights, temperature, self.loss.sigma)
         return better
+
+    def _kept_adapter(self) -> Adapter:
+        """The weights that would be kept now: the running average, where there is one."""
+        if self._average is None:
+            return self.adapter
+        assert isinstance(self._average.module, Adapter)
+        return self._average.module
 
     def _restore(self, kept: "_Kept") -> None:
         self.adapter.load_state_dict(kept.weights)

@@ -40,9 +40,9 @@ def test_captions_are_equal_but_for_case_and_outer_space_and_unknown_ones_by_emb
     assert len(set(keys.tolist())) == 3
 
 
-@pytest.mark.parametrize("captions", ["first", "any"])
+@pytest.mark.parametrize("captions", ["first", "sample"])
 def test_an_epoch_shows_every_image_once_with_captions_of_its_own(
-    captions: Literal["first", "any"],
+    captions: Literal["first", "sample"],
 ) -> None:
     rows = make_rows([["a", "b"], [], ["c"], ["d", "e", "f"]])
     sampler = PairSampler(rows, captions, other_weight=0.3, once=True)
@@ -100,7 +100,7 @@ def test_pairs_of_the_closed_form_weigh_by_place_and_frequency() -> None:
     (_, texts), weights = PairSampler(rows, "first", other_weight=0, once=False).weighted_pairs()
     assert texts.tolist() == [0, 2, 3]
     assert weights.tolist() == [1, 1, 1]
-    _, weights = PairSampler(rows, "any", other_weight=0, once=False).weighted_pairs()
+    _, weights = PairSampler(rows, "sample", other_weight=0, once=False).weighted_pairs()
     assert weights.tolist() == [1] * 5
 
 
@@ -110,3 +110,31 @@ def test_batches_of_an_epoch_are_of_like_size() -> None:
     sizes = [len(batch.images) for batch in sampler.epoch(10, np.random.default_rng(0))]
 
     assert sizes == [7, 7, 7]
+
+
+def test_all_captions_of_a_batch_come_with_their_images_and_none_twice() -> None:
+    rows = make_rows([["a", "tag", "x"], [], ["b", "TAG"], ["c"]])
+    sampler = PairSampler(rows, "all", other_weight=0.3, once=True)
+    for batch in draws(sampler, 20):
+        assert batch.owner is not None
+        assert batch.others is None
+        assert not len(batch.further)
+        assert batch.images[batch.owner].tolist() == rows.text_image[batch.texts].tolist()
+        shown = sorted(rows.captions[int(text)].as_py().lower() for text in batch.texts)
+        assert shown == ["a", "b", "c", "tag", "x"]
+    (batch,) = PairSampler(rows, "all", other_weight=0.3, once=False).epoch(
+        4, np.random.default_rng(0)
+    )
+    assert sorted(batch.texts.tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("weight", "left"), [(0.0, ["sky", "tag", "x"]), (0.3, ["x"])])
+def test_the_captions_that_no_pair_shows_are_further_ones(weight: float, left: list[str]) -> None:
+    rows = make_rows([["a", "tag", "x"], ["b", "sky"]])
+    sampler = PairSampler(rows, "first", other_weight=weight, once=True)
+    found = set()
+    for batch in draws(sampler, 20):
+        found.add(tuple(sorted(rows.captions[int(text)].as_py() for text in batch.further)))
+
+    assert tuple(left) in found
+    assert all(len(captions) == len(left) for captions in found)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from csalign.config import DiagnoseConfig, ImportConfig, TrainConfig
+from csalign.errors import OutputError
 from csalign.objective.infonce import infonce
 from csalign.steps.diagnose import diagnose
 from csalign.steps.import_arrays import import_arrays
@@ -67,3 +69,34 @@ def test_a_run_is_looked_at_with_its_own_temperature(features: Path, tmp_path: P
     document = told(features, adapter=tmp_path / "run", pairs=20)
 
     assert (document["logit_scale"], document["pairs"], document["split"]) == (5.0, 20, "test")
+
+
+def test_the_conflict_is_told_for_soft_and_for_sharp_temperatures(tmp_path: Path) -> None:
+    document = told(clouds(tmp_path, 0.5), logit_scale=7.0, cs_weight=0.5)
+    scales = [row["logit_scale"] for row in document["by_scale"]]
+    here = document["by_scale"][scales.index(7.0)]
+
+    assert scales == sorted(scales)
+    assert {1.0, 100.0} < set(scales)
+    assert here["infonce"] == document["infonce"]["gradient_cosine"]
+    assert here["objective"] == document["objective"]["gradient_cosine"]
+
+
+def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    document = told(clouds(tmp_path, 0.5), plot=page)
+    text = page.read_text(encoding="utf-8")
+    own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.S)
+
+    assert f"{document['infonce']['loss']:.4f}" in text
+    assert own.count('class="figure"') == 2
+    assert not re.search(r"(src|href)=", own)
+    assert "default-src 'none'" in text
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    features = clouds(tmp_path, 0.5)
+    with pytest.raises(OutputError, match="there is no folder"):
+        told(features, plot=tmp_path / "missing/page.html")
+    with pytest.raises(OutputError, match="is a folder; name a file"):
+        told(features, plot=tmp_path)

@@ -47,7 +47,7 @@ INFONCE: dict[str, Any] = {
     "learn_scale": True,
     "noise": 0.0,
     "caption_weights": False,
-    "captions": "any",
+    "captions": "sample",
     "other_captions": 0.0,
     "learning_rate": 2e-3,
     "cs_weight": 0.0,

@@ -1,0 +1,129 @@
+"""A page of figures and tables as one self-contained HTML file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from csalign import files
+from csalign.errors import OutputError
+
+# What a page may do: run what is in it. A caption or a path that got past the escaping could
+# neither fetch nor send anything.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --text: #1d232b; --ground: #fff; --line: #d9dee5; --dim: #5b6673 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e8ee; --ground: #14181d; --line: #343c47; --dim: #9aa5b1 } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--ground);
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .3rem }
+p { margin: .3rem 0 .8rem; color: var(--dim) }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
+td + td, th + th { text-align: right }
+.figure { width: 100% }
+@media print { h2 { break-after: avoid } .figure, table { break-inside: avoid } }
+</style>
+<script>$plotly</script></head>
+<body><h1>$title</h1>
+$body
+<script>
+const figures = $figures, dark = matchMedia("(prefers-color-scheme: dark)");
+const options = {responsive: true, displaylogo: false,
+  toImageButtonOptions: {format: "svg"}, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
+function draw() {
+  const style = getComputedStyle(document.documentElement);
+  const [text, line] = ["--text", "--line"].map(name => style.getPropertyValue(name).trim());
+  figures.forEach((figure, i) => {
+    const axis = {gridcolor: line, zerolinecolor: line, linecolor: line};
+    const layout = {...figure.layout, font: {color: text},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text},
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)"};
+    for (const name of Object.keys(layout).filter(name => /^[xy]axis/.test(name)))
+      layout[name] = {...layout[name], ...axis};
+    layout.height ??= 350;
+    Plotly.react("figure-" + i, figure.data, layout, options);
+  });
+}
+draw();
+dark.addEventListener("change", draw);
+</script></body></html>
+""")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Attributes:
+        title: its heading.
+        note: a sentence or two on how to read it.
+        figure: what is drawn, or None.
+        rows: a table, its first row the heading; no rows, no table.
+    """
+
+    title: str
+    note: str = ""
+    figure: go.Figure | None = None
+    rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+
+
+def check_page(path: Path) -> None:
+    """Raise OutputError if a page cannot be written there, before the work that fills it."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file such as {path / 'page.html'}")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a page, whole or not at all; one that stands there is replaced.
+
+    It holds everything that it shows, Plotly's code included (about 5 MB), follows the reader's
+    light or dark colours, prints, and may not use the network.
+    """
+    figures: list[Any] = []
+    body = []
+    for section in sections:
+        body.append(f"<section><h2>{escape(section.title)}</h2>")
+        if section.note:
+            body.append(f"<p>{escape(section.note)}</p>")
+        if section.figure is not None:
+            body.append(f'<div class="figure" id="figure-{len(figures)}"></div>')
+            figures.append(json.loads(section.figure.to_json()))
+        if section.rows:
+            body.append(_table(section.rows))
+        body.append("</section>")
+    page = _PAGE.substitute(
+        policy=_POLICY,
+        title=escape(title),
+        plotly=get_plotlyjs(),
+        body="\n".join(body),
+        figures=_as_script(figures),
+    )
+    files.write_text(path, page)
+
+
+def _as_script(document: Any) -> str:
+    """JSON that may stand in a script element, whatever its strings hold."""
+    return json.dumps(document).replace("<", "\\u003c")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    heading, *others = rows
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in heading)]
+    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in others]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
