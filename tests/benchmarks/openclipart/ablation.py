@@ -3,9 +3,9 @@
 Usage::
 
     python tests/benchmarks/openclipart/ablation.py --work DIR [--seeds 3] [--json FILE]
-        [--only GROUP] [--tokens-features DIR]
+        [--only GROUP]
 
-DIR is the folder of ``prepare.py``. Every table has its baseline, to which differences are paired
+DIR is the folder of ``prepare.py``; the table "tokens" needs ``tokens.py`` besides. Every table has its baseline, to which differences are paired
 bootstrap differences over the test drawings, of the mean over seeds. All but what a row names is
 the default of ``csalign train``, in 20 epochs in place of 40 so that the whole takes an hour or
 two; tables "scale 100" have CLIP's logit scale, which is where a gap opens, from a random start if
@@ -188,14 +188,16 @@ GROUPS = {
     "unpaired": Group(unpaired({}), "none", few_pairs),
     "unpaired, scale 100": Group(unpaired(AT_100), "none", few_pairs),
     "scale 7": Group(divergences({}), "none"),
+    "tokens": Group(
+        {
+            "no token term": Variant({}),
+            "token term, mu 0.1": Variant({"token_weight": 0.1}),
+            "token term, mu 1": Variant({"token_weight": 1.0}),
+        },
+        "no token term",
+        lambda work: work / "features-tokens",
+    ),
 }
-TOKENS = Group(
-    {
-        "mlp (the default)": Variant({}),
-        "transformer": Variant({"adapter": "transformer"}),
-    },
-    "mlp (the default)",
-)
 
 
 def main() -> None:
@@ -205,13 +207,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write all figures here")
     parser.add_argument("--only", action="append", choices=GROUPS, help="this table; repeatable")
-    parser.add_argument("--tokens-features", type=Path, help="a set with tokens, for its table")
     arguments = parser.parse_args()
     groups = {name: GROUPS[name] for name in arguments.only or GROUPS}
-    if arguments.tokens_features:
-        groups["tokens"] = Group(
-            TOKENS.variants, TOKENS.baseline, lambda _: arguments.tokens_features
-        )
     ledger = Ledger(arguments.work / "runs.jsonl")
     benches = {
         name: Bench(group.features(arguments.work), ledger) for name, group in groups.items()
