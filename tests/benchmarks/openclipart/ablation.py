@@ -5,15 +5,15 @@ Usage::
     python tests/benchmarks/openclipart/ablation.py --work DIR [--seeds 3] [--json FILE]
         [--only GROUP]
 
-DIR is the folder of ``prepare.py``; the table "tokens" needs ``tokens.py`` besides. Every table has its baseline, to which differences are paired
-bootstrap differences over the test drawings, of the mean over seeds. All but what a row names is
-the default of ``csalign train``, in 20 epochs in place of 40 so that the whole takes an hour or
-two; tables "scale 100" have CLIP's logit scale, which is where a gap opens, from a random start if
-nothing else is said. Where a row has several weights (lambda) to choose from, each is tried in 120
-steps, and the choice is made on the split val: of those whose mean recall is within one point of
-the best, the one with the nearest centroids. The test split is read for the table alone. Training
-makes its matrix products in bfloat16 where the processor can; ``peers.py`` has a row that shows
-what this changes.
+DIR is the folder of ``prepare.py``; the table "tokens" needs ``tokens.py`` besides. Every table has
+its baseline, to which differences are paired bootstrap differences over the test drawings, of the
+mean over seeds. All but what a row names is the default of ``csalign train``, in 20 epochs in place
+of 40 so that the whole takes an hour or two; tables "scale 100" have CLIP's logit scale, which is
+where a gap opens, from a random start if nothing else is said. Where a row has several weights
+(lambda) to choose from, each is tried in 120 steps, and the choice is made on the split val: of
+those whose mean recall is within one point of the best, the one with the nearest centroids. The
+test split is read for the table alone. Training makes its matrix products in bfloat16 where the
+processor can; ``peers.py`` has a row that shows what this changes.
 
 Seeds are run one after the other for all rows, and finished runs kept in DIR/runs.jsonl, from which
 an interrupted run, or one with more seeds, goes on; delete it after changing csalign's code.
