@@ -1,4 +1,4 @@
-"""Train every row of the README's results table on the Open Clip Art set, and print the table.
+"""Train every row of a table on the Open Clip Art set, hand-made baselines first, and print it.
 
 Usage::
 
@@ -6,25 +6,23 @@ Usage::
 
 DIR is the folder of ``prepare.py``. Every choice was made on the validation splits "val" and
 "val2"; the test split is only measured here. `±` is the standard deviation over seeds (start,
-order, captions, dropout); `se` the bootstrap standard error over test images, of the mean recall
-itself and of its difference to the first InfoNCE row on the same images.
+order, captions, dropout); in brackets the bootstrap standard error over test images. Differences
+are to the first row, on the same images. Finished runs are kept in DIR/runs.jsonl; delete it after
+changing csalign's code. ``peers.py`` tunes the baselines instead, ``ablation.py`` takes the method
+apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from closed import Fitted, moments_of
+from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 
+<<<<<<< HEAD
 from csalign.adapters.canonical import PairMoments
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
 from csalign.adapters.kinds import DEFAULT_WIDTH
@@ -38,9 +36,13 @@ from csalign.steps.start import POWERS, RIDGES
 from csalign.steps.train import train
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows, load_rows
+=======
+from csalign.steps.evaluate import Measured
+from csalign.steps.start import POWERS, RIDGES
+from csalign.store.join import load_rows
+>>>>>>> main
 from csalign.store.reader import FeatureSet
 
-TRAIN_SPLIT = "train,val2"
 # An MLP as a CLIP recipe would train it: random start, a caption drawn anew each epoch, a learned
 # scale. The learning rate was chosen on validation among 5e-4, 1e-3 and 2e-3.
 INFONCE: dict[str, Any] = {
@@ -57,9 +59,8 @@ INFONCE: dict[str, Any] = {
 # 2e-3, where CS still takes it to 0.05.
 SCALE_100 = {"logit_scale": 100.0, "steps": 225, "learning_rate": 1e-3}
 CS = {"cs_weight": 1.0, "bandwidth": 0.5}
-BASELINE = "InfoNCE MLP, scale 14.3"
 ROWS: dict[str, dict[str, Any]] = {
-    BASELINE: {**INFONCE, "logit_scale": 14.3},
+    "InfoNCE MLP, scale 14.3": {**INFONCE, "logit_scale": 14.3},
     "+ CS (lambda 1, sigma 0.5)": {**INFONCE, "logit_scale": 14.3, **CS},
     "the same on titles alone": {**INFONCE, "logit_scale": 14.3, "captions": "first"},
     "InfoNCE MLP, scale 100, 20 epochs": {**INFONCE, **SCALE_100},
@@ -68,22 +69,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "csalign train --cs-weight 0": {"cs_weight": 0.0},
     "csalign train (the default)": {},
 }
-GAPS = ("centroid_distance", "rmg", "cs_divergence", "frechet")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One trained model on the test split.
-
-    Attributes:
-        document: what ``csalign eval --json`` prints.
-        hits: (n,) the mean of the six recalls of each test image and its title.
-        seconds: of training.
-    """
-
-    document: dict[str, Any]
-    hits: NDArray[np.float64]
-    seconds: float
+CCA_WIDTH = 256
 
 
 def main() -> None:
@@ -91,35 +77,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path, help="also write all figures here")
     arguments = parser.parse_args()
-    features = arguments.work / "features"
-    table: dict[str, list[Any]] = {}
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        for name, settings in ROWS.items():
-            table[name] = [
-                pool.submit(measure, features, settings, seed) for seed in range(arguments.seeds)
-            ]
-        table = {name: [run.result() for run in runs] for name, runs in table.items()}
-    table["plain CCA"] = [measure_plain_cca(features)]
-    print_table(table)
+    bench = Bench(arguments.work / "features", Ledger(arguments.work / "runs.jsonl"), exact=True)
+    table = [bench.tested(settings, arguments.seeds, name) for name, settings in ROWS.items()]
+    table.append(plain_cca(bench))
+    print_table(table, table[0])
     if arguments.json:
-        documents = {name: [run.document for run in runs] for name, runs in table.items()}
+        documents = {
+            row.name: [
+                {key: value for key, value in run.items() if key != "resamples"} for run in row.runs
+            ]
+            for row in table
+        }
         arguments.json.write_text(json.dumps(documents, indent=2))
 
 
-def measure(features: Path, settings: Mapping[str, Any], seed: int) -> Measured:
-    """Train one row with one seed and measure it."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        config = TrainConfig(
-            features=features, out=run, train_split=TRAIN_SPLIT, seed=seed, **settings
-        )
-        result = train(config)
-        return measured(features, run, result.seconds)
+def plain_cca(bench: Bench) -> Row:
+    """CCA on titles without weights or square roots, on the grid of ``csalign train``."""
 
+    def make() -> Measured:
+        val = load_rows(FeatureSet.open(bench.features), "val")
+        moments = moments_of(bench.features, TRAIN_SPLIT, "first")
+        fitted = [
+            Fitted(form)
+            for ridge in RIDGES
+            for form in moments.cca(ridge=ridge, powers=POWERS, width=CCA_WIDTH)
+        ]
+        best = max(fitted, key=lambda form: tuple(form.score(val).values()))
+        return best.measure(bench.features, "test")
 
+<<<<<<< HEAD
 def measured(features: Path, run: Path, seconds: float) -> Measured:
     """Measure a run on the test split."""
     document = evaluate(EvalConfig(features=features, adapter=run, split="test"))
@@ -227,6 +215,9 @@ def spread(runs: Sequence[Measured], figure: Callable[[dict[str, Any]], float]) 
     """Mean and standard deviation of a figure over seeds."""
     values = [figure(run.document) for run in runs]
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+=======
+    return bench.known("plain CCA", {"width": CCA_WIDTH}, make)
+>>>>>>> main
 
 
 if __name__ == "__main__":
