@@ -18,14 +18,18 @@ import csv
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from run import Measured, measured, spread
 
-from csalign.config import ImportConfig, TrainConfig
+from csalign.adapters.checkpoint import load_adapter
+from csalign.config import EvalConfig, ImportConfig, TrainConfig
+from csalign.enums import Modality
+from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
+from csalign.steps.evaluate import evaluate
 from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
 from csalign.store.join import load_rows
@@ -45,6 +49,21 @@ ROWS: dict[str, dict[str, Any]] = {
 GAPS = ("centroid_distance", "frechet", "cs_divergence", "rmg")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One trained model on the test split.
+
+    Attributes:
+        document: what ``csalign eval --json`` prints.
+        hits: (n,) the mean of the six recalls of each test image and its title.
+        seconds: of training.
+    """
+
+    document: dict[str, Any]
+    hits: NDArray[np.float64]
+    seconds: float
+
+
 def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,7 +76,7 @@ def main() -> None:
     if arguments.rows:
         names = [names[int(number)] for number in arguments.rows.split(",")]
     for pairs in map(int, arguments.pairs.split(",")):
-        table: dict[str, list[Measured]] = {name: [] for name in names}
+        table: dict[str, list[Run]] = {name: [] for name in names}
         for seed in range(arguments.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 features = Path(folder) / "features"
@@ -107,7 +126,7 @@ def write_features(source: Path, out: Path, pairs: int, seed: int) -> None:
     )
 
 
-def measure(features: Path, run: Path, settings: Mapping[str, Any], seed: int) -> Measured:
+def measure(features: Path, run: Path, settings: Mapping[str, Any], seed: int) -> Run:
     """Train one row with one seed and measure it on the test split."""
     config = TrainConfig(
         features=features,
@@ -118,17 +137,28 @@ def measure(features: Path, run: Path, settings: Mapping[str, Any], seed: int) -
         seed=seed,
         **settings,
     )
-    return measured(features, run, train(config).seconds)
+    seconds = train(config).seconds
+    document = evaluate(EvalConfig(features=features, adapter=run, split="test", intervals=False))
+    rows, adapter = load_rows(FeatureSet.open(features), "test"), load_adapter(run)
+    ranks = rank_both_ways(
+        adapter.embed(Modality.IMAGE, rows.images),
+        adapter.embed(Modality.TEXT, rows.texts),
+        rows.text_image,
+    )
+    # One title an image, so both directions have a query for each test image; texts are in the
+    # order of their images.
+    hits = np.mean([direction.first <= k for direction in ranks for k in RECALL_AT], axis=0)
+    return Run(document, hits, seconds)
 
 
-def told(run: Measured) -> str:
+def told(run: Run) -> str:
     """The figures of one run, on a line."""
     gap = run.document["gap"]
     recall = 100 * run.document["retrieval"]["mean_recall"]
     return f"{recall:.2f} {' '.join(f'{gap[name]:.4f}' for name in GAPS)} {run.seconds:.0f} s"
 
 
-def print_table(table: Mapping[str, Sequence[Measured]], pairs: int) -> None:
+def print_table(table: Mapping[str, Sequence[Run]], pairs: int) -> None:
     """Print the table as Markdown."""
     baseline = next(iter(table))
     print(f"\n| {pairs:,} pairs | mean recall | difference | centroid | Frechet | CS | RMG | s |")
@@ -138,12 +168,13 @@ def print_table(table: Mapping[str, Sequence[Measured]], pairs: int) -> None:
             baseline = name
         recall = 100 * np.array([run.document["retrieval"]["mean_recall"] for run in runs])
         cells = [f"{recall.mean():.2f} ± {recall.std():.2f}", difference(runs, table[baseline])]
-        cells += [spread(runs, lambda document, key=key: document["gap"][key]) for key in GAPS]
+        gaps = [np.array([run.document["gap"][key] for run in runs]) for key in GAPS]
+        cells += [f"{values.mean():.3f} ± {values.std():.3f}" for values in gaps]
         seconds = float(np.median([run.seconds for run in runs]))
         print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
-def difference(runs: Sequence[Measured], baseline: Sequence[Measured]) -> str:
+def difference(runs: Sequence[Run], baseline: Sequence[Run]) -> str:
     """Mean recall against the baseline's, in points, with its interval."""
     paired = zip(runs, baseline, strict=True)
     hits: NDArray[np.float64] = np.mean([run.hits - base.hits for run, base in paired], axis=0)
