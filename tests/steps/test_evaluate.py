@@ -35,7 +35,8 @@ def aligned_set(tmp_path: Path, images: object, texts: object, pairs: str | None
 
 def test_the_document_has_every_key(features: Path, run: Path) -> None:
     document = evaluate(EvalConfig(features=features, adapter=run))
-    direction = {"R@1", "R@5", "R@10", "median_rank", "mrr", "map"}
+    direction = {"R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr", "map", "r_precision"}
+    direction |= {"true_recall@1", "true_recall@5", "true_recall@10"}
 
     assert document["features"] == str(features)
     assert document["adapter"] == str(run)
