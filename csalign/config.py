@@ -427,6 +427,11 @@ class EvalConfig(Config):
         description="Split(s), comma-separated; 'all' takes every row (default: test if "
         "there is one, else all).",
     )
+    protocol: Literal["all", "coco-5k", "coco-1k", "flickr-1k"] = Field(
+        "all",
+        description="Rows to measure: coco-5k, 5,000 images with all captions; coco-1k, the mean "
+        "over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
+    )
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
     intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")

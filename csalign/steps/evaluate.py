@@ -1,7 +1,7 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.gap import gap_suite
-from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
+from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
 from csalign.steps.adapted import load_adapter_for
+from csalign.steps.protocols import Gallery, folds_of, protocol_block, retrieval_block, select
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -44,7 +45,9 @@ class Measured:
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
         text_image: (m,) int64, image row of each text, -1 for none.
-        ranks: image to text, and text to image.
+        folds: what is searched by itself, in order; all of it, but for a protocol with folds.
+        fold_ranks: of each fold, image to text, and text to image.
+        protocol: what decides a score beside the model.
         fingerprints: of the features' content and of the adapter's weights, None without one.
         parameters: of the adapter, None without one.
     """
@@ -54,13 +57,27 @@ class Measured:
     images: Floats
     texts: Floats
     text_image: npt.NDArray[np.int64]
-    ranks: tuple[DirectionRanks, DirectionRanks]
+    folds: tuple[Gallery, ...]
+    fold_ranks: tuple[tuple[DirectionRanks, DirectionRanks], ...]
+    protocol: dict[str, Any]
     fingerprints: dict[str, str | None]
     parameters: int | None
 
+    @property
+    def ranks(self) -> tuple[DirectionRanks, DirectionRanks]:
+        """Image to text, and text to image, over all folds."""
+        if len(self.fold_ranks) == 1:
+            return self.fold_ranks[0]
+        forth, back = (DirectionRanks.joined(ranks) for ranks in zip(*self.fold_ranks, strict=True))
+        return forth, back
+
     def resample(self) -> Resamples:
-        """The figures on bootstrap resamples, as many and by the seed that the config says."""
-        return resample(
+        """The figures on bootstrap resamples, as many and by the seed that the config says.
+
+        Folds are of one size, so that a mean over queries is the mean of the folds' means; a
+        median is not, and has no interval where there are several.
+        """
+        found = resample(
             self.ranks,
             self.images,
             self.texts,
@@ -68,6 +85,10 @@ class Measured:
             resamples=self.config.resamples,
             seed=self.config.seed,
         )
+        if len(self.folds) == 1:
+            return found
+        kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
+        return replace(found, figures=kept)
 
 
 def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -82,7 +103,8 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         "intervals" are nested as "retrieval" is, with those of the gap beside them.
 
     Raises:
-        DataError: no such feature set or split, no pairs in it, or a row without a direction.
+        DataError: no such feature set or split, no pairs in it, rows that the protocol does not
+            fit, or a row without a direction.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
     """
@@ -100,15 +122,18 @@ def measure(config: EvalConfig) -> Measured:
     """Embed the rows and rank them; arguments and errors are those of `evaluate`."""
     features = FeatureSet.open(config.features)
     split = config.split or ("test" if "test" in features.splits() else ALL)
-    rows = load_rows(features, split)
+    rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
+    folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
     return Measured(
         config=config,
         split=split,
         images=images,
         texts=texts,
         text_image=rows.text_image,
-        ranks=rank_both_ways(images, texts, rows.text_image),
+        folds=folds,
+        fold_ranks=tuple(fold.rank() for fold in folds),
+        protocol=protocol_block(config.protocol, split, rows),
         fingerprints={
             "features": features.manifest.fingerprint(),
             "adapter": loaded[1].weights_sha256 if loaded else None,
@@ -125,7 +150,6 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         resamples: for the intervals; without them there are none.
     """
     config, images, texts = measured.config, measured.images, measured.texts
-    image_to_text, text_to_image = (direction.summary() for direction in measured.ranks)
     gap = gap_suite(images, texts, measured.text_image, sigma=config.bandwidth, seed=config.seed)
     for side, rank in gap["effective_rank"].items():
         if rank < COLLAPSED_RANK:
@@ -141,11 +165,8 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "parameters": measured.parameters,
         "bandwidth": config.bandwidth,
         "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
-        "retrieval": {
-            "image_to_text": image_to_text,
-            "text_to_image": text_to_image,
-            "mean_recall": mean_recall(image_to_text, text_to_image),
-        },
+        "protocol": measured.protocol,
+        "retrieval": retrieval_block(measured.fold_ranks),
         "gap": gap,
         "intervals": resamples.intervals() if resamples else {},
     }

@@ -1,7 +1,7 @@
 """Rows of a feature set in memory: splits selected, texts joined to images by id."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -88,6 +88,16 @@ class PairedRows:
             text_ids=self.text_ids.take(texts),
             captions=self.captions.take(texts),
             text_image=position[self.text_image[texts]],
+        )
+
+    def take_texts(self, texts: Ints) -> "PairedRows":
+        """All images, and the texts of these rows in this order."""
+        return replace(
+            self,
+            texts=self.texts[texts],
+            text_ids=self.text_ids.take(texts),
+            captions=self.captions.take(texts),
+            text_image=self.text_image[texts],
         )
 
 

@@ -41,6 +41,7 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
     assert document["features"] == str(features)
     assert document["adapter"] == str(run)
     assert document["split"] == "test"
+    assert document["protocol"]["name"] == "all"
     assert document["counts"] == {"images": 60, "texts": 60, "pairs": 60}
     assert set(document["retrieval"]) == {"image_to_text", "text_to_image", "mean_recall"}
     assert set(document["retrieval"]["image_to_text"]) == direction
