@@ -82,10 +82,48 @@ def eval_tables(document: dict[str, Any]) -> None:
     for name, value in gap.items():
         label = name.replace("_", " ")
         if isinstance(value, dict):
-            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in value.items()]
+            plain = {part: number for part, number in value.items() if not isinstance(number, list)}
+            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in plain.items()]
         else:
             flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
     _print_rows("modality gap", flat)
+    _further_tables(document)
+
+
+def _further_tables(document: dict[str, Any]) -> None:
+    """What is there only if it was asked for, but for hubness."""
+    hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
+    _print_rows("hubness, skewness of the 10-occurrence", hubs)
+    if corrected := document.get("corrected"):
+        _print("retrieval with hubs corrected for, by the evaluated rows themselves")
+        _print_table(_retrieval_table(corrected, {}))
+    if graded := document.get("graded"):
+        _print_rows(f"items that agree in {graded['column']!r} are right", list(_leaves(graded)))
+    if by := document.get("by"):
+        _print(f"retrieval by {by['column']!r} of the query's image")
+        titled = {f"{name} ({block['texts']:,})": block for name, block in by["values"].items()}
+        _print_table(_retrieval_table(titled, {}))
+    if "zero_shot" in document:
+        zero_shot_table(document)
+    if explanations := document.get("explanations"):
+        rows = [
+            (name, text["formula"] + (f" ({text['source']})" if text["source"] else ""))
+            for name, text in explanations.items()
+        ]
+        _print_rows("what the figures mean", rows)
+
+
+def zero_shot_table(document: dict[str, Any]) -> None:
+    """Zero-shot figures, each with its interval."""
+    figures, intervals = document["zero_shot"], document["intervals"].get("zero_shot", {})
+    shares = ("top1", "top5", "mean_per_class_recall")
+    rows = [
+        (name.replace("_", " "), _percent(figures[name]) + _beside(intervals.get(name), scale=100))
+        for name in shares
+        if figures[name] is not None
+    ]
+    counts = ", ".join(f"{figures[key]:,} {key}" for key in ("images", "classes", "prompts"))
+    _print_rows(f"zero-shot classification: {counts}", rows)
 
 
 def _protocol(protocol: dict[str, Any]) -> str:

@@ -12,10 +12,12 @@ from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
 from csalign.steps.adapted import load_adapter_for
+from csalign.steps.further import Asked, check_options, further_blocks, hubness_block, look_up
 from csalign.steps.protocols import Gallery, folds_of, protocol_block, retrieval_block, select
 from csalign.store.join import (
     ALL,
@@ -48,6 +50,7 @@ class Measured:
         folds: what is searched by itself, in order; all of it, but for a protocol with folds.
         fold_ranks: of each fold, image to text, and text to image.
         protocol: what decides a score beside the model.
+        asked: what further figures are made from.
         fingerprints: of the features' content and of the adapter's weights, None without one.
         parameters: of the adapter, None without one.
     """
@@ -60,6 +63,7 @@ class Measured:
     folds: tuple[Gallery, ...]
     fold_ranks: tuple[tuple[DirectionRanks, DirectionRanks], ...]
     protocol: dict[str, Any]
+    asked: Asked
     fingerprints: dict[str, str | None]
     parameters: int | None
 
@@ -100,14 +104,17 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
-        "intervals" are nested as "retrieval" is, with those of the gap beside them.
+        "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
+        "by", "corrected", "zero_shot" and "explanations" are there if they are asked for.
 
     Raises:
+        ConfigError: options that say nothing without others.
         DataError: no such feature set or split, no pairs in it, rows that the protocol does not
-            fit, or a row without a direction.
+            fit, a row without a direction, or a table that does not fit the rows.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
     """
+    check_options(config)
     progress("evaluation stages", 0, 3)
     measured = measure(config)
     progress("evaluation stages", 1, 3)
@@ -124,6 +131,7 @@ def measure(config: EvalConfig) -> Measured:
     split = config.split or ("test" if "test" in features.splits() else ALL)
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
+    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
     return Measured(
         config=config,
@@ -134,6 +142,7 @@ def measure(config: EvalConfig) -> Measured:
         folds=folds,
         fold_ranks=tuple(fold.rank() for fold in folds),
         protocol=protocol_block(config.protocol, split, rows),
+        asked=asked,
         fingerprints={
             "features": features.manifest.fingerprint(),
             "adapter": loaded[1].weights_sha256 if loaded else None,
@@ -157,7 +166,8 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
             )
     pairs = int((measured.text_image >= 0).sum())
-    return {
+    further, around = further_blocks(config, measured.folds, measured.ranks, measured.asked, images)
+    document = {
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": measured.split,
@@ -168,8 +178,11 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "protocol": measured.protocol,
         "retrieval": retrieval_block(measured.fold_ranks),
         "gap": gap,
-        "intervals": resamples.intervals() if resamples else {},
+        "hubness": hubness_block(measured.folds),
+        **further,
+        "intervals": resamples.intervals() | around if resamples else {},
     }
+    return document | ({"explanations": explain(document)} if config.explain else {})
 
 
 def _aligned(
