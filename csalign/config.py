@@ -453,8 +453,12 @@ class EvalConfig(Config):
     by: str | None = Field(
         None, description="COLUMN: retrieval also by what it says of the query's image."
     )
-    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...], Words] = Field(
-        (), description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre."
+    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
+        Field(
+            None,
+            description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre, "
+            "several by comma.",
+        )
     )
     zero_shot: Location | None = Field(
         None,

@@ -66,13 +66,19 @@ def train_table(result: TrainResult) -> None:
 
 
 def eval_tables(document: dict[str, Any]) -> None:
-    """The document of ``csalign eval`` as two tables."""
+    """The document of ``csalign eval`` as tables."""
     counts = document["counts"]
     adapter = document["adapter"] or "no adapter"
     _print(
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
         f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     )
+    if "retrieval" in document:
+        _retrieval_and_gap(document)
+    _further_tables(document)
+
+
+def _retrieval_and_gap(document: dict[str, Any]) -> None:
     _print(_protocol(document["protocol"]))
     retrieval, intervals = document["retrieval"], document["intervals"]
     _print_table(_retrieval_table({"": retrieval}, intervals))
@@ -87,13 +93,12 @@ def eval_tables(document: dict[str, Any]) -> None:
         else:
             flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
     _print_rows("modality gap", flat)
-    _further_tables(document)
+    hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
+    _print_rows("hubness, skewness of the 10-occurrence", hubs)
 
 
 def _further_tables(document: dict[str, Any]) -> None:
-    """What is there only if it was asked for, but for hubness."""
-    hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
-    _print_rows("hubness, skewness of the 10-occurrence", hubs)
+    """What is there only if it was asked for."""
     if corrected := document.get("corrected"):
         _print("retrieval with hubs corrected for, by the evaluated rows themselves")
         _print_table(_retrieval_table(corrected, {}))
@@ -104,7 +109,7 @@ def _further_tables(document: dict[str, Any]) -> None:
         titled = {f"{name} ({block['texts']:,})": block for name, block in by["values"].items()}
         _print_table(_retrieval_table(titled, {}))
     if "zero_shot" in document:
-        zero_shot_table(document)
+        _zero_shot_table(document)
     if explanations := document.get("explanations"):
         rows = [
             (name, text["formula"] + (f" ({text['source']})" if text["source"] else ""))
@@ -113,7 +118,7 @@ def _further_tables(document: dict[str, Any]) -> None:
         _print_rows("what the figures mean", rows)
 
 
-def zero_shot_table(document: dict[str, Any]) -> None:
+def _zero_shot_table(document: dict[str, Any]) -> None:
     """Zero-shot figures, each with its interval."""
     figures, intervals = document["zero_shot"], document["intervals"].get("zero_shot", {})
     shares = ("top1", "top5", "mean_per_class_recall")

@@ -82,7 +82,7 @@ EXPLANATIONS = {
         "Gretton et al. 2012",
     ),
     "gap.frechet": Explanation(
-        "|mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), squared distance of Gaussian fits",
+        "|mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of Gaussian fits",
         "Dowson and Landau 1982; Heusel et al. 2017",
     ),
     "gap.linear_separability": Explanation(

@@ -95,7 +95,8 @@ def _extra(penalty: Floats, place: int) -> Floats:
 def _centred(rows: Floats) -> Floats:
     moved = (rows - rows.mean(axis=0, dtype=np.float64)).astype(np.float32)
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
-    return np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0)
+    found: Floats = np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0)
+    return found
 
 
 def _mean_of_nearest(rows: Floats, others: Floats) -> Floats:

@@ -28,7 +28,8 @@ def class_vectors(prompts: Floats, classes: Ints) -> Floats:
     sums = np.zeros((int(classes.max()) + 1, prompts.shape[1]))
     np.add.at(sums, classes, prompts)
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return np.divide(sums, norms, out=np.zeros_like(sums), where=norms > 0).astype(np.float32)
+    found: Floats = np.divide(sums, norms, out=sums, where=norms > 0).astype(np.float32)
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
+from csalign.errors import DataError
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
@@ -24,6 +25,7 @@ from csalign.store.join import (
     PairedRows,
     check_directions,
     check_same_width,
+    join_ids,
     load_rows,
     split_names,
     unit_rows,
@@ -105,7 +107,8 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
         "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
-        "by", "corrected", "zero_shot" and "explanations" are there if they are asked for.
+        "by", "corrected", "zero_shot" and "explanations" are there if they are asked for. Images
+        without any texts are classified and no more: what is about texts is then absent.
 
     Raises:
         ConfigError: options that say nothing without others.
@@ -116,6 +119,10 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     """
     check_options(config)
     progress("evaluation stages", 0, 3)
+    if config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None:
+        document = _classify_alone(config)
+        progress("evaluation stages", 3, 3)
+        return document
     measured = measure(config)
     progress("evaluation stages", 1, 3)
     resamples = measured.resample() if config.intervals else None
@@ -128,7 +135,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 def measure(config: EvalConfig) -> Measured:
     """Embed the rows and rank them; arguments and errors are those of `evaluate`."""
     features = FeatureSet.open(config.features)
-    split = config.split or ("test" if "test" in features.splits() else ALL)
+    split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
@@ -149,6 +156,49 @@ def measure(config: EvalConfig) -> Measured:
         },
         parameters=sum(loaded[0].parameter_counts().values()) if loaded else None,
     )
+
+
+def _split(config: EvalConfig, features: FeatureSet) -> str:
+    return config.split or ("test" if "test" in features.splits() else ALL)
+
+
+def _classify_alone(config: EvalConfig) -> dict[str, Any]:
+    """Zero-shot classification of a feature set without texts."""
+    if config.relevance or config.by or config.correct or config.protocol != "all":
+        raise DataError(
+            f"{config.features}: has no texts, so there is no retrieval; leave out --relevance, "
+            "--by, --correct and --protocol"
+        )
+    features = FeatureSet.open(config.features)
+    split = _split(config, features)
+    joined = join_ids(features, split)
+    values, name = features.images.embeddings(), f"{joined.name}: images"
+    if joined.image_rows is not None:
+        values = values[joined.image_rows]
+    if not len(values):
+        raise DataError(f"{joined.name}: holds no images; name another --split")
+    loaded = None
+    if config.adapter is None:
+        images = unit_rows(values, joined.image_ids, name)
+    else:
+        check_directions(values, joined.image_ids, name)
+        loaded = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
+        images = loaded[0].embed(Modality.IMAGE, values)
+    asked = look_up(config, features, joined.image_ids.to_pylist(), images.shape[1], loaded)
+    further, around = further_blocks(config, (), None, asked, images)
+    document = {
+        "features": str(config.features),
+        "adapter": None if config.adapter is None else str(config.adapter),
+        "split": split,
+        "fingerprints": {
+            "features": features.manifest.fingerprint(),
+            "adapter": loaded[1].weights_sha256 if loaded else None,
+        },
+        "counts": {"images": len(images), "texts": 0, "pairs": 0},
+        **further,
+        "intervals": around,
+    }
+    return document | ({"explanations": explain(document)} if config.explain else {})
 
 
 def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:

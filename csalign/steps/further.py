@@ -92,14 +92,14 @@ def look_up(
 
 
 def further_blocks(
-    config: EvalConfig, folds: Sequence[Gallery], ranks: Ranks, asked: Asked, images: Floats
+    config: EvalConfig, folds: Sequence[Gallery], ranks: Ranks | None, asked: Asked, images: Floats
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The blocks that were asked for, and their intervals.
 
     Args:
         config: the options.
         folds: what is searched by itself.
-        ranks: of all folds, plain.
+        ranks: of all folds, plain; None where there are no texts.
         asked: what `look_up` gave.
         images: (n, d) float32, unit rows.
     """
@@ -107,7 +107,7 @@ def further_blocks(
     intervals: dict[str, Any] = {}
     if asked.groups is not None:
         found["graded"] = {"column": config.relevance, **_graded(folds, asked.groups)}
-    if asked.by is not None:
+    if asked.by is not None and ranks is not None:
         found["by"] = {"column": config.by, "values": _by(folds, ranks, asked.by)}
     if config.correct:
         found["corrected"] = {name: _corrected(folds, name) for name in config.correct}

@@ -15,7 +15,8 @@ Array = npt.NDArray[Any]
 
 def unit(rows: Array) -> npt.NDArray[np.float32]:
     scaled: npt.NDArray[np.float32] = rows.astype(np.float32)
-    return scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    return scaled
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ Array = npt.NDArray[Any]
 
 def unit(rows: Array) -> npt.NDArray[np.float32]:
     scaled: npt.NDArray[np.float32] = rows.astype(np.float32)
-    return scaled / np.linalg.norm(scaled, axis=1, keepdims=True)
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    return scaled
 
 
 def test_class_vectors_are_unit_means_of_unit_prompts() -> None:
