@@ -238,18 +238,29 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Make an empty folder that no other process builds in."""
-    partial.mkdir(parents=True, exist_ok=True)
     if (partial / JOB).exists():
         raise OutputError(
             f"{partial}: holds an unfinished extraction; finish it, remove it, or choose another "
             "--out"
         )
-    with (partial / LOCK).open("w") as lock:
+    with locked_folder(partial):
+        empty_folder(partial)
+        yield
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and keep other processes from writing in it.
+
+    Raises:
+        OutputError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(in_use(partial)) from None
-        empty_folder(partial)
+            raise OutputError(in_use(folder)) from None
         yield
 
 

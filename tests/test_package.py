@@ -32,6 +32,7 @@ ONLY_DOORS = {
     "faiss": {"metrics/retrieval.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
+    "optuna": {"steps/search_space.py", "steps/study.py", "steps/tune.py"},
     "plotly": {"report/diagnosis.py", "report/page.py"},
     "pyarrow": {
         "sources/parquet.py",

@@ -14,9 +14,9 @@ from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
 from csalign.metrics.zero_shot import class_vectors, classify
-from csalign.steps.adapted import load_adapter_for
+from csalign.steps.adapted import embed_rows, load_adapter_for
 from csalign.steps.told import Values, prompt_classes
-from csalign.store.join import ALL, check_directions, join_ids, unit_rows
+from csalign.store.join import ALL, PairedRows, check_directions, load_side, unit_rows
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,15 @@ def load_classes(
     there = FeatureSet.open(config.zero_shot)
     if there.texts.made_by is None or not len(there.texts):
         raise DataError(f"{there.path}: holds no texts; make it of class prompts")
-    joined = join_ids(there, ALL)
-    ids = joined.text_ids.to_pylist()
-    classes = prompt_classes(there.texts, ids, config.class_of)
+    rows = load_side(there, ALL, Modality.TEXT)
+    classes = prompt_classes(rows, config.class_of)
     names = sorted(set(classes))
     numbers = {name: number for number, name in enumerate(names)}
     known = _labels(labels, numbers, config, features)
     _warn_of_another_encoder(features, there)
-    prompts = _embed(config, there, joined.text_ids, width, loaded)
+    prompts = _embed(config, there, rows, width, loaded)
     vectors = class_vectors(prompts, np.array([numbers[name] for name in classes]))
-    return Classes(names, len(ids), vectors, known)
+    return Classes(names, len(prompts), vectors, known)
 
 
 def class_block(
@@ -119,12 +118,12 @@ def _labels(
 def _embed(
     config: EvalConfig,
     there: FeatureSet,
-    ids: Any,
+    rows: PairedRows,
     width: int,
     loaded: tuple[Adapter, AdapterInfo] | None,
 ) -> Floats:
     """Unit rows of the prompts, (p, d), through the adapter if there is one."""
-    name, values = f"{there.path}: texts", there.texts.embeddings()
+    name, values, ids = f"{there.path}: texts", rows.texts, rows.text_ids
     if loaded is None or config.adapter is None:
         if values.shape[1] != width:
             raise ShapeError(
@@ -132,10 +131,10 @@ def _embed(
                 "text encoder that belongs to the images', or an --adapter"
             )
         return unit_rows(values, ids, name)
-    # Opened anew, since it compares the widths with those that it takes.
+    # Opened anew, since that compares the prompts with what it takes.
     adapter, _ = load_adapter_for(there, config.adapter, config.device, config.allow_adapter)
     check_directions(values, ids, name)
-    return adapter.embed(Modality.TEXT, values)
+    return embed_rows(adapter, Modality.TEXT, rows, there)
 
 
 def _warn_of_another_encoder(features: FeatureSet, there: FeatureSet) -> None:

@@ -17,7 +17,7 @@ from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
-from csalign.steps.adapted import load_adapter_for
+from csalign.steps.adapted import embed_rows, load_adapter_for
 from csalign.steps.further import Asked, check_options, further_blocks, hubness_block, look_up
 from csalign.steps.protocols import Gallery, folds_of, protocol_block, retrieval_block, select
 from csalign.store.join import (
@@ -25,8 +25,8 @@ from csalign.store.join import (
     PairedRows,
     check_directions,
     check_same_width,
-    join_ids,
     load_rows,
+    load_side,
     split_names,
     unit_rows,
 )
@@ -171,20 +171,17 @@ def _classify_alone(config: EvalConfig) -> dict[str, Any]:
         )
     features = FeatureSet.open(config.features)
     split = _split(config, features)
-    joined = join_ids(features, split)
-    values, name = features.images.embeddings(), f"{joined.name}: images"
-    if joined.image_rows is not None:
-        values = values[joined.image_rows]
-    if not len(values):
-        raise DataError(f"{joined.name}: holds no images; name another --split")
-    loaded = None
+    rows = load_side(features, split, Modality.IMAGE)
+    name, loaded = f"{rows.name}: images", None
+    if not len(rows.images):
+        raise DataError(f"{rows.name}: holds no images; name another --split")
     if config.adapter is None:
-        images = unit_rows(values, joined.image_ids, name)
+        images = unit_rows(rows.images, rows.image_ids, name)
     else:
-        check_directions(values, joined.image_ids, name)
+        check_directions(rows.images, rows.image_ids, name)
         loaded = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
-        images = loaded[0].embed(Modality.IMAGE, values)
-    asked = look_up(config, features, joined.image_ids.to_pylist(), images.shape[1], loaded)
+        images = embed_rows(loaded[0], Modality.IMAGE, rows, features)
+    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     further, around = further_blocks(config, (), None, asked, images)
     document = {
         "features": str(config.features),
@@ -251,7 +248,7 @@ def _aligned(
     _warn_of_trained_rows(features, info, split)
     for _, values, ids, name in sides:
         check_directions(values, ids, name)
-    images, texts = (adapter.embed(side, values) for side, values, _, _ in sides)
+    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
     return images, texts, (adapter, info)
 
 

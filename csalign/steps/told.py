@@ -8,6 +8,7 @@ from csalign.errors import DataError
 from csalign.locations import parse_location
 from csalign.sources.tables import SUFFIXES, Table, read_table
 from csalign.store import schema
+from csalign.store.join import PairedRows
 from csalign.store.reader import FeatureSet, FeatureTable
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,11 @@ class ImageColumns:
         return found
 
 
-def prompt_classes(prompts: FeatureTable, ids: Sequence[str], class_of: str | None) -> list[str]:
+def prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
     """The class of each prompt.
 
     Args:
-        prompts: the texts of a feature set.
-        ids: their ids.
+        prompts: whose texts they are.
         class_of: TABLE.csv or TABLE.csv:COLUMN, with the text's `id` or its `caption` and the
             class (default column: class or label). Without it, what is before the last slash of
             a text's id, as in ``cat/3``.
@@ -81,11 +81,12 @@ def prompt_classes(prompts: FeatureTable, ids: Sequence[str], class_of: str | No
     Raises:
         DataError: a prompt has no class, or the table is of no use.
     """
+    ids = prompts.text_ids.to_pylist()
     if class_of is None:
         for key in ids:
             if "/" not in key:
                 raise DataError(
-                    f"{prompts.folder}: text {key!r} names no class: let ids be such as cat/0, or "
+                    f"{prompts.name}: text {key!r} names no class: let ids be such as cat/0, or "
                     "give a table with the columns caption and class by --class-of"
                 )
         return [key.rpartition("/")[0] for key in ids]
@@ -94,13 +95,13 @@ def prompt_classes(prompts: FeatureTable, ids: Sequence[str], class_of: str | No
         table = read_table(parse_location(class_of))
         column = next((name for name in CLASS_COLUMNS if name in table.columns), "class")
     by_id = schema.ID in table.columns
-    keys = ids if by_id else [text or "" for text in prompts.column(schema.CAPTION).to_pylist()]
+    keys = ids if by_id else [text or "" for text in prompts.captions.to_pylist()]
     told = _by_key(table, (schema.ID,) if by_id else (schema.CAPTION,), column)
     for key, text in zip(keys, ids, strict=True):
         if told.get(key) is None:
             raise DataError(
                 f"{table.path}: tells no {column!r} of the text {text!r} ({key!r}) of "
-                f"{prompts.folder}; add it"
+                f"{prompts.name}; add it"
             )
     return [told[key] or "" for key in keys]
 

@@ -13,6 +13,7 @@ import torch
 
 from csalign import __version__, files
 from csalign.adapters.checkpoint import AdapterInfo, save_adapter
+from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
@@ -20,9 +21,15 @@ from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
-from csalign.steps.batches import PairSampler
+from csalign.steps.batches import PairSampler, uniform
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
+from csalign.steps.tokens import (
+    StoredTokens,
+    open_tokens,
+    token_widths,
+    warn_of_rows_without_tokens,
+)
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
@@ -43,8 +50,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         progress: told how far it is.
 
     Raises:
+        ConfigError: options that do not go together.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
-            without a direction.
+            without a direction, no tokens where they are asked for.
         OutputError: ``config.out`` exists and is not to be replaced.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
@@ -52,23 +60,19 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
-    train_split = _train_split(features, config)
-    rows, val = _load(features, train_split, config)
-    sampler = PairSampler(
-        rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
-    )
-    check_terms(config, len(sampler))
-    if config.init == "canonical":
-        adapter, start = closed_form_start(rows, sampler, val, config)
-    else:
-        adapter, start = random_start(rows, config)
+    widths = token_widths(features, config)
+    train_split = split_to_train(features, config)
+    rows, val = load_split_rows(features, train_split, config)
+    tokens = open_tokens(features, widths, rows, config)
+    sampler, adapter, start = start_of(rows, val, config, tokens)
     log.info("start: %s", start)
-    unpaired = gather_unpaired(rows, _further_sets(config), train_split)
+    unpaired = gather_unpaired(rows, further_sets(config), train_split)
+    warn_of_rows_without_tokens(adapter, unpaired)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         environment = _environment(device, config)
         files.write_json(folder / "environment.json", environment)
-        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device)
+        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
@@ -90,18 +94,39 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     )
 
 
-def _further_sets(config: TrainConfig) -> list[Path]:
+def start_of(
+    rows: PairedRows,
+    val: PairedRows | None,
+    config: TrainConfig,
+    tokens: StoredTokens | None = None,
+) -> tuple[PairSampler, Adapter, str]:
+    """What draws the pairs, the adapters at their start, and that start's name."""
+    sampler = PairSampler(
+        rows,
+        config.captions,
+        other_weight=config.other_captions,
+        once=config.caption_weights,
+        order=tokens.order if tokens else uniform,
+    )
+    widths = tokens.widths if tokens else {}
+    check_terms(config, len(sampler))
+    if config.init == "canonical":
+        return sampler, *closed_form_start(rows, sampler, val, config, widths)
+    return sampler, *random_start(rows, config, widths)
+
+
+def further_sets(config: TrainConfig) -> list[Path]:
     """The feature sets that `config.unpaired` names."""
     return [parse_location(name.strip()) for name in (config.unpaired or "").split(",") if name]
 
 
-def _train_split(features: FeatureSet, config: TrainConfig) -> str:
+def split_to_train(features: FeatureSet, config: TrainConfig) -> str:
     """The split(s) to train on; all of a set that was never split."""
     never_split = set(features.splits()) == {None}
     return ALL if config.train_split == "train" and never_split else config.train_split
 
 
-def _load(
+def load_split_rows(
     features: FeatureSet, train_split: str, config: TrainConfig
 ) -> tuple[PairedRows, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""

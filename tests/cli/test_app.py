@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-COMMANDS = ("extract", "import", "inspect", "train", "apply", "eval", "compare")
+COMMANDS = ("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare")
 
 
 def csalign(
@@ -69,6 +69,20 @@ def test_the_written_configuration_can_be_fed_back(features: Path, tmp_path: Pat
 
     assert tomllib.loads(settings.read_text())["bandwidth"] == 0.7
     assert weights[0] == weights[1]
+
+
+def test_a_search_prints_its_trials_and_what_they_are_worth(features: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    slow = ("--init", "random", "--learning-rate", 1e-6, "--search", "learning-rate")
+    done = csalign("tune", features, "--out", study, *slow, "--steps", 20, "--trials", 3)
+
+    assert done.returncode == 0, done.stderr
+    assert f"{study}: 3 trials; measured on" in done.stdout
+    assert "0, the default" in done.stdout
+    assert "is the best" in done.stdout
+    assert "To the default: mean recall +" in done.stdout
+    assert f"csalign train --config {study}/config.toml --out RUN" in done.stdout
+    assert "trial 2 of 3, " in done.stderr
 
 
 def test_the_command_line_wins_over_the_file(features: Path, tmp_path: Path) -> None:
