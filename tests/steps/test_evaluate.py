@@ -56,7 +56,9 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
         "alignment",
         "uniformity",
         "effective_rank",
+        "spectrum",
     }
+    assert set(document["hubness"]) == {"image_to_text", "text_to_image"}
     intervals = document["intervals"]
     assert set(intervals["image_to_text"]) == set(intervals["text_to_image"]) == direction
     whole = {"mean_recall", "centroid_distance", "rmg", "alignment"}

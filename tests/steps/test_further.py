@@ -227,7 +227,10 @@ def test_options_that_say_nothing_are_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("id,other\n1,a\n", r"nothing tells the column 'kind'.*t\.csv has id, other;.*source, spl"),
+        (
+            "id,other\n1,a\n",
+            r"nothing tells the column 'kind'.*t\.csv has .*other.*; the features have source, spl",
+        ),
         ("id,kind\nx,a\n", "of none of the images .* such as '0'"),
         ("id,kind\n1,a\n1,b\n", r"t\.csv, row 3: says 'b' of '1', an earlier row 'a'"),
         ("name,kind\n1,a\n", "has no column 'image_id'"),
