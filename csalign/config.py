@@ -45,8 +45,16 @@ def _several_if_by_comma(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _words_by_comma(value: Any) -> Any:
+    """Let ``--correct csls,centre`` become the words that it says."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
 Number = BeforeValidator(_number_if_it_is_one)
 Several = BeforeValidator(_several_if_by_comma)
+Words = BeforeValidator(_words_by_comma)
 # A `Path`, or for a URL what has the methods of one; see `locations`.
 Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -492,6 +500,45 @@ class EvalConfig(Config):
         description="Split(s), comma-separated; 'all' takes every row (default: test if "
         "there is one, else all).",
     )
+    protocol: Literal["all", "coco-5k", "coco-1k", "flickr-1k"] = Field(
+        "all",
+        description="Rows to measure: coco-5k, 5,000 images with all captions; coco-1k, the mean "
+        "over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
+    )
+    groups: Location | None = Field(
+        None,
+        description="Table (.csv, .tsv, .jsonl) that tells of images by image_id or id, for "
+        "--relevance, --by and --labels; columns of the set itself, as source, need none.",
+    )
+    relevance: str | None = Field(
+        None,
+        description="COLUMN: images that agree in it are right for each other's captions too; "
+        "gives mAP and nDCG@10.",
+    )
+    by: str | None = Field(
+        None, description="COLUMN: retrieval also by what it says of the query's image."
+    )
+    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
+        Field(
+            None,
+            description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre, "
+            "several by comma.",
+        )
+    )
+    zero_shot: Location | None = Field(
+        None,
+        description="Feature set of class prompts (texts), to classify the images by; needs "
+        "--labels.",
+    )
+    labels: str | None = Field(
+        None, description="COLUMN or TABLE.csv:COLUMN that tells the class of each image."
+    )
+    class_of: str | None = Field(
+        None,
+        description="TABLE.csv or TABLE.csv:COLUMN that tells the class of each prompt by its id "
+        "or caption (default: what is before the last slash of its id, as in cat/0).",
+    )
+    explain: bool = Field(False, description="Tell the formula and source of each figure.")
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
     intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")

@@ -1,5 +1,6 @@
 """Cross-modal retrieval: exact ranks from FAISS scores; the only importer of faiss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +28,49 @@ class DirectionRanks:
     Attributes:
         first: (q,) int64, 1-based rank of the best-placed match of each query.
         average_precision: (q,) float64 in [0, 1].
+        recalled: (q, 3) float64, share of a query's matches among the first 1, 5 and 10.
+        r_precision: (q,) float64, share of right items among the first R, R being how many
+            matches the query has.
     """
 
     first: Ints
     average_precision: npt.NDArray[np.float64]
+    recalled: npt.NDArray[np.float64]
+    r_precision: npt.NDArray[np.float64]
+
+    def by_query(self) -> dict[str, npt.NDArray[Any]]:
+        """What each query adds to the figures that are means over queries, (q,) each.
+
+        R@K is 1 where at least one match is among the first K, as the CLIP papers count it;
+        true_recall@K the share of the matches that are (mteb's recall).
+        """
+        shares = self.recalled.T
+        return {
+            **{f"R@{k}": self.first <= k for k in RECALL_AT},
+            **{f"true_recall@{k}": share for k, share in zip(RECALL_AT, shares, strict=True)},
+            "r_precision": self.r_precision,
+            "mean_rank": self.first,
+            "mrr": 1 / self.first,
+            "map": self.average_precision,
+        }
 
     def summary(self) -> dict[str, float]:
-        """R@1/5/10, median rank, mean reciprocal rank and mean average precision.
+        """The figures of `by_query` over all queries, and the median of the first ranks."""
+        means = {name: float(values.mean()) for name, values in self.by_query().items()}
+        return means | {"median_rank": float(np.median(self.first))}
 
-        R@K is the share of queries with at least one match among the first K, as the CLIP papers
-        count it.
-        """
-        recalls = {f"R@{k}": float((self.first <= k).mean()) for k in RECALL_AT}
-        return recalls | {
-            "median_rank": float(np.median(self.first)),
-            "mrr": float((1 / self.first).mean()),
-            "map": float(self.average_precision.mean()),
-        }
+    def take(self, queries: npt.NDArray[Any]) -> "DirectionRanks":
+        """Those of some queries, by number or where true."""
+        return DirectionRanks(*(values[queries] for values in self._fields()))
+
+    @staticmethod
+    def joined(parts: Sequence["DirectionRanks"]) -> "DirectionRanks":
+        """Those of several sets of queries, in order."""
+        fields = zip(*(part._fields() for part in parts), strict=True)
+        return DirectionRanks(*(np.concatenate(values) for values in fields))
+
+    def _fields(self) -> tuple[npt.NDArray[Any], ...]:
+        return self.first, self.average_precision, self.recalled, self.r_precision
 
 
 def rank_both_ways(
@@ -101,11 +128,23 @@ def _rank(queries: Floats, gallery: Floats, matches: Ints) -> DirectionRanks:
         for first in range(0, len(deep), step):
             rows = deep[first : first + step]
             wrong[rows] = _wrong_by_counting(queries[rows] @ gallery.T, matches[rows])
-    wrong.sort(axis=1)  # the best match first; what fills up counts as infinitely far
+    return _summed_up(wrong)
+
+
+def _summed_up(wrong: Ints) -> DirectionRanks:
+    """What follows from the wrong items at or before each match, (q, p), `FAR` for no match."""
+    wrong = np.sort(wrong, axis=1)  # the best match first; what fills up counts as infinitely far
     known = wrong < FAR
-    position = np.arange(1, matches.shape[1] + 1)
-    precision = np.where(known, position / (position + np.where(known, wrong, 0)), 0)
-    return DirectionRanks(wrong[:, 0] + 1, precision.sum(axis=1) / known.sum(axis=1))
+    counts = known.sum(axis=1)
+    position = np.arange(1, wrong.shape[1] + 1)
+    ranks = np.where(known, wrong, 0) + position
+    within = [(known & (ranks <= k)).sum(axis=1) / counts for k in RECALL_AT]
+    return DirectionRanks(
+        first=wrong[:, 0] + 1,
+        average_precision=np.where(known, position / ranks, 0).sum(axis=1) / counts,
+        recalled=np.stack(within, axis=1),
+        r_precision=(known & (ranks <= counts[:, None])).sum(axis=1) / counts,
+    )
 
 
 def _wrong_in_list(
