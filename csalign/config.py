@@ -428,6 +428,11 @@ class EvalConfig(Config):
         "there is one, else all).",
     )
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
+    index: Literal["exact", "ivf", "hnsw"] = Field(
+        "exact",
+        description="Rank among all items, or among the 100 that an approximate index of FAISS "
+        "lists, whose own recall is then measured too.",
+    )
     intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")

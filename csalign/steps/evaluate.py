@@ -11,6 +11,7 @@ from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
+from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
@@ -27,6 +28,7 @@ from csalign.store.join import (
 )
 from csalign.store.reader import FeatureSet
 
+DIRECTIONS = ("image_to_text", "text_to_image")
 COLLAPSED_RANK = 1.5  # effective dimensions
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Measured:
         texts: (m, d) float32, unit rows.
         text_image: (m,) int64, image row of each text, -1 for none.
         ranks: image to text, and text to image.
+        index: what ranked, as the document has it.
         fingerprints: of the features' content and of the adapter's weights, None without one.
         parameters: of the adapter, None without one.
     """
@@ -55,6 +58,7 @@ class Measured:
     texts: Floats
     text_image: npt.NDArray[np.int64]
     ranks: tuple[DirectionRanks, DirectionRanks]
+    index: dict[str, Any]
     fingerprints: dict[str, str | None]
     parameters: int | None
 
@@ -102,13 +106,15 @@ def measure(config: EvalConfig) -> Measured:
     split = config.split or ("test" if "test" in features.splits() else ALL)
     rows = load_rows(features, split)
     images, texts, loaded = _aligned(features, rows, split, config)
+    ranks, index = _ranked(images, texts, rows, config)
     return Measured(
         config=config,
         split=split,
         images=images,
         texts=texts,
         text_image=rows.text_image,
-        ranks=rank_both_ways(images, texts, rows.text_image),
+        ranks=ranks,
+        index=index,
         fingerprints={
             "features": features.manifest.fingerprint(),
             "adapter": loaded[1].weights_sha256 if loaded else None,
@@ -141,6 +147,7 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "parameters": measured.parameters,
         "bandwidth": config.bandwidth,
         "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
+        "index": measured.index,
         "retrieval": {
             "image_to_text": image_to_text,
             "text_to_image": text_to_image,
@@ -149,6 +156,21 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "gap": gap,
         "intervals": resamples.intervals() if resamples else {},
     }
+
+
+def _ranked(
+    images: Floats, texts: Floats, rows: PairedRows, config: EvalConfig
+) -> tuple[tuple[DirectionRanks, DirectionRanks], dict[str, Any]]:
+    """Ranks, exact or by an index, and what the document says of how they were found."""
+    if config.index == "exact":
+        return rank_both_ways(images, texts, rows.text_image), {"kind": config.index}
+    ranks, recalls = rank_both_ways_by_index(images, texts, rows.text_image, config.index)
+    told = {
+        "kind": config.index,
+        "listed": LISTED,
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+    }
+    return ranks, told
 
 
 def _aligned(
