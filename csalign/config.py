@@ -390,6 +390,9 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    report: Path | None = Field(
+        None, description="Also write a page with curves and validation, such as training.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -435,6 +438,9 @@ class EvalConfig(Config):
     )
     intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, such as evaluation.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 

@@ -32,7 +32,7 @@ ONLY_DOORS = {
     "faiss": {"metrics/approximate.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
-    "plotly": {"report/diagnosis.py", "report/page.py"},
+    "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
     "pyarrow": {
         "sources/parquet.py",
         "sources/vectors/arrow_files.py",

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
 from csalign.progress import Progress, silent
+from csalign.report.page import check_page
 from csalign.steps.adapted import load_adapter_for
+from csalign.steps.report import Evaluated, write_report
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -89,15 +92,37 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         DataError: no such feature set or split, no pairs in it, or a row without a direction.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
+        OutputError: the page cannot be written where it is wanted.
     """
+    if config.report is not None:
+        check_page(config.report)
     progress("evaluation stages", 0, 3)
     measured = measure(config)
     progress("evaluation stages", 1, 3)
     resamples = measured.resample() if config.intervals else None
     progress("evaluation stages", 2, 3)
     described = describe(measured, resamples)
+    if config.report is not None:
+        _write_page(measured, described, config.report)
     progress("evaluation stages", 3, 3)
     return described
+
+
+def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> None:
+    """Write the page of an evaluation; reads its rows again, for what was before the adapter."""
+    config = measured.config
+    features = FeatureSet.open(config.features)
+    shown = Evaluated(
+        features=features,
+        rows=load_rows(features, measured.split),
+        images=measured.images,
+        texts=measured.texts,
+        adapted=config.adapter is not None,
+        ranks=measured.ranks,
+        document=document,
+    )
+    title = f"{config.features}, {config.adapter or 'no adapter'}, split {measured.split}"
+    write_report(path, title, shown, config.adapter, config.seed)
 
 
 def measure(config: EvalConfig) -> Measured:

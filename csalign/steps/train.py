@@ -13,14 +13,19 @@ import torch
 
 from csalign import __version__, files
 from csalign.adapters.checkpoint import AdapterInfo, save_adapter
-from csalign.config import TrainConfig
+from csalign.adapters.model import Adapter
+from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
+from csalign.metrics.retrieval import rank_both_ways
 from csalign.progress import Progress, silent
+from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
+from csalign.steps.evaluate import Measured, describe
+from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.trainer import Trainer
@@ -45,10 +50,13 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     Raises:
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
             without a direction.
-        OutputError: ``config.out`` exists and is not to be replaced.
+        OutputError: ``config.out`` exists and is not to be replaced, or the page cannot be written
+            where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
     began = time.monotonic()
+    if config.report is not None:
+        check_page(config.report)
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
@@ -77,6 +85,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
+    if config.report is not None:
+        shown = None if val is None else _evaluated(adapter, features, val, config)
+        write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
@@ -88,6 +99,29 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=seconds,
     )
+
+
+def _evaluated(
+    adapter: Adapter, features: FeatureSet, val: PairedRows, config: TrainConfig
+) -> Evaluated:
+    """What was kept, measured on the validation rows as ``csalign eval`` measures."""
+    images, texts = (
+        adapter.embed(Modality.IMAGE, val.images),
+        adapter.embed(Modality.TEXT, val.texts),
+    )
+    measured = Measured(
+        config=EvalConfig(features=config.features, adapter=config.out, seed=config.seed),
+        split="validation",
+        images=images,
+        texts=texts,
+        text_image=val.text_image,
+        ranks=rank_both_ways(images, texts, val.text_image),
+        index={"kind": "exact"},
+        fingerprints={},
+        parameters=None,
+    )
+    document = describe(measured, measured.resample())
+    return Evaluated(features, val, images, texts, True, measured.ranks, document)
 
 
 def _further_sets(config: TrainConfig) -> list[Path]:
