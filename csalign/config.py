@@ -45,6 +45,12 @@ def _several_if_by_comma(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _names_by_comma(value: Any) -> Any:
+    """Let ``--log-to csv,wandb`` become the names that it says."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+Names = BeforeValidator(_names_by_comma)
 Number = BeforeValidator(_number_if_it_is_one)
 Several = BeforeValidator(_several_if_by_comma)
 # A `Path`, or for a URL what has the methods of one; see `locations`.
@@ -390,6 +396,11 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Names] = Field(
+        None,
+        description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "
+        "tensorboard, wandb.",
+    )
     report: Path | None = Field(
         None, description="Also write a page with curves and validation, such as training.html."
     )

@@ -25,6 +25,7 @@ from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler
 from csalign.steps.evaluate import Measured, describe
+from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
@@ -50,6 +51,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     Raises:
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
             without a direction.
+        ConfigError: a log's library is not installed.
         OutputError: ``config.out`` exists and is not to be replaced, or the page cannot be written
             where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
@@ -57,6 +59,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     began = time.monotonic()
     if config.report is not None:
         check_page(config.report)
+    check_logs(config.log_to or ())
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
@@ -81,7 +84,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
 
-        _run(trainer, folder / CHECKPOINTS, save, progress)
+        told = config.model_dump(mode="json", exclude_none=True)
+        with open_logs(config.log_to or (), folder, config.out.name, told) as trainer.logs:
+            _run(trainer, folder / CHECKPOINTS, save, progress)
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
