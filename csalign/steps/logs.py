@@ -45,7 +45,7 @@ def open_logs(
         config: what it was told, for wandb.
 
     Raises:
-        ConfigError: a library is not installed.
+        ConfigError: a library is not installed, or wandb does not let it in.
     """
     openers = {
         "csv": lambda stack: _csv_log(stack, folder / METRICS),
@@ -90,7 +90,13 @@ def _tensorboard_log(stack: ExitStack, folder: Path) -> Log:
 
 
 def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Mapping[str, Any]) -> Log:
-    opened = _wandb().init(project=PROJECT, name=run, dir=folder, config=dict(config))
+    wandb = _wandb()
+    try:
+        opened = wandb.init(project=PROJECT, name=run, dir=folder, config=dict(config))
+    except wandb.Error as error:
+        raise ConfigError(
+            f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from None
     stack.enter_context(opened)
 
     def log(step: int, figures: Mapping[str, float]) -> None:

@@ -61,3 +61,13 @@ def test_figures_reach_a_listener_that_shows_them_and_no_other() -> None:
     show_figures(silent, {"loss": 1.0})
 
     assert listener.seen == {"loss": 1.0}
+
+
+def test_wandb_gets_the_figures_without_a_network(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = TrainConfig(features=features, out=tmp_path / "run", steps=2, log_to=("wandb",))
+    run = train(config).run
+
+    assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
