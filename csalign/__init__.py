@@ -3,7 +3,7 @@
 Where things live; imports run one way, down this list::
 
     cli        the commands: options, progress, tables, exit codes
-    steps      extract, import, inspect, train, apply, eval: one module a command
+    steps      extract, import, inspect, train, tune, apply, eval: one module a command
     encoders   frozen encoders behind one interface
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
@@ -14,8 +14,8 @@ Where things live; imports run one way, down this list::
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing csalign
-loads none of the heavy libraries; using a name does.
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing
+csalign loads none of the heavy libraries; using a name does.
 """
 
 from importlib import import_module
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ExtractConfig,
         ImportConfig,
         TrainConfig,
+        TuneConfig,
     )
     from csalign.enums import Modality
     from csalign.steps.apply import apply
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from csalign.steps.import_arrays import import_arrays
     from csalign.steps.inspect import inspect
     from csalign.steps.train import train
+    from csalign.steps.tune import tune
 
 __version__ = version("csalign")
 
@@ -51,6 +53,7 @@ _HOMES = {
     "ImportConfig": "csalign.config",
     "Modality": "csalign.enums",
     "TrainConfig": "csalign.config",
+    "TuneConfig": "csalign.config",
     "apply": "csalign.steps.apply",
     "diagnose": "csalign.steps.diagnose",
     "evaluate": "csalign.steps.evaluate",
@@ -59,6 +62,7 @@ _HOMES = {
     "inspect": "csalign.steps.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
     "train": "csalign.steps.train",
+    "tune": "csalign.steps.tune",
 }
 
 __all__ = [
@@ -69,6 +73,7 @@ __all__ = [
     "ImportConfig",
     "Modality",
     "TrainConfig",
+    "TuneConfig",
     "__version__",
     "apply",
     "diagnose",
@@ -78,6 +83,7 @@ __all__ = [
     "inspect",
     "load_adapter",
     "train",
+    "tune",
 ]
 
 

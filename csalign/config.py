@@ -114,7 +114,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
         elif problem["type"] == "extra_forbidden":
             message = "unknown key" + (f" in {file}" if file else "")
         else:
-            message = f"{problem['msg']} (got {problem['input']!r})"
+            message = f"{problem['msg']} (got {problem['input']!r:.200})"
         line = f"{name}: {message}"
         if line not in lines:
             lines.append(line)
@@ -221,7 +221,9 @@ class ExtractConfig(OutputConfig):
         0.01, description="Share of records that may be unusable before the command fails."
     )
     retry_failures: bool = Field(
-        False, description="Make those finished parts anew that left something out."
+        False,
+        description="Make those finished parts anew that left something out, or whose images or "
+        "captions changed since.",
     )
     strict: bool = Field(False, description="Fail if anything was left out.")
 
@@ -379,6 +381,25 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    token_weight: NotNegative = Field(
+        0.0,
+        description="Weight (mu) of the token term, the CS divergence between the tokens of an "
+        "image and those of its text; 0 leaves it out.",
+    )
+    tokens: bool = Field(
+        False,
+        description="Embed with the stored tokens where the kind mixes them in (transformer); "
+        "--token-weight does so too.",
+    )
+    token_samples: Count = Field(
+        16, description="Tokens a row and step, drawn anew where a row has more."
+    )
+    token_pairs: Count = Field(64, description="Pairs of a step that the token term sees.")
+    token_memory: Count = Field(
+        1024,
+        description="MiB of tokens to keep in memory; a set that needs more is read block by "
+        "block, and shuffled within some blocks at a time.",
+    )
     steps: int | None = Field(
         None,
         ge=0,
@@ -407,6 +428,42 @@ class TrainConfig(OutputConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
+    def recipe(self) -> str:
+        """Everything but the folder to make as TOML, for ``train --config FILE --out RUN``."""
+        left_out = set(OutputConfig.model_fields)
+        values = self.model_dump(mode="json", exclude_none=True, exclude=left_out)
+        return tomli_w.dumps(values)
+
+
+class TuneConfig(TrainConfig):
+    """``csalign tune``: a search for settings of ``csalign train``; those that are given stay."""
+
+    out: RunFolder = Field(description="Folder of the study; one that is there is continued.")
+    overwrite: bool = Field(False, description="Begin anew in place of the study that is there.")
+    trials: Count | None = Field(
+        None,
+        description="Trials in all, those of a continued study included (default: 50, or without "
+        "end where --minutes is given).",
+    )
+    minutes: NotNegative | None = Field(
+        None, description="Begin no trial after so many minutes; the first is always made."
+    )
+    search: str | None = Field(
+        None,
+        description="Settings to search, by comma (default: those of adapter, init, learning-rate, "
+        "logit-scale, noise, dropout, captions, other-captions, cs-weight and bandwidth that "
+        "neither the command line nor --config gives).",
+    )
+    recall_slack: Share = Field(
+        0.0,
+        description="Recall to give for a narrower gap: of the trials within so much of the best "
+        "mean recall, 0.01 being a point, the narrowest centroid distance wins.",
+    )
+
+    def base(self) -> TrainConfig:
+        """What every trial starts from, and the first trial is."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
 
 class ApplyConfig(OutputConfig):
     """``csalign apply``: aligned embeddings, the same artifact again."""
@@ -420,6 +477,9 @@ class ApplyConfig(OutputConfig):
         "parquet",
         description="A feature set; .npy arrays with .csv tables; or the folder that "
         "clip-retrieval and autofaiss index, of pairs alone.",
+    )
+    tokens: bool = Field(
+        False, description="Align and store the tokens too, if the run was trained with some."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
     batch_size: Count = Field(8192, description="Rows at a time.")

@@ -1,6 +1,6 @@
 """What the steps return: frozen records of plain numbers and paths, ready for JSON."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +59,72 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         return {**asdict(self), "run": str(self.run)}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a search.
+
+    Attributes:
+        number: counted from 0, which is the run without any tuning.
+        state: "complete"; "pruned", ended early since it lagged behind; or "failed".
+        settings: the searched settings by name, and "steps" where those differ; the rest is as
+            given.
+        seconds: wall time.
+        mean_recall: on validation, in [0, 1]; like all that follows None where it failed.
+        mrr: likewise.
+        centroid_distance: likewise, in [0, 2].
+        cs_divergence: likewise, at bandwidth 0.5.
+        difference: of the mean recall and the centroid distance to trial 0, ``{figure: {"value",
+            "interval"}}`` with a paired 95 % bootstrap interval over images; {} of trial 0 itself,
+            and of what was not completed.
+        start: which closed form, or "random".
+        steps: optimiser steps that were made.
+        best_step: step whose weights were measured.
+        reason: why it failed.
+    """
+
+    number: int
+    state: str
+    settings: dict[str, Any]
+    seconds: float
+    mean_recall: float | None = None
+    mrr: float | None = None
+    centroid_distance: float | None = None
+    cs_divergence: float | None = None
+    difference: dict[str, dict[str, Any]] = field(default_factory=dict)
+    start: str | None = None
+    steps: int | None = None
+    best_step: int | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A search as far as it went.
+
+    Attributes:
+        study: its folder.
+        config: the winner's settings, for ``csalign train --config``.
+        validation: where the trials were measured, and on how many images and texts.
+        best: number of the winner.
+        recall_slack: recall that might be given for a narrower gap.
+        trials: in the order of their numbers.
+        seconds: wall time of this call.
+    """
+
+    study: Path
+    config: Path
+    validation: dict[str, Any]
+    best: int
+    recall_slack: float
+    trials: list[Trial]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {**asdict(self), "study": str(self.study), "config": str(self.config)}

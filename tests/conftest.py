@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from csalign.config import ImportConfig
+from csalign.enums import Modality
 from csalign.locations import parse_location
 from csalign.steps.import_arrays import import_arrays
+from csalign.store.manifest import EncoderInfo
+from csalign.store.shard import Rows
+from csalign.store.writer import FeatureWriter
 
 # A loaded machine must not fail a test: results are asserted, never seconds. The examples are the
 # same each time, so that a change is judged by what it changed.
@@ -99,6 +103,62 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def write_tokens(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes pairs with tokens: images 12 wide, texts 10 wide, unless told.
+
+    A pair shares a latent, of which its embeddings and tokens are noisy views. Some rows have no
+    tokens. The last fifth is split "test", the fifth before it "val".
+    """
+
+    def write(
+        name: str = "tokens",
+        *,
+        rows: int = 120,
+        sides: Collection[Modality] = tuple(Modality),
+        dtype: str = "float32",
+        most: int = 7,
+        widths: tuple[int, int] = (12, 10),
+        token_widths: tuple[int, int] | None = None,
+    ) -> Path:
+        rng = np.random.default_rng(0)
+        latent = rng.normal(size=(rows, 6))
+        splits = [
+            ("train", "train", "train", "val", "test")[5 * row // rows] for row in range(rows)
+        ]
+        folder = tmp_path / name
+        folder.mkdir()
+        encoders, stored = {}, {}
+        for side, width, token_width in zip(Modality, widths, token_widths or widths, strict=True):
+            to_row, to_token = rng.normal(size=(6, width)), rng.normal(size=(6, token_width))
+            if token_width == width:
+                to_token = to_row
+            counts = rng.integers(0, most + 1, rows)
+            views = [
+                own + 0.5 * rng.normal(size=(k, 6)) for own, k in zip(latent, counts, strict=True)
+            ]
+            tokens = [view @ to_token for view in views]
+            embeddings = (latent + 0.2 * rng.normal(size=latent.shape)) @ to_row
+            has = side in sides
+            encoders[side] = EncoderInfo(
+                spec="made up",
+                width=width,
+                token_width=token_width if has else None,
+                token_space="projected" if has else None,
+            )
+            ids = [str(row) for row in range(rows)]
+            columns: dict[str, Any] = {"id": ids, "split": splits}
+            if side is Modality.TEXT:
+                columns |= {"image_id": ids, "caption": [f"caption {row}" for row in ids]}
+            stored[side] = Rows(columns, embeddings, tokens if has else None)
+        with FeatureWriter(folder, encoders, dtype) as writer:
+            for side, own in stored.items():
+                writer.write(side, own)
+        return folder
+
+    return write
 
 
 @pytest.fixture

@@ -100,19 +100,34 @@ class SideAdapter(nn.Module):
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__()
-        if shape.token_width not in (None, shape.input_width) and not self.projects_tokens:
+        self.check(shape)
+        self.shape = shape
+        self.register_buffer("mean", torch.zeros(shape.input_width))
+
+    @classmethod
+    def check(cls, shape: SideShape) -> None:
+        """Raise ShapeError if this kind cannot be of that shape; builds nothing."""
+        if shape.token_width not in (None, shape.input_width) and not cls.projects_tokens:
             raise ShapeError(
                 f"{shape.kind}: takes tokens as wide as the embeddings, but tokens are "
                 f"{shape.token_width} wide and embeddings {shape.input_width}; store projected "
                 "tokens, or use the kind transformer, which projects tokens itself"
             )
-        if self.keeps_width and shape.input_width != shape.width:
+        if cls.keeps_width and shape.input_width != shape.width:
             raise ShapeError(
                 f"{shape.kind}: keeps the embeddings' width of {shape.input_width}, but the shared "
                 f"space is {shape.width} wide; make them equal, or use another kind"
             )
-        self.shape = shape
-        self.register_buffer("mean", torch.zeros(shape.input_width))
+
+    @classmethod
+    def mixes_tokens(cls) -> bool:
+        """Whether an embedding may depend on its tokens: the kind has its own `forward_tokens`."""
+        return cls.forward_tokens is not SideAdapter.forward_tokens
+
+    @property
+    def embeds_with_tokens(self) -> bool:
+        """Whether an embedding needs its tokens: the kind mixes them in and was built for some."""
+        return self.shape.token_width is not None and self.mixes_tokens()
 
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """Unit rows minus the mean, with Gaussian noise of that norm; (n, input_width) float32."""
@@ -137,6 +152,9 @@ class SideAdapter(nn.Module):
         self, x: Tensor, tokens: Tensor, mask: Tensor, noise: float = 0.0
     ) -> Aligned:
         """Map embeddings and their tokens; by default each token as if it were an embedding.
+
+        A kind that has its own is taken to mix tokens into the embedding: where it was trained
+        with tokens, it is only ever called with them.
 
         Args:
             x: (n, input_width), as in `forward`.

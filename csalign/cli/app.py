@@ -21,9 +21,10 @@ from csalign.config import (
     ExtractConfig,
     ImportConfig,
     TrainConfig,
+    TuneConfig,
 )
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, TrainResult
+from csalign.results import FeaturesResult, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -74,6 +75,15 @@ def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     from csalign.steps.train import train
 
     return train(settings, progress)
+
+
+@app.command()
+@step_command(TuneConfig, render.tune_tables)
+def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
+    """Search the settings of train on validation; those that are given stay as they are."""
+    from csalign.steps.tune import tune
+
+    return tune(settings, progress)
 
 
 @app.command()

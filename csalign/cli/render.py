@@ -11,10 +11,11 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from csalign.results import FeaturesResult, TrainResult
+from csalign.results import FeaturesResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
+TRIALS_SHOWN = 10
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -53,6 +54,75 @@ def train_table(result: TrainResult) -> None:
             )
         )
     _print_rows(str(result.run), rows)
+
+
+def tune_tables(result: TuneResult) -> None:
+    """The best trials and the default, then what the winner is worth."""
+    there = result.validation
+    states = [trial.state for trial in result.trials]
+    rest = [f"{states.count(state)} {state}" for state in ("pruned", "failed") if state in states]
+    _print(
+        f"{result.study}: {', '.join([f'{len(states)} trials', *rest])}; measured on "
+        f"{there['name']}: {there['images']:,} images, {there['texts']:,} texts"
+    )
+    best = result.trials[result.best]
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    complete.sort(key=lambda trial: (trial is not best, -(trial.mean_recall or 0), trial.number))
+    shown = [t for i, t in enumerate(complete) if i < TRIALS_SHOWN or t.number == 0]
+    names = [_trial_name(trial) for trial in shown]
+    figures = {
+        "mean recall": [_percent(trial.mean_recall or 0) for trial in shown],
+        "to the default": [_to_default(trial, "mean_recall") for trial in shown],
+        "centroid": [f"{trial.centroid_distance:.4f}" for trial in shown],
+        "CS": [f"{trial.cs_divergence:.4f}" for trial in shown],
+        "kept": [f"step {trial.best_step}" if trial.best_step else "start" for trial in shown],
+        "seconds": [f"{trial.seconds:.1f}" for trial in shown],
+    }
+    searched = list(dict.fromkeys(name for trial in shown for name in trial.settings))
+    searched = [name for name in searched if name != "steps"]  # of the closed form, by its name
+    settings = {
+        name.replace("_", "-"): [_setting(trial.settings.get(name)) for trial in shown]
+        for name in searched
+    }
+    one = _columns(names, figures | settings)
+    for table in [one] if _fits(one) else [_columns(names, figures), _columns(names, settings)]:
+        _print_table(table)
+    for line in _tune_verdict(result, best):
+        _print(line)
+
+
+def _trial_name(trial: Trial) -> str:
+    role = {0: ", the default"}.get(trial.number, "")
+    return f"{trial.number}{role or (', the closed form' if trial.steps == 0 else '')}"
+
+
+def _to_default(trial: Trial, figure: str) -> str:
+    return _signed(trial.difference[figure]) if trial.difference else ""
+
+
+def _setting(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
+    if best.number == 0:
+        yield f"No trial was better than the default, whose settings are in {result.config}."
+        return
+    yield f"Trial {best.number} is the best; {result.config} has its settings."
+    if best.difference:
+        low, high = best.difference["mean_recall"]["interval"]
+        judged = "cannot be told from chance" if low <= 0 <= high else "is more than chance"
+        gap = best.difference["centroid_distance"]
+        yield (
+            f"To the default: mean recall {_to_default(best, 'mean_recall')} points, which "
+            f"{judged} on these images; centroid distance {gap['value']:+.4f} "
+            f"{_range(gap['interval'], digits=4)}."
+        )
+    yield (
+        f"The best of {len(result.trials)} looks at the same images flatters itself. What it is "
+        f"worth: csalign train --config {result.config} --out RUN, and csalign compare RUN with a "
+        "run of the defaults, on a split that no trial saw."
+    )
 
 
 def eval_tables(document: dict[str, Any]) -> None:

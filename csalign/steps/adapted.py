@@ -1,13 +1,24 @@
 """A trained adapter, checked against the features that are to go through it."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.model import Adapter
 from csalign.devices import pick_device
 from csalign.enums import Modality
-from csalign.errors import ShapeError
+from csalign.errors import DataError, ShapeError
+from csalign.store.join import PairedRows
 from csalign.store.reader import FeatureSet
+from csalign.store.tokens import TokenCache, TokenRows
+
+ROWS_WITH_TOKENS = 128  # at a time: each is a sequence of up to hundreds of vectors
+STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
+
+Array = npt.NDArray[Any]
 
 
 def load_adapter_for(
@@ -22,7 +33,7 @@ def load_adapter_for(
         allow: a kind ``package.module:Class`` that may be imported.
 
     Raises:
-        DataError: there is no adapter at `run`.
+        DataError: there is no adapter at `run`, or it embeds with tokens that are not stored.
         SchemaError: its files are damaged.
         ShapeError: the features are not of the widths that it takes.
     """
@@ -34,4 +45,58 @@ def load_adapter_for(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
                 f"takes {takes}; use features of the encoders that it was trained on"
             )
+        if table.made_by is not None and adapter.side(side).embeds_with_tokens:
+            check_tokens(features, side, run, info.adapters[side].token_width)
     return adapter.to(pick_device(device)), info
+
+
+def embed_rows(
+    adapter: Adapter, side: Modality, rows: PairedRows, features: FeatureSet | None
+) -> Array:
+    """Aligned embeddings of one side's rows, with their tokens where the adapter takes them.
+
+    Args:
+        adapter: trained, or being trained.
+        side: which rows.
+        rows: of `features`.
+        features: where the tokens are, streamed; None embeds without them.
+
+    Returns:
+        (n, width) float32, unit rows.
+
+    Raises:
+        DataError: a token is not finite.
+        SchemaError: a shard is damaged.
+    """
+    values = rows.embeddings(side)
+    if features is None or not adapter.side(side).embeds_with_tokens:
+        return adapter.embed(side, values)
+    source = TokenRows(features.table(side), TokenCache(STREAMED_BYTES))
+    places = rows.table_rows(side)
+    out = np.empty((len(values), adapter.side(side).shape.width), np.float32)
+    for start in range(0, len(values), ROWS_WITH_TOKENS):
+        part = slice(start, start + ROWS_WITH_TOKENS)
+        out[part] = adapter.embed_tokens(side, values[part], *source.take(places[part]))[0]
+    return out
+
+
+def check_tokens(features: FeatureSet, side: Modality, run: Path, takes: int | None) -> None:
+    """Raise DataError or ShapeError unless the tokens are stored that a run takes.
+
+    Args:
+        features: that are to go through its adapter.
+        side: whose tokens.
+        run: for the message.
+        takes: width of the tokens that it was trained with.
+    """
+    found = features.table(side).encoder.token_width
+    if found is None:
+        raise DataError(
+            f"{features.path}: stores no {side} tokens, but the adapter {run} embeds with them; "
+            "make the features with csalign extract --tokens both"
+        )
+    if found != takes:
+        raise ShapeError(
+            f"{features.path}: {side} tokens are {found} wide, the adapter {run} takes {takes}; "
+            "use features of the encoders and the --token-space that it was trained on"
+        )

@@ -15,10 +15,12 @@ from csalign.config import TrainConfig
 from csalign.enums import DivergenceName, Modality, PairwiseName
 from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
-from csalign.objective.loss import LossParts, Objective
+from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
 from csalign.objective.pairwise import pairwise_loss
-from csalign.steps.batches import Batch
+from csalign.steps.batch_tokens import BatchTokens
+from csalign.steps.batches import Batch, Ints
+from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.weight import Weight
 from csalign.store.join import PairedRows
@@ -41,6 +43,7 @@ class BatchLoss(nn.Module):
         unpaired: what the distribution term sees besides.
         config: the terms and their weights.
         device: where to compute.
+        tokens: of the training rows, None where no side trains with any.
 
     Attributes:
         weight: lambda now.
@@ -54,6 +57,7 @@ class BatchLoss(nn.Module):
         unpaired: Unpaired,
         config: TrainConfig,
         device: torch.device,
+        tokens: StoredTokens | None = None,
     ) -> None:
         super().__init__()
         self._adapter = [adapter]  # not a submodule: its weights are saved on their own
@@ -61,6 +65,9 @@ class BatchLoss(nn.Module):
         self._unpaired = unpaired
         self._config = config
         self._device = device
+        self._tokens = (
+            None if tokens is None else BatchTokens(adapter, rows, tokens, config, device)
+        )
         is_none = config.divergence is DivergenceName.NONE
         self.weight = Weight.of(0.0 if is_none else config.cs_weight)
         self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
@@ -96,11 +103,15 @@ class BatchLoss(nn.Module):
         images = self._take(self._rows.images, batch.images)
         texts = self._take(self._rows.texts, batch.texts)
         images, texts = self._mixed(images, texts, rng)
-        x, y = self._embed(Modality.IMAGE, images), self._embed(Modality.TEXT, texts)
+        tokens: TokenBatch | None = None
+        if self._tokens is None:
+            x, y = self._embed(Modality.IMAGE, images), self._embed(Modality.TEXT, texts)
+        else:
+            x, y, tokens = self._tokens.forward(batch, images, texts)
         have, other = np.empty(0, np.int64), None
         if batch.others is not None and (batch.others >= 0).sum() > 1:
             have = np.flatnonzero(batch.others >= 0)
-            other = self._embed(Modality.TEXT, self._take(self._rows.texts, batch.others[have]))
+            other = self._captions(batch.others[have])
         parts = self._objective()(
             x,
             y,
@@ -110,6 +121,7 @@ class BatchLoss(nn.Module):
             owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
             x_extra=self._extra_images(rng),
             y_extra=self._extra_texts(batch, other, rng),
+            tokens=tokens,
         )
         if other is None:
             return parts
@@ -128,6 +140,7 @@ class BatchLoss(nn.Module):
             pairwise=self._config.pairwise,
             divergence=self._config.divergence,
             weight=self.weight.value,
+            token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
         )
 
@@ -137,6 +150,13 @@ class BatchLoss(nn.Module):
     def _embed(self, side: Modality, rows: Tensor) -> Tensor:
         embedded: Tensor = self._adapter[0].side(side)(rows, self._config.noise)
         return embedded
+
+    def _captions(self, rows: Ints) -> Tensor:
+        """Embedded captions of the batch's images, beside those of the pairs."""
+        texts = self._take(self._rows.texts, rows)
+        if self._tokens is None:
+            return self._embed(Modality.TEXT, texts)
+        return self._tokens.texts(rows, texts)
 
     def _mixed(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The pairs, mixed with others if that is asked for (FuseMix)."""
@@ -162,10 +182,11 @@ class BatchLoss(nn.Module):
     ) -> Tensor | None:
         """Embedded unpaired texts, and the captions that the pairs leave out."""
         parts = [other] if other is not None and self._takes_captions else []
-        rows = [self._draw_unpaired(Modality.TEXT, rng)]
+        rows = self._draw_unpaired(Modality.TEXT, rng)
+        if rows is not None:
+            parts.append(self._embed(Modality.TEXT, rows))
         if self._takes_captions and len(batch.further):
-            rows.append(self._take(self._rows.texts, batch.further))
-        parts += [self._embed(Modality.TEXT, own) for own in rows if own is not None]
+            parts.append(self._captions(batch.further))
         return torch.cat(parts) if parts else None
 
     @property
@@ -175,12 +196,16 @@ class BatchLoss(nn.Module):
     def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
         if not self._takes_extra:
             return None
+        if self._adapter[0].side(side).embeds_with_tokens:
+            return None  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
         return None if rows is None else to_tensor(rows, self._device)
 
     @property
     def _has_bandwidth(self) -> bool:
+        if self._config.token_weight:
+            return True
         has: bool = divergence(self._config.divergence).has_bandwidth
         return bool(self.weight.value) and has
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,19 @@ class Batch:
     further: Ints
 
 
+class Order(Protocol):
+    """In which order an epoch shows the images."""
+
+    def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
+        """A permutation of the positions in `images`, (k,) image rows."""
+        ...
+
+
+def uniform(images: Ints, rng: np.random.Generator) -> Ints:
+    """Any order is as likely as any other."""
+    return rng.permutation(len(images))
+
+
 class PairSampler:
     """Draws pairs of a set of rows.
 
@@ -46,6 +59,7 @@ class PairSampler:
             the pairs of "sample" and "all", whose captions weigh 1 each.
         once: count a caption that many images share once: in the closed form its f pairs weigh
             1 / f, and an epoch holds one of them. Otherwise each pair counts.
+        order: of the images in an epoch.
     """
 
     def __init__(
@@ -55,6 +69,7 @@ class PairSampler:
         *,
         other_weight: float,
         once: bool,
+        order: Order = uniform,
     ) -> None:
         self._images = np.flatnonzero(rows.caption_counts)
         self._counts = rows.caption_counts[self._images]
@@ -65,6 +80,7 @@ class PairSampler:
         self._captions = captions
         self._weight = float(other_weight)
         self._once = once
+        self._order = order
         self._keys = rows.caption_keys if once else np.arange(len(rows.texts))
 
     def __len__(self) -> int:
@@ -81,12 +97,12 @@ class PairSampler:
         return (images, texts), weights
 
     def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        """One pass: the images in random order, each with one caption, in batches of like size.
+        """One pass: the images in `order`, each with one caption, in batches of like size.
 
         With `once`, of the images that drew the same caption only one is kept, so that a batch
         holds no caption twice and so no false negatives of that kind.
         """
-        order = rng.permutation(len(self._images))
+        order = self._order(self._images, rng)
         drawn = np.zeros(len(order), np.int64)
         if self._captions == "sample":
             drawn = rng.integers(0, self._counts[order])

@@ -18,7 +18,7 @@ from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
-from csalign.steps.adapted import load_adapter_for
+from csalign.steps.adapted import embed_rows, load_adapter_for
 from csalign.steps.report import Evaluated, write_report
 from csalign.store.join import (
     ALL,
@@ -214,7 +214,7 @@ def _aligned(
     _warn_of_trained_rows(features, info, split)
     for _, values, ids, name in sides:
         check_directions(values, ids, name)
-    images, texts = (adapter.embed(side, values) for side, values, _, _ in sides)
+    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
     return images, texts, (adapter, info)
 
 

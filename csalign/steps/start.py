@@ -18,6 +18,8 @@ from csalign.steps.batches import PairSampler
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
 
+TokenWidths = Mapping[Modality, int]
+
 log = logging.getLogger(__name__)
 
 RIDGES = (0.3, 1.0, 3.0, 10.0)
@@ -35,7 +37,11 @@ def kinds_of(config: TrainConfig) -> dict[Modality, str]:
 
 
 def closed_form_start(
-    rows: PairedRows, sampler: PairSampler, val: PairedRows | None, config: TrainConfig
+    rows: PairedRows,
+    sampler: PairSampler,
+    val: PairedRows | None,
+    config: TrainConfig,
+    token_widths: TokenWidths,
 ) -> tuple[Adapter, str]:
     """Build adapters at the closed form that does best on validation.
 
@@ -49,14 +55,18 @@ def closed_form_start(
         sampler: gives their pairs and weights.
         val: held-out rows, or None.
         config: adapter kinds and widths.
+        token_widths: of the sides that take tokens. Validation is without them: a closed form
+            makes nothing of them.
 
     Returns:
         The adapters and the winner's name; random ones where the kinds can hold no closed form.
     """
-    space = _Space(rows, sampler, config)
+    space = _Space(rows, sampler, config, token_widths)
     if val is None:
         first = next(space.candidates((SAFE_RIDGE,), (SAFE_POWER,)), None)
-        return random_start(rows, config) if first is None else (space.at(*first), first[0].name)
+        if first is None:
+            return random_start(rows, config, token_widths)
+        return space.at(*first), first[0].name
     best: tuple[Adapter, str] | None = None
     best_score: Score | None = None
     for form, roots in space.candidates(RIDGES, POWERS):
@@ -65,22 +75,29 @@ def closed_form_start(
         log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
         if score.better_than(best_score):
             best, best_score = (adapter, form.name), score
-    return best or random_start(rows, config)
+    return best or random_start(rows, config, token_widths)
 
 
-def random_start(rows: PairedRows, config: TrainConfig) -> tuple[Adapter, str]:
+def random_start(
+    rows: PairedRows, config: TrainConfig, token_widths: TokenWidths
+) -> tuple[Adapter, str]:
     """Build adapters with random weights, seeded."""
-    return _build(rows, config, None, (False, False)), "random"
+    return _build(rows, config, token_widths, None, (False, False)), "random"
 
 
 def _build(
-    rows: PairedRows, config: TrainConfig, width: int | None, roots: tuple[bool, bool]
+    rows: PairedRows,
+    config: TrainConfig,
+    token_widths: TokenWidths,
+    width: int | None,
+    roots: tuple[bool, bool],
 ) -> Adapter:
     """Adapters with random weights.
 
     Args:
         rows: for the encoders' widths.
         config: everything else.
+        token_widths: of the sides that take tokens.
         width: of the shared space; None for what the kinds and the config say.
         roots: whether the square root is taken of images and texts.
     """
@@ -97,6 +114,7 @@ def _build(
             hidden=config.hidden,
             dropout=config.dropout,
             signed_sqrt=root,
+            token_width=token_widths.get(side),
             rank=config.rank,
             layers=config.layers,
         )
@@ -118,10 +136,11 @@ class _Space:
     rows: PairedRows
     sampler: PairSampler
     config: TrainConfig
+    token_widths: TokenWidths
 
     def at(self, form: ClosedForm, roots: tuple[bool, bool]) -> Adapter:
         """Adapters at a closed form."""
-        adapter = _build(self.rows, self.config, len(form.image_weight), roots)
+        adapter = _build(self.rows, self.config, self.token_widths, len(form.image_weight), roots)
         adapter.start_from(form)
         return adapter
 

@@ -20,7 +20,8 @@ def check_terms(config: TrainConfig, images: int) -> None:
     """
     has_divergence = bool(config.cs_weight) and config.divergence is not DivergenceName.NONE
     compares_sets = has_divergence and not divergence(config.divergence).matched
-    if config.pairwise is PairwiseName.NONE and not has_divergence and config.steps != 0:
+    has_another = has_divergence or bool(config.token_weight)
+    if config.pairwise is PairwiseName.NONE and not has_another and config.steps != 0:
         raise ConfigError(
             "pairwise none leaves nothing to train on without a distribution term; give a "
             "--cs-weight and a --divergence, or --steps 0 for the start alone"

@@ -23,12 +23,19 @@ from csalign.metrics.retrieval import rank_both_ways
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.results import TrainResult
-from csalign.steps.batches import PairSampler
+from csalign.steps.adapted import embed_rows
+from csalign.steps.batches import PairSampler, uniform
 from csalign.steps.evaluate import Measured, describe
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
+from csalign.steps.tokens import (
+    StoredTokens,
+    open_tokens,
+    token_widths,
+    warn_of_rows_without_tokens,
+)
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
@@ -49,9 +56,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         progress: told how far it is.
 
     Raises:
+        ConfigError: options that do not go together, or a log's library is not installed.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
-            without a direction.
-        ConfigError: a log's library is not installed.
+            without a direction, no tokens where they are asked for.
         OutputError: ``config.out`` exists and is not to be replaced, or the page cannot be written
             where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
@@ -63,23 +70,19 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
-    train_split = _train_split(features, config)
-    rows, val = _load(features, train_split, config)
-    sampler = PairSampler(
-        rows, config.captions, other_weight=config.other_captions, once=config.caption_weights
-    )
-    check_terms(config, len(sampler))
-    if config.init == "canonical":
-        adapter, start = closed_form_start(rows, sampler, val, config)
-    else:
-        adapter, start = random_start(rows, config)
+    widths = token_widths(features, config)
+    train_split = split_to_train(features, config)
+    rows, val = load_split_rows(features, train_split, config)
+    tokens = open_tokens(features, widths, rows, config)
+    sampler, adapter, start = start_of(rows, val, config, tokens)
     log.info("start: %s", start)
-    unpaired = gather_unpaired(rows, _further_sets(config), train_split)
+    unpaired = gather_unpaired(rows, further_sets(config), train_split)
+    warn_of_rows_without_tokens(adapter, unpaired)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         environment = _environment(device, config)
         files.write_json(folder / "environment.json", environment)
-        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device)
+        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
@@ -110,10 +113,7 @@ def _evaluated(
     adapter: Adapter, features: FeatureSet, val: PairedRows, config: TrainConfig
 ) -> Evaluated:
     """What was kept, measured on the validation rows as ``csalign eval`` measures."""
-    images, texts = (
-        adapter.embed(Modality.IMAGE, val.images),
-        adapter.embed(Modality.TEXT, val.texts),
-    )
+    images, texts = (embed_rows(adapter, side, val, features) for side in Modality)
     measured = Measured(
         config=EvalConfig(features=config.features, adapter=config.out, seed=config.seed),
         split="validation",
@@ -129,18 +129,39 @@ def _evaluated(
     return Evaluated(features, val, images, texts, True, measured.ranks, document)
 
 
-def _further_sets(config: TrainConfig) -> list[Path]:
+def start_of(
+    rows: PairedRows,
+    val: PairedRows | None,
+    config: TrainConfig,
+    tokens: StoredTokens | None = None,
+) -> tuple[PairSampler, Adapter, str]:
+    """What draws the pairs, the adapters at their start, and that start's name."""
+    sampler = PairSampler(
+        rows,
+        config.captions,
+        other_weight=config.other_captions,
+        once=config.caption_weights,
+        order=tokens.order if tokens else uniform,
+    )
+    widths = tokens.widths if tokens else {}
+    check_terms(config, len(sampler))
+    if config.init == "canonical":
+        return sampler, *closed_form_start(rows, sampler, val, config, widths)
+    return sampler, *random_start(rows, config, widths)
+
+
+def further_sets(config: TrainConfig) -> list[Path]:
     """The feature sets that `config.unpaired` names."""
     return [parse_location(name.strip()) for name in (config.unpaired or "").split(",") if name]
 
 
-def _train_split(features: FeatureSet, config: TrainConfig) -> str:
+def split_to_train(features: FeatureSet, config: TrainConfig) -> str:
     """The split(s) to train on; all of a set that was never split."""
     never_split = set(features.splits()) == {None}
     return ALL if config.train_split == "train" and never_split else config.train_split
 
 
-def _load(
+def load_split_rows(
     features: FeatureSet, train_split: str, config: TrainConfig
 ) -> tuple[PairedRows, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""

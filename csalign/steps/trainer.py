@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from csalign.progress import Progress, show_figures
 from csalign.steps.batch_loss import BatchLoss
 from csalign.steps.batches import Batch, PairSampler
 from csalign.steps.logs import Log, figures_of
+from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
 from csalign.store.join import PairedRows
@@ -56,6 +57,7 @@ class Trainer:
         config: everything else.
         folder: where ``metrics.jsonl`` goes.
         device: where to compute.
+        tokens: of the rows, None where no side trains with any.
         logs: where the figures go besides ``metrics.jsonl``.
         step: optimiser steps made; after `fit`, those of the weights that were kept.
         steps_made: optimiser steps made in all.
@@ -72,6 +74,7 @@ class Trainer:
     config: TrainConfig
     folder: Path
     device: torch.device
+    tokens: StoredTokens | None = None
     logs: Sequence[Log] = ()
     step: int = 0
     steps_made: int = 0
@@ -87,7 +90,9 @@ class Trainer:
         if self.config.average:
             decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
-        self.loss = BatchLoss(self.adapter, self.rows, self.unpaired, self.config, self.device)
+        self.loss = BatchLoss(
+            self.adapter, self.rows, self.unpaired, self.config, self.device, self.tokens
+        )
 
     def total_steps(self) -> int:
         """Steps asked for, or as many as 40 epochs fill, but at least 200."""
@@ -96,7 +101,7 @@ class Trainer:
         epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)
         return max(MIN_DEFAULT_STEPS, epochs)
 
-    def fit(self, progress: Progress) -> Iterator[int]:
+    def fit(self, progress: Progress) -> Generator[int, None, None]:
         """Train; yields the step after each validation, when it is a good time to save.
 
         Leaves the best weights in `adapter`: the start's own where nothing trained beat it.
@@ -193,6 +198,7 @@ class Trainer:
                 "pairwise_others": None if parts.others is None else float(parts.others.detach()),
                 "divergence": float(parts.divergence.detach()) if weight else None,
                 "cs_weight": weight,
+                "token": float(parts.token.detach()) if self.config.token_weight else None,
                 "logit_scale": self.loss.logit_scale,
                 "bandwidth": self.loss.sigma,
                 "gradient_norm": float(norm),
@@ -220,7 +226,7 @@ class Trainer:
         if self.val is None:
             return True
         adapter = self._kept_adapter()
-        score = validate(adapter, self.val)
+        score = validate(adapter, self.val, self.tokens.features if self.tokens else None)
         self._record({"step": self.step, "validation": score.to_json()})
         better = score.better_than(self.best_score)
         self.loss.weight = self.loss.weight.after(score, self.best_score)

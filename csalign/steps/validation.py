@@ -8,7 +8,9 @@ import numpy as np
 from csalign.adapters.model import Adapter
 from csalign.enums import Modality
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
+from csalign.steps.adapted import embed_rows
 from csalign.store.join import PairedRows
+from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +48,15 @@ class Score:
         }
 
 
-def validate(adapter: Adapter, rows: PairedRows) -> Score:
-    """Measure an adapter on held-out rows."""
-    images = adapter.embed(Modality.IMAGE, rows.images)
-    texts = adapter.embed(Modality.TEXT, rows.texts)
+def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = None) -> Score:
+    """Measure an adapter on held-out rows.
+
+    Args:
+        adapter: both sides.
+        rows: held out.
+        features: that they are from, whose tokens then go with them where the adapter takes any.
+    """
+    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
     ranks = rank_both_ways(images, texts, rows.text_image)
     summaries = [direction.summary() for direction in ranks]
     gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError, ShapeError
 from csalign.store import schema
 from csalign.store.reader import FeatureSet, FeatureTable
@@ -34,6 +35,8 @@ class PairedRows:
         text_ids: m ids.
         captions: m captions, null where unknown.
         text_image: (m,) int64, row of the image that a text belongs to, -1 for none.
+        image_rows: (n,) int64, where the images are in the image table; None for all in order.
+        text_rows: (m,) int64, likewise of the texts.
     """
 
     name: str
@@ -43,6 +46,17 @@ class PairedRows:
     text_ids: pa.Array
     captions: pa.Array
     text_image: Ints
+    image_rows: Ints | None = None
+    text_rows: Ints | None = None
+
+    def embeddings(self, side: Modality) -> Array:
+        """The embeddings of one side."""
+        return self.images if side is Modality.IMAGE else self.texts
+
+    def table_rows(self, side: Modality) -> Ints:
+        """Where the rows of one side are in its table, int64."""
+        rows = self.image_rows if side is Modality.IMAGE else self.text_rows
+        return np.arange(len(self.embeddings(side))) if rows is None else rows
 
     @property
     def pairs(self) -> int:
@@ -88,6 +102,8 @@ class PairedRows:
             text_ids=self.text_ids.take(texts),
             captions=self.captions.take(texts),
             text_image=position[self.text_image[texts]],
+            image_rows=self.table_rows(Modality.IMAGE)[keep],
+            text_rows=self.table_rows(Modality.TEXT)[texts],
         )
 
 
@@ -121,6 +137,8 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
         text_ids=joined.text_ids,
         captions=_take(_column(features.texts, schema.CAPTION), joined.text_rows),
         text_image=joined.text_image,
+        image_rows=joined.image_rows,
+        text_rows=joined.text_rows,
     )
 
 

@@ -24,6 +24,24 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class RowGroup:
+    """Rows of a table that are read at once.
+
+    Attributes:
+        shard: the file that they are in.
+        index: which of its row groups.
+        rows: how many.
+        bytes: of the column asked for, before compression, its nesting included: about what it
+            takes in memory, and a little more.
+    """
+
+    shard: Shard
+    index: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class FeatureTable:
     """One side of a feature set on disk; reads nothing until asked.
 
@@ -172,6 +190,49 @@ class FeatureTable:
                     table = file.read_row_group(group, columns=list(columns), use_threads=True)
                     yield from table.combine_chunks().to_batches()
 
+    def row_groups(self, column: str) -> list[RowGroup]:
+        """All row groups in row order; reads footers only.
+
+        Args:
+            column: whose size is told.
+
+        Raises:
+            SchemaError: a shard is damaged.
+        """
+        found = []
+        for shard in self.shards:
+            with self._open(shard) as file:
+                for index in range(file.metadata.num_row_groups):
+                    group = file.metadata.row_group(index)
+                    chunks = map(group.column, range(group.num_columns))
+                    size = sum(
+                        chunk.total_uncompressed_size
+                        for chunk in chunks
+                        if chunk.path_in_schema.split(".")[0] == column
+                    )
+                    found.append(RowGroup(shard, index, group.num_rows, size))
+        return found
+
+    def read_group(
+        self, group: RowGroup, columns: Sequence[str], rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """The given columns of one row group, a few rows at a time.
+
+        Decoding takes several times the memory of what is decoded, so this needs little.
+
+        Args:
+            group: of this table.
+            columns: to read.
+            rows: of a batch, at most.
+
+        Raises:
+            SchemaError: the shard is damaged.
+        """
+        with self._open(group.shard) as file:
+            yield from file.iter_batches(
+                rows, row_groups=[group.index], columns=list(columns), use_threads=False
+            )
+
     def _path(self, shard: Shard) -> Path:
         path = self.folder.joinpath(*shard.path.split("/"))
         outside = ".." in shard.path.split("/") or PurePosixPath(shard.path).is_absolute()
@@ -275,8 +336,20 @@ def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:
 
 def batch_tokens(batch: pa.RecordBatch) -> list[Array]:
     """The tokens column of a batch: n arrays (t_i, d_t), views of one decoded block."""
-    column = batch.column(schema.TOKENS)
-    flat: Array = column.values.values.to_numpy(zero_copy_only=True)
-    vectors = flat.reshape(-1, column.type.value_type.list_size)
-    offsets = column.offsets.to_numpy()
+    vectors, offsets = flat_tokens(batch)
     return [vectors[start:end] for start, end in pairwise(offsets)]
+
+
+def flat_tokens(batch: pa.RecordBatch) -> tuple[Array, Array]:
+    """The tokens column of a batch without a copy: (k, d_t), and (n + 1,) where each row begins.
+
+    Raises:
+        SchemaError: a row or a value is null.
+    """
+    column = batch.column(schema.TOKENS)
+    values = column.values.values
+    if column.null_count or column.values.null_count or values.null_count:
+        raise SchemaError(f"column {schema.TOKENS!r} holds nulls")
+    flat: Array = values.to_numpy(zero_copy_only=True)
+    offsets: Array = column.offsets.to_numpy()
+    return flat.reshape(-1, column.type.value_type.list_size), offsets
