@@ -424,6 +424,14 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
+        None,
+        description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "
+        "tensorboard, wandb.",
+    )
+    report: Path | None = Field(
+        None, description="Also write a page with curves and validation, such as training.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -540,8 +548,16 @@ class EvalConfig(Config):
     )
     explain: bool = Field(False, description="Tell the formula and source of each figure.")
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
+    index: Literal["exact", "ivf", "hnsw"] = Field(
+        "exact",
+        description="Rank among all items, or among the 100 that an approximate index of FAISS "
+        "lists, whose own recall is then measured too.",
+    )
     intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, such as evaluation.html."
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 

@@ -37,11 +37,14 @@ ARTIFACT_ENTRIES = {
     "images.npy",
     "img_emb",
     "metadata",
+    "metrics.csv",
     "metrics.jsonl",
+    "tensorboard",
     "text_emb",
     "texts",
     "texts.csv",
     "texts.npy",
+    "wandb",
     JOB,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""

@@ -1,10 +1,11 @@
 """Progress on stderr: a bar on a terminal, a plain line now and then in a log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,11 +16,16 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from csalign import progress, stopping
 
 LINE_EVERY_S = 30.0
+SHOWN = (
+    *("loss", "pairwise", "pairwise_others", "divergence"),
+    *("validation/mean_recall", "validation/centroid_distance"),
+)
 
 
 @contextmanager
@@ -55,8 +61,23 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.4g}/s", style="progress.data.speed")
 
 
-def _bars(console: Console) -> Progress:
-    return Progress(
+class _Bars(Progress):
+    """Bars, and below them the latest figures of what runs."""
+
+    shown: dict[str, float] = {}  # noqa: RUF012 - replaced, never changed
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.shown:
+            table = Table(box=SIMPLE)
+            for name in self.shown:
+                table.add_column(name.split("/")[-1].replace("_", " "), justify="right")
+            table.add_row(*(f"{value:.4g}" for value in self.shown.values()))
+            yield table
+
+
+def _bars(console: Console) -> _Bars:
+    return _Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -67,7 +88,7 @@ def _bars(console: Console) -> Progress:
 
 
 class _BarReporter:
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: _Bars) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
 
@@ -75,6 +96,11 @@ class _BarReporter:
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
+
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """Show the latest of each."""
+        latest = self._bars.shown | {name: figures[name] for name in SHOWN if name in figures}
+        self._bars.shown = {name: latest[name] for name in SHOWN if name in latest}
 
 
 class _LineReporter:

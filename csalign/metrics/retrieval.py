@@ -1,24 +1,24 @@
-"""Cross-modal retrieval: exact ranks from FAISS scores; the only importer of faiss."""
+"""Cross-modal retrieval: the exact ranks of all matches, both ways, from one pass of tiles."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
-# Neighbours that FAISS lists for each query; deeper matches are ranked by counting.
-LISTED = 100
-# One tile of scores; larger ones leave the processor's caches without being any faster.
-TILE_BYTES = 64 << 20
-QUERIES_AT_A_TIME = 16_384  # bounds what the lists take
-NO_ITEM = -1
-FAR = np.iinfo(np.int64).max
+# A thread's share of a tile: 1 MB of scores stays in its cache. Counts of so many rows fit a byte,
+# and so do those of an eighth of the columns.
+TILE_ROWS = 240
+TILE_COLUMNS = 1_024
+MIN_TILE = 16  # a product of one row is made by other code, which rounds differently
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ def rank_both_ways(
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
+    A match's rank is 1 + the wrong items that score at least as high (ties against the model) +
+    the other matches that are placed before it. Scores are inner products, and one product serves
+    both directions; no more than a tile of it is held.
+
     Args:
         images: (n, d) float32, unit rows: the gallery of the texts.
         texts: (m, d) float32, unit rows: the gallery of the images.
@@ -87,108 +91,177 @@ def rank_both_ways(
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
         order.
     """
-    paired = np.flatnonzero(text_image >= 0)
-    owners = text_image[paired]
-    order = paired[np.argsort(owners, kind="stable")]
-    queried, counts = np.unique(owners, return_counts=True)
-    image_to_text = _rank(images[queried], texts, _padded(order, counts))
-    text_to_image = _rank(texts[paired], images, owners.reshape(-1, 1))
-    return image_to_text, text_to_image
-
-
-def _padded(items: Ints, counts: Ints) -> Ints:
-    """Consecutive runs of `items`, one a row, filled up with `NO_ITEM`: (q, longest run)."""
-    rows = np.full((len(counts), counts.max()), NO_ITEM)
-    column = np.arange(rows.shape[1])
-    rows[column < counts[:, None]] = items
-    return rows
-
-
-def _rank(queries: Floats, gallery: Floats, matches: Ints) -> DirectionRanks:
-    """Exact ranks of each query's matches in the gallery by inner product.
-
-    A match's rank is 1 + the wrong items that score at least as high (ties against the model) +
-    the other matches that are placed before it. FAISS lists the nearest items of each query; where
-    that list does not settle all ranks, the wrong items are counted.
-
-    Args:
-        queries: (q, d) unit rows.
-        gallery: (g, d) unit rows.
-        matches: (q, p) gallery rows that are right, filled up with `NO_ITEM`; at least one each.
-    """
-    queries, gallery = np.ascontiguousarray(queries), np.ascontiguousarray(gallery)
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    index.add(gallery)
-    step = max(1, TILE_BYTES // (4 * len(gallery)))
-    wrong = np.empty(matches.shape, np.int64)
-    for start in range(0, len(queries), QUERIES_AT_A_TIME):
-        some = slice(start, start + QUERIES_AT_A_TIME)
-        wrong[some], settled = _wrong_in_list(index, queries[some], matches[some])
-        deep = start + np.flatnonzero(~settled)
-        for first in range(0, len(deep), step):
-            rows = deep[first : first + step]
-            wrong[rows] = _wrong_by_counting(queries[rows] @ gallery.T, matches[rows])
-    return _summed_up(wrong)
-
-
-def _summed_up(wrong: Ints) -> DirectionRanks:
-    """What follows from the wrong items at or before each match, (q, p), `FAR` for no match."""
-    wrong = np.sort(wrong, axis=1)  # the best match first; what fills up counts as infinitely far
-    known = wrong < FAR
-    counts = known.sum(axis=1)
-    position = np.arange(1, wrong.shape[1] + 1)
-    ranks = np.where(known, wrong, 0) + position
-    within = [(known & (ranks <= k)).sum(axis=1) / counts for k in RECALL_AT]
-    return DirectionRanks(
-        first=wrong[:, 0] + 1,
-        average_precision=np.where(known, position / ranks, 0).sum(axis=1) / counts,
-        recalled=np.stack(within, axis=1),
-        r_precision=(known & (ranks <= counts[:, None])).sum(axis=1) / counts,
+    tiles = _Tiles.lay(images, texts, text_image)
+    wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
+    counts = tiles.caption_counts
+    # Out of the order of the tiles.
+    images_in_order = np.argsort(tiles.image_order[: len(counts)])
+    texts_in_order = np.argsort(tiles.text_order[: len(wrong_images)])
+    return (
+        _of_runs(wrong_texts, counts).take(images_in_order),
+        _of_runs(wrong_images, np.ones_like(wrong_images)).take(texts_in_order),
     )
 
 
-def _wrong_in_list(
-    index: faiss.IndexFlatIP, queries: Floats, matches: Ints
-) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """From FAISS's nearest items: wrong items at or before each match, (q, p), and where settled.
+def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
+    """What follows from the wrong items ahead of each match.
 
-    A query is settled when each of its matches is listed and beats the end of the list, so that
-    no item beyond the list can tie with it; or when the list is the whole gallery.
+    Args:
+        wrong: (pairs,) of consecutive runs of matches, a run a query.
+        counts: (q,) their lengths, all positive.
     """
-    listed = min(index.ntotal, LISTED + matches.shape[1])
-    scores, items = index.search(queries, listed)
-    wrong = np.full(matches.shape, FAR)
-    settled = np.ones(len(queries), np.bool_)
-    is_match = np.zeros(items.shape, np.bool_)
-    for column in matches.T:
-        is_match |= items == column[:, None]
-    for place, column in enumerate(matches.T):
-        here = items == column[:, None]
-        there, needed = here.any(axis=1), column != NO_ITEM
-        score = np.where(here, scores, -np.inf).max(axis=1, keepdims=True)
-        count = ((scores >= score) & ~is_match).sum(axis=1)
-        wrong[needed, place] = count[needed]
-        beats_end = (score[:, 0] > scores[:, -1]) | (listed == index.ntotal)
-        settled &= ~needed | (there & beats_end)
-    return wrong, settled
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    query = np.repeat(np.arange(len(counts)), counts)
+    wrong = wrong[np.lexsort((wrong, query))]  # the best match of each query first
+    position = np.arange(len(wrong)) - starts[query] + 1
+    ranks = position + wrong
+
+    def share(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        sums: npt.NDArray[np.float64] = np.add.reduceat(values.astype(np.float64), starts)
+        return sums / counts
+
+    return DirectionRanks(
+        first=ranks[starts],
+        average_precision=share(position / ranks),
+        recalled=np.stack([share(ranks <= k) for k in RECALL_AT], axis=1),
+        r_precision=share(ranks <= counts[query]),
+    )
 
 
-def _wrong_by_counting(scores: Floats, matches: Ints) -> Ints:
-    """Wrong items that score at least as high as each match, (q, p), from all scores (q, g).
+@dataclass
+class _Tiles:
+    """The matrix of all scores, in an order where matches lie along a staircase, a tile at a time.
 
-    The matches' scores are taken from the same product as those that they are compared with:
-    computed elsewhere they may round differently, and a match outrank itself.
+    Every tile is a product of the same shape, filled up with zeros where the matrix ends: products
+    of other shapes may round differently, and equal rows would no longer tie.
+
+    Attributes:
+        images: (n, d).
+        texts: (m, d).
+        image_order: (n,) image rows; those with the most texts first, those without last.
+        text_order: (m,) text rows; image by image in that order, those without an image last.
+        caption_counts: (q,) texts of each image that has some, falling.
+        owners: (pairs,) place in `image_order` of each paired text in `text_order`, rising.
     """
-    own = np.take_along_axis(scores, np.maximum(matches, 0), axis=1)
-    for column in matches.T:
-        rows = np.flatnonzero(column != NO_ITEM)
-        scores[rows, column[rows]] = -np.inf  # what is left are the wrong items
-    wrong = np.full(matches.shape, FAR)
-    for place, column in enumerate(matches.T):
-        count = np.count_nonzero(scores >= own[:, place : place + 1], axis=1)
-        needed = column != NO_ITEM
-        wrong[needed, place] = count[needed]
-    return wrong
+
+    images: Floats
+    texts: Floats
+    image_order: Ints
+    text_order: Ints
+    caption_counts: Ints
+    owners: Ints
+
+    def __post_init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        self._rows = min(TILE_ROWS * self._threads, max(MIN_TILE, len(self.images)))
+        width = self.images.shape[1]
+        self._left = np.zeros((self._rows, width), np.float32)
+        self._right = np.zeros((TILE_COLUMNS, width), np.float32)
+        self._scores = np.empty((self._rows, TILE_COLUMNS), np.float32)
+        self._above = np.empty(self._scores.shape, np.bool_)
+        self._starts = np.cumsum(self.caption_counts) - self.caption_counts
+
+    @classmethod
+    def lay(cls, images: Floats, texts: Floats, text_image: Ints) -> "_Tiles":
+        """Find the order; arguments as of `rank_both_ways`."""
+        counts = np.bincount(text_image[text_image >= 0], minlength=len(images))
+        image_order = np.argsort(-counts, kind="stable")
+        place = np.argsort(image_order)
+        owners = np.where(text_image >= 0, place[text_image], len(images))
+        text_order = np.argsort(owners, kind="stable")
+        falling = counts[image_order]
+        return cls(
+            images=images,
+            texts=texts,
+            image_order=image_order,
+            text_order=text_order,
+            caption_counts=falling[falling > 0],
+            owners=owners[text_order[: falling.sum()]],
+        )
+
+    def own_scores(self) -> Floats:
+        """Score of each matched pair, (pairs,), in the order of `owners`."""
+        own = np.empty(len(self.owners), np.float32)
+        for column in range(0, len(own), TILE_COLUMNS):
+            self._load_texts(column)
+            owners = self.owners[column : column + TILE_COLUMNS]
+            for row in range(owners[0] - owners[0] % self._rows, owners[-1] + 1, self._rows):
+                self._multiply(row)
+                pairs, where = self._matched(row, column)
+                own[pairs] = self._scores[where]
+        return own
+
+    def count_wrong(self, own: Floats) -> tuple[Ints, Ints]:
+        """Wrong items that score at least as high as each matched pair.
+
+        Args:
+            own: what `own_scores` gave.
+
+        Returns:
+            Wrong texts for the pair's image, and wrong images for its text, (pairs,) each.
+        """
+        wrong_texts, wrong_images = np.zeros((2, len(own)), np.int64)
+        shares = range(0, self._rows, TILE_ROWS)
+        with ThreadPoolExecutor(self._threads) as pool:
+            for column in range(0, len(self.texts), TILE_COLUMNS):
+                self._load_texts(column)
+                texts = slice(column, column + TILE_COLUMNS)
+                for row in range(0, len(self.images), self._rows):
+                    self._multiply(row)
+                    self._scores[len(self.images) - row :] = -np.inf
+                    self._scores[:, len(self.texts) - column :] = -np.inf
+                    # Without the matches what is left are the wrong items.
+                    self._scores[self._matched(row, column)[1]] = -np.inf
+                    count = partial(self._count_share, row, own, own[texts], wrong_texts)
+                    for counts in pool.map(count, shares):
+                        wrong_images[texts] += counts
+        return wrong_texts, wrong_images
+
+    def _load_texts(self, column: int) -> None:
+        rows = self.text_order[column : column + TILE_COLUMNS]
+        np.take(self.texts, rows, axis=0, out=self._right[: len(rows)], mode="clip")
+
+    def _multiply(self, row: int) -> None:
+        """Fill the tile with the scores of the loaded texts and the images from `row` on."""
+        rows = self.image_order[row : row + self._rows]
+        np.take(self.images, rows, axis=0, out=self._left[: len(rows)], mode="clip")
+        left, right, out = map(torch.from_numpy, (self._left, self._right, self._scores))
+        torch.mm(left, right.T, out=out)
+
+    def _matched(self, row: int, column: int) -> tuple[slice, tuple[Ints, Ints]]:
+        """The matched pairs that lie in a tile, and where in it."""
+        owners = self.owners[column : column + TILE_COLUMNS]
+        first, last = np.searchsorted(owners, [row, row + self._rows])
+        return (
+            slice(column + first, column + last),
+            (owners[first:last] - row, np.arange(first, last)),
+        )
+
+    def _count_share(
+        self, row: int, own: Floats, of_texts: Floats, wrong_texts: Ints, start: int
+    ) -> Ints:
+        """One thread's rows of a tile: adds to `wrong_texts`, gives the wrong images by text."""
+        share = slice(start, start + TILE_ROWS)
+        scores, above = self._scores[share], self._above[share]
+        images = slice(row + start, row + start + len(scores))
+        counts, starts = self.caption_counts[images], self._starts[images]
+        for nth in range(counts.max(initial=0)):
+            have = np.count_nonzero(counts > nth)  # they are the first, as the counts fall
+            pairs = starts[:have] + nth
+            np.greater_equal(scores[:have], own[pairs, None], out=above[:have])
+            wrong_texts[pairs] += _true_in_rows(above[:have])
+        width = len(of_texts)
+        np.greater_equal(scores[:, :width], of_texts, out=above[:, :width])
+        by_text: Ints = np.add.reduce(above[:, :width].view(np.uint8), axis=0, dtype=np.uint8)
+        return by_text
+
+
+def _true_in_rows(values: npt.NDArray[np.bool_]) -> Ints:
+    """How many of each row are true; eight bytes at a time, none of which overflows."""
+    sums = values.view(np.uint64).sum(axis=1)
+    counts: Ints = sums.view(np.uint8).reshape(-1, 8).sum(axis=1, dtype=np.int64)
+    return counts
 
 
 def mean_recall(*directions: dict[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """A page of figures and tables as one self-contained HTML file."""
 
+import base64
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from csalign.errors import OutputError
 
 # What a page may do: run what is in it. A caption or a path that got past the escaping could
 # neither fetch nor send anything.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "form-action 'none'; base-uri 'none'"
+)
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -34,6 +38,11 @@ p { margin: .3rem 0 .8rem; color: var(--dim) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left }
 td + td, th + th { text-align: right }
+.prose td, .prose th { text-align: left; vertical-align: top; overflow-wrap: anywhere }
+.prose td:first-child, .prose th { white-space: nowrap }
+.wide { overflow-x: auto }
+small { display: block; color: var(--dim) }
+td img { display: block; max-width: 5rem; max-height: 5rem; background: #fff }
 .figure { width: 100% }
 @media print { h2 { break-after: avoid } .figure, table { break-inside: avoid } }
 </style>
@@ -42,7 +51,8 @@ td + td, th + th { text-align: right }
 $body
 <script>
 const figures = $figures, dark = matchMedia("(prefers-color-scheme: dark)");
-const options = {responsive: true, displaylogo: false,
+// Plotly would offer to upload a figure to its maker's cloud.
+const options = {responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
   toImageButtonOptions: {format: "svg"}, modeBarButtonsToRemove: ["lasso2d", "select2d"]};
 function draw() {
   const style = getComputedStyle(document.documentElement);
@@ -52,7 +62,8 @@ function draw() {
     const layout = {...figure.layout, font: {color: text},
       modebar: {bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)"};
-    for (const name of Object.keys(layout).filter(name => /^[xy]axis/.test(name)))
+    const axes = Object.keys(layout).filter(name => /^[xy]axis/.test(name));
+    for (const name of new Set(["xaxis", "yaxis", ...axes]))
       layout[name] = {...layout[name], ...axis};
     layout.height ??= 350;
     Plotly.react("figure-" + i, figure.data, layout, options);
@@ -65,6 +76,21 @@ dark.addEventListener("change", draw);
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A cell of a table.
+
+    Attributes:
+        text: what it says.
+        note: small, below it.
+        picture: a JPEG above it, or nothing.
+    """
+
+    text: str
+    note: str = ""
+    picture: bytes = b""
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a page.
 
@@ -73,12 +99,14 @@ class Section:
         note: a sentence or two on how to read it.
         figure: what is drawn, or None.
         rows: a table, its first row the heading; no rows, no table.
+        prose: whether the table holds words rather than figures.
     """
 
     title: str
     note: str = ""
     figure: go.Figure | None = None
-    rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+    rows: Sequence[Sequence[str | Entry]] = field(default_factory=tuple)
+    prose: bool = False
 
 
 def check_page(path: Path) -> None:
@@ -105,7 +133,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
             body.append(f'<div class="figure" id="figure-{len(figures)}"></div>')
             figures.append(json.loads(section.figure.to_json()))
         if section.rows:
-            body.append(_table(section.rows))
+            body.append(_table(section.rows, prose=section.prose))
         body.append("</section>")
     page = _PAGE.substitute(
         policy=_POLICY,
@@ -122,8 +150,26 @@ def _as_script(document: Any) -> str:
     return json.dumps(document).replace("<", "\\u003c")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def plain(text: str) -> str:
+    """Text as Plotly's labels and hover boxes take it, which read tags of their own in it."""
+    return escape(text, quote=False)
+
+
+def _table(rows: Sequence[Sequence[str | Entry]], *, prose: bool) -> str:
     heading, *others = rows
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in heading)]
-    lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in others]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    lines = ["".join(f"<th>{_cell(cell)}</th>" for cell in heading)]
+    lines += ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in others]
+    table = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table{" class=prose" if prose else ""}>{table}</table></div>'
+
+
+def _cell(cell: str | Entry) -> str:
+    if isinstance(cell, str):
+        return escape(cell)
+    note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
+    return _image(cell.picture) + escape(cell.text) + note
+
+
+def _image(jpeg: bytes) -> str:
+    data = base64.b64encode(jpeg).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">' if jpeg else ""

@@ -1,7 +1,9 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,31 @@ from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.errors import DataError
+from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
+from csalign.report.page import check_page
 from csalign.steps.adapted import embed_rows, load_adapter_for
-from csalign.steps.further import Asked, check_options, further_blocks, hubness_block, look_up
-from csalign.steps.protocols import Gallery, folds_of, protocol_block, retrieval_block, select
+from csalign.steps.further import (
+    NOTHING_ASKED,
+    Asked,
+    check_options,
+    further_blocks,
+    hubness_block,
+    look_up,
+)
+from csalign.steps.protocols import (
+    DIRECTIONS,
+    Gallery,
+    folds_of,
+    protocol_block,
+    retrieval_block,
+    select,
+)
+from csalign.steps.report import Evaluated, write_report
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -51,6 +70,7 @@ class Measured:
         text_image: (m,) int64, image row of each text, -1 for none.
         folds: what is searched by itself, in order; all of it, but for a protocol with folds.
         fold_ranks: of each fold, image to text, and text to image.
+        index: what ranked, as the document has it.
         protocol: what decides a score beside the model.
         asked: what further figures are made from.
         fingerprints: of the features' content and of the adapter's weights, None without one.
@@ -64,6 +84,7 @@ class Measured:
     text_image: npt.NDArray[np.int64]
     folds: tuple[Gallery, ...]
     fold_ranks: tuple[tuple[DirectionRanks, DirectionRanks], ...]
+    index: dict[str, Any]
     protocol: dict[str, Any]
     asked: Asked
     fingerprints: dict[str, str | None]
@@ -116,8 +137,11 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
             fit, a row without a direction, or a table that does not fit the rows.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
+        OutputError: the page cannot be written where it is wanted.
     """
     check_options(config)
+    if config.report is not None:
+        check_page(config.report)
     progress("evaluation stages", 0, 3)
     if config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None:
         document = _classify_alone(config)
@@ -128,8 +152,27 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     resamples = measured.resample() if config.intervals else None
     progress("evaluation stages", 2, 3)
     described = describe(measured, resamples)
+    if config.report is not None:
+        _write_page(measured, described, config.report)
     progress("evaluation stages", 3, 3)
     return described
+
+
+def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> None:
+    """Write the page of an evaluation; reads its rows again, for what was before the adapter."""
+    config = measured.config
+    features = FeatureSet.open(config.features)
+    shown = Evaluated(
+        features=features,
+        rows=select(config.protocol, load_rows(features, measured.split)),
+        images=measured.images,
+        texts=measured.texts,
+        adapted=config.adapter is not None,
+        ranks=measured.ranks,
+        document=document,
+    )
+    title = f"{config.features}, {config.adapter or 'no adapter'}, split {measured.split}"
+    write_report(path, title, shown, config.adapter, config.seed)
 
 
 def measure(config: EvalConfig) -> Measured:
@@ -139,7 +182,29 @@ def measure(config: EvalConfig) -> Measured:
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
+    fingerprints = {
+        "features": features.manifest.fingerprint(),
+        "adapter": loaded[1].weights_sha256 if loaded else None,
+    }
+    parameters = sum(loaded[0].parameter_counts().values()) if loaded else None
+    measured = measure_rows(config, split, rows, images, texts)
+    return replace(measured, asked=asked, fingerprints=fingerprints, parameters=parameters)
+
+
+def measure_rows(
+    config: EvalConfig, split: str, rows: PairedRows, images: Floats, texts: Floats
+) -> Measured:
+    """Rank embeddings that are there already.
+
+    Args:
+        config: which index and protocol.
+        split: what they are of.
+        rows: that they were made from, those of the protocol.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
+    """
     folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
+    ranks, index = _ranked(folds, config)
     return Measured(
         config=config,
         split=split,
@@ -147,14 +212,12 @@ def measure(config: EvalConfig) -> Measured:
         texts=texts,
         text_image=rows.text_image,
         folds=folds,
-        fold_ranks=tuple(fold.rank() for fold in folds),
+        fold_ranks=ranks,
+        index=index,
         protocol=protocol_block(config.protocol, split, rows),
-        asked=asked,
-        fingerprints={
-            "features": features.manifest.fingerprint(),
-            "adapter": loaded[1].weights_sha256 if loaded else None,
-        },
-        parameters=sum(loaded[0].parameter_counts().values()) if loaded else None,
+        asked=NOTHING_ASKED,
+        fingerprints={},
+        parameters=None,
     )
 
 
@@ -222,6 +285,7 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "parameters": measured.parameters,
         "bandwidth": config.bandwidth,
         "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
+        "index": measured.index,
         "protocol": measured.protocol,
         "retrieval": retrieval_block(measured.fold_ranks),
         "gap": gap,
@@ -230,6 +294,25 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "intervals": resamples.intervals() | around if resamples else {},
     }
     return document | ({"explanations": explain(document)} if config.explain else {})
+
+
+def _ranked(
+    folds: Sequence[Gallery], config: EvalConfig
+) -> tuple[tuple[tuple[DirectionRanks, DirectionRanks], ...], dict[str, Any]]:
+    """Ranks, exact or by an index, and what the document says of how they were found."""
+    if config.index == "exact":
+        return tuple(fold.rank() for fold in folds), {"kind": config.index}
+    found = [
+        rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
+        for fold in folds
+    ]
+    recalls = np.mean([own for _, own in found], axis=0).tolist()
+    told = {
+        "kind": config.index,
+        "listed": LISTED,
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+    }
+    return tuple(ranks for ranks, _ in found), told
 
 
 def _aligned(

@@ -14,15 +14,20 @@ import torch
 from csalign import __version__, files
 from csalign.adapters.checkpoint import AdapterInfo, save_adapter
 from csalign.adapters.model import Adapter
-from csalign.config import TrainConfig
+from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
 from csalign.progress import Progress, silent
+from csalign.report.page import check_page
 from csalign.results import TrainResult
+from csalign.steps.adapted import embed_rows
 from csalign.steps.batches import PairSampler, uniform
+from csalign.steps.evaluate import describe, measure_rows
+from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
+from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.tokens import (
@@ -51,13 +56,17 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         progress: told how far it is.
 
     Raises:
-        ConfigError: options that do not go together.
+        ConfigError: options that do not go together, or a log's library is not installed.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
             without a direction, no tokens where they are asked for.
-        OutputError: ``config.out`` exists and is not to be replaced.
+        OutputError: ``config.out`` exists and is not to be replaced, or the page cannot be written
+            where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
     began = time.monotonic()
+    if config.report is not None:
+        check_page(config.report)
+    check_logs(config.log_to or ())
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
     features = FeatureSet.open(config.features)
@@ -78,7 +87,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
 
-        _run(trainer, folder / CHECKPOINTS, save, progress)
+        told = config.model_dump(mode="json", exclude_none=True)
+        with open_logs(config.log_to or (), folder, config.out.name, told) as trainer.logs:
+            _run(trainer, folder / CHECKPOINTS, save, progress)
         scores = {"start": trainer.start_score, "kept": trainer.best_score}
         if config.match_moments and val is not None and trainer.best_score is not None:
             scores["matched"] = match_outputs(
@@ -87,6 +98,9 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
+    if config.report is not None:
+        shown = None if val is None else _evaluated(adapter, features, val, config)
+        write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
     return TrainResult(
         run=config.out,
         steps=trainer.steps_made,
@@ -97,6 +111,17 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=seconds,
     )
+
+
+def _evaluated(
+    adapter: Adapter, features: FeatureSet, val: PairedRows, config: TrainConfig
+) -> Evaluated:
+    """What was kept, measured on the validation rows as ``csalign eval`` measures."""
+    images, texts = (embed_rows(adapter, side, val, features) for side in Modality)
+    wanted = EvalConfig(features=config.features, adapter=config.out, seed=config.seed)
+    measured = measure_rows(wanted, "validation", val, images, texts)
+    document = describe(measured, measured.resample())
+    return Evaluated(features, val, images, texts, True, measured.ranks, document)
 
 
 def start_of(

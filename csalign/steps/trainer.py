@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from csalign.config import TrainConfig
 from csalign.errors import TrainingError
 from csalign.objective.kernel import Sigma
 from csalign.objective.loss import LossParts
-from csalign.progress import Progress
+from csalign.progress import Progress, show_figures
 from csalign.steps.batch_loss import BatchLoss
 from csalign.steps.batches import Batch, PairSampler
+from csalign.steps.logs import Log, figures_of
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
@@ -57,6 +58,7 @@ class Trainer:
         folder: where ``metrics.jsonl`` goes.
         device: where to compute.
         tokens: of the rows, None where no side trains with any.
+        logs: where the figures go besides ``metrics.jsonl``.
         step: optimiser steps made; after `fit`, those of the weights that were kept.
         steps_made: optimiser steps made in all.
         start_score: validation of the start, None without validation rows.
@@ -73,6 +75,7 @@ class Trainer:
     folder: Path
     device: torch.device
     tokens: StoredTokens | None = None
+    logs: Sequence[Log] = ()
     step: int = 0
     steps_made: int = 0
     best_score: Score | None = None
@@ -80,6 +83,7 @@ class Trainer:
     loss: BatchLoss = field(init=False)
     _best: "_Kept | None" = None
     _average: AveragedModel | None = None
+    _progress: Progress | None = None
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
@@ -105,6 +109,7 @@ class Trainer:
         Raises:
             TrainingError: a term of the loss, or a gradient, is not finite.
         """
+        self._progress = progress
         total = self.total_steps()
         every = max(1, round(total / self.config.validations))
         self._validate()
@@ -247,3 +252,8 @@ class Trainer:
     def _record(self, line: dict[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        figures = figures_of(line)
+        for log_figures in self.logs:
+            log_figures(self.step, figures)
+        if self._progress is not None:
+            show_figures(self._progress, figures)

@@ -224,6 +224,15 @@ def join_ids(features: FeatureSet, split: str) -> JoinedIds:
     return JoinedIds(where, image_rows, text_rows, image_ids, text_ids, text_image)
 
 
+def image_sources(features: FeatureSet, ids: Sequence[str]) -> list[str | None]:
+    """Where the pixels of some images can be found again, None where that is unknown."""
+    rows = pc.index_in(
+        pa.array(ids, pa.large_string()), value_set=_column(features.images, schema.ID)
+    )
+    sources: list[str | None] = _column(features.images, schema.SOURCE).take(rows).to_pylist()
+    return sources
+
+
 def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32]:
     """Rows scaled to norm 1, in float32.
 

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,13 +40,14 @@ def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     return images, texts, np.array(owners)
 
 
-@pytest.fixture(params=[0, 2, 100], ids=["counted", "both", "listed"])
-def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the ranks come from FAISS's lists, from counting, or from both."""
-    monkeypatch.setattr(retrieval, "LISTED", request.param)
+@pytest.fixture(params=[(1, 8, 1), (3, 8, 2), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the matrix be cut into many tiles, or fit into one."""
+    for name, value in zip(("TILE_ROWS", "TILE_COLUMNS", "MIN_TILE"), request.param, strict=True):
+        monkeypatch.setattr(retrieval, name, value)
 
 
-@pytest.mark.usefixtures("listed")
+@pytest.mark.usefixtures("tiles")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(galleries())
 def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
@@ -65,17 +67,14 @@ def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
     assert text_to_image.average_precision.tolist() == pytest.approx(precision)
 
 
-@pytest.mark.usefixtures("listed")
-def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.usefixtures("tiles")
+def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(40, 16)).astype(np.float32)
     owners = np.concatenate([np.repeat(np.arange(40), 5), [7]])
     texts = (images[owners] + 1.5 * rng.normal(size=(201, 16))).astype(np.float32)
     images /= np.linalg.norm(images, axis=1, keepdims=True)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    monkeypatch.setattr(retrieval, "TILE_BYTES", 4 * 201 * 7)  # several tiles, the last one short
     image_to_text, _ = rank_both_ways(images, texts, owners)
 
     captions = [np.flatnonzero(owners == i).tolist() for i in range(40)]
@@ -118,6 +117,36 @@ def test_collapsed_embeddings_get_the_worst_rank_and_not_the_best() -> None:
     ranks = rank_both_ways(same, same, np.arange(50))
 
     assert all((direction.first == 50).all() for direction in ranks)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_equal_rows_tie_wherever_they_lie(threads: int) -> None:
+    rng = np.random.default_rng(1)
+    few = rng.normal(size=(7, 33)).astype(np.float32)
+    few /= np.linalg.norm(few, axis=1, keepdims=True)
+    images = few[np.arange(900) % 7]
+    texts = images[:]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    image_to_text, text_to_image = rank_both_ways(images, texts, np.arange(900))
+    torch.set_num_threads(before)
+    alike = np.bincount(np.arange(900) % 7)[np.arange(900) % 7]
+
+    assert image_to_text.first.tolist() == alike.tolist()
+    assert text_to_image.first.tolist() == alike.tolist()
+
+
+def test_an_image_of_very_many_captions_is_ranked_too() -> None:
+    rng = np.random.default_rng(2)
+    texts = rng.normal(size=(3_000, 8)).astype(np.float32)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    owners = np.where(np.arange(3_000) % 3 == 0, -1, np.arange(3_000) % 2 * (np.arange(3_000) < 9))
+    image_to_text, _ = rank_both_ways(texts[:2], texts, owners)
+    captions = [np.flatnonzero(owners == image).tolist() for image in range(2)]
+    first, precision = brute_force(texts[:2], texts, captions)
+
+    assert image_to_text.first.tolist() == first
+    assert image_to_text.average_precision.tolist() == pytest.approx(precision)
 
 
 def test_summary_figures_follow_from_the_ranks() -> None:

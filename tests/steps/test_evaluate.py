@@ -86,6 +86,19 @@ def test_intervals_hold_the_figures_and_follow_seed_and_resamples(
     assert other["alignment"] != intervals["alignment"]
 
 
+def test_an_approximate_index_tells_its_own_recall(features: Path, run: Path) -> None:
+    exact = evaluate(EvalConfig(features=features, adapter=run))
+    listed = evaluate(EvalConfig(features=features, adapter=run, index="hnsw"))
+
+    assert exact["index"] == {"kind": "exact"}
+    assert listed["index"]["kind"] == "hnsw"
+    assert set(listed["index"]["recall@10"]) == {"image_to_text", "text_to_image"}
+    assert all(recall > 0.9 for recall in listed["index"]["recall@10"].values())
+    assert listed["retrieval"]["mean_recall"] == pytest.approx(
+        exact["retrieval"]["mean_recall"], abs=0.05
+    )
+
+
 def test_intervals_can_be_left_out(features: Path, run: Path) -> None:
     config = EvalConfig(features=features, adapter=run)
     document = evaluate(config.model_copy(update={"intervals": False}))

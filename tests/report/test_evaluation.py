@@ -1,0 +1,88 @@
+import re
+import shutil
+import subprocess
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
+from csalign.report.page import Entry
+
+HOSTILE = "<b onmouseover='x'>%{x}</b></script><script>document.title='owned'</script>"
+DIRECTION = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "median_rank": 2.5, "mrr": 0.4, "map": 0.4}
+DOCUMENT: dict[str, Any] = {
+    "counts": {"images": 4, "texts": 4, "pairs": 4},
+    "index": {"kind": "exact"},
+    "retrieval": {
+        "image_to_text": DIRECTION,
+        "text_to_image": DIRECTION,
+        "mean_recall": 0.5833,
+    },
+    "gap": {"centroid_distance": 0.1, "effective_rank": {"image": 3.0, "text": 2.0}},
+    "intervals": {"mean_recall": [0.5, 0.6], "image_to_text": {"R@1": [0.2, 0.3]}},
+}
+
+
+def view(name: str, *, shared: bool) -> View:
+    rows = np.random.default_rng(0).normal(size=(2, 4, 2))
+    cosines = (rows[0, :, 0], rows[1, :, 0]) if shared else (np.empty(0), np.empty(0))
+    return View(name, rows[0], rows[1], (0.5, 0.4), shared, cosines, (np.ones(3), np.ones(2)))
+
+
+def write(path: Path, *views: View) -> str:
+    item = Entry(HOSTILE, HOSTILE, b"\xff\xd8jpeg")
+    metrics: list[dict[str, Any]] = [
+        {"step": 0, "validation": {"mean_recall": 0.1, "centroid_distance": 0.2}},
+        {"step": 1, "loss": 2.0, "pairwise": 2.0, "pairwise_others": None, "divergence": None},
+        {"step": 2, "loss": 1.0, "pairwise": 1.0, "pairwise_others": None, "divergence": None},
+    ]
+    write_evaluation(
+        path,
+        HOSTILE,
+        DOCUMENT,
+        views,
+        [HOSTILE] * 4,
+        {"Worst": [Found(item, 3, item, item)]},
+        RunRecord(metrics, {"out": HOSTILE}, {"packages": {"torch": HOSTILE}}),
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_captions_stay_text_in_tables_and_in_what_plotly_shows(tmp_path: Path) -> None:
+    text = write(tmp_path / "page.html", view("before", shared=False), view("after", shared=True))
+    figures = re.search(r"const figures = (.*), dark", text)
+
+    assert figures is not None
+    assert "<script>document" not in text
+    assert "&lt;b onmouseover" in text
+    assert "\\u003cb onmouse" not in figures[1]  # Plotly would take it for its own bold
+    assert "\\u0026lt;b onmouse" in figures[1] or "&lt;b onmouse" in figures[1]
+
+
+def test_figures_carry_their_intervals(tmp_path: Path) -> None:
+    text = write(tmp_path / "page.html", view("", shared=True))
+
+    assert "<td>25.00<small>20.00 to 30.00</small></td>" in text
+    assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser here to open it")
+def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    text = write(page, view("before", shared=False), view("after", shared=True))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    browser += ["--enable-logging=stderr", "--virtual-time-budget=5000"]
+    browser += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    shown = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=240)
+
+    drawn = re.findall(r'class="figure[^"]*" id="figure-\d+"', shown.stdout)
+    plots = re.findall(r'<div class="figure.*?</section>', shown.stdout, re.S)
+    assert len(drawn) == len(plots) == text.count('<div class="figure"') == 6
+    assert all('<svg class="main-svg"' in plot for plot in plots)
+    assert "CONSOLE" not in shown.stderr
+    assert f"<title>{escape(HOSTILE, quote=False)}</title>" in shown.stdout
+    assert 'data-title="Zoom' in shown.stdout
+    assert 'data-title="Share' not in shown.stdout
