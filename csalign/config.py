@@ -116,7 +116,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
         elif problem["type"] == "extra_forbidden":
             message = "unknown key" + (f" in {file}" if file else "")
         else:
-            message = f"{problem['msg']} (got {problem['input']!r})"
+            message = f"{problem['msg']} (got {problem['input']!r:.200})"
         line = f"{name}: {message}"
         if line not in lines:
             lines.append(line)
@@ -223,7 +223,9 @@ class ExtractConfig(OutputConfig):
         0.01, description="Share of records that may be unusable before the command fails."
     )
     retry_failures: bool = Field(
-        False, description="Make those finished parts anew that left something out."
+        False,
+        description="Make those finished parts anew that left something out, or whose images or "
+        "captions changed since.",
     )
     strict: bool = Field(False, description="Fail if anything was left out.")
 
@@ -380,6 +382,11 @@ class TrainConfig(OutputConfig):
     )
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
+    )
+    match_moments: bool = Field(
+        True,
+        description="With unpaired rows, move and stretch the outputs after training, so that all "
+        "rows of both sides have like means and covariances, where validation recall holds.",
     )
     token_weight: NotNegative = Field(
         0.0,

@@ -1,5 +1,6 @@
 """Files and folders that appear under their final name only when they are complete."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csalign.errors import OutputError
-from csalign.locations import is_remote
+from csalign.locations import is_remote, is_store_error
 
 ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
@@ -44,6 +45,53 @@ ARTIFACT_ENTRIES = {
     JOB,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
+
+
+_FULL = "free some space, or choose another --out"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    errno.EACCES: "check the permissions, or choose another --out",
+    errno.EPERM: "check the permissions, or choose another --out",
+    errno.EROFS: "choose another --out",
+}
+
+
+def os_error(error: Exception, path: Path | None = None) -> str:
+    """What to say of an error of a file system or object store: file, reason and remedy.
+
+    Args:
+        error: what was raised.
+        path: what was read or written, if the error does not say it.
+    """
+    name = getattr(error, "filename", None) or path
+    number = getattr(error, "errno", None)
+    if name is not None and ("://" in str(name) or is_store_error(error)):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"{name}: {reason}; check the address, the keys and the network"
+    # Libraries put words of their own where the system's would say more.
+    reason = os.strerror(number) if number else str(error) or type(error).__name__
+    remedy = _REMEDIES.get(number or 0)
+    return f"{name}: " * (name is not None) + reason + (f"; {remedy}" if remedy else "")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a file system or object store raises into an error that names a file.
+
+    Raises:
+        OutputError: `path`, or the file that the error names, cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        known = error.filename or error.errno in _REMEDIES or is_remote(path)
+        if not known or isinstance(error, BrokenPipeError):
+            raise
+        raise OutputError(os_error(error, path)) from error
+    except Exception as error:
+        if not is_store_error(error):
+            raise
+        raise OutputError(os_error(error, path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,9 +177,16 @@ def check_output(
             working directory, a folder that csalign did not make, one of `inputs`, or holds one of
             them; or its ``OUT.partial`` is in use or not ours.
     """
-    if is_remote(out):
-        _check_remote_output(out, overwrite=overwrite, inputs=inputs)
-        return
+    with writing(out):
+        if is_remote(out):
+            _check_remote_output(out, overwrite=overwrite, inputs=inputs)
+        else:
+            _check_local_output(out, overwrite=overwrite, inputs=inputs, searched=searched)
+
+
+def _check_local_output(
+    out: Path, *, overwrite: bool, inputs: tuple[Path, ...], searched: Path | None
+) -> None:
     resolved = out.resolve()
     for source in inputs:
         if is_remote(source):
@@ -218,13 +273,13 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
         OutputError: another process is building the same output.
     """
     if is_remote(out):
-        with tempfile.TemporaryDirectory(prefix="csalign-") as local:
+        with writing(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
             yield Path(local)
             publish(Path(local), out)
         return
     out = out.resolve()
     partial = partial_of(out)
-    with _locked(partial):
+    with writing(out), _locked(partial):
         try:
             yield partial
             (partial / LOCK).unlink()

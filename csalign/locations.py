@@ -5,6 +5,8 @@ from typing import Any, cast
 
 from csalign.errors import ConfigError
 
+_STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "huggingface_hub"}
+
 
 def parse_location(value: Any) -> Path:
     """A `Path`, or for a URL (``s3://bucket/key``) a `upath.UPath`, which has the same methods.
@@ -27,6 +29,11 @@ def parse_location(value: Any) -> Path:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{value}: {error}") from None
     return cast(Path, location)
+
+
+def is_store_error(error: Exception) -> bool:
+    """Whether a library behind an object store raised it; what they raise is no OSError."""
+    return type(error).__module__.partition(".")[0] in _STORES
 
 
 def is_remote(location: Path) -> bool:

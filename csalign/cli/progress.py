@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from csalign import progress
+from csalign import progress, stopping
 
 LINE_EVERY_S = 30.0
 
@@ -31,12 +31,22 @@ def shown_progress(console: Console, *, quiet: bool) -> Iterator[progress.Progre
         quiet: show nothing.
     """
     if quiet:
-        yield progress.silent
+        yield _stoppable(progress.silent)
     elif console.is_terminal:
         with _bars(console) as bars:
-            yield _BarReporter(bars)
+            yield _stoppable(_BarReporter(bars))
     else:
-        yield _LineReporter(console)
+        yield _stoppable(_LineReporter(console))
+
+
+def _stoppable(report: progress.Progress) -> progress.Progress:
+    """The same, where a signal is noticed that was lost on its way."""
+
+    def checked(what: str, done: int, total: int | None) -> None:
+        stopping.check()
+        report(what, done, total)
+
+    return checked
 
 
 class _RateColumn(ProgressColumn):

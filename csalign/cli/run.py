@@ -1,6 +1,5 @@
 """What surrounds every command: logging, and errors that become exit codes."""
 
-import errno
 import logging
 import os
 import signal
@@ -13,11 +12,11 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
+from csalign import files
 from csalign.errors import CsalignError, Stopped
+from csalign.locations import is_store_error
 
 LOGGER = "csalign"
-STORES = {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "huggingface_hub"}
-"""Libraries behind object stores, whose errors are no OSErrors."""
 
 
 @contextmanager
@@ -45,10 +44,10 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        _explain(console, _os_error(error), verbose)
+        _explain(console, files.os_error(error), verbose)
         raise typer.Exit(1) from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in STORES:
+        if not is_store_error(error):
             raise
         _explain(console, f"the object store failed: {error}; check its address and keys", verbose)
         raise typer.Exit(1) from None
@@ -58,18 +57,6 @@ def _explain(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
     console.print(f"csalign: {message}", markup=False, highlight=False, style="red")
-
-
-def _os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    reason = error.strerror or str(error)
-    remedy = {
-        errno.ENOSPC: "; free some space, or choose another --out",
-        errno.EDQUOT: "; free some space, or choose another --out",
-        errno.EACCES: "; check the permissions",
-        errno.EROFS: "; choose another --out",
-    }.get(error.errno or 0, "")
-    return f"{where}{reason}{remedy}"
 
 
 class _StderrHandler(logging.Handler):

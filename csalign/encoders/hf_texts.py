@@ -205,9 +205,14 @@ class HfTexts:
             output_hidden_states=layer != -1,
             return_dict=True,
         )
-        hidden: torch.Tensor
-        hidden = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        return hidden
+        last: torch.Tensor = output.last_hidden_state
+        states: Sequence[torch.Tensor] = output.hidden_states or (last,)
+        if not -len(states) <= layer < len(states):
+            raise EncoderError(
+                f"hf: layer={layer} does not exist; the model has the layers 0, its input, to "
+                f"{len(states) - 1}, which are also -{len(states)} to -1"
+            )
+        return last if layer == -1 else states[layer]
 
     def _pool(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Hidden states (n, t, d) of texts of these lengths (n,) -> embeddings (n, d)."""
@@ -313,10 +318,13 @@ def _not_loaded(model: str, error: Exception) -> EncoderError:
             f"hf:{model} runs code that comes with it; add the option trust_remote_code=true if "
             "you trust it"
         )
-    return EncoderError(
-        f"hf:{model} could not be loaded ({first_line(error)}); connect once, or give the folder "
-        "of a saved model"
-    )
+    is_path = Path(model).exists() or model.startswith(("/", ".", "~"))
+    if is_path and not Path(model).is_dir():
+        return EncoderError(f"hf:{model}: no such folder; give that of a saved model")
+    remedy = "give the folder of a saved model"
+    if not is_path:
+        remedy = f"connect once, or {remedy}"
+    return EncoderError(f"hf:{model} could not be loaded ({first_line(error)}); {remedy}")
 
 
 @contextmanager

@@ -242,8 +242,11 @@ def load_weights(network: Any, weights: Weights, model: str) -> None:
         with quiet():
             open_clip.load_checkpoint(network, str(path), strict=True, weights_only=True)
     except Exception as error:  # so can weights of some other network
+        reason = first_line(error)
+        if "not implemented for" in reason:  # what open_clip would do in float16, it cannot
+            reason = "its positions are those of images or texts of another size"
         raise EncoderError(
-            f"{path} does not fit {model} ({first_line(error)}); choose the "
+            f"{path} does not fit {model} ({reason}); choose the "
             "architecture that it was trained with"
         ) from error
 

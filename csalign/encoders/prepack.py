@@ -3,6 +3,10 @@
 torch multiplies float32 with MKL, which is about half as fast as oneDNN where it keeps to older
 instructions than the CPU has. It multiplies bfloat16 with oneDNN, but lays out the weights anew at
 each call. Here they are laid out once.
+
+Each process decides by a trial of its own, so where both are about as fast, two processes may
+compute the same item with other last digits: some 1e-7 of it, which in float16 now and then is the
+next number (3e-5 at 0.05).
 """
 
 import time

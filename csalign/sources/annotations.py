@@ -122,7 +122,7 @@ def _coco_rows(document: Mapping[str, Any], columns: Columns, split: str | None)
             row = _image_row(number, entry, "file_name", columns)
             key = entry.get("id")
             if not isinstance(key, int | str) or key in owned:
-                raise ValueError(f"has no id of its own ({key!r})")
+                raise ValueError(f"has no id of its own ({key!r:.200})")
             owned.add(key)
         except ValueError as error:
             yield Row(number, flaw=f"image {number}: {error}")
@@ -132,7 +132,9 @@ def _coco_rows(document: Mapping[str, Any], columns: Columns, split: str | None)
             yield _caption_row(row._replace(number=annotation, split=row.split or split), caption)
     for key, orphans in captions.items():
         for number, _ in orphans:
-            yield Row(number, flaw=f"annotation {number}: image_id {key!r} is none of the images")
+            yield Row(
+                number, flaw=f"annotation {number}: image_id {key!r:.200} is none of the images"
+            )
 
 
 def _caption_row(row: Row, caption: Any) -> Row:
@@ -213,8 +215,8 @@ def _find_images(table: Path, names: Sequence[str]) -> Path:
             if any(_is_there(folder, probe) for probe in probes):
                 return folder
     raise DataError(
-        f"{table}: its images, such as {probes[0]!r}, are neither beside it nor in the folders "
-        f"next to it; name their folder with --images"
+        f"{table}: its images, such as {probes[0]!r:.200}, are neither beside it nor in the "
+        f"folders next to it; name their folder with --images"
     )
 
 

@@ -93,7 +93,14 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what decides the records: a changed source must not resume a run."""
+        """Hex SHA-256 of what decides the records, so that a change of the source is noticed."""
+
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """Hex SHA-256 of what decides the content of some records of a volume.
+
+        Told without opening the volume. Where `total` is not known, it is the same for all of a
+        volume's records and changes whenever their number does.
+        """
 
     def open(self, position: int) -> AbstractContextManager[Volume]:
         """Open one of the volumes."""

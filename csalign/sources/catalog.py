@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -17,7 +17,8 @@ from csalign.errors import DataError
 from csalign.locations import is_remote
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.columns import BASE64_NAMES, Row
-from csalign.sources.tree import is_file, path_below, read_bounded
+from csalign.sources.lost import LostVolume
+from csalign.sources.tree import fingerprint, is_file, name_flaw, path_below, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,11 @@ class Catalog:
         """
         self._volumes.append(_Part(name, prefix, len(self._labels)))
 
+    def lose(self, name: str, reason: str) -> None:
+        """Take in a volume that cannot be read at all."""
+        self._volumes.append(_Part(name, "", len(self._labels), is_lost=True))
+        self._new(_FLAW, reason, 0, None)
+
     def add(self, row: Row) -> None:
         """Take in a row."""
         try:
@@ -82,7 +88,10 @@ class Catalog:
     def add_found(self, image_ids: Iterable[str]) -> None:
         """Add the images of a folder that no row spoke of."""
         for image_id in image_ids:
-            if image_id not in self._positions:
+            flaw = name_flaw(image_id)
+            if flaw is not None:
+                self._new(_FLAW, flaw, 0, None)
+            elif image_id not in self._positions:
                 self._positions[image_id] = self._new(_IMAGE, image_id, 0, None)
 
     def finish(self, description: str, fingerprint: str) -> "CatalogSource":
@@ -129,7 +138,9 @@ class Catalog:
             return position
         first = self._rows[position]
         if not self._is_same_image(position, key, place, row.span):
-            raise DataError(f"has the id {key!r} of another image, in row {first}; ids are unique")
+            raise DataError(
+                f"has the id {key!r:.200} of another image, in row {first}; ids are unique"
+            )
         split = self._split_names[self._splits[position]]
         if split != row.split:
             raise DataError(
@@ -158,7 +169,7 @@ class Catalog:
         if self._root is not None:
             return path_below(self._root, row.image), row.id
         if "://" in row.image or "\0" in row.image:
-            raise DataError(f"image {row.image!r} is no file; URLs are not fetched")
+            raise DataError(f"image {row.image!r:.200} is no file; URLs are not fetched")
         return posixpath.normpath(row.image), row.id
 
     def _caption_alone(self, row: Row) -> int:
@@ -169,7 +180,9 @@ class Catalog:
         if row.id is not None:
             first = self._positions.setdefault(label, len(self._labels))
             if first != len(self._labels):
-                raise DataError(f"has the id {label!r} of row {self._rows[first]}; ids are unique")
+                raise DataError(
+                    f"has the id {label!r:.200} of row {self._rows[first]}; ids are unique"
+                )
         return self._new(_CAPTION, label, row.number, row.split)
 
     def _new(self, kind: int, label: str, row: int, split: str | None) -> int:
@@ -187,6 +200,7 @@ class _Part(NamedTuple):
     name: str
     prefix: str
     start: int
+    is_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,11 +262,39 @@ class CatalogSource:
         """See `Source`."""
         return self.kinds.count(_IMAGE)
 
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: all that is known of the records."""
+        if self._holds_images:
+            return self.fingerprint  # their bytes are not held here, but the whole was hashed
+        part = self.parts[position]
+        last = min(part.start + stop, self._stop(position))
+        return fingerprint(self._content(record) for record in range(part.start + start, last))
+
+    @cached_property
+    def _holds_images(self) -> bool:
+        """Whether there are images that lie in the table itself."""
+        return any(not isinstance(place, str) for place in self.places.values())
+
+    def _content(self, record: int) -> tuple[object, ...]:
+        own = self.order[self.starts[record] : self.starts[record + 1]]
+        return (
+            *(self.kinds[record], self.labels[record], self.places.get(record)),
+            self.split_names[self.splits[record]],
+            *(self.captions[place] for place in own),
+        )
+
+    def _stop(self, position: int) -> int:
+        after = self.parts[position + 1 : position + 2]
+        return after[0].start if after else len(self.labels)
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""
-        stops = [part.start for part in self.parts[1:]] + [len(self.labels)]
-        yield _CatalogVolume(self, self.parts[position], stops[position])
+        part = self.parts[position]
+        if part.is_lost:
+            yield LostVolume(part.name, self.labels[part.start])
+            return
+        yield _CatalogVolume(self, part, self._stop(position))
 
     def repeated_captions(self) -> int:
         """Captions that an image has more than once, which its record gives once."""
@@ -276,7 +318,7 @@ class CatalogSource:
                 path = Path(place) if self.root is None else self.root / place
                 # A remote file is looked for when it is read, rather than asked for twice.
                 if row is not None and not is_remote(path) and not is_file(path):
-                    flaw = f"unknown image {place!r}; correct the path, {self._start()}"
+                    flaw = f"unknown image {place!r:.200}; correct the path, {self._start()}"
                     return Record(None, row=row, flaw=flaw)
                 image = ImageInput(label, path.as_posix(), partial(read_bounded, path))
             else:

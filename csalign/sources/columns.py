@@ -88,15 +88,15 @@ class Columns:
         for option, name in self.named.items():
             if name not in names:
                 raise DataError(
-                    f"{table}: has no column {name!r} (columns: {listed}); name it with "
+                    f"{table}: has no column {name!r:.200} (columns: {listed:.300}); name it with "
                     f"--{option}-column"
                 )
         found = self.pick(names)
         if found.image is None and found.caption is None:
             raise DataError(
-                f"{table}: no column looks like images or captions (columns: {listed}); name them "
-                "with --image-column and --caption-column, or read a folder's images without the "
-                "table by --kind folder"
+                f"{table}: no column looks like images or captions (columns: {listed:.300}); name "
+                "them with --image-column and --caption-column, or read a folder's images without "
+                "the table by --kind folder"
             )
         return found
 

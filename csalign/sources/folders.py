@@ -5,14 +5,14 @@ import posixpath
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from csalign.enums import Modality
 from csalign.errors import DataError
 from csalign.sources import images
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
-from csalign.sources.tree import MAX_TEXT_BYTES, decoded, fingerprint, read_bounded
+from csalign.sources.tree import MAX_TEXT_BYTES, decoded, fingerprint, name_flaw, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,17 @@ class FolderSource:
     @property
     def fingerprint(self) -> str:
         """See `Source`: the names, and the sizes of the .txt."""
-        sizes = (self._size(name) for name in self.texts if name is not None)
-        return fingerprint([self.lines, *self.names, *self.texts, *sizes])
+        return self.stamp(0, 0, len(self.names))
+
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: names, and the sizes of the .txt."""
+        fields = (self.names, self.texts, self._sizes)
+        return fingerprint([self.lines, *(value for own in fields for value in own[start:stop])])
+
+    @cached_property
+    def _sizes(self) -> list[int | None]:
+        """Bytes of the .txt of each record."""
+        return [None if name is None else self._size(name) for name in self.texts]
 
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
@@ -144,6 +153,9 @@ class FolderSource:
     def record(self, position: int) -> Record:
         """One of the records, for which its .txt is read."""
         name, text = self.names[position], self.texts[position]
+        flaw = name_flaw(name)
+        if flaw is not None:
+            return Record(None, flaw=flaw)
         image = None
         if self.has_images:
             path = self.folder / name

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from csalign.errors import DataError
 from csalign.sources.catalog import Catalog, CatalogSource
 from csalign.sources.columns import Columns, Row
 from csalign.sources.lines import Lines
@@ -66,5 +67,10 @@ def _texts(lines: Lines) -> Iterator[tuple[int, str, str | None]]:
         line = next(lines, None)
         if line is None:
             return
+        if "\0" in line:
+            raise DataError(
+                f"{lines.table}: holds NUL bytes, as find -print0 writes them; give a line each, "
+                "as find -print does"
+            )
         if line.strip():
             yield lines.number, line.strip(), lines.flaw

@@ -19,7 +19,7 @@ from csalign.sources.folders import images_in, read_folder
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.lists import read_captions, read_list
 from csalign.sources.patterns import common_folder, expand
-from csalign.sources.tree import files_below, fingerprint, opened, told_of
+from csalign.sources.tree import files_below, fingerprint, name_flaw, opened, told_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ class _Opener:
         self._columns = options.columns
 
     def open(self, source: Path | str) -> Source:
+        if (flaw := name_flaw(str(source))) is not None:
+            raise DataError(flaw)
         if str(source) == str(STDIN):
             return read_list(STDIN, sys.stdin.buffer, self._options.images, self._columns)
         # A name that holds a pattern's signs may still be a plain one.
@@ -199,6 +201,8 @@ class _Opener:
         self, file: Path, folder: Path | None, files: Mapping[str, int | None] | None = None
     ) -> Source:
         """A file that is the source, or that speaks of the images of a folder."""
+        if (flaw := name_flaw(str(file))) is not None:
+            raise DataError(flaw)
         if folder is None:
             self._refuse_captions(str(file))
         elif not file.is_file():

@@ -210,8 +210,8 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
     for text, owner, split in zip(texts.ids, texts.image_ids, texts.splits, strict=True):
         if owner is not None and split is not None and known.setdefault(owner, split) != split:
             raise DataError(
-                f"text {text!r} is in split {split!r} and its image {owner!r} in "
-                f"{known[owner]!r}; an image and its texts belong in one split"
+                f"text {text!r:.200} is in split {split!r:.200} and its image {owner!r:.200} in "
+                f"{known[owner]!r:.200}; an image and its texts belong in one split"
             )
     image_splits = [known.get(str(image)) for image in images.ids]
     text_splits = [
@@ -233,7 +233,9 @@ def _read_counts(path: Path) -> list[int]:
         try:
             counts.append(int(value or ""))
         except ValueError:
-            raise DataError(f"{table.where(row)}: {value!r} is no number of captions") from None
+            raise DataError(
+                f"{table.where(row)}: {value!r:.200} is no number of captions"
+            ) from None
     return counts
 
 
@@ -271,8 +273,8 @@ def _ids(labels: Labels) -> Strings:
             raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
         if value in seen:
             raise DataError(
-                f"{labels.where(row)}: id {value!r} stands in {labels.where(seen[value])} too; ids "
-                "must be unique, several captions of an image are texts with its image_id"
+                f"{labels.where(row)}: id {value!r:.200} stands in {labels.where(seen[value])} "
+                "too; ids must be unique, several captions of an image are texts with its image_id"
             )
         seen[value] = row
     return ids
@@ -309,12 +311,12 @@ def _rows_of_texts(pairs: Labels, text_ids: Strings) -> list[int]:
     for row, value in enumerate(named):
         if value not in position:
             raise DataError(
-                f"{pairs.where(row)}: text {value!r} is not there; texts are named by the text "
-                "table's id column, or else by row number from 0"
+                f"{pairs.where(row)}: text {value!r:.200} is not there; texts are named by the "
+                "text table's id column, or else by row number from 0"
             )
         if position[value] in seen:
             raise DataError(
-                f"{pairs.where(row)}: text {value!r} is paired in "
+                f"{pairs.where(row)}: text {value!r:.200} is paired in "
                 f"{pairs.where(seen[position[value]])} too; a text belongs to one image, repeat "
                 "its row in the array"
             )
@@ -337,7 +339,7 @@ def _check_owners(owners: Strings, images: ImageRows, labels: Labels | None) -> 
     if lost:
         where = "" if labels is None else f"{labels.name}: "
         raise DataError(
-            f"{where}image {owners[lost[0]]!r} is not there ({len(lost)} texts name images that "
-            "are not); images are named by the image table's id column, or else by row number "
+            f"{where}image {owners[lost[0]]!r:.200} is not there ({len(lost)} texts name images "
+            "that are not); images are named by the image table's id column, or else by row number "
             "from 0"
         )

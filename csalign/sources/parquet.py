@@ -21,13 +21,16 @@ from csalign.locations import is_remote
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.catalog import Catalog, CatalogSource
 from csalign.sources.columns import Columns, Found, Row, from_base64, is_base64, is_base64_name
+from csalign.sources.lost import LostVolume, tell_of_lost
 from csalign.sources.tables import caption_of
 from csalign.sources.tree import (
     check_size,
     fingerprint,
     local_file,
+    name_flaw,
     path_below,
     read_bounded,
+    shown,
     size_of,
     split_of,
     told_of,
@@ -63,33 +66,59 @@ def open_parquet(
         sizes: bytes of each file where known already.
 
     Raises:
-        DataError: a file cannot be read, lacks a column, or differs from the others.
+        DataError: no file can be read, or one lacks a column or differs from the others.
     """
     known = [
         size_of(root / path) if size is None else size
         for path, size in zip(paths, sizes or [None] * len(paths), strict=True)
     ]
-    layouts: list[_Layout] = []
-    total = 0
-    for path in paths:
-        with _opened(root / path) as shelf:
-            layouts.append(_layout(root / path, shelf, columns))
-            total += shelf.rows
-        if layouts[-1][:2] != layouts[0][:2]:
-            raise DataError(
-                f"{root / path}: has other columns than {paths[0]} ({layouts[-1]}, not "
-                f"{layouts[0]}); give files that are alike"
-            )
-    layout = layouts[0]
-    layout.found.warn_of_one_side(layout.names, root / paths[0])
-    mark = fingerprint([layout, *paths, *known, *found])
+    layout, total, lost = _look(root, paths, columns)
+    mark = fingerprint([layout, *paths, *known, *found, *lost.items()])
     if layout.kind == "path":
-        return _gather(root, paths, layout, images, found).finish(
+        return _gather(root, paths, layout, images, found, lost).finish(
             f"{_form(paths)} with image paths", mark
         )
     _tell_of_splits(root, paths, layout)
-    count = None if layout.found.id else total
-    return ColumnarSource(root, paths, layout, images, count, mark)
+    count = None if layout.found.id else total + len(lost)
+    return ColumnarSource(root, paths, known, layout, images, count, mark, lost)
+
+
+def _look(
+    root: Path, paths: Sequence[str], columns: Columns
+) -> tuple["_Layout", int, dict[int, str]]:
+    """What the columns of all files hold, their rows in all, and why some cannot be read."""
+    layout: _Layout | None = None
+    first, total = "", 0
+    lost: dict[int, str] = {}
+    for place, path in enumerate(paths):
+        with ExitStack() as stack:
+            try:
+                if (flaw := name_flaw(str(root / path))) is not None:
+                    raise _DamagedError(flaw)
+                shelf = stack.enter_context(_opened(root / path))
+            except DataError as error:
+                # What an object store refuses now, it may give to the next attempt.
+                if is_remote(root) and not isinstance(error, _DamagedError):
+                    raise
+                lost[place] = str(error)
+                continue
+            own = _layout(root / path, shelf, columns)
+            total += shelf.rows
+        if layout is None:
+            layout, first = own, path
+            layout.found.warn_of_one_side(layout.names, root / path)
+        if own[:2] != layout[:2]:
+            raise DataError(
+                f"{root / path}: has other columns than {first} ({own}, not {layout}); give files "
+                "that are alike"
+            )
+    tell_of_lost(root, lost, len(paths))
+    assert layout is not None
+    return layout, total, lost
+
+
+class _DamagedError(DataError):
+    """A file that was read and is none."""
 
 
 class _Layout(NamedTuple):
@@ -108,10 +137,14 @@ class _Layout(NamedTuple):
 
 
 class _Shelf(NamedTuple):
-    """An open file: its schema, its rows, and its batches from one row on."""
+    """An open file: its schema, its rows, and its batches from one row on.
+
+    `stop` tells where the piece that a row is in ends, behind which damage does not reach.
+    """
 
     schema: pa.Schema
     rows: int
+    stop: Callable[[int], int]
     batches: Callable[[int, list[str], int], Iterator[tuple[int, pa.RecordBatch]]]
 
 
@@ -126,7 +159,8 @@ def _opened(path: Path) -> Iterator[_Shelf]:
                     file = stack.enter_context(path.open("rb")) if is_remote(path) else path
                     shelf = _parquet_shelf(stack, file)
             except pa.ArrowException as error:
-                raise DataError(f"{path}: cannot be read ({_line(error)})") from None
+                reason = f"{path}: cannot be read ({_line(error)}); write or download it again"
+                raise _DamagedError(reason) from None
         yield shelf
 
 
@@ -145,7 +179,10 @@ def _parquet_shelf(stack: ExitStack, file: Any) -> _Shelf:
                 yield row, batch
             row += len(batch)
 
-    return _Shelf(parquet.schema_arrow, parquet.metadata.num_rows, batches)
+    def stop(row: int) -> int:
+        return int(starts[np.searchsorted(starts, row, side="right")])
+
+    return _Shelf(parquet.schema_arrow, parquet.metadata.num_rows, stop, batches)
 
 
 def _arrow_shelf(file: Any) -> _Shelf:
@@ -162,7 +199,7 @@ def _arrow_shelf(file: Any) -> _Shelf:
             yield row, batch
             row += len(batch)
 
-    return _Shelf(table.schema, len(table), batches)
+    return _Shelf(table.schema, len(table), lambda _: len(table), batches)
 
 
 def _layout(path: Path, shelf: _Shelf, columns: Columns) -> _Layout:
@@ -193,7 +230,7 @@ def _image_kind(path: Path, shelf: _Shelf, name: str) -> str:
             return "base64"
         return "path"
     raise DataError(
-        f"{path}: column {name!r} holds {held}, not images or paths; name another with "
+        f"{path}: column {name!r:.200} holds {held}, not images or paths; name another with "
         "--image-column"
     )
 
@@ -231,9 +268,13 @@ def _gather(
     layout: _Layout,
     images: Path | None,
     found: Sequence[str],
+    lost: Mapping[int, str],
 ) -> Catalog:
     catalog = Catalog(images or root)
-    for path in paths:
+    for place, path in enumerate(paths):
+        if place in lost:
+            catalog.lose(shown((root / path).as_posix()), lost[place])
+            continue
         stem = posixpath.splitext(path)[0]
         catalog.begin((root / path).as_posix(), f"{stem}/" if len(paths) > 1 else "")
         default = None if layout.found.split else split_of(path)
@@ -268,18 +309,22 @@ class ColumnarSource:
     Attributes:
         root: folder that all files are below.
         paths: the files, by their path below it.
+        sizes: bytes of each.
         layout: what their columns hold.
         images: folder that image paths start from, None for `root`.
         total: see `Source`.
         fingerprint: see `Source`: names, sizes and columns.
+        lost: why a file cannot be read at all, by position.
     """
 
     root: Path
     paths: Sequence[str]
+    sizes: Sequence[int]
     layout: _Layout
     images: Path | None
     total: int | None
     fingerprint: str
+    lost: Mapping[int, str]
 
     @property
     def description(self) -> str:
@@ -290,7 +335,7 @@ class ColumnarSource:
     @property
     def volumes(self) -> Sequence[str]:
         """See `Source`."""
-        return [(self.root / path).as_posix() for path in self.paths]
+        return [shown((self.root / path).as_posix()) for path in self.paths]
 
     @property
     def sides(self) -> Collection[Modality]:
@@ -303,10 +348,18 @@ class ColumnarSource:
         """See `Source`; a row may lack its image."""
         return 0 if self.layout.found.image is None else self.total
 
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: name, size and columns of the file."""
+        own = (self.paths[position], self.sizes[position], self.lost.get(position))
+        return fingerprint([self.layout, *own])
+
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`."""
         path = self.paths[position]
+        if position in self.lost:
+            yield LostVolume(self.volumes[position], self.lost[position])
+            return
         with _opened(self.root / path) as shelf:
             yield _ColumnarVolume(self, path, shelf)
 
@@ -324,6 +377,7 @@ class _ColumnarVolume:
         self._size = _IMAGE_ROWS if source.layout.kind else _PLAIN_ROWS
         self._groups: _Groups | None = None
         self._cursor: tuple[int, Iterator[tuple[int, Mapping[str, Any]]]] = (-1, iter(()))
+        self._damaged = (0, 0, "")  # rows that cannot be read, and why
 
     def __len__(self) -> int:
         groups = self._grouped()
@@ -334,22 +388,30 @@ class _ColumnarVolume:
         for record in range(start, min(stop, len(self))):
             first = record if groups is None else int(groups.starts[record])
             last = record + 1 if groups is None else int(groups.starts[record + 1])
-            rows = self._read(first, last)
             try:
+                rows = self._read(first, last)
                 if groups is not None and record in groups.repeated:
                     raise ValueError("its id was there before; rows of one id must be adjacent")
                 yield self._record(first + 1, rows)
             except ValueError as error:
                 yield Record(None, row=first + 1, flaw=str(error))
             except DataError as error:
-                yield Record(None, row=first + 1, flaw=str(error))
+                reason = str(error).removeprefix(f"{self.name}: ")
+                yield Record(None, row=first + 1, flaw=reason)
 
     def _read(self, first: int, last: int) -> list[Mapping[str, Any]]:
         """Rows, from where the last call ended if it can be: a row group starts at its start."""
+        start, stop, reason = self._damaged
+        if start <= first < stop:
+            raise DataError(reason)
         position, rows = self._cursor
         if position != first:
             rows = _rows(self._path, self._shelf, self._layout, first, self._size)
-        read = [values for _, values in islice(rows, last - first)]
+        try:
+            read = [values for _, values in islice(rows, last - first)]
+        except _DamagedError as error:
+            self._damaged = (first, self._shelf.stop(first), str(error))
+            raise
         self._cursor = (last, rows)
         return read
 
@@ -372,7 +434,7 @@ class _ColumnarVolume:
             others = [values[found.image] for values in rows[1:]]
             if any(other is not None and other != rows[0][found.image] for other in others):
                 raise ValueError(
-                    f"its rows share the id {own!r}, but not the image; ids are unique"
+                    f"its rows share the id {own!r:.200}, but not the image; ids are unique"
                 )
         volume = self._prefix if self._several else ""
         image = None
@@ -453,7 +515,8 @@ def _guarded(
         try:
             yield from batches
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: is damaged ({_line(error)}); write it again") from None
+            reason = f"{path}: is damaged ({_line(error)}); write it again"
+            raise _DamagedError(reason) from None
 
 
 class _Broken(str):

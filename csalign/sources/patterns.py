@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from csalign.errors import ConfigError, DataError
-from csalign.locations import parse_location
+from csalign.locations import is_remote, parse_location
 
 _MOST_FILES = 100_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -23,9 +24,10 @@ def expand(source: str) -> list[Path] | None:
         None for a plain path.
 
     Raises:
-        ConfigError: it names more files than any data set has.
-        DataError: a glob matches nothing, or a file is named twice.
+        ConfigError: its braces are not a pattern, or it names more files than any data set has.
+        DataError: a glob matches nothing, a file is named twice, or one is not there.
     """
+    _check_braces(source)
     parts = source.split("::")
     if len(parts) == 1 and not _BRACES.search(source) and not _is_glob(source):
         return None
@@ -37,7 +39,22 @@ def expand(source: str) -> list[Path] | None:
                 raise ConfigError(f"{source}: names more than {_MOST_FILES} files")
     if len({str(path) for path in found}) < len(found):
         raise DataError(f"{source}: names a file twice; name each once")
+    lost = [path for path in found if not is_remote(path) and not path.exists()]
+    if lost:
+        raise DataError(
+            f"{source}: {len(lost)} of the {len(found)} files that it names are not there, such as "
+            f"{lost[0]}; correct it, or bring them"
+        )
     return found
+
+
+def _check_braces(source: str) -> None:
+    rest = _BRACES.sub("", source)
+    if "{" in rest or "}" in rest:
+        raise ConfigError(f"{source}: has a brace without its other half; {_FORMS}")
+    for inside in _BRACES.findall(source):
+        if "," not in inside and not _RANGE.fullmatch(inside):
+            raise ConfigError(f"{source}: {{{inside}}} is neither a range nor a list; {_FORMS}")
 
 
 def common_folder(paths: Sequence[Path]) -> Path:

@@ -269,7 +269,7 @@ def _header(table: Path, records: Iterator["CsvRecord"]) -> list[str] | None:
     names = [cell.strip() for cell in first.cells]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"{table}: has the column {name!r} twice; rename one of them")
+            raise DataError(f"{table}: has the column {name!r:.200} twice; rename one of them")
     return names
 
 

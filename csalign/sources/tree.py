@@ -33,12 +33,9 @@ def files_below(folder: Path) -> dict[str, int | None]:
         The size in bytes of each, None where it was not told without asking for each file.
 
     Raises:
-        DataError: a folder cannot be read, or a name is not UTF-8.
+        DataError: a folder cannot be read.
     """
     found = _remote_files(folder) if is_remote(folder) else _local_files(folder)
-    for name in found:
-        if not is_text(name):
-            raise DataError(f"{folder}: file name {name!r} is not UTF-8; rename the file")
     return {name: found[name] for name in sorted(found)}
 
 
@@ -82,8 +79,11 @@ def told_of(path: Path, *, named: bool = True) -> Iterator[None]:
         if not is_expected and (isinstance(error, _BUGS) or not is_remote(path)):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        where = f"{path}: " if named else ""
-        raise DataError(f"{where}cannot be read ({reason.splitlines()[0]})") from None
+        told = f"cannot be read ({reason.splitlines()[0]})"
+        if named:
+            remedy = "; check the address, the keys and the network" if is_remote(path) else ""
+            told = f"{path}: {told}{remedy}"
+        raise DataError(told) from None
 
 
 def is_file(path: Path) -> bool:
@@ -156,6 +156,16 @@ def is_text(name: str) -> bool:
     return True
 
 
+def shown(name: str) -> str:
+    """A name as it can be written, with what is not UTF-8 in it escaped."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def name_flaw(name: str) -> str | None:
+    """What is wrong with a file's name, None if nothing is."""
+    return None if is_text(name) else f"{shown(name)}: file name is not UTF-8; rename the file"
+
+
 def path_below(root: Path, path: str) -> str:
     """An image path as a table gives it, made relative to `root` and normal, with ``/``.
 
@@ -166,13 +176,18 @@ def path_below(root: Path, path: str) -> str:
     if "://" in path:
         start = f"{root}/"
         if not (is_remote(root) and path.startswith(start)):
-            raise DataError(f"image {path!r} is a URL, which is not fetched; download it first")
+            raise DataError(
+                f"image {path!r:.200} is a URL, which is not fetched; download it first"
+            )
         path = path.removeprefix(start)
     elif os.path.isabs(path) and not is_remote(root):  # noqa: PTH117
         path = os.path.relpath(path, root)
     normal = posixpath.normpath(path)
     if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:
-        raise DataError(f"image {given!r} lies outside of {root}; move it inside")
+        remedy = "move it inside"
+        if given.startswith("/"):
+            remedy += ", or name a folder that holds all images with --images"
+        raise DataError(f"image {given!r:.200} lies outside of {root}; {remedy}")
     return normal
 
 

@@ -6,7 +6,7 @@ import os
 import posixpath
 import tarfile
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from csalign.sources import images
 from csalign.sources.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.columns import Columns
 from csalign.sources.folders import captions_in, texts_of
+from csalign.sources.lost import LostVolume, tell_of_lost
 from csalign.sources.tables import caption_of
 from csalign.sources.tree import (
     MAX_IMAGE_BYTES,
@@ -30,9 +31,12 @@ from csalign.sources.tree import (
     fingerprint,
     is_text,
     local_file,
+    name_flaw,
     opened,
+    shown,
     size_of,
     split_of,
+    told_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,6 +58,7 @@ class TarSource:
         columns: `caption` is a json key or an extension, `split` a json key.
         lines: each line of a txt is a caption, rather than the whole of it.
         sizes: bytes of each tar.
+        lost: why a tar cannot be read at all, by position.
     """
 
     root: Path
@@ -61,6 +66,7 @@ class TarSource:
     columns: Columns
     lines: bool
     sizes: Sequence[int]
+    lost: Mapping[int, str]
 
     @property
     def description(self) -> str:
@@ -70,7 +76,7 @@ class TarSource:
     @property
     def volumes(self) -> Sequence[str]:
         """See `Source`."""
-        return [(self.root / path).as_posix() for path in self.paths]
+        return [shown((self.root / path).as_posix()) for path in self.paths]
 
     @property
     def sides(self) -> Collection[Modality]:
@@ -90,12 +96,20 @@ class TarSource:
     @property
     def fingerprint(self) -> str:
         """See `Source`: names and sizes."""
-        return fingerprint([self.columns, self.lines, *self.paths, *self.sizes])
+        return fingerprint([self.columns, self.lines, *self.paths, *self.sizes, *self.lost.items()])
+
+    def stamp(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: name and size of the tar."""
+        own = (self.paths[position], self.sizes[position], self.lost.get(position))
+        return fingerprint([self.columns, self.lines, *own])
 
     @contextmanager
     def open(self, position: int) -> Iterator[Volume]:
         """See `Source`; a remote tar is copied to a temporary file first."""
         path = self.root / self.paths[position]
+        if position in self.lost:
+            yield LostVolume(self.volumes[position], self.lost[position])
+            return
         with local_file(path) as file:
             prefix = posixpath.splitext(self.paths[position])[0]
             yield _TarVolume(path.as_posix(), prefix, file, self)
@@ -120,7 +134,7 @@ def open_tars(
 
     Raises:
         ConfigError: an id column is named, for which tars have their keys.
-        DataError: a file is not there or no tar.
+        DataError: a file is not there, or none of them is a tar.
     """
     if columns.id is not None:
         raise ConfigError("id_column: tar files have the keys of their samples; leave it out")
@@ -130,10 +144,10 @@ def open_tars(
         size_of(root / path) if size is None else size
         for path, size in zip(paths, sizes or [None] * len(paths), strict=True)
     ]
-    if not is_remote(root):
-        for path in paths:
-            _check_magic(root / path)
-    return TarSource(root, paths, columns, lines, known)
+    flaws = {place: _flaw_of(root, path) for place, path in enumerate(paths)}
+    lost = {place: flaw for place, flaw in flaws.items() if flaw is not None}
+    tell_of_lost(root, lost, len(paths))
+    return TarSource(root, paths, columns, lines, known, lost)
 
 
 def is_tar(start: bytes) -> bool:
@@ -147,11 +161,18 @@ def is_tar(start: bytes) -> bool:
     return True
 
 
-def _check_magic(path: Path) -> None:
-    with opened(path) as file:
-        start = file.read(_BLOCK)
-    if not is_tar(start):
-        raise DataError(f"{path}: is no tar file; write or download it again")
+def _flaw_of(root: Path, name: str) -> str | None:
+    """Why a tar cannot be read at all; that of a remote one shows when it is read."""
+    path = root / name
+    flaw = name_flaw(str(path))
+    if flaw is not None or is_remote(path):
+        return flaw
+    try:
+        with opened(path) as file, told_of(path):
+            start = file.read(_BLOCK)
+    except DataError as error:
+        return str(error)
+    return None if is_tar(start) else f"{path}: is no tar file; write or download it again"
 
 
 @dataclass
@@ -193,7 +214,7 @@ class _Scanner:
             if not self._index.keys:
                 self._begin("")
             key = self._index.keys[-1]
-            where = f"ends inside of or after sample {key!r}" if key else "cannot be read"
+            where = f"ends inside of or after sample {key!r:.200}" if key else "cannot be read"
             self._flaw(f"the tar {where}: {reason}; write or download it again")
         elif not self._index.keys:
             self._begin("")
@@ -210,7 +231,7 @@ class _Scanner:
                     members.clear()  # it would keep them all
                     if member.offset_data + member.size > self._size:
                         self._add(member)
-                        return f"{member.name!r} is cut short"
+                        return f"{member.name!r:.200} is cut short"
                     self._add(member)
                 end = tar.offset
         except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -232,13 +253,13 @@ class _Scanner:
             self._begin(key)
         if not is_text(name):
             self._index.keys[-1] = ascii(key)
-            self._flaw(f"{name!r} is no UTF-8 name")
+            self._flaw(f"{name!r:.200} is no UTF-8 name")
         elif name.startswith("/") or ".." in name.split("/"):
-            self._flaw(f"{name!r} leads out of the tar")
+            self._flaw(f"{name!r:.200} leads out of the tar")
         elif not member.isreg() or member.sparse is not None:
-            self._flaw(f"{name!r} is a link or special file, which is not followed")
+            self._flaw(f"{name!r:.200} is a link or special file, which is not followed")
         elif not dot:
-            self._flaw(f"{name!r} has no extension")
+            self._flaw(f"{name!r:.200} has no extension")
         else:
             self._member(extension.lower(), member.offset_data, member.size)
 
@@ -288,7 +309,7 @@ class _TarVolume:
                     raise DataError(flaw)
                 yield self._record(sample, key)
             except DataError as error:
-                reason = f"{key}: {error}" if key else str(error)
+                reason = f"{key:.200}: {error}" if key else str(error)
                 yield Record(None, row=sample + 1, flaw=reason)
 
     @property
@@ -367,7 +388,10 @@ class _TarVolume:
 def _read_member(file: BinaryIO, member: tuple[int, int], limit: int = MAX_IMAGE_BYTES) -> bytes:
     offset, size = member
     check_size(size, limit)
-    data = os.pread(file.fileno(), size, offset)
+    try:
+        data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from None
     if len(data) < size:
         raise DataError("is cut short")
     return data

@@ -253,7 +253,7 @@ class _Part:
                 self.tally.texts_seen += 1
                 yield owned
             else:
-                self._fail(self.volume, owned.text.row, f"its image {owned.image_id} {reason}")
+                self._fail(self.volume, owned.text.row, f"its image {owned.image_id:.200} {reason}")
 
     def _write_images(self, batch: list[_Decoding], embedded: Embedded) -> None:
         flaws = _flaws(embedded, self.embedder.dtype)

@@ -22,9 +22,10 @@ from csalign.locations import is_remote, parse_location
 from csalign.progress import Progress, silent
 from csalign.results import FeaturesResult
 from csalign.sources.base import Source, Volume
+from csalign.sources.lost import LostVolume
 from csalign.sources.open import SourceOptions, open_source
 from csalign.steps.embedding import Embedder
-from csalign.steps.turns import device_of, own_volumes, owns, turn_of
+from csalign.steps.turns import check_array, device_of, own_volumes, owns, turn_of
 from csalign.store import manifest, schema
 from csalign.store.documents import Job, Receipt, Turn
 from csalign.store.workspace import Workspace, alone, open_workspace
@@ -65,6 +66,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         EncoderError: an encoder cannot be loaded or does not give the tokens asked for.
         ConfigError: no encoder is named for a side of the source, or the device does not exist.
     """
+    if config.max_tokens is not None and config.tokens == "none":
+        raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
     turn = turn_of(config.shard)
     inputs = [path for path in (config.captions, config.images) if path is not None]
     searched = None if "::" in config.source else parse_location(config.source)
@@ -88,9 +91,18 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             text=encoders.text.info if encoders.text else None,
         ),
     )
-    with open_workspace(
-        config.out, job, turn, config=config.to_toml(), restart=config.overwrite
-    ) as workspace:
+    with (
+        files.writing(config.out),
+        open_workspace(
+            config.out,
+            job,
+            turn,
+            config=config.to_toml(),
+            restart=config.overwrite,
+            retry=config.retry_failures,
+        ) as workspace,
+    ):
+        check_array(turn, config.shard, workspace.counts())
         extraction = _Extraction(config, source, encoders, workspace, turn, progress)
         missing: list[Turn] = []
         if not workspace.is_whole:
@@ -103,7 +115,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
         )
         return extraction.result(workspace.folder)
-    return _complete(config, workspace)
+    with files.writing(config.out):
+        return _complete(config, workspace)
 
 
 def _source_options(config: ExtractConfig) -> SourceOptions:
@@ -210,6 +223,12 @@ class _Extraction:
             for volume in own_volumes(self.turn, len(self.source.volumes)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)
+        if not self.receipts:
+            logger.warning(
+                "shard %s has nothing to do: there are fewer parts than shards; take fewer shards, "
+                "or a smaller --part-rows",
+                self.turn,
+            )
         self.workspace.finish([receipt.name for receipt in self.receipts])
 
     def result(self, folder: Path) -> FeaturesResult:
@@ -231,7 +250,8 @@ class _Extraction:
             part for part in range(self.turn.count) if owns(self.turn, volumes, volume, part)
         )
         known = self._receipt(volume, first)
-        if known is not None:  # then the volume need not be opened to know its parts
+        # Then the volume need not be opened to know its parts; the others cost nothing to open.
+        if known is not None and self.source.total is None:
             own = self._own_parts(volume, known.volume_records)
             there = [self._receipt(volume, part) for part in own]
             if all(there):
@@ -241,12 +261,14 @@ class _Extraction:
             records = len(opened)
             for part in self._own_parts(volume, records):
                 receipt = self._receipt(volume, part)
-                if receipt is not None:
+                # Where the stamp is of the whole volume, the number of records must be the same.
+                if receipt is not None and (
+                    self.source.total is not None or receipt.volume_records == records
+                ):
                     yield receipt, False
                 else:
                     stop = min(records, (part + 1) * rows)
-                    name = self._name(volume, part)
-                    yield self._make(name, opened, part * rows, stop, embedder), True
+                    yield self._make(volume, part, opened, stop, embedder), True
 
     def _own_parts(self, volume: int, records: int) -> list[int]:
         volumes = len(self.source.volumes)
@@ -255,9 +277,13 @@ class _Extraction:
 
     def _receipt(self, volume: int, part: int) -> Receipt | None:
         receipt = self.workspace.receipt(self._name(volume, part))
-        if receipt is not None and receipt.failures and self.config.retry_failures:
+        if receipt is None or receipt.stamp != self._stamp(volume, part):
             return None
-        return receipt
+        return None if receipt.failures and self.config.retry_failures else receipt
+
+    def _stamp(self, volume: int, part: int) -> str:
+        rows = self.config.part_rows
+        return self.source.stamp(volume, part * rows, (part + 1) * rows)
 
     def _name(self, volume: int, part: int) -> str:
         if len(self.source.volumes) == 1:
@@ -265,11 +291,19 @@ class _Extraction:
         return f"part-{volume:05d}-{part:05d}"
 
     def _make(
-        self, name: str, volume: Volume, start: int, stop: int, embedder: Embedder
+        self, position: int, number: int, volume: Volume, stop: int, embedder: Embedder
     ) -> Receipt:
+        name = self._name(position, number)
+        start = number * self.config.part_rows
         with self.workspace.part(name) as part:
             tally = embedder.embed(volume.records(start, stop), volume.name, part)
-            receipt = Receipt(name=name, volume_records=len(volume), **asdict(tally))
+            receipt = Receipt(
+                name=name,
+                stamp=self._stamp(position, number),
+                volume_records=len(volume),
+                is_lost=isinstance(volume, LostVolume),
+                **asdict(tally),
+            )
             return self.workspace.seal(part, receipt)
 
     def _count(self, receipt: Receipt, embedder: Embedder, *, is_new: bool) -> None:
@@ -278,7 +312,8 @@ class _Extraction:
             embedder.report("records", receipt.records)
             embedder.report("texts", receipt.texts_seen)
         if self.turn.count == 1:
-            _check(self.config, self.workspace, self.receipts, of=self.source.total)
+            known = (self.source.total, len(self.source.volumes))
+            _check(self.config, self.workspace, self.receipts, *known)
 
     def _check_room(self) -> None:
         """Tell how large the feature set will be, and refuse if the disk is too small for it.
@@ -313,7 +348,11 @@ class _Extraction:
 
 
 def _check(
-    config: ExtractConfig, workspace: Workspace, receipts: list[Receipt], of: int | None = -1
+    config: ExtractConfig,
+    workspace: Workspace,
+    receipts: list[Receipt],
+    of: int | None = -1,
+    volumes: int | None = None,
 ) -> None:
     """Raise if what was left out is more than the user allows.
 
@@ -322,6 +361,7 @@ def _check(
         workspace: where the list of failures goes then.
         receipts: of the parts so far.
         of: records that there will be in all, None if that is not known; -1 if this is all.
+        volumes: likewise; None for those of the receipts.
 
     Raises:
         DataError: it is more.
@@ -334,6 +374,11 @@ def _check(
         raise _refusal(
             workspace, receipts, f"{failed} of {records} records could not be used", limit
         )
+    lost = sum(receipt.is_lost for receipt in receipts)
+    count = volumes or len({receipt.name.rpartition("-")[0] for receipt in receipts})
+    if lost > limit * count:
+        problem = f"{lost} of {count} files could not be read"
+        raise _refusal(workspace, receipts, problem, limit)
     texts = sum(receipt.texts_seen for receipt in receipts)
     failed = sum(receipt.failed_texts for receipt in receipts)
     if (is_all or texts >= _ENOUGH_RECORDS) and failed > limit * texts:
@@ -359,11 +404,10 @@ def _refusal(
         f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
         for failure in failures[:_REASONS_SHOWN]
     )
-    remedy = "repair the images and go on with --retry-failures"
+    remedy = "repair them and go on with --retry-failures"
     if limit is not None:
         problem += f", the share allowed is {limit:g}"
         remedy += ", or with a higher --max-failures"
-    remedy += "; a repaired table, tar or caption is another source, which --overwrite begins anew"
     return DataError(f"{problem}: {examples}; {path} lists those so far: {remedy}")
 
 

@@ -22,6 +22,7 @@ from csalign.locations import parse_location
 from csalign.progress import Progress, silent
 from csalign.results import TrainResult
 from csalign.steps.batches import PairSampler, uniform
+from csalign.steps.match import match_outputs
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.tokens import (
@@ -78,10 +79,14 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
 
         _run(trainer, folder / CHECKPOINTS, save, progress)
+        scores = {"start": trainer.start_score, "kept": trainer.best_score}
+        if config.match_moments and val is not None and trainer.best_score is not None:
+            scores["matched"] = match_outputs(
+                adapter, rows, sampler, unpaired, val, trainer.best_score, config
+            )
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
-    scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
         steps=trainer.steps_made,

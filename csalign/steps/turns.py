@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from csalign.errors import ConfigError
 from csalign.store.documents import Turn
@@ -38,6 +38,30 @@ def turn_of(shard: str, environment: Mapping[str, str] = os.environ) -> Turn:
     return turn
 
 
+def check_array(
+    turn: Turn, shard: str, known: Collection[int], environment: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse a SLURM array whose number of tasks is not the one that the work was begun with.
+
+    Args:
+        turn: what `turn_of` made of it.
+        shard: ``--shard``; one that is spelled out is taken as it is.
+        known: numbers of shares in which others did the work.
+        environment: where SLURM's variables are.
+
+    Raises:
+        ConfigError: it is smaller, as in an array of the tasks that failed.
+    """
+    if shard != "auto" or "SLURM_ARRAY_TASK_ID" not in environment:
+        return
+    if known and turn.count < max(known):
+        raise ConfigError(
+            f"shard: the work was begun in {max(known)} shares, and this SLURM array is one of "
+            f"{turn.count}; give --shard I/{max(known)} for one that is missing, or spell out "
+            f"--shard {turn} to share the rest out anew"
+        )
+
+
 def _array_task(environment: Mapping[str, str]) -> Turn:
     # SLURM_ARRAY_TASK_COUNT is the number of tasks, whatever their first index and their step.
     names = ("ID", "MIN", "STEP", "COUNT")
@@ -45,6 +69,14 @@ def _array_task(environment: Mapping[str, str]) -> Turn:
     if values[0] is None or values[3] is None:
         return Turn(0, 1)
     task, first, step, count = (int(value) if value else 1 for value in values)
+    last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + (count - 1) * step)
+    # Some tasks of a larger array, submitted again, would each take a share of too few.
+    if first > 1 or (count == 1 and task > 0) or (last - first) // step + 1 != count:
+        raise ConfigError(
+            f"shard: task {task} of a SLURM array of {count} from {first} to {last}, which may be "
+            "some of a larger one, submitted again; give --shard I/N, with the number of the task "
+            "from 0 and that of all in the first array (0/1 does the whole)"
+        )
     return Turn((task - first) // step, count)
 
 

@@ -41,8 +41,8 @@ class Job(Document):
     encoders: Encoders
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the content of parts, so not of where the source lies."""
-        content = self.model_dump_json(exclude={"location"})
+        """SHA-256 of what decides the content of parts, beside the records that they are of."""
+        content = self.model_dump_json(exclude={"location", "source"})
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -66,7 +66,9 @@ class Receipt(Document):
     Attributes:
         name: of the part.
         job: `Job.fingerprint` of the job that it was made for; set when it is sealed.
+        stamp: of the records that it was made of; see `sources.base.Source`.
         volume_records: records of the volume that it belongs to, all parts together.
+        is_lost: whether it stands for a file that could not be read at all.
         records: that went into it.
         failed_records: of these, left out as a whole.
         failed_texts: texts left out although their record was not.
@@ -79,7 +81,9 @@ class Receipt(Document):
 
     name: str
     job: str = ""
+    stamp: str = ""
     volume_records: int
+    is_lost: bool = False
     records: int
     failed_records: int = 0
     failed_texts: int = 0
@@ -106,24 +110,37 @@ class Turn:
 
 
 class Finished(Document):
-    """What a process says that is done with its parts."""
+    """What a process says that is done with its parts, as the source was then."""
 
     index: int
     count: int
+    source: str
     parts: list[str]
 
 
 def other_job(folder: Path, found: Job, job: Job) -> str:
     """What to say of a folder that holds another job."""
+    if is_same_but_source(found, job):
+        return (
+            f"{folder}: was begun when the source held something else; go on with "
+            "--retry-failures, which makes what changed anew and keeps the rest, or start anew "
+            "with --overwrite"
+        )
     old, new = _flat(found.model_dump()), _flat(job.model_dump())
-    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    change = f"another {name}"
-    if name not in ("source", "encoders.image.fingerprint", "encoders.text.fingerprint"):
-        change = f"{name} {old.get(name)}, not {new.get(name)}"
+    names = [name for name in [*new, *old] if name != "source"]
+    name = next(name for name in names if old.get(name) != new.get(name))
+    change = f"{name} {old.get(name)}, not {new.get(name)}"
+    if name in ("encoders.image.fingerprint", "encoders.text.fingerprint"):
+        change = f"another {name}"
     return (
         f"{folder}: was begun with {change}; go on with the same options and source, or start "
         "anew with --overwrite"
     )
+
+
+def is_same_but_source(found: Job, job: Job) -> bool:
+    """Whether two jobs are one, but for what the source held when each was begun."""
+    return found.model_copy(update={"source": job.source}) == job
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,10 +90,16 @@ class PairedRows:
             numbers[unknown] = keys.to_numpy() + numbers.max() + 1
         return numbers
 
-    def take_images(self, keep: npt.NDArray[np.bool_]) -> "PairedRows":
-        """The images where `keep` (n,) is true, and their texts; unpaired texts are left out."""
+    def take_images(self, keep: npt.NDArray[np.bool_], *, lone_texts: bool = False) -> "PairedRows":
+        """The images where `keep` (n,) is true, and their texts.
+
+        Args:
+            keep: (n,).
+            lone_texts: whether to keep the texts without an image as well.
+        """
         position = np.where(keep, np.cumsum(keep) - 1, -1)
-        texts = np.flatnonzero((self.text_image >= 0) & keep[self.text_image])
+        is_lone = self.text_image < 0
+        texts = np.flatnonzero(np.where(is_lone, lone_texts, keep[self.text_image]))
         return PairedRows(
             name=self.name,
             images=self.images[keep],
@@ -101,7 +107,7 @@ class PairedRows:
             image_ids=self.image_ids.filter(pa.array(keep)),
             text_ids=self.text_ids.take(texts),
             captions=self.captions.take(texts),
-            text_image=position[self.text_image[texts]],
+            text_image=np.where(is_lone[texts], -1, position[self.text_image[texts]]),
             image_rows=self.table_rows(Modality.IMAGE)[keep],
             text_rows=self.table_rows(Modality.TEXT)[texts],
         )

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csalign import files
 from csalign.enums import Modality
-from csalign.errors import DataError, SchemaError
+from csalign.errors import CsalignError, DataError, SchemaError
+from csalign.locations import is_store_error
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -104,6 +105,17 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: no such folder, or it holds no feature set.
         SchemaError: the manifest is damaged or of another format version.
     """
+    try:
+        return _read(folder)
+    except CsalignError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_store_error(error):
+            raise
+        raise DataError(files.os_error(error, folder / MANIFEST)) from None
+
+
+def _read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.exists():
         raise DataError(f"{folder}: no such feature set; make one with csalign extract or import")

@@ -71,6 +71,10 @@ class ShardWriter:
         self._temporary: Path | None = None
         self._file: pq.ParquetWriter | None = None
 
+    @property
+    def _final(self) -> Path:
+        return self._folder.joinpath(*self._path.split("/"))
+
     def write(self, rows: Rows) -> None:
         """Append rows.
 
@@ -95,14 +99,16 @@ class ShardWriter:
         self._flush()
         if self._file is None or self._temporary is None:
             return None
-        self._file.close()
+        with files.writing(self._final):
+            self._file.close()
         shard = Shard(
             path=self._path,
             rows=self.rows,
             bytes=self._temporary.stat().st_size,
             sha256=files.sha256_file(self._temporary),
         )
-        self._arrival.close()
+        with files.writing(self._final):
+            self._arrival.close()
         return shard
 
     def abort(self, error: BaseException) -> None:
@@ -162,16 +168,15 @@ class ShardWriter:
             return
         table = pa.Table.from_batches(self._pending, self._schema)
         self._pending, self._pending_rows = [], 0
-        if self._file is None:
-            self._file = self._open()
-        self._file.write_table(table, row_group_size=table.num_rows)
+        with files.writing(self._final):
+            if self._file is None:
+                self._file = self._open()
+            self._file.write_table(table, row_group_size=table.num_rows)
         self.rows += table.num_rows
         self.bytes += table.nbytes
 
     def _open(self) -> pq.ParquetWriter:
-        self._temporary = self._arrival.enter_context(
-            files.arriving(self._folder.joinpath(*self._path.split("/")))
-        )
+        self._temporary = self._arrival.enter_context(files.arriving(self._final))
         strings = [*schema.STRING_COLUMNS[self.modality]]
         return pq.ParquetWriter(
             self._temporary,

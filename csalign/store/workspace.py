@@ -1,8 +1,9 @@
 """A feature set that is built part by part, by several processes, and survives their deaths.
 
 It lives in ``OUT.partial``: a part is a file a side, with a receipt that is written when both are
-there. A part's content follows from the source alone, so it does not matter which process writes
-it, nor when. Once every process has said that it is done, the receipts become the manifest::
+there. A part's content follows from its records alone, so it does not matter which process writes
+it, nor when; but for the rounding of a product that another process or machine computes another
+way. Once every process has said that it is done, the receipts become the manifest::
 
     .csalign-job.json    what the set is to become; another job is refused
     images/ texts/       finished parts, under their final names
@@ -35,6 +36,7 @@ from csalign.store.documents import (
     Job,
     Receipt,
     Turn,
+    is_same_but_source,
     other_job,
     read_document,
     write_document,
@@ -149,7 +151,8 @@ class Workspace:
     def finish(self, parts: list[str]) -> None:
         """Say that this process has done its parts, all of which have receipts."""
         turn = self._turn
-        write_document(self._mark, Finished(index=turn.index, count=turn.count, parts=parts))
+        mark = Finished(index=turn.index, count=turn.count, source=self._job.source, parts=parts)
+        write_document(self._mark, mark)
 
     def begin(self) -> None:
         """Take back that this process has done its parts, since it may do some of them anew."""
@@ -185,9 +188,27 @@ class Workspace:
             time.sleep(0.2)
             _refresh(self.folder)
 
+    def counts(self) -> set[int]:
+        """Numbers of processes by which the work was shared out so far, this one left out."""
+        folder = self.folder / FINISHED
+        marks = [path.stem for path in folder.glob("*.json")] if folder.exists() else []
+        if not is_remote(self.folder):
+            own = f"{files.LOCK}-{self._turn.index}-of-{self._turn.count}"
+            locks = [path.name for path in self.folder.glob(f"{files.LOCK}-*")]
+            marks += [name for name in locks if name != own]
+        return {int(name.rpartition("-")[2]) for name in marks}
+
     def missing(self) -> list[Turn]:
         """The processes that are not done; empty once all of some number of them are."""
-        return _missing(_finished(self.folder))
+        return _missing(self._finished())
+
+    def _finished(self) -> list[Finished]:
+        """What the processes say that are done with the source as it is now."""
+        _refresh(self.folder)
+        folder = self.folder / FINISHED
+        marks = sorted(folder.glob("*.json")) if folder.exists() else []
+        found = [read_document(path, Finished) for path in marks]
+        return [mark for mark in found if mark.source == self._job.source]
 
     def list_failures(self, failures: list[Failure]) -> Path:
         """Write a list of what was left out, for a job that failed because of it."""
@@ -201,7 +222,7 @@ class Workspace:
         Raises:
             DataError: a part is not there, though a process said that it made it.
         """
-        found = {name: self.receipt(name) for name in _parts(self.folder)}
+        found = {name: self.receipt(name) for name in self._parts()}
         lost = [name for name, receipt in found.items() if receipt is None]
         if lost:
             raise DataError(
@@ -209,6 +230,16 @@ class Workspace:
                 "again, or run csalign extract again to have it made"
             )
         return [receipt for receipt in found.values() if receipt is not None]
+
+    def _parts(self) -> list[str]:
+        """All parts in the source's order, once nothing is missing."""
+        finished = self._finished()
+        for count in {mark.count for mark in finished}:
+            marks = [mark for mark in finished if mark.count == count]
+            if not _missing(marks):
+                names = [name for mark in marks for name in mark.parts]
+                return sorted(names, key=lambda name: [int(part) for part in name.split("-")[1:]])
+        raise OutputError(f"{self.folder}: is gone or not whole; another process works on it")
 
     def complete_and_publish(self) -> None:
         """Turn the parts into a whole feature set and give it its name; see `alone`.
@@ -260,7 +291,13 @@ class Workspace:
 
 @contextmanager
 def open_workspace(
-    out: Path, job: Job, turn: Turn, *, config: str, restart: bool = False
+    out: Path,
+    job: Job,
+    turn: Turn,
+    *,
+    config: str,
+    restart: bool = False,
+    retry: bool = False,
 ) -> Iterator[Workspace]:
     """Begin a job, or continue it, holding the locks of this process's turn.
 
@@ -272,20 +309,22 @@ def open_workspace(
         turn: which process this is.
         config: content of the feature set's ``config.toml``, that of the process that begins.
         restart: whether another job's unfinished parts may be removed.
+        retry: whether to go on although the source holds something else by now; whoever says so
+            makes those parts anew whose stamp is another.
 
     Raises:
         OutputError: another job was begun there, or another process has this turn.
     """
     if is_remote(out):
         folder = files.partial_of(out)
-        _begin(folder, job, config, restart=restart)
+        _begin(folder, job, config, restart=restart, retry=retry)
         yield Workspace(folder, out, job, turn)
         return
     out = out.resolve()
     folder = files.partial_of(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / files.LOCK).open("a+") as lock:
-        _join(lock, folder, job, config, restart=restart)
+        _join(lock, folder, job, config, restart=restart, retry=retry)
         with (folder / f"{files.LOCK}-{turn.index}-of-{turn.count}").open("a+") as own:
             if not _try_lock(own, fcntl.LOCK_EX):
                 raise OutputError(
@@ -327,8 +366,8 @@ def merge_parts(out: Path) -> None:
         DataError: there are no parts, or some processes are not done.
         OutputError: `out` exists, or somebody still works on the parts.
     """
-    files.check_output(out, overwrite=False)
     folder = files.partial_of(out if is_remote(out) else out.resolve())
+    _check_free(out, folder)
     job = _read_job(folder)
     if job is None:
         raise DataError(f"{folder}: holds no parts of a feature set")
@@ -348,7 +387,21 @@ def merge_parts(out: Path) -> None:
             workspace.complete_and_publish()
 
 
-def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool) -> None:
+def _check_free(out: Path, folder: Path) -> None:
+    try:
+        files.check_output(out, overwrite=False)
+    except OutputError as error:
+        if not out.exists():
+            raise
+        if not folder.exists() and (out / MANIFEST).is_file():
+            raise DataError(f"{out}: is whole already; leave out --merge") from None
+        raise OutputError(
+            f"{out}: is in the way of the feature set that the parts in {folder} are to become; "
+            "move it"
+        ) from error
+
+
+def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
     """Take a share in the folder's lock once the folder holds this job."""
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -358,12 +411,11 @@ def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool) -> N
             found = _read_job(folder)
             if found == job:
                 return
-            if found is not None and not restart:
-                raise OutputError(other_job(folder, found, job))
+            _check_job(folder, found, job, restart=restart, retry=retry)
             # A lock cannot be raised while others share it, so it is given back in between.
             fcntl.flock(lock, fcntl.LOCK_UN)
             if _try_lock(lock, fcntl.LOCK_EX):
-                _begin(folder, job, config, restart=restart)
+                _begin(folder, job, config, restart=restart, retry=retry)
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 return
         if time.monotonic() > deadline:
@@ -371,12 +423,22 @@ def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool) -> N
         time.sleep(0.05)
 
 
-def _begin(folder: Path, job: Job, config: str, *, restart: bool) -> None:
+def _check_job(folder: Path, found: Job | None, job: Job, *, restart: bool, retry: bool) -> None:
+    """Refuse a folder that was begun as something else, unless that is what the user wants."""
+    if found is None or restart or (retry and is_same_but_source(found, job)):
+        return
+    raise OutputError(other_job(folder, found, job))
+
+
+def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
     found = _read_job(folder)
     if found == job:
         return
+    _check_job(folder, found, job, restart=restart, retry=retry)
     if found is not None and not restart:
-        raise OutputError(other_job(folder, found, job))
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never published
+        write_document(folder / files.JOB, job)
+        return
     if is_remote(folder):
         files.remove_folder(folder)
     else:
@@ -398,12 +460,6 @@ def _refresh(folder: Path) -> None:
         folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
 
 
-def _finished(folder: Path) -> list[Finished]:
-    _refresh(folder)
-    marks = sorted((folder / FINISHED).glob("*.json")) if (folder / FINISHED).exists() else []
-    return [read_document(path, Finished) for path in marks]
-
-
 def _missing(finished: list[Finished]) -> list[Turn]:
     counts = {mark.count for mark in finished}
     left = []
@@ -416,23 +472,14 @@ def _missing(finished: list[Finished]) -> list[Turn]:
     return left or [Turn(0, 1)]
 
 
-def _parts(folder: Path) -> list[str]:
-    """All parts in the source's order, once nothing is missing."""
-    finished = _finished(folder)
-    for count in {mark.count for mark in finished}:
-        marks = [mark for mark in finished if mark.count == count]
-        if not _missing(marks):
-            names = [name for mark in marks for name in mark.parts]
-            return sorted(names, key=lambda name: [int(part) for part in name.split("-")[1:]])
-    raise OutputError(f"{folder}: is gone or not whole; another process works on it")
-
-
 def _remove_others(folder: Path, shards: list[Shard]) -> None:
     """Remove the files of killed processes, which other readers would take for parts."""
     kept = {shard.path.rpartition("/")[2] for shard in shards}
     for path in list(folder.iterdir()) if folder.exists() else []:
         if path.name not in kept:
             path.unlink()
+    if not shards and not is_remote(folder) and folder.exists():
+        folder.rmdir()  # a side that is not there has no folder
 
 
 def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -168,6 +169,25 @@ def test_a_file_system_that_refuses_to_write_exits_1_with_its_reason(
     assert "/proc/csalign" in done.stderr
 
 
+def test_a_file_that_cannot_grow_is_named_with_the_remedy(
+    arrays: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "csalign", "import", "--images", arrays[0], "--out", out],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"csalign: {out}.partial/images/part-00000.parquet: File too large; free some space, or "
+        "choose another --out\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )
@@ -195,6 +215,38 @@ def test_a_signal_stops_a_run_and_leaves_its_checkpoints(
     assert not out.exists()
     kept = sorted(checkpoints.glob("step-*/adapter.json"))[-1].parent
     assert csalign("inspect", kept).returncode == 0
+
+
+LOST = """
+import os, signal, time
+from csalign import stopping
+from csalign.errors import Stopped
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+stopping.catch_signals()
+Dying()
+try:
+    stopping.check()
+except Stopped:
+    print("noticed")
+try:
+    time.sleep(30)
+except Stopped as stopped:
+    print("stopped", stopped.exit_code)
+"""
+
+
+def test_a_signal_that_python_drops_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST], capture_output=True, text=True, timeout=25, check=False
+    )
+
+    assert done.stdout.split() == ["noticed", "stopped", "130"]
+    assert done.stderr == ""
 
 
 def test_quiet_says_nothing_and_results_stay(features: Path) -> None:

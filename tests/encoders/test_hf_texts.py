@@ -341,7 +341,10 @@ def test_options_that_do_not_suit_the_model_are_told(make_model: MakeModel) -> N
 
     assert "has no end-of-text token" in error_of(f"{folder}?pooling=eos", ConfigError)
     assert "the model has 40 positions" in error_of(f"{folder}?max_length=41", ConfigError)
-    assert "cannot be run (tuple index out of range)" in error_of(f"{folder}?layer=7")
+    assert error_of(f"{folder}?layer=7") == (
+        "hf: layer=7 does not exist; the model has the layers 0, its input, to 2, which are also "
+        "-3 to -1"
+    )
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(make_model: MakeModel) -> None:
@@ -375,7 +378,10 @@ def test_a_model_that_cannot_be_had_is_one_line(
     for name in ("some/model", str(tmp_path)):
         message = error_of(name)
         assert message.startswith(f"hf:{name} could not be loaded (")
-        assert message.endswith("connect once, or give the folder of a saved model")
+        assert message.endswith("give the folder of a saved model")
+        assert ("connect once" in message) == (name == "some/model")
+    gone = f"{tmp_path}/gone"
+    assert error_of(gone) == f"hf:{gone}: no such folder; give that of a saved model"
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

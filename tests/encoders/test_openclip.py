@@ -409,6 +409,20 @@ def test_weights_of_another_model_do_not_fit(
     assert message.startswith(f"{tiny_clip[1]} does not fit {wider} (size mismatch for")
 
 
+def test_half_weights_with_other_positions_do_not_fit(
+    tiny_clip: tuple[Path, Path], tmp_path: Path
+) -> None:
+    state = safetensors.torch.load_file(tiny_clip[1])
+    state["visual.positional_embedding"] = torch.randn(37, 24)
+    half = {name: values.half() for name, values in state.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+
+    assert error_of(tiny_clip[0], tmp_path / "half.safetensors") == (
+        f"{tmp_path}/half.safetensors does not fit {tiny_clip[0]} (its positions are those of "
+        "images or texts of another size); choose the architecture that it was trained with"
+    )
+
+
 class Bomb:
     """Unpickling it makes a file, as a malicious checkpoint would."""
 

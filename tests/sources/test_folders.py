@@ -201,12 +201,25 @@ def test_what_is_no_source_is_refused(make_images: MakeImages, tmp_path: Path) -
         open_source(folder, SourceOptions(kind="coco"))
 
 
-def test_a_file_name_that_is_not_utf_8_is_told(make_images: MakeImages) -> None:
+@pytest.mark.parametrize("table", [False, True])
+def test_a_file_name_that_is_not_utf_8_is_a_flaw_of_its_own(
+    make_images: MakeImages, outline: Outline, table: bool
+) -> None:
     folder = make_images("a.png")
-    odd = folder / "\udcff.png"
+    if table:
+        (folder / "captions.csv").write_text("image,caption\na.png,x\n")
+    else:
+        (folder / "a.txt").write_text("x")
     try:
-        odd.write_bytes(b"")
+        (folder / "\udcff.png").write_bytes(b"")
+        (folder / "\udcff.doc").write_bytes(b"")
     except OSError:
         pytest.skip("this file system takes no such name")
 
-    assert r"file name '\udcff.png' is not UTF-8; rename the file" in error_of(folder)
+    assert outline(folder) == [
+        ("a.png", ["x"], None),
+        (None, [], r"\udcff.png: file name is not UTF-8; rename the file"),
+    ]
+    assert (
+        error_of(folder / "\udcff") == rf"{folder}/\udcff: file name is not UTF-8; rename the file"
+    )

@@ -89,3 +89,29 @@ def test_a_list_comes_from_stdin(make_images: MakeImages, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\n")))
     with pytest.raises(DataError, match=r"^stdin: names no image and no caption"):
         open_source("-", SourceOptions())
+
+
+def test_a_list_with_nul_bytes_is_refused_in_a_line(
+    make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_images("a.png")
+    lines = f"{folder}/a.png\0".encode() * 5000
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
+    with pytest.raises(DataError, match="holds NUL bytes, as find -print0 writes") as caught:
+        open_source("-")
+
+    assert len(str(caught.value)) < 200
+
+
+def test_an_absolute_path_elsewhere_is_told_of_the_option(
+    make_images: MakeImages, tmp_path: Path, flaws: Callable[..., list[tuple[int, str]]]
+) -> None:
+    folder = make_images("a.png")
+    table = tmp_path / "tables" / "t.csv"
+    table.parent.mkdir()
+    table.write_text(f"image,caption\n{folder}/a.png,x\n")
+
+    assert flaws(table)[0][1].endswith(
+        "move it inside, or name a folder that holds all images with --images"
+    )
+    assert flaws(table, images=folder) == []

@@ -224,9 +224,39 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1")
     assert error_of(path).startswith(f"{path}: cannot be read (")
 
+
+def test_damaged_rows_are_flaws_and_other_groups_are_read(tmp_path: Path, flaws: Flaws) -> None:
+    columns = {"image": [bytes(100) for _ in range(1000)], "caption": [f"{k}" for k in range(1000)]}
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 500}
+    path = write(tmp_path / "t.parquet", columns, **options)
+    data = path.read_bytes()
     path.write_bytes(data[:4] + b"\xff" * 2000 + data[2004:])
-    with open_source(path).open(0) as volume, pytest.raises(DataError, match="is damaged"):
-        list(volume.records(0, len(volume)))
+    found = flaws(path)
+
+    assert [row for row, _ in found] == list(range(1, 501))
+    assert found[0][1].startswith("is damaged (")
+
+
+@pytest.mark.parametrize("images", [[b"x"] * 3, ["a.png", "b.png", "c.png"]])
+def test_a_file_that_cannot_be_read_is_a_flaw_among_others(
+    tmp_path: Path, outline: Outline, images: list[Any]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("0.parquet", "1.parquet", "2.parquet"):
+        kept = [f"{name}{image}" if isinstance(image, str) else image for image in images]
+        write(folder / name, {"image": kept, "caption": ["x", "y", "z"]})
+    whole = (folder / "0.parquet").read_bytes()
+    (folder / "0.parquet").write_bytes(whole[:-20])
+    found = outline(folder, kind="parquet")
+
+    assert len(found) == 7
+    assert found[0][0] is None
+    assert str(found[0][2]).startswith("cannot be read (")
+    assert "write or download it again" in str(found[0][2])
+    for name in ("1.parquet", "2.parquet"):
+        (folder / name).write_bytes(b"PAR1")
+    assert error_of(folder).startswith(f"none of 3 files can be read: {folder}/0.parquet: cannot")
 
 
 def test_text_that_is_not_utf_8_is_a_flaw(tmp_path: Path, outline: Outline) -> None:

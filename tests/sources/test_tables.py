@@ -333,7 +333,7 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
         (4, f"image 'nul\\x00.png' lies outside of {photos}; move it inside"),
         (
             5,
-            f"unknown image '{'x' * 300}'; correct the path, which starts from {photos}, or remove "
+            f"unknown image '{'x' * 199}; correct the path, which starts from {photos}, or remove "
             "the row",
         ),
     ]
@@ -343,7 +343,9 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
 def test_a_path_out_of_the_folder_is_a_flaw(photos: Path, flaws: Flaws, path: str) -> None:
     table = write(photos / "t.csv", "image,caption", f"{path},x")
 
-    assert flaws(table) == [(2, f"image {path!r} lies outside of {photos}; move it inside")]
+    [(row, flaw)] = flaws(table)
+    assert row == 2
+    assert flaw.startswith(f"image {path!r} lies outside of {photos}; move it inside")
 
 
 def test_images_in_base64_are_read_from_their_rows(photos: Path, records: Records) -> None:

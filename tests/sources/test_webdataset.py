@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from csalign.enums import Modality
-from csalign.errors import ConfigError, DataError
+from csalign.errors import ConfigError, CsalignError, DataError
 from csalign.sources.base import Record
 from csalign.sources.open import SourceOptions, open_source
 
@@ -310,7 +310,7 @@ def test_braces_lists_and_stars_name_tars(
         f"data/{name}.tar" for name in ("00", "01", "10", "11")
     ]
 
-    assert "data/12.tar: no such file" in error_of("data/{10..13}.tar")
+    assert "not there, such as data/12.tar; correct" in error_of("data/{10..13}.tar")
     assert "data/{00,00}.tar: names a file twice" in error_of("data/{00,00}.tar")
     assert "none/*.tar: matches no file" in error_of("none/*.tar")
     with pytest.raises(ConfigError, match="names more than 100000 files"):
@@ -352,6 +352,38 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "z").mkdir()
     (tmp_path / "c.tar.gz").rename(tmp_path / "z" / "c.tar.gz")
     assert "c.tar.gz: is compressed" in error_of(tmp_path / "z")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{0..2.tar", "has a brace without its other half; write {00000..00012}, or {a,b}"),
+        ("{0..x}.tar", "{0..x} is neither a range nor a list; write"),
+        ("{0..2}.tar", "2 of the 3 files that it names are not there, such as"),
+    ],
+)
+def test_a_pattern_with_a_slip_is_told(tmp_path: Path, pattern: str, message: str) -> None:
+    write_samples(tmp_path / "1.tar", {"__key__": "k", "txt": "x"})
+    with pytest.raises(CsalignError) as caught:
+        open_source(f"{tmp_path}/{pattern}")
+
+    assert message in str(caught.value)
+
+
+def test_a_file_that_is_no_tar_is_a_flaw_among_others(tmp_path: Path, outline: Outline) -> None:
+    write_samples(tmp_path / "b.tar", {"__key__": "k", "txt": "x"})
+    (tmp_path / "a.tar").write_text("<html>not found</html>" * 100)
+    odd = tmp_path / "\udcff.tar"
+    odd.write_bytes((tmp_path / "b.tar").read_bytes())
+
+    assert outline(tmp_path) == [
+        (None, [], "is no tar file; write or download it again"),
+        (None, ["x"], None),
+        (None, [], "file name is not UTF-8; rename the file"),
+    ]
+    odd.unlink()
+    (tmp_path / "b.tar").write_bytes(b"")
+    assert error_of(tmp_path).startswith("none of 2 files can be read: ")
 
 
 def test_many_members_of_one_key_take_neither_time_nor_memory(tmp_path: Path, flaws: Flaws) -> None:

@@ -138,6 +138,41 @@ def test_clip_retrieval_comes_back_as_the_same_features(
     assert FeatureSet.open(parquet).splits() == FeatureSet.open(tmp_path / "again").splits()
 
 
+def test_clip_retrieval_comes_back_with_ids_and_each_image_once(
+    features: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "PART_ROWS", 100)
+    for name, rows in (("images", 300), ("texts", 300)):
+        owner = ",image_id,caption,split" if name == "texts" else ",source,split"
+        values = [
+            f"t{row},i{row % 90},of {row},{'val' if row % 90 < 9 else 'train'}"
+            if name == "texts"
+            else f"i{row},{row}.jpg,{'val' if row < 9 else 'train'}"
+            for row in range(rows)
+        ]
+        (tmp_path / f"{name}.csv").write_text("\n".join([f"id{owner}", *values]))
+    import_arrays(
+        ImportConfig(
+            images=tmp_path / "images.npy",
+            texts=tmp_path / "texts.npy",
+            image_table=tmp_path / "images.csv",
+            text_table=tmp_path / "texts.csv",
+            out=tmp_path / "named",
+        )
+    )
+    out = applied(tmp_path / "named", run, tmp_path / "out", format="clip-retrieval")
+    import_arrays(ImportConfig(source=out, out=tmp_path / "again"))
+    whole = FeatureSet.open(applied(tmp_path / "named", run, tmp_path / "parquet"))
+    again = FeatureSet.open(tmp_path / "again")
+
+    for name in ("id", "image_id", "caption", "split"):
+        assert again.texts.column(name) == whole.texts.column(name)
+    for name in ("id", "source", "split"):
+        assert again.images.column(name) == whole.images.column(name).slice(0, 90)
+    np.testing.assert_array_equal(again.texts.embeddings(), whole.texts.embeddings())
+    np.testing.assert_array_equal(again.images.embeddings(), whole.images.embeddings()[:90])
+
+
 @pytest.mark.parametrize("first", ["parquet", "npy", "clip-retrieval"])
 @pytest.mark.parametrize("second", ["parquet", "npy", "clip-retrieval"])
 def test_each_format_is_replaced_by_each_when_asked(

@@ -2,6 +2,7 @@ import base64
 import json
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Timer
@@ -71,7 +72,8 @@ def failures(folder: Path) -> list[dict[str, Any]]:
 
 
 def shards(result: FeaturesResult) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in result.features.glob("*/*.parquet")}
+    found = result.features.glob("*/*.parquet")
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
 
 
 def test_what_is_written_is_what_open_clip_gives(
@@ -236,7 +238,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
         f"{photos}/b.png cannot be read ("
     )
     assert f"; {photos}/d.png is no image of a known format; " in message
-    assert f"; {partial}/failures.jsonl lists those so far: repair the images" in message
+    assert f"; {partial}/failures.jsonl lists those so far: repair them" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
@@ -256,6 +258,140 @@ def test_what_was_repaired_is_made_anew_on_request(
     (photos / "b.png").write_bytes(pixels)
 
     assert shards(run(part_rows=3, retry_failures=True)) == shards(whole)
+
+
+def test_a_repaired_table_goes_on_with_the_parts_that_it_left_alone(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    table = photos / "captions.csv"
+    whole = run("whole", part_rows=3)
+    repaired = table.read_text()
+    table.write_text(repaired.replace("e.png,", "e.png,x,"))
+    with pytest.raises(DataError, match=r"row 6 has 3 cells, .* go on with --retry-failures"):
+        run(part_rows=3)
+    partial = photos.parent / "features.partial"
+    began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
+    table.write_text(repaired)
+    with pytest.raises(OutputError, match="when the source held something else; go on with --ret"):
+        run(part_rows=3)
+    result = run(part_rows=3, retry_failures=True)
+
+    assert shards(result) == shards(whole)
+    assert (result.features / "images" / "part-00000.parquet").stat().st_mtime_ns == began
+    assert failures(result.features) == []
+
+
+def test_a_row_taken_out_of_a_table_moves_those_behind_it(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    table = photos / "captions.csv"
+    (photos / "h.png").write_bytes(b"")
+    with pytest.raises(DataError):
+        run(part_rows=3)
+    (photos / "h.png").unlink()
+    table.write_text(table.read_text().replace("d.png,a picture of dd\n", ""))
+    changed = run(part_rows=3, retry_failures=True, max_failures=0.5)
+
+    assert shards(changed) == shards(run("anew", part_rows=3, max_failures=0.5))
+
+
+@pytest.mark.parametrize("content", [b"a cat \xff", b""])
+def test_a_repaired_caption_beside_an_image_goes_on(
+    run: Callable[..., FeaturesResult], make_images: MakeImages, content: bytes
+) -> None:
+    folder = make_images(*NAMES, folder="others")
+    for name in NAMES:
+        (folder / name).with_suffix(".txt").write_text(f"of {name}")
+    whole = run("whole", source=folder, part_rows=3)
+    (folder / "b.txt").write_bytes(content or b"\xff")
+    with pytest.raises(DataError, match=r"its captions b\.txt: is not UTF-8"):
+        run(source=folder, part_rows=3)
+    (folder / "b.txt").write_text("of b.png")
+
+    assert shards(run(source=folder, part_rows=3, retry_failures=True)) == shards(whole)
+
+
+def test_a_repaired_tar_is_read_anew_and_the_others_are_not(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    tars = photos.parent / "tars"
+    tars.mkdir()
+
+    def write(number: int, names: list[str], cut: int | None = None) -> None:
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
+            for name in names:
+                tar.add(photos / name, name)
+        content = (tars / f"{number}.tar").read_bytes()
+        (tars / f"{number}.tar").write_bytes(content[:cut])
+
+    write(0, NAMES[:4])
+    write(1, NAMES[4:])
+    whole = run("whole", source=tars, part_rows=2)
+    write(1, NAMES[4:], cut=8000)
+    with pytest.raises(DataError, match="is cut short"):
+        run(source=tars, part_rows=2)
+    partial = photos.parent / "features.partial"
+    began = (partial / "images" / "part-00000-00000.parquet").stat().st_mtime_ns
+    write(1, NAMES[4:])
+    result = run(source=tars, part_rows=2, retry_failures=True)
+
+    assert shards(result) == shards(whole)
+    first = result.features / "images" / "part-00000-00000.parquet"
+    assert first.stat().st_mtime_ns == began
+
+
+def test_files_that_are_lost_count_among_files(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    tars = photos.parent / "tars"
+    tars.mkdir()
+    for number in range(3):
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
+            tar.add(photos / "a.png", "a.png")
+    whole = (tars / "1.tar").read_bytes()
+    (tars / "1.tar").write_text("<html>")
+    with pytest.raises(DataError, match=r"^1 of 3 files could not be read, the share allowed is"):
+        run(source=tars)
+    lossy = run("lossy", source=tars, max_failures=0.4)
+    (tars / "1.tar").write_bytes(whole)
+    mended = run(source=tars, retry_failures=True)
+
+    assert (lossy.images, mended.images) == (2, 3)
+    assert failures(lossy.features) == [
+        {
+            "source": f"{tars}/1.tar",
+            "row": None,
+            "reason": "is no tar file; write or download it again",
+        }
+    ]
+    assert shards(mended) == shards(run("whole", source=tars))
+
+
+def test_a_shard_without_a_part_says_so(
+    run: Callable[..., FeaturesResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(shard="1/2")
+
+    assert "shard 1/2 has nothing to do: there are fewer parts than shards" in caplog.text
+
+
+def test_a_limit_of_tokens_that_nothing_stores_is_refused(
+    run: Callable[..., FeaturesResult],
+) -> None:
+    with pytest.raises(ConfigError, match=r"^max-tokens: no tokens are stored; add --tokens"):
+        run(max_tokens=4)
+
+
+def test_a_slurm_array_of_one_does_not_take_over_the_work_of_many(
+    run: Callable[..., FeaturesResult], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(shard="3/4", part_rows=2)
+    for name, value in (("ID", 0), ("MIN", 0), ("MAX", 0), ("COUNT", 1)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(ConfigError, match="begun in 4 shares"):
+        run(shard="auto", part_rows=2)
+
+    assert run(shard="0/1", part_rows=2).complete
 
 
 def test_strict_refuses_any_failure_at_the_end(

@@ -1,14 +1,17 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import s3fs
 import safetensors.torch
 import torch
 
 from csalign.config import ImportConfig
 from csalign.errors import ConfigError, CsalignError, DataError, OutputError
+from csalign.locations import parse_location
 from csalign.steps.import_arrays import import_arrays
 from csalign.store.join import ALL, PairedRows, load_rows
 from csalign.store.reader import FeatureSet
@@ -362,3 +365,17 @@ def test_a_folder_that_is_read_is_not_replaced(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match=r"this is where .*both\.npz is read from"):
         import_arrays(ImportConfig(images=Path(f"{path}:images"), out=tmp_path, overwrite=True))
+
+
+def test_an_object_store_that_refuses_is_named_with_the_remedy(
+    tmp_path: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a.npy", numbers(3, 2))
+    remedy = "check the address, the keys and the network"
+    for address, reason in (("", "bucket does not exist"), ("http://127.0.0.1:9", "Could not con")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address or os.environ["AWS_ENDPOINT_URL"])
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        out = parse_location("s3://nowhere/features")
+        with pytest.raises(OutputError, match=rf"^s3://nowhere/features: .*{reason}.*; {remedy}$"):
+            import_arrays(ImportConfig(images=tmp_path / "a.npy", out=out))

@@ -1,7 +1,7 @@
 import pytest
 
 from csalign.errors import ConfigError
-from csalign.steps.turns import own_volumes, owns, turn_of
+from csalign.steps.turns import check_array, own_volumes, owns, turn_of
 from csalign.store.documents import Turn
 
 ARRAY = {
@@ -39,6 +39,34 @@ def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
     array = ARRAY | {"SLURM_ARRAY_TASK_ID": "15", "SLURM_ARRAY_TASK_STEP": "1"}
     with pytest.raises(ConfigError, match="give --shard I/N"):
         turn_of("auto", array)
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "last", "count"),
+    [(5, 5, 5, 1), (3, 3, 5, 2), (0, 0, 5, 2), (4, 3, 5, 3), (1, 1, 1, 1)],
+)
+def test_tasks_that_are_submitted_again_are_not_taken_for_the_whole(
+    task: int, first: int, last: int, count: int
+) -> None:
+    names = ("ID", "MIN", "MAX", "COUNT")
+    values = (task, first, last, count)
+    again = {
+        f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values, strict=True)
+    }
+    with pytest.raises(ConfigError, match=f"task {task} of .* give --shard I/N"):
+        turn_of("auto", again)
+
+    assert turn_of("5/16", again) == Turn(5, 16)
+
+
+def test_an_array_smaller_than_the_work_was_begun_with_is_refused() -> None:
+    first = {"SLURM_ARRAY_TASK_ID": "0"}
+    with pytest.raises(ConfigError, match=r"begun in 16 shares, .* --shard I/16 .* --shard 0/1 "):
+        check_array(Turn(0, 1), "auto", {16}, first)
+    check_array(Turn(0, 1), "0/1", {16}, first)
+    check_array(Turn(0, 1), "auto", {16}, {})
+    check_array(Turn(0, 1), "auto", set(), first)
+    check_array(Turn(0, 16), "auto", {8, 16}, first)
 
 
 @pytest.mark.parametrize("volumes", [1, 2, 3, 4, 7])

@@ -133,12 +133,33 @@ def test_another_job_is_refused_by_what_differs_unless_it_may_start_anew(out: Pa
     with pytest.raises(OutputError, match="begun with dtype float32, not float16"):
         open_workspace(out, half, ONE, config="").__enter__()
     elsewhere = JOB.model_copy(update={"source": "1" * 64})
-    with pytest.raises(OutputError, match=r"begun with another source; .* --overwrite"):
+    with pytest.raises(
+        OutputError, match=r"held something else; .* --retry-failures, .* --overwrite"
+    ):
         open_workspace(out, elsewhere, ONE, config="").__enter__()
 
     with open_workspace(out, half, ONE, config="", restart=True) as workspace:
         assert workspace.receipt("part-00000") is None
         assert not (workspace.folder / "images").exists()
+
+
+def test_a_changed_source_goes_on_when_asked_but_no_process_counts_as_done(out: Path) -> None:
+    for index in (0, 1):
+        with open_workspace(out, JOB, Turn(index, 2), config="") as workspace:
+            write_part(workspace, f"part-0000{index}")
+            workspace.finish([f"part-0000{index}"])
+    changed = JOB.model_copy(update={"source": "1" * 64})
+    with open_workspace(out, changed, Turn(1, 2), config="", retry=True) as workspace:
+        assert workspace.receipt("part-00001") is not None
+        workspace.finish(["part-00001"])
+        assert workspace.missing() == [Turn(0, 2)]
+    with pytest.raises(DataError, match="shards 0/2 are not done"):
+        merge_parts(out)
+    with open_workspace(out, changed, Turn(0, 2), config="") as workspace:
+        workspace.finish(["part-00000"])
+    complete(workspace)
+
+    assert FeatureSet.open(out).manifest.counts.images == 6
 
 
 def test_one_process_has_a_turn_and_another_job_cannot_push_it_out(tmp_path: Path) -> None:
@@ -234,6 +255,21 @@ def test_parts_that_were_copied_in_part_are_named_and_nothing_is_lost(out: Path)
     assert FeatureSet.open(out).manifest.counts.images == 6
 
 
+def test_a_set_that_is_whole_has_nothing_to_merge(tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+        assert workspace.counts() == {1}
+    merge_parts(out)
+    with pytest.raises(DataError, match=f"^{out}: is whole already; leave out --merge$"):
+        merge_parts(out)
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+    with pytest.raises(OutputError, match=rf"^{out}: is in the way of .*{out}.partial.* move it$"):
+        merge_parts(out)
+
+
 def test_parts_without_a_lock_beside_them_are_merged_too(tmp_path: Path) -> None:
     out = tmp_path / "features"
     with open_workspace(out, JOB, ONE, config="") as workspace:
@@ -256,6 +292,7 @@ def test_a_part_made_anew_may_lose_a_side(out: Path) -> None:
     complete(workspace)
 
     assert FeatureSet.open(out).manifest.counts.images == 0
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["texts"]
 
 
 def test_two_processes_that_make_the_same_part_at_once_do_not_harm_each_other(

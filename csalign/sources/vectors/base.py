@@ -73,6 +73,7 @@ class Part:
         dtype: of what `read` gives: float16, float32 or float64, in either byte order.
         read: given a number of items, a stream of arrays of at most so many of the n, in order.
         keys: names of the rows in the file where it has any, for messages.
+        numbers: of the rows in the file where it has others too, for messages.
     """
 
     name: str
@@ -80,12 +81,15 @@ class Part:
     dtype: np.dtype[Any]
     read: Callable[[int], Iterator[Array]]
     keys: Sequence[str] = ()
+    numbers: Sequence[int] = ()
 
     def __len__(self) -> int:
         return prod(self.shape[:-1])
 
     def where(self, row: int) -> str:
         """File and row, counted from 0, for messages."""
+        if self.numbers:
+            return f"{self.name}, row {self.numbers[row]}"
         if len(self.shape) == 2:
             return f"{self.name}, row {row}" + (f" ({self.keys[row]})" if self.keys else "")
         return f"{self.name}, row {row // self.shape[1]}, caption {row % self.shape[1]}"

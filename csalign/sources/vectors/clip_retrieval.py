@@ -1,19 +1,26 @@
 """The output folder of clip-retrieval: img_emb/, text_emb/ and metadata/, numbered alike."""
 
+import json
 import logging
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from csalign.enums import Modality
 from csalign.errors import DataError
 from csalign.sources.vectors.arrow_files import open_table, read_labels
-from csalign.sources.vectors.base import Labels, Strings, Vectors
+from csalign.sources.vectors.base import Array, Labels, Part, Strings, Vectors
 from csalign.sources.vectors.numpy_files import read_npy
 
 FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 METADATA = "metadata"
 IMAGE_PATH, CAPTION, SPLIT = "image_path", "caption", "split"
+IMAGE_ID, TEXT_ID = "image_id", "text_id"
+NOTE = "aligned.json"
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +33,9 @@ def is_clip_retrieval(folder: Path) -> bool:
 def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
     """Both sides, or the one that is there; row r of images, texts and metadata are one pair.
 
-    An image's id is its path in the metadata, where no path repeats; otherwise its row number.
+    An image's id is its path in the metadata, where no path repeats; otherwise its row number. In
+    what ``csalign apply`` wrote, ids are those of the metadata, and an image that has several
+    texts, whose row is there again for each of them, comes once.
 
     Raises:
         DataError: a part is missing, damaged, or has not as many rows as its metadata.
@@ -49,16 +58,69 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
     if not tables:
         return sides
     opened = [open_table(path) for path in tables.values()]
-    columns = {
-        name: name
-        for name in (IMAGE_PATH, CAPTION, SPLIT)
-        if all(name in table.schema.names for table in opened)
-    }
+    names = (IMAGE_PATH, CAPTION, SPLIT, *((IMAGE_ID, TEXT_ID) if _is_ours(folder) else ()))
+    columns = {name: name for name in names if all(name in table.schema.names for table in opened)}
     labels = read_labels(str(folder / METADATA), opened, columns)
+    if IMAGE_ID in columns or TEXT_ID in columns:
+        return {side: _with_ids(side, vectors, labels) for side, vectors in sides.items()}
     return {
         side: Vectors(vectors.name, vectors.parts, _labels(side, labels, parts))
         for side, vectors in sides.items()
     }
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether ``csalign apply`` wrote the folder."""
+    try:
+        note = json.loads((folder / NOTE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("format") == "csalign-aligned"
+
+
+def _with_ids(side: Modality, vectors: Vectors, metadata: Labels) -> Vectors:
+    """One side with the ids that the metadata gives, each image once."""
+    found = metadata.columns
+    if side is Modality.TEXT:
+        names = {"id": TEXT_ID, "image_id": IMAGE_ID, "caption": CAPTION, "split": SPLIT}
+    else:
+        names = {"id": IMAGE_ID, "source": IMAGE_PATH, "split": SPLIT}
+    columns = {known: found[name] for known, name in names.items() if name in found}
+    kept = list(range(metadata.rows))
+    if side is Modality.IMAGE and IMAGE_ID in found:
+        first: dict[str | None, int] = {}
+        for row, own in enumerate(found[IMAGE_ID]):
+            first.setdefault(own, row)
+        kept = list(first.values())
+    columns = {name: [values[row] for row in kept] for name, values in columns.items()}
+    labels = Labels(metadata.name, len(kept), columns, lambda row: metadata.where(kept[row]))
+    return Vectors(vectors.name, tuple(_chosen(vectors.parts, kept)), labels)
+
+
+def _chosen(parts: Sequence[Part], rows: Sequence[int]) -> Iterator[Part]:
+    """The parts with some of their rows alone; `rows` are counted through all and ascend."""
+    start = 0
+    for part in parts:
+        stop = start + len(part)
+        own = np.array(rows[bisect_left(rows, start) : bisect_left(rows, stop)]) - start
+        if len(own) == len(part):
+            yield part
+        elif len(own):
+            shape = (len(own), *part.shape[1:])
+            yield replace(part, shape=shape, read=_reader(part, own), numbers=own.tolist())
+        start = stop
+
+
+def _reader(part: Part, rows: Array) -> Callable[[int], Iterator[Array]]:
+    def read(step: int) -> Iterator[Array]:
+        start = 0
+        for chunk in part.read(step):
+            within = rows[(rows >= start) & (rows < start + len(chunk))] - start
+            if len(within):
+                yield chunk[within]
+            start += len(chunk)
+
+    return read
 
 
 def _labels(side: Modality, metadata: Labels, parts: Mapping[Modality, object]) -> Labels:

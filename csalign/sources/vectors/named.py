@@ -77,9 +77,11 @@ def read_named(
             return _keyed(path, opened, headers, owners)
         parts = _numbered(headers) or _only_array(headers)
     if parts is None:
+        name_it = f"name it: {path.name}:NAME"
+        if not guess:
+            name_it = "name the arrays with --image-column and --text-column"
         raise DataError(
-            f"{path}: has no array {known[0]!r} (arrays: {_listed(headers)}); name it: "
-            f"{path.name}:NAME"
+            f"{path}: has no array {known[0]!r} (arrays: {_listed(headers)}); {name_it}"
         )
     return Vectors(str(path), tuple(_part(path, opened, key, headers[key]) for key in parts))
 

@@ -83,6 +83,13 @@ def read_both(source: Path, columns: Columns) -> dict[Modality, Vectors]:
         ShapeError: it cannot be embeddings.
     """
     if not source.exists():
+        file, name = split_spec(source)
+        if name is not None:
+            raise ConfigError(
+                f"{source}: is one array, and SOURCE holds both sides; write --images "
+                f"{file}:NAME and --texts {file}:NAME, or {file} with --image-column and "
+                "--text-column"
+            )
         raise DataError(f"{source}: no such file or folder")
     if source.is_dir() and is_clip_retrieval(source):
         return read_clip_retrieval(source)

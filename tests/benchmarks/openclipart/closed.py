@@ -1,0 +1,126 @@
+"""Closed-form alignments as their papers have them, without csalign's weights and square roots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from csalign.adapters.canonical import ClosedForm, PairMoments
+from csalign.adapters.inputs import to_tensor, unit_inputs
+from csalign.config import EvalConfig
+from csalign.enums import Modality
+from csalign.metrics.retrieval import mean_recall, rank_both_ways
+from csalign.steps.batches import PairSampler
+from csalign.steps.evaluate import Measured
+from csalign.store.join import PairedRows, load_rows
+from csalign.store.reader import FeatureSet
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A closed form, and how its inner products are weighted.
+
+    Attributes:
+        form: maps of both sides.
+        weights: (k,) of each dimension in the similarity; None for the plain cosine.
+    """
+
+    form: ClosedForm
+    weights: Tensor | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were fitted."""
+        form = self.form
+        tensors = (form.image_mean, form.image_weight, form.text_mean, form.text_weight)
+        return sum(tensor.numel() for tensor in tensors)
+
+    def embed(self, rows: PairedRows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Rows whose inner products are the similarities."""
+        form = self.form
+        images = (rows.images, form.image_mean, form.image_weight, form.image_bias)
+        texts = (rows.texts, form.text_mean, form.text_weight, form.text_bias)
+        return self._side(*images), self._side(*texts)
+
+    def _side(
+        self, values: Any, mean: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> NDArray[np.float32]:
+        z = (unit_inputs(to_tensor(values, CPU), signed_sqrt=False) - mean) @ weight.T
+        z = normalize(z if bias is None else z + bias, dim=1)
+        if self.weights is not None:
+            z = z * self.weights.sqrt()
+        return z.numpy()
+
+    def score(self, rows: PairedRows) -> dict[str, float]:
+        """Mean recall and MRR on held-out rows."""
+        ways = [way.summary() for way in rank_both_ways(*self.embed(rows), rows.text_image)]
+        return {
+            "mean_recall": mean_recall(*ways),
+            "mrr": float(np.mean([way["mrr"] for way in ways])),
+        }
+
+    def measure(self, features: Path, split: str) -> Measured:
+        """As `csalign.steps.evaluate.measure`; the gap is that of the weighted rows made unit."""
+        rows = load_rows(FeatureSet.open(features), split)
+        images, texts = self.embed(rows)
+        unit_images, unit_texts = (
+            side / np.linalg.norm(side, axis=1, keepdims=True) for side in (images, texts)
+        )
+        return Measured(
+            config=EvalConfig(features=features),
+            split=split,
+            images=unit_images,
+            texts=unit_texts,
+            text_image=rows.text_image,
+            ranks=rank_both_ways(images, texts, rows.text_image),
+            fingerprints={},
+            parameters=self.parameters,
+        )
+
+
+Trial = Mapping[str, Any]
+Fit = Callable[[PairMoments, Trial], Fitted]
+
+
+def fit_cca(moments: PairMoments, trial: Trial) -> Fitted:
+    """Cosine of the canonical variates."""
+    (form,) = moments.cca(ridge=trial["ridge"], powers=(0.0,), width=trial["width"])
+    return Fitted(form)
+
+
+def fit_csa(moments: PairMoments, trial: Trial) -> Fitted:
+    """Unit rows of canonical variates, their products weighted by the correlations."""
+    plain, emphasised = moments.cca(ridge=trial["ridge"], powers=(0.0, 1.0), width=trial["width"])
+    # Both are scaled as a whole, which no rank sees; direction by direction they differ by the
+    # correlation alone.
+    correlations = emphasised.image_weight.norm(dim=1) / plain.image_weight.norm(dim=1)
+    return Fitted(plain, correlations / correlations.max())
+
+
+def fit_procrustes(moments: PairMoments, trial: Trial) -> Fitted:
+    """Cosine after principal components and the best rotation."""
+    return Fitted(moments.procrustes(trial["width"]))
+
+
+def fit_ridge(moments: PairMoments, trial: Trial) -> Fitted:
+    """Cosine of a side and its prediction from the other."""
+    return Fitted(moments.ridge(Modality(trial["to"]), trial["ridge"], centre=trial["centre"]))
+
+
+@cache
+def moments_of(features: Path, split: str, captions: Any) -> PairMoments:
+    """Means and covariances of all pairs, each counting once."""
+    rows = load_rows(FeatureSet.open(features), split)
+    pairs, weights = PairSampler(rows, captions, other_weight=0.0, once=False).weighted_pairs()
+    return PairMoments.of(rows.images, rows.texts, pairs, weights, (False, False))
