@@ -36,7 +36,7 @@ EXPLANATIONS = {
     "graded.*.map": Explanation(
         "mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of all items of the "
         "query's group",
-        "TREC; Musgrave et al. 2020",
+        "Manning et al. 2008",
     ),
     "graded.*.ndcg@K": Explanation(
         "sum of 1 / log2(r_i + 1) over r_i <= K, over its largest possible value; gain 1 for each "
