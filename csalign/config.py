@@ -45,14 +45,16 @@ def _several_if_by_comma(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _names_by_comma(value: Any) -> Any:
-    """Let ``--log-to csv,wandb`` become the names that it says."""
-    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+def _words_by_comma(value: Any) -> Any:
+    """Let ``--correct csls,centre`` become the words that it says."""
+    if isinstance(value, str):
+        return tuple(word.strip() for word in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
 
 
-Names = BeforeValidator(_names_by_comma)
 Number = BeforeValidator(_number_if_it_is_one)
 Several = BeforeValidator(_several_if_by_comma)
+Words = BeforeValidator(_words_by_comma)
 # A `Path`, or for a URL what has the methods of one; see `locations`.
 Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -381,6 +383,11 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    match_moments: bool = Field(
+        True,
+        description="With unpaired rows, move and stretch the outputs after training, so that all "
+        "rows of both sides have like means and covariances, where validation recall holds.",
+    )
     token_weight: NotNegative = Field(
         0.0,
         description="Weight (mu) of the token term, the CS divergence between the tokens of an "
@@ -417,7 +424,7 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
-    log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Names] = Field(
+    log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
         None,
         description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "
         "tensorboard, wandb.",
@@ -501,6 +508,45 @@ class EvalConfig(Config):
         description="Split(s), comma-separated; 'all' takes every row (default: test if "
         "there is one, else all).",
     )
+    protocol: Literal["all", "coco-5k", "coco-1k", "flickr-1k"] = Field(
+        "all",
+        description="Rows to measure: coco-5k, 5,000 images with all captions; coco-1k, the mean "
+        "over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
+    )
+    groups: Location | None = Field(
+        None,
+        description="Table (.csv, .tsv, .jsonl) that tells of images by image_id or id, for "
+        "--relevance, --by and --labels; columns of the set itself, as source, need none.",
+    )
+    relevance: str | None = Field(
+        None,
+        description="COLUMN: images that agree in it are right for each other's captions too; "
+        "gives mAP and nDCG@10.",
+    )
+    by: str | None = Field(
+        None, description="COLUMN: retrieval also by what it says of the query's image."
+    )
+    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
+        Field(
+            None,
+            description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre, "
+            "several by comma.",
+        )
+    )
+    zero_shot: Location | None = Field(
+        None,
+        description="Feature set of class prompts (texts), to classify the images by; needs "
+        "--labels.",
+    )
+    labels: str | None = Field(
+        None, description="COLUMN or TABLE.csv:COLUMN that tells the class of each image."
+    )
+    class_of: str | None = Field(
+        None,
+        description="TABLE.csv or TABLE.csv:COLUMN that tells the class of each prompt by its id "
+        "or caption (default: what is before the last slash of its id, as in cat/0).",
+    )
+    explain: bool = Field(False, description="Tell the formula and source of each figure.")
     bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
     index: Literal["exact", "ivf", "hnsw"] = Field(
         "exact",

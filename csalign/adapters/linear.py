@@ -11,6 +11,7 @@ class Linear(SideAdapter):
     """z = W u + b with u = normalise(sqrt?(x)) - mean: any closed form, exactly."""
 
     accepts_closed_form = True
+    accepts_output_map = True
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
@@ -27,6 +28,12 @@ class Linear(SideAdapter):
             self.mean.copy_(mean)
             self.projection.weight.copy_(weight)
             self.projection.bias.copy_(torch.zeros(self.shape.width) if bias is None else bias)
+
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        follow(self.projection, weight)
+        with torch.no_grad():
+            self.projection.bias.add_(bias)
 
 
 class Mlp(Linear):
@@ -52,6 +59,11 @@ class Mlp(Linear):
         super().start_from(mean, weight, bias)
         silence(self.residual[-1])
 
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        super().then(weight, bias)
+        follow(self.residual[-1], weight)
+
 
 class Glu(Linear):
     """The linear path plus W3 (silu(W1 v) * W2 v) with v = sqrt(d) u and W3 = 0 at the start."""
@@ -76,8 +88,21 @@ class Glu(Linear):
         super().start_from(mean, weight, bias)
         silence(self.out)
 
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        super().then(weight, bias)
+        follow(self.out, weight)
+
 
 def silence(layer: nn.Module) -> None:
     """Set a layer's weight and bias to 0, so that it gives 0 until it is trained."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def follow(layer: nn.Module, weight: Tensor) -> None:
+    """Make a linear layer compute weight z of what are its outputs z now."""
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.copy_(weight @ layer.weight)
+        layer.bias.copy_(weight @ layer.bias)

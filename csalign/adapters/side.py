@@ -85,6 +85,7 @@ class SideAdapter(nn.Module):
 
     Attributes:
         accepts_closed_form: whether `start_from` takes any linear map.
+        accepts_output_map: whether there is a `then`.
         keeps_width: whether the shared space has to be as wide as this side's embeddings.
         projects_tokens: whether tokens may have another width than the embeddings.
         mean: (input_width,) float32 that `inputs` subtracts; 0 unless `start_from` sets it.
@@ -94,6 +95,7 @@ class SideAdapter(nn.Module):
     """
 
     accepts_closed_form: ClassVar[bool] = False
+    accepts_output_map: ClassVar[bool] = False
     keeps_width: ClassVar[bool] = False
     projects_tokens: ClassVar[bool] = False
     mean: Tensor
@@ -176,6 +178,18 @@ class SideAdapter(nn.Module):
             ValueError: the kind cannot be that map; see `accepts_closed_form`.
         """
         raise ValueError(f"{self.shape.kind}: starts from no closed form")
+
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """Make the adapter compute weight z + bias of what are its outputs z now.
+
+        Args:
+            weight: (width, width).
+            bias: (width,).
+
+        Raises:
+            ValueError: the kind cannot; see `accepts_output_map`.
+        """
+        raise ValueError(f"{self.shape.kind}: takes no map of its outputs")
 
 
 def spread(rows: Tensor, mask: Tensor) -> Tensor:

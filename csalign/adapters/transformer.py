@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
 
 from csalign.adapters.linear import Linear, silence
-from csalign.adapters.side import Aligned, SideShape, spread
+from csalign.adapters.side import Aligned, SideAdapter, SideShape, spread
 
 MAX_HEADS = 8
 
@@ -22,6 +22,7 @@ class Transformer(Linear):
     """
 
     projects_tokens = True
+    accepts_output_map = False  # the blocks end in a sum that no layer of them could hold
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
@@ -52,6 +53,10 @@ class Transformer(Linear):
         if self.token_path is not None and self.shape.token_width == self.shape.input_width:
             self.token_path.start_from(mean, weight, bias)
         self._silence()
+
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        SideAdapter.then(self, weight, bias)
 
     def _encode(self, sequence: Tensor, real: Tensor | None) -> Tensor:
         for block in self.blocks:

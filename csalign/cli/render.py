@@ -17,6 +17,16 @@ from csalign.results import FeaturesResult, TrainResult, Trial, TuneResult
 PIPED_WIDTH = 160
 TRIALS_SHOWN = 10
 DIRECTIONS = ("image_to_text", "text_to_image")
+_SHARE, _RANK, _PLAIN = (100, ".2f"), (1, ".1f"), (1, ".4f")
+RETRIEVAL = {
+    **{f"R@{k} %": (f"R@{k}", _SHARE) for k in (1, 5, 10)},
+    "true recall@10 %": ("true_recall@10", _SHARE),
+    "median rank": ("median_rank", _RANK),
+    "mean rank": ("mean_rank", _RANK),
+    "MRR": ("mrr", _PLAIN),
+    "mAP": ("map", _PLAIN),
+}
+"""Columns of retrieval tables: which figure, its scale and its format."""
 
 
 def print_json(result: Any) -> None:
@@ -126,44 +136,106 @@ def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
 
 
 def eval_tables(document: dict[str, Any]) -> None:
-    """The document of ``csalign eval`` as two tables."""
+    """The document of ``csalign eval`` as tables."""
     counts = document["counts"]
     adapter = document["adapter"] or "no adapter"
     _print(
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
         f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     )
+    if "retrieval" in document:
+        _retrieval_and_gap(document)
+    _further_tables(document)
+
+
+def _retrieval_and_gap(document: dict[str, Any]) -> None:
+    _print(_protocol(document["protocol"]))
     retrieval, intervals = document["retrieval"], document["intervals"]
-    table = _figures("", "R@1", "R@5", "R@10", "median rank", "MRR", "mAP")
-    for name in DIRECTIONS:
-        row = retrieval[name]
-        table.add_row(
-            name.replace("_", " "),
-            *(_percent(row[f"R@{k}"]) for k in (1, 5, 10)),
-            f"{row['median_rank']:g}",
-            f"{row['mrr']:.4f}",
-            f"{row['map']:.4f}",
-        )
-        if intervals:
-            around = intervals[name]
-            table.add_row(
-                "95 %",
-                *(_range(around[f"R@{k}"], scale=100) for k in (1, 5, 10)),
-                _range(around["median_rank"], digits=1),
-                *(_range(around[figure], digits=4) for figure in ("mrr", "map")),
-                style="dim",
-            )
-    _print_table(table)
+    _print_table(_retrieval_table({"": retrieval}, intervals))
     gap = document["gap"]
     whole = intervals.get("mean_recall")
     flat = [("mean recall", _percent(retrieval["mean_recall"]) + _beside(whole, scale=100))]
     for name, value in gap.items():
         label = name.replace("_", " ")
         if isinstance(value, dict):
-            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in value.items()]
+            plain = {part: number for part, number in value.items() if not isinstance(number, list)}
+            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in plain.items()]
         else:
             flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
     _print_rows("modality gap", flat)
+    hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
+    _print_rows("hubness, skewness of the 10-occurrence", hubs)
+
+
+def _further_tables(document: dict[str, Any]) -> None:
+    """What is there only if it was asked for."""
+    if corrected := document.get("corrected"):
+        _print("retrieval with hubs corrected for, by the evaluated rows themselves")
+        _print_table(_retrieval_table(corrected, {}))
+    if graded := document.get("graded"):
+        _print_rows(f"items that agree in {graded['column']!r} are right", list(_leaves(graded)))
+    if by := document.get("by"):
+        _print(f"retrieval by {by['column']!r} of the query's image")
+        titled = {f"{name} ({block['texts']:,})": block for name, block in by["values"].items()}
+        _print_table(_retrieval_table(titled, {}))
+    if "zero_shot" in document:
+        _zero_shot_table(document)
+    if explanations := document.get("explanations"):
+        rows = [
+            (name, text["formula"] + (f" ({text['source']})" if text["source"] else ""))
+            for name, text in explanations.items()
+        ]
+        _print_rows("what the figures mean", rows)
+
+
+def _zero_shot_table(document: dict[str, Any]) -> None:
+    """Zero-shot figures, each with its interval."""
+    figures, intervals = document["zero_shot"], document["intervals"].get("zero_shot", {})
+    shares = ("top1", "top5", "mean_per_class_recall")
+    rows = [
+        (name.replace("_", " "), _percent(figures[name]) + _beside(intervals.get(name), scale=100))
+        for name in shares
+        if figures[name] is not None
+    ]
+    counts = ", ".join(f"{figures[key]:,} {key}" for key in ("images", "classes", "prompts"))
+    _print_rows(f"zero-shot classification: {counts}", rows)
+
+
+def _protocol(protocol: dict[str, Any]) -> str:
+    """One line of what decides a score beside the model."""
+    folds = f"mean of {protocol['folds']} folds of " if protocol["folds"] > 1 else ""
+    dtype = protocol["dtype"]
+    return (
+        f"protocol {protocol['name']}: {folds}{protocol['images'] // protocol['folds']:,} images "
+        f"and {protocol['texts'] // protocol['folds']:,} captions, split {protocol['split']}, "
+        f"stored as {dtype['stored']}, scores in {dtype['scores']}, {protocol['ties']}"
+    )
+
+
+def _retrieval_table(blocks: dict[str, Any], intervals: dict[str, Any]) -> Table:
+    """Both directions of retrieval blocks by what stands before their names."""
+    table = _figures("", *RETRIEVAL)
+    for title, block in blocks.items():
+        for name in DIRECTIONS:
+            if name in block:
+                row, label = block[name], f"{title} {name.replace('_', ' ')}".strip()
+                cells = (_format(row[figure], how) for figure, how in RETRIEVAL.values())
+                table.add_row(escape(label), *cells)
+                if intervals:
+                    table.add_row("95 %", *_ranges(intervals[name]), style="dim")
+    return table
+
+
+def _format(value: float, how: tuple[float, str]) -> str:
+    scale, form = how
+    return f"{scale * value:{form}}"
+
+
+def _ranges(around: dict[str, list[float]]) -> Iterator[str]:
+    """The intervals of a direction in the table's columns; a figure may have none."""
+    for figure, how in RETRIEVAL.values():
+        ends = [_format(end, how) for end in around.get(figure, ())]
+        yield f"[{', '.join(ends)}]" if ends else ""
 
 
 def compare_table(document: dict[str, Any]) -> None:

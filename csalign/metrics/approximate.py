@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from csalign.metrics.retrieval import DirectionRanks
+from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -46,7 +46,13 @@ def rank_both_ways_by_index(
     of_texts, of_images = _build(texts, kind), _build(images, kind)
     ranks = (
         _rank(of_texts, images[queried], text_image, queried, counts),
-        _rank(of_images, texts[paired], np.arange(len(images)), text_image[paired], 1),
+        _rank(
+            of_images,
+            texts[paired],
+            np.arange(len(images)),
+            text_image[paired],
+            np.ones_like(paired),
+        ),
     )
     recalls = (
         _recall(of_texts, images[queried], texts),
@@ -73,7 +79,7 @@ def _build(rows: Floats, kind: IndexName) -> faiss.Index:
 
 
 def _rank(
-    index: faiss.Index, queries: Floats, owners: Ints, wanted: Ints, counts: Ints | int
+    index: faiss.Index, queries: Floats, owners: Ints, wanted: Ints, counts: Ints
 ) -> DirectionRanks:
     """Ranks of the listed matches.
 
@@ -82,25 +88,34 @@ def _rank(
         queries: (q, d) unit rows.
         owners: (g,) what each item belongs to.
         wanted: (q,) the owner whose items are a query's matches.
-        counts: how many matches there are, for all queries or (q,).
+        counts: (q,) how many matches there are.
     """
-    first = np.full(len(queries), index.ntotal)
-    precision = np.zeros(len(queries))
+    parts = []
     for start in range(0, len(queries), QUERIES_AT_A_TIME):
         some = slice(start, start + QUERIES_AT_A_TIME)
         scores, items = _search(index, queries[some], LISTED)
         matches = (items >= 0) & (owners[items] == wanted[some, None])
-        wrong = np.cumsum(~matches, axis=1)
-        for place in reversed(range(wrong.shape[1] - 1)):  # ties against the model
-            tied = scores[:, place] == scores[:, place + 1]
-            wrong[tied, place] = wrong[tied, place + 1]
-        position = np.cumsum(matches, axis=1)
-        ratio = np.where(matches, position / np.maximum(position + wrong, 1), 0)
-        precision[some] = ratio.sum(axis=1)
-        best, found = matches.argmax(axis=1), matches.any(axis=1)
-        rank = np.take_along_axis(wrong, best[:, None], axis=1)[:, 0] + 1
-        first[some] = np.where(found, rank, index.ntotal)
-    return DirectionRanks(first, precision / counts)
+        parts.append(_ranks_in_list(scores, matches, counts[some], last=index.ntotal))
+    return DirectionRanks.joined(parts)
+
+
+def _ranks_in_list(
+    scores: Floats, matches: npt.NDArray[np.bool_], counts: Ints, last: int
+) -> DirectionRanks:
+    """From the scores of the listed items, falling, and which of them are matches, (q, l) each."""
+    wrong = np.cumsum(~matches, axis=1)
+    for place in reversed(range(wrong.shape[1] - 1)):  # ties against the model
+        tied = scores[:, place] == scores[:, place + 1]
+        wrong[tied, place] = wrong[tied, place + 1]
+    position = np.cumsum(matches, axis=1)
+    ranks = np.where(matches, position + wrong, last + 1)
+    within = [(ranks <= min(k, last)).sum(axis=1) / counts for k in RECALL_AT]
+    return DirectionRanks(
+        first=np.minimum(ranks.min(axis=1), last),
+        average_precision=np.where(matches, position / ranks, 0).sum(axis=1) / counts,
+        recalled=np.stack(within, axis=1),
+        r_precision=(ranks <= counts[:, None]).sum(axis=1) / counts,
+    )
 
 
 def _recall(index: faiss.Index, queries: Floats, gallery: Floats) -> float:

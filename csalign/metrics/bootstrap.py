@@ -34,7 +34,6 @@ CELLS = 4 << 20  # weights of resamples at a time: 32 MB
 PAIRS_AT_A_TIME = 16_384
 CENTROID = ("centroid_distance",)
 DIRECTIONS = ("image_to_text", "text_to_image")
-SUMMED = (*(f"R@{k}" for k in RECALL_AT), "mrr", "map")
 
 
 class Verdict(StrEnum):
@@ -197,11 +196,13 @@ class _Retrieval:
     """Ranks of both directions as sums by unit, and in order for the median.
 
     Attributes:
-        sums: (units, 5) of each direction, the columns being `SUMMED`.
+        names: figures that are means over queries.
+        sums: (units, names) of each direction.
         queries: (units,) of each direction, queries of a unit.
         ordered: of each direction, first ranks in ascending order and the unit of each.
     """
 
+    names: tuple[str, ...]
     sums: list[Floats]
     queries: list[Floats]
     ordered: list[tuple[Ints, Ints]]
@@ -210,13 +211,12 @@ class _Retrieval:
     def of(cls, ranks: tuple[DirectionRanks, DirectionRanks], units: _Units) -> "_Retrieval":
         sums, queries, ordered = [], [], []
         for direction, owners in zip(ranks, (units.queried, units.owners), strict=True):
-            first = direction.first
-            columns = [first <= k for k in RECALL_AT] + [1 / first, direction.average_precision]
+            first, columns = direction.first, direction.by_query().values()
             sums.append(np.stack([units.total(owners, column) for column in columns], axis=1))
             queries.append(units.total(owners, np.ones(len(owners))))
             order = np.argsort(first, kind="stable")
             ordered.append((first[order], owners[order]))
-        return cls(sums, queries, ordered)
+        return cls(tuple(ranks[0].by_query()), sums, queries, ordered)
 
     def figures(self, weights: Ints) -> dict[Place, Floats]:
         """Each figure on each resample; `weights` (resamples, units)."""
@@ -227,7 +227,7 @@ class _Retrieval:
         ):
             count = wide @ queries
             means = wide @ sums / count[:, None]
-            found |= {(name, key): means[:, column] for column, key in enumerate(SUMMED)}
+            found |= {(name, key): means[:, column] for column, key in enumerate(self.names)}
             found[name, "median_rank"] = _medians(first, owners, weights, count.astype(np.int64))
         recalls = [found[name, f"R@{k}"] for name in DIRECTIONS for k in RECALL_AT]
         return found | {("mean_recall",): np.mean(recalls, axis=0)}

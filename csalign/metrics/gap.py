@@ -22,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 MAX_ROWS = 5_000  # 5,000 x 5,000 float64 is 200 MB
 CHUNK_ROWS = 65_536
+SPECTRUM = 64
 
 
 def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) 
             "cross": cross_uniformity(few_x, few_y),
         },
         "effective_rank": {"image": _effective_rank(spread_x), "text": _effective_rank(spread_y)},
+        "spectrum": {"image": _spectrum(spread_x), "text": _spectrum(spread_y)},
     }
 
 
@@ -123,6 +125,20 @@ def _effective_rank(root: Tensor) -> float:
     shares = values / values.sum()
     shares = shares[shares > 0]
     return math.exp(-float((shares * shares.log()).sum()))
+
+
+def spectrum(x: Tensor) -> list[float]:
+    """Largest singular values of the covariance as shares of their sum, at most `SPECTRUM`.
+
+    Descending; shares of the variance, in [0, 1]. All 0 where all rows coincide.
+    """
+    return _spectrum(_covariance_root(x))
+
+
+def _spectrum(root: Tensor) -> list[float]:
+    values = torch.linalg.svdvals(root).square()
+    shares = values / values.sum() if float(values.sum()) > 1e-24 else torch.zeros_like(values)
+    return [float(share) for share in shares[:SPECTRUM]]
 
 
 def _covariance_root(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Cross-modal retrieval: the exact ranks of all matches, both ways, from one pass of tiles."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,23 +28,49 @@ class DirectionRanks:
     Attributes:
         first: (q,) int64, 1-based rank of the best-placed match of each query.
         average_precision: (q,) float64 in [0, 1].
+        recalled: (q, 3) float64, share of a query's matches among the first 1, 5 and 10.
+        r_precision: (q,) float64, share of right items among the first R, R being how many
+            matches the query has.
     """
 
     first: Ints
     average_precision: npt.NDArray[np.float64]
+    recalled: npt.NDArray[np.float64]
+    r_precision: npt.NDArray[np.float64]
+
+    def by_query(self) -> dict[str, npt.NDArray[Any]]:
+        """What each query adds to the figures that are means over queries, (q,) each.
+
+        R@K is 1 where at least one match is among the first K, as the CLIP papers count it;
+        true_recall@K the share of the matches that are (mteb's recall).
+        """
+        shares = self.recalled.T
+        return {
+            **{f"R@{k}": self.first <= k for k in RECALL_AT},
+            **{f"true_recall@{k}": share for k, share in zip(RECALL_AT, shares, strict=True)},
+            "r_precision": self.r_precision,
+            "mean_rank": self.first,
+            "mrr": 1 / self.first,
+            "map": self.average_precision,
+        }
 
     def summary(self) -> dict[str, float]:
-        """R@1/5/10, median rank, mean reciprocal rank and mean average precision.
+        """The figures of `by_query` over all queries, and the median of the first ranks."""
+        means = {name: float(values.mean()) for name, values in self.by_query().items()}
+        return means | {"median_rank": float(np.median(self.first))}
 
-        R@K is the share of queries with at least one match among the first K, as the CLIP papers
-        count it.
-        """
-        recalls = {f"R@{k}": float((self.first <= k).mean()) for k in RECALL_AT}
-        return recalls | {
-            "median_rank": float(np.median(self.first)),
-            "mrr": float((1 / self.first).mean()),
-            "map": float(self.average_precision.mean()),
-        }
+    def take(self, queries: npt.NDArray[Any]) -> "DirectionRanks":
+        """Those of some queries, by number or where true."""
+        return DirectionRanks(*(values[queries] for values in self._fields()))
+
+    @staticmethod
+    def joined(parts: Sequence["DirectionRanks"]) -> "DirectionRanks":
+        """Those of several sets of queries, in order."""
+        fields = zip(*(part._fields() for part in parts), strict=True)
+        return DirectionRanks(*(np.concatenate(values) for values in fields))
+
+    def _fields(self) -> tuple[npt.NDArray[Any], ...]:
+        return self.first, self.average_precision, self.recalled, self.r_precision
 
 
 def rank_both_ways(
@@ -67,29 +94,37 @@ def rank_both_ways(
     tiles = _Tiles.lay(images, texts, text_image)
     wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
     counts = tiles.caption_counts
-    first, precision = _of_runs(wrong_texts, counts)
     in_row_order = np.argsort(tiles.image_order[: len(counts)])  # out of that of the tiles
-    ranks = wrong_images[np.argsort(tiles.text_order[: len(wrong_images)])] + 1
+    wrong_images = wrong_images[np.argsort(tiles.text_order[: len(wrong_images)])]
     return (
-        DirectionRanks(first[in_row_order], precision[in_row_order]),
-        DirectionRanks(ranks, 1 / ranks),
+        _of_runs(wrong_texts, counts).take(in_row_order),
+        _of_runs(wrong_images, np.ones(len(wrong_images), np.int64)),
     )
 
 
-def _of_runs(wrong: Ints, counts: Ints) -> tuple[Ints, npt.NDArray[np.float64]]:
-    """Best rank and average precision of queries, from the wrong items ahead of each match.
+def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
+    """What follows from the wrong items ahead of each match.
 
     Args:
         wrong: (pairs,) of consecutive runs of matches, a run a query.
         counts: (q,) their lengths, all positive.
     """
-    ends = np.cumsum(counts)
-    starts = ends - counts
+    starts = np.cumsum(counts) - counts
     query = np.repeat(np.arange(len(counts)), counts)
     wrong = wrong[np.lexsort((wrong, query))]  # the best match of each query first
     position = np.arange(len(wrong)) - starts[query] + 1
-    sums = np.add.reduceat(position / (position + wrong), starts)
-    return wrong[starts] + 1, sums / counts
+    ranks = position + wrong
+
+    def mean(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        sums: npt.NDArray[np.float64] = np.add.reduceat(values, starts, dtype=np.float64)
+        return sums / counts
+
+    return DirectionRanks(
+        first=ranks[starts],
+        average_precision=mean(position / ranks),
+        recalled=np.stack([mean(ranks <= k) for k in RECALL_AT], axis=1),
+        r_precision=mean(ranks <= counts[query]),
+    )
 
 
 @dataclass

@@ -43,6 +43,10 @@ class _Fingerprints(BaseModel):
     adapter: str | None
 
 
+class _Protocol(BaseModel):
+    name: str = "all"
+
+
 class _Document(BaseModel):
     """What is needed of a document of ``csalign eval --json``, older ones included."""
 
@@ -53,7 +57,8 @@ class _Document(BaseModel):
     split: str
     counts: dict[str, int]
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
-    gap: dict[str, FiniteFloat | dict[str, FiniteFloat]]
+    gap: dict[str, FiniteFloat | dict[str, FiniteFloat | list[FiniteFloat]]]
+    protocol: _Protocol = _Protocol()
     fingerprints: _Fingerprints | None = None
     parameters: int | None = None
     bandwidth: FiniteFloat | None = None
@@ -232,6 +237,8 @@ def _other_data(document: _Document, baseline: _Document) -> str | None:
         return "an older csalign eval, which did not note what it measured"
     if document.fingerprints.features != baseline.fingerprints.features:
         return "other features"
+    if document.protocol != baseline.protocol:
+        return f"protocol {document.protocol.name}, the baseline {baseline.protocol.name}"
     if document.split != baseline.split:
         return f"split {document.split}, the baseline {baseline.split}"
     return None if document.data() == baseline.data() else "another number of queries"
@@ -246,6 +253,7 @@ def _measured_again(document: _Document) -> tuple[Resamples | None, str | None]:
                 "features": document.features,
                 "adapter": document.adapter,
                 "split": document.split,
+                "protocol": document.protocol.name,
             },
         )
         measured = measure(config)

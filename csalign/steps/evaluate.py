@@ -1,7 +1,7 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,24 @@ from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
 from csalign.enums import Modality
+from csalign.errors import DataError
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
-from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
+from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.steps.adapted import embed_rows, load_adapter_for
+from csalign.steps.further import Asked, check_options, further_blocks, hubness_block, look_up
+from csalign.steps.protocols import (
+    DIRECTIONS,
+    Gallery,
+    folds_of,
+    protocol_block,
+    retrieval_block,
+    select,
+)
 from csalign.steps.report import Evaluated, write_report
 from csalign.store.join import (
     ALL,
@@ -26,12 +37,12 @@ from csalign.store.join import (
     check_directions,
     check_same_width,
     load_rows,
+    load_side,
     split_names,
     unit_rows,
 )
 from csalign.store.reader import FeatureSet
 
-DIRECTIONS = ("image_to_text", "text_to_image")
 COLLAPSED_RANK = 1.5  # effective dimensions
 
 log = logging.getLogger(__name__)
@@ -49,8 +60,11 @@ class Measured:
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
         text_image: (m,) int64, image row of each text, -1 for none.
-        ranks: image to text, and text to image.
+        folds: what is searched by itself, in order; all of it, but for a protocol with folds.
+        fold_ranks: of each fold, image to text, and text to image.
         index: what ranked, as the document has it.
+        protocol: what decides a score beside the model.
+        asked: what further figures are made from.
         fingerprints: of the features' content and of the adapter's weights, None without one.
         parameters: of the adapter, None without one.
     """
@@ -60,14 +74,29 @@ class Measured:
     images: Floats
     texts: Floats
     text_image: npt.NDArray[np.int64]
-    ranks: tuple[DirectionRanks, DirectionRanks]
+    folds: tuple[Gallery, ...]
+    fold_ranks: tuple[tuple[DirectionRanks, DirectionRanks], ...]
     index: dict[str, Any]
+    protocol: dict[str, Any]
+    asked: Asked
     fingerprints: dict[str, str | None]
     parameters: int | None
 
+    @property
+    def ranks(self) -> tuple[DirectionRanks, DirectionRanks]:
+        """Image to text, and text to image, over all folds."""
+        if len(self.fold_ranks) == 1:
+            return self.fold_ranks[0]
+        forth, back = (DirectionRanks.joined(ranks) for ranks in zip(*self.fold_ranks, strict=True))
+        return forth, back
+
     def resample(self) -> Resamples:
-        """The figures on bootstrap resamples, as many and by the seed that the config says."""
-        return resample(
+        """The figures on bootstrap resamples, as many and by the seed that the config says.
+
+        Folds are of one size, so that a mean over queries is the mean of the folds' means; a
+        median is not, and has no interval where there are several.
+        """
+        found = resample(
             self.ranks,
             self.images,
             self.texts,
@@ -75,6 +104,10 @@ class Measured:
             resamples=self.config.resamples,
             seed=self.config.seed,
         )
+        if len(self.folds) == 1:
+            return found
+        kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
+        return replace(found, figures=kept)
 
 
 def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -86,17 +119,26 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
-        "intervals" are nested as "retrieval" is, with those of the gap beside them.
+        "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
+        "by", "corrected", "zero_shot" and "explanations" are there if they are asked for. Images
+        without any texts are classified and no more: what is about texts is then absent.
 
     Raises:
-        DataError: no such feature set or split, no pairs in it, or a row without a direction.
+        ConfigError: options that say nothing without others.
+        DataError: no such feature set or split, no pairs in it, rows that the protocol does not
+            fit, a row without a direction, or a table that does not fit the rows.
         ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
         SchemaError: the features or the adapter are damaged.
         OutputError: the page cannot be written where it is wanted.
     """
+    check_options(config)
     if config.report is not None:
         check_page(config.report)
     progress("evaluation stages", 0, 3)
+    if config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None:
+        document = _classify_alone(config)
+        progress("evaluation stages", 3, 3)
+        return document
     measured = measure(config)
     progress("evaluation stages", 1, 3)
     resamples = measured.resample() if config.intervals else None
@@ -114,7 +156,7 @@ def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> Non
     features = FeatureSet.open(config.features)
     shown = Evaluated(
         features=features,
-        rows=load_rows(features, measured.split),
+        rows=select(config.protocol, load_rows(features, measured.split)),
         images=measured.images,
         texts=measured.texts,
         adapted=config.adapter is not None,
@@ -128,24 +170,69 @@ def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> Non
 def measure(config: EvalConfig) -> Measured:
     """Embed the rows and rank them; arguments and errors are those of `evaluate`."""
     features = FeatureSet.open(config.features)
-    split = config.split or ("test" if "test" in features.splits() else ALL)
-    rows = load_rows(features, split)
+    split = _split(config, features)
+    rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
-    ranks, index = _ranked(images, texts, rows, config)
+    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
+    folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
+    ranked = [_ranked(fold, config) for fold in folds]
     return Measured(
         config=config,
         split=split,
         images=images,
         texts=texts,
         text_image=rows.text_image,
-        ranks=ranks,
-        index=index,
+        folds=folds,
+        fold_ranks=tuple(ranks for ranks, _ in ranked),
+        index=_index_block(config, [recalls for _, recalls in ranked]),
+        protocol=protocol_block(config.protocol, split, rows),
+        asked=asked,
         fingerprints={
             "features": features.manifest.fingerprint(),
             "adapter": loaded[1].weights_sha256 if loaded else None,
         },
         parameters=sum(loaded[0].parameter_counts().values()) if loaded else None,
     )
+
+
+def _split(config: EvalConfig, features: FeatureSet) -> str:
+    return config.split or ("test" if "test" in features.splits() else ALL)
+
+
+def _classify_alone(config: EvalConfig) -> dict[str, Any]:
+    """Zero-shot classification of a feature set without texts."""
+    if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
+        raise DataError(
+            f"{config.features}: has no texts, so there is no retrieval; leave out --relevance, "
+            "--by, --correct, --report and --protocol"
+        )
+    features = FeatureSet.open(config.features)
+    split = _split(config, features)
+    rows = load_side(features, split, Modality.IMAGE)
+    name, loaded = f"{rows.name}: images", None
+    if not len(rows.images):
+        raise DataError(f"{rows.name}: holds no images; name another --split")
+    if config.adapter is None:
+        images = unit_rows(rows.images, rows.image_ids, name)
+    else:
+        check_directions(rows.images, rows.image_ids, name)
+        loaded = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
+        images = embed_rows(loaded[0], Modality.IMAGE, rows, features)
+    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
+    further, around = further_blocks(config, (), None, asked, images)
+    document = {
+        "features": str(config.features),
+        "adapter": None if config.adapter is None else str(config.adapter),
+        "split": split,
+        "fingerprints": {
+            "features": features.manifest.fingerprint(),
+            "adapter": loaded[1].weights_sha256 if loaded else None,
+        },
+        "counts": {"images": len(images), "texts": 0, "pairs": 0},
+        **further,
+        "intervals": around,
+    }
+    return document | ({"explanations": explain(document)} if config.explain else {})
 
 
 def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
@@ -156,7 +243,6 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         resamples: for the intervals; without them there are none.
     """
     config, images, texts = measured.config, measured.images, measured.texts
-    image_to_text, text_to_image = (direction.summary() for direction in measured.ranks)
     gap = gap_suite(images, texts, measured.text_image, sigma=config.bandwidth, seed=config.seed)
     for side, rank in gap["effective_rank"].items():
         if rank < COLLAPSED_RANK:
@@ -164,7 +250,8 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
             )
     pairs = int((measured.text_image >= 0).sum())
-    return {
+    further, around = further_blocks(config, measured.folds, measured.ranks, measured.asked, images)
+    document = {
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": measured.split,
@@ -173,29 +260,35 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "bandwidth": config.bandwidth,
         "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
         "index": measured.index,
-        "retrieval": {
-            "image_to_text": image_to_text,
-            "text_to_image": text_to_image,
-            "mean_recall": mean_recall(image_to_text, text_to_image),
-        },
+        "protocol": measured.protocol,
+        "retrieval": retrieval_block(measured.fold_ranks),
         "gap": gap,
-        "intervals": resamples.intervals() if resamples else {},
+        "hubness": hubness_block(measured.folds),
+        **further,
+        "intervals": resamples.intervals() | around if resamples else {},
     }
+    return document | ({"explanations": explain(document)} if config.explain else {})
 
 
 def _ranked(
-    images: Floats, texts: Floats, rows: PairedRows, config: EvalConfig
-) -> tuple[tuple[DirectionRanks, DirectionRanks], dict[str, Any]]:
-    """Ranks, exact or by an index, and what the document says of how they were found."""
+    fold: Gallery, config: EvalConfig
+) -> tuple[tuple[DirectionRanks, DirectionRanks], tuple[float, float]]:
+    """Ranks, exact or by an index, and that index's recall in both directions."""
     if config.index == "exact":
-        return rank_both_ways(images, texts, rows.text_image), {"kind": config.index}
-    ranks, recalls = rank_both_ways_by_index(images, texts, rows.text_image, config.index)
-    told = {
+        return fold.rank(), (1.0, 1.0)
+    return rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
+
+
+def _index_block(config: EvalConfig, recalls: list[tuple[float, float]]) -> dict[str, Any]:
+    """What ranked, and of an approximate index its recall, averaged over the folds."""
+    if config.index == "exact":
+        return {"kind": config.index}
+    means = [float(mean) for mean in np.mean(recalls, axis=0)]
+    return {
         "kind": config.index,
         "listed": LISTED,
-        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, means, strict=True)),
     }
-    return ranks, told
 
 
 def _aligned(

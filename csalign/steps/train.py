@@ -19,14 +19,16 @@ from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
-from csalign.metrics.retrieval import rank_both_ways
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.adapted import embed_rows
 from csalign.steps.batches import PairSampler, uniform
 from csalign.steps.evaluate import Measured, describe
+from csalign.steps.further import Asked
 from csalign.steps.logs import check_logs, open_logs
+from csalign.steps.match import match_outputs
+from csalign.steps.protocols import Gallery, protocol_block
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
@@ -90,13 +92,17 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         told = config.model_dump(mode="json", exclude_none=True)
         with open_logs(config.log_to or (), folder, config.out.name, told) as trainer.logs:
             _run(trainer, folder / CHECKPOINTS, save, progress)
+        scores = {"start": trainer.start_score, "kept": trainer.best_score}
+        if config.match_moments and val is not None and trainer.best_score is not None:
+            scores["matched"] = match_outputs(
+                adapter, rows, sampler, unpaired, val, trainer.best_score, config
+            )
         save(folder)
         seconds = round(time.monotonic() - began, 3)
         files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
     if config.report is not None:
         shown = None if val is None else _evaluated(adapter, features, val, config)
         write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
-    scores = {"start": trainer.start_score, "kept": trainer.best_score}
     return TrainResult(
         run=config.out,
         steps=trainer.steps_made,
@@ -114,14 +120,18 @@ def _evaluated(
 ) -> Evaluated:
     """What was kept, measured on the validation rows as ``csalign eval`` measures."""
     images, texts = (embed_rows(adapter, side, val, features) for side in Modality)
+    gallery = Gallery(images, texts, val.text_image)
     measured = Measured(
         config=EvalConfig(features=config.features, adapter=config.out, seed=config.seed),
         split="validation",
         images=images,
         texts=texts,
         text_image=val.text_image,
-        ranks=rank_both_ways(images, texts, val.text_image),
+        folds=(gallery,),
+        fold_ranks=(gallery.rank(),),
         index={"kind": "exact"},
+        protocol=protocol_block("all", "validation", val),
+        asked=Asked(None, None, None),
         fingerprints={},
         parameters=None,
     )

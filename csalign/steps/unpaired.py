@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Unpaired:
-    """A pool of rows of each side, from which the distribution term draws.
+    """A pool of rows of each side.
 
     Attributes:
         images: arrays (k_i, d) of the encoder's image embeddings.
@@ -37,7 +37,17 @@ class Unpaired:
         total = self.count(side)
         if not total or not count:
             return None
-        chosen = rng.integers(0, total, count)
+        return self._take(side, rng.integers(0, total, count))
+
+    def sample(self, side: Modality, most: int, rng: np.random.Generator) -> Array:
+        """Different rows of one side, at most so many, at random; (k, d) float32."""
+        total = self.count(side)
+        chosen = np.arange(total)
+        if total > most:
+            chosen = np.sort(rng.choice(total, most, replace=False))
+        return self._take(side, chosen)
+
+    def _take(self, side: Modality, chosen: npt.NDArray[np.int64]) -> Array:
         parts, start = [], 0
         for array in self._arrays(side):
             own = chosen[(chosen >= start) & (chosen < start + len(array))] - start

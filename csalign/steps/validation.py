@@ -96,4 +96,4 @@ def carve(rows: PairedRows, seed: int) -> tuple[PairedRows, PairedRows | None]:
     chosen = rng.choice(captioned, min(n // 4, max(100, min(1_000, n // 10))), replace=False)
     held_out = np.zeros(len(rows.images), np.bool_)
     held_out[chosen] = True
-    return rows.take_images(~held_out), rows.take_images(held_out)
+    return rows.take_images(~held_out, lone_texts=True), rows.take_images(held_out)

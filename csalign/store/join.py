@@ -1,7 +1,7 @@
 """Rows of a feature set in memory: splits selected, texts joined to images by id."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -90,10 +90,16 @@ class PairedRows:
             numbers[unknown] = keys.to_numpy() + numbers.max() + 1
         return numbers
 
-    def take_images(self, keep: npt.NDArray[np.bool_]) -> "PairedRows":
-        """The images where `keep` (n,) is true, and their texts; unpaired texts are left out."""
+    def take_images(self, keep: npt.NDArray[np.bool_], *, lone_texts: bool = False) -> "PairedRows":
+        """The images where `keep` (n,) is true, and their texts.
+
+        Args:
+            keep: (n,).
+            lone_texts: whether to keep the texts without an image as well.
+        """
         position = np.where(keep, np.cumsum(keep) - 1, -1)
-        texts = np.flatnonzero((self.text_image >= 0) & keep[self.text_image])
+        is_lone = self.text_image < 0
+        texts = np.flatnonzero(np.where(is_lone, lone_texts, keep[self.text_image]))
         return PairedRows(
             name=self.name,
             images=self.images[keep],
@@ -101,8 +107,19 @@ class PairedRows:
             image_ids=self.image_ids.filter(pa.array(keep)),
             text_ids=self.text_ids.take(texts),
             captions=self.captions.take(texts),
-            text_image=position[self.text_image[texts]],
+            text_image=np.where(is_lone[texts], -1, position[self.text_image[texts]]),
             image_rows=self.table_rows(Modality.IMAGE)[keep],
+            text_rows=self.table_rows(Modality.TEXT)[texts],
+        )
+
+    def take_texts(self, texts: Ints) -> "PairedRows":
+        """All images, and the texts of these rows in this order."""
+        return replace(
+            self,
+            texts=self.texts[texts],
+            text_ids=self.text_ids.take(texts),
+            captions=self.captions.take(texts),
+            text_image=self.text_image[texts],
             text_rows=self.table_rows(Modality.TEXT)[texts],
         )
 
@@ -137,6 +154,32 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
         text_ids=joined.text_ids,
         captions=_take(_column(features.texts, schema.CAPTION), joined.text_rows),
         text_image=joined.text_image,
+        image_rows=joined.image_rows,
+        text_rows=joined.text_rows,
+    )
+
+
+def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
+    """Read the embeddings of one side of some splits, for what needs no pairs.
+
+    The other side has no rows. Arguments and errors are those of `load_rows`, but that there may
+    be no rows and no pairs.
+    """
+    joined = join_ids(features, split)
+    is_image = side is Modality.IMAGE
+    rows = joined.image_rows if is_image else joined.text_rows
+    values = _rows(features.table(side).embeddings(), rows)
+    none, no_ids = values[:0], joined.image_ids[:0]
+    return PairedRows(
+        name=joined.name,
+        images=values if is_image else none,
+        texts=none if is_image else values,
+        image_ids=joined.image_ids if is_image else no_ids,
+        text_ids=no_ids if is_image else joined.text_ids,
+        captions=no_ids
+        if is_image
+        else _take(_column(features.texts, schema.CAPTION), joined.text_rows),
+        text_image=np.full(0 if is_image else len(values), -1),
         image_rows=joined.image_rows,
         text_rows=joined.text_rows,
     )

@@ -35,7 +35,9 @@ def drawn(x: Array, y: Array, owners: Array, *, resamples: int = 50, seed: int =
 
 
 def ranked(first: Array) -> DirectionRanks:
-    return DirectionRanks(first.astype(np.int64), 1 / first)
+    """Of queries with one match each."""
+    recalled = np.stack([first <= k for k in (1, 5, 10)], axis=1).astype(np.float64)
+    return DirectionRanks(first.astype(np.int64), 1 / first, recalled, recalled[:, 0])
 
 
 def by_ranks(first: Array, owners: Array | None = None, *, resamples: int = 300) -> Resamples:
@@ -71,10 +73,7 @@ def test_resampled_figures_equal_a_loop_that_repeats_rows() -> None:
         summaries: list[dict[str, float]] = []
         for direction, repeats in zip(ranks, (weights[queried], of_text[paired]), strict=True):
             name = bootstrap.DIRECTIONS[len(summaries)]
-            repeated = DirectionRanks(
-                np.repeat(direction.first, repeats),
-                np.repeat(direction.average_precision, repeats),
-            )
+            repeated = direction.take(np.repeat(np.arange(len(repeats)), repeats))
             summaries.append(repeated.summary())
             for key, value in summaries[-1].items():
                 assert found[name, key][row] == pytest.approx(value), key

@@ -147,3 +147,11 @@ def test_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> No
     assert chunked["frechet"] == pytest.approx(whole["frechet"], abs=1e-9)
     assert chunked["rmg"] == pytest.approx(whole["rmg"], abs=1e-9)
     assert chunked["effective_rank"] == pytest.approx(whole["effective_rank"])
+
+
+def test_the_spectrum_is_that_of_numpys_covariance() -> None:
+    rows = np.random.default_rng(4).normal(size=(300, 80)) * np.linspace(1, 3, 80)
+    values = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1]
+
+    assert gap.spectrum(torch.from_numpy(rows)) == pytest.approx(values[:64] / values.sum())
+    assert gap.spectrum(torch.ones(5, 3)) == [0, 0, 0]

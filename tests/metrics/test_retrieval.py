@@ -81,6 +81,26 @@ def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image() ->
     assert image_to_text.first.tolist() == brute_force(images, texts, captions)[0]
 
 
+def test_true_recall_and_r_precision_equal_sets_of_the_first_items() -> None:
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(12, 6)).astype(np.float32)
+    owners = rng.permutation(np.concatenate([np.arange(12), rng.integers(0, 12, 20), [-1] * 4]))
+    texts = (images[owners] + 2 * rng.normal(size=(36, 6))).astype(np.float32)
+    image_to_text, text_to_image = rank_both_ways(images, texts, owners)
+
+    order = np.argsort(-(images @ texts.T), axis=1)  # no two scores are equal
+    for image, listed in enumerate(order):
+        right = set(np.flatnonzero(owners == image))
+        for column, k in enumerate((1, 5, 10)):
+            share = len(right & set(listed[:k])) / len(right)
+            assert image_to_text.recalled[image, column] == share
+        precision = len(right & set(listed[: len(right)])) / len(right)
+        assert image_to_text.r_precision[image] == precision
+    summary = text_to_image.summary()
+    assert summary["true_recall@5"] == summary["R@5"]  # a caption has one image
+    assert summary["r_precision"] == summary["R@1"]
+
+
 def test_an_image_counts_once_any_of_its_captions_is_found() -> None:
     images = np.eye(3, dtype=np.float32)
     texts = images[[0, 1, 2, 2]]
@@ -130,12 +150,22 @@ def test_an_image_of_very_many_captions_is_ranked_too() -> None:
 
 
 def test_summary_figures_follow_from_the_ranks() -> None:
-    ranks = retrieval.DirectionRanks(np.array([1, 3, 7, 20]), np.array([1, 0.5, 0.2, 0.1]))
+    ranks = retrieval.DirectionRanks(
+        np.array([1, 3, 7, 20]),
+        np.array([1, 0.5, 0.2, 0.1]),
+        np.array([[0.5, 0.5, 1], [0, 1, 1], [0, 0, 0.5], [0, 0, 0]]),
+        np.array([0.5, 0, 0, 0]),
+    )
 
     assert ranks.summary() == {
         "R@1": 0.25,
         "R@5": 0.5,
         "R@10": 0.75,
+        "true_recall@1": 0.125,
+        "true_recall@5": 0.375,
+        "true_recall@10": 0.625,
+        "r_precision": 0.125,
+        "mean_rank": 7.75,
         "median_rank": 5.0,
         "mrr": pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 20) / 4),
         "map": pytest.approx(0.45),

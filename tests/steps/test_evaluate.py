@@ -35,11 +35,13 @@ def aligned_set(tmp_path: Path, images: object, texts: object, pairs: str | None
 
 def test_the_document_has_every_key(features: Path, run: Path) -> None:
     document = evaluate(EvalConfig(features=features, adapter=run))
-    direction = {"R@1", "R@5", "R@10", "median_rank", "mrr", "map"}
+    direction = {"R@1", "R@5", "R@10", "median_rank", "mean_rank", "mrr", "map", "r_precision"}
+    direction |= {"true_recall@1", "true_recall@5", "true_recall@10"}
 
     assert document["features"] == str(features)
     assert document["adapter"] == str(run)
     assert document["split"] == "test"
+    assert document["protocol"]["name"] == "all"
     assert document["counts"] == {"images": 60, "texts": 60, "pairs": 60}
     assert set(document["retrieval"]) == {"image_to_text", "text_to_image", "mean_recall"}
     assert set(document["retrieval"]["image_to_text"]) == direction
@@ -54,7 +56,9 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
         "alignment",
         "uniformity",
         "effective_rank",
+        "spectrum",
     }
+    assert set(document["hubness"]) == {"image_to_text", "text_to_image"}
     intervals = document["intervals"]
     assert set(intervals["image_to_text"]) == set(intervals["text_to_image"]) == direction
     whole = {"mean_recall", "centroid_distance", "rmg", "alignment"}
