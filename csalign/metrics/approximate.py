@@ -46,7 +46,13 @@ def rank_both_ways_by_index(
     of_texts, of_images = _build(texts, kind), _build(images, kind)
     ranks = (
         _rank(of_texts, images[queried], text_image, queried, counts),
-        _rank(of_images, texts[paired], np.arange(len(images)), text_image[paired], 1),
+        _rank(
+            of_images,
+            texts[paired],
+            np.arange(len(images)),
+            text_image[paired],
+            np.ones_like(paired),
+        ),
     )
     recalls = (
         _recall(of_texts, images[queried], texts),
@@ -73,7 +79,7 @@ def _build(rows: Floats, kind: IndexName) -> faiss.Index:
 
 
 def _rank(
-    index: faiss.Index, queries: Floats, owners: Ints, wanted: Ints, counts: Ints | int
+    index: faiss.Index, queries: Floats, owners: Ints, wanted: Ints, counts: Ints
 ) -> DirectionRanks:
     """Ranks of the listed matches.
 
@@ -82,7 +88,7 @@ def _rank(
         queries: (q, d) unit rows.
         owners: (g,) what each item belongs to.
         wanted: (q,) the owner whose items are a query's matches.
-        counts: how many matches there are, for all queries or (q,).
+        counts: (q,) how many matches there are.
     """
     first = np.full(len(queries), index.ntotal)
     counts = np.broadcast_to(counts, len(queries))

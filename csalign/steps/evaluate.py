@@ -227,10 +227,10 @@ def _split(config: EvalConfig, features: FeatureSet) -> str:
 
 def _classify_alone(config: EvalConfig) -> dict[str, Any]:
     """Zero-shot classification of a feature set without texts."""
-    if config.relevance or config.by or config.correct or config.protocol != "all":
+    if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
         raise DataError(
             f"{config.features}: has no texts, so there is no retrieval; leave out --relevance, "
-            "--by, --correct and --protocol"
+            "--by, --correct, --report and --protocol"
         )
     features = FeatureSet.open(config.features)
     split = _split(config, features)
@@ -310,7 +310,7 @@ def _ranked(
     told = {
         "kind": config.index,
         "listed": LISTED,
-        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, means, strict=True)),
     }
     return tuple(ranks for ranks, _ in found), told
 

@@ -17,7 +17,7 @@ from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig, TuneConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
-from csalign.errors import CsalignError, DataError, Stopped, TrainingError
+from csalign.errors import ConfigError, CsalignError, DataError, Stopped, TrainingError
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergence import cs_divergence
@@ -60,6 +60,10 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         TrainingError: no trial got through.
     """
     began = time.monotonic()
+    if config.report is not None or config.log_to:
+        raise ConfigError(
+            "report and log-to are for csalign train, with the config.toml of the winner"
+        )
     check_study(config.out, config.features)
     features = FeatureSet.open(config.features)
     split = split_to_train(features, config)
