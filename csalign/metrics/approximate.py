@@ -90,28 +90,32 @@ def _rank(
         wanted: (q,) the owner whose items are a query's matches.
         counts: (q,) how many matches there are.
     """
-    first = np.full(len(queries), index.ntotal)
-    counts = np.broadcast_to(counts, len(queries))
-    precision, r_found = np.zeros((2, len(queries)))
-    recalled = np.zeros((len(queries), len(RECALL_AT)))
+    parts = []
     for start in range(0, len(queries), QUERIES_AT_A_TIME):
         some = slice(start, start + QUERIES_AT_A_TIME)
         scores, items = _search(index, queries[some], LISTED)
         matches = (items >= 0) & (owners[items] == wanted[some, None])
-        wrong = np.cumsum(~matches, axis=1)
-        for place in reversed(range(wrong.shape[1] - 1)):  # ties against the model
-            tied = scores[:, place] == scores[:, place + 1]
-            wrong[tied, place] = wrong[tied, place + 1]
-        position = np.cumsum(matches, axis=1)
-        ranks = np.maximum(position + wrong, 1)
-        precision[some] = np.where(matches, position / ranks, 0).sum(axis=1)
-        r_found[some] = (matches & (ranks <= counts[some, None])).sum(axis=1)
-        for column, k in enumerate(RECALL_AT):
-            recalled[some, column] = (matches & (ranks <= k)).sum(axis=1)
-        best, found = matches.argmax(axis=1), matches.any(axis=1)
-        rank = np.take_along_axis(wrong, best[:, None], axis=1)[:, 0] + 1
-        first[some] = np.where(found, rank, index.ntotal)
-    return DirectionRanks(first, precision / counts, recalled / counts[:, None], r_found / counts)
+        parts.append(_ranks_in_list(scores, matches, counts[some], last=index.ntotal))
+    return DirectionRanks.joined(parts)
+
+
+def _ranks_in_list(
+    scores: Floats, matches: npt.NDArray[np.bool_], counts: Ints, last: int
+) -> DirectionRanks:
+    """From the scores of the listed items, falling, and which of them are matches, (q, l) each."""
+    wrong = np.cumsum(~matches, axis=1)
+    for place in reversed(range(wrong.shape[1] - 1)):  # ties against the model
+        tied = scores[:, place] == scores[:, place + 1]
+        wrong[tied, place] = wrong[tied, place + 1]
+    position = np.cumsum(matches, axis=1)
+    ranks = np.where(matches, position + wrong, last + 1)
+    within = [(ranks <= min(k, last)).sum(axis=1) / counts for k in RECALL_AT]
+    return DirectionRanks(
+        first=np.minimum(ranks.min(axis=1), last),
+        average_precision=np.where(matches, position / ranks, 0).sum(axis=1) / counts,
+        recalled=np.stack(within, axis=1),
+        r_precision=(ranks <= counts[:, None]).sum(axis=1) / counts,
+    )
 
 
 def _recall(index: faiss.Index, queries: Floats, gallery: Floats) -> float:

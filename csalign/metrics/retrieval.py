@@ -94,12 +94,11 @@ def rank_both_ways(
     tiles = _Tiles.lay(images, texts, text_image)
     wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
     counts = tiles.caption_counts
-    # Out of the order of the tiles.
-    images_in_order = np.argsort(tiles.image_order[: len(counts)])
-    texts_in_order = np.argsort(tiles.text_order[: len(wrong_images)])
+    in_row_order = np.argsort(tiles.image_order[: len(counts)])  # out of that of the tiles
+    wrong_images = wrong_images[np.argsort(tiles.text_order[: len(wrong_images)])]
     return (
-        _of_runs(wrong_texts, counts).take(images_in_order),
-        _of_runs(wrong_images, np.ones_like(wrong_images)).take(texts_in_order),
+        _of_runs(wrong_texts, counts).take(in_row_order),
+        _of_runs(wrong_images, np.ones(len(wrong_images), np.int64)),
     )
 
 
@@ -110,22 +109,21 @@ def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
         wrong: (pairs,) of consecutive runs of matches, a run a query.
         counts: (q,) their lengths, all positive.
     """
-    ends = np.cumsum(counts)
-    starts = ends - counts
+    starts = np.cumsum(counts) - counts
     query = np.repeat(np.arange(len(counts)), counts)
     wrong = wrong[np.lexsort((wrong, query))]  # the best match of each query first
     position = np.arange(len(wrong)) - starts[query] + 1
     ranks = position + wrong
 
-    def share(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        sums: npt.NDArray[np.float64] = np.add.reduceat(values.astype(np.float64), starts)
+    def mean(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        sums: npt.NDArray[np.float64] = np.add.reduceat(values, starts, dtype=np.float64)
         return sums / counts
 
     return DirectionRanks(
         first=ranks[starts],
-        average_precision=share(position / ranks),
-        recalled=np.stack([share(ranks <= k) for k in RECALL_AT], axis=1),
-        r_precision=share(ranks <= counts[query]),
+        average_precision=mean(position / ranks),
+        recalled=np.stack([mean(ranks <= k) for k in RECALL_AT], axis=1),
+        r_precision=mean(ranks <= counts[query]),
     )
 
 

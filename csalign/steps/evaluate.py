@@ -310,7 +310,7 @@ def _ranked(
     told = {
         "kind": config.index,
         "listed": LISTED,
-        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, means, strict=True)),
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
     }
     return tuple(ranks for ranks, _ in found), told
 
