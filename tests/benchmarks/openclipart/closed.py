@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,7 @@ from csalign.config import EvalConfig
 from csalign.enums import Modality
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.steps.batches import PairSampler
-from csalign.steps.evaluate import Measured
-from csalign.steps.further import Asked
-from csalign.steps.protocols import Gallery, protocol_block
+from csalign.steps.evaluate import Measured, measure_rows
 from csalign.store.join import PairedRows, load_rows
 from csalign.store.reader import FeatureSet
 
@@ -79,19 +77,9 @@ class Fitted:
         unit_images, unit_texts = (
             side / np.linalg.norm(side, axis=1, keepdims=True) for side in (images, texts)
         )
-        return Measured(
-            config=EvalConfig(features=features),
-            split=split,
-            images=unit_images,
-            texts=unit_texts,
-            text_image=rows.text_image,
-            folds=(Gallery(unit_images, unit_texts, rows.text_image),),
-            fold_ranks=(rank_both_ways(images, texts, rows.text_image),),
-            protocol=protocol_block("all", split, rows),
-            asked=Asked(None, None, None),
-            fingerprints={},
-            parameters=self.parameters,
-        )
+        measured = measure_rows(EvalConfig(features=features), split, rows, unit_images, unit_texts)
+        ranks = rank_both_ways(images, texts, rows.text_image)
+        return replace(measured, fold_ranks=(ranks,), parameters=self.parameters)
 
 
 Trial = Mapping[str, Any]
