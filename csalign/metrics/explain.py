@@ -27,11 +27,16 @@ EXPLANATIONS = {
         "Efron 1979; percentile method",
     ),
     "protocol.*": Explanation("what decides a score beside the model"),
+    "index.*": Explanation(
+        "what ranked: all items, or those that an approximate index lists; of it the share of a "
+        "query's 10 nearest items that it has among its first 10",
+        "Aumueller et al. 2020 (ann-benchmarks)",
+    ),
     "counts.*": Explanation("rows of the split; pairs are texts with an image"),
     "graded.*.map": Explanation(
         "mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of all items of the "
         "query's group",
-        "TREC; Musgrave et al. 2020",
+        "Manning et al. 2008",
     ),
     "graded.*.ndcg@K": Explanation(
         "sum of 1 / log2(r_i + 1) over r_i <= K, over its largest possible value; gain 1 for each "

@@ -138,7 +138,8 @@ def _gap(document: Mapping[str, Any]) -> Section:
             continue  # it is drawn
         label = name.replace("_", " ")
         if isinstance(value, Mapping):
-            rows += [[f"{label}, {part}", f"{number:.4f}"] for part, number in value.items()]
+            numbers = {part: number for part, number in value.items() if isinstance(number, float)}
+            rows += [[f"{label}, {part}", f"{number:.4f}"] for part, number in numbers.items()]
         else:
             rows.append([label, _figure(value, document["intervals"].get(name), 1, 4)])
     return Section("The gap between the modalities", "Lower is closer, but for ranks.", rows=rows)

@@ -1,6 +1,7 @@
 """``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ from csalign.metrics.retrieval import DirectionRanks
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.steps.adapted import embed_rows, load_adapter_for
-from csalign.steps.further import Asked, check_options, further_blocks, hubness_block, look_up
+from csalign.steps.further import (
+    NOTHING_ASKED,
+    Asked,
+    check_options,
+    further_blocks,
+    hubness_block,
+    look_up,
+)
 from csalign.steps.protocols import (
     DIRECTIONS,
     Gallery,
@@ -174,8 +182,29 @@ def measure(config: EvalConfig) -> Measured:
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
+    fingerprints = {
+        "features": features.manifest.fingerprint(),
+        "adapter": loaded[1].weights_sha256 if loaded else None,
+    }
+    parameters = sum(loaded[0].parameter_counts().values()) if loaded else None
+    measured = measure_rows(config, split, rows, images, texts)
+    return replace(measured, asked=asked, fingerprints=fingerprints, parameters=parameters)
+
+
+def measure_rows(
+    config: EvalConfig, split: str, rows: PairedRows, images: Floats, texts: Floats
+) -> Measured:
+    """Rank embeddings that are there already.
+
+    Args:
+        config: which index and protocol.
+        split: what they are of.
+        rows: that they were made from, those of the protocol.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
+    """
     folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
-    ranked = [_ranked(fold, config) for fold in folds]
+    ranks, index = _ranked(folds, config)
     return Measured(
         config=config,
         split=split,
@@ -183,15 +212,12 @@ def measure(config: EvalConfig) -> Measured:
         texts=texts,
         text_image=rows.text_image,
         folds=folds,
-        fold_ranks=tuple(ranks for ranks, _ in ranked),
-        index=_index_block(config, [recalls for _, recalls in ranked]),
+        fold_ranks=ranks,
+        index=index,
         protocol=protocol_block(config.protocol, split, rows),
-        asked=asked,
-        fingerprints={
-            "features": features.manifest.fingerprint(),
-            "adapter": loaded[1].weights_sha256 if loaded else None,
-        },
-        parameters=sum(loaded[0].parameter_counts().values()) if loaded else None,
+        asked=NOTHING_ASKED,
+        fingerprints={},
+        parameters=None,
     )
 
 
@@ -271,24 +297,22 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
 
 
 def _ranked(
-    fold: Gallery, config: EvalConfig
-) -> tuple[tuple[DirectionRanks, DirectionRanks], tuple[float, float]]:
-    """Ranks, exact or by an index, and that index's recall in both directions."""
+    folds: Sequence[Gallery], config: EvalConfig
+) -> tuple[tuple[tuple[DirectionRanks, DirectionRanks], ...], dict[str, Any]]:
+    """Ranks, exact or by an index, and what the document says of how they were found."""
     if config.index == "exact":
-        return fold.rank(), (1.0, 1.0)
-    return rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
-
-
-def _index_block(config: EvalConfig, recalls: list[tuple[float, float]]) -> dict[str, Any]:
-    """What ranked, and of an approximate index its recall, averaged over the folds."""
-    if config.index == "exact":
-        return {"kind": config.index}
-    means = [float(mean) for mean in np.mean(recalls, axis=0)]
-    return {
+        return tuple(fold.rank() for fold in folds), {"kind": config.index}
+    found = [
+        rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
+        for fold in folds
+    ]
+    recalls = np.mean([own for _, own in found], axis=0).tolist()
+    told = {
         "kind": config.index,
         "listed": LISTED,
-        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, means, strict=True)),
+        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
     }
+    return tuple(ranks for ranks, _ in found), told
 
 
 def _aligned(

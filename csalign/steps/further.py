@@ -43,6 +43,9 @@ class Asked:
     classes: Classes | None
 
 
+NOTHING_ASKED = Asked(None, None, None)
+
+
 def check_options(config: EvalConfig) -> None:
     """Raise ConfigError if an option says nothing without another."""
     if (config.zero_shot is None) != (config.labels is None):

@@ -24,11 +24,9 @@ from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.adapted import embed_rows
 from csalign.steps.batches import PairSampler, uniform
-from csalign.steps.evaluate import Measured, describe
-from csalign.steps.further import Asked
+from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
-from csalign.steps.protocols import Gallery, protocol_block
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.start import closed_form_start, random_start
 from csalign.steps.terms import check_terms
@@ -120,21 +118,8 @@ def _evaluated(
 ) -> Evaluated:
     """What was kept, measured on the validation rows as ``csalign eval`` measures."""
     images, texts = (embed_rows(adapter, side, val, features) for side in Modality)
-    gallery = Gallery(images, texts, val.text_image)
-    measured = Measured(
-        config=EvalConfig(features=config.features, adapter=config.out, seed=config.seed),
-        split="validation",
-        images=images,
-        texts=texts,
-        text_image=val.text_image,
-        folds=(gallery,),
-        fold_ranks=(gallery.rank(),),
-        index={"kind": "exact"},
-        protocol=protocol_block("all", "validation", val),
-        asked=Asked(None, None, None),
-        fingerprints={},
-        parameters=None,
-    )
+    wanted = EvalConfig(features=config.features, adapter=config.out, seed=config.seed)
+    measured = measure_rows(wanted, "validation", val, images, texts)
     document = describe(measured, measured.resample())
     return Evaluated(features, val, images, texts, True, measured.ranks, document)
 

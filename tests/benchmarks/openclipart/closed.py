@@ -21,6 +21,8 @@ from csalign.enums import Modality
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.steps.batches import PairSampler
 from csalign.steps.evaluate import Measured
+from csalign.steps.further import Asked
+from csalign.steps.protocols import Gallery, protocol_block
 from csalign.store.join import PairedRows, load_rows
 from csalign.store.reader import FeatureSet
 
@@ -83,7 +85,10 @@ class Fitted:
             images=unit_images,
             texts=unit_texts,
             text_image=rows.text_image,
-            ranks=rank_both_ways(images, texts, rows.text_image),
+            folds=(Gallery(unit_images, unit_texts, rows.text_image),),
+            fold_ranks=(rank_both_ways(images, texts, rows.text_image),),
+            protocol=protocol_block("all", split, rows),
+            asked=Asked(None, None, None),
             fingerprints={},
             parameters=self.parameters,
         )
