@@ -43,11 +43,6 @@ EXPLANATIONS = {
         "item of the query's group",
         "Jarvelin and Kekalainen 2002",
     ),
-    "index.*": Explanation(
-        "what ranks: exact scores of all items, or an approximate index that lists the nearest of "
-        "each query; its recall@10 is the share of the ten nearest that it has among its first ten",
-        "FAISS, Douze et al. 2024",
-    ),
     "hubness.*": Explanation(
         "skewness E[(N - mean N)^3] / std(N)^3 of N(g), the number of queries that have item g "
         "among their 10 nearest; over all rows; 0 is no hubs",

@@ -134,8 +134,6 @@ def _figure(value: float, interval: Sequence[float] | None, scale: int, digits: 
 def _gap(document: Mapping[str, Any]) -> Section:
     rows: list[list[str | Entry]] = [["", "value"]]
     for name, value in document["gap"].items():
-        if name == "spectrum":
-            continue  # it is drawn
         label = name.replace("_", " ")
         if isinstance(value, Mapping):
             numbers = {part: number for part, number in value.items() if isinstance(number, float)}
