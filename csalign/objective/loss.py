@@ -13,7 +13,6 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma
 from csalign.objective.matching import check_owner
 from csalign.objective.pairwise import pairwise_loss
-from csalign.objective.sigmoid import SigmoidDivisor
 from csalign.objective.tokens import token_divergence, unit_tokens
 
 
@@ -64,7 +63,6 @@ class Objective:
         weight: lambda, >= 0, of the distribution term.
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
-        sigmoid_divisor: of the sigmoid loss, see `sigmoid_loss`.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -76,7 +74,6 @@ class Objective:
     weight: float = 0.0
     token_weight: float = 0.0
     label_smoothing: float = 0.0
-    sigmoid_divisor: SigmoidDivisor = "rows"
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -119,7 +116,6 @@ class Objective:
         loss = pairwise_loss(
             self.pairwise,
             label_smoothing=self.label_smoothing,
-            sigmoid_divisor=self.sigmoid_divisor,
         )
         pairwise = loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
         total = pairwise

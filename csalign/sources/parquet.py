@@ -38,7 +38,6 @@ from csalign.sources.tree import (
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"PAR1"
 _IMAGE_ROWS = 32  # of which the bytes are held at once
 _PLAIN_ROWS = 8192
 

@@ -217,8 +217,8 @@ class Trainer:
 
     def _diverged(self, what: str, value: float) -> TrainingError:
         return TrainingError(
-            f"step {self.step}: {what} is {value}; lower --learning-rate, --logit-scale or "
-            "--cs-weight, or leave --bandwidth at median"
+            f"step {self.step}: {what} is {value}; lower --learning-rate, --logit-scale, "
+            "--cs-weight or --token-weight, or leave --bandwidth at median"
         )
 
     def _validate(self) -> bool:
