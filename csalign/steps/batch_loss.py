@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,18 @@ class BatchLoss(nn.Module):
         if self._config.learn_scale:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def position(self) -> dict[str, Any]:
+        """What changes with the steps beside the parameters, as plain values."""
+        tokens = None if self._tokens is None else self._tokens.rng.bit_generator.state
+        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on from what `position` said."""
+        self.weight = replace(self.weight, value=position["weight"])
+        self.sigma = as_sigma(position["sigma"])
+        if self._tokens is not None:
+            self._tokens.rng.bit_generator.state = position["tokens"]
 
     def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
         """The objective of a batch.
@@ -239,3 +252,8 @@ class BatchLoss(nn.Module):
 
 
 _KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+
+
+def as_sigma(value: Any) -> Sigma | None:
+    """A bandwidth that was JSON in between."""
+    return tuple(value) if isinstance(value, list) else value

@@ -499,6 +499,7 @@ def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
 
 
 def _read_job(folder: Path) -> Job | None:
+    files.refuse_other_work(folder, Job.FORMAT)
     path = folder / files.JOB
     return read_document(path, Job) if path.is_file() else None
 
