@@ -96,11 +96,10 @@ class TrainingFolder:
     state: State | None
     every: int | None
     checkpoints: list[Path] = field(init=False)
-    _began: float = field(default_factory=time.monotonic)
-    _saved: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
     def __post_init__(self) -> None:
+        self._began = self._saved = time.monotonic()
         self.checkpoints = _steps_in(self.path / CHECKPOINTS)
 
     @property
