@@ -23,6 +23,7 @@ from csalign.errors import OutputError, SchemaError, TrainingError
 from csalign.steps.logs import LINES
 from csalign.steps.state import read_values, write_values
 from csalign.store.documents import Document, read_document, write_document
+from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class Training(Document):
     unpaired: list[str]
 
     @classmethod
-    def of(cls, config: TrainConfig, features: str, unpaired: list[str]) -> "Training":
-        """That of a config and the fingerprints of its feature sets."""
-        options = config.model_dump(mode="json", exclude=_LEFT_OUT)
-        return cls(options=options, features=features, unpaired=unpaired)
+    def of(cls, config: TrainConfig, features: FeatureSet, unpaired: list[Path]) -> "Training":
+        """That of a config and what its feature sets hold."""
+        return cls(
+            options=config.model_dump(mode="json", exclude=_LEFT_OUT),
+            features=features.manifest.fingerprint(),
+            unpaired=[FeatureSet.open(path).manifest.fingerprint() for path in unpaired],
+        )
 
 
 @dataclass(frozen=True)

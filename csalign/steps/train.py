@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,30 +78,25 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     rows, val = load_split_rows(features, train_split, config)
     tokens = open_tokens(features, widths, rows, config)
     unpaired = gather_unpaired(rows, further_sets(config), train_split)
-    training = Training.of(
-        config,
-        features.manifest.fingerprint(),
-        [FeatureSet.open(path).manifest.fingerprint() for path in further_sets(config)],
-    )
+    training = Training.of(config, features, further_sets(config))
     with open_training(
         config.out, training, restart=config.overwrite, every=config.save_every
     ) as run:
-        folder, state = run.path, run.state
-        if state is None:
+        folder = run.path
+        if run.state is None:
             sampler, adapter, start = start_of(rows, val, config, tokens)
             log.info("start: %s", start)
         else:
             sampler = sampler_of(rows, config, tokens)
-            adapter, start = _saved_adapter(state, set(kinds_of(config).values()))
+            adapter, start = _saved_adapter(run.state, config)
         warn_of_rows_without_tokens(adapter, unpaired)
         environment = _environment(device, config)
-        if state is not None:
+        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
+        if run.state is not None:
             _warn_of_changes(folder / ENVIRONMENT, environment)
+            _go_on(trainer, run.state)
         files.write_text(folder / "config.toml", config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
-        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
-        if state is not None:
-            _go_on(trainer, state)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
@@ -216,9 +211,10 @@ def load_split_rows(
     return rows, val
 
 
-def _saved_adapter(state: State, kinds: Collection[str]) -> tuple[Adapter, str]:
+def _saved_adapter(state: State, config: TrainConfig) -> tuple[Adapter, str]:
     """The adapters with the weights of a state, and the name of the start that they had."""
     with torch.random.fork_rng(devices=[]):
+        kinds = set(kinds_of(config).values())
         adapter, info = load_adapter_with_info(state.folder, allow=kinds)
     return adapter, info.start
 
