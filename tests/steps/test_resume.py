@@ -20,7 +20,6 @@ from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.config import ImportConfig, TrainConfig
 from csalign.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.results import TrainResult
-from csalign.steps import resume
 from csalign.steps.batches import Batches, PairSampler
 from csalign.steps.import_arrays import import_arrays
 from csalign.steps.resume import SECONDS_BETWEEN, TrainingFolder
@@ -106,7 +105,7 @@ def test_a_run_stopped_after_each_step_has_the_bytes_of_one_in_one_go(
     mixed: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     whole = run(mixed, tmp_path / "whole", **options)
-    for after in [*range(1, 8), *range(8, whole.steps, 2)]:
+    for after in range(1, whole.steps):
         stop(mixed, tmp_path / "run", after, **options)
         torch.manual_seed(after)  # the caller's generator must not matter
     result = run(mixed, tmp_path / "run", **options)
@@ -164,13 +163,11 @@ def test_a_run_killed_at_any_moment_has_the_bytes_of_one_in_one_go(
     run(mixed, tmp_path / "whole", **options)
     out = tmp_path / "run"
     rng = np.random.default_rng(0)
-    reached = []
     for lines in (5, 12, 13, 30, 45, 66):
         kill_when(unfinished(out) / "metrics.jsonl", lines, rng, lambda: run(mixed, out, **options))
-        reached.append(len(states(out)))
+    assert len(list((unfinished(out) / "resume").glob("step-*"))) >= 2
     run(mixed, out, **options)
 
-    assert reached[-1] == 2
     assert content(out) == content(tmp_path / "whole")
 
 
@@ -381,7 +378,7 @@ def test_saving_takes_a_small_share_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     (tmp_path / "metrics.jsonl").write_text("")
     folder = TrainingFolder(tmp_path, None, None)
 
@@ -418,7 +415,7 @@ def test_batches_go_on_from_any_place(mixed: Path) -> None:
 
 def test_values_come_back_as_they_were(tmp_path: Path) -> None:
     shared = torch.arange(6.0).reshape(2, 3)
-    values = {
+    values: dict[str, Any] = {
         "a/b": {"c.d": shared, "same": shared, "turned": shared.T},
         "list": [1, 2**100, 0.1, None, True, "word", shared.to(torch.uint8)],
         "none": torch.tensor(3.0),
