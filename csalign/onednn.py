@@ -23,7 +23,7 @@ def pack(weight: Any) -> torch.Tensor:
 def multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x @ weight.T + bias, without a gradient.
+    """The product x @ weight.T + bias, without a gradient.
 
     Args:
         x: (..., in), on the CPU, float32 or bfloat16.

@@ -1,7 +1,8 @@
 """Weights of frozen networks laid out for oneDNN, whose products are faster on some CPUs.
 
-float32 may be faster with oneDNN than with torch's own product, see `csalign.onednn`. bfloat16 torch
-multiplies with oneDNN, but lays out the weights anew at each call. Here they are laid out once.
+float32 may be faster with oneDNN than with torch's own product, see `csalign.onednn`; bfloat16 is
+multiplied with oneDNN by torch itself, but it lays out the weights anew at each call. Here they are
+laid out once.
 
 Each process decides by a trial of its own, so where both are about as fast, two processes may
 compute the same item with other last digits: some 1e-7 of it, which in float16 now and then is the

@@ -16,7 +16,14 @@ from csalign.enums import Precision
 from csalign.objective.infonce import check_smoothing
 from csalign.objective.kernel import Sigma, bandwidths, check_sets
 from csalign.objective.products import pick_products
-from csalign.objective.tiles import CrossSums, Plan, add_cross_gradients, cross_sums, own_sums
+from csalign.objective.tiles import (
+    Buffers,
+    CrossSums,
+    Plan,
+    add_cross_gradients,
+    cross_sums,
+    own_sums,
+)
 
 # What fits a core's cache; a GPU wants larger pieces of work.
 _TILES = {"cpu": 512}
@@ -28,7 +35,8 @@ class FusedTerms(NamedTuple):
 
     Attributes:
         infonce: of the matched rows, () tensor; 0 without any.
-        log_means: log of the mean kernel within x, within y and across, (3, s) for s bandwidths.
+        log_means: log of the mean kernel within x, within y and across, (3, s) for s bandwidths;
+            empty without any.
     """
 
     infonce: Tensor
@@ -81,23 +89,24 @@ def fused_terms(
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         x, y = x.contiguous(), y.contiguous()
+        buffers = Buffers(x, y, plan)
         with plan.products.rounded():
-            sums = cross_sums(x, y, float(scale), plan)
+            sums = cross_sums(x, y, float(scale), plan, buffers)
             # The gradient within a set is the same up to a factor for any one bandwidth, so it is
             # taken from the tiles that are at hand; that of several is left for later.
             early = len(plan.factors) == 1
             owns = [
-                own_sums(side, plan, (1.0,) if early and wanted else None) if plan.factors else None
+                own_sums(side, plan, buffers, (1.0,) if early and wanted else None)
                 for side, wanted in zip((x, y), ctx.needs_input_grad, strict=False)
+                if plan.factors
             ]
-        ctx.save_for_backward(x, y, scale, *sums, *(own[0] for own in owns if own))
-        ctx.plan = plan
-        ctx.early = [own and own[1] for own in owns]
-        return _infonce(x, y, scale, sums, plan), _log_means(x, y, sums, owns)
+        logs = [own[0] for own in owns]
+        ctx.save_for_backward(x, y, scale, *sums, *logs)
+        ctx.plan, ctx.buffers = plan, buffers
+        ctx.early = [own[1] for own in owns]
+        return _infonce(x, y, scale, sums, plan), _log_means(x, y, [*logs, sums.kernels])
 
     @staticmethod
     @once_differentiable
@@ -105,9 +114,8 @@ class _Fused(torch.autograd.Function):
         ctx: Any, to_infonce: Tensor, to_means: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, y, scale, *saved = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        sums, owns = CrossSums(*saved[:3]), saved[3:]
-        early, ctx.early = ctx.early, [None, None]  # changed below, so of use but once
+        plan, buffers, early = ctx.plan, ctx.buffers, ctx.early
+        ctx.early = []  # changed below, so of use but once
         gradients: list[Tensor | None] = [None, None]
         with plan.products.rounded():
             for k, side in enumerate((x, y)):
@@ -116,20 +124,21 @@ class _Fused(torch.autograd.Function):
                 if not plan.factors:
                     gradients[k] = torch.zeros_like(side)
                     continue
-                factors = to_means.new_tensor(plan.factors)
-                weights = (2 * factors * to_means[k] / owns[k].exp()).tolist()
-                if early[k] is not None:
+                factors = 2 * to_means.new_tensor(plan.factors)
+                weights = (factors * to_means[k] / saved[3 + k].exp()).tolist()
+                if early and early[k] is not None:
                     gradients[k] = early[k].mul_(weights[0])
                 else:
-                    gradients[k] = own_sums(side, plan, weights)[1]
+                    gradients[k] = own_sums(side, plan, buffers, weights)[1]
             to_scale = add_cross_gradients(
                 (gradients[0], gradients[1]),
                 x,
                 y,
                 float(scale),
-                sums,
-                (float(to_infonce), to_means[2].tolist()),
+                CrossSums(*saved[:3]),
+                (float(to_infonce), to_means[-1].tolist()),
                 plan,
+                buffers,
                 with_scale=ctx.needs_input_grad[2],
             )
         return gradients[0], gradients[1], to_scale, None
@@ -145,10 +154,8 @@ def _infonce(x: Tensor, y: Tensor, scale: Tensor, sums: CrossSums, plan: Plan) -
     return (sums.rows.mean() + sums.columns.mean()) / 2 - scale * matched
 
 
-def _log_means(
-    x: Tensor, y: Tensor, sums: CrossSums, owns: list[tuple[Tensor, Tensor | None] | None]
-) -> Tensor:
-    n, m = len(x), len(y)
-    logs = [own[0] if own else sums.kernels for own in owns]
-    counts = [2 * math.log(n), 2 * math.log(m), math.log(n) + math.log(m)]
-    return torch.stack([*logs, sums.kernels]) - sums.kernels.new_tensor(counts)[:, None]
+def _log_means(x: Tensor, y: Tensor, logs: list[Tensor]) -> Tensor:
+    """(3, s), or (1, 0) without a bandwidth."""
+    n, m = math.log(len(x)), math.log(len(y))
+    sums = torch.stack(logs)
+    return sums - sums.new_tensor([2 * n, 2 * m, n + m])[-len(logs) :, None]

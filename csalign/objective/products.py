@@ -29,7 +29,7 @@ class Products:
     precision: Precision
 
     def table(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """a @ b.T.
+        """The product a @ b.T.
 
         Args:
             a: (n, d), float.
@@ -44,7 +44,7 @@ class Products:
         return torch.mm(a, b.T, out=out)
 
     def add(self, out: Tensor, weights: Tensor, rows: Tensor) -> None:
-        """out += weights @ rows.
+        """Add weights @ rows to out.
 
         Args:
             out: (n, d), changed in place.
@@ -56,6 +56,8 @@ class Products:
             out.add_(multiply(weights.contiguous(), rows.T))
         elif self._casts(out):
             out.add_(torch.mm(weights.bfloat16(), rows.bfloat16(), out_dtype=torch.float32))
+        elif self.precision is Precision.BFLOAT16:
+            out.add_(torch.mm(weights, rows))  # which is faster than addmm then
         else:
             out.addmm_(weights, rows)
 

@@ -56,6 +56,19 @@ class Plan:
         return max(rows.stop, columns.stop) <= self.pairs
 
 
+class Buffers:
+    """Three tables, made once for all tiles: fresh memory costs more than what is done in it."""
+
+    def __init__(self, x: Tensor, y: Tensor, plan: Plan) -> None:
+        cells = min(max(len(x), len(y)), plan.tile) ** 2
+        self._flat = [x.new_empty(cells) for _ in range(3)]
+
+    def of(self, rows: slice, columns: slice) -> list[Tensor]:
+        """As tables of the shape of a tile."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return [flat[: math.prod(shape)].view(shape) for flat in self._flat]
+
+
 class CrossSums(NamedTuple):
     """What all pairs of two sets sum to.
 
@@ -70,11 +83,10 @@ class CrossSums(NamedTuple):
     kernels: Tensor
 
 
-def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan) -> CrossSums:
+def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan, buffers: Buffers) -> CrossSums:
     """The sums over the table of cosines of x (n, d) and y (m, d), logits being scale times it."""
     rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
     kernels = []
-    buffers = _Buffers(x, max(len(x), len(y)), plan)
     for i in plan.spans(len(x)):
         for j in plan.spans(len(y)):
             table, spare, _ = buffers.of(i, j)
@@ -97,6 +109,7 @@ def add_cross_gradients(
     sums: CrossSums,
     upstream: tuple[float, Sequence[float]],
     plan: Plan,
+    buffers: Buffers,
     *,
     with_scale: bool,
 ) -> Tensor:
@@ -110,6 +123,7 @@ def add_cross_gradients(
         sums: `cross_sums` of the same arguments.
         upstream: of InfoNCE, and of each log-sum.
         plan: as then.
+        buffers: to work in.
         with_scale: whether the scale's gradient is wanted.
 
     Returns:
@@ -119,17 +133,16 @@ def add_cross_gradients(
     to_infonce, to_kernels = upstream
     share = to_infonce / (2 * max(plan.pairs, 1))
     to_scale = x.new_zeros(())
-    buffers = _Buffers(x, max(len(x), len(y)), plan)
     for i in plan.spans(len(x)):
         for j in plan.spans(len(y)):
             table, weights, spare = buffers.of(i, j)
             cosines = plan.products.table(x[i], y[j], table)
             if plan.has_pairs(i, j):
-                _surprise(cosines, scale, sums.rows[i], sums.columns[j], (weights, spare))
-                _subtract_targets(weights, plan, is_diagonal=i == j)
+                lines = sums.rows[i, None], sums.columns[j]
+                _probabilities(cosines, scale, lines, share * scale, (weights, spare))
+                _subtract_targets(weights, plan, share * scale, is_diagonal=i == j)
                 if with_scale:
-                    to_scale += share * torch.mul(weights, cosines, out=spare).sum()
-                weights.mul_(share * scale)
+                    to_scale += torch.dot(weights.flatten(), cosines.flatten())
             else:
                 weights.zero_()
             for factor, log_sum, to_kernel in zip(
@@ -141,17 +154,18 @@ def add_cross_gradients(
                 plan.products.add(to_x[i], weights, y[j])
             if to_y is not None:
                 plan.products.add(to_y[j], weights.T, x[i])
-    return to_scale
+    return to_scale / scale
 
 
 def own_sums(
-    x: Tensor, plan: Plan, weights: Sequence[float] | None
+    x: Tensor, plan: Plan, buffers: Buffers, weights: Sequence[float] | None
 ) -> tuple[Tensor, Tensor | None]:
     """The kernels between the rows of one set, of which half the table is computed.
 
     Args:
         x: (n, d), unit rows.
         plan: the kernels.
+        buffers: to work in.
         weights: of each kernel in what is summed besides; None where that is not wanted.
 
     Returns:
@@ -160,7 +174,6 @@ def own_sums(
     """
     pulled = None if weights is None else torch.zeros_like(x)
     sums = []
-    buffers = _Buffers(x, len(x), plan)
     no_shift = x.new_zeros(())
     spans = plan.spans(len(x))
     for i, j in _upper(spans):
@@ -171,24 +184,15 @@ def own_sums(
             # No kernel underflows as a whole, since each row is at no distance from itself.
             kernel = _kernel(cosines, factor, no_shift, spare if k else total)
             sums.append(times * kernel.sum())
-            if weights is not None:
-                total.add_(spare, alpha=weights[k]) if k else total.mul_(weights[k])
+            if weights is not None and k:
+                total.add_(spare, alpha=weights[k])
+            elif weights is not None and weights[0] != 1:
+                total.mul_(weights[0])
         if pulled is not None:
             plan.products.add(pulled[i], total, x[j])
             if i != j:
                 plan.products.add(pulled[j], total.T, x[i])
     return torch.stack(sums).reshape(-1, len(plan.factors)).sum(0).log(), pulled
-
-
-class _Buffers:
-    """Three tables, made once for all tiles."""
-
-    def __init__(self, like: Tensor, rows: int, plan: Plan) -> None:
-        self._flat = [like.new_empty(min(rows, plan.tile) ** 2) for _ in range(3)]
-
-    def of(self, rows: slice, columns: slice) -> list[Tensor]:
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        return [flat[: math.prod(shape)].view(shape) for flat in self._flat]
 
 
 def _upper(spans: list[slice]) -> Iterator[tuple[slice, slice]]:
@@ -213,24 +217,31 @@ def _log_sum(cosines: Tensor, factor: float, spare: Tensor) -> Tensor:
     return exponents.exp_().sum().log_()
 
 
-def _surprise(
-    cosines: Tensor, scale: float, rows: Tensor, columns: Tensor, out: tuple[Tensor, Tensor]
+def _probabilities(
+    cosines: Tensor,
+    scale: float,
+    log_sums: tuple[Tensor, Tensor],
+    share: float,
+    out: tuple[Tensor, Tensor],
 ) -> None:
-    """The softmax along rows plus the softmax down columns, into the first of `out`."""
-    for tensor, log_sums in zip(out, (rows[:, None], columns), strict=True):
-        torch.add(-log_sums, cosines, alpha=scale, out=tensor)
-        if scale > _TAME:
-            tensor.clamp_(min=_LEAST)
-        tensor.exp_()
-    out[0].add_(out[1])
+    """Share times the softmax along rows plus that down columns, into the first of `out`."""
+    found, spare = out
+    if scale <= _TAME:
+        rows, columns = (share * (-sums).exp() for sums in log_sums)
+        torch.mul(cosines, scale, out=found).exp_()
+        found.mul_(torch.add(rows, columns, out=spare))
+        return
+    for sums, tensor in zip(log_sums, out, strict=True):
+        torch.add(-sums, cosines, alpha=scale, out=tensor).clamp_(min=_LEAST).exp_()
+    found.add_(spare).mul_(share)
 
 
-def _subtract_targets(weights: Tensor, plan: Plan, *, is_diagonal: bool) -> None:
-    """Take the targets of both directions off the probabilities."""
+def _subtract_targets(weights: Tensor, plan: Plan, share: float, *, is_diagonal: bool) -> None:
+    """Take share times the targets of both directions off."""
     if plan.smoothing:
-        weights.sub_(2 * plan.smoothing / plan.pairs)
+        weights.sub_(2 * share * plan.smoothing / plan.pairs)
     if is_diagonal:
-        weights.diagonal().sub_(2 * (1 - plan.smoothing))
+        weights.diagonal().sub_(2 * share * (1 - plan.smoothing))
 
 
 def _kernel(cosines: Tensor, factor: float, log_sum: Tensor, out: Tensor) -> Tensor:

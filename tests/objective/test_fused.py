@@ -9,7 +9,6 @@ from torch.nn.functional import normalize
 from csalign.enums import Precision
 from csalign.errors import ShapeError
 from csalign.objective import products
-from csalign.objective.divergence import cs_divergence
 from csalign.objective.fused import fused_terms
 from csalign.objective.infonce import infonce
 from csalign.objective.kernel import Sigma, log_mean_kernels
@@ -29,7 +28,7 @@ def plain(pairs: int, sigma: Sigma | None, smoothing: float = 0.0) -> Terms:
         if pairs:
             value = infonce(x[:pairs], y[:pairs], logit_scale=scale, label_smoothing=smoothing)
         if sigma is None:
-            return value, x.new_zeros(3, 0)
+            return value, x.new_zeros(1, 0)
         sets = ((x, x), (y, y), (x, y))
         return value, torch.stack([log_mean_kernels(a, b, sigma=sigma) for a, b in sets])
 
