@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import DivergenceName, PairwiseName
+from csalign.enums import DivergenceName, PairwiseName, Precision
 from csalign.objective.divergences import divergence
+from csalign.objective.fused import fused_terms
 from csalign.objective.kernel import Sigma
-from csalign.objective.matching import check_owner
+from csalign.objective.matching import check_matched, check_owner
 from csalign.objective.pairwise import pairwise_loss
 from csalign.objective.tokens import token_divergence, unit_tokens
+
+LEAST_TILED = 256  # rows of a side; tiles halve the time from here on
 
 
 class LossParts(NamedTuple):
@@ -55,7 +58,8 @@ class Objective:
     """L_pair + weight * D(X, Y) + token_weight * L_token (CS-Aligner, arXiv 2502.17028).
 
     Call it with a batch. A term whose weight is 0 is not computed, so that the total is that of
-    the others bit for bit.
+    the others bit for bit. InfoNCE of single positives, CS and MMD are computed in tiles where a
+    side has 256 rows or more: the same numbers up to rounding, in less time and memory.
 
     Attributes:
         pairwise: the loss on matched rows.
@@ -63,6 +67,7 @@ class Objective:
         weight: lambda, >= 0, of the distribution term.
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
+        precision: of the factors of matrix products, where terms are computed in tiles.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -74,6 +79,7 @@ class Objective:
     weight: float = 0.0
     token_weight: float = 0.0
     label_smoothing: float = 0.0
+    precision: Precision = Precision.FLOAT32
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -113,39 +119,64 @@ class Objective:
             ValueError: an owner or sigma is out of range, or tokens are missing.
         """
         x, y = normalize(x, dim=1), normalize(y, dim=1)
-        loss = pairwise_loss(
-            self.pairwise,
-            label_smoothing=self.label_smoothing,
-        )
-        pairwise = loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
+        sets = x, y
+        if self.weight and not divergence(self.divergence).matched:
+            sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
+        pairwise, apart = self._tiled(x, y, sets, logit_scale, sigma, owner)
+        if pairwise is None:
+            loss = pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
+            pairwise = loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
         total = pairwise
-        apart = token = torch.zeros_like(pairwise)
-        if self.weight:
-            apart = self._divergence(x, y, owner, (x_extra, y_extra), sigma)
+        if not self.weight:
+            apart = torch.zeros_like(pairwise)
+        else:
+            if apart is None:
+                apart = self._divergence(sets, owner, sigma)
             total = total + self.weight * apart
+        token = torch.zeros_like(pairwise)
         if self.token_weight:
             token = self._token(tokens, sigma)
             total = total + self.token_weight * token
         return LossParts(total, pairwise, apart, token)
 
-    def _divergence(
+    def _tiled(
         self,
         x: Tensor,
         y: Tensor,
-        owner: Tensor | None,
-        extras: tuple[Tensor | None, Tensor | None],
+        sets: tuple[Tensor, Tensor],
+        logit_scale: Tensor | float,
         sigma: Sigma,
+        owner: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The pairwise and the distribution term; None for what tiles cannot give or not faster."""
+        of_means = divergence(self.divergence).of_means if self.weight else None
+        if max(map(len, sets)) < LEAST_TILED:
+            of_means = None
+        is_infonce = self.pairwise is PairwiseName.INFONCE and owner is None
+        has_pairs = is_infonce and len(x) >= LEAST_TILED
+        if of_means is None and not has_pairs:
+            return None, None
+        if has_pairs:
+            check_matched(x, y)
+        found = fused_terms(
+            *(sets if of_means else (x, y)),
+            pairs=len(x) if has_pairs else 0,
+            logit_scale=logit_scale,
+            sigma=sigma if of_means else None,
+            label_smoothing=self.label_smoothing,
+            precision=self.precision,
+        )
+        pairwise = found.infonce if has_pairs else None
+        return pairwise, of_means(found.log_means) if of_means else None
+
+    def _divergence(
+        self, sets: tuple[Tensor, Tensor], owner: Tensor | None, sigma: Sigma
     ) -> Tensor:
         measure = divergence(self.divergence)
-        if measure.matched:
-            if owner is not None:
-                check_owner(x, y, owner)
-                x = x[owner]
-            return measure(x, y, sigma=sigma)
-        x, y = (
-            rows if extra is None else torch.cat([rows, normalize(extra, dim=1)])
-            for rows, extra in zip((x, y), extras, strict=True)
-        )
+        x, y = sets
+        if measure.matched and owner is not None:
+            check_owner(x, y, owner)
+            x = x[owner]
         return measure(x, y, sigma=sigma)
 
     def _token(self, tokens: TokenBatch | None, sigma: Sigma) -> Tensor:
@@ -153,3 +184,7 @@ class Objective:
             raise ValueError("the token term has a weight, but the batch has no tokens")
         x, y = unit_tokens(tokens.x, tokens.x_mask), unit_tokens(tokens.y, tokens.y_mask)
         return token_divergence(x, y, tokens.x_mask, tokens.y_mask, sigma=sigma)
+
+
+def _with_extra(rows: Tensor, extra: Tensor | None) -> Tensor:
+    return rows if extra is None else torch.cat([rows, normalize(extra, dim=1)])

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Products:
     @contextmanager
     def rounded(self) -> Iterator[None]:
         """Within it the CPU rounds the factors as `precision` says, where it gains by that."""
-        settings = torch.backends.mkldnn.matmul
+        settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
         before = getattr(settings, "fp32_precision", None)  # since torch 2.9
         if self.precision is Precision.FLOAT32 or before is None:
             yield

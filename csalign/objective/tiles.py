@@ -53,7 +53,7 @@ class Plan:
 
     def has_pairs(self, rows: slice, columns: slice) -> bool:
         """Whether a tile is of the table of pairs."""
-        return max(rows.stop, columns.stop) <= self.pairs
+        return rows.stop <= self.pairs and columns.stop <= self.pairs  # type: ignore[no-any-return]
 
 
 class Buffers:
