@@ -2,12 +2,14 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
@@ -17,7 +19,6 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
-from csalign.objective.pairwise import pairwise_loss
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -28,6 +29,7 @@ from csalign.store.join import PairedRows
 log = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
+SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
 NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
@@ -70,7 +72,6 @@ class BatchLoss(nn.Module):
         )
         is_none = config.divergence is DivergenceName.NONE
         self.weight = Weight.of(0.0 if is_none else config.cs_weight)
-        self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
         scale = torch.tensor(math.log(config.logit_scale), device=device)
         self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
         is_sigmoid = config.pairwise is PairwiseName.SIGMOID
@@ -126,12 +127,10 @@ class BatchLoss(nn.Module):
         if other is None:
             return parts
         own = x[torch.from_numpy(have).to(self._device)]
-        extra = self._pairwise(
-            normalize(own, dim=1),
-            normalize(other, dim=1),
-            logit_scale=self.log_scale.exp(),
-            logit_bias=self.logit_bias,
-        )
+        pairwise_alone = replace(self._objective(), weight=0.0, token_weight=0.0)
+        extra = pairwise_alone(
+            own, other, logit_scale=self.log_scale.exp(), logit_bias=self.logit_bias
+        ).pairwise
         total = parts.total + self._config.other_captions * extra
         return parts._replace(total=total, others=extra)
 
@@ -142,14 +141,25 @@ class BatchLoss(nn.Module):
             weight=self.weight.value,
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
+            precision=self._config.precision,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
         return to_tensor(values[rows], self._device)
 
     def _embed(self, side: Modality, rows: Tensor) -> Tensor:
-        embedded: Tensor = self._adapter[0].side(side)(rows, self._config.noise)
-        return embedded
+        """Embedded rows; of many, only the embeddings are kept until the backward pass.
+
+        Then each sub-batch goes through the adapter again, with the same noise and dropout, so
+        that memory does not grow with what an adapter keeps of a row.
+        """
+        adapter, noise = self._adapter[0].side(side), self._config.noise
+        most = self._config.sub_batch or SUB_BATCH
+        if len(rows) <= most:
+            embedded: Tensor = adapter(rows, noise)
+            return embedded
+        parts = torch.split(rows, most)
+        return torch.cat([checkpoint(adapter, part, noise, use_reentrant=False) for part in parts])
 
     def _captions(self, rows: Ints) -> Tensor:
         """Embedded captions of the batch's images, beside those of the pairs."""

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_rows_that_are_all_alike_are_no_exception(n: int) -> None:
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_one_side_may_be_frozen(sigma: Sigma | None) -> None:
     x, y = normalize(rows(40, 5, 0), dim=1), rows(40, 5, 1)
-    gradients = []
+    gradients: list[Tensor] = []
     for terms in (tiled(40, sigma), plain(40, sigma)):
         trained = y.clone().requires_grad_()
         value, means = terms(x, normalize(trained, dim=1), torch.tensor(7.0))
@@ -187,7 +188,8 @@ def test_half_precision_rows_are_computed_in_float32() -> None:
 
 def test_rounded_products_are_near_and_leave_the_setting_alone() -> None:
     x, y = (normalize(rows(300, 64, k), dim=1).float() for k in (0, 1))
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    settings: Any = torch.backends.mkldnn
+    before = settings.matmul.fp32_precision
     found, exact = (
         fused_terms(x, y, pairs=300, logit_scale=7.0, sigma=0.5, precision=precision)
         for precision in (Precision.BFLOAT16, Precision.FLOAT32)
@@ -195,7 +197,7 @@ def test_rounded_products_are_near_and_leave_the_setting_alone() -> None:
 
     torch.testing.assert_close(found.infonce, exact.infonce, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.log_means, exact.log_means, rtol=1e-2, atol=1e-2)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert settings.matmul.fp32_precision == before
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")

@@ -438,6 +438,12 @@ def test_tokens_are_aligned_only_where_that_makes_sense(
             ConfigError,
             "unpaired: rows of other sets go without tokens",
         ),
+        (
+            {},
+            {"token_weight": 1.0, "sub_batch": 8},
+            ConfigError,
+            "sub-batch: rows with tokens go through an adapter all at once",
+        ),
     ],
 )
 def test_wrong_combinations_are_refused_before_anything_is_computed(
