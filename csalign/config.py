@@ -383,6 +383,9 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    unpaired_negatives: bool = Field(
+        True, description="Let InfoNCE tell its pairs from the unpaired rows too."
+    )
     match_moments: bool = Field(
         True,
         description="With unpaired rows, move and stretch the outputs after training, so that all "
