@@ -1,6 +1,7 @@
 """The objective: pairwise term + lambda * distribution term + mu * token term."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,8 @@ class Objective:
         weight: lambda, >= 0, of the distribution term.
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
+        estimator: computes the distribution term of (x, y, sigma=) in place of `divergence`,
+            whose name it goes by.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -74,6 +77,7 @@ class Objective:
     weight: float = 0.0
     token_weight: float = 0.0
     label_smoothing: float = 0.0
+    estimator: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -146,7 +150,7 @@ class Objective:
             rows if extra is None else torch.cat([rows, normalize(extra, dim=1)])
             for rows, extra in zip((x, y), extras, strict=True)
         )
-        return measure(x, y, sigma=sigma)
+        return (self.estimator or measure)(x, y, sigma=sigma)
 
     def _token(self, tokens: TokenBatch | None, sigma: Sigma) -> Tensor:
         if tokens is None:

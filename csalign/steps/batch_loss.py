@@ -18,6 +18,7 @@ from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
 from csalign.objective.pairwise import pairwise_loss
+from csalign.objective.running import RunningDivergence
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -80,6 +81,9 @@ class BatchLoss(nn.Module):
         if self._has_bandwidth and not isinstance(config.bandwidth, str):
             self.sigma = config.bandwidth
         self._warned = False
+        self._estimator = (
+            RunningDivergence(seed=config.seed) if config.divergence_estimator == "rff" else None
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -142,6 +146,7 @@ class BatchLoss(nn.Module):
             weight=self.weight.value,
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
+            estimator=self._estimator,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
