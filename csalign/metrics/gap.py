@@ -1,9 +1,9 @@
 """The modality gap: how far two sets of unit embeddings lie apart, each figure by its source.
 
 x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64. Sums over rows go through the sets in chunks. Where a side has more than `MAX_ROWS` rows,
-mean kernels over all pairs of rows are estimated from all rows, by landmarks and with their standard
-errors, and the linear classifier sees `MAX_ROWS` a side.
+in float64. Sums over rows go through the sets in chunks. Where a side has more than `MAX_ROWS`, the
+mean kernels over all pairs of rows are estimated from all rows, by landmarks (in float32) and with
+standard errors, and the linear classifier sees `MAX_ROWS` a side.
 """
 
 import logging

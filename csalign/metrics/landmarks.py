@@ -24,8 +24,8 @@ from torch import Tensor
 from csalign.errors import ShapeError
 from csalign.objective.kernel import bandwidths, check_sets, squared_distances
 
-BASE = 1_024  # rows a side
-WITNESSES = 1_024  # rows a side
+BASE = 512  # rows a side
+WITNESSES = 512  # rows a side
 BLOCKS = 32
 RIDGE = 1e-4  # of a kernel whose diagonal is 1; any is unbiased, a smaller one drowns in rounding
 TILE_ROWS = 512  # tiles of distances that stay in the cache
