@@ -167,40 +167,46 @@ class KernelSums:
         """
         if not all(self._counts):
             raise ValueError("rows of both sides are needed")
-        sums = self._sums[:, self._sigmas.index(sigma)]
         split = [len(self._landmarks.base), *map(len, self._landmarks.witnesses)]
-        base, *witnesses = self._points.double().split(split)
-        factor = torch.linalg.cholesky(
-            _kernel(base, base, sigma) + RIDGE * torch.eye(len(base), dtype=torch.float64)
+        sums = self._sums[:, self._sigmas.index(sigma)]
+        with_base, *with_witnesses = torch.split(
+            sums / torch.tensor(self._counts)[:, None], split, dim=1
         )
+        base, *witnesses = torch.split(self._points.double(), split)
+        factor = _cholesky(base, sigma)
+        means = _project(factor, with_base)
+        inside = [_project(factor, _kernel(rows, base, sigma)) for rows in witnesses]
 
-        def project(table: Tensor) -> Tensor:
-            """(n, b) kernels with the base -> (n, b), whose products are k'."""
-            return torch.linalg.solve_triangular(factor, table.T, upper=False).T
+        def residual(i: int, j: int) -> Tensor:
+            """(k, l) between the witnesses of two sides."""
+            return _kernel(witnesses[i], witnesses[j], sigma) - inside[i] @ inside[j].T
 
-        to_base, *to_witnesses = (
-            part / torch.tensor(self._counts)[:, None] for part in sums.split(split, dim=1)
-        )
-        means = project(to_base)
-        inside = [project(_kernel(rows, base, sigma)) for rows in witnesses]
+        def toward(i: int, j: int) -> Tensor:
+            """(k,) mean of each witness of a side with all rows of another."""
+            return with_witnesses[i][j] - inside[i] @ means[j]
+
         masks = [_masks(len(rows), n) for rows, n in zip(witnesses, self._counts, strict=True)]
-        # Mean residual of each witness with all rows of x and of y: [of][with].
-        toward = [[to_witnesses[i][j] - inside[i] @ means[j] for j in (0, 1)] for i in (0, 1)]
         own = [
             means[i].square().sum()
-            + _within(
-                _kernel(witnesses[i], witnesses[i], sigma) - inside[i] @ inside[i].T,
-                toward[i][i],
-                masks[i],
-                self._counts[i],
-            )
+            + _within(residual(i, i), toward(i, i), masks[i], self._counts[i])
             for i in (0, 1)
         ]
-        table = _kernel(witnesses[0], witnesses[1], sigma) - inside[0] @ inside[1].T
         x, y = (mask / mask.sum(1, keepdim=True) for mask in masks)
-        cross = x @ toward[0][1] + y @ toward[1][0] - ((x @ table) * y).sum(1)
+        across = x @ toward(0, 1) + y @ toward(1, 0) - ((x @ residual(0, 1)) * y).sum(1)
         sizes = self._counts[0], self._counts[1]
-        return MeanKernels(own[0], own[1], means[0] @ means[1] + cross, sizes)
+        return MeanKernels(own[0], own[1], means[0] @ means[1] + across, sizes)
+
+
+def _cholesky(base: Tensor, sigma: float) -> Tensor:
+    ridge = RIDGE * torch.eye(len(base), dtype=base.dtype)
+    factor: Tensor = torch.linalg.cholesky(_kernel(base, base, sigma) + ridge)
+    return factor
+
+
+def _project(factor: Tensor, table: Tensor) -> Tensor:
+    """(n, b) kernels with the base -> (n, b), whose products are k'."""
+    solved: Tensor = torch.linalg.solve_triangular(factor, table.T, upper=False)
+    return solved.T
 
 
 def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:

@@ -103,7 +103,11 @@ def cs_of_means(mean_x: Tensor, mean_y: Tensor) -> Tensor:
 
 def _orthogonal(width: int, generator: torch.Generator) -> Tensor:
     """(width, width) float64: orthogonal rows, as long as independent Gaussian ones."""
-    draw = {"generator": generator, "dtype": torch.float64}
-    directions, triangle = torch.linalg.qr(torch.randn(width, width, **draw))
+
+    def gaussian() -> Tensor:
+        return torch.randn(width, width, generator=generator, dtype=torch.float64)
+
+    directions, triangle = torch.linalg.qr(gaussian())
     directions = directions * triangle.diagonal().sign()  # without it the law is not uniform
-    return directions * torch.randn(width, width, **draw).norm(dim=1, keepdim=True)
+    lengths: Tensor = gaussian().norm(dim=1, keepdim=True)
+    return directions * lengths

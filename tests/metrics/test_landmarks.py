@@ -18,7 +18,7 @@ def clusters(n: int, m: int, width: int = 16, apart: float = 0.5) -> tuple[Tenso
     noise = torch.randn(n + m, width, generator=generator)
     rows = centres[torch.randint(20, (n + m,), generator=generator)] + 0.4 * noise
     rows[:n, 0] += apart * width**0.5
-    x, y = normalize(rows, dim=1).split([n, m])
+    x, y = torch.split(normalize(rows, dim=1), [n, m])
     return x, y
 
 
@@ -81,7 +81,7 @@ def test_chunks_and_merging_change_no_more_than_rounding() -> None:
     whole.add(0, x)
     whole.add(1, y)
     for side, rows in enumerate((x, y)):
-        for i, chunk in enumerate(rows.split(77)):
+        for i, chunk in enumerate(torch.split(rows, 77)):
             (first, second)[i % 2].add(side, chunk)
     first.merge(second)
     for sigma in (0.5, 1.0):

@@ -4,8 +4,8 @@
     python tests/benchmarks/objective/estimator.py time [--rows 1000000]
 
 "errors" compares each estimate of the CS divergence with the exact one, all pairs by tiles, over
-seeds, of which landmarks take more; "time" measures landmarks on float16 rows that are made chunk by chunk. Seconds are of the
-processor, one thread.
+seeds, of which landmarks take more; "time" measures landmarks on float16 rows that are made chunk
+by chunk. Seconds are of the processor, one thread.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def exact(x: Tensor, y: Tensor) -> list[float]:
 
 def _log_means(x: Tensor, y: Tensor) -> list[float]:
     sums = [0.0] * len(SIGMAS)
-    for a in x.split(TILE):
-        for b in y.split(TILE):
+    for a in torch.split(x, TILE):
+        for b in torch.split(y, TILE):
             squares = squared_distances(a, b)
             for i, sigma in enumerate(SIGMAS):
                 sums[i] += float((squares * (-0.5 / sigma**2)).exp_().sum())
@@ -93,7 +93,7 @@ def by_features(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, f
     features = RandomFeatures(x.shape[1], seed=seed)
 
     def mean(rows: Tensor) -> Tensor:
-        parts = [len(p) * features.mean(p, sigma=sigma).double() for p in rows.split(TILE)]
+        parts = [len(p) * features.mean(p, sigma=sigma).double() for p in torch.split(rows, TILE)]
         return torch.stack(parts).sum(0) / len(rows)
 
     means = mean(x), mean(y)
@@ -117,7 +117,7 @@ def by_nystrom(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, fl
 
     def mean(rows: Tensor) -> Tensor:
         sums = torch.zeros(len(base), dtype=torch.float64)
-        for part in rows.split(TILE):
+        for part in torch.split(rows, TILE):
             sums += squared_distances(part, base).mul_(-0.5 / sigma**2).exp_().sum(0)
         return torch.linalg.solve_triangular(factor, sums[:, None] / len(rows), upper=False)[:, 0]
 
