@@ -176,6 +176,7 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
         ({"pairwise": "none", "divergence": "none"}, "leaves nothing to train on"),
         ({"mixing": 1.0, "captions": "all"}, "use --captions first or sample"),
         ({"batch_size": 4}, "estimated from the 4 pairs of a step, which are too few"),
+        ({"divergence_estimator": "rff", "divergence": "mmd"}, "is for divergence cs, not mmd"),
         ({"batch_size": 4, "divergence": "gaussian-kl"}, "gaussian-kl: is estimated from the 4"),
     ],
 )
@@ -185,3 +186,16 @@ def test_terms_that_do_not_go_together_are_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         run(features, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_random_features_see_the_rows_of_the_last_steps(features: Path, tmp_path: Path) -> None:
+    settings = {"cs_weight": 1.0, "bandwidth": 0.7, "noise": 0.0, "dropout": 0.0}
+    for name in ("exact", "rff"):
+        run(features, tmp_path / name, divergence_estimator=name, **settings)
+    exact, rff = (
+        [line["divergence"] for line in steps(tmp_path / name)] for name in ("exact", "rff")
+    )
+
+    # The first step has no others behind it; later ones see more rows, which are less far apart.
+    assert rff[0] == pytest.approx(exact[0], rel=0.05)
+    assert rff[-1] < exact[-1]
