@@ -305,7 +305,7 @@ class TrainConfig(OutputConfig):
         "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
     )
     adapter: str = Field(
-        "mlp",
+        "glu",
         description="Kind of both sides: linear; mlp or glu, the same plus a residual; low-rank, "
         "near the identity; identity, frozen; transformer, over tokens; or your own, "
         "PACKAGE.MODULE:CLASS.",
