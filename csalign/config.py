@@ -378,7 +378,7 @@ class TrainConfig(OutputConfig):
     divergence_estimator: Literal["exact", "rff"] = Field(
         "exact",
         description="The CS divergence of a step's rows by all their pairs, or of the last 16 "
-        "steps' by random Fourier features.",
+        "steps' rows by random Fourier features (rff).",
     )
     unpaired: str | None = Field(
         None,

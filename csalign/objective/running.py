@@ -18,6 +18,7 @@ class _Past:
     means: dict[float, Tensor] = field(default_factory=dict)
 
     def sum(self, features: RandomFeatures, sigma: float) -> Tensor:
+        """Sum of the features, (2, count); computed once for a bandwidth."""
         if sigma not in self.means:
             self.means[sigma] = features.mean(self.rows, sigma=sigma)
         return self.means[sigma] * len(self.rows)
@@ -26,9 +27,9 @@ class _Past:
 class RunningDivergence:
     """CS divergence between the rows of the last steps, those of this step among them.
 
-    This step's rows carry the gradient, and weigh in it what they would weigh alone: it is that of
-    the divergence of all rows when they move as this step's do, so that a weight means the same for
-    any number of steps. The others are kept detached, as they were embedded then.
+    This step's rows carry the gradient, each as much as it weighs among all rows; the others are
+    kept detached, as they were embedded then. To give this step's rows the whole gradient instead
+    makes training swing: it then follows where the sets lay some steps ago.
 
     Args:
         steps: how many are seen, this one included.
@@ -68,13 +69,10 @@ class RunningDivergence:
         return torch.stack(found).mean()
 
     def _mean(self, rows: Tensor, side: int, sigma: float) -> Tensor:
-        """Mean feature of all rows of a side: their value, with the gradient of these."""
+        """Mean feature of all rows of a side, of which these have a gradient."""
         assert self._features is not None
-        now = self._features.mean(rows, sigma=sigma)
-        with torch.no_grad():
-            past = [step[side] for step in self._past]
-            count = len(rows) + sum(len(step.rows) for step in past)
-            total = len(rows) * now
-            for step in past:
-                total = total + step.sum(self._features, sigma)
-        return now + (total / count - now).detach()
+        total, count = len(rows) * self._features.mean(rows, sigma=sigma), len(rows)
+        for step in self._past:
+            total = total + step[side].sum(self._features, sigma)
+            count += len(step[side].rows)
+        return total / count

@@ -112,7 +112,8 @@ def _log_cs(mean_x: Tensor, mean_y: Tensor) -> float:
 def by_nystrom(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, float]:
     """Nystrom's low-rank kernel alone, on 2,048 rows."""
     base = Landmarks.draw(x, y, seed=seed, base=1_024, witnesses=1).base
-    kernel = squared_distances(base, base).double().mul(-0.5 / sigma**2).exp()
+    wide = base.double()  # rounding leaves a float32 kernel with eigenvalues below 0
+    kernel = squared_distances(wide, wide).mul_(-0.5 / sigma**2).exp_()
     factor = torch.linalg.cholesky(kernel + 1e-6 * torch.eye(len(base), dtype=torch.float64))
 
     def mean(rows: Tensor) -> Tensor:
