@@ -107,7 +107,8 @@ def _orthogonal(width: int, generator: torch.Generator) -> Tensor:
     def gaussian() -> Tensor:
         return torch.randn(width, width, generator=generator, dtype=torch.float64)
 
-    directions, triangle = torch.linalg.qr(gaussian())
-    directions = directions * triangle.diagonal().sign()  # without it the law is not uniform
-    lengths: Tensor = gaussian().norm(dim=1, keepdim=True)
+    found = torch.linalg.qr(gaussian())
+    directions: Tensor = found.Q
+    directions = directions * found.R.diagonal().sign()  # else the law is not uniform
+    lengths: Tensor = torch.linalg.vector_norm(gaussian(), dim=1, keepdim=True)
     return directions * lengths
