@@ -19,6 +19,7 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
+from csalign.objective.running import RunningDivergence
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -81,6 +82,9 @@ class BatchLoss(nn.Module):
         if self._has_bandwidth and not isinstance(config.bandwidth, str):
             self.sigma = config.bandwidth
         self._warned = False
+        self._estimator = (
+            RunningDivergence(seed=config.seed) if config.divergence_estimator == "rff" else None
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -151,6 +155,7 @@ class BatchLoss(nn.Module):
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
             precision=self._config.precision,
+            estimator=self._estimator,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
