@@ -221,7 +221,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(
 ) -> None:
     def command(name: str) -> list[object]:
         return [
-            *("train", features, "--out", tmp_path / name, "--steps", "600", "--batch-size", "32"),
+            *("train", features, "--out", tmp_path / name, "--steps", "300", "--batch-size", "32"),
             *("--patience", "99", "--hidden", "8", "--validations", "5"),
         ]
 
@@ -237,14 +237,11 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    other = csalign(*command("run"), "--seed", "1")
     done = csalign(*command("run"))
 
     assert whole.returncode == 0, whole.stderr
     assert process.returncode == 143, errors
     assert "the same command goes on from there" in errors
-    assert other.returncode == 1
-    assert "begun with seed 0, not 1" in other.stderr
     assert done.returncode == 0, done.stderr
     assert "going on after step" in done.stderr
     for name in ("adapter.safetensors", "adapter.json", "metrics.jsonl"):
