@@ -14,11 +14,12 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
-# A thread's share of a tile: 1 MB of scores stays in its cache. Counts of so many rows fit a byte,
-# and so do those of an eighth of the columns.
-TILE_ROWS = 240
+# Products of so many rows run at full speed; they are counted by shares of 1 MB, which stay in a
+# core's cache. Counts of a share's rows fit a byte, and so do those of an eighth of the columns.
+SHARE_ROWS = 240
+SHARES = 4
 TILE_COLUMNS = 1_024
-MIN_TILE = 16  # a product of one row is made by other code, which rounds differently
+STEP = 16  # sides are multiples: a product of one row is made by other code, which rounds otherwise
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,12 @@ class _Tiles:
 
     def __post_init__(self) -> None:
         self._threads = torch.get_num_threads()
-        self._rows = min(TILE_ROWS * self._threads, max(MIN_TILE, len(self.images)))
+        self._rows = _even(len(self.images), SHARE_ROWS * max(SHARES, self._threads))
+        self._columns = _even(len(self.texts), TILE_COLUMNS)
         width = self.images.shape[1]
         self._left = np.zeros((self._rows, width), np.float32)
-        self._right = np.zeros((TILE_COLUMNS, width), np.float32)
-        self._scores = np.empty((self._rows, TILE_COLUMNS), np.float32)
+        self._right = np.zeros((self._columns, width), np.float32)
+        self._scores = np.empty((self._rows, self._columns), np.float32)
         self._above = np.empty(self._scores.shape, np.bool_)
         self._starts = np.cumsum(self.caption_counts) - self.caption_counts
 
@@ -181,9 +183,9 @@ class _Tiles:
     def own_scores(self) -> Floats:
         """Score of each matched pair, (pairs,), in the order of `owners`."""
         own = np.empty(len(self.owners), np.float32)
-        for column in range(0, len(own), TILE_COLUMNS):
+        for column in range(0, len(own), self._columns):
             self._load_texts(column)
-            owners = self.owners[column : column + TILE_COLUMNS]
+            owners = self.owners[column : column + self._columns]
             for row in range(owners[0] - owners[0] % self._rows, owners[-1] + 1, self._rows):
                 self._multiply(row)
                 pairs, where = self._matched(row, column)
@@ -200,11 +202,11 @@ class _Tiles:
             Wrong texts for the pair's image, and wrong images for its text, (pairs,) each.
         """
         wrong_texts, wrong_images = np.zeros((2, len(own)), np.int64)
-        shares = range(0, self._rows, TILE_ROWS)
+        shares = range(0, self._rows, SHARE_ROWS)
         with ThreadPoolExecutor(self._threads) as pool:
-            for column in range(0, len(self.texts), TILE_COLUMNS):
+            for column in range(0, len(self.texts), self._columns):
                 self._load_texts(column)
-                texts = slice(column, column + TILE_COLUMNS)
+                texts = slice(column, column + self._columns)
                 for row in range(0, len(self.images), self._rows):
                     self._multiply(row)
                     self._scores[len(self.images) - row :] = -np.inf
@@ -217,7 +219,7 @@ class _Tiles:
         return wrong_texts, wrong_images
 
     def _load_texts(self, column: int) -> None:
-        rows = self.text_order[column : column + TILE_COLUMNS]
+        rows = self.text_order[column : column + self._columns]
         np.take(self.texts, rows, axis=0, out=self._right[: len(rows)], mode="clip")
 
     def _multiply(self, row: int) -> None:
@@ -229,7 +231,7 @@ class _Tiles:
 
     def _matched(self, row: int, column: int) -> tuple[slice, tuple[Ints, Ints]]:
         """The matched pairs that lie in a tile, and where in it."""
-        owners = self.owners[column : column + TILE_COLUMNS]
+        owners = self.owners[column : column + self._columns]
         first, last = np.searchsorted(owners, [row, row + self._rows])
         return (
             slice(column + first, column + last),
@@ -240,7 +242,7 @@ class _Tiles:
         self, row: int, own: Floats, of_texts: Floats, wrong_texts: Ints, start: int
     ) -> Ints:
         """One thread's rows of a tile: adds to `wrong_texts`, gives the wrong images by text."""
-        share = slice(start, start + TILE_ROWS)
+        share = slice(start, start + SHARE_ROWS)
         scores, above = self._scores[share], self._above[share]
         images = slice(row + start, row + start + len(scores))
         counts, starts = self.caption_counts[images], self._starts[images]
@@ -253,6 +255,12 @@ class _Tiles:
         np.greater_equal(scores[:, :width], of_texts, out=above[:, :width])
         by_text: Ints = np.add.reduce(above[:, :width].view(np.uint8), axis=0, dtype=np.uint8)
         return by_text
+
+
+def _even(length: int, most: int) -> int:
+    """Side of the fewest tiles that cover a length, so that hardly any of it is filling."""
+    tiles = -(-length // most)
+    return -(-length // (tiles * STEP)) * STEP
 
 
 def _true_in_rows(values: npt.NDArray[np.bool_]) -> Ints:

@@ -40,10 +40,10 @@ def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     return images, texts, np.array(owners)
 
 
-@pytest.fixture(params=[(1, 8, 1), (3, 8, 2), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
+@pytest.fixture(params=[(1, 8, 8), (3, 8, 8), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the matrix be cut into many tiles, or fit into one."""
-    for name, value in zip(("TILE_ROWS", "TILE_COLUMNS", "MIN_TILE"), request.param, strict=True):
+    for name, value in zip(("SHARE_ROWS", "TILE_COLUMNS", "STEP"), request.param, strict=True):
         monkeypatch.setattr(retrieval, name, value)
 
 
