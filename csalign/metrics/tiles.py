@@ -1,6 +1,6 @@
 """The matrix of all scores, a tile at a time, and the wrong items ahead of each match in it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,11 @@ Ints = npt.NDArray[np.int64]
 DEVICE_SIDE = 8_192  # 256 MB of scores
 # On the CPU, products of so many rows run at full speed; they are counted by shares of 1 MB, which
 # stay in a core's cache. Counts of a share's rows fit a byte, as those of an eighth of its columns.
+# Matches of single captions lie in the fewest tiles where these are square.
 SHARE_ROWS = 240
 SHARES = 4
-TILE_COLUMNS = 1_024
+TILE_COLUMNS = SHARES * SHARE_ROWS
+RUN = 8  # tiles side by side whose texts are held, so that the images are fetched less often
 STEP = 16  # sides are multiples: a product of one row is made by other code, which rounds otherwise
 
 
@@ -97,7 +99,8 @@ class Tiles:
         self._columns = _even(len(texts), self.columns)
         width = images.shape[1]
         self._left = torch.zeros(self._rows, width)
-        self._right = torch.zeros(self._columns, width)
+        tiles = min(RUN, -(-len(texts) // self._columns))
+        self._rights = torch.zeros(tiles, self._columns, width)
         self._scores = torch.empty(self._rows, self._columns, device=self._device)
 
     def own_scores(self) -> Tensor:
@@ -106,8 +109,8 @@ class Tiles:
         own = torch.empty(len(owners), device=self._device)
         for column in range(0, len(owners), self._columns):
             here = owners[column : column + self._columns]
-            first = here[0] - here[0] % self._rows
-            for row in self._multiply(column, range(first, here[-1] + 1, self._rows)):
+            rows = range(here[0] - here[0] % self._rows, here[-1] + 1, self._rows)
+            for row, _ in self._multiply(rows, [column]):
                 pairs, where = self._matched(row, column)
                 own[pairs] = self._scores[where]
         return own
@@ -122,8 +125,10 @@ class Tiles:
             Wrong texts for the pair's image, and wrong images for its text, (pairs,) each.
         """
         wrong = torch.zeros(2, len(own), dtype=torch.int64, device=self._device)
-        for column in range(0, len(self._texts), self._columns):
-            for row in self._multiply(column, range(0, len(self._images), self._rows)):
+        rows = range(0, len(self._images), self._rows)
+        columns = range(0, len(self._texts), self._columns)
+        for start in range(0, len(columns), RUN):
+            for row, column in self._multiply(rows, columns[start : start + RUN]):
                 self._scores[len(self._images) - row :] = -torch.inf
                 self._scores[:, len(self._texts) - column :] = -torch.inf
                 # Without the matches what is left are the wrong items.
@@ -132,14 +137,18 @@ class Tiles:
         wrong_texts, wrong_images = wrong.cpu().numpy()
         return wrong_texts, wrong_images
 
-    def _multiply(self, column: int, rows: range) -> Iterator[int]:
-        """Fill the tiles of one run of texts with scores, one after the other."""
-        _load(self._texts, self._stairs.text_order[column:], self._right)
-        right = self._right.to(self._device)
+    def _multiply(self, rows: range, columns: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Fill a tile with the scores of each of some images and texts, one after the other."""
+        rights = []
+        for column, right in zip(columns, self._rights, strict=False):
+            _load(self._texts, self._stairs.text_order[column:], right)
+            rights.append(right.to(self._device))
         for row in rows:
             _load(self._images, self._stairs.image_order[row:], self._left)
-            torch.mm(self._left.to(self._device), right.T, out=self._scores)
-            yield row
+            left = self._left.to(self._device)
+            for column, right in zip(columns, rights, strict=True):
+                torch.mm(left, right.T, out=self._scores)
+                yield row, column
 
     def _matched(self, row: int, column: int) -> tuple[slice, tuple[Tensor, Tensor]]:
         """The matched pairs that lie in a tile, and where in it."""
@@ -183,7 +192,8 @@ class HostTiles(Tiles):
     def _count(self, row: int, texts: slice, own: Tensor, wrong: Tensor) -> None:
         wrong_texts, wrong_images = wrong.numpy()
         count = partial(self._count_share, row, own.numpy(), own.numpy()[texts], wrong_texts)
-        for counts in self._pool.map(count, range(0, self._rows, SHARE_ROWS)):
+        spread = map if self._threads == 1 else self._pool.map
+        for counts in spread(count, range(0, self._rows, SHARE_ROWS)):
             wrong_images[texts] += counts
 
     def _count_share(

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
-from csalign.metrics.tiles import HostTiles, Staircase
+from csalign.metrics.tiles import RUN, HostTiles, Staircase
 
 try:
     from clip_benchmark.metrics import zeroshot_retrieval as package
@@ -106,8 +106,9 @@ def product(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
 def tiles(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
     """The scores alone, in the tiles that are ranked, thrown away."""
     laid = HostTiles(x.numpy(), y.numpy(), Staircase.lay(len(x), owners.numpy()))
-    for column in range(0, len(y), laid._columns):
-        for _ in laid._multiply(column, range(0, len(x), laid._rows)):
+    columns = range(0, len(y), laid._columns)
+    for start in range(0, len(columns), RUN):
+        for _ in laid._multiply(range(0, len(x), laid._rows), columns[start : start + RUN]):
             pass
     return {}
 
@@ -151,6 +152,10 @@ def alternate(
             with context.Pool(1) as pool:
                 found = pool.apply(measured, (case, images, captions, threads))
             results.setdefault(case.__name__, []).append(found)
+            cpu, wall, memory, _ = found
+            print(
+                f"{case.__name__}: CPU {cpu:.2f} s, wall {wall:.2f} s, {memory:.0f} MB", flush=True
+            )
     texts = images * captions
     print(f"{images:,} images, {texts:,} texts, {WIDTH} wide, {threads} thread(s)", flush=True)
     first = next(iter(results.values()))
