@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report"}
-BASE = {"errors", "enums", "progress", "results", "files", "locations", "stopping"}
+BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "stopping"}
 BASE |= {"__version__", "csalign"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
@@ -36,7 +36,8 @@ ONLY_DOORS = {
     "optuna": {"steps/search_space.py", "steps/study.py", "steps/tune.py"},
     "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
     "pyarrow": {
-        "sources/parquet.py",
+        "sources/columnar/files.py",
+        "sources/columnar/layout.py",
         "sources/vectors/arrow_files.py",
         "store/export.py",
         "store/join.py",

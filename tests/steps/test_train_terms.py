@@ -176,6 +176,7 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
         ({"pairwise": "none", "divergence": "none"}, "leaves nothing to train on"),
         ({"mixing": 1.0, "captions": "all"}, "use --captions first or sample"),
         ({"batch_size": 4}, "estimated from the 4 pairs of a step, which are too few"),
+        ({"divergence_estimator": "rff", "divergence": "mmd"}, "is for divergence cs, not mmd"),
         ({"batch_size": 4, "divergence": "gaussian-kl"}, "gaussian-kl: is estimated from the 4"),
     ],
 )
@@ -185,3 +186,50 @@ def test_terms_that_do_not_go_together_are_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         run(features, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_sub_batches_give_what_the_whole_batch_gives(features: Path, tmp_path: Path) -> None:
+    settings = {"noise": 0.0, "dropout": 0.0}
+    run(features, tmp_path / "whole", **settings)
+    run(features, tmp_path / "cut", sub_batch=20, **settings)
+
+    for one, other in zip(steps(tmp_path / "whole"), steps(tmp_path / "cut"), strict=True):
+        for name in ("loss", "pairwise", "divergence", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+
+
+def test_sub_batches_go_through_again_with_the_same_noise_and_dropout(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(features, tmp_path / "twice", sub_batch=20)
+    monkeypatch.setattr(
+        "csalign.steps.batch_loss.checkpoint",
+        lambda adapter, rows, noise, use_reentrant: adapter(rows, noise),
+    )
+    run(features, tmp_path / "kept", sub_batch=20)
+
+    for one, other in zip(steps(tmp_path / "twice"), steps(tmp_path / "kept"), strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_large_batches_with_rounded_products_train(features: Path, tmp_path: Path) -> None:
+    settings = {"batch_size": 300, "learn_scale": True, "train_split": "train,test"}
+    run(features, tmp_path / "exact", **settings)
+    run(features, tmp_path / "rounded", precision="bfloat16", **settings)
+
+    for one, other in zip(steps(tmp_path / "exact"), steps(tmp_path / "rounded"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_random_features_see_the_rows_of_the_last_steps(features: Path, tmp_path: Path) -> None:
+    settings = {"cs_weight": 1.0, "bandwidth": 0.7, "noise": 0.0, "dropout": 0.0}
+    for name in ("exact", "rff"):
+        run(features, tmp_path / name, divergence_estimator=name, **settings)
+    exact, rff = (
+        [line["divergence"] for line in steps(tmp_path / name)] for name in ("exact", "rff")
+    )
+
+    # The first step has no others behind it; later ones see more rows, which are less far apart.
+    assert rff[0] == pytest.approx(exact[0], rel=0.05)
+    assert rff[-1] < exact[-1]
