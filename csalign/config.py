@@ -577,7 +577,9 @@ class EvalConfig(Config):
         None, description="Also write a page with plots and queries, such as evaluation.html."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
+    )
 
 
 class DiagnoseConfig(Config):

@@ -49,6 +49,7 @@ ONLY_DOORS = {
     "safetensors": {"adapters/checkpoint.py", "sources/vectors/tensor_files.py"},
     "timm": {"encoders/timm_images.py"},
     "transformers": {"encoders/hf_texts.py"},
+    "umap": {"steps/report.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }
 
