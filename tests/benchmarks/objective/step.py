@@ -160,7 +160,7 @@ def measure_peak(case: str, rows: int) -> tuple[float, float]:
 
 def told(values: list[float]) -> str:
     """Median, lowest and highest."""
-    return "{:.3g} ({:.3g}-{:.3g})".format(statistics.median(values), min(values), max(values))
+    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 def show(rows: int, times: dict[str, list[float]]) -> None:
