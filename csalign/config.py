@@ -305,7 +305,7 @@ class TrainConfig(OutputConfig):
         "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
     )
     adapter: str = Field(
-        "mlp",
+        "glu",
         description="Kind of both sides: linear; mlp or glu, the same plus a residual; low-rank, "
         "near the identity; identity, frozen; transformer, over tokens; or your own, "
         "PACKAGE.MODULE:CLASS.",
@@ -375,6 +375,11 @@ class TrainConfig(OutputConfig):
         description="Kernel bandwidth (sigma), a distance between unit rows, or several by comma; "
         "median is that of the batch's distances, refreshed; tied is 1/sqrt(logit scale).",
     )
+    divergence_estimator: Literal["exact", "rff"] = Field(
+        "exact",
+        description="The CS divergence of a step's rows by all their pairs, or of the last 16 "
+        "steps' rows by random Fourier features (rff).",
+    )
     unpaired: str | None = Field(
         None,
         description="Further feature sets, by comma, whose rows the distribution term sees too, as "
@@ -382,6 +387,9 @@ class TrainConfig(OutputConfig):
     )
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
+    )
+    unpaired_negatives: bool = Field(
+        True, description="Let InfoNCE tell its pairs from the unpaired rows too."
     )
     match_moments: bool = Field(
         True,

@@ -36,7 +36,8 @@ ONLY_DOORS = {
     "optuna": {"steps/search_space.py", "steps/study.py", "steps/tune.py"},
     "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
     "pyarrow": {
-        "sources/parquet.py",
+        "sources/columnar/files.py",
+        "sources/columnar/layout.py",
         "sources/vectors/arrow_files.py",
         "store/export.py",
         "store/join.py",

@@ -50,6 +50,7 @@ def fused_terms(
     pairs: int,
     logit_scale: Tensor | float,
     sigma: Sigma | None,
+    negatives: tuple[int, int] = (0, 0),
     label_smoothing: float = 0.0,
     precision: Precision = Precision.FLOAT32,
     tile: int | None = None,
@@ -62,6 +63,7 @@ def fused_terms(
         pairs: so many rows at the start of both are matched, row by row; 0 for no InfoNCE.
         logit_scale: factor on the cosines, > 0; may carry a gradient.
         sigma: bandwidth or bandwidths, > 0; None for no kernels.
+        negatives: so many rows of x and of y after the pairs are negatives of InfoNCE.
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of products; values and sums stay in float32.
         tile: rows and columns of a tile (default: 1,024, or 4,096 off the CPU).
@@ -71,18 +73,22 @@ def fused_terms(
 
     Raises:
         ShapeError: the sets are not 2-D of one width.
-        ValueError: pairs are more than a set has, sigma is not positive and finite, or
-            label_smoothing is not in [0, 1).
+        ValueError: pairs and negatives are more than a set has, sigma is not positive and finite,
+            or label_smoothing is not in [0, 1).
     """
     check_sets(x, y)
     check_smoothing(label_smoothing)
-    if not 0 <= pairs <= min(len(x), len(y)):
-        raise ValueError(f"{pairs} pairs are not to be had of {len(x)} and {len(y)} rows")
+    seen = pairs + negatives[0], pairs + negatives[1]
+    if not (0 <= pairs <= min(seen) and seen[0] <= len(x) and seen[1] <= len(y)):
+        raise ValueError(
+            f"{pairs} pairs and {negatives} negatives are not to be had of {len(x)} and {len(y)} "
+            "rows"
+        )
     factors = () if sigma is None else tuple(s**-2 for s in bandwidths(sigma))
     if x.dtype not in (torch.float32, torch.float64):
         x, y = x.float(), y.float()
     tile = tile or _TILES.get(x.device.type, _OTHER_TILE)
-    plan = Plan(pairs, factors, label_smoothing, pick_products(x, precision), tile)
+    plan = Plan(pairs, seen, factors, label_smoothing, pick_products(x, precision), tile)
     scale = torch.as_tensor(logit_scale, dtype=x.dtype, device=x.device)
     return FusedTerms(*_Fused.apply(x, y, scale, plan))
 
@@ -147,10 +153,12 @@ class _Fused(torch.autograd.Function):
 def _infonce(x: Tensor, y: Tensor, scale: Tensor, sums: CrossSums, plan: Plan) -> Tensor:
     if not plan.pairs:
         return scale.new_zeros(())
+    all_x, all_y = x[: plan.seen[0]].mean(0), y[: plan.seen[1]].mean(0)
     x, y = x[: plan.pairs], y[: plan.pairs]
     matched = (1 - plan.smoothing) * (x * y).sum(1).mean()
     if plan.smoothing:
-        matched = matched + plan.smoothing * (x.mean(0) * y.mean(0)).sum()
+        even = ((x.mean(0) * all_y).sum() + (all_x * y.mean(0)).sum()) / 2
+        matched = matched + plan.smoothing * even
     return (sums.rows.mean() + sums.columns.mean()) / 2 - scale * matched
 
 

@@ -1,6 +1,7 @@
 """The objective: pairwise term + lambda * distribution term + mu * token term."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class Objective:
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of matrix products, where terms are computed in tiles.
+        estimator: computes the distribution term of (x, y, sigma=) in place of `divergence`,
+            whose name it goes by.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -80,6 +83,7 @@ class Objective:
     token_weight: float = 0.0
     label_smoothing: float = 0.0
     precision: Precision = Precision.FLOAT32
+    estimator: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -99,6 +103,7 @@ class Objective:
         owner: Tensor | None = None,
         x_extra: Tensor | None = None,
         y_extra: Tensor | None = None,
+        negatives: tuple[int, int] = (0, 0),
         tokens: TokenBatch | None = None,
     ) -> LossParts:
         """The objective of one batch; all rows are normalised here.
@@ -112,6 +117,8 @@ class Objective:
             owner: (m,), int64, the image of each text; None where row i belongs to row i.
             x_extra: (k, d), adapted unpaired images that the distribution term sees beside x.
             y_extra: (l, d), adapted unpaired texts.
+            negatives: so many rows at the start of x_extra and of y_extra are negatives of
+                InfoNCE besides.
             tokens: what the token term compares; needed where token_weight is not 0.
 
         Raises:
@@ -119,19 +126,28 @@ class Objective:
             ValueError: an owner or sigma is out of range, or tokens are missing.
         """
         x, y = normalize(x, dim=1), normalize(y, dim=1)
-        sets = x, y
-        if self.weight and not divergence(self.divergence).matched:
-            sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
-        pairwise, apart = self._tiled(x, y, sets, logit_scale, sigma, owner)
+        sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
+        seen = len(x) + negatives[0], len(y) + negatives[1]
+        pairwise, apart = self._tiled(sets, (len(x), len(y)), seen, logit_scale, sigma, owner)
         if pairwise is None:
             loss = pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
-            pairwise = loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
+            pairwise = loss(
+                x,
+                y,
+                logit_scale=logit_scale,
+                logit_bias=logit_bias,
+                owner=owner,
+                negatives=(
+                    sets[0][len(x) : seen[0]] if negatives[0] else None,
+                    sets[1][len(y) : seen[1]] if negatives[1] else None,
+                ),
+            )
         total = pairwise
         if not self.weight:
             apart = torch.zeros_like(pairwise)
         else:
             if apart is None:
-                apart = self._divergence(sets, owner, sigma)
+                apart = self._divergence(sets, (x, y), owner, sigma)
             total = total + self.weight * apart
         token = torch.zeros_like(pairwise)
         if self.token_weight:
@@ -141,26 +157,38 @@ class Objective:
 
     def _tiled(
         self,
-        x: Tensor,
-        y: Tensor,
         sets: tuple[Tensor, Tensor],
+        pairs: tuple[int, int],
+        seen: tuple[int, int],
         logit_scale: Tensor | float,
         sigma: Sigma,
         owner: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The pairwise and the distribution term; None for what tiles cannot give or not faster."""
+        """The pairwise and the distribution term; None for what tiles cannot give or not faster.
+
+        Args:
+            sets: rows of both sides: of the pairs, negatives, others.
+            pairs: so many of them are of pairs.
+            seen: so many of them InfoNCE sees.
+            logit_scale: as in a call.
+            sigma: as in a call.
+            owner: as in a call.
+        """
         of_means = divergence(self.divergence).of_means if self.weight else None
-        if max(map(len, sets)) < LEAST_TILED:
+        if self.estimator is not None or max(map(len, sets)) < LEAST_TILED:
             of_means = None
         is_infonce = self.pairwise is PairwiseName.INFONCE and owner is None
-        has_pairs = is_infonce and len(x) >= LEAST_TILED
+        has_pairs = is_infonce and min(pairs) >= LEAST_TILED
         if of_means is None and not has_pairs:
             return None, None
+        x, y = sets
         if has_pairs:
-            check_matched(x, y)
+            check_matched(x[: pairs[0]], y[: pairs[1]])
         found = fused_terms(
-            *(sets if of_means else (x, y)),
-            pairs=len(x) if has_pairs else 0,
+            x if of_means else x[: seen[0]],
+            y if of_means else y[: seen[1]],
+            pairs=pairs[0] if has_pairs else 0,
+            negatives=(seen[0] - pairs[0], seen[1] - pairs[1]) if has_pairs else (0, 0),
             logit_scale=logit_scale,
             sigma=sigma if of_means else None,
             label_smoothing=self.label_smoothing,
@@ -170,11 +198,17 @@ class Objective:
         return pairwise, of_means(found.log_means) if of_means else None
 
     def _divergence(
-        self, sets: tuple[Tensor, Tensor], owner: Tensor | None, sigma: Sigma
+        self,
+        sets: tuple[Tensor, Tensor],
+        pairs: tuple[Tensor, Tensor],
+        owner: Tensor | None,
+        sigma: Sigma,
     ) -> Tensor:
         measure = divergence(self.divergence)
-        x, y = sets
-        if measure.matched and owner is not None:
+        if not measure.matched:
+            return (self.estimator or measure)(*sets, sigma=sigma)
+        x, y = pairs
+        if owner is not None:
             check_owner(x, y, owner)
             x = x[owner]
         return measure(x, y, sigma=sigma)

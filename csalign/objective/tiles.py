@@ -7,7 +7,7 @@ with the rows and not with their square. Nothing here is seen by autograd.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class Plan:
     """How to go through the tables.
 
     Attributes:
-        pairs: so many rows at the start of both sides are matched, row by row; InfoNCE sees them
-            alone.
+        pairs: so many rows at the start of both sides are matched, row by row.
+        seen: rows at the start of each side that InfoNCE sees: the pairs, and negatives.
         factors: 1 / sigma^2 of each Gaussian kernel; the kernels see all rows.
         smoothing: label smoothing of InfoNCE.
         products: by which route.
@@ -36,24 +36,31 @@ class Plan:
     """
 
     pairs: int
+    seen: tuple[int, int]
     factors: tuple[float, ...]
     smoothing: float
     products: Products
     tile: int
 
-    def spans(self, count: int) -> list[slice]:
-        """Rows 0 to count in tiles of like size, none of them over the end of the pairs."""
-        parts = ((0, self.pairs), (self.pairs, count)) if self.factors else ((0, self.pairs),)
+    def spans(self, count: int, seen: int) -> list[slice]:
+        """Rows 0 to count in tiles of like size, none over the end of the pairs or of the seen."""
         spans = []
-        for start, stop in parts:
+        for start, stop in pairwise((0, self.pairs, seen, *((count,) if self.factors else ()))):
             count = -(-(stop - start) // self.tile)
             edges = [start + (stop - start) * k // max(count, 1) for k in range(count + 1)]
             spans += [slice(*edge) for edge in pairwise(edges)]
         return spans
 
-    def has_pairs(self, rows: slice, columns: slice) -> bool:
-        """Whether a tile is of the table of pairs."""
-        return rows.stop <= self.pairs and columns.stop <= self.pairs  # type: ignore[no-any-return]
+    def tiles(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
+        """The tiles of the table of x and y."""
+        return product(self.spans(len(x), self.seen[0]), self.spans(len(y), self.seen[1]))
+
+    def directions(self, rows: slice, columns: slice) -> tuple[bool, bool]:
+        """Whether InfoNCE compares a tile's rows with its columns, and the other way round."""
+        return (
+            rows.stop <= self.pairs and columns.stop <= self.seen[1],
+            columns.stop <= self.pairs and rows.stop <= self.seen[0],
+        )
 
 
 class Buffers:
@@ -87,16 +94,18 @@ def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan, buffers: Buffers)
     """The sums over the table of cosines of x (n, d) and y (m, d), logits being scale times it."""
     rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
     kernels = []
-    for i in plan.spans(len(x)):
-        for j in plan.spans(len(y)):
-            table, spare, _ = buffers.of(i, j)
-            cosines = plan.products.table(x[i], y[j], table)
-            if plan.has_pairs(i, j):
-                along, down = _log_sums(cosines, scale, spare)
+    for i, j in plan.tiles(x, y):
+        table, spare, _ = buffers.of(i, j)
+        cosines = plan.products.table(x[i], y[j], table)
+        forth, back = plan.directions(i, j)
+        if forth or back:
+            along, down = _log_sums(cosines, scale, spare)
+            if forth:
                 torch.logaddexp(rows[i], along, out=rows[i])
+            if back:
                 torch.logaddexp(columns[j], down, out=columns[j])
-            for factor in plan.factors:
-                kernels.append(_log_sum(cosines, factor, spare) - factor)
+        for factor in plan.factors:
+            kernels.append(_log_sum(cosines, factor, spare) - factor)
     sums = torch.stack(kernels).reshape(-1, len(plan.factors)) if kernels else x.new_empty(1, 0)
     return CrossSums(rows, columns, sums.logsumexp(0))
 
@@ -133,27 +142,29 @@ def add_cross_gradients(
     to_infonce, to_kernels = upstream
     share = to_infonce / (2 * max(plan.pairs, 1))
     to_scale = x.new_zeros(())
-    for i in plan.spans(len(x)):
-        for j in plan.spans(len(y)):
-            table, weights, spare = buffers.of(i, j)
-            cosines = plan.products.table(x[i], y[j], table)
-            if plan.has_pairs(i, j):
-                lines = sums.rows[i, None], sums.columns[j]
-                _probabilities(cosines, scale, lines, share * scale, (weights, spare))
-                _subtract_targets(weights, plan, share * scale, is_diagonal=i == j)
-                if with_scale:
-                    to_scale += torch.dot(weights.flatten(), cosines.flatten())
-            else:
-                weights.zero_()
-            for factor, log_sum, to_kernel in zip(
-                plan.factors, sums.kernels, to_kernels, strict=True
-            ):
-                kernel = _kernel(cosines, factor, log_sum, spare)
-                weights.add_(kernel, alpha=to_kernel * factor)
-            if to_x is not None:
-                plan.products.add(to_x[i], weights, y[j])
-            if to_y is not None:
-                plan.products.add(to_y[j], weights.T, x[i])
+    never = x.new_full((), torch.inf)  # as a log-sum: its line has no part in InfoNCE
+    for i, j in plan.tiles(x, y):
+        table, weights, spare = buffers.of(i, j)
+        cosines = plan.products.table(x[i], y[j], table)
+        forth, back = plan.directions(i, j)
+        if forth or back:
+            lines = (
+                sums.rows[i, None] if forth else never.expand(len(cosines), 1),
+                sums.columns[j] if back else never.expand(cosines.shape[1]),
+            )
+            _probabilities(cosines, scale, lines, share * scale, (weights, spare))
+            _subtract_targets(weights, plan, share * scale, (forth, back), is_diagonal=i == j)
+            if with_scale:
+                to_scale += torch.dot(weights.flatten(), cosines.flatten())
+        else:
+            weights.zero_()
+        for factor, log_sum, to_kernel in zip(plan.factors, sums.kernels, to_kernels, strict=True):
+            kernel = _kernel(cosines, factor, log_sum, spare)
+            weights.add_(kernel, alpha=to_kernel * factor)
+        if to_x is not None:
+            plan.products.add(to_x[i], weights, y[j])
+        if to_y is not None:
+            plan.products.add(to_y[j], weights.T, x[i])
     return to_scale / scale
 
 
@@ -175,7 +186,7 @@ def own_sums(
     pulled = None if weights is None else torch.zeros_like(x)
     sums = []
     no_shift = x.new_zeros(())
-    spans = plan.spans(len(x))
+    spans = plan.spans(len(x), plan.pairs)
     for i, j in _upper(spans):
         table, total, spare = buffers.of(i, j)
         cosines = plan.products.table(x[i], x[j], table)
@@ -236,10 +247,14 @@ def _probabilities(
     found.add_(spare).mul_(share)
 
 
-def _subtract_targets(weights: Tensor, plan: Plan, share: float, *, is_diagonal: bool) -> None:
+def _subtract_targets(
+    weights: Tensor, plan: Plan, share: float, directions: tuple[bool, bool], *, is_diagonal: bool
+) -> None:
     """Take share times the targets of both directions off."""
     if plan.smoothing:
-        weights.sub_(2 * share * plan.smoothing / plan.pairs)
+        for is_compared, seen in zip(directions, reversed(plan.seen), strict=True):
+            if is_compared:
+                weights.sub_(share * plan.smoothing / seen)
     if is_diagonal:
         weights.diagonal().sub_(2 * share * (1 - plan.smoothing))
 

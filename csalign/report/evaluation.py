@@ -131,13 +131,26 @@ def _figure(value: float, interval: Sequence[float] | None, scale: int, digits: 
     return Entry(f"{scale * value:.{digits}f}", " to ".join(ends))
 
 
+def _estimated(value: float, error: float | None) -> Entry:
+    """A figure with its standard error, if it has one."""
+    return Entry(f"{value:.4f}", "" if error is None else f"± {error:.2g}")
+
+
 def _gap(document: Mapping[str, Any]) -> Section:
     rows: list[list[str | Entry]] = [["", "value"]]
-    for name, value in document["gap"].items():
+    gap, around = document["gap"], document["gap"].get("standard_errors", {})
+    for name, value in gap.items():
         label = name.replace("_", " ")
+        if name == "standard_errors":
+            continue
         if isinstance(value, Mapping):
             numbers = {part: number for part, number in value.items() if isinstance(number, float)}
-            rows += [[f"{label}, {part}", f"{number:.4f}"] for part, number in numbers.items()]
+            rows += [
+                [f"{label}, {part}", _estimated(number, around.get(name, {}).get(part))]
+                for part, number in numbers.items()
+            ]
+        elif name in around:
+            rows.append([label, _estimated(value, around[name])])
         else:
             rows.append([label, _figure(value, document["intervals"].get(name), 1, 4)])
     return Section("The gap between the modalities", "Lower is closer, but for ranks.", rows=rows)

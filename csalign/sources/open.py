@@ -267,7 +267,7 @@ class _Opener:
         images: Path | None = None,
         found: Sequence[str] = (),
     ) -> Source:
-        from csalign.sources.parquet import open_parquet
+        from csalign.sources.columnar.source import open_parquet
 
         return open_parquet(
             root,

@@ -19,6 +19,7 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
+from csalign.objective.running import RunningDivergence
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -81,6 +82,9 @@ class BatchLoss(nn.Module):
         if self._has_bandwidth and not isinstance(config.bandwidth, str):
             self.sigma = config.bandwidth
         self._warned = False
+        self._estimator = (
+            RunningDivergence(seed=config.seed) if config.divergence_estimator == "rff" else None
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -113,6 +117,8 @@ class BatchLoss(nn.Module):
         if batch.others is not None and (batch.others >= 0).sum() > 1:
             have = np.flatnonzero(batch.others >= 0)
             other = self._captions(batch.others[have])
+        lone_x, lone_y = (self._draw_unpaired(side, rng) for side in Modality)
+        negatives = self._negatives(lone_x), self._negatives(lone_y)
         parts = self._objective()(
             x,
             y,
@@ -120,8 +126,9 @@ class BatchLoss(nn.Module):
             logit_bias=self.logit_bias,
             sigma=self._bandwidth(x, y, step),
             owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
-            x_extra=self._extra_images(rng),
-            y_extra=self._extra_texts(batch, other, rng),
+            x_extra=lone_x,
+            y_extra=self._extra_texts(batch, lone_y, other),
+            negatives=negatives,
             tokens=tokens,
         )
         if other is None:
@@ -129,7 +136,13 @@ class BatchLoss(nn.Module):
         own = x[torch.from_numpy(have).to(self._device)]
         pairwise_alone = replace(self._objective(), weight=0.0, token_weight=0.0)
         extra = pairwise_alone(
-            own, other, logit_scale=self.log_scale.exp(), logit_bias=self.logit_bias
+            own,
+            other,
+            logit_scale=self.log_scale.exp(),
+            logit_bias=self.logit_bias,
+            x_extra=lone_x,
+            y_extra=lone_y,
+            negatives=negatives,
         ).pairwise
         total = parts.total + self._config.other_captions * extra
         return parts._replace(total=total, others=extra)
@@ -142,6 +155,7 @@ class BatchLoss(nn.Module):
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
             precision=self._config.precision,
+            estimator=self._estimator,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
@@ -183,18 +197,23 @@ class BatchLoss(nn.Module):
         """Whether the distribution term has a use for rows beside the pairs."""
         return bool(self.weight.value) and not divergence(self._config.divergence).matched
 
-    def _extra_images(self, rng: np.random.Generator) -> Tensor | None:
-        rows = self._draw_unpaired(Modality.IMAGE, rng)
-        return None if rows is None else self._embed(Modality.IMAGE, rows)
+    @property
+    def _takes_negatives(self) -> bool:
+        """Whether the pairwise term has a use for rows beside the pairs."""
+        is_infonce = self._config.pairwise is PairwiseName.INFONCE
+        return self._config.unpaired_negatives and is_infonce
+
+    def _negatives(self, lone: Tensor | None) -> int:
+        """How many of some unpaired rows InfoNCE is to tell from the pairs."""
+        return 0 if lone is None or not self._takes_negatives else len(lone)
 
     def _extra_texts(
-        self, batch: Batch, other: Tensor | None, rng: np.random.Generator
+        self, batch: Batch, lone: Tensor | None, other: Tensor | None
     ) -> Tensor | None:
         """Embedded unpaired texts, and the captions that the pairs leave out."""
-        parts = [other] if other is not None and self._takes_captions else []
-        rows = self._draw_unpaired(Modality.TEXT, rng)
-        if rows is not None:
-            parts.append(self._embed(Modality.TEXT, rows))
+        parts = [] if lone is None else [lone]
+        if other is not None and self._takes_captions:
+            parts.append(other)
         if self._takes_captions and len(batch.further):
             parts.append(self._captions(batch.further))
         return torch.cat(parts) if parts else None
@@ -204,13 +223,14 @@ class BatchLoss(nn.Module):
         return self._takes_extra and self._config.cs_captions == "all"
 
     def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
-        if not self._takes_extra:
+        """Some unpaired rows, embedded; None where there are none, or no term would see them."""
+        if not (self._takes_extra or self._takes_negatives):
             return None
         if self._adapter[0].side(side).embeds_with_tokens:
             return None  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
-        return None if rows is None else to_tensor(rows, self._device)
+        return None if rows is None else self._embed(side, to_tensor(rows, self._device))
 
     @property
     def _has_bandwidth(self) -> bool:

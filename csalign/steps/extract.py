@@ -28,7 +28,8 @@ from csalign.steps.embedding import Embedder
 from csalign.steps.turns import check_array, device_of, own_volumes, owns, turn_of
 from csalign.store import manifest, schema
 from csalign.store.documents import Job, Receipt, Turn
-from csalign.store.workspace import Workspace, alone, open_workspace
+from csalign.store.sharing import alone, open_workspace
+from csalign.store.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from csalign.locations import is_remote, parse_location
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet
-from csalign.store.workspace import merge_parts
+from csalign.store.sharing import merge_parts
 
 
 def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:

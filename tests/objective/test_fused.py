@@ -23,11 +23,19 @@ def rows(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
     return torch.randn(n, d, generator=generator, dtype=torch.float64) + shift
 
 
-def plain(pairs: int, sigma: Sigma | None, smoothing: float = 0.0) -> Terms:
+def plain(
+    pairs: int, sigma: Sigma | None, smoothing: float = 0.0, negatives: tuple[int, int] = (0, 0)
+) -> Terms:
     def terms(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         value = x.new_zeros(())
         if pairs:
-            value = infonce(x[:pairs], y[:pairs], logit_scale=scale, label_smoothing=smoothing)
+            value = infonce(
+                x[:pairs],
+                y[:pairs],
+                logit_scale=scale,
+                label_smoothing=smoothing,
+                negatives=(x[pairs:][: negatives[0]], y[pairs:][: negatives[1]]),
+            )
         if sigma is None:
             return value, x.new_zeros(1, 0)
         sets = ((x, x), (y, y), (x, y))
@@ -36,7 +44,13 @@ def plain(pairs: int, sigma: Sigma | None, smoothing: float = 0.0) -> Terms:
     return terms
 
 
-def tiled(pairs: int, sigma: Sigma | None, smoothing: float = 0.0, tile: int = 16) -> Terms:
+def tiled(
+    pairs: int,
+    sigma: Sigma | None,
+    smoothing: float = 0.0,
+    tile: int = 16,
+    negatives: tuple[int, int] = (0, 0),
+) -> Terms:
     def terms(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         found = fused_terms(
             x,
@@ -46,6 +60,7 @@ def tiled(pairs: int, sigma: Sigma | None, smoothing: float = 0.0, tile: int = 1
             sigma=sigma,
             label_smoothing=smoothing,
             tile=tile,
+            negatives=negatives,
         )
         return found.infonce, found.log_means
 
@@ -80,6 +95,20 @@ def test_equals_the_plain_formulas_in_value_and_gradient(
 
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("negatives", [(9, 0), (0, 14), (11, 6), (25, 30)])
+@pytest.mark.parametrize("scale", [7.0, 90.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_negatives_equal_the_plain_formula(
+    sigma: Sigma | None, negatives: tuple[int, int], scale: float, smoothing: float
+) -> None:
+    x, y = rows(45, 5, 0), rows(50, 5, 1, 0.3)
+    found = values_and_gradients(tiled(20, sigma, smoothing, 8, negatives), x, y, scale)
+    expected = values_and_gradients(plain(20, sigma, smoothing, negatives), x, y, scale)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("sigma", SIGMAS[1:])

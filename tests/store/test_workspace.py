@@ -14,7 +14,8 @@ from csalign.store.documents import Failure, Job, Receipt, Turn
 from csalign.store.manifest import EncoderInfo, Encoders
 from csalign.store.reader import FeatureSet
 from csalign.store.shard import Rows
-from csalign.store.workspace import Workspace, alone, merge_parts, open_workspace
+from csalign.store.sharing import alone, merge_parts, open_workspace
+from csalign.store.workspace import Workspace
 
 JOB = Job(
     location="photos",
