@@ -294,7 +294,14 @@ class ImportConfig(OutputConfig):
 class TrainConfig(OutputConfig):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-    out: RunFolder = Field(description="Folder to make.")
+    out: RunFolder = Field(
+        description="Folder to make; a rerun with the same options goes on with what was stopped."
+    )
+    overwrite: bool = Field(
+        False,
+        description="Replace the folder if it exists, only after success; and start anew where a "
+        "run with other options was stopped.",
+    )
     features: Location = Field(description="Feature set to train on.")
     train_split: str = Field(
         "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
@@ -442,6 +449,11 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    save_every: Count | None = Field(
+        None,
+        description="Steps between the saves that a rerun goes on from (default: a minute; a "
+        "signal saves in any case).",
+    )
     log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
         None,
         description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "

@@ -68,6 +68,15 @@ class RunningDivergence:
         self._past.append((_Past(x.detach()), _Past(y.detach())))
         return torch.stack(found).mean()
 
+    def state(self) -> list[list[Tensor]]:
+        """The rows of both sides that are kept, step by step."""
+        return [[x.rows, y.rows] for x, y in self._past]
+
+    def go_to(self, state: list[list[Tensor]], device: torch.device) -> None:
+        """Go on from what `state` said."""
+        self._past.clear()
+        self._past.extend((_Past(x.to(device)), _Past(y.to(device))) for x, y in state)
+
     def _mean(self, rows: Tensor, side: int, sigma: float) -> Tensor:
         """Mean feature of all rows of a side, of which these have a gradient."""
         assert self._features is not None

@@ -97,6 +97,21 @@ class BatchLoss(nn.Module):
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
+    def position(self) -> dict[str, Any]:
+        """What changes with the steps beside the parameters: plain values, and tensors."""
+        tokens = None if self._tokens is None else self._tokens.rng.bit_generator.state
+        past = None if self._estimator is None else self._estimator.state()
+        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens, "past": past}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on from what `position` said."""
+        self.weight = replace(self.weight, value=position["weight"])
+        self.sigma = as_sigma(position["sigma"])
+        if self._tokens is not None:
+            self._tokens.rng.bit_generator.state = position["tokens"]
+        if self._estimator is not None:
+            self._estimator.go_to(position["past"], self._device)
+
     def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
         """The objective of a batch.
 
@@ -269,3 +284,8 @@ class BatchLoss(nn.Module):
 
 
 _KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+
+
+def as_sigma(value: Any) -> Sigma | None:
+    """A bandwidth that was JSON in between."""
+    return tuple(value) if isinstance(value, list) else value
