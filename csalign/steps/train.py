@@ -1,6 +1,7 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -19,11 +20,12 @@ from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, Stopped, TrainingError
 from csalign.locations import parse_location
+from csalign.memory import available_bytes
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.adapted import embed_rows
-from csalign.steps.batches import PairSampler, uniform
+from csalign.steps.batches import PairSampler, order_of, uniform
 from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
@@ -39,8 +41,10 @@ from csalign.steps.tokens import (
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
-from csalign.store.join import ALL, PairedRows, check_directions, load_rows, split_names
+from csalign.store.join import ALL, PairedRows, Pairs, join_pairs, split_names
+from csalign.store.mapped import MIB, MappedRows, Room
 from csalign.store.reader import FeatureSet
+from csalign.store.training import TrainingRows, load_training
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +76,12 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     features = FeatureSet.open(config.features)
     widths = token_widths(features, config)
     train_split = split_to_train(features, config)
-    rows, val = load_split_rows(features, train_split, config)
+    room = room_for(config)
+    rows, val = load_split_rows(features, train_split, config, room)
     tokens = open_tokens(features, widths, rows, config)
     sampler, adapter, start = start_of(rows, val, config, tokens)
     log.info("start: %s", start)
-    unpaired = gather_unpaired(rows, further_sets(config), train_split)
+    unpaired = gather_unpaired(rows, further_sets(config), train_split, room)
     warn_of_rows_without_tokens(adapter, unpaired)
     with files.staged_folder(config.out, keep_on_failure=True) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
@@ -125,18 +130,19 @@ def _evaluated(
 
 
 def start_of(
-    rows: PairedRows,
+    rows: Pairs,
     val: PairedRows | None,
     config: TrainConfig,
     tokens: StoredTokens | None = None,
 ) -> tuple[PairSampler, Adapter, str]:
     """What draws the pairs, the adapters at their start, and that start's name."""
+    order = tokens.order if tokens else uniform
     sampler = PairSampler(
         rows,
         config.captions,
         other_weight=config.other_captions,
         once=config.caption_weights,
-        order=tokens.order if tokens else uniform,
+        order=order_of(rows) if order is uniform else order,
     )
     widths = tokens.widths if tokens else {}
     check_terms(config, len(sampler))
@@ -156,21 +162,29 @@ def split_to_train(features: FeatureSet, config: TrainConfig) -> str:
     return ALL if config.train_split == "train" and never_split else config.train_split
 
 
+def room_for(config: TrainConfig) -> Room:
+    """The memory for embeddings, and where those go that do not fit."""
+    memory = available_bytes() // 2 if config.memory is None else config.memory * MIB
+    beside = next(folder for folder in config.out.resolve().parents if folder.is_dir())
+    return Room(memory, Path(os.environ.get("TMPDIR") or beside))
+
+
 def load_split_rows(
-    features: FeatureSet, train_split: str, config: TrainConfig
-) -> tuple[PairedRows, PairedRows | None]:
+    features: FeatureSet, train_split: str, config: TrainConfig, room: Room
+) -> tuple[TrainingRows, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""
     there = features.splits()
     trained = split_names(train_split, there)
     val_split = config.val_split
     if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
-    rows = load_rows(features, train_split)
+    joined = join_pairs(features, train_split)
     if val_split is None:
-        rows, val = carve(rows, config.seed)
-        if val is None:
+        joined, held_out = carve(joined, config.seed)
+        if held_out is None:
             log.warning(
-                "%s: too few pairs to hold some out, so nothing is chosen by validation", rows.name
+                "%s: too few pairs to hold some out, so nothing is chosen by validation",
+                joined.name,
             )
     else:
         both = trained & split_names(val_split, there)
@@ -180,11 +194,10 @@ def load_split_rows(
                 "both trained and validated on; name other splits with --train-split and "
                 "--val-split"
             )
-        val = thin(load_rows(features, val_split), config.seed)
-    for part in (rows, val):
-        if part is not None:
-            check_directions(part.images, part.image_ids, f"{part.name}: images")
-            check_directions(part.texts, part.text_ids, f"{part.name}: texts")
+        held_out = thin(join_pairs(features, val_split), config.seed)
+    rows, val = load_training(features, joined, held_out, room, with_keys=config.caption_weights)
+    if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
+        log.info("%s: more than fits into memory, and read from %s", rows.name, room.folder)
     return rows, val
 
 

@@ -26,7 +26,7 @@ from csalign.steps.logs import Log, figures_of
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
-from csalign.store.join import PairedRows
+from csalign.store.join import PairedRows, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Trainer:
     """
 
     adapter: Adapter
-    rows: PairedRows
+    rows: Pairs
     sampler: PairSampler
     unpaired: Unpaired
     val: PairedRows | None
