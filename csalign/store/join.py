@@ -98,6 +98,10 @@ class PairedRows(Pairs):
     text_ids: pa.Array
     captions: pa.Array
 
+    def embeddings(self, side: Modality) -> Array:
+        """The embeddings of one side."""
+        return self.images if side is Modality.IMAGE else self.texts
+
     @cached_property
     def caption_keys(self) -> Ints:
         """See `Pairs`."""

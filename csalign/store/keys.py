@@ -46,7 +46,8 @@ def string_keys(strings: pa.Array, salt: int = 0) -> Keys:
     mixed = _mixed((places.astype(np.uint64) << np.uint64(8)) + data + _spread(salt))
     sums = np.zeros(size + 1, np.uint64)
     np.cumsum(mixed, out=sums[1:])  # wraps around, and so do the differences
-    return _mixed(sums[ends[1:]] - sums[ends[:-1]] + np.diff(ends).astype(np.uint64))
+    lengths = np.diff(ends).astype(np.uint64) + _spread(salt)
+    return _mixed(sums[ends[1:]] - sums[ends[:-1]] + lengths)
 
 
 def row_keys(rows: Array) -> Keys:
@@ -74,7 +75,7 @@ def text_keys(captions: pa.Array, embeddings: Array) -> Keys:
 
 
 def first_alike(keys: Keys) -> npt.NDArray[Any]:
-    """For each key (n,) the position of the first that is equal; the smallest int type that does."""
+    """For each key (n,) the position of the first that is equal."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     is_new = np.ones(len(keys), np.bool_)

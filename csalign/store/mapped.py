@@ -4,6 +4,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -29,9 +30,13 @@ class Vectors(Protocol):
     """Rows (n, d) that are in memory or elsewhere; what is taken of them is a NumPy array."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """Of the values."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, key: Any, /) -> Any: ...
     def __setitem__(self, key: Any, values: Any, /) -> None: ...
@@ -63,14 +68,15 @@ class MappedRows:
         if size + _SPARE_BYTES > free:
             raise OutputError(_too_small(folder, size, free))
         try:
-            self._file = tempfile.TemporaryFile(dir=folder, prefix="csalign-")  # noqa: SIM115
-            # Now, rather than as a fault at some write to a page of the map.
-            os.posix_fallocate(self._file.fileno(), 0, size)
+            with tempfile.TemporaryFile(dir=folder, prefix="csalign-") as file:
+                # Now, rather than as a fault at some write to a page of the map.
+                os.posix_fallocate(file.fileno(), 0, size)
+                self._file = os.dup(file.fileno())
         except OSError as error:
-            raise OutputError(
-                f"{_too_small(folder, size, free)} ({error.strerror or error})"
-            ) from error
-        self._map = mmap.mmap(self._file.fileno(), size)
+            reason = error.strerror or error
+            raise OutputError(f"{_too_small(folder, size, free)} ({reason})") from error
+        weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, size)
         self._map.madvise(mmap.MADV_RANDOM)  # what is read in order is not read by the map
         values = np.frombuffer(self._map, self.dtype, count=shape[0] * shape[1])
         self._values = values.reshape(shape)
@@ -89,7 +95,8 @@ class MappedRows:
             return np.empty((0, self.shape[1]), self.dtype)
         first, last = int(rows.min()), int(rows.max())
         if first >= 0 and last - first < _DENSE * len(rows):
-            return self._read(first, last + 1)[rows - first]
+            dense: Array = self._read(first, last + 1)[rows - first]
+            return dense
         found: Array = self._values[rows]
         self._hold(len(rows))
         return found
@@ -119,18 +126,22 @@ class MappedRows:
 
     def _read(self, start: int, stop: int) -> Array:
         found = np.empty((stop - start, self.shape[1]), self.dtype)
-        view, done = memoryview(found.reshape(-1).view(np.uint8)), 0
+        view, done = _bytes_of(found), 0
         while done < len(view):
-            got = os.preadv(self._file.fileno(), [view[done:]], start * self._row_bytes + done)
+            got = os.preadv(self._file, [view[done:]], start * self._row_bytes + done)
             if not got:
                 raise OSError("a temporary file ended early")
             done += got
         return found
 
     def _write(self, rows: Array, start: int) -> None:
-        view, done = memoryview(rows.reshape(-1).view(np.uint8)), 0
+        view, done = _bytes_of(rows), 0
         while done < len(view):
-            done += os.pwrite(self._file.fileno(), view[done:], start * self._row_bytes + done)
+            done += os.pwrite(self._file, view[done:], start * self._row_bytes + done)
+
+
+def _bytes_of(rows: Array) -> memoryview:
+    return memoryview(rows.reshape(-1).view(np.uint8).data)
 
 
 def _too_small(folder: Path, size: int, free: int) -> str:
