@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,7 @@ def test_another_salt_gives_other_keys() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_keys_of_rows_are_equal_where_their_bytes_are(dtype: type, width: int) -> None:
-    rows = np.random.default_rng(0).normal(size=(6, width)).astype(dtype)
+    rows: Any = np.random.default_rng(0).normal(size=(6, width)).astype(dtype)
     rows[4] = rows[1]
     rows[5, 0], rows[2, 0] = -0.0, 0.0
     rows[5, 1:] = rows[2, 1:]

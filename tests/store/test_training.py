@@ -7,7 +7,7 @@ import pytest
 
 from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError
-from csalign.store import join, shard, writer
+from csalign.store import join, keys, shard, training, writer
 from csalign.store.join import ALL, join_ids, load_rows
 from csalign.store.manifest import EncoderInfo
 from csalign.store.mapped import MappedRows, Room
@@ -82,9 +82,8 @@ def test_training_rows_are_those_of_the_set_with_texts_in_the_order_of_images(
     )
     order = [*expected.texts_by_image, *np.flatnonzero(expected.text_image < 0)]
 
-    assert (
-        isinstance(found.images, MappedRows) == isinstance(found.texts, MappedRows) == (not memory)
-    )
+    for values in (found.images, found.texts):
+        assert isinstance(values, MappedRows) == (memory == 0)
     every = np.arange(len(expected.images))
     np.testing.assert_array_equal(found.images[every], expected.images)
     np.testing.assert_array_equal(found.texts[0 : len(order)], expected.texts[order])
@@ -135,14 +134,14 @@ def test_a_damaged_shard_is_named(write: Write, tmp_path: Path, memory: int) -> 
         load(folder, tmp_path, memory)
 
 
-def test_a_row_without_direction_is_named(write: Write, tmp_path: Path) -> None:
+def test_a_row_without_direction_is_named(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "csalign.store.training.batch_vectors", lambda batch, _: np.zeros((len(batch), 5))
-        )
-        with pytest.raises(DataError, match=r"\(split train\): images: .* 'i0' has norm 0"):
-            load(folder, tmp_path, 0)
+    monkeypatch.setattr(training, "batch_vectors", lambda batch, _: np.zeros((len(batch), 5)))
+
+    with pytest.raises(DataError, match=r"\(split train\): images: .* 'i0' has norm 0"):
+        load(folder, tmp_path, 0)
 
 
 def test_ids_that_share_a_key_are_told_apart(
@@ -150,7 +149,7 @@ def test_ids_that_share_a_key_are_told_apart(
 ) -> None:
     folder = write()
     expected = load(folder, tmp_path, 0).text_image
-    real = join.string_keys
+    real = keys.string_keys
 
     def crowded(strings: Any, salt: int = 0) -> Any:
         return real(strings, salt) % np.uint64(40) if salt < 2 else real(strings, salt)
