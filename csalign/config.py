@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from csalign.enums import DivergenceName, PairwiseName
+from csalign.enums import DivergenceName, PairwiseName, Precision
 from csalign.errors import ConfigError
 from csalign.locations import parse_location
 
@@ -305,7 +305,7 @@ class TrainConfig(OutputConfig):
         "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
     )
     adapter: str = Field(
-        "mlp",
+        "glu",
         description="Kind of both sides: linear; mlp or glu, the same plus a residual; low-rank, "
         "near the identity; identity, frozen; transformer, over tokens; or your own, "
         "PACKAGE.MODULE:CLASS.",
@@ -383,6 +383,9 @@ class TrainConfig(OutputConfig):
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
+    unpaired_negatives: bool = Field(
+        True, description="Let InfoNCE tell its pairs from the unpaired rows too."
+    )
     match_moments: bool = Field(
         True,
         description="With unpaired rows, move and stretch the outputs after training, so that all "
@@ -420,6 +423,16 @@ class TrainConfig(OutputConfig):
         description="Optimiser steps (default: 40 epochs, at least 200); 0 is the start alone.",
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
+    sub_batch: Count | None = Field(
+        None,
+        description="Rows that go through an adapter at a time (default: 8192); of more, the "
+        "embeddings alone are kept and the rest is computed twice. Not with tokens.",
+    )
+    precision: Precision = Field(
+        Precision.FLOAT32,
+        description="Factors of the objective's matrix products, from 256 rows on: float32, or "
+        "bfloat16, which is faster where the CPU or GPU has it.",
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(

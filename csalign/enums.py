@@ -32,3 +32,10 @@ class DivergenceName(StrEnum):
     SINKHORN = "sinkhorn"
     PAIRS_MSE = "pairs-mse"
     NONE = "none"
+
+
+class Precision(StrEnum):
+    """What factors of matrix products are rounded to."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"

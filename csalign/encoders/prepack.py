@@ -1,21 +1,21 @@
 """Weights of frozen networks laid out for oneDNN, whose products are faster on some CPUs.
 
-torch multiplies float32 with MKL, which is about half as fast as oneDNN where it keeps to older
-instructions than the CPU has. It multiplies bfloat16 with oneDNN, but lays out the weights anew at
-each call. Here they are laid out once.
+float32 may be faster with oneDNN than with torch's own product, see `csalign.onednn`; bfloat16 is
+multiplied with oneDNN by torch itself, but it lays out the weights anew at each call. Here they are
+laid out once.
 
 Each process decides by a trial of its own, so where both are about as fast, two processes may
 compute the same item with other last digits: some 1e-7 of it, which in float16 now and then is the
 next number (3e-5 at 0.05).
 """
 
-import time
 from collections.abc import Collection, Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch.nn import functional
+
+from csalign.onednn import multiply, pack, speed_ratio
 
 # How far a product may be from torch's own, relative to its largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -125,7 +125,7 @@ class _PackedLinear(torch.nn.Linear):
         """Map (..., in) to (..., out)."""
         if not _takes(self._packed, input):
             return super().forward(input)
-        return _multiply(input, self._packed, self.bias)
+        return multiply(input, self._packed, self.bias)
 
 
 class _PackedAttention(torch.nn.MultiheadAttention):
@@ -175,7 +175,7 @@ class _PackedAttention(torch.nn.MultiheadAttention):
                 mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(mask, float("-inf"))
             if mask.dim() == 3:
                 mask = mask.reshape(n, self.num_heads, t, t)
-        projected = _multiply(x, self._packed, self.in_proj_bias)
+        projected = multiply(x, self._packed, self.in_proj_bias)
         q, k, v = projected.view(n, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         output: torch.Tensor = self.out_proj(attended.transpose(1, 2).reshape(n, t, width))
@@ -192,7 +192,7 @@ def _pack(module: torch.nn.Module) -> bool:
     else:
         changes = [(module, "weight", _PackedLinear)]
     try:
-        packed = [_reorder(layer._parameters[name]) for layer, name, _ in changes]
+        packed = [pack(layer._parameters[name]) for layer, name, _ in changes]
     except (AttributeError, RuntimeError):
         return False
     for (layer, name, kind), weight in zip(changes, packed, strict=True):
@@ -215,29 +215,17 @@ def _takes(packed: torch.Tensor, x: torch.Tensor) -> bool:
     )
 
 
-# Private operators of torch, the ones that torch.compile puts in place of a frozen linear layer.
-@torch.no_grad()
-def _reorder(weight: Any) -> torch.Tensor:
-    reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return reordered
-
-
-def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return product
-
-
 def _is_right(weight: torch.Tensor) -> bool:
     """Whether oneDNN is there, and multiplies with this weight as torch does."""
     x = _random(33, weight.shape[1], weight.dtype)
     try:
-        packed = _reorder(weight)
+        packed = pack(weight)
         if not torch.equal(packed.to_dense(), weight):
             return False
         with torch.no_grad():
             for rows in (x, x[:1]):
                 expected = functional.linear(rows, weight).float()
-                error = (_multiply(rows, packed, None).float() - expected).abs().max()
+                error = (multiply(rows, packed).float() - expected).abs().max()
                 if not error <= _TOLERANCES[weight.dtype] * expected.abs().max():
                     return False
     except (AttributeError, RuntimeError):
@@ -251,17 +239,9 @@ def _is_faster(dtype: torch.dtype) -> bool:
     x, weight = _random(256, 768, dtype), _random(3072, 768, dtype)
     if not _is_right(weight):
         return False
-    packed = _reorder(weight)
-    plain_times, packed_times = [], []
-    with torch.inference_mode():
-        for _ in range(5):  # in turns, so that a busy machine slows both
-            start = time.perf_counter()
-            functional.linear(x, weight)
-            middle = time.perf_counter()
-            _multiply(x, packed, None)
-            plain_times.append(middle - start)
-            packed_times.append(time.perf_counter() - middle)
-    return min(plain_times) >= _WORTHWHILE * min(packed_times)
+    packed = pack(weight)
+    ratio = speed_ratio(lambda: functional.linear(x, weight), lambda: multiply(x, packed))
+    return ratio >= _WORTHWHILE
 
 
 def _random(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from csalign.objective.kernel import Sigma, log_mean_kernels
@@ -69,5 +70,16 @@ def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
     Returns:
         () tensor, in [0, 2] up to rounding.
     """
-    own = log_mean_kernels(x, x, sigma=sigma).exp() + log_mean_kernels(y, y, sigma=sigma).exp()
-    return (own - 2 * log_mean_kernels(x, y, sigma=sigma).exp()).mean()
+    sets = ((x, x), (y, y), (x, y))
+    return mmd_of_means(torch.stack([log_mean_kernels(a, b, sigma=sigma) for a, b in sets]))
+
+
+def cs_of_means(log_means: Tensor) -> Tensor:
+    """`cs_divergence` by the logarithms of mean kernels within x, within y and across, (3, s)."""
+    return (log_means[0] + log_means[1] - 2 * log_means[2]).mean()
+
+
+def mmd_of_means(log_means: Tensor) -> Tensor:
+    """`mmd`, likewise."""
+    means = log_means.exp()
+    return (means[0] + means[1] - 2 * means[2]).mean()

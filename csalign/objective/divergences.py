@@ -7,7 +7,7 @@ from torch import Tensor
 
 from csalign.enums import DivergenceName
 from csalign.errors import ShapeError
-from csalign.objective.divergence import cs_divergence, mmd
+from csalign.objective.divergence import cs_divergence, cs_of_means, mmd, mmd_of_means
 from csalign.objective.gaussian import gaussian_jeffreys
 from csalign.objective.kernel import Sigma, check_sets
 from csalign.objective.sinkhorn import sinkhorn_divergence
@@ -22,6 +22,7 @@ class Divergence:
         minimum: rows that each side needs.
         has_bandwidth: whether sigma changes it.
         matched: whether it compares matched rows and so has no use for unpaired ones.
+        of_means: computes it from `FusedTerms.log_means`, None where they do not tell it.
     """
 
     name: DivergenceName
@@ -29,6 +30,7 @@ class Divergence:
     has_bandwidth: bool
     matched: bool
     _compute: Callable[[Tensor, Tensor, Sigma], Tensor]
+    of_means: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma, pairs: int | None = None) -> Tensor:
         """Compute it.
@@ -90,6 +92,7 @@ _DIVERGENCES = {
         has_bandwidth=True,
         matched=False,
         _compute=lambda x, y, sigma: cs_divergence(x, y, sigma=sigma),
+        of_means=cs_of_means,
     ),
     DivergenceName.MMD: Divergence(
         DivergenceName.MMD,
@@ -97,6 +100,7 @@ _DIVERGENCES = {
         has_bandwidth=True,
         matched=False,
         _compute=lambda x, y, sigma: mmd(x, y, sigma=sigma),
+        of_means=mmd_of_means,
     ),
     DivergenceName.GAUSSIAN_KL: Divergence(
         DivergenceName.GAUSSIAN_KL,

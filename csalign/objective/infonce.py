@@ -4,13 +4,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from csalign.objective.matching import check_matched, positives
 
+Negatives = tuple[Tensor | None, Tensor | None]
+
 
 def infonce(
-    x: Tensor, y: Tensor, *, logit_scale: Tensor | float, label_smoothing: float = 0.0
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: Tensor | float,
+    label_smoothing: float = 0.0,
+    negatives: Negatives = (None, None),
 ) -> Tensor:
     """Symmetric InfoNCE of matched rows, as CLIP trains with (Radford et al. 2021).
 
@@ -21,10 +28,13 @@ def infonce(
         x: (n, d), float, unit rows.
         y: (n, d), unit rows; row i is the match of x's row i.
         logit_scale: factor on the cosines, 1 / temperature; may carry a gradient.
-        label_smoothing: share of each target that is spread evenly over all n rows, in [0, 1).
+        label_smoothing: share of each target that is spread evenly over all rows compared, in
+            [0, 1).
+        negatives: unit rows (k, d) beside those of x, which the rows of y have to tell from their
+            matches as well, and likewise (l, d) beside y; None for none.
 
     Returns:
-        () tensor in nats, >= 0; log n for equal logits.
+        () tensor in nats, >= 0; log n for equal logits without negatives.
 
     Raises:
         ShapeError: the shapes differ, or are not 2-D.
@@ -32,10 +42,10 @@ def infonce(
     """
     check_matched(x, y)
     check_smoothing(label_smoothing)
-    logits = logit_scale * x @ y.T
     labels = torch.arange(len(x), device=x.device)
-    forth = cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    back = cross_entropy(logits.T, labels, label_smoothing=label_smoothing)
+    forth, back = _logits(x, y, logit_scale, negatives)
+    forth = cross_entropy(forth, labels, label_smoothing=label_smoothing)
+    back = cross_entropy(back, labels, label_smoothing=label_smoothing)
     return (forth + back) / 2
 
 
@@ -46,6 +56,7 @@ def multi_positive_infonce(
     *,
     logit_scale: Tensor | float,
     label_smoothing: float = 0.0,
+    negatives: Negatives = (None, None),
 ) -> Tensor:
     """Symmetric InfoNCE where one row of x may own several rows of y.
 
@@ -60,7 +71,9 @@ def multi_positive_infonce(
         y: (m, d), unit rows.
         owner: (m,), int64, the row of x that each row of y belongs to.
         logit_scale: factor on the cosines, 1 / temperature; may carry a gradient.
-        label_smoothing: share of each target that is spread evenly over all rows, in [0, 1).
+        label_smoothing: share of each target that is spread evenly over all rows compared, in
+            [0, 1).
+        negatives: as in `infonce`.
 
     Returns:
         () tensor in nats, >= 0.
@@ -71,14 +84,27 @@ def multi_positive_infonce(
     """
     check_smoothing(label_smoothing)
     owned = positives(x, y, owner)
-    logits = logit_scale * x @ y.T
+    forth, back = _logits(x, y, logit_scale, negatives)
     some = owned.any(1)
-    targets = owned[some].to(logits.dtype)
+    targets = pad(owned[some].to(forth.dtype), (0, forth.shape[1] - len(y)))
     forth = cross_entropy(
-        logits[some], targets / targets.sum(1, keepdim=True), label_smoothing=label_smoothing
+        forth[some], targets / targets.sum(1, keepdim=True), label_smoothing=label_smoothing
     )
-    back = cross_entropy(logits.T, owner, label_smoothing=label_smoothing)
+    back = cross_entropy(back, owner, label_smoothing=label_smoothing)
     return (forth + back) / 2
+
+
+def _logits(
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, negatives: Negatives
+) -> tuple[Tensor, Tensor]:
+    """Of x with y and its negatives, (n, m + l), and of y with x and its negatives, (m, n + k)."""
+    logits = logit_scale * x @ y.T
+    forth, back = logits, logits.T
+    if negatives[1] is not None:
+        forth = torch.cat([forth, logit_scale * x @ negatives[1].T], dim=1)
+    if negatives[0] is not None:
+        back = torch.cat([back, logit_scale * y @ negatives[0].T], dim=1)
+    return forth, back
 
 
 class InfonceTerms(NamedTuple):

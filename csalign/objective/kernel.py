@@ -88,16 +88,14 @@ def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
         ShapeError: the widths differ, a set is not 2-D or empty.
     """
     check_sets(x, y)
-    union = torch.cat([x, y]).detach()
-    if len(union) > max_rows:
-        union = union[torch.linspace(0, len(union) - 1, max_rows, device=union.device).long()]
+    union = _thinned(torch.cat([x, y]).detach(), max_rows)
     n = len(union)
     upper = torch.triu_indices(n, n, offset=1, device=union.device)
     squares = squared_distances(union, union)[upper[0], upper[1]]
     return math.sqrt(float(squares.median()))
 
 
-def diagonal_share(x: Tensor, *, sigma: float) -> float:
+def diagonal_share(x: Tensor, *, sigma: float, max_rows: int = 2_048) -> float:
     """Share of a set's kernel mass that is each row with itself.
 
     sum_i k(x_i, x_i) / sum_ij k(x_i, x_j). Near 1/n the kernel sees the whole set; near 1 the
@@ -107,11 +105,24 @@ def diagonal_share(x: Tensor, *, sigma: float) -> float:
     Args:
         x: (n, d), float.
         sigma: bandwidth, > 0.
+        max_rows: of larger sets the kernel between distinct rows is guessed from so many rows,
+            evenly spaced.
 
     Returns:
         In [1/n, 1].
     """
-    return math.exp(-float(log_mean_kernel(x.detach(), x.detach(), sigma=sigma))) / len(x)
+    some = _thinned(x.detach(), max_rows)
+    mass = len(some) * math.exp(float(log_mean_kernel(some, some, sigma=sigma)))  # of a row
+    if len(some) == len(x):
+        return 1 / mass
+    return 1 / (1 + max(0.0, mass - 1) * (len(x) - 1) / (len(some) - 1))
+
+
+def _thinned(x: Tensor, max_rows: int) -> Tensor:
+    """So many rows at most, evenly spaced."""
+    if len(x) <= max_rows:
+        return x
+    return x[torch.linspace(0, len(x) - 1, max_rows, device=x.device).long()]
 
 
 def check_sets(x: Tensor, y: Tensor) -> None:

@@ -5,7 +5,12 @@ from typing import Protocol
 from torch import Tensor
 
 from csalign.enums import PairwiseName
-from csalign.objective.infonce import check_smoothing, infonce, multi_positive_infonce
+from csalign.objective.infonce import (
+    Negatives,
+    check_smoothing,
+    infonce,
+    multi_positive_infonce,
+)
 from csalign.objective.sigmoid import SigmoidDivisor, sigmoid_loss
 
 
@@ -13,7 +18,8 @@ class PairwiseLoss(Protocol):
     """A loss on matched unit rows.
 
     x is (n, d), y (m, d); owner is (m,), int64, the row of x that each row of y belongs to, or
-    None where m = n and row i belongs to row i. Returns a () tensor.
+    None where m = n and row i belongs to row i; negatives are further unit rows of either side.
+    Returns a () tensor.
     """
 
     def __call__(
@@ -24,8 +30,9 @@ class PairwiseLoss(Protocol):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float = 0.0,
         owner: Tensor | None = None,
+        negatives: Negatives = (None, None),
     ) -> Tensor:
-        """The loss; logit_bias is read by the sigmoid loss alone."""
+        """The loss; logit_bias is read by the sigmoid loss alone, negatives by InfoNCE alone."""
 
 
 def pairwise_loss(
@@ -58,6 +65,7 @@ def pairwise_loss(
         logit_scale: Tensor | float,
         logit_bias: Tensor | float = 0.0,
         owner: Tensor | None = None,
+        negatives: Negatives = (None, None),
     ) -> Tensor:
         if name is PairwiseName.NONE:
             return x[:0].sum() + y[:0].sum()
@@ -71,9 +79,20 @@ def pairwise_loss(
                 divisor=sigmoid_divisor,
             )
         if owner is None:
-            return infonce(x, y, logit_scale=logit_scale, label_smoothing=label_smoothing)
+            return infonce(
+                x,
+                y,
+                logit_scale=logit_scale,
+                label_smoothing=label_smoothing,
+                negatives=negatives,
+            )
         return multi_positive_infonce(
-            x, y, owner, logit_scale=logit_scale, label_smoothing=label_smoothing
+            x,
+            y,
+            owner,
+            logit_scale=logit_scale,
+            label_smoothing=label_smoothing,
+            negatives=negatives,
         )
 
     return loss

@@ -2,12 +2,14 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
@@ -17,7 +19,6 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
-from csalign.objective.pairwise import pairwise_loss
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -28,6 +29,7 @@ from csalign.store.join import Pairs
 log = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
+SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
 NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
@@ -70,7 +72,6 @@ class BatchLoss(nn.Module):
         )
         is_none = config.divergence is DivergenceName.NONE
         self.weight = Weight.of(0.0 if is_none else config.cs_weight)
-        self._pairwise = pairwise_loss(config.pairwise, label_smoothing=config.label_smoothing)
         scale = torch.tensor(math.log(config.logit_scale), device=device)
         self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
         is_sigmoid = config.pairwise is PairwiseName.SIGMOID
@@ -112,6 +113,8 @@ class BatchLoss(nn.Module):
         if batch.others is not None and (batch.others >= 0).sum() > 1:
             have = np.flatnonzero(batch.others >= 0)
             other = self._captions(batch.others[have])
+        lone_x, lone_y = (self._draw_unpaired(side, rng) for side in Modality)
+        negatives = self._negatives(lone_x), self._negatives(lone_y)
         parts = self._objective()(
             x,
             y,
@@ -119,19 +122,24 @@ class BatchLoss(nn.Module):
             logit_bias=self.logit_bias,
             sigma=self._bandwidth(x, y, step),
             owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
-            x_extra=self._extra_images(rng),
-            y_extra=self._extra_texts(batch, other, rng),
+            x_extra=lone_x,
+            y_extra=self._extra_texts(batch, lone_y, other),
+            negatives=negatives,
             tokens=tokens,
         )
         if other is None:
             return parts
         own = x[torch.from_numpy(have).to(self._device)]
-        extra = self._pairwise(
-            normalize(own, dim=1),
-            normalize(other, dim=1),
+        pairwise_alone = replace(self._objective(), weight=0.0, token_weight=0.0)
+        extra = pairwise_alone(
+            own,
+            other,
             logit_scale=self.log_scale.exp(),
             logit_bias=self.logit_bias,
-        )
+            x_extra=lone_x,
+            y_extra=lone_y,
+            negatives=negatives,
+        ).pairwise
         total = parts.total + self._config.other_captions * extra
         return parts._replace(total=total, others=extra)
 
@@ -142,14 +150,25 @@ class BatchLoss(nn.Module):
             weight=self.weight.value,
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
+            precision=self._config.precision,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
         return to_tensor(values[rows], self._device)
 
     def _embed(self, side: Modality, rows: Tensor) -> Tensor:
-        embedded: Tensor = self._adapter[0].side(side)(rows, self._config.noise)
-        return embedded
+        """Embedded rows; of many, only the embeddings are kept until the backward pass.
+
+        Then each sub-batch goes through the adapter again, with the same noise and dropout, so
+        that memory does not grow with what an adapter keeps of a row.
+        """
+        adapter, noise = self._adapter[0].side(side), self._config.noise
+        most = self._config.sub_batch or SUB_BATCH
+        if len(rows) <= most:
+            embedded: Tensor = adapter(rows, noise)
+            return embedded
+        parts = torch.split(rows, most)
+        return torch.cat([checkpoint(adapter, part, noise, use_reentrant=False) for part in parts])
 
     def _captions(self, rows: Ints) -> Tensor:
         """Embedded captions of the batch's images, beside those of the pairs."""
@@ -173,18 +192,23 @@ class BatchLoss(nn.Module):
         """Whether the distribution term has a use for rows beside the pairs."""
         return bool(self.weight.value) and not divergence(self._config.divergence).matched
 
-    def _extra_images(self, rng: np.random.Generator) -> Tensor | None:
-        rows = self._draw_unpaired(Modality.IMAGE, rng)
-        return None if rows is None else self._embed(Modality.IMAGE, rows)
+    @property
+    def _takes_negatives(self) -> bool:
+        """Whether the pairwise term has a use for rows beside the pairs."""
+        is_infonce = self._config.pairwise is PairwiseName.INFONCE
+        return self._config.unpaired_negatives and is_infonce
+
+    def _negatives(self, lone: Tensor | None) -> int:
+        """How many of some unpaired rows InfoNCE is to tell from the pairs."""
+        return 0 if lone is None or not self._takes_negatives else len(lone)
 
     def _extra_texts(
-        self, batch: Batch, other: Tensor | None, rng: np.random.Generator
+        self, batch: Batch, lone: Tensor | None, other: Tensor | None
     ) -> Tensor | None:
         """Embedded unpaired texts, and the captions that the pairs leave out."""
-        parts = [other] if other is not None and self._takes_captions else []
-        rows = self._draw_unpaired(Modality.TEXT, rng)
-        if rows is not None:
-            parts.append(self._embed(Modality.TEXT, rows))
+        parts = [] if lone is None else [lone]
+        if other is not None and self._takes_captions:
+            parts.append(other)
         if self._takes_captions and len(batch.further):
             parts.append(self._captions(batch.further))
         return torch.cat(parts) if parts else None
@@ -194,13 +218,14 @@ class BatchLoss(nn.Module):
         return self._takes_extra and self._config.cs_captions == "all"
 
     def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
-        if not self._takes_extra:
+        """Some unpaired rows, embedded; None where there are none, or no term would see them."""
+        if not (self._takes_extra or self._takes_negatives):
             return None
         if self._adapter[0].side(side).embeds_with_tokens:
             return None  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
-        return None if rows is None else to_tensor(rows, self._device)
+        return None if rows is None else self._embed(side, to_tensor(rows, self._device))
 
     @property
     def _has_bandwidth(self) -> bool:

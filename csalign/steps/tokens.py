@@ -49,6 +49,11 @@ def token_widths(features: FeatureSet, config: TrainConfig) -> dict[Modality, in
             f"tokens: no side embeds with them, being {' and '.join(sorted(set(kinds.values())))}; "
             "give one the kind transformer, or add a token term by --token-weight"
         )
+    if config.sub_batch is not None:
+        raise ConfigError(
+            "sub-batch: rows with tokens go through an adapter all at once; leave it out, or use a "
+            "smaller --batch-size"
+        )
     if mixing:
         _refuse_mixtures(config, kinds[mixing[0]])
     widths = {}

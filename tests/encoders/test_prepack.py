@@ -321,14 +321,14 @@ def test_without_the_operators_nothing_is_packed(
 def test_operators_that_fail_pack_nothing(
     clip: Any, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = prepack_module._multiply
+    real = prepack_module.multiply
 
     def multiply(*args: Any) -> torch.Tensor:
         if broken == "raises":
             raise RuntimeError("could not create a primitive")
         return real(*args) * 1.001
 
-    monkeypatch.setattr(prepack_module, "_multiply", multiply)
+    monkeypatch.setattr(prepack_module, "multiply", multiply)
     prepack_module._is_faster.cache_clear()
 
     assert_untouched(clip)

@@ -232,3 +232,11 @@ def test_log_mean_kernel_of_a_point_far_away_is_its_exponent() -> None:
     value = log_mean_kernel(torch.zeros(1, 1), torch.full((1, 1), 100.0), sigma=1.0)
 
     assert float(value) == -5_000
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])
+def test_the_diagonals_share_of_a_large_set_is_guessed_from_some_rows(sigma: float) -> None:
+    x = torch.nn.functional.normalize(rows(1_200, 16, 0), dim=1)
+    exact = diagonal_share(x, sigma=sigma)
+
+    assert diagonal_share(x, sigma=sigma, max_rows=300) == pytest.approx(exact, rel=0.1)

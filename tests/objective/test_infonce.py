@@ -121,6 +121,22 @@ def test_one_positive_each_is_plain_infonce(dtype: torch.dtype) -> None:
     assert float(found) == pytest.approx(float(infonce(x, y, logit_scale=14.0)), abs=1e-6)
 
 
+def test_negatives_are_told_apart_as_unpaired_rows_of_a_larger_table() -> None:
+    x, y, more_x, more_y = unit(3, 6, 0), unit(3, 6, 1), unit(2, 6, 2), unit(4, 6, 3)
+    found = infonce(x, y, logit_scale=5.0, negatives=(more_x, more_y))
+
+    table = 5 * torch.cat([x, more_x]) @ torch.cat([y, more_y]).T
+    forth = [table[i, i] - table[i].logsumexp(0) for i in range(3)]
+    back = [table[i, i] - table[:, i].logsumexp(0) for i in range(3)]
+    expected = -float(sum(forth) + sum(back)) / 6
+    assert float(found) == pytest.approx(expected, abs=1e-9)
+    assert found > infonce(x, y, logit_scale=5.0)
+    several = multi_positive_infonce(
+        x, y, torch.arange(3), logit_scale=5.0, negatives=(more_x, more_y)
+    )
+    assert float(several) == pytest.approx(expected, abs=1e-9)
+
+
 def test_order_of_texts_does_not_matter() -> None:
     x, y, owner = unit(4, 8, 0), unit(9, 8, 1), torch.tensor([0, 0, 1, 2, 2, 2, 3, 3, 0])
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from csalign.errors import ShapeError
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.divergences import divergence
 from csalign.objective.infonce import infonce, multi_positive_infonce
+from csalign.objective.kernel import Sigma
 from csalign.objective.loss import Objective, TokenBatch
 from csalign.objective.pairwise import pairwise_loss
 from csalign.objective.sigmoid import sigmoid_loss
@@ -55,6 +56,53 @@ def test_total_is_the_pairwise_term_plus_the_weighted_divergence() -> None:
     assert torch.equal(parts.pairwise, infonce(unit(x), unit(y), logit_scale=7.0))
     assert torch.equal(parts.divergence, apart)
     assert torch.equal(parts.total, parts.pairwise + 0.25 * apart)
+
+
+@pytest.mark.parametrize("name", [DivergenceName.CS, DivergenceName.MMD])
+@pytest.mark.parametrize("pairwise", PairwiseName)
+@pytest.mark.parametrize("sigma", [0.5, (0.3, 0.8)])
+def test_large_batches_give_the_numbers_of_the_plain_formulas(
+    pairwise: PairwiseName, name: DivergenceName, sigma: Sigma
+) -> None:
+    inputs = [rows(n, 8, n).double() for n in (300, 300, 30, 70)]
+    inputs[1] = rows(300, 8, 9).double()
+    scale = torch.tensor(7.0, dtype=torch.float64)
+
+    def plain(x: Tensor, y: Tensor, x_extra: Tensor, y_extra: Tensor, scale: Tensor) -> Tensor:
+        units = unit(x), unit(y)
+        value = pairwise_loss(pairwise)(*units, logit_scale=scale)
+        sets = unit(torch.cat([x, x_extra])), unit(torch.cat([y, y_extra]))
+        return value + 0.3 * divergence(name)(*sets, sigma=sigma)
+
+    def tiled(x: Tensor, y: Tensor, x_extra: Tensor, y_extra: Tensor, scale: Tensor) -> Tensor:
+        objective = Objective(pairwise, name, weight=0.3)
+        return objective(
+            x, y, logit_scale=scale, sigma=sigma, x_extra=x_extra, y_extra=y_extra
+        ).total
+
+    results = []
+    for total in (plain, tiled):
+        leaves = [leaf.clone().requires_grad_() for leaf in (*inputs, scale)]
+        value = total(*leaves)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        results.append((value.detach(), *gradients))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_large_batches_of_weight_zero_are_infonce_alone_bit_for_bit() -> None:
+    x, y, extra = rows(300, 8, 0), rows(300, 8, 1), rows(500, 8, 2)
+    alone = Objective()(x, y, logit_scale=7.0)
+    beside = Objective(weight=0.3)(x, y, logit_scale=7.0, sigma=0.5, y_extra=extra)
+
+    assert torch.equal(alone.total, alone.pairwise)
+    assert torch.equal(alone.pairwise, beside.pairwise)
+    assert float(alone.total) == pytest.approx(float(infonce(unit(x), unit(y), logit_scale=7.0)))
+
+
+def test_large_sides_of_unlike_size_are_no_pairs() -> None:
+    with pytest.raises(ShapeError, match="matched rows are needed"):
+        Objective()(rows(300, 8, 0), rows(301, 8, 1), logit_scale=7.0)
 
 
 @pytest.mark.parametrize("pairwise", PairwiseName)

@@ -434,7 +434,7 @@ def test_an_adapter_of_ones_own_is_imported_only_where_it_is_named(
     assert document["retrieval"]["mean_recall"] > 0
 
 
-def test_unpaired_rows_reach_the_divergence_and_nothing_else(
+def test_unpaired_rows_reach_the_divergence_and_are_negatives(
     features: Path, arrays: tuple[Path, Path], tmp_path: Path
 ) -> None:
     import_arrays(ImportConfig(images=arrays[0], out=tmp_path / "images"))
@@ -442,13 +442,15 @@ def test_unpaired_rows_reach_the_divergence_and_nothing_else(
     further: dict[str, Any] = {"unpaired": f"{tmp_path / 'images'}, {tmp_path / 'texts'}"}
     further["match_moments"] = False
     run(features, tmp_path / "alone", cs_weight=1.0)
+    run(features, tmp_path / "negatives", cs_weight=1.0, **further)
+    further["unpaired_negatives"] = False
     run(features, tmp_path / "more", cs_weight=1.0, **further)
     run(features, tmp_path / "none", cs_weight=0.0)
     run(features, tmp_path / "none more", cs_weight=0.0, **further)
 
-    first = [lines(tmp_path / name)[1] for name in ("alone", "more", "none", "none more")]
-    assert first[0]["pairwise"] == first[1]["pairwise"]
-    assert first[0]["divergence"] != first[1]["divergence"]
+    alone, more, negatives = (lines(tmp_path / name)[1] for name in ("alone", "more", "negatives"))
+    assert alone["pairwise"] == more["pairwise"] < negatives["pairwise"]
+    assert alone["divergence"] != more["divergence"] == negatives["divergence"]
     weights = [
         (tmp_path / name / "adapter.safetensors").read_bytes() for name in ("none", "none more")
     ]

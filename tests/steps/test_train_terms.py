@@ -185,3 +185,37 @@ def test_terms_that_do_not_go_together_are_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         run(features, tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_sub_batches_give_what_the_whole_batch_gives(features: Path, tmp_path: Path) -> None:
+    settings = {"noise": 0.0, "dropout": 0.0}
+    run(features, tmp_path / "whole", **settings)
+    run(features, tmp_path / "cut", sub_batch=20, **settings)
+
+    for one, other in zip(steps(tmp_path / "whole"), steps(tmp_path / "cut"), strict=True):
+        for name in ("loss", "pairwise", "divergence", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+
+
+def test_sub_batches_go_through_again_with_the_same_noise_and_dropout(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(features, tmp_path / "twice", sub_batch=20)
+    monkeypatch.setattr(
+        "csalign.steps.batch_loss.checkpoint",
+        lambda adapter, rows, noise, use_reentrant: adapter(rows, noise),
+    )
+    run(features, tmp_path / "kept", sub_batch=20)
+
+    for one, other in zip(steps(tmp_path / "twice"), steps(tmp_path / "kept"), strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_large_batches_with_rounded_products_train(features: Path, tmp_path: Path) -> None:
+    settings = {"batch_size": 300, "learn_scale": True, "train_split": "train,test"}
+    run(features, tmp_path / "exact", **settings)
+    run(features, tmp_path / "rounded", precision="bfloat16", **settings)
+
+    for one, other in zip(steps(tmp_path / "exact"), steps(tmp_path / "rounded"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)

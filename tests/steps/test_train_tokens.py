@@ -423,9 +423,9 @@ def test_tokens_are_aligned_only_where_that_makes_sense(
             {"token_widths": (12, 5)},
             {"token_weight": 1.0},
             ShapeError,
-            "mlp: takes tokens as wide as the embeddings, but tokens are 5 wide",
+            "glu: takes tokens as wide as the embeddings, but tokens are 5 wide",
         ),
-        ({}, {"tokens": True}, ConfigError, "no side embeds with them, being mlp; give one"),
+        ({}, {"tokens": True}, ConfigError, "no side embeds with them, being glu; give one"),
         (
             {},
             {"adapter": "transformer", "tokens": True, "mixing": 1.0},
@@ -437,6 +437,12 @@ def test_tokens_are_aligned_only_where_that_makes_sense(
             {"text_adapter": "transformer", "token_weight": 1.0, "unpaired": "some"},
             ConfigError,
             "unpaired: rows of other sets go without tokens",
+        ),
+        (
+            {},
+            {"token_weight": 1.0, "sub_batch": 8},
+            ConfigError,
+            "sub-batch: rows with tokens go through an adapter all at once",
         ),
     ],
 )

@@ -30,6 +30,7 @@ from csalign.store.reader import FeatureSet
 # An MLP as a CLIP recipe would train it: random start, a caption drawn anew each epoch, a learned
 # scale. The learning rate was chosen on validation among 5e-4, 1e-3 and 2e-3.
 INFONCE: dict[str, Any] = {
+    "adapter": "mlp",
     "init": "random",
     "learn_scale": True,
     "noise": 0.0,
