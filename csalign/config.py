@@ -422,6 +422,13 @@ class TrainConfig(OutputConfig):
         description="MiB of tokens to keep in memory; a set that needs more is read block by "
         "block, and shuffled within some blocks at a time.",
     )
+    memory: int | None = Field(
+        None,
+        ge=0,
+        description="MiB of embeddings to keep in memory (default: half of what is free); a set "
+        "that needs more is read from a temporary file in TMPDIR, or beside the run where that is "
+        "not set. The result is the same.",
+    )
     steps: int | None = Field(
         None,
         ge=0,
