@@ -396,7 +396,7 @@ class TrainConfig(OutputConfig):
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
     unpaired_negatives: bool = Field(
-        True, description="Let InfoNCE tell its pairs from the unpaired rows too."
+        False, description="Let InfoNCE tell its pairs from the unpaired rows too."
     )
     match_moments: bool = Field(
         True,
