@@ -294,7 +294,14 @@ class ImportConfig(OutputConfig):
 class TrainConfig(OutputConfig):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-    out: RunFolder = Field(description="Folder to make.")
+    out: RunFolder = Field(
+        description="Folder to make; a rerun with the same options goes on with what was stopped."
+    )
+    overwrite: bool = Field(
+        False,
+        description="Replace the folder if it exists, only after success; and start anew where a "
+        "run with other options was stopped.",
+    )
     features: Location = Field(description="Feature set to train on.")
     train_split: str = Field(
         "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
@@ -375,6 +382,11 @@ class TrainConfig(OutputConfig):
         description="Kernel bandwidth (sigma), a distance between unit rows, or several by comma; "
         "median is that of the batch's distances, refreshed; tied is 1/sqrt(logit scale).",
     )
+    divergence_estimator: Literal["exact", "rff"] = Field(
+        "exact",
+        description="The CS divergence of a step's rows by all their pairs, or of the last 16 "
+        "steps' rows by random Fourier features (rff).",
+    )
     unpaired: str | None = Field(
         None,
         description="Further feature sets, by comma, whose rows the distribution term sees too, as "
@@ -444,6 +456,11 @@ class TrainConfig(OutputConfig):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after so many validations without a better one.")
     validations: Count = Field(20, description="How often to validate, spread over the steps.")
+    save_every: Count | None = Field(
+        None,
+        description="Steps between the saves that a rerun goes on from (default: a minute; a "
+        "signal saves in any case).",
+    )
     log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
         None,
         description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "
@@ -579,7 +596,9 @@ class EvalConfig(Config):
         None, description="Also write a page with plots and queries, such as evaluation.html."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
+    )
 
 
 class DiagnoseConfig(Config):

@@ -25,6 +25,9 @@ LOCK = ".csalign-lock"
 JOB = ".csalign-job.json"
 """In a folder that is built bit by bit: what it is to become, so that only that continues it."""
 
+RESUME = "resume"
+"""In the folder of a run that is being trained: what a rerun goes on from."""
+
 ARTIFACT_ENTRIES = {
     *ARTIFACT_MARKS,
     "adapter.safetensors",
@@ -46,10 +49,11 @@ ARTIFACT_ENTRIES = {
     "texts.npy",
     "wandb",
     JOB,
+    RESUME,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
 
-
+_JOBS = {"csalign-job": "extraction", "csalign-training": "training run"}
 _FULL = "free some space, or choose another --out"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
@@ -258,7 +262,7 @@ def _names(folder: Path) -> set[str]:
 
 
 @contextmanager
-def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path) -> Iterator[Path]:
     """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
 
     What stood at `out` stays untouched until then. What a dead process left at ``OUT.partial`` is
@@ -266,14 +270,13 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
 
     Args:
         out: final folder.
-        keep_on_failure: leave ``OUT.partial`` in place when the block raises, since it holds
-            something that the user can use; otherwise it is removed.
 
     Yields:
         The folder to write into: fresh, and local.
 
     Raises:
-        OutputError: another process is building the same output.
+        OutputError: another process is building the same output, or ``OUT.partial`` holds what can
+            be gone on with.
     """
     if is_remote(out):
         with writing(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
@@ -288,22 +291,41 @@ def staged_folder(out: Path, *, keep_on_failure: bool = False) -> Iterator[Path]
             (partial / LOCK).unlink()
             publish(partial, out)
         except BaseException:
-            if not keep_on_failure:
-                remove_folder(partial)
+            remove_folder(partial)
             raise
 
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
     """Make an empty folder that no other process builds in."""
-    if (partial / JOB).exists():
-        raise OutputError(
-            f"{partial}: holds an unfinished extraction; finish it, remove it, or choose another "
-            "--out"
-        )
+    refuse_other_work(partial)
     with locked_folder(partial):
         empty_folder(partial)
         yield
+
+
+def refuse_other_work(folder: Path, own: str | None = None) -> None:
+    """Refuse a folder that holds unfinished work which the caller cannot go on with.
+
+    Args:
+        folder: ``OUT.partial``.
+        own: format of the jobs that the caller can go on with.
+
+    Raises:
+        OutputError: the job there is another.
+    """
+    path = folder / JOB
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_bytes())["format"]
+    except (ValueError, KeyError, TypeError):
+        found = own  # who goes on with it says what is damaged
+    if own is None or found != own:
+        raise OutputError(
+            f"{folder}: holds an unfinished {_JOBS.get(found, 'job')}; finish it, remove it, or "
+            "choose another --out"
+        )
 
 
 @contextmanager

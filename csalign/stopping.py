@@ -4,14 +4,19 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from csalign.errors import Stopped
 
 _AGAIN_S = 0.1
+_PATIENCE_S = 10.0  # batch systems kill half a minute after they asked
 
 _arrived: list[int] = []
+_waiting: list[threading.Timer] = []
+_may_wait = False
 
 
 def catch_signals() -> None:
@@ -35,8 +40,35 @@ def check() -> None:
         raise Stopped(_arrived[0])
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let a signal wait for the end of what must not be left half done.
+
+    It waits for ten seconds at most, and for no second signal.
+
+    Raises:
+        Stopped: after the block, if a signal arrived in it.
+    """
+    global _may_wait
+    before = len(_arrived)
+    _may_wait = True
+    try:
+        yield
+    finally:
+        _may_wait = False
+        while _waiting:
+            _waiting.pop().cancel()
+    if len(_arrived) > before:
+        raise Stopped(_arrived[-1])
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
+    global _may_wait
     _arrived.append(signum)
+    if _may_wait:
+        _may_wait = False
+        _waiting.append(_send_again(signum, _PATIENCE_S))
+        return
     raise Stopped(signum)
 
 
@@ -44,6 +76,11 @@ def _dropped(unraisable: Any) -> None:
     if not isinstance(unraisable.exc_value, Stopped):
         sys.__unraisablehook__(unraisable)
         return
-    again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), _arrived[0]))
-    again.daemon = True
-    again.start()
+    _send_again(_arrived[0], _AGAIN_S)
+
+
+def _send_again(signum: int, seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signum))
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -26,14 +26,11 @@ def test_a_folder_appears_whole_and_without_traces(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_failure_leaves_the_old_folder_and_the_new_one_only_if_wanted(
-    tmp_path: Path, keep: bool
-) -> None:
+def test_a_failure_leaves_the_old_folder_and_nothing_of_the_new_one(tmp_path: Path) -> None:
     out = artifact(tmp_path / "out")
 
     def fail() -> None:
-        with staged_folder(out, keep_on_failure=keep) as folder:
+        with staged_folder(out) as folder:
             (folder / "half").write_text("content")
             raise RuntimeError
 
@@ -41,7 +38,7 @@ def test_a_failure_leaves_the_old_folder_and_the_new_one_only_if_wanted(
         fail()
 
     assert "old" in (out / "manifest.json").read_text()
-    assert (tmp_path / "out.partial" / "half").exists() is keep
+    assert not (tmp_path / "out.partial").exists()
     check_output(out, overwrite=True)
     with staged_folder(out) as folder:
         assert not (folder / "half").exists()

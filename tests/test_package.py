@@ -47,9 +47,14 @@ ONLY_DOORS = {
         "store/shard.py",
         "store/workspace.py",
     },
-    "safetensors": {"adapters/checkpoint.py", "sources/vectors/tensor_files.py"},
+    "safetensors": {
+        "adapters/checkpoint.py",
+        "sources/vectors/tensor_files.py",
+        "steps/state.py",
+    },
     "timm": {"encoders/timm_images.py"},
     "transformers": {"encoders/hf_texts.py"},
+    "umap": {"steps/report.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }
 

@@ -155,13 +155,21 @@ def _retrieval_and_gap(document: dict[str, Any]) -> None:
     gap = document["gap"]
     whole = intervals.get("mean_recall")
     flat = [("mean recall", _percent(retrieval["mean_recall"]) + _beside(whole, scale=100))]
+    errors = gap.get("standard_errors", {})
     for name, value in gap.items():
         label = name.replace("_", " ")
+        if name == "standard_errors":
+            continue
         if isinstance(value, dict):
             plain = {part: number for part, number in value.items() if not isinstance(number, list)}
-            flat += [(f"{label}, {part}", f"{number:.4f}") for part, number in plain.items()]
+            around = errors.get(name, {})
+            flat += [
+                (f"{label}, {part}", f"{number:.4f}" + _give_or_take(around.get(part)))
+                for part, number in plain.items()
+            ]
         else:
-            flat.append((label, f"{value:.4f}" + _beside(intervals.get(name), digits=4)))
+            beside = _give_or_take(errors.get(name)) + _beside(intervals.get(name), digits=4)
+            flat.append((label, f"{value:.4f}" + beside))
     _print_rows("modality gap", flat)
     hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
     _print_rows("hubness, skewness of the 10-occurrence", hubs)
@@ -323,6 +331,11 @@ def _leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _give_or_take(error: float | None) -> str:
+    """A standard error to stand behind its figure; nothing where the figure is exact."""
+    return "" if error is None else f" ± {error:.2g}"
 
 
 def _beside(interval: list[float] | None, *, scale: float = 1, digits: int = 2) -> str:

@@ -98,6 +98,12 @@ EXPLANATIONS = {
     "gap.alignment": Explanation("mean |x - y|^2 over matched pairs", _WANG),
     "gap.uniformity.cross": Explanation("log mean exp(-2 |x_i - y_j|^2) over all i, j", _WANG),
     "gap.uniformity.*": Explanation("log mean exp(-2 |x_i - x_j|^2) over i < j", _WANG),
+    "gap.standard_errors.*": Explanation(
+        "of a mean kernel over more than 5,000 rows a side: all rows meet landmarks, a low-rank "
+        "kernel's mean is corrected by the mean of what it leaves, and the spread of the estimates "
+        "with a block of landmarks left out tells the error",
+        "Williams and Seeger 2001; Tukey 1958",
+    ),
     "gap.effective_rank.*": Explanation(
         "exp of the entropy of the centred rows' singular values over their sum",
         "Roy and Vetterli 2007",

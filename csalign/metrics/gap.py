@@ -1,10 +1,12 @@
 """The modality gap: how far two sets of unit embeddings lie apart, each figure by its source.
 
 x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64. Sums over rows go through the sets in chunks; figures of all pairs of rows take at most
-`MAX_ROWS` a side.
+in float64. Sums over rows go through the sets in chunks. Where a side has more than `MAX_ROWS`, the
+mean kernels over all pairs of rows are estimated from all rows, by landmarks (in float32) and with
+standard errors, and the linear classifier sees `MAX_ROWS` a side.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
 from csalign.objective.divergence import cs_divergence, mmd
 from csalign.objective.kernel import squared_distances
 
@@ -23,10 +26,15 @@ Ints = npt.NDArray[np.int64]
 MAX_ROWS = 5_000  # 5,000 x 5,000 float64 is 200 MB
 CHUNK_ROWS = 65_536
 SPECTRUM = 64
+UNIFORMITY_SIGMA = 0.5  # exp(-2 |x - y|^2) is the Gaussian kernel of this bandwidth
+
+log = logging.getLogger(__name__)
 
 
 def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) -> dict[str, Any]:
     """All figures of the gap, as ``csalign eval --json`` prints them under "gap".
+
+    "standard_errors" is there where a figure is an estimate, nested as the figures are.
 
     Args:
         x: (n, d), unit image embeddings.
@@ -43,21 +51,68 @@ def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) 
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
     spread_x, spread_y = _covariance_root(images), _covariance_root(texts)
+    kernels, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),
-        "cs_divergence": float(cs_divergence(few_x, few_y, sigma=sigma)),
-        "mmd": float(mmd(few_x, few_y, sigma=sigma)),
+        "cs_divergence": kernels["cs_divergence"],
+        "mmd": kernels["mmd"],
         "frechet": _frechet(centroid_distance(images, texts), spread_x, spread_y),
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
         "alignment": alignment(images, texts, pairs),
-        "uniformity": {
-            "image": uniformity(few_x),
-            "text": uniformity(few_y),
-            "cross": cross_uniformity(few_x, few_y),
-        },
+        "uniformity": kernels["uniformity"],
         "effective_rank": {"image": _effective_rank(spread_x), "text": _effective_rank(spread_y)},
         "spectrum": {"image": _spectrum(spread_x), "text": _spectrum(spread_y)},
+        **({"standard_errors": errors} if errors else {}),
+    }
+
+
+def _kernel_figures(
+    x: Tensor, y: Tensor, few: tuple[Tensor, Tensor], sigma: float, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures that are mean kernels, and their standard errors, {} where there are none."""
+    if max(len(x), len(y)) > MAX_ROWS:
+        found = _estimated_figures(x, y, sigma, seed)
+        flat = [found["cs_divergence"], found["mmd"], *found["uniformity"].values()]
+        if all(math.isfinite(estimate.error) for estimate in flat):
+            return _each(found, 0), _each(found, 1)
+        log.warning(
+            "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
+            "divergence, MMD and uniformity are those of %d rows a side, drawn by the seed",
+            sigma,
+            MAX_ROWS,
+        )
+    figures = {
+        "cs_divergence": float(cs_divergence(*few, sigma=sigma)),
+        "mmd": float(mmd(*few, sigma=sigma)),
+        "uniformity": {
+            "image": uniformity(few[0]),
+            "text": uniformity(few[1]),
+            "cross": cross_uniformity(*few),
+        },
+    }
+    return figures, {}
+
+
+def _estimated_figures(x: Tensor, y: Tensor, sigma: float, seed: int) -> dict[str, Any]:
+    sums = KernelSums(Landmarks.draw(x, y, seed=seed), {sigma, UNIFORMITY_SIGMA})
+    sums.add(0, x)
+    sums.add(1, y)
+    means, at_uniformity = sums.means(sigma), sums.means(UNIFORMITY_SIGMA)
+    image, text = at_uniformity.uniformity()
+    cross = at_uniformity.cross_uniformity()
+    return {
+        "cs_divergence": means.cs_divergence(),
+        "mmd": means.mmd(),
+        "uniformity": {"image": image, "text": text, "cross": cross},
+    }
+
+
+def _each(found: dict[str, Any], part: int) -> dict[str, Any]:
+    """The values (0) or the errors (1) of nested estimates."""
+    return {
+        name: entry[part] if isinstance(entry, Estimate) else _each(entry, part)
+        for name, entry in found.items()
     }
 
 

@@ -1,6 +1,7 @@
 """The objective: pairwise term + lambda * distribution term + mu * token term."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,8 @@ class Objective:
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of matrix products, where terms are computed in tiles.
+        estimator: computes the distribution term of (x, y, sigma=) in place of `divergence`,
+            whose name it goes by.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -80,6 +83,7 @@ class Objective:
     token_weight: float = 0.0
     label_smoothing: float = 0.0
     precision: Precision = Precision.FLOAT32
+    estimator: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -171,7 +175,7 @@ class Objective:
             owner: as in a call.
         """
         of_means = divergence(self.divergence).of_means if self.weight else None
-        if max(map(len, sets)) < LEAST_TILED:
+        if self.estimator is not None or max(map(len, sets)) < LEAST_TILED:
             of_means = None
         is_infonce = self.pairwise is PairwiseName.INFONCE and owner is None
         has_pairs = is_infonce and min(pairs) >= LEAST_TILED
@@ -202,7 +206,7 @@ class Objective:
     ) -> Tensor:
         measure = divergence(self.divergence)
         if not measure.matched:
-            return measure(*sets, sigma=sigma)
+            return (self.estimator or measure)(*sets, sigma=sigma)
         x, y = pairs
         if owner is not None:
             check_owner(x, y, owner)

@@ -19,6 +19,7 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernel import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.objective.mixing import mix_pairs
+from csalign.objective.running import RunningDivergence
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
@@ -81,6 +82,9 @@ class BatchLoss(nn.Module):
         if self._has_bandwidth and not isinstance(config.bandwidth, str):
             self.sigma = config.bandwidth
         self._warned = False
+        self._estimator = (
+            RunningDivergence(seed=config.seed) if config.divergence_estimator == "rff" else None
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -92,6 +96,21 @@ class BatchLoss(nn.Module):
         if self._config.learn_scale:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def position(self) -> dict[str, Any]:
+        """What changes with the steps beside the parameters: plain values, and tensors."""
+        tokens = None if self._tokens is None else self._tokens.rng.bit_generator.state
+        past = None if self._estimator is None else self._estimator.state()
+        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens, "past": past}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on from what `position` said."""
+        self.weight = replace(self.weight, value=position["weight"])
+        self.sigma = as_sigma(position["sigma"])
+        if self._tokens is not None:
+            self._tokens.rng.bit_generator.state = position["tokens"]
+        if self._estimator is not None:
+            self._estimator.go_to(position["past"], self._device)
 
     def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
         """The objective of a batch.
@@ -151,6 +170,7 @@ class BatchLoss(nn.Module):
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
             precision=self._config.precision,
+            estimator=self._estimator,
         )
 
     def _take(self, values: Any, rows: Any) -> Tensor:
@@ -264,3 +284,8 @@ class BatchLoss(nn.Module):
 
 
 _KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+
+
+def as_sigma(value: Any) -> Sigma | None:
+    """A bandwidth that was JSON in between."""
+    return tuple(value) if isinstance(value, list) else value

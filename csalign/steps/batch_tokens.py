@@ -34,6 +34,9 @@ class BatchTokens:
         stored: their tokens.
         config: how many of them.
         device: where to compute.
+
+    Attributes:
+        rng: draws pairs and tokens.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class BatchTokens:
         self._config = config
         self._device = device
         # Of its own, so that pairs and noise of the other terms stay what they are without tokens.
-        self._rng = np.random.default_rng([config.seed, 3])
+        self.rng = np.random.default_rng([config.seed, 3])
 
     def forward(
         self, batch: Batch, images: Tensor, texts: Tensor
@@ -110,7 +113,7 @@ class BatchTokens:
         most = self._config.token_pairs
         if count <= most:
             return np.arange(count)
-        return np.sort(self._rng.choice(count, most, replace=False))
+        return np.sort(self.rng.choice(count, most, replace=False))
 
     def _read(self, rows: Mapping[Modality, Ints]) -> dict[Modality, _Tokens]:
         """Some tokens of each row (k, t, token_width), and where there are any (k, t)."""
@@ -118,7 +121,7 @@ class BatchTokens:
             Wanted(
                 self._sources[side],
                 self._rows.table_rows(side)[own],
-                self._rng.random((len(own), self._config.token_samples)),
+                self.rng.random((len(own), self._config.token_samples)),
             )
             for side, own in rows.items()
         ]

@@ -229,3 +229,41 @@ class PairSampler:
     def _first_of_each(self, texts: Ints) -> Ints:
         """Positions in `texts`, ascending, of the first text with each caption."""
         return np.sort(np.unique(self._keys[texts], return_index=True)[1])
+
+
+class Batches:
+    """The batches of epoch after epoch, without end.
+
+    Args:
+        sampler: gives epochs.
+        batch_size: see `PairSampler.epoch`.
+        seed: of all epochs.
+    """
+
+    def __init__(self, sampler: PairSampler, batch_size: int, seed: int) -> None:
+        self._sampler = sampler
+        self._batch_size = batch_size
+        self._rng = np.random.default_rng(seed)
+        self._begin_epoch()
+
+    def __next__(self) -> Batch:
+        while (batch := next(self._epoch, None)) is None:
+            self._begin_epoch()
+        self._drawn += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, as plain values: the generator at the epoch's start and batches since."""
+        return {"generator": self._at_epoch, "drawn": self._drawn}
+
+    def go_to(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` said."""
+        self._rng.bit_generator.state = state["generator"]
+        self._begin_epoch()
+        for _ in range(state["drawn"]):
+            next(self)
+
+    def _begin_epoch(self) -> None:
+        self._at_epoch = dict(self._rng.bit_generator.state)
+        self._epoch = self._sampler.epoch(self._batch_size, self._rng)
+        self._drawn = 0

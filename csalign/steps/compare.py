@@ -36,6 +36,7 @@ BASELINE = "baseline"
 NOT_PAIRED = "cannot tell (not paired)"
 
 Limits = tuple[FiniteFloat, FiniteFloat]
+_Parts = list[FiniteFloat] | dict[str, FiniteFloat]
 
 
 class _Fingerprints(BaseModel):
@@ -57,7 +58,7 @@ class _Document(BaseModel):
     split: str
     counts: dict[str, int]
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
-    gap: dict[str, FiniteFloat | dict[str, FiniteFloat | list[FiniteFloat]]]
+    gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
     protocol: _Protocol = _Protocol()
     fingerprints: _Fingerprints | None = None
     parameters: int | None = None

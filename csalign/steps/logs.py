@@ -1,6 +1,7 @@
 """Where the figures of a training run go besides ``metrics.jsonl``."""
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 
 from csalign.errors import ConfigError
 
+LINES = "metrics.jsonl"
 METRICS = "metrics.csv"
 EVENTS = "tensorboard"
 PROJECT = "csalign"
@@ -34,22 +36,26 @@ def check_logs(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_logs(
-    names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any]
+    names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any], step: int = 0
 ) -> Iterator[list[Log]]:
     """Open logs of a run, and close them after it.
+
+    Those of a run that goes on are continued: figures of steps that are made again replace the
+    old ones.
 
     Args:
         names: of csv, tensorboard and wandb.
         folder: of the run; what is local is written there.
         run: its name.
         config: what it was told, for wandb.
+        step: that the run goes on from.
 
     Raises:
         ConfigError: a library is not installed, or wandb does not let it in.
     """
     openers = {
-        "csv": lambda stack: _csv_log(stack, folder / METRICS),
-        "tensorboard": lambda stack: _tensorboard_log(stack, folder / EVENTS),
+        "csv": lambda stack: _csv_log(stack, folder / METRICS, folder / LINES),
+        "tensorboard": lambda stack: _tensorboard_log(stack, folder / EVENTS, step),
         "wandb": lambda stack: _wandb_log(stack, folder, run, config),
     }
     with ExitStack() as stack:
@@ -67,7 +73,8 @@ def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-def _csv_log(stack: ExitStack, path: Path) -> Log:
+def _csv_log(stack: ExitStack, path: Path, lines: Path) -> Log:
+    """A table, which begins with what `lines` holds already."""
     file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
     writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -76,11 +83,16 @@ def _csv_log(stack: ExitStack, path: Path) -> Log:
         writer.writerow({"step": step, **figures})
         file.flush()
 
+    if lines.is_file():
+        with lines.open(encoding="utf-8") as recorded:
+            for line in map(json.loads, recorded):
+                writer.writerow({"step": line["step"], **figures_of(line)})
     return log
 
 
-def _tensorboard_log(stack: ExitStack, folder: Path) -> Log:
-    writer = stack.enter_context(_tensorboard()(folder))
+def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> Log:
+    # Readers forget the later steps of a process that was killed.
+    writer = stack.enter_context(_tensorboard()(folder, purge_step=step + 1 if step else None))
 
     def log(step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -92,7 +104,9 @@ def _tensorboard_log(stack: ExitStack, folder: Path) -> Log:
 def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Mapping[str, Any]) -> Log:
     wandb = _wandb()
     try:
-        opened = wandb.init(project=PROJECT, name=run, dir=folder, config=dict(config))
+        opened = wandb.init(
+            project=PROJECT, name=run, dir=folder, config=dict(config), resume="auto"
+        )
     except wandb.Error as error:
         raise ConfigError(
             f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"

@@ -1,24 +1,24 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
+import json
 import logging
 import os
 import platform
-import shutil
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from csalign import __version__, files
-from csalign.adapters.checkpoint import AdapterInfo, save_adapter
+from csalign import __version__, files, stopping
+from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info, save_adapter
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
-from csalign.errors import DataError, Stopped, TrainingError
+from csalign.errors import DataError, SchemaError, Stopped, TrainingError
 from csalign.locations import parse_location
 from csalign.memory import available_bytes
 from csalign.progress import Progress, silent
@@ -30,7 +30,8 @@ from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
 from csalign.steps.report import Evaluated, write_report
-from csalign.steps.start import closed_form_start, random_start
+from csalign.steps.resume import State, Training, TrainingFolder, open_training
+from csalign.steps.start import closed_form_start, kinds_of, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.tokens import (
     StoredTokens,
@@ -48,12 +49,15 @@ from csalign.store.training import TrainingRows, load_training
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-CHECKPOINTS_KEPT = 3
+ENVIRONMENT = "environment.json"
+SaveWeights = Callable[[Path], None]
 
 
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
+
+    A run that was stopped or killed leaves ``OUT.partial``, and the same call goes on from there.
+    On the CPU the result has the bytes of a run in one go.
 
     Args:
         config: what to do.
@@ -63,11 +67,10 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         ConfigError: options that do not go together, or a log's library is not installed.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
             without a direction, no tokens where they are asked for.
-        OutputError: ``config.out`` exists and is not to be replaced, or the page cannot be written
-            where it is wanted.
+        OutputError: ``config.out`` exists and is not to be replaced, a run with other options was
+            stopped there, or the page cannot be written where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
-    began = time.monotonic()
     if config.report is not None:
         check_page(config.report)
     check_logs(config.log_to or ())
@@ -79,30 +82,43 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     room = room_for(config)
     rows, val = load_split_rows(features, train_split, config, room)
     tokens = open_tokens(features, widths, rows, config)
-    sampler, adapter, start = start_of(rows, val, config, tokens)
-    log.info("start: %s", start)
     unpaired = gather_unpaired(rows, further_sets(config), train_split, room)
-    warn_of_rows_without_tokens(adapter, unpaired)
-    with files.staged_folder(config.out, keep_on_failure=True) as folder:
-        files.write_text(folder / "config.toml", config.to_toml())
+    training = Training.of(config, features, further_sets(config))
+    with open_training(
+        config.out, training, restart=config.overwrite, every=config.save_every
+    ) as run:
+        folder = run.path
+        if run.state is None:
+            sampler, adapter, start = start_of(rows, val, config, tokens)
+            log.info("start: %s", start)
+        else:
+            sampler = sampler_of(rows, config, tokens)
+            adapter, start = _saved_adapter(run.state, config)
+        warn_of_rows_without_tokens(adapter, unpaired)
         environment = _environment(device, config)
-        files.write_json(folder / "environment.json", environment)
         trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
+        if run.state is not None:
+            _warn_of_changes(folder / ENVIRONMENT, environment)
+            _go_on(trainer, run.state)
+        files.write_text(folder / "config.toml", config.to_toml())
+        files.write_json(folder / ENVIRONMENT, environment)
 
         def save(where: Path) -> None:
             save_adapter(where, adapter, _info(trainer, features, train_split, start))
 
         told = config.model_dump(mode="json", exclude_none=True)
-        with open_logs(config.log_to or (), folder, config.out.name, told) as trainer.logs:
-            _run(trainer, folder / CHECKPOINTS, save, progress)
+        with open_logs(
+            config.log_to or (), folder, config.out.name, told, trainer.step
+        ) as trainer.logs:
+            _run(trainer, run, save, progress)
         scores = {"start": trainer.start_score, "kept": trainer.best_score}
         if config.match_moments and val is not None and trainer.best_score is not None:
             scores["matched"] = match_outputs(
                 adapter, rows, sampler, unpaired, val, trainer.best_score, config
             )
         save(folder)
-        seconds = round(time.monotonic() - began, 3)
-        files.write_json(folder / "environment.json", {**environment, "seconds": seconds})
+        seconds = round(run.seconds, 3)
+        files.write_json(folder / ENVIRONMENT, {**environment, "seconds": seconds})
     if config.report is not None:
         shown = None if val is None else _evaluated(adapter, features, val, config)
         write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
@@ -136,19 +152,24 @@ def start_of(
     tokens: StoredTokens | None = None,
 ) -> tuple[PairSampler, Adapter, str]:
     """What draws the pairs, the adapters at their start, and that start's name."""
+    sampler = sampler_of(rows, config, tokens)
+    widths = tokens.widths if tokens else {}
+    check_terms(config, len(sampler))
+    if config.init == "canonical":
+        return sampler, *closed_form_start(rows, sampler, val, config, widths)
+    return sampler, *random_start(rows, config, widths)
+
+
+def sampler_of(rows: Pairs, config: TrainConfig, tokens: StoredTokens | None = None) -> PairSampler:
+    """What draws the pairs."""
     order = tokens.order if tokens else uniform
-    sampler = PairSampler(
+    return PairSampler(
         rows,
         config.captions,
         other_weight=config.other_captions,
         once=config.caption_weights,
         order=order_of(rows) if order is uniform else order,
     )
-    widths = tokens.widths if tokens else {}
-    check_terms(config, len(sampler))
-    if config.init == "canonical":
-        return sampler, *closed_form_start(rows, sampler, val, config, widths)
-    return sampler, *random_start(rows, config, widths)
 
 
 def further_sets(config: TrainConfig) -> list[Path]:
@@ -201,29 +222,78 @@ def load_split_rows(
     return rows, val
 
 
-def _run(trainer: Trainer, folder: Path, save: Callable[[Path], None], progress: Progress) -> None:
-    """Train to the end, saving a checkpoint after each validation and when stopped."""
-    saved: list[Path] = []
+def _saved_adapter(state: State, config: TrainConfig) -> tuple[Adapter, str]:
+    """The adapters with the weights of a state, and the name of the start that they had."""
+    with torch.random.fork_rng(devices=[]):
+        kinds = set(kinds_of(config).values())
+        adapter, info = load_adapter_with_info(state.folder, allow=kinds)
+    return adapter, info.start
 
-    def checkpoint() -> None:
-        path = folder / f"step-{trainer.step:06d}"
-        if path not in saved:
-            path.mkdir(parents=True, exist_ok=True)
-            save(path)
-            saved.append(path)
-        if len(saved) > CHECKPOINTS_KEPT:
-            shutil.rmtree(saved.pop(0))
 
+def _go_on(trainer: Trainer, state: State) -> None:
     try:
-        for _ in trainer.fit(progress):
-            checkpoint()
+        trainer.go_to(state.trainer)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise SchemaError(
+            f"{state.folder}: is no state of this run ({error!r}); start anew with --overwrite"
+        ) from error
+    log.info("going on after step %d, from %s", state.step, state.folder)
+
+
+def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Progress) -> None:
+    """Train to the end, saving a checkpoint after each validation, and what a rerun goes on from.
+
+    That is saved now and then, and when stopped.
+    """
+
+    def save_state() -> Path:
+        return run.save(trainer.step, save, trainer.state())
+
+    def save_if_due() -> None:
+        if run.is_due(trainer.step):
+            save_state()
+
+    trainer.between_steps = save_if_due
+    try:
+        for step in trainer.fit(progress):
+            run.checkpoint(step, save)
     except TrainingError as error:
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        last = "there is no checkpoint yet"
+        if run.checkpoints:
+            last = f"the last good checkpoint is {run.checkpoints[-1]}"
         raise TrainingError(f"{error}; {last}") from None
-    except Stopped:
-        checkpoint()
-        log.warning("the weights of step %d are in %s", trainer.step, saved[-1])
+    except (Stopped, KeyboardInterrupt):
+        if trainer.can_be_saved:
+            with stopping.deferred():
+                where = save_state()
+            log.warning(
+                "the weights of step %d are in %s; the same command goes on from there",
+                *(trainer.step, where),
+            )
         raise
+
+
+def _warn_of_changes(path: Path, environment: dict[str, Any]) -> None:
+    """Tell where a run goes on under other conditions than it was begun under."""
+    try:
+        before = _flat(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return  # it is only told
+    now = _flat(environment)
+    changes = [
+        f"{name} {before.get(name)}, not {now.get(name)}"
+        for name in ("csalign", "device", "threads", *environment["packages"])
+        if before.get(name) != now.get(name)
+    ]
+    if changes:
+        log.warning(
+            "the run was begun with %s: the result may not be that of a run in one go, to the bit",
+            ", ".join(changes),
+        )
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    return {**environment, **environment.get("packages", {})}
 
 
 def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) -> AdapterInfo:
@@ -239,7 +309,7 @@ def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) 
     )
 
 
-def _environment(device: torch.device, config: TrainConfig) -> dict[str, object]:
+def _environment(device: torch.device, config: TrainConfig) -> dict[str, Any]:
     return {
         "csalign": __version__,
         "python": platform.python_version(),

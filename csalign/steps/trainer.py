@@ -4,25 +4,27 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from csalign import stopping
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.errors import TrainingError
 from csalign.objective.kernel import Sigma
 from csalign.objective.loss import LossParts
 from csalign.progress import Progress, show_figures
-from csalign.steps.batch_loss import BatchLoss
-from csalign.steps.batches import Batch, PairSampler
-from csalign.steps.logs import Log, figures_of
+from csalign.steps.batch_loss import BatchLoss, as_sigma
+from csalign.steps.batches import Batch, Batches, PairSampler
+from csalign.steps.logs import LINES, Log, figures_of
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
@@ -59,6 +61,7 @@ class Trainer:
         device: where to compute.
         tokens: of the rows, None where no side trains with any.
         logs: where the figures go besides ``metrics.jsonl``.
+        between_steps: called before each step but the first, when `state` may be asked for.
         step: optimiser steps made; after `fit`, those of the weights that were kept.
         steps_made: optimiser steps made in all.
         start_score: validation of the start, None without validation rows.
@@ -76,13 +79,17 @@ class Trainer:
     device: torch.device
     tokens: StoredTokens | None = None
     logs: Sequence[Log] = ()
+    between_steps: Callable[[], None] | None = None
     step: int = 0
     steps_made: int = 0
     best_score: Score | None = None
     start_score: Score | None = None
     loss: BatchLoss = field(init=False)
+    _validated: int | None = None
+    _stale: int = 0
     _best: "_Kept | None" = None
     _average: AveragedModel | None = None
+    _generators: dict[str, Tensor] | None = None
     _progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +100,11 @@ class Trainer:
         self.loss = BatchLoss(
             self.adapter, self.rows, self.unpaired, self.config, self.device, self.tokens
         )
+        self._batches = Batches(self.sampler, self.config.batch_size, self.config.seed)
+        # Leaves the batches what they are.
+        self._rng = np.random.default_rng([self.config.seed, 1])
+        self._optimiser = self._make_optimiser()
+        self._schedule = self._make_schedule()
 
     def total_steps(self) -> int:
         """Steps asked for, or as many as 40 epochs fill, but at least 200."""
@@ -112,43 +124,117 @@ class Trainer:
         self._progress = progress
         total = self.total_steps()
         every = max(1, round(total / self.config.validations))
-        self._validate()
-        self.start_score = self.best_score
-        if total:
-            optimiser, schedule = self._optimiser(total)
-        stale = 0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.config.seed)
-            rng = np.random.default_rng([self.config.seed, 1])  # leaves the batches what they are
-            for batch in self._batches(total):
-                self._train_step(batch, rng, optimiser, schedule)
-                progress("training steps", self.step, total)
-                if self.step % every and self.step != total:
-                    continue
-                stale = 0 if self._validate() else stale + 1
-                yield self.step
-                if self.val is not None and stale >= self.config.patience:
-                    log.info("no better validation for %d in a row: stopped early", stale)
+            self._set_generators()
+            while True:
+                is_due = self.step % every == 0 or self.step == total
+                if is_due and self.step != self._validated:
+                    self._validate()
+                    if self.step:
+                        yield self.step
+                if self.step == total or self._is_stale():
                     break
+                if self.step and self.between_steps is not None:
+                    self.between_steps()
+                with self._whole():
+                    self._train_step(next(self._batches))
+                progress("training steps", self.step, total)
         self.steps_made = self.step
+        self._generators = None  # what follows is no state to go on from
         if self._best is not None:
             self._restore(self._best)
         elif self._average is not None:
             self.adapter.load_state_dict(self._average.module.state_dict())
 
-    def _batches(self, total: int) -> Iterator[Batch]:
-        rng = np.random.default_rng(self.config.seed)
-        made = 0
-        while made < total:
-            for batch in self.sampler.epoch(self.config.batch_size, rng):
-                if made == total:
-                    return
-                made += 1
-                yield batch
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether `state` may be asked for: steps were made, and none is half done."""
+        return self.step > 0 and self._generators is not None
 
-    def _optimiser(
-        self, total: int
-    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the training follows from, but for the weights in `adapter`.
+
+        Returns:
+            Plain values, and tensors that later steps may change in place.
+        """
+        average = None if self._average is None else self._average.state_dict()
+        return {
+            "step": self.step,
+            "validated": self._validated,
+            "stale": self._stale,
+            "start_score": None if self.start_score is None else self.start_score.to_json(),
+            "best_score": None if self.best_score is None else self.best_score.to_json(),
+            "best": None if self._best is None else vars(self._best),
+            "average": average,
+            "optimiser": self._optimiser.state_dict()["state"],
+            "schedule": self._schedule.state_dict(),
+            "loss": self.loss.state_dict(),
+            "position": self.loss.position(),
+            "batches": self._batches.state(),
+            "rng": self._rng.bit_generator.state,
+            "generators": self._generators,
+        }
+
+    def go_to(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` said; the adapters hold the weights of that step already.
+
+        Args:
+            state: it; may have been JSON in between, but for its tensors.
+        """
+        self.step, self._validated = state["step"], state["validated"]
+        self._stale = state["stale"]
+        self.start_score, self.best_score = (
+            None if state[name] is None else Score(**state[name])
+            for name in ("start_score", "best_score")
+        )
+        if state["best"] is not None:
+            self._best = _Kept(**{**state["best"], "sigma": as_sigma(state["best"]["sigma"])})
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        moments = {int(number): moment for number, moment in state["optimiser"].items()}
+        groups = self._optimiser.state_dict()["param_groups"]
+        self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        self._schedule.load_state_dict(dict(state["schedule"]))
+        rates = self._schedule.get_last_lr()
+        for group, rate in zip(self._optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.loss.load_state_dict(state["loss"])
+        self.loss.go_to(state["position"])
+        self._batches.go_to(state["batches"])
+        self._rng.bit_generator.state = state["rng"]
+        self._generators = dict(state["generators"])
+
+    def _set_generators(self) -> None:
+        """Set torch's generators, from the seed or to where they were."""
+        torch.manual_seed(self.config.seed)
+        known = self._generators or {}
+        if "cpu" in known:
+            torch.set_rng_state(known["cpu"])
+        if "cuda" in known and self.device.type == "cuda":
+            torch.cuda.set_rng_state(known["cuda"], self.device)
+        self._generators = self._read_generators()
+
+    def _read_generators(self) -> dict[str, Tensor]:
+        found = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            found["cuda"] = torch.cuda.get_rng_state(self.device)
+        return found
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around what changes the state: a signal waits, and what ends it leaves no state."""
+        self._generators = None
+        with stopping.deferred():
+            yield
+            self._generators = self._read_generators()
+
+    def _is_stale(self) -> bool:
+        if self.val is None or self._stale < self.config.patience:
+            return False
+        log.info("no better validation for %d in a row: stopped early", self._stale)
+        return True
+
+    def _make_optimiser(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.adapter.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1]},
@@ -156,37 +242,34 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
             {"params": list(self.loss.parameters()), "weight_decay": 0.0},
         ]
-        optimiser = torch.optim.AdamW(
+        return torch.optim.AdamW(
             groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
+
+    def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        total = max(1, self.total_steps())
         warmup = max(1, round(self.config.warmup * total))
 
         def factor(step: int) -> float:
             cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
             return min(1.0, (step + 1) / warmup) * cosine
 
-        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return torch.optim.lr_scheduler.LambdaLR(self._optimiser, factor)
 
-    def _train_step(
-        self,
-        batch: Batch,
-        rng: np.random.Generator,
-        optimiser: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-    ) -> None:
+    def _train_step(self, batch: Batch) -> None:
         self.adapter.train()
         self.step += 1
         weight = self.loss.weight.value
-        parts = self.loss(batch, self.step, rng)
+        parts = self.loss(batch, self.step, self._rng)
         self._require_finite(parts)
-        optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad(set_to_none=True)
         parts.total.backward()
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.clip_norm)
         if not torch.isfinite(norm):
             raise self._diverged("the gradient's norm", float(norm))
-        rate = schedule.get_last_lr()[0]
-        optimiser.step()
-        schedule.step()
+        rate = self._schedule.get_last_lr()[0]
+        self._optimiser.step()
+        self._schedule.step()
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
@@ -221,21 +304,26 @@ class Trainer:
             "--cs-weight or --token-weight, or leave --bandwidth at median"
         )
 
-    def _validate(self) -> bool:
+    def _validate(self) -> None:
         """Measure, record, and keep the weights if they are the best so far."""
         if self.val is None:
-            return True
+            self._validated = self.step
+            return
         adapter = self._kept_adapter()
         score = validate(adapter, self.val, self.tokens.features if self.tokens else None)
-        self._record({"step": self.step, "validation": score.to_json()})
-        better = score.better_than(self.best_score)
-        self.loss.weight = self.loss.weight.after(score, self.best_score)
-        if better:
-            self.best_score = score
+        with self._whole():
+            self._validated = self.step
+            self._record({"step": self.step, "validation": score.to_json()})
+            self.loss.weight = self.loss.weight.after(score, self.best_score)
+            if self.step == 0:
+                self.start_score = score
+            if not score.better_than(self.best_score):
+                self._stale += 1
+                return
+            self._stale, self.best_score = 0, score
             weights = copy.deepcopy(adapter.state_dict())
             temperature = copy.deepcopy(self.loss.state_dict())
             self._best = _Kept(self.step, weights, temperature, self.loss.sigma)
-        return better
 
     def _kept_adapter(self) -> Adapter:
         """The weights that would be kept now: the running average, where there is one."""
@@ -250,7 +338,7 @@ class Trainer:
         self.step, self.loss.sigma = kept.step, kept.sigma
 
     def _record(self, line: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / LINES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = figures_of(line)
         for log_figures in self.logs:

@@ -66,9 +66,10 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         TrainingError: no trial got through.
     """
     began = time.monotonic()
-    if config.report is not None or config.log_to:
+    if config.report is not None or config.log_to or config.save_every:
         raise ConfigError(
-            "report and log-to are for csalign train, with the config.toml of the winner"
+            "report, log-to and save-every are for csalign train, with the config.toml of the "
+            "winner"
         )
     check_study(config.out, config.features)
     features = FeatureSet.open(config.features)

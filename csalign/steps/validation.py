@@ -40,7 +40,7 @@ class Score:
         return other is None or (self.mean_recall, self.mrr) > (other.mean_recall, other.mrr)
 
     def to_json(self) -> dict[str, float]:
-        """The figures by name."""
+        """The figures by name, to build an equal one of."""
         return {
             "mean_recall": self.mean_recall,
             "mrr": self.mrr,

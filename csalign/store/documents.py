@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,7 +33,9 @@ class Job(Document):
         encoders: what makes each side.
     """
 
-    format: str = "csalign-job"
+    FORMAT: ClassVar[str] = "csalign-job"
+
+    format: str = FORMAT
     location: str
     source: str
     part_rows: int

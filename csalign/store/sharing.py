@@ -189,5 +189,6 @@ def _try_lock(lock: Any, kind: int) -> bool:
 
 
 def _read_job(folder: Path) -> Job | None:
+    files.refuse_other_work(folder, Job.FORMAT)
     path = folder / files.JOB
     return read_document(path, Job) if path.is_file() else None

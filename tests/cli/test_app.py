@@ -202,9 +202,8 @@ def test_a_signal_stops_a_run_and_leaves_its_checkpoints(
         text=True,
     )  # fmt: skip
     checkpoints = tmp_path / "run.partial" / "checkpoints"
-    for _ in range(1_200):
-        if checkpoints.is_dir() and any(checkpoints.glob("step-*/adapter.json")):
-            break
+    while not any(checkpoints.glob("step-*/adapter.json")):
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -215,6 +214,42 @@ def test_a_signal_stops_a_run_and_leaves_its_checkpoints(
     assert not out.exists()
     kept = sorted(checkpoints.glob("step-*/adapter.json"))[-1].parent
     assert csalign("inspect", kept).returncode == 0
+
+
+def test_the_same_command_goes_on_with_a_run_that_was_stopped(
+    features: Path, tmp_path: Path
+) -> None:
+    def command(name: str) -> list[object]:
+        return [
+            *("train", features, "--out", tmp_path / name, "--steps", "600", "--batch-size", "32"),
+            *("--patience", "99", "--hidden", "8", "--validations", "5"),
+        ]
+
+    whole = csalign(*command("whole"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csalign", *map(str, command("run"))],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = tmp_path / "run.partial" / "metrics.jsonl"
+    while not (lines.is_file() and lines.read_bytes().count(b"\n") > 20):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    other = csalign(*command("run"), "--seed", "1")
+    done = csalign(*command("run"))
+
+    assert whole.returncode == 0, whole.stderr
+    assert process.returncode == 143, errors
+    assert "the same command goes on from there" in errors
+    assert other.returncode == 1
+    assert "begun with seed 0, not 1" in other.stderr
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stderr
+    for name in ("adapter.safetensors", "adapter.json", "metrics.jsonl"):
+        paths = [tmp_path / run / name for run in ("whole", "run")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 LOST = """

@@ -128,14 +128,37 @@ def test_the_suite_is_finite_for_a_single_pair() -> None:
     assert suite["effective_rank"] == {"image": 1.0, "text": 1.0}
 
 
-def test_large_sets_are_sampled_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gap, "MAX_ROWS", 200)
-    x, y = (unit(400, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
-    suites = [gap.gap_suite(x, y, np.arange(400), sigma=0.5, seed=seed) for seed in (0, 0, 1)]
+def test_figures_of_large_sets_take_all_rows_and_tell_their_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, y = (unit(1_500, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
+    exact = gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=0)
+    monkeypatch.setattr(gap, "MAX_ROWS", 1_000)
+    suites = [gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=seed) for seed in (0, 0, 1)]
+    errors = suites[0].pop("standard_errors")
 
-    assert suites[0] == suites[1]
-    assert suites[0]["cs_divergence"] != suites[2]["cs_divergence"]
-    assert suites[0]["cs_divergence"] == pytest.approx(suites[2]["cs_divergence"], rel=0.5)
+    assert suites[0] | {"standard_errors": errors} == suites[1]
+    assert "standard_errors" not in exact
+    for name in ("cs_divergence", "mmd"):
+        assert suites[0][name] != suites[2][name]
+        assert suites[0][name] == pytest.approx(exact[name], abs=5 * errors[name])
+        assert 0 < errors[name] < 0.01 * exact[name]
+    for part, error in errors["uniformity"].items():
+        found, truth = suites[0]["uniformity"][part], exact["uniformity"][part]
+        assert found == pytest.approx(truth, abs=5 * error)
+        assert 0 < error < 0.01
+
+
+def test_kernel_means_too_small_for_an_estimate_are_those_of_a_sample(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gap, "MAX_ROWS", 100)
+    x = unit(1_500, 6, 0, 2.0).float().numpy()
+    suite = gap.gap_suite(x, -x, np.arange(1_500), sigma=0.05, seed=0)
+
+    assert "standard_errors" not in suite
+    assert 100 < suite["cs_divergence"] < np.inf
+    assert "of 100 rows a side" in caplog.text
 
 
 def test_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:

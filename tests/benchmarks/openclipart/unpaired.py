@@ -44,6 +44,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "+ unpaired in the CS term": {**OFF, "unpaired_negatives": False},
     "+ unpaired as negatives of InfoNCE": OFF,
     "+ moments matched: the default": {},
+    "the default without the negatives": {"unpaired_negatives": False},
     "closed form, pairs alone": {**OFF, "steps": 0},
     "closed form, + unpaired, moments matched": {"steps": 0},
 }

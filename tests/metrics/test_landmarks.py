@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from csalign.errors import ShapeError
+from csalign.metrics.landmarks import KernelSums, Landmarks, MeanKernels
+from csalign.objective.divergence import cs_divergence, mmd
+from csalign.objective.kernel import log_mean_kernel
+
+
+def clusters(n: int, m: int, width: int = 16, apart: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Unit rows around 20 centres, the two sets moved apart."""
+    generator = torch.Generator().manual_seed(7)
+    centres = torch.randn(20, width, generator=generator)
+    noise = torch.randn(n + m, width, generator=generator)
+    rows = centres[torch.randint(20, (n + m,), generator=generator)] + 0.4 * noise
+    rows[:n, 0] += apart * width**0.5
+    x, y = torch.split(normalize(rows, dim=1), [n, m])
+    return x, y
+
+
+def measured(
+    x: Tensor, y: Tensor, sigma: float = 0.5, seed: int = 0, landmarks: int = 128
+) -> MeanKernels:
+    drawn = Landmarks.draw(x, y, seed=seed, base=landmarks, witnesses=landmarks)
+    sums = KernelSums(drawn, (sigma,))
+    sums.add(0, x)
+    sums.add(1, y)
+    return sums.means(sigma)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.5, 1.0])
+def test_estimates_scatter_around_the_truth_as_their_errors_say(sigma: float) -> None:
+    x, y = clusters(1_500, 2_500)
+    seeds = 40
+    found = [measured(x, y, sigma, seed) for seed in range(seeds)]
+    truths = {
+        "cs_divergence": float(cs_divergence(x.double(), y.double(), sigma=sigma)),
+        "mmd": float(mmd(x.double(), y.double(), sigma=sigma)),
+        "cross_uniformity": float(log_mean_kernel(x.double(), y.double(), sigma=sigma)),
+    }
+    for name, truth in truths.items():
+        estimates = [getattr(means, name)() for means in found]
+        scores = [(estimate.value - truth) / estimate.error for estimate in estimates]
+
+        assert 0.6 < (sum(score**2 for score in scores) / seeds) ** 0.5 < 1.5
+        assert abs(sum(scores) / seeds) < 0.6
+        assert all(abs(estimate.value / truth - 1) < 0.15 for estimate in estimates)
+
+
+def test_landmarks_that_are_all_rows_make_it_exact() -> None:
+    x, y = clusters(60, 90)
+    means = measured(x, y)
+    exact = [float(log_mean_kernel(a.double(), b.double(), sigma=0.5)) for a, b in _pairs(x, y)]
+
+    assert [float(own[0].log()) for own in means[:3]] == pytest.approx(exact, abs=1e-5)
+    assert means.cs_divergence().error == 0
+
+
+def _pairs(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(x, x), (y, y), (x, y)]
+
+
+def test_a_single_row_meets_a_large_set() -> None:
+    x, y = clusters(1, 2_000)
+    found = measured(x, y)
+    truth = float(cs_divergence(x.double(), y.double(), sigma=0.5))
+
+    assert float(found.xx[0]) == pytest.approx(1, abs=1e-5)
+    assert found.cs_divergence().value == pytest.approx(truth, abs=5 * found.cs_divergence().error)
+    assert found.uniformity()[0] == (0, 0)
+
+
+def test_chunks_and_merging_change_no_more_than_rounding() -> None:
+    x, y = clusters(900, 1_100)
+    drawn = Landmarks.draw(x, y, seed=3, base=64, witnesses=64)
+    whole, first, second = (KernelSums(drawn, (0.5, 1.0)) for _ in range(3))
+    whole.add(0, x)
+    whole.add(1, y)
+    for side, rows in enumerate((x, y)):
+        for i, chunk in enumerate(torch.split(rows, 77)):
+            (first, second)[i % 2].add(side, chunk)
+    first.merge(second)
+    for sigma in (0.5, 1.0):
+        one, other = whole.means(sigma).cs_divergence(), first.means(sigma).cs_divergence()
+
+        assert one.value == pytest.approx(other.value, abs=1e-6)
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+        assert one.value != measured(x, y, sigma, seed=4, landmarks=64).cs_divergence().value
+
+
+def test_sums_of_other_landmarks_are_not_merged() -> None:
+    x, y = clusters(100, 100)
+    sums = [
+        KernelSums(Landmarks.draw(x, y, seed=seed, base=8, witnesses=8), (0.5,)) for seed in (0, 1)
+    ]
+
+    with pytest.raises(ValueError, match="other landmarks"):
+        sums[0].merge(sums[1])
+
+
+def test_a_set_is_as_far_from_itself_as_the_error_says() -> None:
+    x, _ = clusters(2_000, 1)
+    found = measured(x, x.clone())
+
+    assert 0 <= found.cs_divergence().value < 4 * found.cs_divergence().error
+    assert 0 <= found.mmd().value < 4 * found.mmd().error
+
+
+def test_kernel_means_that_underflow_give_no_number() -> None:
+    x, _ = clusters(1_000, 1, apart=30.0)
+    found = measured(x, -x, sigma=0.05).cs_divergence()
+
+    assert math.isnan(found.value)
+    assert math.isnan(found.error)
+
+
+def test_half_precision_rows_are_taken_as_they_are() -> None:
+    x, y = clusters(800, 800)
+    half, whole = (measured(*sides).cs_divergence() for sides in ((x.half(), y.half()), (x, y)))
+
+    assert half.value == pytest.approx(whole.value, rel=1e-2)
+
+
+def test_rows_of_another_width_and_missing_rows_are_told() -> None:
+    x, y = clusters(10, 10)
+    sums = KernelSums(Landmarks.draw(x, y, seed=0), (0.5,))
+
+    with pytest.raises(ShapeError, match="width 16"):
+        sums.add(0, x[:, :3])
+    sums.add(0, x)
+    with pytest.raises(ValueError, match="both sides"):
+        sums.means(0.5)
