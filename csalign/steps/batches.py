@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 CaptionUse = Literal["first", "sample", "all"]
 Ints = npt.NDArray[Any]
 
-WINDOW_BYTES = 512 << 20  # of embeddings that are shuffled together
+WINDOW_BYTES = 256 << 20  # of embeddings that are shuffled together
 BLOCK_BYTES = 1 << 20  # that lie together, and come into one window
 
 

@@ -21,7 +21,7 @@ Ints = npt.NDArray[Any]
 MIB = 1 << 20
 _SPARE_BYTES = 256 * MIB  # of the disk, for what else the run writes
 _HELD_BYTES = 128 * MIB  # of a map that may be resident, before its pages are let go
-_FAULT_BYTES = 64 << 10  # what the kernel maps around a byte that is touched
+_FAULT_BYTES = 64 << 10  # what the kernel maps around a byte that is touched, or more: up to 2 MiB
 _DENSE = 4  # rows that span at most so many times their number are read in one go
 _BLOCK_BYTES = MIB  # read ahead at a time
 
