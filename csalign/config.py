@@ -396,7 +396,7 @@ class TrainConfig(OutputConfig):
         1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
     )
     unpaired_negatives: bool = Field(
-        True, description="Let InfoNCE tell its pairs from the unpaired rows too."
+        False, description="Let InfoNCE tell its pairs from the unpaired rows too."
     )
     match_moments: bool = Field(
         True,
@@ -421,6 +421,13 @@ class TrainConfig(OutputConfig):
         1024,
         description="MiB of tokens to keep in memory; a set that needs more is read block by "
         "block, and shuffled within some blocks at a time.",
+    )
+    memory: int | None = Field(
+        None,
+        ge=0,
+        description="MiB of embeddings to keep in memory (default: half of what is free); a set "
+        "that needs more is read from a temporary file in TMPDIR, or beside the run where that is "
+        "not set. The result is the same.",
     )
     steps: int | None = Field(
         None,
@@ -589,7 +596,9 @@ class EvalConfig(Config):
         None, description="Also write a page with plots and queries, such as evaluation.html."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
+    )
 
 
 class DiagnoseConfig(Config):

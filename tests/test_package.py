@@ -25,7 +25,7 @@ ALLOWED = {
     "adapters": BASE,
     "metrics": BASE | {"objective"},
     "report": BASE,
-    "steps": BASE | PARTS | {"objective", "config", "devices", "steps"},
+    "steps": BASE | PARTS | {"objective", "config", "devices", "memory", "steps"},
     "cli": BASE | {"steps", "config"},
     "": BASE | {"config"},
 }
@@ -41,6 +41,7 @@ ONLY_DOORS = {
         "sources/vectors/arrow_files.py",
         "store/export.py",
         "store/join.py",
+        "store/keys.py",
         "store/reader.py",
         "store/schema.py",
         "store/shard.py",
@@ -53,6 +54,7 @@ ONLY_DOORS = {
     },
     "timm": {"encoders/timm_images.py"},
     "transformers": {"encoders/hf_texts.py"},
+    "umap": {"steps/report.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }
 

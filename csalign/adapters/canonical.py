@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.inputs import to_tensor, unit_inputs
+from csalign.adapters.inputs import Rows, to_tensor, unit_inputs
 from csalign.enums import Modality
 
 Array = npt.NDArray[Any]
@@ -70,8 +70,8 @@ class PairMoments:
     @classmethod
     def of(
         cls,
-        images: Array,
-        texts: Array,
+        images: Rows,
+        texts: Rows,
         pairs: tuple[Ints, Ints],
         weights: npt.NDArray[np.float64],
         signed_sqrt: tuple[bool, bool],
@@ -240,6 +240,6 @@ def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
     return (columns / scale).T.float().contiguous()
 
 
-def is_non_negative(values: Array) -> bool:
+def is_non_negative(values: Rows) -> bool:
     """Whether features look like averages of ReLU activations: no value below 0."""
     return all(values[rows].min() >= 0 for rows in _chunks(len(values)))

@@ -1,6 +1,6 @@
 """Embeddings as adapters take them in."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 Array = npt.NDArray[Any]
+
+
+class Rows(Protocol):
+    """Embeddings (n, d), of which some at a time are taken as an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
 
 
 def unit_inputs(x: Tensor, *, signed_sqrt: bool) -> Tensor:

@@ -128,7 +128,8 @@ def _recentred(distances: Floats, measured: Floats) -> Floats:
 
     A resampled mean strays from its mean, which adds to its squared distance from anything, on
     average by as much as the spread of the rows over their number. Where the gap is narrow that
-    would put the measured distance outside of its own interval.
+    would put the measured distance outside of its own interval. The same holds for the measured
+    distance and the population's: the interval is that of the distance between so many rows.
     """
     squares = np.square(distances)
     centred: Floats = np.sqrt(np.maximum(0, squares - squares.mean() + np.square(measured)))

@@ -1,24 +1,19 @@
 """Cross-modal retrieval: the exact ranks of all matches, both ways, from one pass of tiles."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from csalign.metrics.tiles import HostTiles, Staircase, Tiles
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
-# A thread's share of a tile: 1 MB of scores stays in its cache. Counts of so many rows fit a byte,
-# and so do those of an eighth of the columns.
-TILE_ROWS = 240
-TILE_COLUMNS = 1_024
-MIN_TILE = 16  # a product of one row is made by other code, which rounds differently
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class DirectionRanks:
 
 
 def rank_both_ways(
-    images: Floats, texts: Floats, text_image: Ints
+    images: Floats, texts: Floats, text_image: Ints, device: torch.device | None = None
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
@@ -86,16 +81,20 @@ def rank_both_ways(
         images: (n, d) float32, unit rows: the gallery of the texts.
         texts: (m, d) float32, unit rows: the gallery of the images.
         text_image: (m,) row of the image that each text belongs to, -1 for none.
+        device: where to multiply and count (default: the CPU). Devices round differently, so that
+            scores which differ in their last digits may change places.
 
     Returns:
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
         order.
     """
-    tiles = _Tiles.lay(images, texts, text_image)
+    stairs = Staircase.lay(len(images), text_image)
+    on_host = device is None or device.type == "cpu"
+    tiles = HostTiles(images, texts, stairs) if on_host else Tiles(images, texts, stairs, device)
     wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
-    counts = tiles.caption_counts
-    in_row_order = np.argsort(tiles.image_order[: len(counts)])  # out of that of the tiles
-    wrong_images = wrong_images[np.argsort(tiles.text_order[: len(wrong_images)])]
+    counts = stairs.caption_counts
+    in_row_order = np.argsort(stairs.image_order[: len(counts)])  # out of that of the tiles
+    wrong_images = wrong_images[np.argsort(stairs.text_order[: len(wrong_images)])]
     return (
         _of_runs(wrong_texts, counts).take(in_row_order),
         _of_runs(wrong_images, np.ones(len(wrong_images), np.int64)),
@@ -125,141 +124,6 @@ def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
         recalled=np.stack([mean(ranks <= k) for k in RECALL_AT], axis=1),
         r_precision=mean(ranks <= counts[query]),
     )
-
-
-@dataclass
-class _Tiles:
-    """The matrix of all scores, in an order where matches lie along a staircase, a tile at a time.
-
-    Every tile is a product of the same shape, filled up with zeros where the matrix ends: products
-    of other shapes may round differently, and equal rows would no longer tie.
-
-    Attributes:
-        images: (n, d).
-        texts: (m, d).
-        image_order: (n,) image rows; those with the most texts first, those without last.
-        text_order: (m,) text rows; image by image in that order, those without an image last.
-        caption_counts: (q,) texts of each image that has some, falling.
-        owners: (pairs,) place in `image_order` of each paired text in `text_order`, rising.
-    """
-
-    images: Floats
-    texts: Floats
-    image_order: Ints
-    text_order: Ints
-    caption_counts: Ints
-    owners: Ints
-
-    def __post_init__(self) -> None:
-        self._threads = torch.get_num_threads()
-        self._rows = min(TILE_ROWS * self._threads, max(MIN_TILE, len(self.images)))
-        width = self.images.shape[1]
-        self._left = np.zeros((self._rows, width), np.float32)
-        self._right = np.zeros((TILE_COLUMNS, width), np.float32)
-        self._scores = np.empty((self._rows, TILE_COLUMNS), np.float32)
-        self._above = np.empty(self._scores.shape, np.bool_)
-        self._starts = np.cumsum(self.caption_counts) - self.caption_counts
-
-    @classmethod
-    def lay(cls, images: Floats, texts: Floats, text_image: Ints) -> "_Tiles":
-        """Find the order; arguments as of `rank_both_ways`."""
-        counts = np.bincount(text_image[text_image >= 0], minlength=len(images))
-        image_order = np.argsort(-counts, kind="stable")
-        place = np.argsort(image_order)
-        owners = np.where(text_image >= 0, place[text_image], len(images))
-        text_order = np.argsort(owners, kind="stable")
-        falling = counts[image_order]
-        return cls(
-            images=images,
-            texts=texts,
-            image_order=image_order,
-            text_order=text_order,
-            caption_counts=falling[falling > 0],
-            owners=owners[text_order[: falling.sum()]],
-        )
-
-    def own_scores(self) -> Floats:
-        """Score of each matched pair, (pairs,), in the order of `owners`."""
-        own = np.empty(len(self.owners), np.float32)
-        for column in range(0, len(own), TILE_COLUMNS):
-            self._load_texts(column)
-            owners = self.owners[column : column + TILE_COLUMNS]
-            for row in range(owners[0] - owners[0] % self._rows, owners[-1] + 1, self._rows):
-                self._multiply(row)
-                pairs, where = self._matched(row, column)
-                own[pairs] = self._scores[where]
-        return own
-
-    def count_wrong(self, own: Floats) -> tuple[Ints, Ints]:
-        """Wrong items that score at least as high as each matched pair.
-
-        Args:
-            own: what `own_scores` gave.
-
-        Returns:
-            Wrong texts for the pair's image, and wrong images for its text, (pairs,) each.
-        """
-        wrong_texts, wrong_images = np.zeros((2, len(own)), np.int64)
-        shares = range(0, self._rows, TILE_ROWS)
-        with ThreadPoolExecutor(self._threads) as pool:
-            for column in range(0, len(self.texts), TILE_COLUMNS):
-                self._load_texts(column)
-                texts = slice(column, column + TILE_COLUMNS)
-                for row in range(0, len(self.images), self._rows):
-                    self._multiply(row)
-                    self._scores[len(self.images) - row :] = -np.inf
-                    self._scores[:, len(self.texts) - column :] = -np.inf
-                    # Without the matches what is left are the wrong items.
-                    self._scores[self._matched(row, column)[1]] = -np.inf
-                    count = partial(self._count_share, row, own, own[texts], wrong_texts)
-                    for counts in pool.map(count, shares):
-                        wrong_images[texts] += counts
-        return wrong_texts, wrong_images
-
-    def _load_texts(self, column: int) -> None:
-        rows = self.text_order[column : column + TILE_COLUMNS]
-        np.take(self.texts, rows, axis=0, out=self._right[: len(rows)], mode="clip")
-
-    def _multiply(self, row: int) -> None:
-        """Fill the tile with the scores of the loaded texts and the images from `row` on."""
-        rows = self.image_order[row : row + self._rows]
-        np.take(self.images, rows, axis=0, out=self._left[: len(rows)], mode="clip")
-        left, right, out = map(torch.from_numpy, (self._left, self._right, self._scores))
-        torch.mm(left, right.T, out=out)
-
-    def _matched(self, row: int, column: int) -> tuple[slice, tuple[Ints, Ints]]:
-        """The matched pairs that lie in a tile, and where in it."""
-        owners = self.owners[column : column + TILE_COLUMNS]
-        first, last = np.searchsorted(owners, [row, row + self._rows])
-        return (
-            slice(column + first, column + last),
-            (owners[first:last] - row, np.arange(first, last)),
-        )
-
-    def _count_share(
-        self, row: int, own: Floats, of_texts: Floats, wrong_texts: Ints, start: int
-    ) -> Ints:
-        """One thread's rows of a tile: adds to `wrong_texts`, gives the wrong images by text."""
-        share = slice(start, start + TILE_ROWS)
-        scores, above = self._scores[share], self._above[share]
-        images = slice(row + start, row + start + len(scores))
-        counts, starts = self.caption_counts[images], self._starts[images]
-        for nth in range(counts.max(initial=0)):
-            have = np.count_nonzero(counts > nth)  # they are the first, as the counts fall
-            pairs = starts[:have] + nth
-            np.greater_equal(scores[:have], own[pairs, None], out=above[:have])
-            wrong_texts[pairs] += _true_in_rows(above[:have])
-        width = len(of_texts)
-        np.greater_equal(scores[:, :width], of_texts, out=above[:, :width])
-        by_text: Ints = np.add.reduce(above[:, :width].view(np.uint8), axis=0, dtype=np.uint8)
-        return by_text
-
-
-def _true_in_rows(values: npt.NDArray[np.bool_]) -> Ints:
-    """How many of each row are true; eight bytes at a time, none of which overflows."""
-    sums = values.view(np.uint64).sum(axis=1)
-    counts: Ints = sums.view(np.uint8).reshape(-1, 8).sum(axis=1, dtype=np.int64)
-    return counts
 
 
 def mean_recall(*directions: dict[str, Any]) -> float:

@@ -31,6 +31,7 @@ class View:
         shared: whether both sides lie in one space; without one, what follows is empty.
         cosines: of matched and of unmatched pairs.
         spectra: singular values of the centred rows of images and of texts, falling.
+        neighbours: (k, 2) of images and of texts by UMAP, or None.
     """
 
     name: str
@@ -40,6 +41,7 @@ class View:
     shared: bool
     cosines: tuple[Array, Array]
     spectra: tuple[Array, Array]
+    neighbours: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def write_evaluation(
     sections = []
     if document is not None:
         sections += [_retrieval(document), _gap(document)]
-    sections += [_projection(view, labels) for view in views]
+    for view in views:
+        sections += _projections(view, labels)
     if views:
         sections += [_cosines(views), _spectra(views)]
     sections += [_queries(name, queries) for name, queries in found.items()]
@@ -156,12 +159,29 @@ def _gap(document: Mapping[str, Any]) -> Section:
     return Section("The gap between the modalities", "Lower is closer, but for ranks.", rows=rows)
 
 
-def _projection(view: View, labels: Sequence[str]) -> Section:
+def _projections(view: View, labels: Sequence[str]) -> Iterator[Section]:
+    title = f"The embeddings, {view.name} the adapter" if view.name else "The embeddings"
+    shares = " and ".join(f"{share:.0%}" for share in view.shares)
+    where = (
+        f"Both sides on the first two principal axes of both together, {shares} of their variance."
+        if view.shared
+        else "Each side on its own two first principal axes, since before the adapter they have no "
+        f"space in common; {shares} of the variance."
+    )
+    figure = _points(view, (view.images, view.texts), labels)
+    yield Section(title, f"{where} {len(labels):,} pairs.", figure)
+    if view.neighbours is not None:
+        figure = _points(view, view.neighbours, labels)
+        note = "By UMAP, which keeps neighbours together; distances and axes have no meaning."
+        yield Section(f"{title}: neighbours", note, figure)
+
+
+def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go.Figure:
     figure = go.Figure()
     hover = [_hover(label) for label in labels]
     for name, points, colour, axes in (
-        ("images", view.images, IMAGES, ("x", "y")),
-        ("texts", view.texts, TEXTS, ("x", "y") if view.shared else ("x2", "y2")),
+        ("images", sides[0], IMAGES, ("x", "y")),
+        ("texts", sides[1], TEXTS, ("x", "y") if view.shared else ("x2", "y2")),
     ):
         figure.add_scatter(
             x=points[:, 0].round(4).tolist(),
@@ -176,7 +196,7 @@ def _projection(view: View, labels: Sequence[str]) -> Section:
         )
     if view.shared:
         figure.add_scatter(
-            **_lines(view.images, view.texts),
+            **_lines(*sides),
             name="pairs (click)",
             mode="lines",
             line={"color": OTHER, "width": 0.5},
@@ -189,15 +209,7 @@ def _projection(view: View, labels: Sequence[str]) -> Section:
             xaxis_domain=[0, 0.47], xaxis2={"domain": [0.53, 1]}, yaxis2={"anchor": "x2"}
         )
     _plain_layout(figure, height=480)
-    title = f"The embeddings, {view.name} the adapter" if view.name else "The embeddings"
-    shares = " and ".join(f"{share:.0%}" for share in view.shares)
-    where = (
-        f"Both sides on the first two principal axes of both together, {shares} of their variance."
-        if view.shared
-        else "Each side on its own two first principal axes, since before the adapter they have no "
-        f"space in common; {shares} of the variance."
-    )
-    return Section(title, f"{where} {len(labels):,} pairs.", figure)
+    return figure
 
 
 def _lines(starts: Array, ends: Array) -> dict[str, list[float | None]]:
@@ -326,6 +338,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
                 "overlaying": "y",
                 "side": "right",
                 "showgrid": False,
+                "tickmode": "auto",  # else where the left one has ticks, at odd values
             },
         )
         _plain_layout(figure)

@@ -25,7 +25,7 @@ from csalign.steps.batches import Batch, Ints
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.weight import Weight
-from csalign.store.join import PairedRows
+from csalign.store.join import Pairs
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class BatchLoss(nn.Module):
     def __init__(
         self,
         adapter: Adapter,
-        rows: PairedRows,
+        rows: Pairs,
         unpaired: Unpaired,
         config: TrainConfig,
         device: torch.device,

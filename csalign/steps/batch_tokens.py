@@ -15,7 +15,7 @@ from csalign.enums import Modality
 from csalign.objective.loss import TokenBatch
 from csalign.steps.batches import Batch
 from csalign.steps.tokens import StoredTokens
-from csalign.store.join import PairedRows
+from csalign.store.join import Pairs
 from csalign.store.tokens import Wanted, take_together
 
 Ints = npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ class BatchTokens:
     def __init__(
         self,
         adapter: Adapter,
-        rows: PairedRows,
+        rows: Pairs,
         stored: StoredTokens,
         config: TrainConfig,
         device: torch.device,

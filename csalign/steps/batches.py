@@ -7,11 +7,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from csalign.store.join import PairedRows
+from csalign.store.join import Pairs
+from csalign.store.keys import compact
+from csalign.store.mapped import MappedRows, ReadAhead
 
 Array = npt.NDArray[Any]
 CaptionUse = Literal["first", "sample", "all"]
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[Any]
+
+WINDOW_BYTES = 256 << 20  # of embeddings that are shuffled together
+BLOCK_BYTES = 1 << 20  # that lie together, and come into one window
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,52 @@ def uniform(images: Ints, rng: np.random.Generator) -> Ints:
     return rng.permutation(len(images))
 
 
+@dataclass(frozen=True)
+class BlockOrder:
+    """Blocks of images in random order, and the images of some blocks at a time shuffled.
+
+    Attributes:
+        block: images a block.
+        window: images that are shuffled together, a multiple of `block`.
+    """
+
+    block: int
+    window: int
+
+    def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
+        """See `Order`."""
+        order = compact(np.arange(len(images)))
+        blocks = rng.permutation(-(-len(images) // self.block))
+        together = self.window // self.block
+        parts = []
+        for start in range(0, len(blocks), together):
+            firsts = blocks[start : start + together, None] * self.block
+            window = (firsts + np.arange(self.block)).ravel()
+            parts.append(rng.permutation(order[window[window < len(images)]]))
+        return np.concatenate([order[:0], *parts])
+
+
+def order_of(rows: Pairs) -> Order:
+    """In which order to go through rows: any, if all of them are no more than a window.
+
+    It follows from the rows alone, not from whether they are in memory, and so does what is
+    trained.
+    """
+    size = bytes_an_image(rows)
+    if size * len(np.flatnonzero(rows.caption_counts)) <= WINDOW_BYTES:
+        return uniform
+    block = max(1, BLOCK_BYTES // size)
+    return BlockOrder(block, max(1, WINDOW_BYTES // (block * size)) * block)
+
+
+def bytes_an_image(rows: Pairs) -> int:
+    """Of embeddings, its captions' included, on average, rounded up; at least 1."""
+    total = sum(
+        len(side) * side.shape[1] * int(side.dtype.itemsize) for side in (rows.images, rows.texts)
+    )
+    return max(1, -(-total // max(1, int((rows.caption_counts > 0).sum()))))
+
+
 class PairSampler:
     """Draws pairs of a set of rows.
 
@@ -64,24 +115,28 @@ class PairSampler:
 
     def __init__(
         self,
-        rows: PairedRows,
+        rows: Pairs,
         captions: CaptionUse,
         *,
         other_weight: float,
         once: bool,
         order: Order = uniform,
     ) -> None:
-        self._images = np.flatnonzero(rows.caption_counts)
+        self._images = compact(np.flatnonzero(rows.caption_counts))
         self._counts = rows.caption_counts[self._images]
         # Row of the j-th caption of the i-th image: _texts[_starts[i] + j].
         self._texts = rows.texts_by_image
-        self._starts = np.cumsum(self._counts) - self._counts
+        self._starts = compact(np.cumsum(self._counts) - self._counts)
         self._owners = rows.text_image
         self._captions = captions
         self._weight = float(other_weight)
         self._once = once
         self._order = order
-        self._keys = rows.caption_keys if once else np.arange(len(rows.texts))
+        self._keys = rows.caption_keys if once else compact(np.arange(len(rows.texts)))
+        self._mapped = [rows.images, rows.texts]
+        self._ahead: ReadAhead | None = None
+        if any(isinstance(values, MappedRows) for values in self._mapped):
+            self._ahead = ReadAhead(max(1, WINDOW_BYTES // bytes_an_image(rows)))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -102,18 +157,38 @@ class PairSampler:
         With `once`, of the images that drew the same caption only one is kept, so that a batch
         holds no caption twice and so no false negatives of that kind.
         """
-        order = self._order(self._images, rng)
-        drawn = np.zeros(len(order), np.int64)
+        order = compact(self._order(self._images, rng))
+        drawn = np.zeros(len(order), self._starts.dtype)
         if self._captions == "sample":
-            drawn = rng.integers(0, self._counts[order])
+            drawn = compact(rng.integers(0, self._counts[order]))
         texts = self._texts[self._starts[order] + drawn]
-        kept = self._first_of_each(texts)
-        order, drawn, texts = order[kept], drawn[kept], texts[kept]
-        for part in np.array_split(np.arange(len(order)), -(-len(order) // batch_size)):
+        if self._once:
+            kept = self._first_of_all(texts)
+            order, drawn, texts = order[kept], drawn[kept], texts[kept]
+        self._begin_reading(order, texts)
+        parts = -(-len(order) // batch_size)
+        least, more = divmod(len(order), parts)
+        for number in range(parts):
+            start = number * least + min(number, more)
+            part = slice(start, start + least + (number < more))
+            if self._ahead is not None:
+                self._ahead.reach(part.stop - 1)
             yield self._batch(order[part], drawn[part], texts[part], rng)
 
+    def _begin_reading(self, order: Ints, texts: Ints) -> None:
+        if self._ahead is None:
+            return
+        rows = (self._images[order], texts)
+        self._ahead.begin(
+            [
+                (values, own)
+                for values, own in zip(self._mapped, rows, strict=True)
+                if isinstance(values, MappedRows)
+            ]
+        )
+
     def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> Batch:
-        rows = self._images[images]
+        rows, texts = self._images[images].astype(np.int64), texts.astype(np.int64)
         if self._captions == "all":
             texts = np.concatenate([texts, self._further(images, texts)])
             by_row = np.argsort(rows)
@@ -142,6 +217,14 @@ class PairSampler:
         others = np.full(len(images), -1)
         others[chosen] = texts[chosen]
         return others
+
+    def _first_of_all(self, texts: Ints) -> Ints:
+        """The same for many, without sorting them."""
+        positions = compact(np.arange(len(texts)))
+        keys = self._keys[texts]
+        first = np.empty(len(self._keys), positions.dtype)
+        first[keys[::-1]] = positions[::-1]  # of those with one key the first is written last
+        return compact(np.flatnonzero(first[keys] == positions))
 
     def _first_of_each(self, texts: Ints) -> Ints:
         """Positions in `texts`, ascending, of the first text with each caption."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
+from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
@@ -301,7 +303,10 @@ def _ranked(
 ) -> tuple[tuple[tuple[DirectionRanks, DirectionRanks], ...], dict[str, Any]]:
     """Ranks, exact or by an index, and what the document says of how they were found."""
     if config.index == "exact":
-        return tuple(fold.rank() for fold in folds), {"kind": config.index}
+        asked = pick_device(config.device)
+        device = asked if asked.type == "cuda" else torch.device("cpu")
+        told: dict[str, Any] = {"kind": config.index, "device": device.type}
+        return tuple(fold.rank(device) for fold in folds), told
     found = [
         rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
         for fold in folds

@@ -17,7 +17,7 @@ from csalign.enums import Modality
 from csalign.steps.batches import PairSampler
 from csalign.steps.unpaired import Array, Unpaired
 from csalign.steps.validation import Score, validate
-from csalign.store.join import PairedRows
+from csalign.store.join import PairedRows, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ TOLERANCE = 0.0025  # of mean recall on validation
 
 def match_outputs(
     adapter: Adapter,
-    rows: PairedRows,
+    rows: Pairs,
     sampler: PairSampler,
     unpaired: Unpaired,
     val: PairedRows,
@@ -98,7 +98,7 @@ def match_outputs(
 
 def _paired(
     side: Modality,
-    rows: PairedRows,
+    rows: Pairs,
     sampler: PairSampler,
     *,
     once: bool,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csalign.errors import DataError
 from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
@@ -55,9 +56,9 @@ class Gallery:
     texts: Floats
     text_image: Ints
 
-    def rank(self) -> tuple[DirectionRanks, DirectionRanks]:
-        """Image to text, and text to image."""
-        return rank_both_ways(self.images, self.texts, self.text_image)
+    def rank(self, device: torch.device | None = None) -> tuple[DirectionRanks, DirectionRanks]:
+        """Image to text, and text to image, found on a device (default: the CPU)."""
+        return rank_both_ways(self.images, self.texts, self.text_image, device)
 
 
 def select(name: Name, rows: PairedRows) -> PairedRows:

@@ -2,8 +2,9 @@
 
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ SAMPLED = 5_000  # pairs, for cosines and spectra
 QUERIES = 8  # best and worst ones of a direction
 THUMBNAIL = 128  # pixels
 NOTHING = 1e-8  # of the largest eigenvalue; what is below is rounding
+FEWEST_TO_MAP = 20  # rows, for UMAP
 LARGEST_FILE = 64 << 20  # no thumbnail of a larger one
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Sides = tuple[Floats, Floats]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def write_report(
     labels = [_label(evaluated.rows, text) for text in texts[:DRAWN].tolist()]
     found = _found(evaluated)
     write_evaluation(
-        path, title, evaluated.document, _views(evaluated, texts), labels, found, record
+        path, title, evaluated.document, _views(evaluated, texts, seed), labels, found, record
     )
 
 
@@ -88,14 +91,14 @@ def _label(rows: PairedRows, text: int) -> str:
     return f"{caption or rows.text_ids[text].as_py()} ({image})"
 
 
-def _views(evaluated: Evaluated, texts: Ints) -> list[View]:
+def _views(evaluated: Evaluated, texts: Ints, seed: int) -> list[View]:
     rows = evaluated.rows
     owners = rows.text_image[texts]
     after = evaluated.images[owners], evaluated.texts[texts]
     if not evaluated.adapted:
-        return [_view("", *after, owners)]
+        return [_view("", *after, owners, seed)]
     before = _unit(rows.images[owners]), _unit(rows.texts[texts])
-    return [_view("before", *before, owners), _view("after", *after, owners)]
+    return [_view("before", *before, owners, seed), _view("after", *after, owners, seed)]
 
 
 def _unit(rows: npt.NDArray[Any]) -> Floats:
@@ -104,8 +107,30 @@ def _unit(rows: npt.NDArray[Any]) -> Floats:
     return unit
 
 
-def _view(name: str, images: Floats, texts: Floats, owners: Ints) -> View:
+def _view(name: str, images: Floats, texts: Floats, owners: Ints, seed: int) -> View:
     """Draw pairs, (k, d) and (k, e), and the row of each one's image, (k,)."""
+    view = _measured_view(name, images, texts, owners)
+    return replace(view, neighbours=_neighbours(images[:DRAWN], texts[:DRAWN], view.shared, seed))
+
+
+def _neighbours(images: Floats, texts: Floats, shared: bool, seed: int) -> Sides | None:
+    """Both sides by UMAP, together where they share a space; None without umap-learn."""
+    if len(images) < FEWEST_TO_MAP:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what else could be installed, and of fixed seeds
+        try:
+            from umap import UMAP
+        except ImportError:
+            return None
+        mapper = UMAP(metric="cosine", random_state=seed % 2**32, n_jobs=1)
+        if not shared:
+            return mapper.fit_transform(images), mapper.fit_transform(texts)
+        points = mapper.fit_transform(np.concatenate([images, texts]))
+    return points[: len(images)], points[len(images) :]
+
+
+def _measured_view(name: str, images: Floats, texts: Floats, owners: Ints) -> View:
     _, once = np.unique(owners, return_index=True)
     spectra = _singular_values(images[once]), _singular_values(texts)
     if images.shape[1] != texts.shape[1]:

@@ -37,7 +37,10 @@ STATE = "state.safetensors"
 SUMS = "SHA256SUMS"
 _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
 # What does not change the result, or is told by a fingerprint of what it holds.
-_LEFT_OUT = {"out", "overwrite", "features", "unpaired", "report", "device", "log_to", "save_every"}
+_LEFT_OUT = {
+    *("out", "overwrite", "features", "unpaired"),
+    *("report", "device", "log_to", "save_every", "memory"),
+}
 
 
 class Training(Document):

@@ -11,7 +11,7 @@ from csalign.enums import DivergenceName, PairwiseName
 from csalign.errors import ConfigError
 from csalign.objective.divergences import divergence
 from csalign.steps.start import kinds_of
-from csalign.store.join import PairedRows
+from csalign.store.join import Pairs
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class SearchSpace:
         return RANGES[name].with_given(value) if is_number and not skipped else RANGES[name]
 
 
-def search_space(config: TuneConfig, rows: PairedRows) -> SearchSpace:
+def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
     """What a search is to try: what ``--search`` names, or all that was not given.
 
     Args:
@@ -172,7 +172,7 @@ def _matters(name: str, config: TrainConfig) -> bool:
     return True
 
 
-def _moot(name: str, asked: Sequence[str], base: TrainConfig, rows: PairedRows) -> str | None:
+def _moot(name: str, asked: Sequence[str], base: TrainConfig, rows: Pairs) -> str | None:
     """Why a setting changes nothing in any trial, None if it does."""
     if name == "adapter" and base.image_adapter and base.text_adapter:
         return "both sides have kinds of their own"
@@ -190,7 +190,7 @@ def _moot(name: str, asked: Sequence[str], base: TrainConfig, rows: PairedRows) 
     return None
 
 
-def _adapters(base: TrainConfig, rows: PairedRows) -> tuple[str, ...]:
+def _adapters(base: TrainConfig, rows: Pairs) -> tuple[str, ...]:
     """Kinds of adapters that these rows allow, and what the user gave."""
     widths = {rows.images.shape[1], rows.texts.shape[1]}
     kinds = ["linear", "mlp", "glu"]

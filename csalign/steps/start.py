@@ -16,7 +16,7 @@ from csalign.enums import Modality
 from csalign.errors import ConfigError
 from csalign.steps.batches import PairSampler
 from csalign.steps.validation import Score, validate
-from csalign.store.join import PairedRows
+from csalign.store.join import PairedRows, Pairs
 
 TokenWidths = Mapping[Modality, int]
 
@@ -37,7 +37,7 @@ def kinds_of(config: TrainConfig) -> dict[Modality, str]:
 
 
 def closed_form_start(
-    rows: PairedRows,
+    rows: Pairs,
     sampler: PairSampler,
     val: PairedRows | None,
     config: TrainConfig,
@@ -79,14 +79,14 @@ def closed_form_start(
 
 
 def random_start(
-    rows: PairedRows, config: TrainConfig, token_widths: TokenWidths
+    rows: Pairs, config: TrainConfig, token_widths: TokenWidths
 ) -> tuple[Adapter, str]:
     """Build adapters with random weights, seeded."""
     return _build(rows, config, token_widths, None, (False, False)), "random"
 
 
 def _build(
-    rows: PairedRows,
+    rows: Pairs,
     config: TrainConfig,
     token_widths: TokenWidths,
     width: int | None,
@@ -125,7 +125,7 @@ def _build(
         return Adapter(shapes, allow=allow)
 
 
-def _widths(rows: PairedRows) -> dict[Modality, int]:
+def _widths(rows: Pairs) -> dict[Modality, int]:
     return {Modality.IMAGE: rows.images.shape[1], Modality.TEXT: rows.texts.shape[1]}
 
 
@@ -133,7 +133,7 @@ def _widths(rows: PairedRows) -> dict[Modality, int]:
 class _Space:
     """The closed forms that two kinds of adapters can start from."""
 
-    rows: PairedRows
+    rows: Pairs
     sampler: PairSampler
     config: TrainConfig
     token_widths: TokenWidths

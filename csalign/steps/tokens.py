@@ -16,7 +16,7 @@ from csalign.errors import ConfigError, DataError
 from csalign.steps.batches import Order, uniform
 from csalign.steps.start import kinds_of
 from csalign.steps.unpaired import Unpaired
-from csalign.store.join import PairedRows
+from csalign.store.join import Pairs
 from csalign.store.reader import FeatureSet
 from csalign.store.tokens import TokenCache, TokenRows
 
@@ -114,7 +114,7 @@ class StoredTokens:
 
 
 def open_tokens(
-    features: FeatureSet, widths: Mapping[Modality, int], rows: PairedRows, config: TrainConfig
+    features: FeatureSet, widths: Mapping[Modality, int], rows: Pairs, config: TrainConfig
 ) -> StoredTokens | None:
     """Prepare to read the tokens of training rows; None where no side has any.
 
@@ -159,7 +159,7 @@ class _Layout:
         return sum(self.sizes[group] for group in groups)
 
 
-def _layout(rows: PairedRows, sources: Mapping[Modality, TokenRows]) -> _Layout:
+def _layout(rows: Pairs, sources: Mapping[Modality, TokenRows]) -> _Layout:
     texts = np.flatnonzero(rows.text_image >= 0)
     pairs = {Modality.IMAGE: rows.text_image[texts], Modality.TEXT: texts}
     groups = {

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -19,11 +20,12 @@ from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError, Stopped, TrainingError
 from csalign.locations import parse_location
+from csalign.memory import available_bytes
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.results import TrainResult
 from csalign.steps.adapted import embed_rows
-from csalign.steps.batches import PairSampler, uniform
+from csalign.steps.batches import PairSampler, order_of, uniform
 from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
@@ -40,8 +42,10 @@ from csalign.steps.tokens import (
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import gather_unpaired
 from csalign.steps.validation import carve, thin
-from csalign.store.join import ALL, PairedRows, check_directions, load_rows, split_names
+from csalign.store.join import ALL, PairedRows, Pairs, join_pairs, split_names
+from csalign.store.mapped import MIB, MappedRows, Room
 from csalign.store.reader import FeatureSet
+from csalign.store.training import TrainingRows, load_training
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +79,10 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     features = FeatureSet.open(config.features)
     widths = token_widths(features, config)
     train_split = split_to_train(features, config)
-    rows, val = load_split_rows(features, train_split, config)
+    room = room_for(config)
+    rows, val = load_split_rows(features, train_split, config, room)
     tokens = open_tokens(features, widths, rows, config)
-    unpaired = gather_unpaired(rows, further_sets(config), train_split)
+    unpaired = gather_unpaired(rows, further_sets(config), train_split, room)
     training = Training.of(config, features, further_sets(config))
     with open_training(
         config.out, training, restart=config.overwrite, every=config.save_every
@@ -141,7 +146,7 @@ def _evaluated(
 
 
 def start_of(
-    rows: PairedRows,
+    rows: Pairs,
     val: PairedRows | None,
     config: TrainConfig,
     tokens: StoredTokens | None = None,
@@ -155,16 +160,15 @@ def start_of(
     return sampler, *random_start(rows, config, widths)
 
 
-def sampler_of(
-    rows: PairedRows, config: TrainConfig, tokens: StoredTokens | None = None
-) -> PairSampler:
+def sampler_of(rows: Pairs, config: TrainConfig, tokens: StoredTokens | None = None) -> PairSampler:
     """What draws the pairs."""
+    order = tokens.order if tokens else uniform
     return PairSampler(
         rows,
         config.captions,
         other_weight=config.other_captions,
         once=config.caption_weights,
-        order=tokens.order if tokens else uniform,
+        order=order_of(rows) if order is uniform else order,
     )
 
 
@@ -179,21 +183,29 @@ def split_to_train(features: FeatureSet, config: TrainConfig) -> str:
     return ALL if config.train_split == "train" and never_split else config.train_split
 
 
+def room_for(config: TrainConfig) -> Room:
+    """The memory for embeddings, and where those go that do not fit."""
+    memory = available_bytes() // 2 if config.memory is None else config.memory * MIB
+    beside = next(folder for folder in config.out.resolve().parents if folder.is_dir())
+    return Room(memory, Path(os.environ.get("TMPDIR") or beside))
+
+
 def load_split_rows(
-    features: FeatureSet, train_split: str, config: TrainConfig
-) -> tuple[PairedRows, PairedRows | None]:
+    features: FeatureSet, train_split: str, config: TrainConfig, room: Room
+) -> tuple[TrainingRows, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""
     there = features.splits()
     trained = split_names(train_split, there)
     val_split = config.val_split
     if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
-    rows = load_rows(features, train_split)
+    joined = join_pairs(features, train_split)
     if val_split is None:
-        rows, val = carve(rows, config.seed)
-        if val is None:
+        joined, held_out = carve(joined, config.seed)
+        if held_out is None:
             log.warning(
-                "%s: too few pairs to hold some out, so nothing is chosen by validation", rows.name
+                "%s: too few pairs to hold some out, so nothing is chosen by validation",
+                joined.name,
             )
     else:
         both = trained & split_names(val_split, there)
@@ -203,11 +215,10 @@ def load_split_rows(
                 "both trained and validated on; name other splits with --train-split and "
                 "--val-split"
             )
-        val = thin(load_rows(features, val_split), config.seed)
-    for part in (rows, val):
-        if part is not None:
-            check_directions(part.images, part.image_ids, f"{part.name}: images")
-            check_directions(part.texts, part.text_ids, f"{part.name}: texts")
+        held_out = thin(join_pairs(features, val_split), config.seed)
+    rows, val = load_training(features, joined, held_out, room, with_keys=config.caption_weights)
+    if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
+        log.info("%s: more than fits into memory, and read from %s", rows.name, room.folder)
     return rows, val
 
 

@@ -28,7 +28,7 @@ from csalign.steps.logs import LINES, Log, figures_of
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.validation import Score, validate
-from csalign.store.join import PairedRows
+from csalign.store.join import PairedRows, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Trainer:
     """
 
     adapter: Adapter
-    rows: PairedRows
+    rows: Pairs
     sampler: PairSampler
     unpaired: Unpaired
     val: PairedRows | None

@@ -27,10 +27,16 @@ from csalign.steps.adapted import embed_rows
 from csalign.steps.search_space import SearchSpace, search_space
 from csalign.steps.study import CONFIG, Study, check_study, open_study
 from csalign.steps.tokens import open_tokens, token_widths
-from csalign.steps.train import further_sets, load_split_rows, split_to_train, start_of
+from csalign.steps.train import (
+    further_sets,
+    load_split_rows,
+    room_for,
+    split_to_train,
+    start_of,
+)
 from csalign.steps.trainer import Trainer
 from csalign.steps.unpaired import Unpaired, gather_unpaired
-from csalign.store.join import PairedRows
+from csalign.store.join import PairedRows, Pairs
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -68,16 +74,17 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     check_study(config.out, config.features)
     features = FeatureSet.open(config.features)
     split = split_to_train(features, config)
-    rows, val = load_split_rows(features, split, config)
+    room = room_for(config)
+    rows, val = load_split_rows(features, split, config, room)
     if val is None:
         raise DataError(f"{rows.name}: too few pairs to hold some out, so nothing can be chosen by")
     space = search_space(config, rows)
     base = config.base()
-    unpaired = gather_unpaired(rows, further_sets(base), split)
+    unpaired = gather_unpaired(rows, further_sets(base), split, room)
     runner = _Runner(features, rows, val, unpaired, pick_device(config.device), config.seed)
     identity = {
         "features": features.manifest.fingerprint(),
-        "base": base.model_dump(mode="json", exclude={"out", "overwrite", "features"}),
+        "base": base.model_dump(mode="json", exclude={"out", "overwrite", "features", "memory"}),
         "search": space.describe(),
     }
     with open_study(
@@ -282,7 +289,7 @@ class _Runner:
     """Trains on rows that are loaded once and leaves nothing on the disk."""
 
     features: FeatureSet
-    rows: PairedRows
+    rows: Pairs
     val: PairedRows
     unpaired: Unpaired
     device: torch.device

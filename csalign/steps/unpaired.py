@@ -10,10 +10,34 @@ import numpy.typing as npt
 
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
-from csalign.store.join import PairedRows, check_directions, split_names
+from csalign.store.join import Pairs, select_rows, split_names
+from csalign.store.mapped import Room, Vectors
 from csalign.store.reader import FeatureSet
+from csalign.store.training import load_vectors
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of an array, which may be more than memory holds.
+
+    Attributes:
+        values: (n, d) embeddings of one encoder.
+        rows: (k,) which rows; None for all.
+    """
+
+    values: Vectors
+    rows: npt.NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.rows is None else len(self.rows)
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> Array:
+        """Rows by their position in the part; float32."""
+        rows = chosen if self.rows is None else self.rows[chosen]
+        found: Array = self.values[rows].astype(np.float32)
+        return found
 
 
 @dataclass(frozen=True)
@@ -21,16 +45,16 @@ class Unpaired:
     """A pool of rows of each side.
 
     Attributes:
-        images: arrays (k_i, d) of the encoder's image embeddings.
-        texts: likewise of texts.
+        images: parts with rows (k_i, d).
+        texts: likewise.
     """
 
-    images: Sequence[Array]
-    texts: Sequence[Array]
+    images: Sequence[Part]
+    texts: Sequence[Part]
 
     def count(self, side: Modality) -> int:
         """Rows of one side."""
-        return sum(map(len, self._arrays(side)))
+        return sum(map(len, self._parts(side)))
 
     def draw(self, side: Modality, count: int, rng: np.random.Generator) -> Array | None:
         """Rows of one side at random, with replacement; (count, d) float32, None if it has none."""
@@ -48,18 +72,18 @@ class Unpaired:
         return self._take(side, chosen)
 
     def _take(self, side: Modality, chosen: npt.NDArray[np.int64]) -> Array:
-        parts, start = [], 0
-        for array in self._arrays(side):
-            own = chosen[(chosen >= start) & (chosen < start + len(array))] - start
-            parts.append(array[own].astype(np.float32))
-            start += len(array)
-        return np.concatenate(parts)
+        found, start = [], 0
+        for part in self._parts(side):
+            own = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+            found.append(part.take(own))
+            start += len(part)
+        return np.concatenate(found)
 
-    def _arrays(self, side: Modality) -> Sequence[Array]:
+    def _parts(self, side: Modality) -> Sequence[Part]:
         return self.images if side is Modality.IMAGE else self.texts
 
 
-def gather_unpaired(rows: PairedRows, others: Sequence[Path], train_split: str) -> Unpaired:
+def gather_unpaired(rows: Pairs, others: Sequence[Path], train_split: str, room: Room) -> Unpaired:
     """The training rows without a partner, and the rows of further feature sets.
 
     Of a further set all rows count, paired or not, but for those in splits of its own that are not
@@ -69,14 +93,15 @@ def gather_unpaired(rows: PairedRows, others: Sequence[Path], train_split: str) 
         rows: training rows.
         others: further feature sets, of one side or both.
         train_split: the split(s) to train on.
+        room: for the rows of further sets.
 
     Raises:
         DataError: there is no such feature set, or one of its rows has no direction.
         ShapeError: one was made by encoders of other widths.
+        OutputError: the rows fit neither into memory nor on the disk.
     """
-    lone_texts = np.flatnonzero(rows.text_image < 0)
-    images: list[Array] = [rows.images[np.flatnonzero(rows.caption_counts == 0)]]
-    texts: list[Array] = [rows.texts[lone_texts]]
+    images = [Part(rows.images, np.flatnonzero(rows.caption_counts == 0))]
+    texts = [Part(rows.texts, np.flatnonzero(rows.text_image < 0))]
     for path in others:
         features = FeatureSet.open(path)
         there = features.splits()
@@ -85,24 +110,22 @@ def gather_unpaired(rows: PairedRows, others: Sequence[Path], train_split: str) 
             (Modality.IMAGE, images, rows.images.shape[1]),
             (Modality.TEXT, texts, rows.texts.shape[1]),
         ):
-            pool.append(_side_rows(features, side, names, width))
+            pool.append(_side_rows(features, side, names, width, room))
         if not sum(map(len, (images[-1], texts[-1]))):
             raise DataError(f"{path}: has no rows in split {train_split}, nor any without a split")
     return Unpaired(images, texts)
 
 
-def _side_rows(features: FeatureSet, side: Modality, names: set[str | None], width: int) -> Array:
+def _side_rows(
+    features: FeatureSet, side: Modality, names: set[str | None], width: int, room: Room
+) -> Part:
     table = features.table(side)
     if table.made_by is None or not len(table):
-        return np.empty((0, width), np.float32)
+        return Part(np.empty((0, width), np.float32))
     if table.width != width:
         raise ShapeError(
             f"{features.path}: {side} embeddings are {table.width} wide, those to train on "
             f"{width}; extract both with the same encoder"
         )
-    splits = np.array(table.column("split").to_pylist(), dtype=object)
-    chosen = np.flatnonzero([split in names for split in splits])
-    values: Array = table.embeddings()[chosen]
-    ids = table.column("id").combine_chunks().take(chosen)
-    check_directions(values, ids, f"{features.path}: {side.plural}")
-    return values
+    chosen = select_rows(table, names)
+    return Part(load_vectors(table, chosen, room, f"{features.path}: {side.plural}"))

@@ -9,7 +9,7 @@ from csalign.adapters.model import Adapter
 from csalign.enums import Modality
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.steps.adapted import embed_rows
-from csalign.store.join import PairedRows
+from csalign.store.join import Joined, PairedRows
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -67,18 +67,18 @@ def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = N
     )
 
 
-def thin(rows: PairedRows, seed: int) -> PairedRows:
+def thin(rows: Joined, seed: int) -> Joined:
     """At most `MAX_IMAGES` of the images that have captions, since it is measured many times."""
     captioned = np.flatnonzero(rows.caption_counts)
     if len(captioned) <= MAX_IMAGES:
         return rows
-    keep = np.zeros(len(rows.images), np.bool_)
+    keep = np.zeros(rows.images, np.bool_)
     keep[np.random.default_rng(seed).choice(captioned, MAX_IMAGES, replace=False)] = True
     log.info("%s: validating on %d of its %d images", rows.name, MAX_IMAGES, len(captioned))
     return rows.take_images(keep)
 
 
-def carve(rows: PairedRows, seed: int) -> tuple[PairedRows, PairedRows | None]:
+def carve(rows: Joined, seed: int) -> tuple[Joined, Joined | None]:
     """Hold out some of the images that have captions.
 
     A tenth of them, but at least 100 and at most 1,000; a quarter where that is less than 100,
@@ -94,6 +94,6 @@ def carve(rows: PairedRows, seed: int) -> tuple[PairedRows, PairedRows | None]:
     rng = np.random.default_rng(seed)
     n = len(captioned)
     chosen = rng.choice(captioned, min(n // 4, max(100, min(1_000, n // 10))), replace=False)
-    held_out = np.zeros(len(rows.images), np.bool_)
+    held_out = np.zeros(rows.images, np.bool_)
     held_out[chosen] = True
     return rows.take_images(~held_out, lone_texts=True), rows.take_images(held_out)

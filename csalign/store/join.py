@@ -1,9 +1,9 @@
-"""Rows of a feature set in memory: splits selected, texts joined to images by id."""
+"""Rows of a feature set: splits selected, texts joined to images by id."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError, ShapeError
 from csalign.store import schema
+from csalign.store.keys import Keys, compact, first_alike, string_keys, text_keys
+from csalign.store.mapped import Vectors
 from csalign.store.reader import FeatureSet, FeatureTable
 
 Array = npt.NDArray[Any]
@@ -23,33 +25,35 @@ ALL = "all"
 CHECKED_ROWS = 65_536  # at a time, so that a check needs no second copy of everything
 
 
-@dataclass(frozen=True)
-class PairedRows:
-    """Some images and texts of a feature set, and which belong together.
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Embeddings of some images and texts, and which belong together.
 
     Attributes:
         name: where they come from, for messages: the feature set and its split.
         images: (n, d) in the stored dtype.
         texts: (m, e) in the stored dtype.
-        image_ids: n ids.
-        text_ids: m ids.
-        captions: m captions, null where unknown.
         text_image: (m,) int64, row of the image that a text belongs to, -1 for none.
-        image_rows: (n,) int64, where the images are in the image table; None for all in order.
-        text_rows: (m,) int64, likewise of the texts.
+        image_rows: (n,) ints, where the images are in the image table; None for all in order.
+        text_rows: (m,) ints, likewise of the texts.
     """
 
     name: str
-    images: Array
-    texts: Array
-    image_ids: pa.Array
-    text_ids: pa.Array
-    captions: pa.Array
+    images: Vectors
+    texts: Vectors
     text_image: Ints
     image_rows: Ints | None = None
     text_rows: Ints | None = None
 
-    def embeddings(self, side: Modality) -> Array:
+    @property
+    def caption_keys(self) -> Ints:
+        """A number for each text (m,), equal where captions are but for case and outer space.
+
+        A text without a caption is told by its embedding's bytes.
+        """
+        raise NotImplementedError
+
+    def embeddings(self, side: Modality) -> Vectors:
         """The embeddings of one side."""
         return self.images if side is Modality.IMAGE else self.texts
 
@@ -66,29 +70,48 @@ class PairedRows:
     @cached_property
     def caption_counts(self) -> Ints:
         """How many texts each image has, (n,)."""
-        return np.bincount(self.text_image[self.text_image >= 0], minlength=len(self.images))
+        return caption_counts(self.text_image, len(self.images))
 
     @cached_property
     def texts_by_image(self) -> Ints:
         """Rows of the paired texts, (pairs,), image by image, in stored order within an image."""
         paired = np.flatnonzero(self.text_image >= 0)
-        return paired[np.argsort(self.text_image[paired], kind="stable")]
+        owners = self.text_image[paired]
+        if (owners[1:] >= owners[:-1]).all():
+            return compact(paired)
+        return compact(paired[np.argsort(owners, kind="stable")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedRows(Pairs):
+    """The same in memory, with all that is told of them.
+
+    Attributes:
+        image_ids: n ids.
+        text_ids: m ids.
+        captions: m captions, null where unknown.
+    """
+
+    images: Array
+    texts: Array
+    image_ids: pa.Array
+    text_ids: pa.Array
+    captions: pa.Array
+
+    def embeddings(self, side: Modality) -> Array:
+        """The embeddings of one side."""
+        return self.images if side is Modality.IMAGE else self.texts
 
     @cached_property
     def caption_keys(self) -> Ints:
-        """A number for each text (m,), equal where captions are but for case and outer space.
-
-        A text without a caption is told by its embedding's bytes.
-        """
-        folded = pc.utf8_lower(pc.utf8_trim_whitespace(self.captions))
-        keys = folded.dictionary_encode().indices.fill_null(-1)
-        numbers: Ints = keys.to_numpy(zero_copy_only=False).astype(np.int64)
-        unknown = np.flatnonzero(numbers < 0)
-        if len(unknown):
-            digests = [blake2b(self.texts[row], digest_size=16).digest() for row in unknown]
-            keys = pa.array(digests, pa.binary(16)).dictionary_encode().indices
-            numbers[unknown] = keys.to_numpy() + numbers.max() + 1
-        return numbers
+        """See `Pairs`."""
+        parts = [
+            text_keys(
+                self.captions[start : start + CHECKED_ROWS], self.texts[start:][:CHECKED_ROWS]
+            )
+            for start in range(0, len(self.texts), CHECKED_ROWS)
+        ]
+        return first_alike(np.concatenate([np.empty(0, np.uint64), *parts]))
 
     def take_images(self, keep: npt.NDArray[np.bool_], *, lone_texts: bool = False) -> "PairedRows":
         """The images where `keep` (n,) is true, and their texts.
@@ -97,9 +120,7 @@ class PairedRows:
             keep: (n,).
             lone_texts: whether to keep the texts without an image as well.
         """
-        position = np.where(keep, np.cumsum(keep) - 1, -1)
-        is_lone = self.text_image < 0
-        texts = np.flatnonzero(np.where(is_lone, lone_texts, keep[self.text_image]))
+        texts, text_image = _texts_of(self.text_image, keep, lone_texts=lone_texts)
         return PairedRows(
             name=self.name,
             images=self.images[keep],
@@ -107,7 +128,7 @@ class PairedRows:
             image_ids=self.image_ids.filter(pa.array(keep)),
             text_ids=self.text_ids.take(texts),
             captions=self.captions.take(texts),
-            text_image=np.where(is_lone[texts], -1, position[self.text_image[texts]]),
+            text_image=text_image,
             image_rows=self.table_rows(Modality.IMAGE)[keep],
             text_rows=self.table_rows(Modality.TEXT)[texts],
         )
@@ -143,19 +164,11 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
         SchemaError: an id repeats, a text names an image that is not there or is in another split,
             or a shard is damaged.
     """
-    joined = join_ids(features, split)
-    if not (joined.text_image >= 0).any():
-        raise DataError(f"{joined.name}: holds no pairs; {_splits_there(features)}")
-    return PairedRows(
-        name=joined.name,
-        images=_rows(features.images.embeddings(), joined.image_rows),
-        texts=_rows(features.texts.embeddings(), joined.text_rows),
-        image_ids=joined.image_ids,
-        text_ids=joined.text_ids,
-        captions=_take(_column(features.texts, schema.CAPTION), joined.text_rows),
-        text_image=joined.text_image,
-        image_rows=joined.image_rows,
-        text_rows=joined.text_rows,
+    joined = join_pairs(features, split)
+    return joined.told(
+        features,
+        _rows(features.images.embeddings(), joined.image_rows),
+        _rows(features.texts.embeddings(), joined.text_rows),
     )
 
 
@@ -169,16 +182,14 @@ def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
     is_image = side is Modality.IMAGE
     rows = joined.image_rows if is_image else joined.text_rows
     values = _rows(features.table(side).embeddings(), rows)
-    none, no_ids = values[:0], joined.image_ids[:0]
+    none, no_ids = values[:0], pa.array([], pa.large_string())
     return PairedRows(
         name=joined.name,
         images=values if is_image else none,
         texts=none if is_image else values,
-        image_ids=joined.image_ids if is_image else no_ids,
-        text_ids=no_ids if is_image else joined.text_ids,
-        captions=no_ids
-        if is_image
-        else _take(_column(features.texts, schema.CAPTION), joined.text_rows),
+        image_ids=features.images.strings(schema.ID, rows) if is_image else no_ids,
+        text_ids=no_ids if is_image else features.texts.strings(schema.ID, rows),
+        captions=no_ids if is_image else features.texts.strings(schema.CAPTION, rows),
         text_image=np.full(0 if is_image else len(values), -1),
         image_rows=joined.image_rows,
         text_rows=joined.text_rows,
@@ -186,50 +197,102 @@ def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
 
 
 @dataclass(frozen=True)
-class JoinedIds:
-    """Rows of some splits, joined by id; attributes as in `PairedRows`.
+class Joined:
+    """Rows of some splits, joined by id, without what is stored of them; see `Pairs`.
 
     Attributes:
         name: the feature set and its split, for messages.
-        image_rows: the selected rows of the image table, None for all of them.
-        text_rows: likewise of the text table.
-        image_ids: n ids.
-        text_ids: m ids.
+        images: how many.
         text_image: (m,) int64.
+        image_rows: the selected rows of the image table, ascending; None for all of them.
+        text_rows: likewise of the text table.
     """
 
     name: str
+    images: int
+    text_image: Ints
     image_rows: Ints | None
     text_rows: Ints | None
-    image_ids: pa.Array
-    text_ids: pa.Array
-    text_image: Ints
+
+    @property
+    def texts(self) -> int:
+        """How many."""
+        return len(self.text_image)
+
+    @cached_property
+    def caption_counts(self) -> Ints:
+        """How many texts each image has, (n,)."""
+        return caption_counts(self.text_image, self.images)
+
+    def take_images(self, keep: npt.NDArray[np.bool_], *, lone_texts: bool = False) -> "Joined":
+        """See `PairedRows.take_images`."""
+        texts, text_image = _texts_of(self.text_image, keep, lone_texts=lone_texts)
+        images = np.flatnonzero(keep)
+        return Joined(
+            self.name,
+            len(images),
+            text_image,
+            compact(images if self.image_rows is None else self.image_rows[images]),
+            compact(texts if self.text_rows is None else self.text_rows[texts]),
+        )
+
+    def told(self, features: FeatureSet, images: Array, texts: Array) -> PairedRows:
+        """With their embeddings, and the strings that are stored of them."""
+        return PairedRows(
+            name=self.name,
+            images=images,
+            texts=texts,
+            image_ids=features.images.strings(schema.ID, self.image_rows),
+            text_ids=features.texts.strings(schema.ID, self.text_rows),
+            captions=features.texts.strings(schema.CAPTION, self.text_rows),
+            text_image=self.text_image,
+            image_rows=self.image_rows,
+            text_rows=self.text_rows,
+        )
 
 
-def join_ids(features: FeatureSet, split: str) -> JoinedIds:
+def join_pairs(features: FeatureSet, split: str) -> Joined:
+    """Like `join_ids`, for what needs pairs.
+
+    Raises:
+        DataError: the split is not there, or holds no pairs.
+    """
+    joined = join_ids(features, split)
+    if not (joined.text_image >= 0).any():
+        raise DataError(f"{joined.name}: holds no pairs; {_splits_there(features)}")
+    return joined
+
+
+def join_ids(features: FeatureSet, split: str) -> Joined:
     """Select splits and join texts to images, without reading embeddings.
 
     Raises:
         SchemaError: an id repeats, or a text names an image that is not there or in another split.
     """
     names = None if split == ALL else sorted(str(name) for name in split_names(split, ()))
-    image_rows, text_rows = (_select(table, names) for table in (features.images, features.texts))
-    all_image_ids = _unique_ids(features.images)
-    text_ids = _take(_unique_ids(features.texts), text_rows)
-    image_ids = _take(all_image_ids, image_rows)
-    owner = _take(_column(features.texts, schema.IMAGE_ID), text_rows)
-    text_image = _positions(owner, image_ids)
+    image_rows, text_rows = (
+        select_rows(table, names) for table in (features.images, features.texts)
+    )
+    _unique_keys(features.texts)
+    all_images, salt = _unique_keys(features.images)
+    images = all_images if image_rows is None else all_images[image_rows]
+    owners, is_owned = _owners(features.texts, text_rows, salt)
+    text_image = _positions(owners, is_owned, images)
     where = f"{features.path}" + ("" if names is None else f" (split {split})")
-    _check_owners(where, owner, text_image, all_image_ids, text_ids)
-    return JoinedIds(where, image_rows, text_rows, image_ids, text_ids, text_image)
+    lost = np.flatnonzero((text_image < 0) & is_owned)
+    if len(lost):
+        row = int(lost[0]) if text_rows is None else int(text_rows[lost[0]])
+        elsewhere = bool((all_images == owners[lost[0]]).any())
+        raise _lost(features.texts, where, row, len(lost), elsewhere=elsewhere)
+    return Joined(where, len(images), text_image, image_rows, text_rows)
 
 
 def image_sources(features: FeatureSet, ids: Sequence[str]) -> list[str | None]:
     """Where the pixels of some images can be found again, None where that is unknown."""
     rows = pc.index_in(
-        pa.array(ids, pa.large_string()), value_set=_column(features.images, schema.ID)
+        pa.array(ids, pa.large_string()), value_set=features.images.strings(schema.ID)
     )
-    sources: list[str | None] = _column(features.images, schema.SOURCE).take(rows).to_pylist()
+    sources: list[str | None] = features.images.strings(schema.SOURCE).take(rows).to_pylist()
     return sources
 
 
@@ -250,7 +313,7 @@ def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32
     return wide
 
 
-def check_directions(values: Array, ids: pa.Array, name: str) -> None:
+def check_directions(values: Vectors, ids: pa.Array, name: str) -> None:
     """Raise DataError if a row is not finite or has norm 0; arguments as for `unit_rows`."""
     for start in range(0, len(values), CHECKED_ROWS):
         norms = np.linalg.norm(values[start : start + CHECKED_ROWS].astype(np.float32), axis=1)
@@ -272,62 +335,100 @@ def check_same_width(rows: PairedRows) -> None:
         )
 
 
-def _select(table: FeatureTable, names: Sequence[str] | None) -> Ints | None:
-    """Rows whose split is among the names; None is all rows."""
+def caption_counts(text_image: Ints, images: int) -> Ints:
+    """How many texts each of so many images has, (images,)."""
+    return compact(np.bincount(text_image[text_image >= 0], minlength=images))
+
+
+def select_rows(table: FeatureTable, names: Collection[str | None] | None) -> Ints | None:
+    """Rows whose split is among the names, ascending, where None is no split; None for all rows."""
     if names is None:
         return None
-    chosen = pc.is_in(_column(table, schema.SPLIT), value_set=pa.array(names, pa.large_string()))
-    return np.flatnonzero(chosen.to_numpy(zero_copy_only=False))
+    wanted = pa.array(list(names), pa.string())
+    parts = [
+        positions.start + np.flatnonzero(_is_in(batch.column(schema.SPLIT), wanted))
+        for positions, _, batch in table.parts([schema.SPLIT], None)
+    ]
+    return compact(np.concatenate([np.empty(0, np.int64), *parts]))
 
 
-def _column(table: FeatureTable, name: str) -> pa.Array:
-    # Large strings, since 32-bit offsets end at 2 GiB of captions.
-    return table.column(name).cast(pa.large_string()).combine_chunks()
+def _is_in(column: pa.Array, wanted: pa.Array) -> Array:
+    found: Array = pc.is_in(column, value_set=wanted).to_numpy(zero_copy_only=False)
+    return found
 
 
-def _take(column: pa.Array, rows: Ints | None) -> pa.Array:
-    return column if rows is None else column.take(pa.array(rows))
+def _texts_of(
+    text_image: Ints, keep: npt.NDArray[np.bool_], *, lone_texts: bool
+) -> tuple[Ints, Ints]:
+    """The texts of the images where `keep` is true, and which of those images each belongs to."""
+    position = np.where(keep, np.cumsum(keep) - 1, -1)
+    is_lone = text_image < 0
+    texts = np.flatnonzero(np.where(is_lone, lone_texts, keep[text_image]))
+    return texts, np.where(is_lone[texts], -1, position[text_image[texts]])
 
 
 def _rows(values: Array, rows: Ints | None) -> Array:
     return values if rows is None else values[rows]
 
 
-def _unique_ids(table: FeatureTable) -> pa.Array:
-    ids = _column(table, schema.ID)
-    if pc.count_distinct(ids).as_py() != len(ids):
-        counts = ids.value_counts()
-        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))[0].as_py()
-        raise SchemaError(
-            f"{table.folder}: {table.modality} id {twice!r} appears more than once; ids must be "
-            "unique, make the feature set again"
-        )
-    return ids
+def _unique_keys(table: FeatureTable) -> tuple[Keys, int]:
+    """A key for each id of a table, and the salt with which no two ids share one."""
+    for salt in count():
+        parts = [
+            string_keys(batch.column(schema.ID), salt)
+            for _, _, batch in table.parts([schema.ID], None)
+        ]
+        keys = np.concatenate([np.empty(0, np.uint64), *parts])
+        ordered = np.sort(keys)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if not len(twice):
+            return keys, salt
+        rows = np.flatnonzero(np.isin(keys, twice[:CHECKED_ROWS]))
+        counts = table.strings(schema.ID, rows).value_counts()
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        if len(repeated):
+            raise SchemaError(
+                f"{table.folder}: {table.modality} id {repeated[0].as_py()!r} appears more than "
+                "once; ids must be unique, make the feature set again"
+            )
+    raise AssertionError
 
 
-def _positions(owner: pa.Array, image_ids: pa.Array) -> Ints:
-    found = pc.index_in(owner, value_set=image_ids, skip_nulls=True)
-    positions: Ints = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    return positions
+def _owners(texts: FeatureTable, rows: Ints | None, salt: int) -> tuple[Keys, Array]:
+    """For some texts the key of their image's id, and whether they have an image."""
+    size = len(texts) if rows is None else len(rows)
+    keys, is_owned = np.zeros(size, np.uint64), np.zeros(size, np.bool_)
+    for positions, local, batch in texts.parts([schema.IMAGE_ID], rows):
+        column = batch.column(schema.IMAGE_ID).take(local)
+        keys[positions] = string_keys(column, salt)
+        is_owned[positions] = column.is_valid().to_numpy(zero_copy_only=False)
+    return keys, is_owned
 
 
-def _check_owners(
-    where: str,
-    owner: pa.Array,
-    text_image: Ints,
-    all_image_ids: pa.Array,
-    text_ids: pa.Array,
-) -> None:
-    lost = np.flatnonzero((text_image < 0) & owner.is_valid().to_numpy(zero_copy_only=False))
-    if not len(lost):
-        return
-    row = int(lost[0])
-    text, image = text_ids[row].as_py(), owner[row].as_py()
-    elsewhere = pc.is_in(owner[row], value_set=all_image_ids).as_py()
+def _positions(owners: Keys, is_owned: Array, images: Keys) -> Ints:
+    """Where in `images` each owner is, -1 for nowhere."""
+    found = np.full(len(owners), -1, np.int64)
+    if not len(images):
+        return found
+    order = compact(np.argsort(images))
+    ordered = images[order]
+    for start in range(0, len(owners), CHECKED_ROWS):
+        part = slice(start, start + CHECKED_ROWS)
+        places = np.searchsorted(ordered, owners[part]).clip(max=len(images) - 1)
+        is_there = is_owned[part] & (ordered[places] == owners[part])
+        found[part][is_there] = order[places[is_there]]
+    return found
+
+
+def _lost(texts: FeatureTable, where: str, row: int, total: int, *, elsewhere: bool) -> SchemaError:
+    """What to say of a text whose image is not there."""
+    text, image = (
+        texts.strings(name, np.array([row]))[0].as_py() for name in (schema.ID, schema.IMAGE_ID)
+    )
     reason = "is in another split" if elsewhere else "is not there"
-    raise SchemaError(
+    return SchemaError(
         f"{where}: text {text!r} belongs to image {image!r}, which {reason} "
-        f"({len(lost)} such texts); make the feature set again"
+        f"({total} such texts); make the feature set again"
     )
 
 

@@ -1,6 +1,7 @@
 """Read a feature set: whole embeddings as one array, or any columns in a stream."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from csalign.store import schema
 from csalign.store.manifest import EncoderInfo, Manifest, Shard, read_manifest
 
 Array = npt.NDArray[Any]
+Ints = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,14 @@ class FeatureTable:
         chunks = [batch.column(name) for batch in self.batches([name])]
         return pa.chunked_array(chunks, pa.string())
 
+    def split_counts(self) -> Counter[str | None]:
+        """Rows of each split; None is no split."""
+        counts: Counter[str | None] = Counter()
+        for _, batch in self.blocks([schema.SPLIT], lambda first, last: first < last):
+            for entry in batch.column(schema.SPLIT).value_counts().to_pylist():
+                counts[entry["values"]] += entry["counts"]
+        return counts
+
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The given columns, a row group at a time, in row order.
 
@@ -189,6 +199,72 @@ class FeatureTable:
                 for group in range(file.metadata.num_row_groups):
                     table = file.read_row_group(group, columns=list(columns), use_threads=True)
                     yield from table.combine_chunks().to_batches()
+
+    def blocks(
+        self, columns: Sequence[str], is_wanted: Callable[[int, int], bool]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The given columns of some row groups, with the number of the first row of each.
+
+        Args:
+            columns: to read.
+            is_wanted: told the first row of a group and the first after it, whether to read it.
+
+        Raises:
+            SchemaError: a shard is damaged.
+        """
+        first = 0
+        for shard in self.shards:
+            if not is_wanted(first, first + shard.rows):
+                first += shard.rows
+                continue
+            # What is read of a mapped file stays resident until it is closed.
+            with self._open(shard, mapped=False) as file:
+                for group in range(file.metadata.num_row_groups):
+                    last = first + file.metadata.row_group(group).num_rows
+                    if is_wanted(first, last):
+                        table = file.read_row_group(group, columns=list(columns), use_threads=True)
+                        for batch in table.combine_chunks().to_batches():
+                            yield first, batch
+                            first += len(batch)
+                    first = last
+
+    def strings(self, name: str, rows: Ints | None = None) -> pa.Array:
+        """A string column as one array of large strings, which may be more than 2 GiB.
+
+        Args:
+            name: of the column.
+            rows: which rows, ascending; None for all.
+
+        Raises:
+            SchemaError: a shard is damaged.
+        """
+        kind = pa.large_string()
+        parts = [
+            batch.column(name).take(local).cast(kind)
+            for _, local, batch in self.parts([name], rows)
+        ]
+        return pa.concat_arrays(parts) if parts else pa.array([], kind)
+
+    def parts(
+        self, columns: Sequence[str], rows: Ints | None
+    ) -> Iterator[tuple[slice, Ints, pa.RecordBatch]]:
+        """The row groups that some rows are in.
+
+        Args:
+            columns: to read.
+            rows: which rows, ascending; None for all.
+
+        Yields:
+            Positions in `rows`, where those are in the batch, and the batch.
+        """
+
+        def is_wanted(first: int, last: int) -> bool:
+            return first < last if rows is None else len(places_within(rows, first, last)[1]) > 0
+
+        for first, batch in self.blocks(columns, is_wanted):
+            positions, local = places_within(rows, first, first + len(batch))
+            if len(local):
+                yield positions, local, batch
 
     def row_groups(self, column: str) -> list[RowGroup]:
         """All row groups in row order; reads footers only.
@@ -241,7 +317,7 @@ class FeatureTable:
         return path
 
     @contextmanager
-    def _open(self, shard: Shard) -> Iterator[pq.ParquetFile]:
+    def _open(self, shard: Shard, *, mapped: bool = True) -> Iterator[pq.ParquetFile]:
         path = self._path(shard)
         try:
             with ExitStack() as stack:
@@ -251,7 +327,7 @@ class FeatureTable:
                 yield stack.enter_context(
                     pq.ParquetFile(
                         opened,
-                        memory_map=not away,
+                        memory_map=mapped and not away,
                         pre_buffer=away,
                         page_checksum_verification=True,
                     )
@@ -314,10 +390,22 @@ class FeatureSet:
         """Rows by split: ``{"train": {"images": n, "texts": m}, ...}``; None is no split."""
         found: dict[str | None, dict[str, int]] = {}
         for table in (self.images, self.texts):
-            for entry in table.column(schema.SPLIT).value_counts().to_pylist():
-                counts = found.setdefault(entry["values"], {"images": 0, "texts": 0})
-                counts[table.modality.plural] = entry["counts"]
+            for split, count in table.split_counts().items():
+                counts = found.setdefault(split, {"images": 0, "texts": 0})
+                counts[table.modality.plural] = count
         return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or "")))
+
+
+def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints]:
+    """Which of some rows, ascending, are from `first` to before `last`; None is all rows.
+
+    Returns:
+        Their positions in `rows`, and their places, counted from `first`.
+    """
+    if rows is None:
+        return slice(first, last), np.arange(last - first)
+    start, stop = np.searchsorted(rows, [first, last]).tolist()
+    return slice(start, stop), rows[start:stop] - first
 
 
 def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:

@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csalign.metrics import retrieval
+from csalign.metrics import tiles as tiles_module
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
+from csalign.metrics.tiles import HostTiles, Staircase, Tiles
 
 Array = npt.NDArray[Any]
 
@@ -40,11 +42,11 @@ def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     return images, texts, np.array(owners)
 
 
-@pytest.fixture(params=[(1, 8, 1), (3, 8, 2), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
+@pytest.fixture(params=[(1, 8, 8), (3, 8, 8), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the matrix be cut into many tiles, or fit into one."""
-    for name, value in zip(("TILE_ROWS", "TILE_COLUMNS", "MIN_TILE"), request.param, strict=True):
-        monkeypatch.setattr(retrieval, name, value)
+    for name, value in zip(("SHARE_ROWS", "TILE_COLUMNS", "STEP"), request.param, strict=True):
+        monkeypatch.setattr(tiles_module, name, value)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -147,6 +149,38 @@ def test_an_image_of_very_many_captions_is_ranked_too() -> None:
 
     assert image_to_text.first.tolist() == first
     assert image_to_text.average_precision.tolist() == pytest.approx(precision)
+
+
+def clustered(kind: str) -> tuple[Array, Array, Array]:
+    """300 images with none to six captions, whose scores are spread, equal by runs, or close."""
+    rng = np.random.default_rng(4)
+    images = rng.normal(size=(300, 24))
+    owners = rng.permutation(np.repeat(np.arange(-1, 300), rng.integers(0, 7, 301)))
+    texts = images[owners] + 2 * rng.normal(size=(len(owners), 24))
+    if kind == "tied":
+        images, texts = images[np.arange(300) % 9], images[rng.integers(0, 9, len(owners))]
+    elif kind == "clustered":
+        centres = 3 * rng.normal(size=(12, 24))
+        images, texts = images + centres[np.arange(300) % 12], texts + centres[owners % 12]
+    sides = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (images, texts))
+    return (*(side.astype(np.float32) for side in sides), owners)
+
+
+@pytest.mark.parametrize("kind", ["spread", "tied", "clustered"])
+@pytest.mark.parametrize("side", [64, 8_192])
+def test_what_a_device_counts_equals_what_the_cpu_does(
+    kind: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, texts, owners = clustered(kind)
+    stairs = Staircase.lay(len(images), owners)
+    monkeypatch.setattr(Tiles, "rows", side)
+    monkeypatch.setattr(Tiles, "columns", side)
+    counted = []
+    for made in (HostTiles(images, texts, stairs), Tiles(images, texts, stairs)):
+        counted.append(made.count_wrong(made.own_scores()))
+
+    assert np.array_equal(counted[0], counted[1])
+    assert np.max(counted[0]) > 50
 
 
 def test_summary_figures_follow_from_the_ranks() -> None:

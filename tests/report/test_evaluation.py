@@ -1,7 +1,4 @@
 import re
-import shutil
-import subprocess
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +66,54 @@ def test_figures_carry_their_intervals(tmp_path: Path) -> None:
     assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no browser here to open it")
-def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_a_browser_draws_every_figure_and_asks_for_nothing(
+    tmp_path: Path, browser: Any, dark: bool
+) -> None:
     page = tmp_path / "page.html"
     text = write(page, view("before", shared=False), view("after", shared=True))
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    browser += ["--enable-logging=stderr", "--virtual-time-budget=5000"]
-    browser += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    shown = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=240)
+    figures = text.count('<div class="figure"')
+    browser.open(page, dark=dark)
+    drawn = browser.evaluate("document.querySelectorAll('.figure .main-svg').length")
+    bars = browser.evaluate("document.querySelector('.figure').innerHTML")
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = browser.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")
+    title = browser.evaluate("document.title")
 
-    drawn = re.findall(r'class="figure[^"]*" id="figure-\d+"', shown.stdout)
-    plots = re.findall(r'<div class="figure.*?</section>', shown.stdout, re.S)
-    assert len(drawn) == len(plots) == text.count('<div class="figure"') == 6
-    assert all('<svg class="main-svg"' in plot for plot in plots)
-    assert "CONSOLE" not in shown.stderr
-    assert f"<title>{escape(HOSTILE, quote=False)}</title>" in shown.stdout
-    assert 'data-title="Zoom' in shown.stdout
-    assert 'data-title="Share' not in shown.stdout
+    assert figures == 6
+    assert drawn >= figures
+    assert browser.complaints() == []
+    assert browser.requested() == [page.as_uri()]
+    assert title == HOSTILE
+    assert 'data-title="Zoom' in bars
+    assert 'data-title="Share' not in bars
+    assert (_brightness(ground) < 60) == dark
+    assert (_brightness(ink) > 200) == dark
+
+
+def test_the_mouse_over_a_point_shows_its_caption(tmp_path: Path, browser: Any) -> None:
+    page = tmp_path / "page.html"
+    write(page, view("", shared=True))
+    browser.open(page)
+    browser.evaluate("document.getElementById('figure-0').scrollIntoView()")
+    x, y = browser.wait_for(_PLACE)
+    assert browser.evaluate("document.querySelectorAll('.hovertext').length") == 0
+    browser.move(x - 1, y)
+    browser.move(x, y)
+    label = browser.wait_for("document.querySelector('.hovertext')?.textContent")
+
+    assert label == f"images{HOSTILE}"
+    assert browser.complaints() == []
+
+
+# Where the window has the first image of the first figure.
+_PLACE = """(() => {
+  const plot = document.getElementById("figure-0"), {xaxis, yaxis} = plot._fullLayout ?? {};
+  if (!xaxis?.l2p) return null;
+  const {left, top} = plot.getBoundingClientRect(), {x, y} = plot.data[0];
+  return [left + xaxis._offset + xaxis.l2p(x[0]), top + yaxis._offset + yaxis.l2p(y[0])];
+})()"""
+
+
+def _brightness(colour: str) -> float:
+    return float(np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]))

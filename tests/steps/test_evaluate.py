@@ -90,7 +90,7 @@ def test_an_approximate_index_tells_its_own_recall(features: Path, run: Path) ->
     exact = evaluate(EvalConfig(features=features, adapter=run))
     listed = evaluate(EvalConfig(features=features, adapter=run, index="hnsw"))
 
-    assert exact["index"] == {"kind": "exact"}
+    assert exact["index"] == {"kind": "exact", "device": "cpu"}
     assert listed["index"]["kind"] == "hnsw"
     assert set(listed["index"]["recall@10"]) == {"image_to_text", "text_to_image"}
     assert all(recall > 0.9 for recall in listed["index"]["recall@10"].values())

@@ -161,4 +161,12 @@ def paired(images: int, owners: Array) -> PairedRows:
     names = pa.array([f"t{row}" for row in range(len(owners))])
     ids = pa.array([str(row) for row in range(images)])
     blank = np.ones((images, 1), np.float32)
-    return PairedRows("set", blank, texts, ids, names, names, owners.astype(np.int64))
+    return PairedRows(
+        name="set",
+        images=blank,
+        texts=texts,
+        image_ids=ids,
+        text_ids=names,
+        captions=names,
+        text_image=owners.astype(np.int64),
+    )

@@ -68,6 +68,7 @@ def test_the_page_of_an_adapter_shows_both_stages_and_its_training(
         text = page.read_text(encoding="utf-8")
         for title in ("before the adapter", "after the adapter", "The loss", "Configuration"):
             assert title in text
+        assert text.count("the adapter: neighbours") == 2
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(

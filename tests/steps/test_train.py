@@ -442,9 +442,8 @@ def test_unpaired_rows_reach_the_divergence_and_are_negatives(
     further: dict[str, Any] = {"unpaired": f"{tmp_path / 'images'}, {tmp_path / 'texts'}"}
     further["match_moments"] = False
     run(features, tmp_path / "alone", cs_weight=1.0)
-    run(features, tmp_path / "negatives", cs_weight=1.0, **further)
-    further["unpaired_negatives"] = False
     run(features, tmp_path / "more", cs_weight=1.0, **further)
+    run(features, tmp_path / "negatives", cs_weight=1.0, unpaired_negatives=True, **further)
     run(features, tmp_path / "none", cs_weight=0.0)
     run(features, tmp_path / "none more", cs_weight=0.0, **further)
 

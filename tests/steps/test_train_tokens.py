@@ -456,7 +456,7 @@ def test_wrong_combinations_are_refused_before_anything_is_computed(
     message: str,
 ) -> None:
     features = write_tokens(**stored)
-    monkeypatch.setattr("csalign.steps.train.load_rows", pytest.fail)
+    monkeypatch.setattr("csalign.steps.train.load_training", pytest.fail)
 
     with pytest.raises(kind, match=message):
         run(features, tmp_path / "run", **options)

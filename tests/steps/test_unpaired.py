@@ -15,7 +15,7 @@ from csalign.steps.evaluate import evaluate
 from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
 from csalign.steps.validation import carve
-from csalign.store.join import load_rows
+from csalign.store.join import join_ids
 from csalign.store.reader import FeatureSet
 
 OFF: dict[str, Any] = {"match_moments": False}
@@ -119,14 +119,15 @@ def test_kinds_that_cannot_be_matched_are_left_alone(
 
 
 def test_holding_out_pairs_keeps_the_texts_without_an_image(few_pairs: Path) -> None:
-    rows = load_rows(FeatureSet.open(few_pairs), "train")
-    left, held_out = carve(rows, seed=0)
+    left, held_out = carve(join_ids(FeatureSet.open(few_pairs), "train"), seed=0)
 
     assert held_out is not None
     assert (held_out.text_image >= 0).all()
     assert (left.text_image < 0).sum() == 540
-    assert left.pairs + held_out.pairs == 60
+    assert left.caption_counts.sum() + held_out.caption_counts.sum() == 60
     for part in (left, held_out):
+        assert part.image_rows is not None
+        assert part.text_rows is not None
         paired = np.flatnonzero(part.text_image >= 0)
-        owners = part.image_ids.take(part.text_image[paired])
-        assert owners == part.text_ids.take(paired)
+        owners = part.image_rows[part.text_image[paired]]
+        assert owners.tolist() == part.text_rows[paired].tolist()

@@ -1,13 +1,14 @@
 """How long exact ranks take, and how much memory.
 
-    python tests/benchmarks/eval/ranks.py [--rounds 3] [--threads 1] [--square 20000]
+    python tests/benchmarks/eval/ranks.py [--rounds 3] [--threads 1] [--square 20000] [--only CASE]
 
 On 5,000 images with five captions each, 512 wide: `rank_both_ways`, which gives all ranks, against
-R@1, 5 and 10 as CLIP_benchmark computes them (clip_benchmark/metrics/zeroshot_retrieval.py at
-082089f: all scores, a dense matrix of the pairs, top-k as a dense one-hot, 64 queries at a time).
-Then on a square of one-caption pairs against the bare product of the two, in the same strips. Each
-case runs in a process of its own, in alternated rounds. The ratios are of CPU time, which a busy
-machine does not stretch as it does wall time; memory is what the peak adds to the arrays.
+R@1, 5 and 10 by CLIP_benchmark's own `evaluate`, given an encoder that hands the embeddings out
+(`pip install --no-deps clip-benchmark tqdm`), or by its formula where it is not installed. Then on
+a square of one-caption pairs against the bare product of the two: in strips, and in the very tiles
+that are ranked. Each case runs in a process of its own, in alternated rounds. The ratios are of CPU
+time, which a busy machine does not stretch as it does wall time; memory is what the peak adds to
+the arrays. RESULTS.md has what was found.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,6 +25,12 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
+from csalign.metrics.tiles import RUN, HostTiles, Staircase
+
+try:
+    from clip_benchmark.metrics import zeroshot_retrieval as package
+except ImportError:
+    package = None
 
 WIDTH = 512
 BATCH = 64  # CLIP_benchmark's default
@@ -69,11 +77,39 @@ def _dense_recall(scores: Tensor, positive: Tensor, k: int) -> Tensor:
     return torch.cat(found).float().mean()
 
 
+def clip_benchmark(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
+    """The same by the package itself."""
+    captions = len(y) // len(x)
+    batches = (
+        (x[start : start + BATCH], y[start * captions : (start + BATCH) * captions].split(captions))
+        for start in range(0, len(x), BATCH)
+    )
+    model = SimpleNamespace(encode_image=lambda rows: rows, encode_text=lambda rows: rows)
+    found = package.evaluate(
+        model, batches, torch.stack, "cpu", amp=False, recall_k_list=list(RECALL_AT)
+    )
+    return {
+        f"{name} R@{k}": found[f"{what}_retrieval_recall@{k}"]
+        for name, what in (("i2t", "text"), ("t2i", "image"))
+        for k in RECALL_AT
+    }
+
+
 def product(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
     """The scores alone, strip by strip, thrown away."""
     out = torch.empty(STRIP * torch.get_num_threads(), len(y))
     for rows in x.split(len(out)):
         torch.mm(rows, y.T, out=out[: len(rows)])
+    return {}
+
+
+def tiles(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
+    """The scores alone, in the tiles that are ranked, thrown away."""
+    laid = HostTiles(x.numpy(), y.numpy(), Staircase.lay(len(x), owners.numpy()))
+    columns = range(0, len(y), laid._columns)
+    for start in range(0, len(columns), RUN):
+        for _ in laid._multiply(range(0, len(x), laid._rows), columns[start : start + RUN]):
+            pass
     return {}
 
 
@@ -116,6 +152,10 @@ def alternate(
             with context.Pool(1) as pool:
                 found = pool.apply(measured, (case, images, captions, threads))
             results.setdefault(case.__name__, []).append(found)
+            cpu, wall, memory, _ = found
+            print(
+                f"{case.__name__}: CPU {cpu:.2f} s, wall {wall:.2f} s, {memory:.0f} MB", flush=True
+            )
     texts = images * captions
     print(f"{images:,} images, {texts:,} texts, {WIDTH} wide, {threads} thread(s)", flush=True)
     first = next(iter(results.values()))
@@ -123,13 +163,13 @@ def alternate(
         cpu, wall, memory, _ = zip(*found, strict=True)
         ratios = [run[0] / base[0] for run, base in zip(found, first, strict=True)]
         print(
-            f"  {name:8} CPU {np.median(cpu):8.2f} s ({min(cpu):.2f}-{max(cpu):.2f})"
+            f"  {name:14} CPU {np.median(cpu):8.2f} s ({min(cpu):.2f}-{max(cpu):.2f})"
             f"  x{np.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
             f"  wall {np.median(wall):8.2f} s  {max(memory):8.0f} MB"
         )
     for name, found in results.items():
         if found[0][3]:
-            print(f"  {name:8} {json.dumps(found[0][3], sort_keys=True)}")
+            print(f"  {name:14} {json.dumps(found[0][3], sort_keys=True)}")
 
 
 def main() -> None:
@@ -138,9 +178,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--square", type=int, default=20_000)
+    parser.add_argument("--only", choices=["square", "captions"])
     arguments = parser.parse_args()
-    alternate(arguments.square, 1, [ours, product], arguments.rounds, arguments.threads)
-    alternate(5_000, 5, [ours, dense], arguments.rounds, arguments.threads)
+    if arguments.only != "captions":
+        cases = [ours, product, tiles]
+        alternate(arguments.square, 1, cases, arguments.rounds, arguments.threads)
+    if arguments.only != "square":
+        cases = [ours, clip_benchmark if package else dense]
+        alternate(5_000, 5, cases, arguments.rounds, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ class Peer:
 
 # A random start, and none of csalign's own devices.
 PLAIN = {
+    "adapter": "mlp",  # where a peer names none
     "init": "random",
     "cs_weight": 0.0,
     "noise": 0.0,

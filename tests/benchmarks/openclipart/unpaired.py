@@ -41,9 +41,9 @@ ALONE = "pairs alone"
 OFF: dict[str, Any] = {"match_moments": False}
 ROWS: dict[str, dict[str, Any]] = {
     ALONE: {**OFF, "unpaired_ratio": 0.0},
-    "+ unpaired in the CS term": {**OFF, "unpaired_negatives": False},
-    "+ unpaired as negatives of InfoNCE": OFF,
+    "+ unpaired in the CS term": OFF,
     "+ moments matched: the default": {},
+    "+ unpaired as negatives of InfoNCE": {"unpaired_negatives": True},
     "closed form, pairs alone": {**OFF, "steps": 0},
     "closed form, + unpaired, moments matched": {"steps": 0},
 }
