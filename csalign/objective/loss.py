@@ -126,7 +126,9 @@ class Objective:
             ValueError: an owner or sigma is out of range, or tokens are missing.
         """
         x, y = normalize(x, dim=1), normalize(y, dim=1)
-        sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
+        sets = x, y
+        if any(negatives) or (self.weight and not divergence(self.divergence).matched):
+            sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
         seen = len(x) + negatives[0], len(y) + negatives[1]
         pairwise, apart = self._tiled(sets, (len(x), len(y)), seen, logit_scale, sigma, owner)
         if pairwise is None:
