@@ -1,0 +1,25 @@
+"""What each command can be told: one frozen model a command.
+
+A field is a flag with dashes and a key of ``--config FILE.toml``; its description is the flag's
+help. Values come from, weakest first: the defaults here, the TOML file, the command line.
+"""
+
+from csalign.config.apply import ApplyConfig
+from csalign.config.base import Config, OutputConfig
+from csalign.config.diagnose import DiagnoseConfig
+from csalign.config.evaluate import EvalConfig
+from csalign.config.extract import ExtractConfig
+from csalign.config.import_arrays import ImportConfig
+from csalign.config.train import TrainConfig, TuneConfig
+
+__all__ = [
+    "ApplyConfig",
+    "Config",
+    "DiagnoseConfig",
+    "EvalConfig",
+    "ExtractConfig",
+    "ImportConfig",
+    "OutputConfig",
+    "TrainConfig",
+    "TuneConfig",
+]

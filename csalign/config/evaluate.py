@@ -1,0 +1,79 @@
+"""What ``csalign eval`` can be told."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from csalign.config.base import Config, Location, Positive, RunFolder, Words
+
+
+class EvalConfig(Config):
+    """``csalign eval``: retrieval and modality gap."""
+
+    features: Location = Field(description="Feature set to evaluate on.")
+    adapter: RunFolder | None = Field(
+        None, description="Run folder; without it the features are evaluated as they are."
+    )
+    allow_adapter: str | None = Field(
+        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+    )
+    split: str | None = Field(
+        None,
+        description="Split(s), comma-separated; 'all' takes every row (default: test if "
+        "there is one, else all).",
+    )
+    protocol: Literal["all", "coco-5k", "coco-1k", "flickr-1k"] = Field(
+        "all",
+        description="Rows to measure: coco-5k, 5,000 images with all captions; coco-1k, the mean "
+        "over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
+    )
+    groups: Location | None = Field(
+        None,
+        description="Table (.csv, .tsv, .jsonl) that tells of images by image_id or id, for "
+        "--relevance, --by and --labels; columns of the set itself, as source, need none.",
+    )
+    relevance: str | None = Field(
+        None,
+        description="COLUMN: images that agree in it are right for each other's captions too; "
+        "gives mAP and nDCG@10.",
+    )
+    by: str | None = Field(
+        None, description="COLUMN: retrieval also by what it says of the query's image."
+    )
+    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
+        Field(
+            None,
+            description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre, "
+            "several by comma.",
+        )
+    )
+    zero_shot: Location | None = Field(
+        None,
+        description="Feature set of class prompts (texts), to classify the images by; needs "
+        "--labels.",
+    )
+    labels: str | None = Field(
+        None, description="COLUMN or TABLE.csv:COLUMN that tells the class of each image."
+    )
+    class_of: str | None = Field(
+        None,
+        description="TABLE.csv or TABLE.csv:COLUMN that tells the class of each prompt by its id "
+        "or caption (default: what is before the last slash of its id, as in cat/0).",
+    )
+    explain: bool = Field(False, description="Tell the formula and source of each figure.")
+    bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
+    index: Literal["exact", "ivf", "hnsw"] = Field(
+        "exact",
+        description="Rank among all items, or among the 100 that an approximate index of FAISS "
+        "lists, whose own recall is then measured too.",
+    )
+    intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
+    resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, such as evaluation.html."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
+    )
