@@ -3,18 +3,20 @@
 Where things live; imports run one way, down this list::
 
     cli        the commands: options, progress, tables, exit codes
-    steps      extract, import, inspect, train, tune, apply, eval: one module a command
+    steps      extract, import, inspect, train, apply, eval and others: one module a command
     encoders   frozen encoders behind one interface
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
-    report     pages with plots
+    decoders   frozen decoders that make images of embeddings
+    report     pages with plots, and sheets of images
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, and
+`load_adapter`. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         DiagnoseConfig,
         EvalConfig,
         ExtractConfig,
+        GenerateConfig,
         ImportConfig,
         TrainConfig,
         TuneConfig,
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from csalign.steps.diagnose import diagnose
     from csalign.steps.evaluate import evaluate
     from csalign.steps.extract import extract
+    from csalign.steps.generate import generate
     from csalign.steps.import_arrays import import_arrays
     from csalign.steps.inspect import inspect
     from csalign.steps.train import train
@@ -50,6 +54,7 @@ _HOMES = {
     "DiagnoseConfig": "csalign.config",
     "EvalConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
+    "GenerateConfig": "csalign.config",
     "ImportConfig": "csalign.config",
     "Modality": "csalign.enums",
     "TrainConfig": "csalign.config",
@@ -58,6 +63,7 @@ _HOMES = {
     "diagnose": "csalign.steps.diagnose",
     "evaluate": "csalign.steps.evaluate",
     "extract": "csalign.steps.extract",
+    "generate": "csalign.steps.generate",
     "import_arrays": "csalign.steps.import_arrays",
     "inspect": "csalign.steps.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
@@ -70,6 +76,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvalConfig",
     "ExtractConfig",
+    "GenerateConfig",
     "ImportConfig",
     "Modality",
     "TrainConfig",
@@ -79,6 +86,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "extract",
+    "generate",
     "import_arrays",
     "inspect",
     "load_adapter",

@@ -16,7 +16,7 @@ from typing import Any
 from csalign.errors import OutputError
 from csalign.locations import is_remote, is_store_error
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json")
+ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json", "generation.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 LOCK = ".csalign-lock"
@@ -35,6 +35,7 @@ ARTIFACT_ENTRIES = {
     "config.toml",
     "environment.json",
     "failures.jsonl",
+    "generated.jsonl",
     "images",
     "images.csv",
     "images.npy",
@@ -42,6 +43,7 @@ ARTIFACT_ENTRIES = {
     "metadata",
     "metrics.csv",
     "metrics.jsonl",
+    "sheet.jpg",
     "tensorboard",
     "text_emb",
     "texts",
@@ -53,7 +55,11 @@ ARTIFACT_ENTRIES = {
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
 
-_JOBS = {"csalign-job": "extraction", "csalign-training": "training run"}
+_JOBS = {
+    "csalign-job": "extraction",
+    "csalign-training": "training run",
+    "csalign-generation": "generation",
+}
 _FULL = "free some space, or choose another --out"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),

@@ -12,7 +12,7 @@ import csalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report"}
+PARTS = {"store", "sources", "encoders", "decoders", "adapters", "metrics", "report"}
 BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "stopping"}
 BASE |= {"__version__", "csalign"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
@@ -23,6 +23,7 @@ ALLOWED = {
     "store": BASE,
     "sources": BASE,
     "encoders": BASE | {"store"},
+    "decoders": BASE,
     "adapters": BASE,
     "metrics": BASE | {"objective"},
     "report": BASE,
@@ -31,6 +32,7 @@ ALLOWED = {
     "": BASE,
 }
 ONLY_DOORS = {
+    "diffusers": {"decoders/unclip.py"},
     "faiss": {"metrics/approximate.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
@@ -50,11 +52,12 @@ ONLY_DOORS = {
     },
     "safetensors": {
         "adapters/checkpoint.py",
+        "decoders/unclip.py",
         "sources/vectors/tensor_files.py",
         "steps/state.py",
     },
     "timm": {"encoders/timm_images.py"},
-    "transformers": {"encoders/hf_texts.py"},
+    "transformers": {"decoders/unclip.py", "encoders/hf_texts.py"},
     "umap": {"steps/report.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }

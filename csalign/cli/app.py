@@ -19,12 +19,13 @@ from csalign.config import (
     DiagnoseConfig,
     EvalConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportConfig,
     TrainConfig,
     TuneConfig,
 )
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, TrainResult, TuneResult
+from csalign.results import FeaturesResult, GenerateResult, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -102,6 +103,15 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     from csalign.steps.evaluate import evaluate
 
     return evaluate(settings, progress)
+
+
+@app.command()
+@step_command(GenerateConfig, render.generate_table)
+def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
+    """Make images of texts by an unCLIP decoder."""
+    from csalign.steps.generate import generate
+
+    return generate(settings, progress)
 
 
 @app.command()

@@ -42,8 +42,9 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
+    is_flag = isinstance(field.json_schema_extra, dict) and "flag" in field.json_schema_extra
     help_text = f"{field.description}{_default(field)}"
-    if name in POSITIONAL:
+    if name in POSITIONAL and not is_flag:
         info: Any = typer.Argument(help=help_text, show_default=False, metavar=name.upper())
     else:
         flag = name.replace("_", "-")

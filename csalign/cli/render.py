@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from csalign.results import FeaturesResult, TrainResult, Trial, TuneResult
+from csalign.results import FeaturesResult, GenerateResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
@@ -64,6 +64,15 @@ def train_table(result: TrainResult) -> None:
             )
         )
     _print_rows(str(result.run), rows)
+
+
+def generate_table(result: GenerateResult) -> None:
+    """Say what was made."""
+    reused = f", {result.reused:,} of them made before" if result.reused else ""
+    _print(
+        f"{result.out}: {result.images:,} images{reused}, by {result.decoder} of embeddings of "
+        f"norm {result.scale:.4g}, that of {result.scale_from}"
+    )
 
 
 def tune_tables(result: TuneResult) -> None:

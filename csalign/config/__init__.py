@@ -9,6 +9,7 @@ from csalign.config.base import Config, OutputConfig
 from csalign.config.diagnose import DiagnoseConfig
 from csalign.config.evaluate import EvalConfig
 from csalign.config.extract import ExtractConfig
+from csalign.config.generate import GenerateConfig
 from csalign.config.import_arrays import ImportConfig
 from csalign.config.train import TrainConfig, TuneConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvalConfig",
     "ExtractConfig",
+    "GenerateConfig",
     "ImportConfig",
     "OutputConfig",
     "TrainConfig",
