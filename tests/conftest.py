@@ -204,7 +204,7 @@ def _tiny_decoders(root: Path, width: int) -> None:
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{own}</w>" for own in letters)]
     vocabulary = {word: number for number, word in enumerate(words)}
     tower: dict[str, Any] = {
-        "hidden_size": 16,
+        "hidden_size": width,
         "intermediate_size": 20,
         "num_attention_heads": 2,
         "num_hidden_layers": 1,
@@ -220,7 +220,7 @@ def _tiny_decoders(root: Path, width: int) -> None:
     )
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
     blocks: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1}
-    unet: dict[str, Any] = {**blocks, "norm_num_groups": 4, "cross_attention_dim": 16}
+    unet: dict[str, Any] = {**blocks, "norm_num_groups": 4, "cross_attention_dim": width}
     simple: dict[str, Any] = {
         **unet,
         "sample_size": 8,
@@ -291,7 +291,9 @@ def _tiny_decoders(root: Path, width: int) -> None:
         ),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        text_proj=projection(clip_embeddings_dim=width, time_embed_dim=32, cross_attention_dim=16),
+        text_proj=projection(
+            clip_embeddings_dim=width, time_embed_dim=32, cross_attention_dim=width
+        ),
         super_res_first=super_resolution(),
         super_res_last=super_resolution(),
         prior_scheduler=schedule,

@@ -147,6 +147,16 @@ def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
 def eval_tables(document: dict[str, Any]) -> None:
     """The document of ``csalign eval`` as tables."""
     counts = document["counts"]
+    if "distribution" in document:
+        _print(
+            f"{document['generated']}: {counts['generated']:,} images, against "
+            f"{document['images']}: {counts['images']:,}, by {document['encoder']}"
+        )
+        names = {"frechet": "Frechet distance", "frechet_unit": "of unit rows", "cmmd": "CMMD"}
+        figures = document["distribution"]
+        _print_rows("distance", [(names[key], f"{figures[key]:.4f}") for key in names])
+        _further_tables(document)
+        return
     adapter = document["adapter"] or "no adapter"
     _print(
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "

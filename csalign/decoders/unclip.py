@@ -33,6 +33,15 @@ log = logging.getLogger(__name__)
 INDEX = "model_index.json"
 # Of a model of the hub: no weights of other precisions, and nothing but weights and settings.
 _WANTED = ["*.json", "*.txt", "*/*.safetensors"]
+_TALKATIVE = ("diffusers", "transformers", "huggingface_hub")
+_CANNOT_RUN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _NOT_WANTED = ["*.fp16.*", "*.non_ema.*"]
 
 
@@ -99,7 +108,7 @@ class _Unclip:
                 f"{self.folder}: the device has not the memory for {len(seeds)} images at a time; "
                 "choose a smaller --batch-size, --size or --precision"
             ) from error
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        except _CANNOT_RUN as error:
             raise DecoderError(f"{self.folder}: cannot be run ({_line(error)})") from error
         return images
 
@@ -203,6 +212,8 @@ class Karlo(_Unclip):
 
         self._refuse("size", self.options.size)
         self._refuse("noise-level", self.options.noise_level)
+        if self.options.steps == 1:
+            raise ConfigError("steps: Karlo needs 2 or more")
         parts = _Parts(self.folder, self.options.dtype)
         pipeline = diffusers.UnCLIPImageVariationPipeline
         # It has moved among diffusers' modules, but this one has always imported it.
@@ -398,9 +409,8 @@ def _index(folder: Path) -> Mapping[str, Any]:
 
 def _require_diffusers() -> None:
     try:
-        with _quiet():
+        with _quiet():  # which needs transformers itself
             import diffusers  # noqa: F401
-            import transformers  # noqa: F401
     except ImportError as error:
         raise DecoderError(
             f"images are made by diffusers and transformers ({error}): "
@@ -411,14 +421,21 @@ def _require_diffusers() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep warnings and bars of the libraries from the user; errors are raised anyway."""
-    names = ("diffusers", "transformers", "huggingface_hub")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
+    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            from transformers.utils import logging as transformers_logging
+
+            shown = transformers_logging.is_progress_bar_enabled()
+            transformers_logging.disable_progress_bar()
+            try:
+                yield
+            finally:
+                if shown:
+                    transformers_logging.enable_progress_bar()
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -40,7 +40,8 @@ def draw_sheet(images: Sequence[Path], texts: Sequence[str], path: Path) -> None
 
 def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """The text in lines that fit below an image."""
-    lines, rest = [], " ".join(text.split())
+    lines: list[str] = []
+    rest = " ".join(text.split())
     while rest and len(lines) < LINES:
         end = len(rest)
         while end > 1 and font.getlength(rest[:end]) > SIDE:

@@ -149,7 +149,7 @@ def _run(path: Path, split: str | None) -> _Entry:
     settings = path / "config.toml"
     try:
         features = tomllib.loads(settings.read_text(encoding="utf-8"))["features"]
-        manifest = read_manifest(EvalConfig(features=features).features)
+        manifest = read_manifest(EvalConfig(features=features).feature_set)
     except FileNotFoundError:
         raise DataError(
             f"{path}: has no config.toml that names its features; use csalign eval --json and "

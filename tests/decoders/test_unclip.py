@@ -20,9 +20,9 @@ PRIOR = {"kandinsky": "prior"}
 
 
 def load(decoders: Path, name: str, **values: Any) -> Decoder:
-    options = {"device": torch.device("cpu"), "dtype": torch.float32, "steps": 2} | values
+    options = DrawOptions(torch.device("cpu"), torch.float32, **({"steps": 2} | values))
     prior = str(decoders / PRIOR[name]) if name in PRIOR else None
-    return load_decoder(str(decoders / name), prior, DrawOptions(**options))
+    return load_decoder(str(decoders / name), prior, options)
 
 
 def embeddings(rows: int = 3) -> torch.Tensor:
@@ -59,8 +59,9 @@ def test_stable_unclip_standardises_the_embedding_and_undoes_it(decoders: Path) 
     scale = normalizer.scale
 
     def spy(rows: torch.Tensor) -> torch.Tensor:
-        seen["standardised"] = scale(rows)
-        return seen["standardised"]
+        scaled: torch.Tensor = scale(rows)
+        seen["standardised"] = scaled
+        return scaled
 
     normalizer.scale = spy
     unet.register_forward_pre_hook(
@@ -147,6 +148,8 @@ def test_the_size_is_the_decoders_or_the_one_asked_for(decoders: Path) -> None:
         assert image.size == (size, size)
     with pytest.raises(ConfigError, match=r"size: 20 is no multiple of 8, which Stable unCLIP"):
         load(decoders, "stable", size=20)
+    with pytest.raises(ConfigError, match="steps: Karlo needs 2 or more"):
+        load(decoders, "karlo", steps=1)
     with pytest.raises(ConfigError, match="size: Karlo has no such option"):
         load(decoders, "karlo", size=64)
 

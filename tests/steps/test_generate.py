@@ -11,6 +11,7 @@ from PIL import Image
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.config import ExtractConfig, GenerateConfig, ImportConfig, TrainConfig
 from csalign.decoders import unclip
+from csalign.decoders.base import DrawOptions
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.results import GenerateResult
@@ -24,6 +25,19 @@ from csalign.store.reader import FeatureSet
 pytestmark = pytest.mark.xdist_group("diffusers")  # takes seconds to import
 
 FROZEN: dict[str, Any] = {"image_adapter": "identity", "text_adapter": "linear", "steps": 0}
+
+
+@pytest.fixture
+def few(features: Path, tmp_path: Path) -> Path:
+    """The first pairs of the features, as a set of its own."""
+    for name in ("images", "texts"):
+        np.save(tmp_path / f"few-{name}.npy", np.load(tmp_path / f"{name}.npy")[:6])
+    table = tmp_path / "few.csv"
+    table.write_text("\n".join((tmp_path / "texts.csv").read_text().splitlines()[:7]))
+    images, texts = (tmp_path / f"few-{name}.npy" for name in ("images", "texts"))
+    out = tmp_path / "few"
+    import_arrays(ImportConfig(images=images, texts=texts, pairs=table, out=out))
+    return out
 
 
 @pytest.fixture
@@ -77,7 +91,7 @@ def images(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("decoder", ["stable", "karlo", "kandinsky"])
 def test_what_a_decoder_is_given_is_what_the_adapter_gives_at_the_decoders_own_norm(
-    features: Path,
+    few: Path,
     run: Path,
     decoders: Path,
     tmp_path: Path,
@@ -93,22 +107,20 @@ def test_what_a_decoder_is_given_is_what_the_adapter_gives_at_the_decoders_own_n
             return draw(self, rows, *rest)
 
         monkeypatch.setattr(family, "draw", spy)
-    done = made(
-        decoders, run, tmp_path / "out", decoder, features=features, split="val", batch_size=16
-    )
-    texts = load_side(FeatureSet.open(features), "val", Modality.TEXT)
+    done = made(decoders, run, tmp_path / "out", decoder, features=few)
+    texts = load_side(FeatureSet.open(few), "all", Modality.TEXT)
     prior = str(decoders / "prior") if decoder == "kandinsky" else None
-    options = unclip.DrawOptions(torch.device("cpu"), torch.float32)
+    options = DrawOptions(torch.device("cpu"), torch.float32)
     statistics = unclip.load_decoder(str(decoders / decoder), prior, options).statistics
     assert statistics is not None
     expected = statistics.norm * load_adapter(run).embed(Modality.TEXT, texts.texts)
 
     np.testing.assert_allclose(torch.cat(given), expected, rtol=1e-5)
-    assert done.images == len(texts.texts) == 40
+    assert done.images == len(texts.texts) == 6
     assert done.scale == pytest.approx(statistics.norm)
     records = lines(tmp_path / "out")
     assert [record["prompt"] for record in records] == texts.captions.to_pylist()
-    assert [record["seed"] for record in records] == list(range(40))
+    assert [record["seed"] for record in records] == list(range(6))
     for record in records:
         with Image.open(tmp_path / "out" / record["file"]) as image:
             assert image.size == (16, 16)
@@ -136,36 +148,35 @@ def test_prompts_are_embedded_by_the_encoder_that_the_run_names(
 
 
 def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
-    features: Path, run: Path, decoders: Path, tmp_path: Path
+    few: Path, run: Path, decoders: Path, tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "images" and done >= 30:
+        if what == "images" and done >= 4:
             raise Stopped(15)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    made(decoders, run, whole, features=features, split="val", batch_size=40)
+    made(decoders, run, whole, features=few, batch_size=6)
     config = GenerateConfig(
         out=stopped,
-        features=features,
-        split="val",
+        features=few,
         adapter=run,
         decoder=str(decoders / "stable"),
         steps=2,
-        batch_size=10,
+        batch_size=2,
     )
     with pytest.raises(Stopped):
         generate(config, stop)
     partial = tmp_path / "stopped.partial/images"
     kept = {path.name: path.stat().st_mtime_ns for path in partial.iterdir()}
     (partial / "000003.png").write_bytes((partial / "000003.png").read_bytes()[:50])
-    (partial / "000031.png.abc.tmp").write_bytes(b"half")
+    (partial / "000005.png.abc.tmp").write_bytes(b"half")
     assert not stopped.exists()
     with pytest.raises(OutputError, match=r"begun with seed 0, not 1: go on with the same options"):
         generate(config.model_copy(update={"seed": 1}))
-    done = generate(config.model_copy(update={"batch_size": 7, "sheet": True}))
+    done = generate(config.model_copy(update={"batch_size": 3, "sheet": True}))
 
-    assert len(kept) == 30
-    assert (done.images, done.reused) == (40, 29)
+    assert len(kept) == 4
+    assert (done.images, done.reused) == (6, 3)
     again = {path.name: path.stat().st_mtime_ns for path in (stopped / "images").iterdir()}
     assert {name for name in kept if again[name] == kept[name]} == set(kept) - {"000003.png"}
     assert {path.name for path in stopped.iterdir()} == {
@@ -181,35 +192,32 @@ def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
 
 
 def test_the_scale_is_the_decoders_then_the_runs_then_asked_for(
-    features: Path, run: Path, decoders: Path, arrays: tuple[Path, Path], tmp_path: Path
+    few: Path, run: Path, decoders: Path, arrays: tuple[Path, Path], tmp_path: Path
 ) -> None:
     raw = np.load(arrays[0])[:200]
     norm = float(np.sqrt((raw**2).sum(1).mean()))
     info = read_info(run)
     assert info.image_norm == pytest.approx(norm, rel=1e-5)
-    unguided: dict[str, Any] = {"prior": None, "guidance": 1, "split": "val", "size": 4}
-    done = made(decoders, run, tmp_path / "a", "kandinsky", features=features, **unguided)
+    unguided: dict[str, Any] = {"prior": None, "guidance": 1, "size": 4, "features": few}
+    done = made(decoders, run, tmp_path / "a", "kandinsky", **unguided)
     assert (done.scale, done.scale_from) == (info.image_norm, "the run's training images")
 
     np.save(arrays[0], np.load(arrays[0]) / np.linalg.norm(np.load(arrays[0]), axis=1)[:, None])
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=tmp_path / "unit"))
     train(TrainConfig(features=tmp_path / "unit", out=tmp_path / "unit-run", **FROZEN))
     with pytest.raises(ConfigError, match="neither the decoder nor the run tells the norm"):
-        made(
-            decoders, tmp_path / "unit-run", tmp_path / "b", "kandinsky", features=features,
-            **unguided,
-        )  # fmt: skip
+        made(decoders, tmp_path / "unit-run", tmp_path / "b", "kandinsky", **unguided)
 
 
 def test_a_run_of_another_space_is_told(
-    features: Path, run: Path, decoders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    few: Path, run: Path, decoders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     info = json.loads((run / "adapter.json").read_text())
     info["image_norm"] = 100.0
     (run / "adapter.json").write_text(json.dumps(info))
-    made(decoders, run, tmp_path / "out", features=features, split="val", scale="auto")
+    made(decoders, run, tmp_path / "out", features=few, scale="auto")
     assert "was trained on images of norm 100, but the decoder on " in caplog.text
-    made(decoders, run, tmp_path / "far", features=features, split="val", scale=100)
+    made(decoders, run, tmp_path / "far", features=few, scale=100)
     assert "deviations off those of the decoder's training" in caplog.text
 
 
@@ -222,8 +230,8 @@ def test_what_does_not_go_together_is_refused(
     free = tmp_path / "free"
     train(TrainConfig(features=features, out=free, steps=0))
     narrow = tmp_path / "narrow"
-    train(TrainConfig(features=features, out=narrow, text_adapter="identity", image_adapter="linear",
-                      steps=0))  # fmt: skip
+    other = {"text_adapter": "identity", "image_adapter": "linear"}
+    train(TrainConfig(features=features, out=narrow, **(FROZEN | other)))
     with pytest.raises(ConfigError, match="prompts, features: give one of them"):
         made(decoders, run, out)
     with pytest.raises(ConfigError, match=r"maps images too \(by glu\), into a space that no"):
@@ -252,7 +260,7 @@ def test_a_decoder_of_another_width_is_refused(
     np.save(arrays[0], np.load(arrays[0])[:, :20])
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=tmp_path / "narrow"))
     train(TrainConfig(features=tmp_path / "narrow", out=tmp_path / "narrow-run", **FROZEN))
-    with pytest.raises(ShapeError, match="takes embeddings of width 24, the run .* gives 20"):
+    with pytest.raises(ShapeError, match=r"takes embeddings of width 24, the run .* gives 20"):
         made(decoders, tmp_path / "narrow-run", tmp_path / "out", features=tmp_path / "narrow")
 
 
@@ -293,8 +301,8 @@ def test_a_frozen_image_side_stays_where_it_is_and_texts_come_to_it(
         np.testing.assert_allclose(adapter.embed(Modality.IMAGE, images), units, atol=1e-6)
         assert aligned.shape == (300, 24)
         centre = units.mean(0)
-        assert np.linalg.norm(centre) > 0.9
-        assert np.linalg.norm(aligned.mean(0) - centre) < 0.05
+        assert np.linalg.norm(centre) > 0.8
+        assert np.linalg.norm(aligned.mean(0) - centre) < 0.1
         own = (aligned * units).sum(1)
         other = (aligned * np.roll(units, 1, axis=0)).sum(1)
         assert own.mean() > other.mean() + 0.5 * other.std()
