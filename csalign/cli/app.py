@@ -24,6 +24,7 @@ from csalign.config import (
     TrainConfig,
     TuneConfig,
 )
+from csalign.config.recipes import recipe_names, recipe_text, recipe_title
 from csalign.progress import Progress
 from csalign.results import FeaturesResult, GenerateResult, TrainResult, TuneResult
 
@@ -139,6 +140,20 @@ def inspect(
 
         document = inspect(path, merge=merge)
         render.print_json(document) if json else render.inspect_table(document)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, to print its file.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the named settings of train, or print one, to be changed and given by --config."""
+    with command(quiet=False, verbose=0):
+        if name is not None:
+            typer.echo(recipe_text(name), nl=False)
+        else:
+            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
 
 
 @app.command()

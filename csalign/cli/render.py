@@ -144,6 +144,11 @@ def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
     )
 
 
+def recipes_table(titles: dict[str, str]) -> None:
+    """Recipes by name, and what each is for."""
+    _print_rows("csalign train --recipe NAME; csalign recipes NAME prints it", list(titles.items()))
+
+
 def eval_tables(document: dict[str, Any]) -> None:
     """The document of ``csalign eval`` as tables."""
     counts = document["counts"]

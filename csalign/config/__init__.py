@@ -1,7 +1,8 @@
 """What each command can be told: one frozen model a command.
 
 A field is a flag with dashes and a key of ``--config FILE.toml``; its description is the flag's
-help. Values come from, weakest first: the defaults here, the TOML file, the command line.
+help. Values come from, weakest first: the defaults here, a recipe (of
+``train``), the TOML file, the command line.
 """
 
 from csalign.config.apply import ApplyConfig

@@ -60,14 +60,25 @@ def load_decoder(name: str, prior: str | None, options: DrawOptions) -> Decoder:
         DecoderError: diffusers is not installed; there is no such decoder; or it is of another
             family, lacks weights in safetensors, or is damaged.
     """
+    folder, family = find_decoder(name)
     _require_diffusers()
+    return family(folder, None if prior is None else _folder(prior), options)
+
+
+def find_decoder(name: str) -> tuple[Path, "type[_Unclip]"]:
+    """The folder of a decoder and its family; loads nothing.
+
+    Raises:
+        DecoderError: there is no such decoder, or it is of another family.
+    """
     folder = _folder(name)
     kind = _index(folder).get("_class_name")
-    for family in (StableUnclip, Karlo, Kandinsky):
+    families = (StableUnclip, Karlo, Kandinsky)
+    for family in families:
         if kind in family.PIPELINES:
-            return family(folder, None if prior is None else _folder(prior), options)
-    known = [own for family in (StableUnclip, Karlo, Kandinsky) for own in family.PIPELINES]
-    raise DecoderError(f"{folder}: is a {kind}, no decoder of these: {', '.join(known)}")
+            return folder, family
+    known = ", ".join(own for family in families for own in family.PIPELINES)
+    raise DecoderError(f"{folder}: is a {kind}, no decoder of these: {known}")
 
 
 class _Unclip:
@@ -381,6 +392,7 @@ def _folder(name: str) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DecoderError(f"{name}: no such folder")
+    _require_diffusers()
     from huggingface_hub import snapshot_download
 
     try:

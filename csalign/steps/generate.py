@@ -14,6 +14,7 @@ from csalign import files
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.config import GenerateConfig
 from csalign.decoders.base import Decoder, DrawOptions, Statistics
+from csalign.decoders.unclip import find_decoder, load_decoder
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError, ShapeError
@@ -88,6 +89,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     began = time.monotonic()
     inputs = [path for path in (config.adapter, config.prompts, config.features) if path]
     files.check_output(config.out, overwrite=config.overwrite, inputs=tuple(inputs))
+    find_decoder(config.decoder)  # before the prompts are embedded, which may take long
     prompts, info = _prompts(config)
     decoder = _decoder(config)
     _check_width(config, decoder, info)
@@ -161,8 +163,6 @@ def _prompts(config: GenerateConfig) -> tuple[Prompts, AdapterInfo]:
 
 
 def _decoder(config: GenerateConfig) -> Decoder:
-    from csalign.decoders.unclip import load_decoder  # brings a large library
-
     device = pick_device(config.device)
     precision = config.precision
     if precision == "auto":
