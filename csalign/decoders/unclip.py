@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 INDEX = "model_index.json"
 # Of a model of the hub: no weights of other precisions, and nothing but weights and settings.
 _WANTED = ["*.json", "*.txt", "*/*.safetensors"]
+_NOT_WANTED = ["*.fp16.*", "*.non_ema.*"]
 _TALKATIVE = ("diffusers", "transformers", "huggingface_hub")
 _CANNOT_RUN = (
     ArithmeticError,
@@ -42,7 +43,6 @@ _CANNOT_RUN = (
     TypeError,
     ValueError,
 )
-_NOT_WANTED = ["*.fp16.*", "*.non_ema.*"]
 
 
 def load_decoder(name: str, prior: str | None, options: DrawOptions) -> Decoder:
@@ -125,6 +125,11 @@ class _Unclip:
 
     @property
     def width(self) -> int:
+        """See `Decoder`."""
+        raise NotImplementedError
+
+    @property
+    def statistics(self) -> Statistics | None:
         """See `Decoder`."""
         raise NotImplementedError
 
