@@ -82,12 +82,13 @@ def joined() -> Iterator[None]:
         return
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=distributed.PrefixStore("csalign", store),
+            store=store,
             rank=rank,
             world_size=size,
             timeout=PATIENCE,
@@ -235,8 +236,8 @@ def all_tell(value: Any) -> list[Any]:
     return [json.loads(found.numpy().tobytes()) for found in gather(data, _sizes(len(data)))]
 
 
-def tell_first(data: bytes) -> list[bytes] | None:
-    """What each process has to tell, in the first of them; None in the others."""
+def tell_first(data: bytes) -> list[bytes]:
+    """What each process has to tell, in the first of them; nothing in the others."""
     if _world.size == 1:
         return [data]
     import torch
@@ -247,9 +248,7 @@ def tell_first(data: bytes) -> list[bytes] | None:
     found = [torch.empty_like(own) for _ in sizes] if is_first() else None
     with _together() as distributed:
         distributed.gather(own, found)
-    if found is None:
-        return None
-    return [one[:size].numpy().tobytes() for one, size in zip(found, sizes, strict=True)]
+    return [one[:size].numpy().tobytes() for one, size in zip(found or (), sizes, strict=False)]
 
 
 def _sizes(own: int) -> list[int]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from csalign import processes
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -83,6 +85,8 @@ class Tiles:
         texts: Floats,
         stairs: Staircase,
         device: torch.device | None = None,
+        *,
+        divided: bool = False,
     ) -> None:
         """Make room for a tile.
 
@@ -91,8 +95,10 @@ class Tiles:
             texts: (m, d).
             stairs: the order of both.
             device: where to multiply and count (default: the CPU).
+            divided: whether each process of the job counts in a part of the tiles.
         """
         self._images, self._texts, self._stairs = images, texts, stairs
+        self._divided = divided
         self._device = device or torch.device("cpu")
         self._starts = stairs.starts
         self._rows = _even(len(images), self.rows)
@@ -126,6 +132,8 @@ class Tiles:
         """
         wrong = torch.zeros(2, len(own), dtype=torch.int64, device=self._device)
         rows = range(0, len(self._images), self._rows)
+        if self._divided:
+            rows = rows[processes.world().rank :: processes.world().size]
         columns = range(0, len(self._texts), self._columns)
         for start in range(0, len(columns), RUN):
             for row, column in self._multiply(rows, columns[start : start + RUN]):
@@ -134,6 +142,8 @@ class Tiles:
                 # Without the matches what is left are the wrong items.
                 self._scores[self._matched(row, column)[1]] = -torch.inf
                 self._count(row, slice(column, column + self._columns), own, wrong)
+        if self._divided:
+            processes.sum_(wrong)
         wrong_texts, wrong_images = wrong.cpu().numpy()
         return wrong_texts, wrong_images
 
@@ -177,11 +187,13 @@ class Tiles:
 class HostTiles(Tiles):
     """Tiles on the CPU, counted by numpy on all threads, at a fraction of the product's time."""
 
-    def __init__(self, images: Floats, texts: Floats, stairs: Staircase) -> None:
+    def __init__(
+        self, images: Floats, texts: Floats, stairs: Staircase, *, divided: bool = False
+    ) -> None:
         """Make room for a tile; arguments as of `Tiles`."""
         self._threads = torch.get_num_threads()
         self.rows, self.columns = SHARE_ROWS * max(SHARES, self._threads), TILE_COLUMNS
-        super().__init__(images, texts, stairs)
+        super().__init__(images, texts, stairs, divided=divided)
         self._above = np.empty(self._scores.shape, np.bool_)
 
     def count_wrong(self, own: Tensor) -> tuple[Ints, Ints]:

@@ -168,7 +168,7 @@ def _joined(sums: CrossSums, logs: list[Tensor], plan: Plan) -> tuple[CrossSums,
     parts = [*sums, *logs]
     whole = torch.cat(parts)
     processes.log_sum_exp_(whole)
-    rows, columns, kernels, *logs = whole.split([len(part) for part in parts])
+    rows, columns, kernels, *logs = torch.split(whole, [len(part) for part in parts])
     return CrossSums(rows, columns, kernels), logs
 
 
