@@ -3,18 +3,20 @@
 Where things live; imports run one way, down this list::
 
     cli        the commands: options, progress, tables, exit codes
-    steps      extract, import, inspect, train, tune, apply, eval: one module a command
+    steps      extract, import, train, apply, eval, index, search...: one module a command
     encoders   frozen encoders behind one interface
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
+    index      vectors on disk that answer which are nearest
     report     pages with plots
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `index`, `search`, and
+`load_adapter`. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
         EvalConfig,
         ExtractConfig,
         ImportConfig,
+        IndexConfig,
+        SearchConfig,
         TrainConfig,
         TuneConfig,
     )
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
     from csalign.steps.evaluate import evaluate
     from csalign.steps.extract import extract
     from csalign.steps.import_arrays import import_arrays
+    from csalign.steps.index import index
     from csalign.steps.inspect import inspect
+    from csalign.steps.search import search
     from csalign.steps.train import train
     from csalign.steps.tune import tune
 
@@ -51,7 +57,9 @@ _HOMES = {
     "EvalConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
     "ImportConfig": "csalign.config",
+    "IndexConfig": "csalign.config",
     "Modality": "csalign.enums",
+    "SearchConfig": "csalign.config",
     "TrainConfig": "csalign.config",
     "TuneConfig": "csalign.config",
     "apply": "csalign.steps.apply",
@@ -59,8 +67,10 @@ _HOMES = {
     "evaluate": "csalign.steps.evaluate",
     "extract": "csalign.steps.extract",
     "import_arrays": "csalign.steps.import_arrays",
+    "index": "csalign.steps.index",
     "inspect": "csalign.steps.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
+    "search": "csalign.steps.search",
     "train": "csalign.steps.train",
     "tune": "csalign.steps.tune",
 }
@@ -71,7 +81,9 @@ __all__ = [
     "EvalConfig",
     "ExtractConfig",
     "ImportConfig",
+    "IndexConfig",
     "Modality",
+    "SearchConfig",
     "TrainConfig",
     "TuneConfig",
     "__version__",
@@ -80,8 +92,10 @@ __all__ = [
     "evaluate",
     "extract",
     "import_arrays",
+    "index",
     "inspect",
     "load_adapter",
+    "search",
     "train",
     "tune",
 ]
