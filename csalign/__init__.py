@@ -8,15 +8,15 @@ Where things live; imports run one way, down this list::
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
-    index      vectors on disk that answer which are nearest
+    nearest    vectors on disk that answer which are nearest
     report     pages with plots
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `index`, `search`, and
-`load_adapter`. Importing
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `index`, `search` and
+`export`; `load_adapter`, `wrap` and `SentenceAdapter` put a run into other programs. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
@@ -26,10 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
+    from csalign.adapters.clip import wrap
+    from csalign.adapters.sentences import SentenceAdapter
     from csalign.config import (
         ApplyConfig,
         DiagnoseConfig,
         EvalConfig,
+        ExportConfig,
         ExtractConfig,
         ImportConfig,
         IndexConfig,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from csalign.steps.apply import apply
     from csalign.steps.diagnose import diagnose
     from csalign.steps.evaluate import evaluate
+    from csalign.steps.export import export
     from csalign.steps.extract import extract
     from csalign.steps.import_arrays import import_arrays
     from csalign.steps.index import index
@@ -55,16 +59,19 @@ _HOMES = {
     "ApplyConfig": "csalign.config",
     "DiagnoseConfig": "csalign.config",
     "EvalConfig": "csalign.config",
+    "ExportConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
     "ImportConfig": "csalign.config",
     "IndexConfig": "csalign.config",
     "Modality": "csalign.enums",
     "SearchConfig": "csalign.config",
+    "SentenceAdapter": "csalign.adapters.sentences",
     "TrainConfig": "csalign.config",
     "TuneConfig": "csalign.config",
     "apply": "csalign.steps.apply",
     "diagnose": "csalign.steps.diagnose",
     "evaluate": "csalign.steps.evaluate",
+    "export": "csalign.steps.export",
     "extract": "csalign.steps.extract",
     "import_arrays": "csalign.steps.import_arrays",
     "index": "csalign.steps.index",
@@ -73,23 +80,27 @@ _HOMES = {
     "search": "csalign.steps.search",
     "train": "csalign.steps.train",
     "tune": "csalign.steps.tune",
+    "wrap": "csalign.adapters.clip",
 }
 
 __all__ = [
     "ApplyConfig",
     "DiagnoseConfig",
     "EvalConfig",
+    "ExportConfig",
     "ExtractConfig",
     "ImportConfig",
     "IndexConfig",
     "Modality",
     "SearchConfig",
+    "SentenceAdapter",
     "TrainConfig",
     "TuneConfig",
     "__version__",
     "apply",
     "diagnose",
     "evaluate",
+    "export",
     "extract",
     "import_arrays",
     "index",
@@ -98,6 +109,7 @@ __all__ = [
     "search",
     "train",
     "tune",
+    "wrap",
 ]
 
 

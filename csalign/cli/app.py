@@ -18,6 +18,7 @@ from csalign.config import (
     ApplyConfig,
     DiagnoseConfig,
     EvalConfig,
+    ExportConfig,
     ExtractConfig,
     ImportConfig,
     IndexConfig,
@@ -131,6 +132,15 @@ def search(settings: SearchConfig, progress: Progress) -> Found:
     from csalign.steps.search import find
 
     return find(settings, progress)
+
+
+@app.command()
+@step_command(ExportConfig, render.export_table)
+def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
+    """Write a run's adapter for other programs, checked, with a model card."""
+    from csalign.steps.export import export
+
+    return export(settings, progress)
 
 
 @app.command()

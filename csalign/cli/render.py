@@ -309,6 +309,15 @@ def index_table(document: dict[str, Any]) -> None:
     )
 
 
+def export_table(document: dict[str, Any]) -> None:
+    """Say what was written, and how near it computes to the run."""
+    largest = max(document["differences"].values())
+    _print(
+        f"{document['out']}: {', '.join(document['files'])}; differs by at most {largest:.1e} from "
+        "the run"
+    )
+
+
 def found(result: Found) -> None:
     """What was found, as tables or as JSON lines, each query as soon as it is there."""
     if result.jsonl:

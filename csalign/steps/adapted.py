@@ -1,5 +1,6 @@
 """A trained adapter, checked against the features that are to go through it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from csalign.adapters.model import Adapter
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
+from csalign.store import schema
 from csalign.store.join import PairedRows
-from csalign.store.reader import FeatureSet
-from csalign.store.tokens import TokenCache, TokenRows
+from csalign.store.reader import FeatureSet, batch_tokens, batch_vectors
+from csalign.store.tokens import TokenCache, TokenRows, pad_tokens
 
 ROWS_WITH_TOKENS = 128  # at a time: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.errors import SchemaError
-from csalign.index.manifest import Correction
 from csalign.metrics.hubness import SCALES, centred, penalty
+from csalign.nearest.manifest import Correction
 
 MEANS = "query.npy"
 

@@ -17,8 +17,9 @@ from csalign.adapters.model import Adapter
 from csalign.config import IndexConfig
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, ShapeError
-from csalign.index.items import Items, ItemWriter
-from csalign.index.manifest import (
+from csalign.memory import available_bytes
+from csalign.nearest.items import Items, ItemWriter
+from csalign.nearest.manifest import (
     ADAPTER,
     IndexManifest,
     Recall,
@@ -28,9 +29,8 @@ from csalign.index.manifest import (
     read_index_manifest,
     write_index_manifest,
 )
-from csalign.index.plan import Plan, plan_index, readable
-from csalign.index.vectors import Effort, Nearest, VectorIndex, recall, threads
-from csalign.memory import available_bytes
+from csalign.nearest.plan import Plan, plan_index, readable
+from csalign.nearest.vectors import Effort, Nearest, VectorIndex, recall, threads
 from csalign.progress import Progress, silent
 from csalign.steps.adapted import load_adapter_for, stream_aligned
 from csalign.steps.hubs import Corrected, mean_of

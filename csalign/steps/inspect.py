@@ -6,9 +6,9 @@ from typing import Any
 
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
 from csalign.errors import DataError, SchemaError
-from csalign.index.manifest import DESCRIPTION as INDEX
-from csalign.index.manifest import describe_index, read_index_manifest
 from csalign.locations import is_remote, parse_location
+from csalign.nearest.manifest import DESCRIPTION as INDEX
+from csalign.nearest.manifest import describe_index, read_index_manifest
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet

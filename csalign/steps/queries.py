@@ -20,7 +20,7 @@ from csalign.encoders.base import Embedded, EncoderOptions, ImageEncoder, TextEn
 from csalign.encoders.spec import load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, CsalignError, DataError, EncoderError, ShapeError
-from csalign.index.manifest import IndexManifest
+from csalign.nearest.manifest import IndexManifest
 from csalign.sources.images import read_image
 from csalign.sources.lines import Lines
 from csalign.sources.lists import text_lines
@@ -102,20 +102,20 @@ class Asker:
         else:
             for part in _parts(self._lines(self.config.image)):
                 pixels = torch.stack([self.images.preprocess(_picture(path)) for path in part])
-                groups = pixels.split(self.images.batch_size)
+                groups = torch.split(pixels, self.images.batch_size)
                 yield self._made(part, _joined([self.images.embed(group) for group in groups]))
 
     @cached_property
     def texts(self) -> TextEncoder:
         """The encoder of texts, known to be that of the index."""
-        encoder = self._load(Modality.TEXT)
+        encoder: TextEncoder = self._load(Modality.TEXT)
         self._check(encoder.info, encoder)
         return encoder
 
     @cached_property
     def images(self) -> ImageEncoder:
         """The encoder of images, likewise."""
-        encoder = self._load(Modality.IMAGE)
+        encoder: ImageEncoder = self._load(Modality.IMAGE)
         self._check(encoder.info, None)
         return encoder
 
@@ -132,10 +132,9 @@ class Asker:
                 token_space=known.token_space or "projected",
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
-            specs = (spec, None) if side is Modality.IMAGE else (None, spec)
-            loaded = load_encoders(*specs, options).side(side)
-            assert loaded is not None
-            return loaded
+            if side is Modality.IMAGE:
+                return load_encoders(spec, None, options).image
+            return load_encoders(None, spec, options).text
         except CsalignError as error:
             if self.config.encoder is not None:
                 raise
@@ -277,11 +276,10 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
         ) from None
     if not isinstance(rows, np.ndarray) or not np.issubdtype(rows.dtype, np.floating):
         raise DataError(f"{path}: holds no array of floats; save it by numpy.save")
-    if rows.ndim == 1:
-        rows = rows[None]
-    if rows.ndim != 2 or not rows.shape[0]:
+    found: npt.NDArray[Any] = rows[None] if rows.ndim == 1 else rows
+    if found.ndim != 2 or not found.shape[0]:
         raise ShapeError(f"{path}: has shape {rows.shape}; give (d,) or (n, d)")
-    return rows
+    return found
 
 
 def _joined(parts: Sequence[Embedded]) -> Embedded:

@@ -10,9 +10,9 @@ from csalign.adapters.model import Adapter
 from csalign.config import SearchConfig
 from csalign.devices import pick_device
 from csalign.errors import SchemaError
-from csalign.index.items import Items
-from csalign.index.manifest import ADAPTER, IndexManifest, read_index_manifest
-from csalign.index.vectors import VectorIndex, threads
+from csalign.nearest.items import Items
+from csalign.nearest.manifest import ADAPTER, IndexManifest, read_index_manifest
+from csalign.nearest.vectors import VectorIndex, threads
 from csalign.progress import Progress, silent
 from csalign.report.page import Entry, Section, check_page, write_page
 from csalign.results import Found
@@ -68,7 +68,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     }
     queries = opened.found(progress)
     if config.html is not None:
-        queries = _with_page(config, queries)
+        queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)
 
 
@@ -141,25 +141,27 @@ def _adapter(config: SearchConfig, manifest: IndexManifest) -> Adapter | None:
     return adapter.to(pick_device(config.device))
 
 
-def _with_page(config: SearchConfig, queries: Iterator[Document]) -> Iterator[Document]:
+def _with_page(
+    config: SearchConfig, manifest: IndexManifest, queries: Iterator[Document]
+) -> Iterator[Document]:
     """The same queries; once they are all there the page is."""
-    sections = []
+    sections: list[Section] = []
     left_out = 0
     for found in queries:
         if len(sections) < PAGE_QUERIES:
-            sections.append(_section(config, found))
+            sections.append(_section(config, manifest, found))
         else:
             left_out += 1
         yield found
     assert config.html is not None
-    title = f"{sections[0].title}" if len(sections) == 1 else f"{len(sections)} searches"
+    title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
     write_page(config.html, title, sections)
     log.info("%s: a page of what was found", config.html)
     if left_out:
         log.warning("%s: shows the first %d queries of all", config.html, PAGE_QUERIES)
 
 
-def _section(config: SearchConfig, found: Document) -> Section:
+def _section(config: SearchConfig, manifest: IndexManifest, found: Document) -> Section:
     pictures = [
         Entry(
             hit["caption"] or hit["id"],
@@ -168,4 +170,5 @@ def _section(config: SearchConfig, found: Document) -> Section:
         )
         for hit in found["hits"]
     ]
-    return Section(found["query"], pictures=pictures)
+    note = f"The {len(pictures)} nearest of {manifest.rows:,} {manifest.side.plural}."
+    return Section(found["query"], note, pictures=pictures)

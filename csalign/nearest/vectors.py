@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.errors import OutputError, SchemaError
-from csalign.index.plan import CHUNK_ROWS, LINKS, SUBVECTOR, IndexKind, Plan
+from csalign.nearest.plan import CHUNK_ROWS, LINKS, SUBVECTOR, IndexKind, Plan
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from csalign import __version__, files
 from csalign.enums import Modality
 from csalign.errors import DataError, SchemaError
-from csalign.index.items import ITEMS
-from csalign.index.plan import IndexKind
-from csalign.index.vectors import VECTORS, Effort
+from csalign.nearest.items import ITEMS
+from csalign.nearest.plan import IndexKind
+from csalign.nearest.vectors import VECTORS, Effort
 from csalign.store.manifest import EncoderInfo
 
 DESCRIPTION = "index.json"
@@ -66,7 +66,7 @@ class IndexManifest(_Record):
         kind: of the index.
         rows: items.
         width: of a vector, with what a correction adds.
-        effort: how far a search goes; see `csalign.index.vectors.Effort`.
+        effort: how far a search goes; see `csalign.nearest.vectors.Effort`.
         recall: as measured, None where nothing could be asked.
         correct: the correction for hubs that is built in, if any.
         encoders: what made the embeddings of each side.
