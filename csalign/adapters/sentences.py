@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from csalign import files
 from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
 from csalign.adapters.hub import fetch
+from csalign.adapters.side import SideAdapter
 from csalign.enums import Modality
 from csalign.errors import ConfigError, SchemaError
 
@@ -99,5 +100,5 @@ class SentenceAdapter(nn.Module):
         return cls(folder, side)
 
     @property
-    def _own(self) -> Any:
+    def _own(self) -> SideAdapter:
         return self._whole.side(self._name)

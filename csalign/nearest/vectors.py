@@ -297,5 +297,6 @@ def _grown(path: Path, old: npt.NDArray[Any] | None, rows: int, width: int) -> n
     )
     for start in range(0, 0 if old is None else len(old), CHUNK_ROWS):
         assert old is not None
-        new[start : start + CHUNK_ROWS] = old[start : start + CHUNK_ROWS]
+        part = old[start : start + CHUNK_ROWS]
+        new[start : start + len(part)] = part
     return new

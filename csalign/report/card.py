@@ -28,7 +28,7 @@ model = csalign.wrap(open_clip_model, "FOLDER")     # encode_image, encode_text"
 _USE = """Retrieval across the two sides, and other uses of nearness in the shared space. The inputs
 have to be embeddings of exactly the encoders above, made as they were for training; raw or
 normalised makes no difference. The figures below hold for data like that it was trained on; measure
-it on your own with `csalign eval`. What the encoders and the training pairs know of the world, biases
+it on your own with `csalign eval`. What encoders and training pairs know of the world, biases
 included, is in the space too."""
 
 
