@@ -123,7 +123,9 @@ def test_an_approximate_index_tells_its_recall_and_reaches_what_is_asked(
 
 def test_a_text_and_a_picture_are_embedded_by_the_encoder_of_the_features(drawn: Path) -> None:
     by_text = asked(drawn / "index", text="a blue square", top=2)
-    by_picture = asked(drawn / "index", image=str(drawn / "pictures" / "green.png"))["queries"][0]["hits"]
+    by_picture = asked(drawn / "index", image=str(drawn / "pictures" / "green.png"))["queries"][0][
+        "hits"
+    ]
 
     assert [len(one["hits"]) for one in by_text["queries"]] == [2]
     assert by_picture[0]["id"] == "green.png"
