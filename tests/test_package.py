@@ -12,7 +12,7 @@ import csalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report"}
+PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report", "nearest"}
 BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "stopping"}
 BASE |= {"__version__", "csalign", "processes"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
@@ -24,6 +24,7 @@ ALLOWED = {
     "sources": BASE,
     "encoders": BASE | {"store"},
     "adapters": BASE,
+    "nearest": BASE | {"store"},
     "metrics": BASE | {"objective"},
     "report": BASE,
     "steps": BASE | PARTS | {"objective", "config", "devices", "memory", "steps"},
@@ -31,12 +32,16 @@ ALLOWED = {
     "": BASE,
 }
 ONLY_DOORS = {
-    "faiss": {"metrics/approximate.py"},
+    "faiss": {"nearest/vectors.py", "metrics/approximate.py"},
+    "huggingface_hub": {"adapters/hub.py", "encoders/hf_texts.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
+    "onnx": {"adapters/graphs.py"},
+    "onnxruntime": {"adapters/graphs.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
     "optuna": {"steps/search_space.py", "steps/study.py", "steps/tune.py"},
     "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
     "pyarrow": {
+        "nearest/items.py",
         "sources/columnar/files.py",
         "sources/columnar/layout.py",
         "sources/vectors/arrow_files.py",

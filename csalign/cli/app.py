@@ -18,13 +18,16 @@ from csalign.config import (
     ApplyConfig,
     DiagnoseConfig,
     EvalConfig,
+    ExportConfig,
     ExtractConfig,
     ImportConfig,
+    IndexConfig,
+    SearchConfig,
     TrainConfig,
     TuneConfig,
 )
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, TrainResult, TuneResult
+from csalign.results import FeaturesResult, Found, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -114,8 +117,35 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command()
+@step_command(IndexConfig, render.index_table)
+def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
+    """Build an index of a feature set on disk, for search, or add to one."""
+    from csalign.steps.index import index
+
+    return index(settings, progress)
+
+
+@app.command()
+@step_command(SearchConfig, render.found)
+def search(settings: SearchConfig, progress: Progress) -> Found:
+    """Find what is nearest to a text, a picture or an embedding in an index."""
+    from csalign.steps.search import find
+
+    return find(settings, progress)
+
+
+@app.command()
+@step_command(ExportConfig, render.export_table)
+def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
+    """Write a run's adapter for other programs, checked, with a model card."""
+    from csalign.steps.export import export
+
+    return export(settings, progress)
+
+
+@app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A feature set or a run.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
     merge: Annotated[
         bool, typer.Option("--merge", help="First make it whole from the parts in PATH.partial.")
     ] = False,
