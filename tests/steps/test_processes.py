@@ -234,7 +234,7 @@ def test_every_process_returns_what_the_first_does(several: tuple[Path, list[Any
     said = [rest for _, *rest in several[1]]
 
     assert all(one == said[0] for one in said)
-    assert said[0][0][0]["pairs"] == {"train": 840, "validation": 100}
+    assert said[0][0][0]["pairs"] == {"train": 795, "validation": 145}
 
 
 def test_evaluations_are_those_of_one_process(
