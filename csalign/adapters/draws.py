@@ -67,6 +67,7 @@ def drawing(seed: Sequence[int], first: int) -> Iterator[None]:
         _current.reset(token)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def normal_like(x: Tensor) -> Tensor:
     """Standard normal numbers for rows (n, ...); by torch's generator outside of `drawing`."""
     draws = _current.get()
@@ -82,6 +83,7 @@ class Dropout(nn.Dropout):
     a CPU; the share that is dropped is p up to 1 / 131,072.
     """
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Drop values while training."""
         draws = _current.get()

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from csalign import processes, stopping
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
+from csalign.enums import Modality
 from csalign.errors import Stopped, TrainingError
 from csalign.objective.kernel import Sigma
 from csalign.objective.loss import LossParts
@@ -106,6 +107,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
+        if self.config.compile:
+            torch._dynamo.config.suppress_errors = True  # without a compiler, go on as without this
+            for side in Modality:
+                self.adapter.side(side).compile()
         if self.config.average:
             decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
