@@ -1,6 +1,6 @@
 """What ``csalign generate`` can be told."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,8 @@ from csalign.config.base import Count, Location, Number, OutputConfig, Positive,
 
 class GenerateConfig(OutputConfig):
     """``csalign generate``: images of texts, by an unCLIP decoder."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
 
     out: RunFolder = Field(
         description="Folder to make; a rerun with the same options goes on with what was stopped."
@@ -24,7 +26,6 @@ class GenerateConfig(OutputConfig):
     features: Location | None = Field(
         None,
         description="Feature set whose texts are embedded already, in place of prompts.",
-        json_schema_extra={"flag": True},
     )
     split: str = Field("all", description="Split(s) of the features, comma-separated.")
     adapter: RunFolder = Field(

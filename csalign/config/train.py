@@ -181,6 +181,9 @@ class TrainConfig(OutputConfig):
         description="Factors of the objective's matrix products, from 256 rows on: float32, or "
         "bfloat16, which is faster where the CPU or GPU has it.",
     )
+    compile: bool = Field(
+        False, description="Run the adapters through torch.compile, which does not pay on CPUs."
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(

@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from csalign import processes
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -223,7 +225,12 @@ class HostTile(Tile):
 
 
 def wrong_ahead(
-    images: Floats, texts: Floats, stairs: Staircase, device: torch.device | None = None
+    images: Floats,
+    texts: Floats,
+    stairs: Staircase,
+    device: torch.device | None = None,
+    *,
+    divided: bool = False,
 ) -> tuple[Ints, Ints]:
     """Wrong items that score at least as high as each matched pair.
 
@@ -235,6 +242,7 @@ def wrong_ahead(
         texts: (m, d).
         stairs: the order of both.
         device: where to multiply and count (default: the CPU).
+        divided: whether each process of the job counts in a part of the tiles.
 
     Returns:
         Wrong texts for the pair's image, and wrong images for its text, (pairs,) each, in the order
@@ -251,7 +259,11 @@ def wrong_ahead(
     own = torch.empty(len(stairs.owners), device=device)
     wrong = torch.zeros(2, len(own), dtype=torch.int64, device=device)
     _spread(tiles, matrix.matched_blocks(), lambda tile, blocks: tile.read_own(blocks, own))
-    _spread(tiles, matrix.blocks(), lambda tile, blocks: tile.count_wrong(blocks, own, wrong))
+    job = processes.world() if divided else processes.World()
+    blocks = islice(matrix.blocks(), job.rank, None, job.size)
+    _spread(tiles, blocks, lambda tile, blocks: tile.count_wrong(blocks, own, wrong))
+    if divided:
+        processes.sum_(wrong)
     wrong_texts, wrong_images = wrong.cpu().numpy()
     return wrong_texts, wrong_images
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.spec import load_encoders
+from csalign.encoders.spec import is_trusted, load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, ShapeError
 from csalign.sources.open import SourceOptions, open_source
@@ -23,8 +22,6 @@ from csalign.store.join import check_directions, load_side
 from csalign.store.reader import FeatureSet
 
 Array = npt.NDArray[Any]
-
-_OWN = ("open_clip", "hf")
 
 
 @dataclass(frozen=True)
@@ -136,11 +133,9 @@ def stored_prompts(features: FeatureSet, split: str, adapter: Adapter) -> Prompt
 
 def _recorded(spec: str, run: Path) -> str:
     """The encoder that a run names, if loading it runs no code but csalign's and the libraries'."""
-    family, _, name = spec.partition(":")
-    query = dict(parse_qsl(name.partition("?")[2]))
-    if family in _OWN and "trust_remote_code" not in query:
+    if is_trusted(spec):
         return spec
-    if family in _OWN or ":" in spec:
+    if ":" in spec:
         raise ConfigError(
             f"{run}: was trained on texts of {spec}, which runs code from outside csalign; allow "
             "it by --text-encoder if you trust it"

@@ -245,7 +245,7 @@ def test_what_does_not_go_together_is_refused(
     prompts.write_text("\n")
     with pytest.raises(DataError):
         made(decoders, clip_run, out, prompts=prompts)
-    for spec in ("os:system+true", "hf:x?trust_remote_code=true"):
+    for spec in ("os:system+true", "hf:x?trust_remote_code=true", "hf:x?trust%5Fremote_code=1"):
         info = json.loads((run / "adapter.json").read_text())
         info["encoders"]["text"] = spec
         (run / "adapter.json").write_text(json.dumps(info))
