@@ -16,6 +16,7 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
+from csalign.sealed import check_seal, unsealed, write_sealed
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -77,11 +78,11 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     try:
         save_file(tensors, temporary)
     except SafetensorError as error:  # also where the disk is full
-        raise OutputError(f"{temporary}: cannot be written ({error})") from None
+        raise OutputError(files.os_error(error, folder / WEIGHTS)) from None
     files.fsync_path(temporary)
     info = info.model_copy(update={"weights_sha256": files.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
-    files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
+    write_sealed(folder / DESCRIPTION, info.model_dump(mode="json"))
 
 
 def load_adapter(folder: Path | str, *, allow: Collection[str] = ()) -> Adapter:
@@ -156,13 +157,16 @@ def read_info(folder: Path) -> AdapterInfo:
         kind = "holds no trained adapter" if folder.exists() else "no such run"
         raise DataError(f"{folder}: {kind} (no {DESCRIPTION}); train one with csalign train")
     try:
-        return AdapterInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        info = AdapterInfo.model_validate(unsealed(document))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
         raise SchemaError(f"{path}: {where}: {first['msg']}; train again") from None
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
+    check_seal(path, document, "train again")
+    return info
 
 
 def _state(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -142,6 +142,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         body="\n".join(body),
         figures=_as_script(figures),
     )
+    files.sweep(path)
     files.write_text(path, page)
 
 

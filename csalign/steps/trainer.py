@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from csalign import stopping
+from csalign import files, stopping
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.errors import TrainingError
@@ -338,7 +338,8 @@ class Trainer:
         self.step, self.loss.sigma = kept.step, kept.sigma
 
     def _record(self, line: dict[str, Any]) -> None:
-        with (self.folder / LINES).open("a", encoding="utf-8") as file:
+        path = self.folder / LINES
+        with files.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = figures_of(line)
         for log_figures in self.logs:
