@@ -353,7 +353,7 @@ def refuse_other_work(folder: Path, own: str | None = None) -> None:
         return
     try:
         found = json.loads(path.read_bytes())["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = own  # who goes on with it says what is damaged
     if own is None or found != own:
         raise OutputError(
@@ -471,7 +471,7 @@ def _is_artifact(folder: Path) -> bool:
     for mark in ARTIFACT_MARKS:
         try:
             document = json.loads((folder / mark).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(document, dict) and str(document.get("format")).startswith("csalign-"):
             return True

@@ -22,9 +22,12 @@ def parse_location(value: Any) -> Path:
 
     Raises:
         ConfigError: no installed library knows that kind of URL.
+        ValueError: it is no text and no path.
     """
-    if isinstance(value, Path) or not isinstance(value, str):
-        return cast(Path, value)
+    if not isinstance(value, str):
+        if isinstance(value, Path) or hasattr(value, "fs"):
+            return cast(Path, value)
+        raise ValueError("Input should be a path or a URL")
     if "://" not in value:
         return Path(value)
     from upath import UPath

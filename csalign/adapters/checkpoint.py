@@ -75,10 +75,14 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
         for name, value in _state(adapter).items()
     }
     temporary = folder / f".{WEIGHTS}.tmp"
+    with files.writing(folder / WEIGHTS):
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library would let nobody else read it
     try:
         save_file(tensors, temporary)
     except SafetensorError as error:  # also where the disk is full
         raise OutputError(files.os_error(error, folder / WEIGHTS)) from None
+    temporary.chmod(mode)
     files.fsync_path(temporary)
     info = info.model_copy(update={"weights_sha256": files.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
@@ -158,6 +162,12 @@ def read_info(folder: Path) -> AdapterInfo:
         raise DataError(f"{folder}: {kind} (no {DESCRIPTION}); train one with csalign train")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise SchemaError(
+                f"{path}: format version {version}, this csalign reads up to {FORMAT_VERSION}; "
+                "upgrade csalign"
+            )
         info = AdapterInfo.model_validate(unsealed(document))
     except ValidationError as error:
         first = error.errors()[0]

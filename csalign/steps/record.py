@@ -76,7 +76,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         settings = tomllib.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
     if path.is_file() and not _is_as_written(folder, CONFIG):
         log.warning("%s: is not as the run wrote it, by %s", path, ENVIRONMENT)

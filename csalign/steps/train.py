@@ -31,6 +31,7 @@ from csalign.steps.match import match_outputs
 from csalign.steps.record import CONFIG, ENVIRONMENT, read_environment, write_environment
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.resume import State, Training, TrainingFolder, open_training
+from csalign.steps.sanity import warn_of_training_rows
 from csalign.steps.start import closed_form_start, kinds_of, random_start
 from csalign.steps.terms import check_terms
 from csalign.steps.tokens import (
@@ -80,6 +81,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     train_split = split_to_train(features, config)
     room = room_for(config)
     rows, val = load_split_rows(features, train_split, config, room)
+    warn_of_training_rows(rows, rows.name)
     tokens = open_tokens(features, widths, rows, config)
     unpaired = gather_unpaired(rows, further_sets(config), train_split, room)
     training = Training.of(config, features, further_sets(config))

@@ -151,6 +151,8 @@ def _layout(file: IO[bytes]) -> _Layout:
     if read_header is None:
         raise ValueError(f"version {version} of the format is for tables, not arrays")
     shape, fortran, dtype = read_header(file)
+    if any(count < 0 for count in shape):
+        raise ValueError(f"its header says shape {shape}")
     return _Layout(shape, fortran and len(shape) > 1, dtype, file.tell())
 
 

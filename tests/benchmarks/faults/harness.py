@@ -73,30 +73,26 @@ def kill(trials: Trials, count: int, alone: int, chance: random.Random) -> None:
             trials.kill_after(chance.uniform(0, trials.seconds), over=over)
             continue
         mode = (Mode.KILL_BEFORE, Mode.TORN, Mode.KILL_AFTER)[number % 4]
-        at = chance.randint(1, len(trials.operations))
+        at = chance.randint(1, len(trials.steps(over=over)))
         trials.kill(Plan(mode, at), over=over, alone=number % alone == alone - 2)
 
 
 def refuse(trials: Trials, count: int, alone: int, chance: random.Random) -> None:
     """Let single operations fail, the disk become full, read-only, or vanish."""
-    places = spread(len(trials.operations), count, chance)
-    for number, at in enumerate(places):
+    for number in range(count):
         over = number % 2 == 0
-        kind = trials.operations[at - 1][0]
+        steps = trials.steps(over=over)
+        # Evenly spread, each at random within its share.
+        at = 1 + int(len(steps) * (number + chance.random()) / count)
+        kind = steps[at - 1][0]
         if number % 4 == 1:
-            at = chance.randint(1, len(trials.room))
+            at = chance.randint(1, len(trials.steps(over=over, room=True)))
             plan = Plan(Mode.FULL, at, errno.ENOSPC)
         elif number % 4 == 3:
             plan = Plan(Mode.FAIL_ON, at, chance.choice([errno.EROFS, *VANISHED]))
         else:
             plan = Plan(Mode.FAIL_ONCE, at, chance.choice(ERRORS[kind]))
         trials.refuse(plan, over=over, alone=number % alone == alone - 2)
-
-
-def spread(operations: int, count: int, chance: random.Random) -> list[int]:
-    """Places from 1 to `operations`, evenly spread, each step's at random within it."""
-    step = operations / count
-    return [min(operations, 1 + int(step * (number + chance.random()))) for number in range(count)]
 
 
 if __name__ == "__main__":
