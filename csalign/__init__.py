@@ -3,18 +3,20 @@
 Where things live; imports run one way, down this list::
 
     cli        the commands: options, progress, tables, exit codes
-    steps      extract, import, inspect, train, tune, apply, eval: one module a command
+    steps      extract, import, train, apply, eval, index, search...: one module a command
     encoders   frozen encoders behind one interface
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
+    nearest    vectors on disk that answer which are nearest
     report     pages with plots
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, and `load_adapter`. Importing
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `index`, `search` and
+`export`; `load_adapter`, `wrap` and `SentenceAdapter` put a run into other programs. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
@@ -24,12 +26,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
+    from csalign.adapters.clip import wrap
+    from csalign.adapters.sentences import SentenceAdapter
     from csalign.config import (
         ApplyConfig,
         DiagnoseConfig,
         EvalConfig,
+        ExportConfig,
         ExtractConfig,
         ImportConfig,
+        IndexConfig,
+        SearchConfig,
         TrainConfig,
         TuneConfig,
     )
@@ -37,9 +44,12 @@ if TYPE_CHECKING:
     from csalign.steps.apply import apply
     from csalign.steps.diagnose import diagnose
     from csalign.steps.evaluate import evaluate
+    from csalign.steps.export import export
     from csalign.steps.extract import extract
     from csalign.steps.import_arrays import import_arrays
+    from csalign.steps.index import index
     from csalign.steps.inspect import inspect
+    from csalign.steps.search import search
     from csalign.steps.train import train
     from csalign.steps.tune import tune
 
@@ -49,41 +59,57 @@ _HOMES = {
     "ApplyConfig": "csalign.config",
     "DiagnoseConfig": "csalign.config",
     "EvalConfig": "csalign.config",
+    "ExportConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
     "ImportConfig": "csalign.config",
+    "IndexConfig": "csalign.config",
     "Modality": "csalign.enums",
+    "SearchConfig": "csalign.config",
+    "SentenceAdapter": "csalign.adapters.sentences",
     "TrainConfig": "csalign.config",
     "TuneConfig": "csalign.config",
     "apply": "csalign.steps.apply",
     "diagnose": "csalign.steps.diagnose",
     "evaluate": "csalign.steps.evaluate",
+    "export": "csalign.steps.export",
     "extract": "csalign.steps.extract",
     "import_arrays": "csalign.steps.import_arrays",
+    "index": "csalign.steps.index",
     "inspect": "csalign.steps.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
+    "search": "csalign.steps.search",
     "train": "csalign.steps.train",
     "tune": "csalign.steps.tune",
+    "wrap": "csalign.adapters.clip",
 }
 
 __all__ = [
     "ApplyConfig",
     "DiagnoseConfig",
     "EvalConfig",
+    "ExportConfig",
     "ExtractConfig",
     "ImportConfig",
+    "IndexConfig",
     "Modality",
+    "SearchConfig",
+    "SentenceAdapter",
     "TrainConfig",
     "TuneConfig",
     "__version__",
     "apply",
     "diagnose",
     "evaluate",
+    "export",
     "extract",
     "import_arrays",
+    "index",
     "inspect",
     "load_adapter",
+    "search",
     "train",
     "tune",
+    "wrap",
 ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from csalign.errors import OutputError
 from csalign.locations import is_remote, is_store_error
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json")
+ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json", "index.json")
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 LOCK = ".csalign-lock"
@@ -32,23 +32,34 @@ RESUME = "resume"
 
 ARTIFACT_ENTRIES = {
     *ARTIFACT_MARKS,
+    "README.md",
+    "adapter",
     "adapter.safetensors",
     "checkpoints",
     "config.toml",
     "environment.json",
     "failures.jsonl",
+    "image.onnx",
+    "image.pt2",
     "images",
     "images.csv",
     "images.npy",
     "img_emb",
+    "items.arrow",
     "metadata",
     "metrics.csv",
     "metrics.jsonl",
+    "probes.npy",
+    "query.npy",
     "tensorboard",
+    "text.onnx",
+    "text.pt2",
     "text_emb",
     "texts",
     "texts.csv",
     "texts.npy",
+    "vectors.faiss",
+    "vectors.npy",
     "wandb",
     JOB,
     RESUME,

@@ -1,5 +1,6 @@
 """What the steps return: frozen records of plain numbers and paths, ready for JSON."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,23 @@ class TuneResult:
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
         return {**asdict(self), "study": str(self.study), "config": str(self.config)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search finds, query by query, as it is asked for.
+
+    Attributes:
+        head: the index and how it was asked.
+        queries: ``{"query", "hits": [{"rank", "score", "id", "image_id", "caption", "source"}]}``
+            of each query in turn; can be gone through once.
+        jsonl: whether each is wanted as a JSON document of its own.
+    """
+
+    head: dict[str, Any]
+    queries: Iterator[dict[str, Any]]
+    jsonl: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one document."""
+        return {**self.head, "queries": list(self.queries)}

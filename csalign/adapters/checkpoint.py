@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csalign import __version__, files
+from csalign.adapters.hub import fetch
 from csalign.adapters.kinds import KINDS
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
@@ -89,11 +90,20 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     write_sealed(folder / DESCRIPTION, info.model_dump(mode="json"))
 
 
-def load_adapter(folder: Path | str, *, allow: Collection[str] = ()) -> Adapter:
-    """Load a trained adapter.
+def load_adapter(
+    folder: Path | str,
+    *,
+    hub: bool = False,
+    revision: str | None = None,
+    allow: Collection[str] = (),
+) -> Adapter:
+    """Load a trained adapter; safetensors and JSON alone, never a pickle.
 
     Args:
-        folder: a run folder, or a checkpoint in it.
+        folder: a run folder, a checkpoint in it, or what ``csalign export`` made.
+        hub: where there is no such folder, take it for the name of a repository on the Hugging
+            Face hub, ``user/name``.
+        revision: of that repository.
         allow: kinds ``package.module:Class`` that may be imported if the run names them, since
             that runs their code; kinds of installed entry points need not be here.
 
@@ -105,7 +115,10 @@ def load_adapter(folder: Path | str, *, allow: Collection[str] = ()) -> Adapter:
         SchemaError: its files are damaged, do not agree, are of another format version, or name
             a kind that is not installed or not allowed.
     """
-    return load_adapter_with_info(Path(folder), allow=allow)[0]
+    path = Path(folder)
+    if hub and not path.exists():
+        path = fetch(str(folder), revision=revision)
+    return load_adapter_with_info(path, allow=allow)[0]
 
 
 def load_adapter_with_info(

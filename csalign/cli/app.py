@@ -18,13 +18,16 @@ from csalign.config import (
     ApplyConfig,
     DiagnoseConfig,
     EvalConfig,
+    ExportConfig,
     ExtractConfig,
     ImportConfig,
+    IndexConfig,
+    SearchConfig,
     TrainConfig,
     TuneConfig,
 )
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, TrainResult, TuneResult
+from csalign.results import FeaturesResult, Found, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -69,7 +72,7 @@ def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
 
 
 @app.command()
-@step_command(TrainConfig, render.train_table)
+@step_command(TrainConfig, render.train_table, together=True)
 def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     """Train adapters on a feature set."""
     from csalign.steps.train import train
@@ -87,7 +90,7 @@ def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
 
 
 @app.command()
-@step_command(ApplyConfig, render.features_table)
+@step_command(ApplyConfig, render.features_table, together=True)
 def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
     """Map a feature set through trained adapters into a feature set again."""
     from csalign.steps.apply import apply
@@ -96,7 +99,7 @@ def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
 
 
 @app.command("eval")
-@step_command(EvalConfig, render.eval_tables)
+@step_command(EvalConfig, render.eval_tables, together=True)
 def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.steps.evaluate import evaluate
@@ -114,8 +117,35 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command()
+@step_command(IndexConfig, render.index_table)
+def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
+    """Build an index of a feature set on disk, for search, or add to one."""
+    from csalign.steps.index import index
+
+    return index(settings, progress)
+
+
+@app.command()
+@step_command(SearchConfig, render.found)
+def search(settings: SearchConfig, progress: Progress) -> Found:
+    """Find what is nearest to a text, a picture or an embedding in an index."""
+    from csalign.steps.search import find
+
+    return find(settings, progress)
+
+
+@app.command()
+@step_command(ExportConfig, render.export_table)
+def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
+    """Write a run's adapter for other programs, checked, with a model card."""
+    from csalign.steps.export import export
+
+    return export(settings, progress)
+
+
+@app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A feature set or a run.", metavar="PATH")],
+    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
     merge: Annotated[
         bool, typer.Option("--merge", help="First make it whole from the parts in PATH.partial.")
     ] = False,

@@ -11,7 +11,6 @@ from pydantic_core import PydanticUndefined
 
 from csalign.config import Config
 
-POSITIONAL = ("source", "features")
 SHORT = {"out": "-o"}
 
 ConfigFile = Annotated[
@@ -36,14 +35,18 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
     All default to None, which says that the command line did not give them, so that a config file
     may.
     """
-    parameters = [_parameter(name, field) for name, field in config.model_fields.items()]
-    return sorted(parameters, key=lambda parameter: parameter.name not in POSITIONAL)
+    first = config.positional
+    parameters = [
+        _parameter(name, field, positional=name in first)
+        for name, field in config.model_fields.items()
+    ]
+    return sorted(parameters, key=lambda parameter: parameter.name not in first)
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
     help_text = f"{field.description}{_default(field)}"
-    if name in POSITIONAL:
+    if positional:
         info: Any = typer.Argument(help=help_text, show_default=False, metavar=name.upper())
     else:
         flag = name.replace("_", "-")

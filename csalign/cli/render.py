@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.cli.text import shown
-from csalign.results import FeaturesResult, TrainResult, Trial, TuneResult
+from csalign.results import FeaturesResult, Found, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
@@ -298,6 +298,56 @@ def inspect_table(document: dict[str, Any]) -> None:
     for line in body.pop("validation", []):
         body[f"validation, step {line['step']}"] = line["validation"]
     _print_rows(f"{document['path']}: {document['kind']}, sound", list(_leaves(body)))
+
+
+def index_table(document: dict[str, Any]) -> None:
+    """Say what was built."""
+    recall = document["recall"]
+    _print(
+        f"{document['path']}: {document['search']} index of {document['rows']:,} "
+        f"{document['side']}s, {document['bytes'] / 1e6:,.1f} MB, recall@10 "
+        f"{_percent(recall['value'])} on {recall['queries']:,} {recall['of']}"
+    )
+
+
+def export_table(document: dict[str, Any]) -> None:
+    """Say what was written, and how near it computes to the run."""
+    largest = max(document["differences"].values())
+    _print(
+        f"{document['out']}: {', '.join(document['files'])}; differs by at most {largest:.1e} from "
+        "the run"
+    )
+
+
+def found(result: Found) -> None:
+    """What was found, as tables or as JSON lines, each query as soon as it is there."""
+    if result.jsonl:
+        _found_lines(result)
+    else:
+        _found_tables(result)
+
+
+def _found_tables(result: Found) -> None:
+    for one in result.queries:
+        table = Table(
+            Column("", justify="right"),
+            Column("score", justify="right", no_wrap=True),
+            Column("id", overflow="fold"),
+            Column("caption", overflow="fold"),
+            Column("source", overflow="fold"),
+            box=SIMPLE,
+        )
+        for hit in one["hits"]:
+            words = (hit["id"], hit["caption"] or "", hit["source"] or "")
+            table.add_row(str(hit["rank"]), f"{hit['score']:.4f}", *map(escape, words))
+        _print(one["query"])
+        _print_table(table)
+
+
+def _found_lines(result: Found) -> None:
+    for one in result.queries:
+        sys.stdout.write(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
 
 
 def _figures(first: str, *names: str) -> Table:

@@ -8,8 +8,11 @@ from csalign.config.apply import ApplyConfig
 from csalign.config.base import Config, OutputConfig
 from csalign.config.diagnose import DiagnoseConfig
 from csalign.config.evaluate import EvalConfig
+from csalign.config.export import ExportConfig
 from csalign.config.extract import ExtractConfig
 from csalign.config.import_arrays import ImportConfig
+from csalign.config.index import IndexConfig
+from csalign.config.search import SearchConfig
 from csalign.config.train import TrainConfig, TuneConfig
 
 __all__ = [
@@ -17,9 +20,12 @@ __all__ = [
     "Config",
     "DiagnoseConfig",
     "EvalConfig",
+    "ExportConfig",
     "ExtractConfig",
     "ImportConfig",
+    "IndexConfig",
     "OutputConfig",
+    "SearchConfig",
     "TrainConfig",
     "TuneConfig",
 ]

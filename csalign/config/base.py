@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import tomli_w
 from pydantic import (
@@ -63,6 +63,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    positional: ClassVar[tuple[str, ...]] = ("source", "features")
+    """Fields that the command line gives without a flag, where the command has them."""
+
     @classmethod
     def resolve(cls, file: Path | None, given: Mapping[str, Any]) -> Self:
         """Join defaults, a TOML file and the values that the command line gave.
@@ -120,7 +123,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
 
 def _local(value: Any) -> Any:
     if "://" in str(value):
-        raise ValueError("runs are kept on a local disk, URLs are for feature sets")
+        raise ValueError("runs are kept on a local disk, as indexes are; URLs are for feature sets")
     return value
 
 

@@ -16,6 +16,8 @@ Floats = npt.NDArray[np.float32]
 NEIGHBOURS = 10
 INVERSE_TEMPERATURE = 30.0
 CORRECTIONS = ("csls", "inverted-softmax", "centre")
+SCALES = {"csls": 2.0, "inverted-softmax": 1.0}
+"""How often the cosine counts in a corrected score."""
 TILE_BYTES = 64 << 20
 
 
@@ -73,17 +75,29 @@ def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]
         (n, e) and (m, e) float32, e being d or d + 2.
     """
     if name == "centre":
-        return _centred(images), _centred(texts)
-    if name == "csls":
-        scale, measure = 2.0, _mean_of_nearest
-    else:
-        scale, measure = 1.0, _soft_maximum
-    penalties = measure(images, texts), measure(texts, images)
+        means = (rows.mean(axis=0, dtype=np.float64) for rows in (images, texts))
+        x, y = (centred(rows, mean) for rows, mean in zip((images, texts), means, strict=True))
+        return x, y
+    penalties = penalty(images, texts, name), penalty(texts, images, name)
     sides = [
-        np.hstack([np.float32(np.sqrt(scale)) * rows, _extra(penalty, place)])
-        for place, (rows, penalty) in enumerate(zip((images, texts), penalties, strict=True))
+        np.hstack([np.float32(np.sqrt(SCALES[name])) * rows, _extra(own, place)])
+        for place, (rows, own) in enumerate(zip((images, texts), penalties, strict=True))
     ]
     return sides[0], sides[1]
+
+
+def penalty(rows: Floats, others: Floats, name: str) -> Floats:
+    """What a correction takes from each row's scores, for how near it is to all of the others.
+
+    Args:
+        rows: (n, d) float32, unit rows; each is judged by itself.
+        others: (m, d) float32, unit rows of the other modality.
+        name: "csls" or "inverted-softmax".
+
+    Returns:
+        (n,) float32; a corrected score is ``SCALES[name]`` times the cosine less both penalties.
+    """
+    return _mean_of_nearest(rows, others) if name == "csls" else _soft_maximum(rows, others)
 
 
 def _extra(penalty: Floats, place: int) -> Floats:
@@ -92,8 +106,9 @@ def _extra(penalty: Floats, place: int) -> Floats:
     return np.stack([-penalty, ones] if place == 0 else [ones, -penalty], axis=1)
 
 
-def _centred(rows: Floats) -> Floats:
-    moved = (rows - rows.mean(axis=0, dtype=np.float64)).astype(np.float32)
+def centred(rows: Floats, mean: npt.NDArray[np.float64]) -> Floats:
+    """Unit rows (n, d) after a mean (d,) is taken from each; 0 where nothing is left."""
+    moved = (rows - mean).astype(np.float32)
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
     found: Floats = np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0)
     return found

@@ -44,11 +44,23 @@ td + td, th + th { text-align: right }
 small { display: block; color: var(--dim) }
 td img { display: block; max-width: 5rem; max-height: 5rem; background: #fff }
 .figure { width: 100% }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem;
+  padding: 0; margin: 1rem 0; list-style: none }
+.pictures li { border: 1px solid var(--line); border-radius: .4rem; overflow: hidden;
+  overflow-wrap: anywhere; padding: 0 .7rem .6rem }
+.pictures img, .pictures .none { display: block; width: calc(100% + 1.4rem); height: 9.5rem;
+  margin: 0 -.7rem .5rem; object-fit: contain; background: #fff; box-sizing: border-box;
+  padding: .4rem }
+.pictures .none { background: var(--line) }
 @media print { h2 { break-after: avoid } .figure, table { break-inside: avoid } }
 </style>
-<script>$plotly</script></head>
+</head>
 <body><h1>$title</h1>
 $body
+$script</body></html>
+""")
+
+_SCRIPT = Template("""<script>$plotly</script>
 <script>
 const figures = $figures, dark = matchMedia("(prefers-color-scheme: dark)");
 // Plotly would offer to upload a figure to its maker's cloud.
@@ -71,7 +83,7 @@ function draw() {
 }
 draw();
 dark.addEventListener("change", draw);
-</script></body></html>
+</script>
 """)
 
 
@@ -100,6 +112,7 @@ class Section:
         figure: what is drawn, or None.
         rows: a table, its first row the heading; no rows, no table.
         prose: whether the table holds words rather than figures.
+        pictures: shown side by side, as many as there is room for.
     """
 
     title: str
@@ -107,6 +120,7 @@ class Section:
     figure: go.Figure | None = None
     rows: Sequence[Sequence[str | Entry]] = field(default_factory=tuple)
     prose: bool = False
+    pictures: Sequence[Entry] = field(default_factory=tuple)
 
 
 def check_page(path: Path) -> None:
@@ -120,13 +134,15 @@ def check_page(path: Path) -> None:
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a page, whole or not at all; one that stands there is replaced.
 
-    It holds everything that it shows, Plotly's code included (about 5 MB), follows the reader's
-    light or dark colours, prints, and may not use the network.
+    It holds everything that it shows, Plotly's code included where it draws something (about
+    5 MB), follows the reader's light or dark colours, prints, and may not use the network. The
+    heading of a lone section is left out where it is the title.
     """
     figures: list[Any] = []
     body = []
     for section in sections:
-        body.append(f"<section><h2>{escape(section.title)}</h2>")
+        is_title = len(sections) == 1 and section.title == title
+        body.append("<section>" + ("" if is_title else f"<h2>{escape(section.title)}</h2>"))
         if section.note:
             body.append(f"<p>{escape(section.note)}</p>")
         if section.figure is not None:
@@ -134,16 +150,23 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
             figures.append(json.loads(section.figure.to_json()))
         if section.rows:
             body.append(_table(section.rows, prose=section.prose))
+        if section.pictures:
+            body.append(_pictures(section.pictures))
         body.append("</section>")
     page = _PAGE.substitute(
         policy=_POLICY,
         title=escape(title),
-        plotly=get_plotlyjs(),
         body="\n".join(body),
-        figures=_as_script(figures),
+        script=_script(figures),
     )
     files.sweep(path)
     files.write_text(path, page)
+
+
+def _script(figures: list[Any]) -> str:
+    if not figures:
+        return ""
+    return _SCRIPT.substitute(plotly=get_plotlyjs(), figures=_as_script(figures))
 
 
 def _as_script(document: Any) -> str:
@@ -162,6 +185,15 @@ def _table(rows: Sequence[Sequence[str | Entry]], *, prose: bool) -> str:
     lines += ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in others]
     table = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table{" class=prose" if prose else ""}>{table}</table></div>'
+
+
+def _pictures(entries: Sequence[Entry]) -> str:
+    items = (
+        f"<li>{_image(entry.picture) or '<div class=none></div>'}{escape(entry.text)}"
+        f"<small>{escape(entry.note)}</small></li>"
+        for entry in entries
+    )
+    return f'<ul class="pictures">{"".join(items)}</ul>'
 
 
 def _cell(cell: str | Entry) -> str:

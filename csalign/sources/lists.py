@@ -24,7 +24,7 @@ def read_captions(file: Path) -> CatalogSource:
     catalog.begin(file.as_posix())
     digest = hashlib.sha256()
     with opened(file) as lines:
-        for number, text, flaw in _texts(Lines(file, lines, digest)):
+        for number, text, flaw in text_lines(Lines(file, lines, digest)):
             catalog.add(Row(number, captions=(text,), flaw=flaw))
     return catalog.finish("text file with a caption a line", digest.hexdigest())
 
@@ -45,7 +45,7 @@ def read_list(name: Path, lines: BinaryIO, root: Path | None, columns: Columns) 
     catalog = Catalog(root)
     catalog.begin("stdin" if str(name) == "-" else name.as_posix())
     digest = hashlib.sha256()
-    for number, text, flaw in _texts(Lines(name, lines, digest)):
+    for number, text, flaw in text_lines(Lines(name, lines, digest)):
         catalog.add(_entry(number, text, columns) if flaw is None else Row(number, flaw=flaw))
     return catalog.finish("list of images", digest.hexdigest())
 
@@ -60,7 +60,7 @@ def _entry(number: int, text: str, columns: Columns) -> Row:
     return row_of(number, record, columns)
 
 
-def _texts(lines: Lines) -> Iterator[tuple[int, str, str | None]]:
+def text_lines(lines: Lines) -> Iterator[tuple[int, str, str | None]]:
     """The lines that are not blank, with their numbers and flaws."""
     while True:
         lines.begin()

@@ -1,5 +1,6 @@
 """A trained adapter, checked against the features that are to go through it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from csalign.adapters.model import Adapter
 from csalign.devices import pick_device
 from csalign.enums import Modality
 from csalign.errors import DataError, ShapeError
+from csalign.store import schema
 from csalign.store.join import PairedRows
-from csalign.store.reader import FeatureSet
-from csalign.store.tokens import TokenCache, TokenRows
+from csalign.store.reader import FeatureSet, batch_tokens, batch_vectors
+from csalign.store.tokens import TokenCache, TokenRows, pad_tokens
 
 ROWS_WITH_TOKENS = 128  # at a time: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
@@ -78,6 +80,56 @@ def embed_rows(
         part = slice(start, start + ROWS_WITH_TOKENS)
         out[part] = adapter.embed_tokens(side, values[part], *source.take(places[part]))[0]
     return out
+
+
+def stream_aligned(
+    features: FeatureSet,
+    side: Modality,
+    adapter: Adapter | None,
+    rows: npt.NDArray[np.int64] | None,
+    batch_size: int,
+) -> Iterator[Array]:
+    """Embeddings of one side in the shared space, in order, some at a time.
+
+    Args:
+        features: where they are stored.
+        side: which of them.
+        adapter: what they go through, with their tokens where it takes them; None for nothing.
+        rows: which rows of the table, ascending; None for all.
+        batch_size: rows at a time.
+
+    Yields:
+        (some, width) float32, unit rows.
+
+    Raises:
+        DataError: a row is not finite or has norm 0.
+        SchemaError: a shard is damaged.
+    """
+    table = features.table(side)
+    with_tokens = adapter is not None and adapter.side(side).embeds_with_tokens
+    size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size
+    columns = [schema.ID, schema.EMBEDDING, *([schema.TOKENS] if with_tokens else [])]
+    for _, local, batch in table.parts(columns, rows):
+        vectors = batch_vectors(batch, schema.EMBEDDING)
+        tokens = batch_tokens(batch) if with_tokens else []
+        for start in range(0, len(local), size):
+            some = local[start : start + size]
+            raw = vectors[some].astype(np.float32)
+            norms = np.linalg.norm(raw, axis=1, keepdims=True)
+            bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+            if len(bad):
+                name = batch.column(schema.ID)[int(some[bad[0]])].as_py()
+                raise DataError(
+                    f"{features.path}: the embedding of {side} {name!r} has no direction (it is 0 "
+                    "or not finite); encode it again or leave it out"
+                )
+            if adapter is None:
+                yield raw / norms
+            elif with_tokens:
+                padded = pad_tokens([tokens[row] for row in some])
+                yield adapter.embed_tokens(side, raw, *padded)[0]
+            else:
+                yield adapter.embed(side, raw, batch_size=size)
 
 
 def check_tokens(features: FeatureSet, side: Modality, run: Path, takes: int | None) -> None:

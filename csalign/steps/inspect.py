@@ -6,6 +6,8 @@ from typing import Any
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
 from csalign.errors import DataError
 from csalign.locations import is_remote, parse_location
+from csalign.nearest.manifest import DESCRIPTION as INDEX
+from csalign.nearest.manifest import describe_index, read_index_manifest
 from csalign.steps.record import read_environment, read_lines, read_settings
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
@@ -14,14 +16,14 @@ from csalign.store.sharing import merge_parts
 
 
 def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
-    """Describe a feature set or a run after checking all of it.
+    """Describe a feature set, a run or an index after checking all of it.
 
     Args:
         path: the folder, or a file in it that names it (``manifest.json``, ``adapter.json``).
         merge: first make the feature set `path` out of the parts in ``PATH.partial``.
 
     Returns:
-        Plain JSON values; "kind" is "features" or "run".
+        Plain JSON values; "kind" is "features", "run" or "index".
 
     Raises:
         DataError: there is no such artifact, or parts of it are missing.
@@ -30,15 +32,18 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     path = parse_location(path)
     if merge:
         merge_parts(path)
-    folder = path.parent if path.name in (MANIFEST, DESCRIPTION) else path
+    folder = path.parent if path.name in (MANIFEST, DESCRIPTION, INDEX) else path
     if not folder.exists():
         raise DataError(f"{path}: no such file or folder")
     if (folder / MANIFEST).is_file():
         return _features(folder)
     if not is_remote(folder) and (folder / DESCRIPTION).is_file():
         return _run(folder)
+    if not is_remote(folder) and (folder / INDEX).is_file():
+        return describe_index(folder, read_index_manifest(folder, whole=True))
     raise DataError(
-        f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION})"
+        f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION}) nor "
+        f"an index (no {INDEX})"
     )
 
 

@@ -3,18 +3,16 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from csalign.errors import DataError
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
-from csalign.sources.images import read_image
+from csalign.steps.pictures import thumbnail
 from csalign.steps.record import SUMS, read_environment, read_lines, read_settings
 from csalign.store.join import PairedRows, image_sources
 from csalign.store.reader import FeatureSet
@@ -25,7 +23,6 @@ QUERIES = 8  # best and worst ones of a direction
 THUMBNAIL = 128  # pixels
 NOTHING = 1e-8  # of the largest eigenvalue; what is below is rounding
 FEWEST_TO_MAP = 20  # rows, for UMAP
-LARGEST_FILE = 64 << 20  # no thumbnail of a larger one
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -224,7 +221,7 @@ class _Gallery:
         name = self._of.rows.image_ids[row].as_py()
         if row not in self._pictures:
             (source,) = image_sources(self._of.features, [name])
-            self._pictures[row] = _thumbnail(source)
+            self._pictures[row] = thumbnail(source, THUMBNAIL)
         return Entry(name, picture=self._pictures[row])
 
 
@@ -232,23 +229,6 @@ def _first_of(scores: Floats, matches: npt.NDArray[np.bool_]) -> tuple[int, int]
     """The best match and the best of the others."""
     match = int(np.where(matches, scores, -np.inf).argmax())
     return match, int(np.where(matches, -np.inf, scores).argmax())
-
-
-def _thumbnail(source: str | None) -> bytes:
-    """A small JPEG of an image file that is still where it was, else nothing."""
-    if source is None or "://" in source:
-        return b""
-    path = Path(source)
-    try:
-        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
-            return b""
-        image = read_image(path.read_bytes())
-    except (DataError, OSError, ValueError):
-        return b""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
 
 
 def _record(run: Path) -> RunRecord:

@@ -296,6 +296,37 @@ def image_sources(features: FeatureSet, ids: Sequence[str]) -> list[str | None]:
     return sources
 
 
+def told_of(features: FeatureSet, joined: Joined, side: Modality) -> dict[str, pa.Array]:
+    """What people want to know of each row of one side, found in a search.
+
+    Returns:
+        The columns id; image_id, of texts; caption, of images that of their first text; and
+        source, of texts that of their image.
+    """
+    table = features.table(side)
+    is_image = side is Modality.IMAGE
+    rows = joined.image_rows if is_image else joined.text_rows
+    found = {schema.ID: table.strings(schema.ID, rows)}
+    if is_image:
+        first = np.full(joined.images, -1, np.int64)
+        paired = np.flatnonzero(joined.text_image >= 0)[::-1]
+        first[joined.text_image[paired]] = paired
+        captions = features.texts.strings(schema.CAPTION, joined.text_rows)
+        found[schema.IMAGE_ID] = pa.nulls(joined.images, pa.large_string())
+        found[schema.CAPTION] = _taken(captions, first)
+        found[schema.SOURCE] = table.strings(schema.SOURCE, rows)
+    else:
+        sources = features.images.strings(schema.SOURCE, joined.image_rows)
+        found |= {name: table.strings(name, rows) for name in (schema.IMAGE_ID, schema.CAPTION)}
+        found[schema.SOURCE] = _taken(sources, joined.text_image)
+    return found
+
+
+def _taken(values: pa.Array, rows: Ints) -> pa.Array:
+    """Values by row, null where the row is -1."""
+    return values.take(pa.array(rows, mask=rows < 0))
+
+
 def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32]:
     """Rows scaled to norm 1, in float32.
 

@@ -1,0 +1,47 @@
+"""What ``csalign index`` can be told."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from csalign.config.base import Config, Count, Location, RunFolder, Share
+
+
+class IndexConfig(Config):
+    """``csalign index``: an index on disk that ``csalign search`` asks."""
+
+    features: Location = Field(description="Feature set whose rows are to be found.")
+    out: RunFolder | None = Field(None, description="Folder to make.")
+    overwrite: bool = Field(
+        False, description="Replace the folder if it exists, only after success."
+    )
+    add_to: RunFolder | None = Field(
+        None,
+        description="Index that the rows are added to, in place of --out; its adapter is used.",
+    )
+    adapter: RunFolder | None = Field(
+        None, description="Run folder; without it the features are taken as they are."
+    )
+    allow_adapter: str | None = Field(
+        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+    )
+    side: Literal["image", "text"] = Field("image", description="Which side is to be found.")
+    split: str = Field("all", description="Split(s), comma-separated; 'all' takes every row.")
+    kind: Literal["auto", "exact", "ivf", "hnsw", "pq"] = Field(
+        "auto",
+        description="exact; ivf, cells; hnsw, a graph, quick to ask and slow to build; pq, small "
+        "codes, scored again from disk; auto is exact up to 50,000 rows, then ivf, or pq where "
+        "memory asks for it.",
+    )
+    recall: Share = Field(
+        0.95, description="Recall@10 against an exact search that searching is set for."
+    )
+    correct: Literal["csls", "inverted-softmax", "centre"] | None = Field(
+        None, description="Correct for hubs, as known from the rows of the other side."
+    )
+    memory: int | None = Field(
+        None, ge=0, description="MiB that building may take (default: half of what is free)."
+    )
+    threads: Count | None = Field(None, description="Threads of the index (default: the cores).")
+    batch_size: Count = Field(8192, description="Rows at a time.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter.")

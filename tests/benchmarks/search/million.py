@@ -1,0 +1,162 @@
+"""A search over a million vectors: time a query, measured recall, memory told and taken.
+
+    python tests/benchmarks/search/million.py [--rows 1000000] [--width 256] [--work FOLDER]
+
+Images are drawn around centres that are drawn around others, as real ones lie; texts are images
+with noise. The feature set is written once and kept in the work folder. Each index is built by
+`csalign index` in a process of its own, whose largest resident size is told; queries are timed in a
+fresh process on the mapped index, one at a time and 1,000 at once.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from csalign.config import SearchConfig
+from csalign.enums import Modality
+from csalign.nearest.manifest import read_index_manifest
+from csalign.nearest.vectors import VectorIndex, threads
+from csalign.steps.search import find
+from csalign.store.manifest import EncoderInfo
+from csalign.store.shard import Rows
+from csalign.store.writer import FeatureWriter
+
+CHUNK = 50_000
+TEXTS = 20_000
+QUERIES = 1_000
+
+
+def write_features(folder: Path, rows: int, width: int) -> None:
+    """Images around 2,000 centres, and texts near some of them."""
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(60, width))
+    centres = wide[rng.integers(0, 60, 2_000)] + 0.8 * rng.normal(size=(2_000, width))
+    encoders = {side: EncoderInfo(spec="made up", width=width) for side in Modality}
+    every = rows // TEXTS
+    owners, texts = [], []
+    folder.mkdir(parents=True)
+    with FeatureWriter(folder, encoders, "float16") as writer:
+        for start in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - start)
+            images = centres[rng.integers(0, len(centres), count)]
+            images = (images + 0.7 * rng.normal(size=images.shape)).astype(np.float32)
+            names = [f"{row:07d}" for row in range(start, start + count)]
+            writer.write(Modality.IMAGE, Rows({"id": names}, images))
+            owners += names[::every]
+            texts.append(images[::every] + 0.5 * rng.normal(size=(len(names[::every]), width)))
+        columns = {
+            "id": [f"t{name}" for name in owners],
+            "image_id": owners,
+            "caption": [f"caption of {name}" for name in owners],
+        }
+        writer.write(Modality.TEXT, Rows(columns, np.concatenate(texts).astype(np.float32)))
+    np.save(folder.parent / "queries.npy", np.concatenate(texts)[:QUERIES].astype(np.float32))
+
+
+def build(features: Path, out: Path, kind: str) -> dict[str, float | str]:
+    """Build an index in a process of its own."""
+    command = ("index", features, "--kind", kind, "--out", out, "--overwrite", "--threads", 1)
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "csalign", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    told = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, told
+    (said,) = re.findall(r"about (.*?) of memory", told)
+    return {"seconds": time.perf_counter() - begin, "said": said, "peak": usage.ru_maxrss / 1e6}
+
+
+def resident() -> dict[str, float]:
+    """Of this process in GB: what is its own, and what is mapped."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    return {name: int(value) / 1e6 for name, value in sizes.items()}
+
+
+def ask(folder: Path) -> None:
+    """Time queries on a mapped index, and print what was found as JSON."""
+    before = resident()["RssAnon"]
+    manifest = read_index_manifest(folder)
+    index = VectorIndex.open(folder, manifest.kind, manifest.search_effort())
+    queries = np.load(folder.parent / "queries.npy")
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    with threads(1):
+        index.search(queries, 10)  # reads what is on disk
+        begin = time.perf_counter()
+        index.search(queries, 10)
+        together = (time.perf_counter() - begin) / len(queries)
+        each = []
+        for query in queries:
+            begin = time.perf_counter()
+            index.search(query[None], 10)
+            each.append(time.perf_counter() - begin)
+    config = SearchConfig(index=folder, embedding=folder.parent / "queries.npy", threads=1)
+    begin = time.perf_counter()
+    found = len(list(find(config).queries))
+    whole = (time.perf_counter() - begin) / found
+    assert manifest.recall is not None
+    document = {
+        "recall": manifest.recall.value,
+        "effort": manifest.effort,
+        "median_ms": 1e3 * float(np.median(each)),
+        "p99_ms": 1e3 * float(np.quantile(each, 0.99)),
+        "together_ms": 1e3 * together,
+        "whole_ms": 1e3 * whole,
+        "own_gb": resident()["RssAnon"] - before,
+        "disk_gb": sum(info.bytes for info in manifest.files.values()) / 1e9,
+    }
+    print(json.dumps(document))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--kinds", default="exact,ivf,hnsw,pq")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/csalign-million"))
+    parser.add_argument("--ask", type=Path)
+    options = parser.parse_args()
+    if options.ask is not None:
+        ask(options.ask)
+        return
+    features = options.work / "features"
+    if not features.exists():
+        write_features(features, options.rows, options.width)
+    print(f"{options.rows:,} vectors of width {options.width}, one thread\n")
+    print(
+        "| kind | search | recall@10 | median, ms | 99 %, ms | of 1,000 at once, ms | "
+        "`csalign search`, ms | build, s | memory told | process peak, GB | "
+        "searching: own memory, GB | disk, GB |"
+    )
+    print("|---" * 12 + "|")
+    for kind in options.kinds.split(","):
+        out = options.work / kind
+        built = build(features, out, kind)
+        command = [sys.executable, __file__, "--ask", str(out)]
+        asked = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        effort = ", ".join(f"{name} {value}" for name, value in asked["effort"].items())
+        cells = [
+            kind,
+            effort,
+            f"{asked['recall']:.4f}",
+            *(f"{asked[f'{name}_ms']:.2f}" for name in ("median", "p99", "together", "whole")),
+            f"{built['seconds']:.0f}",
+            built["said"],
+            f"{built['peak']:.2f}",
+            f"{asked['own_gb']:.3f}",
+            f"{asked['disk_gb']:.2f}",
+        ]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
