@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from csalign import files
+from csalign.cli.text import shown
 from csalign.errors import CsalignError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
 
@@ -58,7 +59,7 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
 def _explain(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
-    console.print(f"csalign: {message}", markup=False, highlight=False, style="red")
+    console.print(f"csalign: {shown(message)}", markup=False, highlight=False, style="red")
 
 
 class _StderrHandler(logging.Handler):
@@ -70,7 +71,10 @@ class _StderrHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         label = "warning: " if record.levelno >= logging.WARNING else ""
         self._console.print(
-            f"csalign: {label}{record.getMessage()}", style=style, markup=False, highlight=False
+            f"csalign: {label}{shown(record.getMessage())}",
+            style=style,
+            markup=False,
+            highlight=False,
         )
 
 

@@ -42,6 +42,7 @@ from csalign.steps.protocols import (
     select,
 )
 from csalign.steps.report import Evaluated, write_report
+from csalign.steps.sanity import warn_of_queries
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -204,6 +205,7 @@ def measure(config: EvalConfig) -> Measured:
     features = FeatureSet.open(config.features)
     split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
+    warn_of_queries(rows, rows.name)
     images, texts, loaded = _aligned(features, rows, split, config)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     fingerprints = {
