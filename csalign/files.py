@@ -18,7 +18,13 @@ from typing import Any
 from csalign.errors import OutputError
 from csalign.locations import is_remote, is_store_error
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json", "index.json")
+ARTIFACT_MARKS = (
+    "manifest.json",
+    "adapter.json",
+    "aligned.json",
+    "generation.json",
+    "index.json",
+)
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 LOCK = ".csalign-lock"
@@ -39,6 +45,7 @@ ARTIFACT_ENTRIES = {
     "config.toml",
     "environment.json",
     "failures.jsonl",
+    "generated.jsonl",
     "image.onnx",
     "image.pt2",
     "images",
@@ -51,6 +58,7 @@ ARTIFACT_ENTRIES = {
     "metrics.jsonl",
     "probes.npy",
     "query.npy",
+    "sheet.jpg",
     "tensorboard",
     "text.onnx",
     "text.pt2",
@@ -67,7 +75,11 @@ ARTIFACT_ENTRIES = {
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
 
 _TEMPORARY = ".tmp"
-_JOBS = {"csalign-job": "extraction", "csalign-training": "training run"}
+_JOBS = {
+    "csalign-job": "extraction",
+    "csalign-training": "training run",
+    "csalign-generation": "generation",
+}
 _FULL = "free some space, or choose another --out"
 _BROKEN = "see whether the disk or its mount is in order, then run the same command again"
 _REMEDIES = {

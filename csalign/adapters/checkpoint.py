@@ -36,6 +36,8 @@ class AdapterInfo(BaseModel):
         bandwidth: of the divergence at that step; None where it had no weight.
         data_fingerprint: of the feature set that it was trained on.
         train_split: the split(s) of it that it was trained on.
+        image_norm: root mean square norm of the images' embeddings there, which adapters do not
+            see; None in runs of older versions.
         weights_sha256: of the weights file; set when it is written.
     """
 
@@ -52,6 +54,7 @@ class AdapterInfo(BaseModel):
     bandwidth: float | tuple[float, ...] | None
     data_fingerprint: str
     train_split: str
+    image_norm: float | None = None
     weights_sha256: str = ""
 
     @model_validator(mode="after")

@@ -20,14 +20,16 @@ from csalign.config import (
     EvalConfig,
     ExportConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportConfig,
     IndexConfig,
     SearchConfig,
     TrainConfig,
     TuneConfig,
 )
+from csalign.config.recipes import recipe_names, recipe_text, recipe_title
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, Found, TrainResult, TuneResult
+from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -108,6 +110,15 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command()
+@step_command(GenerateConfig, render.generate_table)
+def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
+    """Make images of texts by an unCLIP decoder."""
+    from csalign.steps.generate import generate
+
+    return generate(settings, progress)
+
+
+@app.command()
 @step_command(DiagnoseConfig, render.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
     """Tell how far the objective works against itself, and what the gap is made of."""
@@ -159,6 +170,20 @@ def inspect(
 
         document = inspect(path, merge=merge)
         render.print_json(document) if json else render.inspect_table(document)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, to print its file.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the named settings of train, or print one, to be changed and given by --config."""
+    with command(quiet=False, verbose=0):
+        if name is not None:
+            typer.echo(recipe_text(name), nl=False)
+        else:
+            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.cli.text import shown
-from csalign.results import FeaturesResult, Found, TrainResult, Trial, TuneResult
+from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
@@ -65,6 +65,15 @@ def train_table(result: TrainResult) -> None:
             )
         )
     _print_rows(str(result.run), rows)
+
+
+def generate_table(result: GenerateResult) -> None:
+    """Say what was made."""
+    reused = f", {result.reused:,} of them made before" if result.reused else ""
+    _print(
+        f"{result.out}: {result.images:,} images{reused}, by {result.decoder} of embeddings of "
+        f"norm {result.scale:.4g}, that of {result.scale_from}"
+    )
 
 
 def tune_tables(result: TuneResult) -> None:
@@ -136,9 +145,24 @@ def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
     )
 
 
+def recipes_table(titles: dict[str, str]) -> None:
+    """Recipes by name, and what each is for."""
+    _print_rows("csalign train --recipe NAME; csalign recipes NAME prints it", list(titles.items()))
+
+
 def eval_tables(document: dict[str, Any]) -> None:
     """The document of ``csalign eval`` as tables."""
     counts = document["counts"]
+    if "distribution" in document:
+        _print(
+            f"{document['generated']}: {counts['generated']:,} images, against "
+            f"{document['images']}: {counts['images']:,}, by {document['encoder']}"
+        )
+        names = {"frechet": "Frechet distance", "frechet_unit": "of unit rows", "cmmd": "CMMD"}
+        figures = document["distribution"]
+        _print_rows("distance", [(names[key], f"{figures[key]:.4f}") for key in names])
+        _further_tables(document)
+        return
     adapter = document["adapter"] or "no adapter"
     _print(
         f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "

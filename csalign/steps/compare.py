@@ -149,7 +149,7 @@ def _run(path: Path, split: str | None) -> _Entry:
     settings = path / CONFIG
     try:
         features = read_settings(path)["features"]
-        manifest = read_manifest(EvalConfig(features=features).features)
+        manifest = read_manifest(EvalConfig(features=features).feature_set)
     except KeyError:
         if settings.is_file():
             raise SchemaError(f"{settings}: names no features; train again") from None

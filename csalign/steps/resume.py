@@ -38,7 +38,7 @@ SUMS = "SHA256SUMS"
 _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
 # What does not change the result, or is told by a fingerprint of what it holds.
 _LEFT_OUT = {
-    *("out", "overwrite", "features", "unpaired"),
+    *("out", "overwrite", "recipe", "features", "unpaired"),
     *("report", "device", "log_to", "save_every", "memory"),
 }
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from csalign import __version__, files, processes, stopping
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info, save_adapter
+from csalign.adapters.inputs import mean_square
 from csalign.adapters.model import Adapter, SideShape
 from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
@@ -134,8 +136,11 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         files.write_text(folder / CONFIG, config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
 
+        norm = mean_square(rows.images) ** 0.5
+        info = partial(_info, trainer, features, material.split, start, norm)
+
         def save(where: Path) -> None:
-            save_adapter(where, adapter, _info(trainer, features, material.split, start))
+            save_adapter(where, adapter, info())
 
         told = config.model_dump(mode="json", exclude_none=True)
         with open_logs(
@@ -404,7 +409,9 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
     return {**environment, **environment.get("packages", {})}
 
 
-def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) -> AdapterInfo:
+def _info(
+    trainer: Trainer, features: FeatureSet, train_split: str, start: str, image_norm: float
+) -> AdapterInfo:
     return AdapterInfo(
         adapters={side: trainer.adapter.side(side).shape for side in Modality},
         encoders={side: features.table(side).encoder.spec for side in Modality},
@@ -414,6 +421,7 @@ def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) 
         bandwidth=trainer.loss.sigma,
         data_fingerprint=features.manifest.fingerprint(),
         train_split=train_split,
+        image_norm=image_norm,
     )
 
 
