@@ -2,6 +2,7 @@
 
 import torch
 
+from csalign import processes
 from csalign.errors import ConfigError
 
 
@@ -9,11 +10,21 @@ def pick_device(name: str) -> torch.device:
     """Turn ``--device`` into a torch device that exists here.
 
     Args:
-        name: "auto" takes CUDA, then MPS, then the CPU; otherwise a torch device name.
+        name: "auto" takes CUDA, then MPS, then the CPU; otherwise a torch device name. Of several
+            processes on a machine each takes a CUDA device of its own.
 
     Raises:
-        ConfigError: no such device on this machine.
+        ConfigError: no such device on this machine, or fewer than processes.
     """
+    world = processes.world()
+    if world.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        if world.local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"device: {world.local_size} processes on a machine with "
+                f"{torch.cuda.device_count()} CUDA devices; start one a device, or --device cpu"
+            )
+        torch.cuda.set_device(world.local_rank)
+        return torch.device("cuda", world.local_rank)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

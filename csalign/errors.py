@@ -9,20 +9,20 @@
     │   └── ShapeError                arrays whose shapes do not fit together
     ├── EncoderError          exit 1  an encoder cannot be built or loaded
     ├── OutputError           exit 1  an output cannot be written where it was asked for
-    └── TrainingError         exit 1  training cannot go on
+    ├── TrainingError         exit 1  training cannot go on
+    ├── ProcessesError        exit 1  the processes of a job cannot work together
+    └── ElsewhereError        that of another process of the job, which tells why
     Stopped                   exit 130 / 143, stopped by SIGINT / SIGTERM
 
 A message says what is wrong, names the file and row, and what to do about it. Anything else that
 is raised is a bug and keeps its traceback.
 """
 
-from typing import ClassVar
-
 
 class CsalignError(Exception):
     """Base of every expected failure."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code = 1
 
 
 class ConfigError(CsalignError):
@@ -53,6 +53,22 @@ class OutputError(CsalignError):
 
 class TrainingError(CsalignError):
     """Training cannot go on."""
+
+
+class ProcessesError(CsalignError):
+    """The processes of a job cannot reach each other, or one of them ended."""
+
+
+class ElsewhereError(CsalignError):
+    """Another process of the job failed, and tells why.
+
+    Args:
+        exit_code: of that process.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the job failed")
+        self.exit_code = exit_code
 
 
 class Stopped(BaseException):

@@ -17,6 +17,7 @@ _PATIENCE_S = 10.0  # batch systems kill half a minute after they asked
 _arrived: list[int] = []
 _waiting: list[threading.Timer] = []
 _may_wait = False
+_are_noted = False
 
 
 def catch_signals() -> None:
@@ -36,8 +37,33 @@ def check() -> None:
     Raises:
         Stopped: one did.
     """
-    if _arrived:
+    if _arrived and not _are_noted:
         raise Stopped(_arrived[0])
+
+
+def asked() -> int | None:
+    """The first signal that arrived, None where none did."""
+    return _arrived[0] if _arrived else None
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Let signals only be noted, for `asked`, by whoever sees to it that the block ends soon.
+
+    As where several processes have to stop after the same step: one that stopped at once would
+    leave the others waiting. Nor does a second signal raise, since torchrun and a batch system
+    may each send one.
+
+    Raises:
+        Stopped: after a block that did not raise, if a signal arrived.
+    """
+    global _are_noted
+    _are_noted = True
+    try:
+        yield
+    finally:
+        _are_noted = False
+    check()
 
 
 @contextmanager
@@ -50,6 +76,9 @@ def deferred() -> Iterator[None]:
         Stopped: after the block, if a signal arrived in it.
     """
     global _may_wait
+    if _are_noted:
+        yield
+        return
     before = len(_arrived)
     _may_wait = True
     try:
@@ -65,6 +94,8 @@ def deferred() -> Iterator[None]:
 def _stop(signum: int, frame: FrameType | None) -> None:
     global _may_wait
     _arrived.append(signum)
+    if _are_noted:
+        return
     if _may_wait:
         _may_wait = False
         _waiting.append(_send_again(signum, _PATIENCE_S))

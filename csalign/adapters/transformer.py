@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
 
+from csalign.adapters.draws import Dropout
 from csalign.adapters.linear import Linear, silence
 from csalign.adapters.side import Aligned, SideAdapter, SideShape, spread
 
@@ -71,7 +72,7 @@ class Transformer(Linear):
 
 
 def _block(shape: SideShape) -> TransformerEncoderLayer:
-    return TransformerEncoderLayer(
+    block = TransformerEncoderLayer(
         shape.width,
         gcd(shape.width, MAX_HEADS),  # as many heads as the width divides into
         shape.hidden,
@@ -80,3 +81,9 @@ def _block(shape: SideShape) -> TransformerEncoderLayer:
         batch_first=True,
         norm_first=True,
     )
+    for name in ("dropout", "dropout1", "dropout2"):
+        setattr(block, name, Dropout(shape.dropout))
+    if shape.token_width is None:
+        # Of a single vector there is nothing to attend to, so this would drop whole heads.
+        block.self_attn.dropout = 0.0
+    return block

@@ -72,7 +72,7 @@ def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
 
 
 @app.command()
-@step_command(TrainConfig, render.train_table)
+@step_command(TrainConfig, render.train_table, together=True)
 def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     """Train adapters on a feature set."""
     from csalign.steps.train import train
@@ -90,7 +90,7 @@ def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
 
 
 @app.command()
-@step_command(ApplyConfig, render.features_table)
+@step_command(ApplyConfig, render.features_table, together=True)
 def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
     """Map a feature set through trained adapters into a feature set again."""
     from csalign.steps.apply import apply
@@ -99,7 +99,7 @@ def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
 
 
 @app.command("eval")
-@step_command(EvalConfig, render.eval_tables)
+@step_command(EvalConfig, render.eval_tables, together=True)
 def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.steps.evaluate import evaluate

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from csalign import files
-from csalign.errors import CsalignError, Stopped
+from csalign.errors import CsalignError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
 
 LOGGER = "csalign"
@@ -33,6 +33,8 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console
+    except ElsewhereError as error:
+        raise typer.Exit(error.exit_code) from None
     except CsalignError as error:
         _explain(console, str(error), verbose)
         raise typer.Exit(error.exit_code) from None

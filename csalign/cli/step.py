@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
+from csalign import processes
 from csalign.cli import render
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, parameters_of
 from csalign.cli.progress import shown_progress
@@ -16,13 +18,15 @@ R = TypeVar("R")
 
 
 def step_command(
-    config: type[C], show: Callable[[R], None]
+    config: type[C], show: Callable[[R], None], *, together: bool = False
 ) -> Callable[[Callable[[C, Progress], R]], Callable[..., None]]:
     """Decorate a function that runs a step, giving it the command line of the step's config.
 
     Args:
         config: its fields become options, beside ``--config``, ``--json``, ``-q`` and ``-v``.
         show: prints a result for people.
+        together: whether processes that torchrun starts do the step together; the first of them
+            then speaks for all.
     """
 
     def decorate(run_step: Callable[[C, Progress], R]) -> Callable[..., None]:
@@ -34,11 +38,17 @@ def step_command(
             **options: Any,
         ) -> None:
             given = {name: value for name, value in options.items() if value is not None}
-            with command(quiet=quiet, verbose=verbose) as console:
+            follows = together and processes.of_environment().rank > 0
+            quiet = quiet or follows
+            with (
+                command(quiet=quiet, verbose=verbose) as console,
+                processes.joined() if together else nullcontext(),
+            ):
                 settings = config.resolve(config_file, given)
                 with shown_progress(console, quiet=quiet) as progress:
                     result = run_step(settings, progress)
-                _show(result, show, as_json=json)
+                if not follows:
+                    _show(result, show, as_json=json)
 
         common = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

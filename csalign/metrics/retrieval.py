@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.metrics.tiles import HostTiles, Staircase, Tiles
+from csalign.metrics.tiles import Staircase, wrong_ahead
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -69,7 +69,12 @@ class DirectionRanks:
 
 
 def rank_both_ways(
-    images: Floats, texts: Floats, text_image: Ints, device: torch.device | None = None
+    images: Floats,
+    texts: Floats,
+    text_image: Ints,
+    device: torch.device | None = None,
+    *,
+    divided: bool = False,
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
@@ -83,15 +88,15 @@ def rank_both_ways(
         text_image: (m,) row of the image that each text belongs to, -1 for none.
         device: where to multiply and count (default: the CPU). Devices round differently, so that
             scores which differ in their last digits may change places.
+        divided: whether each process of the job searches a part, all having the same arguments;
+            each then gets all ranks.
 
     Returns:
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
         order.
     """
     stairs = Staircase.lay(len(images), text_image)
-    on_host = device is None or device.type == "cpu"
-    tiles = HostTiles(images, texts, stairs) if on_host else Tiles(images, texts, stairs, device)
-    wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
+    wrong_texts, wrong_images = wrong_ahead(images, texts, stairs, device, divided=divided)
     counts = stairs.caption_counts
     in_row_order = np.argsort(stairs.image_order[: len(counts)])  # out of that of the tiles
     wrong_images = wrong_images[np.argsort(stairs.text_order[: len(wrong_images)])]

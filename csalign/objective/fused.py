@@ -2,7 +2,8 @@
 
 The same numbers as `infonce` and `log_mean_kernels` give, without a table of all pairs: cosines are
 computed tile by tile, once for the values and once more for the gradients, and shared by InfoNCE's
-rows and columns and by the kernels; within a set half of the table is enough.
+rows and columns and by the kernels; within a set half of the table is enough. Several processes
+that have the same rows can divide the tiles, and come to the same values and gradients.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from csalign import processes
 from csalign.enums import Precision
 from csalign.objective.infonce import check_smoothing
 from csalign.objective.kernel import Sigma, bandwidths, check_sets
@@ -54,6 +56,7 @@ def fused_terms(
     label_smoothing: float = 0.0,
     precision: Precision = Precision.FLOAT32,
     tile: int | None = None,
+    divided: bool = False,
 ) -> FusedTerms:
     """Symmetric InfoNCE of matched rows and the mean kernels of two sets that begin with them.
 
@@ -67,6 +70,7 @@ def fused_terms(
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of products; values and sums stay in float32.
         tile: rows and columns of a tile (default: 1,024, or 4,096 off the CPU).
+        divided: whether each process of the job computes a part, all having the same arguments.
 
     Returns:
         Both, differentiable once in x, y and logit_scale.
@@ -88,7 +92,9 @@ def fused_terms(
     if x.dtype not in (torch.float32, torch.float64):
         x, y = x.float(), y.float()
     tile = tile or _TILES.get(x.device.type, _OTHER_TILE)
-    plan = Plan(pairs, seen, factors, label_smoothing, pick_products(x, precision), tile)
+    known = processes.world()
+    turn = (known.rank, known.size) if divided else (0, 1)
+    plan = Plan(pairs, seen, factors, label_smoothing, pick_products(x, precision), tile, turn)
     scale = torch.as_tensor(logit_scale, dtype=x.dtype, device=x.device)
     return FusedTerms(*_Fused.apply(x, y, scale, plan))
 
@@ -109,6 +115,7 @@ class _Fused(torch.autograd.Function):
                 if plan.factors
             ]
         logs = [own[0] for own in owns]
+        sums, logs = _joined(sums, logs, plan)
         ctx.save_for_backward(x, y, scale, *sums, *logs)
         ctx.plan, ctx.buffers = plan, buffers
         ctx.early = [own[1] for own in owns]
@@ -147,7 +154,22 @@ class _Fused(torch.autograd.Function):
                 buffers,
                 with_scale=ctx.needs_input_grad[2],
             )
+        if plan.turn[1] > 1:
+            for gradient in (*gradients, to_scale if ctx.needs_input_grad[2] else None):
+                if gradient is not None:
+                    processes.sum_(gradient)
         return gradients[0], gradients[1], to_scale, None
+
+
+def _joined(sums: CrossSums, logs: list[Tensor], plan: Plan) -> tuple[CrossSums, list[Tensor]]:
+    """The log-sums over the tiles of all processes."""
+    if plan.turn[1] == 1:
+        return sums, logs
+    parts = [*sums, *logs]
+    whole = torch.cat(parts)
+    processes.log_sum_exp_(whole)
+    rows, columns, kernels, *logs = torch.split(whole, [len(part) for part in parts])
+    return CrossSums(rows, columns, kernels), logs
 
 
 def _infonce(x: Tensor, y: Tensor, scale: Tensor, sums: CrossSums, plan: Plan) -> Tensor:

@@ -71,6 +71,9 @@ class Objective:
         precision: of the factors of matrix products, where terms are computed in tiles.
         estimator: computes the distribution term of (x, y, sigma=) in place of `divergence`,
             whose name it goes by.
+        divided: whether each process of the job computes a part of the terms that divide (those
+            in tiles, and the sigmoid loss), all being called with the same batch. The others each
+            computes whole; values and gradients are those of the whole in any case.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -84,6 +87,7 @@ class Objective:
     label_smoothing: float = 0.0
     precision: Precision = Precision.FLOAT32
     estimator: Callable[..., Tensor] | None = None
+    divided: bool = False
 
     def __post_init__(self) -> None:
         pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
@@ -132,7 +136,9 @@ class Objective:
         seen = len(x) + negatives[0], len(y) + negatives[1]
         pairwise, apart = self._tiled(sets, (len(x), len(y)), seen, logit_scale, sigma, owner)
         if pairwise is None:
-            loss = pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
+            loss = pairwise_loss(
+                self.pairwise, label_smoothing=self.label_smoothing, divided=self.divided
+            )
             pairwise = loss(
                 x,
                 y,
@@ -195,6 +201,7 @@ class Objective:
             sigma=sigma if of_means else None,
             label_smoothing=self.label_smoothing,
             precision=self.precision,
+            divided=self.divided,
         )
         pairwise = found.infonce if has_pairs else None
         return pairwise, of_means(found.log_means) if of_means else None

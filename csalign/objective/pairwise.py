@@ -40,6 +40,7 @@ def pairwise_loss(
     *,
     label_smoothing: float = 0.0,
     sigmoid_divisor: SigmoidDivisor = "rows",
+    divided: bool = False,
 ) -> PairwiseLoss:
     """The pairwise loss of a name.
 
@@ -48,6 +49,8 @@ def pairwise_loss(
             gradient.
         label_smoothing: of InfoNCE, in [0, 1).
         sigmoid_divisor: of the sigmoid loss, see `sigmoid_loss`.
+        divided: whether the processes of the job share the sigmoid loss; InfoNCE they share in
+            `fused_terms` alone.
 
     Raises:
         ValueError: there is no such name, or label_smoothing is out of range or is given for
@@ -77,6 +80,7 @@ def pairwise_loss(
                 logit_bias=logit_bias,
                 owner=owner,
                 divisor=sigmoid_divisor,
+                divided=divided,
             )
         if owner is None:
             return infonce(

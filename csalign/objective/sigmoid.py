@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from csalign import processes
+from csalign.objective.divided import shared, summed
 from csalign.objective.matching import positives
 
 SigmoidDivisor = Literal["rows", "pairs"]
@@ -19,6 +21,7 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     owner: Tensor | None = None,
     divisor: SigmoidDivisor = "rows",
+    divided: bool = False,
 ) -> Tensor:
     """Sigmoid loss of all pairs of rows (SigLIP, Zhai et al. 2023).
 
@@ -35,6 +38,7 @@ def sigmoid_loss(
             to row i.
         divisor: "rows" divides by n as SigLIP does; "pairs" by n * m, the mean over all pairs, as
             SAIL does (Zhang et al. 2024).
+        divided: whether each process of the job computes a part, all having the same arguments.
 
     Returns:
         () tensor, >= 0.
@@ -46,6 +50,14 @@ def sigmoid_loss(
     if divisor not in ("rows", "pairs"):
         raise ValueError(f"divisor must be 'rows' or 'pairs', got {divisor!r}")
     matched = positives(x, y, owner)
+    count = len(x) if divisor == "rows" else len(x) * len(y)
+    if divided:
+        x, y, logit_scale, logit_bias = (
+            shared(torch.as_tensor(value, device=x.device))
+            for value in (x, y, logit_scale, logit_bias)
+        )
+        own = processes.part(len(x))
+        x, matched = x[own], matched[own]
     logits = logit_scale * x @ y.T + logit_bias
     total = -logsigmoid(torch.where(matched, logits, -logits)).sum()
-    return total / (len(x) if divisor == "rows" else logits.numel())
+    return (summed(total) if divided else total) / count

@@ -7,7 +7,7 @@ with the rows and not with their square. Nothing here is seen by autograd.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class Plan:
         smoothing: label smoothing of InfoNCE.
         products: by which route.
         tile: rows and columns of a tile, at most.
+        turn: of how many processes this does which part of the tiles, counted from 0.
     """
 
     pairs: int
@@ -41,19 +42,36 @@ class Plan:
     smoothing: float
     products: Products
     tile: int
+    turn: tuple[int, int] = (0, 1)
 
-    def spans(self, count: int, seen: int) -> list[slice]:
-        """Rows 0 to count in tiles of like size, none over the end of the pairs or of the seen."""
+    def spans(self, count: int, seen: int, times: int = 1) -> list[slice]:
+        """Rows 0 to count in tiles of like size, none over the end of the pairs or of the seen.
+
+        Args:
+            count: rows.
+            seen: of them, by InfoNCE.
+            times: the number of tiles is to be a multiple of it.
+        """
         spans = []
         for start, stop in pairwise((0, self.pairs, seen, *((count,) if self.factors else ()))):
-            count = -(-(stop - start) // self.tile)
+            count = -(-(stop - start) // (self.tile * times)) * times
             edges = [start + (stop - start) * k // max(count, 1) for k in range(count + 1)]
-            spans += [slice(*edge) for edge in pairwise(edges)]
+            spans += [slice(*edge) for edge in pairwise(edges) if edge[0] < edge[1]]
         return spans
 
     def tiles(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-        """The tiles of the table of x and y."""
-        return product(self.spans(len(x), self.seen[0]), self.spans(len(y), self.seen[1]))
+        """The tiles of the table of x and y, those of this process."""
+        number, of = self.turn
+        rows = self.spans(len(x), self.seen[0], of)[number::of]
+        return product(rows, self.spans(len(y), self.seen[1]))
+
+    def upper(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
+        """The tiles on and above the diagonal of the table of x and x, those of this process."""
+        number, of = self.turn
+        # Of so many rows of tiles half the table divides evenly.
+        spans = self.spans(len(x), self.pairs, 1 if of == 1 else 2 * of)
+        pairs = ((rows, columns) for k, rows in enumerate(spans) for columns in spans[k:])
+        return islice(pairs, number, None, of)
 
     def directions(self, rows: slice, columns: slice) -> tuple[bool, bool]:
         """Whether InfoNCE compares a tile's rows with its columns, and the other way round."""
@@ -91,7 +109,10 @@ class CrossSums(NamedTuple):
 
 
 def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan, buffers: Buffers) -> CrossSums:
-    """The sums over the table of cosines of x (n, d) and y (m, d), logits being scale times it."""
+    """The sums over the table of cosines of x (n, d) and y (m, d), logits being scale times it.
+
+    Of the tiles of this process; what it saw nothing of is -inf.
+    """
     rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
     kernels = []
     for i, j in plan.tiles(x, y):
@@ -106,8 +127,11 @@ def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan, buffers: Buffers)
                 torch.logaddexp(columns[j], down, out=columns[j])
         for factor in plan.factors:
             kernels.append(_log_sum(cosines, factor, spare) - factor)
-    sums = torch.stack(kernels).reshape(-1, len(plan.factors)) if kernels else x.new_empty(1, 0)
-    return CrossSums(rows, columns, sums.logsumexp(0))
+    if not kernels:
+        return CrossSums(rows, columns, x.new_full((len(plan.factors),), -torch.inf))
+    return CrossSums(
+        rows, columns, torch.stack(kernels).reshape(-1, len(plan.factors)).logsumexp(0)
+    )
 
 
 def add_cross_gradients(
@@ -153,7 +177,7 @@ def add_cross_gradients(
                 sums.columns[j] if back else never.expand(cosines.shape[1]),
             )
             _probabilities(cosines, scale, lines, share * scale, (weights, spare))
-            _subtract_targets(weights, plan, share * scale, (forth, back), is_diagonal=i == j)
+            _subtract_targets(weights, plan, share * scale, (i, j))
             if with_scale:
                 to_scale += torch.dot(weights.flatten(), cosines.flatten())
         else:
@@ -173,6 +197,8 @@ def own_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """The kernels between the rows of one set, of which half the table is computed.
 
+    Of the tiles of this process.
+
     Args:
         x: (n, d), unit rows.
         plan: the kernels.
@@ -184,17 +210,16 @@ def own_sums(
         of sum_j k(x_i, x_j) x_j, (n, d), of which the gradient is a multiple.
     """
     pulled = None if weights is None else torch.zeros_like(x)
-    sums = []
+    sums = x.new_zeros(len(plan.factors))
     no_shift = x.new_zeros(())
-    spans = plan.spans(len(x), plan.pairs)
-    for i, j in _upper(spans):
+    for i, j in plan.upper(x):
         table, total, spare = buffers.of(i, j)
         cosines = plan.products.table(x[i], x[j], table)
         times = 1 if i == j else 2
         for k, factor in enumerate(plan.factors):
             # No kernel underflows as a whole, since each row is at no distance from itself.
             kernel = _kernel(cosines, factor, no_shift, spare if k else total)
-            sums.append(times * kernel.sum())
+            sums[k] += times * kernel.sum()
             if weights is not None and k:
                 total.add_(spare, alpha=weights[k])
             elif weights is not None and weights[0] != 1:
@@ -203,13 +228,7 @@ def own_sums(
             plan.products.add(pulled[i], total, x[j])
             if i != j:
                 plan.products.add(pulled[j], total.T, x[i])
-    return torch.stack(sums).reshape(-1, len(plan.factors)).sum(0).log(), pulled
-
-
-def _upper(spans: list[slice]) -> Iterator[tuple[slice, slice]]:
-    for k, rows in enumerate(spans):
-        for columns in spans[k:]:
-            yield rows, columns
+    return sums.log(), pulled
 
 
 def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,15 +267,20 @@ def _probabilities(
 
 
 def _subtract_targets(
-    weights: Tensor, plan: Plan, share: float, directions: tuple[bool, bool], *, is_diagonal: bool
+    weights: Tensor, plan: Plan, share: float, place: tuple[slice, slice]
 ) -> None:
-    """Take share times the targets of both directions off."""
+    """Take share times the targets of both directions off the tile of some rows and columns."""
+    rows, columns = place
     if plan.smoothing:
-        for is_compared, seen in zip(directions, reversed(plan.seen), strict=True):
+        for is_compared, seen in zip(plan.directions(*place), reversed(plan.seen), strict=True):
             if is_compared:
                 weights.sub_(share * plan.smoothing / seen)
-    if is_diagonal:
-        weights.diagonal().sub_(2 * share * (1 - plan.smoothing))
+    start = max(rows.start, columns.start)
+    stop = min(rows.stop, columns.stop, plan.pairs)
+    if start < stop:
+        matched = weights[start - rows.start : stop - rows.start]
+        matched = matched[:, start - columns.start : stop - columns.start]
+        matched.diagonal().sub_(2 * share * (1 - plan.smoothing))
 
 
 def _kernel(cosines: Tensor, factor: float, log_sum: Tensor, out: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
+from csalign import processes
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
@@ -22,6 +23,7 @@ from csalign.objective.mixing import mix_pairs
 from csalign.objective.running import RunningDivergence
 from csalign.steps.batch_tokens import BatchTokens
 from csalign.steps.batches import Batch, Ints
+from csalign.steps.embedder import Embedder, Inputs
 from csalign.steps.tokens import StoredTokens
 from csalign.steps.unpaired import Unpaired
 from csalign.steps.weight import Weight
@@ -30,7 +32,6 @@ from csalign.store.join import Pairs
 log = logging.getLogger(__name__)
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
-SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
 NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
@@ -39,6 +40,9 @@ SIGLIP_BIAS = -10.0  # SigLIP's start: nearly all pairs are negatives
 
 class BatchLoss(nn.Module):
     """Computes the objective of a batch.
+
+    Where several processes train, each reads and embeds its part of the rows, and all of them then
+    compute the objective of the whole batch together; it comes out the same in each.
 
     Args:
         adapter: both sides.
@@ -68,6 +72,7 @@ class BatchLoss(nn.Module):
         self._unpaired = unpaired
         self._config = config
         self._device = device
+        self._embed = Embedder(adapter, config)
         self._tokens = (
             None if tokens is None else BatchTokens(adapter, rows, tokens, config, device)
         )
@@ -120,19 +125,13 @@ class BatchLoss(nn.Module):
             step: number of the step, from 1.
             rng: draws the unpaired rows and what is mixed.
         """
-        images = self._take(self._rows.images, batch.images)
-        texts = self._take(self._rows.texts, batch.texts)
-        images, texts = self._mixed(images, texts, rng)
-        tokens: TokenBatch | None = None
-        if self._tokens is None:
-            x, y = self._embed(Modality.IMAGE, images), self._embed(Modality.TEXT, texts)
-        else:
-            x, y, tokens = self._tokens.forward(batch, images, texts)
-        have, other = np.empty(0, np.int64), None
+        have = np.empty(0, np.int64)
         if batch.others is not None and (batch.others >= 0).sum() > 1:
             have = np.flatnonzero(batch.others >= 0)
-            other = self._captions(batch.others[have])
-        lone_x, lone_y = (self._draw_unpaired(side, rng) for side in Modality)
+        found, tokens = self._embedded(batch, have, step, rng)
+        images, texts = found[Modality.IMAGE], found[Modality.TEXT]
+        x, y, other = images["pairs"], texts["pairs"], texts.get("others")
+        lone_x, lone_y = images.get("lone"), texts.get("lone")
         negatives = self._negatives(lone_x), self._negatives(lone_y)
         parts = self._objective()(
             x,
@@ -142,7 +141,7 @@ class BatchLoss(nn.Module):
             sigma=self._bandwidth(x, y, step),
             owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
             x_extra=lone_x,
-            y_extra=self._extra_texts(batch, lone_y, other),
+            y_extra=self._extra_texts(texts),
             negatives=negatives,
             tokens=tokens,
         )
@@ -171,41 +170,55 @@ class BatchLoss(nn.Module):
             label_smoothing=self._config.label_smoothing,
             precision=self._config.precision,
             estimator=self._estimator,
+            divided=processes.world().size > 1,
         )
 
-    def _take(self, values: Any, rows: Any) -> Tensor:
-        return to_tensor(values[rows], self._device)
+    def _embedded(
+        self, batch: Batch, have: Ints, step: int, rng: np.random.Generator
+    ) -> tuple[dict[Modality, dict[str, Tensor]], TokenBatch | None]:
+        """The rows of a step in the shared space, by side and role, and the tokens of the pairs.
 
-    def _embed(self, side: Modality, rows: Tensor) -> Tensor:
-        """Embedded rows; of many, only the embeddings are kept until the backward pass.
-
-        Then each sub-batch goes through the adapter again, with the same noise and dropout, so
-        that memory does not grow with what an adapter keeps of a row.
+        Args:
+            batch: rows.
+            have: positions of the images whose other caption is asked for.
+            step: number of the step.
+            rng: draws what is mixed, and unpaired rows.
         """
-        adapter, noise = self._adapter[0].side(side), self._config.noise
-        most = self._config.sub_batch or SUB_BATCH
-        if len(rows) <= most:
-            embedded: Tensor = adapter(rows, noise)
-            return embedded
-        parts = torch.split(rows, most)
-        return torch.cat([checkpoint(adapter, part, noise, use_reentrant=False) for part in parts])
-
-    def _captions(self, rows: Ints) -> Tensor:
-        """Embedded captions of the batch's images, beside those of the pairs."""
-        texts = self._take(self._rows.texts, rows)
+        images, texts = self._pairs(batch, rng)
+        lone = {side: self._draw_unpaired(side, rng) for side in Modality}
+        captions = {"others": batch.others[have]} if batch.others is not None and len(have) else {}
+        if self._takes_captions and len(batch.further):
+            captions["further"] = batch.further
         if self._tokens is None:
-            return self._embed(Modality.TEXT, texts)
-        return self._tokens.texts(rows, texts)
+            further = {role: self._stored(self._rows.texts, own) for role, own in captions.items()}
+            inputs = {
+                Modality.IMAGE: {"pairs": images, **lone[Modality.IMAGE]},
+                Modality.TEXT: {"pairs": texts, **further, **lone[Modality.TEXT]},
+            }
+            return {side: self._embed(side, own, step) for side, own in inputs.items()}, None
+        found = {side: self._embed(side, own, step) for side, own in lone.items()}
+        every = slice(None)
+        x, y, tokens = self._tokens.forward(batch, images.take(every), texts.take(every))
+        found[Modality.IMAGE]["pairs"], found[Modality.TEXT]["pairs"] = x, y
+        for role, own in captions.items():
+            values = self._stored(self._rows.texts, own).take(every)
+            found[Modality.TEXT][role] = self._tokens.texts(own, values)
+        return found, tokens
 
-    def _mixed(self, x: Tensor, y: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _stored(self, values: Any, rows: Ints) -> Inputs:
+        return Inputs(len(rows), lambda part: to_tensor(values[rows[part]], self._device))
+
+    def _pairs(self, batch: Batch, rng: np.random.Generator) -> tuple[Inputs, Inputs]:
         """The pairs, mixed with others if that is asked for (FuseMix)."""
+        images = self._stored(self._rows.images, batch.images)
+        texts = self._stored(self._rows.texts, batch.texts)
         beta = self._config.mixing
         if not beta:
-            return x, y
-        partner = torch.from_numpy(rng.permutation(len(x))).to(self._device)
-        return mix_pairs(
-            normalize(x, dim=1), normalize(y, dim=1), float(rng.beta(beta, beta)), partner
-        )
+            return images, texts
+        partner = torch.from_numpy(rng.permutation(images.count)).to(self._device)
+        x, y = (normalize(inputs.take(slice(None)), dim=1) for inputs in (images, texts))
+        x, y = mix_pairs(x, y, float(rng.beta(beta, beta)), partner)
+        return Inputs(len(x), lambda part: x[part]), Inputs(len(y), lambda part: y[part])
 
     @property
     def _takes_extra(self) -> bool:
@@ -222,30 +235,29 @@ class BatchLoss(nn.Module):
         """How many of some unpaired rows InfoNCE is to tell from the pairs."""
         return 0 if lone is None or not self._takes_negatives else len(lone)
 
-    def _extra_texts(
-        self, batch: Batch, lone: Tensor | None, other: Tensor | None
-    ) -> Tensor | None:
+    def _extra_texts(self, texts: Mapping[str, Tensor]) -> Tensor | None:
         """Embedded unpaired texts, and the captions that the pairs leave out."""
-        parts = [] if lone is None else [lone]
-        if other is not None and self._takes_captions:
-            parts.append(other)
-        if self._takes_captions and len(batch.further):
-            parts.append(self._captions(batch.further))
+        roles = ("lone", *(("others", "further") if self._takes_captions else ()))
+        parts = [texts[role] for role in roles if role in texts]
         return torch.cat(parts) if parts else None
 
     @property
     def _takes_captions(self) -> bool:
         return self._takes_extra and self._config.cs_captions == "all"
 
-    def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> Tensor | None:
-        """Some unpaired rows, embedded; None where there are none, or no term would see them."""
+    def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> dict[str, Inputs]:
+        """Some unpaired rows; none where there are none, or no term would see them."""
         if not (self._takes_extra or self._takes_negatives):
-            return None
+            return {}
         if self._adapter[0].side(side).embeds_with_tokens:
-            return None  # these rows come without
+            return {}  # these rows come without
         count = round(self._config.unpaired_ratio * self._config.batch_size)
         rows = self._unpaired.draw(side, count, rng)
-        return None if rows is None else self._embed(side, to_tensor(rows, self._device))
+
+        def take(part: slice) -> Tensor:
+            return to_tensor(self._unpaired.take(side, rows[part]), self._device)
+
+        return {"lone": Inputs(len(rows), take)} if len(rows) else {}
 
     @property
     def _has_bandwidth(self) -> bool:
@@ -263,7 +275,7 @@ class BatchLoss(nn.Module):
         if self._config.bandwidth == "tied":
             self.sigma = self.logit_scale**-0.5
         elif self._config.bandwidth == "median" and is_due:
-            self.sigma = max(MIN_MEDIAN, median_distance(x, y))
+            self.sigma = processes.tell(lambda: max(MIN_MEDIAN, median_distance(x, y)))
         assert self.sigma is not None
         if is_due and not self._warned and self._config.divergence in _KERNELS and len(x) > 2:
             self._warn_of_narrow(x, y, self.sigma)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from csalign import processes
 from csalign.store.join import Pairs
 from csalign.store.keys import compact
 from csalign.store.mapped import MappedRows, ReadAhead
@@ -135,7 +136,9 @@ class PairSampler:
         self._keys = rows.caption_keys if once else compact(np.arange(len(rows.texts)))
         self._mapped = [rows.images, rows.texts]
         self._ahead: ReadAhead | None = None
-        if any(isinstance(values, MappedRows) for values in self._mapped):
+        # What one process reads ahead, the kernel has for all of this machine.
+        reads = processes.world().local_rank == 0
+        if reads and any(isinstance(values, MappedRows) for values in self._mapped):
             self._ahead = ReadAhead(max(1, WINDOW_BYTES // bytes_an_image(rows)))
 
     def __len__(self) -> int:

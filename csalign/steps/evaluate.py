@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from csalign import processes
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.config import EvalConfig
@@ -123,6 +124,8 @@ class Measured:
 def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     """Measure retrieval and gap.
 
+    Under torchrun the processes share the search for exact ranks, and each returns the document.
+
     Args:
         config: what to measure.
         progress: told how far it is.
@@ -141,11 +144,23 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         SchemaError: the features or the adapter are damaged.
         OutputError: the page cannot be written where it is wanted.
     """
+    with processes.joined():
+        if not processes.is_first():
+            if config.index == "exact" and not _has_images_alone(config):
+                measure(config)
+            document: dict[str, Any] = processes.tell(dict)
+            return document
+        document = _evaluate(config, progress)
+        processes.tell(lambda: document)
+        return document
+
+
+def _evaluate(config: EvalConfig, progress: Progress) -> dict[str, Any]:
     check_options(config)
     if config.report is not None:
         check_page(config.report)
     progress("evaluation stages", 0, 3)
-    if config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None:
+    if _has_images_alone(config):
         document = _classify_alone(config)
         progress("evaluation stages", 3, 3)
         return document
@@ -177,8 +192,15 @@ def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> Non
     write_report(path, title, shown, config.adapter, config.seed)
 
 
+def _has_images_alone(config: EvalConfig) -> bool:
+    return config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None
+
+
 def measure(config: EvalConfig) -> Measured:
-    """Embed the rows and rank them; arguments and errors are those of `evaluate`."""
+    """Embed the rows and rank them; arguments and errors are those of `evaluate`.
+
+    Where processes have joined, all of them have to call it.
+    """
     features = FeatureSet.open(config.features)
     split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
@@ -189,12 +211,19 @@ def measure(config: EvalConfig) -> Measured:
         "adapter": loaded[1].weights_sha256 if loaded else None,
     }
     parameters = sum(loaded[0].parameter_counts().values()) if loaded else None
-    measured = measure_rows(config, split, rows, images, texts)
+    divided = processes.world().size > 1
+    measured = measure_rows(config, split, rows, images, texts, divided=divided)
     return replace(measured, asked=asked, fingerprints=fingerprints, parameters=parameters)
 
 
 def measure_rows(
-    config: EvalConfig, split: str, rows: PairedRows, images: Floats, texts: Floats
+    config: EvalConfig,
+    split: str,
+    rows: PairedRows,
+    images: Floats,
+    texts: Floats,
+    *,
+    divided: bool = False,
 ) -> Measured:
     """Rank embeddings that are there already.
 
@@ -204,9 +233,10 @@ def measure_rows(
         rows: that they were made from, those of the protocol.
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
+        divided: whether all processes of the job call this, and share the search.
     """
     folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
-    ranks, index = _ranked(folds, config)
+    ranks, index = _ranked(folds, config, divided=divided)
     return Measured(
         config=config,
         split=split,
@@ -299,14 +329,14 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
 
 
 def _ranked(
-    folds: Sequence[Gallery], config: EvalConfig
+    folds: Sequence[Gallery], config: EvalConfig, *, divided: bool
 ) -> tuple[tuple[tuple[DirectionRanks, DirectionRanks], ...], dict[str, Any]]:
     """Ranks, exact or by an index, and what the document says of how they were found."""
     if config.index == "exact":
         asked = pick_device(config.device)
         device = asked if asked.type == "cuda" else torch.device("cpu")
         told: dict[str, Any] = {"kind": config.index, "device": device.type}
-        return tuple(fold.rank(device) for fold in folds), told
+        return tuple(fold.rank(device, divided=divided) for fold in folds), told
     found = [
         rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
         for fold in folds

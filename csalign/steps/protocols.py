@@ -56,9 +56,11 @@ class Gallery:
     texts: Floats
     text_image: Ints
 
-    def rank(self, device: torch.device | None = None) -> tuple[DirectionRanks, DirectionRanks]:
-        """Image to text, and text to image, found on a device (default: the CPU)."""
-        return rank_both_ways(self.images, self.texts, self.text_image, device)
+    def rank(
+        self, device: torch.device | None = None, *, divided: bool = False
+    ) -> tuple[DirectionRanks, DirectionRanks]:
+        """Image to text, and text to image; arguments as of `rank_both_ways`."""
+        return rank_both_ways(self.images, self.texts, self.text_image, device, divided=divided)
 
 
 def select(name: Name, rows: PairedRows) -> PairedRows:

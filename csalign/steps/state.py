@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from csalign import files
@@ -53,6 +53,24 @@ def read_values(path: Path) -> dict[str, Any]:
     if not isinstance(unpacked, dict):
         raise SchemaError(f"{path}: holds no state")
     return unpacked
+
+
+def to_bytes(values: Mapping[str, Any]) -> bytes:
+    """The same values as one string of bytes, for another process."""
+    tensors: dict[str, Tensor] = {}
+    document = json.dumps(_pack(values, "", tensors)).encode()
+    found: bytes = save(
+        {**tensors, _JSON: torch.frombuffer(bytearray(document), dtype=torch.uint8)}
+    )
+    return found
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """What `to_bytes` was given; all tensors on the CPU."""
+    tensors = load(data)
+    document = json.loads(tensors.pop(_JSON).numpy().tobytes())
+    found: dict[str, Any] = _unpack(document, tensors)
+    return found
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

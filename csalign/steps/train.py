@@ -5,20 +5,22 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from csalign import __version__, files, stopping
+from csalign import __version__, files, processes, stopping
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info, save_adapter
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import Adapter, SideShape
 from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
 from csalign.enums import Modality
-from csalign.errors import DataError, SchemaError, Stopped, TrainingError
+from csalign.errors import ConfigError, DataError, SchemaError, Stopped, TrainingError
 from csalign.locations import parse_location
 from csalign.memory import available_bytes
 from csalign.progress import Progress, silent
@@ -32,6 +34,7 @@ from csalign.steps.match import match_outputs
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.resume import State, Training, TrainingFolder, open_training
 from csalign.steps.start import closed_form_start, kinds_of, random_start
+from csalign.steps.state import from_bytes, to_bytes
 from csalign.steps.terms import check_terms
 from csalign.steps.tokens import (
     StoredTokens,
@@ -40,7 +43,7 @@ from csalign.steps.tokens import (
     warn_of_rows_without_tokens,
 )
 from csalign.steps.trainer import Trainer
-from csalign.steps.unpaired import gather_unpaired
+from csalign.steps.unpaired import Unpaired, gather_unpaired
 from csalign.steps.validation import carve, thin
 from csalign.store.join import ALL, PairedRows, Pairs, join_pairs, split_names
 from csalign.store.mapped import MIB, MappedRows, Room
@@ -59,6 +62,10 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     A run that was stopped or killed leaves ``OUT.partial``, and the same call goes on from there.
     On the CPU the result has the bytes of a run in one go.
 
+    Under torchrun all processes train together, each on its part of every step's rows, with the
+    losses of one process up to rounding. The first leads: it alone writes, and where another fails
+    it raises `ElsewhereError`, as the others do where it fails.
+
     Args:
         config: what to do.
         progress: told how far it is.
@@ -71,40 +78,63 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             stopped there, or the page cannot be written where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
+    with processes.joined():
+        return _lead(config, progress) if processes.is_first() else _follow(config)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What is trained on.
+
+    Attributes:
+        features: the feature set.
+        split: the split(s) of it that are trained on.
+        rows: theirs.
+        val: held-out rows; None for none, and in processes that follow.
+        tokens: of the rows, None where no side trains with any.
+        unpaired: what the distribution term sees besides.
+    """
+
+    features: FeatureSet
+    split: str
+    rows: TrainingRows
+    val: PairedRows | None
+    tokens: StoredTokens | None
+    unpaired: Unpaired
+
+
+def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
+    """Train, in the process that writes, prints and validates."""
     if config.report is not None:
         check_page(config.report)
     check_logs(config.log_to or ())
     files.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
     device = pick_device(config.device)
-    features = FeatureSet.open(config.features)
-    widths = token_widths(features, config)
-    train_split = split_to_train(features, config)
-    room = room_for(config)
-    rows, val = load_split_rows(features, train_split, config, room)
-    tokens = open_tokens(features, widths, rows, config)
-    unpaired = gather_unpaired(rows, further_sets(config), train_split, room)
+    material = _load(config)
+    features, rows, val = material.features, material.rows, material.val
     training = Training.of(config, features, further_sets(config))
     with open_training(
         config.out, training, restart=config.overwrite, every=config.save_every
     ) as run:
         folder = run.path
         if run.state is None:
-            sampler, adapter, start = start_of(rows, val, config, tokens)
+            sampler, adapter, start = start_of(rows, val, config, material.tokens)
             log.info("start: %s", start)
         else:
-            sampler = sampler_of(rows, config, tokens)
+            sampler = sampler_of(rows, config, material.tokens)
             adapter, start = _saved_adapter(run.state, config)
-        warn_of_rows_without_tokens(adapter, unpaired)
+        warn_of_rows_without_tokens(adapter, material.unpaired)
         environment = _environment(device, config)
-        trainer = Trainer(adapter, rows, sampler, unpaired, val, config, folder, device, tokens)
+        trainer = _trainer(material, adapter, sampler, config, folder, device)
         if run.state is not None:
             _warn_of_changes(folder / ENVIRONMENT, environment)
             _go_on(trainer, run.state)
+        _tell_start(adapter, None if run.state is None else run.state.trainer)
         files.write_text(folder / "config.toml", config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
 
         def save(where: Path) -> None:
-            save_adapter(where, adapter, _info(trainer, features, train_split, start))
+            save_adapter(where, adapter, _info(trainer, features, material.split, start))
 
         told = config.model_dump(mode="json", exclude_none=True)
         with open_logs(
@@ -114,7 +144,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         scores = {"start": trainer.start_score, "kept": trainer.best_score}
         if config.match_moments and val is not None and trainer.best_score is not None:
             scores["matched"] = match_outputs(
-                adapter, rows, sampler, unpaired, val, trainer.best_score, config
+                adapter, rows, sampler, material.unpaired, val, trainer.best_score, config
             )
         save(folder)
         seconds = round(run.seconds, 3)
@@ -122,7 +152,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     if config.report is not None:
         shown = None if val is None else _evaluated(adapter, features, val, config)
         write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
-    return TrainResult(
+    result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,
         best_step=trainer.step,
@@ -132,6 +162,77 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=seconds,
     )
+    processes.tell(result.to_json)
+    return result
+
+
+def _follow(config: TrainConfig) -> TrainResult:
+    """Take part in training that another process leads; writes nothing."""
+    device = pick_device(config.device)
+    material = _load(config)
+    told = from_bytes(processes.tell_bytes(b""))
+    shapes = {side: SideShape(**told["shapes"][side]) for side in Modality}
+    adapter = Adapter(shapes, allow=set(kinds_of(config).values()))
+    adapter.load_state_dict(told["weights"])
+    sampler = sampler_of(material.rows, config, material.tokens)
+    trainer = _trainer(material, adapter, sampler, config, config.out, device)
+    if told["trainer"] is not None:
+        trainer.go_to(told["trainer"])
+    try:
+        with stopping.noted():
+            for _ in trainer.fit(silent):
+                pass
+    except (Stopped, TrainingError):
+        processes.wait()  # which the first does not, but ends when it has saved and said why
+        raise
+    result = processes.tell(dict)
+    return TrainResult(**{**result, "run": config.out})
+
+
+def _load(config: TrainConfig) -> _Material:
+    features = FeatureSet.open(config.features)
+    widths = token_widths(features, config)
+    if widths and processes.world().size > 1:
+        raise ConfigError(
+            "tokens: are trained with in one process alone; start it without torchrun, or leave "
+            "--tokens and --token-weight out"
+        )
+    split = split_to_train(features, config)
+    room = room_for(config)
+    rows, val = load_split_rows(features, split, config, room)
+    tokens = open_tokens(features, widths, rows, config)
+    unpaired = gather_unpaired(rows, further_sets(config), split, room)
+    return _Material(features, split, rows, val, tokens, unpaired)
+
+
+def _trainer(
+    material: _Material,
+    adapter: Adapter,
+    sampler: PairSampler,
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+) -> Trainer:
+    return Trainer(
+        adapter,
+        material.rows,
+        sampler,
+        material.unpaired,
+        material.val,
+        config,
+        folder,
+        device,
+        material.tokens,
+    )
+
+
+def _tell_start(adapter: Adapter, state: Mapping[str, Any] | None) -> None:
+    """Tell the processes that follow where training starts, or goes on from."""
+    if processes.world().size == 1:
+        return
+    shapes = {side.value: asdict(adapter.side(side).shape) for side in Modality}
+    told = {"shapes": shapes, "weights": adapter.state_dict(), "trainer": state}
+    processes.tell_bytes(to_bytes(told))
 
 
 def _evaluated(
@@ -193,7 +294,10 @@ def room_for(config: TrainConfig) -> Room:
 def load_split_rows(
     features: FeatureSet, train_split: str, config: TrainConfig, room: Room
 ) -> tuple[TrainingRows, PairedRows | None]:
-    """Training rows, and held-out rows: a split of the set, or carved out of the training rows."""
+    """Training rows, and held-out rows: a split of the set, or carved out of the training rows.
+
+    Of several processes the first alone gets held-out rows.
+    """
     there = features.splits()
     trained = split_names(train_split, there)
     val_split = config.val_split
@@ -202,7 +306,7 @@ def load_split_rows(
     joined = join_pairs(features, train_split)
     if val_split is None:
         joined, held_out = carve(joined, config.seed)
-        if held_out is None:
+        if held_out is None and processes.is_first():
             log.warning(
                 "%s: too few pairs to hold some out, so nothing is chosen by validation",
                 joined.name,
@@ -216,6 +320,8 @@ def load_split_rows(
                 "--val-split"
             )
         held_out = thin(join_pairs(features, val_split), config.seed)
+    if not processes.is_first():
+        held_out = None
     rows, val = load_training(features, joined, held_out, room, with_keys=config.caption_weights)
     if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: more than fits into memory, and read from %s", rows.name, room.folder)
@@ -254,23 +360,24 @@ def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Pro
             save_state()
 
     trainer.between_steps = save_if_due
-    try:
-        for step in trainer.fit(progress):
-            run.checkpoint(step, save)
-    except TrainingError as error:
-        last = "there is no checkpoint yet"
-        if run.checkpoints:
-            last = f"the last good checkpoint is {run.checkpoints[-1]}"
-        raise TrainingError(f"{error}; {last}") from None
-    except (Stopped, KeyboardInterrupt):
-        if trainer.can_be_saved:
-            with stopping.deferred():
-                where = save_state()
-            log.warning(
-                "the weights of step %d are in %s; the same command goes on from there",
-                *(trainer.step, where),
-            )
-        raise
+    with stopping.noted() if processes.world().size > 1 else nullcontext():
+        try:
+            for step in trainer.fit(progress):
+                run.checkpoint(step, save)
+        except TrainingError as error:
+            last = "there is no checkpoint yet"
+            if run.checkpoints:
+                last = f"the last good checkpoint is {run.checkpoints[-1]}"
+            raise TrainingError(f"{error}; {last}") from None
+        except (Stopped, KeyboardInterrupt):
+            if trainer.can_be_saved:
+                with stopping.deferred():
+                    where = save_state()
+                log.warning(
+                    "the weights of step %d are in %s; the same command goes on from there",
+                    *(trainer.step, where),
+                )
+            raise
 
 
 def _warn_of_changes(path: Path, environment: dict[str, Any]) -> None:
@@ -282,7 +389,7 @@ def _warn_of_changes(path: Path, environment: dict[str, Any]) -> None:
     now = _flat(environment)
     changes = [
         f"{name} {before.get(name)}, not {now.get(name)}"
-        for name in ("csalign", "device", "threads", *environment["packages"])
+        for name in ("csalign", "device", "processes", "threads", *environment["packages"])
         if before.get(name) != now.get(name)
     ]
     if changes:
@@ -319,6 +426,7 @@ def _environment(device: torch.device, config: TrainConfig) -> dict[str, Any]:
             for name in ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
         },
         "device": str(device),
+        "processes": processes.world().size,
         "threads": torch.get_num_threads(),
         "seed": config.seed,
         "command_line": sys.argv,

@@ -56,12 +56,15 @@ class Unpaired:
         """Rows of one side."""
         return sum(map(len, self._parts(side)))
 
-    def draw(self, side: Modality, count: int, rng: np.random.Generator) -> Array | None:
-        """Rows of one side at random, with replacement; (count, d) float32, None if it has none."""
+    def draw(self, side: Modality, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Numbers of rows of one side at random, with replacement, for `take`; none if it has none.
+
+        Rows of one part are together, in the order of the parts, and so are any some of them.
+        """
         total = self.count(side)
-        if not total or not count:
-            return None
-        return self._take(side, rng.integers(0, total, count))
+        chosen = rng.integers(0, total, count if total else 0)
+        ends = np.cumsum([len(part) for part in self._parts(side)])
+        return chosen[np.argsort(np.searchsorted(ends, chosen, "right"), kind="stable")]
 
     def sample(self, side: Modality, most: int, rng: np.random.Generator) -> Array:
         """Different rows of one side, at most so many, at random; (k, d) float32."""
@@ -69,9 +72,10 @@ class Unpaired:
         chosen = np.arange(total)
         if total > most:
             chosen = np.sort(rng.choice(total, most, replace=False))
-        return self._take(side, chosen)
+        return self.take(side, chosen)
 
-    def _take(self, side: Modality, chosen: npt.NDArray[np.int64]) -> Array:
+    def take(self, side: Modality, chosen: npt.NDArray[np.int64]) -> Array:
+        """Rows by their numbers, part by part; (k, d) float32."""
         found, start = [], 0
         for part in self._parts(side):
             own = chosen[(chosen >= start) & (chosen < start + len(part))] - start

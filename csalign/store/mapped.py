@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from csalign import processes
 from csalign.errors import OutputError
 
 Array = npt.NDArray[Any]
@@ -61,9 +62,7 @@ class MappedRows:
     """
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], folder: Path) -> None:
-        self.shape, self.dtype = shape, np.dtype(dtype)
-        self._row_bytes = shape[1] * self.dtype.itemsize
-        size = max(1, shape[0] * self._row_bytes)
+        size = _file_bytes(shape, dtype)
         free = shutil.disk_usage(folder).free
         if size + _SPARE_BYTES > free:
             raise OutputError(_too_small(folder, size, free))
@@ -71,10 +70,49 @@ class MappedRows:
             with tempfile.TemporaryFile(dir=folder, prefix="csalign-") as file:
                 # Now, rather than as a fault at some write to a page of the map.
                 os.posix_fallocate(file.fileno(), 0, size)
-                self._file = os.dup(file.fileno())
+                self._begin(shape, dtype, os.dup(file.fileno()))
         except OSError as error:
             reason = error.strerror or error
             raise OutputError(f"{_too_small(folder, size, free)} ({reason})") from error
+
+    @classmethod
+    def of_other(cls, shape: tuple[int, int], dtype: np.dtype[Any], address: str) -> "MappedRows":
+        """Those that another process of this machine holds.
+
+        Args:
+            shape: theirs.
+            dtype: theirs.
+            address: theirs; of no use once that process has let go of them.
+
+        Raises:
+            OutputError: they cannot be reached.
+        """
+        rows = cls.__new__(cls)
+        try:
+            rows._begin(shape, dtype, os.open(address, os.O_RDWR))
+        except OSError as error:
+            raise OutputError(
+                f"{address}: the rows of another process cannot be mapped "
+                f"({error.strerror or error}); train in one process"
+            ) from error
+        return rows
+
+    @property
+    def address(self) -> str:
+        """Where other processes of this machine find the file."""
+        return f"/proc/{os.getpid()}/fd/{self._file}"
+
+    @property
+    def array(self) -> Array:
+        """The rows as an array, whose pages stay resident, as those of memory do."""
+        self._map.madvise(mmap.MADV_NORMAL)
+        return self._values
+
+    def _begin(self, shape: tuple[int, int], dtype: np.dtype[Any], file: int) -> None:
+        """Map an open file, which is now these rows' own."""
+        self.shape, self.dtype, self._file = shape, np.dtype(dtype), file
+        self._row_bytes = shape[1] * self.dtype.itemsize
+        size = _file_bytes(shape, dtype)
         weakref.finalize(self, os.close, self._file)
         self._map = mmap.mmap(self._file, size)
         self._map.madvise(mmap.MADV_RANDOM)  # what is read in order is not read by the map
@@ -140,6 +178,10 @@ class MappedRows:
             done += os.pwrite(self._file, view[done:], start * self._row_bytes + done)
 
 
+def _file_bytes(shape: tuple[int, int], dtype: np.dtype[Any]) -> int:
+    return max(1, shape[0] * shape[1] * np.dtype(dtype).itemsize)
+
+
 def _bytes_of(rows: Array) -> memoryview:
     return memoryview(rows.reshape(-1).view(np.uint8).data)
 
@@ -154,6 +196,9 @@ def _too_small(folder: Path, size: int, free: int) -> str:
 class Room:
     """Memory for rows, and where those go that do not fit.
 
+    The processes of a job on one machine have the same rows in common, in a mapped file even where
+    they fit: one of them fills them, see `fills`.
+
     Args:
         memory: bytes.
         folder: for temporary files.
@@ -167,6 +212,11 @@ class Room:
         self.left = memory
         self.folder = folder
 
+    @property
+    def fills(self) -> bool:
+        """Whether it is for this process to fill the rows; the others wait until it has."""
+        return processes.world().local_rank == 0
+
     def rows(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> Vectors:
         """Room for rows (n, d), to be filled.
 
@@ -174,11 +224,26 @@ class Room:
             OutputError: they do not fit into memory, nor on the disk.
         """
         size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if processes.world().local_size > 1:
+            return self._shared(shape, dtype, size)
         if size > self.left:
             return MappedRows(shape, dtype, self.folder)
         self.left -= size
         found: Array = np.empty(shape, dtype)
         return found
+
+    def _shared(self, shape: tuple[int, int], dtype: np.dtype[Any], size: int) -> Vectors:
+        """Rows that this process and the others of this machine have in common."""
+        world = processes.world()
+        made = MappedRows(shape, dtype, self.folder) if self.fills else None
+        told = None if made is None else {"address": made.address, "fits": size <= self.left}
+        found = processes.all_tell(told)[world.rank - world.local_rank]
+        rows = made or MappedRows.of_other(shape, dtype, found["address"])
+        processes.wait()  # for all to have opened it
+        if not found["fits"]:
+            return rows
+        self.left -= size
+        return rows.array
 
 
 class ReadAhead:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from csalign import processes
 from csalign.enums import Modality
 from csalign.store import schema
 from csalign.store.join import Ints, Joined, PairedRows, Pairs, check_directions
@@ -97,10 +98,13 @@ def load_training(
 ) -> tuple[TrainingRows, PairedRows | None]:
     """Read the embeddings of training rows, and of the rows that are held out from them.
 
+    Of several processes one on each machine reads, and all have the training rows.
+
     Args:
         features: they are all of.
         joined: the training rows.
-        held_out: rows to validate on, which are few; None for none.
+        held_out: rows to validate on, which are few; None for none, and in a process that does
+            not validate.
         room: for the training rows.
         with_keys: whether the caption keys are asked for.
 
@@ -128,9 +132,14 @@ def load_training(
             size = held_out.images if side is Modality.IMAGE else held_out.texts
             validated[side] = np.empty((size, table.width), out.dtype)
             targets.append(Target(f"{held_out.name}: {side.plural}", own, validated[side]))
+        if not room.fills:
+            continue
         if isinstance(out, np.ndarray) and not table.has_tokens:
             table.verify()  # cheap where it is no second reading; pages have checksums besides
         fill(table, targets)
+    processes.wait()
+    if keys is not None:
+        processes.tell_array(keys)
     text_image, text_rows = joined.text_image, joined.text_rows
     if text_order is not None:
         text_image = text_image[text_order]
@@ -159,7 +168,9 @@ def load_vectors(table: FeatureTable, rows: Ints | None, room: Room, name: str) 
     """
     count = len(table) if rows is None else len(rows)
     out = room.rows((count, table.width), schema.DTYPES[table.dtype])
-    fill(table, [Target(name, rows, out)])
+    if room.fills:
+        fill(table, [Target(name, rows, out)])
+    processes.wait()
     return out
 
 
