@@ -79,8 +79,9 @@ def wait_for(process: int, request: dict[str, Any]) -> tuple[int, Any]:
         now = time.monotonic()
         if seen is None and Path(request["kill_when"]).exists():
             seen = now
-        due = request["kill_after"] is not None and seen is not None
-        if (due and now - seen >= request["kill_after"]) or now - began > request["limit"]:
+        after = request["kill_after"]
+        due = after is not None and seen is not None and now - seen >= after
+        if due or now - began > request["limit"]:
             os.killpg(process, signal.SIGKILL)
         time.sleep(0.001)
 
