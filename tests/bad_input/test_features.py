@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,14 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Damage:
     return damage
 
 
+def turned_into_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (shutil.rmtree, "f: no such f"),
-    "a file": (lambda f: (shutil.rmtree(f), f.write_text("x")), "f: "),
+    "a file": (turned_into_a_file, "f: "),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json in it"),
     "an empty manifest": (overwritten("manifest.json", b""), "manifest.json: is damaged"),
     "a cut manifest": (cut("manifest.json", 0.5), "manifest.json: is damaged"),
@@ -286,6 +291,7 @@ def write_rows(folder: Path, images: Any, texts: Any, owners: list[str | None]) 
         ids = [str(row) for row in range(len(images))]
         writer.write(Modality.IMAGE, Rows({"id": ids}, images))
         names = [f"t{row}" for row in range(len(texts))]
+        columns: Mapping[str, Sequence[str | None]]
         columns = {"id": names, "image_id": owners, "caption": names}
         writer.write(Modality.TEXT, Rows(columns, texts))
 

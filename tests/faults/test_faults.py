@@ -99,7 +99,7 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
     (folder / "images").mkdir(parents=True)
     (folder / files.LOCK).touch()
     (folder / "images" / "x").touch()
-    seen: list[object] = []
+    seen: list[str] = []
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
         if event in ("os.remove", "os.rmdir") and watching:
