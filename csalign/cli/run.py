@@ -31,7 +31,7 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     Raises:
         typer.Exit: with the exit code of an expected error or of a signal.
     """
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console

@@ -24,9 +24,7 @@ from csalign.steps.import_arrays import import_arrays
 from csalign.store.reader import FeatureSet
 
 Plan = Callable[[int, str], str | None]
-SLOW_DOWN = (
-    b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
-)
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
 BROKEN = b"<Error><Code>InternalError</Code><Message>We are sorry.</Message></Error>"
 
 
