@@ -92,7 +92,7 @@ _REMEDIES = {
 }
 
 
-def os_error(error: Exception, path: Path | None = None) -> str:
+def os_error(error: Exception, path: Path | str | None = None) -> str:
     """What to say of an error of a file system or object store: file, reason and remedy.
 
     Args:
@@ -102,7 +102,9 @@ def os_error(error: Exception, path: Path | None = None) -> str:
     name = getattr(error, "filename", None) or path
     number = getattr(error, "errno", None)
     if name is not None and ("://" in str(name) or is_store_error(error)):
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        is_silent = isinstance(error, TimeoutError) and not str(error)
+        words = "no answer in time" if is_silent else str(error) or type(error).__name__
+        reason = words.splitlines()[0]
         return f"{name}: {reason}; check the address, the keys and the network"
     # Libraries put words of their own where the system's would say more.
     quoted = re.search(r"\(os error (\d+)\)", str(error))

@@ -440,9 +440,9 @@ def _print_table(table: Table) -> None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH, emoji=False)
 
 
 def _print(line: str) -> None:
-    Console(soft_wrap=True).print(shown(line), markup=False, highlight=False)
+    Console(soft_wrap=True, emoji=False).print(shown(line), markup=False, highlight=False)

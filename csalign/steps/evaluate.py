@@ -213,8 +213,8 @@ def measure(config: EvalConfig) -> Measured:
     features = FeatureSet.open(config.feature_set)
     split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
-    warn_of_queries(rows, rows.name)
     images, texts, loaded = _aligned(features, rows, split, config)
+    warn_of_queries(rows, rows.name)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     fingerprints = {
         "features": features.manifest.fingerprint(),

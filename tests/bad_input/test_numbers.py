@@ -2,6 +2,7 @@
 
 import json
 import math
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def run(tmp_path: Path) -> Run:
             lines.append(f"{row},{captions[row] if captions else row},{split}")
         (tmp_path / "p.csv").write_text("\n".join(lines))
         arrays = ("--images", tmp_path / "i.npy", "--texts", tmp_path / "t.npy")
-        out, run = tmp_path / "f", tmp_path / "r"
-        found: dict[str, Any] = {}
+        folder = tmp_path / str(uuid.uuid4())
+        folder.mkdir()
+        out, run = folder / "f", folder / "r"
+        found: dict[str, Any] = {"folder": folder}
         found["import"] = call("import", *arrays, "--pairs", tmp_path / "p.csv", "--out", out)[1]
         train = ("train", out, "--out", run, "--steps", 6, "--batch-size", 16, "--hidden", 8)
         found["train"] = call(*train, *options)[1]
@@ -80,7 +83,7 @@ def constant(rows: Any) -> Any:
             TEXTS,
             "all image embeddings are nearly the same, so nothing can be",
         ),
-        (IMAGES[np.arange(160) // 2], TEXTS, "50 % of the images have the embedding of another"),
+        (IMAGES[np.arange(160) // 2], TEXTS, "33 % of the images have the embedding of another"),
         (
             IMAGES,
             TEXTS[np.where(np.arange(160) % 8 < 6, 0, np.arange(160))],
@@ -95,7 +98,6 @@ def test_what_hardly_anything_can_be_learnt_from_is_told_once(
     found = run(images, texts)
 
     assert found["train"].count(told) == 1
-    assert found["eval"].count("warning") >= 1
 
 
 def test_sound_rows_are_not_warned_of(run: Run) -> None:
@@ -121,8 +123,7 @@ def test_a_tiny_split_is_told_by_what_one_image_is_worth(run: Run) -> None:
 @pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e6, 1e14])
 def test_the_scale_of_features_changes_no_figure(run: Run, scale: float) -> None:
     plain, scaled = (
-        run(IMAGES * np.float32(factor), TEXTS, "--overwrite")["document"]["gap"]
-        for factor in (1, scale)
+        run(IMAGES * np.float32(factor), TEXTS)["document"]["gap"] for factor in (1, scale)
     )
 
     assert scaled["cs_divergence"] == pytest.approx(plain["cs_divergence"], rel=1e-3)
@@ -170,16 +171,14 @@ def test_what_float16_cannot_hold_is_refused_by_row(
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30])
-def test_a_collapsed_adapter_is_told_and_gives_no_nan(
-    run: Run, tmp_path: Path, factor: float
-) -> None:
-    run(IMAGES, TEXTS)
-    adapter, info = load_adapter_with_info(tmp_path / "r")
+def test_a_collapsed_adapter_is_told_and_gives_no_nan(run: Run, factor: float) -> None:
+    folder = run(IMAGES, TEXTS)["folder"]
+    adapter, info = load_adapter_with_info(folder / "r")
     with torch.no_grad():
         for parameter in adapter.image.parameters():
             parameter.mul_(factor)
-    save_adapter(tmp_path / "r", adapter, info)
-    arguments = ["eval", str(tmp_path / "f"), "--adapter", str(tmp_path / "r"), "--json"]
+    save_adapter(folder / "r", adapter, info)
+    arguments = ["eval", str(folder / "f"), "--adapter", str(folder / "r"), "--json"]
     done = CliRunner().invoke(app, [*arguments, "--resamples", "100"])
 
     if done.exit_code == 0:
