@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PARTS = {"store", "sources", "encoders", "decoders", "adapters", "metrics", "report", "nearest"}
-BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "stopping"}
-BASE |= {"__version__", "csalign", "processes"}
+BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "sealed"}
+BASE |= {"stopping", "__version__", "csalign", "processes"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
 ALLOWED = {

@@ -12,7 +12,7 @@ from csalign import __version__
 from csalign.cli import render
 from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.progress import shown_progress
-from csalign.cli.run import command
+from csalign.cli.run import command, naming
 from csalign.cli.step import step_command
 from csalign.config import (
     ApplyConfig,
@@ -165,7 +165,7 @@ def inspect(
     verbose: Verbose = 0,
 ) -> None:
     """Tell what is in an artifact, after checking all of it."""
-    with command(quiet=quiet, verbose=verbose):
+    with command(quiet=quiet, verbose=verbose), naming([path]):
         from csalign.steps.inspect import inspect
 
         document = inspect(path, merge=merge)
@@ -211,7 +211,7 @@ def compare(
     verbose: Verbose = 0,
 ) -> None:
     """Put several systems side by side and tell which differences are more than chance."""
-    with command(quiet=quiet, verbose=verbose) as console:
+    with command(quiet=quiet, verbose=verbose) as console, naming(systems):
         from csalign.steps.compare import compare
 
         with shown_progress(console, quiet=quiet) as progress:

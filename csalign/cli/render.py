@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from csalign.cli.text import shown
 from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
@@ -273,7 +274,7 @@ def _ranges(around: dict[str, list[float]]) -> Iterator[str]:
 def compare_table(document: dict[str, Any]) -> None:
     """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
     rows = document["evaluations"]
-    names = [escape(row["name"]) for row in rows]
+    names = [escape(shown(row["name"])) for row in rows]
     judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
     for row in rows:
         difference = row["difference"].get("mean_recall")
@@ -429,7 +430,7 @@ def _signed(difference: dict[str, Any]) -> str:
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(shown(name)), escape(shown(value)))
     _print(title)
     _print_table(table)
 
@@ -439,9 +440,9 @@ def _print_table(table: Table) -> None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH, emoji=False)
 
 
 def _print(line: str) -> None:
-    Console(soft_wrap=True).print(line, markup=False, highlight=False)
+    Console(soft_wrap=True, emoji=False).print(shown(line), markup=False, highlight=False)

@@ -6,14 +6,16 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from csalign import files
-from csalign.errors import CsalignError, ElsewhereError, Stopped
+from csalign.cli.text import shown
+from csalign.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
 
 LOGGER = "csalign"
@@ -29,7 +31,7 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     Raises:
         typer.Exit: with the exit code of an expected error or of a signal.
     """
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console
@@ -55,10 +57,32 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(1) from None
 
 
+@contextmanager
+def naming(places: Iterable[Any]) -> Iterator[None]:
+    """Let an error of an object store, which does not say of which, name those that were given.
+
+    Args:
+        places: what the command was given, of which URLs are meant.
+
+    Raises:
+        DataError: in place of such an error.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        is_nameless = isinstance(error, OSError) and error.filename is None
+        urls = [str(place) for place in places if "://" in str(place)]
+        if not urls or not (is_nameless or is_store_error(error)):
+            raise
+        raise DataError(files.os_error(error, " or ".join(urls))) from error
+
+
 def _explain(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
-    console.print(f"csalign: {message}", markup=False, highlight=False, style="red")
+    console.print(f"csalign: {shown(message)}", markup=False, highlight=False, style="red")
 
 
 class _StderrHandler(logging.Handler):
@@ -70,7 +94,10 @@ class _StderrHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         label = "warning: " if record.levelno >= logging.WARNING else ""
         self._console.print(
-            f"csalign: {label}{record.getMessage()}", style=style, markup=False, highlight=False
+            f"csalign: {label}{shown(record.getMessage())}",
+            style=style,
+            markup=False,
+            highlight=False,
         )
 
 

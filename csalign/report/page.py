@@ -159,6 +159,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
         body="\n".join(body),
         script=_script(figures),
     )
+    files.sweep(path)
     files.write_text(path, page)
 
 

@@ -46,6 +46,7 @@ from csalign.steps.protocols import (
     select,
 )
 from csalign.steps.report import Evaluated, write_report
+from csalign.steps.sanity import warn_of_queries
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -213,6 +214,7 @@ def measure(config: EvalConfig) -> Measured:
     split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
+    warn_of_queries(rows, rows.name)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     fingerprints = {
         "features": features.manifest.fingerprint(),

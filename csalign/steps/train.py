@@ -1,6 +1,5 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-import json
 import logging
 import os
 import platform
@@ -33,8 +32,10 @@ from csalign.steps.batches import PairSampler, order_of, uniform
 from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
+from csalign.steps.record import CONFIG, ENVIRONMENT, read_environment, write_environment
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.resume import State, Training, TrainingFolder, open_training
+from csalign.steps.sanity import warn_of_training_rows
 from csalign.steps.start import closed_form_start, kinds_of, random_start
 from csalign.steps.state import from_bytes, to_bytes
 from csalign.steps.terms import check_terms
@@ -54,7 +55,6 @@ from csalign.store.training import TrainingRows, load_training
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = "environment.json"
 SaveWeights = Callable[[Path], None]
 
 
@@ -114,6 +114,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
     device = pick_device(config.device)
     material = _load(config)
     features, rows, val = material.features, material.rows, material.val
+    warn_of_training_rows(rows, rows.name)
     training = Training.of(config, features, further_sets(config))
     with open_training(
         config.out, training, restart=config.overwrite, every=config.save_every
@@ -129,10 +130,10 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         environment = _environment(device, config)
         trainer = _trainer(material, adapter, sampler, config, folder, device)
         if run.state is not None:
-            _warn_of_changes(folder / ENVIRONMENT, environment)
+            _warn_of_changes(folder, environment)
             _go_on(trainer, run.state)
         _tell_start(adapter, None if run.state is None else run.state.trainer)
-        files.write_text(folder / "config.toml", config.to_toml())
+        files.write_text(folder / CONFIG, config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
 
         norm = mean_square(rows.images) ** 0.5
@@ -153,7 +154,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
             )
         save(folder)
         seconds = round(run.seconds, 3)
-        files.write_json(folder / ENVIRONMENT, {**environment, "seconds": seconds})
+        write_environment(folder, {**environment, "seconds": seconds})
     if config.report is not None:
         shown = None if val is None else _evaluated(adapter, features, val, config)
         write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
@@ -385,11 +386,11 @@ def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Pro
             raise
 
 
-def _warn_of_changes(path: Path, environment: dict[str, Any]) -> None:
+def _warn_of_changes(folder: Path, environment: dict[str, Any]) -> None:
     """Tell where a run goes on under other conditions than it was begun under."""
     try:
-        before = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        before = _flat(read_environment(folder))
+    except (SchemaError, TypeError):
         return  # it is only told
     now = _flat(environment)
     changes = [

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from csalign import processes, stopping
+from csalign import files, processes, stopping
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.enums import Modality
@@ -380,7 +380,8 @@ class Trainer:
         self.step, self.loss.sigma = kept.step, kept.sigma
 
     def _record(self, line: dict[str, Any]) -> None:
-        with (self.folder / LINES).open("a", encoding="utf-8") as file:
+        path = self.folder / LINES
+        with files.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = figures_of(line)
         for log_figures in self.logs:

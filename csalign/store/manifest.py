@@ -11,6 +11,7 @@ from csalign import files
 from csalign.enums import Modality
 from csalign.errors import CsalignError, DataError, SchemaError
 from csalign.locations import is_store_error
+from csalign.sealed import check_seal, unsealed, write_sealed
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -132,7 +133,7 @@ def _read(folder: Path) -> Manifest:
             "upgrade csalign"
         )
     try:
-        return Manifest.model_validate(document)
+        manifest = Manifest.model_validate(unsealed(document))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
@@ -140,8 +141,10 @@ def _read(folder: Path) -> Manifest:
             f"{path}: {where}: {first['msg']}; the manifest was changed or is damaged, "
             "make the feature set again"
         ) from None
+    check_seal(path, document, "make the feature set again")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
-    files.write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    write_sealed(folder / MANIFEST, manifest.model_dump(mode="json"))
