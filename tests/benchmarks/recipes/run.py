@@ -32,6 +32,7 @@ from csalign.steps.train import train
 from csalign.store.join import load_rows
 from csalign.store.reader import FeatureSet
 
+SMALL = {"steps": 120, "batch_size": 256, "hidden": 256, "validations": 4}
 FROZEN = {"image_adapter": "identity"}
 HEAD = "| | mean recall, % | difference | centroid | RMG | CS | Frechet | cosine | CMMD | s |"
 
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--recipes", default=",".join(recipe_names()))
     parser.add_argument("--pairs", type=int, default=1000)
-    parser.add_argument("--steps", type=int, help="of all runs (default: the recipes' own)")
+    parser.add_argument("--small", action="store_true", help="narrow adapters, few small steps")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    shared = {} if arguments.steps is None else {"steps": arguments.steps}
+    shared = SMALL if arguments.small else {}
     for name in arguments.recipes.split(","):
         features = arguments.features
         if name == "few-pairs":
