@@ -13,7 +13,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report", "nearest"}
-BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "stopping"}
+BASE = {
+    "errors",
+    "enums",
+    "progress",
+    "results",
+    "files",
+    "locations",
+    "onednn",
+    "stopping",
+    "names",
+}
 BASE |= {"__version__", "csalign", "processes"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
