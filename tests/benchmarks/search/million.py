@@ -2,10 +2,10 @@
 
     python tests/benchmarks/search/million.py [--rows 1000000] [--width 256] [--work FOLDER]
 
-Images are drawn around centres that are drawn around others, as real ones lie; texts are images
-with noise. The feature set is written once and kept in the work folder. Each index is built by
-`csalign index` in a process of its own, whose largest resident size is told; queries are timed in a
-fresh process on the mapped index, one at a time and 1,000 at once.
+Images lie around centres that overlap, in far fewer dimensions than their vectors have, as real
+ones do; texts lie near images. The feature set is written once and kept in the work folder. Each
+index is built by `csalign index` in a process of its own, whose largest resident size is told;
+queries are timed in a fresh process on the mapped index, one at a time and 1,000 at once.
 """
 
 import argparse
@@ -30,14 +30,15 @@ from csalign.store.writer import FeatureWriter
 
 CHUNK = 50_000
 TEXTS = 20_000
+LATENT = 32  # dimensions that real embeddings about vary in
 QUERIES = 1_000
 
 
 def write_features(folder: Path, rows: int, width: int) -> None:
-    """Images around 2,000 centres, and texts near some of them."""
+    """Images around 2,000 centres that overlap in 32 dimensions, and texts near some of them."""
     rng = np.random.default_rng(0)
-    wide = rng.normal(size=(60, width))
-    centres = wide[rng.integers(0, 60, 2_000)] + 0.8 * rng.normal(size=(2_000, width))
+    centres = rng.normal(size=(2_000, LATENT))
+    spread = rng.normal(size=(LATENT, width)) / LATENT**0.5
     encoders = {side: EncoderInfo(spec="made up", width=width) for side in Modality}
     every = rows // TEXTS
     owners, texts = [], []
@@ -45,12 +46,15 @@ def write_features(folder: Path, rows: int, width: int) -> None:
     with FeatureWriter(folder, encoders, "float16") as writer:
         for start in range(0, rows, CHUNK):
             count = min(CHUNK, rows - start)
-            images = centres[rng.integers(0, len(centres), count)]
-            images = (images + 0.7 * rng.normal(size=images.shape)).astype(np.float32)
+            latent = centres[rng.integers(0, len(centres), count)]
+            latent += 0.7 * rng.normal(size=latent.shape)
+            images = latent @ spread + 0.1 * rng.normal(size=(count, width))
             names = [f"{row:07d}" for row in range(start, start + count)]
             writer.write(Modality.IMAGE, Rows({"id": names}, images))
             owners += names[::every]
-            texts.append(images[::every] + 0.5 * rng.normal(size=(len(names[::every]), width)))
+            own = latent[::every]
+            own = (own + 0.4 * rng.normal(size=own.shape)) @ spread
+            texts.append(own + 0.1 * rng.normal(size=own.shape))
         columns = {
             "id": [f"t{name}" for name in owners],
             "image_id": owners,
