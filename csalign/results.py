@@ -5,6 +5,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from csalign.names import Names
+
+
+def _with_names(document: dict[str, Any]) -> dict[str, Any]:
+    """Names are there only where a side has one of its own."""
+    if document["names"] is None:
+        del document["names"]
+    return document
+
 
 @dataclass(frozen=True)
 class FeaturesResult:
@@ -18,6 +27,7 @@ class FeaturesResult:
         failures: inputs that were left out, listed in ``failures.jsonl``.
         complete: false where this process did its share and others are not done yet; the rest
             then speaks of this share, and `features` is the unfinished folder.
+        names: what the sides are called, None where that is image and text.
     """
 
     features: Path
@@ -26,10 +36,11 @@ class FeaturesResult:
     pairs: int
     failures: int
     complete: bool = True
+    names: Names | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        return {**asdict(self), "features": str(self.features)}
+        return _with_names({**asdict(self), "features": str(self.features)})
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class TrainResult:
         validation: mean recall and centroid gap on the validation split of the start and of what
             was kept; {} without validation.
         seconds: wall time.
+        names: what the sides are called, None where that is image and text.
     """
 
     run: Path
@@ -56,10 +68,11 @@ class TrainResult:
     parameters: dict[str, int]
     validation: dict[str, dict[str, float]]
     seconds: float
+    names: Names | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        return {**asdict(self), "run": str(self.run)}
+        return _with_names({**asdict(self), "run": str(self.run)})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PARTS = {"store", "sources", "encoders", "decoders", "adapters", "metrics", "report", "nearest"}
 BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "sealed"}
-BASE |= {"stopping", "__version__", "csalign", "processes"}
+BASE |= {"stopping", "__version__", "csalign", "processes", "names"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
 ALLOWED = {

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.cli.text import shown
+from csalign.names import Names, renamed
 from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
@@ -38,9 +39,9 @@ def print_json(result: Any) -> None:
 
 def features_table(result: FeaturesResult) -> None:
     """Say what was written."""
+    counts = renamed(f"{result.images:,} images, {result.texts:,} texts", result.names)
     _print(
-        f"{result.features}: {result.images:,} images, {result.texts:,} texts, "
-        f"{result.pairs:,} pairs"
+        f"{result.features}: {counts}, {result.pairs:,} pairs"
         + (f", {result.failures:,} inputs left out (failures.jsonl)" if result.failures else "")
         + ("" if result.complete else "; other shards are not done yet")
     )
@@ -48,7 +49,9 @@ def features_table(result: FeaturesResult) -> None:
 
 def train_table(result: TrainResult) -> None:
     """Say what was trained, and whether it was worth it."""
-    parameters = ", ".join(f"{side} {count:,}" for side, count in result.parameters.items())
+    parameters = ", ".join(
+        f"{renamed(side, result.names)} {count:,}" for side, count in result.parameters.items()
+    )
     rows = [
         ("start", result.start),
         ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
@@ -164,9 +167,10 @@ def eval_tables(document: dict[str, Any]) -> None:
         _further_tables(document)
         return
     adapter = document["adapter"] or "no adapter"
+    rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     _print(
-        f"{document['features']}, {adapter}, split {document['split']}: {counts['images']:,} "
-        f"images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
+        f"{document['features']}, {adapter}, split {document['split']}: "
+        + renamed(rows, document.get("names"))
     )
     if "retrieval" in document:
         _retrieval_and_gap(document)
@@ -174,9 +178,10 @@ def eval_tables(document: dict[str, Any]) -> None:
 
 
 def _retrieval_and_gap(document: dict[str, Any]) -> None:
-    _print(_protocol(document["protocol"]))
+    names = document.get("names")
+    _print(_protocol(document["protocol"], names))
     retrieval, intervals = document["retrieval"], document["intervals"]
-    _print_table(_retrieval_table({"": retrieval}, intervals))
+    _print_table(_retrieval_table({"": retrieval}, intervals, names))
     gap = document["gap"]
     whole = intervals.get("mean_recall")
     flat = [("mean recall", _percent(retrieval["mean_recall"]) + _beside(whole, scale=100))]
@@ -189,28 +194,36 @@ def _retrieval_and_gap(document: dict[str, Any]) -> None:
             plain = {part: number for part, number in value.items() if not isinstance(number, list)}
             around = errors.get(name, {})
             flat += [
-                (f"{label}, {part}", f"{number:.4f}" + _give_or_take(around.get(part)))
+                (
+                    f"{label}, {renamed(part, names)}",
+                    f"{number:.4f}" + _give_or_take(around.get(part)),
+                )
                 for part, number in plain.items()
             ]
         else:
             beside = _give_or_take(errors.get(name)) + _beside(intervals.get(name), digits=4)
             flat.append((label, f"{value:.4f}" + beside))
     _print_rows("modality gap", flat)
-    hubs = [(name.replace("_", " "), f"{skew:.4f}") for name, skew in document["hubness"].items()]
+    hubs = [
+        (renamed(name.replace("_", " "), names), f"{skew:.4f}")
+        for name, skew in document["hubness"].items()
+    ]
     _print_rows("hubness, skewness of the 10-occurrence", hubs)
 
 
 def _further_tables(document: dict[str, Any]) -> None:
     """What is there only if it was asked for."""
+    names = document.get("names")
     if corrected := document.get("corrected"):
         _print("retrieval with hubs corrected for, by the evaluated rows themselves")
-        _print_table(_retrieval_table(corrected, {}))
+        _print_table(_retrieval_table(corrected, {}, names))
     if graded := document.get("graded"):
-        _print_rows(f"items that agree in {graded['column']!r} are right", list(_leaves(graded)))
+        told = [(renamed(name, names), value) for name, value in _leaves(graded)]
+        _print_rows(f"items that agree in {graded['column']!r} are right", told)
     if by := document.get("by"):
-        _print(f"retrieval by {by['column']!r} of the query's image")
+        _print(f"retrieval by {by['column']!r} of the query's {renamed('image', names)}")
         titled = {f"{name} ({block['texts']:,})": block for name, block in by["values"].items()}
-        _print_table(_retrieval_table(titled, {}))
+        _print_table(_retrieval_table(titled, {}, names))
     if "zero_shot" in document:
         _zero_shot_table(document)
     if explanations := document.get("explanations"):
@@ -231,27 +244,32 @@ def _zero_shot_table(document: dict[str, Any]) -> None:
         if figures[name] is not None
     ]
     counts = ", ".join(f"{figures[key]:,} {key}" for key in ("images", "classes", "prompts"))
+    counts = renamed(counts, document.get("names"))
     _print_rows(f"zero-shot classification: {counts}", rows)
 
 
-def _protocol(protocol: dict[str, Any]) -> str:
+def _protocol(protocol: dict[str, Any], names: Names | None) -> str:
     """One line of what decides a score beside the model."""
     folds = f"mean of {protocol['folds']} folds of " if protocol["folds"] > 1 else ""
     dtype = protocol["dtype"]
+    images, texts = (protocol[side] // protocol["folds"] for side in ("images", "texts"))
+    rows = f"{images:,} images and {texts:,} " + ("texts" if names else "captions")
     return (
-        f"protocol {protocol['name']}: {folds}{protocol['images'] // protocol['folds']:,} images "
-        f"and {protocol['texts'] // protocol['folds']:,} captions, split {protocol['split']}, "
+        f"protocol {protocol['name']}: {folds}{renamed(rows, names)}, split {protocol['split']}, "
         f"stored as {dtype['stored']}, scores in {dtype['scores']}, {protocol['ties']}"
     )
 
 
-def _retrieval_table(blocks: dict[str, Any], intervals: dict[str, Any]) -> Table:
+def _retrieval_table(
+    blocks: dict[str, Any], intervals: dict[str, Any], names: Names | None
+) -> Table:
     """Both directions of retrieval blocks by what stands before their names."""
     table = _figures("", *RETRIEVAL)
     for title, block in blocks.items():
         for name in DIRECTIONS:
             if name in block:
-                row, label = block[name], f"{title} {name.replace('_', ' ')}".strip()
+                row = block[name]
+                label = f"{title} {renamed(name.replace('_', ' '), names)}".strip()
                 cells = (_format(row[figure], how) for figure, how in RETRIEVAL.values())
                 table.add_row(escape(label), *cells)
                 if intervals:
@@ -281,9 +299,10 @@ def compare_table(document: dict[str, Any]) -> None:
         interval = _beside(row["intervals"].get("mean_recall"), scale=100)
         judged["mean recall"].append(_percent(row["mean_recall"]) + interval)
         judged["difference"].append(_signed(difference) if difference else "")
+    called = document.get("names")
     shown = {
-        "i2t R@1": [_percent(row["image_to_text_R@1"]) for row in rows],
-        "t2i R@1": [_percent(row["text_to_image_R@1"]) for row in rows],
+        renamed("i2t R@1", called): [_percent(row["image_to_text_R@1"]) for row in rows],
+        renamed("t2i R@1", called): [_percent(row["text_to_image_R@1"]) for row in rows],
     }
     gap = {"centroid": "centroid_distance", "RMG": "rmg", "CS": "cs_divergence"}
     for title, key in {**gap, "Frechet": "frechet"}.items():
@@ -313,7 +332,11 @@ def diagnosis_tables(document: dict[str, Any]) -> None:
         table.add_row(label, f"{infonce[name]:.4f}", f"{objective[name]:.4f}")
     _print_table(table)
     rest = {name: value for name, value in objective.items() if name not in infonce}
-    _print_rows("divergence and gap", list(_leaves(rest | document["gap"])))
+    told = list(_leaves(rest | document["gap"]))
+    _print_rows(
+        "divergence and gap",
+        [(renamed(name, document.get("names")), value) for name, value in told],
+    )
 
 
 def inspect_table(document: dict[str, Any]) -> None:
@@ -321,16 +344,18 @@ def inspect_table(document: dict[str, Any]) -> None:
     body = {key: value for key, value in document.items() if key not in ("kind", "path")}
     for line in body.pop("validation", []):
         body[f"validation, step {line['step']}"] = line["validation"]
-    _print_rows(f"{document['path']}: {document['kind']}, sound", list(_leaves(body)))
+    names = body.pop("names", None)
+    told = [(renamed(name, names), value) for name, value in _leaves(body)]
+    _print_rows(f"{document['path']}: {document['kind']}, sound", told)
 
 
 def index_table(document: dict[str, Any]) -> None:
     """Say what was built."""
-    recall = document["recall"]
+    recall, names = document["recall"], document.get("names")
     _print(
         f"{document['path']}: {document['search']} index of {document['rows']:,} "
-        f"{document['side']}s, {document['bytes'] / 1e6:,.1f} MB, recall@10 "
-        f"{_percent(recall['value'])} on {recall['queries']:,} {recall['of']}"
+        f"{renamed(document['side'] + 's', names)}, {document['bytes'] / 1e6:,.1f} MB, recall@10 "
+        f"{_percent(recall['value'])} on {recall['queries']:,} {renamed(recall['of'], names)}"
     )
 
 

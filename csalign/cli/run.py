@@ -35,6 +35,7 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console
+        sys.stdout.flush()  # here, where a disk that is full can still be told
     except ElsewhereError as error:
         raise typer.Exit(error.exit_code) from None
     except CsalignError as error:
@@ -45,16 +46,30 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(stopped.exit_code) from None
     except BrokenPipeError:
         # The reader of our stdout went away, as in `| head`; end as SIGPIPE would have it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        _explain(console, files.os_error(error), verbose)
+        _explain(console, files.os_error(error, _stdout_if_broken()), verbose)
         raise typer.Exit(1) from None
     except Exception as error:
         if not is_store_error(error):
             raise
         _explain(console, f"the object store failed: {error}; check its address and keys", verbose)
         raise typer.Exit(1) from None
+
+
+def _stdout_if_broken() -> str | None:
+    """The name of stdout, if it cannot be written to; what was not yet is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+        return "stdout"
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """What ``csalign import`` can be told."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from csalign.config.base import Count, Location, OutputConfig
+from csalign.config.base import Count, Location, OutputConfig, Words
+
+Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")]
 
 
 class ImportConfig(OutputConfig):
@@ -58,6 +60,11 @@ class ImportConfig(OutputConfig):
     )
     image_encoder: str = Field("unknown", description="What made the image embeddings, to record.")
     text_encoder: str = Field("unknown", description="What made the text embeddings, to record.")
+    names: Annotated[tuple[Name, Name] | None, Words] = Field(
+        None,
+        description="What the sides are called, where images and texts are something else: "
+        "audio,text or protein,description.",
+    )
     dtype: Literal["float16", "float32"] | None = Field(
         None, description="Stored number format (default: that of the arrays)."
     )

@@ -64,6 +64,7 @@ class IndexManifest(_Record):
 
     Attributes:
         side: what the items are.
+        names: what the sides are called, None where that is image and text.
         kind: of the index.
         rows: items.
         width: of a vector, with what a correction adds.
@@ -81,6 +82,7 @@ class IndexManifest(_Record):
     format_version: Literal[1] = FORMAT_VERSION
     csalign_version: str = __version__
     side: Modality
+    names: dict[Modality, str] | None = None
     kind: IndexKind
     rows: int = Field(ge=1)
     width: int = Field(ge=1)
@@ -170,6 +172,8 @@ def write_index_manifest(folder: Path, manifest: IndexManifest) -> None:
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:
     """What is told of an index: its manifest, without what only the program needs."""
     document = manifest.model_dump(mode="json", exclude={"format", "files", "probes"})
+    if document["names"] is None:
+        del document["names"]
     size = sum(info.bytes for info in manifest.files.values())
     return (
         {"kind": "index", "path": str(folder), "search": document.pop("kind")}

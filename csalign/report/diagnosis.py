@@ -20,6 +20,7 @@ def write_diagnosis(path: Path, document: Mapping[str, Any]) -> None:
         path,
         f"{document['features']}, {adapter}, split {document['split']}",
         [_conflict(document), _terms(document), _gap(document["gap"])],
+        document.get("names"),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
+from csalign.names import Names
 from csalign.report.page import Entry, Section, plain, write_page
 
 Array = npt.NDArray[Any]
@@ -84,6 +85,7 @@ def write_evaluation(
     labels: Sequence[str],
     found: Mapping[str, Sequence[Found]],
     run: RunRecord | None,
+    names: Names | None = None,
 ) -> None:
     """Write an evaluation as a page.
 
@@ -95,6 +97,7 @@ def write_evaluation(
         labels: caption and id of each pair in the views.
         found: queries by what is said of them, such as "Worst image to text".
         run: of the adapter, if there is one.
+        names: what the sides are called, None where that is image and text.
     """
     sections = []
     if document is not None:
@@ -106,7 +109,7 @@ def write_evaluation(
     sections += [_queries(name, queries) for name, queries in found.items()]
     if run is not None:
         sections += [*_curves(run.metrics), *_settings(run)]
-    write_page(path, title, sections)
+    write_page(path, title, sections, names)
 
 
 def _retrieval(document: Mapping[str, Any]) -> Section:
@@ -190,7 +193,7 @@ def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go
             mode="markers",
             marker={"color": colour, "size": 5, "opacity": 0.7},
             text=hover,
-            hovertemplate="%{text}<extra>" + name + "</extra>",
+            hovertemplate="%{text}",  # beside which Plotly tells the name
             xaxis=axes[0],
             yaxis=axes[1],
         )

@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from csalign import files
 from csalign.errors import OutputError
+from csalign.names import Names, renamed
 
 # What a page may do: run what is in it. A caption or a path that got past the escaping could
 # neither fetch nor send anything.
@@ -131,13 +132,23 @@ def check_page(path: Path) -> None:
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+def write_page(
+    path: Path, title: str, sections: Sequence[Section], names: Names | None = None
+) -> None:
     """Write a page, whole or not at all; one that stands there is replaced.
 
     It holds everything that it shows, Plotly's code included where it draws something (about
     5 MB), follows the reader's light or dark colours, prints, and may not use the network. The
     heading of a lone section is left out where it is the title.
+
+    Args:
+        path: of the page.
+        title: of the page.
+        sections: of the page, in order.
+        names: what the sides are called, None where that is image and text; for the words of
+            csalign, not those of the data.
     """
+    sections = [_called(section, names) for section in sections] if names else sections
     figures: list[Any] = []
     body = []
     for section in sections:
@@ -161,6 +172,31 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     )
     files.sweep(path)
     files.write_text(path, page)
+
+
+def _called(section: Section, names: Names) -> Section:
+    """A section with the sides' own names in its labels."""
+    figure = section.figure
+    if figure is not None:
+        figure = go.Figure(figure)
+        figure.for_each_trace(
+            lambda trace: trace.update(name=renamed(trace.name or "", names) or None)
+        )
+        for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+            axis.title.text = renamed(axis.title.text or "", names) or None
+    rows = section.rows
+    if not section.prose:
+        rows = [
+            [renamed(cell, names) if isinstance(cell, str) else cell for cell in row]
+            for row in rows
+        ]
+    return replace(
+        section,
+        title=renamed(section.title, names),
+        note=renamed(section.note, names),
+        figure=figure,
+        rows=rows,
+    )
 
 
 def _script(figures: list[Any]) -> str:

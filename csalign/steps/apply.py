@@ -81,6 +81,7 @@ def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
         counts.texts - left_out[Modality.TEXT],
         counts.pairs,
         0,
+        names=work.features.manifest.names,
     )
     processes.tell(result.to_json)
     return result
@@ -235,7 +236,7 @@ def _writer(
             )
             for side in there
         }
-        return FeatureWriter(folder, encoders, config.dtype)
+        return FeatureWriter(folder, encoders, config.dtype, work.features.manifest.names)
     sides = {side: Side(len(features.table(side)), info.adapters[side].width) for side in there}
     note = {
         "adapter": str(config.adapter),

@@ -56,6 +56,7 @@ class _Document(BaseModel):
     features: str
     adapter: str | None
     split: str
+    names: dict[str, str] | None = None
     counts: dict[str, int]
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
     gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
@@ -140,7 +141,9 @@ def compare(
         {"name": name, "split": entry.document.split, **_row(entry, first)}
         for name, entry in zip(names, entries, strict=True)
     ]
-    return {"evaluations": rows}
+    called = [entry.document.names for entry in entries]
+    same = called[0] if all(own == called[0] for own in called) else None
+    return {"evaluations": rows} | ({} if same is None else {"names": same})
 
 
 def _run(path: Path, split: str | None) -> _Entry:

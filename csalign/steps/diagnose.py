@@ -65,6 +65,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
         "features": str(config.features),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": measured.split,
+        **({} if measured.names is None else {"names": dict(measured.names)}),
         "pairs": len(x),
         "logit_scale": scale,
         "cs_weight": config.cs_weight,

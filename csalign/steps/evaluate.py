@@ -25,6 +25,7 @@ from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.retrieval import DirectionRanks
+from csalign.names import Names
 from csalign.progress import Progress, silent
 from csalign.report.page import check_page
 from csalign.steps.adapted import embed_rows, load_adapter_for
@@ -83,6 +84,7 @@ class Measured:
         asked: what further figures are made from.
         fingerprints: of the features' content and of the adapter's weights, None without one.
         parameters: of the adapter, None without one.
+        names: what the sides are called, None where that is image and text.
     """
 
     config: EvalConfig
@@ -97,6 +99,7 @@ class Measured:
     asked: Asked
     fingerprints: dict[str, str | None]
     parameters: int | None
+    names: Names | None = None
 
     @property
     def ranks(self) -> tuple[DirectionRanks, DirectionRanks]:
@@ -223,7 +226,13 @@ def measure(config: EvalConfig) -> Measured:
     parameters = sum(loaded[0].parameter_counts().values()) if loaded else None
     divided = processes.world().size > 1
     measured = measure_rows(config, split, rows, images, texts, divided=divided)
-    return replace(measured, asked=asked, fingerprints=fingerprints, parameters=parameters)
+    return replace(
+        measured,
+        asked=asked,
+        fingerprints=fingerprints,
+        parameters=parameters,
+        names=features.manifest.names,
+    )
 
 
 def measure_rows(
@@ -323,6 +332,7 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
         "features": str(config.feature_set),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": measured.split,
+        **({} if measured.names is None else {"names": dict(measured.names)}),
         "fingerprints": measured.fingerprints,
         "parameters": measured.parameters,
         "bandwidth": config.bandwidth,

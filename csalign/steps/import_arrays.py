@@ -59,10 +59,11 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     encoders = {
         side: EncoderInfo(spec=specs[side], width=vectors.width) for side, vectors in sides.items()
     }
+    names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     total, done, faint = sum(map(len, sides.values())), 0, 0
     with files.staged_folder(config.out) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
-        with FeatureWriter(folder, encoders, dtype) as writer:
+        with FeatureWriter(folder, encoders, dtype, names) as writer:
             for side, vectors in sides.items():
                 start = 0
                 for chunk, where in vectors.chunks():
@@ -88,7 +89,8 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         )
     images, texts = (len(sides[side]) if side in sides else 0 for side in Modality)
     owners: Sequence[str | None] = columns.get(Modality.TEXT, {}).get(schema.IMAGE_ID, ())
-    return FeaturesResult(config.out, images, texts, sum(owner is not None for owner in owners), 0)
+    pairs = sum(owner is not None for owner in owners)
+    return FeaturesResult(config.out, images, texts, pairs, 0, names=names)
 
 
 def _check_options(config: ImportConfig) -> None:
@@ -109,6 +111,8 @@ def _check_options(config: ImportConfig) -> None:
         "--text-counts": config.text_counts,
     }
     names = [name for name, value in given.items() if value is not None]
+    if config.names is not None and config.names[0] == config.names[1]:
+        raise ConfigError(f"--names: both sides are called {config.names[0]!r}; tell them apart")
     if len(names) > 1:
         raise ConfigError(f"{' and '.join(names)} say the same thing twice; give one of them")
 

@@ -164,6 +164,7 @@ def _build(config: IndexConfig, out: Path, progress: Progress) -> dict[str, Any]
             correction.save(folder)
         manifest = IndexManifest(
             side=side,
+            names=rows.features.manifest.names,
             kind=plan.kind,
             rows=count,
             width=plan.width,

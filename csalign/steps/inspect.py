@@ -57,6 +57,7 @@ def _features(folder: Path) -> dict[str, Any]:
         "kind": "features",
         "path": str(folder),
         "format_version": manifest.format_version,
+        **({} if manifest.names is None else {"names": manifest.names}),
         "dtype": manifest.dtype,
         "encoders": manifest.encoders.model_dump(mode="json"),
         "counts": manifest.counts.model_dump(),

@@ -76,9 +76,9 @@ def write_report(
     texts = rng.permutation(texts)[:SAMPLED]
     labels = [_label(evaluated.rows, text) for text in texts[:DRAWN].tolist()]
     found = _found(evaluated)
-    write_evaluation(
-        path, title, evaluated.document, _views(evaluated, texts, seed), labels, found, record
-    )
+    names = evaluated.features.manifest.names
+    views = _views(evaluated, texts, seed)
+    write_evaluation(path, title, evaluated.document, views, labels, found, record, names)
 
 
 def _label(rows: PairedRows, text: int) -> str:

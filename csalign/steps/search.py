@@ -10,6 +10,7 @@ from csalign.adapters.model import Adapter
 from csalign.config import SearchConfig
 from csalign.devices import pick_device
 from csalign.errors import SchemaError
+from csalign.names import renamed
 from csalign.nearest.items import Items
 from csalign.nearest.manifest import ADAPTER, IndexManifest, read_index_manifest
 from csalign.nearest.vectors import VectorIndex, threads
@@ -170,5 +171,6 @@ def _section(config: SearchConfig, manifest: IndexManifest, found: Document) -> 
         )
         for hit in found["hits"]
     ]
-    note = f"The {len(pictures)} nearest of {manifest.rows:,} {manifest.side.plural}."
+    rows = renamed(f"{manifest.rows:,} {manifest.side.plural}", manifest.names)
+    note = f"The {len(pictures)} nearest of {rows}."
     return Section(found["query"], note, pictures=pictures)

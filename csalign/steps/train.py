@@ -167,6 +167,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         parameters=adapter.parameter_counts(),
         validation={name: score.to_json() for name, score in scores.items() if score},
         seconds=seconds,
+        names=features.manifest.names,
     )
     processes.tell(result.to_json)
     return result

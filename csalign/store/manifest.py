@@ -83,11 +83,15 @@ class Encoders(_Record):
 
 
 class Manifest(_Record):
-    """Content of ``manifest.json``; written last, so a folder without one is unfinished."""
+    """Content of ``manifest.json``; written last, so a folder without one is unfinished.
+
+    "names" is what the sides are called where they are no images and texts.
+    """
 
     format: Literal["csalign-features"] = "csalign-features"
     format_version: Literal[1] = FORMAT_VERSION
     csalign_version: str
+    names: dict[Modality, str] | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -147,4 +151,7 @@ def _read(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
-    write_sealed(folder / MANIFEST, manifest.model_dump(mode="json"))
+    document = manifest.model_dump(mode="json")
+    if manifest.names is None:
+        del document["names"]
+    write_sealed(folder / MANIFEST, document)

@@ -34,9 +34,17 @@ class FeatureWriter:
         folder: an empty folder, as `files.staged_folder` gives.
         encoders: what made each side; a side that is not in it is not there.
         dtype: "float16" or "float32".
+        names: what the sides are called, if not image and text.
     """
 
-    def __init__(self, folder: Path, encoders: Mapping[Modality, EncoderInfo], dtype: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        encoders: Mapping[Modality, EncoderInfo],
+        dtype: str,
+        names: Mapping[Modality, str] | None = None,
+    ) -> None:
+        self._names = None if names is None else dict(names)
         self._folder = folder
         self._encoders = dict(encoders)
         self._dtype = dtype
@@ -86,6 +94,7 @@ class FeatureWriter:
             )
         manifest = Manifest(
             csalign_version=__version__,
+            names=self._names,
             dtype=self._dtype,
             encoders=Encoders(
                 image=self._encoders.get(Modality.IMAGE), text=self._encoders.get(Modality.TEXT)

@@ -136,6 +136,15 @@ def test_a_run_written_before_there_were_more_kinds_still_loads(tmp_path: Path) 
         np.testing.assert_allclose(adapter.embed(side, rows), unit, atol=1e-5)
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(
+    saved: tuple[Path, Adapter], tmp_path: Path
+) -> None:
+    (tmp_path / "other").touch()
+    weights = saved[0] / "adapter.safetensors"
+
+    assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_embeddings_are_unit_rows_whatever_the_batch(saved: tuple[Path, Adapter]) -> None:
     _, adapter = saved
     whole = adapter.embed(Modality.IMAGE, ROWS)

@@ -9,7 +9,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def bounded() -> Iterator[None]:
 def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of each value in a JSON document."""
     found = [path] if path else []
-    items = document.items() if isinstance(document, dict) else ()
+    items: Iterable[tuple[Any, Any]] = document.items() if isinstance(document, dict) else ()
     items = enumerate(document) if isinstance(document, list) else items
     for key, value in items:
         found += places(value, (*path, key))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import shutil
 import struct
 import zipfile
@@ -274,6 +275,19 @@ def test_a_config_of_another_type_is_refused(pairs: Path, refused: Refused) -> N
     for content in (b"\xff", b"[[", b"images = 3", b"images = {x = 1}", b"nope = 1", deep):
         (pairs / "c.toml").write_bytes(content)
         refused("import --config c.toml --out out", 2, "")
+
+
+def test_a_file_of_64_gib_is_read_no_further_than_its_first_bad_row(
+    pairs: Path, refused: Refused
+) -> None:
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 26, 256)}
+    with (pairs / "a.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.truncate(file.tell() + (1 << 36))  # a hole, which takes no disk
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused("import --images a.npy --out out", 1, "a.npy, row 0: has norm 0")
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
 
 
 def test_a_note_beside_arrays_is_no_array(pairs: Path, refused: Refused) -> None:

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def import_all() -> None:
 
 def run(request: dict[str, Any]) -> None:
     """Become the command; does not return."""
-    os.setsid()
+    os.setpgid(0, 0)
     for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(name, flags), number)
@@ -98,6 +99,8 @@ def main() -> None:
         process = os.fork()
         if process == 0:
             run(request)
+        with suppress(OSError):  # the child may have done it, and may have ended
+            os.setpgid(process, process)
         code, used = wait_for(process, request)
         answer = {"code": code, "seconds": time.monotonic() - began, "max_rss": used.ru_maxrss}
         print(json.dumps(answer), file=answers, flush=True)

@@ -125,6 +125,24 @@ def test_a_folder_that_lacks_nothing_but_its_name_is_not_in_the_way(tmp_path: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
+def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((3, 4), np.float32))
+    arguments = ["import", "--images", str(tmp_path / "a.npy"), "--out", str(tmp_path / "out")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "csalign", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert "csalign: stdout: No space left on device; free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_a_disk_that_went_away_is_named(tmp_path: Path, number: int) -> None:
     with (
