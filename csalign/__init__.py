@@ -8,15 +8,16 @@ Where things live; imports run one way, down this list::
     store      feature sets on disk: schema, manifest, writer, reader, join by id
     sources    what users bring: captions tables, image folders, arrays
     adapters   the maps into the shared space, their closed-form start, their files
+    decoders   frozen decoders that make images of embeddings
     nearest    vectors on disk that answer which are nearest
-    report     pages with plots
+    report     pages with plots, and sheets of images
     metrics    retrieval and the modality gap
     objective  kernels, the divergence, InfoNCE
     config, results, files, locations, errors, enums, progress: what all of them use
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `index`, `search` and
-`export`; `load_adapter`, `wrap` and `SentenceAdapter` put a run into other programs. Importing
+`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`, `search`
+and `export`; `load_adapter`, `wrap` and `SentenceAdapter` put a run into other programs. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         EvalConfig,
         ExportConfig,
         ExtractConfig,
+        GenerateConfig,
         ImportConfig,
         IndexConfig,
         SearchConfig,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from csalign.steps.evaluate import evaluate
     from csalign.steps.export import export
     from csalign.steps.extract import extract
+    from csalign.steps.generate import generate
     from csalign.steps.import_arrays import import_arrays
     from csalign.steps.index import index
     from csalign.steps.inspect import inspect
@@ -61,6 +64,7 @@ _HOMES = {
     "EvalConfig": "csalign.config",
     "ExportConfig": "csalign.config",
     "ExtractConfig": "csalign.config",
+    "GenerateConfig": "csalign.config",
     "ImportConfig": "csalign.config",
     "IndexConfig": "csalign.config",
     "Modality": "csalign.enums",
@@ -73,6 +77,7 @@ _HOMES = {
     "evaluate": "csalign.steps.evaluate",
     "export": "csalign.steps.export",
     "extract": "csalign.steps.extract",
+    "generate": "csalign.steps.generate",
     "import_arrays": "csalign.steps.import_arrays",
     "index": "csalign.steps.index",
     "inspect": "csalign.steps.inspect",
@@ -89,6 +94,7 @@ __all__ = [
     "EvalConfig",
     "ExportConfig",
     "ExtractConfig",
+    "GenerateConfig",
     "ImportConfig",
     "IndexConfig",
     "Modality",
@@ -102,6 +108,7 @@ __all__ = [
     "evaluate",
     "export",
     "extract",
+    "generate",
     "import_arrays",
     "index",
     "inspect",

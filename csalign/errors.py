@@ -8,6 +8,7 @@
     │   ├── SchemaError               an artifact on disk does not agree with itself
     │   └── ShapeError                arrays whose shapes do not fit together
     ├── EncoderError          exit 1  an encoder cannot be built or loaded
+    ├── DecoderError          exit 1  a decoder of images cannot be built, loaded or run
     ├── OutputError           exit 1  an output cannot be written where it was asked for
     ├── TrainingError         exit 1  training cannot go on
     ├── ProcessesError        exit 1  the processes of a job cannot work together
@@ -45,6 +46,10 @@ class ShapeError(DataError):
 
 class EncoderError(CsalignError):
     """An encoder cannot be built or its weights cannot be loaded."""
+
+
+class DecoderError(CsalignError):
+    """A decoder of images cannot be built, loaded or run."""
 
 
 class OutputError(CsalignError):

@@ -5,18 +5,26 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from csalign.errors import OutputError
 from csalign.locations import is_remote, is_store_error
 
-ARTIFACT_MARKS = ("manifest.json", "adapter.json", "aligned.json", "index.json")
+ARTIFACT_MARKS = (
+    "manifest.json",
+    "adapter.json",
+    "aligned.json",
+    "generation.json",
+    "index.json",
+)
 """Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
 
 LOCK = ".csalign-lock"
@@ -37,6 +45,7 @@ ARTIFACT_ENTRIES = {
     "config.toml",
     "environment.json",
     "failures.jsonl",
+    "generated.jsonl",
     "image.onnx",
     "image.pt2",
     "images",
@@ -49,6 +58,7 @@ ARTIFACT_ENTRIES = {
     "metrics.jsonl",
     "probes.npy",
     "query.npy",
+    "sheet.jpg",
     "tensorboard",
     "text.onnx",
     "text.pt2",
@@ -64,9 +74,17 @@ ARTIFACT_ENTRIES = {
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
 
-_JOBS = {"csalign-job": "extraction", "csalign-training": "training run"}
+_TEMPORARY = ".tmp"
+_JOBS = {
+    "csalign-job": "extraction",
+    "csalign-training": "training run",
+    "csalign-generation": "generation",
+}
 _FULL = "free some space, or choose another --out"
+_BROKEN = "see whether the disk or its mount is in order, then run the same command again"
 _REMEDIES = {
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV), _BROKEN),
+    **dict.fromkeys((errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), _BROKEN),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     errno.EACCES: "check the permissions, or choose another --out",
     errno.EPERM: "check the permissions, or choose another --out",
@@ -74,7 +92,7 @@ _REMEDIES = {
 }
 
 
-def os_error(error: Exception, path: Path | None = None) -> str:
+def os_error(error: Exception, path: Path | str | None = None) -> str:
     """What to say of an error of a file system or object store: file, reason and remedy.
 
     Args:
@@ -84,9 +102,13 @@ def os_error(error: Exception, path: Path | None = None) -> str:
     name = getattr(error, "filename", None) or path
     number = getattr(error, "errno", None)
     if name is not None and ("://" in str(name) or is_store_error(error)):
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        is_silent = isinstance(error, TimeoutError) and not str(error)
+        words = "no answer in time" if is_silent else str(error) or type(error).__name__
+        reason = words.splitlines()[0]
         return f"{name}: {reason}; check the address, the keys and the network"
     # Libraries put words of their own where the system's would say more.
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(quoted[1]) if quoted else number
     reason = os.strerror(number) if number else str(error) or type(error).__name__
     remedy = _REMEDIES.get(number or 0)
     return f"{name}: " * (name is not None) + reason + (f"; {remedy}" if remedy else "")
@@ -122,12 +144,8 @@ def write_text(path: Path, text: str) -> None:
     if is_remote(path):
         path.write_bytes(text.encode())
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path), _beside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -152,15 +170,45 @@ def arriving(path: Path) -> Iterator[Path]:
             _upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process, maybe of another machine, may be writing the same file.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with _beside(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to be written and then given its name; removed if the block raises."""
+    temporary, lock = _locked_file(path)
     try:
         yield temporary
-        fsync_path(temporary)
+        os.fsync(lock)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what happened says more than that it cannot be cleaned up
+            temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_file(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, empty, and its handle, with a lock that dies with the process."""
+    while True:
+        # Another process, maybe of another machine, may be writing the same file.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+        lock = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return temporary, lock
+        os.close(lock)  # swept away by another process before it was locked
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes left that died while they wrote `path`, a local file."""
+    for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{_TEMPORARY}"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by whoever still writes it
+            left.unlink()
 
 
 def fsync_path(path: Path) -> None:
@@ -225,7 +273,7 @@ def _check_local_output(
         )
     _restore_interrupted_swap(resolved)
     partial = partial_of(resolved)
-    marked = (partial / LOCK).exists() or (partial / JOB).exists()
+    marked = (partial / LOCK).exists() or (partial / JOB).exists() or _is_artifact(partial)
     if partial.exists() and any(partial.iterdir()) and not marked:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
     if not resolved.exists():
@@ -302,7 +350,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
             (partial / LOCK).unlink()
             publish(partial, out)
         except BaseException:
-            remove_folder(partial)
+            discard(partial)
             raise
 
 
@@ -330,7 +378,7 @@ def refuse_other_work(folder: Path, own: str | None = None) -> None:
         return
     try:
         found = json.loads(path.read_bytes())["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         found = own  # who goes on with it says what is damaged
     if own is None or found != own:
         raise OutputError(
@@ -367,6 +415,17 @@ def empty_folder(folder: Path) -> None:
             remove_folder(entry)
         elif entry.name != LOCK:
             entry.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Remove a local folder that was built in, after an error, as far as the disk lets it.
+
+    What marks it as ours goes last, so that a later process can do what is left.
+    """
+    with suppress(OSError):  # what happened says more than that it cannot be cleaned up
+        empty_folder(folder)
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -437,7 +496,7 @@ def _is_artifact(folder: Path) -> bool:
     for mark in ARTIFACT_MARKS:
         try:
             document = json.loads((folder / mark).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(document, dict) and str(document.get("format")).startswith("csalign-"):
             return True

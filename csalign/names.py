@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
-Names = Mapping[str, str]
-"""By "image" and "text"; what programs read keeps those words."""
+Names = Mapping[Any, str]
+"""By modality, or "image" and "text" in JSON; what programs read keeps those words."""
 
 _SIDES = re.compile(r"(?<![\w-])(image|text)(s?)(?![\w-])")
 _DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}

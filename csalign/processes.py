@@ -6,6 +6,7 @@ is not even imported. What is told is plain JSON, bytes or tensors: nothing is p
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # torch takes seconds, and --help should not
     from torch import Tensor
 
 PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
-_FAILED = "csalign/failed"
+_FAILED, _LEFT = "csalign/failed", "csalign/left"
+_SECONDS_TO_READ = 5.0  # for the others to read why one failed, where it keeps what they read
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,15 @@ def joined() -> Iterator[None]:
         wait()
     except BaseException as error:
         told = _told(store, error)
+        distributed.destroy_process_group()
+        _leave(store)
         if told is error:
             raise
         raise told from error
+    else:
+        distributed.destroy_process_group()
     finally:
         _world = World()
-        distributed.destroy_process_group()
 
 
 def _told(store: Any, error: BaseException) -> BaseException:
@@ -121,6 +126,20 @@ def _told(store: Any, error: BaseException) -> BaseException:
     except (RuntimeError, ValueError):
         return error  # who kept the store is gone
     return error if found["rank"] == own["rank"] else ElsewhereError(found["code"])
+
+
+def _leave(store: Any) -> None:
+    """Let the others read why this process failed; torchrun keeps the store itself."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    until = time.monotonic() + _SECONDS_TO_READ
+    try:
+        left = store.add(_LEFT, 1)
+        while is_first() and left < _world.size and time.monotonic() < until:
+            time.sleep(0.05)
+            left = store.add(_LEFT, 0)
+    except RuntimeError:
+        return  # the process that keeps it is gone
 
 
 def _line(error: BaseException) -> str:
@@ -143,8 +162,9 @@ def _together() -> Iterator[Any]:
 def wait() -> None:
     """Wait until all processes are here."""
     if _world.size > 1:
-        with _together() as distributed:
-            distributed.barrier()
+        import torch
+
+        sum_(torch.zeros(1))
 
 
 def part(count: int, rank: int | None = None) -> slice:

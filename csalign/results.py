@@ -76,6 +76,33 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class GenerateResult:
+    """Images that were made of texts.
+
+    Attributes:
+        out: their folder.
+        images: how many there are.
+        reused: of them, made by an earlier process that was stopped.
+        decoder: family of the decoder.
+        scale: norm that the embeddings were given.
+        scale_from: what told it.
+        seconds: wall time of this call.
+    """
+
+    out: Path
+    images: int
+    reused: int
+    decoder: str
+    scale: float
+    scale_from: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+@dataclass(frozen=True)
 class Trial:
     """One training run of a search.
 

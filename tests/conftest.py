@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,3 +188,160 @@ def features(arrays: tuple[Path, Path], tmp_path: Path) -> Path:
     out = tmp_path / "features"
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], pairs=table, out=out))
     return out
+
+
+def _tiny_decoders(root: Path, width: int) -> None:
+    """Decoders of the three families in diffusers' format: few small layers, random weights."""
+    import diffusers
+    from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{own}</w>" for own in letters)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tower: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 20,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "projection_dim": width,
+    }
+    text = CLIPTextConfig(
+        **tower,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        vocab_size=len(vocabulary),
+        max_position_embeddings=16,
+    )
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    blocks: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1}
+    unet: dict[str, Any] = {**blocks, "norm_num_groups": 4, "cross_attention_dim": width}
+    simple: dict[str, Any] = {
+        **unet,
+        "sample_size": 8,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=width,
+        num_layers=1,
+        num_embeddings=4,
+        additional_embeddings=4,
+    )
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=width)
+    for mean, std in ((prior.clip_mean, prior.clip_std), (normalizer.mean, normalizer.std)):
+        mean.data, std.data = torch.randn(1, width), 0.5 + torch.rand(1, width)
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**tower, image_size=32, patch_size=16))
+
+    diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=None,
+        image_encoder=encoder,
+        image_normalizer=normalizer,
+        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(text),
+        unet=diffusers.UNet2DConditionModel(
+            **unet,
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=(2, 4),
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=2 * width,
+        ),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True),
+        vae=diffusers.AutoencoderKL(
+            **blocks,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+        ),
+    ).save_pretrained(root / "stable")
+
+    def super_resolution() -> Any:
+        return diffusers.UNet2DModel(
+            **blocks,
+            norm_num_groups=4,
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        )
+
+    text_encoder = CLIPTextModelWithProjection(text)
+    pipeline = diffusers.UnCLIPPipeline
+    projection = vars(sys.modules[pipeline.__module__])["UnCLIPTextProjModel"]
+    schedule = diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample")
+    pipeline(
+        prior=prior,
+        decoder=diffusers.UNet2DConditionModel(
+            **simple, in_channels=3, out_channels=6, class_embed_type="identity"
+        ),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_proj=projection(
+            clip_embeddings_dim=width, time_embed_dim=32, cross_attention_dim=width
+        ),
+        super_res_first=super_resolution(),
+        super_res_last=super_resolution(),
+        prior_scheduler=schedule,
+        decoder_scheduler=diffusers.UnCLIPScheduler(variance_type="learned_range"),
+        super_res_scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log"),
+    ).save_pretrained(root / "karlo")
+
+    diffusers.KandinskyV22Pipeline(
+        unet=diffusers.UNet2DConditionModel(
+            **simple,
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            encoder_hid_dim=width,
+            encoder_hid_dim_type="image_proj",
+        ),
+        scheduler=diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        movq=diffusers.VQModel(
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            norm_type="spatial",
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=4,
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ),
+    ).save_pretrained(root / "kandinsky")
+    diffusers.KandinskyV22PriorPipeline(
+        prior=prior,
+        image_encoder=encoder,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=schedule,
+        image_processor=None,
+    ).save_pretrained(root / "prior")
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of decoders for embeddings of width 24: stable, karlo, kandinsky and its prior."""
+    root = tmp_path_factory.mktemp("decoders")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(5)
+        _tiny_decoders(root, 24)
+    return root

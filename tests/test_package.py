@@ -12,19 +12,9 @@ import csalign
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "csalign"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PARTS = {"store", "sources", "encoders", "adapters", "metrics", "report", "nearest"}
-BASE = {
-    "errors",
-    "enums",
-    "progress",
-    "results",
-    "files",
-    "locations",
-    "onednn",
-    "stopping",
-    "names",
-}
-BASE |= {"__version__", "csalign", "processes"}
+PARTS = {"store", "sources", "encoders", "decoders", "adapters", "metrics", "report", "nearest"}
+BASE = {"errors", "enums", "progress", "results", "files", "locations", "onednn", "sealed"}
+BASE |= {"stopping", "__version__", "csalign", "processes", "names"}
 # What each folder may import from csalign beside itself; parts take plain arguments, so none of
 # them sees a config.
 ALLOWED = {
@@ -33,6 +23,7 @@ ALLOWED = {
     "store": BASE,
     "sources": BASE,
     "encoders": BASE | {"store"},
+    "decoders": BASE,
     "adapters": BASE,
     "nearest": BASE | {"store"},
     "metrics": BASE | {"objective"},
@@ -42,8 +33,9 @@ ALLOWED = {
     "": BASE,
 }
 ONLY_DOORS = {
+    "diffusers": {"decoders/unclip.py"},
     "faiss": {"nearest/vectors.py", "metrics/approximate.py"},
-    "huggingface_hub": {"adapters/hub.py", "encoders/hf_texts.py"},
+    "huggingface_hub": {"adapters/hub.py", "decoders/unclip.py", "encoders/hf_texts.py"},
     "h5py": {"sources/vectors/hdf5_files.py"},
     "onnx": {"adapters/graphs.py"},
     "onnxruntime": {"adapters/graphs.py"},
@@ -65,12 +57,13 @@ ONLY_DOORS = {
     },
     "safetensors": {
         "adapters/checkpoint.py",
+        "decoders/unclip.py",
         "sources/vectors/tensor_files.py",
         "steps/state.py",
     },
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"processes.py"},
-    "transformers": {"encoders/hf_texts.py"},
+    "transformers": {"decoders/unclip.py", "encoders/hf_texts.py"},
     "umap": {"steps/report.py"},
     "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
 }

@@ -17,6 +17,7 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.enums import Modality
 from csalign.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
+from csalign.sealed import check_seal, unsealed, write_sealed
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -35,6 +36,8 @@ class AdapterInfo(BaseModel):
         bandwidth: of the divergence at that step; None where it had no weight.
         data_fingerprint: of the feature set that it was trained on.
         train_split: the split(s) of it that it was trained on.
+        image_norm: root mean square norm of the images' embeddings there, which adapters do not
+            see; None in runs of older versions.
         weights_sha256: of the weights file; set when it is written.
     """
 
@@ -51,6 +54,7 @@ class AdapterInfo(BaseModel):
     bandwidth: float | tuple[float, ...] | None
     data_fingerprint: str
     train_split: str
+    image_norm: float | None = None
     weights_sha256: str = ""
 
     @model_validator(mode="after")
@@ -75,14 +79,18 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
         for name, value in _state(adapter).items()
     }
     temporary = folder / f".{WEIGHTS}.tmp"
+    with files.writing(folder / WEIGHTS):
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the library would let nobody else read it
     try:
         save_file(tensors, temporary)
     except SafetensorError as error:  # also where the disk is full
-        raise OutputError(f"{temporary}: cannot be written ({error})") from None
+        raise OutputError(files.os_error(error, folder / WEIGHTS)) from None
+    temporary.chmod(mode)
     files.fsync_path(temporary)
     info = info.model_copy(update={"weights_sha256": files.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
-    files.write_json(folder / DESCRIPTION, info.model_dump(mode="json"))
+    write_sealed(folder / DESCRIPTION, info.model_dump(mode="json"))
 
 
 def load_adapter(
@@ -169,13 +177,22 @@ def read_info(folder: Path) -> AdapterInfo:
         kind = "holds no trained adapter" if folder.exists() else "no such run"
         raise DataError(f"{folder}: {kind} (no {DESCRIPTION}); train one with csalign train")
     try:
-        return AdapterInfo.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        version = document.get("format_version") if isinstance(document, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise SchemaError(
+                f"{path}: format version {version}, this csalign reads up to {FORMAT_VERSION}; "
+                "upgrade csalign"
+            )
+        info = AdapterInfo.model_validate(unsealed(document))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
         raise SchemaError(f"{path}: {where}: {first['msg']}; train again") from None
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
+    check_seal(path, document, "train again")
+    return info
 
 
 def _state(adapter: Adapter) -> dict[str, torch.Tensor]:

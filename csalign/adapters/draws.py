@@ -47,7 +47,7 @@ class Draws:
         runs = range(self._first // grain, -(-(self._first + len(x)) // grain))
         # Whole runs, since the first numbers of one may depend on how many there are.
         out = torch.empty(len(runs) * grain, *x.shape[1:], dtype=dtype, device=x.device)
-        for number, part in zip(runs, out.split(grain), strict=True):
+        for number, part in zip(runs, torch.split(out, grain), strict=True):
             generator.manual_seed((int(words[0]) + number) % _SEEDS)
             draw(part, generator)
         start = self._first - runs.start * grain
@@ -67,6 +67,7 @@ def drawing(seed: Sequence[int], first: int) -> Iterator[None]:
         _current.reset(token)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def normal_like(x: Tensor) -> Tensor:
     """Standard normal numbers for rows (n, ...); by torch's generator outside of `drawing`."""
     draws = _current.get()
@@ -82,6 +83,7 @@ class Dropout(nn.Dropout):
     a CPU; the share that is dropped is p up to 1 / 131,072.
     """
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Drop values while training."""
         draws = _current.get()

@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 
 Array = npt.NDArray[Any]
 
+CHUNK_ROWS = 8_192
+
 
 class Rows(Protocol):
     """Embeddings (n, d), of which some at a time are taken as an array."""
@@ -34,3 +36,12 @@ def to_tensor(values: Array, device: torch.device) -> Tensor:
     """A float32 tensor on a device; the cast from float16 happens there."""
     # A read-only array (Arrow's memory) must be copied before torch may share it.
     return torch.from_numpy(np.array(values)).to(device).float()
+
+
+def mean_square(rows: Rows) -> float:
+    """Mean squared norm of rows (n, d), n >= 1, read some at a time."""
+    total = 0.0
+    for start in range(0, len(rows), CHUNK_ROWS):
+        part = np.asarray(rows[start : start + CHUNK_ROWS], np.float32)
+        total += float(np.einsum("ij,ij->", part, part, dtype=np.float64))
+    return total / len(rows)

@@ -12,7 +12,7 @@ from csalign import __version__
 from csalign.cli import render
 from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.progress import shown_progress
-from csalign.cli.run import command
+from csalign.cli.run import command, naming
 from csalign.cli.step import step_command
 from csalign.config import (
     ApplyConfig,
@@ -20,14 +20,16 @@ from csalign.config import (
     EvalConfig,
     ExportConfig,
     ExtractConfig,
+    GenerateConfig,
     ImportConfig,
     IndexConfig,
     SearchConfig,
     TrainConfig,
     TuneConfig,
 )
+from csalign.config.recipes import recipe_names, recipe_text, recipe_title
 from csalign.progress import Progress
-from csalign.results import FeaturesResult, Found, TrainResult, TuneResult
+from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
 
 app = typer.Typer(
     name="csalign",
@@ -108,6 +110,15 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command()
+@step_command(GenerateConfig, render.generate_table)
+def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
+    """Make images of texts by an unCLIP decoder."""
+    from csalign.steps.generate import generate
+
+    return generate(settings, progress)
+
+
+@app.command()
 @step_command(DiagnoseConfig, render.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
     """Tell how far the objective works against itself, and what the gap is made of."""
@@ -154,11 +165,25 @@ def inspect(
     verbose: Verbose = 0,
 ) -> None:
     """Tell what is in an artifact, after checking all of it."""
-    with command(quiet=quiet, verbose=verbose):
+    with command(quiet=quiet, verbose=verbose), naming([path]):
         from csalign.steps.inspect import inspect
 
         document = inspect(path, merge=merge)
         render.print_json(document) if json else render.inspect_table(document)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, to print its file.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the named settings of train, or print one, to be changed and given by --config."""
+    with command(quiet=False, verbose=0):
+        if name is not None:
+            typer.echo(recipe_text(name), nl=False)
+        else:
+            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
 
 
 @app.command()
@@ -186,7 +211,7 @@ def compare(
     verbose: Verbose = 0,
 ) -> None:
     """Put several systems side by side and tell which differences are more than chance."""
-    with command(quiet=quiet, verbose=verbose) as console:
+    with command(quiet=quiet, verbose=verbose) as console, naming(systems):
         from csalign.steps.compare import compare
 
         with shown_progress(console, quiet=quiet) as progress:

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from csalign.cli.text import shown
 from csalign.names import Names, renamed
-from csalign.results import FeaturesResult, Found, TrainResult, Trial, TuneResult
+from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
@@ -67,6 +68,15 @@ def train_table(result: TrainResult) -> None:
             )
         )
     _print_rows(str(result.run), rows)
+
+
+def generate_table(result: GenerateResult) -> None:
+    """Say what was made."""
+    reused = f", {result.reused:,} of them made before" if result.reused else ""
+    _print(
+        f"{result.out}: {result.images:,} images{reused}, by {result.decoder} of embeddings of "
+        f"norm {result.scale:.4g}, that of {result.scale_from}"
+    )
 
 
 def tune_tables(result: TuneResult) -> None:
@@ -138,9 +148,24 @@ def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
     )
 
 
+def recipes_table(titles: dict[str, str]) -> None:
+    """Recipes by name, and what each is for."""
+    _print_rows("csalign train --recipe NAME; csalign recipes NAME prints it", list(titles.items()))
+
+
 def eval_tables(document: dict[str, Any]) -> None:
     """The document of ``csalign eval`` as tables."""
     counts = document["counts"]
+    if "distribution" in document:
+        _print(
+            f"{document['generated']}: {counts['generated']:,} images, against "
+            f"{document['images']}: {counts['images']:,}, by {document['encoder']}"
+        )
+        names = {"frechet": "Frechet distance", "frechet_unit": "of unit rows", "cmmd": "CMMD"}
+        figures = document["distribution"]
+        _print_rows("distance", [(names[key], f"{figures[key]:.4f}") for key in names])
+        _further_tables(document)
+        return
     adapter = document["adapter"] or "no adapter"
     rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
     _print(
@@ -267,7 +292,7 @@ def _ranges(around: dict[str, list[float]]) -> Iterator[str]:
 def compare_table(document: dict[str, Any]) -> None:
     """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
     rows = document["evaluations"]
-    names = [escape(row["name"]) for row in rows]
+    names = [escape(shown(row["name"])) for row in rows]
     judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
     for row in rows:
         difference = row["difference"].get("mean_recall")
@@ -430,7 +455,7 @@ def _signed(difference: dict[str, Any]) -> str:
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        table.add_row(escape(shown(name)), escape(shown(value)))
     _print(title)
     _print_table(table)
 
@@ -440,9 +465,9 @@ def _print_table(table: Table) -> None:
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=PIPED_WIDTH, emoji=False)
 
 
 def _print(line: str) -> None:
-    Console(soft_wrap=True).print(line, markup=False, highlight=False)
+    Console(soft_wrap=True, emoji=False).print(shown(line), markup=False, highlight=False)

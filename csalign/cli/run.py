@@ -6,14 +6,16 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from csalign import files
-from csalign.errors import CsalignError, ElsewhereError, Stopped
+from csalign.cli.text import shown
+from csalign.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
 
 LOGGER = "csalign"
@@ -29,10 +31,11 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     Raises:
         typer.Exit: with the exit code of an expected error or of a signal.
     """
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console
+        sys.stdout.flush()  # here, where a disk that is full can still be told
     except ElsewhereError as error:
         raise typer.Exit(error.exit_code) from None
     except CsalignError as error:
@@ -43,10 +46,10 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(stopped.exit_code) from None
     except BrokenPipeError:
         # The reader of our stdout went away, as in `| head`; end as SIGPIPE would have it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        _explain(console, files.os_error(error), verbose)
+        _explain(console, files.os_error(error, _stdout_if_broken()), verbose)
         raise typer.Exit(1) from None
     except Exception as error:
         if not is_store_error(error):
@@ -55,10 +58,46 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(1) from None
 
 
+def _stdout_if_broken() -> str | None:
+    """The name of stdout, if it cannot be written to; what was not yet is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_stdout()
+        return "stdout"
+    return None
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def naming(places: Iterable[Any]) -> Iterator[None]:
+    """Let an error of an object store, which does not say of which, name those that were given.
+
+    Args:
+        places: what the command was given, of which URLs are meant.
+
+    Raises:
+        DataError: in place of such an error.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        is_nameless = isinstance(error, OSError) and error.filename is None
+        urls = [str(place) for place in places if "://" in str(place)]
+        if not urls or not (is_nameless or is_store_error(error)):
+            raise
+        raise DataError(files.os_error(error, " or ".join(urls))) from error
+
+
 def _explain(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
-    console.print(f"csalign: {message}", markup=False, highlight=False, style="red")
+    console.print(f"csalign: {shown(message)}", markup=False, highlight=False, style="red")
 
 
 class _StderrHandler(logging.Handler):
@@ -70,7 +109,10 @@ class _StderrHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         label = "warning: " if record.levelno >= logging.WARNING else ""
         self._console.print(
-            f"csalign: {label}{record.getMessage()}", style=style, markup=False, highlight=False
+            f"csalign: {label}{shown(record.getMessage())}",
+            style=style,
+            markup=False,
+            highlight=False,
         )
 
 

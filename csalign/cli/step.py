@@ -9,7 +9,7 @@ from csalign import processes
 from csalign.cli import render
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, parameters_of
 from csalign.cli.progress import shown_progress
-from csalign.cli.run import command
+from csalign.cli.run import command, naming
 from csalign.config import Config
 from csalign.progress import Progress
 
@@ -45,7 +45,8 @@ def step_command(
                 processes.joined() if together else nullcontext(),
             ):
                 settings = config.resolve(config_file, given)
-                with shown_progress(console, quiet=quiet) as progress:
+                places = [value for _, value in settings]
+                with naming(places), shown_progress(console, quiet=quiet) as progress:
                     result = run_step(settings, progress)
                 if not follows:
                     _show(result, show, as_json=json)

@@ -6,12 +6,24 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from csalign.config.base import Config, Location, Positive, RunFolder, Words
+from csalign.errors import ConfigError
 
 
 class EvalConfig(Config):
-    """``csalign eval``: retrieval and modality gap."""
+    """``csalign eval``: retrieval and modality gap, or two sets of images."""
 
-    features: Location = Field(description="Feature set to evaluate on.")
+    features: Location | None = Field(
+        None, description="Feature set to evaluate on. Required, but for --images."
+    )
+    images: str | None = Field(
+        None,
+        description="Real images, to compare with --generated in place of an evaluation of "
+        "features: a folder or what else extract reads, or a feature set.",
+    )
+    generated: str | None = Field(None, description="Generated images, likewise.")
+    encoder: str | None = Field(
+        None, description="Encoder that embeds --images and --generated, as extract names it."
+    )
     adapter: RunFolder | None = Field(
         None, description="Run folder; without it the features are evaluated as they are."
     )
@@ -77,3 +89,14 @@ class EvalConfig(Config):
     device: str = Field(
         "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
     )
+
+    @property
+    def feature_set(self) -> Path:
+        """The features, where it is them that are evaluated.
+
+        Raises:
+            ConfigError: none are named.
+        """
+        if self.features is None:
+            raise ConfigError("features: is required")
+        return self.features

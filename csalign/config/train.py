@@ -1,10 +1,10 @@
 """What ``csalign train`` and ``csalign tune`` can be told."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from csalign.config.base import (
     Count,
@@ -18,6 +18,7 @@ from csalign.config.base import (
     Share,
     Words,
 )
+from csalign.config.recipes import recipe_values
 from csalign.enums import DivergenceName, PairwiseName, Precision
 
 
@@ -31,6 +32,11 @@ class TrainConfig(OutputConfig):
         False,
         description="Replace the folder if it exists, only after success; and start anew where a "
         "run with other options was stopped.",
+    )
+    recipe: str | None = Field(
+        None,
+        description="Named settings to start from, which --config and the command line win over: "
+        "close-the-gap, few-pairs, retrieval-llm or text-to-image; see csalign recipes.",
     )
     features: Location = Field(description="Feature set to train on.")
     train_split: str = Field(
@@ -175,6 +181,9 @@ class TrainConfig(OutputConfig):
         description="Factors of the objective's matrix products, from 256 rows on: float32, or "
         "bfloat16, which is faster where the CPU or GPU has it.",
     )
+    compile: bool = Field(
+        False, description="Run the adapters through torch.compile, which does not pay on CPUs."
+    )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(
@@ -202,7 +211,14 @@ class TrainConfig(OutputConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
-    def recipe(self) -> str:
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of the recipe that is named, if one is, below those that are given."""
+        name = values.get("recipe")
+        return values if name is None else {**recipe_values(str(name)), **values}
+
+    def settings(self) -> str:
         """Everything but the folder to make as TOML, for ``train --config FILE --out RUN``."""
         left_out = set(OutputConfig.model_fields)
         values = self.model_dump(mode="json", exclude_none=True, exclude=left_out)

@@ -358,7 +358,7 @@ def _beside(model: str, file: str) -> Any:
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EncoderError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
 
 

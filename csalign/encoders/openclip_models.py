@@ -145,7 +145,7 @@ def _register(path: Path, tokenizer: str | None = None) -> Architecture:
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise EncoderError(f"{path}: is no open_clip model config ({error})") from None
     if missing:
         raise EncoderError(f"{path}: is no open_clip model config, lacks {missing[0]!r}")

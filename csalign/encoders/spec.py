@@ -12,15 +12,27 @@ others wrote; naming one is what gets its code imported. `none` stands for rando
 """
 
 from collections.abc import Collection
+from urllib.parse import parse_qsl
 
 from csalign.encoders.base import EncoderOptions, Encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError
 
+_OWN = ("open_clip", "timm", "hf")
 _FORMS = (
     "open_clip:ARCH/TAG, open_clip:ARCH+FILE, timm:MODEL (images), hf:NAME-or-FOLDER (texts) or "
     "MODULE:CALLABLE"
 )
+
+
+def is_trusted(spec: str) -> bool:
+    """Whether an encoder may be loaded because an artifact that somebody sent names it.
+
+    It may if that runs no code but csalign's and the libraries'; others a user has to name.
+    """
+    family, _, name = spec.partition(":")
+    options = dict(parse_qsl(name.partition("?")[2], keep_blank_values=True))
+    return family in _OWN and "trust_remote_code" not in options
 
 
 def load_encoders(image: str | None, text: str | None, options: EncoderOptions) -> Encoders:

@@ -111,6 +111,22 @@ EXPLANATIONS = {
     "gap.spectrum.*": Explanation(
         "singular values of the covariance over their sum, the 64 largest: shares of the variance"
     ),
+    "distribution.frechet": Explanation(
+        "|mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances over n - 1, of "
+        "embeddings as the encoder gives them",
+        "Heusel et al. 2017, with the named encoder in place of Inception",
+    ),
+    "distribution.frechet_unit": Explanation(
+        "the same of unit rows", "Dowson and Landau 1982; Heusel et al. 2017"
+    ),
+    "distribution.cmmd": Explanation(
+        "1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) of unit rows, "
+        "k(a, b) = exp(-|a - b|^2 / (2 10^2)), diagonals included",
+        "Jayasumana et al. 2024",
+    ),
+    "images": Explanation("the real images"),
+    "generated": Explanation("the images that are compared with them"),
+    "encoder": Explanation("what embedded both"),
     "zero_shot.top1": Explanation(
         "share of images whose class vector, the normalised mean of its normalised prompts, is the "
         "nearest",

@@ -149,14 +149,23 @@ def _mean_distance_within(x: Tensor) -> float:
     return (1 - off_diagonal / (n * (n - 1))) / 2
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
+def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
     """Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), with biased covariances. With C = R^T R the
-    trace of the root is the sum of the singular values of R_x R_y^T, so rank-deficient
-    covariances (fewer rows than columns) need no regularising.
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C = R^T R the trace of the root is the
+    sum of the singular values of R_x R_y^T, so rank-deficient covariances (fewer rows than
+    columns) need no regularising.
+
+    Args:
+        x: (n, d), of any norm.
+        y: (m, d).
+        unbiased: divide the covariances by n - 1, as FID does, not by n; n and m are then >= 2.
     """
-    return _frechet(centroid_distance(x, y), _covariance_root(x), _covariance_root(y))
+    roots = (
+        _covariance_root(rows) * (math.sqrt(len(rows) / (len(rows) - 1)) if unbiased else 1)
+        for rows in (x, y)
+    )
+    return _frechet(centroid_distance(x, y), *roots)
 
 
 def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:

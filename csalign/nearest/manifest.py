@@ -12,6 +12,7 @@ from csalign.errors import DataError, SchemaError
 from csalign.nearest.items import ITEMS
 from csalign.nearest.plan import IndexKind
 from csalign.nearest.vectors import VECTORS, Effort
+from csalign.sealed import check_seal, unsealed, write_sealed
 from csalign.store.manifest import EncoderInfo
 
 DESCRIPTION = "index.json"
@@ -115,7 +116,8 @@ def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
         kind = f"is no index (no {DESCRIPTION} in it)" if folder.exists() else "no such index"
         raise DataError(f"{folder}: {kind}; build one with csalign index")
     try:
-        manifest = IndexManifest.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        manifest = IndexManifest.model_validate(unsealed(document))
         manifest.search_effort()
     except ValidationError as error:
         first = error.errors()[0]
@@ -123,6 +125,7 @@ def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
         raise SchemaError(f"{path}: {where}: {first['msg']}; build the index again") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); build the index again") from None
+    check_seal(path, document, "build the index again")
     for needed in (VECTORS, ITEMS):
         if needed not in manifest.files:
             raise SchemaError(f"{path}: names no {needed}; build the index again")
@@ -163,7 +166,7 @@ def list_files(folder: Path) -> dict[str, FileInfo]:
 
 def write_index_manifest(folder: Path, manifest: IndexManifest) -> None:
     """Write ``index.json``, which completes the index."""
-    files.write_json(folder / DESCRIPTION, manifest.model_dump(mode="json"))
+    write_sealed(folder / DESCRIPTION, manifest.model_dump(mode="json"))
 
 
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def write_page(
         body="\n".join(body),
         script=_script(figures),
     )
+    files.sweep(path)
     files.write_text(path, page)
 
 

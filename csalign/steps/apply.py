@@ -21,6 +21,7 @@ from csalign.steps.adapted import ROWS_WITH_TOKENS, check_tokens, load_adapter_f
 from csalign.steps.state import from_bytes, to_bytes
 from csalign.store import schema
 from csalign.store.export import ClipRetrievalExport, NpyExport, RowWriter, Side
+from csalign.store.join import check_directions
 from csalign.store.manifest import EncoderInfo
 from csalign.store.reader import FeatureSet, FeatureTable, batch_tokens, batch_vectors
 from csalign.store.shard import Rows
@@ -158,6 +159,8 @@ class _Work:
         for _, batch in table.blocks(columns, is_wanted):
             strings = {name: batch.column(name).to_pylist() for name in names}
             vectors = batch_vectors(batch, schema.EMBEDDING)
+            name = f"{table.folder}: {table.modality.plural}"
+            check_directions(vectors, batch.column(schema.ID), name)
             if not with_tokens:
                 yield Rows(strings, adapter.embed(table.modality, vectors, batch_size=batch_size))
                 continue

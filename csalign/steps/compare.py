@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from csalign.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.metrics.bootstrap import Resamples
 from csalign.progress import Progress, silent
 from csalign.steps.evaluate import describe, measure
+from csalign.steps.record import CONFIG, read_environment, read_settings
 from csalign.store.manifest import read_manifest
 
 log = logging.getLogger(__name__)
@@ -149,16 +149,18 @@ def compare(
 def _run(path: Path, split: str | None) -> _Entry:
     """Evaluate a run on the features that it was trained on."""
     info = read_info(path)
-    settings = path / "config.toml"
+    settings = path / CONFIG
     try:
-        features = tomllib.loads(settings.read_text(encoding="utf-8"))["features"]
-        manifest = read_manifest(EvalConfig(features=features).features)
-    except FileNotFoundError:
+        features = read_settings(path)["features"]
+        manifest = read_manifest(EvalConfig(features=features).feature_set)
+    except KeyError:
+        if settings.is_file():
+            raise SchemaError(f"{settings}: names no features; train again") from None
         raise DataError(
             f"{path}: has no config.toml that names its features; use csalign eval --json and "
             "compare what it prints"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         raise SchemaError(f"{settings}: names no features; train again") from None
     except SchemaError:
         raise
@@ -323,7 +325,7 @@ def _seconds(document: _Document) -> float | None:
         return None
     run = Path(document.adapter)
     try:
-        environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        environment = read_environment(run)
         same = read_info(run).weights_sha256 == document.fingerprints.adapter
         return float(environment["seconds"]) if same else None
     except (CsalignError, OSError, ValueError, KeyError, TypeError):

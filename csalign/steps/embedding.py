@@ -331,6 +331,8 @@ def _flaws(embedded: Embedded, dtype: str) -> dict[int, str]:
             flaws[position] = f"has an embedding that is not finite in {dtype}"
         elif not embedding.astype(dtype).any():
             flaws[position] = "has an embedding of norm 0"
+        elif not schema.LEAST_NORM < np.abs(embedding).max() < schema.MOST_VALUE:
+            flaws[position] = f"has an embedding of norm {np.linalg.norm(embedding):.3g}"
     for position, tokens in enumerate(embedded.tokens or ()):
         if position not in flaws and not _is_finite(tokens, dtype):
             flaws[position] = f"has tokens that are not finite in {dtype}"

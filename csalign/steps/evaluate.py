@@ -1,4 +1,7 @@
-"""``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted."""
+"""``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted.
+
+Two sets of images are compared in `csalign.steps.image_sets`.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -34,6 +37,7 @@ from csalign.steps.further import (
     hubness_block,
     look_up,
 )
+from csalign.steps.image_sets import compare_images
 from csalign.steps.protocols import (
     DIRECTIONS,
     Gallery,
@@ -43,6 +47,7 @@ from csalign.steps.protocols import (
     select,
 )
 from csalign.steps.report import Evaluated, write_report
+from csalign.steps.sanity import warn_of_queries
 from csalign.store.join import (
     ALL,
     PairedRows,
@@ -147,6 +152,8 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         SchemaError: the features or the adapter are damaged.
         OutputError: the page cannot be written where it is wanted.
     """
+    if config.images is not None or config.generated is not None:
+        return compare_images(config, progress)
     with processes.joined():
         if not processes.is_first():
             if config.index == "exact" and not _has_images_alone(config):
@@ -181,7 +188,7 @@ def _evaluate(config: EvalConfig, progress: Progress) -> dict[str, Any]:
 def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> None:
     """Write the page of an evaluation; reads its rows again, for what was before the adapter."""
     config = measured.config
-    features = FeatureSet.open(config.features)
+    features = FeatureSet.open(config.feature_set)
     shown = Evaluated(
         features=features,
         rows=select(config.protocol, load_rows(features, measured.split)),
@@ -191,12 +198,14 @@ def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> Non
         ranks=measured.ranks,
         document=document,
     )
-    title = f"{config.features}, {config.adapter or 'no adapter'}, split {measured.split}"
+    title = f"{config.feature_set}, {config.adapter or 'no adapter'}, split {measured.split}"
     write_report(path, title, shown, config.adapter, config.seed)
 
 
 def _has_images_alone(config: EvalConfig) -> bool:
-    return config.zero_shot is not None and FeatureSet.open(config.features).texts.made_by is None
+    if config.zero_shot is None:
+        return False
+    return FeatureSet.open(config.feature_set).texts.made_by is None
 
 
 def measure(config: EvalConfig) -> Measured:
@@ -204,10 +213,11 @@ def measure(config: EvalConfig) -> Measured:
 
     Where processes have joined, all of them have to call it.
     """
-    features = FeatureSet.open(config.features)
+    features = FeatureSet.open(config.feature_set)
     split = _split(config, features)
     rows = select(config.protocol, load_rows(features, split))
     images, texts, loaded = _aligned(features, rows, split, config)
+    warn_of_queries(rows, rows.name)
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     fingerprints = {
         "features": features.manifest.fingerprint(),
@@ -270,10 +280,10 @@ def _classify_alone(config: EvalConfig) -> dict[str, Any]:
     """Zero-shot classification of a feature set without texts."""
     if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
         raise DataError(
-            f"{config.features}: has no texts, so there is no retrieval; leave out --relevance, "
+            f"{config.feature_set}: has no texts, so there is no retrieval; leave out --relevance, "
             "--by, --correct, --report and --protocol"
         )
-    features = FeatureSet.open(config.features)
+    features = FeatureSet.open(config.feature_set)
     split = _split(config, features)
     rows = load_side(features, split, Modality.IMAGE)
     name, loaded = f"{rows.name}: images", None
@@ -288,7 +298,7 @@ def _classify_alone(config: EvalConfig) -> dict[str, Any]:
     asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
     further, around = further_blocks(config, (), None, asked, images)
     document = {
-        "features": str(config.features),
+        "features": str(config.feature_set),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": split,
         "fingerprints": {
@@ -319,7 +329,7 @@ def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
     pairs = int((measured.text_image >= 0).sum())
     further, around = further_blocks(config, measured.folds, measured.ranks, measured.asked, images)
     document = {
-        "features": str(config.features),
+        "features": str(config.feature_set),
         "adapter": None if config.adapter is None else str(config.adapter),
         "split": measured.split,
         **({} if measured.names is None else {"names": dict(measured.names)}),

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from csalign.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.progress import Progress, silent
 from csalign.report.card import Card, Side, model_card
 from csalign.steps.adapted import load_adapter_for
+from csalign.steps.logs import LINES
+from csalign.steps.record import read_lines, read_settings
 from csalign.store import schema
 from csalign.store.reader import FeatureSet, batch_vectors
 
@@ -33,7 +34,6 @@ TOLERANCE = 1e-5
 ROWS = 257  # random ones; and a single one, as other programs ask
 REAL_ROWS = 1_000
 CARD = "README.md"
-METRICS = "metrics.jsonl"
 GRAPHS = {"onnx": "onnx", "torch-export": "pt2"}
 # Of a run's configuration; where things lay is nobody's business, and what decides no weight.
 PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
@@ -134,8 +134,8 @@ def _write(
     shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to not in GRAPHS:
         shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
-        if config.to == "hub-folder" and (_run_folder(config.run) / METRICS).is_file():
-            shutil.copy(_run_folder(config.run) / METRICS, folder / METRICS)
+        if config.to == "hub-folder" and (_run_folder(config.run) / LINES).is_file():
+            shutil.copy(_run_folder(config.run) / LINES, folder / LINES)
         again, _ = load_adapter_with_info(folder, allow=allow)
         progress("sides", 2, 2)
         return again.embed
@@ -178,7 +178,7 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
         _ = document["retrieval"]["image_to_text"]["R@1"], document["gap"]["rmg"]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: is not what csalign eval --json prints ({type(error).__name__}: {error})"
         ) from None
@@ -234,17 +234,13 @@ def _card(
 def _record(run: Path, step: int) -> tuple[dict[str, Any], dict[str, float]]:
     """How a run was set, and the validation figures of its weights; {} where it does not say."""
     folder = _run_folder(run)
-    settings_file, metrics_file = folder / "config.toml", folder / METRICS
-    settings: dict[str, Any] = {}
+    settings = read_settings(folder)
     validation: dict[str, float] = {}
     try:
-        if settings_file.is_file():
-            settings = tomllib.loads(settings_file.read_text(encoding="utf-8"))
-        for line in metrics_file.read_text("utf-8").splitlines() if metrics_file.is_file() else ():
-            entry = json.loads(line)
+        for entry in read_lines(folder):
             if "validation" in entry and entry["step"] == step:
                 validation = {k: v for k, v in entry["validation"].items() if v is not None}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"{folder}: its record is damaged ({error}); train again") from None
     return {key: value for key, value in settings.items() if key not in PRIVATE}, validation
 

@@ -1,7 +1,10 @@
 """``csalign import``: embeddings somebody already has, into a feature set."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from csalign import files
 from csalign.config import ImportConfig
@@ -25,6 +28,10 @@ from csalign.store import schema
 from csalign.store.manifest import EncoderInfo
 from csalign.store.shard import Rows, first_unusable
 from csalign.store.writer import FeatureWriter
+
+log = logging.getLogger(__name__)
+
+FAINT = 1e-4  # largest value of a row, below which float16 rounds it by a thousandth and more
 
 
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
@@ -53,7 +60,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         side: EncoderInfo(spec=specs[side], width=vectors.width) for side, vectors in sides.items()
     }
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
-    total, done = sum(map(len, sides.values())), 0
+    total, done, faint = sum(map(len, sides.values())), 0, 0
     with files.staged_folder(config.out) as folder:
         files.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, names) as writer:
@@ -71,8 +78,15 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                     }
                     writer.write(side, Rows(part, chunk))
                     start += len(chunk)
+                    faint += int((np.abs(chunk).max(axis=1) < FAINT).sum())
                     progress("rows", done + start, total)
                 done += start
+    if dtype == "float16" and faint:
+        log.warning(
+            "%d embeddings are so small that float16 keeps few of their digits; %s, or give the "
+            "originals with --dtype float32",
+            *(faint, schema.RESCALE.partition(",")[0]),
+        )
     images, texts = (len(sides[side]) if side in sides else 0 for side in Modality)
     owners: Sequence[str | None] = columns.get(Modality.TEXT, {}).get(schema.IMAGE_ID, ())
     pairs = sum(owner is not None for owner in owners)

@@ -1,14 +1,14 @@
 """``csalign inspect``: what is in an artifact, and is it sound."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
-from csalign.errors import DataError, SchemaError
+from csalign.errors import DataError
 from csalign.locations import is_remote, parse_location
 from csalign.nearest.manifest import DESCRIPTION as INDEX
 from csalign.nearest.manifest import describe_index, read_index_manifest
+from csalign.steps.record import read_environment, read_lines, read_settings
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
 from csalign.store.reader import FeatureSet
@@ -70,12 +70,9 @@ def _features(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     adapter, info = load_adapter_with_info(folder)
-    log = folder / "metrics.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    try:
-        scores = [line for line in map(json.loads, lines) if "validation" in line]
-    except ValueError as error:
-        raise SchemaError(f"{log}: is damaged ({error}); train again") from None
+    scores = [line for line in read_lines(folder) if "validation" in line]
+    read_settings(folder)
+    read_environment(folder)
     return {
         "kind": "run",
         "path": str(folder),

@@ -17,7 +17,7 @@ from csalign.adapters.model import Adapter
 from csalign.config import SearchConfig
 from csalign.devices import pick_device
 from csalign.encoders.base import Embedded, EncoderOptions, ImageEncoder, TextEncoder
-from csalign.encoders.spec import load_encoders
+from csalign.encoders.spec import is_trusted, load_encoders
 from csalign.enums import Modality
 from csalign.errors import ConfigError, CsalignError, DataError, EncoderError, ShapeError
 from csalign.nearest.manifest import IndexManifest
@@ -31,8 +31,6 @@ from csalign.store.tokens import pad_tokens
 STDIN = "-"
 QUERIES_AT_A_TIME = 256
 SAME = 0.98  # cosine of a caption's embeddings by what is taken for the same encoder
-# Families that run no code but their own library's; others a user has to name.
-TRUSTED = ("open_clip:", "timm:", "hf:")
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +121,7 @@ class Asker:
         known = self._known(side)
         spec = self.config.encoder or known.spec
         try:
-            if self.config.encoder is None and not _is_trusted(spec):
+            if self.config.encoder is None and not is_trusted(spec):
                 raise ConfigError("it is no encoder of open_clip, timm or hf by itself")
             with_tokens = self._with_tokens(side)
             options = EncoderOptions(
@@ -244,11 +242,6 @@ class Asker:
 def _parts(lines: Iterator[str]) -> Iterator[list[str]]:
     while part := list(islice(lines, QUERIES_AT_A_TIME)):
         yield part
-
-
-def _is_trusted(spec: str) -> bool:
-    """Whether an artifact that somebody sent may have this encoder loaded."""
-    return spec.startswith(TRUSTED) and "trust_remote_code" not in spec
 
 
 def _picture(path: str) -> Any:

@@ -1,7 +1,5 @@
 """What the page of an evaluation shows: samples, projections, and the queries worth a look."""
 
-import json
-import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from csalign.errors import SchemaError
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.steps.pictures import thumbnail
+from csalign.steps.record import SUMS, read_environment, read_lines, read_settings
 from csalign.store.join import PairedRows, image_sources
 from csalign.store.reader import FeatureSet
 
@@ -235,19 +233,6 @@ def _first_of(scores: Floats, matches: npt.NDArray[np.bool_]) -> tuple[int, int]
 
 def _record(run: Path) -> RunRecord:
     folder = run.parent.parent if run.parent.name == "checkpoints" else run
-    paths = {name: folder / name for name in ("metrics.jsonl", "config.toml", "environment.json")}
-    text = {
-        name: path.read_text(encoding="utf-8") if path.is_file() else ""
-        for name, path in paths.items()
-    }
-    name = ""
-    try:
-        name = "metrics.jsonl"
-        metrics = [json.loads(line) for line in text[name].splitlines()]
-        name = "config.toml"
-        config = tomllib.loads(text[name])
-        name = "environment.json"
-        environment = json.loads(text[name] or "{}")
-    except ValueError as error:
-        raise SchemaError(f"{paths[name]}: is damaged ({error}); train again") from None
-    return RunRecord(metrics, config, environment)
+    environment = read_environment(folder)
+    environment.pop(SUMS, None)
+    return RunRecord(read_lines(folder), read_settings(folder), environment)

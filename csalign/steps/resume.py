@@ -22,7 +22,7 @@ from csalign.config import TrainConfig
 from csalign.errors import OutputError, SchemaError, TrainingError
 from csalign.steps.logs import LINES
 from csalign.steps.state import read_values, write_values
-from csalign.store.documents import Document, read_document, write_document
+from csalign.store.documents import ANEW, Document, read_document, write_document
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SUMS = "SHA256SUMS"
 _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
 # What does not change the result, or is told by a fingerprint of what it holds.
 _LEFT_OUT = {
-    *("out", "overwrite", "features", "unpaired"),
+    *("out", "overwrite", "recipe", "features", "unpaired"),
     *("report", "device", "log_to", "save_every", "memory"),
 }
 
@@ -193,7 +193,7 @@ def open_training(
             raise
         except BaseException:
             if not (run.checkpoints or _steps_in(folder / files.RESUME)):
-                files.remove_folder(folder)
+                files.discard(folder)
             raise
         (folder / files.LOCK).unlink()
         files.publish(folder, out)
@@ -205,7 +205,7 @@ def open_training(
 def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
     """Make a folder ready; the state to go on from if it holds one of the same training."""
     path = folder / files.JOB
-    found = read_document(path, Training) if path.is_file() else None
+    found = _found(path, restart=restart)
     states = _steps_in(folder / files.RESUME)
     if found is not None and found != training and states and not restart:
         raise OutputError(_difference(folder, found, training))
@@ -217,6 +217,16 @@ def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
     files.empty_folder(folder)
     write_document(path, training)
     return None
+
+
+def _found(path: Path, *, restart: bool) -> Training | None:
+    """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
+    try:
+        return read_document(path, Training, ANEW) if path.is_file() else None
+    except SchemaError:
+        if restart:
+            return None
+        raise
 
 
 def _difference(folder: Path, found: Training, training: Training) -> str:

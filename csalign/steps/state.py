@@ -33,7 +33,7 @@ def write_values(path: Path, values: Mapping[str, Any]) -> None:
     try:
         save_file(tensors, path, {_JSON: document})
     except SafetensorError as error:  # also where the disk is full
-        raise OutputError(f"{path}: cannot be written ({error})") from None
+        raise OutputError(files.os_error(error, path)) from None
     files.fsync_path(path)
 
 

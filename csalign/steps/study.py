@@ -195,7 +195,7 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
             raise ValueError(f"its format is {there['format']!r}")
         differing = next((key for key in identity if there[key] != identity[key]), None)
         base = {**there["base"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); {remedy}") from None
     if differing == "features":
         raise OutputError(f"{folder}: is a study of other features; {remedy}")

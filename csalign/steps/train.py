@@ -1,6 +1,5 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-import json
 import logging
 import os
 import platform
@@ -8,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from csalign import __version__, files, processes, stopping
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info, save_adapter
+from csalign.adapters.inputs import mean_square
 from csalign.adapters.model import Adapter, SideShape
 from csalign.config import EvalConfig, TrainConfig
 from csalign.devices import pick_device
@@ -31,8 +32,10 @@ from csalign.steps.batches import PairSampler, order_of, uniform
 from csalign.steps.evaluate import describe, measure_rows
 from csalign.steps.logs import check_logs, open_logs
 from csalign.steps.match import match_outputs
+from csalign.steps.record import CONFIG, ENVIRONMENT, read_environment, write_environment
 from csalign.steps.report import Evaluated, write_report
 from csalign.steps.resume import State, Training, TrainingFolder, open_training
+from csalign.steps.sanity import warn_of_training_rows
 from csalign.steps.start import closed_form_start, kinds_of, random_start
 from csalign.steps.state import from_bytes, to_bytes
 from csalign.steps.terms import check_terms
@@ -52,7 +55,6 @@ from csalign.store.training import TrainingRows, load_training
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = "environment.json"
 SaveWeights = Callable[[Path], None]
 
 
@@ -112,6 +114,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
     device = pick_device(config.device)
     material = _load(config)
     features, rows, val = material.features, material.rows, material.val
+    warn_of_training_rows(rows, rows.name)
     training = Training.of(config, features, further_sets(config))
     with open_training(
         config.out, training, restart=config.overwrite, every=config.save_every
@@ -127,14 +130,17 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         environment = _environment(device, config)
         trainer = _trainer(material, adapter, sampler, config, folder, device)
         if run.state is not None:
-            _warn_of_changes(folder / ENVIRONMENT, environment)
+            _warn_of_changes(folder, environment)
             _go_on(trainer, run.state)
         _tell_start(adapter, None if run.state is None else run.state.trainer)
-        files.write_text(folder / "config.toml", config.to_toml())
+        files.write_text(folder / CONFIG, config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
 
+        norm = mean_square(rows.images) ** 0.5
+        info = partial(_info, trainer, features, material.split, start, norm)
+
         def save(where: Path) -> None:
-            save_adapter(where, adapter, _info(trainer, features, material.split, start))
+            save_adapter(where, adapter, info())
 
         told = config.model_dump(mode="json", exclude_none=True)
         with open_logs(
@@ -148,7 +154,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
             )
         save(folder)
         seconds = round(run.seconds, 3)
-        files.write_json(folder / ENVIRONMENT, {**environment, "seconds": seconds})
+        write_environment(folder, {**environment, "seconds": seconds})
     if config.report is not None:
         shown = None if val is None else _evaluated(adapter, features, val, config)
         write_report(config.report, f"{config.out}, validation", shown, config.out, config.seed)
@@ -381,11 +387,11 @@ def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Pro
             raise
 
 
-def _warn_of_changes(path: Path, environment: dict[str, Any]) -> None:
+def _warn_of_changes(folder: Path, environment: dict[str, Any]) -> None:
     """Tell where a run goes on under other conditions than it was begun under."""
     try:
-        before = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        before = _flat(read_environment(folder))
+    except (SchemaError, TypeError):
         return  # it is only told
     now = _flat(environment)
     changes = [
@@ -404,7 +410,9 @@ def _flat(environment: dict[str, Any]) -> dict[str, Any]:
     return {**environment, **environment.get("packages", {})}
 
 
-def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) -> AdapterInfo:
+def _info(
+    trainer: Trainer, features: FeatureSet, train_split: str, start: str, image_norm: float
+) -> AdapterInfo:
     return AdapterInfo(
         adapters={side: trainer.adapter.side(side).shape for side in Modality},
         encoders={side: features.table(side).encoder.spec for side in Modality},
@@ -414,6 +422,7 @@ def _info(trainer: Trainer, features: FeatureSet, train_split: str, start: str) 
         bandwidth=trainer.loss.sigma,
         data_fingerprint=features.manifest.fingerprint(),
         train_split=train_split,
+        image_norm=image_norm,
     )
 
 

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from csalign import processes, stopping
+from csalign import files, processes, stopping
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
+from csalign.enums import Modality
 from csalign.errors import Stopped, TrainingError
 from csalign.objective.kernel import Sigma
 from csalign.objective.loss import LossParts
@@ -106,6 +107,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
+        if self.config.compile:
+            torch._dynamo.config.suppress_errors = True  # without a compiler, go on as without this
+            for side in Modality:
+                self.adapter.side(side).compile()
         if self.config.average:
             decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
             self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
@@ -375,7 +380,8 @@ class Trainer:
         self.step, self.loss.sigma = kept.step, kept.sigma
 
     def _record(self, line: dict[str, Any]) -> None:
-        with (self.folder / LINES).open("a", encoding="utf-8") as file:
+        path = self.folder / LINES
+        with files.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = figures_of(line)
         for log_figures in self.logs:

@@ -247,7 +247,7 @@ class _Search:
 
     def _write(self) -> None:
         best = winner(self.study.trials, self.config.recall_slack)
-        config = None if best is None else _with(self.space.base, best.settings).recipe()
+        config = None if best is None else _with(self.space.base, best.settings).settings()
         self.study.write(config)
 
     def _tell(self, trials: list[Trial]) -> None:

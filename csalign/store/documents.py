@@ -1,19 +1,22 @@
 """What a feature set that is built part by part keeps beside its parts, as JSON documents."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from csalign import files
 from csalign.enums import Modality
 from csalign.errors import SchemaError
 from csalign.locations import is_remote
+from csalign.sealed import check_seal, unsealed, write_sealed
 from csalign.store.manifest import Encoders, Shard
 
 D = TypeVar("D", bound="Document")
+REMOVE = "remove it to have it made again"
+ANEW = "start anew with --overwrite"
 
 
 class Document(BaseModel):
@@ -154,22 +157,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_document(path: Path, kind: type[D]) -> D:
+def read_document(path: Path, kind: type[D], remedy: str = REMOVE) -> D:
     """Read a document.
+
+    Args:
+        path: of it.
+        kind: of it.
+        remedy: what to do if it is damaged.
 
     Raises:
         SchemaError: it is damaged.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise SchemaError(
-            f"{path}: is damaged ({error.errors()[0]['msg']}); remove it to have it made again"
-        ) from None
+        document = json.loads(path.read_bytes())
+        found = kind.model_validate(unsealed(document))
+    except (ValueError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise SchemaError(f"{path}: is damaged ({reason}); {remedy}") from None
+    check_seal(path, document, remedy)
+    return found
 
 
 def write_document(path: Path, document: Document) -> None:
     """Write a document whole or not at all, and the folder that it lies in."""
     if not is_remote(path):
         path.parent.mkdir(exist_ok=True)
-    files.write_json(path, document.model_dump(mode="json"))
+    write_sealed(path, document.model_dump(mode="json"))

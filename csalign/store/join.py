@@ -347,14 +347,20 @@ def unit_rows(values: Array, ids: pa.Array, name: str) -> npt.NDArray[np.float32
 def check_directions(values: Vectors, ids: pa.Array, name: str) -> None:
     """Raise DataError if a row is not finite or has norm 0; arguments as for `unit_rows`."""
     for start in range(0, len(values), CHECKED_ROWS):
-        norms = np.linalg.norm(values[start : start + CHECKED_ROWS].astype(np.float32), axis=1)
-        bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+        part = values[start : start + CHECKED_ROWS]
+        norms = np.linalg.norm(part.astype(np.float32), axis=1)
+        bad = np.flatnonzero(~((norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)))
         if len(bad):
-            what = "has norm 0" if norms[bad[0]] == 0 else "is not finite"
-            raise DataError(
-                f"{name}: the embedding of {ids[start + int(bad[0])].as_py()!r} {what}; encode it "
-                "again or leave it out"
-            )
+            what = "encode it again or leave it out"
+            row = part[bad[0]]
+            if not np.isfinite(row).all():
+                what = f"is not finite; {what}"
+            elif not row.any():
+                what = f"has norm 0; {what}"
+            else:
+                size = np.linalg.norm(row.astype(np.float64))
+                what = f"has norm {size:.3g}; {schema.RESCALE}"
+            raise DataError(f"{name}: the embedding of {ids[start + int(bad[0])].as_py()!r} {what}")
 
 
 def check_same_width(rows: PairedRows) -> None:

@@ -11,6 +11,7 @@ from csalign import files
 from csalign.enums import Modality
 from csalign.errors import CsalignError, DataError, SchemaError
 from csalign.locations import is_store_error
+from csalign.sealed import check_seal, unsealed, write_sealed
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
@@ -136,7 +137,7 @@ def _read(folder: Path) -> Manifest:
             "upgrade csalign"
         )
     try:
-        return Manifest.model_validate(document)
+        manifest = Manifest.model_validate(unsealed(document))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "document"
@@ -144,6 +145,8 @@ def _read(folder: Path) -> Manifest:
             f"{path}: {where}: {first['msg']}; the manifest was changed or is damaged, "
             "make the feature set again"
         ) from None
+    check_seal(path, document, "make the feature set again")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -151,4 +154,4 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     document = manifest.model_dump(mode="json")
     if manifest.names is None:
         del document["names"]
-    files.write_json(folder / MANIFEST, document)
+    write_sealed(folder / MANIFEST, document)

@@ -24,6 +24,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
 }
 
+# In float32 the square of what is outside of these is lost, and with it a row's direction.
+LEAST_NORM, MOST_NORM = 1e-10, 1e18
+MOST_VALUE = 1e15
+RESCALE = "scale the embeddings to norms about 1, which changes no result"
+
 
 def table_schema(
     modality: Modality, dtype: str, width: int, token_width: int | None = None

@@ -210,9 +210,13 @@ def first_unusable(embeddings: Array, dtype: str) -> tuple[int, str] | None:
     stored = _cast(embeddings, dtype)
     finite = np.asarray(np.isfinite(stored).all(axis=1))
     usable = np.asarray(finite & stored.any(axis=1))
+    largest = np.abs(stored).max(axis=1, initial=0)
+    usable &= (largest > schema.LEAST_NORM) & (largest < schema.MOST_VALUE)
     if usable.all():
         return None
     row = int(np.flatnonzero(~usable)[0])
+    if finite[row] and largest[row]:
+        return row, f"has {largest[row]:.3g} for its largest value ({schema.RESCALE})"
     reason = "has norm 0" if finite[row] else "holds NaN or infinity"
     if np.isfinite(embeddings[row]).all() and embeddings[row].any():
         remedy = "use --dtype float32" if dtype == "float16" else "scale it down"

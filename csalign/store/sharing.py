@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from csalign import files
-from csalign.errors import DataError, OutputError
+from csalign.errors import DataError, OutputError, SchemaError
 from csalign.locations import is_remote
 from csalign.store.documents import (
+    ANEW,
     Job,
     Turn,
     is_same_but_source,
@@ -69,7 +70,7 @@ def open_workspace(
                 yield workspace
             except BaseException:
                 if turn.count == 1 and not workspace.is_begun:
-                    files.remove_folder(folder)  # there is nothing to go on from
+                    files.discard(folder)  # there is nothing to go on from
                 raise
 
 
@@ -141,7 +142,7 @@ def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool, retr
         if _try_lock(lock, fcntl.LOCK_SH):
             if not (folder / files.LOCK).exists():
                 raise OutputError(f"{folder}: was completed by another process just now")
-            found = _read_job(folder)
+            found = _read_job(folder, restart=restart)
             if found == job:
                 return
             _check_job(folder, found, job, restart=restart, retry=retry)
@@ -164,7 +165,7 @@ def _check_job(folder: Path, found: Job | None, job: Job, *, restart: bool, retr
 
 
 def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
-    found = _read_job(folder)
+    found = _read_job(folder, restart=restart)
     if found == job:
         return
     _check_job(folder, found, job, restart=restart, retry=retry)
@@ -188,7 +189,13 @@ def _try_lock(lock: Any, kind: int) -> bool:
     return True
 
 
-def _read_job(folder: Path) -> Job | None:
+def _read_job(folder: Path, *, restart: bool = False) -> Job | None:
+    """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
     files.refuse_other_work(folder, Job.FORMAT)
     path = folder / files.JOB
-    return read_document(path, Job) if path.is_file() else None
+    try:
+        return read_document(path, Job, ANEW) if path.is_file() else None
+    except SchemaError:
+        if restart:
+            return None
+        raise

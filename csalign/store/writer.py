@@ -72,8 +72,13 @@ class FeatureWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for side in self._sides.values():
-            side.close(error)
+        try:
+            for side in self._sides.values():
+                side.close(error)
+        except BaseException as failure:
+            for side in self._sides.values():
+                side.close(failure)  # those that are open still
+            raise
         if error is None:
             self._finish()
 
@@ -148,8 +153,14 @@ class _SideWriter:
     def close(self, error: BaseException | None = None) -> None:
         if self._open is None:
             return
+        opened, self._open = self._open, None
         if error is not None:
-            self._open.abort(error)
-        elif (shard := self._open.close()) is not None:
+            opened.abort(error)
+            return
+        try:
+            shard = opened.close()
+        except BaseException as failure:
+            opened.abort(failure)
+            raise
+        if shard is not None:
             self.shards.append(shard)
-        self._open = None

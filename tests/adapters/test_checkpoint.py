@@ -136,6 +136,15 @@ def test_a_run_written_before_there_were_more_kinds_still_loads(tmp_path: Path) 
         np.testing.assert_allclose(adapter.embed(side, rows), unit, atol=1e-5)
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(
+    saved: tuple[Path, Adapter], tmp_path: Path
+) -> None:
+    (tmp_path / "other").touch()
+    weights = saved[0] / "adapter.safetensors"
+
+    assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_embeddings_are_unit_rows_whatever_the_batch(saved: tuple[Path, Adapter]) -> None:
     _, adapter = saved
     whole = adapter.embed(Modality.IMAGE, ROWS)
@@ -151,7 +160,14 @@ def test_a_wrong_width_is_refused_with_both_widths(saved: tuple[Path, Adapter]) 
 
 def change_json(folder: Path, **values: Any) -> None:
     path = folder / "adapter.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    document = json.loads(path.read_text())
+    del document["checksum"]  # else that would be all that is wrong
+    path.write_text(json.dumps(document | values))
+
+
+def change_scale(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_text(path.read_text().replace('"logit_scale": 7', '"logit_scale": 6'))
 
 
 def change_shape(folder: Path, **values: Any) -> None:
@@ -189,6 +205,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
             lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40),
             r"adapter\.safetensors: cannot be read",
         ),
+        (change_scale, r"adapter\.json: does not agree with the checksum in it"),
         (lambda f: change_weights(f, lambda t: t.pop("image.mean")), "agree with .* image.mean"),
         (
             lambda f: change_weights(f, lambda t: t["text.mean"].neg_().add_(1)),

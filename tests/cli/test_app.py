@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-COMMANDS = ("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare")
+COMMANDS = (
+    *("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare"),
+    *("generate", "recipes"),
+)
 
 
 def csalign(
@@ -305,6 +308,26 @@ def test_the_front_door_is_light(statement: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+def test_recipes_are_listed_and_printed_to_be_changed(features: Path, tmp_path: Path) -> None:
+    listed, printed = csalign("recipes"), csalign("recipes", "text-to-image")
+    wrong = csalign("recipes", "soup")
+    changed = tmp_path / "mine.toml"
+    changed.write_text(printed.stdout)
+    done = csalign("train", features, "--config", changed, "--steps", 0, "--out", tmp_path / "run")
+
+    assert "few-pairs" in listed.stdout
+    assert tomllib.loads(printed.stdout)["image_adapter"] == "identity"
+    assert wrong.returncode == 2
+    assert "recipe: there is no 'soup'" in wrong.stderr
+    assert done.returncode == 0, done.stderr
+    nothing = csalign(
+        *("generate", "--features", features, "--adapter", tmp_path / "run"),
+        *("--decoder", tmp_path / "nothing", "--out", tmp_path / "made"),
+    )
+    assert nothing.returncode == 1
+    assert f"{tmp_path / 'nothing'}: no such folder" in nothing.stderr
 
 
 def test_version_is_printed() -> None:

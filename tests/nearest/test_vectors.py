@@ -17,7 +17,8 @@ def cloud(rows: int, seed: int = 0) -> Floats:
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(1).normal(size=(20, WIDTH))
     found = centres[rng.integers(0, 20, rows)] + 0.6 * rng.normal(size=(rows, WIDTH))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    unit: Floats = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+    return unit
 
 
 def built(kind: IndexKind, folder: Path, rows: Floats) -> VectorIndex:

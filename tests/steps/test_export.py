@@ -170,10 +170,12 @@ def test_the_card_is_one_that_the_hub_reads(features: Path, tmp_path: Path) -> N
     )
     export(config)
     text = (tmp_path / "my|model/README.md").read_text(encoding="utf-8")
-    card = huggingface_hub.ModelCard(text)
+    card = huggingface_hub.ModelCard(text).data
+    assert isinstance(card, huggingface_hub.ModelCardData)
 
-    assert card.data.library_name == "csalign"
-    assert card.data.eval_results[0].metric_value == document["retrieval"]["image_to_text"]["R@1"]
+    assert card.library_name == "csalign"
+    assert card.eval_results is not None
+    assert card.eval_results[0].metric_value == document["retrieval"]["image_to_text"]["R@1"]
     info = json.loads((run / "adapter.json").read_text())
     for told in (
         info["data_fingerprint"],

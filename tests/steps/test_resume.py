@@ -316,6 +316,20 @@ def test_where_all_states_are_damaged_only_overwrite_begins_anew(
     assert content(out) == content(tmp_path / "whole")
 
 
+def test_where_it_cannot_be_told_what_was_begun_only_overwrite_begins_anew(
+    mixed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stop(mixed, out, 5)
+    (unfinished(out) / ".csalign-job.json").write_text('{"format": "csalign-training"')
+    with pytest.raises(SchemaError, match=r"csalign-job\.json: is damaged .*--overwrite"):
+        run(mixed, out)
+    run(mixed, out, overwrite=True)
+    run(mixed, tmp_path / "whole")
+
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_a_state_of_something_else_with_right_checksums_is_refused(
     mixed: Path, tmp_path: Path
 ) -> None:

@@ -173,6 +173,7 @@ def changed_index(drawn: Path, tmp_path: Path, change: Callable[[Any], Any]) -> 
     folder = tmp_path / "changed"
     shutil.copytree(drawn / "index", folder)
     document = json.loads((folder / "index.json").read_text())
+    del document["checksum"]
     change(document)
     (folder / "index.json").write_text(json.dumps(document))
     return folder

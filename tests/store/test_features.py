@@ -174,6 +174,7 @@ def test_taking_images_takes_their_texts(write: Write) -> None:
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "manifest.json"
     document = json.loads(path.read_text())
+    del document["checksum"]  # else that would be all that is wrong
     change(document)
     path.write_text(json.dumps(document))
 
@@ -188,6 +189,13 @@ def flip(folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
+
+
+def one_pair_more(folder: Path) -> None:
+    path = folder / "manifest.json"
+    document = json.loads(path.read_text())
+    document["counts"]["pairs"] += 1
+    path.write_text(json.dumps(document))
 
 
 def rewrite_columns(folder: Path) -> None:
@@ -231,6 +239,7 @@ def rewrite_columns(folder: Path) -> None:
             "outside of it",
         ),
         (lambda f: edit_manifest(f, lambda m: m["shards"].pop("texts")), "manifest.json: shards"),
+        (one_pair_more, r"manifest\.json: does not agree with the checksum in it"),
     ],
 )
 def test_a_set_that_does_not_agree_with_itself_is_refused_by_name(

@@ -212,6 +212,26 @@ def test_a_damaged_receipt_is_named(out: Path) -> None:
             workspace.receipt("part-00000")
 
 
+def test_a_number_changed_in_a_receipt_is_noticed(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        path = workspace.folder / "receipts" / "part-00000.json"
+        path.write_text(path.read_text().replace('"failed_texts": 0', '"failed_texts": 2'))
+        with pytest.raises(SchemaError, match=r"part-00000.json: does not agree with the checksum"):
+            workspace.receipt("part-00000")
+
+
+def test_where_it_cannot_be_told_what_was_begun_only_overwrite_begins_anew(out: Path) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        (workspace.folder / ".csalign-job.json").write_text("")
+    with pytest.raises(SchemaError, match=r"csalign-job\.json: is damaged .*--overwrite"):
+        open_workspace(out, JOB, ONE, config="").__enter__()
+
+    with open_workspace(out, JOB, ONE, config="", restart=True) as workspace:
+        assert workspace.receipt("part-00000") is None
+
+
 def test_an_unfinished_extraction_is_not_swept_away_by_an_import(tmp_path: Path) -> None:
     out = tmp_path / "features"
     with open_workspace(out, JOB, ONE, config=""):

@@ -73,7 +73,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether ``csalign apply`` wrote the folder."""
     try:
         note = json.loads((folder / NOTE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(note, dict) and note.get("format") == "csalign-aligned"
 

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from csalign.errors import ConfigError, DataError
 from csalign.sources.vectors.base import Array
 from csalign.sources.vectors.named import Container, Header
+
+_MOST_CHUNK_BYTES = 1 << 30
 
 
 @dataclass
@@ -23,6 +26,17 @@ class _Datasets:
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and item.shape:
+                if item.is_virtual or item.external:
+                    raise DataError(
+                        f"{self.path}:{name}: lies in other files, which are not followed; write "
+                        "it into one file, as h5repack does"
+                    )
+                size = item.dtype.itemsize * prod(item.chunks or (0,))
+                if size > _MOST_CHUNK_BYTES:
+                    raise DataError(
+                        f"{self.path}:{name}: has chunks of {size >> 20} MiB, each of which would "
+                        f"be read whole; write it with chunks of at most {_MOST_CHUNK_BYTES >> 20}"
+                    )
                 if not item.id.get_storage_size():
                     raise DataError(f"{self.path}:{name}: holds no data; write it again")
                 found[name] = Header(item.shape, item.dtype.newbyteorder("=").name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from shutil import copyfileobj
+from shutil import copyfileobj, disk_usage
 from typing import IO, Any
 
 import numpy as np
@@ -102,6 +102,13 @@ class NpzFile:
             if not layout.fortran:
                 yield from _rows(file, layout, step)
                 return
+            size = prod(layout.shape) * layout.dtype.itemsize
+            folder = tempfile.gettempdir()
+            if size > disk_usage(folder).free:
+                raise ValueError(
+                    f"{name} is in Fortran order, and read by way of {folder}, where {size >> 20} "
+                    "MiB are not free; save it in C order"
+                )
             copy.seek(layout.offset)  # seeking in a compressed member reads it again and again
             copyfileobj(file, copy, 1 << 20)
             yield from _rows(copy, layout, step)
@@ -144,6 +151,8 @@ def _layout(file: IO[bytes]) -> _Layout:
     if read_header is None:
         raise ValueError(f"version {version} of the format is for tables, not arrays")
     shape, fortran, dtype = read_header(file)
+    if any(count < 0 for count in shape):
+        raise ValueError(f"its header says shape {shape}")
     return _Layout(shape, fortran and len(shape) > 1, dtype, file.tell())
 
 
