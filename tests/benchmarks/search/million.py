@@ -5,9 +5,9 @@
 Images lie around centres that overlap, in far fewer dimensions than their vectors have, as real
 ones do; texts lie near images. The feature set is written once and kept in the work folder. Each
 index is built by `csalign index` in a process of its own, whose largest resident size is told;
-queries are timed in a fresh process on the mapped index, one at a time (medians), 1,000 at once, and
-as the command has them, with ids and captions. Times are of the CPU, but for the first, so that they
-say the same on a busy machine.
+queries are timed in a fresh process on the mapped index, one at a time (medians), 1,000 at once,
+and as the command has them, with ids and captions. Times are of the CPU, but for the first, so
+that they say the same on a busy machine.
 """
 
 import argparse
