@@ -21,13 +21,13 @@ from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
 
 CLOSE = 1e-5
-QUICK = {"steps": 50, "batch_size": 512, "hidden": 16, "validations": 5, "patience": 99}
+QUICK = {"steps": 50, "batch_size": 512, "hidden": 16, "validations": 3, "patience": 99}
 # By the name of the run. All but the first are there for one term or another.
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"steps": 50},
     "scale": {"learn_scale": True, "sub_batch": 50, "unpaired_negatives": True, "batch_size": 130},
     "sigmoid": {"pairwise": "sigmoid", "captions": "all", "bandwidth": (0.5, 1.0)},
-    "mixed": {"mixing": 0.5, "divergence": "sinkhorn", "adapter": "transformer", "width": 8},
+    "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
     "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
     "rff": {"divergence_estimator": "rff", "captions": "sample", "text_adapter": "mlp"},
 }
@@ -114,7 +114,7 @@ def job(size: int, *command: str, **options: Any) -> "list[subprocess.Popen[str]
 
 def ends(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str, str]:
     """Exit codes, and all that was printed."""
-    found = [process.communicate(timeout=240) for process in processes]
+    found = [process.communicate(timeout=600) for process in processes]
     codes = [process.returncode for process in processes]
     return codes, "".join(out for out, _ in found), "".join(err for _, err in found)
 
@@ -234,7 +234,8 @@ def test_every_process_returns_what_the_first_does(several: tuple[Path, list[Any
     said = [rest for _, *rest in several[1]]
 
     assert all(one == said[0] for one in said)
-    assert said[0][0][0]["pairs"] == {"train": 840, "validation": 100}
+    assert said[0][0][0]["pairs"]["validation"] > 100
+    assert said[0][0][0]["validation"]["kept"]["mean_recall"] > 0.5
 
 
 def test_evaluations_are_those_of_one_process(
@@ -251,7 +252,7 @@ def test_applied_sets_have_the_bytes_of_one_process(
     for one in applications(alone, alone):
         apply_once(features, one)
     for name in ("aligned", "npy"):
-        assert files_of(several[0] / name) == files_of(alone / name)
+        assert files_of(several[0] / name, "config.toml") == files_of(alone / name, "config.toml")
     assert [one["pairs"] for one in several[1][0][3]] == [940, 940]
 
 
@@ -301,7 +302,9 @@ def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
     assert not out.exists()
     assert said == ""
     assert len(errors_in(errors)) == 1, errors
-    assert "another process of the job has ended; run the same command again" in errors
+    # torchrun stops the others as soon as it sees one gone.
+    ended, stopped = "another process of the job has ended; run the same command", "stopped by"
+    assert ended in errors or stopped in errors
     states = out.with_name("killed.partial") / "resume"
     assert any(path.name >= "step-000008" for path in states.iterdir())
     codes, said, errors = ends(job(2, *words, "--json"))
