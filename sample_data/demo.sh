@@ -15,9 +15,9 @@ csalign inspect "$out/drawings"
 say "2. train: on 1,000 drawings as an image encoder and a sentence encoder saw them"
 # Two encoders that never met: before alignment their spaces have nothing in common.
 csalign train "$data/features" --out "$out/before" --overwrite --init random --steps 0
-csalign train "$data/features" --out "$out/infonce" --overwrite --init random --cs-weight 0 \
+csalign train "$data/features" --out "$out/infonce" --overwrite --init random --steps 100 --cs-weight 0 \
     --logit-scale 14.3 --learn-scale --noise 0 --captions sample --other-captions 0
-csalign train "$data/features" --out "$out/csalign" --overwrite
+csalign train "$data/features" --out "$out/csalign" --overwrite --steps 100
 
 say "3. eval: 300 held-out drawings and their titles"
 for run in before infonce csalign; do

@@ -1,6 +1,7 @@
 """What several tests stand on: a tiny CLIP model on disk and folders of images."""
 
 import json
+import os
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from csalign.store.manifest import EncoderInfo
 from csalign.store.shard import Rows
 from csalign.store.writer import FeatureWriter
 
+# UMAP compiles for half a minute what then takes a second of plain Python on the rows of a test.
+os.environ["NUMBA_DISABLE_JIT"] = "1"
 # A loaded machine must not fail a test: results are asserted, never seconds. The examples are the
 # same each time, so that a change is judged by what it changed.
 settings.register_profile("csalign", deadline=None, derandomize=True)

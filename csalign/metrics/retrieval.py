@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.metrics.tiles import HostTiles, Staircase, Tiles
+from csalign.metrics.tiles import Staircase, wrong_ahead
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -96,13 +96,7 @@ def rank_both_ways(
         order.
     """
     stairs = Staircase.lay(len(images), text_image)
-    on_host = device is None or device.type == "cpu"
-    tiles = (
-        HostTiles(images, texts, stairs, divided=divided)
-        if on_host
-        else Tiles(images, texts, stairs, device, divided=divided)
-    )
-    wrong_texts, wrong_images = tiles.count_wrong(tiles.own_scores())
+    wrong_texts, wrong_images = wrong_ahead(images, texts, stairs, device, divided=divided)
     counts = stairs.caption_counts
     in_row_order = np.argsort(stairs.image_order[: len(counts)])  # out of that of the tiles
     wrong_images = wrong_images[np.argsort(stairs.text_order[: len(wrong_images)])]

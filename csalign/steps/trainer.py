@@ -241,7 +241,10 @@ class Trainer:
             {"params": list(self.loss.parameters()), "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            groups,
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=True,  # one pass over the weights: a quarter of the time of one an operation
         )
 
     def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:

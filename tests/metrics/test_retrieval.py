@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from csalign.metrics import retrieval
 from csalign.metrics import tiles as tiles_module
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.metrics.tiles import HostTiles, Staircase, Tiles
+from csalign.metrics.tiles import Block, HostTile, Matrix, Staircase, Tile, wrong_ahead
 
 Array = npt.NDArray[Any]
 
@@ -173,14 +176,59 @@ def test_what_a_device_counts_equals_what_the_cpu_does(
 ) -> None:
     images, texts, owners = clustered(kind)
     stairs = Staircase.lay(len(images), owners)
-    monkeypatch.setattr(Tiles, "rows", side)
-    monkeypatch.setattr(Tiles, "columns", side)
-    counted = []
-    for made in (HostTiles(images, texts, stairs), Tiles(images, texts, stairs)):
-        counted.append(made.count_wrong(made.own_scores()))
+    counted = wrong_ahead(images, texts, stairs)
+    monkeypatch.setattr(tiles_module, "HostTile", Tile)
+    for name in ("TILE_ROWS", "TILE_COLUMNS"):
+        monkeypatch.setattr(tiles_module, name, side)
 
-    assert np.array_equal(counted[0], counted[1])
-    assert np.max(counted[0]) > 50
+    assert np.array_equal(counted, wrong_ahead(images, texts, stairs))
+    assert np.max(counted) > 50
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Leaves torch with as many threads as it had."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_threads_count_what_one_does_and_torch_keeps_its_own(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, texts, owners = clustered("tied")
+    stairs = Staircase.lay(len(images), owners)
+    monkeypatch.setattr(tiles_module, "TILE_COLUMNS", 32)
+    torch.set_num_threads(1)
+    alone = wrong_ahead(images, texts, stairs)
+    torch.set_num_threads(count)
+
+    assert np.array_equal(alone, wrong_ahead(images, texts, stairs))
+    assert torch.get_num_threads() == count
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == count
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_fails_in_one_thread_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts, owners = clustered("spread")
+    failing = iter([True])
+
+    def endless(self: Matrix) -> Iterator[Block]:
+        return repeat((range(1), 0))
+
+    def count(self: HostTile, *_: object) -> None:
+        if next(failing, False):
+            raise MemoryError
+
+    monkeypatch.setattr(Matrix, "blocks", endless)
+    monkeypatch.setattr(HostTile, "_count", count)
+    torch.set_num_threads(3)
+
+    with pytest.raises(MemoryError):
+        rank_both_ways(images, texts, owners)
 
 
 def test_summary_figures_follow_from_the_ranks() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from csalign.config import EvalConfig, ImportConfig, TrainConfig
 from csalign.errors import OutputError, SchemaError
+from csalign.steps import report
 from csalign.steps.evaluate import evaluate
 from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
@@ -55,20 +56,24 @@ def test_the_page_shows_queries_and_what_pictures_can_be_read(
 
 
 def test_the_page_of_an_adapter_shows_both_stages_and_its_training(
-    features: Path, tmp_path: Path
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = tmp_path / "train.html", tmp_path / "eval.html"
+    monkeypatch.setattr(report, "FEWEST_TO_MAP", 1_000)
     config = TrainConfig(
         features=features, out=tmp_path / "run", steps=4, batch_size=64, report=pages[0]
     )
     run = train(config).run
+    # UMAP takes long without its compiler; see conftest.
+    monkeypatch.setattr(report, "DRAWN", 4)
+    monkeypatch.setattr(report, "FEWEST_TO_MAP", 4)
     evaluate(EvalConfig(features=features, adapter=run, report=pages[1]))
 
-    for page in pages:
+    for page, mapped in zip(pages, (0, 2), strict=True):
         text = page.read_text(encoding="utf-8")
         for title in ("before the adapter", "after the adapter", "The loss", "Configuration"):
             assert title in text
-        assert text.count("the adapter: neighbours") == 2
+        assert text.count("the adapter: neighbours") == mapped
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(

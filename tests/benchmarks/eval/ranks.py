@@ -17,6 +17,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
-from csalign.metrics.tiles import RUN, HostTiles, Staircase
+from csalign.metrics.tiles import TILE_COLUMNS, TILE_ROWS, HostTile, Matrix, Staircase
 
 try:
     from clip_benchmark.metrics import zeroshot_retrieval as package
@@ -105,11 +106,10 @@ def product(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
 
 def tiles(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
     """The scores alone, in the tiles that are ranked, thrown away."""
-    laid = HostTiles(x.numpy(), y.numpy(), Staircase.lay(len(x), owners.numpy()))
-    columns = range(0, len(y), laid._columns)
-    for start in range(0, len(columns), RUN):
-        for _ in laid._multiply(range(0, len(x), laid._rows), columns[start : start + RUN]):
-            pass
+    stairs = Staircase.lay(len(x), owners.numpy())
+    matrix = Matrix(x.numpy(), y.numpy(), stairs, (TILE_ROWS, TILE_COLUMNS))
+    for _ in HostTile(matrix, torch.device("cpu"), Lock()).multiply(matrix.blocks()):
+        pass
     return {}
 
 

@@ -72,11 +72,11 @@ STEPS: dict[str, Step] = {
 }
 
 
-def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(rows: int, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs that are alike to some extent, and a scale, all with gradients."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, WIDTH, generator=generator)
-    y = torch.randn(rows, WIDTH, generator=generator).mul_(2).add_(x)
+    x = torch.randn(rows, width, generator=generator)
+    y = torch.randn(rows, width, generator=generator).mul_(2).add_(x)
     return x.requires_grad_(), y.requires_grad_(), torch.tensor(SCALE, requires_grad=True)
 
 
@@ -141,22 +141,22 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1.024e-3
 
 
-def peak_of(case: str, rows: int, pipe: Any) -> None:
+def peak_of(case: str, rows: int, width: int, pipe: Any) -> None:
     """Send what one step adds to the peak of memory of this process, MB, and its CPU seconds."""
     torch.set_num_threads(1)
-    leaves = inputs(rows)
-    timed_step(STEPS[case], inputs(512))
+    leaves = inputs(rows, width)
+    timed_step(STEPS[case], inputs(512, width))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
     before = peak()
     seconds = timed_step(STEPS[case], leaves)
     pipe.send((peak() - before, seconds))
 
 
-def measure_peak(case: str, rows: int) -> tuple[float, float]:
+def measure_peak(case: str, rows: int, width: int = WIDTH) -> tuple[float, float]:
     """The same, from here."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=peak_of, args=(case, rows, theirs))
+    process = context.Process(target=peak_of, args=(case, rows, width, theirs))
     process.start()
     found: tuple[float, float] = ours.recv()
     process.join()
