@@ -47,7 +47,7 @@ class Draws:
         runs = range(self._first // grain, -(-(self._first + len(x)) // grain))
         # Whole runs, since the first numbers of one may depend on how many there are.
         out = torch.empty(len(runs) * grain, *x.shape[1:], dtype=dtype, device=x.device)
-        for number, part in zip(runs, out.split(grain), strict=True):
+        for number, part in zip(runs, torch.split(out, grain), strict=True):
             generator.manual_seed((int(words[0]) + number) % _SEEDS)
             draw(part, generator)
         start = self._first - runs.start * grain
