@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds, and --help should not
 
 PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
 _FAILED, _LEFT = "csalign/failed", "csalign/left"
-_SECONDS_TO_READ = 5.0  # for the others to read why one failed, where it keeps what they read
+_SECONDS_TO_READ = 30.0  # for the others to read why one failed, where it keeps what they read
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class World:
 
 
 _world = World()
+_store: Any = None  # what the processes can read without waiting for each other
 
 
 def world() -> World:
@@ -77,7 +78,7 @@ def joined() -> Iterator[None]:
         ProcessesError: they cannot be reached, or one of them ended without a word.
         ElsewhereError: another process failed.
     """
-    global _world
+    global _world, _store
     found = of_environment()
     if _world.size > 1 or found.size == 1:
         yield
@@ -100,44 +101,44 @@ def joined() -> Iterator[None]:
             f"the {found.size} processes of the job cannot meet ({_line(error)}); check torchrun's "
             "addresses and ports"
         ) from error
-    _world = found
+    _world, _store = found, store
     try:
         yield
         wait()
     except BaseException as error:
-        told = _told(store, error)
+        told = _told(error)
         distributed.destroy_process_group()
-        _leave(store)
+        _leave()
         if told is error:
             raise
         raise told from error
     else:
         distributed.destroy_process_group()
     finally:
-        _world = World()
+        _world, _store = World(), None
 
 
-def _told(store: Any, error: BaseException) -> BaseException:
+def _told(error: BaseException) -> BaseException:
     """The error itself in the first process that fails, and that it was another in the others."""
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     own = {"rank": _world.rank, "code": code}
     try:
-        found = json.loads(store.compare_set(_FAILED, "", json.dumps(own)))
+        found = json.loads(_store.compare_set(_FAILED, "", json.dumps(own)))
     except (RuntimeError, ValueError):
         return error  # who kept the store is gone
     return error if found["rank"] == own["rank"] else ElsewhereError(found["code"])
 
 
-def _leave(store: Any) -> None:
+def _leave() -> None:
     """Let the others read why this process failed; torchrun keeps the store itself."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     until = time.monotonic() + _SECONDS_TO_READ
     try:
-        left = store.add(_LEFT, 1)
+        left = _store.add(_LEFT, 1)
         while is_first() and left < _world.size and time.monotonic() < until:
             time.sleep(0.05)
-            left = store.add(_LEFT, 0)
+            left = _store.add(_LEFT, 0)
     except RuntimeError:
         return  # the process that keeps it is gone
 
@@ -171,6 +172,18 @@ def part(count: int, rank: int | None = None) -> slice:
     """The share of so many rows of one process, by default of this one; all are of like size."""
     rank = _world.rank if rank is None else rank
     return slice(count * rank // _world.size, count * (rank + 1) // _world.size)
+
+
+def wait_for_failure() -> None:
+    """Wait until a process that is about to end the job has said so, as the first does with more.
+
+    Raises:
+        ElsewhereError: it has.
+        ProcessesError: it cannot any more.
+    """
+    with _together():
+        _store.wait([_FAILED], PATIENCE)
+        raise ElsewhereError(json.loads(_store.get(_FAILED))["code"])
 
 
 def sum_(values: "Tensor") -> None:

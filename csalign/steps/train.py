@@ -190,7 +190,7 @@ def _follow(config: TrainConfig) -> TrainResult:
             for _ in trainer.fit(silent):
                 pass
     except (Stopped, TrainingError):
-        processes.wait()  # which the first does not, but ends when it has saved and said why
+        processes.wait_for_failure()  # the first one saves, and has more to tell
         raise
     result = processes.tell(dict)
     return TrainResult(**{**result, "run": config.out})

@@ -29,9 +29,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "sigmoid": {"pairwise": "sigmoid", "captions": "all", "bandwidth": (0.5, 1.0)},
     "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
     "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
+    "few": {"batch_size": 60, "sub_batch": 13},
     "rff": {"divergence_estimator": "rff", "captions": "sample", "text_adapter": "mlp"},
 }
 FEW = 20  # steps of all but the first
+# Of fewer rows than are computed in tiles: those take the products that a trial of each process
+# finds fastest, so that the last bits of two such jobs may differ.
+SAME_BITS = "few"
 RUNS_OF = {2: [*RUNS], 4: ["default", "scale"]}  # by the number of processes
 
 # Run in each process of a job.
@@ -110,6 +114,18 @@ def job(size: int, *command: str, **options: Any) -> "list[subprocess.Popen[str]
         )
         for rank in range(size)
     ]
+
+
+def torchrun(*command: str) -> "subprocess.Popen[str]":
+    """Two processes that torchrun starts."""
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ends(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str, str]:
@@ -286,16 +302,9 @@ def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
     if len(several[1]) != 2:
         return  # once is enough
     out = folder / "killed"
-    words = command(features, out, **options_of("default"), save_every=4)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    agent = subprocess.Popen(
-        [sys.executable, *torchrun, *words, "--quiet"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(out, 11, agent)
+    words = command(features, out, **options_of(SAME_BITS), save_every=4)
+    agent = torchrun(*words, "--quiet")
+    wait_for(out, 10, agent)
     os.kill(process_of(1, agent.pid), signal.SIGKILL)
     _, said, errors = ends([agent])
 
@@ -306,12 +315,12 @@ def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
     ended, stopped = "another process of the job has ended; run the same command", "stopped by"
     assert ended in errors or stopped in errors
     states = out.with_name("killed.partial") / "resume"
-    assert any(path.name >= "step-000008" for path in states.iterdir())
+    assert any(path.name >= "step-000004" for path in states.iterdir())
     codes, said, errors = ends(job(2, *words, "--json"))
     assert codes == [0, 0], errors
-    assert json.loads(said)["steps"] == 50
+    assert json.loads(said)["steps"] == FEW
     own = ("config.toml", "environment.json")
-    assert files_of(out, *own) == files_of(several[0] / "default", *own)
+    assert files_of(out, *own) == files_of(several[0] / SAME_BITS, *own)
 
 
 def process_of(rank: int, parent: int) -> int:
@@ -345,9 +354,9 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_goes_on(
 
 
 def test_what_one_process_cannot_do_ends_all_and_is_told_once(features: Path, alone: Path) -> None:
-    codes, said, errors = ends(job(2, *command(features, alone / "default")))
+    codes, said, errors = ends([torchrun(*command(features, alone / "default"))])
 
-    assert codes == [1, 1]
+    assert codes == [1]
     assert said == ""
     assert len(errors_in(errors)) == 1, errors
     assert "default: exists; choose another --out" in errors
