@@ -210,7 +210,7 @@ def first_unusable(embeddings: Array, dtype: str) -> tuple[int, str] | None:
     stored = _cast(embeddings, dtype)
     finite = np.asarray(np.isfinite(stored).all(axis=1))
     usable = np.asarray(finite & stored.any(axis=1))
-    largest = np.abs(stored).max(axis=1, initial=0)
+    largest = np.abs(stored).max(axis=1, initial=0).astype(np.float32)
     usable &= (largest > schema.LEAST_NORM) & (largest < schema.MOST_VALUE)
     if usable.all():
         return None
