@@ -70,6 +70,7 @@ ARTIFACT_ENTRIES = {
     "vectors.npy",
     "wandb",
     JOB,
+    LOCK,
     RESUME,
 }
 """All that csalign puts into the folder of an artifact; anything else there is the user's."""
@@ -273,7 +274,7 @@ def _check_local_output(
         )
     _restore_interrupted_swap(resolved)
     partial = partial_of(resolved)
-    marked = (partial / LOCK).exists() or (partial / JOB).exists() or _is_artifact(partial)
+    marked = (partial / LOCK).exists() or (partial / JOB).exists()
     if partial.exists() and any(partial.iterdir()) and not marked:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
     if not resolved.exists():
@@ -347,8 +348,10 @@ def staged_folder(out: Path) -> Iterator[Path]:
     with writing(out), _locked(partial):
         try:
             yield partial
-            (partial / LOCK).unlink()
             publish(partial, out)
+            # Only now: without it a later process would take what is left for a stranger's.
+            with suppress(OSError):  # it harms nobody
+                (out / LOCK).unlink()
         except BaseException:
             discard(partial)
             raise

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from csalign.cli.text import shown
+from csalign.cli.text import spelled
 from csalign.names import Names, renamed
 from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
@@ -292,7 +292,7 @@ def _ranges(around: dict[str, list[float]]) -> Iterator[str]:
 def compare_table(document: dict[str, Any]) -> None:
     """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
     rows = document["evaluations"]
-    names = [escape(shown(row["name"])) for row in rows]
+    names = [escape(spelled(row["name"])) for row in rows]
     judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
     for row in rows:
         difference = row["difference"].get("mean_recall")
@@ -388,7 +388,8 @@ def _found_tables(result: Found) -> None:
         )
         for hit in one["hits"]:
             words = (hit["id"], hit["caption"] or "", hit["source"] or "")
-            table.add_row(str(hit["rank"]), f"{hit['score']:.4f}", *map(escape, words))
+            cells = [escape(spelled(word)) for word in words]
+            table.add_row(str(hit["rank"]), f"{hit['score']:.4f}", *cells)
         _print(one["query"])
         _print_table(table)
 
@@ -455,7 +456,7 @@ def _signed(difference: dict[str, Any]) -> str:
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
-        table.add_row(escape(shown(name)), escape(shown(value)))
+        table.add_row(escape(spelled(name)), escape(spelled(value)))
     _print(title)
     _print_table(table)
 
@@ -470,4 +471,4 @@ def _console() -> Console:
 
 
 def _print(line: str) -> None:
-    Console(soft_wrap=True, emoji=False).print(shown(line), markup=False, highlight=False)
+    Console(soft_wrap=True, emoji=False).print(spelled(line), markup=False, highlight=False)

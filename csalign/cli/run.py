@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from csalign import files
-from csalign.cli.text import shown
+from csalign.cli.text import spelled
 from csalign.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
 
@@ -97,7 +97,7 @@ def naming(places: Iterable[Any]) -> Iterator[None]:
 def _explain(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
-    console.print(f"csalign: {shown(message)}", markup=False, highlight=False, style="red")
+    console.print(f"csalign: {spelled(message)}", markup=False, highlight=False, style="red")
 
 
 class _StderrHandler(logging.Handler):
@@ -109,7 +109,7 @@ class _StderrHandler(logging.Handler):
         style = "yellow" if record.levelno >= logging.WARNING else None
         label = "warning: " if record.levelno >= logging.WARNING else ""
         self._console.print(
-            f"csalign: {label}{shown(record.getMessage())}",
+            f"csalign: {label}{spelled(record.getMessage())}",
             style=style,
             markup=False,
             highlight=False,

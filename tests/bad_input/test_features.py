@@ -23,7 +23,7 @@ READERS = {
     "apply": "apply f --adapter r --out out",
     "eval": "eval f --adapter r",
     "inspect": "inspect f",
-    "diagnose": "diagnose f",
+    "diagnose": "diagnose f --adapter r",
     "tune": "tune f --out out --trials 1 --steps 2",
 }
 IMAGES = "images/part-00000.parquet"

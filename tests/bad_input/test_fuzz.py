@@ -32,6 +32,7 @@ from csalign.errors import CsalignError
 from csalign.sources.pairing import read_label_table
 from csalign.sources.vectors.opening import read_both, read_side
 from csalign.steps.compare import compare
+from csalign.steps.evaluate import evaluate
 from csalign.steps.inspect import inspect
 from csalign.steps.record import read_lines, read_settings
 from csalign.store.documents import Job, Receipt, read_document
@@ -186,18 +187,17 @@ def test_records_of_runs(made: Path, tmp_path: Path, data: st.DataObject) -> Non
             read(folder)
 
 
+@pytest.fixture(scope="session")
+def evaluation(made: Path) -> Any:
+    """What eval says of the run, but for where the features are, which it would read again."""
+    config = EvalConfig(features=made / "f", adapter=made / "r", resamples=100)
+    return evaluate(config) | {"features": "nowhere"}
+
+
 @FAST
 @given(data=st.data())
-def test_evaluations(made: Path, tmp_path: Path, data: st.DataObject) -> None:
-    path = made / "e.json"
-    if not path.exists():
-        from csalign.steps.evaluate import evaluate
-
-        config = EvalConfig(features=made / "f", adapter=made / "r", resamples=100)
-        path.write_text(json.dumps(evaluate(config)))
-    document = json.loads(path.read_text())
-    document["features"] = "nowhere"  # else each would be evaluated again
-    (tmp_path / "e.json").write_text(json.dumps(data.draw(mutated(document))))
+def test_evaluations(evaluation: Any, tmp_path: Path, data: st.DataObject) -> None:
+    (tmp_path / "e.json").write_text(json.dumps(data.draw(mutated(evaluation))))
     with bounded():
         compare([tmp_path / "e.json"])
 

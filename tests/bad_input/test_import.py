@@ -270,6 +270,16 @@ def test_an_npz_with_a_hostile_header_is_refused(pairs: Path, refused: Refused) 
     refused("import --images a.npz --out out", 1, "a.npz")
 
 
+@pytest.mark.parametrize("header", ["{'descr': " + "'" * 3, "(" * 5000, "[}", "1" * 9000])
+def test_an_npy_whose_header_is_no_python_is_refused(
+    pairs: Path, refused: Refused, header: str
+) -> None:
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+    (pairs / "a.npy").write_bytes(start + bytes(100))
+
+    refused("import --images a.npy --out out", 1, "a.npy: is no readable NumPy file")
+
+
 def test_a_config_of_another_type_is_refused(pairs: Path, refused: Refused) -> None:
     deep = b"x = " + b"[" * 9000
     for content in (b"\xff", b"[[", b"images = 3", b"images = {x = 1}", b"nope = 1", deep):
@@ -280,7 +290,7 @@ def test_a_config_of_another_type_is_refused(pairs: Path, refused: Refused) -> N
 def test_a_file_of_64_gib_is_read_no_further_than_its_first_bad_row(
     pairs: Path, refused: Refused
 ) -> None:
-    shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 26, 256)}
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 16, 1 << 18)}
     with (pairs / "a.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, shape)
         file.truncate(file.tell() + (1 << 36))  # a hole, which takes no disk

@@ -88,6 +88,10 @@ class Machine:
         }
 
     def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def _start(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, HERE / "server.py"],
             stdin=subprocess.PIPE,
@@ -97,7 +101,6 @@ class Machine:
         )
         assert self._process.stdout is not None
         assert json.loads(self._process.stdout.readline()) == {"ready": True}
-        return self
 
     def __exit__(
         self,
@@ -164,11 +167,22 @@ class Machine:
             "limit": LIMIT,
             **{name: str(path) for name, path in files.items()},
         }
+        line = self._answer(request)
+        if not line:  # on a machine that others use too, somebody killed the server
+            self._process.wait()
+            self._start()
+            line = self._answer(request)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _answer(self, request: dict[str, Any]) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return ""
+        return self._process.stdout.readline()
 
     def _run_alone(
         self, arguments: list[str], plan: Plan, files: dict[str, Path]

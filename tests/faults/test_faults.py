@@ -114,15 +114,26 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
     assert seen[-2:] == [files.LOCK, folder.name]
 
 
-def test_a_folder_that_lacks_nothing_but_its_name_is_not_in_the_way(tmp_path: Path) -> None:
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "manifest.json").write_text('{"format": "csalign-features"}')
-    files.check_output(tmp_path / "out", overwrite=False)
-    with files.staged_folder(tmp_path / "out") as folder:
+def test_a_folder_killed_at_its_last_step_can_be_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"format": "csalign-features"}')
+    (out / files.LOCK).touch()
+    with pytest.raises(OutputError, match="exists; choose another --out"):
+        files.check_output(out, overwrite=False)
+    files.check_output(out, overwrite=True)
+    with files.staged_folder(out) as folder:
         (folder / "new").touch()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_an_artifact_that_happens_to_be_called_partial_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text('{"format": "csalign-features"}')
+    with pytest.raises(OutputError, match="csalign did not make it; move it"):
+        files.check_output(tmp_path / "out", overwrite=True)
 
 
 def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ _ROOMLESS = ("fsync", "unlink", "rmdir", "rename", "read")
 
 def _of_job(name: str) -> bool:
     """Whether a file is removed from an output after it is whole; readers pass it over."""
-    return name == files.JOB or name.startswith(f"{files.RESUME}/")
+    return name in (files.JOB, files.LOCK) or name.startswith(f"{files.RESUME}/")
 
 
 def _another(command: str, inputs: Inputs, out: Path) -> list[object]:

@@ -1,6 +1,7 @@
 """.npy and .npz: read through a plain file, so that a URL does as well as a path."""
 
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,11 @@ _DAMAGES = (
     RuntimeError,
     zipfile.BadZipFile,
     zlib.error,
+    # NumPy reads headers as Python's literals.
+    tokenize.TokenError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
 )
 
 
