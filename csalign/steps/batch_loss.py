@@ -198,11 +198,11 @@ class BatchLoss(nn.Module):
             return {side: self._embed(side, own, step) for side, own in inputs.items()}, None
         found = {side: self._embed(side, own, step) for side, own in lone.items()}
         every = slice(None)
-        x, y, tokens = self._tokens.forward(batch, images.take(every), texts.take(every))
+        x, y, tokens = self._tokens.forward(batch, images.take(every), texts.take(every), step)
         found[Modality.IMAGE]["pairs"], found[Modality.TEXT]["pairs"] = x, y
         for role, own in captions.items():
             values = self._stored(self._rows.texts, own).take(every)
-            found[Modality.TEXT][role] = self._tokens.texts(own, values)
+            found[Modality.TEXT][role] = self._tokens.texts(role, own, values, step)
         return found, tokens
 
     def _stored(self, values: Any, rows: Ints) -> Inputs:

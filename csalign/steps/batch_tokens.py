@@ -1,12 +1,14 @@
 """Batches through adapters with their tokens, and the token sets that the token term compares."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from csalign.adapters.draws import drawing
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import Aligned
@@ -14,6 +16,7 @@ from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.objective.loss import TokenBatch
 from csalign.steps.batches import Batch
+from csalign.steps.embedder import seed_of
 from csalign.steps.tokens import StoredTokens
 from csalign.store.join import Pairs
 from csalign.store.tokens import Wanted, take_together
@@ -56,7 +59,7 @@ class BatchTokens:
         self.rng = np.random.default_rng([config.seed, 3])
 
     def forward(
-        self, batch: Batch, images: Tensor, texts: Tensor
+        self, batch: Batch, images: Tensor, texts: Tensor, step: int
     ) -> tuple[Tensor, Tensor, TokenBatch | None]:
         """Adapted images and texts of a batch, and tokens if there is a token term.
 
@@ -64,6 +67,7 @@ class BatchTokens:
             batch: rows.
             images: (b, input_width), their image embeddings.
             texts: (m, input_width), likewise.
+            step: number of the step.
         """
         inputs = {Modality.IMAGE: images, Modality.TEXT: texts}
         rows = {Modality.IMAGE: batch.images, Modality.TEXT: batch.texts}
@@ -72,7 +76,10 @@ class BatchTokens:
         seen = {Modality.IMAGE: owners, Modality.TEXT: chosen}
         asked = {side: rows[side] if self._mixes(side) else rows[side][seen[side]] for side in rows}
         read = self._read({side: asked[side] for side in self._sources})
-        whole = {side: self._whole(side, inputs[side], read.get(side)) for side in Modality}
+        whole = {}
+        for side in Modality:
+            with self._drawing(side, "pairs", step):
+                whole[side] = self._whole(side, inputs[side], read.get(side))
         x, y = whole[Modality.IMAGE].embeddings, whole[Modality.TEXT].embeddings
         if not self._config.token_weight:
             return x, y, None
@@ -82,21 +89,28 @@ class BatchTokens:
             if self._mixes(side):
                 sets.append((whole[side].tokens[at], read[side][1][at]))
             else:
-                own = self._aligned(side, inputs[side][at], read[side])
+                with self._drawing(side, "tokens", step):
+                    own = self._aligned(side, inputs[side][at], read[side])
                 sets.append((own.tokens, read[side][1]))
         (x_tokens, x_mask), (y_tokens, y_mask) = sets
         return x, y, TokenBatch(x_tokens, y_tokens, x_mask, y_mask)
 
-    def texts(self, rows: Ints, inputs: Tensor) -> Tensor:
+    def texts(self, role: str, rows: Ints, inputs: Tensor, step: int) -> Tensor:
         """Adapted texts beside those of a batch.
 
         Args:
+            role: what they are, as in `embedder.ROLES`.
             rows: (k,) text rows.
             inputs: (k, input_width), their embeddings.
+            step: number of the step.
         """
         side = Modality.TEXT
         read = self._read({side: rows}) if self._mixes(side) else {}
-        return self._whole(side, inputs, read.get(side)).embeddings
+        with self._drawing(side, role, step):
+            return self._whole(side, inputs, read.get(side)).embeddings
+
+    def _drawing(self, side: Modality, role: str, step: int) -> AbstractContextManager[None]:
+        return drawing(seed_of(self._config, side, role, step), 0)
 
     def _mixes(self, side: Modality) -> bool:
         return self._adapter.side(side).embeds_with_tokens

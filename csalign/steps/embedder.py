@@ -16,7 +16,7 @@ from csalign.objective.divided import gathered
 
 SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
 # What a step embeds of a side; each has random numbers of its own.
-ROLES = ("pairs", "others", "further", "lone")
+ROLES = ("pairs", "others", "further", "lone", "tokens")
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,14 @@ class Embedder:
         return torch.cat(found)
 
     def _through(self, side: Modality, role: str, rows: Tensor, step: int, first: int) -> Tensor:
-        seed = (self._config.seed, step, list(Modality).index(side), ROLES.index(role))
-        with drawing(seed, first):
+        with drawing(seed_of(self._config, side, role, step), first):
             found: Tensor = self._adapter.side(side)(rows, self._config.noise)
         return found
+
+
+def seed_of(config: TrainConfig, side: Modality, role: str, step: int) -> tuple[int, ...]:
+    """Of the noise and dropout of some rows of a step, for `draws.drawing`."""
+    return config.seed, step, list(Modality).index(side), ROLES.index(role)
 
 
 def _length(part: slice) -> int:

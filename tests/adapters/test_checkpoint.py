@@ -187,7 +187,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
     [
         (lambda f: (f / "adapter.json").unlink(), "holds no trained adapter"),
         (lambda f: (f / "adapter.json").write_text("{"), r"adapter\.json: is damaged"),
-        (lambda f: change_json(f, format_version=2), "format_version"),
+        (lambda f: change_json(f, format_version=2), "format version 2, .* upgrade csalign"),
         (lambda f: change_json(f, surprise=1), "surprise"),
         (lambda f: change_shape(f, hidden=-5), "no adapter has this shape"),
         (lambda f: change_shape(f, kind="surprise"), r"adapter\.json: surprise: no such kind"),
