@@ -2,11 +2,14 @@
 
     python tests/benchmarks/train/streaming.py memory --work DIR [--pairs 5000000]
     python tests/benchmarks/train/streaming.py rate --work DIR [--pairs 400000]
+    python tests/benchmarks/train/streaming.py read --work DIR [--pairs 400000]
 
 ``memory`` trains on a made-up set, images and texts 512 wide in float16, with little memory, and
 prints the resident memory of the whole as it goes. ``rate`` times the steps of training from memory
-and from the mapped file in turn. Both leave the set in DIR, which takes 2 KB a pair; a run takes
-that much again.
+and from the mapped file in turn. ``read`` times reading the images' embeddings whole, beside the
+same array by `np.load`, and beside the set's bytes as the disk gives them: from the disk, and from
+what the system has kept of it in memory. All leave the set in DIR, which takes 2 KB a pair; a run
+takes that much again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -208,10 +211,57 @@ def rate(options: argparse.Namespace, features: Path) -> None:
     )
 
 
+def read(options: argparse.Namespace, features: Path) -> None:
+    """Time reading the embeddings of one side, in turn with what bounds it."""
+    table = FeatureSet.open(features).table(Modality.IMAGE)
+    plain = options.work / f"images-{options.pairs}.npy"
+    if not plain.exists():
+        np.save(plain, table.embeddings())
+    shards = sorted((features / "images").glob("*.parquet"))
+    ways: dict[str, Callable[[], object]] = {
+        "features": table.embeddings,
+        "np.load": lambda: np.load(plain),
+        "bytes": lambda: [read_through(shard) for shard in shards],
+    }
+    size = options.pairs * WIDTH * 2
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(options.rounds + 1):
+        for name, way in ways.items():
+            for path in (plain, *shards):
+                drop(path)
+            for where in ("disk", "memory"):
+                began = time.perf_counter()
+                way()
+                if number:  # the first warms up
+                    seconds.setdefault((name, where), []).append(time.perf_counter() - began)
+    for (name, where), own in seconds.items():
+        ratios = [one / two for one, two in zip(own, seconds["np.load", where], strict=True)]
+        print(
+            f"{name:>8} from {where:<6}: {size / statistics.median(own) / 1e9:5.2f} GB/s, takes "
+            f"{statistics.median(ratios):.2f} times as long as np.load "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+def read_through(path: Path) -> None:
+    """Read a file and keep nothing of it."""
+    block = bytearray(1 << 22)
+    with path.open("rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+
+
+def drop(path: Path) -> None:
+    """Let the system forget what it keeps of a file."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     """Make the set and run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("memory", "rate"))
+    parser.add_argument("what", choices=("memory", "rate", "read"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=400_000)
     parser.add_argument("--steps", type=int, default=200, help="In all, or of a round.")
@@ -222,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pa.set_cpu_count(1)
     features = make_set(options.work / f"features-{options.pairs}", options.pairs)
-    {"memory": memory, "rate": rate}[options.what](options, features)
+    {"memory": memory, "rate": rate, "read": read}[options.what](options, features)
 
 
 if __name__ == "__main__":
