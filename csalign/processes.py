@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from csalign.errors import ElsewhereError, ProcessesError
 
-if TYPE_CHECKING:  # torch takes seconds, and --help should not
+if TYPE_CHECKING:  # these take up to seconds, and --help should not
+    import numpy.typing as npt
     from torch import Tensor
 
 PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
@@ -243,6 +241,8 @@ def tell_bytes(data: bytes) -> bytes:
     """The bytes that the first process has, in all of them."""
     if _world.size == 1:
         return data
+    import numpy as np
+
     size = np.array([len(data)])
     tell_array(size)
     found = np.frombuffer(bytearray(data) if is_first() else bytearray(int(size[0])), np.uint8)
@@ -250,9 +250,10 @@ def tell_bytes(data: bytes) -> bytes:
     return data if is_first() else found.tobytes()
 
 
-def tell_array(values: npt.NDArray[Any]) -> None:
+def tell_array(values: "npt.NDArray[Any]") -> None:
     """Put the values of the first process in place of those here; of one shape and dtype."""
     if _world.size > 1 and values.size:
+        import numpy as np
         import torch
 
         with _together() as distributed:

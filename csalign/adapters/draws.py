@@ -7,6 +7,8 @@ layer and the run's place. So one process and each of several draw the same for 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +69,15 @@ def drawing(seed: Sequence[int], first: int) -> Iterator[None]:
         _current.reset(token)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@cache
+def keep_from_compiling() -> None:
+    """Let torch.compile, which cannot follow what draws, go around it, from here on."""
+    disable: Callable[[Any], Any] = torch.compiler.disable
+    # No decorators, whose import takes seconds.
+    globals()["normal_like"] = disable(normal_like)
+    Dropout.forward = disable(Dropout.forward)  # type: ignore[method-assign]
+
+
 def normal_like(x: Tensor) -> Tensor:
     """Standard normal numbers for rows (n, ...); by torch's generator outside of `drawing`."""
     draws = _current.get()
@@ -83,7 +93,6 @@ class Dropout(nn.Dropout):
     a CPU; the share that is dropped is p up to 1 / 131,072.
     """
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """Drop values while training."""
         draws = _current.get()

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csalign.adapters.draws import normal_like
+from csalign.adapters import draws
 from csalign.adapters.inputs import unit_inputs
 from csalign.errors import ShapeError
 
@@ -138,7 +138,7 @@ class SideAdapter(nn.Module):
         """Unit rows minus the mean, with Gaussian noise of that norm; (n, input_width) float32."""
         u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt) - self.mean
         if noise:
-            u = u + normal_like(u) * (noise / self.shape.input_width**0.5)
+            u = u + draws.normal_like(u) * (noise / self.shape.input_width**0.5)
         return u
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:

@@ -169,7 +169,7 @@ def inspect(
         from csalign.steps.inspect import inspect
 
         document = inspect(path, merge=merge)
-        render.print_json(document) if json else render.inspect_table(document)
+        render.show(document, render.inspect_table, as_json=json)
 
 
 @app.command()
@@ -179,7 +179,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the named settings of train, or print one, to be changed and given by --config."""
-    with command(quiet=False, verbose=0):
+    with command(quiet=False, verbose=0), render.to_stdout():
         if name is not None:
             typer.echo(recipe_text(name), nl=False)
         else:
@@ -216,4 +216,4 @@ def compare(
 
         with shown_progress(console, quiet=quiet) as progress:
             document = compare(systems, split=split, baseline=baseline, progress=progress)
-        render.print_json(document) if json else render.compare_table(document)
+        render.show(document, render.compare_table, as_json=json)

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -15,6 +16,8 @@ from csalign.cli.text import spelled
 from csalign.names import Names, renamed
 from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
 
+R = TypeVar("R")
+STDOUT = "stdout"
 # Where stdout is no terminal, a table must not be squeezed into Rich's 80 columns.
 PIPED_WIDTH = 160
 TRIALS_SHOWN = 10
@@ -29,6 +32,30 @@ RETRIEVAL = {
     "mAP": ("map", _PLAIN),
 }
 """Columns of retrieval tables: which figure, its scale and its format."""
+
+
+@contextmanager
+def to_stdout() -> Iterator[None]:
+    """Around printing: an error says that it is of stdout.
+
+    Raises:
+        OSError: what is printed cannot be written.
+    """
+    try:
+        yield
+        sys.stdout.flush()  # here, where a disk that is full can still be told
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, STDOUT) from error
+
+
+def show(result: R, table: Callable[[R], None], *, as_json: bool) -> None:
+    """Print a result as one JSON document, or by a function that makes tables."""
+    with to_stdout():
+        print_json(result) if as_json else table(result)
 
 
 def print_json(result: Any) -> None:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from csalign import files
+from csalign.cli.render import STDOUT
 from csalign.cli.text import spelled
 from csalign.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.locations import is_store_error
@@ -35,7 +36,6 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     _set_up_logging(console, quiet=quiet, verbose=verbose)
     try:
         yield console
-        sys.stdout.flush()  # here, where a disk that is full can still be told
     except ElsewhereError as error:
         raise typer.Exit(error.exit_code) from None
     except CsalignError as error:
@@ -49,7 +49,9 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
-        _explain(console, files.os_error(error, _stdout_if_broken()), verbose)
+        if error.filename == STDOUT:
+            _drop_stdout()
+        _explain(console, files.os_error(error), verbose)
         raise typer.Exit(1) from None
     except Exception as error:
         if not is_store_error(error):
@@ -58,17 +60,8 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
         raise typer.Exit(1) from None
 
 
-def _stdout_if_broken() -> str | None:
-    """The name of stdout, if it cannot be written to; what was not yet is then dropped."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _drop_stdout()
-        return "stdout"
-    return None
-
-
 def _drop_stdout() -> None:
+    """Forget what was not yet written, which Python would try once more at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -49,7 +49,7 @@ def step_command(
                 with naming(places), shown_progress(console, quiet=quiet) as progress:
                     result = run_step(settings, progress)
                 if not follows:
-                    _show(result, show, as_json=json)
+                    render.show(result, show, as_json=json)
 
         common = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -63,10 +63,3 @@ def step_command(
         return run
 
     return decorate
-
-
-def _show(result: R, show: Callable[[R], None], *, as_json: bool) -> None:
-    if as_json:
-        render.print_json(result)
-    else:
-        show(result)

@@ -3,11 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
 from csalign.errors import DataError
 from csalign.locations import is_remote, parse_location
-from csalign.nearest.manifest import DESCRIPTION as INDEX
-from csalign.nearest.manifest import describe_index, read_index_manifest
 from csalign.steps.record import read_environment, read_lines, read_settings
 from csalign.store.join import ALL, join_ids
 from csalign.store.manifest import MANIFEST
@@ -32,11 +29,16 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     path = parse_location(path)
     if merge:
         merge_parts(path)
-    folder = path.parent if path.name in (MANIFEST, DESCRIPTION, INDEX) else path
-    if not folder.exists():
+    if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    folder = path.parent if path.is_file() else path
     if (folder / MANIFEST).is_file():
         return _features(folder)
+    # Torch and FAISS take seconds to import, which feature sets need not wait for.
+    from csalign.adapters.checkpoint import DESCRIPTION
+    from csalign.nearest.manifest import DESCRIPTION as INDEX
+    from csalign.nearest.manifest import describe_index, read_index_manifest
+
     if not is_remote(folder) and (folder / DESCRIPTION).is_file():
         return _run(folder)
     if not is_remote(folder) and (folder / INDEX).is_file():
@@ -69,6 +71,8 @@ def _features(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
+    from csalign.adapters.checkpoint import load_adapter_with_info
+
     adapter, info = load_adapter_with_info(folder)
     scores = [line for line in read_lines(folder) if "validation" in line]
     read_settings(folder)

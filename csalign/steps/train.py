@@ -30,7 +30,7 @@ from csalign.results import TrainResult
 from csalign.steps.adapted import embed_rows
 from csalign.steps.batches import PairSampler, order_of, uniform
 from csalign.steps.evaluate import describe, measure_rows
-from csalign.steps.logs import check_logs, open_logs
+from csalign.steps.logs import LINES, check_logs, open_logs
 from csalign.steps.match import match_outputs
 from csalign.steps.record import CONFIG, ENVIRONMENT, read_environment, write_environment
 from csalign.steps.report import Evaluated, write_report
@@ -135,6 +135,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         _tell_start(adapter, None if run.state is None else run.state.trainer)
         files.write_text(folder / CONFIG, config.to_toml())
         files.write_json(folder / ENVIRONMENT, environment)
+        (folder / LINES).touch()
 
         norm = mean_square(rows.images) ** 0.5
         info = partial(_info, trainer, features, material.split, start, norm)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csalign import files, processes, stopping
+from csalign.adapters.draws import keep_from_compiling
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
 from csalign.enums import Modality
@@ -108,6 +109,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
         if self.config.compile:
+            keep_from_compiling()
             torch._dynamo.config.suppress_errors = True  # without a compiler, go on as without this
             for side in Modality:
                 self.adapter.side(side).compile()
