@@ -20,6 +20,7 @@ from csalign.steps.evaluate import evaluate
 from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
 
+pytestmark = pytest.mark.xdist_group("processes")  # most share the runs of a fixture
 CLOSE = 1e-5
 QUICK = {"steps": 50, "batch_size": 512, "hidden": 16, "validations": 3, "patience": 99}
 # By the name of the run. All but the first are there for one term or another.
