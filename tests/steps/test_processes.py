@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from csalign.steps.import_arrays import import_arrays
 from csalign.steps.train import train
 
 pytestmark = pytest.mark.xdist_group("processes")  # most share the runs of a fixture
+Runs = tuple[Path, list[Any]]
 CLOSE = 1e-5
 QUICK = {"steps": 50, "batch_size": 512, "hidden": 16, "validations": 3, "patience": 99}
 # By the name of the run. All but the first are there for one term or another.
@@ -157,12 +160,12 @@ def files_of(folder: Path, *but: str) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def features(folder: Path) -> Path:
     """700 images, 640 of them with up to three captions, and 50 captions alone."""
     rng = np.random.default_rng(1)
@@ -186,7 +189,7 @@ def features(folder: Path) -> Path:
     return import_arrays(config).features
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(folder: Path, features: Path) -> Path:
     """All runs, by one process."""
     for name in RUNS:
@@ -194,24 +197,32 @@ def alone(folder: Path, features: Path) -> Path:
     return folder / "1"
 
 
-@pytest.fixture(scope="module", params=RUNS_OF)
-def several(
-    request: pytest.FixtureRequest, folder: Path, features: Path, alone: Path
-) -> tuple[Path, list[Any]]:
+@pytest.fixture(scope="session")
+def runs_by(folder: Path, features: Path, alone: Path) -> Callable[[int], Runs]:
     """Runs by several processes, with what each of them said."""
-    out = folder / str(request.param)
-    out.mkdir()
-    jobs: dict[str, list[dict[str, Any]]] = {
-        "train": [{"out": str(out / name), **options_of(name)} for name in RUNS_OF[request.param]],
-        "eval": evaluations(alone),
-        "apply": applications(alone, out),
-    }
-    for some in jobs.values():
-        for one in some:
-            one["features"] = str(features)
-    codes, _, said = ends(job(request.param, "-c", ALL, str(out), json.dumps(jobs)))
-    assert set(codes) == {0}, said
-    return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+    @cache
+    def make(size: int) -> Runs:
+        out = folder / str(size)
+        out.mkdir()
+        jobs: dict[str, list[dict[str, Any]]] = {
+            "train": [{"out": str(out / name), **options_of(name)} for name in RUNS_OF[size]],
+            "eval": evaluations(alone),
+            "apply": applications(alone, out),
+        }
+        for some in jobs.values():
+            for one in some:
+                one["features"] = str(features)
+        codes, _, said = ends(job(size, "-c", ALL, str(out), json.dumps(jobs)))
+        assert set(codes) == {0}, said
+        return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+    return make
+
+
+@pytest.fixture(params=RUNS_OF)
+def several(request: pytest.FixtureRequest, runs_by: Callable[[int], Runs]) -> Runs:
+    return runs_by(request.param)
 
 
 def evaluations(alone: Path) -> list[dict[str, Any]]:
@@ -230,7 +241,7 @@ def applications(alone: Path, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_losses_are_those_of_one_process(alone: Path, several: tuple[Path, list[Any]]) -> None:
+def test_losses_are_those_of_one_process(alone: Path, several: Runs) -> None:
     out, said = several
     for name in RUNS_OF[len(said)]:
         expected, found = losses(alone / name), losses(out / name)
@@ -242,12 +253,12 @@ def test_losses_are_those_of_one_process(alone: Path, several: tuple[Path, list[
 
 
 def test_gradients_of_a_divided_objective_are_those_of_the_whole(
-    several: tuple[Path, list[Any]],
+    several: Runs,
 ) -> None:
     assert max(apart for apart, *_ in several[1]) < 1e-12
 
 
-def test_every_process_returns_what_the_first_does(several: tuple[Path, list[Any]]) -> None:
+def test_every_process_returns_what_the_first_does(several: Runs) -> None:
     said = [rest for _, *rest in several[1]]
 
     assert all(one == said[0] for one in said)
@@ -263,16 +274,14 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for k, part in parts for key, leaf in flat(part, f"{name}/{k}").items()}
 
 
-def test_evaluations_are_those_of_one_process(
-    features: Path, alone: Path, several: tuple[Path, list[Any]]
-) -> None:
+def test_evaluations_are_those_of_one_process(features: Path, alone: Path, several: Runs) -> None:
     expected = [evaluate(EvalConfig(features=features, **one)) for one in evaluations(alone)]
 
     assert flat(several[1][0][2]) == pytest.approx(flat(json.loads(json.dumps(expected))))
 
 
 def test_applied_sets_have_the_bytes_of_one_process(
-    features: Path, alone: Path, several: tuple[Path, list[Any]]
+    features: Path, alone: Path, several: Runs
 ) -> None:
     for one in applications(alone, alone):
         apply_once(features, one)
@@ -306,10 +315,8 @@ def errors_in(said: str) -> list[str]:
 
 
 def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
-    features: Path, folder: Path, several: tuple[Path, list[Any]]
+    features: Path, folder: Path, runs_by: Callable[[int], Runs]
 ) -> None:
-    if len(several[1]) != 2:
-        return  # once is enough
     out = folder / "killed"
     words = command(features, out, **options_of(SAME_BITS), save_every=4)
     agent = torchrun(*words, "--quiet")
@@ -329,7 +336,7 @@ def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
     assert codes == [0, 0], errors
     assert json.loads(said)["steps"] == FEW
     own = ("config.toml", "environment.json")
-    assert files_of(out, *own) == files_of(several[0] / SAME_BITS, *own)
+    assert files_of(out, *own) == files_of(runs_by(2)[0] / SAME_BITS, *own)
 
 
 def process_of(rank: int, parent: int) -> int:
