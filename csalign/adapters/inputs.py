@@ -35,7 +35,10 @@ def unit_inputs(x: Tensor, *, signed_sqrt: bool) -> Tensor:
 def to_tensor(values: Array, device: torch.device) -> Tensor:
     """A float32 tensor on a device; the cast from float16 happens there."""
     # A read-only array (Arrow's memory) must be copied before torch may share it.
-    return torch.from_numpy(np.array(values)).to(device).float()
+    own = torch.from_numpy(np.array(values))
+    if device.type == "cuda":  # where it is copied while the processor goes on
+        return own.pin_memory().to(device, non_blocking=True).float()
+    return own.to(device).float()
 
 
 def mean_square(rows: Rows) -> float:

@@ -178,8 +178,8 @@ class TrainConfig(OutputConfig):
     )
     precision: Precision = Field(
         Precision.FLOAT32,
-        description="Factors of the objective's matrix products, from 256 rows on: float32, or "
-        "bfloat16, which is faster where the CPU or GPU has it.",
+        description="Factors of the matrix products of the adapters and, from 256 rows on, of the "
+        "objective: float32, or bfloat16, which is faster where the CPU or GPU has it.",
     )
     compile: bool = Field(
         False, description="Run the adapters through torch.compile, which does not pay on CPUs."

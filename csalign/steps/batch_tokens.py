@@ -1,14 +1,12 @@
 """Batches through adapters with their tokens, and the token sets that the token term compares."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.draws import drawing
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import Aligned
@@ -16,7 +14,7 @@ from csalign.config import TrainConfig
 from csalign.enums import Modality
 from csalign.objective.loss import TokenBatch
 from csalign.steps.batches import Batch
-from csalign.steps.embedder import seed_of
+from csalign.steps.embedder import forward_pass
 from csalign.steps.tokens import StoredTokens
 from csalign.store.join import Pairs
 from csalign.store.tokens import Wanted, take_together
@@ -78,8 +76,7 @@ class BatchTokens:
         read = self._read({side: asked[side] for side in self._sources})
         whole = {}
         for side in Modality:
-            with self._drawing(side, "pairs", step):
-                whole[side] = self._whole(side, inputs[side], read.get(side))
+            whole[side] = self._whole(side, "pairs", inputs[side], read.get(side), step)
         x, y = whole[Modality.IMAGE].embeddings, whole[Modality.TEXT].embeddings
         if not self._config.token_weight:
             return x, y, None
@@ -89,8 +86,7 @@ class BatchTokens:
             if self._mixes(side):
                 sets.append((whole[side].tokens[at], read[side][1][at]))
             else:
-                with self._drawing(side, "tokens", step):
-                    own = self._aligned(side, inputs[side][at], read[side])
+                own = self._aligned(side, "tokens", inputs[side][at], read[side], step)
                 sets.append((own.tokens, read[side][1]))
         (x_tokens, x_mask), (y_tokens, y_mask) = sets
         return x, y, TokenBatch(x_tokens, y_tokens, x_mask, y_mask)
@@ -106,21 +102,20 @@ class BatchTokens:
         """
         side = Modality.TEXT
         read = self._read({side: rows}) if self._mixes(side) else {}
-        with self._drawing(side, role, step):
-            return self._whole(side, inputs, read.get(side)).embeddings
-
-    def _drawing(self, side: Modality, role: str, step: int) -> AbstractContextManager[None]:
-        return drawing(seed_of(self._config, side, role, step), 0)
+        return self._whole(side, role, inputs, read.get(side), step).embeddings
 
     def _mixes(self, side: Modality) -> bool:
         return self._adapter.side(side).embeds_with_tokens
 
-    def _whole(self, side: Modality, inputs: Tensor, read: _Tokens | None) -> Aligned:
+    def _whole(
+        self, side: Modality, role: str, inputs: Tensor, read: _Tokens | None, step: int
+    ) -> Aligned:
         """Adapted rows, with their tokens where the kind mixes them in."""
         if read is not None and self._mixes(side):
-            return self._aligned(side, inputs, read)
-        own: Tensor = self._adapter.side(side)(inputs, self._config.noise)
-        return Aligned(own, own.new_empty(0))
+            return self._aligned(side, role, inputs, read, step)
+        with forward_pass(self._config, self._device, side, role, step):
+            own: Tensor = self._adapter.side(side)(inputs, self._config.noise)
+        return Aligned(own.float(), own.new_empty(0))
 
     def _seen(self, count: int) -> Ints:
         """Positions of the pairs that the token term sees, ascending."""
@@ -147,5 +142,9 @@ class BatchTokens:
             for side, found in zip(rows, take_together(wanted), strict=True)
         }
 
-    def _aligned(self, side: Modality, inputs: Tensor, tokens: _Tokens) -> Aligned:
-        return self._adapter.side(side).forward_tokens(inputs, *tokens, self._config.noise)
+    def _aligned(
+        self, side: Modality, role: str, inputs: Tensor, tokens: _Tokens, step: int
+    ) -> Aligned:
+        with forward_pass(self._config, self._device, side, role, step):
+            own = self._adapter.side(side).forward_tokens(inputs, *tokens, self._config.noise)
+        return Aligned(own.embeddings.float(), own.tokens.float())

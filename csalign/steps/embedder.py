@@ -1,6 +1,7 @@
 """Rows of a step through the adapters: each process its part of them, and then all have all."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from csalign import processes
 from csalign.adapters.draws import drawing
 from csalign.adapters.model import Adapter
 from csalign.config import TrainConfig
-from csalign.enums import Modality
+from csalign.enums import Modality, Precision
 from csalign.objective.divided import gathered
 
 SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
@@ -95,14 +96,34 @@ class Embedder:
         return torch.cat(found)
 
     def _through(self, side: Modality, role: str, rows: Tensor, step: int, first: int) -> Tensor:
-        with drawing(seed_of(self._config, side, role, step), first):
+        with forward_pass(self._config, rows.device, side, role, step, first):
             found: Tensor = self._adapter.side(side)(rows, self._config.noise)
-        return found
+        return found.float()
 
 
-def seed_of(config: TrainConfig, side: Modality, role: str, step: int) -> tuple[int, ...]:
-    """Of the noise and dropout of some rows of a step, for `draws.drawing`."""
-    return config.seed, step, list(Modality).index(side), ROLES.index(role)
+@contextmanager
+def forward_pass(
+    config: TrainConfig,
+    device: torch.device,
+    side: Modality,
+    role: str,
+    step: int,
+    first: int = 0,
+) -> Iterator[None]:
+    """What rows of a step go through an adapter under: its random numbers and its precision.
+
+    Args:
+        config: seed and precision.
+        device: where the rows are.
+        side: theirs.
+        role: what they are, of `ROLES`.
+        step: number of the step.
+        first: the place of the first of them among all of that role.
+    """
+    seed = config.seed, step, list(Modality).index(side), ROLES.index(role)
+    is_rounded = config.precision is Precision.BFLOAT16
+    with drawing(seed, first), torch.autocast(device.type, torch.bfloat16, enabled=is_rounded):
+        yield
 
 
 def _length(part: slice) -> int:

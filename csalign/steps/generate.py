@@ -24,7 +24,7 @@ from csalign.results import GenerateResult
 from csalign.sources.images import read_image
 from csalign.steps.adapted import load_adapter_for
 from csalign.steps.prompts import Prompts, embed_prompts, stored_prompts
-from csalign.store.documents import Document, read_document, write_document
+from csalign.store.documents import Document, read_begun, write_document
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
     files.refuse_other_work(folder, Generation.FORMAT)
     with files.writing(out), files.locked_folder(folder):
         path = folder / files.JOB
-        found = read_document(path, Generation) if path.is_file() else None
+        found = read_begun(path, Generation, restart=config.overwrite)
         if found != job:
             if found is not None and not config.overwrite and any((folder / IMAGES).glob("*.png")):
                 raise OutputError(_difference(folder, found, job))

@@ -22,7 +22,7 @@ from csalign.config import TrainConfig
 from csalign.errors import OutputError, SchemaError, TrainingError
 from csalign.steps.logs import LINES
 from csalign.steps.state import read_values, write_values
-from csalign.store.documents import ANEW, Document, read_document, write_document
+from csalign.store.documents import Document, read_begun, write_document
 from csalign.store.reader import FeatureSet
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def open_training(
 def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
     """Make a folder ready; the state to go on from if it holds one of the same training."""
     path = folder / files.JOB
-    found = _found(path, restart=restart)
+    found = read_begun(path, Training, restart=restart)
     states = _steps_in(folder / files.RESUME)
     if found is not None and found != training and states and not restart:
         raise OutputError(_difference(folder, found, training))
@@ -217,16 +217,6 @@ def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
     files.empty_folder(folder)
     write_document(path, training)
     return None
-
-
-def _found(path: Path, *, restart: bool) -> Training | None:
-    """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
-    try:
-        return read_document(path, Training, ANEW) if path.is_file() else None
-    except SchemaError:
-        if restart:
-            return None
-        raise
 
 
 def _difference(folder: Path, found: Training, training: Training) -> str:

@@ -128,6 +128,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
             adapter, start = _saved_adapter(run.state, config)
         warn_of_rows_without_tokens(adapter, material.unpaired)
         environment = _environment(device, config)
+        log.info("training on %s, with products in %s", device, config.precision.value)
         trainer = _trainer(material, adapter, sampler, config, folder, device)
         if run.state is not None:
             _warn_of_changes(folder, environment)

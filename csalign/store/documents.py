@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,8 +15,9 @@ from csalign.locations import is_remote
 from csalign.sealed import check_seal, unsealed, write_sealed
 from csalign.store.manifest import Encoders, Shard
 
+log = logging.getLogger(__name__)
+
 D = TypeVar("D", bound="Document")
-REMOVE = "remove it to have it made again"
 ANEW = "start anew with --overwrite"
 
 
@@ -157,7 +159,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_document(path: Path, kind: type[D], remedy: str = REMOVE) -> D:
+def read_document(path: Path, kind: type[D], remedy: str) -> D:
     """Read a document.
 
     Args:
@@ -176,6 +178,29 @@ def read_document(path: Path, kind: type[D], remedy: str = REMOVE) -> D:
         raise SchemaError(f"{path}: is damaged ({reason}); {remedy}") from None
     check_seal(path, document, remedy)
     return found
+
+
+def read_begun(path: Path, kind: type[D], *, restart: bool = False) -> D | None:
+    """What was begun; None if nothing was, or if it is damaged and may be begun anew.
+
+    Raises:
+        SchemaError: it is damaged.
+    """
+    try:
+        return read_document(path, kind, ANEW) if path.is_file() else None
+    except SchemaError:
+        if restart:
+            return None
+        raise
+
+
+def read_finished(path: Path, kind: type[D]) -> D | None:
+    """What was finished; None, with a warning, if its document is damaged: it is made again."""
+    try:
+        return read_document(path, kind, "made again")
+    except SchemaError as error:
+        log.warning("%s", error)
+        return None
 
 
 def write_document(path: Path, document: Document) -> None:

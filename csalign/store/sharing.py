@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from csalign import files
-from csalign.errors import DataError, OutputError, SchemaError
+from csalign.errors import DataError, OutputError
 from csalign.locations import is_remote
 from csalign.store.documents import (
-    ANEW,
     Job,
     Turn,
     is_same_but_source,
     other_job,
-    read_document,
+    read_begun,
     write_document,
 )
 from csalign.store.manifest import MANIFEST
@@ -192,10 +191,4 @@ def _try_lock(lock: Any, kind: int) -> bool:
 def _read_job(folder: Path, *, restart: bool = False) -> Job | None:
     """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
     files.refuse_other_work(folder, Job.FORMAT)
-    path = folder / files.JOB
-    try:
-        return read_document(path, Job, ANEW) if path.is_file() else None
-    except SchemaError:
-        if restart:
-            return None
-        raise
+    return read_begun(folder / files.JOB, Job, restart=restart)

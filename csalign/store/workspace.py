@@ -34,7 +34,7 @@ from csalign.store.documents import (
     Job,
     Receipt,
     Turn,
-    read_document,
+    read_finished,
     write_document,
 )
 from csalign.store.manifest import (
@@ -99,10 +99,9 @@ class Workspace:
 
         Raises:
             DataError: the part was made with other options, and copied here.
-            SchemaError: the receipt is damaged.
         """
         path = self.folder / RECEIPTS / f"{name}.json"
-        receipt = read_document(path, Receipt) if path.is_file() else None
+        receipt = read_finished(path, Receipt) if path.is_file() else None
         if receipt is None:
             return None
         if receipt.job != self._job.fingerprint():
@@ -203,8 +202,8 @@ class Workspace:
         _refresh(self.folder)
         folder = self.folder / FINISHED
         marks = sorted(folder.glob("*.json")) if folder.exists() else []
-        found = [read_document(path, Finished) for path in marks]
-        return [mark for mark in found if mark.source == self._job.source]
+        found = [read_finished(path, Finished) for path in marks]
+        return [mark for mark in found if mark is not None and mark.source == self._job.source]
 
     def list_failures(self, failures: list[Failure]) -> Path:
         """Write a list of what was left out, for a job that failed because of it."""

@@ -1,6 +1,7 @@
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -204,21 +205,38 @@ def test_merging_waits_for_every_shard_and_refuses_repeated_ids(out: Path) -> No
         merge_parts(out)
 
 
-def test_a_damaged_receipt_is_named(out: Path) -> None:
-    with open_workspace(out, JOB, ONE, config="") as workspace:
-        write_part(workspace, "part-00000")
-        (workspace.folder / "receipts" / "part-00000.json").write_text("{")
-        with pytest.raises(SchemaError, match=r"part-00000.json: is damaged .* remove it"):
-            workspace.receipt("part-00000")
-
-
-def test_a_number_changed_in_a_receipt_is_noticed(out: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: "{", r"part-00000.json: is damaged .*; made again"),
+        (
+            lambda text: text.replace('"failed_texts": 0', '"failed_texts": 2'),
+            r"part-00000.json: does not agree with the checksum in it.*; made again",
+        ),
+    ],
+)
+def test_a_part_whose_receipt_is_damaged_is_told_and_made_again(
+    out: Path, damage: Callable[[str], str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_workspace(out, JOB, ONE, config="") as workspace:
         write_part(workspace, "part-00000")
         path = workspace.folder / "receipts" / "part-00000.json"
-        path.write_text(path.read_text().replace('"failed_texts": 0', '"failed_texts": 2'))
-        with pytest.raises(SchemaError, match=r"part-00000.json: does not agree with the checksum"):
-            workspace.receipt("part-00000")
+        path.write_text(damage(path.read_text()))
+        assert workspace.receipt("part-00000") is None
+    assert re.search(said, caplog.text)
+
+
+def test_who_is_done_is_not_believed_to_be_so_by_a_damaged_mark(
+    out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_workspace(out, JOB, ONE, config="") as workspace:
+        write_part(workspace, "part-00000")
+        workspace.finish(["part-00000"])
+        assert workspace.missing() == []
+        (mark,) = (workspace.folder / "finished").glob("*.json")
+        mark.write_text("[]")
+        assert workspace.missing() == [ONE]
+    assert f"{mark}: is damaged" in caplog.text
 
 
 def test_where_it_cannot_be_told_what_was_begun_only_overwrite_begins_anew(out: Path) -> None:
