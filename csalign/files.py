@@ -512,4 +512,7 @@ def remove_folder(folder: Path) -> None:
         if folder.exists():
             folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]  # of UPath
     elif folder.is_dir():
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # which names what it is in by its last name alone
+            raise OSError(error.errno, error.strerror, str(folder)) from error

@@ -227,7 +227,7 @@ class Trials:
             lost.append("what stands there is neither the old nor the new")
         if over and not standing["files"] and not self._is_swapped_out(over=over):
             lost.append("the old is gone")
-        if standing["files"] == self.whole["files"] and not self._left() and not over:
+        if there == self.whole["files"] and not self._left() and not over:
             self._tell(kind, name, done, wrong, lost)  # it was done, and need not run again
             return
         again = self._run(overwrite=over)
@@ -277,7 +277,9 @@ class Trials:
         self.root.mkdir()
 
     def _left(self) -> list[str]:
-        return sorted(path.name for path in self.root.iterdir() if path != self.out)
+        # wandb makes folders as it is imported, which timm does wherever it is installed.
+        there = sorted(path.name for path in self.root.iterdir() if path != self.out)
+        return [name for name in there if not name.endswith(("wandb-media", "wandb-artifacts"))]
 
     def _reference(self) -> dict[str, Any]:
         self._clear()
