@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from csalign.errors import OutputError
-from csalign.files import check_output, staged_folder
+from csalign.files import check_output, remove_folder, staged_folder
 
 
 def artifact(folder: Path, text: str = "old") -> Path:
@@ -137,3 +138,15 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
         assert not (folder / "images").exists()
 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_removed_is_named_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "inside")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        remove_folder(tmp_path)
+    assert caught.value.filename == str(tmp_path)
