@@ -9,10 +9,11 @@ import os
 import resource
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -24,18 +25,20 @@ import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from csalign.adapters.checkpoint import load_adapter
 from csalign.config import EvalConfig, ExtractConfig, ImportConfig, TrainConfig
 from csalign.enums import Modality
 from csalign.errors import CsalignError
+from csalign.sources.open import open_source
 from csalign.sources.pairing import read_label_table
 from csalign.sources.vectors.opening import read_both, read_side
 from csalign.steps.compare import compare
 from csalign.steps.evaluate import evaluate
 from csalign.steps.inspect import inspect
 from csalign.steps.record import read_lines, read_settings
-from csalign.store.documents import Job, Receipt, read_document
+from csalign.store.documents import Job, Receipt, read_begun
 from csalign.store.join import ALL, load_rows
 from csalign.store.reader import FeatureSet
 
@@ -210,7 +213,7 @@ def test_documents_of_jobs(tmp_path: Path, data: st.DataObject) -> None:
     path.write_text(json.dumps(data.draw(mutated(receipt))))
     for kind in (Receipt, Job):
         with bounded():
-            read_document(path, kind)
+            read_begun(path, kind)
 
 
 @pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ExtractConfig, ImportConfig])
@@ -303,3 +306,82 @@ def test_tables_of_labels(tmp_path: Path, name: str, data: st.DataObject) -> Non
     (tmp_path / name).write_bytes(data.draw(damaged(content)))
     with bounded():
         read_label_table(tmp_path / name)
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tar(mode: Literal["w", "w:gz"] = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for number in range(3):
+            members = {
+                "png": picture(),
+                "txt": f"caption {number}".encode(),
+                "json": json.dumps({"caption": "more", "key": number}).encode(),
+            }
+            for kind, content in members.items():
+                member = tarfile.TarInfo(f"{number:03d}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def image_table() -> bytes:
+    buffer = io.BytesIO()
+    images = [{"bytes": picture(), "path": f"{number}.png"} for number in range(3)]
+    pq.write_table(pa.table({"image": images, "caption": ["a", "b", "c"]}), buffer)
+    return buffer.getvalue()
+
+
+def annotations() -> bytes:
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(3)]
+    captions = [{"image_id": number % 3, "caption": f"caption {number}"} for number in range(5)]
+    return json.dumps({"images": images, "annotations": captions}).encode()
+
+
+def karpathy() -> bytes:
+    images = [
+        {"filename": f"{n}.png", "split": "restval", "sentences": [{"raw": "a"}, {"raw": "b"}]}
+        for n in range(3)
+    ]
+    return json.dumps({"images": images, "dataset": "coco"}).encode()
+
+
+SOURCES: dict[str, Callable[[], bytes]] = {
+    "x.tar": tar,
+    "x.tar.gz": lambda: tar("w:gz"),
+    "x.csv": lambda: "image,caption,split\n0.png,a,train\n1.png,é,\n2.png,,val\n".encode(),
+    "x.tsv": lambda: b"image\tcaption\n0.png\ta\n1.png\tb\n",
+    "x.jsonl": lambda: b'{"image": "0.png", "caption": ["a", "b"]}\n{"image": "1.png"}\n',
+    "x.parquet": image_table,
+    "captions_x.json": annotations,
+    "dataset_x.json": karpathy,
+    "x.txt": lambda: "a caption\nand one more\né\n".encode(),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@FAST
+@given(data=st.data())
+def test_sources(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture())
+    content = SOURCES[name]()
+    if name.endswith("json") and data.draw(st.booleans()):
+        content = json.dumps(data.draw(mutated(json.loads(content)))).encode()
+    else:
+        content = data.draw(damaged(content))
+    (tmp_path / name).write_bytes(content)
+    with bounded():
+        source = open_source(tmp_path / name)
+        for position in range(len(source.volumes)):
+            with source.open(position) as volume:
+                for record in volume.records(0, len(volume)):
+                    assert record.flaw or record.image or record.texts
+                    if record.image is not None:
+                        with suppress(CsalignError, OSError):
+                            record.image.read()
