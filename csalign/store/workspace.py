@@ -276,8 +276,6 @@ class Workspace:
         for name in (RECEIPTS, FINISHED):
             files.remove_folder(self.folder / name)
         (self.folder / _CLAIM).unlink(missing_ok=True)
-        for entry in self.folder.rglob("*.tmp"):  # what a killed process was writing
-            entry.unlink()
         for lock in self.folder.glob(f"{files.LOCK}*"):
             lock.unlink()
         files.publish(self.folder, self._out)

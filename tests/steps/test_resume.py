@@ -167,6 +167,15 @@ def test_so_does_one_with_rows_of_further_sets_and_without_validation(
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+def test_what_a_killed_process_was_writing_is_not_in_the_run(mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop(mixed, out, 3)
+    (unfinished(out) / ".adapter.json.95b237641494.tmp").write_text("{")
+    run(mixed, out)
+
+    assert [path for path in out.rglob("*") if path.suffix == ".tmp"] == []
+
+
 def test_a_run_killed_at_any_moment_has_the_bytes_of_one_in_one_go(
     mixed: Path, tmp_path: Path
 ) -> None:
