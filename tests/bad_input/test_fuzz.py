@@ -12,6 +12,7 @@ import signal
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ SECONDS = 60  # for one example, on however loaded a machine
 MEMORY_KIB = 1 << 20
 FAST = settings(
     max_examples=EXAMPLES,
+    deadline=None,  # which `bounded` sets
     derandomize=EXAMPLES < 1000,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -100,9 +102,9 @@ def mutated(draw: st.DrawFn, document: Any) -> Any:
         if how == "remove":
             del parent[path[-1]]
         elif how == "add" and isinstance(parent, dict):
-            parent[draw(st.text(max_size=9))] = draw(st.sampled_from(ODD))
+            parent[draw(st.text(max_size=9))] = deepcopy(draw(st.sampled_from(ODD)))
         else:
-            parent[path[-1]] = draw(st.sampled_from(ODD))
+            parent[path[-1]] = deepcopy(draw(st.sampled_from(ODD)))
     return changed
 
 
