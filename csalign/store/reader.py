@@ -332,7 +332,7 @@ class FeatureTable:
                         page_checksum_verification=True,
                     )
                 )
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SchemaError(
                 f"{path}: cannot be read ({reason}); make the feature set again"

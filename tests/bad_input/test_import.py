@@ -280,6 +280,17 @@ def test_an_npy_whose_header_is_no_python_is_refused(
     refused("import --images a.npy --out out", 1, "a.npy: is no readable NumPy file")
 
 
+def test_names_in_files_that_are_not_utf_8_are_refused(pairs: Path, refused: Refused) -> None:
+    with h5py.File(pairs / "a.h5", "w") as file:
+        file.create_dataset(b"i\xedages", data=np.ones((3, 4), np.float32))
+    refused("import --images a.h5 --out out", 1, "a.h5: the name b'i\\xedages' is not UTF-8")
+    table = pa.table({"image_embedding": [[1.0, 2.0]], "something": ["x"]})
+    pq.write_table(table, pairs / "a.parquet")
+    content = (pairs / "a.parquet").read_bytes()
+    (pairs / "a.parquet").write_bytes(content.replace(b"something", b"somethin\xe9"))
+    refused("import --images a.parquet --out out", 1, "a.parquet: cannot be read ('utf-8' codec")
+
+
 def test_a_config_of_another_type_is_refused(pairs: Path, refused: Refused) -> None:
     deep = b"x = " + b"[" * 9000
     for content in (b"\xff", b"[[", b"images = 3", b"images = {x = 1}", b"nope = 1", deep):

@@ -225,6 +225,22 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     assert error_of(path).startswith(f"{path}: cannot be read (")
 
 
+def test_rows_that_a_file_says_it_has_and_has_not_are_flaws(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"caption": ["a", "b", "c"]}), path)
+    # The rows of the file, not of its row group: 3 as Thrift writes it, and then a list begins.
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x16\x06\x19", b"\x16\x0a\x19", 1))
+    assert pq.read_metadata(path).num_rows == 5
+    with open_source(path).open(0) as volume:
+        found = list(volume.records(0, len(volume)))
+
+    assert [record.texts[0].caption for record in found[:3]] == ["a", "b", "c"]
+    assert [record.flaw for record in found[3:]] == [
+        "holds fewer rows than it says; write or download it again"
+    ] * 2
+
+
 def test_damaged_rows_are_flaws_and_other_groups_are_read(tmp_path: Path, flaws: Flaws) -> None:
     columns = {"image": [bytes(100) for _ in range(1000)], "caption": [f"{k}" for k in range(1000)]}
     options = {"compression": "none", "use_dictionary": False, "row_group_size": 500}

@@ -69,7 +69,8 @@ def _parquet_shelf(stack: ExitStack, file: Any) -> Shelf:
             row += len(batch)
 
     def stop(row: int) -> int:
-        return int(starts[np.searchsorted(starts, row, side="right")])
+        group = int(np.searchsorted(starts, row, side="right"))
+        return int(starts[min(group, len(groups))])  # a file may say more rows than its groups hold
 
     return Shelf(parquet.schema_arrow, parquet.metadata.num_rows, stop, batches)
 

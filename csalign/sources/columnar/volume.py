@@ -92,6 +92,10 @@ class ColumnarVolume:
             rows = rows_of(self._path, self._shelf, self._layout, first, self._size)
         try:
             read = [values for _, values in islice(rows, last - first)]
+            if len(read) < last - first:
+                raise DamagedError(
+                    f"{self.name}: holds fewer rows than it says; write or download it again"
+                )
         except DamagedError as error:
             self._damaged = (first, self._shelf.stop(first), str(error))
             raise

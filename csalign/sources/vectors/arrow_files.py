@@ -349,6 +349,6 @@ def _reading(path: Path) -> Iterator[Any]:
         mapped = not is_remote(path) and not _is_parquet(path)
         with pa.memory_map(str(path)) if mapped else path.open("rb") as file:
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read ({reason}); write it again") from None

@@ -24,8 +24,10 @@ class _Datasets:
 
         found: dict[str, Header] = {}
 
-        def visit(name: str, item: Any) -> None:
+        def visit(name: str | bytes, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and item.shape:
+                if isinstance(name, bytes):
+                    raise DataError(f"{self.path}: the name {name!r} is not UTF-8; rename it")
                 if item.is_virtual or item.external:
                     raise DataError(
                         f"{self.path}:{name}: lies in other files, which are not followed; write "
