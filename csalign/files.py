@@ -441,9 +441,11 @@ def publish(folder: Path, out: Path) -> None:
     Raises:
         OutputError: the folder is not there any more, or not whole.
     """
-    for entry in folder.rglob(f"*{_TEMPORARY}"):  # what a killed process was writing
-        if entry.is_file():
-            entry.unlink()
+    # What a killed process was writing: by `arriving`, or by safetensors.
+    for pattern in (f"*{_TEMPORARY}", f"{_TEMPORARY}*"):
+        for entry in folder.rglob(pattern):
+            if entry.is_file():
+                entry.unlink()
     if not is_remote(out):
         fsync_path(folder)
         _replace(folder, out)

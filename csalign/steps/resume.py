@@ -148,7 +148,11 @@ class TrainingFolder:
     ) -> None:
         lines = self.path / LINES
         files.fsync_path(lines)
-        told = {"seconds": self.seconds, "lines_bytes": lines.stat().st_size}
+        told = {
+            "seconds": self.seconds,
+            "lines_bytes": lines.stat().st_size,
+            "lines_sha256": files.sha256_file(lines),
+        }
         temporary = folder.with_name(f".{folder.name}.tmp")
         files.remove_folder(temporary)
         temporary.mkdir(parents=True)
@@ -278,6 +282,8 @@ def _read(folder: Path) -> State:
     if not lines.is_file() or lines.stat().st_size < size:
         raise SchemaError(f"{lines}: is shorter than when {folder} was saved")
     os.truncate(lines, size)
+    if values.pop("lines_sha256") != files.sha256_file(lines):
+        raise SchemaError(f"{lines}: was changed or is damaged since {folder} was saved")
     return State(folder, **values)
 
 

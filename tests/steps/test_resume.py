@@ -170,10 +170,22 @@ def test_so_does_one_with_rows_of_further_sets_and_without_validation(
 def test_what_a_killed_process_was_writing_is_not_in_the_run(mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stop(mixed, out, 3)
-    (unfinished(out) / ".adapter.json.95b237641494.tmp").write_text("{")
+    names = (".adapter.json.95b237641494.tmp", ".tmpPF9q5X")
+    for name in names:
+        (unfinished(out) / name).write_text("{")
     run(mixed, out)
 
-    assert [path for path in out.rglob("*") if path.suffix == ".tmp"] == []
+    assert not any((out / name).exists() for name in names)
+
+
+def test_a_log_that_was_damaged_meanwhile_is_named(mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop(mixed, out, 3)
+    lines = unfinished(out) / "metrics.jsonl"
+    lines.write_bytes(lines.read_bytes().replace(b"loss", b"lost", 1))
+    with pytest.raises(SchemaError, match=r"metrics\.jsonl: was changed or is damaged"):
+        run(mixed, out)
+    run(mixed, out, overwrite=True)
 
 
 def test_a_run_killed_at_any_moment_has_the_bytes_of_one_in_one_go(

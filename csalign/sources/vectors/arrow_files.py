@@ -174,9 +174,10 @@ def read_labels(name: str, tables: Sequence[TableFile], columns: Mapping[str, st
     """
     found: dict[str, list[str | None]] = {known: [] for known in columns}
     for table in tables:
-        for batch in table.batches(list(dict.fromkeys(columns.values())), _LABEL_ROWS):
-            for known, column in columns.items():
-                found[known] += _strings(batch.column(column))
+        with _reading_of(table.path):
+            for batch in table.batches(list(dict.fromkeys(columns.values())), _LABEL_ROWS):
+                for known, column in columns.items():
+                    found[known] += _strings(batch.column(column))
     splits = [table.split for table in tables for _ in range(table.rows)]
     if "split" not in found and any(split is not None for split in splits):
         found["split"] = splits
@@ -344,11 +345,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    try:
+    with _reading_of(path):
         # An Arrow file is mapped, so that passing over its rows does not read them.
         mapped = not is_remote(path) and not _is_parquet(path)
         with pa.memory_map(str(path)) if mapped else path.open("rb") as file:
             yield file
+
+
+@contextmanager
+def _reading_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read ({reason}); write it again") from None
