@@ -291,6 +291,18 @@ def test_names_in_files_that_are_not_utf_8_are_refused(pairs: Path, refused: Ref
     refused("import --images a.parquet --out out", 1, "a.parquet: cannot be read ('utf-8' codec")
 
 
+def test_labels_that_are_not_utf_8_are_refused(pairs: Path, refused: Refused) -> None:
+    ids = pa.array([b"\xe8"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": ids}), pairs / "ids.parquet")
+    np.save(pairs / "one.npy", np.ones((1, 4), np.float32))
+
+    refused(
+        "import --images one.npy --image-table ids.parquet --out out",
+        1,
+        "ids.parquet: cannot be read ('utf-8' codec",
+    )
+
+
 def test_a_config_of_another_type_is_refused(pairs: Path, refused: Refused) -> None:
     deep = b"x = " + b"[" * 9000
     for content in (b"\xff", b"[[", b"images = 3", b"images = {x = 1}", b"nope = 1", deep):
