@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--kinds", default="exact,ivf,hnsw,pq")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/csalign-million"))
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--ask", type=Path)
     options = parser.parse_args()
     if options.ask is not None:
