@@ -1,6 +1,6 @@
 """A search over a million vectors: time a query, measured recall, memory told and taken.
 
-    python tests/benchmarks/search/million.py [--rows 1000000] [--width 256] [--work FOLDER]
+    python tests/benchmarks/search/million.py --work FOLDER [--rows 1000000] [--width 256]
 
 Images lie around centres that overlap, in far fewer dimensions than their vectors have, as real
 ones do; texts lie near images. The feature set is written once and kept in the work folder. Each
@@ -149,7 +149,7 @@ def main() -> None:
     for kind in options.kinds.split(","):
         out = options.work / kind
         built = build(features, out, kind)
-        command = [sys.executable, __file__, "--ask", str(out)]
+        command = [sys.executable, __file__, "--work", str(options.work), "--ask", str(out)]
         asked = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         effort = ", ".join(f"{name} {value}" for name, value in asked["effort"].items())
         cells = [
