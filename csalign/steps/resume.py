@@ -56,7 +56,7 @@ class Training(Document):
     FORMAT: ClassVar[str] = "csalign-training"
 
     format: str = FORMAT
-    version: int = 2
+    version: int = 3
     options: dict[str, Any]
     features: str
     unpaired: list[str]
