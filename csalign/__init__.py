@@ -1,90 +1,83 @@
 """Align two sets of precomputed embeddings with InfoNCE and the Cauchy-Schwarz divergence.
 
-Where things live; imports run one way, down this list::
+Where things live; imports point down this list only::
 
-    cli        the commands: options, progress, tables, exit codes
-    steps      extract, import, train, apply, eval, index, search...: one module a command
-    encoders   frozen encoders behind one interface
-    store      feature sets on disk: schema, manifest, writer, reader, join by id
-    sources    what users bring: captions tables, image folders, arrays
-    adapters   the maps into the shared space, their closed-form start, their files
-    decoders   frozen decoders that make images of embeddings
-    nearest    vectors on disk that answer which are nearest
-    report     pages with plots, and sheets of images
-    metrics    retrieval and the modality gap
-    objective  kernels, the divergence, InfoNCE
-    config, results, files, locations, errors, enums, progress: what all of them use
+    cli                      the commands: options, progress, tables, exit codes
+    training                 train and tune
+    generation, search       images from text; an index on disk and its queries
+    evaluation               eval, compare, diagnose
+    ingest, runs             extract and import; load, apply, export and inspect
+    report                   pages with plots, model cards, contact sheets
+    encoders                 frozen encoders behind one interface
+    features                 feature sets on disk: schema, manifest, writer, reader, join by id
+    sources                  what users bring: image folders, caption tables, arrays
+    adapters                 the maps into the shared space, their initialisation, their files
+    metrics                  retrieval and the modality gap
+    objective                kernels, the divergence, InfoNCE
+    core                     errors, paths, atomic files, locks, signals, processes, results
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
 `import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`, `search`
-and `export`; `load_adapter`, `wrap` and `SentenceAdapter` put a run into other programs. Importing
+and `export`; `load_adapter`, `wrap` and `SentenceAdapter` use a run in other programs. Importing
 csalign loads none of the heavy libraries; using a name does.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from csalign.core.version import __version__
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
     from csalign.adapters.clip import wrap
     from csalign.adapters.sentences import SentenceAdapter
-    from csalign.config import (
-        ApplyConfig,
-        DiagnoseConfig,
-        EvalConfig,
-        ExportConfig,
-        ExtractConfig,
-        GenerateConfig,
-        ImportConfig,
-        IndexConfig,
-        SearchConfig,
-        TrainConfig,
-        TuneConfig,
-    )
-    from csalign.enums import Modality
-    from csalign.steps.apply import apply
-    from csalign.steps.diagnose import diagnose
-    from csalign.steps.evaluate import evaluate
-    from csalign.steps.export import export
-    from csalign.steps.extract import extract
-    from csalign.steps.generate import generate
-    from csalign.steps.import_arrays import import_arrays
-    from csalign.steps.index import index
-    from csalign.steps.inspect import inspect
-    from csalign.steps.search import search
-    from csalign.steps.train import train
-    from csalign.steps.tune import tune
-
-__version__ = version("csalign")
+    from csalign.core.enums import Modality
+    from csalign.evaluation.config import DiagnoseConfig, EvalConfig
+    from csalign.evaluation.diagnose import diagnose
+    from csalign.evaluation.evaluate import evaluate
+    from csalign.generation.config import GenerateConfig
+    from csalign.generation.generate import generate
+    from csalign.ingest.config import ExtractConfig, ImportConfig
+    from csalign.ingest.extract import extract
+    from csalign.ingest.import_arrays import import_arrays
+    from csalign.runs.apply import apply
+    from csalign.runs.config import ApplyConfig, ExportConfig
+    from csalign.runs.export import export
+    from csalign.runs.inspect import inspect
+    from csalign.search.build import index
+    from csalign.search.config import IndexConfig, SearchConfig
+    from csalign.search.search import search
+    from csalign.training.config import TrainConfig, TuneConfig
+    from csalign.training.train import train
+    from csalign.training.tuning.tune import tune
 
 _HOMES = {
-    "ApplyConfig": "csalign.config",
-    "DiagnoseConfig": "csalign.config",
-    "EvalConfig": "csalign.config",
-    "ExportConfig": "csalign.config",
-    "ExtractConfig": "csalign.config",
-    "GenerateConfig": "csalign.config",
-    "ImportConfig": "csalign.config",
-    "IndexConfig": "csalign.config",
-    "Modality": "csalign.enums",
-    "SearchConfig": "csalign.config",
+    "ApplyConfig": "csalign.runs.config",
+    "DiagnoseConfig": "csalign.evaluation.config",
+    "EvalConfig": "csalign.evaluation.config",
+    "ExportConfig": "csalign.runs.config",
+    "ExtractConfig": "csalign.ingest.config",
+    "GenerateConfig": "csalign.generation.config",
+    "ImportConfig": "csalign.ingest.config",
+    "IndexConfig": "csalign.search.config",
+    "Modality": "csalign.core.enums",
+    "SearchConfig": "csalign.search.config",
     "SentenceAdapter": "csalign.adapters.sentences",
-    "TrainConfig": "csalign.config",
-    "TuneConfig": "csalign.config",
-    "apply": "csalign.steps.apply",
-    "diagnose": "csalign.steps.diagnose",
-    "evaluate": "csalign.steps.evaluate",
-    "export": "csalign.steps.export",
-    "extract": "csalign.steps.extract",
-    "generate": "csalign.steps.generate",
-    "import_arrays": "csalign.steps.import_arrays",
-    "index": "csalign.steps.index",
-    "inspect": "csalign.steps.inspect",
+    "TrainConfig": "csalign.training.config",
+    "TuneConfig": "csalign.training.config",
+    "apply": "csalign.runs.apply",
+    "diagnose": "csalign.evaluation.diagnose",
+    "evaluate": "csalign.evaluation.evaluate",
+    "export": "csalign.runs.export",
+    "extract": "csalign.ingest.extract",
+    "generate": "csalign.generation.generate",
+    "import_arrays": "csalign.ingest.import_arrays",
+    "index": "csalign.search.build",
+    "inspect": "csalign.runs.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
-    "search": "csalign.steps.search",
-    "train": "csalign.steps.train",
-    "tune": "csalign.steps.tune",
+    "search": "csalign.search.search",
+    "train": "csalign.training.train",
+    "tune": "csalign.training.tuning.tune",
     "wrap": "csalign.adapters.clip",
 }
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from csalign.errors import Stopped
-from csalign.stopping import catch_signals
+from csalign.core.errors import Stopped
+from csalign.core.signals import catch_signals
 
 
 def main() -> None:

@@ -18,13 +18,13 @@ from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from csalign.config import ImportConfig
-from csalign.enums import Modality
-from csalign.locations import parse_location
-from csalign.steps.import_arrays import import_arrays
-from csalign.store.manifest import EncoderInfo
-from csalign.store.shard import Rows
-from csalign.store.writer import FeatureWriter
+from csalign.core.enums import Modality
+from csalign.core.paths import parse_location
+from csalign.features.manifest import EncoderInfo
+from csalign.features.shard import Rows
+from csalign.features.writer import FeatureWriter
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
 
 # UMAP compiles for half a minute what then takes a second of plain Python on the rows of a test.
 os.environ["NUMBA_DISABLE_JIT"] = "1"

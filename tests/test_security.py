@@ -16,11 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from csalign.cli.app import app
-from csalign.enums import Modality
-from csalign.errors import CsalignError, DataError
+from csalign.core.enums import Modality
+from csalign.core.errors import CsalignError, DataError
+from csalign.sources.arrays.opening import read_side
 from csalign.sources.images import read_image
-from csalign.sources.open import open_source
-from csalign.sources.vectors.opening import read_side
+from csalign.sources.records.open import open_source
 
 PACKAGE = Path(__file__).parents[1] / "csalign"
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "_pickle"}
@@ -198,7 +198,7 @@ def test_a_column_wise_array_that_fits_on_no_disk_is_refused(
     (tmp_path / "a.npz").write_bytes(bomb(buffer.getvalue()))
     usage = namedtuple("usage", "total used free")
     vectors = read_side(tmp_path / "a.npz", Modality.IMAGE, None)
-    name = "csalign.sources.vectors.numpy_files.disk_usage"
+    name = "csalign.sources.arrays.numpy_files.disk_usage"
     monkeypatch.setattr(name, lambda _: usage(1, 1, 40))
 
     with pytest.raises(DataError, match=r"a\.npz: .* save it in C order"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.inputs import Rows, to_tensor, unit_inputs
-from csalign.enums import Modality
+from csalign.core.enums import Modality
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]

@@ -10,14 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from csalign import __version__, files
 from csalign.adapters.hub import fetch
 from csalign.adapters.kinds import KINDS
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
-from csalign.enums import Modality
-from csalign.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
-from csalign.sealed import check_seal, unsealed, write_sealed
+from csalign.core import atomic
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
+from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.version import __version__
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -79,16 +80,16 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
         for name, value in _state(adapter).items()
     }
     temporary = folder / f".{WEIGHTS}.tmp"
-    with files.writing(folder / WEIGHTS):
+    with atomic.writing(folder / WEIGHTS):
         temporary.touch()
         mode = temporary.stat().st_mode  # the library would let nobody else read it
     try:
         save_file(tensors, temporary)
     except SafetensorError as error:  # also where the disk is full
-        raise OutputError(files.os_error(error, folder / WEIGHTS)) from None
+        raise OutputError(atomic.os_error(error, folder / WEIGHTS)) from None
     temporary.chmod(mode)
-    files.fsync_path(temporary)
-    info = info.model_copy(update={"weights_sha256": files.sha256_file(temporary)})
+    atomic.fsync_path(temporary)
+    info = info.model_copy(update={"weights_sha256": atomic.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
     write_sealed(folder / DESCRIPTION, info.model_dump(mode="json"))
 
@@ -141,7 +142,7 @@ def load_adapter_with_info(
     if found != needed:
         wrong = sorted(name for name in found | needed if found.get(name) != needed.get(name))
         raise SchemaError(f"{path}: does not agree with {DESCRIPTION} in {wrong[0]}; train again")
-    if files.sha256_file(path) != info.weights_sha256:
+    if atomic.sha256_file(path) != info.weights_sha256:
         raise SchemaError(
             f"{path}: the content does not agree with the checksum in {DESCRIPTION}: the weights "
             "were changed or are damaged; train again"

@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.checkpoint import load_adapter
 from csalign.adapters.model import Adapter
-from csalign.enums import Modality
-from csalign.errors import ConfigError, ShapeError
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, ShapeError
 
 
 class AlignedClip(nn.Module):

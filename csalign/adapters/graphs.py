@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from csalign.adapters.side import SideAdapter
-from csalign.errors import ConfigError, OutputError
+from csalign.core.errors import ConfigError, OutputError
 
 INPUT, OUTPUT = "embeddings", "aligned"
 EXAMPLE_ROWS = 3  # neither 0 nor 1, which torch.export would take for constants

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from csalign.errors import DataError
+from csalign.core.errors import DataError
 
 FILES = ("adapter.json", "adapter.safetensors")
 

@@ -9,11 +9,11 @@ from typing import Any, Final
 import torch
 
 from csalign.adapters.linear import Glu, Linear, Mlp
+from csalign.adapters.low_rank import Identity, LowRank
 from csalign.adapters.side import SideAdapter, SideShape
-from csalign.adapters.square import Identity, LowRank
 from csalign.adapters.transformer import Transformer
-from csalign.enums import Modality
-from csalign.errors import ConfigError, CsalignError, ShapeError
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, CsalignError, ShapeError
 
 GROUP = "csalign.adapters"
 """Entry point group whose names are kinds."""

@@ -13,8 +13,8 @@ from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.inputs import to_tensor
 from csalign.adapters.kinds import build_side
 from csalign.adapters.side import SideAdapter, SideShape
-from csalign.enums import Modality
-from csalign.errors import ShapeError
+from csalign.core.enums import Modality
+from csalign.core.errors import ShapeError
 
 __all__ = ["Adapter", "SideShape", "to_tensor"]
 

@@ -8,12 +8,12 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from csalign import files
 from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
 from csalign.adapters.hub import fetch
 from csalign.adapters.side import SideAdapter
-from csalign.enums import Modality
-from csalign.errors import ConfigError, SchemaError
+from csalign.core import atomic
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, SchemaError
 
 CONFIG = "config.json"
 EMBEDDING = "sentence_embedding"
@@ -75,7 +75,7 @@ class SentenceAdapter(nn.Module):
         folder = Path(output_path)
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(folder, self._whole, self._info)
-        files.write_json(folder / CONFIG, {"side": self._name.value})
+        atomic.write_json(folder / CONFIG, {"side": self._name.value})
 
     @classmethod
     def load(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from csalign.adapters import draws
 from csalign.adapters.inputs import unit_inputs
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 
 MAX_SIZE = 2**20  # nobody's width; keeps a damaged description from asking for all memory
 MAX_LAYERS = 64

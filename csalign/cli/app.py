@@ -8,28 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from csalign import __version__
 from csalign.cli import render
 from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.progress import shown_progress
 from csalign.cli.run import command, naming
 from csalign.cli.step import step_command
-from csalign.config import (
-    ApplyConfig,
-    DiagnoseConfig,
-    EvalConfig,
-    ExportConfig,
-    ExtractConfig,
-    GenerateConfig,
-    ImportConfig,
-    IndexConfig,
-    SearchConfig,
-    TrainConfig,
-    TuneConfig,
-)
-from csalign.config.recipes import recipe_names, recipe_text, recipe_title
-from csalign.progress import Progress
-from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
+from csalign.core.progress import Progress
+from csalign.core.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
+from csalign.core.version import __version__
+from csalign.evaluation.config import DiagnoseConfig, EvalConfig
+from csalign.generation.config import GenerateConfig
+from csalign.ingest.config import ExtractConfig, ImportConfig
+from csalign.runs.config import ApplyConfig, ExportConfig
+from csalign.search.config import IndexConfig, SearchConfig
+from csalign.training.config import TrainConfig, TuneConfig
+from csalign.training.recipes import recipe_names, recipe_text, recipe_title
 
 app = typer.Typer(
     name="csalign",
@@ -59,7 +52,7 @@ def _main(
 @step_command(ExtractConfig, render.features_table)
 def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
-    from csalign.steps.extract import extract
+    from csalign.ingest.extract import extract
 
     return extract(settings, progress)
 
@@ -68,7 +61,7 @@ def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
 @step_command(ImportConfig, render.features_table)
 def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
     """Turn arrays of embeddings into a feature set."""
-    from csalign.steps.import_arrays import import_arrays
+    from csalign.ingest.import_arrays import import_arrays
 
     return import_arrays(settings, progress)
 
@@ -77,7 +70,7 @@ def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
 @step_command(TrainConfig, render.train_table, together=True)
 def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     """Train adapters on a feature set."""
-    from csalign.steps.train import train
+    from csalign.training.train import train
 
     return train(settings, progress)
 
@@ -86,7 +79,7 @@ def train(settings: TrainConfig, progress: Progress) -> TrainResult:
 @step_command(TuneConfig, render.tune_tables)
 def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
     """Search the settings of train on validation; those that are given stay as they are."""
-    from csalign.steps.tune import tune
+    from csalign.training.tuning.tune import tune
 
     return tune(settings, progress)
 
@@ -95,7 +88,7 @@ def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
 @step_command(ApplyConfig, render.features_table, together=True)
 def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
     """Map a feature set through trained adapters into a feature set again."""
-    from csalign.steps.apply import apply
+    from csalign.runs.apply import apply
 
     return apply(settings, progress)
 
@@ -104,7 +97,7 @@ def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
 @step_command(EvalConfig, render.eval_tables, together=True)
 def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
-    from csalign.steps.evaluate import evaluate
+    from csalign.evaluation.evaluate import evaluate
 
     return evaluate(settings, progress)
 
@@ -113,7 +106,7 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
 @step_command(GenerateConfig, render.generate_table)
 def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
     """Make images of texts by an unCLIP decoder."""
-    from csalign.steps.generate import generate
+    from csalign.generation.generate import generate
 
     return generate(settings, progress)
 
@@ -122,7 +115,7 @@ def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
 @step_command(DiagnoseConfig, render.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
     """Tell how far the objective works against itself, and what the gap is made of."""
-    from csalign.steps.diagnose import diagnose
+    from csalign.evaluation.diagnose import diagnose
 
     return diagnose(settings, progress)
 
@@ -131,7 +124,7 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 @step_command(IndexConfig, render.index_table)
 def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
     """Build an index of a feature set on disk, for search, or add to one."""
-    from csalign.steps.index import index
+    from csalign.search.build import index
 
     return index(settings, progress)
 
@@ -140,7 +133,7 @@ def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
 @step_command(SearchConfig, render.found)
 def search(settings: SearchConfig, progress: Progress) -> Found:
     """Find what is nearest to a text, a picture or an embedding in an index."""
-    from csalign.steps.search import find
+    from csalign.search.search import find
 
     return find(settings, progress)
 
@@ -149,7 +142,7 @@ def search(settings: SearchConfig, progress: Progress) -> Found:
 @step_command(ExportConfig, render.export_table)
 def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
     """Write a run's adapter for other programs, checked, with a model card."""
-    from csalign.steps.export import export
+    from csalign.runs.export import export
 
     return export(settings, progress)
 
@@ -166,7 +159,7 @@ def inspect(
 ) -> None:
     """Tell what is in an artifact, after checking all of it."""
     with command(quiet=quiet, verbose=verbose), naming([path]):
-        from csalign.steps.inspect import inspect
+        from csalign.runs.inspect import inspect
 
         document = inspect(path, merge=merge)
         render.show(document, render.inspect_table, as_json=json)
@@ -212,7 +205,7 @@ def compare(
 ) -> None:
     """Put several systems side by side and tell which differences are more than chance."""
     with command(quiet=quiet, verbose=verbose) as console, naming(systems):
-        from csalign.steps.compare import compare
+        from csalign.evaluation.compare import compare
 
         with shown_progress(console, quiet=quiet) as progress:
             document = compare(systems, split=split, baseline=baseline, progress=progress)

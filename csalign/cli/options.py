@@ -9,7 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from csalign.config import Config
+from csalign.core.config import Config
 
 SHORT = {"out": "-o"}
 

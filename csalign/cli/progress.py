@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from csalign import progress, stopping
+from csalign.core import progress, signals
 
 LINE_EVERY_S = 30.0
 SHOWN = (
@@ -49,7 +49,7 @@ def _stoppable(report: progress.Progress) -> progress.Progress:
     """The same, where a signal is noticed that was lost on its way."""
 
     def checked(what: str, done: int, total: int | None) -> None:
-        stopping.check()
+        signals.check()
         report(what, done, total)
 
     return checked

@@ -13,8 +13,15 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.cli.text import spelled
-from csalign.names import Names, renamed
-from csalign.results import FeaturesResult, Found, GenerateResult, TrainResult, Trial, TuneResult
+from csalign.core.results import (
+    FeaturesResult,
+    Found,
+    GenerateResult,
+    TrainResult,
+    Trial,
+    TuneResult,
+)
+from csalign.core.side_names import Names, renamed
 
 R = TypeVar("R")
 STDOUT = "stdout"

@@ -13,11 +13,11 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from csalign import files
 from csalign.cli.render import STDOUT
 from csalign.cli.text import spelled
-from csalign.errors import CsalignError, DataError, ElsewhereError, Stopped
-from csalign.locations import is_store_error
+from csalign.core import atomic
+from csalign.core.errors import CsalignError, DataError, ElsewhereError, Stopped
+from csalign.core.paths import is_store_error
 
 LOGGER = "csalign"
 
@@ -51,7 +51,7 @@ def command(*, quiet: bool, verbose: int) -> Iterator[Console]:
     except OSError as error:
         if error.filename == STDOUT:
             _drop_stdout()
-        _explain(console, files.os_error(error), verbose)
+        _explain(console, atomic.os_error(error), verbose)
         raise typer.Exit(1) from None
     except Exception as error:
         if not is_store_error(error):
@@ -84,7 +84,7 @@ def naming(places: Iterable[Any]) -> Iterator[None]:
         urls = [str(place) for place in places if "://" in str(place)]
         if not urls or not (is_nameless or is_store_error(error)):
             raise
-        raise DataError(files.os_error(error, " or ".join(urls))) from error
+        raise DataError(atomic.os_error(error, " or ".join(urls))) from error
 
 
 def _explain(console: Console, message: str, verbose: int) -> None:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from csalign import processes
 from csalign.cli import render
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, parameters_of
 from csalign.cli.progress import shown_progress
 from csalign.cli.run import command, naming
-from csalign.config import Config
-from csalign.progress import Progress
+from csalign.core import distributed
+from csalign.core.config import Config
+from csalign.core.progress import Progress
 
 C = TypeVar("C", bound=Config)
 R = TypeVar("R")
@@ -38,11 +38,11 @@ def step_command(
             **options: Any,
         ) -> None:
             given = {name: value for name, value in options.items() if value is not None}
-            follows = together and processes.of_environment().rank > 0
+            follows = together and distributed.of_environment().rank > 0
             quiet = quiet or follows
             with (
                 command(quiet=quiet, verbose=verbose) as console,
-                processes.joined() if together else nullcontext(),
+                distributed.joined() if together else nullcontext(),
             ):
                 settings = config.resolve(config_file, given)
                 places = [value for _, value in settings]

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from csalign.enums import Modality
-from csalign.store.manifest import EncoderInfo
+from csalign.core.enums import Modality
+from csalign.features.manifest import EncoderInfo
 
 Floats = npt.NDArray[np.floating[Any]]
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, EncoderError
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.libraries import first_line, first_run, quiet
 from csalign.encoders.running import (
@@ -26,9 +28,7 @@ from csalign.encoders.running import (
     to_numpy,
 )
 from csalign.encoders.tokens import limit_tokens
-from csalign.enums import Modality
-from csalign.errors import ConfigError, EncoderError
-from csalign.store.manifest import EncoderInfo
+from csalign.features.manifest import EncoderInfo
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.running import batch_size_of, describe, inference, to_device, to_numpy
 from csalign.encoders.tokens import limit_tokens
-from csalign.enums import Modality
-from csalign.store.manifest import EncoderInfo
+from csalign.features.manifest import EncoderInfo
 
 
 class ImageTower(Protocol):

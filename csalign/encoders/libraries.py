@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from csalign.errors import EncoderError
+from csalign.core.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 

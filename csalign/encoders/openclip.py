@@ -9,6 +9,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer, VisionTransformer
 
+from csalign.core.enums import Modality
+from csalign.core.errors import EncoderError
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
 from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_run
@@ -31,9 +33,7 @@ from csalign.encoders.running import (
     to_numpy,
 )
 from csalign.encoders.tokens import limit_tokens
-from csalign.enums import Modality
-from csalign.errors import EncoderError
-from csalign.store.manifest import EncoderInfo
+from csalign.features.manifest import EncoderInfo
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import open_clip
 import torch
 from open_clip.pretrained import download_pretrained_from_hf
 
+from csalign.core.errors import ConfigError, EncoderError
 from csalign.encoders.libraries import first_line, quiet, suggest
-from csalign.errors import ConfigError, EncoderError
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Weights of frozen networks laid out for oneDNN, whose products are faster on some CPUs.
 
-float32 may be faster with oneDNN than with torch's own product, see `csalign.onednn`; bfloat16 is
+float32 may be faster with oneDNN than with torch.s own product; bfloat16 is
 multiplied with oneDNN by torch itself, but it lays out the weights anew at each call. Here they are
 laid out once.
 
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from csalign.onednn import multiply, pack, speed_ratio
+from csalign.core.onednn import multiply, pack, speed_ratio
 
 # How far a product may be from torch's own, relative to its largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}

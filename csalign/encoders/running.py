@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
 from csalign.encoders.prepack import prepack
-from csalign.enums import Modality
-from csalign.store.manifest import EncoderInfo
+from csalign.features.manifest import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 

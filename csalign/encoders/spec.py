@@ -14,9 +14,9 @@ others wrote; naming one is what gets its code imported. `none` stands for rando
 from collections.abc import Collection
 from urllib.parse import parse_qsl
 
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError
 from csalign.encoders.base import EncoderOptions, Encoders
-from csalign.enums import Modality
-from csalign.errors import ConfigError
 
 _OWN = ("open_clip", "timm", "hf")
 _FORMS = (

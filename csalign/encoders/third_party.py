@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from csalign.core.enums import Modality
+from csalign.core.errors import CsalignError, EncoderError
 from csalign.encoders.base import (
     Embedded,
     EncoderOptions,
@@ -21,9 +23,7 @@ from csalign.encoders.base import (
 from csalign.encoders.libraries import first_line
 from csalign.encoders.running import gives_tokens
 from csalign.encoders.tokens import limit_tokens
-from csalign.enums import Modality
-from csalign.errors import CsalignError, EncoderError
-from csalign.store.manifest import EncoderInfo
+from csalign.features.manifest import EncoderInfo
 
 GROUP = "csalign.encoders"
 """Entry point group whose names are prefixes of encoders."""

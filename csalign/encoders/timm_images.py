@@ -10,16 +10,12 @@ import torch
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
+from csalign.core.enums import Modality
+from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_line, first_run, quiet, suggest
-from csalign.encoders.running import (
-    fingerprint,
-    gives_tokens,
-    ready,
-)
-from csalign.enums import Modality
-from csalign.errors import EncoderError
+from csalign.encoders.running import fingerprint, gives_tokens, ready
 
 logger = logging.getLogger(__name__)
 

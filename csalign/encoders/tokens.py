@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
+from csalign.core.enums import Modality
 from csalign.encoders.base import Floats
-from csalign.enums import Modality
 
 
 def limit_tokens(

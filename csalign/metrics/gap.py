@@ -18,7 +18,7 @@ from torch import Tensor
 
 from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
 from csalign.objective.divergence import cs_divergence, mmd
-from csalign.objective.kernel import squared_distances
+from csalign.objective.kernels import squared_distances
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.metrics.gap import frechet_distance
-from csalign.objective.kernel import squared_distances
+from csalign.objective.kernels import squared_distances
 
 # Of the paper on CMMD: the bandwidth, and a factor that makes figures readable.
 CMMD_SIGMA = 10.0

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.errors import ShapeError
-from csalign.objective.kernel import bandwidths, check_sets, squared_distances
+from csalign.core.errors import ShapeError
+from csalign.objective.kernels import bandwidths, check_sets, squared_distances
 
 BASE = 512  # rows a side
 WITNESSES = 512  # rows a side

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign import processes
+from csalign.core import distributed
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -259,11 +259,11 @@ def wrong_ahead(
     own = torch.empty(len(stairs.owners), device=device)
     wrong = torch.zeros(2, len(own), dtype=torch.int64, device=device)
     _spread(tiles, matrix.matched_blocks(), lambda tile, blocks: tile.read_own(blocks, own))
-    job = processes.world() if divided else processes.World()
+    job = distributed.world() if divided else distributed.World()
     blocks = islice(matrix.blocks(), job.rank, None, job.size)
     _spread(tiles, blocks, lambda tile, blocks: tile.count_wrong(blocks, own, wrong))
     if divided:
-        processes.sum_(wrong)
+        distributed.sum_(wrong)
     wrong_texts, wrong_images = wrong.cpu().numpy()
     return wrong_texts, wrong_images
 

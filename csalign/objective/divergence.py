@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csalign.objective.kernel import Sigma, log_mean_kernels
+from csalign.objective.kernels import Sigma, log_mean_kernels
 
 
 class CSTerms(NamedTuple):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from csalign.enums import DivergenceName
-from csalign.errors import ShapeError
+from csalign.core.enums import DivergenceName
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence, cs_of_means, mmd, mmd_of_means
 from csalign.objective.gaussian import gaussian_jeffreys
-from csalign.objective.kernel import Sigma, check_sets
+from csalign.objective.kernels import Sigma, check_sets
 from csalign.objective.sinkhorn import sinkhorn_divergence
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csalign.errors import ShapeError
-from csalign.objective.kernel import bandwidths
+from csalign.core.errors import ShapeError
+from csalign.objective.kernels import bandwidths
 
 
 class RandomFeatures:

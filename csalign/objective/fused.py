@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from csalign import processes
-from csalign.enums import Precision
+from csalign.core import distributed
+from csalign.core.enums import Precision
 from csalign.objective.infonce import check_smoothing
-from csalign.objective.kernel import Sigma, bandwidths, check_sets
-from csalign.objective.products import pick_products
+from csalign.objective.kernels import Sigma, bandwidths, check_sets
+from csalign.objective.matmul import pick_products
 from csalign.objective.tiles import (
     Buffers,
     CrossSums,
@@ -92,7 +92,7 @@ def fused_terms(
     if x.dtype not in (torch.float32, torch.float64):
         x, y = x.float(), y.float()
     tile = tile or _TILES.get(x.device.type, _OTHER_TILE)
-    known = processes.world()
+    known = distributed.world()
     turn = (known.rank, known.size) if divided else (0, 1)
     plan = Plan(pairs, seen, factors, label_smoothing, pick_products(x, precision), tile, turn)
     scale = torch.as_tensor(logit_scale, dtype=x.dtype, device=x.device)
@@ -157,7 +157,7 @@ class _Fused(torch.autograd.Function):
         if plan.turn[1] > 1:
             for gradient in (*gradients, to_scale if ctx.needs_input_grad[2] else None):
                 if gradient is not None:
-                    processes.sum_(gradient)
+                    distributed.sum_(gradient)
         return gradients[0], gradients[1], to_scale, None
 
 
@@ -167,7 +167,7 @@ def _joined(sums: CrossSums, logs: list[Tensor], plan: Plan) -> tuple[CrossSums,
         return sums, logs
     parts = [*sums, *logs]
     whole = torch.cat(parts)
-    processes.log_sum_exp_(whole)
+    distributed.log_sum_exp_(whole)
     rows, columns, kernels, *logs = torch.split(whole, [len(part) for part in parts])
     return CrossSums(rows, columns, kernels), logs
 

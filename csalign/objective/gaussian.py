@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from csalign.objective.kernel import check_sets
+from csalign.objective.kernels import check_sets
 
 _FLOOR = 1e-6  # variance; keeps two sets of one point each finite, and is nothing to unit rows
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from csalign.objective.matching import check_matched, positives
+from csalign.objective.owners import check_matched, positives
 
 Negatives = tuple[Tensor | None, Tensor | None]
 

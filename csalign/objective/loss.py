@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import DivergenceName, PairwiseName, Precision
+from csalign.core.enums import DivergenceName, PairwiseName, Precision
 from csalign.objective.divergences import divergence
 from csalign.objective.fused import fused_terms
-from csalign.objective.kernel import Sigma
-from csalign.objective.matching import check_matched, check_owner
+from csalign.objective.kernels import Sigma
+from csalign.objective.owners import check_matched, check_owner
 from csalign.objective.pairwise import pairwise_loss
 from csalign.objective.tokens import token_divergence, unit_tokens
 

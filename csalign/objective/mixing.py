@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 
 
 def mix_pairs(

@@ -4,13 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from csalign.enums import PairwiseName
-from csalign.objective.infonce import (
-    Negatives,
-    check_smoothing,
-    infonce,
-    multi_positive_infonce,
-)
+from csalign.core.enums import PairwiseName
+from csalign.objective.infonce import Negatives, check_smoothing, infonce, multi_positive_infonce
 from csalign.objective.sigmoid import SigmoidDivisor, sigmoid_loss
 
 

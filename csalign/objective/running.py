@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csalign.objective.features import RandomFeatures, cs_of_means
-from csalign.objective.kernel import Sigma, bandwidths
+from csalign.objective.kernels import Sigma, bandwidths
 
 
 @dataclass

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from csalign import processes
-from csalign.objective.divided import shared, summed
-from csalign.objective.matching import positives
+from csalign.core import distributed
+from csalign.objective.distributed_autograd import shared, summed
+from csalign.objective.owners import positives
 
 SigmoidDivisor = Literal["rows", "pairs"]
 
@@ -56,7 +56,7 @@ def sigmoid_loss(
             shared(torch.as_tensor(value, device=x.device))
             for value in (x, y, logit_scale, logit_bias)
         )
-        own = processes.part(len(x))
+        own = distributed.part(len(x))
         x, matched = x[own], matched[own]
     logits = logit_scale * x @ y.T + logit_bias
     total = -logsigmoid(torch.where(matched, logits, -logits)).sum()

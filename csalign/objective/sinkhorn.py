@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csalign.objective.kernel import Sigma, bandwidths, squared_distances
+from csalign.objective.kernels import Sigma, bandwidths, squared_distances
 
 
 def sinkhorn_divergence(

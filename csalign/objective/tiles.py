@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from csalign.objective.products import Products
+from csalign.objective.matmul import Products
 
 # Cosines times so much neither overflow nor underflow in float32, whatever they are.
 _TAME = 35.0

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
-from csalign.objective.kernel import Sigma, bandwidths
+from csalign.core.errors import ShapeError
+from csalign.objective.kernels import Sigma, bandwidths
 
 
 def token_divergence(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.names import Names
+from csalign.core.side_names import Names
 from csalign.report.page import Entry, Section, plain, write_page
 
 Array = npt.NDArray[Any]

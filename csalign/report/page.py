@@ -12,9 +12,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from csalign import files
-from csalign.errors import OutputError
-from csalign.names import Names, renamed
+from csalign.core import atomic
+from csalign.core.errors import OutputError
+from csalign.core.side_names import Names, renamed
 
 # What a page may do: run what is in it. A caption or a path that got past the escaping could
 # neither fetch nor send anything.
@@ -170,8 +170,8 @@ def write_page(
         body="\n".join(body),
         script=_script(figures),
     )
-    files.sweep(path)
-    files.write_text(path, page)
+    atomic.sweep(path)
+    atomic.write_text(path, page)
 
 
 def _called(section: Section, names: Names) -> Section:

@@ -6,7 +6,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from csalign.errors import DataError
+from csalign.core.errors import DataError
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp"),

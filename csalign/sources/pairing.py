@@ -7,11 +7,11 @@ from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Literal
 
-from csalign.errors import DataError
-from csalign.sources.tables import read_table
-from csalign.sources.vectors.arrow_files import ARROW, PARQUET, is_plain, open_table, read_labels
-from csalign.sources.vectors.base import Labels, Strings
-from csalign.sources.vectors.numpy_files import read_integers
+from csalign.core.errors import DataError
+from csalign.sources.arrays.arrow_files import ARROW, PARQUET, is_plain, open_table, read_labels
+from csalign.sources.arrays.base import Labels, Strings
+from csalign.sources.arrays.numpy_files import read_integers
+from csalign.sources.records.tables import read_table
 
 ID_NAMES = ("id",)
 IMAGE_ID_NAMES = ("image_id", "image", "image_row")

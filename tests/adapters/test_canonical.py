@@ -10,7 +10,7 @@ from csalign.adapters.canonical import PairMoments, is_non_negative
 from csalign.adapters.inputs import unit_inputs
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
-from csalign.enums import Modality
+from csalign.core.enums import Modality
 
 Array = NDArray[np.float64]
 

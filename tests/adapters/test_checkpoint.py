@@ -14,8 +14,8 @@ from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info, sa
 from csalign.adapters.kinds import KINDS
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
-from csalign.enums import Modality
-from csalign.errors import DataError, ShapeError
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError, ShapeError
 
 ROWS = np.random.default_rng(0).normal(size=(9, 6)).astype(np.float16)
 

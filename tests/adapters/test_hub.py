@@ -11,8 +11,8 @@ import torch
 import csalign
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
 from csalign.adapters.model import Adapter, SideShape
-from csalign.enums import Modality
-from csalign.errors import DataError
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError
 
 COMMIT = "c" * 40
 

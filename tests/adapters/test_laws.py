@@ -12,8 +12,8 @@ from csalign.adapters.kinds import KINDS, build_side
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.adapters.transformer import Transformer
-from csalign.enums import Modality
-from csalign.errors import ShapeError
+from csalign.core.enums import Modality
+from csalign.core.errors import ShapeError
 
 D, W, HIDDEN, RANK, LAYERS, TOKENS = 6, 4, 12, 2, 2, 5
 MAPPING = ("linear", "mlp", "glu", "transformer")

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from csalign.cli.app import app
-from csalign.config import ImportConfig, TrainConfig
-from csalign.steps.import_arrays import import_arrays
-from csalign.steps.train import train
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 
 Refused = Callable[..., Result]
 

@@ -15,8 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from csalign.cli.app import app
-from csalign.store.join import ALL, load_rows
-from csalign.store.reader import FeatureSet
+from csalign.features.join import ALL, load_rows
+from csalign.features.reader import FeatureSet
 from tests.bad_input.conftest import Refused
 
 

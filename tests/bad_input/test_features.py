@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from csalign.enums import Modality
-from csalign.files import sha256_file
-from csalign.store.manifest import EncoderInfo
-from csalign.store.shard import Rows
-from csalign.store.writer import FeatureWriter
+from csalign.core.atomic import sha256_file
+from csalign.core.enums import Modality
+from csalign.features.manifest import EncoderInfo
+from csalign.features.shard import Rows
+from csalign.features.writer import FeatureWriter
 from tests.bad_input.conftest import Refused
 
 READERS = {

@@ -29,19 +29,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from csalign.adapters.checkpoint import load_adapter
-from csalign.config import EvalConfig, ExtractConfig, ImportConfig, TrainConfig
-from csalign.enums import Modality
-from csalign.errors import CsalignError
-from csalign.sources.open import open_source
+from csalign.core.enums import Modality
+from csalign.core.errors import CsalignError
+from csalign.evaluation.compare import compare
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.features.join import ALL, load_rows
+from csalign.features.reader import FeatureSet
+from csalign.ingest.config import ExtractConfig, ImportConfig
+from csalign.ingest.job import Job, Receipt, read_begun
+from csalign.runs.inspect import inspect
+from csalign.runs.metadata import read_lines, read_settings
+from csalign.sources.arrays.opening import read_both, read_side
 from csalign.sources.pairing import read_label_table
-from csalign.sources.vectors.opening import read_both, read_side
-from csalign.steps.compare import compare
-from csalign.steps.evaluate import evaluate
-from csalign.steps.inspect import inspect
-from csalign.steps.record import read_lines, read_settings
-from csalign.store.documents import Job, Receipt, read_begun
-from csalign.store.join import ALL, load_rows
-from csalign.store.reader import FeatureSet
+from csalign.sources.records.open import open_source
+from csalign.training.config import TrainConfig
 
 EXAMPLES = int(os.environ.get("CSALIGN_FUZZ", "25"))
 SECONDS = 60  # for one example, on however loaded a machine

@@ -21,8 +21,8 @@ import torch
 from typer.testing import CliRunner
 
 from csalign.cli.app import app
-from csalign.store.join import ALL, load_rows
-from csalign.store.reader import FeatureSet
+from csalign.features.join import ALL, load_rows
+from csalign.features.reader import FeatureSet
 from tests.bad_input.conftest import Refused
 
 GOOD = np.random.default_rng(1).normal(size=(40, 6)).astype(np.float32)

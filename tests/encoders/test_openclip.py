@@ -14,12 +14,12 @@ import torch
 import transformers
 from PIL import Image
 
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, EncoderError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.images import TowerImages
 from csalign.encoders.openclip import OpenClipTexts
 from csalign.encoders.spec import load_encoders
-from csalign.enums import Modality
-from csalign.errors import ConfigError, EncoderError
 
 CPU = torch.device("cpu")
 BOTH = tuple(Modality)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from csalign import onednn
+from csalign.core import onednn
 from csalign.encoders import prepack as prepack_module
 from csalign.encoders.openclip import _TextSide
 from csalign.encoders.prepack import pack_layers, prepack

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from csalign.core.errors import ConfigError
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.running import batch_size_of, embed_by_length, precision_of, ready
 from csalign.encoders.spec import load_encoders
-from csalign.errors import ConfigError
 
 OPTIONS = EncoderOptions(torch.device("cpu"))
 

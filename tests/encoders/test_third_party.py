@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from csalign.core.enums import Modality
+from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.spec import load_encoders
-from csalign.enums import Modality
-from csalign.errors import EncoderError
 
 CPU = torch.device("cpu")
 MODULE = dedent(
@@ -21,8 +21,8 @@ MODULE = dedent(
     import torch
 
     from csalign.encoders.base import Embedded
-    from csalign.enums import Modality
-    from csalign.store.manifest import EncoderInfo
+    from csalign.core.enums import Modality
+    from csalign.features.manifest import EncoderInfo
 
 
     class Images:

@@ -9,11 +9,11 @@ import timm
 import torch
 from PIL import Image
 
+from csalign.core.enums import Modality
+from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.images import TowerImages
 from csalign.encoders.spec import load_encoders
-from csalign.enums import Modality
-from csalign.errors import EncoderError
 
 CPU = torch.device("cpu")
 TOKENS = {"tokens": [Modality.IMAGE]}

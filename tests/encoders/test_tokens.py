@@ -3,8 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from csalign.core.enums import Modality
 from csalign.encoders.tokens import limit_tokens
-from csalign.enums import Modality
 
 
 def numbered(count: int, width: int = 3) -> Any:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from csalign import files
 from csalign.cli.app import app
-from csalign.errors import OutputError
+from csalign.core import atomic
+from csalign.core.errors import OutputError
 from tests.faults.damage import Damage
 from tests.faults.disk import Machine, Mode, Plan
 from tests.faults.trials import COMMANDS, Trials, make_inputs
@@ -87,7 +87,7 @@ def test_a_page_sweeps_away_what_dead_processes_left_of_it_and_nothing_else(tmp_
     )  # fmt: skip
     assert holder.stdout is not None
     holder.stdout.readline()
-    files.sweep(page)
+    atomic.sweep(page)
     left = {path.name for path in tmp_path.iterdir()}
     holder.communicate()
 
@@ -97,7 +97,7 @@ def test_a_page_sweeps_away_what_dead_processes_left_of_it_and_nothing_else(tmp_
 def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
     folder = tmp_path / "out.partial"
     (folder / "images").mkdir(parents=True)
-    (folder / files.LOCK).touch()
+    (folder / atomic.LOCK).touch()
     (folder / "images" / "x").touch()
     seen: list[str] = []
 
@@ -107,22 +107,22 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
 
     watching = True
     sys.addaudithook(watch)  # which cannot be taken back
-    files.discard(folder)
+    atomic.discard(folder)
     watching = False
 
     assert not folder.exists()
-    assert seen[-2:] == [files.LOCK, folder.name]
+    assert seen[-2:] == [atomic.LOCK, folder.name]
 
 
 def test_a_folder_killed_at_its_last_step_can_be_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"format": "csalign-features"}')
-    (out / files.LOCK).touch()
+    (out / atomic.LOCK).touch()
     with pytest.raises(OutputError, match="exists; choose another --out"):
-        files.check_output(out, overwrite=False)
-    files.check_output(out, overwrite=True)
-    with files.staged_folder(out) as folder:
+        atomic.check_output(out, overwrite=False)
+    atomic.check_output(out, overwrite=True)
+    with atomic.staged_folder(out) as folder:
         (folder / "new").touch()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
@@ -133,7 +133,7 @@ def test_an_artifact_that_happens_to_be_called_partial_is_left_alone(tmp_path: P
     partial.mkdir()
     (partial / "manifest.json").write_text('{"format": "csalign-features"}')
     with pytest.raises(OutputError, match="csalign did not make it; move it"):
-        files.check_output(tmp_path / "out", overwrite=True)
+        atomic.check_output(tmp_path / "out", overwrite=True)
 
 
 def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
@@ -158,6 +158,6 @@ def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
 def test_a_disk_that_went_away_is_named(tmp_path: Path, number: int) -> None:
     with (
         pytest.raises(OutputError, match=r"x: .*; see whether the disk or its mount"),
-        files.writing(tmp_path / "x"),
+        atomic.writing(tmp_path / "x"),
     ):
         raise OSError(number, "said by a library")

@@ -17,11 +17,11 @@ import pytest
 import s3fs
 from typer.testing import CliRunner, Result
 
-from csalign import locations
 from csalign.cli.app import app
-from csalign.config import ImportConfig
-from csalign.steps.import_arrays import import_arrays
-from csalign.store.reader import FeatureSet
+from csalign.core import paths
+from csalign.features.reader import FeatureSet
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
 
 Plan = Callable[[int, str], str | None]
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate.</Message></Error>"
@@ -202,7 +202,7 @@ def web(
     for path in arrays:
         shutil.copy(path, folder)
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=folder / "features"))
-    monkeypatch.setattr(locations, "_WAITS_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(paths, "_WAITS_S", (0.01, 0.02, 0.03))
     flaky = Flaky(folder)
     yield flaky
     flaky.shutdown()

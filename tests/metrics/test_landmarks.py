@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.metrics.landmarks import KernelSums, Landmarks, MeanKernels
 from csalign.objective.divergence import cs_divergence, mmd
-from csalign.objective.kernel import log_mean_kernel
+from csalign.objective.kernels import log_mean_kernel
 
 
 def clusters(n: int, m: int, width: int = 16, apart: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from scipy.special import ndtri
 from torch import Tensor
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence, cs_terms, mmd
-from csalign.objective.kernel import diagonal_share, log_mean_kernel, median_distance
+from csalign.objective.kernels import diagonal_share, log_mean_kernel, median_distance
 
 SIGMAS = st.sampled_from([0.3, 1.0, 2.5])
 

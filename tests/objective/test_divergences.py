@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from csalign.enums import DivergenceName
-from csalign.errors import ShapeError
+from csalign.core.enums import DivergenceName
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence, mmd
 from csalign.objective.divergences import divergence
 from csalign.objective.gaussian import gaussian_jeffreys

@@ -3,10 +3,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.features import RandomFeatures, cs_of_means, mean_kernels
-from csalign.objective.kernel import log_mean_kernel
+from csalign.objective.kernels import log_mean_kernel
 
 
 def unit(n: int, seed: int, shift: float = 0.0, width: int = 16) -> Tensor:

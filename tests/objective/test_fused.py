@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import Precision
-from csalign.errors import ShapeError
-from csalign.objective import products
+from csalign.core.enums import Precision
+from csalign.core.errors import ShapeError
+from csalign.objective import matmul
 from csalign.objective.fused import fused_terms
 from csalign.objective.infonce import infonce
-from csalign.objective.kernel import Sigma, log_mean_kernels
-from csalign.objective.products import Products
+from csalign.objective.kernels import Sigma, log_mean_kernels
+from csalign.objective.matmul import Products
 
 Terms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -250,10 +250,10 @@ def test_onednn_is_left_alone_where_it_fails_or_is_wrong(monkeypatch: pytest.Mon
     def is_wrong(a: Tensor, b: Tensor) -> Tensor:
         return 1.001 * (a @ b.T)
 
-    monkeypatch.setattr(products, "speed_ratio", lambda *_: 9.0)
+    monkeypatch.setattr(matmul, "speed_ratio", lambda *_: 9.0)
     for multiply in (fails, is_wrong):
-        monkeypatch.setattr(products, "multiply", multiply)
-        assert not products._onednn_is_faster.__wrapped__()
+        monkeypatch.setattr(matmul, "multiply", multiply)
+        assert not matmul._onednn_is_faster.__wrapped__()
 
 
 def test_what_does_not_fit_is_refused() -> None:

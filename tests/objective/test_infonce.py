@@ -9,7 +9,7 @@ from open_clip import ClipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.infonce import alignment_uniformity, infonce, multi_positive_infonce
 
 

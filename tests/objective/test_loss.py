@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import DivergenceName, PairwiseName
-from csalign.errors import ShapeError
+from csalign.core.enums import DivergenceName, PairwiseName
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.divergences import divergence
 from csalign.objective.infonce import infonce, multi_positive_infonce
-from csalign.objective.kernel import Sigma
+from csalign.objective.kernels import Sigma
 from csalign.objective.loss import Objective, TokenBatch
 from csalign.objective.pairwise import pairwise_loss
 from csalign.objective.sigmoid import sigmoid_loss

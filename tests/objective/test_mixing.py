@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.mixing import mix_pairs
 
 X = torch.tensor([[0.0, 0.0], [1.0, 2.0], [4.0, 4.0]])

@@ -6,7 +6,7 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.sigmoid import SigmoidDivisor, sigmoid_loss
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.errors import ShapeError
+from csalign.core.errors import ShapeError
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.tokens import token_divergence, unit_tokens
 

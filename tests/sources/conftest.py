@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from csalign.sources.base import Record
-from csalign.sources.open import SourceOptions, open_source
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import SourceOptions, open_source
 
 
 def _plain(record: Record) -> tuple[object, ...]:

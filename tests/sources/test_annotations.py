@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pycocotools.coco import COCO
 
-from csalign.errors import ConfigError, DataError
-from csalign.sources.base import Record
-from csalign.sources.open import SourceOptions, open_source
+from csalign.core.errors import ConfigError, DataError
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from csalign.enums import Modality
-from csalign.errors import DataError
-from csalign.sources.base import Record
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError
 from csalign.sources.images import read_image
-from csalign.sources.open import SourceOptions, open_source
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]

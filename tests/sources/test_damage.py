@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csalign.errors import CsalignError
-from csalign.sources.open import open_source
+from csalign.core.errors import CsalignError
+from csalign.sources.records.open import open_source
 
 
 def tar_bytes() -> bytes:

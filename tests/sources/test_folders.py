@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from csalign.enums import Modality
-from csalign.errors import ConfigError, DataError
-from csalign.sources.base import Record, TextInput
-from csalign.sources.open import SourceOptions, open_source
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, DataError
+from csalign.sources.records.base import Record, TextInput
+from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]

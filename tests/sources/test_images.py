@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from csalign.errors import DataError
+from csalign.core.errors import DataError
 from csalign.sources.images import read_image
 
 Pixels = npt.NDArray[np.uint8]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from csalign.enums import Modality
-from csalign.errors import DataError
-from csalign.sources.base import Record
-from csalign.sources.open import SourceOptions, open_source
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
 Outline = Callable[..., list[tuple[Any, ...]]]

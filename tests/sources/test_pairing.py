@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csalign.errors import DataError
+from csalign.core.errors import DataError
+from csalign.sources.arrays.base import Labels
 from csalign.sources.pairing import (
     describe_images,
     describe_texts,
@@ -14,7 +15,6 @@ from csalign.sources.pairing import (
     owners_by_layout,
     read_label_table,
 )
-from csalign.sources.vectors.base import Labels
 
 
 def labels(**columns: list[str | None]) -> Labels:

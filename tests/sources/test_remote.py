@@ -11,9 +11,9 @@ import s3fs
 import webdataset
 from upath import UPath
 
-from csalign.errors import DataError
-from csalign.sources.base import Record
-from csalign.sources.open import open_source
+from csalign.core.errors import DataError
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import open_source
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]

@@ -9,11 +9,11 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from csalign.enums import Modality
-from csalign.errors import ConfigError, DataError
-from csalign.sources.base import Record, TextInput
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, DataError
 from csalign.sources.images import read_image
-from csalign.sources.open import SourceOptions, open_source
+from csalign.sources.records.base import Record, TextInput
+from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]
@@ -418,7 +418,7 @@ def test_a_table_of_no_use_is_refused(
 
 
 def test_a_line_without_end_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csalign.sources.lines.LONGEST_CELL", 1 << 20)
+    monkeypatch.setattr("csalign.sources.records.lines.LONGEST_CELL", 1 << 20)
     (photos / "t.csv").write_bytes(b"image,caption\na.png," + b"x" * (1 << 20))
 
     assert error_of(photos / "t.csv") == (

@@ -11,10 +11,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from csalign.enums import Modality
-from csalign.errors import ConfigError, CsalignError, DataError
-from csalign.sources.base import Record
-from csalign.sources.open import SourceOptions, open_source
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, CsalignError, DataError
+from csalign.sources.records.base import Record
+from csalign.sources.records.open import SourceOptions, open_source
 
 Records = Callable[..., list[Record]]
 Outline = Callable[..., list[tuple[Any, ...]]]

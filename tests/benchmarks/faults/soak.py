@@ -31,11 +31,14 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 import numpy as np
 
 import csalign
-from csalign.config import ApplyConfig, EvalConfig, ImportConfig, TrainConfig
-from csalign.steps.apply import apply
-from csalign.steps.evaluate import evaluate
-from csalign.steps.import_arrays import import_arrays
-from csalign.steps.train import train
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.runs.apply import apply
+from csalign.runs.config import ApplyConfig
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 from tests.faults.disk import Machine
 
 FEWEST, STEP, FIXED = 200, 40, 200  # rows

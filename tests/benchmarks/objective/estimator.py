@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import Modality
+from csalign.core.enums import Modality
+from csalign.features.join import ALL, load_rows
+from csalign.features.reader import FeatureSet
 from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.features import RandomFeatures, mean_kernels
-from csalign.objective.kernel import squared_distances
-from csalign.steps.adapted import embed_rows, load_adapter_for
-from csalign.store.join import ALL, load_rows
-from csalign.store.reader import FeatureSet
+from csalign.objective.kernels import squared_distances
+from csalign.runs.load import embed_rows, load_adapter_for
 
 WIDTH = 512
 CLUSTERS = 200

@@ -34,11 +34,11 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.enums import Precision
+from csalign.core.enums import Precision
 from csalign.objective.divergence import cs_divergence
 from csalign.objective.infonce import infonce
 from csalign.objective.loss import Objective
-from csalign.objective.products import Products, pick_products
+from csalign.objective.matmul import Products, pick_products
 
 WIDTH, SIGMA, LAMBDA, SCALE = 512, 0.5, 0.1, 14.0
 

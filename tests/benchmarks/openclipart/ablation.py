@@ -33,11 +33,11 @@ import numpy as np
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 from run import INFONCE, SCALE_100
 
-from csalign import files
-from csalign.enums import Modality
-from csalign.store.reader import FeatureSet
-from csalign.store.shard import Rows
-from csalign.store.writer import FeatureWriter
+from csalign.core import atomic
+from csalign.core.enums import Modality
+from csalign.features.reader import FeatureSet
+from csalign.features.shard import Rows
+from csalign.features.writer import FeatureWriter
 
 SEARCH_SEED = 1_000
 TRIAL = {"steps": 120, "validations": 8}
@@ -127,7 +127,7 @@ def few_pairs(work: Path) -> Path:
     texts["image_id"] = [None if image in lost else image for image in texts["image_id"]]
     encoders = {side: features.table(side).encoder for side in Modality}
     with (
-        files.staged_folder(out) as folder,
+        atomic.staged_folder(out) as folder,
         FeatureWriter(folder, encoders, features.manifest.dtype) as writer,
     ):
         for side in Modality:

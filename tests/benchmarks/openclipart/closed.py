@@ -16,13 +16,13 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import ClosedForm, PairMoments
 from csalign.adapters.inputs import to_tensor, unit_inputs
-from csalign.config import EvalConfig
-from csalign.enums import Modality
+from csalign.core.enums import Modality
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import Measured, measure_rows
+from csalign.features.join import PairedRows, load_rows
+from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.steps.batches import PairSampler
-from csalign.steps.evaluate import Measured, measure_rows
-from csalign.store.join import PairedRows, load_rows
-from csalign.store.reader import FeatureSet
+from csalign.training.sampler import PairSampler
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ class Fitted:
         }
 
     def measure(self, features: Path, split: str) -> Measured:
-        """As `csalign.steps.evaluate.measure`; the gap is that of the weighted rows made unit."""
+        """As `evaluate.measure`; the gap is that of the weighted rows made unit."""
         rows = load_rows(FeatureSet.open(features), split)
         images, texts = self.embed(rows)
         unit_images, unit_texts = (

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from csalign.config import EvalConfig, TrainConfig
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import Measured, describe, measure
+from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Floats, Place, Resamples
-from csalign.steps.evaluate import Measured, describe, measure
-from csalign.steps.train import train
-from csalign.store.reader import FeatureSet
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 
 TRAIN_SPLIT = "train,val2"
 PLACES = (("mean_recall",), ("centroid_distance",), ("rmg",))

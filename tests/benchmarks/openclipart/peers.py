@@ -58,8 +58,8 @@ import numpy as np
 from closed import Fit, Fitted, fit_cca, fit_csa, fit_procrustes, fit_ridge, moments_of
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 
-from csalign.store.join import load_rows
-from csalign.store.reader import FeatureSet
+from csalign.features.join import load_rows
+from csalign.features.reader import FeatureSet
 
 SEARCH_SEED = 1_000
 TRIAL = {"steps": 120, "validations": 8}

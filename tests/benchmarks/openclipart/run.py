@@ -22,10 +22,10 @@ from typing import Any
 from closed import Fitted, moments_of
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 
-from csalign.steps.evaluate import Measured
-from csalign.steps.start import POWERS, RIDGES
-from csalign.store.join import load_rows
-from csalign.store.reader import FeatureSet
+from csalign.evaluation.evaluate import Measured
+from csalign.features.join import load_rows
+from csalign.features.reader import FeatureSet
+from csalign.training.initialization import POWERS, RIDGES
 
 # An MLP as a CLIP recipe would train it: random start, a caption drawn anew each epoch, a learned
 # scale. The learning rate was chosen on validation among 5e-4, 1e-3 and 2e-3.

@@ -23,12 +23,12 @@ from features import MAX_TOKENS, image_batch, image_model, text_model
 from numpy.typing import NDArray
 from torch.nn.functional import adaptive_avg_pool2d
 
-from csalign import files
-from csalign.enums import Modality
-from csalign.store.manifest import EncoderInfo
-from csalign.store.reader import FeatureSet
-from csalign.store.shard import Rows
-from csalign.store.writer import FeatureWriter
+from csalign.core import atomic
+from csalign.core.enums import Modality
+from csalign.features.manifest import EncoderInfo
+from csalign.features.reader import FeatureSet
+from csalign.features.shard import Rows
+from csalign.features.writer import FeatureWriter
 
 GRID, WORDS, BATCH = 4, 16, 32
 Tokens = list[NDArray[np.float16]]
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     work: Path = parser.parse_args().work
     features = FeatureSet.open(work / "features")
-    with files.staged_folder(work / "features-tokens") as folder:
+    with atomic.staged_folder(work / "features-tokens") as folder:
         infos = {side: with_tokens(features, side) for side in Modality}
         with FeatureWriter(folder, infos, "float16") as writer:
             pictures = work / "pictures"

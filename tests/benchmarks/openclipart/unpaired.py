@@ -26,14 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csalign.adapters.checkpoint import load_adapter
-from csalign.config import EvalConfig, ImportConfig, TrainConfig
-from csalign.enums import Modality
+from csalign.core.enums import Modality
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.features.join import load_rows
+from csalign.features.reader import FeatureSet
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
-from csalign.steps.evaluate import evaluate
-from csalign.steps.import_arrays import import_arrays
-from csalign.steps.train import train
-from csalign.store.join import load_rows
-from csalign.store.reader import FeatureSet
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 
 POOL = ("train", "val2")
 SPLITS = (*POOL, "val", "test")

@@ -22,15 +22,16 @@ import numpy as np
 import torch
 
 from csalign.adapters.checkpoint import load_adapter
-from csalign.config import ImportConfig, TrainConfig
-from csalign.config.recipes import recipe_names
-from csalign.enums import Modality
+from csalign.core.enums import Modality
+from csalign.evaluation.compare import compare
+from csalign.features.join import load_rows
+from csalign.features.reader import FeatureSet
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
 from csalign.metrics.image_sets import cmmd
-from csalign.steps.compare import compare
-from csalign.steps.import_arrays import import_arrays
-from csalign.steps.train import train
-from csalign.store.join import load_rows
-from csalign.store.reader import FeatureSet
+from csalign.training.config import TrainConfig
+from csalign.training.recipes import recipe_names
+from csalign.training.train import train
 
 SMALL = {"steps": 120, "batch_size": 256, "hidden": 256, "validations": 4}
 FROZEN = {"image_adapter": "identity"}

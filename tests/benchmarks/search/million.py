@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from csalign.config import SearchConfig
-from csalign.enums import Modality
-from csalign.nearest.manifest import read_index_manifest
-from csalign.nearest.vectors import VectorIndex, threads
-from csalign.steps.search import find
-from csalign.store.manifest import EncoderInfo
-from csalign.store.shard import Rows
-from csalign.store.writer import FeatureWriter
+from csalign.core.enums import Modality
+from csalign.features.manifest import EncoderInfo
+from csalign.features.shard import Rows
+from csalign.features.writer import FeatureWriter
+from csalign.search.config import SearchConfig
+from csalign.search.manifest import read_index_manifest
+from csalign.search.search import find
+from csalign.search.vectors import VectorIndex, threads
 
 CHUNK = 50_000
 TEXTS = 20_000

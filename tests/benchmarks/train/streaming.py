@@ -29,13 +29,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from csalign import __version__
-from csalign.config import TrainConfig
-from csalign.enums import Modality
-from csalign.steps.train import load_split_rows, room_for, start_of, train
-from csalign.steps.trainer import Trainer
-from csalign.steps.unpaired import gather_unpaired
-from csalign.store.manifest import (
+from csalign.core.enums import Modality
+from csalign.core.version import __version__
+from csalign.features.manifest import (
     FAILURES,
     Counts,
     EncoderInfo,
@@ -44,8 +40,12 @@ from csalign.store.manifest import (
     Shards,
     write_manifest,
 )
-from csalign.store.reader import FeatureSet
-from csalign.store.shard import Rows, ShardWriter
+from csalign.features.reader import FeatureSet
+from csalign.features.shard import Rows, ShardWriter
+from csalign.training.config import TrainConfig
+from csalign.training.loop import Trainer
+from csalign.training.train import load_split_rows, room_for, start_of, train
+from csalign.training.unpaired import gather_unpaired
 
 WIDTH = 512
 SHARD_ROWS = 250_000

@@ -1,0 +1,86 @@
+"""``csalign inspect``: what is in an artifact, and is it sound."""
+
+from pathlib import Path
+from typing import Any
+
+from csalign.core.errors import DataError
+from csalign.core.paths import is_remote, parse_location
+from csalign.features.join import ALL, join_ids
+from csalign.features.manifest import MANIFEST
+from csalign.features.reader import FeatureSet
+from csalign.ingest.locks import merge_parts
+from csalign.runs.metadata import read_environment, read_lines, read_settings
+
+
+def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
+    """Describe a feature set, a run or an index after checking all of it.
+
+    Args:
+        path: the folder, or a file in it that names it (``manifest.json``, ``adapter.json``).
+        merge: first make the feature set `path` out of the parts in ``PATH.partial``.
+
+    Returns:
+        Plain JSON values; "kind" is "features", "run" or "index".
+
+    Raises:
+        DataError: there is no such artifact, or parts of it are missing.
+        SchemaError: it does not agree with itself; the file is named.
+    """
+    path = parse_location(path)
+    if merge:
+        merge_parts(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    folder = path.parent if path.is_file() else path
+    if (folder / MANIFEST).is_file():
+        return _features(folder)
+    # Torch and FAISS take seconds to import, which feature sets need not wait for.
+    from csalign.adapters.checkpoint import DESCRIPTION
+    from csalign.search.manifest import DESCRIPTION as INDEX
+    from csalign.search.manifest import describe_index, read_index_manifest
+
+    if not is_remote(folder) and (folder / DESCRIPTION).is_file():
+        return _run(folder)
+    if not is_remote(folder) and (folder / INDEX).is_file():
+        return describe_index(folder, read_index_manifest(folder, whole=True))
+    raise DataError(
+        f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION}) nor "
+        f"an index (no {INDEX})"
+    )
+
+
+def _features(folder: Path) -> dict[str, Any]:
+    features = FeatureSet.open(folder)
+    features.verify()
+    join_ids(features, ALL)  # finds ids that repeat or lead nowhere
+    manifest = features.manifest
+    shards = [*manifest.shards.images, *manifest.shards.texts]
+    return {
+        "kind": "features",
+        "path": str(folder),
+        "format_version": manifest.format_version,
+        **({} if manifest.names is None else {"names": manifest.names}),
+        "dtype": manifest.dtype,
+        "encoders": manifest.encoders.model_dump(mode="json"),
+        "counts": manifest.counts.model_dump(),
+        "splits": {name or "(none)": counts for name, counts in features.splits().items()},
+        "bytes": sum(shard.bytes for shard in shards),
+        "shards": len(shards),
+        "fingerprint": manifest.fingerprint(),
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from csalign.adapters.checkpoint import load_adapter_with_info
+
+    adapter, info = load_adapter_with_info(folder)
+    scores = [line for line in read_lines(folder) if "validation" in line]
+    read_settings(folder)
+    read_environment(folder)
+    return {
+        "kind": "run",
+        "path": str(folder),
+        **info.model_dump(mode="json", exclude={"format"}),
+        "parameters": adapter.parameter_counts(),
+        "validation": scores,
+    }

@@ -1,0 +1,152 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csalign.core.atomic import check_output, remove_folder, staged_folder
+from csalign.core.errors import OutputError
+
+
+def artifact(folder: Path, text: str = "old") -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"format": "csalign-features", "is": text}))
+    return folder
+
+
+def test_a_folder_appears_whole_and_without_traces(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out) as folder:
+        (folder / "file").write_text("content")
+        assert not out.exists()
+
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_of_the_new_one(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+
+    def fail() -> None:
+        with staged_folder(out) as folder:
+            (folder / "half").write_text("content")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+
+    assert "old" in (out / "manifest.json").read_text()
+    assert not (tmp_path / "out.partial").exists()
+    check_output(out, overwrite=True)
+    with staged_folder(out) as folder:
+        assert not (folder / "half").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["site", "site.partial", "site.previous"])
+def test_what_csalign_did_not_make_is_never_touched(tmp_path: Path, name: str) -> None:
+    other = tmp_path / name
+    other.mkdir()
+    (other / "config.toml").write_text("title = 'my blog'")
+    (other / "manifest.json").write_text('{"name": "web app"}')
+    out = tmp_path / "site"
+    if name == "site.previous":
+        check_output(out, overwrite=True)
+        with staged_folder(out):
+            pass
+    else:
+        with pytest.raises(OutputError, match="did not make"):
+            check_output(out, overwrite=True)
+
+    assert (other / "config.toml").read_text() == "title = 'my blog'"
+
+
+def test_a_file_of_the_users_in_an_artifact_keeps_it_from_being_replaced(tmp_path: Path) -> None:
+    out = artifact(tmp_path / "out")
+    (out / "NOTES.md").touch()
+
+    with pytest.raises(OutputError, match=r"did not make \(NOTES\.md\)"):
+        check_output(out, overwrite=True)
+
+
+def test_an_output_inside_an_artifact_that_is_read_is_refused(tmp_path: Path) -> None:
+    features = artifact(tmp_path / "features")
+
+    with pytest.raises(OutputError, match="lies inside"):
+        check_output(features / "run", overwrite=False, inputs=(features,))
+
+
+def test_the_working_directory_and_mount_points_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), Path("/proc"), Path("/")):
+        with pytest.raises(OutputError, match="mount point or the working directory"):
+            check_output(out, overwrite=True)
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    real = artifact(tmp_path / "real")
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    check_output(link, overwrite=True)
+    with staged_folder(link) as folder:
+        (folder / "new").touch()
+
+    assert link.is_symlink()
+    assert [path.name for path in real.iterdir()] == ["new"]
+
+
+def test_two_processes_do_not_build_the_same_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])): pass"
+    )
+    with staged_folder(out) as folder:
+        (folder / "mine").touch()
+        other = subprocess.run(
+            [sys.executable, "-c", code, out], capture_output=True, text=True, check=False
+        )
+        assert "another process is writing there" in other.stderr
+        assert (folder / "mine").exists()
+
+
+def test_a_swap_that_was_killed_half_way_is_undone(tmp_path: Path) -> None:
+    artifact(tmp_path / "out").rename(tmp_path / ".out.csalign-previous")
+    with pytest.raises(OutputError, match="--overwrite"):
+        check_output(tmp_path / "out", overwrite=False)
+
+    assert "old" in (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import os, sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'images').mkdir(); (folder / 'images/half').touch(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, out], check=False, env=os.environ)
+    assert killed.returncode == -9
+    assert (tmp_path / "out.partial/images/half").exists()
+    check_output(out, overwrite=False)
+    with staged_folder(out) as folder:
+        assert not (folder / "images").exists()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_removed_is_named_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "inside")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        remove_folder(tmp_path)
+    assert caught.value.filename == str(tmp_path)

@@ -1,0 +1,287 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csalign.core.errors import ConfigError, DataError, SchemaError
+from csalign.evaluation.compare import FIGURES, compare
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.runs.inspect import inspect
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
+
+
+@pytest.fixture
+def runs(features: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Random weights, and the closed form, which is far better."""
+    made = []
+    for name, init in (("random", "random"), ("closed", "canonical")):
+        config = TrainConfig(
+            features=features, out=tmp_path / name, steps=0, init=init, adapter="linear"
+        )
+        made.append(train(config).run)
+    return made[0], made[1]
+
+
+@pytest.fixture
+def document_of(features: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that evaluates a run on the features and keeps the document."""
+
+    def write(run: Path | None, name: str = "", **changes: Any) -> Path:
+        config: dict[str, Any] = {"features": features, "adapter": run, **changes}
+        path = tmp_path / f"{name or run}.json"
+        path.write_text(json.dumps(evaluate(EvalConfig(**config))))
+        return path
+
+    return write
+
+
+def change(path: Path, **values: Any) -> Path:
+    """Set keys of a document; None removes one."""
+    document = json.loads(path.read_text()) | values
+    kept = {key: value for key, value in document.items() if value is not None}
+    path.write_text(json.dumps(kept))
+    return path
+
+
+def rows_of(*paths: Path, **options: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = compare(paths, **options)["evaluations"]
+    return rows
+
+
+def test_a_better_run_is_better_with_intervals_of_both_and_of_the_difference(
+    runs: tuple[Path, Path], features: Path
+) -> None:
+    base, row = rows_of(*runs)
+    document = evaluate(EvalConfig(features=features, adapter=runs[1]))
+    resampled = {"mean_recall", "image_to_text_R@1", "text_to_image_R@1"}
+    resampled |= {"centroid_distance", "rmg"}
+
+    assert (base["name"], base["split"], base["verdict"]) == ("random", "test", "baseline")
+    assert base["difference"] == {}
+    assert (row["name"], row["split"], row["verdict"]) == ("closed", "test", "better")
+    for figure, (part, *place) in FIGURES.items():
+        value = document[part]
+        for key in place:
+            value = value[key]
+        assert row[figure] == value
+    assert row["intervals"]["mean_recall"] == document["intervals"]["mean_recall"]
+    assert row["intervals"]["text_to_image_R@1"] == document["intervals"]["text_to_image"]["R@1"]
+    assert set(row["intervals"]) == set(row["difference"]) == resampled
+    difference = row["difference"]["mean_recall"]
+    assert difference["value"] == row["mean_recall"] - base["mean_recall"]
+    assert 0 < difference["interval"][0] < difference["value"] < difference["interval"][1]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_documents_are_measured_again_and_say_what_runs_say(
+    runs: tuple[Path, Path],
+    document_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Without its own intervals: those come from measuring it again.
+    documents = [document_of(runs[0]), document_of(runs[1], intervals=False)]
+
+    assert rows_of(*documents) == rows_of(*runs)
+    assert rows_of(documents[0], runs[1]) == rows_of(*runs)
+    assert not caplog.records
+
+
+def test_a_run_cannot_be_told_from_itself(
+    runs: tuple[Path, Path], document_of: Callable[..., Path]
+) -> None:
+    _, row = rows_of(runs[1], document_of(runs[1]))
+
+    assert row["verdict"] == "cannot tell"
+    for difference in row["difference"].values():
+        assert difference == {"value": 0, "interval": [0, 0]}
+
+
+@pytest.mark.parametrize("chosen", ["2", "closed", "PATH"])
+def test_the_baseline_is_chosen_by_number_name_or_path(
+    runs: tuple[Path, Path], chosen: str
+) -> None:
+    name = str(runs[1]) if chosen == "PATH" else chosen
+
+    assert [row["verdict"] for row in rows_of(*runs, baseline=name)] == ["worse", "baseline"]
+
+
+@pytest.mark.parametrize("chosen", ["0", "3", "²", "other"])
+def test_a_baseline_that_is_none_of_them_is_refused(runs: tuple[Path, Path], chosen: str) -> None:
+    with pytest.raises(ConfigError, match=r"is none of random, closed; .* number, 1 to 2"):
+        compare(runs, baseline=chosen)
+
+
+def test_documents_of_an_older_eval_are_shown_and_not_paired(
+    runs: tuple[Path, Path], document_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    new = ("fingerprints", "intervals", "parameters", "bandwidth")
+    old = [change(document_of(run), **dict.fromkeys(new)) for run in runs]
+    base, row = rows_of(*old)
+
+    assert base["verdict"] == "baseline"
+    assert row["verdict"] == "cannot tell (not paired)"
+    assert row["intervals"] == row["difference"] == {}
+    assert row["mean_recall"] > base["mean_recall"]
+    assert row["parameters"] is None
+    assert len(caplog.records) == 1
+    assert "closed (an older csalign eval" in caplog.text
+
+
+def test_other_splits_are_not_paired(
+    runs: tuple[Path, Path], document_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = document_of(runs[1], split="val")
+    _, row, paired = rows_of(runs[0], other, runs[1])
+
+    assert (row["split"], row["verdict"]) == ("val", "cannot tell (not paired)")
+    stated = json.loads(other.read_text())["intervals"]
+    assert row["intervals"]["mean_recall"] == stated["mean_recall"]
+    assert paired["verdict"] == "better"
+    assert "closed (split val, the baseline test)" in caplog.text
+    assert [row["verdict"] for row in rows_of(other, *runs, split="val")][1:] == [
+        "worse",
+        "cannot tell",
+    ]
+
+
+def test_other_features_are_not_paired(
+    runs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32))
+    z = tmp_path / "z.npy"
+    import_arrays(ImportConfig(images=z, texts=z, out=tmp_path / "other"))
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(evaluate(EvalConfig(features=tmp_path / "other"))))
+    _, row = rows_of(runs[0], path)
+
+    assert row["name"] == "other (no adapter)"
+    assert row["verdict"] == "cannot tell (not paired)"
+    assert "other (no adapter) (other features)" in caplog.text
+
+
+@pytest.mark.parametrize("which", ["baseline", "other"])
+def test_what_changed_since_its_evaluation_is_not_paired(
+    runs: tuple[Path, Path],
+    features: Path,
+    document_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+) -> None:
+    documents = [document_of(run) for run in runs]
+    changed = runs[0] if which == "baseline" else runs[1]
+    train(
+        TrainConfig(features=features, out=changed, steps=0, init="random", seed=9, overwrite=True)
+    )
+    _, row = rows_of(*documents)
+
+    assert row["verdict"] == "cannot tell (not paired)"
+    assert row["difference"] == {}
+    assert set(row["intervals"]) == set(FIGURES) - {"cs_divergence", "frechet"}
+    assert f"{changed} changed since its evaluation" in caplog.text
+    assert ("of the baseline" in caplog.text) == (which == "baseline")
+
+
+def test_documents_stand_without_what_they_were_made_from(
+    runs: tuple[Path, Path],
+    features: Path,
+    document_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    documents = [document_of(run) for run in runs]
+    features.rename(features.with_name("moved"))
+    _, row = rows_of(*documents)
+
+    assert row["verdict"] == "cannot tell (not paired)"
+    assert "no such feature set" in caplog.text
+    with pytest.raises(DataError, match="random: cannot be evaluated on the features"):
+        rows_of(*runs)
+
+
+def test_cs_figures_of_different_bandwidths_are_warned_about(
+    runs: tuple[Path, Path], document_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows_of(document_of(runs[0], bandwidth=1), runs[1])
+
+    assert "different bandwidths (0.5, 1)" in caplog.text
+
+
+def test_features_that_changed_since_training_are_warned_about(
+    runs: tuple[Path, Path], features: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(1)
+    for name, width in (("x", 24), ("y", 16)):
+        np.save(features.parent / f"{name}.npy", rng.normal(size=(40, width)).astype(np.float32))
+    x, y = (features.parent / f"{name}.npy" for name in "xy")
+    import_arrays(ImportConfig(images=x, texts=y, out=features, overwrite=True))
+    rows_of(*runs)
+
+    assert f"{features} changed since it was trained" in caplog.text
+
+
+def test_parameters_and_seconds_are_told_where_a_run_has_them(
+    runs: tuple[Path, Path], document_of: Callable[..., Path]
+) -> None:
+    for run in runs:
+        path = run / "environment.json"
+        environment = json.loads(path.read_text()) | {"seconds": 1.5}
+        del environment["checksum"]
+        path.write_text(json.dumps(environment))
+    random, closed = rows_of(runs[0], document_of(runs[1]))
+
+    assert random["parameters"] == sum(inspect(runs[0])["parameters"].values())
+    assert closed["parameters"] == random["parameters"]
+    assert closed["seconds"] == 1.5
+    (runs[1] / "environment.json").write_text("{}")
+    assert rows_of(*runs)[1]["seconds"] is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"adapter": 5}',
+        '{"features": "f", "adapter": null, "split": "test", "counts": {}, "retrieval": {}, '
+        '"gap": {}}',
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(content)
+
+    with pytest.raises(DataError, match=r"eval\.json: is not what csalign eval --json prints"):
+        compare([path])
+
+
+@pytest.mark.parametrize("value", ["high", float("nan"), {"R@1": 1.0}])
+def test_figures_that_are_no_numbers_are_refused(
+    runs: tuple[Path, Path], document_of: Callable[..., Path], value: object
+) -> None:
+    path = document_of(runs[0])
+    gap = json.loads(path.read_text())["gap"]
+
+    with pytest.raises(DataError, match="is not what csalign eval --json prints"):
+        compare([change(path, gap={**gap, "rmg": value})])
+
+
+def test_a_run_must_name_its_features(runs: tuple[Path, Path]) -> None:
+    (runs[0] / "config.toml").write_text("features = 5\n")
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
+        compare(runs)
+    (runs[0] / "config.toml").unlink()
+    with pytest.raises(DataError, match=r"random: has no config\.toml"):
+        compare(runs)
+
+
+def test_a_folder_that_is_no_run_is_refused(features: Path) -> None:
+    with pytest.raises(DataError, match="holds no trained adapter"):
+        compare([features])

@@ -1,0 +1,80 @@
+import pytest
+
+from csalign.core.errors import ConfigError
+from csalign.ingest.job import Turn
+from csalign.ingest.sharding import check_array, own_volumes, owns, turn_of
+
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "7",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
+
+
+def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
+    assert turn_of("2/5", ARRAY) == Turn(2, 5)
+    assert turn_of("auto", {}) == Turn(0, 1)
+    assert turn_of("auto", TORCHRUN) == Turn(1, 2)
+    assert turn_of("auto", ARRAY) == Turn(3, 4)
+    assert turn_of("auto", ARRAY | TORCHRUN) == Turn(7, 8)
+    assert turn_of("auto", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "9"}).count == 9
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("4/4", "counted from 0, 0/4 to 3/4"),
+        ("1", "must be I/N"),
+        ("-1/2", "must be I/N"),
+    ],
+)
+def test_a_shard_that_does_not_exist_is_refused(shard: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        turn_of(shard)
+
+
+def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
+    array = ARRAY | {"SLURM_ARRAY_TASK_ID": "15", "SLURM_ARRAY_TASK_STEP": "1"}
+    with pytest.raises(ConfigError, match="give --shard I/N"):
+        turn_of("auto", array)
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "last", "count"),
+    [(5, 5, 5, 1), (3, 3, 5, 2), (0, 0, 5, 2), (4, 3, 5, 3), (1, 1, 1, 1)],
+)
+def test_tasks_that_are_submitted_again_are_not_taken_for_the_whole(
+    task: int, first: int, last: int, count: int
+) -> None:
+    names = ("ID", "MIN", "MAX", "COUNT")
+    values = (task, first, last, count)
+    again = {
+        f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values, strict=True)
+    }
+    with pytest.raises(ConfigError, match=f"task {task} of .* give --shard I/N"):
+        turn_of("auto", again)
+
+    assert turn_of("5/16", again) == Turn(5, 16)
+
+
+def test_an_array_smaller_than_the_work_was_begun_with_is_refused() -> None:
+    first = {"SLURM_ARRAY_TASK_ID": "0"}
+    with pytest.raises(ConfigError, match=r"begun in 16 shares, .* --shard I/16 .* --shard 0/1 "):
+        check_array(Turn(0, 1), "auto", {16}, first)
+    check_array(Turn(0, 1), "0/1", {16}, first)
+    check_array(Turn(0, 1), "auto", {16}, {})
+    check_array(Turn(0, 1), "auto", set(), first)
+    check_array(Turn(0, 16), "auto", {8, 16}, first)
+
+
+@pytest.mark.parametrize("volumes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_each_part_has_exactly_one_owner(volumes: int, count: int) -> None:
+    turns = [Turn(index, count) for index in range(count)]
+    for volume in range(volumes):
+        for part in range(6):
+            owners = [turn for turn in turns if owns(turn, volumes, volume, part)]
+            assert len(owners) == 1
+            assert volume in own_volumes(owners[0], volumes)

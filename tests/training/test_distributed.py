@@ -1,0 +1,383 @@
+"""Several processes do what one does: the same losses, the same files, and they end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from csalign.core.results import FeaturesResult
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.runs.apply import apply
+from csalign.runs.config import ApplyConfig
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
+
+pytestmark = pytest.mark.xdist_group("processes")  # most share the runs of a fixture
+Runs = tuple[Path, list[Any]]
+CLOSE = 1e-5
+QUICK = {"steps": 50, "batch_size": 512, "hidden": 16, "validations": 3, "patience": 99}
+# By the name of the run. All but the first are there for one term or another.
+RUNS: dict[str, dict[str, Any]] = {
+    "default": {"steps": 50},
+    "scale": {"learn_scale": True, "sub_batch": 50, "unpaired_negatives": True, "batch_size": 130},
+    "sigmoid": {"pairwise": "sigmoid", "captions": "all", "bandwidth": (0.5, 1.0)},
+    "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
+    "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
+    "few": {"batch_size": 60, "sub_batch": 13},
+    "rff": {"divergence_estimator": "rff", "captions": "sample", "text_adapter": "mlp"},
+}
+FEW = 20  # steps of all but the first
+# Of fewer rows than are computed in tiles: those take the products that a trial of each process
+# finds fastest, so that the last bits of two such jobs may differ.
+SAME_BITS = "few"
+RUNS_OF = {2: [*RUNS], 4: ["default", "scale"]}  # by the number of processes
+
+# Run in each process of a job.
+ALL = """
+import json, sys
+from pathlib import Path
+import torch
+from csalign.core import distributed
+from csalign.runs.config import ApplyConfig
+from csalign.evaluation.config import EvalConfig
+from csalign.training.config import TrainConfig
+from csalign.runs.apply import apply
+from csalign.evaluation.evaluate import evaluate
+from csalign.training.train import train
+from csalign.objective.loss import Objective
+
+torch.set_num_threads(1)
+out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+def gradients(divided):
+    found = []
+    for options, n, m, sigma, owner in (
+        ({"pairwise": "infonce", "weight": 1.0, "label_smoothing": 0.1}, 300, 260, 0.5, False),
+        ({"pairwise": "infonce", "weight": 1.0}, 300, 260, (0.4, 2.0), False),
+        ({"pairwise": "infonce", "weight": 0.0}, 300, 3, 0.5, False),
+        ({"pairwise": "none", "weight": 1.0, "divergence": "mmd"}, 300, 260, 0.5, False),
+        ({"pairwise": "sigmoid", "weight": 0.5, "divergence": "gaussian-kl"}, 7, 5, 0.5, False),
+        ({"pairwise": "sigmoid", "weight": 0.0}, 300, 260, 0.5, True),
+        ({"pairwise": "infonce", "weight": 0.3}, 9, 8, 0.5, True),
+    ):
+        generator = torch.Generator().manual_seed(n)
+        def rows(count):
+            made = torch.randn(count, 6, generator=generator, dtype=torch.float64)
+            return made.requires_grad_()
+        x, y, more = rows(n), rows(n), rows(m)
+        scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+        bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
+        own = torch.arange(n).flip(0) if owner else None
+        negatives = (0, min(m, 3)) if options["pairwise"] == "infonce" and n > 9 else (0, 0)
+        parts = Objective(**options, divided=divided)(
+            x, y, logit_scale=scale, logit_bias=bias, sigma=sigma, owner=own, y_extra=more,
+            negatives=negatives,
+        )
+        parts.total.backward()
+        found += [parts.total.detach(), *(
+            torch.zeros(1) if value.grad is None else value.grad
+            for value in (x, y, more, scale, bias)
+        )]
+    return torch.cat([value.double().flatten() for value in found])
+
+with distributed.joined():
+    apart = float((gradients(True) - gradients(False)).abs().max())
+    results = [train(TrainConfig(**job)).to_json() for job in jobs["train"]]
+    documents = [evaluate(EvalConfig(**job)) for job in jobs["eval"]]
+    applied = [apply(ApplyConfig(**job)).to_json() for job in jobs["apply"]]
+    held = distributed.world().rank
+(out / f"{held}.json").write_text(json.dumps([apart, results, documents, applied]))
+"""
+
+
+def job(size: int, *command: str, **options: Any) -> "list[subprocess.Popen[str]]":
+    """Processes that find each other as those of torchrun do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        **{"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        for rank in range(size)
+    ]
+
+
+def torchrun(*command: str) -> "subprocess.Popen[str]":
+    """Two processes that torchrun starts."""
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(processes: "list[subprocess.Popen[str]]") -> tuple[list[int], str, str]:
+    """Exit codes, and all that was printed."""
+    found = [process.communicate(timeout=600) for process in processes]
+    codes = [process.returncode for process in processes]
+    return codes, "".join(out for out, _ in found), "".join(err for _, err in found)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    return {**QUICK, "steps": FEW, **RUNS[name]}
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    return {
+        name: [step[name] for step in steps if step[name] is not None]
+        for name in ("loss", "pairwise", "pairwise_others", "divergence", "logit_scale")
+    }
+
+
+def files_of(folder: Path, *but: str) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in but
+    }
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="session")
+def features(folder: Path) -> Path:
+    """700 images, 640 of them with up to three captions, and 50 captions alone."""
+    rng = np.random.default_rng(1)
+    latent = rng.normal(size=(700, 8))
+    owners = np.sort(np.concatenate([np.arange(640), rng.integers(0, 640, 300)]))
+    texts = np.concatenate([latent[owners], rng.normal(size=(50, 8))])
+    for name, values, width in (("i", latent, 24), ("t", texts, 16)):
+        made = values @ rng.normal(size=(8, width)) + 0.5 * rng.normal(size=(len(values), width))
+        np.save(folder / f"{name}.npy", made.astype(np.float32))
+    of = [*map(str, owners), *[""] * 50]
+    lines = [f"{row},{owner},caption {row % 900}" for row, owner in enumerate(of)]
+    (folder / "t.csv").write_text("\n".join(["id,image_id,caption", *lines]))
+    (folder / "i.csv").write_text("\n".join(["id", *map(str, range(700))]))
+    config = ImportConfig(
+        images=folder / "i.npy",
+        texts=folder / "t.npy",
+        image_table=folder / "i.csv",
+        text_table=folder / "t.csv",
+        out=folder / "features",
+    )
+    return import_arrays(config).features
+
+
+@pytest.fixture(scope="session")
+def alone(folder: Path, features: Path) -> Path:
+    """All runs, by one process."""
+    for name in RUNS:
+        train(TrainConfig(features=features, out=folder / "1" / name, **options_of(name)))
+    return folder / "1"
+
+
+@pytest.fixture(scope="session")
+def runs_by(folder: Path, features: Path, alone: Path) -> Callable[[int], Runs]:
+    """Runs by several processes, with what each of them said."""
+
+    @cache
+    def make(size: int) -> Runs:
+        out = folder / str(size)
+        out.mkdir()
+        jobs: dict[str, list[dict[str, Any]]] = {
+            "train": [{"out": str(out / name), **options_of(name)} for name in RUNS_OF[size]],
+            "eval": evaluations(alone),
+            "apply": applications(alone, out),
+        }
+        for some in jobs.values():
+            for one in some:
+                one["features"] = str(features)
+        codes, _, said = ends(job(size, "-c", ALL, str(out), json.dumps(jobs)))
+        assert set(codes) == {0}, said
+        return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+    return make
+
+
+@pytest.fixture(params=RUNS_OF)
+def several(request: pytest.FixtureRequest, runs_by: Callable[[int], Runs]) -> Runs:
+    return runs_by(request.param)
+
+
+def evaluations(alone: Path) -> list[dict[str, Any]]:
+    adapter = str(alone / "default")
+    return [
+        {"adapter": adapter, "resamples": 100},
+        {"adapter": adapter, "index": "ivf", "intervals": False},
+    ]
+
+
+def applications(alone: Path, out: Path) -> list[dict[str, Any]]:
+    adapter = str(alone / "default")
+    return [
+        {"adapter": adapter, "out": str(out / "aligned")},
+        {"adapter": adapter, "out": str(out / "npy"), "format": "npy", "dtype": "float32"},
+    ]
+
+
+def test_losses_are_those_of_one_process(alone: Path, several: Runs) -> None:
+    out, said = several
+    for name in RUNS_OF[len(said)]:
+        expected, found = losses(alone / name), losses(out / name)
+        assert len(expected["loss"]) == options_of(name)["steps"]
+        for term, values in expected.items():
+            np.testing.assert_allclose(
+                found[term], values, rtol=CLOSE, atol=CLOSE, err_msg=f"{name} {term}"
+            )
+
+
+def test_gradients_of_a_divided_objective_are_those_of_the_whole(
+    several: Runs,
+) -> None:
+    assert max(apart for apart, *_ in several[1]) < 1e-12
+
+
+def test_every_process_returns_what_the_first_does(several: Runs) -> None:
+    said = [rest for _, *rest in several[1]]
+
+    assert all(one == said[0] for one in said)
+    assert said[0][0][0]["pairs"]["validation"] > 100
+    assert said[0][0][0]["validation"]["kept"]["mean_recall"] > 0.5
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of a document by their path."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for k, part in parts for key, leaf in flat(part, f"{name}/{k}").items()}
+
+
+def test_evaluations_are_those_of_one_process(features: Path, alone: Path, several: Runs) -> None:
+    expected = [evaluate(EvalConfig(features=features, **one)) for one in evaluations(alone)]
+
+    assert flat(several[1][0][2]) == pytest.approx(flat(json.loads(json.dumps(expected))))
+
+
+def test_applied_sets_have_the_bytes_of_one_process(
+    features: Path, alone: Path, several: Runs
+) -> None:
+    for one in applications(alone, alone):
+        apply_once(features, one)
+    for name in ("aligned", "npy"):
+        assert files_of(several[0] / name, "config.toml") == files_of(alone / name, "config.toml")
+    assert [one["pairs"] for one in several[1][0][3]] == [940, 940]
+
+
+def apply_once(features: Path, options: dict[str, Any]) -> FeaturesResult | None:
+    if Path(options["out"]).exists():
+        return None
+    return apply(ApplyConfig(features=features, **options))
+
+
+def command(features: Path, out: Path, **options: Any) -> list[str]:
+    words = ["-m", "csalign", "train", str(features), "--out", str(out)]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def wait_for(out: Path, lines: int, process: "subprocess.Popen[str]") -> None:
+    log = out.with_name(f"{out.name}.partial") / "metrics.jsonl"
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def errors_in(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("csalign: ")]
+
+
+def test_a_killed_process_ends_all_and_a_rerun_has_the_bytes_of_one_in_one_go(
+    features: Path, folder: Path, runs_by: Callable[[int], Runs]
+) -> None:
+    out = folder / "killed"
+    words = command(features, out, **options_of(SAME_BITS), save_every=4)
+    agent = torchrun(*words, "--quiet")
+    wait_for(out, 10, agent)
+    os.kill(process_of(1, agent.pid), signal.SIGKILL)
+    _, said, errors = ends([agent])
+
+    assert not out.exists()
+    assert said == ""
+    assert len(errors_in(errors)) == 1, errors
+    # torchrun stops the others as soon as it sees one gone.
+    ended, stopped = "another process of the job has ended; run the same command", "stopped by"
+    assert ended in errors or stopped in errors
+    states = out.with_name("killed.partial") / "resume"
+    assert any(path.name >= "step-000004" for path in states.iterdir())
+    codes, said, errors = ends(job(2, *words, "--json"))
+    assert codes == [0, 0], errors
+    assert json.loads(said)["steps"] == FEW
+    own = ("config.toml", "environment.json")
+    assert files_of(out, *own) == files_of(runs_by(2)[0] / SAME_BITS, *own)
+
+
+def process_of(rank: int, parent: int) -> int:
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_goes_on(
+    features: Path, folder: Path, alone: Path
+) -> None:
+    out = folder / "stopped"
+    processes = job(2, *command(features, out, **options_of("default")))
+    wait_for(out, 6, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said, errors = ends(processes)
+
+    assert codes == [143, 143], errors
+    assert said == ""
+    assert errors.count("stopped by signal 15") == 1
+    assert errors.count("the same command goes on from there") == 1
+    states = out.with_name("stopped.partial") / "resume"
+    step = json.loads((states.parent / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert [path.name for path in states.iterdir()] == [f"step-{step:06d}"]
+    assert step < 50
+    train(TrainConfig(features=features, out=out, **options_of("default")))
+    np.testing.assert_allclose(
+        losses(out)["loss"], losses(alone / "default")["loss"], rtol=CLOSE, atol=CLOSE
+    )
+
+
+def test_what_one_process_cannot_do_ends_all_and_is_told_once(features: Path, alone: Path) -> None:
+    codes, said, errors = ends([torchrun(*command(features, alone / "default"))])
+
+    assert codes == [1]
+    assert said == ""
+    assert len(errors_in(errors)) == 1, errors
+    assert "default: exists; choose another --out" in errors

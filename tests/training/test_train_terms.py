@@ -1,0 +1,222 @@
+"""Which terms the loss has, what leads their weights, and which weights are kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from csalign.core.errors import ConfigError
+from csalign.core.results import TrainResult
+from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.evaluate import evaluate
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.training.config import TrainConfig
+from csalign.training.schedule import LEAST, MOST, START, Weight
+from csalign.training.train import train
+from csalign.training.validation import Score
+
+QUICK = {"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4, "patience": 99}
+
+
+def run(features: Path, out: Path, **values: Any) -> TrainResult:
+    return train(TrainConfig(features=features, out=out, **{**QUICK, **values}))
+
+
+def steps(run_folder: Path) -> list[dict[str, Any]]:
+    logged = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in logged if "loss" in line]
+
+
+def weights(run_folder: Path) -> bytes:
+    return (run_folder / "adapter.safetensors").read_bytes()
+
+
+@pytest.fixture
+def captioned(arrays: tuple[Path, Path], tmp_path: Path) -> Path:
+    """100 images with three captions each."""
+    images = tmp_path / "hundred.npy"
+    np.save(images, np.load(arrays[0])[::3])
+    out = tmp_path / "captioned"
+    import_arrays(
+        ImportConfig(
+            images=images, texts=arrays[1], captions_per_image=3, caption_order="blocks", out=out
+        )
+    )
+    return out
+
+
+def test_all_captions_train_at_once_in_the_pairwise_term(captioned: Path, tmp_path: Path) -> None:
+    learning = {"init": "random", "noise": 0.0, "dropout": 0.0, "steps": 60, "learning_rate": 3e-3}
+    run(captioned, tmp_path / "all", captions="all", cs_weight=0.0, **learning)
+    logged = steps(tmp_path / "all")
+
+    assert all(line["pairwise_others"] is None for line in logged)
+    assert logged[-1]["loss"] < 0.9 * logged[0]["loss"]
+
+
+def test_with_one_caption_an_image_all_captions_are_the_first(
+    features: Path, tmp_path: Path
+) -> None:
+    run(features, tmp_path / "all", captions="all")
+    run(features, tmp_path / "first", captions="first")
+
+    for one, other in zip(steps(tmp_path / "all"), steps(tmp_path / "first"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("captions", ["first", "sample"])
+def test_the_distribution_term_sees_all_captions_unless_told_otherwise(
+    captioned: Path, tmp_path: Path, captions: str
+) -> None:
+    settings = {"captions": captions, "cs_weight": 1.0, "noise": 0.0, "dropout": 0.0}
+    run(captioned, tmp_path / "all", **settings)
+    run(captioned, tmp_path / "paired", cs_captions="paired", **settings)
+    first = [steps(tmp_path / name)[0] for name in ("all", "paired")]
+
+    assert first[0]["pairwise"] == first[1]["pairwise"]
+    assert first[0]["divergence"] != first[1]["divergence"]
+
+
+def test_without_a_weight_there_is_infonce_alone_bit_for_bit(
+    captioned: Path, tmp_path: Path
+) -> None:
+    run(captioned, tmp_path / "zero", cs_weight=0.0)
+    run(captioned, tmp_path / "none", divergence="none", cs_weight=0.7)
+    run(captioned, tmp_path / "paired", cs_weight=0.0, cs_captions="paired", bandwidth=0.5)
+
+    assert weights(tmp_path / "zero") == weights(tmp_path / "none") == weights(tmp_path / "paired")
+
+
+def test_low_rank_adapters_start_as_the_identity(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(120, 12))
+    for name in ("x", "y"):
+        np.save(tmp_path / f"{name}.npy", (shared + rng.normal(size=shared.shape)).astype("f4"))
+    features = tmp_path / "set"
+    import_arrays(ImportConfig(images=tmp_path / "x.npy", texts=tmp_path / "y.npy", out=features))
+    run(features, tmp_path / "run", adapter="low-rank", init="random", steps=0)
+    plain = evaluate(EvalConfig(features=features))
+    adapted = evaluate(EvalConfig(features=features, adapter=tmp_path / "run"))
+
+    assert adapted["retrieval"] == plain["retrieval"]
+    assert adapted["gap"]["centroid_distance"] == pytest.approx(plain["gap"]["centroid_distance"])
+
+
+def test_a_running_average_lags_behind_the_weights(features: Path, tmp_path: Path) -> None:
+    rates = {"learning_rate": 3e-3, "val_split": None, "init": "random"}
+    found = {}
+    for name, decay in (("plain", 0.0), ("hardly", 1e-9), ("slow", 0.99)):
+        run(features, tmp_path / name, average=decay, cs_weight=0.0, **rates)
+        found[name] = load_file(tmp_path / name / "adapter.safetensors")
+    run(features, tmp_path / "start", steps=0, **rates)
+    start = load_file(tmp_path / "start" / "adapter.safetensors")
+
+    def moved(name: str) -> float:
+        return float(sum(np.linalg.norm(found[name][key] - start[key]) for key in start))
+
+    assert [line["loss"] for line in steps(tmp_path / "slow")] == [
+        line["loss"] for line in steps(tmp_path / "plain")
+    ]
+    assert moved("hardly") == pytest.approx(moved("plain"), rel=1e-4)
+    assert 0 < moved("slow") < 0.7 * moved("plain")
+
+
+def score(recall: float) -> Score:
+    return Score(mean_recall=recall, mrr=0.5, centroid_distance=0.1)
+
+
+def test_an_adaptive_weight_rises_while_recall_holds_and_falls_where_it_fell() -> None:
+    weight = Weight.of("auto")
+
+    assert weight.value == START
+    assert weight.after(score(0.3), None) == weight
+    assert weight.after(score(0.3), score(0.3)).value > START
+    assert weight.after(score(0.29), score(0.3)).value < START / 1.5
+    for recall, limit in ((0.4, MOST), (0.2, LEAST)):
+        for _ in range(40):
+            weight = weight.after(score(recall), score(0.3))
+        assert weight.value == limit
+
+
+def test_a_weight_that_is_given_stays() -> None:
+    assert Weight.of(0.3).after(score(0.1), score(0.3)) == Weight(0.3)
+
+
+def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
+    features: Path, tmp_path: Path
+) -> None:
+    high: dict[str, Any] = {
+        "init": "random",
+        "logit_scale": 100.0,
+        "steps": 150,
+        "learning_rate": 3e-3,
+        "noise": 0.0,
+        "validations": 15,
+    }
+    found = {}
+    for name, weight in (("plain", 0.0), ("auto", "auto")):
+        run(features, tmp_path / name, cs_weight=weight, bandwidth=0.5, **high)
+        found[name] = evaluate(EvalConfig(features=features, adapter=tmp_path / name))
+    values = [line["cs_weight"] for line in steps(tmp_path / "auto")]
+
+    assert max(values) > START
+    gaps = [found[name]["gap"]["centroid_distance"] for name in ("auto", "plain")]
+    assert gaps[0] < 0.8 * gaps[1]
+    recalls = [found[name]["retrieval"]["mean_recall"] for name in ("auto", "plain")]
+    assert recalls[0] > recalls[1] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairwise": "sigmoid", "label_smoothing": 0.1}, "label-smoothing: is InfoNCE's"),
+        ({"pairwise": "none", "cs_weight": 0.0}, "leaves nothing to train on"),
+        ({"pairwise": "none", "divergence": "none"}, "leaves nothing to train on"),
+        ({"mixing": 1.0, "captions": "all"}, "use --captions first or sample"),
+        ({"batch_size": 4}, "estimated from the 4 pairs of a step, which are too few"),
+        ({"divergence_estimator": "rff", "divergence": "mmd"}, "is for divergence cs, not mmd"),
+        ({"batch_size": 4, "divergence": "gaussian-kl"}, "gaussian-kl: is estimated from the 4"),
+    ],
+)
+def test_terms_that_do_not_go_together_are_refused_before_training(
+    features: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(features, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sub_batches_give_what_the_whole_batch_gives(features: Path, tmp_path: Path) -> None:
+    # With noise and dropout too: each sub-batch goes through the adapter twice.
+    run(features, tmp_path / "whole")
+    run(features, tmp_path / "cut", sub_batch=20)
+
+    for one, other in zip(steps(tmp_path / "whole"), steps(tmp_path / "cut"), strict=True):
+        for name in ("loss", "pairwise", "divergence", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+
+
+def test_large_batches_with_rounded_products_train(features: Path, tmp_path: Path) -> None:
+    settings = {"batch_size": 300, "learn_scale": True, "train_split": "train,test"}
+    run(features, tmp_path / "exact", **settings)
+    run(features, tmp_path / "rounded", precision="bfloat16", **settings)
+
+    for one, other in zip(steps(tmp_path / "exact"), steps(tmp_path / "rounded"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def test_random_features_see_the_rows_of_the_last_steps(features: Path, tmp_path: Path) -> None:
+    settings = {"cs_weight": 1.0, "bandwidth": 0.7, "noise": 0.0, "dropout": 0.0}
+    for name in ("exact", "rff"):
+        run(features, tmp_path / name, divergence_estimator=name, **settings)
+    exact, rff = (
+        [line["divergence"] for line in steps(tmp_path / name)] for name in ("exact", "rff")
+    )
+
+    # The first step has no others behind it; later ones see more rows, which are less far apart.
+    assert rff[0] == pytest.approx(exact[0], rel=0.05)
+    assert rff[-1] < exact[-1]
