@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from csalign.evaluation.config import DiagnoseConfig, EvalConfig
     from csalign.evaluation.diagnose import diagnose
     from csalign.evaluation.evaluate import evaluate
+    from csalign.evaluation.inspect import inspect
     from csalign.generation.config import GenerateConfig
     from csalign.generation.generate import generate
     from csalign.ingest.config import ExtractConfig, ImportConfig
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from csalign.runs.apply import apply
     from csalign.runs.config import ApplyConfig, ExportConfig
     from csalign.runs.export import export
-    from csalign.runs.inspect import inspect
     from csalign.search.build import index
     from csalign.search.config import IndexConfig, SearchConfig
     from csalign.search.search import search
@@ -73,7 +73,7 @@ _HOMES = {
     "generate": "csalign.generation.generate",
     "import_arrays": "csalign.ingest.import_arrays",
     "index": "csalign.search.build",
-    "inspect": "csalign.runs.inspect",
+    "inspect": "csalign.evaluation.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
     "search": "csalign.search.search",
     "train": "csalign.training.train",

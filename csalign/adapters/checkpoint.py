@@ -80,7 +80,7 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
         for name, value in _state(adapter).items()
     }
     temporary = folder / f".{WEIGHTS}.tmp"
-    with atomic.writing(folder / WEIGHTS):
+    with atomic.translate_os_errors(folder / WEIGHTS):
         temporary.touch()
         mode = temporary.stat().st_mode  # the library would let nobody else read it
     try:

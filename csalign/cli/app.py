@@ -159,7 +159,7 @@ def inspect(
 ) -> None:
     """Tell what is in an artifact, after checking all of it."""
     with command(quiet=quiet, verbose=verbose), naming([path]):
-        from csalign.runs.inspect import inspect
+        from csalign.evaluation.inspect import inspect
 
         document = inspect(path, merge=merge)
         render.show(document, render.inspect_table, as_json=json)

@@ -38,11 +38,11 @@ def step_command(
             **options: Any,
         ) -> None:
             given = {name: value for name, value in options.items() if value is not None}
-            follows = together and distributed.of_environment().rank > 0
+            follows = together and distributed.world_from_environment().rank > 0
             quiet = quiet or follows
             with (
                 command(quiet=quiet, verbose=verbose) as console,
-                distributed.joined() if together else nullcontext(),
+                distributed.process_group() if together else nullcontext(),
             ):
                 settings = config.resolve(config_file, given)
                 places = [value for _, value in settings]

@@ -116,7 +116,7 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def translate_os_errors(path: Path) -> Iterator[None]:
     """Turn what a file system or object store raises into an error that names a file.
 
     Raises:
@@ -145,7 +145,7 @@ def write_text(path: Path, text: str) -> None:
     if is_remote(path):
         path.write_bytes(text.encode())
         return
-    with writing(path), _beside(path) as temporary:
+    with translate_os_errors(path), _beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -155,7 +155,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 @contextmanager
-def arriving(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A local path to write a file to, which then appears under its own name, whole or not at all.
 
     Args:
@@ -204,7 +204,7 @@ def _locked_file(path: Path) -> tuple[Path, int]:
         os.close(lock)  # swept away by another process before it was locked
 
 
-def sweep(path: Path) -> None:
+def remove_stale_temporaries(path: Path) -> None:
     """Remove what processes left that died while they wrote `path`, a local file."""
     for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{_TEMPORARY}"):
         with suppress(OSError), left.open("rb") as file:
@@ -244,7 +244,7 @@ def check_output(
             working directory, a folder that csalign did not make, one of `inputs`, or holds one of
             them; or its ``OUT.partial`` is in use or not ours.
     """
-    with writing(out):
+    with translate_os_errors(out):
         if is_remote(out):
             _check_remote_output(out, overwrite=overwrite, inputs=inputs)
         else:
@@ -273,7 +273,7 @@ def _check_local_output(
             "folder in it"
         )
     _restore_interrupted_swap(resolved)
-    partial = partial_of(resolved)
+    partial = partial_path(resolved)
     marked = (partial / LOCK).exists() or (partial / JOB).exists()
     if partial.exists() and any(partial.iterdir()) and not marked:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
@@ -300,7 +300,7 @@ def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]
     for source in inputs:
         if f"{source}/".startswith(address) or address.startswith(f"{source}/"):
             raise OutputError(f"{out}: overlaps with {source}, which is read; choose another --out")
-    partial = partial_of(out)
+    partial = partial_path(out)
     foreign = _names(partial) - {"config.toml"}  # which is written first
     if foreign and JOB not in foreign:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
@@ -322,7 +322,7 @@ def _names(folder: Path) -> set[str]:
 
 
 @contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
 
     What stood at `out` stays untouched until then. What a dead process left at ``OUT.partial`` is
@@ -339,21 +339,21 @@ def staged_folder(out: Path) -> Iterator[Path]:
             be gone on with.
     """
     if is_remote(out):
-        with writing(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
+        with translate_os_errors(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
             yield Path(local)
-            publish(Path(local), out)
+            commit(Path(local), out)
         return
     out = out.resolve()
-    partial = partial_of(out)
-    with writing(out), _locked(partial):
+    partial = partial_path(out)
+    with translate_os_errors(out), _locked(partial):
         try:
             yield partial
-            publish(partial, out)
+            commit(partial, out)
             # Only now: without it a later process would take what is left for a stranger's.
             with suppress(OSError):  # it harms nobody
                 (out / LOCK).unlink()
         except BaseException:
-            discard(partial)
+            cleanup(partial)
             raise
 
 
@@ -361,7 +361,7 @@ def staged_folder(out: Path) -> Iterator[Path]:
 def _locked(partial: Path) -> Iterator[None]:
     """Make an empty folder that no other process builds in."""
     refuse_other_work(partial)
-    with locked_folder(partial):
+    with lock_folder(partial):
         empty_folder(partial)
         yield
 
@@ -391,7 +391,7 @@ def refuse_other_work(folder: Path, own: str | None = None) -> None:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Make a folder if it is not there, and keep other processes from writing in it.
 
     Raises:
@@ -420,7 +420,7 @@ def empty_folder(folder: Path) -> None:
             entry.unlink()
 
 
-def discard(folder: Path) -> None:
+def cleanup(folder: Path) -> None:
     """Remove a local folder that was built in, after an error, as far as the disk lets it.
 
     What marks it as ours goes last, so that a later process can do what is left.
@@ -431,7 +431,7 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def publish(folder: Path, out: Path) -> None:
+def commit(folder: Path, out: Path) -> None:
     """Move a finished folder to its final name, in place of what stands there.
 
     Locally that is a rename. An object store has none: the file that makes a folder an artifact
@@ -441,7 +441,7 @@ def publish(folder: Path, out: Path) -> None:
     Raises:
         OutputError: the folder is not there any more, or not whole.
     """
-    # What a killed process was writing: by `arriving`, or by safetensors.
+    # What a killed process was writing: by `atomic_path`, or by safetensors.
     for pattern in (f"*{_TEMPORARY}", f"{_TEMPORARY}*"):
         for entry in folder.rglob(pattern):
             if entry.is_file():
@@ -490,7 +490,7 @@ def _restore_interrupted_swap(out: Path) -> None:
     remove_folder(previous)
 
 
-def partial_of(out: Path) -> Path:
+def partial_path(out: Path) -> Path:
     """Where a folder is built before it gets its name."""
     return out.with_name(out.name + ".partial")
 

@@ -1,7 +1,7 @@
-"""The processes of one job, as torchrun starts them: who they are, and what they tell each other.
+"""The processes of one job, as torchrun starts them, and their collectives.
 
-Outside of `joined`, and in a process by itself, all of this is the identity, and torch.distributed
-is not even imported. What is told is plain JSON, bytes or tensors: nothing is pickled.
+Outside of `process_group`, and in a single process, every collective is the identity and
+torch.distributed is not imported.
 """
 
 import json
@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from csalign.core.errors import ElsewhereError, ProcessesError
 
 if TYPE_CHECKING:  # these take up to seconds, and --help should not
     import numpy.typing as npt
     from torch import Tensor
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
 _FAILED, _LEFT = "csalign/failed", "csalign/left"
@@ -46,17 +48,17 @@ _store: Any = None  # what the processes can read without waiting for each other
 
 
 def world() -> World:
-    """Which process this is; the only one outside of `joined`."""
+    """Return which process this is; the only one outside of `process_group`."""
     return _world
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+def is_main_process() -> bool:
+    """Return whether this process is the one that writes and prints."""
     return _world.rank == 0
 
 
-def of_environment(environment: Mapping[str, str] = os.environ) -> World:
-    """What torchrun's variables say, whether the processes have joined or not."""
+def world_from_environment(environment: Mapping[str, str] = os.environ) -> World:
+    """Read the world from torchrun's variables, joined or not."""
     if "MASTER_ADDR" not in environment or int(environment.get("WORLD_SIZE", "1")) < 2:
         return World()
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -65,19 +67,19 @@ def of_environment(environment: Mapping[str, str] = os.environ) -> World:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Meet the other processes of the job, if there are any, and leave them after the block.
+def process_group() -> Iterator[None]:
+    """Join the process group of the job, if torchrun started one, and leave it after the block.
 
-    No process leaves before all are done. What one of them raises ends them all: the first to fail
-    raises what it raised, the others `ElsewhereError`, as soon as they wait for it. Where they have
-    joined already, this does nothing.
+    No process leaves before all are done. An exception in one of them ends them all: the first to
+    fail raises its own, the others `ElsewhereError` at their next collective. Nested calls do
+    nothing.
 
     Raises:
-        ProcessesError: they cannot be reached, or one of them ended without a word.
+        ProcessesError: the others cannot be reached, or one of them was killed.
         ElsewhereError: another process failed.
     """
     global _world, _store
-    found = of_environment()
+    found = world_from_environment()
     if _world.size > 1 or found.size == 1:
         yield
         return
@@ -102,39 +104,39 @@ def joined() -> Iterator[None]:
     _world, _store = found, store
     try:
         yield
-        wait()
+        barrier()
     except BaseException as error:
-        told = _told(error)
+        raised = _first_failure(error)
         distributed.destroy_process_group()
         _leave()
-        if told is error:
+        if raised is error:
             raise
-        raise told from error
+        raise raised from error
     else:
         distributed.destroy_process_group()
     finally:
         _world, _store = World(), None
 
 
-def _told(error: BaseException) -> BaseException:
-    """The error itself in the first process that fails, and that it was another in the others."""
+def _first_failure(error: BaseException) -> BaseException:
+    """Return the error itself in the first process that fails, `ElsewhereError` in the others."""
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
     own = {"rank": _world.rank, "code": code}
     try:
         found = json.loads(_store.compare_set(_FAILED, "", json.dumps(own)))
     except (RuntimeError, ValueError):
-        return error  # who kept the store is gone
+        return error  # the process that kept the store is gone
     return error if found["rank"] == own["rank"] else ElsewhereError(found["code"])
 
 
 def _leave() -> None:
-    """Let the others read why this process failed; torchrun keeps the store itself."""
+    """Keep the store until the others have read why this process failed."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return
     until = time.monotonic() + _SECONDS_TO_READ
     try:
         left = _store.add(_LEFT, 1)
-        while is_first() and left < _world.size and time.monotonic() < until:
+        while is_main_process() and left < _world.size and time.monotonic() < until:
             time.sleep(0.05)
             left = _store.add(_LEFT, 0)
     except RuntimeError:
@@ -146,8 +148,8 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def _together() -> Iterator[Any]:
-    """Around what all processes do at once; gives torch.distributed."""
+def _collectives() -> Iterator[Any]:
+    """Yield torch.distributed; a collective that fails because a peer ended becomes our error."""
     from torch import distributed
 
     try:
@@ -158,134 +160,106 @@ def _together() -> Iterator[Any]:
         ) from error
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if _world.size > 1:
-        import torch
+        with _collectives() as distributed:
+            distributed.barrier()
 
-        sum_(torch.zeros(1))
 
-
-def part(count: int, rank: int | None = None) -> slice:
-    """The share of so many rows of one process, by default of this one; all are of like size."""
+def share_of(count: int, rank: int | None = None) -> slice:
+    """The contiguous share of `count` rows that belongs to a process (default: this one)."""
     rank = _world.rank if rank is None else rank
     return slice(count * rank // _world.size, count * (rank + 1) // _world.size)
 
 
 def wait_for_failure() -> None:
-    """Wait until a process that is about to end the job has said so, as the first does with more.
+    """Wait until the process that is about to end the job has recorded why.
 
     Raises:
         ElsewhereError: it has.
-        ProcessesError: it cannot any more.
+        ProcessesError: it no longer can.
     """
-    with _together():
+    with _collectives():
         _store.wait([_FAILED], PATIENCE)
         raise ElsewhereError(json.loads(_store.get(_FAILED))["code"])
 
 
-def sum_(values: "Tensor") -> None:
-    """Put the sum over all processes in place of the values, the same bits in each process."""
+def all_reduce_sum(values: "Tensor") -> None:
+    """Replace the values by their sum over all processes, with the same bits in each process."""
     if _world.size > 1:
-        with _together() as distributed:
+        with _collectives() as distributed:
             distributed.all_reduce(values)
 
 
-def log_sum_exp_(values: "Tensor") -> None:
-    """Put the log-sum-exp over all processes in place of the values; one of each is finite."""
+def all_reduce_log_sum_exp(values: "Tensor") -> None:
+    """Replace the values by their log-sum-exp over all processes; one of each must be finite."""
     if _world.size > 1:
         largest = values.clone()
-        with _together() as distributed:
+        with _collectives() as distributed:
             distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         values.sub_(largest).exp_()
-        sum_(values)
+        all_reduce_sum(values)
         values.log_().add_(largest)
 
 
-def gather(rows: "Tensor", counts: Sequence[int]) -> "list[Tensor]":
-    """The rows of all processes.
+def all_gather_rows(rows: "Tensor", counts: Sequence[int]) -> "list[Tensor]":
+    """Gather the rows of all processes in all of them.
 
     Args:
         rows: (n, d), those of this process.
         counts: how many each process has.
 
     Returns:
-        One (n, d) for each process.
+        One (n, d) per process.
     """
     if _world.size == 1:
         return [rows]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     found = [padded.new_empty(padded.shape) for _ in counts]
-    with _together() as distributed:
+    with _collectives() as distributed:
         distributed.all_gather(found, padded)
     return [own[:count] for own, count in zip(found, counts, strict=True)]
 
 
-def tell(make: Callable[[], Any]) -> Any:
-    """What the first process makes, in all of them.
-
-    Args:
-        make: called in the first process alone; gives JSON.
-    """
+def broadcast(make: Callable[[], T]) -> T:
+    """Return in every process what `make` returns in the main one, where alone it is called."""
     if _world.size == 1:
         return make()
-    if is_first():
-        value = make()
-        tell_bytes(json.dumps(value).encode())
-        return value
-    return json.loads(tell_bytes(b""))
+    import torch
+
+    values = [make() if is_main_process() else None]
+    with _collectives() as distributed:
+        distributed.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]  # type: ignore[return-value]  # None only before the broadcast
 
 
-def tell_bytes(data: bytes) -> bytes:
-    """The bytes that the first process has, in all of them."""
-    if _world.size == 1:
-        return data
-    import numpy as np
-
-    size = np.array([len(data)])
-    tell_array(size)
-    found = np.frombuffer(bytearray(data) if is_first() else bytearray(int(size[0])), np.uint8)
-    tell_array(found)
-    return data if is_first() else found.tobytes()
-
-
-def tell_array(values: "npt.NDArray[Any]") -> None:
-    """Put the values of the first process in place of those here; of one shape and dtype."""
+def broadcast_array(values: "npt.NDArray[Any]") -> None:
+    """Overwrite the values by those of the main process; shape and dtype must be equal."""
     if _world.size > 1 and values.size:
         import numpy as np
         import torch
 
-        with _together() as distributed:
+        with _collectives() as distributed:
             distributed.broadcast(torch.from_numpy(values.view(np.uint8)), 0)
 
 
-def all_tell(value: Any) -> list[Any]:
-    """What each process has to tell, JSON, in all of them."""
+def all_gather(value: T) -> list[T]:
+    """Return one value per process, in all of them."""
     if _world.size == 1:
         return [value]
-    import torch
+    found: list[Any] = [None] * _world.size
+    with _collectives() as distributed:
+        distributed.all_gather_object(found, value)
+    return found
 
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    return [json.loads(found.numpy().tobytes()) for found in gather(data, _sizes(len(data)))]
 
-
-def tell_first(data: bytes) -> list[bytes]:
-    """What each process has to tell, in the first of them; nothing in the others."""
+def gather(value: T) -> list[T]:
+    """Return one value per process in the main one, and an empty list in the others."""
     if _world.size == 1:
-        return [data]
-    import torch
-
-    sizes = _sizes(len(data))
-    own = torch.zeros(max(sizes), dtype=torch.uint8)
-    own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    found = [torch.empty_like(own) for _ in sizes] if is_first() else None
-    with _together() as distributed:
-        distributed.gather(own, found)
-    return [one[:size].numpy().tobytes() for one, size in zip(found or (), sizes, strict=False)]
-
-
-def _sizes(own: int) -> list[int]:
-    import torch
-
-    return [int(one) for one in gather(torch.tensor([own]), [1] * _world.size)]
+        return [value]
+    found: list[Any] | None = [None] * _world.size if is_main_process() else None
+    with _collectives() as distributed:
+        distributed.gather_object(value, found)
+    return found or []

@@ -41,14 +41,14 @@ def check() -> None:
         raise Stopped(_arrived[0])
 
 
-def asked() -> int | None:
+def pending() -> int | None:
     """The first signal that arrived, None where none did."""
     return _arrived[0] if _arrived else None
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Let signals only be noted, for `asked`, by whoever sees to it that the block ends soon.
+def polling() -> Iterator[None]:
+    """Let signals only be noted, for `pending`, by whoever sees to it that the block ends soon.
 
     As where several processes have to stop after the same step: one that stopped at once would
     leave the others waiting. Nor does a second signal raise, since torchrun and a batch system
@@ -67,7 +67,7 @@ def noted() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def delayed() -> Iterator[None]:
     """Let a signal wait for the end of what must not be left half done.
 
     It waits for ten seconds at most, and for no second signal.

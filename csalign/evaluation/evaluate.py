@@ -154,14 +154,14 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     """
     if config.images is not None or config.generated is not None:
         return compare_images(config, progress)
-    with distributed.joined():
-        if not distributed.is_first():
+    with distributed.process_group():
+        if not distributed.is_main_process():
             if config.index == "exact" and not _has_images_alone(config):
                 measure(config)
-            document: dict[str, Any] = distributed.tell(dict)
+            document: dict[str, Any] = distributed.broadcast(dict)
             return document
         document = _evaluate(config, progress)
-        distributed.tell(lambda: document)
+        distributed.broadcast(lambda: document)
         return document
 
 

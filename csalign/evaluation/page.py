@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from csalign.evaluation.thumbnails import thumbnail
 from csalign.features.join import PairedRows, image_sources
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
+from csalign.report.thumbnails import thumbnail
 from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings
 
 DRAWN = 1_000  # pairs; more are a blot

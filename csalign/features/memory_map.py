@@ -236,10 +236,11 @@ class Room:
         """Rows that this process and the others of this machine have in common."""
         world = distributed.world()
         made = MappedRows(shape, dtype, self.folder) if self.fills else None
-        told = None if made is None else {"address": made.address, "fits": size <= self.left}
-        found = distributed.all_tell(told)[world.rank - world.local_rank]
+        own: dict[str, Any] = {} if made is None else {"address": made.address}
+        own["fits"] = size <= self.left
+        found = distributed.all_gather(own)[world.rank - world.local_rank]
         rows = made or MappedRows.of_other(shape, dtype, found["address"])
-        distributed.wait()  # for all to have opened it
+        distributed.barrier()  # for all to have opened it
         if not found["fits"]:
             return rows
         self.left -= size

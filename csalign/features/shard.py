@@ -99,7 +99,7 @@ class ShardWriter:
         self._flush()
         if self._file is None or self._temporary is None:
             return None
-        with atomic.writing(self._final):
+        with atomic.translate_os_errors(self._final):
             self._file.close()
         shard = Shard(
             path=self._path,
@@ -107,7 +107,7 @@ class ShardWriter:
             bytes=self._temporary.stat().st_size,
             sha256=atomic.sha256_file(self._temporary),
         )
-        with atomic.writing(self._final):
+        with atomic.translate_os_errors(self._final):
             self._arrival.close()
         return shard
 
@@ -168,7 +168,7 @@ class ShardWriter:
             return
         table = pa.Table.from_batches(self._pending, self._schema)
         self._pending, self._pending_rows = [], 0
-        with atomic.writing(self._final):
+        with atomic.translate_os_errors(self._final):
             if self._file is None:
                 self._file = self._open()
             self._file.write_table(table, row_group_size=table.num_rows)
@@ -176,7 +176,7 @@ class ShardWriter:
         self.bytes += table.nbytes
 
     def _open(self) -> pq.ParquetWriter:
-        self._temporary = self._arrival.enter_context(atomic.arriving(self._final))
+        self._temporary = self._arrival.enter_context(atomic.atomic_path(self._final))
         strings = [*schema.STRING_COLUMNS[self.modality]]
         return pq.ParquetWriter(
             self._temporary,

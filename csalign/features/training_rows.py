@@ -137,9 +137,9 @@ def load_training(
         if isinstance(out, np.ndarray) and not table.has_tokens:
             table.verify()  # cheap where it is no second reading; pages have checksums besides
         fill(table, targets)
-    distributed.wait()
+    distributed.barrier()
     if keys is not None:
-        distributed.tell_array(keys)
+        distributed.broadcast_array(keys)
     text_image, text_rows = joined.text_image, joined.text_rows
     if text_order is not None:
         text_image = text_image[text_order]
@@ -170,7 +170,7 @@ def load_vectors(table: FeatureTable, rows: Ints | None, room: Room, name: str) 
     out = room.rows((count, table.width), schema.DTYPES[table.dtype])
     if room.fills:
         fill(table, [Target(name, rows, out)])
-    distributed.wait()
+    distributed.barrier()
     return out
 
 

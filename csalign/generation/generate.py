@@ -119,7 +119,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         atomic.write_text(folder / LINES, "".join(lines))
         if config.sheet:
             paths = [folder / str(record["file"]) for record in records]
-            with atomic.arriving(folder / SHEET) as path:
+            with atomic.atomic_path(folder / SHEET) as path:
                 draw_sheet(paths, prompts.texts, path)
         atomic.write_text(folder / "config.toml", config.to_toml())
         document = {
@@ -245,9 +245,9 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
         OutputError: another process writes there, or other images were begun.
     """
     out = config.out.resolve()
-    folder = atomic.partial_of(out)
+    folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, Generation.FORMAT)
-    with atomic.writing(out), atomic.locked_folder(folder):
+    with atomic.translate_os_errors(out), atomic.lock_folder(folder):
         path = folder / atomic.JOB
         found = read_begun(path, Generation, restart=config.overwrite)
         if found != job:
@@ -258,7 +258,7 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
         (folder / IMAGES).mkdir(exist_ok=True)
         yield folder
         (folder / atomic.LOCK).unlink()
-        atomic.publish(folder, out)
+        atomic.commit(folder, out)
         (out / atomic.JOB).unlink()
 
 
@@ -297,7 +297,7 @@ def _draw(
             [record["seed"] for record in batch],
         )
         for record, image in zip(batch, images, strict=True):
-            with atomic.arriving(folder / record["file"]) as path:
+            with atomic.atomic_path(folder / record["file"]) as path:
                 image.save(path, format="PNG")
         progress("images", reused + start + len(batch), len(records))
     return reused

@@ -93,7 +93,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         ),
     )
     with (
-        atomic.writing(config.out),
+        atomic.translate_os_errors(config.out),
         open_workspace(
             config.out,
             job,
@@ -116,7 +116,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
         )
         return extraction.result(workspace.folder)
-    with atomic.writing(config.out):
+    with atomic.translate_os_errors(config.out):
         return _complete(config, workspace)
 
 

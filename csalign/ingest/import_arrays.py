@@ -61,7 +61,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     }
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     total, done, faint = sum(map(len, sides.values())), 0, 0
-    with atomic.staged_folder(config.out) as folder:
+    with atomic.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, names) as writer:
             for side, vectors in sides.items():

@@ -42,12 +42,12 @@ def open_workspace(
         OutputError: another job was begun there, or another process has this turn.
     """
     if is_remote(out):
-        folder = atomic.partial_of(out)
+        folder = atomic.partial_path(out)
         _begin(folder, job, config, restart=restart, retry=retry)
         yield Workspace(folder, out, job, turn)
         return
     out = out.resolve()
-    folder = atomic.partial_of(out)
+    folder = atomic.partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / atomic.LOCK).open("a+") as lock:
         _join(lock, folder, job, config, restart=restart, retry=retry)
@@ -62,7 +62,7 @@ def open_workspace(
                 yield workspace
             except BaseException:
                 if turn.count == 1 and not workspace.is_begun:
-                    atomic.discard(folder)  # there is nothing to go on from
+                    atomic.cleanup(folder)  # there is nothing to go on from
                 raise
 
 
@@ -92,7 +92,7 @@ def merge_parts(out: Path) -> None:
         DataError: there are no parts, or some processes are not done.
         OutputError: `out` exists, or somebody still works on the parts.
     """
-    folder = atomic.partial_of(out if is_remote(out) else out.resolve())
+    folder = atomic.partial_path(out if is_remote(out) else out.resolve())
     _check_free(out, folder)
     job = _read_job(folder)
     if job is None:

@@ -271,7 +271,7 @@ class Workspace:
         (self.folder / _CLAIM).unlink(missing_ok=True)
         for lock in self.folder.glob(f"{atomic.LOCK}*"):
             lock.unlink()
-        atomic.publish(self.folder, self._out)
+        atomic.commit(self.folder, self._out)
         (self._out / atomic.JOB).unlink(missing_ok=True)
 
 

@@ -263,7 +263,7 @@ def wrong_ahead(
     blocks = islice(matrix.blocks(), job.rank, None, job.size)
     _spread(tiles, blocks, lambda tile, blocks: tile.count_wrong(blocks, own, wrong))
     if divided:
-        distributed.sum_(wrong)
+        distributed.all_reduce_sum(wrong)
     wrong_texts, wrong_images = wrong.cpu().numpy()
     return wrong_texts, wrong_images
 

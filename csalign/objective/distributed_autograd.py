@@ -44,7 +44,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
-        distributed.sum_(gradient)
+        distributed.all_reduce_sum(gradient)
         return gradient
 
 
@@ -52,7 +52,7 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
         part = part.contiguous().clone()
-        distributed.sum_(part)
+        distributed.all_reduce_sum(part)
         return part
 
     @staticmethod
@@ -65,7 +65,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:
         before = sum(counts[: distributed.world().rank])
         ctx.own = slice(before, before + len(rows))
-        return torch.cat(distributed.gather(rows.contiguous(), counts))
+        return torch.cat(distributed.all_gather_rows(rows.contiguous(), counts))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -157,7 +157,7 @@ class _Fused(torch.autograd.Function):
         if plan.turn[1] > 1:
             for gradient in (*gradients, to_scale if ctx.needs_input_grad[2] else None):
                 if gradient is not None:
-                    distributed.sum_(gradient)
+                    distributed.all_reduce_sum(gradient)
         return gradients[0], gradients[1], to_scale, None
 
 
@@ -167,7 +167,7 @@ def _joined(sums: CrossSums, logs: list[Tensor], plan: Plan) -> tuple[CrossSums,
         return sums, logs
     parts = [*sums, *logs]
     whole = torch.cat(parts)
-    distributed.log_sum_exp_(whole)
+    distributed.all_reduce_log_sum_exp(whole)
     rows, columns, kernels, *logs = torch.split(whole, [len(part) for part in parts])
     return CrossSums(rows, columns, kernels), logs
 

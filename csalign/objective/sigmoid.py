@@ -56,7 +56,7 @@ def sigmoid_loss(
             shared(torch.as_tensor(value, device=x.device))
             for value in (x, y, logit_scale, logit_bias)
         )
-        own = distributed.part(len(x))
+        own = distributed.share_of(len(x))
         x, matched = x[own], matched[own]
     logits = logit_scale * x @ y.T + logit_bias
     total = -logsigmoid(torch.where(matched, logits, -logits)).sum()

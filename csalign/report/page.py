@@ -170,7 +170,7 @@ def write_page(
         body="\n".join(body),
         script=_script(figures),
     )
-    atomic.sweep(path)
+    atomic.remove_stale_temporaries(path)
     atomic.write_text(path, page)
 
 

@@ -1,13 +1,11 @@
 """``csalign apply``: a feature set through trained adapters, into a feature set or other forms."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
-
-import torch
 
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
@@ -26,7 +24,6 @@ from csalign.features.tokens import pad_tokens
 from csalign.features.writer import FeatureWriter
 from csalign.runs.config import ApplyConfig
 from csalign.runs.load import ROWS_WITH_TOKENS, check_tokens, load_adapter_for
-from csalign.training.state import from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +47,8 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
         ShapeError: the features are not of the width that the adapter takes.
         OutputError: ``config.out`` exists and is not to be replaced.
     """
-    with distributed.joined():
-        return _lead(config, progress) if distributed.is_first() else _follow(config)
+    with distributed.process_group():
+        return _lead(config, progress) if distributed.is_main_process() else _follow(config)
 
 
 def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
@@ -62,7 +59,7 @@ def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
     work.features.verify()
     total = len(work.features.images) + len(work.features.texts)
     done = 0
-    with atomic.staged_folder(config.out) as folder:
+    with atomic.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with _writer(folder, config, work) as writer:
             for side in work.sides:
@@ -83,7 +80,7 @@ def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
         0,
         names=work.features.manifest.names,
     )
-    distributed.tell(result.to_json)
+    distributed.broadcast(result.to_json)
     return result
 
 
@@ -93,7 +90,8 @@ def _follow(config: ApplyConfig) -> FeaturesResult:
     for side in work.sides:
         for _ in work.adapted(side, config.batch_size):
             pass
-    return FeaturesResult(**{**distributed.tell(dict), "features": config.out})
+    result: dict[str, Any] = distributed.broadcast(dict)
+    return FeaturesResult(**{**result, "features": config.out})
 
 
 @dataclass(frozen=True)
@@ -142,10 +140,8 @@ class _Work:
             if world.size == 1:
                 yield from found
                 continue
-            for data in distributed.tell_first(
-                to_bytes({"rows": [_plain(rows) for rows in found]})
-            ):
-                yield from (_rows(values) for values in from_bytes(data)["rows"])
+            for rows in distributed.gather(list(found)):
+                yield from rows
 
     def _embedded(
         self, table: FeatureTable, batch_size: int, part: range, *, keep_tokens: bool
@@ -177,23 +173,6 @@ class _Work:
                     aligned,
                     kept if keep_tokens else None,
                 )
-
-
-def _plain(rows: Rows) -> dict[str, Any]:
-    """Rows as values for another process."""
-    tokens = None if rows.tokens is None else [torch.from_numpy(own) for own in rows.tokens]
-    embeddings = torch.from_numpy(rows.embeddings)
-    return {"columns": rows.columns, "embeddings": embeddings, "tokens": tokens}
-
-
-def _rows(values: Mapping[str, Any]) -> Rows:
-    """What `_plain` was given."""
-    tokens = values["tokens"]
-    return Rows(
-        values["columns"],
-        values["embeddings"].numpy(),
-        None if tokens is None else [own.numpy() for own in tokens],
-    )
 
 
 def _sides_of_tokens(

@@ -22,8 +22,7 @@ from csalign.features.reader import FeatureSet, batch_vectors
 from csalign.report.model_card import Card, Side, model_card
 from csalign.runs.config import ExportConfig
 from csalign.runs.load import load_adapter_for
-from csalign.runs.metadata import read_lines, read_settings
-from csalign.training.loggers import LINES
+from csalign.runs.metadata import LINES, read_lines, read_settings
 
 TOLERANCE = 1e-5
 ROWS = 257  # random ones; and a single one, as other programs ask
@@ -65,7 +64,7 @@ def export(config: ExportConfig, progress: Progress = silent) -> dict[str, Any]:
         _refuse_tokens(config, adapter)
     evaluation = _read_evaluation(config, info)
     inputs_by_name = dict(_inputs(config, adapter))
-    with atomic.staged_folder(config.out) as folder:
+    with atomic.atomic_folder(config.out) as folder:
         forward = _write(config, folder, adapter, allow, progress)
         differences = {
             f"{name}, {side}": _difference(config, adapter, forward, side, rows)

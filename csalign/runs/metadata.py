@@ -14,10 +14,10 @@ from typing import Any
 from csalign.core import atomic
 from csalign.core.errors import SchemaError
 from csalign.core.records import check_seal, unsealed, write_sealed
-from csalign.training.loggers import LINES
 
 log = logging.getLogger(__name__)
 
+LINES = "metrics.jsonl"
 ENVIRONMENT, CONFIG = "environment.json", "config.toml"
 SUMS = "sha256"
 """In the environment: the checksum of each other file, by name."""

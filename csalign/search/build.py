@@ -148,7 +148,7 @@ def _build(config: IndexConfig, out: Path, progress: Progress) -> dict[str, Any]
     plan = plan_index(config.kind, count, rows.width + extra, _memory(config))
     _tell(plan, config)
     correction = _correction(rows)
-    with atomic.staged_folder(out) as folder:
+    with atomic.atomic_folder(out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built = VectorIndex.empty(plan, folder)
         nearest = _judges(rows, correction)
@@ -199,7 +199,7 @@ def _add(config: IndexConfig, out: Path, progress: Progress) -> dict[str, Any]:
     total = manifest.rows + count
     _tell(plan_index(manifest.kind, total, manifest.width, _memory(config)), config)
     built = VectorIndex.open(out, manifest.kind, manifest.search_effort(), mapped=False)
-    with atomic.staged_folder(out) as folder:
+    with atomic.atomic_folder(out) as folder:
         for name in manifest.files:
             if name.startswith(f"{ADAPTER}/") or name in ("config.toml", PROBES_FILE):
                 (folder / name).parent.mkdir(exist_ok=True)

@@ -12,8 +12,8 @@ from csalign.core.errors import SchemaError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import Found
 from csalign.core.side_names import renamed
-from csalign.evaluation.thumbnails import thumbnail
 from csalign.report.page import Entry, Section, check_page, write_page
+from csalign.report.thumbnails import thumbnail
 from csalign.search.config import SearchConfig
 from csalign.search.corrections import Corrected, load_correction
 from csalign.search.items import Items

@@ -275,7 +275,7 @@ class BatchLoss(nn.Module):
         if self._config.bandwidth == "tied":
             self.sigma = self.logit_scale**-0.5
         elif self._config.bandwidth == "median" and is_due:
-            self.sigma = distributed.tell(lambda: max(MIN_MEDIAN, median_distance(x, y)))
+            self.sigma = distributed.broadcast(lambda: max(MIN_MEDIAN, median_distance(x, y)))
         assert self.sigma is not None
         if is_due and not self._warned and self._config.divergence in _KERNELS and len(x) > 2:
             self._warn_of_narrow(x, y, self.sigma)

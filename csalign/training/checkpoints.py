@@ -21,8 +21,8 @@ from csalign.core import atomic
 from csalign.core.errors import OutputError, SchemaError, TrainingError
 from csalign.features.reader import FeatureSet
 from csalign.ingest.job import Document, read_begun, write_document
+from csalign.runs.metadata import LINES
 from csalign.training.config import TrainConfig
-from csalign.training.loggers import LINES
 from csalign.training.state import read_values, write_values
 
 log = logging.getLogger(__name__)
@@ -185,9 +185,9 @@ def open_training(
         SchemaError: all states there are damaged.
     """
     out = out.resolve()
-    folder = atomic.partial_of(out)
+    folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, Training.FORMAT)
-    with atomic.writing(out), atomic.locked_folder(folder):
+    with atomic.translate_os_errors(out), atomic.lock_folder(folder):
         run = TrainingFolder(folder, _begin(folder, training, restart=restart), every)
         try:
             yield run
@@ -197,10 +197,10 @@ def open_training(
             raise
         except BaseException:
             if not (run.checkpoints or _steps_in(folder / atomic.RESUME)):
-                atomic.discard(folder)
+                atomic.cleanup(folder)
             raise
         (folder / atomic.LOCK).unlink()
-        atomic.publish(folder, out)
+        atomic.commit(folder, out)
         # Only now, lest a process that is killed here has to train again.
         atomic.remove_folder(out / atomic.RESUME)
         (out / atomic.JOB).unlink()

@@ -67,7 +67,7 @@ class Embedder:
             return own
         # All roles at once: what counts is how often processes wait for each other.
         shares = [
-            [_length(distributed.part(rows.count, rank)) for rows in inputs.values()]
+            [_length(distributed.share_of(rows.count, rank)) for rows in inputs.values()]
             for rank in range(size)
         ]
         rows = gathered(torch.cat(list(own.values())), [sum(counts) for counts in shares])
@@ -80,7 +80,7 @@ class Embedder:
         Then each sub-batch goes through the adapter again, with the same noise and dropout, so
         that memory does not grow with what an adapter keeps of a row.
         """
-        part = distributed.part(inputs.count)
+        part = distributed.share_of(inputs.count)
         if not _length(part):
             # Adapters need not take no rows, and yet each process has to have a graph.
             return self._through(side, role, inputs.take(slice(0, 1)), step, 0)[:0]

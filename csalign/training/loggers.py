@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from csalign.core.errors import ConfigError
+from csalign.runs.metadata import LINES
 
-LINES = "metrics.jsonl"
 METRICS = "metrics.csv"
 EVENTS = "tensorboard"
 PROJECT = "csalign"

@@ -32,9 +32,10 @@ from csalign.core.progress import Progress, show_figures
 from csalign.features.join import PairedRows, Pairs
 from csalign.objective.kernels import Sigma
 from csalign.objective.loss import LossParts
+from csalign.runs.metadata import LINES
 from csalign.training.batch_loss import BatchLoss, as_sigma
 from csalign.training.config import TrainConfig
-from csalign.training.loggers import LINES, Log, figures_of
+from csalign.training.loggers import Log, figures_of
 from csalign.training.sampler import Batch, Batches, PairSampler
 from csalign.training.token_data import StoredTokens
 from csalign.training.unpaired import Unpaired
@@ -146,7 +147,7 @@ class Trainer:
         every = max(1, round(total / self.config.validations))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             self._is_whole = True
-            self._validates = distributed.tell(lambda: self.val is not None)
+            self._validates = distributed.broadcast(lambda: self.val is not None)
             while True:
                 is_due = self.step % every == 0 or self.step == total
                 if is_due and self.step != self._validated:
@@ -229,7 +230,7 @@ class Trainer:
     def _whole(self) -> Iterator[None]:
         """Around what changes the state: a signal waits, and what ends it leaves no state."""
         self._is_whole = False
-        with signals.deferred():
+        with signals.delayed():
             yield
             self._is_whole = True
 
@@ -283,7 +284,7 @@ class Trainer:
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
-        if not distributed.is_first():
+        if not distributed.is_main_process():
             return
         self._record(
             {
@@ -318,9 +319,9 @@ class Trainer:
         if distributed.world().size == 1:
             return
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        asked = gradients[0].new_tensor([signals.asked() == signum for signum in _SIGNALS])
+        asked = gradients[0].new_tensor([signals.pending() == signum for signum in _SIGNALS])
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), asked])
-        distributed.sum_(flat)
+        distributed.all_reduce_sum(flat)
         sizes = [*(gradient.numel() for gradient in gradients), len(asked)]
         *summed, asked = torch.split(flat, sizes)
         for gradient, whole in zip(gradients, summed, strict=True):
@@ -349,10 +350,10 @@ class Trainer:
             self._validated = self.step
             return
         adapter = self._kept_adapter()
-        score = Score(**distributed.tell(lambda: self._measure(adapter).to_json()))
+        score = Score(**distributed.broadcast(lambda: self._measure(adapter).to_json()))
         with self._whole():
             self._validated = self.step
-            if distributed.is_first():
+            if distributed.is_main_process():
                 self._record({"step": self.step, "validation": score.to_json()})
             self.loss.weight = self.loss.weight.after(score, self.best_score)
             if self.step == 0:
@@ -383,7 +384,7 @@ class Trainer:
 
     def _record(self, line: dict[str, Any]) -> None:
         path = self.folder / LINES
-        with atomic.writing(path), path.open("a", encoding="utf-8") as file:
+        with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         figures = figures_of(line)
         for log_figures in self.logs:

@@ -36,16 +36,15 @@ from csalign.features.reader import FeatureSet
 from csalign.features.training_rows import TrainingRows, load_training
 from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
-from csalign.runs.metadata import CONFIG, ENVIRONMENT, read_environment, write_environment
+from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, read_environment, write_environment
 from csalign.training.checkpoints import State, Training, TrainingFolder, open_training
 from csalign.training.checks import check_terms
 from csalign.training.config import TrainConfig
 from csalign.training.initialization import closed_form_start, kinds_of, random_start
-from csalign.training.loggers import LINES, check_logs, open_logs
+from csalign.training.loggers import check_logs, open_logs
 from csalign.training.loop import Trainer
 from csalign.training.moment_matching import match_outputs
 from csalign.training.sampler import PairSampler, order_of, uniform
-from csalign.training.state import from_bytes, to_bytes
 from csalign.training.token_data import (
     StoredTokens,
     open_tokens,
@@ -82,8 +81,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             stopped there, or the page cannot be written where it is wanted.
         TrainingError: the loss stopped being finite; names the last good checkpoint.
     """
-    with distributed.joined():
-        return _lead(config, progress) if distributed.is_first() else _follow(config)
+    with distributed.process_group():
+        return _lead(config, progress) if distributed.is_main_process() else _follow(config)
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _lead(config: TrainConfig, progress: Progress) -> TrainResult:
         seconds=seconds,
         names=features.manifest.names,
     )
-    distributed.tell(result.to_json)
+    distributed.broadcast(result.to_json)
     return result
 
 
@@ -181,7 +180,7 @@ def _follow(config: TrainConfig) -> TrainResult:
     """Take part in training that another process leads; writes nothing."""
     device = pick_device(config.device)
     material = _load(config)
-    told = from_bytes(distributed.tell_bytes(b""))
+    told: dict[str, Any] = distributed.broadcast(dict)
     shapes = {side: SideShape(**told["shapes"][side]) for side in Modality}
     adapter = Adapter(shapes, allow=set(kinds_of(config).values()))
     adapter.load_state_dict(told["weights"])
@@ -190,13 +189,13 @@ def _follow(config: TrainConfig) -> TrainResult:
     if told["trainer"] is not None:
         trainer.go_to(told["trainer"])
     try:
-        with signals.noted():
+        with signals.polling():
             for _ in trainer.fit(silent):
                 pass
     except (Stopped, TrainingError):
         distributed.wait_for_failure()  # the first one saves, and has more to tell
         raise
-    result = distributed.tell(dict)
+    result: dict[str, Any] = distributed.broadcast(dict)
     return TrainResult(**{**result, "run": config.out})
 
 
@@ -243,7 +242,7 @@ def _tell_start(adapter: Adapter, state: Mapping[str, Any] | None) -> None:
         return
     shapes = {side.value: asdict(adapter.side(side).shape) for side in Modality}
     told = {"shapes": shapes, "weights": adapter.state_dict(), "trainer": state}
-    distributed.tell_bytes(to_bytes(told))
+    distributed.broadcast(lambda: told)
 
 
 def _evaluated(
@@ -317,7 +316,7 @@ def load_split_rows(
     joined = join_pairs(features, train_split)
     if val_split is None:
         joined, held_out = carve(joined, config.seed)
-        if held_out is None and distributed.is_first():
+        if held_out is None and distributed.is_main_process():
             log.warning(
                 "%s: too few pairs to hold some out, so nothing is chosen by validation",
                 joined.name,
@@ -331,7 +330,7 @@ def load_split_rows(
                 "--val-split"
             )
         held_out = thin(join_pairs(features, val_split), config.seed)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         held_out = None
     rows, val = load_training(features, joined, held_out, room, with_keys=config.caption_weights)
     if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
@@ -371,7 +370,7 @@ def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Pro
             save_state()
 
     trainer.between_steps = save_if_due
-    with signals.noted() if distributed.world().size > 1 else nullcontext():
+    with signals.polling() if distributed.world().size > 1 else nullcontext():
         try:
             for step in trainer.fit(progress):
                 run.checkpoint(step, save)
@@ -382,7 +381,7 @@ def _run(trainer: Trainer, run: TrainingFolder, save: SaveWeights, progress: Pro
             raise TrainingError(f"{error}; {last}") from None
         except (Stopped, KeyboardInterrupt):
             if trainer.can_be_saved:
-                with signals.deferred():
+                with signals.delayed():
                     where = save_state()
                 log.warning(
                     "the weights of step %d are in %s; the same command goes on from there",

@@ -34,11 +34,11 @@ from csalign.core.errors import CsalignError
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.job import Job, Receipt, read_begun
-from csalign.runs.inspect import inspect
 from csalign.runs.metadata import read_lines, read_settings
 from csalign.sources.arrays.opening import read_both, read_side
 from csalign.sources.pairing import read_label_table

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
 from csalign.cli.app import app
-from csalign.runs.inspect import inspect
+from csalign.evaluation.inspect import inspect
 from tests.bad_input.conftest import Refused
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from csalign.core.atomic import check_output, remove_folder, staged_folder
+from csalign.core.atomic import atomic_folder, check_output, remove_folder
 from csalign.core.errors import OutputError
 
 
@@ -19,7 +19,7 @@ def artifact(folder: Path, text: str = "old") -> Path:
 
 def test_a_folder_appears_whole_and_without_traces(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with staged_folder(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "file").write_text("content")
         assert not out.exists()
 
@@ -31,7 +31,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_of_the_new_one(tmp_path: Pa
     out = artifact(tmp_path / "out")
 
     def fail() -> None:
-        with staged_folder(out) as folder:
+        with atomic_folder(out) as folder:
             (folder / "half").write_text("content")
             raise RuntimeError
 
@@ -41,7 +41,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_of_the_new_one(tmp_path: Pa
     assert "old" in (out / "manifest.json").read_text()
     assert not (tmp_path / "out.partial").exists()
     check_output(out, overwrite=True)
-    with staged_folder(out) as folder:
+    with atomic_folder(out) as folder:
         assert not (folder / "half").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -55,7 +55,7 @@ def test_what_csalign_did_not_make_is_never_touched(tmp_path: Path, name: str) -
     out = tmp_path / "site"
     if name == "site.previous":
         check_output(out, overwrite=True)
-        with staged_folder(out):
+        with atomic_folder(out):
             pass
     else:
         with pytest.raises(OutputError, match="did not make"):
@@ -93,7 +93,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(real)
     check_output(link, overwrite=True)
-    with staged_folder(link) as folder:
+    with atomic_folder(link) as folder:
         (folder / "new").touch()
 
     assert link.is_symlink()
@@ -104,9 +104,9 @@ def test_two_processes_do_not_build_the_same_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
         "import sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
-        "with staged_folder(Path(sys.argv[1])): pass"
+        "with atomic_folder(Path(sys.argv[1])): pass"
     )
-    with staged_folder(out) as folder:
+    with atomic_folder(out) as folder:
         (folder / "mine").touch()
         other = subprocess.run(
             [sys.executable, "-c", code, out], capture_output=True, text=True, check=False
@@ -127,14 +127,14 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
         "import os, sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
-        "with staged_folder(Path(sys.argv[1])) as folder:\n"
+        "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'images').mkdir(); (folder / 'images/half').touch(); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, out], check=False, env=os.environ)
     assert killed.returncode == -9
     assert (tmp_path / "out.partial/images/half").exists()
     check_output(out, overwrite=False)
-    with staged_folder(out) as folder:
+    with atomic_folder(out) as folder:
         assert not (folder / "images").exists()
 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -11,7 +11,7 @@ from csalign.core.errors import Stopped
 signals.catch_signals()
 signals._PATIENCE_S = float(sys.argv[1])
 try:
-    with signals.deferred():
+    with signals.delayed():
         for _ in range(int(sys.argv[2])):
             os.kill(os.getpid(), signal.SIGTERM)
             print("on", flush=True)
@@ -19,7 +19,7 @@ try:
         print("whole", flush=True)
 except Stopped as stopped:
     print("stopped", stopped.exit_code)
-with signals.deferred():
+with signals.delayed():
     print("after")
 time.sleep(0.3)
 """

@@ -10,9 +10,9 @@ from csalign.core.errors import ConfigError, DataError, SchemaError
 from csalign.evaluation.compare import FIGURES, compare
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
-from csalign.runs.inspect import inspect
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 

@@ -6,13 +6,13 @@ import pytest
 from csalign.core.errors import DataError, OutputError, SchemaError, ShapeError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
-from csalign.runs.inspect import inspect
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 

@@ -87,7 +87,7 @@ def test_a_page_sweeps_away_what_dead_processes_left_of_it_and_nothing_else(tmp_
     )  # fmt: skip
     assert holder.stdout is not None
     holder.stdout.readline()
-    atomic.sweep(page)
+    atomic.remove_stale_temporaries(page)
     left = {path.name for path in tmp_path.iterdir()}
     holder.communicate()
 
@@ -107,7 +107,7 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
 
     watching = True
     sys.addaudithook(watch)  # which cannot be taken back
-    atomic.discard(folder)
+    atomic.cleanup(folder)
     watching = False
 
     assert not folder.exists()
@@ -122,7 +122,7 @@ def test_a_folder_killed_at_its_last_step_can_be_replaced(tmp_path: Path) -> Non
     with pytest.raises(OutputError, match="exists; choose another --out"):
         atomic.check_output(out, overwrite=False)
     atomic.check_output(out, overwrite=True)
-    with atomic.staged_folder(out) as folder:
+    with atomic.atomic_folder(out) as folder:
         (folder / "new").touch()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
@@ -158,6 +158,6 @@ def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
 def test_a_disk_that_went_away_is_named(tmp_path: Path, number: int) -> None:
     with (
         pytest.raises(OutputError, match=r"x: .*; see whether the disk or its mount"),
-        atomic.writing(tmp_path / "x"),
+        atomic.translate_os_errors(tmp_path / "x"),
     ):
         raise OSError(number, "said by a library")

@@ -12,11 +12,11 @@ from csalign.core.enums import Modality
 from csalign.core.errors import SchemaError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
-from csalign.runs.inspect import inspect
 
 V1 = Path(__file__).parent / "v1"
 IMAGES = ((np.arange(24 * 4).reshape(24, 4) % 7 - 3.25) / 4).astype(np.float16)

@@ -563,7 +563,7 @@ def test_a_source_and_a_set_in_an_object_store(
     there = run(source=str(bucket / "photos"), out=f"{bucket / 'features'}/")
 
     assert isinstance(there.features, type(bucket))
-    assert not atomic.partial_of(there.features).exists()
+    assert not atomic.partial_path(there.features).exists()
     features = FeatureSet.open(there.features)
     features.verify()
     for side in Modality:

@@ -85,7 +85,7 @@ def test_parts_become_a_feature_set(out: Path) -> None:
     np.testing.assert_array_equal(features.images.embeddings()[3], [2, 3, 4, 5])
     lines = (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["part-00000.jpg", "part-00001.jpg"]
-    assert not atomic.partial_of(out).exists()
+    assert not atomic.partial_path(out).exists()
     entries = {path.name for path in out.iterdir()}
     assert entries == {"manifest.json", "config.toml", "failures.jsonl", "images", "texts"}
 
@@ -178,7 +178,7 @@ def test_a_set_that_only_lacks_its_name_gets_it(out: Path, monkeypatch: pytest.M
         write_part(workspace, "part-00000")
         workspace.finish(["part-00000"])
     with monkeypatch.context() as broken:
-        broken.setattr(atomic, "publish", lambda *_: 1 / 0)
+        broken.setattr(atomic, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             complete(workspace)
     atomic.check_output(out, overwrite=False)
@@ -255,7 +255,7 @@ def test_an_unfinished_extraction_is_not_swept_away_by_an_import(tmp_path: Path)
     with open_workspace(out, JOB, ONE, config=""):
         pass
     with pytest.raises(OutputError, match="holds an unfinished extraction"):
-        atomic.staged_folder(out).__enter__()
+        atomic.atomic_folder(out).__enter__()
 
 
 def test_in_an_object_store_the_first_of_two_completes(bucket: Path) -> None:
@@ -393,7 +393,7 @@ def test_parts_of_another_job_are_not_merged(tmp_path: Path) -> None:
         with open_workspace(out, job, turn, config="") as workspace:
             write_part(workspace, f"part-0000{turn.index}")
             workspace.finish([f"part-0000{turn.index}"])
-    shutil.copytree(atomic.partial_of(out), tmp_path / "0.partial", dirs_exist_ok=True)
+    shutil.copytree(atomic.partial_path(out), tmp_path / "0.partial", dirs_exist_ok=True)
     with pytest.raises(DataError, match=r"part-00000\.json: the part was made with other options"):
         merge_parts(tmp_path / "0")
 

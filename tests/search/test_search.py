@@ -21,13 +21,13 @@ from csalign.core.errors import (
 )
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import measure
+from csalign.evaluation.inspect import inspect
 from csalign.evaluation.protocols import Gallery
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract
 from csalign.metrics.hubness import corrected
-from csalign.runs.inspect import inspect
 from csalign.search.build import index
 from csalign.search.config import IndexConfig, SearchConfig
 from csalign.search.search import search

@@ -380,7 +380,7 @@ def test_an_unfinished_run_is_not_swept_away_by_another_command(
 
 def test_two_processes_do_not_train_in_one_folder(mixed: Path, tmp_path: Path) -> None:
     with (
-        atomic.locked_folder(unfinished(tmp_path / "run")),
+        atomic.lock_folder(unfinished(tmp_path / "run")),
         pytest.raises(OutputError, match="another process is writing there"),
     ):
         run(mixed, tmp_path / "run")

@@ -93,7 +93,7 @@ def gradients(divided):
         )]
     return torch.cat([value.double().flatten() for value in found])
 
-with distributed.joined():
+with distributed.process_group():
     apart = float((gradients(True) - gradients(False)).abs().max())
     results = [train(TrainConfig(**job)).to_json() for job in jobs["train"]]
     documents = [evaluate(EvalConfig(**job)) for job in jobs["eval"]]

@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 import pytest
 
-from csalign.core.atomic import locked_folder
+from csalign.core.atomic import lock_folder
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, TrainingError
 from csalign.core.results import Trial, TuneResult
 from csalign.ingest.config import ImportConfig
@@ -278,7 +278,7 @@ def test_another_study_is_refused_unless_it_is_begun_anew(
 
 def test_a_study_in_use_is_refused(features: Path, tmp_path: Path) -> None:
     with (
-        locked_folder(tmp_path / "study"),
+        lock_folder(tmp_path / "study"),
         pytest.raises(OutputError, match="another process is writing there"),
     ):
         search(features, tmp_path / "study")

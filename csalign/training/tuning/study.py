@@ -135,7 +135,7 @@ def open_study(
         OutputError: another process continues it, or the study is of something else.
         SchemaError: its files are damaged.
     """
-    with atomic.locked_folder(folder), _quiet_optuna():
+    with atomic.lock_folder(folder), _quiet_optuna():
         if overwrite or not _is_begun(folder):
             _clear(folder)
             document = {"format": FORMAT, "csalign_version": __version__, **identity}

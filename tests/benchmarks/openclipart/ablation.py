@@ -127,7 +127,7 @@ def few_pairs(work: Path) -> Path:
     texts["image_id"] = [None if image in lost else image for image in texts["image_id"]]
     encoders = {side: features.table(side).encoder for side in Modality}
     with (
-        atomic.staged_folder(out) as folder,
+        atomic.atomic_folder(out) as folder,
         FeatureWriter(folder, encoders, features.manifest.dtype) as writer,
     ):
         for side in Modality:

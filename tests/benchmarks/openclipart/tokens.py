@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     work: Path = parser.parse_args().work
     features = FeatureSet.open(work / "features")
-    with atomic.staged_folder(work / "features-tokens") as folder:
+    with atomic.atomic_folder(work / "features-tokens") as folder:
         infos = {side: with_tokens(features, side) for side in Modality}
         with FeatureWriter(folder, infos, "float16") as writer:
             pictures = work / "pictures"

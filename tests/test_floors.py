@@ -1,0 +1,118 @@
+"""The rooms of the package and the direction of their imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "csalign"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# From the ground up. A room may import from itself and from lower floors only.
+FLOORS = (
+    {"core"},
+    {"features", "sources", "objective"},
+    {"encoders", "adapters", "metrics", "report"},
+    {"ingest", "runs"},
+    {"search"},
+    {"evaluation"},
+    {"training", "generation"},
+    {"cli"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FRONT_DOORS = {"__init__.py", "__main__.py"}
+# Each heavy library is imported by these modules alone.
+ONLY_DOORS = {
+    "diffusers": {"generation/unclip.py"},
+    "faiss": {"search/vectors.py", "metrics/approximate.py"},
+    "huggingface_hub": {"adapters/hub.py", "generation/unclip.py", "encoders/hf_texts.py"},
+    "h5py": {"sources/arrays/hdf5_files.py"},
+    "onnx": {"adapters/graphs.py"},
+    "onnxruntime": {"adapters/graphs.py"},
+    "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
+    "optuna": {
+        "training/tuning/search_space.py",
+        "training/tuning/study.py",
+        "training/tuning/tune.py",
+    },
+    "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
+    "pyarrow": {
+        "search/items.py",
+        "sources/arrow.py",
+        "sources/records/parquet_layout.py",
+        "sources/arrays/arrow_files.py",
+        "features/export.py",
+        "features/join.py",
+        "features/keys.py",
+        "features/reader.py",
+        "features/schema.py",
+        "features/shard.py",
+        "ingest/partial_set.py",
+    },
+    "safetensors": {
+        "adapters/checkpoint.py",
+        "generation/unclip.py",
+        "sources/arrays/tensor_files.py",
+        "training/state.py",
+    },
+    "timm": {"encoders/timm_images.py"},
+    "torch.distributed": {"core/distributed.py"},
+    "transformers": {"generation/unclip.py", "encoders/hf_texts.py"},
+    "umap": {"evaluation/page.py"},
+    "typer": {"cli/app.py", "cli/options.py", "cli/run.py"},
+}
+MAX_LINES = 450  # of a module
+MAX_MODULES = 15  # of a folder, beside its __init__
+
+
+def imports(module: Path) -> set[str]:
+    """Dotted names that a module imports, also inside functions and under TYPE_CHECKING."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def relative(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_imports_point_down_only(module: Path) -> None:
+    if relative(module) in FRONT_DOORS:
+        return  # they name everything and import it on use
+    room = module.relative_to(PACKAGE).parts[0]
+    used = {name.split(".")[1] for name in imports(module) if name.startswith("csalign.")}
+
+    assert used - {room} <= {other for other in FLOOR if FLOOR[other] < FLOOR[room]}
+
+
+def test_every_module_is_in_a_room() -> None:
+    loose = {path.name for path in PACKAGE.glob("*.py")}
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+    assert loose == FRONT_DOORS
+    assert rooms == set(FLOOR)
+
+
+def test_modules_and_folders_stay_small() -> None:
+    lines = {relative(path): len(path.read_text().splitlines()) for path in MODULES}
+    folders = {path.parent for path in MODULES}
+    modules = {folder.name: len([*folder.glob("*.py")]) - 1 for folder in folders}
+
+    assert {name for name, count in lines.items() if count > MAX_LINES} == set()
+    assert {name for name, count in modules.items() if count > MAX_MODULES} == set()
+
+
+@pytest.mark.parametrize("library", ONLY_DOORS)
+def test_each_heavy_library_has_its_doors(library: str) -> None:
+    doors = {
+        relative(module)
+        for module in MODULES
+        if any(f"{name}.".startswith(f"{library}.") for name in imports(module))
+    }
+
+    assert doors == ONLY_DOORS[library]
