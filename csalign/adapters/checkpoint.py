@@ -1,12 +1,11 @@
 """Adapters on disk: weights in safetensors, everything else in ``adapter.json``."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +16,7 @@ from csalign.adapters.side import SideShape
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
-from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.records import Record, read_record, write_record
 from csalign.core.version import __version__
 
 WEIGHTS = "adapter.safetensors"
@@ -25,7 +24,7 @@ DESCRIPTION = "adapter.json"
 FORMAT_VERSION: Final = 1
 
 
-class AdapterInfo(BaseModel):
+class AdapterInfo(Record):
     """Content of ``adapter.json``.
 
     Attributes:
@@ -41,8 +40,6 @@ class AdapterInfo(BaseModel):
             see; None in runs of older versions.
         weights_sha256: of the weights file; set when it is written.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["csalign-adapter"] = "csalign-adapter"
     format_version: Literal[1] = FORMAT_VERSION
@@ -91,7 +88,7 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     atomic.fsync_path(temporary)
     info = info.model_copy(update={"weights_sha256": atomic.sha256_file(temporary)})
     temporary.rename(folder / WEIGHTS)
-    write_sealed(folder / DESCRIPTION, info.model_dump(mode="json"))
+    write_record(folder / DESCRIPTION, info)
 
 
 def load_adapter(
@@ -177,23 +174,7 @@ def read_info(folder: Path) -> AdapterInfo:
     if not path.is_file():
         kind = "holds no trained adapter" if folder.exists() else "no such run"
         raise DataError(f"{folder}: {kind} (no {DESCRIPTION}); train one with csalign train")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        version = document.get("format_version") if isinstance(document, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise SchemaError(
-                f"{path}: format version {version}, this csalign reads up to {FORMAT_VERSION}; "
-                "upgrade csalign"
-            )
-        info = AdapterInfo.model_validate(unsealed(document))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise SchemaError(f"{path}: {where}: {first['msg']}; train again") from None
-    except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{path}: is damaged ({error}); train again") from None
-    check_seal(path, document, "train again")
-    return info
+    return read_record(path, AdapterInfo, "train again")
 
 
 def _state(adapter: Adapter) -> dict[str, torch.Tensor]:

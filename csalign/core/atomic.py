@@ -17,6 +17,7 @@ from typing import Any
 
 from csalign.core.errors import OutputError
 from csalign.core.paths import is_remote, is_store_error
+from csalign.core.records import parse_json
 
 ARTIFACT_MARKS = (
     "manifest.json",
@@ -380,8 +381,8 @@ def refuse_other_work(folder: Path, own: str | None = None) -> None:
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_bytes())["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = parse_json(path.read_bytes())["format"]
+    except (ValueError, KeyError, TypeError):
         found = own  # who goes on with it says what is damaged
     if own is None or found != own:
         raise OutputError(
@@ -503,8 +504,8 @@ def _previous(out: Path) -> Path:
 def _is_artifact(folder: Path) -> bool:
     for mark in ARTIFACT_MARKS:
         try:
-            document = json.loads((folder / mark).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            document = parse_json((folder / mark).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             continue
         if isinstance(document, dict) and str(document.get("format")).startswith("csalign-"):
             return True

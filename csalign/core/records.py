@@ -1,50 +1,109 @@
-"""JSON documents that carry a checksum of themselves, so that no flipped digit passes for one."""
+"""JSON documents on disk: written atomically, and read with every defect named."""
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from csalign.core import atomic
 from csalign.core.errors import SchemaError
+from csalign.core.paths import is_remote
 
-CHECKSUM = "checksum"
-"""The key of it: hex SHA-256 of the rest, as JSON with sorted keys and no spaces."""
-
-
-def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a document and its checksum, whole or not at all; see `atomic.write_json`."""
-    atomic.write_json(path, {**document, CHECKSUM: _checksum(document)})
+_CHECKSUM = "checksum"  # csalign 0.1.0 wrote one of the document into the document itself
 
 
-def unsealed(document: Any) -> Any:
-    """A document, as it was parsed, without its checksum, if it has one."""
-    if not isinstance(document, dict):
-        return document
-    return {key: value for key, value in document.items() if key != CHECKSUM}
+class Record(BaseModel):
+    """Base of the documents that csalign writes: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def check_seal(path: Path, document: Any, remedy: str) -> None:
-    """Compare a document with its checksum; those of other hands may have none.
+R = TypeVar("R", bound=Record)
 
-    Args:
-        path: where the document is from.
-        document: as it was parsed.
-        remedy: what to do if it does not agree.
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON.
 
     Raises:
-        SchemaError: it does not agree.
+        ValueError: it is not JSON, or is nested too deeply.
     """
-    if not isinstance(document, dict) or CHECKSUM not in document:
-        return
-    if document[CHECKSUM] != _checksum(unsealed(document)):
-        raise SchemaError(
-            f"{path}: does not agree with the checksum in it: it was changed or is damaged; "
-            f"{remedy}"
-        )
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
-def _checksum(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Args:
+        path: of the file.
+        remedy: what to do if it is damaged; ends the message.
+
+    Raises:
+        SchemaError: it is not UTF-8, not JSON, or not an object.
+    """
+    try:
+        document = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise SchemaError(f"{path}: is damaged ({error}); {remedy}") from None
+    if not isinstance(document, dict):
+        raise SchemaError(f"{path}: is damaged (not a JSON object); {remedy}")
+    document.pop(_CHECKSUM, None)
+    return document
+
+
+def read_record(path: Path, kind: type[R], remedy: str) -> R:
+    """Read and validate a document.
+
+    Args:
+        path: of the file.
+        kind: of document; a "format_version" above its default is refused.
+        remedy: what to do if it is damaged; ends the message.
+
+    Raises:
+        SchemaError: it is damaged, or a later version of csalign wrote it.
+    """
+    document = read_object(path, remedy)
+    version = document.get("format_version")
+    if (known := kind.model_fields.get("format_version")) is not None:
+        newest = known.default
+        if isinstance(version, int) and version > newest:
+            raise SchemaError(
+                f"{path}: format version {version}, this csalign reads up to {newest}; "
+                "upgrade csalign"
+            )
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise SchemaError(f"{path}: {where}: {first['msg']}; {remedy}") from None
+
+
+def read_job(path: Path, kind: type[R], *, restart: bool = False) -> R | None:
+    """Read the document of unfinished work; None if there is none.
+
+    Args:
+        path: of the file.
+        kind: of document.
+        restart: treat a damaged document as none.
+
+    Raises:
+        SchemaError: it is damaged.
+    """
+    try:
+        remedy = "start again with --overwrite"
+        return read_record(path, kind, remedy) if path.is_file() else None
+    except SchemaError:
+        if restart:
+            return None
+        raise
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a document atomically, as JSON, creating its folder; see `atomic.write_json`."""
+    if not is_remote(path):
+        path.parent.mkdir(exist_ok=True)
+    atomic.write_json(path, record.model_dump(mode="json"))

@@ -1,6 +1,5 @@
 """Frozen transformers models as text encoders."""
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
+from csalign.core.records import parse_json
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.libraries import first_line, first_run, quiet
 from csalign.encoders.running import (
@@ -357,8 +357,8 @@ def _beside(model: str, file: str) -> Any:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise EncoderError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
 
 

@@ -13,6 +13,7 @@ import torch
 from open_clip.pretrained import download_pretrained_from_hf
 
 from csalign.core.errors import ConfigError, EncoderError
+from csalign.core.records import parse_json
 from csalign.encoders.libraries import first_line, quiet, suggest
 
 logger = logging.getLogger(__name__)
@@ -139,13 +140,13 @@ def _register(path: Path, tokenizer: str | None = None) -> Architecture:
     """Make a config file known to open_clip, under a name that no other config has."""
     try:
         content = path.read_bytes()
-        document = json.loads(content)
+        document = parse_json(content)
         config = document.get("model_cfg", document)
         preprocessing = document.get("preprocess_cfg", {})
         missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise EncoderError(f"{path}: is no open_clip model config ({error})") from None
     if missing:
         raise EncoderError(f"{path}: is no open_clip model config, lacks {missing[0]!r}")

@@ -1,6 +1,5 @@
 """``csalign compare``: several systems side by side, and which differences are more than chance."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from csalign.adapters.checkpoint import read_info
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.core.progress import Progress, silent
+from csalign.core.records import parse_json
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import describe, measure
 from csalign.features.manifest import read_manifest
@@ -177,13 +177,13 @@ def _run(path: Path, split: str | None) -> _Entry:
 
 def _read(path: Path) -> _Document:
     try:
-        document = _Document.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        document = _Document.model_validate(parse_json(path.read_text(encoding="utf-8")))
         document.figures()
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; make one with csalign eval --json, or give a run"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise DataError(
             f"{path}: is not what csalign eval --json prints; give files of it, or runs"
         ) from None

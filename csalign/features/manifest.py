@@ -1,28 +1,23 @@
 """The manifest of a feature set: what is in the folder, and how to tell that it is whole."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from csalign.core import atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import CsalignError, DataError, SchemaError
+from csalign.core.errors import CsalignError, DataError
 from csalign.core.paths import is_store_error
-from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.records import Record, read_record
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
 FORMAT_VERSION: Final = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EncoderInfo(_Record):
+class EncoderInfo(Record):
     """What made the embeddings of one side.
 
     Attributes:
@@ -39,10 +34,10 @@ class EncoderInfo(_Record):
     width: int = Field(ge=1)
     token_width: int | None = None
     token_space: Literal["hidden", "projected"] | None = None
-    preprocessing: dict[str, Any] = {}
+    preprocessing: dict[str, Any] = Field(default_factory=dict)
 
 
-class Shard(_Record):
+class Shard(Record):
     """One Parquet file: path relative to the feature set, and what identifies its content."""
 
     path: str
@@ -51,7 +46,7 @@ class Shard(_Record):
     sha256: str
 
 
-class Counts(_Record):
+class Counts(Record):
     """Rows on each side, texts that have an image, and inputs that were left out."""
 
     images: int
@@ -60,7 +55,7 @@ class Counts(_Record):
     failures: int
 
 
-class Shards(_Record):
+class Shards(Record):
     """The files of each side, in row order."""
 
     images: list[Shard]
@@ -71,7 +66,7 @@ class Shards(_Record):
         return self.images if modality is Modality.IMAGE else self.texts
 
 
-class Encoders(_Record):
+class Encoders(Record):
     """What made each side; None for a side that is not there."""
 
     image: EncoderInfo | None
@@ -82,7 +77,7 @@ class Encoders(_Record):
         return self.image if modality is Modality.IMAGE else self.text
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished.
 
     "names" is what the sides are called where they are no images and texts.
@@ -126,27 +121,7 @@ def _read(folder: Path) -> Manifest:
         raise DataError(f"{folder}: no such feature set; make one with csalign extract or import")
     if not path.is_file():
         raise DataError(f"{folder}: is no feature set (no {MANIFEST} in it)")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{path}: is damaged ({error}); make the feature set again") from None
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise SchemaError(
-            f"{path}: format version {version}, this csalign reads up to {FORMAT_VERSION}; "
-            "upgrade csalign"
-        )
-    try:
-        manifest = Manifest.model_validate(unsealed(document))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise SchemaError(
-            f"{path}: {where}: {first['msg']}; the manifest was changed or is damaged, "
-            "make the feature set again"
-        ) from None
-    check_seal(path, document, "make the feature set again")
-    return manifest
+    return read_record(path, Manifest, "make the feature set again")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -154,4 +129,4 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     document = manifest.model_dump(mode="json")
     if manifest.names is None:
         del document["names"]
-    write_sealed(folder / MANIFEST, document)
+    atomic.write_json(folder / MANIFEST, document)

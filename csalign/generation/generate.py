@@ -16,13 +16,13 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
 from csalign.core.progress import Progress, silent
+from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig
 from csalign.generation.decoder import Decoder, DrawOptions, Statistics
 from csalign.generation.prompts import Prompts, embed_prompts, stored_prompts
 from csalign.generation.unclip import find_decoder, load_decoder
-from csalign.ingest.job import Document, read_begun, write_document
 from csalign.report.contact_sheet import draw_sheet
 from csalign.runs.load import load_adapter_for
 from csalign.sources.images import read_image
@@ -46,7 +46,7 @@ _LEFT_OUT = {
 }
 
 
-class Generation(Document):
+class Generation(Record):
     """What decides the images that come out, on one machine.
 
     Attributes:
@@ -249,12 +249,12 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
     atomic.refuse_other_work(folder, Generation.FORMAT)
     with atomic.translate_os_errors(out), atomic.lock_folder(folder):
         path = folder / atomic.JOB
-        found = read_begun(path, Generation, restart=config.overwrite)
+        found = read_job(path, Generation, restart=config.overwrite)
         if found != job:
             if found is not None and not config.overwrite and any((folder / IMAGES).glob("*.png")):
                 raise OutputError(_difference(folder, found, job))
             atomic.empty_folder(folder)
-            write_document(path, job)
+            write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
         yield folder
         (folder / atomic.LOCK).unlink()

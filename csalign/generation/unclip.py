@@ -9,7 +9,6 @@ Networks are built from the classes named here, and weights are read from safete
 that no class, code or pickle that comes with a decoder is run.
 """
 
-import json
 import logging
 import re
 import sys
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from csalign.core.errors import ConfigError, DecoderError
+from csalign.core.records import parse_json
 from csalign.generation.decoder import Decoder, DrawOptions, Statistics
 
 log = logging.getLogger(__name__)
@@ -414,10 +414,10 @@ def _folder(name: str) -> Path:
 def _index(folder: Path) -> Mapping[str, Any]:
     path = folder / INDEX
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DecoderError(f"{folder}: holds no pipeline of diffusers (no {INDEX})") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DecoderError(f"{path}: cannot be read ({_line(error)})") from None
     if not isinstance(document, dict):
         raise DecoderError(f"{path}: is damaged (no JSON object)")

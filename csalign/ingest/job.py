@@ -1,33 +1,24 @@
 """What a feature set that is built part by part keeps beside its parts, as JSON documents."""
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from csalign.core.enums import Modality
 from csalign.core.errors import SchemaError
-from csalign.core.paths import is_remote
-from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.records import Record, read_record
 from csalign.features.manifest import Encoders, Shard
 
 log = logging.getLogger(__name__)
 
-D = TypeVar("D", bound="Document")
-ANEW = "start anew with --overwrite"
+R = TypeVar("R", bound=Record)
 
 
-class Document(BaseModel):
-    """Base of all: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Job(Document):
+class Job(Record):
     """What decides every byte of the result, but for the order in which parts are made.
 
     Attributes:
@@ -53,7 +44,7 @@ class Job(Document):
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-class Failure(Document):
+class Failure(Record):
     """An input that was left out.
 
     Attributes:
@@ -67,7 +58,7 @@ class Failure(Document):
     reason: str
 
 
-class Receipt(Document):
+class Receipt(Record):
     """A finished part.
 
     Attributes:
@@ -98,7 +89,7 @@ class Receipt(Document):
     pairs: int = 0
     images: Shard | None = None
     texts: Shard | None = None
-    failures: list[Failure] = []
+    failures: list[Failure] = Field(default_factory=list)
 
     def side(self, modality: Modality) -> Shard | None:
         """Its file of one side."""
@@ -116,7 +107,7 @@ class Turn:
         return f"{self.index}/{self.count}"
 
 
-class Finished(Document):
+class Finished(Record):
     """What a process says that is done with its parts, as the source was then."""
 
     index: int
@@ -159,52 +150,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_document(path: Path, kind: type[D], remedy: str) -> D:
-    """Read a document.
-
-    Args:
-        path: of it.
-        kind: of it.
-        remedy: what to do if it is damaged.
-
-    Raises:
-        SchemaError: it is damaged.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-        found = kind.model_validate(unsealed(document))
-    except (ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise SchemaError(f"{path}: is damaged ({reason}); {remedy}") from None
-    check_seal(path, document, remedy)
-    return found
-
-
-def read_begun(path: Path, kind: type[D], *, restart: bool = False) -> D | None:
-    """What was begun; None if nothing was, or if it is damaged and may be begun anew.
-
-    Raises:
-        SchemaError: it is damaged.
-    """
-    try:
-        return read_document(path, kind, ANEW) if path.is_file() else None
-    except SchemaError:
-        if restart:
-            return None
-        raise
-
-
-def read_finished(path: Path, kind: type[D]) -> D | None:
+def read_finished(path: Path, kind: type[R]) -> R | None:
     """What was finished; None, with a warning, if its document is damaged: it is made again."""
     try:
-        return read_document(path, kind, "made again")
+        return read_record(path, kind, "it is made again")
     except SchemaError as error:
         log.warning("%s", error)
         return None
-
-
-def write_document(path: Path, document: Document) -> None:
-    """Write a document whole or not at all, and the folder that it lies in."""
-    if not is_remote(path):
-        path.parent.mkdir(exist_ok=True)
-    write_sealed(path, document.model_dump(mode="json"))

@@ -10,8 +10,9 @@ from typing import Any
 from csalign.core import atomic
 from csalign.core.errors import DataError, OutputError
 from csalign.core.paths import is_remote
+from csalign.core.records import read_job, write_record
 from csalign.features.manifest import MANIFEST
-from csalign.ingest.job import Job, Turn, is_same_but_source, other_job, read_begun, write_document
+from csalign.ingest.job import Job, Turn, is_same_but_source, other_job
 from csalign.ingest.partial_set import PATIENCE, Workspace
 
 
@@ -163,14 +164,14 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -
     _check_job(folder, found, job, restart=restart, retry=retry)
     if found is not None and not restart:
         (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never published
-        write_document(folder / atomic.JOB, job)
+        write_record(folder / atomic.JOB, job)
         return
     if is_remote(folder):
         atomic.remove_folder(folder)
     else:
         atomic.empty_folder(folder)
     atomic.write_text(folder / "config.toml", config)
-    write_document(folder / atomic.JOB, job)
+    write_record(folder / atomic.JOB, job)
 
 
 def _try_lock(lock: Any, kind: int) -> bool:
@@ -184,4 +185,4 @@ def _try_lock(lock: Any, kind: int) -> bool:
 def _read_job(folder: Path, *, restart: bool = False) -> Job | None:
     """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
     atomic.refuse_other_work(folder, Job.FORMAT)
-    return read_begun(folder / atomic.JOB, Job, restart=restart)
+    return read_job(folder / atomic.JOB, Job, restart=restart)

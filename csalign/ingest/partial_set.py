@@ -27,6 +27,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
 from csalign.core.paths import is_remote
+from csalign.core.records import write_record
 from csalign.core.version import __version__
 from csalign.features import schema
 from csalign.features.manifest import (
@@ -39,7 +40,7 @@ from csalign.features.manifest import (
     write_manifest,
 )
 from csalign.features.shard import Rows, ShardWriter
-from csalign.ingest.job import Failure, Finished, Job, Receipt, Turn, read_finished, write_document
+from csalign.ingest.job import Failure, Finished, Job, Receipt, Turn, read_finished
 
 RECEIPTS = "receipts"
 FINISHED = "finished"
@@ -133,14 +134,14 @@ class Workspace:
                 (self.folder / side / f"{receipt.name}.parquet").unlink(missing_ok=True)
         known = {"job": self._job.fingerprint(), "pairs": part.pairs, "failures": part.failures}
         receipt = receipt.model_copy(update={**shards, **known})
-        write_document(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
+        write_record(self.folder / RECEIPTS / f"{receipt.name}.json", receipt)
         return receipt
 
     def finish(self, parts: list[str]) -> None:
         """Say that this process has done its parts, all of which have receipts."""
         turn = self._turn
         mark = Finished(index=turn.index, count=turn.count, source=self._job.source, parts=parts)
-        write_document(self._mark, mark)
+        write_record(self._mark, mark)
 
     def begin(self) -> None:
         """Take back that this process has done its parts, since it may do some of them anew."""

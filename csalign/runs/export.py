@@ -1,6 +1,5 @@
 """``csalign export``: a run's adapter for other programs, checked against the run."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.core.progress import Progress, silent
+from csalign.core.records import parse_json
 from csalign.features import schema
 from csalign.features.reader import FeatureSet, batch_vectors
 from csalign.report.model_card import Card, Side, model_card
@@ -167,12 +167,12 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
     if path is None:
         return None
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         of = document["fingerprints"]["adapter"]
         _ = document["retrieval"]["image_to_text"]["R@1"], document["gap"]["rmg"]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: is not what csalign eval --json prints ({type(error).__name__}: {error})"
         ) from None

@@ -4,7 +4,6 @@
 itself; a run that is unfinished, or of an older csalign, has none.
 """
 
-import json
 import logging
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from csalign.core import atomic
 from csalign.core.errors import SchemaError
-from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.records import parse_json, read_object
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ SUMS = "sha256"
 def write_environment(folder: Path, environment: Mapping[str, Any]) -> None:
     """Write what a finished run was made on, with the checksums of what else it wrote."""
     sums = {name: atomic.sha256_file(folder / name) for name in (CONFIG, LINES)}
-    write_sealed(folder / ENVIRONMENT, {**environment, SUMS: sums})
+    atomic.write_json(folder / ENVIRONMENT, {**environment, SUMS: sums})
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
@@ -36,16 +35,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
         SchemaError: it is damaged.
     """
     path = folder / ENVIRONMENT
-    text = _text(path)
-    try:
-        document = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{path}: is damaged ({error}); train again") from None
-    if not isinstance(document, dict):
-        raise SchemaError(f"{path}: is damaged (no object); train again")
-    check_seal(path, document, "train again, or remove it")
-    found: dict[str, Any] = unsealed(document)
-    return found
+    return read_object(path, "train again, or remove it") if path.is_file() else {}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -57,8 +47,8 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / LINES
     text = _text(path)
     try:
-        lines = [json.loads(line) for line in text.splitlines()]
-    except (ValueError, RecursionError) as error:
+        lines = [parse_json(line) for line in text.splitlines()]
+    except ValueError as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
     if not all(isinstance(line, dict) for line in lines):
         raise SchemaError(f"{path}: is damaged (a line is no object); train again")
@@ -76,7 +66,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         settings = tomllib.loads(_text(path))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
     if path.is_file() and not _is_as_written(folder, CONFIG):
         log.warning("%s: is not as the run wrote it, by %s", path, ENVIRONMENT)

@@ -1,15 +1,14 @@
 """``index.json``: what an index holds, and how to tell that it is whole."""
 
-import json
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError
-from csalign.core.records import check_seal, unsealed, write_sealed
+from csalign.core.records import Record, read_record, write_record
 from csalign.core.version import __version__
 from csalign.features.manifest import EncoderInfo
 from csalign.search.items import ITEMS
@@ -24,11 +23,7 @@ CHECKED_BYTES = 64 << 20  # larger files are read whole by inspect alone
 Correction = Literal["csls", "inverted-softmax", "centre"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Taken(_Record):
+class Taken(Record):
     """Rows that went into an index: of which feature set, of which splits, how many."""
 
     features: str
@@ -37,7 +32,7 @@ class Taken(_Record):
     rows: int = Field(ge=0)
 
 
-class Recall(_Record):
+class Recall(Record):
     """How well the index finds what is truly nearest.
 
     Attributes:
@@ -53,14 +48,14 @@ class Recall(_Record):
     target: float
 
 
-class FileInfo(_Record):
+class FileInfo(Record):
     """A file of the index."""
 
     bytes: int = Field(ge=0)
     sha256: str
 
 
-class IndexManifest(_Record):
+class IndexManifest(Record):
     """Content of ``index.json``; written last, so a folder without one is unfinished.
 
     Attributes:
@@ -116,17 +111,11 @@ def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
     if not path.is_file():
         kind = f"is no index (no {DESCRIPTION} in it)" if folder.exists() else "no such index"
         raise DataError(f"{folder}: {kind}; build one with csalign index")
+    manifest = read_record(path, IndexManifest, "build the index again")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        manifest = IndexManifest.model_validate(unsealed(document))
         manifest.search_effort()
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise SchemaError(f"{path}: {where}: {first['msg']}; build the index again") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); build the index again") from None
-    check_seal(path, document, "build the index again")
     for needed in (VECTORS, ITEMS):
         if needed not in manifest.files:
             raise SchemaError(f"{path}: names no {needed}; build the index again")
@@ -167,7 +156,7 @@ def list_files(folder: Path) -> dict[str, FileInfo]:
 
 def write_index_manifest(folder: Path, manifest: IndexManifest) -> None:
     """Write ``index.json``, which completes the index."""
-    write_sealed(folder / DESCRIPTION, manifest.model_dump(mode="json"))
+    write_record(folder / DESCRIPTION, manifest)
 
 
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS
 from csalign.core import atomic
 from csalign.core.errors import OutputError, SchemaError, TrainingError
+from csalign.core.records import Record, read_job, write_record
 from csalign.features.reader import FeatureSet
-from csalign.ingest.job import Document, read_begun, write_document
 from csalign.runs.metadata import LINES
 from csalign.training.config import TrainConfig
 from csalign.training.state import read_values, write_values
@@ -43,7 +43,7 @@ _LEFT_OUT = {
 }
 
 
-class Training(Document):
+class Training(Record):
     """What decides the weights that come out, on one machine.
 
     Attributes:
@@ -209,7 +209,7 @@ def open_training(
 def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
     """Make a folder ready; the state to go on from if it holds one of the same training."""
     path = folder / atomic.JOB
-    found = read_begun(path, Training, restart=restart)
+    found = read_job(path, Training, restart=restart)
     states = _steps_in(folder / atomic.RESUME)
     if found is not None and found != training and states and not restart:
         raise OutputError(_difference(folder, found, training))
@@ -219,7 +219,7 @@ def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
             _remove_later(folder, state)
             return state
     atomic.empty_folder(folder)
-    write_document(path, training)
+    write_record(path, training)
     return None
 
 

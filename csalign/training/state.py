@@ -12,6 +12,7 @@ from torch import Tensor
 
 from csalign.core import atomic
 from csalign.core.errors import OutputError, SchemaError
+from csalign.core.records import parse_json
 
 _JSON = "values"  # key of the header
 _TENSOR = "tensor:"  # what stands for one in the JSON, before its name
@@ -45,10 +46,10 @@ def read_values(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            document = json.loads((file.metadata() or {})[_JSON])
+            document = parse_json((file.metadata() or {})[_JSON])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         unpacked = _unpack(document, tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise SchemaError(f"{path}: cannot be read ({error})") from None
     if not isinstance(unpacked, dict):
         raise SchemaError(f"{path}: holds no state")
@@ -68,7 +69,7 @@ def to_bytes(values: Mapping[str, Any]) -> bytes:
 def from_bytes(data: bytes) -> dict[str, Any]:
     """What `to_bytes` was given; all tensors on the CPU."""
     tensors = load(data)
-    document = json.loads(tensors.pop(_JSON).numpy().tobytes())
+    document = parse_json(tensors.pop(_JSON).numpy().tobytes())
     found: dict[str, Any] = _unpack(document, tensors)
     return found
 

@@ -31,6 +31,7 @@ from PIL import Image
 from csalign.adapters.checkpoint import load_adapter
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError
+from csalign.core.records import read_job
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -38,7 +39,7 @@ from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
-from csalign.ingest.job import Job, Receipt, read_begun
+from csalign.ingest.job import Job, Receipt
 from csalign.runs.metadata import read_lines, read_settings
 from csalign.sources.arrays.opening import read_both, read_side
 from csalign.sources.pairing import read_label_table
@@ -217,7 +218,7 @@ def test_documents_of_jobs(tmp_path: Path, data: st.DataObject) -> None:
     path.write_text(json.dumps(data.draw(mutated(receipt))))
     for kind in (Receipt, Job):
         with bounded():
-            read_begun(path, kind)
+            read_job(path, kind)
 
 
 @pytest.mark.parametrize("config", [TrainConfig, EvalConfig, ExtractConfig, ImportConfig])

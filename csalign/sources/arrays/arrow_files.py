@@ -1,6 +1,5 @@
 """Tables with columns of vectors: Parquet, Arrow and Feather, and folders of Hugging Face."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.paths import is_remote
+from csalign.core.records import parse_json
 from csalign.sources.arrays.base import EITHER_NAMES, Array, Labels, Part, Vectors, check_dtype
 from csalign.sources.arrays.base import IMAGE_NAMES as IMAGE_VECTORS
 from csalign.sources.arrays.base import TEXT_NAMES as TEXT_VECTORS
@@ -324,8 +324,8 @@ def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        document = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the dataset again") from None
     if not isinstance(document, dict):
         raise DataError(f"{path}: is no JSON object; save the dataset again")

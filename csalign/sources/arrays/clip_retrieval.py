@@ -1,6 +1,5 @@
 """The output folder of clip-retrieval: img_emb/, text_emb/ and metadata/, numbered alike."""
 
-import json
 import logging
 import re
 from bisect import bisect_left
@@ -12,6 +11,7 @@ import numpy as np
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.records import parse_json
 from csalign.sources.arrays.arrow_files import open_table, read_labels
 from csalign.sources.arrays.base import Array, Labels, Part, Strings, Vectors
 from csalign.sources.arrays.numpy_files import read_npy
@@ -72,8 +72,8 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
 def _is_ours(folder: Path) -> bool:
     """Whether ``csalign apply`` wrote the folder."""
     try:
-        note = json.loads((folder / NOTE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        note = parse_json((folder / NOTE).read_bytes())
+    except (OSError, ValueError):
         return False
     return isinstance(note, dict) and note.get("format") == "csalign-aligned"
 

@@ -1,12 +1,12 @@
 """Plain text: captions alone, one a line, or a list of image paths."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from csalign.core.errors import DataError
+from csalign.core.records import parse_json
 from csalign.sources.records.catalog import Catalog, CatalogSource
 from csalign.sources.records.columns import Columns, Row
 from csalign.sources.records.lines import Lines
@@ -54,8 +54,8 @@ def _entry(number: int, text: str, columns: Columns) -> Row:
     if not text.startswith("{"):
         return Row(number, text)
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(text)
+    except ValueError as error:
         return Row(number, flaw=f"is not valid JSON ({error})")
     return row_of(number, record, columns)
 

@@ -1,6 +1,5 @@
 """Open any SOURCE of `extract`: tell what it is by its content, and read it as records."""
 
-import json
 import logging
 import posixpath
 import sys
@@ -11,6 +10,7 @@ from typing import Literal, cast, get_args
 
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, parse_location
+from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import annotations, tables, webdataset
 from csalign.sources.records.base import Source
@@ -366,8 +366,8 @@ def _text_form(start: bytes) -> str:
     first = text.partition("\n")[0]
     if first.lstrip().startswith(("{", "[")):
         try:
-            json.loads(first)
-        except (ValueError, RecursionError):
+            parse_json(first)
+        except ValueError:
             return ".json"
         return ".jsonl" if first.lstrip().startswith("{") else ".json"
     # A header whose names are those of images and captions; a caption is hardly made so.

@@ -2,13 +2,13 @@
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from csalign.core.errors import DataError
+from csalign.core.records import parse_json
 from csalign.sources.records.columns import (
     Columns,
     Found,
@@ -83,7 +83,7 @@ class RowReader:
 
     def _image_cell(self, line: str) -> str:
         if self._form == ".jsonl":
-            record = json.loads(line)
+            record = parse_json(line)
             return str(record[self._columns.pick(record).image])
         cells: list[str] = next(
             csv.reader(line.splitlines(keepends=True), delimiter=self._delimiter)
@@ -296,8 +296,8 @@ def _json_object(line: str, flaw: str | None) -> dict[str, Any]:
     if flaw is not None:
         raise ValueError(flaw)
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"is not valid JSON ({error}); each line must be one object") from None
     if not isinstance(record, dict):
         raise ValueError("is no JSON object; each line must be one object")

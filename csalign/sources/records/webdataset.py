@@ -1,6 +1,5 @@
 """WebDataset: samples in tar files, whose members share a key; read in place, never unpacked."""
 
-import json
 import logging
 import os
 import posixpath
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote
+from csalign.core.records import parse_json
 from csalign.sources import images
 from csalign.sources.records.base import ImageInput, Record, TextInput, Volume
 from csalign.sources.records.columns import Columns
@@ -234,7 +234,7 @@ class _Scanner:
                         return f"{member.name!r:.200} is cut short"
                     self._add(member)
                 end = tar.offset
-        except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             return str(error)
         self._file.seek(end)
         block = self._file.read(_BLOCK)
@@ -371,8 +371,8 @@ class _TarVolume:
         if "json" not in members:
             return {}
         try:
-            entry = json.loads(self._text(members["json"], "json"))
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(self._text(members["json"], "json"))
+        except ValueError as error:
             raise DataError(f"its json is not valid ({error})") from None
         if not isinstance(entry, dict):
             raise DataError("its json is no object")

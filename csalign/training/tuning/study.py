@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 
 from csalign.core import atomic
 from csalign.core.errors import OutputError, SchemaError
+from csalign.core.records import parse_json
 from csalign.core.results import Trial
 from csalign.core.version import __version__
 
@@ -191,12 +192,12 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / STUDY
     remedy = "choose another --out, or begin anew with --overwrite"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = parse_json(path.read_text(encoding="utf-8"))
         if there["format"] != FORMAT:
             raise ValueError(f"its format is {there['format']!r}")
         differing = next((key for key in identity if there[key] != identity[key]), None)
         base = {**there["base"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); {remedy}") from None
     if differing == "features":
         raise OutputError(f"{folder}: is a study of other features; {remedy}")
