@@ -63,6 +63,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    panel: ClassVar[str] = "Options"
+    """Title of the help panel of the fields that a class declares itself."""
+
     positional: ClassVar[tuple[str, ...]] = ("source", "features")
     """Fields that the command line gives without a flag, where the command has them."""
 
