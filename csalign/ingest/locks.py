@@ -1,6 +1,5 @@
 """Who works in ``OUT.partial``, and what that folder is to become: locks and the job's document."""
 
-import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 from csalign.core import atomic
 from csalign.core.errors import DataError, OutputError
+from csalign.core.locks import LOCK, in_use, is_current, try_lock, unlock
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
 from csalign.features.manifest import MANIFEST
@@ -50,10 +50,10 @@ def open_workspace(
     out = out.resolve()
     folder = atomic.partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / atomic.LOCK).open("a+") as lock:
+    with (folder / LOCK).open("a+") as lock:
         _join(lock, folder, job, config, restart=restart, retry=retry)
-        with (folder / f"{atomic.LOCK}-{turn.index}-of-{turn.count}").open("a+") as own:
-            if not _try_lock(own, fcntl.LOCK_EX):
+        with (folder / f"{LOCK}-{turn.index}-of-{turn.count}").open("a+") as own:
+            if not try_lock(own):
                 raise OutputError(
                     f"{folder}: another process does shard {turn}; wait for it, or choose another "
                     "--out"
@@ -73,14 +73,14 @@ def alone(workspace: Workspace) -> Iterator[bool]:
     if is_remote(workspace.folder):
         yield workspace.claim()
         return
-    path = workspace.folder / atomic.LOCK
+    path = workspace.folder / LOCK
     if not path.exists():
         yield False
         return
     with path.open("a+") as lock:
         # All parts are there, so that who holds it is about to end or completes the folder.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path.exists()
+        try_lock(lock, wait=True)
+        yield is_current(lock, path)
 
 
 def merge_parts(out: Path) -> None:
@@ -100,7 +100,7 @@ def merge_parts(out: Path) -> None:
         raise DataError(f"{folder}: holds no parts of a feature set")
     workspace = Workspace(folder, out, job, Turn(0, 1))
     if not is_remote(folder):
-        (folder / atomic.LOCK).touch()  # which copies may lack
+        (folder / LOCK).touch()  # which copies may lack
     if not workspace.is_whole and (missing := workspace.missing()):
         listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
         raise DataError(
@@ -132,21 +132,21 @@ def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool, retr
     """Take a share in the folder's lock once the folder holds this job."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        if _try_lock(lock, fcntl.LOCK_SH):
-            if not (folder / atomic.LOCK).exists():
+        if try_lock(lock, shared=True):
+            if not is_current(lock, folder / LOCK):
                 raise OutputError(f"{folder}: was completed by another process just now")
             found = _read_job(folder, restart=restart)
             if found == job:
                 return
             _check_job(folder, found, job, restart=restart, retry=retry)
             # A lock cannot be raised while others share it, so it is given back in between.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            if _try_lock(lock, fcntl.LOCK_EX):
+            unlock(lock)
+            if try_lock(lock):
                 _begin(folder, job, config, restart=restart, retry=retry)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                try_lock(lock, shared=True)
                 return
         if time.monotonic() > deadline:
-            raise OutputError(atomic.in_use(folder))
+            raise OutputError(in_use(folder))
         time.sleep(0.05)
 
 
@@ -172,14 +172,6 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -
         atomic.empty_folder(folder)
     atomic.write_text(folder / "config.toml", config)
     write_record(folder / atomic.JOB, job)
-
-
-def _try_lock(lock: Any, kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _read_job(folder: Path, *, restart: bool = False) -> Job | None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
+from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
 from csalign.core.version import __version__
@@ -182,8 +183,8 @@ class Workspace:
         folder = self.folder / FINISHED
         marks = [path.stem for path in folder.glob("*.json")] if folder.exists() else []
         if not is_remote(self.folder):
-            own = f"{atomic.LOCK}-{self._turn.index}-of-{self._turn.count}"
-            locks = [path.name for path in self.folder.glob(f"{atomic.LOCK}-*")]
+            own = f"{LOCK}-{self._turn.index}-of-{self._turn.count}"
+            locks = [path.name for path in self.folder.glob(f"{LOCK}-*")]
             marks += [name for name in locks if name != own]
         return {int(name.rpartition("-")[2]) for name in marks}
 
@@ -270,7 +271,7 @@ class Workspace:
         for name in (RECEIPTS, FINISHED):
             atomic.remove_folder(self.folder / name)
         (self.folder / _CLAIM).unlink(missing_ok=True)
-        for lock in self.folder.glob(f"{atomic.LOCK}*"):
+        for lock in self.folder.glob(f"{LOCK}-*"):
             lock.unlink()
         atomic.commit(self.folder, self._out)
         (self._out / atomic.JOB).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.errors import OutputError, SchemaError, TrainingError
 from csalign.core.records import Record, read_job, write_record
 from csalign.features.reader import FeatureSet
@@ -187,7 +187,7 @@ def open_training(
     out = out.resolve()
     folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, Training.FORMAT)
-    with atomic.translate_os_errors(out), atomic.lock_folder(folder):
+    with atomic.translate_os_errors(out), locks.lock_folder(folder):
         run = TrainingFolder(folder, _begin(folder, training, restart=restart), every)
         try:
             yield run
@@ -199,7 +199,6 @@ def open_training(
             if not (run.checkpoints or _steps_in(folder / atomic.RESUME)):
                 atomic.cleanup(folder)
             raise
-        (folder / atomic.LOCK).unlink()
         atomic.commit(folder, out)
         # Only now, lest a process that is killed here has to train again.
         atomic.remove_folder(out / atomic.RESUME)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.paths import is_remote, parse_location
@@ -314,7 +314,7 @@ def test_parts_without_a_lock_beside_them_are_merged_too(tmp_path: Path) -> None
     with open_workspace(out, JOB, ONE, config="") as workspace:
         write_part(workspace, "part-00000")
         workspace.finish(["part-00000"])
-    for lock in workspace.folder.glob(f"{atomic.LOCK}*"):
+    for lock in workspace.folder.glob(f"{locks.LOCK}*"):
         lock.unlink()
     merge_parts(out)
 
