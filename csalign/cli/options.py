@@ -15,7 +15,7 @@ from csalign.core.config import Config
 
 SHORT = {"out": "-o"}
 _COMMON = "General"
-_OFF = "no_"  # before the name of the parameter that switches a field off
+_OFF = "no_"  # prefix of the parameter that switches a field off
 _METAVAR_WIDTH = 10
 _CHOICE = "CHOICE"
 _TYPES = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
@@ -80,7 +80,8 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
 def given_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that the command line gave, by field name."""
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
-    return {name.removeprefix(_OFF): value for name, value in given.items()}
+    off = {name.removeprefix(_OFF): False for name in given if name.startswith(_OFF)}
+    return {name: value for name, value in given.items() if not name.startswith(_OFF)} | off
 
 
 def _owner(name: str, groups: list[type[Config]]) -> type[Config]:
@@ -118,7 +119,6 @@ def _switches(name: str, field: FieldInfo, panel: str) -> list[inspect.Parameter
     )
     off = typer.Option(
         _flag(f"no_{name}"),
-        flag_value=False,
         help=f"Turn off what is on by default: {field.description}",
         show_default=False,
         rich_help_panel=panel,

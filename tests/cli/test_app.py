@@ -1,5 +1,4 @@
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -11,24 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-COMMANDS = (
-    *("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare"),
-    *("generate", "recipes"),
-)
+from csalign.cli.app import app
+
+COMMANDS = [
+    str(command.name or command.callback.__name__)
+    for command in app.registered_commands
+    if command.callback
+]
 
 
-def csalign(
-    *arguments: object, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a pipeline does."""
-    return subprocess.run(
-        [sys.executable, "-m", "csalign", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+def csalign(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+    return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 
 
 def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
