@@ -21,7 +21,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
 from csalign.core.results import FeaturesResult
-from csalign.encoders.images import TowerImages
+from csalign.encoders.running import TowerImages
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract
