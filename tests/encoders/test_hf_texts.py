@@ -282,7 +282,7 @@ def test_what_is_not_done_as_sentence_transformers_would_is_told(
     write_json(
         folder / "1_Pooling" / "config.json", {"pooling_mode": "mean", "include_prompt": False}
     )
-    assert "leaves prompts out of the mean" in error_of(f"{folder}?prefix=a")
+    assert "excludes prompts from the mean" in error_of(f"{folder}?prefix=a")
     (folder / "1_Pooling" / "config.json").write_text("{")
     assert "cannot be read as JSON" in error_of(folder)
 

@@ -190,4 +190,4 @@ def test_names_and_hubs_that_fail_are_one_line(
     assert error_of("resnet51").startswith("timm has no model 'resnet51'; the closest are resnet")
     message = error_of("test_vit")
     assert message.startswith("timm:test_vit could not be loaded (")
-    assert message.endswith("connect once, or write timm:test_vit+FILE with a local checkpoint")
+    assert message.endswith("connect once, or use timm:test_vit+FILE with a local checkpoint")
