@@ -75,7 +75,8 @@ ARTIFACT_ENTRIES = {
 
 _TEMPORARY = ".tmp"
 _JOBS = {
-    "csalign-job": "extraction",
+    "csalign-job": "extraction of csalign 0.1.0",
+    "csalign-extraction": "extraction",
     "csalign-training": "training run",
     "csalign-generation": "generation",
 }

@@ -197,9 +197,9 @@ def test_four_processes_one_of_them_killed_and_rerun_give_what_one_gives(
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     victim = begin(2)
-    receipts = tmp_path / "four.partial" / "receipts"
+    parts = tmp_path / "four.partial" / "parts"
     deadline = time.monotonic() + 60
-    while not (receipts.exists() and any(receipts.iterdir())) and victim.poll() is None:
+    while not (parts.exists() and any(parts.iterdir())) and victim.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     victim.send_signal(signal.SIGKILL)
