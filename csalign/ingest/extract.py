@@ -27,7 +27,7 @@ from csalign.ingest.locks import alone, open_workspace
 from csalign.ingest.partial_set import Workspace
 from csalign.ingest.pipeline import Embedder
 from csalign.ingest.sharding import check_array, device_of, own_volumes, owns, turn_of
-from csalign.sources.records.base import Source, Volume
+from csalign.sources.records import Source, SourceFile
 from csalign.sources.records.open import SourceOptions, open_source
 from csalign.sources.unreadable import LostVolume
 
@@ -221,7 +221,7 @@ class _Extraction:
         )
         with closing(embedder):
             embedder.begin()
-            for volume in own_volumes(self.turn, len(self.source.volumes)):
+            for volume in own_volumes(self.turn, len(self.source.files)):
                 for receipt, is_new in self._parts(volume, embedder):
                     self._count(receipt, embedder, is_new=is_new)
         if not self.receipts:
@@ -245,7 +245,7 @@ class _Extraction:
 
     def _parts(self, volume: int, embedder: Embedder) -> Iterator[tuple[Receipt, bool]]:
         """The receipts of this process's parts of a volume, and whether they are new."""
-        volumes = len(self.source.volumes)
+        volumes = len(self.source.files)
         rows = self.config.part_rows
         first = next(
             part for part in range(self.turn.count) if owns(self.turn, volumes, volume, part)
@@ -272,7 +272,7 @@ class _Extraction:
                     yield self._make(volume, part, opened, stop, embedder), True
 
     def _own_parts(self, volume: int, records: int) -> list[int]:
-        volumes = len(self.source.volumes)
+        volumes = len(self.source.files)
         count = -(-records // self.config.part_rows)
         return [part for part in range(count) if owns(self.turn, volumes, volume, part)]
 
@@ -284,15 +284,15 @@ class _Extraction:
 
     def _stamp(self, volume: int, part: int) -> str:
         rows = self.config.part_rows
-        return self.source.stamp(volume, part * rows, (part + 1) * rows)
+        return self.source.fingerprint_of(volume, part * rows, (part + 1) * rows)
 
     def _name(self, volume: int, part: int) -> str:
-        if len(self.source.volumes) == 1:
+        if len(self.source.files) == 1:
             return f"part-{part:05d}"
         return f"part-{volume:05d}-{part:05d}"
 
     def _make(
-        self, position: int, number: int, volume: Volume, stop: int, embedder: Embedder
+        self, position: int, number: int, volume: SourceFile, stop: int, embedder: Embedder
     ) -> Receipt:
         name = self._name(position, number)
         start = number * self.config.part_rows
@@ -313,7 +313,7 @@ class _Extraction:
             embedder.report("records", receipt.records)
             embedder.report("texts", receipt.texts_seen)
         if self.turn.count == 1:
-            known = (self.source.total, len(self.source.volumes))
+            known = (self.source.total, len(self.source.files))
             _check(self.config, self.workspace, self.receipts, *known)
 
     def _check_room(self) -> None:

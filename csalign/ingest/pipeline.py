@@ -20,7 +20,7 @@ from csalign.features.shard import Rows
 from csalign.ingest.job import Failure
 from csalign.ingest.partial_set import PartWriter
 from csalign.sources.images import read_image
-from csalign.sources.records.base import ImageInput, Record, TextInput
+from csalign.sources.records import ImageInput, Record, TextInput
 
 # Enough texts to find some of like length for a batch, few enough to hold their tokens.
 _BATCHES_A_WINDOW = 16
@@ -216,9 +216,9 @@ class _Part:
 
     def _take_in(self, record: Record, pending: deque[_Decoding]) -> None:
         self.tally.records += 1
-        if record.flaw is not None:
+        if record.error is not None:
             self.tally.failed_records += 1
-            self._fail(self.volume, record.row, record.flaw)
+            self._fail(self.volume, record.row, record.error)
             self.embedder.report("records", 1)
             return
         image = record.image if self.embedder.image else None

@@ -174,7 +174,7 @@ def test_what_a_stranger_put_into_a_tar_is_left_out_by_name(
     lines = (result.features / "failures.jsonl").read_text().splitlines()
     reasons = {json.loads(line)["source"]: json.loads(line)["reason"] for line in lines}
     assert (result.images, result.failures) == (6, 2)
-    assert "leads out of the tar" in reasons[f"{tmp_path}/x.tar"]
+    assert "is outside of the tar" in reasons[f"{tmp_path}/x.tar"]
     assert "pixels" in reasons[f"{tmp_path}/x.tar/bomb.png"]
 
 

@@ -5,18 +5,19 @@ import posixpath
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.sources import images
-from csalign.sources.records.base import ImageInput, Record, TextInput, Volume
-from csalign.sources.records.tree import (
+from csalign.sources.images import SUFFIXES
+from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile, TextInput
+from csalign.sources.records.files import (
     MAX_TEXT_BYTES,
-    decoded,
+    decode_text,
     fingerprint,
-    name_flaw,
+    name_error,
     read_bounded,
 )
 
@@ -24,186 +25,146 @@ logger = logging.getLogger(__name__)
 
 
 def images_in(files: Collection[str]) -> list[str]:
-    """Those of the files that are images by their suffix, whatever its case."""
-    return [name for name in files if _parts(name)[1] in images.SUFFIXES]
-
-
-def read_folder(folder: Path, files: Mapping[str, int | None], *, lines: bool) -> "FolderSource":
-    """The images of a folder with the captions in the .txt of the same stem; or its .txt alone.
-
-    Images of the same stem share their captions, since a stem cannot say which one is meant.
-
-    Args:
-        folder: where the files are.
-        files: what `files_below` found.
-        lines: each line of a .txt is a caption, rather than the whole of it.
-
-    Raises:
-        DataError: there is neither an image nor a .txt.
-    """
-    found = images_in(files)
-    texts: dict[str, str] = {}
-    for name in files:
-        stem, suffix = _parts(name)
-        if suffix == ".txt":
-            texts.setdefault(stem, name)
-    if not found and not texts:
-        raise DataError(
-            f"{folder}: holds no images, captions (.txt), tar or Parquet files; give a folder or "
-            "file that does"
-        )
-    stems = [_parts(name)[0] for name in found]
-    if found:
-        _tell_of_stems(folder, found, stems, texts)
-        names, captions = found, [texts.get(stem) for stem in stems]
-    else:
-        names, captions = list(texts), list(texts.values())
-    return FolderSource(folder, bool(found), lines, names, captions, files)
-
-
-def _tell_of_stems(
-    folder: Path, found: Sequence[str], stems: Sequence[str], texts: Mapping[str, str]
-) -> None:
-    known = set(stems)
-    left = [name for stem, name in texts.items() if stem not in known]
-    if left:
-        logger.warning(
-            "%s: %d .txt files are left out, as no image has their stem (%s)",
-            *(folder, len(left), left[0]),
-        )
-    first: dict[str, str] = {}
-    for name, stem in zip(found, stems, strict=True):
-        if first.setdefault(stem, name) != name and stem in texts:
-            logger.warning(
-                "%s: images of the same stem share its captions, as %s and %s do; rename them if "
-                "they differ",
-                *(folder, first[stem], name),
-            )
-            break
-
-
-def _parts(name: str) -> tuple[str, str]:
-    stem, suffix = posixpath.splitext(name)
-    return stem, suffix.lower()
+    """Select the files that are images by their suffix, whatever its case."""
+    return [name for name in files if posixpath.splitext(name)[1].lower() in SUFFIXES]
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """See `read_folder`; the .txt are read as their records are.
+    """A folder as a `Source`; each .txt is read together with its image.
 
     Attributes:
         folder: where the files are.
-        has_images: whether the records are images rather than captions alone.
-        lines: each line of a .txt is a caption.
+        caption_lines: each line of a .txt is a caption, rather than the whole text.
         names: images, or .txt without their suffix, below the folder; sorted.
         texts: the .txt of each, None for none.
-        files: sizes of all files, where known.
+        sizes: bytes of the .txt of each.
     """
 
     folder: Path
-    has_images: bool
-    lines: bool
+    caption_lines: bool
     names: Sequence[str]
     texts: Sequence[str | None]
-    files: Mapping[str, int | None]
-
-    @property
-    def description(self) -> str:
-        """See `Source`."""
-        captioned = sum(text is not None for text in self.texts)
-        if not self.has_images:
-            return f"folder of {captioned} .txt files with captions"
-        return f"folder of {len(self.names)} images, {captioned} of them with a .txt of captions"
-
-    @property
-    def volumes(self) -> Sequence[str]:
-        """See `Source`."""
-        return (str(self.folder),)
-
-    @property
-    def sides(self) -> Collection[Modality]:
-        """See `Source`."""
-        texts = (Modality.TEXT,) if any(self.texts) else ()
-        return ((Modality.IMAGE,) if self.has_images else ()) + texts
-
-    @property
-    def total(self) -> int | None:
-        """See `Source`."""
-        return len(self.names)
-
-    @property
-    def total_images(self) -> int | None:
-        """See `Source`."""
-        return len(self.names) if self.has_images else 0
+    sizes: Sequence[int | None]
+    description: str
+    files: Sequence[str]
+    sides: Collection[Modality]
+    total: int
+    total_images: int
 
     @property
     def fingerprint(self) -> str:
-        """See `Source`: the names, and the sizes of the .txt."""
-        return self.stamp(0, 0, len(self.names))
+        """See `Source`."""
+        return self.fingerprint_of(0, 0, self.total)
 
-    def stamp(self, position: int, start: int, stop: int) -> str:
+    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: names, and the sizes of the .txt."""
-        fields = (self.names, self.texts, self._sizes)
-        return fingerprint([self.lines, *(value for own in fields for value in own[start:stop])])
-
-    @cached_property
-    def _sizes(self) -> list[int | None]:
-        """Bytes of the .txt of each record."""
-        return [None if name is None else self._size(name) for name in self.texts]
+        rows = zip(self.names, self.texts, self.sizes, strict=True)
+        return fingerprint([self.caption_lines, *islice(rows, start, stop)])
 
     @contextmanager
-    def open(self, position: int) -> Iterator[Volume]:
+    def open(self, position: int) -> Iterator[SourceFile]:
         """See `Source`."""
-        yield _FolderVolume(self)
+        yield IndexedFile(self.files[0], self._record, 0, self.total)
 
-    def record(self, position: int) -> Record:
-        """One of the records, for which its .txt is read."""
+    def _record(self, position: int) -> Record:
         name, text = self.names[position], self.texts[position]
-        flaw = name_flaw(name)
-        if flaw is not None:
-            return Record(None, flaw=flaw)
+        if (error := name_error(name)) is not None:
+            return Record(None, error=error)
         image = None
-        if self.has_images:
+        if self.total_images:
             path = self.folder / name
             image = ImageInput(name, path.as_posix(), partial(read_bounded, path))
         if text is None:
             return Record(image)
         try:
-            content = decoded(read_bounded(self.folder / text, MAX_TEXT_BYTES))
-        except DataError as error:
-            return Record(None, flaw=f"its captions {text}: {error}")
-        captions = captions_in(content, lines=self.lines)
+            content = decode_text(read_bounded(self.folder / text, MAX_TEXT_BYTES))
+        except DataError as reason:
+            return Record(None, error=f"its captions {text}: {reason}")
+        captions = captions_in(content, lines=self.caption_lines)
         if not captions and image is None:
-            return Record(None, flaw=f"{text}: holds no caption")
+            return Record(None, error=f"{text}: contains no caption")
         return Record(image, texts_of(name, captions))
 
-    def _size(self, name: str) -> int:
-        size = self.files[name]
-        try:
-            return (self.folder / name).stat().st_size if size is None else size
-        except OSError:
-            return -1  # its record tells why
+
+def read_folder(
+    folder: Path, files: Mapping[str, int | None], *, caption_lines: bool
+) -> FolderSource:
+    """Find the images of a folder and the .txt of the same stem; or its .txt alone.
+
+    Images of the same stem share their captions, since a stem cannot say which one is meant.
+
+    Args:
+        folder: where the files are.
+        files: the result of `files_below`.
+        caption_lines: see `FolderSource`.
+
+    Raises:
+        DataError: there is neither an image nor a .txt.
+    """
+    by_stem = {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
+    images = images_in(files)
+    if not images and not by_stem:
+        raise DataError(
+            f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
+            "pass a folder or file that does"
+        )
+    stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
+    texts = [by_stem.get(stem) for stem in stems]
+    captioned = sum(text is not None for text in texts)
+    description = f"folder of {captioned} .txt files with captions"
+    if images:
+        _warn_of_stems(folder, images, stems, by_stem)
+        description = f"folder of {len(images)} images, {captioned} of them with a .txt of captions"
+    sides = {Modality.IMAGE: bool(images), Modality.TEXT: captioned > 0}
+    return FolderSource(
+        folder,
+        caption_lines,
+        images or stems,
+        texts,
+        sizes=[None if name is None else _size(folder / name, files[name]) for name in texts],
+        description=description,
+        files=(str(folder),),
+        sides=tuple(side for side, is_present in sides.items() if is_present),
+        total=len(stems),
+        total_images=len(images),
+    )
 
 
 def captions_in(content: str, *, lines: bool) -> list[str]:
-    """The captions of a text: each of its lines or the whole of it; stripped, once, not empty."""
+    """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
     parts = content.splitlines() if lines else [content]
     return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
 
 
-def texts_of(record_id: str, captions: Sequence[str]) -> tuple[TextInput, ...]:
-    """Captions with the ids that follow from their record's."""
-    return tuple(TextInput(f"{record_id}#{k}", text) for k, text in enumerate(captions))
+def texts_of(
+    record_id: str, captions: Sequence[str], row: int | None = None
+) -> tuple[TextInput, ...]:
+    """Give captions the ids that follow from the id of their record."""
+    return tuple(TextInput(f"{record_id}#{k}", text, row) for k, text in enumerate(captions))
 
 
-class _FolderVolume:
-    def __init__(self, source: FolderSource) -> None:
-        self.name = source.volumes[0]
-        self._source = source
+def _warn_of_stems(
+    folder: Path, found: Sequence[str], stems: Sequence[str], texts: Mapping[str, str]
+) -> None:
+    unused = [texts[stem] for stem in texts.keys() - set(stems)]
+    if unused:
+        logger.warning(
+            f"{folder}: {len(unused)} .txt files are omitted, as no image has their stem "
+            f"({min(unused)})"
+        )
+    first: dict[str, str] = {}
+    for name, stem in zip(found, stems, strict=True):
+        if first.setdefault(stem, name) != name and stem in texts:
+            logger.warning(
+                f"{folder}: images of the same stem share its captions, as {first[stem]} and "
+                f"{name} do; rename them if they differ"
+            )
+            return
 
-    def __len__(self) -> int:
-        return len(self._source.names)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        for position in range(start, min(stop, len(self))):
-            yield self._source.record(position)
+def _size(path: Path, known: int | None) -> int:
+    try:
+        return path.stat().st_size if known is None else known
+    except OSError:
+        return -1  # its record has the reason
