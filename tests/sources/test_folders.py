@@ -187,13 +187,11 @@ def test_what_is_no_source_is_refused(make_images: MakeImages, tmp_path: Path) -
 
     assert error_of(tmp_path / "gone") == f"{tmp_path}/gone: no such file or folder"
     assert error_of(tmp_path / "empty") == (
-        f"{tmp_path}/empty: contains no images, captions (.txt), tar or Parquet files; pass a folder "
-        "or file that does"
+        f"{tmp_path}/empty: contains no images, captions (.txt), uncompressed tar or Parquet "
+        "files; pass a folder or file that does"
     )
     for name in ("x.npy", "photos/a.png"):
-        assert error_of(tmp_path / name).startswith(
-            f"{tmp_path / name}: is not a source; pass a fold"
-        )
+        assert error_of(tmp_path / name).startswith(f"{tmp_path / name}: is not a source; pass")
     assert "unpack it with gunzip first" in error_of(tmp_path / "x.tar.gz")
     assert error_of(tmp_path / "pipe") == f"{tmp_path}/pipe: is not a regular file"
     assert "contains no tar files" in error_of(folder, kind="webdataset")

@@ -62,7 +62,12 @@ def test_a_list_names_images_and_records(
             "or remove the row",
         ),
         (None, [], "image 'https://example.org/c.png' is not a file; URLs are not fetched"),
-        (None, [], "is not valid JSON (Expecting value: line 1 column 10 (char 9))"),
+        (
+            None,
+            [],
+            "is not valid JSON (Expecting value: line 1 column 10 (char 9)); each line must be one "
+            "object",
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
 import base64
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.sources.images import read_image
 from csalign.sources.records import Record, TextInput
+from csalign.sources.records.files import read_lines
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -387,8 +389,8 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
 
     assert error_of(table) == (
         f"{table}: no column looks like images or captions (columns: photo, words); name them "
-        "with --image-column and --caption-column, or read a folder's images without the table by "
-        "--kind folder"
+        "with --image-column and --caption-column, or read a folder's images without the table "
+        "with --kind folder"
     )
     assert "has no column 'word' (columns: photo, words)" in error_of(table, caption_column="word")
     message = error_of(table, image_column="photo", split_column="fold")
@@ -417,13 +419,12 @@ def test_a_table_of_no_use_is_refused(
     assert expected in message
 
 
-def test_a_line_without_end_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csalign.sources.records.lines.LONGEST_CELL", 1 << 20)
-    (photos / "t.csv").write_bytes(b"image,caption\na.png," + b"x" * (1 << 20))
+def test_a_line_without_end_is_refused() -> None:
+    file = io.BytesIO(b"image,caption\na.png," + b"x" * (1 << 20))
 
-    assert error_of(photos / "t.csv") == (
-        f"{photos}/t.csv, row 2: is longer than 1 MiB; end each row with a line break"
-    )
+    with pytest.raises(DataError) as caught:
+        list(read_lines(Path("t.csv"), file, max_bytes=1 << 20))
+    assert str(caught.value) == "t.csv, row 2: is longer than 1 MiB; end each row with a line break"
 
 
 def test_which_table_to_use_must_be_clear(photos: Path, outline: Outline) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.files import is_file, open_file, path_below, split_of
-from csalign.sources.records.tables import SPLIT_NAME, Columns, Row, json_captions, row_of
+from csalign.sources.records.tables import Row, SourceOptions, json_captions, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,65 +20,61 @@ _PROBES = 20
 _MAX_FOLDERS = 100
 
 
-def read_document(path: Path) -> Any:
-    """Load a JSON document.
+def read_document(path: Path) -> tuple[str, Any]:
+    """Load a JSON document and recognise its form: "coco", "karpathy" or "table".
 
     Raises:
-        DataError: it cannot be read or is not JSON.
+        DataError: it cannot be read, is not JSON, or has another form.
     """
     try:
         with open_file(path) as file:
-            return parse_json(file.read())
+            document = parse_json(file.read())
     except ValueError as error:
         raise DataError(
             f"{path}: is not valid JSON ({error}); name a table with one object per line .jsonl"
         ) from None
-
-
-def form_of(document: Any, path: Path) -> str:
-    """Recognise the form of a JSON document by its content: "coco", "karpathy" or "table".
-
-    Raises:
-        DataError: it is none of them.
-    """
     if isinstance(document, list):
-        return "table"
-    entries = document.get("images") if isinstance(document, dict) else None
-    if isinstance(entries, list):
-        if isinstance(document.get("annotations"), list):
-            return "coco"
+        return "table", document
+    content = document if isinstance(document, dict) else {}
+    if isinstance(entries := content.get("images"), list):
+        if isinstance(content.get("annotations"), list):
+            return "coco", document
         if any(isinstance(entry, dict) and "sentences" in entry for entry in entries):
-            return "karpathy"
-    keys = ", ".join(list(document)[:10]) if isinstance(document, dict) else "none"
+            return "karpathy", document
     raise DataError(
-        f"{path}: has neither images and annotations (COCO) nor images with sentences "
-        f"(Karpathy), and is not a list of objects (keys: {keys})"
+        f"{path}: has neither images and annotations (COCO) nor images with sentences (Karpathy), "
+        f"and is not a list of objects (keys: {', '.join(list(content)[:10]) or 'none'})"
     )
 
 
 def read_annotations(
-    path: Path, document: Any, images: Path | None, columns: Columns, found: Sequence[str] = ()
+    path: Path,
+    form: str,
+    document: Any,
+    images: Path | None,
+    options: SourceOptions,
+    found: Sequence[str],
 ) -> Catalog:
     """Make a source of a JSON document.
 
     Args:
         path: of the document.
+        form: see `read_document`.
         document: its content.
         images: folder that image paths start from (default: searched near the document).
-        columns: of a list; of the other forms only `split` and `id`, keys of images.
+        options: the columns of a list; of the other forms only `split` and `id`, keys of images.
         found: images below `images` to add where the document does not name them.
 
     Raises:
-        DataError: the document has no known form, or none of its images can be found.
+        DataError: a column is missing, or none of its images can be found.
     """
-    form = form_of(document, path)
     if form == "table":
-        rows, description = _table_rows(path, document, columns), "JSON list of objects"
+        rows, description = _table_rows(path, document, options), "JSON list of objects"
     elif form == "coco":
-        rows = _coco_rows(path, document, columns)
+        rows = _coco_rows(path, document, options)
         description = f"COCO captions of {len(document['images'])} images"
     else:
-        rows = _karpathy_rows(path, document, columns)
+        rows = _karpathy_rows(path, document, options)
         description = f"Karpathy splits of {len(document['images'])} images"
     gathered = list(rows)  # the folder of images is recognised by some of them
     root = images or _find_images(path, [row.image for row in gathered if row.image])
@@ -89,18 +86,18 @@ def read_annotations(
     return catalog.finish(description)
 
 
-def _table_rows(path: Path, document: Sequence[Any], columns: Columns) -> Iterator[Row]:
+def _table_rows(path: Path, document: Sequence[Any], options: SourceOptions) -> Iterator[Row]:
     names = dict.fromkeys(key for entry in document if isinstance(entry, dict) for key in entry)
-    found = columns.find(names, path)
+    found = options.find(names, path)
     found.warn_of_one_side(names, path)
     for number, entry in enumerate(document, 1):
         if isinstance(entry, dict):
-            yield row_of(number, entry, columns.pick(entry))
+            yield row_of(number, entry, options.pick(entry))
         else:
             yield Row(number, error="is not a JSON object; each entry must be one")
 
 
-def _coco_rows(path: Path, document: Mapping[str, Any], columns: Columns) -> Iterator[Row]:
+def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) -> Iterator[Row]:
     captions: dict[int | str, list[tuple[int, Any]]] = {}
     for number, entry in enumerate(document["annotations"], 1):
         if isinstance(entry, dict) and isinstance(entry.get("image_id"), int | str):
@@ -108,15 +105,16 @@ def _coco_rows(path: Path, document: Mapping[str, Any], columns: Columns) -> Ite
         else:
             yield Row(number, error=f"annotation {number}: has no image_id")
     split = split_of(path.name)
-    name = columns.split or SPLIT_NAME
-    if any(name in entry for entry in document["images"] if isinstance(entry, dict)):
+    if any(
+        options.split_column in entry for entry in document["images"] if isinstance(entry, dict)
+    ):
         split = None
     elif split:
         logger.info(f"{path}: all images are in split {split}, according to its name")
     ids: set[int | str] = set()
     for number, entry in enumerate(document["images"], 1):
         try:
-            row = _image_row(number, entry, "file_name", columns)
+            row = _image_row(number, entry, "file_name", options)
             key = entry.get("id")
             if not isinstance(key, int | str) or key in ids:
                 raise ValueError(f"has no id of its own ({key!r:.200})")
@@ -139,11 +137,13 @@ def _coco_rows(path: Path, document: Mapping[str, Any], columns: Columns) -> Ite
             yield Row(number, error=f"annotation {number}: no image has the id {key!r:.200}")
 
 
-def _karpathy_rows(path: Path, document: Mapping[str, Any], columns: Columns) -> Iterator[Row]:
+def _karpathy_rows(
+    path: Path, document: Mapping[str, Any], options: SourceOptions
+) -> Iterator[Row]:
     splits: Counter[str | None] = Counter()
     for number, entry in enumerate(document["images"], 1):
         try:
-            row = _image_row(number, entry, "filename", columns)
+            row = _image_row(number, entry, "filename", options)
             splits[row.split] += 1
             sentences = entry.get("sentences")
             if not isinstance(sentences, list):
@@ -172,10 +172,14 @@ def _sentence(entry: Any) -> Any:
     return " ".join(tokens)
 
 
-def _image_row(number: int, entry: Any, name_key: str, columns: Columns) -> Row:
+def _image_row(number: int, entry: Any, name_key: str, options: SourceOptions) -> Row:
     if not isinstance(entry, dict):
         raise ValueError("is not an object")
-    row = row_of(number, entry, Columns(name_key, "", columns.split, columns.id).pick(entry))
+    row = row_of(
+        number,
+        entry,
+        replace(options, kind="auto", image_column=name_key, caption_column="").pick(entry),
+    )
     if row.error or not row.image:
         raise ValueError(row.error or f"has no {name_key}")
     folder = entry.get("filepath")

@@ -124,8 +124,8 @@ class Catalog:
         owners = np.array(self._owners, np.int64)
         self._order = np.argsort(owners, kind="stable")
         self._starts = np.searchsorted(owners[self._order], np.arange(len(self._labels) + 1))
-        records = np.flatnonzero(np.diff(self._starts) > 1)
-        captions = [self._own(record) for record in records if self._kinds[record] == _IMAGE]
+        several: list[int] = np.flatnonzero(np.diff(self._starts) > 1).tolist()
+        captions = [self._own(record) for record in several if self._kinds[record] == _IMAGE]
         repeated = sum(len(own) - len({self._captions[k] for k in own}) for own in captions)
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)

@@ -99,11 +99,7 @@ def is_file(path: Path) -> bool:
 
 
 def read_bounded(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
-    """Read a file of at most `limit` bytes.
-
-    Raises:
-        DataError: it is larger, missing or not a file; the message is the reason alone.
-    """
+    """Read a regular file of at most `limit` bytes, or raise `DataError` with the reason alone."""
     with translate_errors(path, named=False):
         status = path.stat()
         check_size(status.st_size, limit)
@@ -134,11 +130,7 @@ def translate_errors(path: Path, *, named: bool = True) -> Iterator[None]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading in order.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Open a file for reading in order, or raise `DataError`."""
     with translate_errors(path):
         file: Any = path.open("rb")
     # The file objects of object stores ignore the length given to readline.
@@ -197,38 +189,25 @@ def read_lines(
 
 @contextmanager
 def local_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that has a descriptor: a remote one is copied to a temporary file first.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    with ExitStack() as stack:
-        with translate_errors(path):
-            file: BinaryIO = stack.enter_context(path.open("rb"))
-            if is_remote(path):
-                copy = stack.enter_context(tempfile.TemporaryFile())
+    """Open a file that has a descriptor: a remote one is copied to a temporary file first."""
+    with open_file(path) as file, ExitStack() as stack:
+        if is_remote(path):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            with translate_errors(path):
                 shutil.copyfileobj(file, copy, 8 << 20)
-                copy.flush()
-                file = cast(BinaryIO, copy)
+            copy.flush()
+            file = cast(BinaryIO, copy)
         yield file
 
 
 def check_size(size: int, limit: int = MAX_IMAGE_BYTES) -> None:
-    """Refuse implausibly large data.
-
-    Raises:
-        DataError: the message is the reason alone.
-    """
+    """Raise `DataError` for implausibly large data."""
     if size > limit:
         raise DataError(f"has {size} bytes, more than {limit >> 20} MiB")
 
 
 def decode_text(data: bytes, start: int = 0) -> str:
-    """Decode UTF-8 that begins at byte `start` of a file, without its byte order mark.
-
-    Raises:
-        DataError: it is not UTF-8; the message is the reason alone.
-    """
+    """Decode the UTF-8 at byte `start` of a file, without byte order mark, or raise `DataError`."""
     try:
         return data.decode().removeprefix("" if start else "\ufeff")
     except UnicodeDecodeError as error:
@@ -248,11 +227,7 @@ def name_error(name: str) -> str | None:
 
 
 def path_below(root: Path, path: str) -> str:
-    """Make an image path of a table relative to `root` and normal, with ``/``.
-
-    Raises:
-        DataError: it is a URL or outside of the folder; the message is the reason alone.
-    """
+    """Make an image path of a table relative to `root`; one outside of it raises `DataError`."""
     given = path
     if "://" in path:
         if not (is_remote(root) and path.startswith(f"{root}/")):

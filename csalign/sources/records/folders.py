@@ -31,15 +31,7 @@ def images_in(files: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder as a `Source`; each .txt is read together with its image.
-
-    Attributes:
-        folder: where the files are.
-        caption_lines: each line of a .txt is a caption, rather than the whole text.
-        names: images, or .txt without their suffix, below the folder; sorted.
-        texts: the .txt of each, None for none.
-        sizes: bytes of the .txt of each.
-    """
+    """A folder as a `Source`: images, or else stems, each with its .txt and the size of it."""
 
     folder: Path
     caption_lines: bool
@@ -97,7 +89,7 @@ def read_folder(
     Args:
         folder: where the files are.
         files: the result of `files_below`.
-        caption_lines: see `FolderSource`.
+        caption_lines: each line of a .txt is a caption, rather than the whole text.
 
     Raises:
         DataError: there is neither an image nor a .txt.

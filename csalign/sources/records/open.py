@@ -5,33 +5,31 @@ import posixpath
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
-from csalign.sources.records.annotations import form_of, read_annotations, read_document
+from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.folders import images_in, read_folder
 from csalign.sources.records.tables import (
     CAPTION_NAMES,
     IMAGE_NAMES,
-    SPLIT_NAME,
     SUFFIXES,
-    Columns,
+    Kind,
+    SourceOptions,
     TableReader,
 )
 from csalign.sources.records.webdataset import open_tars
 
+__all__ = ["SourceOptions", "open_source"]
+
 logger = logging.getLogger(__name__)
 
-Kind = Literal[
-    "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
-]
 Sizes = Mapping[str, int | None]
 STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
@@ -47,34 +45,6 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
     **dict.fromkeys((*SUFFIXES, "table"), ("table", "captions", "folder")),
     ".txt": ("captions",),
 }
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What a user may specify of a SOURCE; None means to recognise it.
-
-    Attributes:
-        kind: the form, where its content is ambiguous; "folder" ignores a table among images,
-            "captions" reads texts alone, "list" reads a text file as a list of image paths.
-        captions: a table or JSON document with the captions of a folder of images.
-        images: folder that image paths start from (default: that of the table, or one near it).
-        image_column: of paths, bytes or base64; in a tar the extension of images.
-        caption_column: of captions; in a tar a json key or an extension.
-        split_column: of splits. A table need not have it while it is the usual one.
-        id_column: of image ids (default: paths, keys or rows are the ids).
-        caption_lines: each line of a .txt, beside an image or in a tar, is a caption, rather than
-            the whole text. Default: true in a folder; in a tar only if a ``dataset_type.txt`` of
-            CLIP_benchmark says "retrieval".
-    """
-
-    kind: Kind = "auto"
-    captions: Path | None = None
-    images: Path | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    split_column: str = SPLIT_NAME
-    id_column: str | None = None
-    caption_lines: bool | None = None
 
 
 def open_source(source: Path | str, options: SourceOptions | None = None) -> Source:
@@ -102,13 +72,6 @@ class _Opener:
     def __init__(self, options: SourceOptions) -> None:
         self._options = options
         self._kind = options.kind
-        self._columns = Columns(
-            image=options.image_column,
-            caption=options.caption_column,
-            split=None if options.split_column == SPLIT_NAME else options.split_column,
-            id=options.id_column,
-            captions_only=options.kind == "captions",
-        )
 
     def open(self, source: str) -> Source:
         if (error := files.name_error(source)) is not None:
@@ -203,9 +166,9 @@ class _Opener:
         root = self._options.images or folder
         if self._kind == "list":
             return self._rows(file, "list", self._options.images)
-        document = read_document(file) if form == ".json" else None
+        document = None
         if form == ".json":
-            form = form_of(document, file)
+            form, document = read_document(file)
         if self._kind not in ("auto", *_KINDS[form]):
             raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
         images = images_in(found)
@@ -214,13 +177,13 @@ class _Opener:
         if form == "parquet":
             return self._columnar(file.parent, {file.name: None}, root, images)
         if document is not None:
-            return read_annotations(file, document, root, self._columns, images)
+            return read_annotations(file, form, document, root, self._options, images)
         return self._rows(file, form, root or file.parent, images)
 
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
         is_stdin = str(table) == STDIN
-        reader = TableReader(table, Columns() if form == ".txt" else self._columns, form)
+        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
         catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
         catalog.begin_file("stdin" if is_stdin else table.as_posix())
         with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
@@ -236,7 +199,7 @@ class _Opener:
         lines = self._options.caption_lines
         if lines is None:
             lines = _is_clip_benchmark(root)
-        return open_tars(root, sizes, self._columns, caption_lines=lines)
+        return open_tars(root, sizes, self._options, caption_lines=lines)
 
     def _columnar(
         self, root: Path, sizes: Sizes, images: Path | None = None, found: Sequence[str] = ()
@@ -246,7 +209,7 @@ class _Opener:
         return open_parquet(
             root,
             list(sizes),
-            self._columns,
+            self._options,
             images=self._options.images or images,
             found=found,
             sizes=list(sizes.values()),

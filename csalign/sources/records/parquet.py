@@ -25,7 +25,7 @@ from csalign.sources.records.parquet_layout import (
     rows_of,
     text_of,
 )
-from csalign.sources.records.tables import Columns, Row, TableColumns
+from csalign.sources.records.tables import Row, SourceOptions, TableColumns
 from csalign.sources.unreadable import LostVolume, tell_of_lost
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def open_parquet(
     root: Path,
     paths: Sequence[str],
-    columns: Columns,
+    columns: SourceOptions,
     *,
     images: Path | None = None,
     found: Sequence[str] = (),
@@ -72,7 +72,7 @@ def open_parquet(
 
 
 def _look(
-    root: Path, paths: Sequence[str], columns: Columns
+    root: Path, paths: Sequence[str], columns: SourceOptions
 ) -> tuple["Layout", int, dict[int, str]]:
     """What the columns of all files hold, their rows in all, and why some cannot be read."""
     layout: Layout | None = None

@@ -10,7 +10,7 @@ import pyarrow as pa
 from csalign.core.errors import DataError
 from csalign.sources.arrow import Broken, Shelf, column_values, guarded
 from csalign.sources.records.tables import (
-    Columns,
+    SourceOptions,
     TableColumns,
     is_base64,
     is_base64_name,
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
         return list(dict.fromkeys(name for name in self.found if name is not None))
 
 
-def layout_of(path: Path, shelf: Shelf, columns: Columns) -> Layout:
+def layout_of(path: Path, shelf: Shelf, columns: SourceOptions) -> Layout:
     """What an open file's columns hold.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
@@ -25,6 +25,9 @@ from csalign.sources.records.files import (
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal[
+    "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
+]
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 BASE64_NAMES = ("image_base64", "img_base64", "image_b64", "base64")
 IMAGE_NAMES = (
@@ -49,9 +52,7 @@ class Row(NamedTuple):
     Attributes:
         number: its first line in the file, counted from 1, the header included.
         image: path or base64 as the table has it, "" if there is none.
-        captions: stripped and not empty; several only where the row lists them.
-        split: None if there is none.
-        id: of the image, None where the table has no such column.
+        captions: stripped and not empty.
         error: why the row cannot be used; everything but its number is then absent.
         offset: byte where the row starts, if `image` is base64 rather than a path.
     """
@@ -90,17 +91,30 @@ class TableColumns(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The columns to read: None to recognise it by its name, for `id` to have none.
+class SourceOptions:
+    """What a user may specify of a SOURCE; None means to recognise it.
 
-    With `captions_only`, there is no image column.
+    Attributes:
+        kind: the form, where its content is ambiguous; "folder" ignores a table among images,
+            "captions" reads texts alone, "list" reads a text file as a list of image paths.
+        captions: a table or JSON document with the captions of a folder of images.
+        images: folder that image paths start from (default: that of the table, or one near it).
+        image_column: of paths, bytes or base64; in a tar the extension of images.
+        caption_column: of captions; in a tar a json key or an extension.
+        split_column: of splits; required only if it is not the usual one.
+        id_column: of image ids (default: paths, keys or rows are the ids).
+        caption_lines: each line of a .txt is a caption, rather than the whole text. Default: true
+            in a folder; in a tar only if a ``dataset_type.txt`` of CLIP_benchmark says "retrieval".
     """
 
-    image: str | None = None
-    caption: str | None = None
-    split: str | None = None
-    id: str | None = None
-    captions_only: bool = False
+    kind: Kind = "auto"
+    captions: Path | None = None
+    images: Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    split_column: str = SPLIT_NAME
+    id_column: str | None = None
+    caption_lines: bool | None = None
 
     def find(self, names: Collection[str], table: Path) -> TableColumns:
         """Recognise the columns of a table.
@@ -110,8 +124,8 @@ class Columns:
         """
         listed = ", ".join(names) or "none"
         for option in ("image", "caption", "split", "id"):
-            name = getattr(self, option)
-            if name is not None and name not in names:
+            name = getattr(self, f"{option}_column")
+            if name not in (None, SPLIT_NAME, *names):
                 raise DataError(
                     f"{table}: has no column {name!r:.200} (columns: {listed:.300}); correct "
                     f"--{option}-column"
@@ -134,29 +148,29 @@ class Columns:
                 return given if given in names else None
             return next((by_name[name] for name in known if name in by_name), None)
 
-        image = None if self.captions_only else choose(self.image, IMAGE_NAMES)
+        image = None if self.kind == "captions" else choose(self.image_column, IMAGE_NAMES)
         # An image column named "text" is not the caption column too.
         captions = [name for name in CAPTION_NAMES if image is None or name != image.lower()]
-        split = choose(self.split, (SPLIT_NAME,))
-        return TableColumns(image, choose(self.caption, captions), split, choose(self.id, ()))
+        caption = choose(self.caption_column, captions)
+        split = choose(
+            None if self.split_column == SPLIT_NAME else self.split_column, (SPLIT_NAME,)
+        )
+        return TableColumns(image, caption, split, choose(self.id_column, ()))
 
 
 class TableReader:
-    """Stream the rows of a captions table; a row that cannot be used has an error.
+    """Stream the rows of a captions table; `found` has its columns after that.
 
     Args:
         table: the file.
-        columns: the columns to read.
+        options: the columns to read.
         form: ".csv" or ".tsv" with a header, ".jsonl" with one object per line, ".txt" with one
             caption per line, or "list" with one image path or object per line.
-
-    Attributes:
-        found: the columns, after the rows were read.
     """
 
-    def __init__(self, table: Path, columns: Columns, form: str) -> None:
+    def __init__(self, table: Path, options: SourceOptions, form: str) -> None:
         self._table = table
-        self._columns = columns
+        self._options = options
         self._form = form
         self._header = _Header()
         self.found = TableColumns()
@@ -175,21 +189,17 @@ class TableReader:
                 continue
             names = tuple(values)
             if names not in picked:
-                picked[names] = self._columns.pick(names)
+                picked[names] = self._options.pick(names)
                 seen |= dict.fromkeys(names)
                 if self._header.names:
-                    self._columns.find(names, self._table)
+                    self._options.find(names, self._table)
             yield row_of(number, values, picked[names], offset)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
-            self.found = self._columns.find(seen, self._table)
+            self.found = self._options.find(seen, self._table)
             self.found.warn_of_one_side(seen, self._table)
 
     def read_image(self, offset: int) -> bytes:
-        """Read the base64 image of the row that starts at a byte; any thread may call it.
-
-        Raises:
-            DataError: it is not valid base64; the message is the reason alone.
-        """
+        """Read the base64 image of the row that starts at a byte; any thread may call it."""
         with translate_errors(self._table, named=False), open_file(self._table) as file:
             file.seek(offset)
             row = next(self.rows(file), None)
@@ -204,7 +214,7 @@ class TableReader:
         if self._form in (".csv", ".tsv"):
             yield from _parse_csv(self._table, lines, self._form, self._header)
             return
-        name = "caption" if self._form == ".txt" else self._columns.image or "image"
+        name = "caption" if self._form == ".txt" else self._options.image_column or "image"
         for line in lines:
             text = line.text.strip()
             if is_text and text and (self._form == ".txt" or not text.startswith("{")):
@@ -215,12 +225,7 @@ class TableReader:
 
 @dataclass(frozen=True)
 class Table:
-    """A whole table of strings in memory.
-
-    Attributes:
-        numbers: line of each row in the file, counted from 1, for messages.
-        columns: values by column name; None where a cell is empty.
-    """
+    """A whole table of strings: line number of each row, and values or None by column."""
 
     path: Path
     numbers: list[int]
@@ -230,11 +235,7 @@ class Table:
         return len(self.numbers)
 
     def require(self, names: Sequence[str]) -> list[str | None]:
-        """Return the first of these columns that the table has.
-
-        Raises:
-            DataError: it has none of them; the message lists its columns.
-        """
+        """Return the first of these columns that the table has, or raise `DataError`."""
         for name in names:
             if name in self.columns:
                 return self.columns[name]
@@ -260,7 +261,7 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
     table = Table(path, [], {})
     with open_file(path) as file:
-        for number, _, values, error in TableReader(path, Columns(), suffix).values(file):
+        for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
             try:
                 if error is not None:
                     raise ValueError(error)
@@ -300,21 +301,13 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
 
 
 def json_captions(value: Any, name: str) -> tuple[str, ...]:
-    """Return the captions in a JSON value: text or a list of texts, stripped and not empty.
-
-    Raises:
-        ValueError: it is neither; the message is the reason alone.
-    """
+    """Return the captions in a JSON value, text or a list of texts, or raise `ValueError`."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(text for text in (text_of(item, name) for item in values) if text)
 
 
 def text_of(value: object, name: str) -> str:
-    """Strip a text.
-
-    Raises:
-        ValueError: it is not text, or cannot be encoded; the message is the reason alone.
-    """
+    """Strip a text; raises `ValueError` if it is not text or not valid Unicode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {value!r:.40}")
     try:
@@ -337,11 +330,7 @@ def is_base64(cell: str) -> bool:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64, with or without a ``data:`` header, plain or URL-safe.
-
-    Raises:
-        DataError: it is not valid; the message is the reason alone.
-    """
+    """Decode base64, plain or URL-safe, perhaps with a ``data:`` header, or raise `DataError`."""
     body = text.partition(",")[2] if text.startswith("data:") else text
     check_size(len(body) * 3 // 4)
     try:

@@ -31,7 +31,7 @@ from csalign.sources.records.files import (
     translate_errors,
 )
 from csalign.sources.records.folders import captions_in, texts_of
-from csalign.sources.records.tables import Columns, json_captions
+from csalign.sources.records.tables import SourceOptions, json_captions
 from csalign.sources.unreadable import LostVolume, tell_of_lost
 
 _BLOCK = 512
@@ -43,22 +43,13 @@ _EXTENSIONS = tuple(
 
 @dataclass(frozen=True)
 class TarSource:
-    """Tar files as a `Source`.
-
-    Attributes:
-        root: folder that all of them are below.
-        paths: the tars, relative to it.
-        sizes: bytes of each tar.
-        errors: why a tar cannot be read at all, by position.
-        columns: `caption` is a json key or an extension, `split` a json key, `image` an extension.
-        caption_lines: each line of a txt is a caption, rather than the whole text.
-    """
+    """Tar files below `root` as a `Source`; `errors` has why some cannot be read at all."""
 
     root: Path
     paths: Sequence[str]
     sizes: Sequence[int]
     errors: Mapping[int, str]
-    columns: Columns
+    columns: SourceOptions
     caption_lines: bool
     description: str
     files: Sequence[str]
@@ -87,21 +78,21 @@ class TarSource:
 
 
 def open_tars(
-    root: Path, files: Mapping[str, int | None], columns: Columns, *, caption_lines: bool
+    root: Path, files: Mapping[str, int | None], columns: SourceOptions, *, caption_lines: bool
 ) -> TarSource:
-    """Check what can be checked without reading the tars.
+    """Check the tars without reading them.
 
     Args:
         root: folder that all of them are below.
         files: the size of each tar by its relative path, None where it is not known.
-        columns: see `TarSource`.
-        caption_lines: see `TarSource`.
+        columns: see `SourceOptions`.
+        caption_lines: each line of a txt is a caption, rather than the whole text.
 
     Raises:
         ConfigError: an id column is named.
         DataError: a file is missing, or none of them is a tar.
     """
-    if columns.id is not None:
+    if columns.id_column is not None:
         raise ConfigError("id_column: tar files have the keys of their samples; omit it")
     if len({posixpath.splitext(path)[0] for path in files}) < len(files):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
@@ -118,7 +109,7 @@ def open_tars(
         caption_lines,
         description=f"WebDataset of {len(files)} tar file{'s' if len(files) > 1 else ''}",
         files=[printable((root / path).as_posix()) for path in files],
-        sides=(Modality.TEXT,) if columns.captions_only else tuple(Modality),
+        sides=(Modality.TEXT,) if columns.kind == "captions" else tuple(Modality),
     )
 
 
@@ -252,15 +243,15 @@ class _TarFile:
         except DataError as error:
             reason = f"{sample.key:.200}: {error}" if sample.key else str(error)
             return Record(None, row=row, error=reason)
-        key = Columns(split=self._source.columns.split).pick(values).split
+        key = SourceOptions(split_column=self._source.columns.split_column).pick(values).split
         split = None if key is None else values[key]
         split = (split.strip() or None) if isinstance(split, str) else self._split
         return Record(image, texts, split, row)
 
     def _image(self, sample: _Sample) -> ImageInput | None:
-        if self._source.columns.captions_only:
+        if self._source.columns.kind == "captions":
             return None
-        for extension in (self._source.columns.image, *_EXTENSIONS):
+        for extension in (self._source.columns.image_column, *_EXTENSIONS):
             if extension in sample.members:
                 read = partial(_read_member, self._file, sample.members[extension])
                 path = f"{self.name}/{sample.key}.{extension}"
@@ -275,12 +266,12 @@ class _TarFile:
         return None
 
     def _captions(self, sample: _Sample, values: dict[str, Any]) -> Sequence[str]:
-        wanted = self._source.columns.caption
+        wanted = self._source.columns.caption_column
         extension = wanted or "txt"
         if extension in sample.members and extension != "json":
             content = self._text(sample, extension)
             return captions_in(content, lines=self._source.caption_lines)
-        key = Columns(caption=wanted, captions_only=True).pick(values).caption
+        key = SourceOptions("captions", caption_column=wanted).pick(values).caption
         try:
             return [] if key is None else list(dict.fromkeys(json_captions(values[key], key)))
         except ValueError as error:
