@@ -3,14 +3,12 @@
 import hashlib
 import logging
 import posixpath
-from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
@@ -22,7 +20,6 @@ from csalign.sources.unreadable import LostVolume
 
 logger = logging.getLogger(__name__)
 
-_IMAGE, _CAPTION, _ERROR = range(3)
 _MAX_PATH_LENGTH = 4096
 
 
@@ -33,8 +30,21 @@ class _File(NamedTuple):
     is_unreadable: bool = False
 
 
+@dataclass(slots=True)
+class _Entry:
+    """A record: `label` is the id of the image, or else what the ids of captions start with."""
+
+    label: str
+    row: int = 0
+    split: str | None = None
+    place: str | None = None  # path of an image, or digest of one in base64
+    offset: int | None = None  # of the row of an image in base64
+    error: str | None = None
+    captions: list[tuple[str, int]] = field(default_factory=list)  # with their rows
+
+
 class Catalog:
-    """A `Source` that gathers rows to records, in columns of some hundred bytes per row.
+    """A `Source` that gathers rows to records in memory.
 
     Begin each file, add its rows, and call `finish` before reading. Records come in the order of
     their first rows. The captions of an image are gathered wherever their rows are; a row that
@@ -54,33 +64,19 @@ class Catalog:
         self._load = load
         self._digest = hashlib.sha256()
         self._files: list[_File] = []
-        # By record: image id, prefix of captions' ids or error; kind; row or 0; split.
-        self._labels: list[str] = []
-        self._kinds = bytearray()
-        self._rows = array("q")
-        self._splits: list[str | None] = []
-        self._places: dict[int, str] = {}  # path or digest, where it is not the id
-        self._offsets: dict[int, int] = {}  # of rows with base64 images
-        # By caption, in order of rows.
-        self._captions: list[str] = []
-        self._owners = array("q")
-        self._caption_rows = array("q")
-        # Set by `finish`: captions by record, and where those of each record start.
-        self._order = np.empty(0, np.int64)
-        self._starts = np.empty(0, np.int64)
-        self._positions: dict[str, int] = {}
-        self._split_names: dict[str | None, str | None] = {}
+        self._entries: list[_Entry] = []
+        self._by_id: dict[str, _Entry] = {}
         self._blank_rows = 0
 
     def begin_file(self, name: str, prefix: str = "") -> None:
         """Start a file; `prefix` makes ids from its row numbers unique among several files."""
         self._digest.update(prefix.encode())
-        self._files.append(_File(name, prefix, len(self._labels)))
+        self._files.append(_File(name, prefix, len(self._entries)))
 
     def add_unreadable_file(self, name: str, reason: str) -> None:
         """Add a file that cannot be read at all."""
-        self._files.append(_File(name, "", len(self._labels), is_unreadable=True))
-        self._append(_ERROR, reason, 0, None)
+        self._files.append(_File(name, "", len(self._entries), is_unreadable=True))
+        self._entries.append(_Entry("", error=reason))
 
     def add(self, row: Row) -> None:
         """Add a row."""
@@ -88,45 +84,44 @@ class Catalog:
         try:
             if row.error is not None:
                 raise DataError(row.error)
-            owner = self._add_image(row) if row.image else self._add_captions(row)
+            if row.image:
+                entry = self._image(row)
+            elif row.captions:
+                entry = self._captions(row)
+            else:
+                self._blank_rows += 1
+                return
         except DataError as error:
-            self._append(_ERROR, str(error), row.number, None)
+            self._entries.append(_Entry("", row.number, error=str(error)))
             return
-        for caption in row.captions:
-            self._captions.append(caption)
-            self._owners.append(owner)
-            self._caption_rows.append(row.number)
+        entry.captions += [(caption, row.number) for caption in row.captions]
 
     def add_found(self, image_ids: Iterable[str]) -> None:
         """Add the images of a folder that no row names."""
         for image_id in image_ids:
             self._digest.update(repr(image_id).encode())
-            error = name_error(image_id)
-            if error is not None:
-                self._append(_ERROR, error, 0, None)
-            elif image_id not in self._positions:
-                self._positions[image_id] = self._append(_IMAGE, image_id, 0, None)
+            if image_id not in self._by_id:
+                error = name_error(image_id)
+                self._entries.append(_Entry(image_id, place=image_id, error=error))
 
     def finish(self, description: str) -> "Catalog":
-        """Sort the captions by record, and warn of repeated captions and blank rows.
+        """Complete the catalog, and warn of repeated captions and blank rows.
 
         Raises:
             DataError: there are no records.
         """
         name = self._files[0].name
-        if not self._labels:
+        if not self._entries:
             raise DataError(f"{name}: names no image and no caption; fill in its columns")
-        if self._blank_rows:
-            logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
         self.description = description
         self.fingerprint = self._digest.hexdigest()
-        self._positions.clear()
-        owners = np.array(self._owners, np.int64)
-        self._order = np.argsort(owners, kind="stable")
-        self._starts = np.searchsorted(owners[self._order], np.arange(len(self._labels) + 1))
-        several: list[int] = np.flatnonzero(np.diff(self._starts) > 1).tolist()
-        captions = [self._own(record) for record in several if self._kinds[record] == _IMAGE]
-        repeated = sum(len(own) - len({self._captions[k] for k in own}) for own in captions)
+        self._by_id.clear()
+        repeated = 0
+        for entry in self._entries:
+            if entry.place is not None and len(entry.captions) > 1:
+                repeated += len(entry.captions) - len({text for text, _ in entry.captions})
+        if self._blank_rows:
+            logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)
         return self
@@ -139,102 +134,97 @@ class Catalog:
     @property
     def sides(self) -> Collection[Modality]:
         """See `Source`; exact, since all records are known."""
-        present = {Modality.IMAGE: _IMAGE in self._kinds, Modality.TEXT: bool(self._captions)}
+        has_texts = any(entry.captions for entry in self._entries)
+        present = {Modality.IMAGE: self.total_images > 0, Modality.TEXT: has_texts}
         return tuple(side for side, is_present in present.items() if is_present)
 
     @property
     def total(self) -> int:
         """See `Source`."""
-        return len(self._labels)
+        return len(self._entries)
 
     @property
     def total_images(self) -> int:
         """See `Source`."""
-        return self._kinds.count(_IMAGE)
+        return sum(entry.place is not None and entry.error is None for entry in self._entries)
 
     def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: all that is known of the records."""
-        if self._offsets:
-            return self.fingerprint  # the images themselves are in the rows
         first, last = self._range(position)
-        return fingerprint(
-            (
-                *(self._kinds[record], self._labels[record], self._places.get(record)),
-                self._splits[record],
-                *(self._captions[k] for k in self._own(record)),
-            )
-            for record in range(first + start, min(first + stop, last))
-        )
+        return fingerprint(self._entries[first + start : min(first + stop, last)])
 
     @contextmanager
     def open(self, position: int) -> Iterator[SourceFile]:
         """See `Source`."""
         file, (start, stop) = self._files[position], self._range(position)
         if file.is_unreadable:
-            yield LostVolume(file.name, self._labels[start])
+            yield LostVolume(file.name, str(self._entries[start].error))
         else:
             yield IndexedFile(file.name, partial(self._record, file.name), start, stop)
 
     def _record(self, file: str, position: int) -> Record:
-        kind, label = self._kinds[position], self._labels[position]
-        row = self._rows[position] or None
-        if kind == _ERROR:
-            return Record(None, row=row, error=label)
+        entry = self._entries[position]
+        row = entry.row or None
+        if entry.error is not None:
+            return Record(None, row=row, error=entry.error)
         image = None
-        if position in self._offsets:
+        if entry.offset is not None:
             assert self._load is not None
-            read = partial(self._load, self._offsets[position])
-            image = ImageInput(label, f"{file}/{row}", read)
-        elif kind == _IMAGE:
-            place = self._places.get(position, label)
-            path = Path(place) if self._root is None else self._root / place
+            image = ImageInput(entry.label, f"{file}/{row}", partial(self._load, entry.offset))
+        elif entry.place is not None:
+            path = Path(entry.place) if self._root is None else self._root / entry.place
             # A remote file is looked up when it is read, which saves a request.
             if row is not None and not is_remote(path) and not is_file(path):
                 start = "the working directory" if self._root is None else self._root
                 error = (
-                    f"unknown image {place!r:.200}; correct the path, which starts from {start}, "
-                    "or remove the row"
+                    f"unknown image {entry.place!r:.200}; correct the path, which starts from "
+                    f"{start}, or remove the row"
                 )
                 return Record(None, row=row, error=error)
-            image = ImageInput(label, path.as_posix(), partial(read_bounded, path))
+            image = ImageInput(entry.label, path.as_posix(), partial(read_bounded, path))
         texts: dict[str, TextInput] = {}
-        for k in self._own(position):
-            suffix = f"#{len(texts)}" if texts or kind == _IMAGE else ""
-            text = TextInput(f"{label}{suffix}", self._captions[k], self._caption_rows[k])
-            texts.setdefault(text.caption, text)
-        return Record(image, tuple(texts.values()), self._splits[position], row)
-
-    def _own(self, record: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        return self._order[self._starts[record] : self._starts[record + 1]]
+        for caption, number in entry.captions:
+            suffix = f"#{len(texts)}" if texts or image else ""
+            texts.setdefault(caption, TextInput(f"{entry.label}{suffix}", caption, number))
+        return Record(image, tuple(texts.values()), entry.split, row)
 
     def _range(self, position: int) -> tuple[int, int]:
         starts = [file.start for file in self._files[position : position + 2]]
-        return starts[0], starts[1] if len(starts) > 1 else len(self._labels)
+        return starts[0], starts[1] if len(starts) > 1 else len(self._entries)
 
-    def _add_image(self, row: Row) -> int:
-        place = self._path(row) if row.offset is None else _digest_of(row, self._load)
+    def _image(self, row: Row) -> _Entry:
+        if row.offset is not None and self._load is None:
+            raise DataError("has an image in base64, which only .csv, .tsv and .jsonl may have")
+        if row.offset is None:
+            place = self._path(row)
+        else:
+            place = hashlib.sha256(row.image.encode()).hexdigest()
         key = row.id or (place if row.offset is None else f"row:{row.number}")
-        position = self._positions.get(key)
-        if position is None:
-            position = self._append(_IMAGE, key, row.number, row.split)
-            self._positions[key] = position
-            if row.offset is not None:
-                self._offsets[position] = row.offset
-            if key != place:
-                self._places[position] = place
-            return position
-        first = self._rows[position]
-        if self._places.get(position, key) != place:
+        entry = self._by_id.get(key)
+        if entry is None:
+            entry = self._by_id[key] = _Entry(key, row.number, row.split, place, row.offset)
+            self._entries.append(entry)
+        elif entry.place != place:
             raise DataError(
-                f"has the id {key!r:.200} of another image, in row {first}; ids are unique"
+                f"has the id {key!r:.200} of another image, in row {entry.row}; ids are unique"
             )
-        split = self._splits[position]
-        if split != row.split:
+        elif entry.split != row.split:
             raise DataError(
-                f"image {key[:200]} is in split {split or 'none'} in row {first} and in "
+                f"image {key[:200]} is in split {entry.split or 'none'} in row {entry.row} and in "
                 f"{row.split or 'none'} in row {row.number}; give all its rows the same split"
             )
-        return position
+        return entry
+
+    def _captions(self, row: Row) -> _Entry:
+        if row.id is not None and row.id in self._by_id:
+            first = self._by_id[row.id].row
+            raise DataError(f"has the id {row.id!r:.200} of row {first}; ids are unique")
+        label = row.id or f"{self._files[-1].prefix}caption:{row.number}"
+        entry = _Entry(label, row.number, row.split)
+        if row.id is not None:
+            self._by_id[row.id] = entry
+        self._entries.append(entry)
+        return entry
 
     def _path(self, row: Row) -> str:
         if len(row.image) > _MAX_PATH_LENGTH:
@@ -242,36 +232,10 @@ class Catalog:
                 f"has an image path of {len(row.image)} characters; if it is an image in base64, "
                 f"call its column {BASE64_NAMES[0]}"
             )
-        if row.image in self._positions and row.id is None:
+        if row.image in self._by_id and row.id is None:
             return row.image  # an earlier row was checked
         if self._root is not None:
             return path_below(self._root, row.image)
         if "://" in row.image or "\0" in row.image:
             raise DataError(f"image {row.image!r:.200} is not a file; URLs are not fetched")
         return posixpath.normpath(row.image)
-
-    def _add_captions(self, row: Row) -> int:
-        if not row.captions:
-            self._blank_rows += 1
-            return -1
-        label = row.id or f"{self._files[-1].prefix}caption:{row.number}"
-        if row.id is not None:
-            first = self._positions.setdefault(label, len(self._labels))
-            if first != len(self._labels):
-                raise DataError(
-                    f"has the id {label!r:.200} of row {self._rows[first]}; ids are unique"
-                )
-        return self._append(_CAPTION, label, row.number, row.split)
-
-    def _append(self, kind: int, label: str, row: int, split: str | None) -> int:
-        self._labels.append(label)
-        self._kinds.append(kind)
-        self._rows.append(row)
-        self._splits.append(self._split_names.setdefault(split, split))  # one object per name
-        return len(self._labels) - 1
-
-
-def _digest_of(row: Row, load: object) -> str:
-    if load is None:
-        raise DataError("has an image in base64, which is supported only in .csv, .tsv and .jsonl")
-    return hashlib.sha256(row.image.encode()).hexdigest()
