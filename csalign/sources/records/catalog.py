@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import posixpath
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,7 +203,8 @@ class Catalog:
         key = row.id or (place if row.offset is None else f"row:{row.number}")
         entry = self._by_id.get(key)
         if entry is None:
-            entry = self._by_id[key] = _Entry(key, row.number, row.split, place, row.offset)
+            split = row.split and sys.intern(row.split)
+            entry = self._by_id[key] = _Entry(key, row.number, split, place, row.offset)
             self._entries.append(entry)
         elif entry.place != place:
             raise DataError(

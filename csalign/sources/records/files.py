@@ -161,30 +161,27 @@ def read_lines(
         DataError: the file cannot be read, or a line is too long; the message names the row.
     """
     number, offset = 1, 0
-    while True:
-        with translate_errors(name):
-            data = file.readline(max_bytes + 1)
-        if not data:
-            return
-        if len(data) > max_bytes:
-            raise DataError(
-                f"{name}, row {number}: is longer than {max_bytes >> 20} MiB; end each row with a "
-                "line break"
-            )
-        if refuse_nul and b"\0" in data:
-            raise DataError(
-                f"{name}: contains NUL bytes, as find -print0 writes them; use one line per entry, "
-                "as find -print does"
-            )
-        error = None
-        try:
-            text = decode_text(data, offset)
-        except DataError as reason:
-            error = f"{reason}; save the table as UTF-8"
-            text = data.decode(errors="surrogateescape")
-        yield Line(number, offset, text, error)
-        number += 1
-        offset += len(data)
+    with translate_errors(name):
+        while data := file.readline(max_bytes + 1):
+            if len(data) > max_bytes:
+                raise DataError(
+                    f"{name}, row {number}: is longer than {max_bytes >> 20} MiB; end each row "
+                    "with a line break"
+                )
+            if refuse_nul and b"\0" in data:
+                raise DataError(
+                    f"{name}: contains NUL bytes, as find -print0 writes them; use one line per "
+                    "entry, as find -print does"
+                )
+            error = None
+            try:
+                text = decode_text(data, offset)
+            except DataError as reason:
+                error = f"{reason}; save the table as UTF-8"
+                text = data.decode(errors="surrogateescape")
+            yield Line(number, offset, text, error)
+            number += 1
+            offset += len(data)
 
 
 @contextmanager

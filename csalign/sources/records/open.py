@@ -183,9 +183,10 @@ class _Opener:
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
         is_stdin = str(table) == STDIN
+        table = Path("stdin") if is_stdin else table
         reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
         catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
-        catalog.begin_file("stdin" if is_stdin else table.as_posix())
+        catalog.begin_file(table.as_posix())
         with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
             for row in reader.rows(file):
                 catalog.add(row)
