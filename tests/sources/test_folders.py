@@ -49,7 +49,7 @@ def test_each_image_has_the_captions_beside_it(make_images: MakeImages, records:
     assert image.read() == (folder / "b.png").read_bytes()
     source = open_source(folder)
     assert source.description == "folder of 4 images, 3 of them with a .txt of captions"
-    assert source.files == (str(folder),)
+    assert source.files == [str(folder)]
 
 
 def test_a_whole_text_can_be_one_caption(make_images: MakeImages, outline: Outline) -> None:

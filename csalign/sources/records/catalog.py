@@ -15,7 +15,16 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
 from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile, TextInput
-from csalign.sources.records.files import fingerprint, is_file, name_error, path_below, read_bounded
+from csalign.sources.records.files import (
+    MAX_TEXT_BYTES,
+    captions_in,
+    decode_text,
+    fingerprint,
+    is_file,
+    name_error,
+    path_below,
+    read_bounded,
+)
 from csalign.sources.records.tables import BASE64_NAMES, Row
 from csalign.sources.unreadable import LostVolume
 
@@ -41,7 +50,9 @@ class _Entry:
     place: str | None = None  # path of an image, or digest of one in base64
     offset: int | None = None  # of the row of an image in base64
     error: str | None = None
-    captions: list[tuple[str, int]] = field(default_factory=list)  # with their rows
+    captions: list[tuple[str, int | None]] = field(default_factory=list)  # with their rows
+    text: str | None = None  # file of captions, which is read later
+    text_size: int | None = None
 
 
 class Catalog:
@@ -56,14 +67,22 @@ class Catalog:
             leave.
         load: return the bytes of a base64 image by the offset of its row; None where the rows
             cannot be read again.
+        caption_lines: each line of a .txt is a caption, rather than the whole text.
     """
 
-    def __init__(self, root: Path | None, load: Callable[[int], bytes] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        load: Callable[[int], bytes] | None = None,
+        *,
+        caption_lines: bool = True,
+    ) -> None:
         self.description = ""
         self.fingerprint = ""
         self._root = root
         self._load = load
-        self._digest = hashlib.sha256()
+        self._caption_lines = caption_lines
+        self._digest = hashlib.sha256(repr(caption_lines).encode())
         self._files: list[_File] = []
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
@@ -105,6 +124,13 @@ class Catalog:
                 error = name_error(image_id)
                 self._entries.append(_Entry(image_id, place=image_id, error=error))
 
+    def add_text(self, label: str, place: str | None, text: str | None, size: int | None) -> None:
+        """Add a record of an image, of a .txt of captions of some bytes, or of both."""
+        error = name_error(label)
+        entry = _Entry(label, place=place, error=error, text=text, text_size=size)
+        self._digest.update(repr(entry).encode())
+        self._entries.append(entry)
+
     def finish(self, description: str) -> "Catalog":
         """Complete the catalog, and warn of repeated captions and blank rows.
 
@@ -135,7 +161,7 @@ class Catalog:
     @property
     def sides(self) -> Collection[Modality]:
         """See `Source`; exact, since all records are known."""
-        has_texts = any(entry.captions for entry in self._entries)
+        has_texts = any(entry.captions or entry.text for entry in self._entries)
         present = {Modality.IMAGE: self.total_images > 0, Modality.TEXT: has_texts}
         return tuple(side for side, is_present in present.items() if is_present)
 
@@ -152,7 +178,8 @@ class Catalog:
     def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: all that is known of the records."""
         first, last = self._range(position)
-        return fingerprint(self._entries[first + start : min(first + stop, last)])
+        entries = self._entries[first + start : min(first + stop, last)]
+        return fingerprint([self._caption_lines, *entries])
 
     @contextmanager
     def open(self, position: int) -> Iterator[SourceFile]:
@@ -183,9 +210,18 @@ class Catalog:
                 )
                 return Record(None, row=row, error=error)
             image = ImageInput(entry.label, path.as_posix(), partial(read_bounded, path))
+        captions = entry.captions
+        if entry.text is not None and self._root is not None:
+            try:
+                content = decode_text(read_bounded(self._root / entry.text, MAX_TEXT_BYTES))
+            except DataError as reason:
+                return Record(None, error=f"its captions {entry.text}: {reason}")
+            captions = [(text, None) for text in captions_in(content, lines=self._caption_lines)]
+            if not captions and image is None:
+                return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}
-        for caption, number in entry.captions:
-            suffix = f"#{len(texts)}" if texts or image else ""
+        for caption, number in captions:
+            suffix = f"#{len(texts)}" if texts or image or entry.text else ""
             texts.setdefault(caption, TextInput(f"{entry.label}{suffix}", caption, number))
         return Record(image, tuple(texts.values()), entry.split, row)
 

@@ -2,24 +2,12 @@
 
 import logging
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources.images import SUFFIXES
-from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile, TextInput
-from csalign.sources.records.files import (
-    MAX_TEXT_BYTES,
-    decode_text,
-    fingerprint,
-    name_error,
-    read_bounded,
-)
+from csalign.sources.records.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -29,62 +17,11 @@ def images_in(files: Collection[str]) -> list[str]:
     return [name for name in files if posixpath.splitext(name)[1].lower() in SUFFIXES]
 
 
-@dataclass(frozen=True)
-class FolderSource:
-    """A folder as a `Source`: images, or else stems, each with its .txt and the size of it."""
-
-    folder: Path
-    caption_lines: bool
-    names: Sequence[str]
-    texts: Sequence[str | None]
-    sizes: Sequence[int | None]
-    description: str
-    files: Sequence[str]
-    sides: Collection[Modality]
-    total: int
-    total_images: int
-
-    @property
-    def fingerprint(self) -> str:
-        """See `Source`."""
-        return self.fingerprint_of(0, 0, self.total)
-
-    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
-        """See `Source`: names, and the sizes of the .txt."""
-        rows = zip(self.names, self.texts, self.sizes, strict=True)
-        return fingerprint([self.caption_lines, *islice(rows, start, stop)])
-
-    @contextmanager
-    def open(self, position: int) -> Iterator[SourceFile]:
-        """See `Source`."""
-        yield IndexedFile(self.files[0], self._record, 0, self.total)
-
-    def _record(self, position: int) -> Record:
-        name, text = self.names[position], self.texts[position]
-        if (error := name_error(name)) is not None:
-            return Record(None, error=error)
-        image = None
-        if self.total_images:
-            path = self.folder / name
-            image = ImageInput(name, path.as_posix(), partial(read_bounded, path))
-        if text is None:
-            return Record(image)
-        try:
-            content = decode_text(read_bounded(self.folder / text, MAX_TEXT_BYTES))
-        except DataError as reason:
-            return Record(None, error=f"its captions {text}: {reason}")
-        captions = captions_in(content, lines=self.caption_lines)
-        if not captions and image is None:
-            return Record(None, error=f"{text}: contains no caption")
-        return Record(image, texts_of(name, captions))
-
-
-def read_folder(
-    folder: Path, files: Mapping[str, int | None], *, caption_lines: bool
-) -> FolderSource:
+def read_folder(folder: Path, files: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
     """Find the images of a folder and the .txt of the same stem; or its .txt alone.
 
-    Images of the same stem share their captions, since a stem cannot say which one is meant.
+    Images of the same stem share their captions, since a stem cannot say which one is meant. The
+    .txt are read together with their images.
 
     Args:
         folder: where the files are.
@@ -102,38 +39,18 @@ def read_folder(
             "pass a folder or file that does"
         )
     stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
-    texts = [by_stem.get(stem) for stem in stems]
-    captioned = sum(text is not None for text in texts)
+    captioned = sum(stem in by_stem for stem in stems)
     description = f"folder of {captioned} .txt files with captions"
     if images:
         _warn_of_stems(folder, images, stems, by_stem)
         description = f"folder of {len(images)} images, {captioned} of them with a .txt of captions"
-    sides = {Modality.IMAGE: bool(images), Modality.TEXT: captioned > 0}
-    return FolderSource(
-        folder,
-        caption_lines,
-        images or stems,
-        texts,
-        sizes=[None if name is None else _size(folder / name, files[name]) for name in texts],
-        description=description,
-        files=(str(folder),),
-        sides=tuple(side for side, is_present in sides.items() if is_present),
-        total=len(stems),
-        total_images=len(images),
-    )
-
-
-def captions_in(content: str, *, lines: bool) -> list[str]:
-    """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
-    parts = content.splitlines() if lines else [content]
-    return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
-
-
-def texts_of(
-    record_id: str, captions: Sequence[str], row: int | None = None
-) -> tuple[TextInput, ...]:
-    """Give captions the ids that follow from the id of their record."""
-    return tuple(TextInput(f"{record_id}#{k}", text, row) for k, text in enumerate(captions))
+    catalog = Catalog(folder, caption_lines=caption_lines)
+    catalog.begin_file(str(folder))
+    for label, stem in zip(images or stems, stems, strict=True):
+        text = by_stem.get(stem)
+        size = None if text is None else _size(folder / text, files[text])
+        catalog.add_text(label, label if images else None, text, size)
+    return catalog.finish(description)
 
 
 def _warn_of_stems(

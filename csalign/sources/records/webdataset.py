@@ -15,10 +15,11 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
 from csalign.sources import images
-from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile
+from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile, TextInput
 from csalign.sources.records.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
+    captions_in,
     check_size,
     decode_text,
     fingerprint,
@@ -30,7 +31,6 @@ from csalign.sources.records.files import (
     split_of,
     translate_errors,
 )
-from csalign.sources.records.folders import captions_in, texts_of
 from csalign.sources.records.tables import SourceOptions, json_captions
 from csalign.sources.unreadable import LostVolume, tell_of_lost
 
@@ -233,7 +233,10 @@ class _TarFile:
                 raise DataError(sample.error)
             image = self._image(sample)
             values = self._json(sample)
-            texts = texts_of(f"{self._prefix}/{sample.key}", self._captions(sample, values), row)
+            texts = tuple(
+                TextInput(f"{self._prefix}/{sample.key}#{k}", caption, row)
+                for k, caption in enumerate(self._captions(sample, values))
+            )
             if image is None and not texts:
                 listed = [f".{extension}" for extension in sample.members]
                 listed[5:] = ["..."] if len(listed) > 5 else []
