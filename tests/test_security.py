@@ -163,7 +163,7 @@ def test_members_of_archives_stay_inside(tmp_path: Path) -> None:
         tar.addfile(link)
     source = open_source(path)
     with source.open(0) as volume:
-        flaws = [record.flaw for record in volume.records(0, len(volume))]
+        flaws = [record.error for record in volume.records(0, len(volume))]
 
     assert sum(flaw is not None for flaw in flaws) == 4
     assert sorted(tmp_path.rglob("*")) == [path.parent, path]

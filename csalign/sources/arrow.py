@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
-from csalign.sources.records.tree import local_file, told_of
+from csalign.sources.records.files import local_file, translate_errors
 
 
 class DamagedError(DataError):
@@ -40,7 +40,7 @@ def opened(path: Path) -> Iterator[Shelf]:
         DataError: it cannot be opened.
     """
     with ExitStack() as stack:
-        with told_of(path):
+        with translate_errors(path):
             try:
                 if path.suffix.lower() == ".arrow":
                     shelf = _arrow_shelf(stack.enter_context(local_file(path)))
@@ -96,7 +96,7 @@ def guarded(
     path: Path, batches: Iterator[tuple[int, pa.RecordBatch]]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Batches of a file; damage met on the way is told as a `DamagedError`."""
-    with told_of(path):
+    with translate_errors(path):
         try:
             yield from batches
         except (pa.ArrowException, OSError) as error:

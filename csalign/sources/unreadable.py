@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from csalign.core.errors import DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 
 logger = logging.getLogger(__name__)
 
 
 class LostVolume:
-    """Stands for the file as a `Volume`: one record, whose flaw is the reason."""
+    """Stands for the file as a `SourceFile`: one record, whose flaw is the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
@@ -21,9 +21,9 @@ class LostVolume:
         return 1
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
-        """See `Volume`."""
+        """See `SourceFile`."""
         if start < 1 <= stop:
-            yield Record(None, flaw=self._reason)
+            yield Record(None, error=self._reason)
 
 
 def tell_of_lost(root: Path, lost: Mapping[int, str], count: int) -> None:

@@ -383,10 +383,10 @@ def test_sources(tmp_path: Path, name: str, data: st.DataObject) -> None:
     (tmp_path / name).write_bytes(content)
     with bounded():
         source = open_source(tmp_path / name)
-        for position in range(len(source.volumes)):
+        for position in range(len(source.files)):
             with source.open(position) as volume:
                 for record in volume.records(0, len(volume)):
-                    assert record.flaw or record.image or record.texts
+                    assert record.error or record.image or record.texts
                     if record.image is not None:
                         with suppress(CsalignError, OSError):
                             record.image.read()

@@ -361,7 +361,7 @@ def test_files_that_are_lost_count_among_files(
         {
             "source": f"{tars}/1.tar",
             "row": None,
-            "reason": "is no tar file; write or download it again",
+            "reason": "is not a tar file; write or download it again",
         }
     ]
     assert shards(mended) == shards(run("whole", source=tars))

@@ -15,7 +15,7 @@ from PIL import Image
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources.images import read_image
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -146,7 +146,7 @@ def test_pictures_may_be_named_rather_than_held(
     assert found[0].image is not None
     assert found[0].image.read() == (folder / "sub/a.png").read_bytes()
     assert flaws(path) == [
-        (2, f"image '../x.png' lies outside of {folder}; move it inside"),
+        (2, f"image '../x.png' is outside of {folder}; move it inside"),
         (3, "has neither an image nor a caption"),
     ]
 
@@ -177,7 +177,7 @@ def test_captions_alone_are_streamed(tmp_path: Path, records: Records) -> None:
     for name in ("0.parquet", "1.parquet"):
         pl.DataFrame({"TEXT": ["x", None], "url": ["u", "v"]}).write_parquet(tmp_path / name)
 
-    assert [[t.id for t in r.texts] or r.flaw for r in records(tmp_path)] == [
+    assert [[t.id for t in r.texts] or r.error for r in records(tmp_path)] == [
         *(["0/caption:1"], "has neither an image nor a caption"),
         *(["1/caption:1"], "has neither an image nor a caption"),
     ]
@@ -236,7 +236,7 @@ def test_rows_that_a_file_says_it_has_and_has_not_are_flaws(tmp_path: Path) -> N
         found = list(volume.records(0, len(volume)))
 
     assert [record.texts[0].caption for record in found[:3]] == ["a", "b", "c"]
-    assert [record.flaw for record in found[3:]] == [
+    assert [record.error for record in found[3:]] == [
         "holds fewer rows than it says; write or download it again"
     ] * 2
 

@@ -19,7 +19,7 @@ from csalign.core.records import parse_json
 from csalign.sources.arrays.base import EITHER_NAMES, Array, Labels, Part, Vectors, check_dtype
 from csalign.sources.arrays.base import IMAGE_NAMES as IMAGE_VECTORS
 from csalign.sources.arrays.base import TEXT_NAMES as TEXT_VECTORS
-from csalign.sources.records.columns import CAPTION_NAMES, IMAGE_NAMES
+from csalign.sources.records.tables import CAPTION_NAMES, IMAGE_NAMES
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")

@@ -12,9 +12,9 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
 from csalign.sources.arrow import DamagedError, opened
-from csalign.sources.records.base import Volume
-from csalign.sources.records.catalog import Catalog, CatalogSource
-from csalign.sources.records.columns import Columns, Found, Row
+from csalign.sources.records import SourceFile
+from csalign.sources.records.catalog import Catalog
+from csalign.sources.records.files import fingerprint, name_error, printable, size_of, split_of
 from csalign.sources.records.parquet_file import ColumnarVolume
 from csalign.sources.records.parquet_layout import (
     PLAIN_ROWS,
@@ -25,7 +25,7 @@ from csalign.sources.records.parquet_layout import (
     rows_of,
     text_of,
 )
-from csalign.sources.records.tree import fingerprint, name_flaw, shown, size_of, split_of
+from csalign.sources.records.tables import Row, SourceOptions, TableColumns
 from csalign.sources.unreadable import LostVolume, tell_of_lost
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 def open_parquet(
     root: Path,
     paths: Sequence[str],
-    columns: Columns,
+    columns: SourceOptions,
     *,
     images: Path | None = None,
     found: Sequence[str] = (),
     sizes: Sequence[int | None] | None = None,
-) -> "ColumnarSource | CatalogSource":
+) -> "ColumnarSource | Catalog":
     """The source that Parquet or Arrow files make.
 
     Files whose image column holds paths are gathered in memory by image; others are streamed, a
@@ -64,7 +64,7 @@ def open_parquet(
     mark = fingerprint([layout, *paths, *known, *found, *lost.items()])
     if layout.kind == "path":
         return _gather(root, paths, layout, images, found, lost).finish(
-            f"{_form(paths)} with image paths", mark
+            f"{_form(paths)} with image paths"
         )
     _tell_of_splits(root, paths, layout)
     count = None if layout.found.id else total + len(lost)
@@ -72,7 +72,7 @@ def open_parquet(
 
 
 def _look(
-    root: Path, paths: Sequence[str], columns: Columns
+    root: Path, paths: Sequence[str], columns: SourceOptions
 ) -> tuple["Layout", int, dict[int, str]]:
     """What the columns of all files hold, their rows in all, and why some cannot be read."""
     layout: Layout | None = None
@@ -81,7 +81,7 @@ def _look(
     for place, path in enumerate(paths):
         with ExitStack() as stack:
             try:
-                if (flaw := name_flaw(str(root / path))) is not None:
+                if (flaw := name_error(str(root / path))) is not None:
                     raise DamagedError(flaw)
                 shelf = stack.enter_context(opened(root / path))
             except DataError as error:
@@ -123,10 +123,10 @@ def _gather(
     catalog = Catalog(images or root)
     for place, path in enumerate(paths):
         if place in lost:
-            catalog.lose(shown((root / path).as_posix()), lost[place])
+            catalog.add_unreadable_file(printable((root / path).as_posix()), lost[place])
             continue
         stem = posixpath.splitext(path)[0]
-        catalog.begin((root / path).as_posix(), f"{stem}/" if len(paths) > 1 else "")
+        catalog.begin_file((root / path).as_posix(), f"{stem}/" if len(paths) > 1 else "")
         default = None if layout.found.split else split_of(path)
         with opened(root / path) as shelf:
             for number, values in rows_of(root / path, shelf, layout, 0, PLAIN_ROWS):
@@ -135,14 +135,14 @@ def _gather(
     return catalog
 
 
-def _row(number: int, values: Mapping[str, Any], found: Found, default: str | None) -> Row:
+def _row(number: int, values: Mapping[str, Any], found: TableColumns, default: str | None) -> Row:
     try:
         image = text_of(values, found.image) or ""
         captions = captions_of(values, found)
         split = text_of(values, found.split) or default
         return Row(number, image, captions, split, id_of(values, found))
     except ValueError as error:
-        return Row(number, flaw=str(error))
+        return Row(number, error=str(error))
 
 
 def _form(paths: Sequence[str]) -> str:
@@ -183,9 +183,9 @@ class ColumnarSource:
         return f"{_form(self.paths)} of {what}"
 
     @property
-    def volumes(self) -> Sequence[str]:
+    def files(self) -> Sequence[str]:
         """See `Source`."""
-        return [shown((self.root / path).as_posix()) for path in self.paths]
+        return [printable((self.root / path).as_posix()) for path in self.paths]
 
     @property
     def sides(self) -> Collection[Modality]:
@@ -198,17 +198,17 @@ class ColumnarSource:
         """See `Source`; a row may lack its image."""
         return 0 if self.layout.found.image is None else self.total
 
-    def stamp(self, position: int, start: int, stop: int) -> str:
+    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: name, size and columns of the file."""
         own = (self.paths[position], self.sizes[position], self.lost.get(position))
         return fingerprint([self.layout, *own])
 
     @contextmanager
-    def open(self, position: int) -> Iterator[Volume]:
+    def open(self, position: int) -> Iterator[SourceFile]:
         """See `Source`."""
         path = self.paths[position]
         if position in self.lost:
-            yield LostVolume(self.volumes[position], self.lost[position])
+            yield LostVolume(self.files[position], self.lost[position])
             return
         with opened(self.root / path) as shelf:
             yield ColumnarVolume(

@@ -11,8 +11,8 @@ import numpy as np
 
 from csalign.core.errors import DataError
 from csalign.sources.arrow import Broken, DamagedError, Shelf, column_values, guarded
-from csalign.sources.records.base import ImageInput, Record, TextInput
-from csalign.sources.records.columns import from_base64
+from csalign.sources.records import ImageInput, Record, TextInput
+from csalign.sources.records.files import check_size, path_below, read_bounded, split_of
 from csalign.sources.records.parquet_layout import (
     PLAIN_ROWS,
     Layout,
@@ -21,13 +21,13 @@ from csalign.sources.records.parquet_layout import (
     rows_of,
     text_of,
 )
-from csalign.sources.records.tree import check_size, path_below, read_bounded, split_of
+from csalign.sources.records.tables import decode_base64
 
 _IMAGE_ROWS = 32  # of which the bytes are held at once
 
 
 class ColumnarVolume:
-    """One file as a `Volume`.
+    """One file as a `SourceFile`.
 
     Args:
         root: folder that all files of the source are below.
@@ -66,7 +66,7 @@ class ColumnarVolume:
         return self._shelf.rows if groups is None else len(groups.starts) - 1
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
-        """See `Volume`."""
+        """See `SourceFile`."""
         groups = self._grouped()
         for record in range(start, min(stop, len(self))):
             first = record if groups is None else int(groups.starts[record])
@@ -77,10 +77,10 @@ class ColumnarVolume:
                     raise ValueError("its id was there before; rows of one id must be adjacent")
                 yield self._record(first + 1, rows)
             except ValueError as error:
-                yield Record(None, row=first + 1, flaw=str(error))
+                yield Record(None, row=first + 1, error=str(error))
             except DataError as error:
                 reason = str(error).removeprefix(f"{self.name}: ")
-                yield Record(None, row=first + 1, flaw=reason)
+                yield Record(None, row=first + 1, error=reason)
 
     def _read(self, first: int, last: int) -> list[Mapping[str, Any]]:
         """Rows, from where the last call ended if it can be: a row group starts at its start."""
@@ -154,7 +154,7 @@ class ColumnarVolume:
 
 def _image_bytes(value: bytes | str) -> bytes:
     if isinstance(value, str):
-        return from_base64(value)
+        return decode_base64(value)
     check_size(len(value))
     return value
 

@@ -9,8 +9,13 @@ import pyarrow as pa
 
 from csalign.core.errors import DataError
 from csalign.sources.arrow import Broken, Shelf, column_values, guarded
-from csalign.sources.records.columns import Columns, Found, is_base64, is_base64_name
-from csalign.sources.records.tables import caption_of
+from csalign.sources.records.tables import (
+    SourceOptions,
+    TableColumns,
+    is_base64,
+    is_base64_name,
+    json_captions,
+)
 
 PLAIN_ROWS = 8_192  # a batch of columns without images
 
@@ -18,7 +23,7 @@ PLAIN_ROWS = 8_192  # a batch of columns without images
 class Layout(NamedTuple):
     """What the columns of a file hold; `kind` of its images: bytes, struct, base64 or path."""
 
-    found: Found
+    found: TableColumns
     kind: str | None
     names: tuple[str, ...]
 
@@ -31,7 +36,7 @@ class Layout(NamedTuple):
         return list(dict.fromkeys(name for name in self.found if name is not None))
 
 
-def layout_of(path: Path, shelf: Shelf, columns: Columns) -> Layout:
+def layout_of(path: Path, shelf: Shelf, columns: SourceOptions) -> Layout:
     """What an open file's columns hold.
 
     Raises:
@@ -117,7 +122,7 @@ def text_of(values: Mapping[str, Any], name: str | None) -> str | None:
     return value.strip() or None
 
 
-def captions_of(values: Mapping[str, Any], found: Found) -> tuple[str, ...]:
+def captions_of(values: Mapping[str, Any], found: TableColumns) -> tuple[str, ...]:
     """A row's captions.
 
     Raises:
@@ -126,10 +131,10 @@ def captions_of(values: Mapping[str, Any], found: Found) -> tuple[str, ...]:
     value = None if found.caption is None else values[found.caption]
     if isinstance(value, Broken):
         raise ValueError(str(value))
-    return caption_of(value, str(found.caption))
+    return json_captions(value, str(found.caption))
 
 
-def id_of(values: Mapping[str, Any], found: Found) -> str | None:
+def id_of(values: Mapping[str, Any], found: TableColumns) -> str | None:
     """A row's id, None where there is none.
 
     Raises:
