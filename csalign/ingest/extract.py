@@ -35,7 +35,7 @@ from csalign.ingest.sharding import (
 )
 from csalign.sources.records import Source, SourceFile
 from csalign.sources.records.open import SourceOptions, open_source
-from csalign.sources.unreadable import LostVolume
+from csalign.sources.unreadable import UnreadableFile
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ class _Extraction:
                 name=name,
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
-                is_unreadable=isinstance(opened, LostVolume),
+                is_unreadable=isinstance(opened, UnreadableFile),
                 **asdict(tally),
             )
             return self.partial.finish_part(part, record)

@@ -87,7 +87,7 @@ SOURCES: list[tuple[str, bytes | None, str]] = [
     ("x.tar", b"", "x.tar: is not a tar file"),
     ("x.tar", b"\xff" * 2000, "x.tar: is not a tar file"),
     ("x.tar", tar(("a.png", png()), ("a.txt", b"one"))[:700], "is cut short"),
-    ("x.tar", tar(("a.png", b"x"), ("a.txt", b"one")), "is no image of a known format"),
+    ("x.tar", tar(("a.png", b"x"), ("a.txt", b"one")), "is not an image of a known format"),
     ("x.tar", tar(("../a.png", png())), "is outside of the tar"),
     ("x.tar", tar(("a.cls", b"1")), "has neither an image nor a caption"),
     ("x.tar", tar(("a.json", b"[" * 100_000)), "its json is not valid"),
@@ -98,7 +98,7 @@ SOURCES: list[tuple[str, bytes | None, str]] = [
     ("x.parquet", parquet(caption=[1, 2]), "x.parquet: "),
     ("x.parquet", parquet(other=["x"]), "x.parquet: "),
     ("x.parquet", parquet(caption=pa.array([], pa.string())), "x.parquet: "),
-    ("x.parquet", parquet(image=[b"no image"], caption=["x"]), "is no image of a known format"),
+    ("x.parquet", parquet(image=[b"no image"], caption=["x"]), "is not an image of a known format"),
     ("x.txt", b"", "x.txt: "),
     ("x.txt", b"\n\n", "x.txt: "),
     ("x.txt", b"\xff\n", "is not UTF-8"),
@@ -121,11 +121,11 @@ def test_sources_of_no_use_are_refused(
 IMAGES = [
     (b"", "is empty"),
     (b"GIF89a", "a.png"),
-    (b"<html></html>", "is no image of a known format"),
+    (b"<html></html>", "is not an image of a known format"),
     (png()[:400], "a.png"),
     (png((1, 900)), "more than 200 times as long as wide"),
-    (b"%PDF-1.4", "is no image of a known format"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image of a known format"),
+    (b"%PDF-1.4", "is not an image of a known format"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image of a known format"),
 ]
 
 

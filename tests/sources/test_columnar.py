@@ -75,7 +75,7 @@ def test_parquet_of_the_datasets_library_is_read(
             *("val", 1),
         ),
     ]
-    assert "splits are told by file names (train, val)" in caplog.text
+    assert "splits are taken from file names (train, val)" in caplog.text
     pictures = [read_image(r.image.read()).getpixel((0, 0)) for r in found if r.image]
     assert pictures == [(0, 0, 0), (60, 0, 0), (120, 0, 0), (0, 0, 0)]
     source = open_source(tmp_path)
@@ -146,7 +146,7 @@ def test_pictures_may_be_named_rather_than_held(
     assert found[0].image is not None
     assert found[0].image.read() == (folder / "sub/a.png").read_bytes()
     assert flaws(path) == [
-        (2, f"image '../x.png' is outside of {folder}; move it inside"),
+        (2, f"image '../x.png' lies outside of {folder}; move it inside"),
         (3, "has neither an image nor a caption"),
     ]
 
@@ -205,9 +205,11 @@ def test_any_range_of_rows_is_the_same_rows(tmp_path: Path) -> None:
 
 def test_columns_of_other_types_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", {"image": [[1.0]], "caption": ["x"]})
-    assert "column 'image' holds list<" in error_of(path)
+    assert "column 'image' contains list<" in error_of(path)
     path = write(tmp_path / "t.parquet", {"image": [b"x"], "caption": [3]})
-    assert "column 'caption' holds int64, not text or lists of text; name another" in error_of(path)
+    assert "column 'caption' contains int64, not text or lists of text; name another" in error_of(
+        path
+    )
     path = write(tmp_path / "t.parquet", {"vector": [b"x"]})
     assert "no column looks like images or captions (columns: vector)" in error_of(path)
     path = write(tmp_path / "u" / "0.parquet", {"image": [b"x"]})
@@ -237,7 +239,7 @@ def test_rows_that_a_file_says_it_has_and_has_not_are_flaws(tmp_path: Path) -> N
 
     assert [record.texts[0].caption for record in found[:3]] == ["a", "b", "c"]
     assert [record.error for record in found[3:]] == [
-        "holds fewer rows than it says; write or download it again"
+        "has fewer rows than it states; write or download it again"
     ] * 2
 
 
@@ -250,7 +252,7 @@ def test_damaged_rows_are_flaws_and_other_groups_are_read(tmp_path: Path, flaws:
     found = flaws(path)
 
     assert [row for row, _ in found] == list(range(1, 501))
-    assert found[0][1].startswith("is damaged (")
+    assert found[0][1].startswith("cannot be read (")
 
 
 @pytest.mark.parametrize("images", [[b"x"] * 3, ["a.png", "b.png", "c.png"]])
@@ -281,7 +283,7 @@ def test_text_that_is_not_utf_8_is_a_flaw(tmp_path: Path, outline: Outline) -> N
 
     assert outline(path) == [
         (None, ["fine"], None),
-        (None, [], "holds text that is not UTF-8"),
+        (None, [], "contains text that is not UTF-8"),
     ]
 
 

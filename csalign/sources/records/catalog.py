@@ -26,7 +26,7 @@ from csalign.sources.records.files import (
     read_bounded,
 )
 from csalign.sources.records.tables import BASE64_NAMES, Row
-from csalign.sources.unreadable import LostVolume
+from csalign.sources.unreadable import UnreadableFile
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Catalog:
         """See `Source`."""
         file, (start, stop) = self._files[position], self._range(position)
         if file.is_unreadable:
-            yield LostVolume(file.name, str(self._entries[start].error))
+            yield UnreadableFile(file.name, str(self._entries[start].error))
         else:
             yield IndexedFile(file.name, partial(self._record, file.name), start, stop)
 

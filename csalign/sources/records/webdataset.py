@@ -32,7 +32,7 @@ from csalign.sources.records.files import (
     translate_errors,
 )
 from csalign.sources.records.tables import SourceOptions, json_captions
-from csalign.sources.unreadable import LostVolume, tell_of_lost
+from csalign.sources.unreadable import UnreadableFile, warn_of_unreadable
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -71,7 +71,7 @@ class TarSource:
     def open(self, position: int) -> Iterator[SourceFile]:
         """See `Source`; a remote tar is copied to a temporary file first."""
         if position in self.errors:
-            yield LostVolume(self.files[position], self.errors[position])
+            yield UnreadableFile(self.files[position], self.errors[position])
             return
         with local_file(self.root / self.paths[position]) as file:
             yield _TarFile(self, position, file)
@@ -99,7 +99,7 @@ def open_tars(
     sizes = [size_of(root / path) if size is None else size for path, size in files.items()]
     found = {position: _tar_error(root / path) for position, path in enumerate(files)}
     errors = {position: error for position, error in found.items() if error is not None}
-    tell_of_lost(root, errors, len(files))
+    warn_of_unreadable(root, errors, len(files))
     return TarSource(
         root,
         list(files),
