@@ -3,20 +3,17 @@
 Each command imports its step when it runs, so that ``--help`` loads nothing heavy.
 """
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from csalign.cli import render
-from csalign.cli.options import Json, Quiet, Verbose
-from csalign.cli.progress import shown_progress
-from csalign.cli.run import command, naming
+from csalign.cli.run import command
 from csalign.cli.step import step_command
 from csalign.core.progress import Progress
 from csalign.core.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
 from csalign.core.version import __version__
-from csalign.evaluation.config import DiagnoseConfig, EvalConfig
+from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
 from csalign.generation.config import GenerateConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
@@ -148,21 +145,12 @@ def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="First make it whole from the parts in PATH.partial.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Tell what is in an artifact, after checking all of it."""
-    with command(quiet=quiet, verbose=verbose), naming([path]):
-        from csalign.evaluation.inspect import inspect
+@step_command(InspectConfig, render.inspect_table)
+def inspect(settings: InspectConfig, progress: Progress) -> dict[str, Any]:
+    """Summarise and verify a feature set, a run or an index."""
+    from csalign.evaluation.inspect import inspect
 
-        document = inspect(path, merge=merge)
-        render.show(document, render.inspect_table, as_json=json)
+    return inspect(settings.path, merge=settings.merge)
 
 
 @app.command()
@@ -180,33 +168,9 @@ def recipes(
 
 
 @app.command()
-def compare(
-    systems: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Runs, evaluated on their features, and what `csalign eval --json` printed.",
-            metavar="RUN|EVAL.json",
-        ),
-    ],
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split(s) of the runs; 'all' takes every row (default: test if any)."),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            help="What the others are compared with, by name or number (default: the first).",
-            metavar="N|NAME",
-        ),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Put several systems side by side and tell which differences are more than chance."""
-    with command(quiet=quiet, verbose=verbose) as console, naming(systems):
-        from csalign.evaluation.compare import compare
+@step_command(CompareConfig, render.compare_table)
+def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
+    """Compare runs and evaluations, with paired significance intervals."""
+    from csalign.evaluation.compare import compare
 
-        with shown_progress(console, quiet=quiet) as progress:
-            document = compare(systems, split=split, baseline=baseline, progress=progress)
-        render.show(document, render.compare_table, as_json=json)
+    return compare(settings, progress)

@@ -45,6 +45,8 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
 
 def _parameter(name: str, field: FieldInfo, *, positional: bool) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
+    if positional and get_origin(field.annotation) is tuple:
+        kind = list[str]  # any number of values
     help_text = f"{field.description}{_default(field)}"
     if positional:
         info: Any = typer.Argument(help=help_text, show_default=False, metavar=name.upper())
