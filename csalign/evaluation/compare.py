@@ -35,11 +35,6 @@ DECIDES = "mean_recall"  # the metric of the verdict
 BASELINE = "baseline"
 NOT_PAIRED = "cannot tell (not paired)"
 APPROXIMATE = "cannot tell (approximate)"
-# Documents of `eval` without retrieval, by a key that only they have.
-WITHOUT_RETRIEVAL = {
-    "distribution": "a comparison of two image sets",
-    "zero_shot": "a zero-shot classification of images without texts",
-}
 
 Limits = tuple[FiniteFloat, FiniteFloat]
 _Parts = list[FiniteFloat] | dict[str, FiniteFloat]
@@ -103,18 +98,13 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     difference to the baseline is then resampled in pairs; otherwise only the metrics' own
     intervals are given.
 
-    Args:
-        config: runs and documents, and which is the baseline.
-        progress: progress callback.
-
     Returns:
         ``{"evaluations": [{"name", "split", "index", FIGURES..., "intervals", "difference",
-        "verdict", "parameters", "seconds"}, ...]}`` in the order given. A name is the adapter's
-        path, or the features' without one, without a folder that all share. "intervals" is
+        "verdict", "parameters", "seconds"}, ...]}`` in the order given. "intervals" is
         ``{metric: [low, high]}`` as far as known; "difference" is ``{metric: {"value",
-        "interval"}}``, and {} for the baseline and for what cannot be paired; "verdict" is about
-        the mean recall: "baseline", "better", "worse", "cannot tell", "cannot tell (not paired)"
-        or "cannot tell (approximate)". "parameters" and "seconds" are None if unknown.
+        "interval"}}``, {} for the baseline and unpaired systems; "verdict" is about the mean
+        recall: "baseline", "better", "worse", "cannot tell", "cannot tell (not paired)" or
+        "cannot tell (approximate)". "parameters" and "seconds" are None if unknown.
 
     Raises:
         DataError: a path is missing, or is neither a run nor such a document.
@@ -133,9 +123,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
         known = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(filter(None, bandwidths)))
         log.warning("CS divergences of different bandwidths (%s) are not comparable", known)
     rows = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
-    sides = [entry.document.names for entry in entries]
-    same = sides[0] if all(own == sides[0] for own in sides) else None
-    return {"evaluations": rows} | ({} if same is None else {"names": same})
+    sides = entries[0].document.names
+    is_common = sides is not None and all(entry.document.names == sides for entry in entries)
+    return {"evaluations": rows} | ({"names": sides} if is_common else {})
 
 
 def _evaluate_run(path: Path, config: CompareConfig) -> _Entry:
@@ -172,10 +162,10 @@ def _read_document(path: Path) -> _Entry:
         ) from None
     except ValueError:
         found = None
-    if isinstance(found, dict) and "retrieval" not in found:
-        for key, kind in WITHOUT_RETRIEVAL.items():
+    if isinstance(found, dict) and not {"retrieval", "gap"} & found.keys():
+        for key, kind in (("distribution", "image distances"), ("zero_shot", "classification")):
             if key in found:
-                raise DataError(f"{path}: is {kind}; compare takes evaluations of retrieval")
+                raise DataError(f"{path}: contains {kind} only; compare needs retrieval and gap")
     try:
         document = _Document.model_validate(found)
         document.figures()
@@ -269,16 +259,17 @@ def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
     known = entry.resamples.intervals() if entry.resamples else document.intervals
     intervals = {name: _at(known, place[1:]) for name, place in FIGURES.items()}
     difference: dict[str, Any] = {}
-    verdict = BASELINE if entry is baseline else NOT_PAIRED
+    is_exact = {document.index.kind, baseline.document.index.kind} == {"exact"}
+    verdict = NOT_PAIRED if is_exact else APPROXIMATE
     own, others = entry.resamples, baseline.resamples
-    if entry is not baseline and own is not None and others is not None and not entry.unpaired:
+    if entry is baseline:
+        verdict = BASELINE
+    elif own is not None and others is not None and entry.unpaired is None:
         for figure, value in baseline.document.figures().items():
             if (place := FIGURES[figure][1:]) in own.figures:
                 interval, _ = own.minus(others, place)
                 difference[figure] = {"value": figures[figure] - value, "interval": list(interval)}
         verdict = own.minus(others, FIGURES[DECIDES][1:])[1].value
-    elif {document.index.kind, baseline.document.index.kind} != {"exact"}:
-        verdict = BASELINE if entry is baseline else APPROXIMATE
     return {
         "name": name,
         "split": document.split,

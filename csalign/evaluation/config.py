@@ -9,21 +9,18 @@ from csalign.core.config import Config, Location, NotNegative, Positive, RunFold
 from csalign.core.errors import ConfigError
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
-Index = Literal["exact", "ivf", "hnsw"]
 
 # What `eval --images --generated` accepts.
 _OF_IMAGE_SETS = {"images", "generated", "encoder", "split", "explain", "device"}
 
 
 class AdaptedOptions(Config):
-    """The rows to measure, and what embeds them."""
+    """The rows to measure, and what may embed them."""
 
     panel: ClassVar[str] = "Source"
 
     split: str | None = Field(
-        None,
-        description="Split(s), comma-separated; 'all' for every row (default: test if there is "
-        "one, else all).",
+        None, description="Split(s), comma-separated, or all (default: test if any, else all)."
     )
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
@@ -34,8 +31,6 @@ class AdaptedOptions(Config):
 class SourceOptions(AdaptedOptions):
     """The embeddings to measure."""
 
-    panel: ClassVar[str] = "Source"
-
     features: Location | None = Field(
         None, description="Feature set to evaluate. Required unless --images is given."
     )
@@ -45,11 +40,7 @@ class SourceOptions(AdaptedOptions):
 
     @property
     def feature_set(self) -> Path:
-        """The features.
-
-        Raises:
-            ConfigError: there are none.
-        """
+        """The features; ConfigError without any."""
         if self.features is None:
             raise ConfigError("features: is required")
         return self.features
@@ -61,11 +52,9 @@ class ImageSetOptions(Config):
     panel: ClassVar[str] = "Image sets"
 
     images: str | None = Field(
-        None,
-        description="Real images to compare with --generated: a folder, any source that extract "
-        "accepts, or a feature set.",
+        None, description="Real images: a feature set, or any source that extract accepts."
     )
-    generated: str | None = Field(None, description="Generated images, in any of these forms.")
+    generated: str | None = Field(None, description="Generated images, in either form.")
     encoder: str | None = Field(
         None, description="Encoder of --images and --generated, named as for extract."
     )
@@ -77,35 +66,23 @@ class ExtraOptions(Config):
     panel: ClassVar[str] = "Extra metrics"
 
     groups: Location | None = Field(
-        None,
-        description="Table (.csv, .tsv, .jsonl) with columns of the images, joined by image_id or "
-        "id, for --relevance, --by and --labels; the features' own columns need none.",
+        None, description="Table (.csv, .tsv, .jsonl) with more columns of images, by image_id."
     )
     relevance: str | None = Field(
-        None,
-        description="COLUMN: images with the same value are relevant to each other's captions "
-        "too; adds mAP and nDCG@10.",
+        None, description="COLUMN: images that agree in it share their captions; adds mAP, nDCG."
     )
     by: str | None = Field(None, description="COLUMN: also break retrieval down by this column.")
     correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
-        Field(
-            None,
-            description="Also report retrieval with hubness corrected, comma-separated: csls, "
-            "inverted-softmax, centre.",
-        )
+        Field(None, description="Also correct retrieval for hubness, comma-separated.")
     )
     zero_shot: Location | None = Field(
-        None,
-        description="Feature set of class prompts (texts), to classify the images by; requires "
-        "--labels.",
+        None, description="Feature set of class prompts to classify images by; requires --labels."
     )
     labels: str | None = Field(
         None, description="COLUMN or TABLE.csv:COLUMN with the class of each image."
     )
     class_of: str | None = Field(
-        None,
-        description="TABLE.csv or TABLE.csv:COLUMN with the class of each prompt, by its id or "
-        "caption (default: its id up to the last slash, as in cat/0).",
+        None, description="TABLE.csv[:COLUMN] with each prompt's class (default: id before /)."
     )
 
 
@@ -114,16 +91,10 @@ class MeasureOptions(Config):
 
     panel: ClassVar[str] = "Measurement"
 
-    protocol: Protocol = Field(
-        "all",
-        description="Rows to measure: all; coco-5k, 5,000 images with all captions; coco-1k, the "
-        "mean over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
-    )
+    protocol: Protocol = Field("all", description="Rows to measure, as in the literature.")
     bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS and MMD metrics.")
-    index: Index = Field(
-        "exact",
-        description="Rank all items, or only the 100 nearest by an approximate FAISS index, whose "
-        "own recall is then reported.",
+    index: Literal["exact", "ivf", "hnsw"] = Field(
+        "exact", description="Rank all items, or the 100 nearest by an approximate FAISS index."
     )
     intervals: bool = Field(True, description="95 % bootstrap intervals over images.")
     resamples: int = Field(1_000, ge=100, le=100_000, description="Bootstrap resamples.")
@@ -149,20 +120,19 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
                 names = ", ".join(name.replace("_", "-") for name in others)
                 raise ConfigError(f"{names}: cannot be used with --images and --generated; omit")
             return
-        if self.features is None:
-            raise ConfigError("features: is required")
+        _ = self.feature_set
         if (self.zero_shot is None) != (self.labels is None):
             raise ConfigError("--zero-shot CLASSES and --labels COLUMN go together; pass both")
         if self.class_of is not None and self.zero_shot is None:
             raise ConfigError("--class-of describes the prompts of --zero-shot; pass both")
         if self.groups is not None and not (self.relevance or self.by or self.labels):
-            raise ConfigError(
-                "--groups names a table; name its column by --relevance, --by or --labels"
-            )
+            raise ConfigError("--groups: name its column by --relevance, --by or --labels")
 
 
 class DiagnoseConfig(SourceOptions):
     """``csalign diagnose``: the conflict between alignment and uniformity."""
+
+    panel: ClassVar[str] = "Analysis"
 
     features: Location = Field(description="Feature set to analyse.")
     logit_scale: Positive | None = Field(
@@ -183,9 +153,7 @@ class CompareConfig(AdaptedOptions):
     positional: ClassVar[tuple[str, ...]] = ("systems",)
 
     systems: tuple[Path, ...] = Field(
-        min_length=1,
-        description="Runs, evaluated on the features they were trained on, and documents that "
-        "csalign eval --json printed.",
+        min_length=1, description="Runs, and documents that csalign eval --json printed."
     )
     baseline: str | None = Field(
         None, description="Name, path or number (from 1) of the baseline (default: the first)."

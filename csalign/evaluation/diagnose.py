@@ -31,16 +31,11 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     the modalities stay apart. The divergence adds a cross term to the first and an intra-modal
     term to the second (arXiv 2502.17028).
 
-    Args:
-        config: what to analyse.
-        progress: progress callback.
-
     Returns:
         A document of plain numbers; losses in nats, cosines in [-1, 1], shares in [0, 1].
 
     Raises:
-        DataError, ShapeError, SchemaError: as `evaluate`.
-        OutputError: the page cannot be written.
+        DataError, ShapeError, SchemaError, OutputError: as `evaluate`.
     """
     if config.plot is not None:
         check_page(config.plot)

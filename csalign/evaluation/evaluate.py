@@ -20,13 +20,14 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, silent
 from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
-from csalign.evaluation.extra_metrics import Extras, extra_blocks, hubness_block, look_up
+from csalign.evaluation.extra_metrics import Extras, prepare_extras
 from csalign.evaluation.page import EvaluationReport, write_report
 from csalign.evaluation.protocols import (
     DIRECTIONS,
     AlignedRows,
     Gallery,
     Ranks,
+    mean_of,
     protocol_block,
     retrieval_block,
     select,
@@ -51,6 +52,7 @@ from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_ind
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
+from csalign.metrics.hubness import hubness
 from csalign.metrics.image_sets import image_distances
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.page import check_page
@@ -74,7 +76,7 @@ class Evaluation:
         folds: galleries that are searched separately; one, except for a protocol with folds.
         fold_ranks: of each fold, image to text, and text to image.
         index: the "index" block of the document.
-        extras: what the extra metrics are computed from.
+        extras: computes the extra metrics, if any are wanted.
     """
 
     aligned: AlignedRows
@@ -82,7 +84,7 @@ class Evaluation:
     folds: tuple[Gallery, ...]
     fold_ranks: tuple[Ranks, ...]
     index: dict[str, Any]
-    extras: Extras
+    extras: Extras | None
 
     @property
     def ranks(self) -> Ranks:
@@ -97,14 +99,8 @@ class Evaluation:
         and has no interval if there are several folds.
         """
         aligned, options = self.aligned, self.options
-        found = resample(
-            self.ranks,
-            aligned.images,
-            aligned.texts,
-            aligned.rows.text_image,
-            resamples=options.resamples,
-            seed=options.seed,
-        )
+        rows = aligned.images, aligned.texts, aligned.rows.text_image
+        found = resample(self.ranks, *rows, resamples=options.resamples, seed=options.seed)
         if len(self.folds) == 1:
             return found
         kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
@@ -116,10 +112,6 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Under torchrun the processes share the exact ranking, and each returns the document.
 
-    Args:
-        config: what to measure.
-        progress: progress callback.
-
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
         "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
@@ -128,9 +120,8 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Raises:
         ConfigError: options are missing or do not go together.
-        DataError: no such feature set or split, no pairs in it, rows that do not fit the protocol,
-            a row without a direction, a table that does not fit the rows, or image sets of
-            different encoders.
+        DataError: no such feature set, split or pairs; rows that do not fit the protocol or the
+            tables; a row without a direction; image sets of different encoders.
         EncoderError: the encoder of image sets cannot be loaded or run.
         ShapeError: the widths of the sides, or of the adapter, do not match.
         SchemaError: the features or the adapter are damaged.
@@ -171,15 +162,12 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
 def load_aligned(
     source: SourceOptions, protocol: Protocol = "all", *, images_only: bool = False
 ) -> AlignedRows:
-    """Load the rows of a split, and embed them in the shared space.
+    """Load rows of a split and embed them in the shared space; errors are those of `evaluate`.
 
     Args:
         source: features, split and adapter.
         protocol: that selects rows.
         images_only: load no texts; the result has 0 of them.
-
-    Raises:
-        DataError, ShapeError, SchemaError: as `evaluate`.
     """
     features = FeatureSet.open(source.feature_set)
     split = source.split or ("test" if "test" in features.splits() else ALL)
@@ -189,17 +177,18 @@ def load_aligned(
             raise DataError(f"{rows.name}: contains no images; name another --split")
     else:
         rows = select(protocol, load_rows(features, split))
-    if source.adapter is None:
+    loaded = _load_adapter(source, features)
+    if loaded is None:
         check_same_width(rows)
         images, texts = (_embed(None, features, rows, side) for side in Modality)
         return AlignedRows(features, split, rows, images, texts)
-    adapter, info = load_adapter_for(features, source.adapter, source.device, source.allow_adapter)
+    adapter, info = loaded
     _warn_of_trained_rows(features, info, split)
     images = _embed(adapter, features, rows, Modality.IMAGE)
     texts = images[:0] if images_only else _embed(adapter, features, rows, Modality.TEXT)
-    parameters = sum(adapter.parameter_counts().values())
+    count = sum(adapter.parameter_counts().values())
     return AlignedRows(
-        features, split, rows, images, texts, source.adapter, info.weights_sha256, parameters
+        features, split, rows, images, texts, source.adapter, info.weights_sha256, count
     )
 
 
@@ -211,7 +200,7 @@ def measure(config: EvalConfig) -> Evaluation:
     aligned = load_aligned(config, config.protocol)
     warn_of_queries(aligned.rows, aligned.rows.name)
     divided = distributed.world().size > 1
-    extras = _look_up(config, aligned)
+    extras = _prepare_extras(config, aligned)
     return measure_rows(aligned, config, extras, device=config.device, divided=divided)
 
 
@@ -228,8 +217,8 @@ def measure_rows(
     Args:
         aligned: the rows, those of the protocol.
         options: of the measurement.
-        extras: what the extra metrics are computed from.
-        device: of the exact ranking, if it is CUDA; else the CPU ranks.
+        extras: computes the extra metrics.
+        device: of the exact ranking if it is CUDA; else the CPU ranks.
         divided: whether all processes of the group call this, and share the ranking.
     """
     whole = Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
@@ -251,7 +240,7 @@ def measure_rows(
             "listed": LISTED,
             f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
         }
-    return Evaluation(aligned, options, folds, ranks, index, extras or Extras())
+    return Evaluation(aligned, options, folds, ranks, index, extras)
 
 
 def describe(evaluation: Evaluation) -> EvaluationReport:
@@ -266,9 +255,8 @@ def describe(evaluation: Evaluation) -> EvaluationReport:
             )
     ranks = evaluation.ranks
     resamples = evaluation.resample() if options.intervals else None
-    extra, extra_intervals = extra_blocks(
-        evaluation.extras, options, images, evaluation.folds, ranks
-    )
+    extras, folds = evaluation.extras, evaluation.folds
+    extra, extra_intervals = extras(images, folds, ranks, options) if extras else ({}, {})
     document = {
         **aligned.describe(),
         "fingerprints": aligned.fingerprints(),
@@ -279,7 +267,7 @@ def describe(evaluation: Evaluation) -> EvaluationReport:
         "protocol": protocol_block(options.protocol, aligned.split, aligned.rows),
         "retrieval": retrieval_block(evaluation.fold_ranks),
         "gap": gap,
-        "hubness": hubness_block(evaluation.folds),
+        "hubness": mean_of([hubness(fold.images, fold.texts) for fold in folds]),
         **extra,
         "intervals": resamples.intervals() | extra_intervals if resamples else {},
     }
@@ -294,7 +282,7 @@ def _classify_images(config: EvalConfig) -> dict[str, Any]:
             "--by, --correct, --report and --protocol"
         )
     aligned = load_aligned(config, images_only=True)
-    extra, intervals = extra_blocks(_look_up(config, aligned), config, aligned.images)
+    extra, intervals = _prepare_extras(config, aligned)(aligned.images, (), None, config)
     return {
         **aligned.describe(),
         "fingerprints": aligned.fingerprints(),
@@ -304,16 +292,21 @@ def _classify_images(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _look_up(config: EvalConfig, aligned: AlignedRows) -> Extras:
+def _prepare_extras(config: EvalConfig, aligned: AlignedRows) -> Extras:
     def embed_texts(features: FeatureSet, rows: PairedRows) -> Floats:
-        if config.adapter is None:
-            return _embed(None, features, rows, Modality.TEXT)
-        # Loaded again, since that checks these features against the adapter.
-        adapter, _ = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
-        return _embed(adapter, features, rows, Modality.TEXT)
+        loaded = _load_adapter(config, features)  # again, which checks these features' widths
+        return _embed(loaded and loaded[0], features, rows, Modality.TEXT)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
-    return look_up(config, aligned.features, ids, width, embed_texts)
+    return prepare_extras(config, aligned.features, ids, width, embed_texts)
+
+
+def _load_adapter(
+    source: SourceOptions, features: FeatureSet
+) -> tuple[Adapter, AdapterInfo] | None:
+    if source.adapter is None:
+        return None
+    return load_adapter_for(features, source.adapter, source.device, source.allow_adapter)
 
 
 def _embed(
@@ -346,34 +339,30 @@ def _compare_image_sets(
     real_set, real = _load_images(images, config, progress)
     made_set, made = _load_images(generated, config, progress)
     own, other = real_set.images.encoder, made_set.images.encoder
-    same = own.spec == other.spec
-    if own.fingerprint is not None and other.fingerprint is not None:
-        same = own.fingerprint == other.fingerprint
+    known = own.fingerprint is not None and other.fingerprint is not None
+    same = own.fingerprint == other.fingerprint if known else own.spec == other.spec
     if not same or own.width != other.width:
         raise DataError(
             f"{images} is encoded by {own.spec} (width {own.width}), {generated} by {other.spec} "
             f"(width {other.width}); encode both by one encoder"
         )
-    for name, rows in ((images, real), (generated, made)):
-        if len(rows) < FEWEST_IMAGES:
-            raise DataError(
-                f"{name}: contains {len(rows)} images, at least {FEWEST_IMAGES} are needed"
-            )
-    if (fewest := min(len(real), len(made))) <= own.width:
+    fewest = min(len(real), len(made))
+    if fewest < FEWEST_IMAGES:
+        name = images if fewest == len(real) else generated
+        raise DataError(f"{name}: contains {fewest} images, at least {FEWEST_IMAGES} are needed")
+    if fewest <= own.width:
         log.warning(
             "%d images are too few for the Frechet distance of embeddings of width %d, which is "
             "biased upwards on small samples; CMMD much less",
             fewest,
             own.width,
         )
+    fingerprints = real_set.manifest.fingerprint(), made_set.manifest.fingerprint()
     return {
         "images": images,
         "generated": generated,
         "encoder": own.spec,
-        "fingerprints": {
-            "images": real_set.manifest.fingerprint(),
-            "generated": made_set.manifest.fingerprint(),
-        },
+        "fingerprints": dict(zip(("images", "generated"), fingerprints, strict=True)),
         "counts": {"images": len(real), "generated": len(made)},
         "distribution": image_distances(torch.from_numpy(real), torch.from_numpy(made)),
     }

@@ -16,7 +16,7 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     """Verify a feature set, a run or an index, and summarise it.
 
     Args:
-        path: the folder, or a file in it (``manifest.json``, ``adapter.json``).
+        path: the folder, or a file in it.
         merge: first build the feature set `path` from the parts in ``PATH.partial``.
 
     Returns:

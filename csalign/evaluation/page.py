@@ -59,7 +59,7 @@ def write_report(
     """Write the page of an evaluation.
 
     Args:
-        path: of the page, an HTML file.
+        path: of the page.
         title: of the page.
         report: to show; None shows only the run.
         run: folder of the adapter's run, or a checkpoint in it.
@@ -77,18 +77,16 @@ def write_report(
     paired = np.flatnonzero(rows.text_image >= 0)
     texts = np.random.default_rng(seed).permutation(paired)[:SAMPLED]
     owners = rows.text_image[texts]
-    after = aligned.images[owners], aligned.texts[texts]
-    views = [_view("", *after, owners, drawn, seed)]
+    stages = [("", aligned.images[owners], aligned.texts[texts])]
     if aligned.adapter is not None:
-        before = _unit(rows.images[owners]), _unit(rows.texts[texts])
-        views = [
-            _view(name, *both, owners, drawn, seed)
-            for name, both in (("before", before), ("after", after))
-        ]
-    labels = []
-    for text, image in zip(texts[:drawn].tolist(), owners.tolist(), strict=False):
-        caption = rows.captions[text].as_py() or rows.text_ids[text].as_py()
-        labels.append(f"{caption} ({rows.image_ids[image].as_py()})")
+        before = ("before", _unit(rows.images[owners]), _unit(rows.texts[texts]))
+        stages = [before, ("after", *stages[0][1:])]
+    views = [_view(*stage, owners, drawn, seed) for stage in stages]
+    captions = zip(rows.captions.take(texts[:drawn]), rows.text_ids.take(texts), strict=False)
+    labels = [
+        f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
+        for (caption, text), owner in zip(captions, owners, strict=False)
+    ]
     queries, names = _ranked_queries(report), aligned.features.manifest.names
     write_evaluation(path, title, report.document, views, labels, queries, record, names)
 
@@ -113,15 +111,13 @@ def _view(name: str, images: Floats, texts: Floats, owners: Ints, drawn: int, se
     neighbours = _neighbours(images[:drawn], texts[:drawn], seed)
     if images.shape[1] != texts.shape[1]:
         (x, share_x), (y, share_y) = _project(images), _project(texts)
-        shares, cosines = (share_x, share_y), None
-    else:
-        points, share = _project(np.concatenate([images, texts]))
-        (x, y), shares = np.split(points, 2), (share,)
-        matched = np.einsum("ij,ij->i", images, texts)
-        elsewhere = np.roll(owners, 1) != owners
-        unmatched = np.einsum("ij,ij->i", np.roll(images, 1, axis=0), texts)[elsewhere]
-        cosines = matched, unmatched
-    return View(name, x[:drawn], y[:drawn], shares, cosines, spectra, neighbours)
+        return View(name, x[:drawn], y[:drawn], (share_x, share_y), None, spectra, neighbours)
+    points, share = _project(np.concatenate([images, texts]))
+    x, y = np.split(points, 2)
+    matched = np.einsum("ij,ij->i", images, texts)
+    elsewhere = np.roll(owners, 1) != owners
+    unmatched = np.einsum("ij,ij->i", np.roll(images, 1, axis=0), texts)[elsewhere]
+    return View(name, x[:drawn], y[:drawn], (share,), (matched, unmatched), spectra, neighbours)
 
 
 def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Floats] | None:

@@ -33,9 +33,9 @@ class AlignedRows:
         rows: as stored.
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
-        adapter: the run folder; None without an adapter.
-        weights_sha256: of the adapter; None without one, or while it is trained.
-        parameters: number of the adapter's parameters, likewise.
+        adapter: the run folder, or None.
+        weights_sha256: of the adapter; None also while it is trained.
+        parameters: number of the adapter's parameters; None also while it is trained.
     """
 
     features: FeatureSet
@@ -67,9 +67,9 @@ class Rule:
     """The rows of a protocol.
 
     Attributes:
-        images: how many there must be.
-        folds: number of disjoint runs of images, in stored order, whose metrics are averaged.
-        captions: the number of captions taken per image, the first ones; None for all.
+        images: required number.
+        folds: disjoint runs of images, in stored order, whose metrics are averaged.
+        captions: taken per image, the first ones; None for all.
     """
 
     images: int
@@ -112,8 +112,8 @@ def select(name: Protocol, rows: PairedRows) -> PairedRows:
     if name == "all":
         return rows
     rule, counts = RULES[name], rows.caption_counts
-    unpaired, fewest = int((rows.text_image < 0).sum()), int(counts.min())
-    needed = rule.captions or 1
+    needed, fewest = rule.captions or 1, int(counts.min())
+    unpaired = int((rows.text_image < 0).sum())
     if len(rows.images) != rule.images or unpaired or fewest < needed:
         raise DataError(
             f"{rows.name}: contains {len(rows.images):,} images with at least {fewest:,} captions "
@@ -122,8 +122,7 @@ def select(name: Protocol, rows: PairedRows) -> PairedRows:
             "--split or --protocol"
         )
     place = np.arange(rows.pairs) - np.repeat(np.cumsum(counts) - counts, counts)
-    texts = rows.texts_by_image
-    return rows.take_texts(texts if rule.captions is None else texts[place < rule.captions])
+    return rows.take_texts(rows.texts_by_image[place < (rule.captions or len(place))])
 
 
 def split_folds(name: Protocol, whole: Gallery) -> tuple[Gallery, ...]:

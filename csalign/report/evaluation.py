@@ -105,8 +105,8 @@ def write_evaluation(
         sections += _curves(run.metrics)
         for heading, values in (("Configuration", run.config), ("Environment", run.environment)):
             if values:
-                rows = [["key", "value"], *(list(leaf) for leaf in _leaves(values))]
-                sections.append(Section(heading, rows=rows, prose=True))
+                leaves = [["key", "value"], *_leaves(values)]
+                sections.append(Section(heading, rows=leaves, prose=True))
     write_page(path, title, sections, names)
 
 
@@ -120,17 +120,15 @@ def write_diagnosis(path: Path, document: Mapping[str, Any]) -> None:
 
 def _retrieval(document: Mapping[str, Any]) -> Section:
     retrieval, intervals = document["retrieval"], document["intervals"]
-    figures = {"R@1": (100, 2), "R@5": (100, 2), "R@10": (100, 2)}
-    figures |= {"median_rank": (1, 1), "mrr": (1, 4), "map": (1, 4)}
+    kinds = {"R@1": (100, 2), "R@5": (100, 2), "R@10": (100, 2)}
+    kinds |= {"median_rank": (1, 1), "mrr": (1, 4), "map": (1, 4)}
     rows: list[list[str | Entry]] = [["", "R@1, %", "R@5, %", "R@10, %", "median", "MRR", "mAP"]]
     for direction in ("image_to_text", "text_to_image"):
-        known = intervals.get(direction, {})
-        row: list[str | Entry] = [direction.replace("_", " ")]
-        for name, (scale, digits) in figures.items():
-            row.append(_number(retrieval[direction][name], known.get(name), scale, digits))
-        rows.append(row)
+        block, known = retrieval[direction], intervals.get(direction, {})
+        cells = [_number(block[name], known.get(name), *kind) for name, kind in kinds.items()]
+        rows.append([direction.replace("_", " "), *cells])
     mean = _number(retrieval["mean_recall"], intervals.get("mean_recall"), 100, 2)
-    rows.append(["mean recall, %", mean, *[""] * (len(figures) - 1)])
+    rows.append(["mean recall, %", mean, *[""] * (len(kinds) - 1)])
     note = ", ".join(f"{count:,} {name}" for name, count in document["counts"].items()) + "."
     if intervals:
         note += " Small numbers: 95 % bootstrap intervals over images."
@@ -144,23 +142,25 @@ def _number(value: float, interval: Sequence[float] | None, scale: int, digits: 
     return Entry(f"{scale * value:.{digits}f}", " to ".join(ends))
 
 
+def _estimate(value: float, error: float | None) -> Entry:
+    return Entry(f"{value:.4f}", "" if error is None else f"± {error:.2g}")
+
+
 def _gap(document: Mapping[str, Any]) -> Section:
     gap, intervals = document["gap"], document["intervals"]
     errors = gap.get("standard_errors", {})
     rows: list[list[str | Entry]] = [["", "value"]]
     for name, value in gap.items():
+        label, error = name.replace("_", " "), errors.get(name, {})
         if name == "standard_errors":
             continue
-        parts = value if isinstance(value, Mapping) else {"": value}
-        for part, number in parts.items():
-            if not isinstance(number, float):
-                continue
-            error = errors.get(name, {}).get(part) if part else errors.get(name)
-            interval = None if part else intervals.get(name)
-            cell = _number(number, interval, 1, 4)
-            if error is not None:
-                cell = Entry(cell.text, f"± {error:.2g}")
-            rows.append([", ".join(filter(None, [name.replace("_", " "), part])), cell])
+        if isinstance(value, Mapping):
+            parts = {part: number for part, number in value.items() if isinstance(number, float)}
+            rows += [[f"{label}, {p}", _estimate(v, error.get(p))] for p, v in parts.items()]
+        elif error:
+            rows.append([label, _estimate(value, error)])
+        else:
+            rows.append([label, _number(value, intervals.get(name), 1, 4)])
     note = "Lower means a smaller gap (except effective rank)."
     return Section("The gap between the modalities", note, rows=rows)
 
@@ -200,9 +200,9 @@ def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go
             yaxis=f"y{axis}",
         )
     if shared:
-        # One trace for all lines; None ends a line.
+        # One trace for all lines; NaN ends a line.
         ends = np.stack([*sides, np.full_like(sides[0], np.nan)], axis=1).reshape(-1, 2).round(4)
-        x, y = (np.where(np.isnan(values), None, values).tolist() for values in ends.T)
+        x, y = ends.T.tolist()
         figure.add_scatter(
             x=x,
             y=y,
@@ -226,30 +226,28 @@ def _hover(label: str) -> str:
     return "<br>".join(escape_label(line) for line in lines)
 
 
+def _add_line(figure: go.Figure, name: str, view: View, views: Sequence[View], **line: Any) -> None:
+    """Draw a line of a view, dotted unless it is the last one."""
+    line["line"]["dash"] = "solid" if view is views[-1] else "dot"
+    label = f"{name}, {view.name}" if len(views) > 1 else name
+    figure.add_scatter(name=label, mode="lines", **line)
+
+
 def _cosines(views: Sequence[View]) -> Section:
-    kinds = [
-        (view, name, cosines, colour)
-        for view in views
-        if view.cosines is not None
-        for name, cosines, colour in zip(
-            ("matched", "unmatched"), view.cosines, (MATCHED, OTHER), strict=True
-        )
-        if len(cosines)  # no pair is unmatched if all belong to one image
-    ]
-    values = np.concatenate([cosines for _, _, cosines, _ in kinds])
-    bins = max(10, min(60, len(kinds[0][2]) // 10))
+    figure, shared = go.Figure(), [view for view in views if view.cosines is not None]
+    values = np.concatenate([kind for view in shared for kind in view.cosines or ()])
+    bins = max(10, min(60, len(values) // 20))
     edges = np.linspace(values.min() - 0.01, values.max() + 0.01, bins + 1)
-    figure, last = go.Figure(), views[-1]
-    for view, name, cosines, colour in kinds:
-        density, _ = np.histogram(cosines, edges, density=True)
-        figure.add_scatter(
-            x=edges.round(4).tolist(),
-            y=[*density.round(4).tolist(), 0],
-            name=name if view is kinds[-1][0] is kinds[0][0] else f"{name}, {view.name}",
-            mode="lines",
-            line={"shape": "hv", "color": colour, "dash": "solid" if view is last else "dot"},
-            fill="tozeroy" if view is last else None,
-        )
+    names = (("matched", MATCHED), ("unmatched", OTHER))
+    for view in shared:
+        for (name, colour), cosines in zip(names, view.cosines or (), strict=True):
+            if not len(cosines):
+                continue  # no pair is unmatched if all belong to one image
+            density, _ = np.histogram(cosines, edges, density=True)
+            x, y = edges.round(4).tolist(), [*density.round(4).tolist(), 0]
+            line = {"shape": "hv", "color": colour}
+            fill = "tozeroy" if view is shared[-1] else None
+            _add_line(figure, name, view, shared, x=x, y=y, line=line, fill=fill)
     figure.update_xaxes(title="cosine")
     figure.update_yaxes(title="density", rangemode="tozero")
     note = "The less the two distributions overlap, the better retrieval between images and texts."
@@ -257,18 +255,12 @@ def _cosines(views: Sequence[View]) -> Section:
 
 
 def _spectra(views: Sequence[View]) -> Section:
-    figure, last = go.Figure(), views[-1]
+    figure = go.Figure()
     for view in views:
-        for name, values, colour in zip(
-            ("images", "texts"), view.spectra, (IMAGES, TEXTS), strict=True
-        ):
-            figure.add_scatter(
-                x=list(range(1, len(values) + 1)),
-                y=[float(f"{value:.4g}") for value in values],
-                name=f"{name}, {view.name}" if len(views) > 1 else name,
-                mode="lines",
-                line={"color": colour, "dash": "solid" if view is last else "dot"},
-            )
+        names = (("images", IMAGES), ("texts", TEXTS))
+        for (name, colour), values in zip(names, view.spectra, strict=True):
+            x, y = list(range(1, len(values) + 1)), [float(f"{value:.4g}") for value in values]
+            _add_line(figure, name, view, views, x=x, y=y, line={"color": colour})
     figure.update_xaxes(title="direction")
     figure.update_yaxes(title="singular value", type="log", exponentformat="power")
     note = "Of the centred unit rows: a steep drop means that few directions are used."
@@ -281,15 +273,11 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     if steps:
         figure = go.Figure()
         terms = dict.fromkeys(name for line in thinned for name in line if name not in NO_LOSS)
+        x = [line["step"] for line in thinned]
         for name in terms:
-            values = [line.get(name) for line in thinned]
-            if any(value is not None for value in values):
-                figure.add_scatter(
-                    x=[line["step"] for line in thinned],
-                    y=values,
-                    name=name.replace("_", " "),
-                    mode="lines",
-                )
+            y = [line.get(name) for line in thinned]
+            if any(value is not None for value in y):
+                figure.add_scatter(x=x, y=y, name=name.replace("_", " "), mode="lines")
         figure.update_xaxes(title="step")
         yield Section("Training loss", "The total, and its terms without their weights.", figure)
     scores = [line for line in metrics if "validation" in line]
@@ -321,13 +309,13 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
         yield Section("Validation", "The weights with the best mean recall are kept.", figure)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield prefix + key, text
+            yield [prefix + key, text]
 
 
 def _conflict(document: Mapping[str, Any]) -> Section:
