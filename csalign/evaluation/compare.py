@@ -93,10 +93,8 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     """Line up the metrics of runs and evaluations, each against a baseline.
 
     A run is evaluated on the features that it was trained on. A document of ``csalign eval --json``
-    keeps its metrics, and is measured again for the ranks of each query if it has the baseline's
-    features, split and queries, both are ranked exactly, and its inputs are unchanged. The
-    difference to the baseline is then resampled in pairs; otherwise only the metrics' own
-    intervals are given.
+    keeps its metrics; its queries are ranked again if it has the baseline's features, split and
+    counts, both are exact, and its inputs are unchanged. The difference is then resampled in pairs.
 
     Returns:
         ``{"evaluations": [{"name", "split", "index", FIGURES..., "intervals", "difference",
@@ -118,10 +116,10 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     names = _names(entries)
     baseline = _find_baseline(config.baseline, entries, names)
     _pair(entries, names, baseline, config)
-    bandwidths = {entry.document.bandwidth for entry in entries} - {None}
-    if len(bandwidths) > 1:
-        known = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(filter(None, bandwidths)))
-        log.warning("CS divergences of different bandwidths (%s) are not comparable", known)
+    known = {entry.document.bandwidth for entry in entries if entry.document.bandwidth is not None}
+    if len(known) > 1:
+        listed = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(known))
+        log.warning("CS divergences of different bandwidths (%s) are not comparable", listed)
     rows = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
     sides = entries[0].document.names
     is_common = sides is not None and all(entry.document.names == sides for entry in entries)
@@ -131,14 +129,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
 def _evaluate_run(path: Path, config: CompareConfig) -> _Entry:
     """Evaluate a run on the features that it was trained on."""
     info = read_info(path)
-    if not (path / CONFIG).is_file():
-        raise DataError(
-            f"{path}: has no {CONFIG} that names its features; use csalign eval --json and "
-            "compare its output"
-        )
     features = read_settings(path).get("features")
     if not isinstance(features, str):
-        raise SchemaError(f"{path / CONFIG}: names no features; train again")
+        raise SchemaError(f"{path / CONFIG}: names no features; compare documents of csalign eval")
     shared = config.model_dump(include={"allow_adapter", "split", "device"})
     options = EvalConfig(features=features, adapter=path, **shared)
     try:
@@ -205,16 +198,15 @@ def _pair(
     """Resample all that can be paired with the baseline; log what cannot, and why."""
     reasons = []
     for entry, name in zip(entries, names, strict=True):
-        if entry is baseline:
-            continue
-        entry.unpaired = _reason_against_pairing(entry.document, baseline.document)
-        if entry.unpaired is None:
-            _resample(baseline, config)
-            _resample(entry, config)
-            if baseline.unpaired is not None:
+        if entry is not baseline:
+            entry.unpaired = _reason_against_pairing(entry.document, baseline.document)
+            if entry.unpaired is None:
+                _resample(baseline, config)
+                _resample(entry, config)
+            if entry.unpaired is None and baseline.unpaired is not None:
                 entry.unpaired = f"of the baseline, {baseline.unpaired}"
-        if entry.unpaired is not None:
-            reasons.append(f"{name} ({entry.unpaired})")
+            if entry.unpaired is not None:
+                reasons.append(f"{name} ({entry.unpaired})")
     if reasons:
         log.warning("not paired with the baseline, so not judged: %s", "; ".join(reasons))
 
@@ -285,10 +277,10 @@ def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
 
 def _seconds(document: _Document) -> float | None:
     """Return the training time of a run, if it is recorded and the run is what was evaluated."""
-    if document.adapter is None or document.fingerprints is None:
-        return None
-    run = Path(document.adapter)
     try:
+        run = Path(document.adapter or "")
+        if document.fingerprints is None or document.fingerprints.adapter is None:
+            return None
         same = read_info(run).weights_sha256 == document.fingerprints.adapter
         return float(read_environment(run)["seconds"]) if same else None
     except (CsalignError, OSError, ValueError, KeyError, TypeError):

@@ -68,15 +68,9 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measured rows: the ranks of each query's matches.
+    """Ranked rows: the galleries that are searched separately, one without folds, and their ranks.
 
-    Attributes:
-        aligned: rows that were measured.
-        options: of the measurement.
-        folds: galleries that are searched separately; one, except for a protocol with folds.
-        fold_ranks: of each fold, image to text, and text to image.
-        index: the "index" block of the document.
-        extras: computes the extra metrics, if any are wanted.
+    `index` is a block of the document, and `extras` computes the extra metrics.
     """
 
     aligned: AlignedRows
@@ -114,8 +108,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
 
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
-        "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
-        "by", "corrected", "zero_shot" and "explanations" are there if they are wanted. Images
+        "intervals" are nested as "retrieval" is, with those of the gap beside them. Images
         without texts are only classified: everything about texts is then absent.
 
     Raises:
@@ -162,13 +155,7 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
 def load_aligned(
     source: SourceOptions, protocol: Protocol = "all", *, images_only: bool = False
 ) -> AlignedRows:
-    """Load rows of a split and embed them in the shared space; errors are those of `evaluate`.
-
-    Args:
-        source: features, split and adapter.
-        protocol: that selects rows.
-        images_only: load no texts; the result has 0 of them.
-    """
+    """Load rows, or images only, and embed them in the shared space; raises as `evaluate`."""
     features = FeatureSet.open(source.feature_set)
     split = source.split or ("test" if "test" in features.splits() else ALL)
     if images_only:
@@ -218,7 +205,7 @@ def measure_rows(
         aligned: the rows, those of the protocol.
         options: of the measurement.
         extras: computes the extra metrics.
-        device: of the exact ranking if it is CUDA; else the CPU ranks.
+        device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
     """
     whole = Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
@@ -321,10 +308,10 @@ def _embed(
 
 
 def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
-    if info.data_fingerprint != features.manifest.fingerprint():
-        return
     splits = features.splits()
-    if split_names(split, splits) & split_names(info.train_split, splits):
+    if info.data_fingerprint == features.manifest.fingerprint() and (
+        split_names(split, splits) & split_names(info.train_split, splits)
+    ):
         log.warning(
             "%s: the adapter was trained on rows of this split, so the results say little about "
             "new data; hold out a test split before training",

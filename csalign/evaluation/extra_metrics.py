@@ -42,15 +42,14 @@ def prepare_extras(
 
     Args:
         options: that name them.
-        features: with the images.
-        image_ids: of the n images.
-        width: of their embeddings.
+        features: with the n images.
+        image_ids: n ids.
+        width: of the images' embeddings.
         embed: returns unit rows of the texts of a feature set, in the space of the images.
 
     Returns:
-        A function of the images, (n, d) unit rows, the galleries and their ranks (none if there
-        are no texts), and the options of intervals. It returns the blocks of the document that
-        are wanted, and their intervals.
+        A function of the images, (n, d) unit rows, the galleries and their ranks (none without
+        texts), and the options; it returns blocks of the document, and their intervals.
 
     Raises:
         DataError: a table, a column or the classes do not fit the images.

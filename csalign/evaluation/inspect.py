@@ -15,9 +15,8 @@ from csalign.runs.metadata import read_environment, read_lines, read_settings
 def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     """Verify a feature set, a run or an index, and summarise it.
 
-    Args:
-        path: the folder, or a file in it.
-        merge: first build the feature set `path` from the parts in ``PATH.partial``.
+    The path is the folder, or a file in it. With `merge` the feature set is first built from the
+    parts in ``PATH.partial``.
 
     Returns:
         Plain JSON values; "kind" is "features", "run" or "index".

@@ -1,7 +1,6 @@
 """Select what the page of an evaluation shows: sampled pairs, projections, and ranked queries."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,14 +31,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The results of an evaluation.
-
-    Attributes:
-        aligned: rows that were measured.
-        ranks: image to text, and text to image.
-        resamples: of the metrics; None without intervals.
-        document: that ``csalign eval --json`` prints.
-    """
+    """The measured rows, their ranks, resamples if there are intervals, and the JSON document."""
 
     aligned: AlignedRows
     ranks: Ranks
@@ -56,15 +48,9 @@ def write_report(
     *,
     drawn: int = DRAWN,
 ) -> None:
-    """Write the page of an evaluation.
+    """Write the page of an evaluation and a run, either of which may be None.
 
-    Args:
-        path: of the page.
-        title: of the page.
-        report: to show; None shows only the run.
-        run: folder of the adapter's run, or a checkpoint in it.
-        seed: of the sampled pairs.
-        drawn: pairs in a projection, at most.
+    Pairs are sampled by `seed`; at most `drawn` of them are in a projection.
 
     Raises:
         SchemaError: the record of the run is damaged.
@@ -169,41 +155,25 @@ def _ranked_queries(report: EvaluationReport) -> dict[str, list[RankedQuery]]:
         (source,) = table.strings(schema.SOURCE, table_rows[[row]]).to_pylist()
         return Entry(rows.image_ids[row].as_py(), picture=thumbnail(source, THUMBNAIL))
 
-    def find(
-        query: Entry, rank: int, scores: Floats, is_match: Any, entry: Callable[[int], Entry]
-    ) -> RankedQuery:
-        match = int(np.where(is_match, scores, -np.inf).argmax())
-        wrong = int(np.where(is_match, -np.inf, scores).argmax())
-        return RankedQuery(query, rank, entry(match), entry(wrong))
-
     paired = np.flatnonzero(rows.text_image >= 0)
     owners = rows.text_image[paired]
     cosines = np.einsum("ij,ij->i", aligned.images[owners], aligned.texts[paired])
     best = np.full(len(rows.images), -np.inf)
     np.maximum.at(best, owners, cosines)
-    queried = np.unique(owners)
+    asked = np.unique(owners)
+    images = (image, aligned.images, np.arange(len(rows.images)), asked, best[asked], to_text)
+    texts = (text, aligned.texts, rows.text_image, paired, cosines, to_image)
+    ways = (("image to text", images, texts), ("text to image", texts, images))
     found: dict[str, list[RankedQuery]] = {}
     for heading, sign in (("Worst", -1), ("Best", 1)):
-        forth = np.lexsort((-sign * best[queried], sign * to_text))
-        back = np.lexsort((-sign * cosines, sign * to_image))
-        found[f"{heading} from image to text"] = [
-            find(
-                image(row := int(queried[one])),
-                int(to_text[one]),
-                aligned.texts @ aligned.images[row],
-                rows.text_image == row,
-                text,
-            )
-            for one in forth[: max(1, min(QUERIES, len(forth) // 2))]
-        ]
-        found[f"{heading} from text to image"] = [
-            find(
-                text(row := int(paired[one])),
-                int(to_image[one]),
-                aligned.images @ aligned.texts[row],
-                np.arange(len(aligned.images)) == rows.text_image[row],
-                image,
-            )
-            for one in back[: max(1, min(QUERIES, len(back) // 2))]
-        ]
+        for way, (entry, vectors, owner, queries, score, first), gallery in ways:
+            show, others, owners, *_ = gallery
+            found[f"{heading} from {way}"] = ranked = []
+            order = np.lexsort((-sign * score, sign * first))
+            for one in order[: max(1, min(QUERIES, len(order) // 2))].tolist():
+                row = int(queries[one])
+                scores, is_match = others @ vectors[row], owners == owner[row]
+                match = int(np.where(is_match, scores, -np.inf).argmax())
+                wrong = int(np.where(is_match, -np.inf, scores).argmax())
+                ranked.append(RankedQuery(entry(row), int(first[one]), show(match), show(wrong)))
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ Ints = npt.NDArray[np.int64]
 Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-TIES = "a tied wrong item ranks ahead"
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,8 @@ class AlignedRows:
         return {"features": self.features.manifest.fingerprint(), "adapter": self.weights_sha256}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """The rows of a protocol.
-
-    Attributes:
-        images: required number.
-        folds: disjoint runs of images, in stored order, whose metrics are averaged.
-        captions: taken per image, the first ones; None for all.
-    """
+class Rule(NamedTuple):
+    """Required images, folds in stored order, and captions taken per image (None: all)."""
 
     images: int
     folds: int = 1
@@ -86,13 +78,7 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class Gallery:
-    """Embeddings that are searched for each other.
-
-    Attributes:
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        text_image: (m,) int64, image row of each text, -1 for none.
-    """
+    """Unit rows (n, d) and (m, d), float32, and the image row of each text (m,), -1 for none."""
 
     images: Floats
     texts: Floats
@@ -148,7 +134,7 @@ def protocol_block(name: Protocol, split: str, rows: PairedRows) -> dict[str, An
         "texts": len(rows.texts),
         "split": split,
         "dtype": {"stored": "/".join(stored), "scores": "float32"},
-        "ties": TIES,
+        "ties": "a tied wrong item ranks ahead",
     }
 
 

@@ -80,12 +80,12 @@ def write_evaluation(
     Args:
         path: of the page.
         title: of the page.
-        document: of ``csalign eval``; None if nothing was evaluated.
+        document: of ``csalign eval``, or None.
         views: of the embeddings, before and after the adapter.
         labels: caption and id of each pair in the views.
         queries: by heading, such as "Worst from image to text".
-        run: record of the adapter's training, if there is one.
-        names: names of the two sides (default: image and text).
+        run: record of the adapter's training, or None.
+        names: of the two sides (default: image and text).
     """
     sections = []
     if document is not None:
@@ -214,9 +214,8 @@ def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go
         )
         figure.update_yaxes(scaleanchor="x")
     else:
-        figure.update_layout(
-            xaxis_domain=[0, 0.47], xaxis2={"domain": [0.53, 1]}, yaxis2={"anchor": "x2"}
-        )
+        domains = {"xaxis_domain": [0, 0.47], "xaxis2": {"domain": [0.53, 1]}}
+        figure.update_layout(**domains, yaxis2={"anchor": "x2"})
     return figure.update_layout(height=480)
 
 

@@ -10,15 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 @dataclass(frozen=True)
 class Side:
-    """One side of an adapter.
-
-    Attributes:
-        name: of the side.
-        kind: of the adapter.
-        encoder: of its inputs.
-        width: of an input.
-        parameters: their number.
-    """
+    """One side of an adapter: its kind, the encoder and width of its inputs, its parameters."""
 
     name: str
     kind: str

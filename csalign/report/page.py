@@ -44,13 +44,7 @@ _BUTTONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table.
-
-    Attributes:
-        text: its text.
-        note: small text below it.
-        picture: a JPEG above it; empty for none.
-    """
+    """A cell of a table: its text, small text below it, and a JPEG above it."""
 
     text: str
     note: str = ""

@@ -43,13 +43,7 @@ def thumbnail(source: str | None, size: int, root: Path | None = None) -> bytes:
 
 
 def draw_sheet(images: Sequence[Path], texts: Sequence[str], path: Path) -> None:
-    """Draw the first `MOST_IMAGES` images, at most 10 per row, each above its text, as a JPEG.
-
-    Args:
-        images: n >= 1 files.
-        texts: n texts, cut after two lines.
-        path: of the sheet.
-    """
+    """Draw n >= 1 images, up to `MOST_IMAGES`, each above two lines of its text, as a JPEG."""
     count = min(len(images), MOST_IMAGES)
     columns = min(10, math.ceil(math.sqrt(count)))
     width, height = SIDE + MARGIN, SIDE + LINES * LINE + MARGIN

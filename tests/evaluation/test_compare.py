@@ -277,10 +277,66 @@ def test_a_run_must_name_its_features(runs: tuple[Path, Path]) -> None:
     with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
         rows_of(*runs)
     (runs[0] / "config.toml").unlink()
-    with pytest.raises(DataError, match=r"random: has no config\.toml"):
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
         rows_of(*runs)
 
 
 def test_a_folder_that_is_no_run_is_refused(features: Path) -> None:
     with pytest.raises(DataError, match="holds no trained adapter"):
         rows_of(features)
+
+
+@pytest.mark.parametrize("which", ["baseline", "other"])
+def test_an_approximate_evaluation_is_marked_and_not_judged(
+    runs: tuple[Path, Path],
+    document_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+) -> None:
+    indexes = {"baseline": ("ivf", "exact"), "other": ("exact", "ivf")}[which]
+    documents = [document_of(run, index=kind) for run, kind in zip(runs, indexes, strict=True)]
+    base, row = rows_of(*documents)
+
+    assert (base["index"], row["index"]) == indexes
+    assert (base["verdict"], row["verdict"]) == ("baseline", "cannot tell (approximate)")
+    assert row["difference"] == {}
+    stated = json.loads(documents[1].read_text())
+    assert row["mean_recall"] == stated["retrieval"]["mean_recall"]
+    assert row["intervals"]["mean_recall"] == stated["intervals"]["mean_recall"]
+    assert "closed (ranks {}, the baseline {})".format(*reversed(indexes)) in caplog.text
+
+
+def test_runs_with_adapters_of_ones_own_are_compared_if_they_are_allowed(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_adapters.py").write_text(
+        "from csalign.adapters.linear import Linear\n"
+        "class Own(Linear):\n"
+        '    """Linear, under a name of its own."""\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = "own_adapters:Own"
+    run = train(
+        TrainConfig(features=features, out=tmp_path / "own", steps=0, init="random", adapter=kind)
+    ).run
+    document = evaluate(EvalConfig(features=features, adapter=run, allow_adapter=kind))
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(document))
+
+    row = rows_of(run, path, allow_adapter=kind, device="cpu")[1]
+    assert row["verdict"] == "cannot tell"
+    with pytest.raises(SchemaError, match="own_adapters:Own"):
+        rows_of(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("zero_shot", "classification"), ("distribution", "image distances")]
+)
+def test_documents_without_retrieval_are_refused_for_that_reason(
+    tmp_path: Path, key: str, kind: str
+) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"features": "f", "adapter": None, "counts": {}, key: {}}))
+
+    with pytest.raises(DataError, match=rf"eval\.json: contains {kind} only"):
+        rows_of(path)

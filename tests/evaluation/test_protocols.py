@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def karpathy_folds(x: Array, y: Array) -> dict[str, dict[str, float]]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protocols on a fiftieth of their images."""
     for name, rule in protocols.RULES.items():
-        monkeypatch.setitem(protocols.RULES, name, replace(rule, images=rule.images // 50))
+        monkeypatch.setitem(protocols.RULES, name, rule._replace(images=rule.images // 50))
 
 
 @pytest.mark.usefixtures("small")

@@ -66,6 +66,19 @@ def test_figures_carry_their_intervals(tmp_path: Path) -> None:
     assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
 
 
+def test_the_curves_show_every_loss_term_of_the_log(tmp_path: Path) -> None:
+    line = {"step": 1, "loss": 2.0, "pairwise": 1.0, "token": 0.5, "divergence": None}
+    line |= {"new_term": 0.1, "learning_rate": 0.1, "gradient_norm": 1.0}
+    page = tmp_path / "page.html"
+    write_evaluation(page, "run", None, [], [], {}, RunRecord([line], {}, {}))
+    curves = page.read_text(encoding="utf-8").split("Plotly.newPlot(")[-1]
+
+    for name in ("loss", "pairwise", "token", "new term"):
+        assert f'"name":"{name}"' in curves
+    for name in ("divergence", "learning rate", "gradient norm"):
+        assert f'"name":"{name}"' not in curves
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_every_figure_and_asks_for_nothing(
     tmp_path: Path, browser: Any, dark: bool
