@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from csalign.adapters.clip import wrap
     from csalign.adapters.sentences import SentenceAdapter
     from csalign.core.enums import Modality
-    from csalign.evaluation.config import DiagnoseConfig, EvalConfig
+    from csalign.evaluation.compare import compare
+    from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig
     from csalign.evaluation.diagnose import diagnose
     from csalign.evaluation.evaluate import evaluate
     from csalign.evaluation.inspect import inspect
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ApplyConfig": "csalign.runs.config",
+    "CompareConfig": "csalign.evaluation.config",
     "DiagnoseConfig": "csalign.evaluation.config",
     "EvalConfig": "csalign.evaluation.config",
     "ExportConfig": "csalign.runs.config",
@@ -66,6 +68,7 @@ _HOMES = {
     "TrainConfig": "csalign.training.config",
     "TuneConfig": "csalign.training.config",
     "apply": "csalign.runs.apply",
+    "compare": "csalign.evaluation.compare",
     "diagnose": "csalign.evaluation.diagnose",
     "evaluate": "csalign.evaluation.evaluate",
     "export": "csalign.runs.export",
@@ -83,6 +86,7 @@ _HOMES = {
 
 __all__ = [
     "ApplyConfig",
+    "CompareConfig",
     "DiagnoseConfig",
     "EvalConfig",
     "ExportConfig",
@@ -97,6 +101,7 @@ __all__ = [
     "TuneConfig",
     "__version__",
     "apply",
+    "compare",
     "diagnose",
     "evaluate",
     "export",

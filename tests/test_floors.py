@@ -34,7 +34,8 @@ ONLY_DOORS = {
         "training/tuning/study.py",
         "training/tuning/tune.py",
     },
-    "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
+    "jinja2": {"report/model_card.py", "report/page.py"},
+    "plotly": {"report/evaluation.py", "report/page.py"},
     "pyarrow": {
         "search/items.py",
         "sources/arrow.py",

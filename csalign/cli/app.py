@@ -3,19 +3,21 @@
 A command's work is imported when it runs, so that ``--help`` loads nothing heavy.
 """
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from csalign.cli import render
 from csalign.cli.command import command_of, error_exits
-from csalign.cli.options import Json, Quiet, Verbose
-from csalign.cli.progress import shown_progress
 from csalign.core.progress import Progress
 from csalign.core.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
 from csalign.core.version import __version__
-from csalign.evaluation.config import DiagnoseConfig, EvalConfig
+from csalign.evaluation.config import (
+    CompareConfig,
+    DiagnoseConfig,
+    EvalConfig,
+    InspectConfig,
+)
 from csalign.generation.config import GenerateConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
@@ -118,36 +120,12 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     rich_help_panel=ANALYSIS,
     epilog="Example: csalign compare run-a run-b eval.json --split test",
 )
-def compare(
-    systems: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Runs, evaluated on their features, and documents of `csalign eval --json`.",
-            metavar="RUN|EVAL.json",
-        ),
-    ],
-    split: Annotated[
-        str | None,
-        typer.Option(help="Split(s) of the runs; 'all' takes every row (default: test if any)."),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            help="The system to compare with, by name or number (default: the first).",
-            metavar="N|NAME",
-        ),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
+@command_of(CompareConfig, render.compare_table)
+def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
-    with error_exits(quiet=quiet, verbose=verbose) as console:
-        from csalign.evaluation.compare import compare
+    from csalign.evaluation.compare import compare
 
-        with shown_progress(console, quiet=quiet) as progress:
-            document = compare(systems, split=split, baseline=baseline, progress=progress)
-        render.show(document, render.compare_table, as_json=json)
+    return compare(settings, progress)
 
 
 @app.command(
@@ -162,20 +140,12 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 
 
 @app.command(rich_help_panel=ANALYSIS, epilog="Example: csalign inspect features")
-def inspect(
-    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="First complete it from the parts in PATH.partial.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
+@command_of(InspectConfig, render.inspect_table)
+def inspect(settings: InspectConfig, progress: Progress) -> dict[str, Any]:
     """Summarise an artifact and verify all of it."""
-    with error_exits(quiet=quiet, verbose=verbose):
-        from csalign.evaluation.inspect import inspect
+    from csalign.evaluation.inspect import inspect
 
-        render.show(inspect(path, merge=merge), render.inspect_table, as_json=json)
+    return inspect(settings.path, merge=settings.merge)
 
 
 @app.command(

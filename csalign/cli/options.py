@@ -90,7 +90,9 @@ def _owner(name: str, groups: list[type[Config]]) -> type[Config]:
 
 
 def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
-    info = typer.Argument(metavar=name.upper(), help=_help(field), show_default=False)
+    info = typer.Argument(
+        metavar=field.title or name.upper(), help=_help(field), show_default=False
+    )
     return _parameter(name, field, info)
 
 

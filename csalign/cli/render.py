@@ -388,7 +388,8 @@ def inspect_table(document: dict[str, Any]) -> None:
         body[f"validation, step {line['step']}"] = line["validation"]
     names = body.pop("names", None)
     told = [(renamed(name, names), value) for name, value in _leaves(body)]
-    _print_rows(f"{document['path']}: {document['kind']}, sound", told)
+    kind = "feature set" if document["kind"] == "features" else document["kind"]
+    _print_rows(f"{document['path']}: {kind}, valid", told)
 
 
 def index_table(document: dict[str, Any]) -> None:

@@ -1,18 +1,18 @@
-"""``csalign compare``: several systems side by side, and which differences are more than chance."""
+"""``csalign compare``: several systems side by side, with paired significance intervals."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure
 from csalign.features.manifest import read_manifest
 from csalign.metrics.bootstrap import Resamples
@@ -29,11 +29,12 @@ FIGURES = {
     "cs_divergence": ("gap", "cs_divergence"),
     "frechet": ("gap", "frechet"),
 }
-"""What is compared, and where ``csalign eval --json`` has it."""
+"""The compared metrics, and their places in the document of ``csalign eval --json``."""
 
-DECIDES = "mean_recall"  # which figure the verdict is about
+DECIDES = "mean_recall"  # the metric of the verdict
 BASELINE = "baseline"
 NOT_PAIRED = "cannot tell (not paired)"
+APPROXIMATE = "cannot tell (approximate)"
 
 Limits = tuple[FiniteFloat, FiniteFloat]
 _Parts = list[FiniteFloat] | dict[str, FiniteFloat]
@@ -48,10 +49,12 @@ class _Protocol(BaseModel):
     name: str = "all"
 
 
-class _Document(BaseModel):
-    """What is needed of a document of ``csalign eval --json``, older ones included."""
+class _Index(BaseModel):
+    kind: str = "exact"
 
-    model_config = ConfigDict(frozen=True)
+
+class _Document(BaseModel):
+    """The parts of a document of ``csalign eval --json`` that are needed, older ones included."""
 
     features: str
     adapter: str | None
@@ -61,27 +64,20 @@ class _Document(BaseModel):
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
     gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
     protocol: _Protocol = _Protocol()
+    index: _Index = _Index()
     fingerprints: _Fingerprints | None = None
     parameters: int | None = None
     bandwidth: FiniteFloat | None = None
-    intervals: Annotated[dict[str, Limits | dict[str, Limits]], Field(default_factory=dict)]
+    intervals: dict[str, Limits | dict[str, Limits]] = {}
 
     def figures(self) -> dict[str, float]:
-        """The figures that are compared; KeyError or TypeError where one is not there."""
-        found = {}
-        for name, (part, *place) in FIGURES.items():
-            found[name] = float(_at(getattr(self, part), place))
-        return found
-
-    def data(self) -> tuple[Any, ...]:
-        """What must be equal for two documents to be of the same queries."""
-        assert self.fingerprints is not None
-        return self.fingerprints.features, self.split, sorted(self.counts.items())
+        """Return the compared metrics; TypeError if one is missing."""
+        return {name: float(_at(self.model_dump(), place)) for name, place in FIGURES.items()}
 
 
 @dataclass
 class _Entry:
-    """A row to be: what was measured, and its resamples where they could be had."""
+    """A system: its document, its resamples if it can be resampled, and else why it cannot."""
 
     path: Path
     document: _Document
@@ -93,113 +89,96 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-def compare(
-    paths: Sequence[Path],
-    *,
-    split: str | None = None,
-    baseline: str | None = None,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Line up the figures of runs and evaluations, each against a baseline.
+def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any]:
+    """Line up the metrics of runs and evaluations, each against a baseline.
 
     A run is evaluated on the features that it was trained on. A document of ``csalign eval --json``
-    keeps its figures, and is measured again for the ranks of each query if it is of the baseline's
-    features, split and queries, and what it was made from is still there unchanged. The difference
-    to the baseline is then resampled in pairs; otherwise only the figures' own intervals are given.
-
-    Args:
-        paths: run folders and documents.
-        split: of the runs (default: test if there is one, else all).
-        baseline: name or path of one of them, or its number, from 1 on (default: the first).
-        progress: told how far it is.
+    keeps its metrics; its queries are ranked again if it has the baseline's features, split and
+    counts, both are exact, and its inputs are unchanged. The difference is then resampled in pairs.
 
     Returns:
-        ``{"evaluations": [{"name", "split", FIGURES..., "intervals", "difference", "verdict",
-        "parameters", "seconds"}, ...]}`` in the order given. A name is the adapter's path, or the
-        features' without one, less a folder that all share. "intervals" is ``{figure: [low,
-        high]}``, as far as they are known; "difference" is ``{figure: {"value", "interval"}}``,
-        and {} for the baseline and for what cannot be paired; "verdict" is of the mean recall:
-        "baseline", "better", "worse", "cannot tell" or "cannot tell (not paired)". "parameters"
-        and "seconds" are None where they are not known.
+        ``{"evaluations": [{"name", "split", "index", FIGURES..., "intervals", "difference",
+        "verdict", "parameters", "seconds"}, ...]}`` in the order given. "intervals" is
+        ``{metric: [low, high]}`` as far as known; "difference" is ``{metric: {"value",
+        "interval"}}``, {} for the baseline and unpaired systems; "verdict" is about the mean
+        recall: "baseline", "better", "worse", "cannot tell", "cannot tell (not paired)" or
+        "cannot tell (approximate)". "parameters" and "seconds" are None if unknown.
 
     Raises:
-        DataError: a path is missing, or is neither a run nor such a document; it is named.
-        ConfigError: `baseline` is none of them.
+        DataError: a path is missing, or is neither a run nor such a document.
+        ConfigError: the baseline is not one of them.
     """
-    if not paths:
-        return {"evaluations": []}
     entries = []
-    for number, path in enumerate(paths):
-        progress("evaluations", number, len(paths))
-        entries.append(_run(path, split) if path.is_dir() else _Entry(path, _read(path)))
-    progress("evaluations", len(paths), len(paths))
+    for number, path in enumerate(config.systems):
+        progress("evaluations", number, len(config.systems))
+        entries.append(_evaluate_run(path, config) if path.is_dir() else _read_document(path))
+    progress("evaluations", len(entries), len(entries))
     names = _names(entries)
-    first = _chosen(baseline, entries, names)
-    _pair(entries, names, first)
-    _warn_of_bandwidths(entries)
-    rows = [
-        {"name": name, "split": entry.document.split, **_row(entry, first)}
-        for name, entry in zip(names, entries, strict=True)
-    ]
-    called = [entry.document.names for entry in entries]
-    same = called[0] if all(own == called[0] for own in called) else None
-    return {"evaluations": rows} | ({} if same is None else {"names": same})
+    baseline = _find_baseline(config.baseline, entries, names)
+    _pair(entries, names, baseline, config)
+    known = {entry.document.bandwidth for entry in entries if entry.document.bandwidth is not None}
+    if len(known) > 1:
+        listed = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(known))
+        log.warning("CS divergences of different bandwidths (%s) are not comparable", listed)
+    rows = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
+    sides = entries[0].document.names
+    is_common = sides is not None and all(entry.document.names == sides for entry in entries)
+    return {"evaluations": rows} | ({"names": sides} if is_common else {})
 
 
-def _run(path: Path, split: str | None) -> _Entry:
+def _evaluate_run(path: Path, config: CompareConfig) -> _Entry:
     """Evaluate a run on the features that it was trained on."""
     info = read_info(path)
-    settings = path / CONFIG
+    features = read_settings(path).get("features")
+    if not isinstance(features, str):
+        raise SchemaError(f"{path / CONFIG}: names no features; compare documents of csalign eval")
+    shared = config.model_dump(include={"allow_adapter", "split", "device"})
+    options = EvalConfig(features=features, adapter=path, **shared)
     try:
-        features = read_settings(path)["features"]
-        manifest = read_manifest(EvalConfig(features=features).feature_set)
-    except KeyError:
-        if settings.is_file():
-            raise SchemaError(f"{settings}: names no features; train again") from None
-        raise DataError(
-            f"{path}: has no config.toml that names its features; use csalign eval --json and "
-            "compare what it prints"
-        ) from None
-    except (ValueError, TypeError, AttributeError):
-        raise SchemaError(f"{settings}: names no features; train again") from None
-    except SchemaError:
-        raise
+        fingerprint = read_manifest(options.feature_set).fingerprint()
     except DataError as error:
-        raise DataError(
+        raise type(error)(
             f"{path}: cannot be evaluated on the features that it was trained on: {error}"
         ) from None
-    if manifest.fingerprint() != info.data_fingerprint:
+    if fingerprint != info.data_fingerprint:
         log.warning("%s: %s changed since it was trained on them", path, features)
-    measured = measure(EvalConfig(features=features, adapter=path, split=split))
-    resamples = measured.resample()
-    return _Entry(path, _Document.model_validate(describe(measured, resamples)), resamples)
+    report = describe(measure(options))
+    return _Entry(path, _Document.model_validate(report.document), report.resamples)
 
 
-def _read(path: Path) -> _Document:
+def _read_document(path: Path) -> _Entry:
     try:
-        document = _Document.model_validate(parse_json(path.read_text(encoding="utf-8")))
-        document.figures()
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file; make one with csalign eval --json, or give a run"
+            f"{path}: no such file; write one with csalign eval --json, or pass a run"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and not {"retrieval", "gap"} & found.keys():
+        for key, kind in (("distribution", "image distances"), ("zero_shot", "classification")):
+            if key in found:
+                raise DataError(f"{path}: contains {kind} only; compare needs retrieval and gap")
+    try:
+        document = _Document.model_validate(found)
+        document.figures()
+    except (ValidationError, TypeError):
         raise DataError(
-            f"{path}: is not what csalign eval --json prints; give files of it, or runs"
+            f"{path}: is not a document of csalign eval --json; pass such documents, or runs"
         ) from None
-    return document
+    return _Entry(path, document)
 
 
 def _names(entries: Sequence[_Entry]) -> list[str]:
-    apart = len({entry.source.parent for entry in entries}) > 1
+    is_long = len({entry.source.parent for entry in entries}) > 1
     return [
-        (str(entry.source) if apart else entry.source.name)
+        (str(entry.source) if is_long else entry.source.name)
         + ("" if entry.document.adapter else " (no adapter)")
         for entry in entries
     ]
 
 
-def _chosen(baseline: str | None, entries: Sequence[_Entry], names: Sequence[str]) -> _Entry:
+def _find_baseline(baseline: str | None, entries: Sequence[_Entry], names: list[str]) -> _Entry:
     if baseline is None:
         return entries[0]
     for entry, name in zip(entries, names, strict=True):
@@ -208,131 +187,108 @@ def _chosen(baseline: str | None, entries: Sequence[_Entry], names: Sequence[str
     if baseline.isascii() and baseline.isdigit() and 1 <= int(baseline) <= len(entries):
         return entries[int(baseline) - 1]
     raise ConfigError(
-        f"baseline: {baseline!r} is none of {', '.join(names)}; name one of them, or give its "
+        f"baseline: {baseline!r} is not one of {', '.join(names)}; name one of them, or pass its "
         f"number, 1 to {len(entries)}"
     )
 
 
-def _pair(entries: Sequence[_Entry], names: Sequence[str], baseline: _Entry) -> None:
-    """Get resamples for all that can be paired with the baseline; say what cannot, and why."""
-    others = [entry for entry in entries if entry is not baseline]
-    for entry in others:
-        entry.unpaired = _other_data(entry.document, baseline.document)
-    matching = [entry for entry in others if entry.unpaired is None]
-    if matching:
-        for entry in (baseline, *matching):
-            if entry.resamples is None:
-                entry.resamples, entry.unpaired = _measured_again(entry.document)
-    if baseline.unpaired is not None:
-        for entry in matching:
-            entry.unpaired = f"of the baseline, {baseline.unpaired}"
-    reasons = [
-        f"{name} ({entry.unpaired})"
-        for name, entry in zip(names, entries, strict=True)
-        if entry is not baseline and entry.unpaired is not None
-    ]
+def _pair(
+    entries: Sequence[_Entry], names: list[str], baseline: _Entry, config: CompareConfig
+) -> None:
+    """Resample all that can be paired with the baseline; log what cannot, and why."""
+    reasons = []
+    for entry, name in zip(entries, names, strict=True):
+        if entry is not baseline:
+            entry.unpaired = _reason_against_pairing(entry.document, baseline.document)
+            if entry.unpaired is None:
+                _resample(baseline, config)
+                _resample(entry, config)
+            if entry.unpaired is None and baseline.unpaired is not None:
+                entry.unpaired = f"of the baseline, {baseline.unpaired}"
+            if entry.unpaired is not None:
+                reasons.append(f"{name} ({entry.unpaired})")
     if reasons:
-        log.warning(
-            "not paired with the baseline, so no difference is judged: %s", "; ".join(reasons)
-        )
+        log.warning("not paired with the baseline, so not judged: %s", "; ".join(reasons))
 
 
-def _other_data(document: _Document, baseline: _Document) -> str | None:
-    """Why two documents are not of the same queries, None if they are."""
-    if document.fingerprints is None or baseline.fingerprints is None:
-        return "an older csalign eval, which did not note what it measured"
-    if document.fingerprints.features != baseline.fingerprints.features:
+def _reason_against_pairing(document: _Document, baseline: _Document) -> str | None:
+    own, other = document.fingerprints, baseline.fingerprints
+    if own is None or other is None:
+        return "written by an older csalign eval without fingerprints"
+    if own.features != other.features:
         return "other features"
     if document.protocol != baseline.protocol:
         return f"protocol {document.protocol.name}, the baseline {baseline.protocol.name}"
     if document.split != baseline.split:
         return f"split {document.split}, the baseline {baseline.split}"
-    return None if document.data() == baseline.data() else "another number of queries"
+    if document.counts != baseline.counts:
+        return "another number of queries"
+    kinds = document.index.kind, baseline.index.kind
+    return None if kinds == ("exact", "exact") else "ranks {}, the baseline {}".format(*kinds)
 
 
-def _measured_again(document: _Document) -> tuple[Resamples | None, str | None]:
-    """Resamples of what a document describes, or why there are none."""
+def _resample(entry: _Entry, config: CompareConfig) -> None:
+    """Measure again what a document describes and resample it, or state why it cannot be done."""
+    document = entry.document
+    if entry.resamples is not None or entry.unpaired is not None:
+        return
+    given = document.model_dump(include={"features", "adapter", "split"})
+    given |= config.model_dump(include={"allow_adapter", "device"})
     try:
-        config = EvalConfig.resolve(
-            None,
-            {
-                "features": document.features,
-                "adapter": document.adapter,
-                "split": document.split,
-                "protocol": document.protocol.name,
-            },
-        )
-        measured = measure(config)
+        evaluation = measure(EvalConfig.resolve(None, given | {"protocol": document.protocol.name}))
     except CsalignError as error:
-        return None, str(error)
-    for part, fingerprint in measured.fingerprints.items():
+        entry.unpaired = str(error)
+        return
+    for part, fingerprint in evaluation.aligned.fingerprints().items():
         if fingerprint != getattr(document.fingerprints, part):
-            return None, f"{getattr(document, part)} changed since its evaluation"
-    return measured.resample(), None
+            entry.unpaired = f"{getattr(document, part)} changed since its evaluation"
+            return
+    entry.resamples = evaluation.resample()
 
 
-def _warn_of_bandwidths(entries: Sequence[_Entry]) -> None:
-    known = {entry.document.bandwidth for entry in entries} - {None}
-    if len(known) > 1:
-        log.warning(
-            "CS figures of different bandwidths (%s) say nothing of each other",
-            ", ".join(f"{bandwidth:g}" for bandwidth in sorted(filter(None, known))),
-        )
-
-
-def _row(entry: _Entry, baseline: _Entry) -> dict[str, Any]:
-    figures = entry.document.figures()
-    known = entry.resamples.intervals() if entry.resamples else entry.document.intervals
-    found = {name: _interval(known, place[1:]) for name, place in FIGURES.items()}
-    intervals = {name: list(interval) for name, interval in found.items() if interval}
-    difference, verdict = _difference(entry, baseline)
+def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
+    document, figures = entry.document, entry.document.figures()
+    known = entry.resamples.intervals() if entry.resamples else document.intervals
+    intervals = {name: _at(known, place[1:]) for name, place in FIGURES.items()}
+    difference: dict[str, Any] = {}
+    is_exact = {document.index.kind, baseline.document.index.kind} == {"exact"}
+    verdict = NOT_PAIRED if is_exact else APPROXIMATE
+    own, others = entry.resamples, baseline.resamples
+    if entry is baseline:
+        verdict = BASELINE
+    elif own is not None and others is not None and entry.unpaired is None:
+        for figure, value in baseline.document.figures().items():
+            if (place := FIGURES[figure][1:]) in own.figures:
+                interval, _ = own.minus(others, place)
+                difference[figure] = {"value": figures[figure] - value, "interval": list(interval)}
+        verdict = own.minus(others, FIGURES[DECIDES][1:])[1].value
     return {
+        "name": name,
+        "split": document.split,
+        "index": document.index.kind,
         **figures,
-        "intervals": intervals,
+        "intervals": {name: list(found) for name, found in intervals.items() if found},
         "difference": difference,
-        "verdict": BASELINE if entry is baseline else verdict,
-        "parameters": entry.document.parameters,
-        "seconds": _seconds(entry.document),
+        "verdict": verdict,
+        "parameters": document.parameters,
+        "seconds": _seconds(document),
     }
 
 
-def _difference(entry: _Entry, baseline: _Entry) -> tuple[dict[str, Any], str]:
-    """Each figure less the baseline's, and what to make of it."""
-    own, others = entry.resamples, baseline.resamples
-    if entry is baseline or entry.unpaired or own is None or others is None:
-        return {}, NOT_PAIRED
-    found, start, difference = entry.document.figures(), baseline.document.figures(), {}
-    for name, (_, *place) in FIGURES.items():
-        if tuple(place) in own.figures:
-            interval, _ = own.minus(others, tuple(place))
-            value = found[name] - start[name]
-            difference[name] = {"value": value, "interval": list(interval)}
-    _, verdict = own.minus(others, FIGURES[DECIDES][1:])
-    return difference, verdict.value
-
-
-def _interval(known: Any, place: Sequence[str]) -> Limits | None:
-    try:
-        found = _at(known, place)
-    except (KeyError, TypeError):
-        return None
-    return None if isinstance(found, dict) else found
-
-
 def _seconds(document: _Document) -> float | None:
-    """How long a run took to train, where it says so and is still what was evaluated."""
-    if document.adapter is None or document.fingerprints is None:
-        return None
-    run = Path(document.adapter)
+    """Return the training time of a run, if it is recorded and the run is what was evaluated."""
     try:
-        environment = read_environment(run)
+        run = Path(document.adapter or "")
+        if document.fingerprints is None or document.fingerprints.adapter is None:
+            return None
         same = read_info(run).weights_sha256 == document.fingerprints.adapter
-        return float(environment["seconds"]) if same else None
+        return float(read_environment(run)["seconds"]) if same else None
     except (CsalignError, OSError, ValueError, KeyError, TypeError):
-        return None  # only a remark beside the figures
+        return None  # only a remark beside the metrics
 
 
 def _at(document: Any, place: Sequence[str]) -> Any:
+    """Return a number of a nested document; None if there is none."""
     for key in place:
-        document = document[key]
-    return document
+        document = document.get(key) if isinstance(document, dict) else None
+    return None if isinstance(document, dict) else document

@@ -1,128 +1,173 @@
-"""Options of ``csalign eval`` and ``csalign diagnose``."""
+"""Options of ``csalign eval``, ``compare``, ``diagnose`` and ``inspect``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from csalign.core.config import Config, Location, NotNegative, Positive, RunFolder, Words
 from csalign.core.errors import ConfigError
 
+Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
 
-class DiagnoseConfig(Config):
-    """``csalign diagnose``: where the objective works against itself."""
+# What `eval --images --generated` accepts.
+_OF_IMAGE_SETS = {"images", "generated", "encoder", "split", "explain", "device"}
 
-    features: Location = Field(description="Feature set to look at.")
-    adapter: RunFolder | None = Field(
-        None, description="Run folder; without it the features are taken as they are."
+
+class AdaptedOptions(Config):
+    """The rows to measure, and what may embed them."""
+
+    panel: ClassVar[str] = "Source"
+
+    split: str | None = Field(
+        None, description="Split(s), comma-separated, or all (default: test if any, else all)."
     )
     allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+        None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
     )
-    split: str | None = Field(
-        None, description="Split(s), comma-separated (default: test if there is one, else all)."
-    )
-    logit_scale: Positive | None = Field(
-        None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
-    )
-    cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the divergence.")
-    bandwidth: Positive = Field(0.5, description="Bandwidth of the divergence.")
-    pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to look at, at most.")
-    plot: Path | None = Field(
-        None, description="Also write a page with plots, such as diagnosis.html."
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of which pairs are taken.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
-class EvalConfig(Config):
-    """``csalign eval``: retrieval and modality gap, or two sets of images."""
+class SourceOptions(AdaptedOptions):
+    """The embeddings to measure."""
 
     features: Location | None = Field(
-        None, description="Feature set to evaluate on. Required, but for --images."
-    )
-    images: str | None = Field(
-        None,
-        description="Real images, to compare with --generated in place of an evaluation of "
-        "features: a folder or what else extract reads, or a feature set.",
-    )
-    generated: str | None = Field(None, description="Generated images, likewise.")
-    encoder: str | None = Field(
-        None, description="Encoder that embeds --images and --generated, as extract names it."
+        None, description="Feature set to evaluate. Required unless --images is given."
     )
     adapter: RunFolder | None = Field(
-        None, description="Run folder; without it the features are evaluated as they are."
-    )
-    allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
-    )
-    split: str | None = Field(
-        None,
-        description="Split(s), comma-separated; 'all' takes every row (default: test if "
-        "there is one, else all).",
-    )
-    protocol: Literal["all", "coco-5k", "coco-1k", "flickr-1k"] = Field(
-        "all",
-        description="Rows to measure: coco-5k, 5,000 images with all captions; coco-1k, the mean "
-        "over five folds of 1,000 images with five captions each; flickr-1k, 1,000 images.",
-    )
-    groups: Location | None = Field(
-        None,
-        description="Table (.csv, .tsv, .jsonl) that tells of images by image_id or id, for "
-        "--relevance, --by and --labels; columns of the set itself, as source, need none.",
-    )
-    relevance: str | None = Field(
-        None,
-        description="COLUMN: images that agree in it are right for each other's captions too; "
-        "gives mAP and nDCG@10.",
-    )
-    by: str | None = Field(
-        None, description="COLUMN: retrieval also by what it says of the query's image."
-    )
-    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
-        Field(
-            None,
-            description="Retrieval also with hubs corrected for: csls, inverted-softmax, centre, "
-            "several by comma.",
-        )
-    )
-    zero_shot: Location | None = Field(
-        None,
-        description="Feature set of class prompts (texts), to classify the images by; needs "
-        "--labels.",
-    )
-    labels: str | None = Field(
-        None, description="COLUMN or TABLE.csv:COLUMN that tells the class of each image."
-    )
-    class_of: str | None = Field(
-        None,
-        description="TABLE.csv or TABLE.csv:COLUMN that tells the class of each prompt by its id "
-        "or caption (default: what is before the last slash of its id, as in cat/0).",
-    )
-    explain: bool = Field(False, description="Tell the formula and source of each figure.")
-    bandwidth: Positive = Field(0.5, description="Bandwidth of the CS and MMD figures.")
-    index: Literal["exact", "ivf", "hnsw"] = Field(
-        "exact",
-        description="Rank among all items, or among the 100 that an approximate index of FAISS "
-        "lists, whose own recall is then measured too.",
-    )
-    intervals: bool = Field(True, description="Bootstrap intervals (95 %) over images.")
-    resamples: int = Field(1_000, ge=100, le=100_000, description="Resamples of the intervals.")
-    report: Path | None = Field(
-        None, description="Also write a page with plots and queries, such as evaluation.html."
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the figures that sample.")
-    device: str = Field(
-        "auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter and, on CUDA, the ranks."
+        None, description="Run folder (default: evaluate the features as they are)."
     )
 
     @property
     def feature_set(self) -> Path:
-        """The features, where it is them that are evaluated.
-
-        Raises:
-            ConfigError: none are named.
-        """
+        """The features; ConfigError without any."""
         if self.features is None:
             raise ConfigError("features: is required")
         return self.features
+
+
+class ImageSetOptions(Config):
+    """Two sets of images to compare, in place of an evaluation of features."""
+
+    panel: ClassVar[str] = "Image sets"
+
+    images: str | None = Field(
+        None, description="Real images: a feature set, or any source that extract accepts."
+    )
+    generated: str | None = Field(None, description="Generated images, in either form.")
+    encoder: str | None = Field(
+        None, description="Encoder of --images and --generated, named as for extract."
+    )
+
+
+class ExtraOptions(Config):
+    """Metrics beside retrieval and the gap."""
+
+    panel: ClassVar[str] = "Extra metrics"
+
+    groups: Location | None = Field(
+        None, description="Table (.csv, .tsv, .jsonl) with more columns of images, by image_id."
+    )
+    relevance: str | None = Field(
+        None, description="COLUMN: images that agree in it share their captions; adds mAP, nDCG."
+    )
+    by: str | None = Field(None, description="COLUMN: also break retrieval down by this column.")
+    correct: Annotated[tuple[Literal["csls", "inverted-softmax", "centre"], ...] | None, Words] = (
+        Field(None, description="Also correct retrieval for hubness, comma-separated.")
+    )
+    zero_shot: Location | None = Field(
+        None, description="Feature set of class prompts to classify images by; requires --labels."
+    )
+    labels: str | None = Field(
+        None, description="COLUMN or TABLE.csv:COLUMN with the class of each image."
+    )
+    class_of: str | None = Field(
+        None, description="TABLE.csv[:COLUMN] with each prompt's class (default: id before /)."
+    )
+
+
+class MeasureOptions(Config):
+    """How retrieval and the gap are measured."""
+
+    panel: ClassVar[str] = "Measurement"
+
+    protocol: Protocol = Field("all", description="Rows to measure, as in the literature.")
+    bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS and MMD metrics.")
+    index: Literal["exact", "ivf", "hnsw"] = Field(
+        "exact", description="Rank all items, or the 100 nearest by an approximate FAISS index."
+    )
+    intervals: bool = Field(True, description="95 % bootstrap intervals over images.")
+    resamples: int = Field(1_000, ge=100, le=100_000, description="Bootstrap resamples.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of resampling and sampled metrics.")
+
+
+class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
+    """``csalign eval``: retrieval and modality gap, or the distance of two image sets."""
+
+    panel: ClassVar[str] = "Output"
+
+    explain: bool = Field(False, description="Print the formula and source of each metric.")
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, such as evaluation.html."
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError if options are missing or do not go together."""
+        if self.images is not None or self.generated is not None:
+            if self.images is None or self.generated is None:
+                raise ConfigError("images, generated: are compared with each other; pass both")
+            if others := sorted(self.model_fields_set - _OF_IMAGE_SETS):
+                names = ", ".join(name.replace("_", "-") for name in others)
+                raise ConfigError(f"{names}: cannot be used with --images and --generated; omit")
+            return
+        _ = self.feature_set
+        if (self.zero_shot is None) != (self.labels is None):
+            raise ConfigError("--zero-shot CLASSES and --labels COLUMN go together; pass both")
+        if self.class_of is not None and self.zero_shot is None:
+            raise ConfigError("--class-of describes the prompts of --zero-shot; pass both")
+        if self.groups is not None and not (self.relevance or self.by or self.labels):
+            raise ConfigError("--groups: name its column by --relevance, --by or --labels")
+
+
+class DiagnoseConfig(SourceOptions):
+    """``csalign diagnose``: the conflict between alignment and uniformity."""
+
+    panel: ClassVar[str] = "Analysis"
+
+    features: Location = Field(description="Feature set to analyse.")
+    logit_scale: Positive | None = Field(
+        None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
+    )
+    cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the CS divergence.")
+    bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS divergence.")
+    pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to sample, at most.")
+    plot: Path | None = Field(
+        None, description="Also write a page with plots, such as diagnosis.html."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampled rows.")
+
+
+class CompareConfig(AdaptedOptions):
+    """``csalign compare``: runs and evaluations, each against a baseline."""
+
+    positional: ClassVar[tuple[str, ...]] = ("systems",)
+
+    systems: tuple[Path, ...] = Field(
+        min_length=1,
+        title="RUN|EVAL.json",
+        description="Runs, evaluated on their features, and documents of csalign eval --json.",
+    )
+    baseline: str | None = Field(
+        None, description="Name, path or number (from 1) of the baseline (default: the first)."
+    )
+
+
+class InspectConfig(Config):
+    """``csalign inspect``: the content of an artifact."""
+
+    positional: ClassVar[tuple[str, ...]] = ("path",)
+
+    path: Location = Field(description="A feature set, a run, an index, or a file in one.")
+    merge: bool = Field(
+        False, description="First build the feature set from the parts in PATH.partial."
+    )

@@ -1,10 +1,8 @@
-"""``csalign eval``: retrieval and the modality gap of a feature set, raw or adapted.
+"""``csalign eval``: retrieval and modality gap, zero-shot classification, or two image sets."""
 
-Two sets of images are compared in `csalign.evaluation.image_sets`.
-"""
-
+import json
 import logging
-from collections.abc import Sequence
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,27 +16,22 @@ from csalign.adapters.model import Adapter
 from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError
+from csalign.core.errors import ConfigError, DataError
+from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, silent
-from csalign.core.side_names import Names
-from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.extra_metrics import (
-    NOTHING_ASKED,
-    Asked,
-    check_options,
-    further_blocks,
-    hubness_block,
-    look_up,
-)
-from csalign.evaluation.image_sets import compare_images
-from csalign.evaluation.page import Evaluated, write_report
+from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
+from csalign.evaluation.extra_metrics import Extras, prepare_extras
+from csalign.evaluation.page import EvaluationReport, write_report
 from csalign.evaluation.protocols import (
     DIRECTIONS,
+    AlignedRows,
     Gallery,
-    folds_of,
+    Ranks,
+    mean_of,
     protocol_block,
     retrieval_block,
     select,
+    split_folds,
 )
 from csalign.features.checks import warn_of_queries
 from csalign.features.join import (
@@ -51,16 +44,22 @@ from csalign.features.join import (
     split_names,
     unit_rows,
 )
+from csalign.features.manifest import FAILURES, MANIFEST
 from csalign.features.reader import FeatureSet
+from csalign.ingest.config import ExtractConfig
+from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite
+from csalign.metrics.hubness import hubness
+from csalign.metrics.image_sets import image_distances
 from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.page import check_page
 from csalign.runs.load import embed_rows, load_adapter_for
 
 COLLAPSED_RANK = 1.5  # effective dimensions
+FEWEST_IMAGES = 2  # for a covariance
 
 log = logging.getLogger(__name__)
 
@@ -68,61 +67,34 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Embeddings of a split in the shared space, and where each query found its matches.
+class Evaluation:
+    """Ranked rows: the galleries that are searched separately, one without folds, and their ranks.
 
-    Attributes:
-        config: what was asked for.
-        split: which split(s) were taken.
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        text_image: (m,) int64, image row of each text, -1 for none.
-        folds: what is searched by itself, in order; all of it, but for a protocol with folds.
-        fold_ranks: of each fold, image to text, and text to image.
-        index: what ranked, as the document has it.
-        protocol: what decides a score beside the model.
-        asked: what further figures are made from.
-        fingerprints: of the features' content and of the adapter's weights, None without one.
-        parameters: of the adapter, None without one.
-        names: what the sides are called, None where that is image and text.
+    `index` is a block of the document, and `extras` computes the extra metrics.
     """
 
-    config: EvalConfig
-    split: str
-    images: Floats
-    texts: Floats
-    text_image: npt.NDArray[np.int64]
+    aligned: AlignedRows
+    options: MeasureOptions
     folds: tuple[Gallery, ...]
-    fold_ranks: tuple[tuple[DirectionRanks, DirectionRanks], ...]
+    fold_ranks: tuple[Ranks, ...]
     index: dict[str, Any]
-    protocol: dict[str, Any]
-    asked: Asked
-    fingerprints: dict[str, str | None]
-    parameters: int | None
-    names: Names | None = None
+    extras: Extras | None
 
     @property
-    def ranks(self) -> tuple[DirectionRanks, DirectionRanks]:
+    def ranks(self) -> Ranks:
         """Image to text, and text to image, over all folds."""
-        if len(self.fold_ranks) == 1:
-            return self.fold_ranks[0]
-        forth, back = (DirectionRanks.joined(ranks) for ranks in zip(*self.fold_ranks, strict=True))
-        return forth, back
+        forth, back = zip(*self.fold_ranks, strict=True)
+        return DirectionRanks.joined(forth), DirectionRanks.joined(back)
 
     def resample(self) -> Resamples:
-        """The figures on bootstrap resamples, as many and by the seed that the config says.
+        """Compute the metrics on bootstrap resamples.
 
-        Folds are of one size, so that a mean over queries is the mean of the folds' means; a
-        median is not, and has no interval where there are several.
+        Folds have one size, so that a mean over queries is the mean over folds; a median is not,
+        and has no interval if there are several folds.
         """
-        found = resample(
-            self.ranks,
-            self.images,
-            self.texts,
-            self.text_image,
-            resamples=self.config.resamples,
-            seed=self.config.seed,
-        )
+        aligned, options = self.aligned, self.options
+        rows = aligned.images, aligned.texts, aligned.rows.text_image
+        found = resample(self.ranks, *rows, resamples=options.resamples, seed=options.seed)
         if len(self.folds) == 1:
             return found
         kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
@@ -130,273 +102,283 @@ class Measured:
 
 
 def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Measure retrieval and gap.
+    """Measure retrieval and modality gap, classify images, or compare two sets of images.
 
-    Under torchrun the processes share the search for exact ranks, and each returns the document.
-
-    Args:
-        config: what to measure.
-        progress: told how far it is.
+    Under torchrun the processes share the exact ranking, and each returns the document.
 
     Returns:
         The document that ``csalign eval --json`` prints: plain numbers, recalls in [0, 1];
-        "intervals" are nested as "retrieval" is, with those of the gap beside them. "graded",
-        "by", "corrected", "zero_shot" and "explanations" are there if they are asked for. Images
-        without any texts are classified and no more: what is about texts is then absent.
+        "intervals" are nested as "retrieval" is, with those of the gap beside them. Images
+        without texts are only classified: everything about texts is then absent.
 
     Raises:
-        ConfigError: options that say nothing without others.
-        DataError: no such feature set or split, no pairs in it, rows that the protocol does not
-            fit, a row without a direction, or a table that does not fit the rows.
-        ShapeError: widths do not fit: each other's without an adapter, or the adapter's.
+        ConfigError: options are missing or do not go together.
+        DataError: no such feature set, split or pairs; rows that do not fit the protocol or the
+            tables; a row without a direction; image sets of different encoders.
+        EncoderError: the encoder of image sets cannot be loaded or run.
+        ShapeError: the widths of the sides, or of the adapter, do not match.
         SchemaError: the features or the adapter are damaged.
-        OutputError: the page cannot be written where it is wanted.
+        OutputError: the page cannot be written.
     """
-    if config.images is not None or config.generated is not None:
-        return compare_images(config, progress)
-    with distributed.process_group():
-        if not distributed.is_main_process():
-            if config.index == "exact" and not _has_images_alone(config):
-                measure(config)
-            document: dict[str, Any] = distributed.broadcast(dict)
-            return document
-        document = _evaluate(config, progress)
-        distributed.broadcast(lambda: document)
-        return document
-
-
-def _evaluate(config: EvalConfig, progress: Progress) -> dict[str, Any]:
-    check_options(config)
-    if config.report is not None:
-        check_page(config.report)
-    progress("evaluation stages", 0, 3)
-    if _has_images_alone(config):
-        document = _classify_alone(config)
-        progress("evaluation stages", 3, 3)
-        return document
-    measured = measure(config)
-    progress("evaluation stages", 1, 3)
-    resamples = measured.resample() if config.intervals else None
-    progress("evaluation stages", 2, 3)
-    described = describe(measured, resamples)
-    if config.report is not None:
-        _write_page(measured, described, config.report)
-    progress("evaluation stages", 3, 3)
-    return described
-
-
-def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> None:
-    """Write the page of an evaluation; reads its rows again, for what was before the adapter."""
-    config = measured.config
-    features = FeatureSet.open(config.feature_set)
-    shown = Evaluated(
-        features=features,
-        rows=select(config.protocol, load_rows(features, measured.split)),
-        images=measured.images,
-        texts=measured.texts,
-        adapted=config.adapter is not None,
-        ranks=measured.ranks,
-        document=document,
-    )
-    title = f"{config.feature_set}, {config.adapter or 'no adapter'}, split {measured.split}"
-    write_report(path, title, shown, config.adapter, config.seed)
-
-
-def _has_images_alone(config: EvalConfig) -> bool:
-    if config.zero_shot is None:
-        return False
-    return FeatureSet.open(config.feature_set).texts.made_by is None
-
-
-def measure(config: EvalConfig) -> Measured:
-    """Embed the rows and rank them; arguments and errors are those of `evaluate`.
-
-    Where processes have joined, all of them have to call it.
-    """
-    features = FeatureSet.open(config.feature_set)
-    split = _split(config, features)
-    rows = select(config.protocol, load_rows(features, split))
-    images, texts, loaded = _aligned(features, rows, split, config)
-    warn_of_queries(rows, rows.name)
-    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
-    fingerprints = {
-        "features": features.manifest.fingerprint(),
-        "adapter": loaded[1].weights_sha256 if loaded else None,
-    }
-    parameters = sum(loaded[0].parameter_counts().values()) if loaded else None
-    divided = distributed.world().size > 1
-    measured = measure_rows(config, split, rows, images, texts, divided=divided)
-    return replace(
-        measured,
-        asked=asked,
-        fingerprints=fingerprints,
-        parameters=parameters,
-        names=features.manifest.names,
-    )
-
-
-def measure_rows(
-    config: EvalConfig,
-    split: str,
-    rows: PairedRows,
-    images: Floats,
-    texts: Floats,
-    *,
-    divided: bool = False,
-) -> Measured:
-    """Rank embeddings that are there already.
-
-    Args:
-        config: which index and protocol.
-        split: what they are of.
-        rows: that they were made from, those of the protocol.
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        divided: whether all processes of the job call this, and share the search.
-    """
-    folds = folds_of(config.protocol, Gallery(images, texts, rows.text_image))
-    ranks, index = _ranked(folds, config, divided=divided)
-    return Measured(
-        config=config,
-        split=split,
-        images=images,
-        texts=texts,
-        text_image=rows.text_image,
-        folds=folds,
-        fold_ranks=ranks,
-        index=index,
-        protocol=protocol_block(config.protocol, split, rows),
-        asked=NOTHING_ASKED,
-        fingerprints={},
-        parameters=None,
-    )
-
-
-def _split(config: EvalConfig, features: FeatureSet) -> str:
-    return config.split or ("test" if "test" in features.splits() else ALL)
-
-
-def _classify_alone(config: EvalConfig) -> dict[str, Any]:
-    """Zero-shot classification of a feature set without texts."""
-    if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
-        raise DataError(
-            f"{config.feature_set}: has no texts, so there is no retrieval; leave out --relevance, "
-            "--by, --correct, --report and --protocol"
-        )
-    features = FeatureSet.open(config.feature_set)
-    split = _split(config, features)
-    rows = load_side(features, split, Modality.IMAGE)
-    name, loaded = f"{rows.name}: images", None
-    if not len(rows.images):
-        raise DataError(f"{rows.name}: holds no images; name another --split")
-    if config.adapter is None:
-        images = unit_rows(rows.images, rows.image_ids, name)
+    config.check()
+    if config.images is not None and config.generated is not None:
+        document = _compare_image_sets(config, config.images, config.generated, progress)
     else:
-        check_directions(rows.images, rows.image_ids, name)
-        loaded = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
-        images = embed_rows(loaded[0], Modality.IMAGE, rows, features)
-    asked = look_up(config, features, rows.image_ids.to_pylist(), images.shape[1], loaded)
-    further, around = further_blocks(config, (), None, asked, images)
-    document = {
-        "features": str(config.feature_set),
-        "adapter": None if config.adapter is None else str(config.adapter),
-        "split": split,
-        "fingerprints": {
-            "features": features.manifest.fingerprint(),
-            "adapter": loaded[1].weights_sha256 if loaded else None,
-        },
-        "counts": {"images": len(images), "texts": 0, "pairs": 0},
-        **further,
-        "intervals": around,
-    }
+        with distributed.process_group():
+            document = _evaluate_features(config, progress)
     return document | ({"explanations": explain(document)} if config.explain else {})
 
 
-def describe(measured: Measured, resamples: Resamples | None) -> dict[str, Any]:
-    """Compute all figures and write the document of `evaluate`.
+def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:
+    if config.report is not None:
+        check_page(config.report)
+    progress("evaluation stages", 0, 2)
+    if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.made_by is None:
+        return distributed.broadcast(lambda: _classify_images(config))
+    if distributed.is_main_process() or config.index == "exact":
+        evaluation = measure(config)
+    progress("evaluation stages", 1, 2)
+
+    def finish() -> dict[str, Any]:
+        report = describe(evaluation)
+        if config.report is not None:
+            split = evaluation.aligned.split
+            title = f"{config.features}, {config.adapter or 'no adapter'}, split {split}"
+            write_report(config.report, title, report, config.adapter, config.seed)
+        return report.document
+
+    document = distributed.broadcast(finish)
+    progress("evaluation stages", 2, 2)
+    return document
+
+
+def load_aligned(
+    source: SourceOptions, protocol: Protocol = "all", *, images_only: bool = False
+) -> AlignedRows:
+    """Load rows, or images only, and embed them in the shared space; raises as `evaluate`."""
+    features = FeatureSet.open(source.feature_set)
+    split = source.split or ("test" if "test" in features.splits() else ALL)
+    if images_only:
+        rows = load_side(features, split, Modality.IMAGE)
+        if not len(rows.images):
+            raise DataError(f"{rows.name}: contains no images; name another --split")
+    else:
+        rows = select(protocol, load_rows(features, split))
+    loaded = _load_adapter(source, features)
+    if loaded is None:
+        check_same_width(rows)
+        images, texts = (_embed(None, features, rows, side) for side in Modality)
+        return AlignedRows(features, split, rows, images, texts)
+    adapter, info = loaded
+    _warn_of_trained_rows(features, info, split)
+    images = _embed(adapter, features, rows, Modality.IMAGE)
+    texts = images[:0] if images_only else _embed(adapter, features, rows, Modality.TEXT)
+    count = sum(adapter.parameter_counts().values())
+    return AlignedRows(
+        features, split, rows, images, texts, source.adapter, info.weights_sha256, count
+    )
+
+
+def measure(config: EvalConfig) -> Evaluation:
+    """Embed and rank the rows of a split; arguments and errors are those of `evaluate`.
+
+    In a process group all processes have to call it.
+    """
+    aligned = load_aligned(config, config.protocol)
+    warn_of_queries(aligned.rows, aligned.rows.name)
+    divided = distributed.world().size > 1
+    extras = _prepare_extras(config, aligned)
+    return measure_rows(aligned, config, extras, device=config.device, divided=divided)
+
+
+def measure_rows(
+    aligned: AlignedRows,
+    options: MeasureOptions,
+    extras: Extras | None = None,
+    *,
+    device: str = "auto",
+    divided: bool = False,
+) -> Evaluation:
+    """Rank rows that are embedded already.
 
     Args:
-        measured: embeddings and ranks.
-        resamples: for the intervals; without them there are none.
+        aligned: the rows, those of the protocol.
+        options: of the measurement.
+        extras: computes the extra metrics.
+        device: of the exact ranking, if it is CUDA.
+        divided: whether all processes of the group call this, and share the ranking.
     """
-    config, images, texts = measured.config, measured.images, measured.texts
-    gap = gap_suite(images, texts, measured.text_image, sigma=config.bandwidth, seed=config.seed)
+    whole = Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
+    folds = split_folds(options.protocol, whole)
+    if options.index == "exact":
+        chosen = pick_device(device)
+        chosen = chosen if chosen.type == "cuda" else torch.device("cpu")
+        index: dict[str, Any] = {"kind": "exact", "device": chosen.type}
+        ranks = tuple(fold.rank(chosen, divided=divided) for fold in folds)
+    else:
+        found = [
+            rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, options.index)
+            for fold in folds
+        ]
+        ranks = tuple(own for own, _ in found)
+        recalls = np.mean([recall for _, recall in found], axis=0).tolist()
+        index = {
+            "kind": options.index,
+            "listed": LISTED,
+            f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+        }
+    return Evaluation(aligned, options, folds, ranks, index, extras)
+
+
+def describe(evaluation: Evaluation) -> EvaluationReport:
+    """Compute all metrics, with their intervals if the options want them."""
+    aligned, options = evaluation.aligned, evaluation.options
+    images, texts, text_image = aligned.images, aligned.texts, aligned.rows.text_image
+    gap = gap_suite(images, texts, text_image, sigma=options.bandwidth, seed=options.seed)
     for side, rank in gap["effective_rank"].items():
         if rank < COLLAPSED_RANK:
             log.warning(
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
             )
-    pairs = int((measured.text_image >= 0).sum())
-    further, around = further_blocks(config, measured.folds, measured.ranks, measured.asked, images)
+    ranks = evaluation.ranks
+    resamples = evaluation.resample() if options.intervals else None
+    extras, folds = evaluation.extras, evaluation.folds
+    extra, extra_intervals = extras(images, folds, ranks, options) if extras else ({}, {})
     document = {
-        "features": str(config.feature_set),
-        "adapter": None if config.adapter is None else str(config.adapter),
-        "split": measured.split,
-        **({} if measured.names is None else {"names": dict(measured.names)}),
-        "fingerprints": measured.fingerprints,
-        "parameters": measured.parameters,
-        "bandwidth": config.bandwidth,
-        "counts": {"images": len(images), "texts": len(texts), "pairs": pairs},
-        "index": measured.index,
-        "protocol": measured.protocol,
-        "retrieval": retrieval_block(measured.fold_ranks),
+        **aligned.describe(),
+        "fingerprints": aligned.fingerprints(),
+        "parameters": aligned.parameters,
+        "bandwidth": options.bandwidth,
+        "counts": {"images": len(images), "texts": len(texts), "pairs": aligned.rows.pairs},
+        "index": evaluation.index,
+        "protocol": protocol_block(options.protocol, aligned.split, aligned.rows),
+        "retrieval": retrieval_block(evaluation.fold_ranks),
         "gap": gap,
-        "hubness": hubness_block(measured.folds),
-        **further,
-        "intervals": resamples.intervals() | around if resamples else {},
+        "hubness": mean_of([hubness(fold.images, fold.texts) for fold in folds]),
+        **extra,
+        "intervals": resamples.intervals() | extra_intervals if resamples else {},
     }
-    return document | ({"explanations": explain(document)} if config.explain else {})
+    return EvaluationReport(aligned, ranks, resamples, document)
 
 
-def _ranked(
-    folds: Sequence[Gallery], config: EvalConfig, *, divided: bool
-) -> tuple[tuple[tuple[DirectionRanks, DirectionRanks], ...], dict[str, Any]]:
-    """Ranks, exact or by an index, and what the document says of how they were found."""
-    if config.index == "exact":
-        asked = pick_device(config.device)
-        device = asked if asked.type == "cuda" else torch.device("cpu")
-        told: dict[str, Any] = {"kind": config.index, "device": device.type}
-        return tuple(fold.rank(device, divided=divided) for fold in folds), told
-    found = [
-        rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, config.index)
-        for fold in folds
-    ]
-    recalls = np.mean([own for _, own in found], axis=0).tolist()
-    told = {
-        "kind": config.index,
-        "listed": LISTED,
-        f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+def _classify_images(config: EvalConfig) -> dict[str, Any]:
+    """Classify the images of a feature set without texts."""
+    if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
+        raise DataError(
+            f"{config.features}: contains no texts, so there is no retrieval; omit --relevance, "
+            "--by, --correct, --report and --protocol"
+        )
+    aligned = load_aligned(config, images_only=True)
+    extra, intervals = _prepare_extras(config, aligned)(aligned.images, (), None, config)
+    return {
+        **aligned.describe(),
+        "fingerprints": aligned.fingerprints(),
+        "counts": {"images": len(aligned.images), "texts": 0, "pairs": 0},
+        **extra,
+        "intervals": intervals,
     }
-    return tuple(ranks for ranks, _ in found), told
 
 
-def _aligned(
-    features: FeatureSet, rows: PairedRows, split: str, config: EvalConfig
-) -> tuple[Floats, Floats, tuple[Adapter, AdapterInfo] | None]:
-    """Unit rows of both sides: through the adapter, which is given too, or as they are."""
-    sides = (
-        (Modality.IMAGE, rows.images, rows.image_ids, f"{rows.name}: images"),
-        (Modality.TEXT, rows.texts, rows.text_ids, f"{rows.name}: texts"),
-    )
-    if config.adapter is None:
-        check_same_width(rows)
-        images, texts = (unit_rows(values, ids, name) for _, values, ids, name in sides)
-        return images, texts, None
-    adapter, info = load_adapter_for(features, config.adapter, config.device, config.allow_adapter)
-    _warn_of_trained_rows(features, info, split)
-    for _, values, ids, name in sides:
-        check_directions(values, ids, name)
-    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
-    return images, texts, (adapter, info)
+def _prepare_extras(config: EvalConfig, aligned: AlignedRows) -> Extras:
+    def embed_texts(features: FeatureSet, rows: PairedRows) -> Floats:
+        loaded = _load_adapter(config, features)  # again, which checks these features' widths
+        return _embed(loaded and loaded[0], features, rows, Modality.TEXT)
+
+    ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
+    return prepare_extras(config, aligned.features, ids, width, embed_texts)
+
+
+def _load_adapter(
+    source: SourceOptions, features: FeatureSet
+) -> tuple[Adapter, AdapterInfo] | None:
+    if source.adapter is None:
+        return None
+    return load_adapter_for(features, source.adapter, source.device, source.allow_adapter)
+
+
+def _embed(
+    adapter: Adapter | None, features: FeatureSet, rows: PairedRows, side: Modality
+) -> Floats:
+    values, name = rows.embeddings(side), f"{rows.name}: {side.plural}"
+    ids = rows.image_ids if side is Modality.IMAGE else rows.text_ids
+    if adapter is None:
+        return unit_rows(values, ids, name)
+    check_directions(values, ids, name)
+    return embed_rows(adapter, side, rows, features)
 
 
 def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
-    if info.data_fingerprint != features.manifest.fingerprint():
-        return
-    there = features.splits()
-    if split_names(split, there) & split_names(info.train_split, there):
+    splits = features.splits()
+    if info.data_fingerprint == features.manifest.fingerprint() and (
+        split_names(split, splits) & split_names(info.train_split, splits)
+    ):
         log.warning(
-            "%s: the adapter was trained on rows of this split, so the figures say little about "
-            "new data; hold some out, as a split 'test', before training",
+            "%s: the adapter was trained on rows of this split, so the results say little about "
+            "new data; hold out a test split before training",
             features.path,
         )
+
+
+def _compare_image_sets(
+    config: EvalConfig, images: str, generated: str, progress: Progress
+) -> dict[str, Any]:
+    """Compute Frechet distance and CMMD between two sets of images, by one encoder."""
+    real_set, real = _load_images(images, config, progress)
+    made_set, made = _load_images(generated, config, progress)
+    own, other = real_set.images.encoder, made_set.images.encoder
+    known = own.fingerprint is not None and other.fingerprint is not None
+    same = own.fingerprint == other.fingerprint if known else own.spec == other.spec
+    if not same or own.width != other.width:
+        raise DataError(
+            f"{images} is encoded by {own.spec} (width {own.width}), {generated} by {other.spec} "
+            f"(width {other.width}); encode both by one encoder"
+        )
+    fewest = min(len(real), len(made))
+    if fewest < FEWEST_IMAGES:
+        name = images if fewest == len(real) else generated
+        raise DataError(f"{name}: contains {fewest} images, at least {FEWEST_IMAGES} are needed")
+    if fewest <= own.width:
+        log.warning(
+            "%d images are too few for the Frechet distance of embeddings of width %d, which is "
+            "biased upwards on small samples; CMMD much less",
+            fewest,
+            own.width,
+        )
+    fingerprints = real_set.manifest.fingerprint(), made_set.manifest.fingerprint()
+    return {
+        "images": images,
+        "generated": generated,
+        "encoder": own.spec,
+        "fingerprints": dict(zip(("images", "generated"), fingerprints, strict=True)),
+        "counts": {"images": len(real), "generated": len(made)},
+        "distribution": image_distances(torch.from_numpy(real), torch.from_numpy(made)),
+    }
+
+
+def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[FeatureSet, Floats]:
+    """Load the embeddings of images, (n, d), from a feature set or by encoding a source."""
+    place, split = None if "::" in name else parse_location(name), config.split or ALL
+    with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
+        if place is None or not (place / MANIFEST).is_file():
+            if config.encoder is None:
+                raise ConfigError(f"encoder: is required, to encode the images of {name}")
+            if config.split is not None:
+                raise ConfigError(f"split: is for feature sets, which {name} is not")
+            place = Path(folder, "features")
+            options = ExtractConfig(
+                source=name,
+                image_encoder=config.encoder,
+                text_encoder=SKIP,
+                out=place,
+                dtype="float32",
+                device=config.device,
+                max_failures=1.0,
+            )
+            if count := extract(options, progress).failures:
+                first = json.loads((place / FAILURES).read_text("utf-8").partition("\n")[0])
+                reason = f"{first['source']} {first['reason']}"
+                log.warning("%s: skipped %d unusable inputs, such as %s", name, count, reason)
+        features = FeatureSet.open(place)
+        rows = load_side(features, split, Modality.IMAGE)
+        check_directions(rows.images, rows.image_ids, f"{name}: images")
+        return features, rows.images.astype(np.float32)

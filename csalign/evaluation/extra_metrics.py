@@ -1,144 +1,110 @@
-"""Figures of ``csalign eval`` that options ask for, and what has to be looked up for them."""
+"""Metrics of ``csalign eval`` beside retrieval and the gap, and the columns they need."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.model import Adapter
-from csalign.core.errors import ConfigError, DataError
-from csalign.evaluation.columns import ImageColumns, Values
-from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.protocols import DIRECTIONS, Gallery, mean_of, retrieval_block
-from csalign.evaluation.zero_shot import Classes, class_block, load_classes
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError, ShapeError
+from csalign.core.paths import parse_location
+from csalign.evaluation.config import ExtraOptions, MeasureOptions
+from csalign.evaluation.protocols import DIRECTIONS, Gallery, Ranks, mean_of, retrieval_block
+from csalign.features import schema
+from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
-from csalign.metrics.graded import GradedRanks, graded_both_ways
-from csalign.metrics.hubness import corrected, hubness
-from csalign.metrics.retrieval import DirectionRanks
-from csalign.sources.records.tables import read_table
+from csalign.metrics.graded import graded_both_ways
+from csalign.metrics.hubness import corrected
+from csalign.metrics.zero_shot import class_vectors, classify
+from csalign.sources.records.tables import SUFFIXES, Table, read_table
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-Ranks = tuple[DirectionRanks, DirectionRanks]
+Values = list[str | None]
+Embed = Callable[[FeatureSet, PairedRows], Floats]
+Blocks = tuple[dict[str, Any], dict[str, Any]]
+Extras = Callable[[Floats, Sequence[Gallery], Ranks | None, MeasureOptions], Blocks]
 
+IMAGE_KEYS = ("image_id", "id")
+CLASS_COLUMNS = ("class", "label")
 NO_VALUE = "(none)"
-MOST_GROUPS = 1_000  # tables of figures, not of images
+MOST_GROUPS = 1_000  # for a readable table
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the figures that options ask for are made from; None where they are not asked for.
-
-    Attributes:
-        groups: (n,) number of each image's group, one of its own where nothing is told of it.
-        by: n values of the column that retrieval is told by.
-        classes: what images are classified by.
-    """
-
-    groups: Ints | None
-    by: Values | None
-    classes: Classes | None
-
-
-NOTHING_ASKED = Asked(None, None, None)
-
-
-def check_options(config: EvalConfig) -> None:
-    """Raise ConfigError if an option says nothing without another."""
-    if (config.zero_shot is None) != (config.labels is None):
-        raise ConfigError("--zero-shot CLASSES and --labels COLUMN go together")
-    if config.class_of is not None and config.zero_shot is None:
-        raise ConfigError("--class-of tells of the prompts of --zero-shot; give both")
-    if config.groups is not None and not (config.relevance or config.by or config.labels):
-        raise ConfigError("--groups names a table; say which column by --relevance or --by")
-
-
-def look_up(
-    config: EvalConfig,
-    features: FeatureSet,
-    image_ids: Sequence[str],
-    width: int,
-    loaded: tuple[Adapter, AdapterInfo] | None,
-) -> Asked:
-    """Read what the options name, before anything is computed.
+def prepare_extras(
+    options: ExtraOptions, features: FeatureSet, image_ids: Sequence[str], width: int, embed: Embed
+) -> Extras:
+    """Read the tables and prompts of the extra metrics, before anything is computed.
 
     Args:
-        config: the options.
-        features: whose images are measured.
-        image_ids: of the n images.
-        width: of the space that they are measured in.
-        loaded: the adapter that led there.
+        options: that name them.
+        features: with the n images.
+        image_ids: n ids.
+        width: of the images' embeddings.
+        embed: returns unit rows of the texts of a feature set, in the space of the images.
+
+    Returns:
+        A function of the images, (n, d) unit rows, the galleries and their ranks (none without
+        texts), and the options; it returns blocks of the document, and their intervals.
 
     Raises:
         DataError: a table, a column or the classes do not fit the images.
-        ShapeError: the prompts are of another width.
+        ShapeError: the prompts have another width.
     """
-    table = None if config.groups is None else read_table(config.groups)
-    columns = ImageColumns(features, image_ids, table)
-    groups, by, classes = None, None, None
-    if config.relevance is not None:
-        groups = _numbered(columns.values(config.relevance))
-    if config.by is not None:
-        by = columns.values(config.by)
-        if len(set(by)) > MOST_GROUPS:
-            raise DataError(
-                f"{features.path}: the column {config.by!r} has {len(set(by)):,} values, at most "
-                f"{MOST_GROUPS:,} make sense to tell retrieval by; name another"
-            )
-    if config.zero_shot is not None and config.labels is not None:
-        labels = columns.values(config.labels)
-        classes = load_classes(config, features, labels, width, loaded)
-    return Asked(groups, by, classes)
+    table = None if options.groups is None else read_table(options.groups)
+    wanted = {
+        name: _column(name, features, image_ids, table)
+        for name in (options.relevance, options.by, options.labels)
+        if name is not None
+    }
+    if options.by is not None and (count := len(set(wanted[options.by]))) > MOST_GROUPS:
+        raise DataError(
+            f"{features.path}: the column {options.by!r} has {count:,} values, --by takes at most "
+            f"{MOST_GROUPS:,}; name another column"
+        )
+    zero_shot = None
+    if options.labels is not None:
+        zero_shot = _load_classes(options, features, wanted[options.labels], width, embed)
+
+    def compute(
+        images: Floats, folds: Sequence[Gallery], ranks: Ranks | None, measured: MeasureOptions
+    ) -> Blocks:
+        found: dict[str, Any] = {}
+        intervals: dict[str, Any] = {}
+        if (column := options.relevance) is not None:
+            found["graded"] = {"column": column, **_graded(folds, wanted[column])}
+        if (column := options.by) is not None and ranks is not None:
+            found["by"] = {"column": column, "values": _by(folds, ranks, wanted[column])}
+        if options.correct:
+            found["corrected"] = {name: _corrected(folds, name) for name in options.correct}
+        if zero_shot is not None:
+            classes, prompts, labels = zero_shot
+            labelled = np.flatnonzero(labels >= 0)
+            classified = classify(images[labelled], classes, labels[labelled])
+            counts = {"classes": len(classes), "prompts": prompts, "images": len(labelled)}
+            found["zero_shot"] = counts | classified.summary()
+            if measured.intervals:
+                intervals["zero_shot"] = classified.intervals(
+                    resamples=measured.resamples, seed=measured.seed
+                )
+        return found, intervals
+
+    return compute
 
 
-def further_blocks(
-    config: EvalConfig, folds: Sequence[Gallery], ranks: Ranks | None, asked: Asked, images: Floats
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The blocks that were asked for, and their intervals.
-
-    Args:
-        config: the options.
-        folds: what is searched by itself.
-        ranks: of all folds, plain; None where there are no texts.
-        asked: what `look_up` gave.
-        images: (n, d) float32, unit rows.
-    """
-    found: dict[str, Any] = {}
-    intervals: dict[str, Any] = {}
-    if asked.groups is not None:
-        found["graded"] = {"column": config.relevance, **_graded(folds, asked.groups)}
-    if asked.by is not None and ranks is not None:
-        found["by"] = {"column": config.by, "values": _by(folds, ranks, asked.by)}
-    if config.correct:
-        found["corrected"] = {name: _corrected(folds, name) for name in config.correct}
-    if asked.classes is not None:
-        found["zero_shot"], intervals["zero_shot"] = class_block(config, asked.classes, images)
-    return found, intervals
-
-
-def hubness_block(folds: Sequence[Gallery]) -> dict[str, Any]:
-    """Skewness of the 10-occurrence both ways, averaged over the folds."""
-    return mean_of([hubness(fold.images, fold.texts) for fold in folds])
-
-
-def _numbered(values: Values) -> Ints:
-    """A number for each value, and one of its own for each None."""
+def _graded(folds: Sequence[Gallery], values: Values) -> dict[str, Any]:
+    """Grade retrieval by images with the same value; without one, an image is its own group."""
     numbers: dict[Any, int] = {}
     keys = ((row, None) if value is None else value for row, value in enumerate(values))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-
-
-def _graded(folds: Sequence[Gallery], groups: Ints) -> dict[str, Any]:
-    blocks, start = [], 0
-    for fold in folds:
-        some = groups[start : start + len(fold.images)]
-        start += len(fold.images)
-        both: tuple[GradedRanks, GradedRanks] = graded_both_ways(
-            fold.images, fold.texts, fold.text_image, some
-        )
+    groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+    starts = np.cumsum([len(fold.images) for fold in folds])[:-1]
+    blocks = []
+    for fold, own in zip(folds, np.split(groups, starts), strict=True):
+        both = graded_both_ways(fold.images, fold.texts, fold.text_image, own)
         blocks.append({n: side.summary() for n, side in zip(DIRECTIONS, both, strict=True)})
     return mean_of(blocks)
 
@@ -152,7 +118,7 @@ def _corrected(folds: Sequence[Gallery], name: str) -> dict[str, Any]:
 
 
 def _by(folds: Sequence[Gallery], ranks: Ranks, values: Values) -> dict[str, Any]:
-    """Retrieval of the queries whose image has each value, in the gallery of all."""
+    """Break retrieval down by the value of the query's image; the gallery stays whole."""
     starts = np.cumsum([0, *(len(fold.images) for fold in folds)])
     owners = [
         start + fold.text_image[fold.text_image >= 0]
@@ -160,12 +126,125 @@ def _by(folds: Sequence[Gallery], ranks: Ranks, values: Values) -> dict[str, Any
     ]
     of_text = np.concatenate(owners)
     of_image = np.unique(of_text)
-    told = np.array([NO_VALUE if value is None else value for value in values], dtype=object)
+    groups = np.array([NO_VALUE if value is None else value for value in values], dtype=object)
     found = {}
-    for value in sorted(set(told[of_image])):
-        chosen = (told[of_image] == value, told[of_text] == value)
+    for value in sorted(set(groups[of_image])):
+        chosen = (groups[of_image] == value, groups[of_text] == value)
         found[value] = {"images": int(chosen[0].sum()), "texts": int(chosen[1].sum())} | {
             name: side.take(queries).summary()
             for name, side, queries in zip(DIRECTIONS, ranks, chosen, strict=True)
         }
     return found
+
+
+def _load_classes(
+    options: ExtraOptions, features: FeatureSet, labels: Values, width: int, embed: Embed
+) -> tuple[Floats, int, Ints]:
+    """Return the vector of each class, the number of prompts, and the class of each image or -1."""
+    assert options.zero_shot is not None
+    prompts = FeatureSet.open(options.zero_shot)
+    if prompts.texts.made_by is None or not len(prompts.texts):
+        raise DataError(f"{prompts.path}: contains no texts; extract it from class prompts")
+    rows = load_side(prompts, ALL, Modality.TEXT)
+    classes = _prompt_classes(rows, options.class_of)
+    numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
+    unknown = sorted({label for label in labels if label is not None} - numbers.keys())
+    if unknown:
+        raise DataError(
+            f"{options.labels}: names {unknown[0]!r} and {len(unknown) - 1} other labels that are "
+            f"not classes of {prompts.path}, such as {next(iter(numbers))!r}; use the same names"
+        )
+    if not any(labels):
+        raise DataError(f"{features.path}: no image has a class in {options.labels}; fill it in")
+    own, other = features.texts.made_by, prompts.texts.made_by
+    if own is not None and (own.spec, own.fingerprint) != (other.spec, other.fingerprint):
+        log.warning(
+            "%s: its texts were encoded by %s, not by %s as those of %s; the results mean nothing "
+            "unless that is the same encoder",
+            prompts.path,
+            other.spec,
+            own.spec,
+            features.path,
+        )
+    embeddings = embed(prompts, rows)
+    if embeddings.shape[1] != width:
+        raise ShapeError(
+            f"{prompts.path}: prompts are {embeddings.shape[1]} wide and images {width}; use the "
+            "text encoder that belongs to the image encoder, or an --adapter"
+        )
+    vectors = class_vectors(embeddings, np.array([numbers[name] for name in classes]))
+    known = [-1 if label is None else numbers[label] for label in labels]
+    return vectors, len(rows.texts), np.array(known, np.int64)
+
+
+def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
+    """Return the class of each prompt, by --class-of or from its id."""
+    ids = prompts.text_ids.to_pylist()
+    if class_of is None:
+        if unclear := [key for key in ids if "/" not in key]:
+            raise DataError(
+                f"{prompts.name}: text {unclear[0]!r} names no class; use ids such as cat/0, or "
+                "pass a table with the columns caption and class by --class-of"
+            )
+        return [key.rpartition("/")[0] for key in ids]
+    table, column = _parse_column(class_of, None)
+    if table is None:
+        table = read_table(parse_location(class_of))
+        column = next((name for name in CLASS_COLUMNS if name in table.columns), "class")
+    key_column = schema.ID if schema.ID in table.columns else schema.CAPTION
+    keys = ids if key_column == schema.ID else prompts.captions.to_pylist()
+    known = _values_by_key(table, (key_column,), column)
+    for key, text in zip(keys, ids, strict=True):
+        if key not in known:
+            raise DataError(
+                f"{table.path}: has no {column!r} of the text {text!r} ({key!r}) of "
+                f"{prompts.name}; add it"
+            )
+    return [known[key] for key in keys]
+
+
+def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Table | None) -> Values:
+    """Return the values of images in COLUMN of a table or the features, or TABLE.csv:COLUMN."""
+    table, column = _parse_column(name, groups)
+    images = features.images
+    stored = [n for n in schema.STRING_COLUMNS[images.modality] if n != schema.ID]
+    if table is not None and column in table.columns:
+        known = _values_by_key(table, IMAGE_KEYS, column)
+        if not (count := sum(key in known for key in ids)):
+            raise DataError(
+                f"{table.path}: has {column!r} of none of the images of {features.path}, whose "
+                f"ids are such as {ids[0]!r}; put their ids into its column {IMAGE_KEYS[0]!r}"
+            )
+        if count < len(ids):
+            log.warning("%s: has %r of %d of %d images", table.path, column, count, len(ids))
+        return [known.get(key) for key in ids]
+    if table is groups and column in stored:
+        keys = images.column(schema.ID).to_pylist()
+        values = dict(zip(keys, images.column(column).to_pylist(), strict=True))
+        return [values[key] for key in ids]
+    there = "" if table is None else f"{table.path} has {', '.join(table.columns)}; "
+    raise DataError(
+        f"{features.path}: images have no column {column!r}; {there}the features have "
+        f"{', '.join(stored)}; name one of them, or pass a table"
+    )
+
+
+def _parse_column(name: str, table: Table | None) -> tuple[Table | None, str]:
+    """Return the table and column of TABLE.csv:COLUMN, or the given table and COLUMN."""
+    path, colon, column = name.rpartition(":")
+    if colon and path.lower().endswith(SUFFIXES):
+        return read_table(parse_location(path)), column
+    return table, name
+
+
+def _values_by_key(table: Table, keys: Sequence[str], column: str) -> Mapping[str, str]:
+    """Return a column by key; rows with the same key must agree."""
+    known: dict[str, str] = {}
+    pairs = zip(table.require(keys), table.require([column]), strict=True)
+    for row, (key, value) in enumerate(pairs):
+        if key is not None and value is not None and known.setdefault(key, value) != value:
+            raise DataError(
+                f"{table.where(row)}: has {value!r} of {key!r}, an earlier row has "
+                f"{known[key]!r}; keep one of them"
+            )
+    return known

@@ -1,4 +1,4 @@
-"""``csalign inspect``: what is in an artifact, and is it sound."""
+"""``csalign inspect``: summarise and verify an artifact."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,17 @@ from csalign.runs.metadata import read_environment, read_lines, read_settings
 
 
 def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
-    """Describe a feature set, a run or an index after checking all of it.
+    """Verify a feature set, a run or an index, and summarise it.
 
-    Args:
-        path: the folder, or a file in it that names it (``manifest.json``, ``adapter.json``).
-        merge: first make the feature set `path` out of the parts in ``PATH.partial``.
+    The path is the folder, or a file in it. With `merge` the feature set is first built from the
+    parts in ``PATH.partial``.
 
     Returns:
         Plain JSON values; "kind" is "features", "run" or "index".
 
     Raises:
         DataError: there is no such artifact, or parts of it are missing.
-        SchemaError: it does not agree with itself; the file is named.
+        SchemaError: it is damaged; the file is named.
     """
     path = parse_location(path)
     if merge:
@@ -33,26 +32,36 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
         raise DataError(f"{path}: no such file or folder")
     folder = path.parent if path.is_file() else path
     if (folder / MANIFEST).is_file():
-        return _features(folder)
+        return _inspect_features(folder)
     # Torch and FAISS take seconds to import, which feature sets need not wait for.
-    from csalign.adapters.checkpoint import DESCRIPTION
+    from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
     from csalign.search.manifest import DESCRIPTION as INDEX
     from csalign.search.manifest import describe_index, read_index_manifest
 
     if not is_remote(folder) and (folder / DESCRIPTION).is_file():
-        return _run(folder)
+        adapter, info = load_adapter_with_info(folder)
+        scores = [line for line in read_lines(folder) if "validation" in line]
+        read_settings(folder)
+        read_environment(folder)
+        return {
+            "kind": "run",
+            "path": str(folder),
+            **info.model_dump(mode="json", exclude={"format"}),
+            "parameters": adapter.parameter_counts(),
+            "validation": scores,
+        }
     if not is_remote(folder) and (folder / INDEX).is_file():
         return describe_index(folder, read_index_manifest(folder, whole=True))
     raise DataError(
-        f"{path}: is neither a feature set (no {MANIFEST} in it) nor a run (no {DESCRIPTION}) nor "
+        f"{path}: is neither a feature set (it has no {MANIFEST}) nor a run (no {DESCRIPTION}) nor "
         f"an index (no {INDEX})"
     )
 
 
-def _features(folder: Path) -> dict[str, Any]:
+def _inspect_features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
-    join_ids(features, ALL)  # finds ids that repeat or lead nowhere
+    join_ids(features, ALL)  # finds repeated ids and texts without their image
     manifest = features.manifest
     shards = [*manifest.shards.images, *manifest.shards.texts]
     return {
@@ -67,20 +76,4 @@ def _features(folder: Path) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in shards),
         "shards": len(shards),
         "fingerprint": manifest.fingerprint(),
-    }
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    from csalign.adapters.checkpoint import load_adapter_with_info
-
-    adapter, info = load_adapter_with_info(folder)
-    scores = [line for line in read_lines(folder) if "validation" in line]
-    read_settings(folder)
-    read_environment(folder)
-    return {
-        "kind": "run",
-        "path": str(folder),
-        **info.model_dump(mode="json", exclude={"format"}),
-        "parameters": adapter.parameter_counts(),
-        "validation": scores,
     }

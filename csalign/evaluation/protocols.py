@@ -1,126 +1,145 @@
-"""Named protocols of retrieval: which rows are measured, and whether in folds."""
+"""Retrieval protocols: the rows that are measured, in one gallery or in folds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from csalign.core.errors import DataError
+from csalign.evaluation.config import Protocol
 from csalign.features.join import PairedRows
+from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-Name = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
+Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-TIES = "a tied wrong item ranks ahead"
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """What a protocol asks for.
+class AlignedRows:
+    """Rows of a feature set, and their embeddings in the shared space.
 
     Attributes:
-        images: how many there must be.
-        folds: disjoint runs of as many images, in stored order, whose figures are averaged.
-        captions: the first so many of each image are taken; None for all.
+        features: where they are stored.
+        split: comma-separated names.
+        rows: as stored.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
+        adapter: the run folder, or None.
+        weights_sha256: of the adapter; None also while it is trained.
+        parameters: number of the adapter's parameters; None also while it is trained.
     """
+
+    features: FeatureSet
+    split: str
+    rows: PairedRows
+    images: Floats
+    texts: Floats
+    adapter: Path | None = None
+    weights_sha256: str | None = None
+    parameters: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the rows, as the first keys of a JSON document."""
+        names = self.features.manifest.names
+        return {
+            "features": str(self.features.path),
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "split": self.split,
+            **({} if names is None else {"names": dict(names)}),
+        }
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Return the fingerprints of the features' content and of the adapter's weights."""
+        return {"features": self.features.manifest.fingerprint(), "adapter": self.weights_sha256}
+
+
+class Rule(NamedTuple):
+    """Required images, folds in stored order, and captions taken per image (None: all)."""
 
     images: int
     folds: int = 1
     captions: int | None = None
 
 
-_RULES: dict[str, _Rule] = {
-    "coco-5k": _Rule(5_000),
-    "coco-1k": _Rule(5_000, folds=5, captions=5),
-    "flickr-1k": _Rule(1_000),
+RULES: dict[str, Rule] = {
+    "coco-5k": Rule(5_000),
+    "coco-1k": Rule(5_000, folds=5, captions=5),
+    "flickr-1k": Rule(1_000),
 }
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Embeddings that are searched among each other.
-
-    Attributes:
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        text_image: (m,) int64, image row of each text, -1 for none.
-    """
+    """Unit rows (n, d) and (m, d), float32, and the image row of each text (m,), -1 for none."""
 
     images: Floats
     texts: Floats
     text_image: Ints
 
-    def rank(
-        self, device: torch.device | None = None, *, divided: bool = False
-    ) -> tuple[DirectionRanks, DirectionRanks]:
-        """Image to text, and text to image; arguments as of `rank_both_ways`."""
+    def rank(self, device: torch.device | None = None, *, divided: bool = False) -> Ranks:
+        """Rank both ways; arguments as of `rank_both_ways`."""
         return rank_both_ways(self.images, self.texts, self.text_image, device, divided=divided)
 
 
-def select(name: Name, rows: PairedRows) -> PairedRows:
-    """The rows that a protocol measures; of a named one, texts image by image.
+def select(name: Protocol, rows: PairedRows) -> PairedRows:
+    """Select the rows that a protocol measures; of a named one, texts image by image.
 
     Raises:
-        DataError: a named protocol does not fit the rows; the message has the counts.
+        DataError: the rows do not fit the protocol.
     """
     if name == "all":
         return rows
-    rule = _RULES[name]
-    lone = int((rows.text_image < 0).sum())
-    fewest = int(rows.caption_counts.min())
-    needed = rule.captions or 1
-    if len(rows.images) != rule.images or lone or fewest < needed:
-        asked = f"{needed} captions or more" if needed > 1 else "a caption or more"
+    rule, counts = RULES[name], rows.caption_counts
+    needed, fewest = rule.captions or 1, int(counts.min())
+    unpaired = int((rows.text_image < 0).sum())
+    if len(rows.images) != rule.images or unpaired or fewest < needed:
         raise DataError(
-            f"{rows.name}: holds {len(rows.images):,} images with {fewest:,} captions or more each "
-            f"and {lone:,} texts without an image; protocol {name} takes {rule.images:,} images "
-            f"with {asked} each and no other text; choose another --split or --protocol"
+            f"{rows.name}: contains {len(rows.images):,} images with at least {fewest:,} captions "
+            f"each and {unpaired:,} texts without an image; protocol {name} needs "
+            f"{rule.images:,} images with at least {needed} each and no other text; choose another "
+            "--split or --protocol"
         )
-    return rows.take_texts(_first_captions(rows, rule.captions))
-
-
-def _first_captions(rows: PairedRows, captions: int | None) -> Ints:
-    """Rows of the first captions of each image, or of all, image by image."""
-    counts = rows.caption_counts
     place = np.arange(rows.pairs) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rows.texts_by_image if captions is None else rows.texts_by_image[place < captions]
+    return rows.take_texts(rows.texts_by_image[place < (rule.captions or len(place))])
 
 
-def folds_of(name: Name, whole: Gallery) -> tuple[Gallery, ...]:
-    """What is searched by itself: of the rows that `select` gave, in order and without a copy."""
-    count = _RULES[name].folds if name in _RULES else 1
+def split_folds(name: Protocol, whole: Gallery) -> tuple[Gallery, ...]:
+    """Split the rows of `select` into the galleries of a protocol, in order, without a copy."""
+    count = RULES[name].folds if name in RULES else 1
     if count == 1:
         return (whole,)
     step, folds = len(whole.images) // count, []
     for start in range(0, len(whole.images), step):
-        some = slice(*np.searchsorted(whole.text_image, [start, start + step]))
-        owners = whole.text_image[some] - start
-        folds.append(Gallery(whole.images[start : start + step], whole.texts[some], owners))
+        texts = slice(*np.searchsorted(whole.text_image, [start, start + step]))
+        owners = whole.text_image[texts] - start
+        folds.append(Gallery(whole.images[start : start + step], whole.texts[texts], owners))
     return tuple(folds)
 
 
-def protocol_block(name: Name, split: str, rows: PairedRows) -> dict[str, Any]:
-    """What decides a score beside the model, as ``csalign eval --json`` prints it."""
+def protocol_block(name: Protocol, split: str, rows: PairedRows) -> dict[str, Any]:
+    """Build the "protocol" block: what decides a score beside the model."""
     stored = sorted({str(values.dtype) for values in (rows.images, rows.texts)})
     return {
         "name": name,
-        "folds": _RULES[name].folds if name in _RULES else 1,
+        "folds": RULES[name].folds if name in RULES else 1,
         "images": len(rows.images),
         "texts": len(rows.texts),
         "split": split,
         "dtype": {"stored": "/".join(stored), "scores": "float32"},
-        "ties": TIES,
+        "ties": "a tied wrong item ranks ahead",
     }
 
 
-def retrieval_block(folds: Sequence[tuple[DirectionRanks, DirectionRanks]]) -> dict[str, Any]:
-    """Figures of both directions, averaged over the folds, and the mean recall."""
+def retrieval_block(folds: Sequence[Ranks]) -> dict[str, Any]:
+    """Build the "retrieval" block: both directions, averaged over folds, and the mean recall."""
     block: dict[str, Any] = {
         name: mean_of([fold[side].summary() for fold in folds])
         for side, name in enumerate(DIRECTIONS)
@@ -129,13 +148,11 @@ def retrieval_block(folds: Sequence[tuple[DirectionRanks, DirectionRanks]]) -> d
 
 
 def mean_of(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of documents with the same keys, number by number."""
-    first = documents[0]
+    """Average nested documents with the same keys, number by number."""
     if len(documents) == 1:
-        return first
-    return {
-        key: mean_of([document[key] for document in documents])
-        if isinstance(value, dict)
-        else float(np.mean([document[key] for document in documents]))
-        for key, value in first.items()
-    }
+        return documents[0]
+    found = {}
+    for key, value in documents[0].items():
+        values = [document[key] for document in documents]
+        found[key] = mean_of(values) if isinstance(value, dict) else float(np.mean(values))
+    return found

@@ -23,7 +23,7 @@ from csalign.generation.config import GenerateConfig
 from csalign.generation.decoder import Decoder, DrawOptions, Statistics
 from csalign.generation.prompts import Prompts, embed_prompts, stored_prompts
 from csalign.generation.unclip import find_decoder, load_decoder
-from csalign.report.contact_sheet import draw_sheet
+from csalign.report.thumbnails import draw_sheet
 from csalign.runs.load import load_adapter_for
 from csalign.sources.images import read_image
 

@@ -1,1 +1,1 @@
-"""Pages that show results: one file each, which opens offline."""
+"""Self-contained result pages, model cards and small images."""

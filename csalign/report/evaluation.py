@@ -1,7 +1,8 @@
-"""The page of ``csalign eval`` and ``csalign train``."""
+"""The pages of ``csalign eval``, ``csalign train`` and ``csalign diagnose``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,29 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from csalign.core.side_names import Names
-from csalign.report.page import Entry, Section, plain, write_page
+from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
 
 IMAGES, TEXTS, MATCHED, OTHER = "#3d85d1", "#d9702b", "#2f9e63", "#8a8f98"
+OBJECTIVES = {"infonce": ("InfoNCE", TEXTS), "objective": ("InfoNCE + CS", IMAGES)}
 POINTS_OF_A_CURVE = 1_000
 HOVER_LETTERS = 160
+# What a line of metrics.jsonl holds beside the loss terms.
+NO_LOSS = {"step", "cs_weight", "logit_scale", "bandwidth", "gradient_norm", "learning_rate"}
 
 
 @dataclass(frozen=True)
 class View:
-    """The embeddings of both sides at one stage.
+    """Embeddings of sampled pairs, before or after the adapter.
 
     Attributes:
-        name: "before" or "after" the adapter, "" where there is none.
-        images: (k, 2) projections of k pairs.
+        name: "before" or "after"; "" without an adapter.
+        images: (k, 2) projections.
         texts: (k, 2) likewise.
-        shares: of the variance that the two axes show, in [0, 1]; of either side where each has
-            axes of its own.
-        shared: whether both sides lie in one space; without one, what follows is empty.
-        cosines: of matched and of unmatched pairs.
-        spectra: singular values of the centred rows of images and of texts, falling.
+        shares: explained variance in [0, 1]: one value for common axes, else one per side.
+        cosines: of matched and of unmatched pairs; None if the sides are not in one space.
+        spectra: singular values of the centred images and texts, descending.
         neighbours: (k, 2) of images and of texts by UMAP, or None.
     """
 
@@ -39,22 +41,14 @@ class View:
     images: Array
     texts: Array
     shares: Sequence[float]
-    shared: bool
-    cosines: tuple[Array, Array]
+    cosines: tuple[Array, Array] | None
     spectra: tuple[Array, Array]
     neighbours: tuple[Array, Array] | None = None
 
 
 @dataclass(frozen=True)
-class Found:
-    """A query and where its best match was found.
-
-    Attributes:
-        query: what was asked.
-        rank: of the best match, from 1.
-        match: the best match.
-        first: what came first.
-    """
+class RankedQuery:
+    """A query with the rank of its best match, from 1, that match, and the item ranked first."""
 
     query: Entry
     rank: int
@@ -64,13 +58,7 @@ class Found:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run wrote while it trained.
-
-    Attributes:
-        metrics: the lines of ``metrics.jsonl``.
-        config: what it was told.
-        environment: what it ran on.
-    """
+    """The lines of a run's ``metrics.jsonl``, its configuration and its environment."""
 
     metrics: Sequence[Mapping[str, Any]]
     config: Mapping[str, Any]
@@ -83,21 +71,21 @@ def write_evaluation(
     document: Mapping[str, Any] | None,
     views: Sequence[View],
     labels: Sequence[str],
-    found: Mapping[str, Sequence[Found]],
+    queries: Mapping[str, Sequence[RankedQuery]],
     run: RunRecord | None,
     names: Names | None = None,
 ) -> None:
-    """Write an evaluation as a page.
+    """Write the page of an evaluation.
 
     Args:
         path: of the page.
         title: of the page.
-        document: of ``csalign eval``, or None where nothing was evaluated.
-        views: the embeddings, before the adapter and after it.
+        document: of ``csalign eval``, or None.
+        views: of the embeddings, before and after the adapter.
         labels: caption and id of each pair in the views.
-        found: queries by what is said of them, such as "Worst image to text".
-        run: of the adapter, if there is one.
-        names: what the sides are called, None where that is image and text.
+        queries: by heading, such as "Worst from image to text".
+        run: record of the adapter's training, or None.
+        names: of the two sides (default: image and text).
     """
     sections = []
     if document is not None:
@@ -106,85 +94,99 @@ def write_evaluation(
         sections += _projections(view, labels)
     if views:
         sections += [_cosines(views), _spectra(views)]
-    sections += [_queries(name, queries) for name, queries in found.items()]
+    for heading, found in queries.items():
+        rows: list[list[str | Entry]] = [["rank", "query", "its best match", "ranked first"]]
+        rows += [
+            [f"{one.rank:,}", one.query, one.match, one.first if one.rank > 1 else "the same"]
+            for one in found
+        ]
+        sections.append(Section(heading, rows=rows, prose=True))
     if run is not None:
-        sections += [*_curves(run.metrics), *_settings(run)]
+        sections += _curves(run.metrics)
+        for heading, values in (("Configuration", run.config), ("Environment", run.environment)):
+            if values:
+                leaves = [["key", "value"], *_leaves(values)]
+                sections.append(Section(heading, rows=leaves, prose=True))
     write_page(path, title, sections, names)
+
+
+def write_diagnosis(path: Path, document: Mapping[str, Any]) -> None:
+    """Write the page of a document of ``csalign diagnose``."""
+    adapter = document["adapter"] or "no adapter"
+    title = f"{document['features']}, {adapter}, split {document['split']}"
+    sections = [_conflict(document), _terms(document), _gap_parts(document["gap"])]
+    write_page(path, title, sections, document.get("names"))
 
 
 def _retrieval(document: Mapping[str, Any]) -> Section:
     retrieval, intervals = document["retrieval"], document["intervals"]
-    recalls = {f"R@{k}": (100, 2) for k in (1, 5, 10)}
-    figures = {**recalls, "median_rank": (1, 1), "mrr": (1, 4), "map": (1, 4)}
+    kinds = {"R@1": (100, 2), "R@5": (100, 2), "R@10": (100, 2)}
+    kinds |= {"median_rank": (1, 1), "mrr": (1, 4), "map": (1, 4)}
     rows: list[list[str | Entry]] = [["", "R@1, %", "R@5, %", "R@10, %", "median", "MRR", "mAP"]]
     for direction in ("image_to_text", "text_to_image"):
-        row: list[str | Entry] = [direction.replace("_", " ")]
-        for name, (scale, digits) in figures.items():
-            interval = intervals.get(direction, {}).get(name)
-            row.append(_figure(retrieval[direction][name], interval, scale, digits))
-        rows.append(row)
-    mean = _figure(retrieval["mean_recall"], intervals.get("mean_recall"), 100, 2)
-    rows.append(["mean recall, %", mean, *[""] * (len(figures) - 1)])
-    counts = ", ".join(f"{count:,} {name}" for name, count in document["counts"].items())
-    below = " Below each figure its 95 % bootstrap interval over images." if intervals else ""
-    index = document["index"]["kind"]
-    how = "" if index == "exact" else f" Ranked by an approximate index ({index})."
-    return Section("Retrieval", f"{counts}.{below}{how}", rows=rows)
+        block, known = retrieval[direction], intervals.get(direction, {})
+        cells = [_number(block[name], known.get(name), *kind) for name, kind in kinds.items()]
+        rows.append([direction.replace("_", " "), *cells])
+    mean = _number(retrieval["mean_recall"], intervals.get("mean_recall"), 100, 2)
+    rows.append(["mean recall, %", mean, *[""] * (len(kinds) - 1)])
+    note = ", ".join(f"{count:,} {name}" for name, count in document["counts"].items()) + "."
+    if intervals:
+        note += " Small numbers: 95 % bootstrap intervals over images."
+    if (index := document["index"]["kind"]) != "exact":
+        note += f" Ranked by an approximate index ({index})."
+    return Section("Retrieval", note, rows=rows)
 
 
-def _figure(value: float, interval: Sequence[float] | None, scale: int, digits: int) -> Entry:
+def _number(value: float, interval: Sequence[float] | None, scale: int, digits: int) -> Entry:
     ends = [f"{scale * end:.{digits}f}" for end in interval or ()]
     return Entry(f"{scale * value:.{digits}f}", " to ".join(ends))
 
 
-def _estimated(value: float, error: float | None) -> Entry:
-    """A figure with its standard error, if it has one."""
+def _estimate(value: float, error: float | None) -> Entry:
     return Entry(f"{value:.4f}", "" if error is None else f"± {error:.2g}")
 
 
 def _gap(document: Mapping[str, Any]) -> Section:
+    gap, intervals = document["gap"], document["intervals"]
+    errors = gap.get("standard_errors", {})
     rows: list[list[str | Entry]] = [["", "value"]]
-    gap, around = document["gap"], document["gap"].get("standard_errors", {})
     for name, value in gap.items():
-        label = name.replace("_", " ")
+        label, error = name.replace("_", " "), errors.get(name, {})
         if name == "standard_errors":
             continue
         if isinstance(value, Mapping):
-            numbers = {part: number for part, number in value.items() if isinstance(number, float)}
-            rows += [
-                [f"{label}, {part}", _estimated(number, around.get(name, {}).get(part))]
-                for part, number in numbers.items()
-            ]
-        elif name in around:
-            rows.append([label, _estimated(value, around[name])])
+            parts = {part: number for part, number in value.items() if isinstance(number, float)}
+            rows += [[f"{label}, {p}", _estimate(v, error.get(p))] for p, v in parts.items()]
+        elif error:
+            rows.append([label, _estimate(value, error)])
         else:
-            rows.append([label, _figure(value, document["intervals"].get(name), 1, 4)])
-    return Section("The gap between the modalities", "Lower is closer, but for ranks.", rows=rows)
+            rows.append([label, _number(value, intervals.get(name), 1, 4)])
+    note = "Lower means a smaller gap (except effective rank)."
+    return Section("The gap between the modalities", note, rows=rows)
 
 
 def _projections(view: View, labels: Sequence[str]) -> Iterator[Section]:
     title = f"The embeddings, {view.name} the adapter" if view.name else "The embeddings"
     shares = " and ".join(f"{share:.0%}" for share in view.shares)
-    where = (
-        f"Both sides on the first two principal axes of both together, {shares} of their variance."
-        if view.shared
-        else "Each side on its own two first principal axes, since before the adapter they have no "
-        f"space in common; {shares} of the variance."
-    )
+    note = f"PCA of images and texts together ({shares} of the variance)."
+    if view.cosines is None:
+        note = (
+            f"PCA of each side on its own ({shares} of the variance): before the adapter the two "
+            "have no space in common."
+        )
     figure = _points(view, (view.images, view.texts), labels)
-    yield Section(title, f"{where} {len(labels):,} pairs.", figure)
+    yield Section(title, f"{note} {len(labels):,} pairs.", figure)
     if view.neighbours is not None:
-        figure = _points(view, view.neighbours, labels)
-        note = "By UMAP, which keeps neighbours together; distances and axes have no meaning."
-        yield Section(f"{title}: neighbours", note, figure)
+        note = "UMAP, which preserves neighbourhoods; distances and axes have no meaning."
+        yield Section(f"{title}: neighbours", note, _points(view, view.neighbours, labels))
 
 
 def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go.Figure:
     figure = go.Figure()
-    hover = [_hover(label) for label in labels]
-    for name, points, colour, axes in (
-        ("images", sides[0], IMAGES, ("x", "y")),
-        ("texts", sides[1], TEXTS, ("x", "y") if view.shared else ("x2", "y2")),
+    shared = view.cosines is not None
+    for name, points, colour, axis in (
+        ("images", sides[0], IMAGES, ""),
+        ("texts", sides[1], TEXTS, "" if shared else "2"),
     ):
         figure.add_scatter(
             x=points[:, 0].round(4).tolist(),
@@ -192,14 +194,18 @@ def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go
             name=name,
             mode="markers",
             marker={"color": colour, "size": 5, "opacity": 0.7},
-            text=hover,
-            hovertemplate="%{text}",  # beside which Plotly tells the name
-            xaxis=axes[0],
-            yaxis=axes[1],
+            text=[_hover(label) for label in labels],
+            hovertemplate="%{text}",  # Plotly adds the name
+            xaxis=f"x{axis}",
+            yaxis=f"y{axis}",
         )
-    if view.shared:
+    if shared:
+        # One trace for all lines; NaN ends a line.
+        ends = np.stack([*sides, np.full_like(sides[0], np.nan)], axis=1).reshape(-1, 2).round(4)
+        x, y = ends.T.tolist()
         figure.add_scatter(
-            **_lines(*sides),
+            x=x,
+            y=y,
             name="pairs (click)",
             mode="lines",
             line={"color": OTHER, "width": 0.5},
@@ -208,98 +214,56 @@ def _points(view: View, sides: tuple[Array, Array], labels: Sequence[str]) -> go
         )
         figure.update_yaxes(scaleanchor="x")
     else:
-        figure.update_layout(
-            xaxis_domain=[0, 0.47], xaxis2={"domain": [0.53, 1]}, yaxis2={"anchor": "x2"}
-        )
-    _plain_layout(figure, height=480)
-    return figure
-
-
-def _lines(starts: Array, ends: Array) -> dict[str, list[float | None]]:
-    """One line from each start to its end, as Plotly draws many at once."""
-    return {
-        name: [
-            value
-            for start, end in zip(starts[:, axis], ends[:, axis], strict=True)
-            for value in (round(float(start), 4), round(float(end), 4), None)
-        ]
-        for axis, name in enumerate("xy")
-    }
+        domains = {"xaxis_domain": [0, 0.47], "xaxis2": {"domain": [0.53, 1]}}
+        figure.update_layout(**domains, yaxis2={"anchor": "x2"})
+    return figure.update_layout(height=480)
 
 
 def _hover(label: str) -> str:
     short = label if len(label) <= HOVER_LETTERS else label[:HOVER_LETTERS] + "…"
     lines = [short[start : start + 60] for start in range(0, len(short), 60)]
-    return "<br>".join(plain(line) for line in lines)
+    return "<br>".join(escape_label(line) for line in lines)
+
+
+def _add_line(figure: go.Figure, name: str, view: View, views: Sequence[View], **line: Any) -> None:
+    """Draw a line of a view, dotted unless it is the last one."""
+    line["line"]["dash"] = "solid" if view is views[-1] else "dot"
+    label = f"{name}, {view.name}" if len(views) > 1 else name
+    figure.add_scatter(name=label, mode="lines", **line)
 
 
 def _cosines(views: Sequence[View]) -> Section:
-    figure = go.Figure()
-    there = [view for view in views if view.shared]
-    values = [kind for view in there for kind in view.cosines]
-    bins = max(10, min(60, len(values[0]) // 10))
-    edges = np.linspace(min(map(np.min, values)) - 0.01, max(map(np.max, values)) + 0.01, bins + 1)
-    for view in there:
-        for name, kind, colour in zip(
-            ("matched", "unmatched"), view.cosines, (MATCHED, OTHER), strict=True
-        ):
-            density, _ = np.histogram(kind, edges, density=True)
-            figure.add_scatter(
-                x=edges.round(4).tolist(),
-                y=[*density.round(4).tolist(), 0],
-                name=_of(name, view, there),
-                mode="lines",
-                line={"shape": "hv", "color": colour, **_dash(view, there)},
-                fill=None if _dash(view, there) else "tozeroy",
-            )
+    figure, shared = go.Figure(), [view for view in views if view.cosines is not None]
+    values = np.concatenate([kind for view in shared for kind in view.cosines or ()])
+    bins = max(10, min(60, len(values) // 20))
+    edges = np.linspace(values.min() - 0.01, values.max() + 0.01, bins + 1)
+    names = (("matched", MATCHED), ("unmatched", OTHER))
+    for view in shared:
+        for (name, colour), cosines in zip(names, view.cosines or (), strict=True):
+            if not len(cosines):
+                continue  # no pair is unmatched if all belong to one image
+            density, _ = np.histogram(cosines, edges, density=True)
+            x, y = edges.round(4).tolist(), [*density.round(4).tolist(), 0]
+            line = {"shape": "hv", "color": colour}
+            fill = "tozeroy" if view is shared[-1] else None
+            _add_line(figure, name, view, shared, x=x, y=y, line=line, fill=fill)
     figure.update_xaxes(title="cosine")
     figure.update_yaxes(title="density", rangemode="tozero")
-    _plain_layout(figure)
-    return Section(
-        "Cosines of pairs",
-        "The less the two overlap, the better images and texts find each other.",
-        figure,
-    )
+    note = "The less the two distributions overlap, the better retrieval between images and texts."
+    return Section("Cosines of pairs", note, figure)
 
 
 def _spectra(views: Sequence[View]) -> Section:
     figure = go.Figure()
     for view in views:
-        for name, values, colour in zip(
-            ("images", "texts"), view.spectra, (IMAGES, TEXTS), strict=True
-        ):
-            figure.add_scatter(
-                x=list(range(1, len(values) + 1)),
-                y=[float(f"{value:.4g}") for value in values],
-                name=_of(name, view, views),
-                mode="lines",
-                line={"color": colour, **_dash(view, views)},
-            )
+        names = (("images", IMAGES), ("texts", TEXTS))
+        for (name, colour), values in zip(names, view.spectra, strict=True):
+            x, y = list(range(1, len(values) + 1)), [float(f"{value:.4g}") for value in values]
+            _add_line(figure, name, view, views, x=x, y=y, line={"color": colour})
     figure.update_xaxes(title="direction")
     figure.update_yaxes(title="singular value", type="log", exponentformat="power")
-    _plain_layout(figure)
-    return Section(
-        "Singular values",
-        "Of the centred unit rows: where they fall steeply, few directions are used.",
-        figure,
-    )
-
-
-def _of(name: str, view: View, views: Sequence[View]) -> str:
-    return f"{name}, {view.name}" if len(views) > 1 else name
-
-
-def _dash(view: View, views: Sequence[View]) -> dict[str, str]:
-    """Dotted where it is but the one to compare with."""
-    return {"dash": "dot"} if view is not views[-1] else {}
-
-
-def _queries(name: str, queries: Sequence[Found]) -> Section:
-    rows: list[list[str | Entry]] = [["rank", "query", "its best match", "found first"]]
-    for one in queries:
-        first = one.first if one.rank > 1 else "the same"
-        rows.append([f"{one.rank:,}", one.query, one.match, first])
-    return Section(name, rows=rows, prose=True)
+    note = "Of the centred unit rows: a steep drop means that few directions are used."
+    return Section("Singular values", note, figure)
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
@@ -307,17 +271,14 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     thinned = steps[:: -(-len(steps) // POINTS_OF_A_CURVE) or 1]
     if steps:
         figure = go.Figure()
-        for name in ("loss", "pairwise", "pairwise_others", "divergence"):
-            if any(line.get(name) is not None for line in thinned):
-                figure.add_scatter(
-                    x=[line["step"] for line in thinned],
-                    y=[line.get(name) for line in thinned],
-                    name=name.replace("_", " "),
-                    mode="lines",
-                )
+        terms = dict.fromkeys(name for line in thinned for name in line if name not in NO_LOSS)
+        x = [line["step"] for line in thinned]
+        for name in terms:
+            y = [line.get(name) for line in thinned]
+            if any(value is not None for value in y):
+                figure.add_scatter(x=x, y=y, name=name.replace("_", " "), mode="lines")
         figure.update_xaxes(title="step")
-        _plain_layout(figure)
-        yield Section("The loss while training", "Its terms without their weights.", figure)
+        yield Section("Training loss", "The total, and its terms without their weights.", figure)
     scores = [line for line in metrics if "validation" in line]
     if scores:
         figure = go.Figure()
@@ -341,32 +302,74 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
                 "overlaying": "y",
                 "side": "right",
                 "showgrid": False,
-                "tickmode": "auto",  # else where the left one has ticks, at odd values
+                "tickmode": "auto",  # else at the left axis' ticks, with odd values
             },
         )
-        _plain_layout(figure)
-        yield Section("Validation while training", "The best mean recall is kept.", figure)
+        yield Section("Validation", "The weights with the best mean recall are kept.", figure)
 
 
-def _settings(run: RunRecord) -> Iterator[Section]:
-    for name, values in (("Configuration", run.config), ("Environment", run.environment)):
-        if values:
-            rows: list[list[str | Entry]] = [["key", "value"]]
-            rows += [[key, text] for key, text in _leaves(values)]
-            yield Section(name, rows=rows, prose=True)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield prefix + key, " ".join(map(str, value))
         else:
-            yield prefix + key, str(value)
+            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield [prefix + key, text]
 
 
-def _plain_layout(figure: go.Figure, **layout: Any) -> None:
-    figure.update_layout(
-        margin={"t": 20, "b": 45, "r": 50}, legend={"orientation": "h", "y": 1.1}, **layout
+def _conflict(document: Mapping[str, Any]) -> Section:
+    figure, scale = go.Figure(), document["logit_scale"]
+    for key, (name, colour) in OBJECTIVES.items():
+        figure.add_scatter(
+            x=[row["logit_scale"] for row in document["by_scale"]],
+            y=[row[key] for row in document["by_scale"]],
+            name=name,
+            line_color=colour,
+        )
+    figure.add_vline(x=scale, line={"dash": "dot", "width": 1, "color": OTHER})
+    # On a logarithmic axis annotations, unlike lines, are placed by the exponent.
+    figure.add_annotation(
+        x=log10(scale), y=1, yref="paper", text=f"{scale:g}", showarrow=False, xshift=14
+    )
+    figure.update_xaxes(type="log", dtick=1, title="logit scale")
+    figure.update_yaxes(title="cosine of the gradients", range=[-1.05, 1.05])
+    return Section(
+        "Do the two parts of the loss conflict?",
+        "Cosine between the gradients of alignment, which pulls pairs together, and uniformity, "
+        "which pushes everything apart, from soft temperatures to CLIP's. At -1 they cancel and "
+        "the modalities stay apart. Use features from before training: at a minimum the two "
+        f"gradients cancel by definition. {document['pairs']:,} pairs.",
+        figure,
+    )
+
+
+def _terms(document: Mapping[str, Any]) -> Section:
+    rows = [["", *(name for name, _ in OBJECTIVES.values())]]
+    for name in ("loss", "alignment", "uniformity", "gradient_cosine"):
+        label = "cosine of their gradients" if name == "gradient_cosine" else name
+        rows.append([label, *(f"{document[key][name]:.4f}" for key in OBJECTIVES)])
+    note = (
+        f"In nats, at logit scale {document['logit_scale']:g}, CS weight "
+        f"{document['cs_weight']:g}, bandwidth {document['bandwidth']:g}."
+    )
+    return Section("The terms", note, rows=rows)
+
+
+def _gap_parts(gap: Mapping[str, float]) -> Section:
+    figure = go.Figure()
+    for key, label, colour in (
+        ("centroid_share", "centroid offset", TEXTS),
+        ("shape_share", "shape difference", IMAGES),
+    ):
+        name, value = f"{label} {100 * gap[key]:.0f} %", gap[key] * gap["frechet"]
+        figure.add_bar(x=[value], y=["gap"], name=name, marker_color=colour, orientation="h")
+    figure.update_layout(barmode="stack", height=200, legend={"y": 1.3, "traceorder": "normal"})
+    figure.update_xaxes(title="Frechet distance between images and texts")
+    figure.update_yaxes(showticklabels=False)
+    return Section(
+        "Composition of the gap",
+        "Centring removes an offset of the centroids, but not a difference in shape. Uniformity "
+        f"within a side (lower is more spread out): images {gap['uniformity_image']:.3f}, texts "
+        f"{gap['uniformity_text']:.3f}.",
+        figure,
     )

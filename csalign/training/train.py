@@ -26,9 +26,10 @@ from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, silent
 from csalign.core.results import TrainResult
 from csalign.core.version import __version__
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows
-from csalign.evaluation.page import Evaluated, write_report
+from csalign.evaluation.page import EvaluationReport, write_report
+from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.join import ALL, PairedRows, Pairs, join_pairs, split_names
 from csalign.features.memory_map import MIB, MappedRows, Room
@@ -247,13 +248,11 @@ def _tell_start(adapter: Adapter, state: Mapping[str, Any] | None) -> None:
 
 def _evaluated(
     adapter: Adapter, features: FeatureSet, val: PairedRows, config: TrainConfig
-) -> Evaluated:
+) -> EvaluationReport:
     """What was kept, measured on the validation rows as ``csalign eval`` measures."""
     images, texts = (embed_rows(adapter, side, val, features) for side in Modality)
-    wanted = EvalConfig(features=config.features, adapter=config.out, seed=config.seed)
-    measured = measure_rows(wanted, "validation", val, images, texts)
-    document = describe(measured, measured.resample())
-    return Evaluated(features, val, images, texts, True, measured.ranks, document)
+    aligned = AlignedRows(features, "validation", val, images, texts, config.out)
+    return describe(measure_rows(aligned, MeasureOptions(seed=config.seed)))
 
 
 def start_of(

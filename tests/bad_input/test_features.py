@@ -225,11 +225,11 @@ def test_what_a_run_keeps_beside_its_weights_is_checked_where_it_is_shown(
     ("content", "message"),
     [
         (None, "e.json: no such file"),
-        (b"", "e.json: is not what csalign eval --json prints"),
-        (b"{}", "e.json: is not what csalign eval --json prints"),
-        (b"\xff", "e.json: is not what csalign eval --json prints"),
-        (b"[" * 100_000, "e.json: is not what csalign eval --json prints"),
-        (b'{"retrieval": NaN}', "e.json: is not what csalign eval --json prints"),
+        (b"", "e.json: is not a document of csalign eval --json"),
+        (b"{}", "e.json: is not a document of csalign eval --json"),
+        (b"\xff", "e.json: is not a document of csalign eval --json"),
+        (b"[" * 100_000, "e.json: is not a document of csalign eval --json"),
+        (b'{"retrieval": NaN}', "e.json: is not a document of csalign eval --json"),
     ],
 )
 def test_evaluations_of_no_use_are_refused(

@@ -33,7 +33,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError
 from csalign.core.records import read_job
 from csalign.evaluation.compare import compare
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
@@ -207,7 +207,7 @@ def evaluation(made: Path) -> Any:
 def test_evaluations(evaluation: Any, tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "e.json").write_text(json.dumps(data.draw(mutated(evaluation))))
     with bounded():
-        compare([tmp_path / "e.json"])
+        compare(CompareConfig(systems=(tmp_path / "e.json",)))
 
 
 @FAST

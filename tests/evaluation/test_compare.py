@@ -8,7 +8,7 @@ import pytest
 
 from csalign.core.errors import ConfigError, DataError, SchemaError
 from csalign.evaluation.compare import FIGURES, compare
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.inspect import inspect
 from csalign.ingest.config import ImportConfig
@@ -51,7 +51,7 @@ def change(path: Path, **values: Any) -> Path:
 
 
 def rows_of(*paths: Path, **options: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = compare(paths, **options)["evaluations"]
+    rows: list[dict[str, Any]] = compare(CompareConfig(systems=paths, **options))["evaluations"]
     return rows
 
 
@@ -114,8 +114,8 @@ def test_the_baseline_is_chosen_by_number_name_or_path(
 
 @pytest.mark.parametrize("chosen", ["0", "3", "²", "other"])
 def test_a_baseline_that_is_none_of_them_is_refused(runs: tuple[Path, Path], chosen: str) -> None:
-    with pytest.raises(ConfigError, match=r"is none of random, closed; .* number, 1 to 2"):
-        compare(runs, baseline=chosen)
+    with pytest.raises(ConfigError, match=r"is not one of random, closed; .* number, 1 to 2"):
+        compare(CompareConfig(systems=runs, baseline=chosen))
 
 
 def test_documents_of_an_older_eval_are_shown_and_not_paired(
@@ -131,7 +131,7 @@ def test_documents_of_an_older_eval_are_shown_and_not_paired(
     assert row["mean_recall"] > base["mean_recall"]
     assert row["parameters"] is None
     assert len(caplog.records) == 1
-    assert "closed (an older csalign eval" in caplog.text
+    assert "closed (written by an older csalign eval" in caplog.text
 
 
 def test_other_splits_are_not_paired(
@@ -231,7 +231,6 @@ def test_parameters_and_seconds_are_told_where_a_run_has_them(
     for run in runs:
         path = run / "environment.json"
         environment = json.loads(path.read_text()) | {"seconds": 1.5}
-        del environment["checksum"]
         path.write_text(json.dumps(environment))
     random, closed = rows_of(runs[0], document_of(runs[1]))
 
@@ -258,8 +257,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
     path = tmp_path / "eval.json"
     path.write_text(content)
 
-    with pytest.raises(DataError, match=r"eval\.json: is not what csalign eval --json prints"):
-        compare([path])
+    with pytest.raises(DataError, match=r"eval\.json: is not a document of csalign eval --json"):
+        rows_of(path)
 
 
 @pytest.mark.parametrize("value", ["high", float("nan"), {"R@1": 1.0}])
@@ -269,19 +268,75 @@ def test_figures_that_are_no_numbers_are_refused(
     path = document_of(runs[0])
     gap = json.loads(path.read_text())["gap"]
 
-    with pytest.raises(DataError, match="is not what csalign eval --json prints"):
-        compare([change(path, gap={**gap, "rmg": value})])
+    with pytest.raises(DataError, match="is not a document of csalign eval --json"):
+        rows_of(change(path, gap={**gap, "rmg": value}))
 
 
 def test_a_run_must_name_its_features(runs: tuple[Path, Path]) -> None:
     (runs[0] / "config.toml").write_text("features = 5\n")
     with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
-        compare(runs)
+        rows_of(*runs)
     (runs[0] / "config.toml").unlink()
-    with pytest.raises(DataError, match=r"random: has no config\.toml"):
-        compare(runs)
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
+        rows_of(*runs)
 
 
 def test_a_folder_that_is_no_run_is_refused(features: Path) -> None:
     with pytest.raises(DataError, match="holds no trained adapter"):
-        compare([features])
+        rows_of(features)
+
+
+@pytest.mark.parametrize("which", ["baseline", "other"])
+def test_an_approximate_evaluation_is_marked_and_not_judged(
+    runs: tuple[Path, Path],
+    document_of: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+) -> None:
+    indexes = {"baseline": ("ivf", "exact"), "other": ("exact", "ivf")}[which]
+    documents = [document_of(run, index=kind) for run, kind in zip(runs, indexes, strict=True)]
+    base, row = rows_of(*documents)
+
+    assert (base["index"], row["index"]) == indexes
+    assert (base["verdict"], row["verdict"]) == ("baseline", "cannot tell (approximate)")
+    assert row["difference"] == {}
+    stated = json.loads(documents[1].read_text())
+    assert row["mean_recall"] == stated["retrieval"]["mean_recall"]
+    assert row["intervals"]["mean_recall"] == stated["intervals"]["mean_recall"]
+    assert "closed (ranks {}, the baseline {})".format(*reversed(indexes)) in caplog.text
+
+
+def test_runs_with_adapters_of_ones_own_are_compared_if_they_are_allowed(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_adapters.py").write_text(
+        "from csalign.adapters.linear import Linear\n"
+        "class Own(Linear):\n"
+        '    """Linear, under a name of its own."""\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = "own_adapters:Own"
+    run = train(
+        TrainConfig(features=features, out=tmp_path / "own", steps=0, init="random", adapter=kind)
+    ).run
+    document = evaluate(EvalConfig(features=features, adapter=run, allow_adapter=kind))
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(document))
+
+    row = rows_of(run, path, allow_adapter=kind, device="cpu")[1]
+    assert row["verdict"] == "cannot tell"
+    with pytest.raises(SchemaError, match="own_adapters:Own"):
+        rows_of(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("zero_shot", "classification"), ("distribution", "image distances")]
+)
+def test_documents_without_retrieval_are_refused_for_that_reason(
+    tmp_path: Path, key: str, kind: str
+) -> None:
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"features": "f", "adapter": None, "counts": {}, key: {}}))
+
+    with pytest.raises(DataError, match=rf"eval\.json: contains {kind} only"):
+        rows_of(path)

@@ -91,7 +91,7 @@ def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Pat
     own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.S)
 
     assert f"{document['infonce']['loss']:.4f}" in text
-    assert own.count('class="figure"') == 2
+    assert own.count('class="plotly-graph-div"') == 2
     assert not re.search(r"(src|href)=", own)
     assert "default-src 'none'" in text
 
@@ -102,3 +102,17 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
         told(features, plot=tmp_path / "missing/page.html")
     with pytest.raises(OutputError, match="is a folder; name a file"):
         told(features, plot=tmp_path)
+
+
+def test_uniformity_is_that_of_a_sample_and_not_of_the_first_rows(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(5_400, 4))
+    rows[:5_000] = rows[:1]  # whose uniformity by themselves is 0
+    np.save(tmp_path / "ordered.npy", rows)
+    out = tmp_path / "ordered"
+    path = tmp_path / "ordered.npy"
+    import_arrays(ImportConfig(images=path, texts=path, out=out))
+    first, again, other = (told(out, pairs=10, seed=seed)["gap"] for seed in (0, 0, 1))
+
+    assert first["uniformity_image"] < -0.05
+    assert first == again
+    assert first["uniformity_image"] != other["uniformity_image"]

@@ -8,7 +8,7 @@ import pytest
 from csalign.cli.render import eval_tables
 from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.evaluation.compare import compare
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
@@ -214,7 +214,7 @@ def test_images_without_texts_are_classified_raw_and_through_an_adapter(
     through = evaluate(config_of(bare, adapter=run, zero_shot=prompts, labels=labels))
     mapped = evaluate(config_of(tmp_path / "seen", zero_shot=tmp_path / "mapped", labels=labels))
     assert through["zero_shot"] == mapped["zero_shot"]
-    with pytest.raises(DataError, match="has no texts, so there is no retrieval"):
+    with pytest.raises(DataError, match="contains no texts, so there is no retrieval"):
         evaluate(config_of(bare, zero_shot=prompts, labels=labels, correct="csls"))
     eval_tables(alone)
     assert "zero-shot classification: 30 images, 6 classes" in capsys.readouterr().out
@@ -224,8 +224,8 @@ def test_images_without_texts_are_classified_raw_and_through_an_adapter(
     ("options", "message"),
     [
         ({"zero_shot": "x"}, "--labels COLUMN go together"),
-        ({"class_of": "x.csv"}, "give both"),
-        ({"groups": "x.csv"}, "say which column"),
+        ({"class_of": "x.csv"}, "pass both"),
+        ({"groups": "x.csv"}, "name its column"),
         ({"correct": "csls,other"}, "correct: .*'other'"),
     ],
 )
@@ -241,10 +241,10 @@ def test_options_that_say_nothing_are_refused(
     [
         (
             "id,other\n1,a\n",
-            r"nothing tells the column 'kind'.*t\.csv has .*other.*; the features have source, spl",
+            r"images have no column 'kind'.*t\.csv has .*other.*; the features have source, spl",
         ),
         ("id,kind\nx,a\n", "of none of the images .* such as '0'"),
-        ("id,kind\n1,a\n1,b\n", r"t\.csv, row 3: says 'b' of '1', an earlier row 'a'"),
+        ("id,kind\n1,a\n1,b\n", r"t\.csv, row 3: has 'b' of '1', an earlier row has 'a'"),
         ("name,kind\n1,a\n", "has no column 'image_id'"),
     ],
 )
@@ -263,16 +263,16 @@ def test_classes_that_do_not_fit_are_refused(animals: Path, prompts: Path, tmp_p
     options: dict[str, Any] = {"labels": f"{table}:kind", "zero_shot": prompts}
 
     table.write_text("id,kind\n0,cow\n1,cat\n")
-    with pytest.raises(DataError, match="names 'cow' and 0 other labels that are no classes"):
+    with pytest.raises(DataError, match="names 'cow' and 0 other labels that are not classes"):
         evaluate(config_of(animals, **options))
-    with pytest.raises(DataError, match="text '0' names no class: let ids be such as cat/0"):
+    with pytest.raises(DataError, match="text '0' names no class; use ids such as cat/0"):
         evaluate(config_of(animals, **options | {"zero_shot": animals}))
     (tmp_path / "c.csv").write_text("id,class\ncat/0,cat\n")
-    with pytest.raises(DataError, match=r"c\.csv: tells no 'class' of the text 'cat/1'"):
+    with pytest.raises(DataError, match=r"c\.csv: has no 'class' of the text 'cat/1'"):
         evaluate(config_of(animals, **options, class_of=str(tmp_path / "c.csv")))
     bare = tmp_path / "bare"
     import_arrays(ImportConfig(images=tmp_path / "x.npy", out=bare))
-    with pytest.raises(DataError, match="holds no texts; make it of class prompts"):
+    with pytest.raises(DataError, match="contains no texts; extract it from class prompts"):
         evaluate(config_of(animals, **options | {"zero_shot": bare}))
     table.write_text("id,kind\n0,dog\n1,cat\n")
     narrow = tmp_path / "narrow"
@@ -300,6 +300,6 @@ def test_compare_takes_documents_with_further_figures(
     )
     path = tmp_path / "eval.json"
     path.write_text(json.dumps(document))
-    rows = compare([path, path])["evaluations"]
+    rows = compare(CompareConfig(systems=(path, path)))["evaluations"]
 
     assert [row["verdict"] for row in rows] == ["baseline", "cannot tell"]

@@ -75,7 +75,7 @@ def test_few_images_and_those_left_out_are_told(
     (fake / "broken.png").write_bytes(b"none")
     evaluate(EvalConfig(images=str(real), generated=str(fake), encoder=encoder))
 
-    assert "1 inputs could not be used and are left out" in caplog.text
+    assert "skipped 1 unusable inputs" in caplog.text
     assert "broken.png is not an image of a known format" in caplog.text
     assert "4 images are too few for the Frechet distance of embeddings of width 16" in caplog.text
 
@@ -86,7 +86,7 @@ def test_sets_of_different_encoders_are_refused(
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32))
     out = tmp_path / "imported"
     import_arrays(ImportConfig(images=tmp_path / "a.npy", texts=tmp_path / "a.npy", out=out))
-    with pytest.raises(DataError, match=r"by unknown \(width 16\); embed both by one encoder"):
+    with pytest.raises(DataError, match=r"by unknown \(width 16\); encode both by one encoder"):
         evaluate(EvalConfig(images=str(folders[0]), generated=str(out), encoder=encoder))
 
 
@@ -94,10 +94,10 @@ def test_sets_of_different_encoders_are_refused(
     ("values", "message"),
     [
         ({}, "features: is required"),
-        ({"images": "a"}, "images, generated: are compared with each other; give both"),
-        ({"images": "a", "generated": "b", "features": "c"}, "features: not for a comparison"),
-        ({"images": "a", "generated": "b", "by": "c", "seed": 1}, "by, seed: not for"),
-        ({"images": "a", "generated": "b"}, "encoder: is required, to embed the images of a"),
+        ({"images": "a"}, "images, generated: are compared with each other; pass both"),
+        ({"images": "a", "generated": "b", "features": "c"}, "features: cannot be used with"),
+        ({"images": "a", "generated": "b", "by": "c", "seed": 1}, "by, seed: cannot be used with"),
+        ({"images": "a", "generated": "b"}, "encoder: is required, to encode the images of a"),
         ({"images": "a", "generated": "b", "encoder": "x", "split": "y"}, "split: is for feature"),
     ],
 )
@@ -108,5 +108,5 @@ def test_options_that_do_not_go_together_are_refused(values: dict[str, Any], mes
 
 def test_a_set_of_one_image_is_refused(encoder: str, make_images: Callable[..., Path]) -> None:
     folder = str(make_images("0.png"))
-    with pytest.raises(DataError, match="holds 1 images, at least 2 are needed"):
+    with pytest.raises(DataError, match="contains 1 images, at least 2 are needed"):
         evaluate(EvalConfig(images=folder, generated=folder, encoder=encoder))

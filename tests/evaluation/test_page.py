@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import numpy as np
 import pytest
 
 from csalign.core.errors import OutputError, SchemaError
-from csalign.evaluation import page as evaluation_page
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.evaluate import describe, evaluate, measure
+from csalign.evaluation.page import write_report
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
@@ -61,21 +62,47 @@ def test_the_page_of_an_adapter_shows_both_stages_and_its_training(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = tmp_path / "train.html", tmp_path / "eval.html"
-    monkeypatch.setattr(evaluation_page, "FEWEST_TO_MAP", 1_000)
+    monkeypatch.setitem(sys.modules, "umap", None)
     config = TrainConfig(
         features=features, out=tmp_path / "run", steps=4, batch_size=64, report=pages[0]
     )
     run = train(config).run
-    # UMAP takes long without its compiler; see conftest.
-    monkeypatch.setattr(evaluation_page, "DRAWN", 4)
-    monkeypatch.setattr(evaluation_page, "FEWEST_TO_MAP", 4)
     evaluate(EvalConfig(features=features, adapter=run, report=pages[1]))
 
-    for page, mapped in zip(pages, (0, 2), strict=True):
+    for page in pages:
         text = page.read_text(encoding="utf-8")
-        for title in ("before the adapter", "after the adapter", "The loss", "Configuration"):
+        for title in ("before the adapter", "after the adapter", "Training loss", "Configuration"):
             assert title in text
-        assert text.count("the adapter: neighbours") == mapped
+        assert "the adapter: neighbours" not in text
+
+
+def test_the_page_maps_neighbours_where_umap_is_installed(features: Path, tmp_path: Path) -> None:
+    run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
+    report = describe(measure(EvalConfig(features=features, adapter=run, intervals=False)))
+    page = tmp_path / "page.html"
+    # UMAP takes long without its compiler; see conftest.
+    write_report(page, "neighbours", report, run, 0, drawn=20)
+
+    assert page.read_text(encoding="utf-8").count("the adapter: neighbours") == 2
+
+
+def test_a_split_whose_pairs_all_belong_to_one_image_has_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.normal(size=(1, 8)))
+    np.save(tmp_path / "y.npy", rng.normal(size=(3, 8)))
+    (tmp_path / "pairs.csv").write_text("image_id,caption\n0,a\n0,b\n0,c\n")
+    paths = {name: tmp_path / f"{file}.npy" for name, file in (("images", "x"), ("texts", "y"))}
+    config = ImportConfig(**paths, pairs=tmp_path / "pairs.csv", out=tmp_path / "set")
+    features = import_arrays(config).features
+    page = tmp_path / "page.html"
+    evaluate(EvalConfig(features=features, report=page))
+    text = page.read_text(encoding="utf-8")
+
+    assert '"name":"matched"' in text
+    assert '"name":"unmatched"' not in text
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(

@@ -1,4 +1,4 @@
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import pytest
 
 from csalign.core.errors import DataError
 from csalign.evaluation import protocols
-from csalign.evaluation.compare import _Document, _other_data
-from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import describe, measure
+from csalign.evaluation.compare import compare
+from csalign.evaluation.config import CompareConfig, EvalConfig, Protocol
+from csalign.evaluation.evaluate import describe, evaluate, measure
 from csalign.evaluation.protocols import retrieval_block
 from csalign.features.join import PairedRows
 from csalign.ingest.config import ImportConfig
@@ -64,8 +64,8 @@ def karpathy_folds(x: Array, y: Array) -> dict[str, dict[str, float]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protocols on a fiftieth of their images."""
-    for name, rule in protocols._RULES.items():
-        monkeypatch.setitem(protocols._RULES, name, replace(rule, images=rule.images // 50))
+    for name, rule in protocols.RULES.items():
+        monkeypatch.setitem(protocols.RULES, name, rule._replace(images=rule.images // 50))
 
 
 @pytest.mark.usefixtures("small")
@@ -74,8 +74,9 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
     folder = captioned_set(tmp_path, 100, counts)
     measured = measure(EvalConfig(features=folder, protocol="coco-1k", resamples=100))
     block = retrieval_block(measured.fold_ranks)
-    assert measured.texts.shape == (500, 8)
-    assert measured.protocol == {
+    report = describe(measured)
+    assert measured.aligned.texts.shape == (500, 8)
+    assert report.document["protocol"] == {
         "name": "coco-1k",
         "folds": 5,
         "images": 100,
@@ -95,18 +96,18 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
             kept[owner].append(row)
     texts = stored[np.concatenate(kept)]
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    np.testing.assert_array_equal(measured.texts, texts)
+    np.testing.assert_array_equal(measured.aligned.texts, texts)
 
-    for name, figures in karpathy_folds(measured.images, texts).items():
+    for name, figures in karpathy_folds(measured.aligned.images, texts).items():
         assert {key: block[name][key] for key in figures} == pytest.approx(figures)
-    intervals = measured.resample().intervals()
+    intervals = report.document["intervals"]
     low, high = intervals["text_to_image"]["true_recall@10"]
     assert low < block["text_to_image"]["true_recall@10"] < high
     assert "median_rank" not in intervals["text_to_image"]
 
     rest = measure(EvalConfig(features=folder, protocol="coco-5k"))
-    assert (rest.protocol["texts"], rest.protocol["folds"]) == (510, 1)
-    assert (np.diff(rest.text_image) >= 0).all()
+    assert (len(rest.aligned.texts), len(rest.folds)) == (510, 1)
+    assert (np.diff(rest.aligned.rows.text_image) >= 0).all()
     everything = measure(EvalConfig(features=folder))
     ours, theirs = retrieval_block(rest.fold_ranks), retrieval_block(everything.fold_ranks)
     assert ours["mean_recall"] == pytest.approx(theirs["mean_recall"])
@@ -114,15 +115,18 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
 
 @pytest.mark.usefixtures("small")
 def test_a_protocol_of_another_size_is_refused_and_so_is_pairing_across_protocols(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EvalConfig(features=captioned_set(tmp_path, 20, np.full(20, 2)), protocol="flickr-1k")
-    named = _Document.model_validate(describe(measure(config), None))
-    plain = named.model_copy(update={"protocol": type(named.protocol)()})
+    paths = tmp_path / "named.json", tmp_path / "plain.json"
+    for path, protocol in zip(paths, ("flickr-1k", "all"), strict=True):
+        own = config.model_copy(update={"protocol": protocol, "intervals": False})
+        path.write_text(json.dumps(evaluate(own)))
+    compare(CompareConfig(systems=(paths[1], *paths)))
 
-    assert _other_data(named, plain) == "protocol flickr-1k, the baseline all"
-    assert _other_data(named, named) is None
-    with pytest.raises(DataError, match=r"holds 20 images .* protocol coco-1k takes 100 .*--split"):
+    assert caplog.text.count("(protocol flickr-1k, the baseline all)") == 1
+    message = r"contains 20 images .* protocol coco-1k needs 100 .*--split"
+    with pytest.raises(DataError, match=message):
         measure(config.model_copy(update={"protocol": "coco-1k"}))
 
 
@@ -131,7 +135,7 @@ def test_a_protocol_of_another_size_is_refused_and_so_is_pairing_across_protocol
     [("coco-5k", 5_000, 6, 6), ("coco-1k", 5_000, 6, 5), ("flickr-1k", 1_000, 5, 5)],
 )
 def test_protocols_are_of_the_papers_sizes(
-    name: protocols.Name, images: int, captions: int, taken: int
+    name: Protocol, images: int, captions: int, taken: int
 ) -> None:
     rows = paired(images, np.tile(np.arange(images), captions))
     found = protocols.select(name, rows)
@@ -140,7 +144,7 @@ def test_protocols_are_of_the_papers_sizes(
     assert found.text_ids[1].as_py() == f"t{images}"
     assert found.texts[1, 0] == images
     whole = protocols.Gallery(found.images, found.texts, found.text_image)
-    folds = protocols.folds_of(name, whole)
+    folds = protocols.split_folds(name, whole)
     assert [len(fold.images) for fold in folds] == ([1_000] * 5 if name == "coco-1k" else [images])
     for fold in folds:
         assert fold.text_image.tolist() == np.repeat(np.arange(len(fold.images)), taken).tolist()
@@ -150,7 +154,7 @@ def test_protocols_are_of_the_papers_sizes(
 def test_captions_that_do_not_fit_a_protocol_are_refused(flaw: str) -> None:
     owners = np.repeat(np.arange(5_000), 5)
     owners = owners[1:] if flaw == "one caption less" else np.append(owners, -1)
-    counted = "with 4 captions or more each and 0 texts|with 5 captions or more each and 1 texts"
+    counted = "with at least 4 captions each and 0 texts|with at least 5 captions each and 1 texts"
 
     with pytest.raises(DataError, match=counted):
         protocols.select("coco-1k", paired(5_000, owners))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
+from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 
 HOSTILE = "<b onmouseover='x'>%{x}</b></script><script>document.title='owned'</script>"
@@ -25,8 +25,8 @@ DOCUMENT: dict[str, Any] = {
 
 def view(name: str, *, shared: bool) -> View:
     rows = np.random.default_rng(0).normal(size=(2, 4, 2))
-    cosines = (rows[0, :, 0], rows[1, :, 0]) if shared else (np.empty(0), np.empty(0))
-    return View(name, rows[0], rows[1], (0.5, 0.4), shared, cosines, (np.ones(3), np.ones(2)))
+    cosines = (rows[0, :, 0], rows[1, :, 0]) if shared else None
+    return View(name, rows[0], rows[1], (0.5, 0.4), cosines, (np.ones(3), np.ones(2)))
 
 
 def write(path: Path, *views: View) -> str:
@@ -42,7 +42,7 @@ def write(path: Path, *views: View) -> str:
         DOCUMENT,
         views,
         [HOSTILE] * 4,
-        {"Worst": [Found(item, 3, item, item)]},
+        {"Worst": [RankedQuery(item, 3, item, item)]},
         RunRecord(metrics, {"out": HOSTILE}, {"packages": {"torch": HOSTILE}}),
     )
     return path.read_text(encoding="utf-8")
@@ -50,13 +50,13 @@ def write(path: Path, *views: View) -> str:
 
 def test_captions_stay_text_in_tables_and_in_what_plotly_shows(tmp_path: Path) -> None:
     text = write(tmp_path / "page.html", view("before", shared=False), view("after", shared=True))
-    figures = re.search(r"const figures = (.*), dark", text)
+    figures = text.split("Plotly.newPlot(")
 
-    assert figures is not None
     assert "<script>document" not in text
-    assert "&lt;b onmouseover" in text
-    assert "\\u003cb onmouse" not in figures[1]  # Plotly would take it for its own bold
-    assert "\\u0026lt;b onmouse" in figures[1] or "&lt;b onmouse" in figures[1]
+    assert "&lt;b onmouseover" in figures[0]
+    for figure in figures[-6:]:
+        assert "\\u003cb onmouse" not in figure  # Plotly would take it for its own bold
+    assert sum("&lt;b onmouse" in figure for figure in figures[-6:]) >= 2
 
 
 def test_figures_carry_their_intervals(tmp_path: Path) -> None:
@@ -66,16 +66,29 @@ def test_figures_carry_their_intervals(tmp_path: Path) -> None:
     assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
 
 
+def test_the_curves_show_every_loss_term_of_the_log(tmp_path: Path) -> None:
+    line = {"step": 1, "loss": 2.0, "pairwise": 1.0, "token": 0.5, "divergence": None}
+    line |= {"new_term": 0.1, "learning_rate": 0.1, "gradient_norm": 1.0}
+    page = tmp_path / "page.html"
+    write_evaluation(page, "run", None, [], [], {}, RunRecord([line], {}, {}))
+    curves = page.read_text(encoding="utf-8").split("Plotly.newPlot(")[-1]
+
+    for name in ("loss", "pairwise", "token", "new term"):
+        assert f'"name":"{name}"' in curves
+    for name in ("divergence", "learning rate", "gradient norm"):
+        assert f'"name":"{name}"' not in curves
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_every_figure_and_asks_for_nothing(
     tmp_path: Path, browser: Any, dark: bool
 ) -> None:
     page = tmp_path / "page.html"
     text = write(page, view("before", shared=False), view("after", shared=True))
-    figures = text.count('<div class="figure"')
+    figures = text.count('class="plotly-graph-div"')
     browser.open(page, dark=dark)
-    drawn = browser.evaluate("document.querySelectorAll('.figure .main-svg').length")
-    bars = browser.evaluate("document.querySelector('.figure').innerHTML")
+    drawn = browser.evaluate("document.querySelectorAll('.plotly-graph-div .main-svg').length")
+    bars = browser.evaluate("document.querySelector('.plotly-graph-div').innerHTML")
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     ink = browser.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")
     title = browser.evaluate("document.title")
@@ -95,7 +108,7 @@ def test_the_mouse_over_a_point_shows_its_caption(tmp_path: Path, browser: Any) 
     page = tmp_path / "page.html"
     write(page, view("", shared=True))
     browser.open(page)
-    browser.evaluate("document.getElementById('figure-0').scrollIntoView()")
+    browser.evaluate("document.querySelector('.plotly-graph-div').scrollIntoView()")
     x, y = browser.wait_for(_PLACE)
     assert browser.evaluate("document.querySelectorAll('.hovertext').length") == 0
     browser.move(x - 1, y)
@@ -108,7 +121,7 @@ def test_the_mouse_over_a_point_shows_its_caption(tmp_path: Path, browser: Any) 
 
 # Where the window has the first image of the first figure.
 _PLACE = """(() => {
-  const plot = document.getElementById("figure-0"), {xaxis, yaxis} = plot._fullLayout ?? {};
+  const plot = document.querySelector(".plotly-graph-div"), {xaxis, yaxis} = plot._fullLayout ?? {};
   if (!xaxis?.l2p) return null;
   const {left, top} = plot.getBoundingClientRect(), {x, y} = plot.data[0];
   return [left + xaxis._offset + xaxis.l2p(x[0]), top + yaxis._offset + yaxis.l2p(y[0])];

@@ -83,10 +83,10 @@ def test_an_exact_search_places_the_right_image_where_eval_does(
     path, rows = queries_of(features, "text", tmp_path)
     found = asked(tmp_path / "index", embedding=path, top=1_000)["queries"]
     measured = measure(EvalConfig(features=features, adapter=run, split="test"))
-    images, texts = measured.images, measured.texts
+    images, texts = measured.aligned.images, measured.aligned.texts
     if correct is not None:
         images, texts = corrected(images, texts, correct)
-    expected = Gallery(images, texts, measured.text_image).rank()[1].first
+    expected = Gallery(images, texts, measured.aligned.rows.text_image).rank()[1].first
 
     ids = rows.image_ids.to_pylist()
     ranks = [

@@ -303,7 +303,7 @@ def test_a_kind_that_mixes_tokens_in_is_measured_with_them(
     result = run(features, out, adapter="transformer", tokens=True, init="random")
     assert result.best_step > 0
     adapter, rows = load_adapter(out), load_rows(FeatureSet.open(features), "val")
-    measured = measure(EvalConfig(features=features, adapter=out, split="val"))
+    measured = measure(EvalConfig(features=features, adapter=out, split="val")).aligned
     aligned = apply(ApplyConfig(features=features, adapter=out, out=tmp_path / "aligned"))
     stored = load_rows(FeatureSet.open(aligned.features), "val")
 

@@ -17,8 +17,9 @@ from torch.nn.functional import normalize
 from csalign.adapters.canonical import ClosedForm, PairMoments
 from csalign.adapters.inputs import to_tensor, unit_inputs
 from csalign.core.enums import Modality
-from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import Measured, measure_rows
+from csalign.evaluation.config import MeasureOptions
+from csalign.evaluation.evaluate import Evaluation, measure_rows
+from csalign.evaluation.protocols import AlignedRows
 from csalign.features.join import PairedRows, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
@@ -70,16 +71,20 @@ class Fitted:
             "mrr": float(np.mean([way["mrr"] for way in ways])),
         }
 
-    def measure(self, features: Path, split: str) -> Measured:
+    def measure(self, features: Path, split: str) -> Evaluation:
         """As `evaluate.measure`; the gap is that of the weighted rows made unit."""
-        rows = load_rows(FeatureSet.open(features), split)
+        opened = FeatureSet.open(features)
+        rows = load_rows(opened, split)
         images, texts = self.embed(rows)
         unit_images, unit_texts = (
             side / np.linalg.norm(side, axis=1, keepdims=True) for side in (images, texts)
         )
-        measured = measure_rows(EvalConfig(features=features), split, rows, unit_images, unit_texts)
+        aligned = AlignedRows(
+            opened, split, rows, unit_images, unit_texts, parameters=self.parameters
+        )
+        measured = measure_rows(aligned, MeasureOptions())
         ranks = rank_both_ways(images, texts, rows.text_image)
-        return replace(measured, fold_ranks=(ranks,), parameters=self.parameters)
+        return replace(measured, fold_ranks=(ranks,))
 
 
 Trial = Mapping[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import Measured, describe, measure
+from csalign.evaluation.evaluate import Evaluation, describe, measure
 from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Floats, Place, Resamples
 from csalign.training.config import TrainConfig
@@ -102,7 +102,7 @@ class Bench:
         runs = [self._trained(settings, seed, self._test) for seed in range(seeds)]
         return Row(name, runs)
 
-    def known(self, name: str, settings: Settings, make: Callable[[], Measured]) -> Row:
+    def known(self, name: str, settings: Settings, make: Callable[[], Evaluation]) -> Row:
         """A row that needs no training and has no seed.
 
         Args:
@@ -178,12 +178,12 @@ def products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def as_record(measured: Measured, seconds: float | None) -> Record:
+def as_record(measured: Evaluation, seconds: float | None) -> Record:
     """What the tables need of a measurement, as plain JSON values."""
-    document, resamples = describe(measured, None), measured.resample()
+    document, resamples = describe(measured).document, measured.resample()
     return {
         "seconds": seconds,
-        "parameters": measured.parameters,
+        "parameters": measured.aligned.parameters,
         "retrieval": document["retrieval"],
         "gap": document["gap"],
         "images": resamples.images,

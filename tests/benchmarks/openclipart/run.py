@@ -22,7 +22,7 @@ from typing import Any
 from closed import Fitted, moments_of
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 
-from csalign.evaluation.evaluate import Measured
+from csalign.evaluation.evaluate import Evaluation
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.training.initialization import POWERS, RIDGES
@@ -81,7 +81,7 @@ def main() -> None:
 def plain_cca(bench: Bench) -> Row:
     """CCA on titles without weights or square roots, on the grid of ``csalign train``."""
 
-    def make() -> Measured:
+    def make() -> Evaluation:
         val = load_rows(FeatureSet.open(bench.features), "val")
         moments = moments_of(bench.features, TRAIN_SPLIT, "first")
         fitted = [

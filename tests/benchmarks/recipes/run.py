@@ -24,6 +24,7 @@ import torch
 from csalign.adapters.checkpoint import load_adapter
 from csalign.core.enums import Modality
 from csalign.evaluation.compare import compare
+from csalign.evaluation.config import CompareConfig
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
@@ -115,7 +116,7 @@ def keep_pairs(source: Path, out: Path, pairs: int) -> None:
 def print_table(name: str, labels: list[str], runs: list[Path], features: Path) -> None:
     """Print one recipe's rows as Markdown."""
     print(f"\n{name}\n\n{HEAD}\n|{'---|' * HEAD.count(' |')}", flush=True)
-    found = compare(runs, split="test")["evaluations"]
+    found = compare(CompareConfig(systems=tuple(runs), split="test"))["evaluations"]
     rows = load_rows(FeatureSet.open(features), "test")
     paired = np.flatnonzero(rows.text_image >= 0)
     for label, run, row in zip(labels, runs, found, strict=True):
