@@ -105,7 +105,7 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
 @app.command()
 @step_command(GenerateConfig, render.generate_table)
 def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
-    """Make images of texts by an unCLIP decoder."""
+    """Generate images from text with an unCLIP decoder."""
     from csalign.generation.generate import generate
 
     return generate(settings, progress)
@@ -123,7 +123,7 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 @app.command()
 @step_command(IndexConfig, render.index_table)
 def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
-    """Build an index of a feature set on disk, for search, or add to one."""
+    """Build a search index of a feature set."""
     from csalign.search.build import index
 
     return index(settings, progress)
@@ -132,7 +132,7 @@ def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
 @app.command()
 @step_command(SearchConfig, render.found)
 def search(settings: SearchConfig, progress: Progress) -> Found:
-    """Find what is nearest to a text, a picture or an embedding in an index."""
+    """Search an index or a feature set by text, image or embedding."""
     from csalign.search.search import find
 
     return find(settings, progress)
