@@ -36,24 +36,17 @@ class DecoderOptions(Config):
     panel: ClassVar[str] = "Decoder"
 
     decoder: str = Field(
-        description="Stable unCLIP, Karlo or Kandinsky 2.2: folder in diffusers format, or hub "
-        "model."
+        description="Stable unCLIP, Karlo or Kandinsky 2.2: diffusers folder or hub model."
     )
     prior: str | None = Field(
-        None,
-        description="Folder or hub model of the decoder's prior, for its embedding statistics; "
-        "required for Kandinsky with guidance.",
+        None, description="Prior of the decoder, for its statistics and for Kandinsky's guidance."
     )
     steps: Count | None = Field(None, description="Denoising steps (default: the pipeline's).")
     guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
         None, description="Guidance scale; 1 disables guidance (default: the pipeline's)."
     )
-    size: Count | None = Field(
-        None, description="Image side length in pixels (default: the decoder's)."
-    )
-    noise_level: int = Field(
-        0, ge=0, description="Noise added to the embeddings (Stable unCLIP only)."
-    )
+    size: Count | None = Field(None, description="Image side in pixels (default: the decoder's).")
+    noise_level: int = Field(0, ge=0, description="Noise on the embeddings (Stable unCLIP).")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Decoder precision; auto is float16 on CUDA, else float32."
     )
@@ -71,9 +64,7 @@ class GenerateConfig(DecoderOptions, PromptOptions, OutputConfig):
         False, description="Replace the folder on success, and discard unfinished images."
     )
     scale: Annotated[Literal["auto"] | Positive, Number] = Field(
-        "auto",
-        description="Norm given to the embeddings; auto is that of the decoder's training data, "
-        "else of the run's.",
+        "auto", description="Norm of the embeddings; auto: as the decoder's or run's training data."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first image; the next adds 1.")
     batch_size: Count = Field(4, description="Images per batch.")

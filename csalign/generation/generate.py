@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.prompts import load_prompts
-from csalign.generation.unclip import Decoder, find_decoder, load_decoder
+from csalign.generation.unclip import Decoder, find_decoder
 from csalign.report.contact_sheet import draw_sheet
 from csalign.sources.images import read_image
 
@@ -29,9 +29,7 @@ IMAGES = "images"
 LINES = "generated.jsonl"
 SHEET = "sheet.jpg"
 DESCRIPTION = "generation.json"
-
 UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
-NORM_RATIO = 1.25  # between mean norms of one encoder's embeddings of different images
 MAX_DEVIATION = 2.0
 
 # Options that do not change the images, or whose content has a fingerprint.
@@ -39,14 +37,7 @@ _IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.
 
 
 class Generation(Record):
-    """What determines the images, on one machine.
-
-    Attributes:
-        options: of the config.
-        adapter: SHA-256 of its weights.
-        prompts: fingerprint of the texts and their encoder.
-        scale: norm of the embeddings.
-    """
+    """What determines the images: options, SHA-256 of the adapter, prompts with their encoder."""
 
     FORMAT: ClassVar[str] = "csalign-generation"
 
@@ -61,29 +52,21 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     """Map texts into the space of a decoder's images and draw an image of each.
 
     Finished images stay in ``OUT.partial`` when the call is stopped, and the same call resumes from
-    there. An image depends on its embedding, its seed and the options; up to rounding, not on its
-    batch.
-
-    Args:
-        config: what to do.
-        progress: reports the images done.
+    there. An image depends on its embedding, its seed and the options, not on its batch.
 
     Raises:
-        ConfigError: options do not go together; the run maps images too; or the norm of the
-            embeddings is unknown.
+        ConfigError: options do not go together, the run maps images too, or no norm is known.
         DataError: no such run, prompts or features, or they cannot be used.
-        DecoderError: the decoder cannot be loaded or run.
-        EncoderError: the text encoder cannot be loaded or run.
-        OutputError: ``config.out`` exists and is not to be replaced, or ``OUT.partial`` has images
-            of other options.
+        DecoderError, EncoderError: a network cannot be loaded or run.
+        OutputError: ``config.out`` or ``OUT.partial`` exists and is not to be replaced.
         ShapeError: the widths of decoder, adapter and features do not fit.
     """
     began = time.monotonic()
-    inputs = [path for path in (config.adapter, config.prompts, config.features) if path]
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=tuple(inputs))
-    find_decoder(config.decoder)  # fails before the prompts are embedded, which may take long
+    inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
+    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
     prompts, info = load_prompts(config, config.device)
-    decoder = load_decoder(config)
+    decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width
     if width != decoder.width:
         raise ShapeError(
@@ -97,8 +80,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         log.warning(
             "%s: its embeddings are %.1f standard deviations from those that the decoder was "
             "trained on, where 1 is usual: was it trained on images of the decoder's own encoder?",
-            config.adapter,
-            deviation,
+            *(config.adapter, deviation),
         )
     job = Generation(
         options=config.model_dump(mode="json", exclude=_IGNORED),
@@ -125,12 +107,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
             with atomic.atomic_path(folder / SHEET) as path:
                 draw_sheet(paths, prompts.texts, path)
         atomic.write_text(folder / "config.toml", config.to_toml())
-        document = job.model_dump(mode="json") | {
-            "images": len(records),
-            "family": decoder.family,
-            "scale_from": scale_from,
-        }
-        atomic.write_json(folder / DESCRIPTION, document)
+        rest = {"images": len(records), "family": decoder.family, "scale_from": scale_from}
+        atomic.write_json(folder / DESCRIPTION, job.model_dump(mode="json") | rest)
     return GenerateResult(
         out=config.out,
         images=len(records),
@@ -143,28 +121,13 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
 
 
 def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -> tuple[float, str]:
-    """Choose the norm of the embeddings; returns it and its source.
-
-    Adapters give unit rows, but decoders want what an image encoder gives, whose norms differ
-    little from image to image and are far from 1.
-    """
+    """Choose the norm of the embeddings, as of the decoder's image encoder; and its source."""
     if config.scale != "auto":
         return config.scale, "--scale"
-    trained_on = info.image_norm
-    if trained_on is not None and abs(trained_on - 1) < UNIT_TOLERANCE:
-        trained_on = None  # they were normalised, so the norm is unknown
     if decoder.statistics is not None:
-        norm = decoder.statistics.norm
-        if trained_on is not None and not 1 / NORM_RATIO < trained_on / norm < NORM_RATIO:
-            log.warning(
-                "%s: was trained on images of norm %.4g, but the decoder on %.4g; are they of the "
-                "decoder's own encoder?",
-                config.adapter,
-                trained_on,
-                norm,
-            )
-        return norm, "the decoder's training data"
-    if trained_on is not None:
+        return decoder.statistics.norm, "the decoder's training data"
+    trained_on = info.image_norm
+    if trained_on is not None and abs(trained_on - 1) > UNIT_TOLERANCE:
         return trained_on, "the run's training images"
     raise ConfigError(
         "scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
@@ -174,11 +137,7 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
 
 @contextmanager
 def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
-    """Open the folder to write to, with the images of a stopped call, and commit it afterwards.
-
-    Raises:
-        OutputError: another process writes there, or it has images of other options.
-    """
+    """Open the folder to write to, with the images of a stopped call, and commit it afterwards."""
     out = config.out.resolve()
     folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, Generation.FORMAT)
@@ -187,7 +146,16 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
         found = read_job(path, Generation, restart=config.overwrite)
         if found != job:
             if found is not None and not config.overwrite and any((folder / IMAGES).glob("*.png")):
-                raise OutputError(_explain_difference(folder, found, job))
+                before, now = ({**each.options, **dict(each)} for each in (found, job))
+                changes = [
+                    f"{name} {before.get(name)!s:.12}, not {value!s:.12}"
+                    for name, value in now.items()
+                    if name != "options" and before.get(name) != value
+                ]
+                raise OutputError(
+                    f"{folder}: has images made with {'; '.join(changes)}: rerun with the same "
+                    "options, discard them with --overwrite, or choose another --out"
+                )
             atomic.empty_folder(folder)
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
@@ -195,21 +163,6 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
         atomic.commit(folder, out)
         for name in (atomic.JOB, atomic.LOCK):  # the lock is held until the folder has its name
             (out / name).unlink(missing_ok=True)
-
-
-def _explain_difference(folder: Path, found: Generation, job: Generation) -> str:
-    changes = [
-        f"{name.replace('_', '-')} {found.options.get(name)}, not {value}"
-        for name, value in job.options.items()
-        if found.options.get(name) != value
-    ]
-    changes += ["another adapter"] * (found.adapter != job.adapter)
-    changes += ["other prompts or another text encoder"] * (found.prompts != job.prompts)
-    changes += [f"scale {found.scale:g}, not {job.scale:g}"] * (found.scale != job.scale)
-    return (
-        f"{folder}: has images made with {'; '.join(changes)}: rerun with the same options, "
-        "discard them with --overwrite, or choose another --out"
-    )
 
 
 def _draw(
@@ -239,8 +192,7 @@ def _draw(
 
 
 def _is_complete(path: Path) -> bool:
-    try:
+    with suppress(FileNotFoundError, DataError):
         read_image(path.read_bytes())
-    except (FileNotFoundError, DataError):
-        return False
-    return True
+        return True
+    return False

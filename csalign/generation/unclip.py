@@ -1,11 +1,8 @@
 """The unCLIP decoders of diffusers: Stable unCLIP, Karlo and Kandinsky 2.2.
 
-Each is run by diffusers' own pipeline from an embedding in place of an image, and takes it as its
-image encoder gives it, the projected embedding of a CLIP model without normalising. Stable unCLIP
-standardises it by the statistics of its image normalizer, adds noise, and undoes it; Karlo projects
-it to time and context; Kandinsky contrasts it with the embedding of an empty image.
-
-Only classes of diffusers and transformers are built, and weights are read from safetensors, so no
+Each takes what its image encoder gives, a projected CLIP embedding that is not normalised. Stable
+unCLIP standardises it by the statistics of its image normalizer, adds noise, and undoes it; Karlo
+projects it to time and context; Kandinsky contrasts it with the embedding of an empty image. No
 code or pickle that comes with a decoder is run.
 """
 
@@ -26,13 +23,12 @@ from torch import Tensor
 
 from csalign.core.devices import pick_device
 from csalign.core.errors import ConfigError, DecoderError
-from csalign.core.records import parse_json
+from csalign.core.records import read_object
 from csalign.encoders.libraries import first_line
 from csalign.generation.config import DecoderOptions
 
 INDEX = "model_index.json"
-# Of a hub model: no weights of other precisions, and nothing but weights and settings.
-_WANTED = ["*.json", "*.txt", "*/*.safetensors"]
+_WANTED = ["*.json", "*.txt", "*/*.safetensors"]  # of a hub model: weights and settings
 _UNWANTED = ["*.fp16.*", "*.non_ema.*"]
 _CANNOT_RUN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _CANNOT_LOAD = (*_CANNOT_RUN, ImportError, OSError, SafetensorError)
@@ -41,12 +37,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of a decoder's training embeddings, by component.
-
-    Attributes:
-        mean: (d,) float32.
-        std: (d,) float32, > 0.
-    """
+    """Mean and standard deviation (d,) > 0 of a decoder's training embeddings, by component."""
 
     mean: Tensor
     std: Tensor
@@ -57,19 +48,8 @@ class Statistics:
         return float((self.mean.square().sum() + self.std.square().sum()).sqrt())
 
     def deviation(self, embeddings: Tensor) -> float:
-        """Root mean square of the standardised components of rows (n, d); about 1 if they fit."""
+        """Root mean square of the standardised rows (n, d); about 1 if they fit."""
         return float(((embeddings - self.mean) / self.std).square().mean().sqrt())
-
-
-def load_decoder(options: DecoderOptions) -> "Decoder":
-    """Load a decoder from a local folder or the hub.
-
-    Raises:
-        ConfigError: it cannot do what the options ask for, or needs a prior.
-        DecoderError: diffusers is not installed, or there is no such decoder, or it is damaged.
-    """
-    folder, family = find_decoder(options.decoder)
-    return family(folder, options)
 
 
 def find_decoder(name: str) -> tuple[Path, "type[Decoder]"]:
@@ -80,27 +60,19 @@ def find_decoder(name: str) -> tuple[Path, "type[Decoder]"]:
     for family in families:
         if kind in family.PIPELINES:
             return folder, family
-    known = ", ".join(own for family in families for own in family.PIPELINES)
-    raise DecoderError(f"{folder}: is a {kind}, not a decoder of these: {known}")
+    known = ", ".join(family.family for family in families)
+    raise DecoderError(f"{folder}: is a {kind}, not a decoder; use one of {known}")
 
 
 class Decoder:
-    """Draw images from embeddings; the base of the families.
+    """Load a decoder, and draw images from embeddings; ConfigError if it lacks an option."""
 
-    Attributes:
-        family: name of the family.
-        pipeline: of diffusers.
-        width: of the embeddings.
-        statistics: of the embeddings it was trained on; None where its files do not have them.
-    """
-
-    PIPELINES: ClassVar[tuple[str, ...]]
-    """Pipelines of diffusers that have this decoder; the first one is run."""
+    PIPELINES: ClassVar[tuple[str, ...]]  # of diffusers with this decoder; the first one is run
     STEPS: ClassVar[str] = "num_inference_steps"
     GUIDANCE: ClassVar[str] = "guidance_scale"
     family: ClassVar[str]
-    width: int
-    statistics: Statistics | None
+    width: int  # of the embeddings
+    statistics: Statistics | None  # of the training embeddings, where the files have them
 
     def __init__(self, folder: Path, options: DecoderOptions) -> None:
         self.folder, self.options = folder, options
@@ -116,16 +88,9 @@ class Decoder:
     def draw(
         self, embeddings: Tensor, prompts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
-        """Draw an image of each embedding.
+        """Draw an image of each embedding (n, width) float32; DecoderError if that fails.
 
-        Args:
-            embeddings: (n, width) float32, as the decoder's own image encoder would give them: not
-                normalised.
-            prompts: n texts, for a decoder that reads them beside the embedding.
-            seeds: n seeds; an image depends only on its own.
-
-        Raises:
-            DecoderError: it fails, or the device has too little memory.
+        Embeddings are not normalised. Some decoders read the prompts too.
         """
         # On the CPU whatever the device, so that an image is the same on each.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -135,14 +100,10 @@ class Decoder:
         try:
             with _quiet():
                 images: list[Image.Image] = self.pipeline(**arguments, generator=generators).images
-        except torch.OutOfMemoryError as error:
+        except _CANNOT_RUN as error:  # also where memory runs out
             raise DecoderError(
-                f"{self.folder}: the device has too little memory for {len(seeds)} images at a "
-                "time; choose a smaller --batch-size, --size or --precision"
-            ) from error
-        except _CANNOT_RUN as error:
-            raise DecoderError(
-                f"{self.folder}: cannot be run ({first_line(error)}); try other options"
+                f"{self.folder}: cannot draw {len(seeds)} images at a time ({first_line(error)}); "
+                "if memory is short, choose a smaller --batch-size, --size or --precision"
             ) from error
         return images
 
@@ -167,11 +128,9 @@ class Decoder:
 
     def _sizes(self, step: int) -> dict[str, int]:
         size = self.options.size
-        if size is None:
-            return {}
-        if size % step:
+        if size is not None and size % step:
             raise ConfigError(f"size: {size} is not a multiple of {step}, as {self.family} needs")
-        return {"height": size, "width": size}
+        return {} if size is None else {"height": size, "width": size}
 
     def _refuse(self, *options: str) -> None:
         for option in options:
@@ -200,8 +159,8 @@ class StableUnclip(Decoder):
         most = self.pipeline.image_noising_scheduler.config.num_train_timesteps
         if level >= most:
             raise ConfigError(f"noise-level: {level} is not below {most}; choose a smaller one")
-        rest = {"prompt": list(prompts), "noise_level": level, **self._sizes(8)}
-        return {"image_embeds": embeddings, **rest}
+        arguments = {"image_embeds": embeddings, "prompt": list(prompts), "noise_level": level}
+        return arguments | self._sizes(8)
 
 
 class Karlo(Decoder):
@@ -218,8 +177,7 @@ class Karlo(Decoder):
             raise ConfigError("steps: Karlo needs 2 or more")
         super()._load()
         self.width = int(self.pipeline.text_proj.config.clip_embeddings_dim)
-        prior = self.options.prior
-        self.statistics = _prior_statistics(self.folder if prior is None else _find_folder(prior))
+        self.statistics = _prior_statistics(_find_folder(self.options.prior or str(self.folder)))
 
     def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
         return {"image_embeddings": embeddings}
@@ -238,9 +196,8 @@ class Kandinsky(Decoder):
         if self.options.guidance != 1:
             if prior is None:
                 raise ConfigError(
-                    "prior: Kandinsky is guided away from the embedding of an empty image, which "
-                    "needs the image encoder of its prior; name the prior, or disable guidance "
-                    "with --guidance 1"
+                    "prior: Kandinsky is guided away from the embedding of an empty image by its "
+                    "prior; name it, or disable guidance with --guidance 1"
                 )
             encoder = _load_component(prior, "image_encoder", torch.float32)
             side = encoder.config.image_size
@@ -249,15 +206,15 @@ class Kandinsky(Decoder):
         super()._load()
         self.width = int(self.pipeline.unet.config.encoder_hid_dim)
         self.statistics = None if prior is None else _prior_statistics(prior)
-
-    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-        factor = self.pipeline.movq_scale_factor
-        own = self.pipeline.unet.config.sample_size * factor
-        if self.options.guidance != 1 and self._empty.shape[1] != self.width:
+        if self._empty.shape[1] not in (1, self.width):
             raise ConfigError(
                 f"prior: its image encoder gives embeddings of width {self._empty.shape[1]}, the "
                 f"decoder takes {self.width}; name the prior that belongs to it"
             )
+
+    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        factor = self.pipeline.movq_scale_factor
+        own = self.pipeline.unet.config.sample_size * factor
         negative = self._empty.to(embeddings).expand(len(embeddings), -1)
         sizes = {"height": own, "width": own, **self._sizes(factor**2)}
         return {"image_embeds": embeddings, "negative_image_embeds": negative, **sizes}
@@ -271,14 +228,13 @@ def _load_component(folder: Path, name: str, dtype: torch.dtype, pipeline: Any =
     entry = _read_index(folder).get(name)
     wanted = str(entry[-1]) if isinstance(entry, list) and entry else ""
     modules = (diffusers, transformers, sys.modules.get(getattr(pipeline, "__module__", "")))
-    kind: Any = next((getattr(each, wanted) for each in modules if hasattr(each, wanted)), None)
+    found = next((getattr(each, wanted) for each in modules if hasattr(each, wanted)), None)
+    kind: Any = found if isinstance(found, type) else object
     models = (diffusers.ModelMixin, transformers.PreTrainedModel)
     others = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase)
-    if not (isinstance(kind, type) and issubclass(kind, models + others)):
-        raise DecoderError(
-            f"{folder / INDEX}: {name} is not a class of diffusers or transformers ({entry}); "
-            "download the model again"
-        )
+    if not issubclass(kind, models + others):
+        reason = f"{name} is not a class of diffusers or transformers ({entry})"
+        raise DecoderError(f"{folder / INDEX}: {reason}; download the model again")
     is_network = issubclass(kind, models)
     options = {"use_safetensors": True, "output_loading_info": True} if is_network else {}
     try:
@@ -290,9 +246,8 @@ def _load_component(folder: Path, name: str, dtype: torch.dtype, pipeline: Any =
         ) from error
     network, report = loaded if is_network else (loaded, {})
     if missing := sorted(report.get("missing_keys", ())):
-        raise DecoderError(
-            f"{folder / name}: lacks {len(missing)} weights ({missing[0]}); download it again"
-        )
+        lacks = f"lacks {len(missing)} weights ({missing[0]})"
+        raise DecoderError(f"{folder / name}: {lacks}; download it again")
     return network.to(dtype).eval() if is_network else loaded
 
 
@@ -305,9 +260,8 @@ def _prior_statistics(folder: Path) -> Statistics | None:
                     continue
                 mean, std = (file.get_tensor(key).float()[0] for key in ("clip_mean", "clip_std"))
         except (OSError, SafetensorError) as error:
-            raise DecoderError(
-                f"{path}: is damaged ({first_line(error)}); download it again"
-            ) from error
+            reason = f"is damaged ({first_line(error)}); download it again"
+            raise DecoderError(f"{path}: {reason}") from error
         return Statistics(mean, std) if bool((std > 0).all()) else None
     return None
 
@@ -322,9 +276,7 @@ def _find_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with _quiet():
-            path = snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-        return Path(path)
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # of the network, in more kinds than can be listed
         raise DecoderError(
             f"{name}: not a folder here, and not available from the hub ({first_line(error)})"
@@ -333,15 +285,9 @@ def _find_folder(name: str) -> Path:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    try:
-        document = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DecoderError(f"{folder}: not a pipeline of diffusers (no {INDEX} in it)") from None
-    except (OSError, ValueError) as error:
-        raise DecoderError(f"{path}: cannot be read ({first_line(error)})") from None
-    if not isinstance(document, dict):
-        raise DecoderError(f"{path}: is damaged (not a JSON object); download it again")
-    return document
+    if not path.is_file():
+        raise DecoderError(f"{folder}: not a pipeline of diffusers (no {INDEX} in it)")
+    return read_object(path, "download the model again")
 
 
 @contextmanager

@@ -37,13 +37,11 @@ from csalign.search.vectors import (
     VectorIndex,
     choose_factory,
     exact_neighbours,
-    threads,
 )
 
 RECALL_AT = 10
 QUERIES = 1_000  # that recall is measured on, at most
 REFERENCES = 50_000  # rows of the other side that hubs are estimated from, at most
-
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
@@ -62,31 +60,19 @@ class SearchIndex:
 
 
 def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Build an index on disk; embeddings are streamed by row group.
-
-    Args:
-        config: what to index and how.
-        progress: reports the rows done.
-
-    Returns:
-        The description of the index, as plain JSON values.
+    """Build an index on disk, and describe it as plain JSON values.
 
     Raises:
         ConfigError: options do not go together, or the build needs too much memory.
         DataError: no such feature set or run; no rows, or too few for the index; a row without a
-            direction.
-        ShapeError: widths do not fit.
-        SchemaError: an input is damaged.
+            direction; widths that do not fit; or an input is damaged.
         OutputError: ``config.out`` exists and is not to be replaced.
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
     atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
     features = FeatureSet.open(config.features)
     features.verify()
-    with threads(config.threads):
-        built = build_index(
-            features, config, config, config.device, batch_size=config.batch_size, progress=progress
-        )
+    built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
     with atomic.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
@@ -104,25 +90,15 @@ def build_index(
     features: FeatureSet,
     items: ItemOptions,
     options: VectorOptions,
-    device: str,
     *,
     batch_size: int = 8_192,
     progress: Progress = silent,
 ) -> SearchIndex:
-    """Build an index in memory; see `index`.
-
-    Args:
-        features: feature set with the items.
-        items: which rows, and their adapter.
-        options: of the index.
-        device: of the adapter.
-        batch_size: rows per batch.
-        progress: reports the rows done.
-    """
+    """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
     side = Modality(items.side)
     adapter, info = None, None
     if items.adapter is not None:
-        adapter, info = load_adapter_for(features, items.adapter, device, items.allow_adapter)
+        adapter, info = load_adapter_for(features, items.adapter, items.device, items.allow_adapter)
     _ = features.table(side).encoder  # raises where there is no such side
     rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
     count = len(rows.numbers(side))
@@ -231,16 +207,13 @@ def _correction(rows: _Rows, options: VectorOptions) -> HubCorrection:
 def _measure(
     vectors: VectorIndex, rows: _Rows, correction: HubCorrection, options: VectorOptions
 ) -> Recall:
-    """Set the search effort, and measure the recall with queries of the other side if it has any.
-
-    Without, the queries are some of the items themselves.
-    """
+    """Set the search effort, and measure the recall with queries of the other side, if any."""
     side = rows.other if rows.has_other else rows.side
     queries = correction.queries(rows.sample(side, QUERIES), of_items_side=side is rows.side)
     parts = (correction.items(part) for part in rows.stream(rows.side))
     nearest = exact_neighbours(queries, parts, min(RECALL_AT, len(vectors)))
     if options.effort is None:
-        value = vectors.tune(queries, *nearest, options.recall)
+        value = vectors.tune(queries, *nearest, target=options.recall)
     else:
         vectors.set_effort(options.effort)
         value = vectors.recall(queries, *nearest)

@@ -21,6 +21,7 @@ class ItemOptions(Config):
     )
     side: Literal["image", "text"] = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
+    device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
 
 
 class VectorOptions(Config):
@@ -30,16 +31,11 @@ class VectorOptions(Config):
 
     factory: str = Field(
         "auto",
-        description="FAISS factory string, such as Flat, IVF4096,Flat, HNSW32 or "
-        "OPQ64,IVF4096,PQ64; auto is Flat up to 50,000 rows, then IVF.",
+        description="FAISS factory string, as IVF4096,Flat; auto: Flat to 50,000 rows, then IVF.",
     )
-    recall: Share = Field(
-        0.95, description="Target recall@10 versus exact search, for --effort by default."
-    )
+    recall: Share = Field(0.95, description="Target recall@10 versus exact search.")
     effort: Count | None = Field(
-        None,
-        description="Search effort: nprobe of IVF, efSearch of HNSW "
-        "(default: doubled until --recall is reached).",
+        None, description="nprobe or efSearch (default: doubled until --recall is reached)."
     )
     correct: Literal["csls", "inverted-softmax", "centre"] | None = Field(
         None, description="Hubness correction, estimated from the rows of the other side."
@@ -49,16 +45,7 @@ class VectorOptions(Config):
     )
 
 
-class ComputeOptions(Config):
-    """Where to compute."""
-
-    panel: ClassVar[str] = "Computation"
-
-    threads: Count | None = Field(None, description="Threads of FAISS (default: all cores).")
-    device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
-
-
-class IndexConfig(ComputeOptions, VectorOptions, ItemOptions, OutputConfig):
+class IndexConfig(VectorOptions, ItemOptions, OutputConfig):
     """``csalign index``: build a search index on disk."""
 
     features: Location = Field(description="Feature set to index.")
@@ -90,7 +77,7 @@ class QueryOptions(Config):
     )
 
 
-class SearchConfig(ComputeOptions, ItemOptions, QueryOptions):
+class SearchConfig(ItemOptions, QueryOptions):
     """``csalign search``: find the nearest items of an index or a feature set."""
 
     panel: ClassVar[str] = "Results"

@@ -1,6 +1,6 @@
 """``index.json`` and ``items.arrow``: what an index holds beside its vectors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -38,24 +38,7 @@ class Recall(Record):
 
 
 class IndexManifest(Record):
-    """Content of ``index.json``; written last, so a folder without one is unfinished.
-
-    Attributes:
-        side: of the items.
-        names: of the sides, None for image and text.
-        factory: FAISS factory string.
-        rows: number of items.
-        width: of a vector, with what a correction adds.
-        effort: ``{"nprobe": n}``, ``{"efSearch": n}`` or ``{}``.
-        recall: as measured; None for exact search.
-        correct: hubness correction that is built in.
-        encoders: of each side.
-        adapter_sha256: of the weights in ``adapter/``; None without an adapter.
-        features: feature set with the items.
-        fingerprint: of the feature set.
-        split: split(s) of it.
-        files: SHA-256 of all other files, by path.
-    """
+    """Content of ``index.json``; written last, so a folder without one is unfinished."""
 
     format: Literal["csalign-index"] = "csalign-index"
     format_version: Literal[2] = FORMAT_VERSION
@@ -64,16 +47,16 @@ class IndexManifest(Record):
     names: dict[Modality, str] | None = None
     factory: str
     rows: int = Field(ge=1)
-    width: int = Field(ge=1)
-    effort: dict[str, int]
-    recall: Recall | None
+    width: int = Field(ge=1)  # with what a correction adds
+    effort: dict[str, int]  # {"nprobe": n}, {"efSearch": n} or {}
+    recall: Recall | None  # None for exact search
     correct: Correction | None
     encoders: dict[Modality, EncoderInfo | None]
     adapter_sha256: str | None
     features: str
-    fingerprint: str
+    fingerprint: str  # of the features
     split: str
-    files: dict[str, str]
+    files: dict[str, str]  # SHA-256 of all other files, by path
 
 
 def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
@@ -149,9 +132,10 @@ def read_items(folder: Path, rows: int) -> pa.Table:
     return table
 
 
-def take_items(items: pa.Table, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Look up some items: id, image_id, caption and source. SchemaError if they are damaged."""
+def take_item(items: pa.Table, row: int) -> dict[str, Any]:
+    """Look up an item: its id, image_id, caption and source. SchemaError if it is damaged."""
     try:
-        return [items.slice(row, 1).to_pylist()[0] for row in rows]
+        found: dict[str, Any] = items.slice(row, 1).to_pylist()[0]
+        return found
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise SchemaError(f"{ITEMS}: is damaged ({error}); {REMEDY}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,26 +35,14 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 
-class Queries(NamedTuple):
-    """Some queries: their names, and their unit rows (q, d) in the shared space."""
-
-    names: Sequence[str]
-    rows: Floats
+Queries = tuple[Sequence[str], Floats]  # names, and unit rows (q, d) in the shared space
 
 
 @dataclass(frozen=True)
 class QueryEncoder:
-    """Encode queries as the items of an index were encoded.
+    """Encode queries as the items of an index were encoded."""
 
-    Attributes:
-        index: its path, for messages.
-        manifest: of the index.
-        adapter: of the index, None if it has none.
-        options: the queries, and their encoder.
-        device: of the encoder.
-    """
-
-    index: Path
+    index: Path  # for messages
     manifest: IndexManifest
     adapter: Adapter | None
     options: QueryOptions
@@ -62,11 +50,7 @@ class QueryEncoder:
 
     @cached_property
     def side(self) -> Modality:
-        """Side of the queries.
-
-        Raises:
-            ConfigError: there is not exactly one kind of query.
-        """
+        """Side of the queries; ConfigError if there is not exactly one kind of query."""
         flags = {"query": "QUERY", "text": "--text", "image": "--image", "embedding": "--embedding"}
         given = [name for name in flags if getattr(self.options, name) is not None]
         if len(given) != 1:
@@ -87,9 +71,8 @@ class QueryEncoder:
 
         Raises:
             ConfigError: the encoder's name has no known form.
-            DataError: a query cannot be used; it is named.
+            DataError: a query cannot be used, or has another width than the index.
             EncoderError: the encoder cannot be loaded, or is not that of the index.
-            ShapeError: an embedding has another width than those of the index.
         """
         options = self.options
         if options.embedding is not None:
@@ -98,14 +81,14 @@ class QueryEncoder:
         lines = _lines(options.query or options.text or options.image or "")
         while part := list(islice(lines, QUERIES_PER_BATCH)):
             if self.side is Modality.TEXT:
-                yield self._align(part, self._encoder.embed(part))
+                yield part, self._align(self._encoder.embed(part))
                 continue
             pixels = torch.stack([self._encoder.preprocess(_read_picture(path)) for path in part])
             groups = torch.split(pixels, self._encoder.batch_size)
             parts = [self._encoder.embed(group) for group in groups]
             tokens = [item for each in parts for item in each.tokens or ()]
             rows = np.concatenate([each.embeddings for each in parts])
-            yield self._align(part, Embedded(rows, tokens or None))
+            yield part, self._align(Embedded(rows, tokens or None))
 
     @cached_property
     def _encoder(self) -> Any:
@@ -157,11 +140,8 @@ class QueryEncoder:
                 f"have {known.width}; name their encoder with --encoder ({known.spec})"
             )
         if known.fingerprint is None or found.fingerprint is None:
-            log.warning(
-                "%s: cannot be verified as the encoder of %s, since a fingerprint is missing",
-                found.spec,
-                self.index,
-            )
+            missing = "%s: cannot be verified as the encoder of %s, since a fingerprint is missing"
+            log.warning(missing, found.spec, self.index)
         elif found.fingerprint != known.fingerprint:
             raise EncoderError(
                 f"{found.spec}: has other weights (fingerprint {found.fingerprint[:12]}) than the "
@@ -169,16 +149,15 @@ class QueryEncoder:
                 "--encoder, or extract them again"
             )
 
-    def _align(self, names: Sequence[str], embedded: Embedded) -> Queries:
-        rows = embedded.embeddings
+    def _align(self, embedded: Embedded) -> Floats:
+        rows = embedded.embeddings.astype(np.float32)
         if self.adapter is None:
-            unit = rows.astype(np.float32)
-            return Queries(names, unit / np.linalg.norm(unit, axis=1, keepdims=True))
+            unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            return unit
         if not self._with_tokens:
-            return Queries(names, self.adapter.embed(self.side, rows))
+            return self.adapter.embed(self.side, rows)
         assert embedded.tokens is not None
-        padded = pad_tokens(embedded.tokens)
-        return Queries(names, self.adapter.embed_tokens(self.side, rows, *padded)[0])
+        return self.adapter.embed_tokens(self.side, rows, *pad_tokens(embedded.tokens))[0]
 
     def _of_array(self, path: Path) -> Iterator[Queries]:
         if self._with_tokens:
@@ -203,7 +182,7 @@ class QueryEncoder:
                     "remove it"
                 )
             names = [str(start + row) for row in range(len(part))]
-            yield self._align(names, Embedded(part, None))
+            yield names, self._align(Embedded(part, None))
 
 
 def _lines(given: str) -> Iterator[str]:
@@ -232,8 +211,6 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     try:
         with path.open("rb") as file:
             rows = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path}: cannot be read as .npy ({error}); save it with numpy.save"

@@ -24,10 +24,10 @@ from csalign.search.manifest import (
     IndexManifest,
     read_index_manifest,
     read_items,
-    take_items,
+    take_item,
 )
 from csalign.search.queries import QueryEncoder
-from csalign.search.vectors import VectorIndex, load_correction, threads
+from csalign.search.vectors import VectorIndex, load_correction
 
 PAGE_QUERIES = 100  # shown on a page, at most
 THUMBNAIL = 256  # pixels
@@ -40,20 +40,13 @@ Document = dict[str, Any]
 def search(config: SearchConfig, progress: Progress = silent) -> Document:
     """Find the items nearest to some queries.
 
-    Args:
-        config: the index and the queries.
-        progress: reports the queries done.
-
     Returns:
-        The index, how it was searched, and "queries" as `Found` has them. A score is the cosine in
-        the shared space, or the corrected score up to a term of the query alone.
+        The index, how it was searched, and "queries" as `Found` has them, with cosines as scores.
 
     Raises:
         ConfigError: options do not go together.
-        DataError: no such index or feature set, or a query that cannot be used.
+        DataError: no such index or feature set, it is damaged, or a query cannot be used.
         EncoderError: the query's encoder cannot be loaded, or is not that of the items.
-        SchemaError: the index is damaged.
-        ShapeError: an embedding has another width.
         OutputError: the page cannot be written.
     """
     return find(config, progress).to_json()
@@ -63,8 +56,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     if config.html is not None:
         check_page(config.html)
-    with threads(config.threads):
-        index = _open(config)
+    index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
     _ = encoder.side  # raises where there is not exactly one kind of query
@@ -90,18 +82,14 @@ def _find_all(
     for names, rows in encoder.queries():
         is_items_side = encoder.side is index.manifest.side
         vectors = index.correction.queries(rows, of_items_side=is_items_side)
-        with threads(config.threads):
-            scores, found = index.vectors.search(vectors, config.top)
+        scores, found = index.vectors.search(vectors, config.top)
         for name, numbers, values in zip(names, found.tolist(), scores.tolist(), strict=True):
             hits = [(row, score) for row, score in zip(numbers, values, strict=True) if row >= 0]
-            items = take_items(index.items, [row for row, _ in hits])
-            yield {
-                "query": name,
-                "hits": [
-                    {"rank": rank, "score": score, **item}
-                    for rank, ((_, score), item) in enumerate(zip(hits, items, strict=True), 1)
-                ],
-            }
+            items = [
+                {"rank": rank, "score": score, **take_item(index.items, row)}
+                for rank, (row, score) in enumerate(hits, 1)
+            ]
+            yield {"query": name, "hits": items}
         done += len(names)
         progress("queries", done, None)
 
@@ -110,9 +98,11 @@ def _open(config: SearchConfig) -> SearchIndex:
     folder = config.index
     if is_remote(folder) or (folder / MANIFEST).is_file():
         options = VectorOptions(factory="Flat")
-        return build_index(FeatureSet.open(folder), config, options, config.device)
+        return build_index(FeatureSet.open(folder), config, options)
     manifest = read_index_manifest(folder)
-    given = (ItemOptions.model_fields.keys() - {"allow_adapter"}) & config.model_fields_set
+    given = (
+        ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
+    ) & config.model_fields_set
     if given:
         raise ConfigError(
             f"{', '.join(sorted(given))}: {folder} is an index, which was built with its own; omit "

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,17 +34,13 @@ def choose_factory(rows: int) -> str:
 
 
 class VectorIndex:
-    """A FAISS index in memory or mapped from disk; scores are inner products.
-
-    Args:
-        factory: FAISS factory string.
-        index: the FAISS index.
-    """
+    """A FAISS index in memory or mapped from disk; scores are inner products."""
 
     def __init__(self, factory: str, index: Any) -> None:
         self.factory = factory
         self.effort: dict[str, int] = {}
         self.is_exact = isinstance(index, faiss.IndexFlat)
+        self.width = int(index.d)
         self._index = index
         self._effort_name, self.max_effort = _effort_of(index)
 
@@ -70,11 +66,6 @@ class VectorIndex:
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
-
-    @property
-    def width(self) -> int:
-        """Width of a vector."""
-        return int(self._index.d)
 
     def set_effort(self, value: int) -> None:
         """Set nprobe or efSearch, at most the maximum; does nothing for other indexes."""
@@ -120,18 +111,11 @@ class VectorIndex:
             ) from None
 
     def search(self, queries: Floats, top: int) -> tuple[Floats, Ints]:
-        """Find the best rows of each query, best first.
-
-        Args:
-            queries: (q, d) float32.
-            top: number of rows per query.
+        """Find the best rows of each query (q, d), best first.
 
         Returns:
             Scores and rows, (q, k) each, with k the smaller of `top` and the number of rows; the
             row is -1 where fewer were found.
-
-        Raises:
-            SchemaError: the index refers to rows that it does not have.
         """
         scores, rows = self._index.search(np.ascontiguousarray(queries), min(top, len(self)))
         if len(rows) and int(rows.max()) >= len(self):
@@ -141,12 +125,8 @@ class VectorIndex:
     def recall(self, queries: Floats, scores: Floats, rows: Ints) -> float:
         """Measure the share of the exact nearest rows that a search finds among as many.
 
-        Where an index keeps whole vectors, a row that ties with the last of them counts too.
-
-        Args:
-            queries: (q, d) float32.
-            scores: (q, k) exact scores, descending.
-            rows: (q, k) their rows.
+        Where an index keeps whole vectors, a row that ties with the last of them counts too. The
+        exact neighbours of the queries (q, d) are `rows` (q, k), with their descending `scores`.
         """
         own, found = self.search(queries, rows.shape[1])
         right = (found[:, :, None] == rows[:, None, :]).any(axis=2)
@@ -154,7 +134,7 @@ class VectorIndex:
             right |= (found >= 0) & (own >= scores[:, -1:] - TIED)
         return float(right.mean())
 
-    def tune(self, queries: Floats, scores: Floats, rows: Ints, target: float) -> float:
+    def tune(self, queries: Floats, scores: Floats, rows: Ints, *, target: float) -> float:
         """Double the effort until the `recall` reaches a target or the effort its maximum."""
         effort = 32 if self._effort_name == "efSearch" else 8
         self.set_effort(effort)
@@ -165,12 +145,7 @@ class VectorIndex:
 
 
 def exact_neighbours(queries: Floats, parts: Iterator[Floats], top: int) -> tuple[Floats, Ints]:
-    """Find the exact nearest rows of some queries among streamed rows.
-
-    Args:
-        queries: (q, d) float32.
-        parts: the rows, (n, d) float32 each.
-        top: rows per query; there must be as many.
+    """Find the exact nearest rows of queries (q, d) among at least `top` streamed rows (n, d).
 
     Returns:
         Scores, descending, and rows, (q, top) each.
@@ -188,18 +163,11 @@ def exact_neighbours(queries: Floats, parts: Iterator[Floats], top: int) -> tupl
 
 @dataclass(frozen=True)
 class HubCorrection:
-    """Map unit rows to vectors whose inner products are corrected scores.
+    """Map unit rows to vectors whose inner products are corrected scores."""
 
-    Attributes:
-        name: of the correction; None leaves the rows as they are.
-        means: (2, d), of the items' side and of the other side, for "centre".
-        references: (r, d), rows of the other side that an item's penalty is computed from, for
-            the other corrections; needed for items only.
-    """
-
-    name: Correction | None
-    means: npt.NDArray[np.float64] | None = None
-    references: Floats | None = None
+    name: Correction | None  # None leaves the rows as they are
+    means: npt.NDArray[np.float64] | None = None  # (2, d), items' and other side, for "centre"
+    references: Floats | None = None  # (r, d) of the other side, for the penalties of items
 
     def items(self, rows: Floats) -> Floats:
         """Map items to vectors, (n, d) or with a penalty (n, d + 1)."""
@@ -230,17 +198,6 @@ def load_correction(folder: Path, name: Correction | None) -> HubCorrection:
         return HubCorrection(name, np.load(path) if name == "centre" else None)
     except (OSError, ValueError) as error:
         raise SchemaError(f"{path}: cannot be read ({error}); {REMEDY}") from None
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Limit the threads of FAISS; None leaves them as they are."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def _effort_of(index: Any) -> tuple[str | None, int]:

@@ -18,7 +18,7 @@ from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import DecoderOptions, GenerateConfig
 from csalign.generation.generate import generate
-from csalign.generation.unclip import Decoder, load_decoder
+from csalign.generation.unclip import Decoder, find_decoder
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.import_arrays import import_arrays
@@ -113,7 +113,8 @@ def test_what_a_decoder_is_given_is_what_the_adapter_gives_at_the_decoders_own_n
     texts = load_side(FeatureSet.open(few), "all", Modality.TEXT)
     prior = str(decoders / "prior") if decoder == "kandinsky" else None
     options = DecoderOptions(decoder=str(decoders / decoder), prior=prior, device="cpu")
-    statistics = load_decoder(options).statistics
+    folder, family = find_decoder(options.decoder)
+    statistics = family(folder, options).statistics
     assert statistics is not None
     expected = statistics.norm * load_adapter(run).embed(Modality.TEXT, texts.texts)
 
@@ -238,7 +239,7 @@ def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
     changed = tmp_path / "changed.safetensors"
     safetensors.torch.save_file({name: 1.1 * own for name, own in weights.items()}, changed)
     other = f"open_clip:{tiny_clip[0]}+{changed}"
-    with pytest.raises(OutputError, match="made with other prompts or another text encoder"):
+    with pytest.raises(OutputError, match=r"made with prompts [0-9a-f]{12}, not [0-9a-f]{12}:"):
         generate(config.model_copy(update={"text_encoder": other}))
     assert generate(config).reused == 1
 
@@ -264,11 +265,6 @@ def test_the_scale_is_the_decoders_then_the_runs_then_asked_for(
 def test_a_run_of_another_space_is_told(
     few: Path, run: Path, decoders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    info = json.loads((run / "adapter.json").read_text())
-    info["image_norm"] = 100.0
-    (run / "adapter.json").write_text(json.dumps(info))
-    made(decoders, run, tmp_path / "out", features=few, scale="auto")
-    assert "was trained on images of norm 100, but the decoder on " in caplog.text
     made(decoders, run, tmp_path / "far", features=few, scale=100)
     assert "standard deviations from those that the decoder" in caplog.text
 
@@ -290,7 +286,7 @@ def test_what_does_not_go_together_is_refused(
         made(decoders, free, out, features=features)
     with pytest.raises(ConfigError, match="maps images too"):
         made(decoders, narrow, out, prompts=prompts)
-    with pytest.raises(ConfigError, match=r"does not name the encoder of its texts \(unknown\)"):
+    with pytest.raises(ConfigError, match="texts of unknown, which is unknown or runs"):
         made(decoders, run, out, prompts=prompts)
     with pytest.raises(ShapeError, match="features of the encoders that it was trained on"):
         made(decoders, run, out, features=tmp_path / "clip")
@@ -302,7 +298,7 @@ def test_what_does_not_go_together_is_refused(
         info["encoders"]["text"] = spec
         info.pop("checksum", None)
         (run / "adapter.json").write_text(json.dumps(info))
-        with pytest.raises(ConfigError, match="runs code from outside csalign; allow it with"):
+        with pytest.raises(ConfigError, match="runs code from outside csalign; allow it"):
             made(decoders, run, out, prompts=prompts)
     assert not out.exists()
 

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from csalign.core.errors import SchemaError
-from csalign.search.manifest import ITEMS, items_table, read_items, take_items, write_items
+from csalign.search.manifest import ITEMS, items_table, read_items, take_item, write_items
 
 
 def columns(count: int) -> dict[str, pa.Array]:
@@ -20,7 +20,8 @@ def columns(count: int) -> dict[str, pa.Array]:
 
 def test_items_are_found_by_row_in_any_order(tmp_path: Path) -> None:
     write_items(tmp_path, items_table(columns(70_000)))
-    found = take_items(read_items(tmp_path, 70_000), [69_999, 0, 2, 1])
+    items = read_items(tmp_path, 70_000)
+    found = [take_item(items, row) for row in (69_999, 0, 2, 1)]
 
     assert [item["id"] for item in found] == ["69999", "0", "2", "1"]
     assert found[1] == {"id": "0", "image_id": None, "caption": "caption é 0", "source": None}

@@ -66,7 +66,7 @@ def test_the_effort_rises_until_the_recall_is_reached(factory: str) -> None:
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ rows.T, found, 1), atol=1e-6)
     index.set_effort(1)
     least = index.recall(queries, *nearest)
-    most = index.tune(queries, *nearest, 1.0)
+    most = index.tune(queries, *nearest, target=1.0)
     assert index.is_exact == (factory == "Flat")
     assert least <= most
     assert most >= {"Flat": 1.0, "IVF16,Flat": 1.0, "HNSW32": 0.97, "IVF16,SQ8": 0.95}.get(
