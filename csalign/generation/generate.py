@@ -31,7 +31,6 @@ SHEET = "sheet.jpg"
 DESCRIPTION = "generation.json"
 UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
 MAX_DEVIATION = 2.0
-
 # Options that do not change the images, or whose content has a fingerprint.
 _IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.model_fields}
 

@@ -32,7 +32,6 @@ _WANTED = ["*.json", "*.txt", "*/*.safetensors"]  # of a hub model: weights and 
 _UNWANTED = ["*.fp16.*", "*.non_ema.*"]
 _CANNOT_RUN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _CANNOT_LOAD = (*_CANNOT_RUN, ImportError, OSError, SafetensorError)
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Decoder:
         self.folder, self.options = folder, options
         self.device = pick_device(options.device)
         auto = "float16" if self.device.type == "cuda" else "float32"
-        self.dtype = _DTYPES[auto if options.precision == "auto" else options.precision]
+        self.dtype = getattr(torch, auto if options.precision == "auto" else options.precision)
         with _quiet():
             self._load()
             self.pipeline.to(self.device)

@@ -70,9 +70,8 @@ class VectorIndex:
     def set_effort(self, value: int) -> None:
         """Set nprobe or efSearch, at most the maximum; does nothing for other indexes."""
         if self._effort_name is not None:
-            value = min(value, self.max_effort)
+            self.effort = {self._effort_name: (value := min(value, self.max_effort))}
             faiss.ParameterSpace().set_index_parameter(self._index, self._effort_name, value)
-            self.effort = {self._effort_name: value}
 
     def training_rows(self, rows: int) -> int:
         """Count the rows to train on, of so many; 0 if none are needed."""
@@ -195,7 +194,8 @@ def load_correction(folder: Path, name: Correction | None) -> HubCorrection:
     """Load the correction of an index, for its queries; SchemaError if it is damaged."""
     path = folder / MEANS
     try:
-        return HubCorrection(name, np.load(path) if name == "centre" else None)
+        means = np.load(path, allow_pickle=False) if name == "centre" else None
+        return HubCorrection(name, means)
     except (OSError, ValueError) as error:
         raise SchemaError(f"{path}: cannot be read ({error}); {REMEDY}") from None
 
