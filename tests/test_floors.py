@@ -37,7 +37,8 @@ ONLY_DOORS = {
     "jinja2": {"report/model_card.py", "report/page.py"},
     "plotly": {"report/evaluation.py", "report/page.py"},
     "pyarrow": {
-        "search/items.py",
+        "search/build.py",
+        "search/manifest.py",
         "sources/arrow.py",
         "features/export.py",
         "features/join.py",

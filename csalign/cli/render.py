@@ -393,12 +393,17 @@ def inspect_table(document: dict[str, Any]) -> None:
 
 
 def index_table(document: dict[str, Any]) -> None:
-    """Say what was built."""
+    """Print what was built."""
     recall, names = document["recall"], document.get("names")
+    quality = "exact search"
+    if recall is not None:
+        quality = (
+            f"recall@10 {_percent(recall['value'])} on {recall['queries']:,} "
+            f"{renamed(recall['of'], names)}"
+        )
     _print(
-        f"{document['path']}: {document['search']} index of {document['rows']:,} "
-        f"{renamed(document['side'] + 's', names)}, {document['bytes'] / 1e6:,.1f} MB, recall@10 "
-        f"{_percent(recall['value'])} on {recall['queries']:,} {renamed(recall['of'], names)}"
+        f"{document['path']}: {document['factory']} index of {document['rows']:,} "
+        f"{renamed(document['side'] + 's', names)}, {document['bytes'] / 1e6:,.1f} MB, {quality}"
     )
 
 

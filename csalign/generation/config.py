@@ -1,73 +1,71 @@
-"""What ``csalign generate`` can be told."""
+"""Options of ``csalign generate``."""
 
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
 
 
-class GenerateConfig(OutputConfig):
-    """``csalign generate``: images of texts, by an unCLIP decoder."""
+class PromptOptions(Config):
+    """The texts, and the run that maps them."""
 
-    positional: ClassVar[tuple[str, ...]] = ()
+    panel: ClassVar[str] = "Prompts"
 
-    out: RunFolder = Field(
-        description="Folder to make; a rerun with the same options goes on with what was stopped."
-    )
-    overwrite: bool = Field(
-        False,
-        description="Replace the folder if it exists, only after success; and start anew where "
-        "other options were stopped.",
-    )
     prompts: Location | None = Field(
-        None, description="Text file with a prompt a line, or a table with a column of captions."
+        None, description="Text file with one prompt per line, or a table with a caption column."
     )
     features: Location | None = Field(
-        None,
-        description="Feature set whose texts are embedded already, in place of prompts.",
+        None, description="Feature set whose texts are used, instead of --prompts."
     )
-    split: str = Field("all", description="Split(s) of the features, comma-separated.")
+    split: str = Field("all", description="Split(s) of --features, comma-separated.")
     adapter: RunFolder = Field(
-        description="Run folder, trained with --image-adapter identity on embeddings of the "
-        "decoder's image encoder."
+        description="Run trained with --image-adapter identity on the decoder's image encoder."
     )
     allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+        None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
     text_encoder: str | None = Field(
-        None, description="Encoder of the prompts (default: the one that the run names)."
+        None, description="Encoder of --prompts (default: the one that the run names)."
     )
+
+
+class DecoderOptions(Config):
+    """The decoder, and how it runs."""
+
+    panel: ClassVar[str] = "Decoder"
+
     decoder: str = Field(
-        description="Folder in diffusers' format or model of the hub: Stable unCLIP, Karlo or "
-        "Kandinsky 2.2."
+        description="Stable unCLIP, Karlo or Kandinsky 2.2: diffusers folder or hub model."
     )
     prior: str | None = Field(
-        None,
-        description="Folder or model of the decoder's prior: needed by Kandinsky, for the "
-        "embedding of an empty image; its statistics tell the scale.",
+        None, description="Prior of the decoder, for its statistics and for Kandinsky's guidance."
+    )
+    steps: Count | None = Field(None, description="Denoising steps (default: the pipeline's).")
+    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+        None, description="Guidance scale; 1 disables guidance (default: the pipeline's)."
+    )
+    size: Count | None = Field(None, description="Image side in pixels (default: the decoder's).")
+    noise_level: int = Field(0, ge=0, description="Noise on the embeddings (Stable unCLIP).")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Decoder precision; auto is float16 on CUDA, else float32."
+    )
+    device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, mps.")
+
+
+class GenerateConfig(DecoderOptions, PromptOptions, OutputConfig):
+    """``csalign generate``: images from text with an unCLIP decoder."""
+
+    panel: ClassVar[str] = "Images"
+    positional: ClassVar[tuple[str, ...]] = ()
+
+    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    overwrite: bool = Field(
+        False, description="Replace the folder on success, and discard unfinished images."
     )
     scale: Annotated[Literal["auto"] | Positive, Number] = Field(
-        "auto",
-        description="Norm to give the embeddings, which adapters give as unit rows; auto is that "
-        "of the embeddings the decoder was trained on, else of those that the run was.",
+        "auto", description="Norm of the embeddings; auto: as the decoder's or run's training data."
     )
-    seed: int = Field(
-        0, ge=0, lt=2**63, description="Seed of the first prompt; those after it count up."
-    )
-    steps: Count | None = Field(None, description="Steps of denoising (default: the pipeline's).")
-    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
-        None, description="Scale of guidance, 1 for none (default: the pipeline's)."
-    )
-    size: Count | None = Field(
-        None, description="Side of the images in pixels (default: the decoder's own)."
-    )
-    noise_level: int = Field(
-        0, ge=0, description="Noise that Stable unCLIP adds to the embeddings; more varies more."
-    )
-    batch_size: Count = Field(4, description="Images at a time.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first image; the next adds 1.")
+    batch_size: Count = Field(4, description="Images per batch.")
     sheet: bool = Field(False, description="Also draw a contact sheet of the first 100 images.")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the decoder; auto is float32 on CPU, float16 on CUDA."
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")

@@ -1,21 +1,18 @@
 """The unCLIP decoders of diffusers: Stable unCLIP, Karlo and Kandinsky 2.2.
 
-Each is run by diffusers' own pipeline from an embedding in place of an image, and takes it as its
-image encoder gives it, the projected embedding of a CLIP model without normalising. Stable unCLIP
-standardises it by the statistics of its image normalizer, adds noise, and undoes it; Karlo projects
-it to time and context; Kandinsky sets it against the embedding of an empty image.
-
-Networks are built from the classes named here, and weights are read from safetensors alone, so
-that no class, code or pickle that comes with a decoder is run.
+Each takes what its image encoder gives, a projected CLIP embedding that is not normalised. Stable
+unCLIP standardises it by the statistics of its image normalizer, adds noise, and undoes it; Karlo
+projects it to time and context; Kandinsky contrasts it with the embedding of an empty image. No
+code or pickle that comes with a decoder is run.
 """
 
-import logging
+import inspect
 import re
 import sys
-import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,360 +21,237 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from csalign.core.devices import pick_device
 from csalign.core.errors import ConfigError, DecoderError
-from csalign.core.records import parse_json
-from csalign.generation.decoder import Decoder, DrawOptions, Statistics
-
-log = logging.getLogger(__name__)
+from csalign.core.records import read_object
+from csalign.encoders.libraries import first_line
+from csalign.generation.config import DecoderOptions
 
 INDEX = "model_index.json"
-# Of a model of the hub: no weights of other precisions, and nothing but weights and settings.
-_WANTED = ["*.json", "*.txt", "*/*.safetensors"]
-_NOT_WANTED = ["*.fp16.*", "*.non_ema.*"]
-_TALKATIVE = ("diffusers", "transformers", "huggingface_hub")
-_CANNOT_RUN = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_WANTED = ["*.json", "*.txt", "*/*.safetensors"]  # of a hub model: weights and settings
+_UNWANTED = ["*.fp16.*", "*.non_ema.*"]
+_CANNOT_RUN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_CANNOT_LOAD = (*_CANNOT_RUN, ImportError, OSError, SafetensorError)
 
 
-def load_decoder(name: str, prior: str | None, options: DrawOptions) -> Decoder:
-    """Load a decoder, frozen.
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation (d,) > 0 of a decoder's training embeddings, by component."""
 
-    Args:
-        name: folder in diffusers' format, or a model of the hub (``owner/name``), which is
-            downloaded if it is not there.
-        prior: likewise, of the prior that belongs to it: for Kandinsky, whose empty image is
-            embedded by the prior's image encoder, and for the statistics of embeddings.
-        options: how to run it.
+    mean: Tensor
+    std: Tensor
 
-    Raises:
-        ConfigError: it cannot do what the options ask for, or needs a prior.
-        DecoderError: diffusers is not installed; there is no such decoder; or it is of another
-            family, lacks weights in safetensors, or is damaged.
-    """
-    folder, family = find_decoder(name)
-    _require_diffusers()
-    return family(folder, None if prior is None else _folder(prior), options)
+    @property
+    def norm(self) -> float:
+        """Root mean square norm of those embeddings."""
+        return float((self.mean.square().sum() + self.std.square().sum()).sqrt())
+
+    def deviation(self, embeddings: Tensor) -> float:
+        """Root mean square of the standardised rows (n, d); about 1 if they fit."""
+        return float(((embeddings - self.mean) / self.std).square().mean().sqrt())
 
 
-def find_decoder(name: str) -> tuple[Path, "type[_Unclip]"]:
-    """The folder of a decoder and its family; loads nothing.
-
-    Raises:
-        DecoderError: there is no such decoder, or it is of another family.
-    """
-    folder = _folder(name)
-    kind = _index(folder).get("_class_name")
+def find_decoder(name: str) -> tuple[Path, "type[Decoder]"]:
+    """Find the folder and the family of a decoder without loading it, or raise DecoderError."""
+    folder = _find_folder(name)
+    kind = _read_index(folder).get("_class_name")
     families = (StableUnclip, Karlo, Kandinsky)
     for family in families:
         if kind in family.PIPELINES:
             return folder, family
-    known = ", ".join(own for family in families for own in family.PIPELINES)
-    raise DecoderError(f"{folder}: is a {kind}, no decoder of these: {known}")
+    known = ", ".join(family.family for family in families)
+    raise DecoderError(f"{folder}: is a {kind}, not a decoder; use one of {known}")
 
 
-class _Unclip:
-    """What the families share."""
+class Decoder:
+    """Load a decoder, and draw images from embeddings; ConfigError if it lacks an option."""
 
-    PIPELINES: ClassVar[tuple[str, ...]]
-    family: str
-    pipeline: Any
-    # Names of the steps and the guidance in the pipeline's call.
-    _STEPS: ClassVar[str] = "num_inference_steps"
-    _GUIDANCE: ClassVar[str] = "guidance_scale"
+    PIPELINES: ClassVar[tuple[str, ...]]  # of diffusers with this decoder; the first one is run
+    STEPS: ClassVar[str] = "num_inference_steps"
+    GUIDANCE: ClassVar[str] = "guidance_scale"
+    family: ClassVar[str]
+    width: int  # of the embeddings
+    statistics: Statistics | None  # of the training embeddings, where the files have them
 
-    def __init__(self, folder: Path, prior: Path | None, options: DrawOptions) -> None:
-        self.folder = folder
-        self.options = options
-        self._prior = prior
+    def __init__(self, folder: Path, options: DecoderOptions) -> None:
+        self.folder, self.options = folder, options
+        self.device = pick_device(options.device)
+        auto = "float16" if self.device.type == "cuda" else "float32"
+        self.dtype = getattr(torch, auto if options.precision == "auto" else options.precision)
         with _quiet():
-            self.pipeline = self._build().to(options.device)
+            self._load()
+            self.pipeline.to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self._call(torch.zeros(1, self.width), [""])  # refuses what it cannot do, before the work
+        self._arguments(torch.zeros(1, self.width), [""])  # refuses unsupported options early
 
     def draw(
         self, embeddings: Tensor, prompts: Sequence[str], seeds: Sequence[int]
     ) -> list[Image.Image]:
-        """See `Decoder.draw`."""
+        """Draw an image of each embedding (n, width) float32; DecoderError if that fails.
+
+        Embeddings are not normalised. Some decoders read the prompts too.
+        """
         # On the CPU whatever the device, so that an image is the same on each.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        given = embeddings.to(self.options.device, self.options.dtype)
-        asked = {self._STEPS: self.options.steps, self._GUIDANCE: self.options.guidance}
-        known = {name: value for name, value in asked.items() if value is not None}
+        given = {self.STEPS: self.options.steps, self.GUIDANCE: self.options.guidance}
+        arguments = self._arguments(embeddings.to(self.device, self.dtype), prompts)
+        arguments |= {name: value for name, value in given.items() if value is not None}
         try:
             with _quiet():
-                images: list[Image.Image] = self.pipeline(
-                    **self._call(given, prompts), **known, generator=generators
-                ).images
-        except torch.OutOfMemoryError as error:
+                images: list[Image.Image] = self.pipeline(**arguments, generator=generators).images
+        except _CANNOT_RUN as error:  # also where memory runs out
             raise DecoderError(
-                f"{self.folder}: the device has not the memory for {len(seeds)} images at a time; "
-                "choose a smaller --batch-size, --size or --precision"
+                f"{self.folder}: cannot draw {len(seeds)} images at a time ({first_line(error)}); "
+                "if memory is short, choose a smaller --batch-size, --size or --precision"
             ) from error
-        except _CANNOT_RUN as error:
-            raise DecoderError(f"{self.folder}: cannot be run ({_line(error)})") from error
         return images
 
-    @property
-    def width(self) -> int:
-        """See `Decoder`."""
+    def _load(self) -> None:
+        """Load the pipeline without its image encoder, since embeddings are given."""
+        import diffusers
+
+        kind = getattr(diffusers, self.PIPELINES[0])
+        names = set(inspect.signature(kind.__init__).parameters) - {"self"}
+        replaced = names & {"image_encoder", "feature_extractor"}
+        parts = {
+            name: _load_component(self.folder, name, self.dtype, kind)
+            for name in sorted(names - replaced)
+        }
+        if replaced:  # the pipeline asks the image encoder for its dtype
+            parts |= {"image_encoder": parts["text_encoder"], "feature_extractor": None}
+        self.pipeline = kind(**parts)
+
+    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        """Build the family's arguments of the pipeline; ConfigError for unsupported options."""
         raise NotImplementedError
 
-    @property
-    def statistics(self) -> Statistics | None:
-        """See `Decoder`."""
-        raise NotImplementedError
-
-    def _build(self) -> Any:
-        raise NotImplementedError
-
-    def _call(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _sized(self, step: int) -> dict[str, int]:
-        """Height and width if they are asked for, in steps that the pipeline can make."""
+    def _sizes(self, step: int) -> dict[str, int]:
         size = self.options.size
-        if size is None:
-            return {}
-        if size % step:
-            raise ConfigError(f"size: {size} is no multiple of {step}, which {self.family} needs")
-        return {"height": size, "width": size}
+        if size is not None and size % step:
+            raise ConfigError(f"size: {size} is not a multiple of {step}, as {self.family} needs")
+        return {} if size is None else {"height": size, "width": size}
 
-    def _refuse(self, option: str, value: Any) -> None:
-        if value:
-            raise ConfigError(f"{option}: {self.family} has no such option")
+    def _refuse(self, *options: str) -> None:
+        for option in options:
+            if getattr(self.options, option):
+                name = option.replace("_", "-")
+                raise ConfigError(f"{name}: {self.family} does not support it; omit it")
 
 
-class StableUnclip(_Unclip):
+class StableUnclip(Decoder):
     """Stable unCLIP, which reads the prompt too."""
 
     PIPELINES = ("StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline")
     family = "Stable unCLIP"
 
-    @property
-    def width(self) -> int:
-        """See `Decoder`."""
-        return int(self.pipeline.image_normalizer.config.embedding_dim)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """See `Decoder`."""
+    def _load(self) -> None:
+        self._refuse("prior")
+        super()._load()
         normalizer = self.pipeline.image_normalizer
+        self.width = int(normalizer.config.embedding_dim)
         mean, std = (part.detach().cpu().float()[0] for part in (normalizer.mean, normalizer.std))
-        is_set = bool(mean.any()) or not bool((std == 1).all())  # as they are before training
-        return Statistics(mean, std) if is_set else None
+        is_trained = bool(mean.any()) or not bool((std == 1).all())
+        self.statistics = Statistics(mean, std) if is_trained else None
 
-    def _build(self) -> Any:
-        import diffusers
-        from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        self._refuse("prior", self._prior)
-        parts = _Parts(self.folder, self.options.dtype)
-        text_encoder = parts.network("text_encoder", CLIPTextModel)
-        return diffusers.StableUnCLIPImg2ImgPipeline(
-            feature_extractor=None,
-            image_encoder=text_encoder,  # asked for its dtype alone, as embeddings are given
-            image_normalizer=parts.network("image_normalizer", StableUnCLIPImageNormalizer),
-            image_noising_scheduler=parts.scheduler("image_noising_scheduler"),
-            tokenizer=parts.load("tokenizer", CLIPTokenizer),
-            text_encoder=text_encoder,
-            unet=parts.network("unet", diffusers.UNet2DConditionModel),
-            scheduler=parts.scheduler("scheduler"),
-            vae=parts.network("vae", diffusers.AutoencoderKL),
-        )
-
-    def _call(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        level = self.options.noise_level
         most = self.pipeline.image_noising_scheduler.config.num_train_timesteps
-        if self.options.noise_level >= most:
-            raise ConfigError(f"noise-level: {self.options.noise_level} is not below {most}")
-        return {
-            "image_embeds": embeddings,
-            "prompt": list(prompts),
-            "noise_level": self.options.noise_level,
-            **self._sized(8),
-        }
+        if level >= most:
+            raise ConfigError(f"noise-level: {level} is not below {most}; choose a smaller one")
+        arguments = {"image_embeds": embeddings, "prompt": list(prompts), "noise_level": level}
+        return arguments | self._sizes(8)
 
 
-class Karlo(_Unclip):
-    """Karlo, by its pipeline of image variations, which reads no prompt."""
+class Karlo(Decoder):
+    """Karlo, with its pipeline of image variations, which reads no prompt."""
 
-    PIPELINES = ("UnCLIPPipeline", "UnCLIPImageVariationPipeline")
+    PIPELINES = ("UnCLIPImageVariationPipeline", "UnCLIPPipeline")
+    STEPS = "decoder_num_inference_steps"
+    GUIDANCE = "decoder_guidance_scale"
     family = "Karlo"
-    _STEPS = "decoder_num_inference_steps"
-    _GUIDANCE = "decoder_guidance_scale"
 
-    @property
-    def width(self) -> int:
-        """See `Decoder`."""
-        return int(self.pipeline.text_proj.config.clip_embeddings_dim)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """See `Decoder`."""
-        return _prior_statistics(self._prior or self.folder)
-
-    def _build(self) -> Any:
-        import diffusers
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
-
-        self._refuse("size", self.options.size)
-        self._refuse("noise-level", self.options.noise_level)
+    def _load(self) -> None:
+        self._refuse("size", "noise_level")
         if self.options.steps == 1:
             raise ConfigError("steps: Karlo needs 2 or more")
-        parts = _Parts(self.folder, self.options.dtype)
-        pipeline = diffusers.UnCLIPImageVariationPipeline
-        # It has moved among diffusers' modules, but this one has always imported it.
-        projection = vars(sys.modules[pipeline.__module__])["UnCLIPTextProjModel"]
-        text_encoder = parts.network("text_encoder", CLIPTextModelWithProjection)
-        return pipeline(
-            decoder=parts.network("decoder", diffusers.UNet2DConditionModel),
-            text_encoder=text_encoder,
-            tokenizer=parts.load("tokenizer", CLIPTokenizer),
-            text_proj=parts.network("text_proj", projection),
-            feature_extractor=None,
-            image_encoder=text_encoder,  # asked for its dtype alone, as embeddings are given
-            super_res_first=parts.network("super_res_first", diffusers.UNet2DModel),
-            super_res_last=parts.network("super_res_last", diffusers.UNet2DModel),
-            decoder_scheduler=parts.scheduler("decoder_scheduler"),
-            super_res_scheduler=parts.scheduler("super_res_scheduler"),
-        )
+        super()._load()
+        self.width = int(self.pipeline.text_proj.config.clip_embeddings_dim)
+        self.statistics = _prior_statistics(_find_folder(self.options.prior or str(self.folder)))
 
-    def _call(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
         return {"image_embeddings": embeddings}
 
 
-class Kandinsky(_Unclip):
-    """Kandinsky 2.2, which reads no prompt and is guided away from the empty image."""
+class Kandinsky(Decoder):
+    """Kandinsky 2.2, which reads no prompt and is guided away from an empty image."""
 
     PIPELINES = ("KandinskyV22Pipeline",)
     family = "Kandinsky 2.2"
 
-    @property
-    def width(self) -> int:
-        """See `Decoder`."""
-        return int(self.pipeline.unet.config.encoder_hid_dim)
-
-    @property
-    def statistics(self) -> Statistics | None:
-        """See `Decoder`."""
-        return None if self._prior is None else _prior_statistics(self._prior)
-
-    def _build(self) -> Any:
-        import diffusers
-
-        self._refuse("noise-level", self.options.noise_level)
-        parts = _Parts(self.folder, self.options.dtype)
-        self._empty = self._empty_image()
-        return diffusers.KandinskyV22Pipeline(
-            unet=parts.network("unet", diffusers.UNet2DConditionModel),
-            scheduler=parts.scheduler("scheduler"),
-            movq=parts.network("movq", diffusers.VQModel),
-        )
-
-    def _empty_image(self) -> Tensor:
-        """(1, width) embedding of a black image, or (1, 1) zeros where it is not looked at."""
-        from transformers import CLIPVisionModelWithProjection
-
-        if self.options.guidance == 1:
-            return torch.zeros(1, 1)
-        if self._prior is None:
-            raise ConfigError(
-                "prior: Kandinsky is guided away from the embedding of an empty image, which the "
-                "image encoder of its prior makes; name the prior, or leave guidance out by "
-                "--guidance 1"
-            )
-        parts = _Parts(self._prior, torch.float32)
-        encoder = parts.network("image_encoder", CLIPVisionModelWithProjection)
-        side = encoder.config.image_size
-        with torch.no_grad():
-            empty: Tensor = encoder(torch.zeros(1, 3, side, side)).image_embeds
-        return empty
-
-    def _call(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
-        factor = self.pipeline.movq_scale_factor
-        own = self.pipeline.unet.config.sample_size * factor
-        if self.options.guidance != 1 and self._empty.shape[1] != self.width:
+    def _load(self) -> None:
+        self._refuse("noise_level")
+        prior = None if self.options.prior is None else _find_folder(self.options.prior)
+        self._empty = torch.zeros(1, 1)  # unused without guidance
+        if self.options.guidance != 1:
+            if prior is None:
+                raise ConfigError(
+                    "prior: Kandinsky is guided away from the embedding of an empty image by its "
+                    "prior; name it, or disable guidance with --guidance 1"
+                )
+            encoder = _load_component(prior, "image_encoder", torch.float32)
+            side = encoder.config.image_size
+            with torch.no_grad():
+                self._empty = encoder(torch.zeros(1, 3, side, side)).image_embeds
+        super()._load()
+        self.width = int(self.pipeline.unet.config.encoder_hid_dim)
+        self.statistics = None if prior is None else _prior_statistics(prior)
+        if self._empty.shape[1] not in (1, self.width):
             raise ConfigError(
                 f"prior: its image encoder gives embeddings of width {self._empty.shape[1]}, the "
                 f"decoder takes {self.width}; name the prior that belongs to it"
             )
-        return {
-            "image_embeds": embeddings,
-            "negative_image_embeds": self._empty.to(embeddings).expand(len(embeddings), -1),
-            "height": own,
-            "width": own,
-            **self._sized(factor**2),
-        }
+
+    def _arguments(self, embeddings: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        factor = self.pipeline.movq_scale_factor
+        own = self.pipeline.unet.config.sample_size * factor
+        negative = self._empty.to(embeddings).expand(len(embeddings), -1)
+        sizes = {"height": own, "width": own, **self._sizes(factor**2)}
+        return {"image_embeds": embeddings, "negative_image_embeds": negative, **sizes}
 
 
-class _Parts:
-    """The components of a pipeline in a folder, one a subfolder."""
+def _load_component(folder: Path, name: str, dtype: torch.dtype, pipeline: Any = None) -> Any:
+    """Load a component: of a known class, from safetensors, and with all of its weights."""
+    import diffusers
+    import transformers
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._dtype = dtype
-
-    def load(self, name: str, kind: Any, **options: Any) -> Any:
-        """Load a component.
-
-        Raises:
-            DecoderError: it is not there, or damaged.
-        """
-        if not (self._folder / name).is_dir():
-            raise DecoderError(f"{self._folder}: has no {name}; download the whole model")
-        try:
-            return kind.from_pretrained(str(self._folder / name), local_files_only=True, **options)
-        except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError) as error:
-            raise DecoderError(
-                f"{self._folder / name}: cannot be loaded ({_line(error)})"
-            ) from error
-        except SafetensorError as error:
-            raise DecoderError(f"{self._folder / name}: is damaged ({_line(error)})") from error
-
-    def network(self, name: str, kind: Any) -> Any:
-        """Load a network, all of its weights, from safetensors.
-
-        Raises:
-            DecoderError: it is not there, damaged, or not all there.
-        """
-        there = list((self._folder / name).glob("*"))
-        if there and not any(path.suffix == ".safetensors" for path in there):
-            raise DecoderError(
-                f"{self._folder / name}: holds no .safetensors; other weights can run code when "
-                "they are loaded: convert them first"
-            )
-        network, told = self.load(name, kind, use_safetensors=True, output_loading_info=True)
-        missing = sorted(told["missing_keys"])
-        if missing:
-            raise DecoderError(
-                f"{self._folder / name}: lacks {len(missing)} weights ({missing[0]}); download the "
-                "whole model"
-            )
-        return network.to(self._dtype).eval()
-
-    def scheduler(self, name: str) -> Any:
-        """Load a scheduler of the class that the index names, if it is one of diffusers'.
-
-        Raises:
-            DecoderError: it is none, not there, or damaged.
-        """
-        import diffusers
-
-        named = _index(self._folder).get(name)
-        kind = getattr(diffusers, str(named[-1]), None) if isinstance(named, list) else None
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise DecoderError(f"{self._folder / INDEX}: names no scheduler of diffusers as {name}")
-        return self.load(name, kind)
+    entry = _read_index(folder).get(name)
+    wanted = str(entry[-1]) if isinstance(entry, list) and entry else ""
+    modules = (diffusers, transformers, sys.modules.get(getattr(pipeline, "__module__", "")))
+    found = next((getattr(each, wanted) for each in modules if hasattr(each, wanted)), None)
+    kind: Any = found if isinstance(found, type) else object
+    models = (diffusers.ModelMixin, transformers.PreTrainedModel)
+    others = (diffusers.SchedulerMixin, transformers.PreTrainedTokenizerBase)
+    if not issubclass(kind, models + others):
+        reason = f"{name} is not a class of diffusers or transformers ({entry})"
+        raise DecoderError(f"{folder / INDEX}: {reason}; download the model again")
+    is_network = issubclass(kind, models)
+    options = {"use_safetensors": True, "output_loading_info": True} if is_network else {}
+    try:
+        loaded = kind.from_pretrained(str(folder / name), local_files_only=True, **options)
+    except _CANNOT_LOAD as error:
+        raise DecoderError(
+            f"{folder / name}: cannot be loaded ({first_line(error)}); download the whole model, "
+            "with its weights as safetensors"
+        ) from error
+    network, report = loaded if is_network else (loaded, {})
+    if missing := sorted(report.get("missing_keys", ())):
+        lacks = f"lacks {len(missing)} weights ({missing[0]})"
+        raise DecoderError(f"{folder / name}: {lacks}; download it again")
+    return network.to(dtype).eval() if is_network else loaded
 
 
 def _prior_statistics(folder: Path) -> Statistics | None:
-    """The statistics that a prior was trained with, read without its network."""
+    """Read the statistics that a prior was trained with, without its network."""
     for path in sorted((folder / "prior").glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -385,79 +259,56 @@ def _prior_statistics(folder: Path) -> Statistics | None:
                     continue
                 mean, std = (file.get_tensor(key).float()[0] for key in ("clip_mean", "clip_std"))
         except (OSError, SafetensorError) as error:
-            raise DecoderError(f"{path}: is damaged ({_line(error)})") from error
+            reason = f"is damaged ({first_line(error)}); download it again"
+            raise DecoderError(f"{path}: {reason}") from error
         return Statistics(mean, std) if bool((std > 0).all()) else None
     return None
 
 
-def _folder(name: str) -> Path:
-    """The folder of a decoder, downloaded if it is one of the hub's."""
+def _find_folder(name: str) -> Path:
+    """Find the folder of a model, downloaded if it is one of the hub's."""
     folder = Path(name)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise DecoderError(f"{name}: no such folder")
-    _require_diffusers()
     from huggingface_hub import snapshot_download
 
     try:
-        with _quiet():
-            return Path(
-                snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED)
-            )
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # of the network, in more kinds than can be listed
         raise DecoderError(
-            f"{name}: is no folder here, and the hub does not give it ({_line(error)})"
+            f"{name}: not a folder here, and not available from the hub ({first_line(error)})"
         ) from error
 
 
-def _index(folder: Path) -> Mapping[str, Any]:
+def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
-    try:
-        document = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DecoderError(f"{folder}: holds no pipeline of diffusers (no {INDEX})") from None
-    except (OSError, ValueError) as error:
-        raise DecoderError(f"{path}: cannot be read ({_line(error)})") from None
-    if not isinstance(document, dict):
-        raise DecoderError(f"{path}: is damaged (no JSON object)")
-    return document
-
-
-def _require_diffusers() -> None:
-    try:
-        with _quiet():  # which needs transformers itself
-            import diffusers  # noqa: F401
-    except ImportError as error:
-        raise DecoderError(
-            f"images are made by diffusers and transformers ({error}): "
-            "pip install 'csalign[generate]'"
-        ) from None
+    if not path.is_file():
+        raise DecoderError(f"{folder}: not a pipeline of diffusers (no {INDEX} in it)")
+    return read_object(path, "download the model again")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep warnings and bars of the libraries from the user; errors are raised anyway."""
-    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from transformers.utils import logging as transformers_logging
-
-            shown = transformers_logging.is_progress_bar_enabled()
-            transformers_logging.disable_progress_bar()
-            try:
-                yield
-            finally:
-                if shown:
-                    transformers_logging.enable_progress_bar()
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return textwrap.shorten(" ".join(lines[:1]), 160, placeholder=" ...") or type(error).__name__
+    """Silence warnings and progress bars of the libraries; DecoderError without them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import diffusers
+            import transformers
+        except ImportError as error:
+            raise DecoderError(
+                f"images need diffusers and transformers ({error}): pip install 'csalign[generate]'"
+            ) from None
+        logs = (diffusers.utils.logging, transformers.utils.logging)
+        levels = [each.get_verbosity() for each in logs]
+        for each in logs:
+            each.set_verbosity_error()
+            each.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for each, level in zip(logs, levels, strict=True):
+                each.set_verbosity(level)
+                each.enable_progress_bar()

@@ -5,81 +5,87 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, RunFolder, Share
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, Share
 
 
-class IndexConfig(Config):
-    """``csalign index``: an index on disk that ``csalign search`` asks."""
+class ItemOptions(Config):
+    """Which rows of a feature set can be found, and how they reach the shared space."""
 
-    features: Location = Field(description="Feature set whose rows are to be found.")
-    out: RunFolder | None = Field(None, description="Folder to make.")
-    overwrite: bool = Field(
-        False, description="Replace the folder if it exists, only after success."
-    )
-    add_to: RunFolder | None = Field(
-        None,
-        description="Index that the rows are added to, in place of --out; its adapter is used.",
-    )
+    panel: ClassVar[str] = "Items"
+
     adapter: RunFolder | None = Field(
-        None, description="Run folder; without it the features are taken as they are."
+        None, description="Run that maps the features; without it they are used as stored."
     )
     allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
+        None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
-    side: Literal["image", "text"] = Field("image", description="Which side is to be found.")
-    split: str = Field("all", description="Split(s), comma-separated; 'all' takes every row.")
-    kind: Literal["auto", "exact", "ivf", "hnsw", "pq"] = Field(
+    side: Literal["image", "text"] = Field("image", description="Side to find.")
+    split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
+    device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
+
+
+class VectorOptions(Config):
+    """How vectors are indexed."""
+
+    panel: ClassVar[str] = "Index"
+
+    factory: str = Field(
         "auto",
-        description="exact; ivf, cells; hnsw, a graph, quick to ask and slow to build; pq, small "
-        "codes, scored again from disk; auto is exact up to 50,000 rows, then ivf, or pq where "
-        "memory asks for it.",
+        description="FAISS factory string, as IVF4096,Flat; auto: Flat to 50,000 rows, then IVF.",
     )
-    recall: Share = Field(
-        0.95, description="Recall@10 against an exact search that searching is set for."
+    recall: Share = Field(0.95, description="Target recall@10 versus exact search.")
+    effort: Count | None = Field(
+        None, description="nprobe or efSearch (default: doubled until --recall is reached)."
     )
     correct: Literal["csls", "inverted-softmax", "centre"] | None = Field(
-        None, description="Correct for hubs, as known from the rows of the other side."
+        None, description="Hubness correction, estimated from the rows of the other side."
     )
     memory: int | None = Field(
-        None, ge=0, description="MiB that building may take (default: half of what is free)."
+        None, ge=0, description="MiB that the build may use (default: half of what is free)."
     )
-    threads: Count | None = Field(None, description="Threads of the index (default: the cores).")
-    batch_size: Count = Field(8192, description="Rows at a time.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps; of the adapter.")
 
 
-class SearchConfig(Config):
-    """``csalign search``: the nearest items of an index."""
+class IndexConfig(VectorOptions, ItemOptions, OutputConfig):
+    """``csalign index``: build a search index on disk."""
 
-    positional: ClassVar[tuple[str, ...]] = ("index",)
+    features: Location = Field(description="Feature set to index.")
+    out: RunFolder = Field(description="Output folder.")
+    batch_size: Count = Field(8192, description="Rows per batch.")
 
-    index: RunFolder = Field(description="Folder that csalign index made.")
-    text: str | None = Field(
-        None, description="What to look for, in words; - reads one text a line from stdin."
+
+class QueryOptions(Config):
+    """Where to search, and what for."""
+
+    panel: ClassVar[str] = "Query"
+
+    index: Location = Field(
+        description="Index, or a feature set, which is indexed in memory (exact search)."
     )
+    query: str | None = Field(None, description="Text query, like --text.")
+    text: str | None = Field(None, description="Text query; - reads one per line from stdin.")
     image: str | None = Field(
-        None, description="What to look for, as a picture; - reads one path a line from stdin."
+        None, description="Image file as query; - reads one path per line from stdin."
     )
     embedding: Location | None = Field(
-        None,
-        description="What to look for, as the encoder gives it: .npy of (d,) or (n, d).",
+        None, description="Encoder output as query: .npy of shape (d,) or (n, d)."
     )
     query_side: Literal["image", "text"] | None = Field(
-        None, description="Side of --embedding (default: that which is not indexed)."
+        None, description="Side of --embedding (default: the side that is not indexed)."
     )
     encoder: str | None = Field(
-        None,
-        description="Encoder of the query (default: the one that the features record), as for "
-        "extract.",
+        None, description="Query encoder, as for extract (default: the one that the set records)."
     )
-    top: Count = Field(10, description="Items a query.")
-    html: Path | None = Field(None, description="Also write a page of pictures, as found.html.")
+
+
+class SearchConfig(ItemOptions, QueryOptions):
+    """``csalign search``: find the nearest items of an index or a feature set."""
+
+    panel: ClassVar[str] = "Results"
+    positional: ClassVar[tuple[str, ...]] = ("index", "query")
+
+    top: Count = Field(10, description="Items per query.")
+    jsonl: bool = Field(False, description="Print one JSON document per query, as it is answered.")
+    html: Path | None = Field(None, description="Also write an HTML page with thumbnails.")
     pictures: Path | None = Field(
-        None, description="Folder that the sources of images start from, for the page."
+        None, description="Folder that image sources are relative to, for the page."
     )
-    jsonl: bool = Field(False, description="Print a JSON document a query, as soon as it is found.")
-    allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the index may import."
-    )
-    threads: Count | None = Field(None, description="Threads of the index (default: the cores).")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps; of encoder and adapter.")

@@ -1,8 +1,10 @@
-"""``index.json``: what an index holds, and how to tell that it is whole."""
+"""``index.json`` and ``items.arrow``: what an index holds beside its vectors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import pyarrow as pa
 from pydantic import Field
 
 from csalign.core import atomic
@@ -11,36 +13,23 @@ from csalign.core.errors import DataError, SchemaError
 from csalign.core.records import Record, read_record, write_record
 from csalign.core.version import __version__
 from csalign.features.manifest import EncoderInfo
-from csalign.search.items import ITEMS
-from csalign.search.plan import IndexKind
-from csalign.search.vectors import VECTORS, Effort
 
 DESCRIPTION = "index.json"
+VECTORS = "vectors.faiss"
+ITEMS = "items.arrow"
 ADAPTER = "adapter"
-FORMAT_VERSION: Final = 1
-CHECKED_BYTES = 64 << 20  # larger files are read whole by inspect alone
+FORMAT_VERSION: Final = 2
+CHECKED_BYTES = 64 << 20  # larger files are read completely by inspect only
+ROWS_PER_BATCH = 65_536
+REMEDY = "build the index again"
 
+_COLUMNS = ("id", "image_id", "caption", "source")
+_SCHEMA = pa.schema([pa.field(name, pa.string()) for name in _COLUMNS])
 Correction = Literal["csls", "inverted-softmax", "centre"]
 
 
-class Taken(Record):
-    """Rows that went into an index: of which feature set, of which splits, how many."""
-
-    features: str
-    fingerprint: str
-    split: str
-    rows: int = Field(ge=0)
-
-
 class Recall(Record):
-    """How well the index finds what is truly nearest.
-
-    Attributes:
-        value: share of a query's ten nearest items that are among the first ten, in [0, 1].
-        queries: how many queries were asked.
-        of: what they are, as "texts".
-        target: what the search was set for.
-    """
+    """Recall@10 in [0, 1] versus exact search, on so many queries "of" a side, and its target."""
 
     value: float = Field(ge=0, le=1)
     queries: int
@@ -48,125 +37,105 @@ class Recall(Record):
     target: float
 
 
-class FileInfo(Record):
-    """A file of the index."""
-
-    bytes: int = Field(ge=0)
-    sha256: str
-
-
 class IndexManifest(Record):
-    """Content of ``index.json``; written last, so a folder without one is unfinished.
-
-    Attributes:
-        side: what the items are.
-        names: what the sides are called, None where that is image and text.
-        kind: of the index.
-        rows: items.
-        width: of a vector, with what a correction adds.
-        effort: how far a search goes; see `csalign.search.vectors.Effort`.
-        recall: as measured, None where nothing could be asked.
-        correct: the correction for hubs that is built in, if any.
-        encoders: what made the embeddings of each side.
-        adapter_sha256: of the weights in ``adapter/``, None where there are none.
-        taken: where the rows come from, in their order.
-        probes: captions whose embeddings are in ``probes.npy``, to know the encoder by.
-        files: all other files by path.
-    """
+    """Content of ``index.json``; written last, so a folder without one is unfinished."""
 
     format: Literal["csalign-index"] = "csalign-index"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     csalign_version: str = __version__
     side: Modality
     names: dict[Modality, str] | None = None
-    kind: IndexKind
+    factory: str
     rows: int = Field(ge=1)
-    width: int = Field(ge=1)
-    effort: dict[str, int]
-    recall: Recall | None
+    width: int = Field(ge=1)  # with what a correction adds
+    effort: dict[str, int]  # {"nprobe": n}, {"efSearch": n} or {}
+    recall: Recall | None  # None for exact search
     correct: Correction | None
     encoders: dict[Modality, EncoderInfo | None]
     adapter_sha256: str | None
-    taken: list[Taken]
-    probes: list[str]
-    files: dict[str, FileInfo]
-
-    def search_effort(self) -> Effort:
-        """How far a search goes."""
-        return Effort(**self.effort)
+    features: str
+    fingerprint: str  # of the features
+    split: str
+    files: dict[str, str]  # SHA-256 of all other files, by path
 
 
 def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
-    """Read ``index.json`` and compare the files with it.
-
-    Args:
-        folder: of the index.
-        whole: compare the content of large files too, not their sizes alone.
+    """Read ``index.json`` and compare the files with their checksums; large ones if `whole`.
 
     Raises:
         DataError: there is no index at `folder`.
-        SchemaError: it is damaged or of another format version; the file is named.
+        SchemaError: it is damaged or of an unsupported format; the file is named.
     """
     path = folder / DESCRIPTION
     if not path.is_file():
-        kind = f"is no index (no {DESCRIPTION} in it)" if folder.exists() else "no such index"
+        kind = f"not an index (no {DESCRIPTION} in it)" if folder.exists() else "no such index"
         raise DataError(f"{folder}: {kind}; build one with csalign index")
-    manifest = read_record(path, IndexManifest, "build the index again")
-    try:
-        manifest.search_effort()
-    except (ValueError, TypeError) as error:
-        raise SchemaError(f"{path}: is damaged ({error}); build the index again") from None
-    for needed in (VECTORS, ITEMS):
-        if needed not in manifest.files:
-            raise SchemaError(f"{path}: names no {needed}; build the index again")
-    for name, info in manifest.files.items():
-        _check(folder, name, info, whole=whole)
+    manifest = read_record(path, IndexManifest, REMEDY)
+    for name, checksum in manifest.files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise SchemaError(f"{path}: names {name!r}, outside of the index; {REMEDY}")
+        if not file.is_file():
+            raise SchemaError(f"{file}: is missing; {REMEDY}")
+        is_checked = whole or file.stat().st_size <= CHECKED_BYTES
+        if is_checked and atomic.sha256_file(file) != checksum:
+            raise SchemaError(
+                f"{file}: the content does not match the checksum in {DESCRIPTION}: it was "
+                f"changed or damaged; {REMEDY}"
+            )
     return manifest
 
 
-def _check(folder: Path, name: str, info: FileInfo, *, whole: bool) -> None:
-    path = folder / name
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise SchemaError(f"{folder}: {DESCRIPTION} names {name!r}, outside of it")
-    if not path.is_file():
-        raise SchemaError(f"{path}: is missing; build the index again")
-    size = path.stat().st_size
-    if size != info.bytes:
-        raise SchemaError(
-            f"{path}: has {size} bytes, {DESCRIPTION} says {info.bytes}: it was cut short or "
-            "changed; build the index again"
-        )
-    if (whole or size <= CHECKED_BYTES) and atomic.sha256_file(path) != info.sha256:
-        raise SchemaError(
-            f"{path}: the content does not agree with the checksum in {DESCRIPTION}: it was "
-            "changed or is damaged; build the index again"
-        )
-
-
-def list_files(folder: Path) -> dict[str, FileInfo]:
-    """The files of a folder by path, forced to the disk; all but hidden ones."""
-    found = {}
+def write_index_manifest(folder: Path, manifest: IndexManifest) -> IndexManifest:
+    """Write ``index.json`` with the checksums of all files that are there, flushed to disk."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             atomic.fsync_path(path)
-            name = path.relative_to(folder).as_posix()
-            found[name] = FileInfo(bytes=path.stat().st_size, sha256=atomic.sha256_file(path))
-    return found
-
-
-def write_index_manifest(folder: Path, manifest: IndexManifest) -> None:
-    """Write ``index.json``, which completes the index."""
+            files[path.relative_to(folder).as_posix()] = atomic.sha256_file(path)
+    manifest = manifest.model_copy(update={"files": files})
     write_record(folder / DESCRIPTION, manifest)
+    return manifest
 
 
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:
-    """What is told of an index: its manifest, without what only the program needs."""
-    document = manifest.model_dump(mode="json", exclude={"format", "files", "probes"})
+    """Describe an index as plain JSON values: its manifest without the list of files."""
+    document = manifest.model_dump(mode="json", exclude={"format", "files"})
     if document["names"] is None:
         del document["names"]
-    size = sum(info.bytes for info in manifest.files.values())
-    return (
-        {"kind": "index", "path": str(folder), "search": document.pop("kind")}
-        | document
-        | {"bytes": size}
-    )
+    size = sum((folder / name).stat().st_size for name in manifest.files)
+    return {"kind": "index", "path": str(folder)} | document | {"bytes": size}
+
+
+def items_table(columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Make the table of the items, in the order of the vectors, in batches of bounded size."""
+    table = pa.table({name: columns[name] for name in _COLUMNS})
+    batches = table.to_batches(max_chunksize=ROWS_PER_BATCH)
+    return pa.concat_tables([pa.Table.from_batches([batch]).cast(_SCHEMA) for batch in batches])
+
+
+def write_items(folder: Path, items: pa.Table) -> None:
+    """Write the items as an uncompressed Arrow file, which can be memory-mapped."""
+    with pa.OSFile(str(folder / ITEMS), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        writer.write_table(items)
+
+
+def read_items(folder: Path, rows: int) -> pa.Table:
+    """Memory-map the items of an index; SchemaError if they are damaged or not so many."""
+    path = folder / ITEMS
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise SchemaError(f"{path}: is damaged ({error}); {REMEDY}") from None
+    if table.schema != _SCHEMA or len(table) != rows:
+        raise SchemaError(f"{path}: has {len(table)} items, {DESCRIPTION} says {rows}; {REMEDY}")
+    return table
+
+
+def take_item(items: pa.Table, row: int) -> dict[str, Any]:
+    """Look up an item: its id, image_id, caption and source. SchemaError if it is damaged."""
+    try:
+        found: dict[str, Any] = items.slice(row, 1).to_pylist()[0]
+        return found
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise SchemaError(f"{ITEMS}: is damaged ({error}); {REMEDY}") from None

@@ -1,9 +1,10 @@
-"""The vectors of an index: faiss builds, writes, maps and searches them."""
+"""The vectors of an index: corrected for hubs, then built, mapped and searched by FAISS."""
 
 import math
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,292 +12,204 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core.errors import OutputError, SchemaError
-from csalign.search.plan import CHUNK_ROWS, LINKS, SUBVECTOR, IndexKind, Plan
+from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
+from csalign.metrics.hubness import SCALES, centred, penalty
+from csalign.search.manifest import REMEDY, Correction
+
+MEANS = "query.npy"
+EXACT_ROWS = 50_000  # an exact search of that many takes milliseconds
+ROWS_PER_CELL = 64  # to train IVF on; FAISS warns below 39
+MIN_SAMPLE = 16_384  # rows to train on, enough for codes of 8 bits
+MAX_EF_SEARCH = 1_024
+GROWTH = 1.5  # memory that FAISS needs while its lists grow, per byte of the index
+TIED = 1e-6  # scores that differ by less are equal
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-VECTORS = "vectors.faiss"
-RESCORED = "vectors.npy"
-CANDIDATES = 100  # of pq that are scored again, at least
-TIED = 1e-6  # scores that differ by less
-BUILDING = 80  # neighbours that HNSW looks at for a new item's links
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How far a search goes; what a kind does not know is None.
-
-    Attributes:
-        probes: cells that ivf and pq look into.
-        beam: neighbours that hnsw keeps in sight.
-        candidates: items of pq that are scored again.
-    """
-
-    probes: int | None = None
-    beam: int | None = None
-    candidates: int | None = None
-
-    def to_json(self) -> dict[str, int]:
-        """What is set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+def choose_factory(rows: int) -> str:
+    """Choose the index for a number of rows: Flat up to `EXACT_ROWS`, then 4 sqrt(rows) cells."""
+    return "Flat" if rows <= EXACT_ROWS else f"IVF{int(4 * math.sqrt(rows))},Flat"
 
 
 class VectorIndex:
-    """An index in memory or mapped from disk; scores are inner products.
+    """A FAISS index in memory or mapped from disk; scores are inner products."""
 
-    Args:
-        kind: of the index.
-        index: faiss's own.
-        stored: (n, d) float16 that pq scores again by, or None.
-        effort: how far a search goes.
-    """
-
-    def __init__(
-        self, kind: IndexKind, index: Any, stored: npt.NDArray[Any] | None, effort: Effort
-    ) -> None:
-        self.kind = kind
+    def __init__(self, factory: str, index: Any) -> None:
+        self.factory = factory
+        self.effort: dict[str, int] = {}
+        self.is_exact = isinstance(index, faiss.IndexFlat)
+        self.width = int(index.d)
         self._index = index
-        self._stored = stored
-        self._filled = 0 if stored is None else index.ntotal
-        self.effort = effort
+        self._effort_name, self.max_effort = _effort_of(index)
 
     @classmethod
-    def empty(cls, plan: Plan, folder: Path) -> Self:
-        """An index without rows, to be trained if its plan says so, and filled.
-
-        Args:
-            plan: what to build.
-            folder: where what goes to disk at once is written.
-        """
-        ip, width = faiss.METRIC_INNER_PRODUCT, plan.width
-        stored = None
-        index: Any
-        if plan.kind == "exact":
-            index = faiss.IndexFlatIP(width)
-        elif plan.kind == "hnsw":
-            index = faiss.IndexHNSWFlat(width, LINKS, ip)
-            index.hnsw.efConstruction = BUILDING
-        elif plan.kind == "ivf":
-            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, plan.cells, ip)
-        else:
-            padded = plan.codes * SUBVECTOR
-            centroids = faiss.IndexFlatIP(padded)
-            index = faiss.IndexIVFPQ(centroids, padded, plan.cells, plan.codes, plan.bits, ip)
-            stored = _grown(folder / RESCORED, None, plan.rows, width)
-        own = cls(plan.kind, index, stored, Effort())
-        own._filled = 0
-        own.effort = own.ladder()[0]
-        return own
-
-    @classmethod
-    def open(cls, folder: Path, kind: IndexKind, effort: Effort, *, mapped: bool = True) -> Self:
-        """Open what `save` wrote.
-
-        Args:
-            folder: of the index.
-            kind: of the index.
-            effort: how far a search goes.
-            mapped: leave the vectors on disk and read what a search needs; else into memory.
-
-        Raises:
-            SchemaError: it cannot be read.
-        """
-        flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY if mapped else 0
-        path = folder / VECTORS
+    def create(cls, factory: str, width: int) -> Self:
+        """Create an empty index; ConfigError if FAISS has none of that name for inner products."""
         try:
-            index = faiss.read_index(str(path), flags)
-            stored = None
-            if kind == "pq":
-                path = folder / RESCORED
-                stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
-            raise SchemaError(f"{path}: cannot be read ({reason}); build the index again") from None
-        return cls(kind, index, stored, effort)
+            return cls(factory, faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"factory: FAISS cannot build {factory!r} for width {width} ({_reason(error)}); "
+                "use Flat, IVF4096,Flat, HNSW32 or another string of its index factory"
+            ) from None
+
+    @classmethod
+    def open(cls, path: Path, factory: str) -> Self:
+        """Map an index that `save` wrote: vectors stay on disk. SchemaError if it is damaged."""
+        flags = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY
+        try:
+            return cls(factory, faiss.read_index(str(path), flags))
+        except RuntimeError as error:
+            raise SchemaError(f"{path}: cannot be read ({_reason(error)}); {REMEDY}") from None
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    @property
-    def width(self) -> int:
-        """Width of a vector."""
-        return int(self._index.d if self._stored is None else self._stored.shape[1])
+    def set_effort(self, value: int) -> None:
+        """Set nprobe or efSearch, at most the maximum; does nothing for other indexes."""
+        if self._effort_name is not None:
+            self.effort = {self._effort_name: (value := min(value, self.max_effort))}
+            faiss.ParameterSpace().set_index_parameter(self._index, self._effort_name, value)
+
+    def training_rows(self, rows: int) -> int:
+        """Count the rows to train on, of so many; 0 if none are needed."""
+        cells = self.max_effort if self._effort_name == "nprobe" else 0
+        return 0 if self._index.is_trained else min(rows, max(ROWS_PER_CELL * cells, MIN_SAMPLE))
+
+    def build_bytes(self, rows: int) -> int:
+        """Estimate the memory in bytes that building with so many rows takes."""
+        vector = 4 * self.width + 300  # of a graph, with its links
+        with suppress(RuntimeError):  # FAISS does not say it of a graph
+            vector = int(self._index.sa_code_size()) + 8
+        return int(GROWTH * rows * vector) + 8 * self.width * self.training_rows(rows)
 
     def train(self, sample: Floats) -> None:
-        """Make cells and codes from some of the rows, (s, d)."""
-        self._index.train(self._fitted(sample))
+        """Train cells and codes on some of the rows, (s, d); DataError if they are too few."""
+        try:
+            self._index.train(np.ascontiguousarray(sample))
+        except RuntimeError as error:
+            raise DataError(
+                f"{len(sample)} rows are too few to train {self.factory} ({_reason(error)}); use "
+                "--factory Flat or fewer cells and codes"
+            ) from None
 
     def add(self, rows: Floats) -> None:
         """Append rows, (n, d) float32."""
-        self._index.add(self._fitted(rows))
-        if self._stored is not None:
-            self._stored[self._filled : self._filled + len(rows)] = rows
-            self._filled += len(rows)
+        self._index.add(np.ascontiguousarray(rows))
 
-    def make_room(self, folder: Path, rows: int) -> None:
-        """Before so many rows are added to an index that was opened: what of them goes to disk."""
-        if self._stored is not None:
-            self._stored = _grown(
-                folder / RESCORED, self._stored, len(self) + rows, self._stored.shape[1]
-            )
-
-    def save(self, folder: Path) -> None:
-        """Write it into a folder.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        path = folder / VECTORS
+    def save(self, path: Path) -> None:
+        """Write the index; OutputError if it cannot be written."""
         try:
             faiss.write_index(self._index, str(path))
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1]
-            raise OutputError(f"{path}: cannot be written ({reason})") from None
-        if isinstance(self._stored, np.memmap):
-            self._stored.flush()
+            raise OutputError(
+                f"{path}: cannot be written ({_reason(error)}); free some space, or choose "
+                "another --out"
+            ) from None
 
     def search(self, queries: Floats, top: int) -> tuple[Floats, Ints]:
-        """The best rows of each query, best first.
-
-        Args:
-            queries: (q, d) float32.
-            top: how many.
+        """Find the best rows of each query (q, d), best first.
 
         Returns:
-            Scores and rows, (q, k) each, k being `top` or all there are; where fewer were found
-            the row is -1.
-
-        Raises:
-            SchemaError: the index names rows that it does not have.
+            Scores and rows, (q, k) each, with k the smaller of `top` and the number of rows; the
+            row is -1 where fewer were found.
         """
-        top = min(top, len(self))
-        self._set_effort(top)
-        wanted = top if self._stored is None else min(max(top, self._candidates(top)), len(self))
-        scores, rows = self._index.search(self._fitted(queries), wanted)
+        scores, rows = self._index.search(np.ascontiguousarray(queries), min(top, len(self)))
         if len(rows) and int(rows.max()) >= len(self):
-            raise SchemaError("the index is damaged: it names rows that it does not have")
-        if self._stored is not None:
-            return self._scored_again(queries, rows, top)
+            raise SchemaError(f"the index is damaged: it refers to rows beyond its end; {REMEDY}")
         return scores, rows
 
-    def ladder(self) -> list[Effort]:
-        """How far a search may go, from least to most."""
-        if self.kind == "exact":
-            return [Effort()]
-        if self.kind == "hnsw":
-            return [Effort(beam=2**power) for power in range(5, 11)]
-        cells = int(self._index.nlist)
-        doubled = [2**power for power in range(int(math.log2(cells)) + 1)] + [cells]
-        start = [probes for probes in doubled if probes >= min(cells, 8)]
-        steps = [Effort(probes=probes) for probes in dict.fromkeys(start)]
-        if self.kind == "ivf":
-            return steps
-        few = [replace(step, candidates=CANDIDATES) for step in steps]
-        more = [replace(steps[-1], candidates=factor * CANDIDATES) for factor in (4, 16)]
-        return few + more
+    def recall(self, queries: Floats, scores: Floats, rows: Ints) -> float:
+        """Measure the share of the exact nearest rows that a search finds among as many.
 
-    def rows(self) -> Iterator[Floats]:
-        """All vectors in order, some at a time; those of pq as float16 keeps them."""
-        if self._stored is None and self.kind == "ivf":
-            self._index.make_direct_map()
-        for start in range(0, len(self), CHUNK_ROWS):
-            count = min(CHUNK_ROWS, len(self) - start)
-            if self._stored is None:
-                yield self._index.reconstruct_n(start, count)
-            else:
-                yield self._stored[start : start + count].astype(np.float32)
+        Where an index keeps whole vectors, a row that ties with the last of them counts too. The
+        exact neighbours of the queries (q, d) are `rows` (q, k), with their descending `scores`.
+        """
+        own, found = self.search(queries, rows.shape[1])
+        right = (found[:, :, None] == rows[:, None, :]).any(axis=2)
+        if re.search(r"(^|,)R?Flat$|^HNSW\d*$", self.factory):
+            right |= (found >= 0) & (own >= scores[:, -1:] - TIED)
+        return float(right.mean())
 
-    def _candidates(self, top: int) -> int:
-        return max(self.effort.candidates or 0, 10 * top if top > 10 else 0)
-
-    def _set_effort(self, top: int) -> None:
-        if self.effort.probes is not None:
-            self._index.nprobe = self.effort.probes
-        if self.effort.beam is not None:
-            self._index.hnsw.efSearch = max(self.effort.beam, top)
-
-    def _fitted(self, rows: Floats) -> Floats:
-        """As faiss takes them: contiguous and, for pq, padded to whole codes with zeros."""
-        rows = np.ascontiguousarray(rows, np.float32)
-        missing = int(self._index.d) - rows.shape[1]
-        return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
-
-    def _scored_again(self, queries: Floats, rows: Ints, top: int) -> tuple[Floats, Ints]:
-        assert self._stored is not None
-        scores = np.full((len(queries), top), -np.inf, np.float32)
-        best = np.full((len(queries), top), -1, np.int64)
-        for query, found in enumerate(rows):
-            there = np.sort(found[found >= 0])  # in the order of the file
-            own = self._stored[there].astype(np.float32) @ queries[query]
-            order = np.argsort(-own, kind="stable")[:top]
-            scores[query, : len(order)], best[query, : len(order)] = own[order], there[order]
-        return scores, best
+    def tune(self, queries: Floats, scores: Floats, rows: Ints, *, target: float) -> float:
+        """Double the effort until the `recall` reaches a target or the effort its maximum."""
+        effort = 32 if self._effort_name == "efSearch" else 8
+        self.set_effort(effort)
+        while (recall := self.recall(queries, scores, rows)) < target and effort < self.max_effort:
+            effort *= 2
+            self.set_effort(effort)
+        return recall
 
 
-class Nearest:
-    """The exact nearest rows of some queries, kept while the rows go by.
+def exact_neighbours(queries: Floats, parts: Iterator[Floats], top: int) -> tuple[Floats, Ints]:
+    """Find the exact nearest rows of queries (q, d) among at least `top` streamed rows (n, d).
 
-    Args:
-        queries: (q, d) float32.
-        top: how many to keep.
+    Returns:
+        Scores, descending, and rows, (q, top) each.
     """
-
-    def __init__(self, queries: Floats, top: int) -> None:
-        self.queries = np.ascontiguousarray(queries)
-        self._top = top
-        self.scores = np.full((len(queries), 0), -np.inf, np.float32)
-        self.rows: Ints = np.empty((len(queries), 0), np.int64)
-        self._seen = 0
-
-    def see(self, rows: Floats) -> None:
-        """Take in the next rows, (n, d)."""
-        scores, found = faiss.knn(
-            self.queries,
-            np.ascontiguousarray(rows),
-            min(self._top, len(rows)),
-            metric=faiss.METRIC_INNER_PRODUCT,
-        )
-        self.scores = np.concatenate([self.scores, scores], axis=1)
-        self.rows = np.concatenate([self.rows, found + self._seen], axis=1)
-        order = np.argsort(-self.scores, axis=1, kind="stable")[:, : self._top]
-        self.scores = np.take_along_axis(self.scores, order, axis=1)
-        self.rows = np.take_along_axis(self.rows, order, axis=1)
-        self._seen += len(rows)
+    heap, seen = faiss.ResultHeap(len(queries), top, keep_max=True), 0
+    for part in parts:
+        rows = np.ascontiguousarray(part)
+        count = min(top, len(rows))
+        scores, found = faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(scores, found + seen)
+        seen += len(rows)
+    heap.finalize()
+    return heap.D, heap.I
 
 
-def recall(index: VectorIndex, nearest: Nearest, queries: slice) -> float:
-    """Share of the truly nearest rows that the index lists among as many, over some queries.
+@dataclass(frozen=True)
+class HubCorrection:
+    """Map unit rows to vectors whose inner products are corrected scores."""
 
-    A row that is as near as the last of them is as good, which is known where scores are exact.
-    """
-    truth = nearest.rows[queries]
-    scores, found = index.search(nearest.queries[queries], truth.shape[1])
-    right = (found[:, :, None] == truth[:, None, :]).any(axis=2)
-    if index.kind != "pq":
-        right |= (found >= 0) & (scores >= nearest.scores[queries][:, -1:] - TIED)
-    return float(right.mean())
+    name: Correction | None  # None leaves the rows as they are
+    means: npt.NDArray[np.float64] | None = None  # (2, d), items' and other side, for "centre"
+    references: Floats | None = None  # (r, d) of the other side, for the penalties of items
+
+    def items(self, rows: Floats) -> Floats:
+        """Map items to vectors, (n, d) or with a penalty (n, d + 1)."""
+        if self.name is None or self.means is not None:
+            return rows if self.means is None else centred(rows, self.means[0])
+        assert self.references is not None
+        return self._extended(rows, -penalty(rows, self.references, self.name))
+
+    def queries(self, rows: Floats, *, of_items_side: bool) -> Floats:
+        """Map queries to vectors; the query's own penalty is omitted, since it changes no rank."""
+        if self.name is None or self.means is not None:
+            return rows if self.means is None else centred(rows, self.means[int(not of_items_side)])
+        return self._extended(rows, np.ones(len(rows), np.float32))
+
+    def _extended(self, rows: Floats, column: Floats) -> Floats:
+        return np.hstack([np.float32(np.sqrt(SCALES[str(self.name)])) * rows, column[:, None]])
+
+    def save(self, folder: Path) -> None:
+        """Write what queries need."""
+        if self.means is not None:
+            np.save(folder / MEANS, self.means, allow_pickle=False)
 
 
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let faiss use so many threads; None leaves them as they are."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count or before)
+def load_correction(folder: Path, name: Correction | None) -> HubCorrection:
+    """Load the correction of an index, for its queries; SchemaError if it is damaged."""
+    path = folder / MEANS
     try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+        means = np.load(path, allow_pickle=False) if name == "centre" else None
+        return HubCorrection(name, means)
+    except (OSError, ValueError) as error:
+        raise SchemaError(f"{path}: cannot be read ({error}); {REMEDY}") from None
 
 
-def _grown(path: Path, old: npt.NDArray[Any] | None, rows: int, width: int) -> np.memmap[Any, Any]:
-    """A float16 file of so many rows, which begins with the old ones."""
-    new: np.memmap[Any, Any] = np.lib.format.open_memmap(
-        path, mode="w+", dtype=np.float16, shape=(rows, width)
-    )
-    for start in range(0, 0 if old is None else len(old), CHUNK_ROWS):
-        assert old is not None
-        part = old[start : start + CHUNK_ROWS]
-        new[start : start + len(part)] = part
-    return new
+def _effort_of(index: Any) -> tuple[str | None, int]:
+    """Name and maximum of the parameter that trades speed for recall, if there is one."""
+    for name in ("nprobe", "efSearch"):
+        with suppress(RuntimeError):  # the index does not have that parameter
+            faiss.ParameterSpace().set_index_parameter(index, name, 1)
+            is_ivf = name == "nprobe"
+            return name, int(faiss.extract_index_ivf(index).nlist) if is_ivf else MAX_EF_SEARCH
+    return None, 0
+
+
+def _reason(error: RuntimeError) -> str:
+    """Extract the reason from an error of FAISS, which begins with its place in the source."""
+    return str(error).splitlines()[-1].rpartition("Error: ")[2]

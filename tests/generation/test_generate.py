@@ -5,19 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 from csalign.adapters.checkpoint import load_adapter, read_info
+from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.core.results import GenerateResult
 from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
-from csalign.generation import unclip
-from csalign.generation.config import GenerateConfig
-from csalign.generation.decoder import DrawOptions
+from csalign.generation.config import DecoderOptions, GenerateConfig
 from csalign.generation.generate import generate
+from csalign.generation.unclip import Decoder, find_decoder
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.import_arrays import import_arrays
@@ -101,19 +102,19 @@ def test_what_a_decoder_is_given_is_what_the_adapter_gives_at_the_decoders_own_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[torch.Tensor] = []
-    for family in (unclip.StableUnclip, unclip.Karlo, unclip.Kandinsky):
-        draw = family.draw
+    draw = Decoder.draw
 
-        def spy(self: Any, rows: torch.Tensor, *rest: Any, draw: Any = draw) -> Any:
-            given.append(rows)
-            return draw(self, rows, *rest)
+    def spy(self: Any, rows: torch.Tensor, *rest: Any) -> Any:
+        given.append(rows)
+        return draw(self, rows, *rest)
 
-        monkeypatch.setattr(family, "draw", spy)
+    monkeypatch.setattr(Decoder, "draw", spy)
     done = made(decoders, run, tmp_path / "out", decoder, features=few)
     texts = load_side(FeatureSet.open(few), "all", Modality.TEXT)
     prior = str(decoders / "prior") if decoder == "kandinsky" else None
-    options = DrawOptions(torch.device("cpu"), torch.float32)
-    statistics = unclip.load_decoder(str(decoders / decoder), prior, options).statistics
+    options = DecoderOptions(decoder=str(decoders / decoder), prior=prior, device="cpu")
+    folder, family = find_decoder(options.decoder)
+    statistics = family(folder, options).statistics
     assert statistics is not None
     expected = statistics.norm * load_adapter(run).embed(Modality.TEXT, texts.texts)
 
@@ -173,7 +174,7 @@ def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
     (partial / "000003.png").write_bytes((partial / "000003.png").read_bytes()[:50])
     (partial / "000005.png.abc.tmp").write_bytes(b"half")
     assert not stopped.exists()
-    with pytest.raises(OutputError, match=r"begun with seed 0, not 1: go on with the same options"):
+    with pytest.raises(OutputError, match=r"made with seed 0, not 1: rerun with the same options"):
         generate(config.model_copy(update={"seed": 1}))
     done = generate(config.model_copy(update={"batch_size": 3, "sheet": True}))
 
@@ -193,6 +194,56 @@ def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
         generate(config)
 
 
+def test_the_lock_is_held_until_the_folder_has_its_name(
+    few: Path, run: Path, decoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+    commit = atomic.commit
+
+    def spy(folder: Path, out: Path) -> None:
+        with pytest.raises(OutputError, match="another process is writing there") as caught:
+            made(decoders, run, tmp_path / "out", features=few)
+        refused.append(str(caught.value))
+        commit(folder, out)
+
+    monkeypatch.setattr(atomic, "commit", spy)
+    made(decoders, run, tmp_path / "out", features=few)
+
+    assert len(refused) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("config.toml", "generated.jsonl", "generation.json", "images")
+    ]
+
+
+def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
+    clip_run: Path, decoders: Path, tiny_clip: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def stop(what: str, done: int, total: int | None) -> None:
+        if what == "images" and done:
+            raise Stopped(15)
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red car\na dog\n")
+    config = GenerateConfig(
+        out=tmp_path / "out",
+        prompts=prompts,
+        adapter=clip_run,
+        decoder=str(decoders / "stable"),
+        steps=2,
+        batch_size=1,
+        scale=3,
+    )
+    with pytest.raises(Stopped):
+        generate(config, stop)
+    weights = safetensors.torch.load_file(tiny_clip[1])
+    changed = tmp_path / "changed.safetensors"
+    safetensors.torch.save_file({name: 1.1 * own for name, own in weights.items()}, changed)
+    other = f"open_clip:{tiny_clip[0]}+{changed}"
+    with pytest.raises(OutputError, match=r"made with prompts [0-9a-f]{12}, not [0-9a-f]{12}:"):
+        generate(config.model_copy(update={"text_encoder": other}))
+    assert generate(config).reused == 1
+
+
 def test_the_scale_is_the_decoders_then_the_runs_then_asked_for(
     few: Path, run: Path, decoders: Path, arrays: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -207,21 +258,15 @@ def test_the_scale_is_the_decoders_then_the_runs_then_asked_for(
     np.save(arrays[0], np.load(arrays[0]) / np.linalg.norm(np.load(arrays[0]), axis=1)[:, None])
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=tmp_path / "unit"))
     train(TrainConfig(features=tmp_path / "unit", out=tmp_path / "unit-run", **FROZEN))
-    with pytest.raises(ConfigError, match="neither the decoder nor the run tells the norm"):
+    with pytest.raises(ConfigError, match="neither the decoder nor the run has the norm"):
         made(decoders, tmp_path / "unit-run", tmp_path / "b", "kandinsky", **unguided)
 
 
 def test_a_run_of_another_space_is_told(
     few: Path, run: Path, decoders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    info = json.loads((run / "adapter.json").read_text())
-    info["image_norm"] = 100.0
-    del info["checksum"]
-    (run / "adapter.json").write_text(json.dumps(info))
-    made(decoders, run, tmp_path / "out", features=few, scale="auto")
-    assert "was trained on images of norm 100, but the decoder on " in caplog.text
     made(decoders, run, tmp_path / "far", features=few, scale=100)
-    assert "deviations off those of the decoder's training" in caplog.text
+    assert "standard deviations from those that the decoder" in caplog.text
 
 
 def test_what_does_not_go_together_is_refused(
@@ -237,11 +282,11 @@ def test_what_does_not_go_together_is_refused(
     train(TrainConfig(features=features, out=narrow, **(FROZEN | other)))
     with pytest.raises(ConfigError, match="prompts, features: give one of them"):
         made(decoders, run, out)
-    with pytest.raises(ConfigError, match=r"maps images too \(by glu\), into a space that no"):
+    with pytest.raises(ConfigError, match=r"maps images too \(with glu\), into a space that no"):
         made(decoders, free, out, features=features)
     with pytest.raises(ConfigError, match="maps images too"):
         made(decoders, narrow, out, prompts=prompts)
-    with pytest.raises(ConfigError, match=r"does not name the encoder of its texts \(unknown\)"):
+    with pytest.raises(ConfigError, match="texts of unknown, which is unknown or runs"):
         made(decoders, run, out, prompts=prompts)
     with pytest.raises(ShapeError, match="features of the encoders that it was trained on"):
         made(decoders, run, out, features=tmp_path / "clip")
@@ -253,7 +298,7 @@ def test_what_does_not_go_together_is_refused(
         info["encoders"]["text"] = spec
         info.pop("checksum", None)
         (run / "adapter.json").write_text(json.dumps(info))
-        with pytest.raises(ConfigError, match="runs code from outside csalign; allow it by"):
+        with pytest.raises(ConfigError, match="runs code from outside csalign; allow it"):
             made(decoders, run, out, prompts=prompts)
     assert not out.exists()
 

@@ -8,9 +8,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from csalign.core.errors import ConfigError, DecoderError
-from csalign.generation.decoder import Decoder, DrawOptions, Statistics
-from csalign.generation.unclip import Kandinsky, Karlo, StableUnclip, load_decoder
+from csalign.core.errors import ConfigError, CsalignError, DecoderError
+from csalign.generation.config import DecoderOptions
+from csalign.generation.unclip import (
+    Decoder,
+    Kandinsky,
+    Karlo,
+    StableUnclip,
+    Statistics,
+    find_decoder,
+)
 
 pytestmark = pytest.mark.xdist_group("diffusers")  # takes seconds to import
 
@@ -20,9 +27,11 @@ PRIOR = {"kandinsky": "prior"}
 
 
 def load(decoders: Path, name: str, **values: Any) -> Decoder:
-    options = DrawOptions(torch.device("cpu"), torch.float32, **({"steps": 2} | values))
     prior = str(decoders / PRIOR[name]) if name in PRIOR else None
-    return load_decoder(str(decoders / name), prior, options)
+    given = {"decoder": str(decoders / name), "prior": prior, "steps": 2, "device": "cpu"}
+    options = DecoderOptions(**(given | values))
+    folder, family = find_decoder(options.decoder)
+    return family(folder, options)
 
 
 def embeddings(rows: int = 3) -> torch.Tensor:
@@ -146,20 +155,18 @@ def test_the_size_is_the_decoders_or_the_one_asked_for(decoders: Path) -> None:
     for name, size in (("stable", 24), ("kandinsky", 12)):
         image = load(decoders, name, size=size).draw(embeddings(1), PROMPTS[:1], (1,))[0]
         assert image.size == (size, size)
-    with pytest.raises(ConfigError, match=r"size: 20 is no multiple of 8, which Stable unCLIP"):
+    with pytest.raises(ConfigError, match=r"size: 20 is not a multiple of 8, as Stable unCLIP"):
         load(decoders, "stable", size=20)
     with pytest.raises(ConfigError, match="steps: Karlo needs 2 or more"):
         load(decoders, "karlo", steps=1)
-    with pytest.raises(ConfigError, match="size: Karlo has no such option"):
+    with pytest.raises(ConfigError, match="size: Karlo does not support it"):
         load(decoders, "karlo", size=64)
 
 
 def test_kandinsky_needs_its_prior_unless_it_is_not_guided(decoders: Path) -> None:
-    options = DrawOptions(torch.device("cpu"), torch.float32, steps=2)
     with pytest.raises(ConfigError, match="prior: Kandinsky is guided away from the embedding"):
-        load_decoder(str(decoders / "kandinsky"), None, options)
-    options = DrawOptions(torch.device("cpu"), torch.float32, steps=2, guidance=1)
-    decoder = load_decoder(str(decoders / "kandinsky"), None, options)
+        load(decoders, "kandinsky", prior=None)
+    decoder = load(decoders, "kandinsky", prior=None, guidance=1)
 
     assert decoder.statistics is None
     assert decoder.draw(embeddings(1), PROMPTS[:1], (1,))[0].size == (16, 16)
@@ -173,7 +180,7 @@ def test_noise_is_stable_unclips_alone_and_within_its_schedule(decoders: Path) -
     assert abs(pixels(noised) - pixels(plain)).max() > 1
     with pytest.raises(ConfigError, match="noise-level: 1000 is not below 1000"):
         load(decoders, "stable", noise_level=1000)
-    with pytest.raises(ConfigError, match=r"noise-level: Kandinsky 2\.2 has no such option"):
+    with pytest.raises(ConfigError, match=r"noise-level: Kandinsky 2\.2 does not support it"):
         load(decoders, "kandinsky", noise_level=5)
 
 
@@ -204,14 +211,23 @@ def damage_scheduler(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_pickle, r"unet: holds no \.safetensors; other weights can run code"),
+        (
+            damage_pickle,
+            r"unet: cannot be loaded .*; download the whole model, with its",
+        ),
         (damage_cut, "unet: "),
         (damage_lacking, r"text_encoder: lacks 1 weights \(.*final_layer_norm\.weight\)"),
-        (damage_scheduler, "names no scheduler of diffusers as scheduler"),
-        (lambda folder: shutil.rmtree(folder / "vae"), "has no vae; download the whole model"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "model_index.json").write_text("{}"), "is a None, no decoder of"),
-        (lambda folder: (folder / "model_index.json").unlink(), "holds no pipeline of diffusers"),
+        (damage_scheduler, "scheduler is not a class of diffusers or transformers"),
+        (
+            lambda folder: shutil.rmtree(folder / "vae"),
+            r"vae: cannot be loaded .*; download",
+        ),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "is damaged"),
+        (
+            lambda folder: (folder / "model_index.json").write_text("{}"),
+            "is a None, not a decoder",
+        ),
+        (lambda folder: (folder / "model_index.json").unlink(), "not a pipeline of diffusers"),
     ],
 )
 def test_a_decoder_that_cannot_be_used_is_refused_in_a_line(
@@ -219,7 +235,7 @@ def test_a_decoder_that_cannot_be_used_is_refused_in_a_line(
 ) -> None:
     shutil.copytree(decoders / "stable", tmp_path / "stable")
     damage(tmp_path / "stable")
-    with pytest.raises(DecoderError, match=message) as caught:
+    with pytest.raises(CsalignError, match=message) as caught:
         load(tmp_path, "stable")
 
     assert str(tmp_path) in str(caught.value)
