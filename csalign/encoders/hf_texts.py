@@ -28,7 +28,7 @@ from csalign.encoders.running import (
     to_numpy,
 )
 from csalign.encoders.tokens import limit_tokens
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
 

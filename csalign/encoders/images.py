@@ -10,7 +10,7 @@ from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.running import batch_size_of, describe, inference, to_device, to_numpy
 from csalign.encoders.tokens import limit_tokens
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 
 class ImageTower(Protocol):

@@ -11,7 +11,7 @@ import torch
 from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
 from csalign.encoders.prepack import prepack
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 

@@ -40,16 +40,14 @@ from csalign.evaluation.protocols import (
     retrieval_block,
     select,
 )
-from csalign.features.checks import warn_of_queries
+from csalign.features.checks import check_directions, unit_rows, warn_of_queries
 from csalign.features.join import (
     ALL,
     PairedRows,
-    check_directions,
     check_same_width,
     load_rows,
     load_side,
     split_names,
-    unit_rows,
 )
 from csalign.features.reader import FeatureSet
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
@@ -205,7 +203,7 @@ def _write_page(measured: Measured, document: dict[str, Any], path: Path) -> Non
 def _has_images_alone(config: EvalConfig) -> bool:
     if config.zero_shot is None:
         return False
-    return FeatureSet.open(config.feature_set).texts.made_by is None
+    return FeatureSet.open(config.feature_set).texts.info is None
 
 
 def measure(config: EvalConfig) -> Measured:

@@ -16,9 +16,10 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
 from csalign.core.progress import Progress
 from csalign.evaluation.config import EvalConfig
-from csalign.features.join import ALL, check_directions, load_side
-from csalign.features.manifest import FAILURES, MANIFEST, EncoderInfo
+from csalign.features.checks import check_directions
+from csalign.features.join import ALL, load_side
 from csalign.features.reader import FeatureSet
+from csalign.features.schema import FAILURES, MANIFEST, EncoderInfo
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import LEFT_OUT, extract
 from csalign.metrics.explain import explain

@@ -14,7 +14,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.evaluation.columns import Values, prompt_classes
 from csalign.evaluation.config import EvalConfig
-from csalign.features.join import ALL, PairedRows, check_directions, load_side, unit_rows
+from csalign.features.checks import check_directions, unit_rows
+from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
 from csalign.metrics.zero_shot import class_vectors, classify
 from csalign.runs.load import embed_rows, load_adapter_for
@@ -64,7 +65,7 @@ def load_classes(
     """
     assert config.zero_shot is not None
     there = FeatureSet.open(config.zero_shot)
-    if there.texts.made_by is None or not len(there.texts):
+    if there.texts.info is None or not len(there.texts):
         raise DataError(f"{there.path}: holds no texts; make it of class prompts")
     rows = load_side(there, ALL, Modality.TEXT)
     classes = prompt_classes(rows, config.class_of)
@@ -138,7 +139,7 @@ def _embed(
 
 
 def _warn_of_another_encoder(features: FeatureSet, there: FeatureSet) -> None:
-    own, others = features.texts.made_by, there.texts.made_by
+    own, others = features.texts.info, there.texts.info
     if own is None or others is None:
         return
     if (own.spec, own.fingerprint) != (others.spec, others.fingerprint):

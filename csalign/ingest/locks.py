@@ -11,7 +11,7 @@ from csalign.core import atomic
 from csalign.core.errors import DataError, OutputError
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
-from csalign.features.manifest import MANIFEST
+from csalign.features.schema import MANIFEST
 from csalign.ingest.job import Job, Turn, is_same_but_source, other_job
 from csalign.ingest.partial_set import PATIENCE, Workspace
 

@@ -19,9 +19,9 @@ from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.memory import available_bytes
 from csalign.core.progress import Progress, silent
 from csalign.features import schema
-from csalign.features.join import Joined, join_ids, told_of
-from csalign.features.manifest import EncoderInfo
+from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet, batch_vectors
+from csalign.features.schema import EncoderInfo
 from csalign.runs.load import load_adapter_for, stream_aligned
 from csalign.search.config import IndexConfig
 from csalign.search.corrections import Corrected, mean_of
@@ -98,7 +98,7 @@ class _Rows:
         """Their numbers in the table of a side."""
         is_image = side is Modality.IMAGE
         rows = self.joined.image_rows if is_image else self.joined.text_rows
-        count = self.joined.images if is_image else self.joined.texts
+        count = self.joined.n_images if is_image else self.joined.n_texts
         return np.arange(count) if rows is None else rows
 
     def stream(self, side: Modality, rows: Ints | None = None) -> Iterator[Floats]:
@@ -121,7 +121,7 @@ class _Rows:
     def has_other(self) -> bool:
         """Whether the other side has rows in the same space."""
         table = self.features.table(self.other)
-        if table.made_by is None or not len(self.chosen(self.other)):
+        if table.info is None or not len(self.chosen(self.other)):
             return False
         return self.adapter is not None or table.width == self.width
 
@@ -171,7 +171,7 @@ def _build(config: IndexConfig, out: Path, progress: Progress) -> dict[str, Any]
             effort={},
             recall=None,
             correct=config.correct,
-            encoders={each: rows.features.table(each).made_by for each in Modality},
+            encoders={each: rows.features.table(each).info for each in Modality},
             adapter_sha256=None if rows.info is None else rows.info.weights_sha256,
             taken=[_taken(rows)],
             probes=_write_probes(folder, rows.features),
@@ -324,7 +324,7 @@ def _fill(
 
 
 def _write_items(items: ItemWriter, rows: _Rows) -> None:
-    columns = told_of(rows.features, rows.joined, rows.side)
+    columns = item_columns(rows.features, rows.joined, rows.side)
     for start in range(0, len(columns[schema.ID]), ITEMS_A_BATCH):
         items.write({n: column[start : start + ITEMS_A_BATCH] for n, column in columns.items()})
 
@@ -338,7 +338,7 @@ def _copy_adapter(run: Path, folder: Path) -> None:
 def _write_probes(folder: Path, features: FeatureSet) -> list[str]:
     """Keep the embeddings of some captions, by which a later encoder is known to be the same."""
     table = features.texts
-    if table.made_by is None or not len(table):
+    if table.info is None or not len(table):
         return []
     rows = np.unique(np.linspace(0, len(table) - 1, 8 * PROBES).astype(np.int64))
     captions: list[str] = []

@@ -10,7 +10,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError
 from csalign.core.records import Record, read_record, write_record
 from csalign.core.version import __version__
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 from csalign.search.items import ITEMS
 from csalign.search.plan import IndexKind
 from csalign.search.vectors import VECTORS, Effort

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core import distributed
-from csalign.features.join import Pairs
-from csalign.features.keys import compact
-from csalign.features.memory_map import MappedRows, ReadAhead
+from csalign.features.join import Pairs, compact
+from csalign.features.streaming import MappedRows, Prefetcher
 
 Array = npt.NDArray[Any]
 CaptionUse = Literal["first", "sample", "all"]
@@ -135,11 +134,11 @@ class PairSampler:
         self._order = order
         self._keys = rows.caption_keys if once else compact(np.arange(len(rows.texts)))
         self._mapped = [rows.images, rows.texts]
-        self._ahead: ReadAhead | None = None
+        self._ahead: Prefetcher | None = None
         # What one process reads ahead, the kernel has for all of this machine.
         reads = distributed.world().local_rank == 0
         if reads and any(isinstance(values, MappedRows) for values in self._mapped):
-            self._ahead = ReadAhead(max(1, WINDOW_BYTES // bytes_an_image(rows)))
+            self._ahead = Prefetcher(max(1, WINDOW_BYTES // bytes_an_image(rows)))
 
     def __len__(self) -> int:
         return len(self._images)
