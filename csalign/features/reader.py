@@ -30,14 +30,12 @@ class RowGroup(NamedTuple):
 
     Attributes:
         shard: their file.
-        index: of the row group in the file.
         first: number of its first row in the table.
         rows: how many.
         bytes: of their tokens, uncompressed: a little more than they take in memory.
     """
 
     shard: Shard
-    index: int
     first: int
     rows: int
     bytes: int
@@ -219,14 +217,13 @@ class FeatureTable:
         first = 0
         for shard in self.shards:
             with self._open(shard) as file:
-                for index in range(file.metadata.num_row_groups):
-                    group = file.metadata.row_group(index)
+                for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
                     size = sum(
                         chunk.total_uncompressed_size
                         for chunk in map(group.column, range(group.num_columns))
                         if chunk.path_in_schema.split(".")[0] == schema.TOKENS
                     )
-                    found.append(RowGroup(shard, index, first, group.num_rows, size))
+                    found.append(RowGroup(shard, first, group.num_rows, size))
                     first += group.num_rows
         return found
 

@@ -162,7 +162,7 @@ class MemoryBudget:
 
 
 def _map(file: IO[bytes], shape: tuple[int, int], dtype: np.dtype[Any]) -> MappedRows:
-    return MappedRows(file, dtype, "r+", shape=shape)  # type: ignore[call-overload,no-any-return]
+    return MappedRows(file, dtype, "r+", shape=shape)
 
 
 class Prefetcher:

@@ -48,10 +48,12 @@ class TokenCache:
     Attributes:
         budget: bytes.
         bytes: held now.
+        reads: row groups decoded so far.
     """
 
     budget: int
     bytes: int = 0
+    reads: int = 0
     _kept: "OrderedDict[tuple[TokenRows, int], _Block]" = field(default_factory=OrderedDict)
 
     def holds(self, source: "TokenRows", group: int) -> bool:
@@ -66,6 +68,7 @@ class TokenCache:
             return self._kept[key]
         self._evict(source.groups[group].bytes)  # before memory is allocated for it
         block = source.decode(group)
+        self.reads += 1
         if block.bytes <= self.budget:
             self._evict(block.bytes)
             self._kept[key] = block

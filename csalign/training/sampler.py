@@ -92,7 +92,7 @@ def order_of(rows: Pairs) -> Order:
 
 def bytes_an_image(rows: Pairs) -> int:
     """Of embeddings, its captions' included, on average, rounded up; at least 1."""
-    total = sum(
+    total: int = sum(
         len(side) * side.shape[1] * int(side.dtype.itemsize) for side in (rows.images, rows.texts)
     )
     return max(1, -(-total // max(1, int((rows.caption_counts > 0).sum()))))

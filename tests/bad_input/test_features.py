@@ -95,7 +95,7 @@ def turned_into_a_file(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (shutil.rmtree, "f: no such f"),
     "a file": (turned_into_a_file, "f: "),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "it contains no manifest.json"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     "an empty manifest": (overwritten("manifest.json", b""), "manifest.json: is damaged"),
     "a cut manifest": (cut("manifest.json", 0.5), "manifest.json: is damaged"),
     "a manifest of junk": (overwritten("manifest.json", b"\xff\x00"), "manifest.json: is damaged"),
