@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.features import schema
 from csalign.features.join import PairedRows, Pairs, hash_rows
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
-CHECKED_ROWS = 65_536  # at a time, to avoid a float32 copy of everything
+CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
 SAMPLED_ROWS = 5_000  # of a side, spread evenly
 SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
 REPEATED = 0.1  # share of rows that equal another one
@@ -83,32 +84,29 @@ def warn_of_training_rows(rows: Pairs, name: str) -> None:
         name: of the rows, for the message.
     """
     for side, vectors in (("image", rows.images), ("text", rows.texts)):
-        if len(vectors) > 1 and _spread(vectors) < SPREAD:
-            log.warning(
-                "%s: all %s embeddings are nearly the same, so nothing can be learnt from them; "
-                "check the input of the encoder",
-                name,
-                side,
-            )
-            continue
         if len(vectors) < 2:
             continue
-        counts = np.unique(hash_rows(vectors), return_counts=True)[1]
-        if side == "image" and (share := 1 - len(counts) / len(vectors)) > REPEATED:
-            log.warning(
-                "%s: %.0f %% of the images repeat the embedding of another image, whose captions "
-                "then count as wrong answers; merge them into one image with all captions",
-                name,
-                100 * share,
+        if _spread(vectors) < SPREAD:
+            problem = (
+                f"all {side} embeddings are nearly the same, so nothing can be learnt from them; "
+                "check the input of the encoder"
             )
-        # Captions that repeat are counted once by default.
-        elif side == "text" and (share := counts.max() / len(vectors)) > 0.5:
-            log.warning(
-                "%s: %.0f %% of the texts are identical, so they hardly distinguish images; check "
-                "that they are captions",
-                name,
-                100 * share,
-            )
+        else:
+            counts = np.unique(hash_rows(vectors), return_counts=True)[1]
+            repeated, largest = 1 - len(counts) / len(vectors), counts.max() / len(vectors)
+            if side == "image" and repeated > REPEATED:
+                problem = (
+                    f"{100 * repeated:.0f} % of the images repeat the embedding of another image, "
+                    "whose captions then count as wrong answers; merge them into one image"
+                )
+            elif side == "text" and largest > 0.5:  # captions that repeat are counted once
+                problem = (
+                    f"{100 * largest:.0f} % of the texts are identical, so they hardly distinguish "
+                    "images; check that they are captions"
+                )
+            else:
+                continue
+        log.warning("%s: %s", name, problem)
 
 
 def warn_of_queries(rows: PairedRows, name: str) -> None:
@@ -127,18 +125,16 @@ def warn_of_queries(rows: PairedRows, name: str) -> None:
             100 / queries,
         )
         return
-    for side, owners, vectors in (
-        ("images", np.arange(len(rows.images)), rows.images),
-        ("texts", rows.text_image, rows.texts),
-    ):
-        share = _equal_to_wrong(vectors, owners)
+    owners = {Modality.IMAGE: np.arange(len(rows.images)), Modality.TEXT: rows.text_image}
+    for side, own in owners.items():
+        share = _equal_to_wrong(rows.embeddings(side), own)
         if share > REPEATED:
             log.warning(
                 "%s: %.0f %% of the %s equal a wrong answer; ties count as misses, so recall "
                 "cannot reach 100 %%",
                 name,
                 100 * share,
-                side,
+                side.plural,
             )
 
 

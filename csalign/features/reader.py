@@ -64,11 +64,7 @@ class FeatureTable:
 
     @property
     def encoder(self) -> EncoderInfo:
-        """The encoder.
-
-        Raises:
-            DataError: the feature set has no such side.
-        """
+        """The encoder; raises DataError if the feature set has no such side."""
         if self.info is None:
             raise DataError(f"{self.folder}: has no {self.modality.plural}; both sides are needed")
         return self.info
@@ -98,37 +94,29 @@ class FeatureTable:
                     "part of the set; remove it"
                 )
         for shard in self.shards:
-            path = self._path(shard)
-            if not path.is_file():
-                raise SchemaError(f"{path}: is missing; {AGAIN}")
-            if (size := path.stat().st_size) != shard.bytes:
-                raise SchemaError(
-                    f"{path}: has {size} bytes, the manifest says {shard.bytes}; {AGAIN}"
-                )
-            with self._open(shard) as file:
-                if (rows := file.metadata.num_rows) != shard.rows:
-                    raise SchemaError(
-                        f"{path}: has {rows} rows, the manifest says {shard.rows}; {AGAIN}"
-                    )
-                self._check_columns(path, file.schema_arrow)
+            for defect in self._defects(shard):
+                raise SchemaError(f"{self._path(shard)}: {defect}; {AGAIN}")
 
-    def _check_columns(self, path: Path, found: pa.Schema) -> None:
-        token_width = self.encoder.token_width
-        for expected in schema.table_schema(self.modality, self.dtype, self.width, token_width):
-            name, index = expected.name, found.get_field_index(expected.name)
-            if index < 0:
-                raise SchemaError(f"{path}: has no column {name!r}; {AGAIN}")
-            if (kind := found.field(index).type) != expected.type:
-                raise SchemaError(
-                    f"{path}: column {name!r} is {kind}, the manifest says {expected.type}; {AGAIN}"
-                )
+    def _defects(self, shard: Shard) -> Iterator[str]:
+        path, info = self._path(shard), self.encoder
+        if not path.is_file():
+            yield "is missing"
+        if (size := path.stat().st_size) != shard.bytes:
+            yield f"has {size} bytes, the manifest says {shard.bytes}"
+        with self._open(shard) as file:
+            rows, found = file.metadata.num_rows, file.schema_arrow
+        if rows != shard.rows:
+            yield f"has {rows} rows, the manifest says {shard.rows}"
+        for expected in schema.table_schema(
+            self.modality, self.dtype, info.width, info.token_width
+        ):
+            if (index := found.get_field_index(expected.name)) < 0:
+                yield f"has no column {expected.name!r}"
+            elif (kind := found.field(index).type) != expected.type:
+                yield f"column {expected.name!r} is {kind}, the manifest says {expected.type}"
 
     def verify(self) -> None:
-        """Compare every file with its checksum.
-
-        Raises:
-            SchemaError: a shard does not match.
-        """
+        """Compare every file with its checksum; raises SchemaError if one does not match."""
         for shard in self.shards:
             path = self._path(shard)
             if atomic.sha256_file(path) != shard.sha256:
@@ -161,7 +149,7 @@ class FeatureTable:
         """Stream columns, a row group at a time, with the number of its first row.
 
         Args:
-            columns: to read.
+            columns: names.
             rows: ascending; row groups that hold none of them are skipped. None reads all.
 
         Raises:
@@ -185,11 +173,7 @@ class FeatureTable:
     def parts(
         self, columns: Sequence[str], rows: Ints | None
     ) -> Iterator[tuple[slice, Ints, pa.RecordBatch]]:
-        """Stream the row groups that contain some rows.
-
-        Args:
-            columns: to read.
-            rows: ascending; None for all.
+        """Stream the row groups that contain some rows, ascending; None for all.
 
         Yields:
             Positions in `rows`, the places of these rows in the batch, and the batch.
@@ -266,7 +250,7 @@ class FeatureSet:
 
         Raises:
             DataError: there is no feature set at `path`.
-            SchemaError: files and manifest do not match; the file is named.
+            SchemaError: a file does not match the manifest.
         """
         manifest = read_manifest(path)
         counts = {Modality.IMAGE: manifest.counts.images, Modality.TEXT: manifest.counts.texts}
@@ -303,7 +287,7 @@ class FeatureSet:
 
 
 def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints]:
-    """Find the rows, ascending, from `first` to before `last`; None is all rows.
+    """Find which rows (ascending; None is all) are from `first` to before `last`.
 
     Returns:
         Their positions in `rows`, and their places counted from `first`.
@@ -319,11 +303,7 @@ def _is_wanted(rows: Ints | None, first: int, last: int) -> bool:
 
 
 def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:
-    """Return a fixed-size-list column of a batch as (n, d), without a copy.
-
-    Raises:
-        SchemaError: a row or a value is null.
-    """
+    """Return a vector column of a batch, (n, d), not copied; raises SchemaError on nulls."""
     column = batch.column(name)
     return _flat(column.flatten(), column).reshape(len(column), column.type.list_size)
 

@@ -1,7 +1,7 @@
 """Read the tokens of any rows in bounded memory: row groups, decoded when needed, cached."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,19 +108,8 @@ class TokenRows:
         """Read the tokens of some rows; see `Wanted` and `take_together`."""
         return take_together([Wanted(self, rows, draws)])[0]
 
-    def parts(self, rows: Ints) -> Iterator[tuple[int, Ints, Ints]]:
-        """Yield each row group of these rows, their positions in `rows` and places in the group."""
-        groups = self.group_of(rows)
-        for group in np.unique(groups).tolist():
-            positions = np.flatnonzero(groups == group)
-            yield group, positions, rows[positions] - self._firsts[group]
-
     def decode(self, group: int) -> _Block:
-        """Read a row group.
-
-        Raises:
-            SchemaError: the shard is damaged.
-        """
+        """Read a row group; raises SchemaError if the shard is damaged."""
         described = self.groups[group]
         rows = np.arange(described.first, described.first + described.rows)
         for _, batch in self.table.read(schema.TOKENS, rows=rows):
@@ -153,20 +142,29 @@ def take_together(wanted: Sequence[Wanted]) -> list[PaddedTokens]:
         DataError: a token is not finite.
         SchemaError: a shard is damaged.
     """
-    found: list[list[Array]] = [[np.empty(0)] * len(one.rows) for one in wanted]
+    taken: list[list[Array]] = [[np.empty(0)] * len(one.rows) for one in wanted]
+    groups = [one.source.group_of(one.rows) for one in wanted]
     parts = [
-        (one.source.cache.holds(one.source, part[0]), number, *part)
+        (not one.source.cache.holds(one.source, group), number, group)
         for number, one in enumerate(wanted)
-        for part in one.source.parts(one.rows)
+        for group in np.unique(groups[number]).tolist()
     ]
-    for _, number, group, positions, places in sorted(parts, key=lambda part: not part[0]):
-        source, _, draws = wanted[number]
+    for _, number, group in sorted(parts):
+        source, rows, draws = wanted[number]
         tokens, starts = source.cache.block(source, group)
-        for position, place in zip(positions.tolist(), places.tolist(), strict=True):
+        for position in np.flatnonzero(groups[number] == group).tolist():
+            place = rows[position] - source.groups[group].first
             own = tokens[starts[place] : starts[place + 1]]
             drawn = _draw(len(own), None if draws is None else draws[position])
-            found[number][position] = own[drawn].copy()  # a view would keep the whole block
-    return [_padded(one, rows) for one, rows in zip(wanted, found, strict=True)]
+            taken[number][position] = own[drawn].copy()  # a view would keep the whole block
+    found = list(map(pad_tokens, taken))
+    for (source, rows, _), padded in zip(wanted, found, strict=True):
+        if len(bad := np.flatnonzero(~np.isfinite(padded.values).all((1, 2)))):
+            raise DataError(
+                f"{source.table.folder}: the tokens of {source.table.modality} row {rows[bad[0]]} "
+                "are not finite; create the feature set again"
+            )
+    return found
 
 
 def _draw(count: int, draws: Array | None) -> list[int] | slice:
@@ -188,14 +186,3 @@ def pad_tokens(rows: Sequence[Array]) -> PaddedTokens:
     if counts.any():
         values[mask] = np.concatenate(rows)
     return PaddedTokens(values, mask)
-
-
-def _padded(wanted: Wanted, rows: Sequence[Array]) -> PaddedTokens:
-    padded, table = pad_tokens(rows), wanted.source.table
-    bad = np.flatnonzero(~np.isfinite(padded.values).all((1, 2)))
-    if len(bad):
-        raise DataError(
-            f"{table.folder}: the tokens of {table.modality} row {wanted.rows[bad[0]]} are not "
-            "finite; create the feature set again"
-        )
-    return padded

@@ -7,9 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core import distributed
 from csalign.features.join import Pairs, compact
-from csalign.features.streaming import MappedRows, Prefetcher
 
 Array = npt.NDArray[Any]
 CaptionUse = Literal["first", "sample", "all"]
@@ -133,12 +131,6 @@ class PairSampler:
         self._once = once
         self._order = order
         self._keys = rows.caption_keys if once else compact(np.arange(len(rows.texts)))
-        self._mapped = [rows.images, rows.texts]
-        self._ahead: Prefetcher | None = None
-        # What one process reads ahead, the kernel has for all of this machine.
-        reads = distributed.world().local_rank == 0
-        if reads and any(isinstance(values, MappedRows) for values in self._mapped):
-            self._ahead = Prefetcher(max(1, WINDOW_BYTES // bytes_an_image(rows)))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -167,27 +159,12 @@ class PairSampler:
         if self._once:
             kept = self._first_of_all(texts)
             order, drawn, texts = order[kept], drawn[kept], texts[kept]
-        self._begin_reading(order, texts)
         parts = -(-len(order) // batch_size)
         least, more = divmod(len(order), parts)
         for number in range(parts):
             start = number * least + min(number, more)
             part = slice(start, start + least + (number < more))
-            if self._ahead is not None:
-                self._ahead.reach(part.stop - 1)
             yield self._batch(order[part], drawn[part], texts[part], rng)
-
-    def _begin_reading(self, order: Ints, texts: Ints) -> None:
-        if self._ahead is None:
-            return
-        rows = (self._images[order], texts)
-        self._ahead.begin(
-            [
-                (values, own)
-                for values, own in zip(self._mapped, rows, strict=True)
-                if isinstance(values, MappedRows)
-            ]
-        )
 
     def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> Batch:
         rows, texts = self._images[images].astype(np.int64), texts.astype(np.int64)
