@@ -25,14 +25,14 @@ FEW_QUERIES = 30
 
 
 def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]:
-    """Find rows without a usable direction: not finite, or of a norm that float32 cannot square.
+    """Find rows (n, d) without a direction: not finite, or of a norm that float32 cannot square.
 
     Args:
-        embeddings: (n, d), any float dtype.
+        embeddings: any float dtype.
         dtype: "float16" or "float32", as they will be stored; None as they are.
 
     Returns:
-        Why, and what to do, by row; ascending.
+        Reason and remedy by row, ascending.
     """
     with np.errstate(over="ignore"):  # an overflow is reported with its row
         stored = embeddings if dtype is None else embeddings.astype(schema.DTYPES[dtype])
@@ -53,23 +53,14 @@ def _reason(given: Array, stored: Array, dtype: str | None) -> str:
 
 
 def check_directions(vectors: Array, ids: pa.Array, where: str) -> None:
-    """Check that every row is finite and has a norm that can be divided by.
-
-    Args:
-        vectors: (n, d), any float dtype.
-        ids: n ids, for the message.
-        where: the rows, for the message.
-
-    Raises:
-        DataError: a row is not and has not; it is named.
-    """
+    """Raise DataError if a row (n, d) has no direction, naming `where`, its id and a remedy."""
     for start in range(0, len(vectors), CHECKED_ROWS):
         for row, reason in find_unusable(vectors[start : start + CHECKED_ROWS]).items():
             raise DataError(f"{where}: the embedding of {ids[start + row].as_py()!r} {reason}")
 
 
 def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float32]:
-    """Scale rows to norm 1, in float32; arguments and errors are those of `check_directions`."""
+    """Scale rows (n, d) to norm 1, in float32, after `check_directions`."""
     check_directions(values, ids, where)
     wide = values.astype(np.float32)
     wide /= np.linalg.norm(wide, axis=1, keepdims=True)
@@ -77,12 +68,7 @@ def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float3
 
 
 def warn_of_training_rows(rows: Pairs, name: str) -> None:
-    """Warn of constant sides, and of repeated rows, which contradict InfoNCE.
-
-    Args:
-        rows: to train on.
-        name: of the rows, for the message.
-    """
+    """Warn of constant sides, and of repeated rows, which contradict InfoNCE."""
     for side, vectors in (("image", rows.images), ("text", rows.texts)):
         if len(vectors) < 2:
             continue
@@ -110,12 +96,7 @@ def warn_of_training_rows(rows: Pairs, name: str) -> None:
 
 
 def warn_of_queries(rows: PairedRows, name: str) -> None:
-    """Warn of galleries that are too small, or in which many rows equal a wrong answer.
-
-    Args:
-        rows: to evaluate.
-        name: of the rows, for the message.
-    """
+    """Warn of galleries that are too small, or in which many rows equal a wrong answer."""
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
     if 0 < queries < FEW_QUERIES:
         log.warning(
@@ -149,9 +130,8 @@ def _spread(vectors: Array) -> float:
 
 def _equal_to_wrong(vectors: Array, owners: Ints) -> float:
     """Return the share of rows that equal a row of another image."""
-    group = np.unique(hash_rows(vectors), return_inverse=True)[1]
-    least = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    most = np.full_like(least, -2)
-    np.minimum.at(least, group, owners)
-    np.maximum.at(most, group, owners)
-    return float((least < most)[group].mean()) if len(group) else 0.0
+    if not len(vectors):
+        return 0.0
+    _, first, group = np.unique(hash_rows(vectors), return_index=True, return_inverse=True)
+    is_mixed = np.bincount(group, owners != owners[first][group]) > 0
+    return float(is_mixed[group].mean())

@@ -19,7 +19,6 @@ from csalign.features import schema
 from csalign.features.reader import AGAIN
 from csalign.features.writer import Array, FeatureWriter, Rows
 
-NOTE = "aligned.json"
 PART_ROWS = 1_000_000  # per file of clip-retrieval
 
 Shapes = Mapping[Modality, tuple[int, int]]
@@ -50,11 +49,7 @@ class NpyExport:
         self._start()
 
     def write(self, modality: Modality, rows: Rows) -> None:
-        """Append rows to one side, images before texts.
-
-        Raises:
-            DataError: a row is not finite or has norm 0 as it would be stored.
-        """
+        """Append rows to one side, images before texts; raises DataError if one is unusable."""
         stored = rows.stored(modality, self._dtype)
         self._written[modality] += len(stored)
         self._write(modality, rows, stored)
@@ -83,7 +78,7 @@ class NpyExport:
             "rows": counts,
             **self._note,
         }
-        atomic.write_json(self._folder / NOTE, note)
+        atomic.write_json(self._folder / "aligned.json", note)
 
     def _open_npy(self, path: Path, side: Modality, rows: int) -> IO[bytes]:
         """Open an .npy file of a known shape, to which rows are appended."""
@@ -118,12 +113,8 @@ class ClipRetrievalExport(NpyExport):
     Row r of each is one pair: a text, its image (again for each of its texts), and their strings.
     Texts and images without a partner are omitted; of a set of one side every row is written.
 
-    Args:
-        folder, shapes, dtype, note: see `NpyExport`.
-        pairs: texts that have an image; ignored for a set of one side.
-
-    Raises:
-        DataError: there are no pairs to write.
+    Arguments are those of `NpyExport` and the number of pairs, unused for a set of one side; raises
+    DataError if there are no pairs to write.
     """
 
     layout = "clip-retrieval"

@@ -46,10 +46,7 @@ class Pairs:
 
     @property
     def caption_keys(self) -> Ints:
-        """A number below m per text, (m,), equal for captions equal up to case and outer space.
-
-        Texts without a caption are compared by their embeddings.
-        """
+        """A number below m per text, (m,), equal for equal captions; see `text_keys`."""
         return np.arange(len(self.texts)) if self.keys is None else self.keys
 
     def embeddings(self, side: Modality) -> Array:
@@ -69,7 +66,7 @@ class Pairs:
     @cached_property
     def caption_counts(self) -> Ints:
         """Number of texts of each image, (n,)."""
-        return count_captions(self.text_image, len(self.images))
+        return _count(self.text_image, len(self.images))
 
     @cached_property
     def texts_by_image(self) -> Ints:
@@ -83,34 +80,17 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedRows(Pairs):
-    """Pairs with their strings.
+    """Pairs with their strings."""
 
-    Attributes:
-        image_ids: n ids.
-        text_ids: m ids.
-        captions: m captions, null if unknown.
-    """
-
-    image_ids: pa.Array
-    text_ids: pa.Array
-    captions: pa.Array
+    image_ids: pa.Array  # (n,)
+    text_ids: pa.Array  # (m,)
+    captions: pa.Array  # (m,), null if unknown
 
     @cached_property
     def caption_keys(self) -> Ints:
         """See `Pairs`."""
         keys = text_keys(self.captions, self.texts)
         return compact(np.unique(keys, return_inverse=True)[1])
-
-    def take_images(self, keep: Mask, *, unpaired_texts: bool = False) -> "PairedRows":
-        """Take the images where `keep` (n,) is true, their texts, and maybe unpaired texts."""
-        texts, text_image = _texts_of(self.text_image, keep, unpaired_texts=unpaired_texts)
-        return replace(
-            self.take_texts(texts),
-            images=self.images[keep],
-            image_ids=self.image_ids.filter(pa.array(keep)),
-            text_image=text_image,
-            image_rows=self.table_rows(Modality.IMAGE)[keep],
-        )
 
     def take_texts(self, texts: Ints) -> "PairedRows":
         """Take all images, and the texts of these rows in this order."""
@@ -129,11 +109,8 @@ class Joined:
     """Rows of some splits, joined by id, without embeddings and strings; see `Pairs`.
 
     Attributes:
-        name: the feature set and its split, for messages.
         n_images: how many images.
-        text_image: (m,) int64.
-        image_rows: the selected rows of the image table, ascending; None for all of them.
-        text_rows: likewise of the text table.
+        image_rows: ascending, as `text_rows`.
     """
 
     name: str
@@ -150,7 +127,7 @@ class Joined:
     @cached_property
     def caption_counts(self) -> Ints:
         """Number of texts of each image, (n,)."""
-        return count_captions(self.text_image, self.n_images)
+        return _count(self.text_image, self.n_images)
 
     def side(self, side: Modality) -> tuple[Ints | None, int]:
         """Return the selected rows of one side's table (None for all), and how many."""
@@ -159,16 +136,15 @@ class Joined:
         return self.text_rows, self.n_texts
 
     def take_images(self, keep: Mask, *, unpaired_texts: bool = False) -> "Joined":
-        """See `PairedRows.take_images`."""
-        texts, text_image = _texts_of(self.text_image, keep, unpaired_texts=unpaired_texts)
+        """Take the images where `keep` (n,) is true, their texts, and maybe unpaired texts."""
+        position = np.where(keep, np.cumsum(keep) - 1, -1)
+        is_unpaired = self.text_image < 0
+        texts = np.flatnonzero(np.where(is_unpaired, unpaired_texts, keep[self.text_image]))
+        text_image = np.where(is_unpaired[texts], -1, position[self.text_image[texts]])
         images = np.flatnonzero(keep)
-        return Joined(
-            self.name,
-            len(images),
-            text_image,
-            compact(images if self.image_rows is None else self.image_rows[images]),
-            compact(texts if self.text_rows is None else self.text_rows[texts]),
-        )
+        image_rows = images if self.image_rows is None else self.image_rows[images]
+        text_rows = texts if self.text_rows is None else self.text_rows[texts]
+        return Joined(self.name, len(images), text_image, compact(image_rows), compact(text_rows))
 
     def with_embeddings(self, features: FeatureSet, images: Array, texts: Array) -> PairedRows:
         """Add embeddings, (n, d) and (m, e), and the stored strings."""
@@ -195,10 +171,6 @@ def split_names(split: str, available: Collection[str | None]) -> set[str | None
 def load_rows(features: FeatureSet, split: str) -> PairedRows:
     """Read the embeddings of some splits and join texts to images by id.
 
-    Args:
-        features: an open feature set.
-        split: names of splits, comma-separated, or "all" for every row.
-
     Raises:
         DataError: there is no such split, or it has no pairs.
         SchemaError: an id repeats, the image of a text is missing or in another split, or a shard
@@ -213,10 +185,7 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
 
 
 def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
-    """Read the embeddings of one side of some splits, without a join; the other side is empty.
-
-    Arguments and errors are those of `load_rows`, except that rows and pairs may be missing.
-    """
+    """Call `load_rows` for one side: the other one is empty, and there may be no rows."""
     joined = join_ids(features, split)
     none = np.empty(0, np.int64)
     values = _take(features.table(side).embeddings(), joined.side(side)[0])
@@ -228,11 +197,7 @@ def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
 
 
 def join_pairs(features: FeatureSet, split: str) -> Joined:
-    """Call `join_ids`, and require pairs.
-
-    Raises:
-        DataError: there is no such split, or it has no pairs.
-    """
+    """Call `join_ids`; raises DataError if there is no such split, or it has no pairs."""
     joined = join_ids(features, split)
     if not (joined.text_image >= 0).any():
         listed = ", ".join(
@@ -249,6 +214,10 @@ def join_pairs(features: FeatureSet, split: str) -> Joined:
 def join_ids(features: FeatureSet, split: str) -> Joined:
     """Select splits and join texts to images, without reading embeddings.
 
+    Args:
+        features: an open feature set.
+        split: names of splits, comma-separated, or "all" for every row.
+
     Raises:
         SchemaError: an id repeats, or the image of a text is missing or in another split.
     """
@@ -256,8 +225,13 @@ def join_ids(features: FeatureSet, split: str) -> Joined:
     name = f"{features.path}" + ("" if names is None else f" (split {split})")
     texts = features.texts
     image_rows, text_rows = (select_rows(table, names) for table in (features.images, texts))
-    _check_unique(texts)
-    images = _check_unique(features.images)
+    for table in (texts, features.images):
+        images = table.column(schema.ID)
+        if len(repeated := repeated_ids(images)):
+            raise SchemaError(
+                f"{features.path}: {table.modality} id {repeated[0].as_py()!r} appears more than "
+                f"once; ids must be unique, {AGAIN}"
+            )
     if image_rows is not None:
         images = features.images.column(schema.ID, image_rows)
     owners = texts.column(schema.IMAGE_ID, text_rows)
@@ -275,14 +249,10 @@ def join_ids(features: FeatureSet, split: str) -> Joined:
 
 
 def find_images(owners: pa.ChunkedArray, images: pa.ChunkedArray) -> tuple[Ints, Ints]:
-    """Find the image of each text by id.
-
-    Args:
-        owners: m ids of images, null for none.
-        images: n ids.
+    """Find the image id of each text (m,), null for none, among the ids of images (n,).
 
     Returns:
-        Position in `images`, (m,), -1 for none; and the texts whose image is missing, ascending.
+        Its position, (m,), -1 for none; and the texts whose image is missing, ascending.
     """
     found = pc.index_in(owners, value_set=images)
     missing = np.flatnonzero(pc.and_(found.is_null(), owners.is_valid()).to_numpy())
@@ -295,16 +265,6 @@ def repeated_ids(ids: pa.ChunkedArray) -> pa.Array:
         return ids[:0].combine_chunks()
     counted = ids.value_counts()
     return counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
-
-
-def _check_unique(table: FeatureTable) -> pa.ChunkedArray:
-    ids = table.column(schema.ID)
-    if len(repeated := repeated_ids(ids)):
-        raise SchemaError(
-            f"{table.folder}: {table.modality} id {repeated[0].as_py()!r} appears more than once; "
-            f"ids must be unique, {AGAIN}"
-        )
-    return ids
 
 
 def select_rows(table: FeatureTable, names: Collection[str | None] | None) -> Ints | None:
@@ -358,19 +318,10 @@ def check_same_width(rows: PairedRows) -> None:
         )
 
 
-def count_captions(text_image: Ints, images: int) -> Ints:
-    """Count the texts of each of so many images, (images,)."""
-    return compact(np.bincount(text_image[text_image >= 0], minlength=images))
-
-
 def text_keys(captions: pa.Array, embeddings: Array) -> Ints:
-    """Hash each text, (m,) int64: by its caption up to case and outer space, else by its embedding.
+    """Hash each text, (m,) int64: its caption up to case and outer space, else its embedding.
 
     Two of ten million different texts share a hash with a probability of three in a million.
-
-    Args:
-        captions: m of them, null if unknown.
-        embeddings: (m, e).
     """
     plain = pc.utf8_lower(pc.utf8_trim_whitespace(captions)).to_pylist()
     found = np.fromiter(map(hash, plain), np.int64, len(plain))
@@ -381,24 +332,18 @@ def text_keys(captions: pa.Array, embeddings: Array) -> Ints:
 
 def hash_rows(rows: Array, chunk: int = 8_192) -> Ints:
     """Hash the bytes of each row, (n,) int64; equal in one process only."""
-    hashes = (
-        hash(row.tobytes()) for start in range(0, len(rows), chunk) for row in rows[start:][:chunk]
-    )
-    return np.fromiter(hashes, np.int64, len(rows))
+    parts = (rows[start : start + chunk] for start in range(0, len(rows), chunk))
+    return np.fromiter((hash(row.tobytes()) for part in parts for row in part), np.int64, len(rows))
 
 
 def compact(positions: Array) -> Array:
     """Store positions in 32 bits if they fit, since there may be tens of millions."""
-    fits = not len(positions) or int(positions.max()) <= np.iinfo(np.int32).max
+    fits = int(positions.max(initial=0)) <= np.iinfo(np.int32).max
     return positions.astype(np.int32 if fits else np.int64, copy=False)
 
 
-def _texts_of(text_image: Ints, keep: Mask, *, unpaired_texts: bool) -> tuple[Ints, Ints]:
-    """Return the texts of the images where `keep` is true, and the new image row of each."""
-    position = np.where(keep, np.cumsum(keep) - 1, -1)
-    is_unpaired = text_image < 0
-    texts = np.flatnonzero(np.where(is_unpaired, unpaired_texts, keep[text_image]))
-    return texts, np.where(is_unpaired[texts], -1, position[text_image[texts]])
+def _count(text_image: Ints, images: int) -> Ints:
+    return compact(np.bincount(text_image[text_image >= 0], minlength=images))
 
 
 def _take(values: Array, rows: Ints | None) -> Array:

@@ -26,38 +26,23 @@ AGAIN = "create the feature set again"
 
 
 class RowGroup(NamedTuple):
-    """Rows that are read at once.
-
-    Attributes:
-        shard: their file.
-        first: number of its first row in the table.
-        rows: how many.
-        bytes: of their tokens, uncompressed: a little more than they take in memory.
-    """
+    """Rows that are read at once."""
 
     shard: Shard
-    first: int
+    first: int  # number of its first row in the table
     rows: int
-    bytes: int
+    bytes: int  # of its tokens, uncompressed: a little more than they take in memory
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """One side of a feature set on disk; reads nothing until asked.
+    """One side of a feature set on disk; reads nothing until asked."""
 
-    Attributes:
-        folder: the feature set.
-        modality: the side.
-        info: its encoder; None if the feature set has no such side.
-        dtype: stored number format, "float16" or "float32".
-        shards: its files, in row order.
-    """
-
-    folder: Path
+    folder: Path  # the feature set
     modality: Modality
-    info: EncoderInfo | None
-    dtype: str
-    shards: tuple[Shard, ...]
+    info: EncoderInfo | None  # its encoder; None if the feature set has no such side
+    dtype: str  # as stored, "float16" or "float32"
+    shards: tuple[Shard, ...]  # in row order
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
@@ -126,9 +111,7 @@ class FeatureTable:
                 )
 
     def embeddings(self) -> Array:
-        """Read all embeddings, (n, d), in the stored dtype, C-contiguous, maybe read-only.
-
-        Tokens are not read. A set of one row group is not copied.
+        """Read all embeddings, (n, d), in the stored dtype, maybe read-only, but no tokens.
 
         Raises:
             SchemaError: a shard is damaged.
@@ -151,9 +134,6 @@ class FeatureTable:
         Args:
             columns: names.
             rows: ascending; row groups that hold none of them are skipped. None reads all.
-
-        Raises:
-            SchemaError: a shard is damaged.
         """
         first = 0
         for shard in self.shards:
@@ -201,14 +181,13 @@ class FeatureTable:
         first = 0
         for shard in self.shards:
             with self._open(shard) as file:
-                for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-                    size = sum(
-                        chunk.total_uncompressed_size
-                        for chunk in map(group.column, range(group.num_columns))
-                        if chunk.path_in_schema.split(".")[0] == schema.TOKENS
-                    )
-                    found.append(RowGroup(shard, first, group.num_rows, size))
-                    first += group.num_rows
+                groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+            for group in groups:
+                columns = map(group.column, range(group.num_columns))
+                tokens = (c for c in columns if c.path_in_schema.split(".")[0] == schema.TOKENS)
+                size = sum(column.total_uncompressed_size for column in tokens)
+                found.append(RowGroup(shard, first, group.num_rows, size))
+                first += group.num_rows
         return found
 
     def _path(self, shard: Shard) -> Path:

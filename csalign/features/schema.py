@@ -43,14 +43,7 @@ RESCALE = "scale the embeddings to norms about 1, which changes no result"
 def table_schema(
     modality: Modality, dtype: str, width: int, token_width: int | None = None
 ) -> pa.Schema:
-    """Build the Arrow schema of one side's Parquet files.
-
-    Args:
-        modality: the side.
-        dtype: "float16" or "float32", of embeddings and tokens.
-        width: of an embedding.
-        token_width: of a token; None if no tokens are stored.
-    """
+    """Build the Arrow schema of one side's Parquet files; no `token_width` means no tokens."""
     number = pa.from_numpy_dtype(DTYPES[dtype])
     fields = [pa.field(ID, pa.string(), nullable=False)]
     fields += [pa.field(name, pa.string()) for name in STRING_COLUMNS[modality] if name != ID]
@@ -66,22 +59,14 @@ def _vector(number: pa.DataType, width: int) -> pa.DataType:
 
 
 class EncoderInfo(Record):
-    """The encoder of one side.
+    """The encoder of one side."""
 
-    Attributes:
-        spec: the encoder as the user named it.
-        fingerprint: SHA-256 of its weights; None if unknown.
-        width: of its embeddings.
-        token_width: of its tokens; None if none are stored.
-        token_space: "hidden" or "projected"; None if no tokens are stored.
-        preprocessing: everything else that affects the numbers: image size, tokenizer, precision.
-    """
-
-    spec: str
-    fingerprint: str | None = None
+    spec: str  # as the user named it
+    fingerprint: str | None = None  # SHA-256 of its weights, if known
     width: int = Field(ge=1)
-    token_width: int | None = None
+    token_width: int | None = None  # None, as the space, if no tokens are stored
     token_space: Literal["hidden", "projected"] | None = None
+    # Everything else that affects the numbers: image size, tokenizer, precision.
     preprocessing: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -1,5 +1,6 @@
 """Read rows to train on into memory or, if they do not fit, into a temporary mapped file."""
 
+import errno
 import mmap
 import os
 import shutil
@@ -31,8 +32,7 @@ FAULT_BYTES = 64 << 10  # that the kernel maps around a byte that is touched, or
 class MappedRows(np.memmap[Any, np.dtype[Any]]):
     """Rows (n, d) in a temporary file; taking rows, by a slice or by their numbers, copies them.
 
-    Pages are released as rows are used, so few are resident at a time; the kernel caches as many
-    as there is memory for.
+    Few pages are resident at a time; the kernel caches as many as there is memory for.
     """
 
     _used = 0
@@ -56,18 +56,13 @@ class MappedRows(np.memmap[Any, np.dtype[Any]]):
 
 
 class MemoryBudget:
-    """Memory for rows, and the folder for those that do not fit.
+    """Memory for rows, and a local folder for the temporary files of those that do not fit.
 
     The processes of a job on one machine share one copy of the rows, in a mapped file even if they
     fit; one of them fills it, see `fills`.
 
-    Args:
-        memory: bytes.
-        folder: for temporary files, on a local disk.
-
     Attributes:
-        left: bytes not used yet.
-        folder: as given.
+        left: bytes of the memory that are not used yet.
     """
 
     def __init__(self, memory: int, folder: Path) -> None:
@@ -111,21 +106,21 @@ class MemoryBudget:
     def _reserve(self, size: int) -> IO[bytes]:
         """Create a temporary file, which disappears when it is closed."""
         try:
-            reason = f"{shutil.disk_usage(self.folder).free // MIB} MiB free"
-            if size + SPARE_BYTES <= shutil.disk_usage(self.folder).free:
-                file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="csalign-")  # noqa: SIM115
-                file.truncate(max(1, size))
-                # Blocks now, since a full disk would kill the process at a write to the map.
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, max(1, size))
-                return file
+            free = shutil.disk_usage(self.folder).free
+            if size + SPARE_BYTES > free:
+                raise OSError(errno.ENOSPC, f"{free // MIB} MiB free")
+            file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="csalign-")  # noqa: SIM115
+            file.truncate(max(1, size))
+            # Blocks now, since a full disk would kill the process at a write to the map.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
         except OSError as error:
-            reason = error.strerror or str(error)
-        raise OutputError(
-            f"{self.folder}: no room for embeddings that do not fit into memory: {reason}, "
-            f"{-(-size // MIB)} MiB needed; free some space, set TMPDIR to a larger disk, or "
-            "raise --memory"
-        )
+            raise OutputError(
+                f"{self.folder}: no room for embeddings that do not fit into memory: "
+                f"{error.strerror or error}, {-(-size // MIB)} MiB needed; free some space, set "
+                "TMPDIR to a larger disk, or raise --memory"
+            ) from error
+        return file
 
 
 class _Target(NamedTuple):
@@ -232,13 +227,7 @@ def load_training(
 
 
 def load_vectors(table: FeatureTable, rows: Ints | None, budget: MemoryBudget, name: str) -> Array:
-    """Read the embeddings of some rows of a table (ascending; None for all), in order.
-
-    Raises:
-        DataError: a row has no direction.
-        SchemaError: a shard is damaged.
-        OutputError: the rows fit neither into memory nor on the disk.
-    """
+    """Read some rows of a table (ascending; None for all), in order; raises as `load_training`."""
     count = len(table) if rows is None else len(rows)
     out = budget.rows((count, table.width), schema.DTYPES[table.dtype])
     if budget.fills:

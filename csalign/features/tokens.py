@@ -17,43 +17,22 @@ Ints = npt.NDArray[Any]
 
 
 class PaddedTokens(NamedTuple):
-    """Tokens of some rows.
+    """Tokens of some rows."""
 
-    Attributes:
-        values: (n, t, d) in the stored dtype, 0 in the padding; t >= 1 is the largest count.
-        mask: (n, t), true for tokens, false for padding.
-    """
-
-    values: Array
-    mask: npt.NDArray[np.bool_]
+    values: Array  # (n, t, d) in the stored dtype, 0 in the padding; t >= 1 is the largest count
+    mask: npt.NDArray[np.bool_]  # (n, t), true for tokens, false for padding
 
 
-class _Block(NamedTuple):
-    """A decoded row group: tokens (k, d), and where each row's begin, (n + 1,)."""
-
-    tokens: Array
-    starts: Array
-
-    @property
-    def bytes(self) -> int:
-        return self.tokens.nbytes + self.starts.nbytes
+_Block = tuple[Array, Array]  # a decoded row group: tokens (k, d), and each row's start, (n + 1,)
 
 
 @dataclass
 class TokenCache:
-    """The decoded row groups used last, as many as fit into a budget.
+    """The decoded row groups used last, as many as fit; one larger than the budget is not kept."""
 
-    A row group larger than the whole budget is decoded for each use and not kept.
-
-    Attributes:
-        budget: bytes.
-        bytes: held now.
-        reads: row groups decoded so far.
-    """
-
-    budget: int
-    bytes: int = 0
-    reads: int = 0
+    budget: int  # bytes
+    bytes: int = 0  # held now
+    reads: int = 0  # row groups decoded so far
     _kept: "OrderedDict[tuple[TokenRows, int], _Block]" = field(default_factory=OrderedDict)
 
     def holds(self, source: "TokenRows", group: int) -> bool:
@@ -69,15 +48,20 @@ class TokenCache:
         self._evict(source.groups[group].bytes)  # before memory is allocated for it
         block = source.decode(group)
         self.reads += 1
-        if block.bytes <= self.budget:
-            self._evict(block.bytes)
+        size = _bytes(block)
+        if size <= self.budget:
+            self._evict(size)
             self._kept[key] = block
-            self.bytes += block.bytes
+            self.bytes += size
         return block
 
     def _evict(self, size: int) -> None:
         while self._kept and self.bytes + size > self.budget:
-            self.bytes -= self._kept.popitem(last=False)[1].bytes
+            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def _bytes(block: _Block) -> int:
+    return sum(array.nbytes for array in block)
 
 
 class TokenRows:
@@ -109,25 +93,22 @@ class TokenRows:
         return take_together([Wanted(self, rows, draws)])[0]
 
     def decode(self, group: int) -> _Block:
-        """Read a row group; raises SchemaError if the shard is damaged."""
+        """Read a row group."""
         described = self.groups[group]
         rows = np.arange(described.first, described.first + described.rows)
         for _, batch in self.table.read(schema.TOKENS, rows=rows):
             if len(batch) == described.rows:
                 tokens, starts = flat_tokens(batch)
                 # Copies, since Arrow keeps the memory it frees and NumPy returns it.
-                return _Block(tokens[starts[0] : starts[-1]].copy(), starts - starts[0])
+                return tokens[starts[0] : starts[-1]].copy(), starts - starts[0]
         raise SchemaError(f"{self.table.folder}: {described.shard.path} changed while it was read")
 
 
 class Wanted(NamedTuple):
-    """Rows to take, and how many of their tokens.
+    """Rows (n,), n >= 1, in any order, to be taken of one side; they may repeat.
 
-    Attributes:
-        source: of one side.
-        rows: (n,), n >= 1, int64, in any order; may repeat.
-        draws: (n, s) in [0, 1), which select s tokens of each row that has more, without
-            replacement; None takes all.
+    `draws` (n, s) in [0, 1) select s tokens of each row that has more, without replacement; None
+    takes all.
     """
 
     source: TokenRows

@@ -18,16 +18,7 @@ from csalign.core.version import __version__
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.join import find_images, repeated_ids
-from csalign.features.schema import (
-    FAILURES,
-    Counts,
-    EncoderInfo,
-    Encoders,
-    Manifest,
-    Shard,
-    Shards,
-    write_manifest,
-)
+from csalign.features.schema import EncoderInfo, Shard
 
 # Small enough to shuffle by and to hold one in memory, large enough to read at full speed.
 ROW_GROUP_ROWS = 8_192
@@ -40,18 +31,11 @@ Strings = Sequence[str | None]
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of one side.
+    """Some rows of one side."""
 
-    Attributes:
-        columns: the string columns of `schema.STRING_COLUMNS` by name, each with n values; an
-            omitted column is null.
-        embeddings: (n, d), any float dtype, finite, no row of norm 0.
-        tokens: n arrays (t_i, d_t), any float dtype; None if none are stored.
-    """
-
-    columns: Mapping[str, Strings]
-    embeddings: Array
-    tokens: Sequence[Array] | None = None
+    columns: Mapping[str, Strings]  # n values of each of `schema.STRING_COLUMNS`; omitted is null
+    embeddings: Array  # (n, d), any float dtype, finite, no row of norm 0
+    tokens: Sequence[Array] | None = None  # n arrays (t_i, d_t), any float dtype
 
     def column(self, name: str) -> Strings:
         """Return the n values of a string column."""
@@ -73,16 +57,13 @@ class ShardWriter:
         modality: the side.
         info: its encoder.
         dtype: "float16" or "float32".
-
-    Attributes:
-        bytes: in memory of the rows written so far, about as many as on disk.
     """
 
     def __init__(
         self, folder: Path, name: str, modality: Modality, info: EncoderInfo, dtype: str
     ) -> None:
         self.modality = modality
-        self.bytes = 0
+        self.bytes = 0  # of the rows written, in memory; about as many as on disk
         self._rows = 0
         self._info = info
         self._dtype = dtype
@@ -97,8 +78,7 @@ class ShardWriter:
         """Append rows.
 
         Raises:
-            DataError: an embedding or token is not finite (as given, or after the cast to the
-                stored dtype), or an embedding has norm 0.
+            DataError: an embedding has no direction, or a token is not finite, once stored.
             ShapeError: the arrays do not match the columns or the encoder's widths.
         """
         shape, expected = rows.embeddings.shape, (len(rows.columns[schema.ID]), self._info.width)
@@ -127,11 +107,7 @@ class ShardWriter:
 
     def abort(self, error: BaseException) -> None:
         """Remove what was written, because of `error`."""
-        try:
-            with suppress(pa.ArrowException, OSError):  # the file is thrown away
-                if self._file is not None:
-                    self._file.close()
-        finally:
+        with suppress(pa.ArrowException, OSError):  # of closing a file that is thrown away
             self._stack.__exit__(type(error), error, error.__traceback__)
 
     def _tokens(self, rows: Rows) -> pa.Array:
@@ -161,16 +137,16 @@ class ShardWriter:
             if self._file is None:
                 self._temporary = self._stack.enter_context(atomic.atomic_path(self._path))
                 strings = list(schema.STRING_COLUMNS[self.modality])
-                self._file = pq.ParquetWriter(
+                file = pq.ParquetWriter(
                     self._temporary,
                     self._schema,
                     # Vectors hardly shrink and decode several times slower when compressed.
                     compression=dict.fromkeys(strings, "zstd"),
                     use_dictionary=[n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
                     write_statistics=strings,
-                    # Damage to one column is found without hashing the whole file.
-                    write_page_checksum=True,
+                    write_page_checksum=True,  # of use where one column is read
                 )
+                self._file = self._stack.enter_context(file)
             self._file.write_table(table[:written], row_group_size=limit)
         self._pending = table[written:].to_batches()
         self._rows += written
@@ -212,7 +188,7 @@ class FeatureWriter:
         self._shards: dict[Modality, list[Shard]] = {side: [] for side in Modality}
         self._ids: dict[Modality, list[pa.Array]] = {side: [] for side in Modality}
         self._image_ids: list[pa.Array] = []
-        (folder / FAILURES).touch()
+        (folder / schema.FAILURES).touch()
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
@@ -221,8 +197,7 @@ class FeatureWriter:
             raise DataError(f"{modality} {[bool(value) for value in ids].index(False)}: has no id")
         if modality not in self._writers:
             name, info = f"part-{len(self._shards[modality]):05d}", self._encoders[modality]
-            writer = ShardWriter(self._folder, name, modality, info, self._dtype)
-            self._writers[modality] = writer
+            self._writers[modality] = ShardWriter(self._folder, name, modality, info, self._dtype)
         self._writers[modality].write(rows)
         self._ids[modality].append(pa.array(ids, pa.string()))
         if modality is Modality.TEXT:
@@ -268,12 +243,12 @@ class FeatureWriter:
             )
         pairs = int((rows >= 0).sum())
         image, text = (self._encoders.get(side) for side in Modality)
-        manifest = Manifest(
+        manifest = schema.Manifest(
             csalign_version=__version__,
             names=self._names,
             dtype=self._dtype,
-            encoders=Encoders(image=image, text=text),
-            counts=Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),
-            shards=Shards(**{side.plural: shards for side, shards in self._shards.items()}),
+            encoders=schema.Encoders(image=image, text=text),
+            counts=schema.Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),
+            shards=schema.Shards(**{side.plural: shards for side, shards in self._shards.items()}),
         )
-        write_manifest(self._folder, manifest)
+        schema.write_manifest(self._folder, manifest)

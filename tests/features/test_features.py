@@ -15,7 +15,7 @@ import pytest
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, SchemaError, ShapeError
 from csalign.features import schema, writer
-from csalign.features.join import ALL, load_rows
+from csalign.features.join import ALL, join_ids, load_rows
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.features.schema import EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
@@ -163,11 +163,16 @@ def test_a_split_selects_rows_of_both_sides(write: Write) -> None:
 
 
 def test_taking_images_takes_their_texts(write: Write) -> None:
-    rows = load_rows(FeatureSet.open(write()), ALL).take_images(np.array([False, True, True, True]))
+    joined = join_ids(FeatureSet.open(write()), ALL)
+    keep = np.array([False, True, True, True])
+    rows = joined.take_images(keep)
 
-    assert rows.image_ids.to_pylist() == ["b", "c", "alone"]
-    assert rows.captions.to_pylist() == ["три", "四"]
+    assert rows.image_rows is not None
+    assert rows.image_rows.tolist() == [1, 2, 3]
+    assert rows.text_rows is not None
+    assert rows.text_rows.tolist() == [2, 3]
     assert rows.text_image.tolist() == [0, 1]
+    assert joined.take_images(keep, unpaired_texts=True).text_image.tolist() == [0, 1, -1]
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
