@@ -146,6 +146,7 @@ class FeatureTable:
                     if _is_wanted(rows, first, last):
                         table = file.read_row_group(group, columns=list(columns), use_threads=True)
                         for batch in table.combine_chunks().to_batches():
+                            _check_nulls(batch, self._path(shard))
                             yield first, batch
                             first += len(batch)
                     first = last
@@ -266,10 +267,9 @@ class FeatureSet:
 
 
 def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints]:
-    """Find which rows (ascending; None is all) are from `first` to before `last`.
+    """Find the rows (ascending; None is all) from `first` to before `last`.
 
-    Returns:
-        Their positions in `rows`, and their places counted from `first`.
+    Returns their positions in `rows`, and their places counted from `first`.
     """
     if rows is None:
         return slice(first, last), np.arange(last - first)
@@ -282,9 +282,10 @@ def _is_wanted(rows: Ints | None, first: int, last: int) -> bool:
 
 
 def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:
-    """Return a vector column of a batch, (n, d), not copied; raises SchemaError on nulls."""
+    """Return a vector column of a batch, (n, d), not copied."""
     column = batch.column(name)
-    return _flat(column.flatten(), column).reshape(len(column), column.type.list_size)
+    values: Array = column.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(len(column), column.type.list_size)
 
 
 def batch_tokens(batch: pa.RecordBatch) -> list[Array]:
@@ -296,12 +297,12 @@ def batch_tokens(batch: pa.RecordBatch) -> list[Array]:
 def flat_tokens(batch: pa.RecordBatch) -> tuple[Array, Array]:
     """Return all tokens of a batch, (k, d_t), and where each row's begin, (n + 1,)."""
     column = batch.column(schema.TOKENS)
-    flat = _flat(column.values.values, column, column.values)
+    flat: Array = column.values.values.to_numpy(zero_copy_only=True)
     return flat.reshape(-1, column.type.value_type.list_size), column.offsets.to_numpy()
 
 
-def _flat(values: pa.Array, *columns: pa.Array) -> Array:
-    if values.null_count or any(column.null_count for column in columns):
-        raise SchemaError(f"a row or value of a vector column is null; {AGAIN}")
-    flat: Array = values.to_numpy(zero_copy_only=True)
-    return flat
+def _check_nulls(batch: pa.RecordBatch, path: Path) -> None:
+    for name in {schema.ID, schema.EMBEDDING, schema.TOKENS}.intersection(batch.schema.names):
+        column = batch.column(name)
+        if column.null_count or (name == schema.TOKENS and column.values.null_count):
+            raise SchemaError(f"{path}: column {name!r} has null values; {AGAIN}")

@@ -63,10 +63,13 @@ def with_column(name: str, make: Callable[[pa.Table], Any]) -> Damage:
     return damage
 
 
+def vector(width: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), width)
+
+
 def vectors(values: Any) -> pa.Array:
-    kind = pa.list_(pa.field("element", pa.float32(), nullable=False), len(values[0]))
     flat = pa.array(np.asarray(values, np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    return pa.FixedSizeListArray.from_arrays(flat, type=vector(len(values[0])))
 
 
 def with_row(row: int, value: float) -> Damage:
@@ -121,6 +124,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"{IMAGES}: column 'embedding' is",
     ),
     "no embeddings": (with_column("embedding", lambda t: None), "has no column 'embedding'"),
+    "null ids": (
+        with_column("id", lambda t: pa.array([None, *map(str, range(1, 40))])),
+        f"{IMAGES}: column 'id' has null values",
+    ),
     "repeated ids": (with_column("id", lambda t: pa.array(["0"] * 40)), "image id '0' appears "),
     "ids that match nothing": (
         with_column("id", lambda t: pa.array([f"x{row}" for row in range(40)])),
@@ -131,6 +138,12 @@ CONTENT: dict[str, tuple[Damage, str]] = {
     "NaN": (with_row(3, np.nan), "is not finite"),
     "infinity": (with_row(3, np.inf), "is not finite"),
     "a row of zeros": (with_row(3, 0), "norm 0"),
+    "a null row": (
+        with_column(
+            "embedding", lambda t: pa.array([None, *t["embedding"].to_pylist()[1:]], vector(6))
+        ),
+        f"{IMAGES}: column 'embedding' has null values",
+    ),
 }
 
 
