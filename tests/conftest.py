@@ -20,9 +20,8 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.paths import parse_location
-from csalign.features.manifest import EncoderInfo
-from csalign.features.shard import Rows
-from csalign.features.writer import FeatureWriter
+from csalign.features.schema import EncoderInfo
+from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 

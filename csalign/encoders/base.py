@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from csalign.core.enums import Modality
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 Floats = npt.NDArray[np.floating[Any]]
 

@@ -33,7 +33,7 @@ from csalign.encoders.running import (
     to_device,
     to_numpy,
 )
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
 

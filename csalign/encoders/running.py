@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 

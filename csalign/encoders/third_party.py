@@ -22,7 +22,7 @@ from csalign.encoders.base import (
 )
 from csalign.encoders.libraries import first_line
 from csalign.encoders.running import gives_tokens, limit_tokens
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 GROUP = "csalign.encoders"
 """Entry point group whose names are prefixes of encoders."""

@@ -14,7 +14,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure
-from csalign.features.manifest import read_manifest
+from csalign.features.schema import read_manifest
 from csalign.metrics.bootstrap import Resamples
 from csalign.runs.metadata import CONFIG, read_environment, read_settings
 

@@ -33,19 +33,17 @@ from csalign.evaluation.protocols import (
     select,
     split_folds,
 )
-from csalign.features.checks import warn_of_queries
+from csalign.features.checks import check_directions, unit_rows, warn_of_queries
 from csalign.features.join import (
     ALL,
     PairedRows,
-    check_directions,
     check_same_width,
     load_rows,
     load_side,
     split_names,
-    unit_rows,
 )
-from csalign.features.manifest import FAILURES, MANIFEST
 from csalign.features.reader import FeatureSet
+from csalign.features.schema import FAILURES, MANIFEST
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
@@ -133,7 +131,7 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
     if config.report is not None:
         check_page(config.report)
     progress("evaluation stages", 0, 2)
-    if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.made_by is None:
+    if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
         evaluation = measure(config)

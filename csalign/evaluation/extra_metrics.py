@@ -143,7 +143,7 @@ def _load_classes(
     """Return the vector of each class, the number of prompts, and the class of each image or -1."""
     assert options.zero_shot is not None
     prompts = FeatureSet.open(options.zero_shot)
-    if prompts.texts.made_by is None or not len(prompts.texts):
+    if prompts.texts.info is None or not len(prompts.texts):
         raise DataError(f"{prompts.path}: contains no texts; extract it from class prompts")
     rows = load_side(prompts, ALL, Modality.TEXT)
     classes = _prompt_classes(rows, options.class_of)
@@ -156,7 +156,7 @@ def _load_classes(
         )
     if not any(labels):
         raise DataError(f"{features.path}: no image has a class in {options.labels}; fill it in")
-    own, other = features.texts.made_by, prompts.texts.made_by
+    own, other = features.texts.info, prompts.texts.info
     if own is not None and (own.spec, own.fingerprint) != (other.spec, other.fingerprint):
         log.warning(
             "%s: its texts were encoded by %s, not by %s as those of %s; the results mean nothing "

@@ -6,8 +6,8 @@ from typing import Any
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote, parse_location
 from csalign.features.join import ALL, join_ids
-from csalign.features.manifest import MANIFEST
 from csalign.features.reader import FeatureSet
+from csalign.features.schema import MANIFEST
 from csalign.ingest.locks import merge_parts
 from csalign.runs.metadata import read_environment, read_lines, read_settings
 

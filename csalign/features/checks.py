@@ -1,113 +1,137 @@
-"""Rows from which little can be learnt or told: constant, repeated, or few; warned about once."""
+"""Rows that cannot be used (no direction), and warnings of rows from which little can be learnt."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from csalign.features.join import PairedRows, Pairs
-from csalign.features.keys import row_keys
-from csalign.features.memory_map import Vectors
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError
+from csalign.features import schema
+from csalign.features.join import PairedRows, Pairs, hash_rows
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 5_000  # rows of a side, spread evenly
-SPREAD = 1e-5  # of unit rows around their mean, of 1; the narrowest encoders have a hundredth
-MANY = 0.1  # share of rows that equal another
-FEW = 30  # queries
-
+Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
+
+CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
+SAMPLED_ROWS = 5_000  # of a side, spread evenly
+SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
+REPEATED = 0.1  # share of rows that equal another one
+FEW_QUERIES = 30
+
+
+def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]:
+    """Find rows (n, d) without a direction: not finite, or of a norm that float32 cannot square.
+
+    Args:
+        embeddings: any float dtype.
+        dtype: "float16" or "float32", as they will be stored; None as they are.
+
+    Returns:
+        Reason and remedy by row, ascending.
+    """
+    with np.errstate(over="ignore"):  # an overflow is reported with its row
+        stored = embeddings if dtype is None else embeddings.astype(schema.DTYPES[dtype])
+        norms = np.linalg.norm(stored.astype(np.float32), axis=1)
+    bad = np.flatnonzero(~((norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)))
+    return {row: _reason(embeddings[row], stored[row], dtype) for row in bad.tolist()}
+
+
+def _reason(given: Array, stored: Array, dtype: str | None) -> str:
+    finite = np.isfinite(stored).all()
+    if finite and stored.any():
+        return f"has norm {np.linalg.norm(stored.astype(np.float64)):.3g}; {schema.RESCALE}"
+    reason = "has norm 0" if finite else "is not finite"
+    if dtype is None or not np.isfinite(given).all() or not given.any():
+        return f"{reason}; encode it again or omit it"
+    remedy = "use --dtype float32" if dtype == "float16" else schema.RESCALE
+    return f"{reason} once stored as {dtype}; {remedy}"
+
+
+def check_directions(vectors: Array, ids: pa.Array, where: str) -> None:
+    """Raise DataError if a row (n, d) has no direction, naming `where`, its id and a remedy."""
+    for start in range(0, len(vectors), CHECKED_ROWS):
+        for row, reason in find_unusable(vectors[start : start + CHECKED_ROWS]).items():
+            raise DataError(f"{where}: the embedding of {ids[start + row].as_py()!r} {reason}")
+
+
+def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float32]:
+    """Scale rows (n, d) to norm 1, in float32, after `check_directions`."""
+    check_directions(values, ids, where)
+    wide = values.astype(np.float32)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide
 
 
 def warn_of_training_rows(rows: Pairs, name: str) -> None:
-    """Warn of sides that are constant, and of rows that repeat and so contradict InfoNCE.
-
-    Args:
-        rows: to train on.
-        name: what they are.
-    """
-    # Of texts, captions that repeat are counted once by default.
+    """Warn of constant sides, and of repeated rows, which contradict InfoNCE."""
     for side, vectors in (("image", rows.images), ("text", rows.texts)):
-        looked = _some(vectors)
-        if len(looked) > 1 and _spread(looked) < SPREAD:
-            log.warning(
-                "%s: all %s embeddings are nearly the same, so nothing can be learnt from them; "
-                "see what the encoder was given",
-                *(name, side),
+        if len(vectors) < 2:
+            continue
+        if _spread(vectors) < SPREAD:
+            problem = (
+                f"all {side} embeddings are nearly the same, so nothing can be learnt from them; "
+                "check the input of the encoder"
             )
-        elif side == "image" and (share := _repeated(looked)) > MANY:
-            log.warning(
-                "%s: %.0f %% of the images have the embedding of another one, whose captions are "
-                "then taken for wrong answers; give all captions to one of them",
-                *(name, 100 * share),
-            )
-        elif side == "text" and (share := _largest_group(looked)) > 0.5:
-            log.warning(
-                "%s: %.0f %% of the texts are one and the same, so there is little to tell images "
-                "apart by; see whether they are captions",
-                *(name, 100 * share),
-            )
+        else:
+            counts = np.unique(hash_rows(vectors), return_counts=True)[1]
+            repeated, largest = 1 - len(counts) / len(vectors), counts.max() / len(vectors)
+            if side == "image" and repeated > REPEATED:
+                problem = (
+                    f"{100 * repeated:.0f} % of the images repeat the embedding of another image, "
+                    "whose captions then count as wrong answers; merge them into one image"
+                )
+            elif side == "text" and largest > 0.5:  # captions that repeat are counted once
+                problem = (
+                    f"{100 * largest:.0f} % of the texts are identical, so they hardly distinguish "
+                    "images; check that they are captions"
+                )
+            else:
+                continue
+        log.warning("%s: %s", name, problem)
 
 
 def warn_of_queries(rows: PairedRows, name: str) -> None:
-    """Warn of galleries that are too small, or of whose rows many are equal to a wrong answer's.
-
-    Args:
-        rows: to evaluate.
-        name: what they are.
-    """
-    paired = rows.text_image >= 0
-    queries = len(np.unique(rows.text_image[paired]))
-    if 0 < queries < FEW:
+    """Warn of galleries that are too small, or in which many rows equal a wrong answer."""
+    queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
+    if 0 < queries < FEW_QUERIES:
         log.warning(
-            "%s: holds %d images with texts, each of which is %.1f %% of a recall; the intervals "
-            "tell how little that says",
-            *(name, queries, 100 / queries),
+            "%s: only %d images have texts, so each is %.1f %% of a recall; see the intervals",
+            name,
+            queries,
+            100 / queries,
         )
         return
-    for side, owners, vectors in (
-        ("images", np.arange(len(rows.images)), rows.images),
-        ("texts", rows.text_image, rows.texts),
-    ):
-        share = _equal_to_wrong(vectors, owners)
-        if share > MANY:
+    owners = {Modality.IMAGE: np.arange(len(rows.images)), Modality.TEXT: rows.text_image}
+    for side, own in owners.items():
+        share = _equal_to_wrong(rows.embeddings(side), own)
+        if share > REPEATED:
             log.warning(
-                "%s: %.0f %% of the %s are equal to a wrong answer, and count as found after it; "
-                "the recall cannot be 1",
-                *(name, 100 * share, side),
+                "%s: %.0f %% of the %s equal a wrong answer; ties count as misses, so recall "
+                "cannot reach 100 %%",
+                name,
+                100 * share,
+                side.plural,
             )
 
 
-def _some(vectors: Vectors) -> npt.NDArray[np.float32]:
-    """Up to `LOOKED_AT` rows as unit rows, (k, d)."""
-    step = max(1, -(-len(vectors) // LOOKED_AT))
-    found = np.asarray(vectors[np.arange(0, len(vectors), step)]).astype(np.float32)
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    return found
-
-
-def _spread(unit: npt.NDArray[np.float32]) -> float:
-    """Variance of unit rows, all coordinates together, in [0, 1]."""
+def _spread(vectors: Array) -> float:
+    """Return the variance of unit rows, summed over coordinates, in [0, 1]; of a sample."""
+    step = -(-len(vectors) // SAMPLED_ROWS)
+    unit = vectors[np.arange(0, len(vectors), step)].astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     mean = unit.mean(axis=0, dtype=np.float64)
     return float(1 - mean @ mean)
 
 
-def _repeated(rows: npt.NDArray[np.float32]) -> float:
-    """Share of rows that equal an earlier one."""
-    return 1 - len(np.unique(row_keys(rows))) / max(1, len(rows))
-
-
-def _largest_group(rows: npt.NDArray[np.float32]) -> float:
-    """Share of the rows that equal the commonest one."""
-    _, counts = np.unique(row_keys(rows), return_counts=True)
-    return float(counts.max() / len(rows)) if len(rows) > 1 else 0.0
-
-
-def _equal_to_wrong(vectors: npt.NDArray[np.float32], owners: Ints) -> float:
-    """Share of rows that equal one that belongs to another image."""
-    _, group = np.unique(row_keys(vectors), return_inverse=True)
-    least = np.full(group.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    most = np.full_like(least, -2)
-    np.minimum.at(least, group, owners)
-    np.maximum.at(most, group, owners)
-    return float((least < most)[group].mean()) if len(group) else 0.0
+def _equal_to_wrong(vectors: Array, owners: Ints) -> float:
+    """Return the share of rows that equal a row of another image."""
+    if not len(vectors):
+        return 0.0
+    _, first, group = np.unique(hash_rows(vectors), return_index=True, return_inverse=True)
+    is_mixed = np.bincount(group, owners != owners[first][group]) > 0
+    return float(is_mixed[group].mean())

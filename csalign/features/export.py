@@ -1,13 +1,11 @@
-"""Write aligned embeddings in forms that other tools read: .npy with .csv, and clip-retrieval's."""
+"""Write embeddings as other tools read them: .npy with .csv, or the folders of clip-retrieval."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,75 +16,55 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, ShapeError
 from csalign.core.version import __version__
 from csalign.features import schema
-from csalign.features.shard import Array, Rows, first_unusable
+from csalign.features.reader import AGAIN
+from csalign.features.writer import Array, FeatureWriter, Rows
 
-NOTE = "aligned.json"
-PART_ROWS = 1_000_000  # clip-retrieval's own
+PART_ROWS = 1_000_000  # per file of clip-retrieval
 
-_FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
-_METADATA = {
-    Modality.IMAGE: ("image_path", "image_id", "split"),
-    Modality.TEXT: ("caption", "text_id", "split"),
-}
+Shapes = Mapping[Modality, tuple[int, int]]
 
 
-class RowWriter(Protocol):
-    """Takes the rows of a feature set in order, images before texts; a context manager.
+class NpyExport:
+    """Write ``images.npy`` and ``texts.npy``, each with a .csv of its strings, a line per row.
 
-    Leaving the block without an exception completes the output.
+    A context manager: leaving the block without an exception writes ``aligned.json``.
+
+    Args:
+        folder: an empty folder.
+        shapes: (rows, width) of each side.
+        dtype: "float16" or "float32".
+        note: further entries of ``aligned.json``.
     """
 
-    def write(self, modality: Modality, rows: Rows) -> None:
-        """Append rows to one side."""
+    layout = "npy"
 
-    def __enter__(self) -> Self:
-        """Begin."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """What is to come of one side: rows, and width of an embedding."""
-
-    rows: int
-    width: int
-
-
-class _Export:
-    """What both forms share: open files, the check of each row, the note at the end."""
-
-    layout: str
-
-    def __init__(
-        self, folder: Path, sides: Mapping[Modality, Side], dtype: str, note: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, shapes: Shapes, dtype: str, note: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._sides = dict(sides)
-        self._dtype = schema.DTYPES[dtype]
+        self._shapes = dict(shapes)
+        self._dtype = dtype
         self._note = dict(note)
-        self._open = ExitStack()
-        self._written = dict.fromkeys(sides, 0)
+        self._stack = ExitStack()
+        self._written = dict.fromkeys(shapes, 0)
+        self._files: dict[Modality, tuple[IO[bytes], Any]] = {}
+        self._start()
+
+    def write(self, modality: Modality, rows: Rows) -> None:
+        """Append rows to one side, images before texts; raises DataError if one is unusable."""
+        stored = rows.stored(modality, self._dtype)
+        self._written[modality] += len(stored)
+        self._write(modality, rows, stored)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.close()
-        if kind is not None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.close()
+        if error is not None:
             return
-        self._check_whole()
+        for side, (rows, _) in self._shapes.items():
+            if self._written[side] != rows:  # as the headers promise
+                raise ShapeError(f"{self._written[side]} of {rows} {side.plural} were written")
+        counts = self._counts()
         for path in self._folder.rglob("*"):
             if path.is_file():
                 atomic.fsync_path(path)
@@ -95,184 +73,118 @@ class _Export:
             "format_version": 1,
             "csalign_version": __version__,
             "layout": self.layout,
-            "dtype": str(self._dtype),
-            "widths": {side.value: known.width for side, known in self._sides.items()},
-            "rows": self._rows(),
+            "dtype": self._dtype,
+            "widths": {side.value: width for side, (_, width) in self._shapes.items()},
+            "rows": counts,
             **self._note,
         }
-        atomic.write_json(self._folder / NOTE, note)
+        atomic.write_json(self._folder / "aligned.json", note)
 
-    def _check_whole(self) -> None:
-        """Compare what came with what was to come, which the headers say."""
-        for side, known in self._sides.items():
-            if self._written[side] != known.rows:
-                raise ShapeError(
-                    f"{self._written[side]} of {known.rows} {side.plural} were written"
-                )
-
-    def _rows(self) -> dict[str, int]:
-        return {side.plural: count for side, count in self._written.items()}
-
-    def _stored(self, modality: Modality, rows: Rows) -> Array:
-        bad = first_unusable(rows.embeddings, str(self._dtype))
-        if bad is not None:
-            name = rows.columns[schema.ID][bad[0]]
-            raise DataError(f"{modality} {name!r}: {bad[1]}; leave the row out or encode it again")
-        self._written[modality] += len(rows.embeddings)
-        return np.ascontiguousarray(rows.embeddings, self._dtype)
-
-    def _start_npy(self, path: Path, rows: int, width: int) -> IO[bytes]:
-        """An .npy of a known shape, to which the rows are appended."""
+    def _open_npy(self, path: Path, side: Modality, rows: int) -> IO[bytes]:
+        """Open an .npy file of a known shape, to which rows are appended."""
         path.parent.mkdir(exist_ok=True)
-        file = self._open.enter_context(path.open("wb"))
-        descr = np.lib.format.dtype_to_descr(self._dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (rows, width)}
+        file = self._stack.enter_context(path.open("wb"))
+        descr = np.lib.format.dtype_to_descr(schema.DTYPES[self._dtype])
+        header = {"descr": descr, "fortran_order": False, "shape": (rows, self._shapes[side][1])}
         np.lib.format.write_array_header_1_0(file, header)
         return file
 
+    def _start(self) -> None:
+        for side, (rows, _) in self._shapes.items():
+            path = self._folder / f"{side.plural}.npy"
+            text = path.with_suffix(".csv").open("w", encoding="utf-8", newline="")
+            table = csv.writer(self._stack.enter_context(text), lineterminator="\n")
+            table.writerow(schema.STRING_COLUMNS[side])
+            self._files[side] = (self._open_npy(path, side, rows), table)
 
-class NpyExport(_Export):
-    """``images.npy`` and ``texts.npy``, with a .csv each that has a line a row.
+    def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
+        file, table = self._files[modality]
+        file.write(stored.data)
+        columns = map(rows.column, schema.STRING_COLUMNS[modality])
+        table.writerows(zip(*columns, strict=True))
 
-    Args:
-        folder: an empty folder.
-        sides: what is to come.
-        dtype: "float16" or "float32".
-        note: what ``aligned.json`` is to say beside widths, rows and dtype.
-    """
-
-    layout = "npy"
-
-    def __init__(
-        self, folder: Path, sides: Mapping[Modality, Side], dtype: str, note: Mapping[str, Any]
-    ) -> None:
-        super().__init__(folder, sides, dtype, note)
-        self._arrays: dict[Modality, IO[bytes]] = {}
-        self._tables: dict[Modality, Any] = {}
-        for side, known in sides.items():
-            path = folder / f"{side.plural}.npy"
-            self._arrays[side] = self._start_npy(path, known.rows, known.width)
-            file = path.with_suffix(".csv").open("w", encoding="utf-8", newline="")
-            self._tables[side] = csv.writer(self._open.enter_context(file), lineterminator="\n")
-            self._tables[side].writerow(schema.STRING_COLUMNS[side])
-
-    def write(self, modality: Modality, rows: Rows) -> None:
-        """Append rows to one side.
-
-        Raises:
-            DataError: a row is not finite or has norm 0 as it would be stored.
-        """
-        self._arrays[modality].write(self._stored(modality, rows).data)
-        names = schema.STRING_COLUMNS[modality]
-        columns = [rows.columns.get(name, [None] * len(rows.embeddings)) for name in names]
-        self._tables[modality].writerows(zip(*columns, strict=True))
+    def _counts(self) -> dict[str, int]:
+        return {side.plural: count for side, count in self._written.items()}
 
 
-class ClipRetrievalExport(_Export):
-    """``img_emb/``, ``text_emb/`` and ``metadata/`` as clip-retrieval writes them.
+class ClipRetrievalExport(NpyExport):
+    """Write ``img_emb/``, ``text_emb/`` and ``metadata/`` as clip-retrieval does.
 
-    Row r of each is one pair: a text, its image (again for each of its texts), and what is known
-    of them. Texts and images without a partner are left out; a side alone is written whole.
+    Row r of each is one pair: a text, its image (again for each of its texts), and their strings.
+    Texts and images without a partner are omitted; of a set of one side every row is written.
 
-    Args:
-        folder: an empty folder.
-        sides: what is to come.
-        dtype: "float16" or "float32".
-        note: what ``aligned.json`` is to say beside widths, rows and dtype.
-        pairs: texts that have an image; of no meaning where there is one side.
-
-    Raises:
-        DataError: there are no pairs to write.
-        SchemaError: on the way, a text names an image that did not come.
+    Arguments are those of `NpyExport` and the number of pairs, unused for a set of one side; raises
+    DataError if there are no pairs to write.
     """
 
     layout = "clip-retrieval"
 
     def __init__(
-        self,
-        folder: Path,
-        sides: Mapping[Modality, Side],
-        dtype: str,
-        note: Mapping[str, Any],
-        pairs: int,
+        self, folder: Path, shapes: Shapes, dtype: str, note: Mapping[str, Any], pairs: int
     ) -> None:
-        super().__init__(folder, sides, dtype, note)
-        self._paired = len(sides) == len(Modality)
-        self._total = pairs if self._paired else sum(side.rows for side in sides.values())
+        self._paired = len(shapes) == len(Modality)
+        self._total = pairs if self._paired else sum(rows for rows, _ in shapes.values())
         if not self._total:
             raise DataError("no text has an image, and each row is to be a pair; use --format npy")
         self._done = 0
-        self._part = -1
         self._arrays: dict[Modality, IO[bytes]] = {}
         self._metadata: pq.ParquetWriter | None = None
-        # Images are kept, not written, until a text asks for them. The file has no name.
-        self._images = self._open.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
-        self._labels: dict[str, _Image] = {}
+        self._images: dict[str, tuple[int, dict[str, str | None]]] = {}  # row and strings, by id
         self._used: set[str] = set()
+        super().__init__(folder, shapes, dtype, note)
+
+    def _start(self) -> None:
+        # Images are kept, not written, until a text needs them. The file has no name.
+        self._kept = self._stack.enter_context(TemporaryFile(dir=self._folder))  # noqa: SIM115
 
     @property
-    def left_out(self) -> dict[Modality, int]:
+    def omitted(self) -> dict[Modality, int]:
         """Rows of each side that have no partner."""
         if not self._paired:
-            return dict.fromkeys(self._sides, 0)
+            return dict.fromkeys(self._shapes, 0)
         return {
-            Modality.IMAGE: len(self._labels) - len(self._used),
+            Modality.IMAGE: len(self._images) - len(self._used),
             Modality.TEXT: self._written[Modality.TEXT] - self._done,
         }
 
-    def write(self, modality: Modality, rows: Rows) -> None:
-        """Append rows to one side, all images before the first text.
-
-        Raises:
-            DataError: a row is not finite or has norm 0 as it would be stored.
-        """
-        stored = self._stored(modality, rows)
-        columns = {
-            name: rows.columns.get(name, [None] * len(stored))
-            for name in schema.STRING_COLUMNS[modality]
-        }
-        if modality is Modality.TEXT:
-            self._write_texts(stored, columns)
+    def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
+        names = schema.STRING_COLUMNS[modality]
+        columns = zip(*map(rows.column, names), strict=True)
+        if modality is Modality.IMAGE:
+            images = [
+                {"image_path": source or name, "image_id": name, "split": split}
+                for name, source, split in columns
+            ]
+            if not self._paired:
+                self._append({modality: stored}, images)
+                return
+            self._kept.write(stored.data)
+            for image in images:
+                self._images[str(image["image_id"])] = (len(self._images), image)
             return
-        images = [
-            _Image(len(self._labels) + row, str(name), source, split)
-            for row, (name, source, split) in enumerate(zip(*columns.values(), strict=True))
-        ]
-        if self._paired:
-            self._images.write(stored.data)
-            self._labels |= {image.id: image for image in images}
-        else:
-            self._append({modality: stored}, [image.metadata() for image in images])
-
-    def _write_texts(self, stored: Array, columns: Mapping[str, Sequence[str | None]]) -> None:
-        records = []
-        images: list[_Image] = []
-        kept: list[int] = []
-        for row, (name, owner, caption, split) in enumerate(zip(*columns.values(), strict=True)):
+        records, kept, chosen = [], [], []
+        for row, (name, owner, caption, split) in enumerate(columns):
             record = {"caption": caption, "text_id": name, "split": split}
-            if self._paired and owner is not None:
-                if owner not in self._labels:
+            if self._paired:
+                if owner is None:
+                    continue
+                if owner not in self._images:
                     raise SchemaError(
-                        f"text {name!r} belongs to image {owner!r}, which is not there; make the "
-                        "feature set again"
+                        f"text {name!r} belongs to image {owner!r}, which is missing; {AGAIN}"
                     )
-                images.append(self._labels[owner])
-                record = {**images[-1].metadata(), **record}
-            elif self._paired:
-                continue
+                place, image = self._images[owner]
+                self._used.add(owner)
+                record = image | record
+                chosen.append(place)
             records.append(record)
             kept.append(row)
         vectors = {Modality.TEXT: stored[kept]}
         if self._paired:
-            self._used.update(image.id for image in images)
-            vectors[Modality.IMAGE] = self._kept_images([image.row for image in images])
+            self._kept.flush()
+            shape = self._shapes[Modality.IMAGE]
+            mapped = np.memmap(self._kept, stored.dtype, mode="r", shape=shape)
+            vectors[Modality.IMAGE] = np.array(mapped[chosen])
         self._append(vectors, records)
-
-    def _kept_images(self, rows: Sequence[int]) -> Array:
-        self._images.flush()
-        side = self._sides[Modality.IMAGE]
-        shape = (side.rows, side.width)
-        return np.array(np.memmap(self._images, self._dtype, mode="r", shape=shape)[rows])
 
     def _append(
         self, vectors: Mapping[Modality, Array], records: Sequence[Mapping[str, str | None]]
@@ -280,7 +192,7 @@ class ClipRetrievalExport(_Export):
         start = 0
         while start < len(records):
             if self._done % PART_ROWS == 0:
-                self._next_part()
+                self._open_part(list(records[start]))
             stop = min(len(records), start + PART_ROWS - self._done % PART_ROWS)
             for side, file in self._arrays.items():
                 file.write(np.ascontiguousarray(vectors[side][start:stop]).data)
@@ -290,41 +202,28 @@ class ClipRetrievalExport(_Export):
             self._done += stop - start
             start = stop
 
-    def _next_part(self) -> None:
+    def _open_part(self, names: list[str]) -> None:
         for file in (*self._arrays.values(), self._metadata):
             if file is not None:
                 file.close()
-        self._part += 1
         # clip-retrieval's rule, so that names sort as their numbers do.
-        number = str(self._part).zfill(len(str(-(-self._total // PART_ROWS))))
-        rows = min(PART_ROWS, self._total - self._part * PART_ROWS)
-        for side, folder in _FOLDERS.items():
-            if side in self._sides:
-                path = self._folder / folder / f"{folder}_{number}.npy"
-                self._arrays[side] = self._start_npy(path, rows, self._sides[side].width)
+        number = str(self._done // PART_ROWS).zfill(len(str(-(-self._total // PART_ROWS))))
+        rows = min(PART_ROWS, self._total - self._done)
+        for side in self._shapes:
+            name = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}[side]
+            path = self._folder / name / f"{name}_{number}.npy"
+            self._arrays[side] = self._open_npy(path, side, rows)
         path = self._folder / "metadata" / f"metadata_{number}.parquet"
         path.parent.mkdir(exist_ok=True)
-        names = [name for side in self._sides for name in _METADATA[side]]
-        columns = pa.schema([(name, pa.string()) for name in dict.fromkeys(names)])
-        self._metadata = self._open.enter_context(pq.ParquetWriter(path, columns))
+        columns = pa.schema([(name, pa.string()) for name in names])
+        self._metadata = self._stack.enter_context(pq.ParquetWriter(path, columns))
 
-    def _check_whole(self) -> None:
-        super()._check_whole()
+    def _counts(self) -> dict[str, int]:
         if self._done != self._total:
             raise SchemaError(
-                f"{self._done} texts have an image, the manifest counts {self._total}; make the "
-                "feature set again"
+                f"{self._done} texts have an image, the manifest counts {self._total}; {AGAIN}"
             )
-
-    def _rows(self) -> dict[str, int]:
-        return {"pairs" if self._paired else min(self._sides).plural: self._done}
+        return {"pairs" if self._paired else min(self._shapes).plural: self._done}
 
 
-class _Image(NamedTuple):
-    row: int
-    id: str
-    source: str | None
-    split: str | None
-
-    def metadata(self) -> dict[str, str | None]:
-        return {"image_path": self.source or self.id, "image_id": self.id, "split": self.split}
+RowWriter = FeatureWriter | NpyExport

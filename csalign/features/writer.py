@@ -1,40 +1,176 @@
-"""Write a whole feature set in one go: shards of both sides, the manifest last."""
+"""Write a feature set: shards of both sides, row group by row group, and the manifest last."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from csalign.core import atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError
+from csalign.core.errors import DataError, ShapeError
 from csalign.core.version import __version__
 from csalign.features import schema
-from csalign.features.manifest import (
-    FAILURES,
-    Counts,
-    EncoderInfo,
-    Encoders,
-    Manifest,
-    Shard,
-    Shards,
-    write_manifest,
-)
-from csalign.features.shard import Rows, ShardWriter
+from csalign.features.checks import find_unusable
+from csalign.features.join import find_images, repeated_ids
+from csalign.features.schema import EncoderInfo, Shard
 
+# Small enough to shuffle by and to hold one in memory, large enough to read at full speed.
+ROW_GROUP_ROWS = 8_192
+ROW_GROUP_BYTES = 32 << 20
 SHARD_BYTES = 512 << 20
+
+Array = npt.NDArray[Any]
+Strings = Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one side."""
+
+    columns: Mapping[str, Strings]  # n values of each of `schema.STRING_COLUMNS`; omitted is null
+    embeddings: Array  # (n, d), any float dtype, finite, no row of norm 0
+    tokens: Sequence[Array] | None = None  # n arrays (t_i, d_t), any float dtype
+
+    def column(self, name: str) -> Strings:
+        """Return the n values of a string column."""
+        return self.columns.get(name) or [None] * len(self.embeddings)
+
+    def stored(self, side: Modality, dtype: str) -> Array:
+        """Cast the embeddings; raises DataError if one has no direction, as given or cast."""
+        for row, reason in find_unusable(self.embeddings, dtype).items():
+            raise DataError(f"{side} {self.columns[schema.ID][row]!r}: {reason}")
+        return np.ascontiguousarray(self.embeddings, schema.DTYPES[dtype])
+
+
+class ShardWriter:
+    """Write one Parquet file of one side; `close` completes it.
+
+    Args:
+        folder: the feature set, local or in an object store.
+        name: of the file, without its suffix: ``part-00000``.
+        modality: the side.
+        info: its encoder.
+        dtype: "float16" or "float32".
+    """
+
+    def __init__(
+        self, folder: Path, name: str, modality: Modality, info: EncoderInfo, dtype: str
+    ) -> None:
+        self.modality = modality
+        self.bytes = 0  # of the rows written, in memory; about as many as on disk
+        self._rows = 0
+        self._info = info
+        self._dtype = dtype
+        self._path = folder / modality.plural / f"{name}.parquet"
+        self._schema = schema.table_schema(modality, dtype, info.width, info.token_width)
+        self._pending: list[pa.RecordBatch] = []
+        self._stack = ExitStack()
+        self._temporary: Path | None = None
+        self._file: pq.ParquetWriter | None = None
+
+    def write(self, rows: Rows) -> None:
+        """Append rows.
+
+        Raises:
+            DataError: an embedding has no direction, or a token is not finite, once stored.
+            ShapeError: the arrays do not match the columns or the encoder's widths.
+        """
+        shape, expected = rows.embeddings.shape, (len(rows.columns[schema.ID]), self._info.width)
+        if shape != expected:
+            raise ShapeError(f"{self.modality} embeddings have shape {shape}, expected {expected}")
+        names = schema.STRING_COLUMNS[self.modality]
+        arrays = [pa.array(rows.column(name), pa.string()) for name in names]
+        embeddings = rows.stored(self.modality, self._dtype)
+        arrays.append(_fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
+        if self._info.token_width is not None:
+            arrays.append(self._tokens(rows))
+        self._pending.append(pa.record_batch(arrays, schema=self._schema))
+        self._flush(complete=False)
+
+    def close(self) -> Shard | None:
+        """Commit the file under its name; return None, without a file, if nothing was written."""
+        self._flush(complete=True)
+        if self._file is None or self._temporary is None:
+            return None
+        with atomic.translate_os_errors(self._path):
+            self._file.close()
+            size, sha256 = self._temporary.stat().st_size, atomic.sha256_file(self._temporary)
+            self._stack.close()
+        path = f"{self.modality.plural}/{self._path.name}"
+        return Shard(path=path, rows=self._rows, bytes=size, sha256=sha256)
+
+    def abort(self, error: BaseException) -> None:
+        """Remove what was written, because of `error`."""
+        with suppress(pa.ArrowException, OSError):  # of closing a file that is thrown away
+            self._stack.__exit__(type(error), error, error.__traceback__)
+
+    def _tokens(self, rows: Rows) -> pa.Array:
+        ids, width = rows.columns[schema.ID], self._info.token_width
+        if rows.tokens is None or len(rows.tokens) != len(ids):
+            raise ShapeError(f"{self.modality}: {len(ids)} embeddings need as many token arrays")
+        with np.errstate(over="ignore"):  # an overflow is reported
+            values = np.concatenate(rows.tokens).astype(schema.DTYPES[self._dtype])
+        if values.shape[1:] != (width,) or not np.isfinite(values).all():
+            raise DataError(
+                f"{self.modality} tokens of {ids[0]!r} to {ids[-1]!r}: shape {values.shape}, "
+                f"expected width {width} and finite values; use --dtype float32 if they overflow"
+            )
+        kind = self._schema.field(schema.TOKENS).type
+        starts = pa.array(np.cumsum([0, *map(len, rows.tokens)], dtype=np.int32))
+        return pa.ListArray.from_arrays(starts, _fixed_lists(values, kind.value_type), type=kind)
+
+    def _flush(self, *, complete: bool) -> None:
+        """Write pending rows in whole row groups, or all of them."""
+        table = pa.Table.from_batches(self._pending, self._schema)
+        row_bytes = max(1, table.nbytes // max(1, table.num_rows))
+        limit = max(1, min(ROW_GROUP_ROWS, ROW_GROUP_BYTES // row_bytes))
+        written = table.num_rows if complete else table.num_rows // limit * limit
+        if not written:
+            return
+        with atomic.translate_os_errors(self._path):
+            if self._file is None:
+                self._temporary = self._stack.enter_context(atomic.atomic_path(self._path))
+                strings = list(schema.STRING_COLUMNS[self.modality])
+                file = pq.ParquetWriter(
+                    self._temporary,
+                    self._schema,
+                    # Vectors hardly shrink and decode several times slower when compressed.
+                    compression=dict.fromkeys(strings, "zstd"),
+                    use_dictionary=[n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
+                    write_statistics=strings,
+                    write_page_checksum=True,  # of use where one column is read
+                )
+                self._file = self._stack.enter_context(file)
+            self._file.write_table(table[:written], row_group_size=limit)
+        self._pending = table[written:].to_batches()
+        self._rows += written
+        self.bytes += written * row_bytes
+
+
+def _fixed_lists(values: Array, kind: pa.DataType) -> pa.Array:
+    flat = pa.array(values.reshape(-1), kind.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
 class FeatureWriter:
-    """Writes both sides of a feature set into a folder; use as a context manager.
+    """Write both sides of a feature set; use as a context manager.
 
-    Leaving the block without an exception completes the set with its manifest.
+    Leaving the block without an exception checks the ids and writes the manifest.
 
     Args:
-        folder: an empty folder, as `files.staged_folder` gives.
-        encoders: what made each side; a side that is not in it is not there.
+        folder: an empty folder, as `atomic.atomic_folder` gives.
+        encoders: of each side; a side that is missing is not stored.
         dtype: "float16" or "float32".
-        names: what the sides are called, if not image and text.
+        names: of the sides, if not image and text.
+
+    Raises:
+        DataError: at the end, an id repeats or the image of a text is missing.
     """
 
     def __init__(
@@ -48,119 +184,71 @@ class FeatureWriter:
         self._folder = folder
         self._encoders = dict(encoders)
         self._dtype = dtype
-        (folder / FAILURES).touch()
-        self._sides = {
-            side: _SideWriter(folder, side, info, dtype) for side, info in encoders.items()
-        }
+        self._writers: dict[Modality, ShardWriter] = {}
+        self._shards: dict[Modality, list[Shard]] = {side: [] for side in Modality}
+        self._ids: dict[Modality, list[pa.Array]] = {side: [] for side in Modality}
+        self._image_ids: list[pa.Array] = []
+        (folder / schema.FAILURES).touch()
 
     def write(self, modality: Modality, rows: Rows) -> None:
-        """Append rows to one side.
-
-        Raises:
-            DataError: an id is missing or was written before; an embedding or token is not finite
-                (as given, or after the cast to the stored dtype), or an embedding has norm 0.
-            ShapeError: the arrays do not fit the columns or the encoder's width.
-        """
-        self._sides[modality].write(rows)
+        """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
+        ids = rows.columns[schema.ID]
+        if not all(ids):
+            raise DataError(f"{modality} {[bool(value) for value in ids].index(False)}: has no id")
+        if modality not in self._writers:
+            name, info = f"part-{len(self._shards[modality]):05d}", self._encoders[modality]
+            self._writers[modality] = ShardWriter(self._folder, name, modality, info, self._dtype)
+        self._writers[modality].write(rows)
+        self._ids[modality].append(pa.array(ids, pa.string()))
+        if modality is Modality.TEXT:
+            self._image_ids.append(pa.array(rows.column(schema.IMAGE_ID), pa.string()))
+        if self._writers[modality].bytes >= SHARD_BYTES:
+            self._close(modality)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            for side in self._sides.values():
-                side.close(error)
+            if error is None:
+                for side in list(self._writers):
+                    self._close(side)
+                self._finish()
         except BaseException as failure:
-            for side in self._sides.values():
-                side.close(failure)  # those that are open still
+            error = failure
             raise
-        if error is None:
-            self._finish()
+        finally:
+            if error is not None:
+                for writer in self._writers.values():
+                    writer.abort(error)
+
+    def _close(self, side: Modality) -> None:
+        if (shard := self._writers[side].close()) is not None:
+            self._shards[side].append(shard)
+        del self._writers[side]  # one that fails stays, to be aborted
 
     def _finish(self) -> None:
-        images, texts = self._sides.get(Modality.IMAGE), self._sides.get(Modality.TEXT)
-        there = images.ids if images else set()
-        dangling = texts.image_ids.keys() - there if texts else set()
-        if texts and dangling:
-            image = min(dangling)
+        images, texts = (pa.chunked_array(self._ids[side], pa.string()) for side in Modality)
+        for side, ids in zip(Modality, (images, texts), strict=True):
+            if len(repeated := repeated_ids(ids)):
+                name = repeated[0].as_py()
+                raise DataError(f"{side} id {name!r} appears more than once; ids must be unique")
+        image_ids = pa.chunked_array(self._image_ids, pa.string())
+        rows, missing = find_images(image_ids, images)
+        if len(missing):
+            text, image = (column[int(missing[0])].as_py() for column in (texts, image_ids))
             raise DataError(
-                f"text {texts.image_ids[image]!r} belongs to image {image!r}, which is not there "
-                f"({len(dangling)} such images in all); add the image or leave image_id empty"
+                f"text {text!r} belongs to image {image!r}, which is missing ({len(missing)} such "
+                "texts); add the image or leave image_id empty"
             )
-        manifest = Manifest(
+        pairs = int((rows >= 0).sum())
+        image, text = (self._encoders.get(side) for side in Modality)
+        manifest = schema.Manifest(
             csalign_version=__version__,
             names=self._names,
             dtype=self._dtype,
-            encoders=Encoders(
-                image=self._encoders.get(Modality.IMAGE), text=self._encoders.get(Modality.TEXT)
-            ),
-            counts=Counts(
-                images=len(there),
-                texts=len(texts.ids) if texts else 0,
-                pairs=texts.paired if texts else 0,
-                failures=0,
-            ),
-            shards=Shards(
-                images=images.shards if images else [], texts=texts.shards if texts else []
-            ),
+            encoders=schema.Encoders(image=image, text=text),
+            counts=schema.Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),
+            shards=schema.Shards(**{side.plural: shards for side, shards in self._shards.items()}),
         )
-        write_manifest(self._folder, manifest)
-
-
-@dataclass
-class _SideWriter:
-    """One side: shards of about `SHARD_BYTES`, and what has to hold across them."""
-
-    folder: Path
-    modality: Modality
-    info: EncoderInfo
-    dtype: str
-    ids: set[str] = field(default_factory=set)
-    image_ids: dict[str, str] = field(default_factory=dict)  # image -> one text of it
-    paired: int = 0
-    shards: list[Shard] = field(default_factory=list)
-    _open: ShardWriter | None = None
-
-    def write(self, rows: Rows) -> None:
-        ids = self._new_ids(rows)
-        if self._open is None:
-            name = f"part-{len(self.shards):05d}"
-            self._open = ShardWriter(self.folder, name, self.modality, self.info, self.dtype)
-        self._open.write(rows)
-        for text_id, image_id in zip(ids, rows.columns.get(schema.IMAGE_ID, ()), strict=False):
-            if image_id is not None:
-                self.paired += 1
-                self.image_ids.setdefault(image_id, text_id)
-        if self._open.bytes >= SHARD_BYTES:
-            self.close()
-
-    def _new_ids(self, rows: Rows) -> list[str]:
-        ids: list[str] = []
-        for position, value in enumerate(rows.columns[schema.ID]):
-            if not value:
-                raise DataError(f"{self.modality} {position}: has no id")
-            if value in self.ids:
-                raise DataError(f"{self.modality} id {value!r} appears twice; ids must be unique")
-            self.ids.add(value)
-            ids.append(value)
-        return ids
-
-    def close(self, error: BaseException | None = None) -> None:
-        if self._open is None:
-            return
-        opened, self._open = self._open, None
-        if error is not None:
-            opened.abort(error)
-            return
-        try:
-            shard = opened.close()
-        except BaseException as failure:
-            opened.abort(failure)
-            raise
-        if shard is not None:
-            self.shards.append(shard)
+        schema.write_manifest(self._folder, manifest)

@@ -16,7 +16,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.encoders.base import EncoderOptions
 from csalign.encoders.spec import is_trusted, load_encoders
-from csalign.features.join import check_directions, load_side
+from csalign.features.checks import check_directions
+from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import PromptOptions
 from csalign.runs.load import embed_rows, load_adapter_for

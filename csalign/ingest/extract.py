@@ -20,7 +20,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder
 from csalign.encoders.spec import load_encoders
-from csalign.features import manifest, schema
+from csalign.features import schema
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import Job, PartRecord, WorkShard
 from csalign.ingest.locks import open_partial_set, sole_owner
@@ -87,7 +87,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         source=source.fingerprint,
         part_rows=config.part_rows,
         dtype=config.dtype,
-        encoders=manifest.Encoders(
+        encoders=schema.Encoders(
             image=encoders.image.info if encoders.image else None,
             text=encoders.text.info if encoders.text else None,
         ),
@@ -192,7 +192,7 @@ def _complete(config: ExtractConfig, partial: PartialSet) -> FeaturesResult:
             partial.complete_and_commit()
     if not is_owner:
         partial.wait_until_committed()
-    counts = manifest.read_manifest(config.out).counts
+    counts = schema.read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
 

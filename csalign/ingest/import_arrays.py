@@ -12,9 +12,9 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
-from csalign.features.manifest import EncoderInfo
-from csalign.features.shard import Rows, first_unusable
-from csalign.features.writer import FeatureWriter
+from csalign.features.checks import find_unusable
+from csalign.features.schema import EncoderInfo
+from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.sources.arrays.base import Labels, Strings, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
@@ -67,11 +67,8 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             for side, vectors in sides.items():
                 start = 0
                 for chunk, where in vectors.chunks():
-                    bad = first_unusable(chunk, dtype)
-                    if bad is not None:
-                        raise DataError(
-                            f"{where(bad[0])}: {bad[1]}; remove the row or encode it again"
-                        )
+                    for row, reason in find_unusable(chunk, dtype).items():
+                        raise DataError(f"{where(row)}: {reason}")
                     part = {
                         name: values[start : start + len(chunk)]
                         for name, values in columns[side].items()

@@ -11,7 +11,7 @@ from pydantic import Field
 from csalign.core.enums import Modality
 from csalign.core.errors import SchemaError
 from csalign.core.records import Record, read_record
-from csalign.features.manifest import Encoders, Shard
+from csalign.features.schema import Encoders, Shard
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK, in_use, is_current, try_lock, unlock
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
-from csalign.features.manifest import MANIFEST
+from csalign.features.schema import MANIFEST
 from csalign.ingest.job import Job, WorkShard, describe_conflict, is_same_but_source
 from csalign.ingest.partial_set import TIMEOUT_S, PartialSet
 

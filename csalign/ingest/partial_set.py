@@ -30,7 +30,7 @@ from csalign.core.paths import is_remote
 from csalign.core.records import write_record
 from csalign.core.version import __version__
 from csalign.features import schema
-from csalign.features.manifest import (
+from csalign.features.schema import (
     FAILURES,
     MANIFEST,
     Counts,
@@ -39,7 +39,7 @@ from csalign.features.manifest import (
     Shards,
     write_manifest,
 )
-from csalign.features.shard import Rows, ShardWriter
+from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
 
 PARTS = "parts"

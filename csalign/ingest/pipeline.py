@@ -16,7 +16,7 @@ from csalign.core.errors import CsalignError, DataError, EncoderError
 from csalign.core.progress import Progress
 from csalign.encoders.base import Embedded, Floats, ImageEncoder, TextEncoder
 from csalign.features import schema
-from csalign.features.shard import Rows
+from csalign.features.writer import Rows
 from csalign.ingest.job import Failure
 from csalign.ingest.partial_set import PartWriter
 from csalign.sources.images import read_image
@@ -325,7 +325,7 @@ def _defects(embedded: Embedded, dtype: str) -> dict[int, str]:
             defects[position] = f"has an embedding that is not finite in {dtype}"
         elif not embedding.astype(dtype).any():
             defects[position] = "has an embedding of norm 0"
-        elif not schema.LEAST_NORM < np.abs(embedding).max() < schema.MOST_VALUE:
+        elif not schema.LEAST_NORM < np.linalg.norm(embedding) < schema.MOST_NORM:
             defects[position] = f"has an embedding of norm {np.linalg.norm(embedding):.3g}"
     for position, tokens in enumerate(embedded.tokens or ()):
         if position not in defects and not _is_finite(tokens, dtype):

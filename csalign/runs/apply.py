@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed
@@ -15,13 +17,12 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
-from csalign.features.export import ClipRetrievalExport, NpyExport, RowWriter, Side
-from csalign.features.join import check_directions
-from csalign.features.manifest import EncoderInfo
+from csalign.features.checks import check_directions
+from csalign.features.export import ClipRetrievalExport, NpyExport, RowWriter
 from csalign.features.reader import FeatureSet, FeatureTable, batch_tokens, batch_vectors
-from csalign.features.shard import Rows
+from csalign.features.schema import EncoderInfo
 from csalign.features.tokens import pad_tokens
-from csalign.features.writer import FeatureWriter
+from csalign.features.writer import FeatureWriter, Rows
 from csalign.runs.config import ApplyConfig
 from csalign.runs.load import ROWS_WITH_TOKENS, check_tokens, load_adapter_for
 
@@ -70,7 +71,7 @@ def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
     counts = work.features.manifest.counts
     left_out = dict.fromkeys(Modality, 0)
     if isinstance(writer, ClipRetrievalExport):
-        left_out |= writer.left_out
+        left_out |= writer.omitted
         _warn_of(left_out)
     result = FeaturesResult(
         config.out,
@@ -119,7 +120,7 @@ class _Work:
         adapter, info = load_adapter_for(
             features, config.adapter, config.device, config.allow_adapter
         )
-        sides = [side for side in Modality if features.table(side).made_by is not None]
+        sides = [side for side in Modality if features.table(side).info is not None]
         return cls(features, adapter, info, sides, _sides_of_tokens(config, features, info))
 
     def adapted(self, side: Modality, batch_size: int) -> Iterator[Rows]:
@@ -128,7 +129,7 @@ class _Work:
         Each then embeds row groups in turn, as one process does it, so that all bits are the same.
         """
         table = self.features.table(side)
-        groups = table.row_groups(schema.EMBEDDING)
+        groups = table.row_groups()
         starts = [0, *accumulate(group.rows for group in groups)]
         world = distributed.world()
         for first in range(0, len(groups), world.size):
@@ -150,11 +151,7 @@ class _Work:
         adapter, names = self.adapter, schema.STRING_COLUMNS[table.modality]
         with_tokens = keep_tokens or adapter.side(table.modality).embeds_with_tokens
         columns = [*names, schema.EMBEDDING, *([schema.TOKENS] if with_tokens else [])]
-
-        def is_wanted(first: int, last: int) -> bool:
-            return first < part.stop and part.start < last
-
-        for _, batch in table.blocks(columns, is_wanted):
+        for _, batch in table.read(*columns, rows=np.arange(part.start, part.stop)):
             strings = {name: batch.column(name).to_pylist() for name in names}
             vectors = batch_vectors(batch, schema.EMBEDDING)
             name = f"{table.folder}: {table.modality.plural}"
@@ -218,7 +215,7 @@ def _writer(
             for side in there
         }
         return FeatureWriter(folder, encoders, config.dtype, work.features.manifest.names)
-    sides = {side: Side(len(features.table(side)), info.adapters[side].width) for side in there}
+    shapes = {side: (len(features.table(side)), info.adapters[side].width) for side in there}
     note = {
         "adapter": str(config.adapter),
         "adapter_sha256": info.weights_sha256,
@@ -227,9 +224,9 @@ def _writer(
         "normalized": True,
     }
     if config.format == "npy":
-        return NpyExport(folder, sides, config.dtype, note)
+        return NpyExport(folder, shapes, config.dtype, note)
     pairs = features.manifest.counts.pairs
-    return ClipRetrievalExport(folder, sides, config.dtype, note, pairs)
+    return ClipRetrievalExport(folder, shapes, config.dtype, note, pairs)
 
 
 def _warn_of(left_out: dict[Modality, int]) -> None:

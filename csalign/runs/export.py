@@ -108,7 +108,7 @@ def _inputs(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[tuple[str,
     load_adapter_for(features, config.run, "cpu", config.allow_adapter)
     for side in Modality:
         table = features.table(side)
-        if table.made_by is not None and len(table):
+        if table.info is not None and len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, REAL_ROWS).astype(np.int64))
             parts = [
                 batch_vectors(batch, schema.EMBEDDING)[local].astype(np.float32)

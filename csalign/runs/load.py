@@ -42,12 +42,12 @@ def load_adapter_for(
     adapter, info = load_adapter_with_info(run, allow=() if allow is None else (allow,))
     for side in Modality:
         table, takes = features.table(side), info.adapters[side].input_width
-        if table.made_by is not None and table.width != takes:
+        if table.info is not None and table.width != takes:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
                 f"takes {takes}; use features of the encoders that it was trained on"
             )
-        if table.made_by is not None and adapter.side(side).embeds_with_tokens:
+        if table.info is not None and adapter.side(side).embeds_with_tokens:
             check_tokens(features, side, run, info.adapters[side].token_width)
     return adapter.to(pick_device(device)), info
 

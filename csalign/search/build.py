@@ -18,7 +18,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.memory import available_bytes
 from csalign.core.progress import Progress, silent
-from csalign.features.join import Joined, join_ids, told_of
+from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.runs.load import load_adapter_for, stream_aligned
 from csalign.search.config import IndexConfig, ItemOptions, VectorOptions
@@ -124,14 +124,14 @@ def build_index(
         effort=vectors.effort,
         recall=recall,
         correct=options.correct,
-        encoders={each: features.table(each).made_by for each in Modality},
+        encoders={each: features.table(each).info for each in Modality},
         adapter_sha256=None if info is None else info.weights_sha256,
         features=str(features.path),
         fingerprint=features.manifest.fingerprint(),
         split=items.split,
         files={},
     )
-    table = items_table(told_of(features, rows.joined, side))
+    table = items_table(item_columns(features, rows.joined, side))
     return SearchIndex(manifest, vectors, table, correction, adapter)
 
 
@@ -153,7 +153,7 @@ class _Rows:
     def has_other(self) -> bool:
         """Whether the other side has rows in the same space."""
         own, other = self.features.table(self.side), self.features.table(self.other)
-        if other.made_by is None or not len(self.numbers(self.other)):
+        if other.info is None or not len(self.numbers(self.other)):
             return False
         return self.adapter is not None or other.width == own.width
 
@@ -161,7 +161,7 @@ class _Rows:
         """Row numbers in the table of a side."""
         is_image = side is Modality.IMAGE
         rows = self.joined.image_rows if is_image else self.joined.text_rows
-        count = self.joined.images if is_image else self.joined.texts
+        count = self.joined.n_images if is_image else self.joined.n_texts
         return np.arange(count) if rows is None else rows
 
     def stream(self, side: Modality, step: int = 1) -> Iterator[Floats]:

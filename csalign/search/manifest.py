@@ -12,7 +12,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError
 from csalign.core.records import Record, read_record, write_record
 from csalign.core.version import __version__
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 
 DESCRIPTION = "index.json"
 VECTORS = "vectors.faiss"

@@ -19,7 +19,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError, EncoderError, ShapeError
 from csalign.encoders.base import Embedded, EncoderOptions
 from csalign.encoders.spec import is_trusted, load_encoders
-from csalign.features.manifest import EncoderInfo
+from csalign.features.schema import EncoderInfo
 from csalign.features.tokens import pad_tokens
 from csalign.search.config import QueryOptions
 from csalign.search.manifest import IndexManifest

@@ -11,8 +11,8 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent
 from csalign.core.results import Found
 from csalign.core.side_names import renamed
-from csalign.features.manifest import MANIFEST
 from csalign.features.reader import FeatureSet
+from csalign.features.schema import MANIFEST
 from csalign.report.page import Entry, Section, check_page, write_page
 from csalign.report.thumbnails import thumbnail
 from csalign.search.build import SearchIndex, build_index

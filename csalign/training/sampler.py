@@ -7,10 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core import distributed
-from csalign.features.join import Pairs
-from csalign.features.keys import compact
-from csalign.features.memory_map import MappedRows, ReadAhead
+from csalign.features.join import Pairs, compact
 
 Array = npt.NDArray[Any]
 CaptionUse = Literal["first", "sample", "all"]
@@ -93,7 +90,7 @@ def order_of(rows: Pairs) -> Order:
 
 def bytes_an_image(rows: Pairs) -> int:
     """Of embeddings, its captions' included, on average, rounded up; at least 1."""
-    total = sum(
+    total: int = sum(
         len(side) * side.shape[1] * int(side.dtype.itemsize) for side in (rows.images, rows.texts)
     )
     return max(1, -(-total // max(1, int((rows.caption_counts > 0).sum()))))
@@ -134,12 +131,6 @@ class PairSampler:
         self._once = once
         self._order = order
         self._keys = rows.caption_keys if once else compact(np.arange(len(rows.texts)))
-        self._mapped = [rows.images, rows.texts]
-        self._ahead: ReadAhead | None = None
-        # What one process reads ahead, the kernel has for all of this machine.
-        reads = distributed.world().local_rank == 0
-        if reads and any(isinstance(values, MappedRows) for values in self._mapped):
-            self._ahead = ReadAhead(max(1, WINDOW_BYTES // bytes_an_image(rows)))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -168,27 +159,12 @@ class PairSampler:
         if self._once:
             kept = self._first_of_all(texts)
             order, drawn, texts = order[kept], drawn[kept], texts[kept]
-        self._begin_reading(order, texts)
         parts = -(-len(order) // batch_size)
         least, more = divmod(len(order), parts)
         for number in range(parts):
             start = number * least + min(number, more)
             part = slice(start, start + least + (number < more))
-            if self._ahead is not None:
-                self._ahead.reach(part.stop - 1)
             yield self._batch(order[part], drawn[part], texts[part], rng)
-
-    def _begin_reading(self, order: Ints, texts: Ints) -> None:
-        if self._ahead is None:
-            return
-        rows = (self._images[order], texts)
-        self._ahead.begin(
-            [
-                (values, own)
-                for values, own in zip(self._mapped, rows, strict=True)
-                if isinstance(values, MappedRows)
-            ]
-        )
 
     def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> Batch:
         rows, texts = self._images[images].astype(np.int64), texts.astype(np.int64)

@@ -32,9 +32,8 @@ from csalign.evaluation.page import EvaluationReport, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.join import ALL, PairedRows, Pairs, join_pairs, split_names
-from csalign.features.memory_map import MIB, MappedRows, Room
 from csalign.features.reader import FeatureSet
-from csalign.features.training_rows import TrainingRows, load_training
+from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training
 from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, read_environment, write_environment
@@ -101,7 +100,7 @@ class _Material:
 
     features: FeatureSet
     split: str
-    rows: TrainingRows
+    rows: Pairs
     val: PairedRows | None
     tokens: StoredTokens | None
     unpaired: Unpaired
@@ -293,16 +292,16 @@ def split_to_train(features: FeatureSet, config: TrainConfig) -> str:
     return ALL if config.train_split == "train" and never_split else config.train_split
 
 
-def room_for(config: TrainConfig) -> Room:
+def room_for(config: TrainConfig) -> MemoryBudget:
     """The memory for embeddings, and where those go that do not fit."""
     memory = available_bytes() // 2 if config.memory is None else config.memory * MIB
     beside = next(folder for folder in config.out.resolve().parents if folder.is_dir())
-    return Room(memory, Path(os.environ.get("TMPDIR") or beside))
+    return MemoryBudget(memory, Path(os.environ.get("TMPDIR") or beside))
 
 
 def load_split_rows(
-    features: FeatureSet, train_split: str, config: TrainConfig, room: Room
-) -> tuple[TrainingRows, PairedRows | None]:
+    features: FeatureSet, train_split: str, config: TrainConfig, room: MemoryBudget
+) -> tuple[Pairs, PairedRows | None]:
     """Training rows, and held-out rows: a split of the set, or carved out of the training rows.
 
     Of several processes the first alone gets held-out rows.

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.features.join import Pairs, select_rows, split_names
-from csalign.features.memory_map import Room, Vectors
 from csalign.features.reader import FeatureSet
-from csalign.features.training_rows import load_vectors
+from csalign.features.streaming import MemoryBudget, load_vectors
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +26,7 @@ class Part:
         rows: (k,) which rows; None for all.
     """
 
-    values: Vectors
+    values: Array
     rows: npt.NDArray[Any] | None = None
 
     def __len__(self) -> int:
@@ -87,7 +86,9 @@ class Unpaired:
         return self.images if side is Modality.IMAGE else self.texts
 
 
-def gather_unpaired(rows: Pairs, others: Sequence[Path], train_split: str, room: Room) -> Unpaired:
+def gather_unpaired(
+    rows: Pairs, others: Sequence[Path], train_split: str, room: MemoryBudget
+) -> Unpaired:
     """The training rows without a partner, and the rows of further feature sets.
 
     Of a further set all rows count, paired or not, but for those in splits of its own that are not
@@ -121,10 +122,10 @@ def gather_unpaired(rows: Pairs, others: Sequence[Path], train_split: str, room:
 
 
 def _side_rows(
-    features: FeatureSet, side: Modality, names: set[str | None], width: int, room: Room
+    features: FeatureSet, side: Modality, names: set[str | None], width: int, room: MemoryBudget
 ) -> Part:
     table = features.table(side)
-    if table.made_by is None or not len(table):
+    if table.info is None or not len(table):
         return Part(np.empty((0, width), np.float32))
     if table.width != width:
         raise ShapeError(

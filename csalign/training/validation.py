@@ -72,7 +72,7 @@ def thin(rows: Joined, seed: int) -> Joined:
     captioned = np.flatnonzero(rows.caption_counts)
     if len(captioned) <= MAX_IMAGES:
         return rows
-    keep = np.zeros(rows.images, np.bool_)
+    keep = np.zeros(rows.n_images, np.bool_)
     keep[np.random.default_rng(seed).choice(captioned, MAX_IMAGES, replace=False)] = True
     log.info("%s: validating on %d of its %d images", rows.name, MAX_IMAGES, len(captioned))
     return rows.take_images(keep)
@@ -94,6 +94,6 @@ def carve(rows: Joined, seed: int) -> tuple[Joined, Joined | None]:
     rng = np.random.default_rng(seed)
     n = len(captioned)
     chosen = rng.choice(captioned, min(n // 4, max(100, min(1_000, n // 10))), replace=False)
-    held_out = np.zeros(rows.images, np.bool_)
+    held_out = np.zeros(rows.n_images, np.bool_)
     held_out[chosen] = True
-    return rows.take_images(~held_out, lone_texts=True), rows.take_images(held_out)
+    return rows.take_images(~held_out, unpaired_texts=True), rows.take_images(held_out)

@@ -13,9 +13,8 @@ import pytest
 
 from csalign.core.atomic import sha256_file
 from csalign.core.enums import Modality
-from csalign.features.manifest import EncoderInfo
-from csalign.features.shard import Rows
-from csalign.features.writer import FeatureWriter
+from csalign.features.schema import EncoderInfo
+from csalign.features.writer import FeatureWriter, Rows
 from tests.bad_input.conftest import Refused
 
 READERS = {
@@ -54,7 +53,6 @@ def with_column(name: str, make: Callable[[pa.Table], Any]) -> Damage:
         table = table.set_column(place, name, column) if column is not None else table.drop([name])
         pq.write_table(table, path)
         document = json.loads((folder / "manifest.json").read_text())
-        del document["checksum"]
         document["shards"]["images"][0] |= {
             "bytes": path.stat().st_size,
             "sha256": sha256_file(path),
@@ -65,10 +63,13 @@ def with_column(name: str, make: Callable[[pa.Table], Any]) -> Damage:
     return damage
 
 
+def vector(width: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), width)
+
+
 def vectors(values: Any) -> pa.Array:
-    kind = pa.list_(pa.field("element", pa.float32(), nullable=False), len(values[0]))
     flat = pa.array(np.asarray(values, np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    return pa.FixedSizeListArray.from_arrays(flat, type=vector(len(values[0])))
 
 
 def with_row(row: int, value: float) -> Damage:
@@ -83,7 +84,6 @@ def with_row(row: int, value: float) -> Damage:
 def manifest(change: Callable[[dict[str, Any]], Any]) -> Damage:
     def damage(folder: Path) -> None:
         document = json.loads((folder / "manifest.json").read_text())
-        del document["checksum"]
         change(document)
         (folder / "manifest.json").write_text(json.dumps(document))
 
@@ -98,7 +98,7 @@ def turned_into_a_file(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing": (shutil.rmtree, "f: no such f"),
     "a file": (turned_into_a_file, "f: "),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json in it"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
     "an empty manifest": (overwritten("manifest.json", b""), "manifest.json: is damaged"),
     "a cut manifest": (cut("manifest.json", 0.5), "manifest.json: is damaged"),
     "a manifest of junk": (overwritten("manifest.json", b"\xff\x00"), "manifest.json: is damaged"),
@@ -106,11 +106,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a newer manifest": (manifest(lambda m: m.update(format_version=2)), "upgrade csalign"),
     "a path outside": (
         manifest(lambda m: m["shards"]["images"][0].update(path="../f/" + IMAGES)),
-        "outside of it",
+        "outside of the set",
     ),
     "an absolute path": (
         manifest(lambda m: m["shards"]["images"][0].update(path="/etc/passwd")),
-        "outside of it",
+        "outside of the set",
     ),
     "a shard missing": (lambda f: (f / IMAGES).unlink(), f"{IMAGES}: is missing"),
     "an empty shard": (overwritten(IMAGES, b""), f"{IMAGES}: has 0 bytes"),
@@ -124,16 +124,26 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"{IMAGES}: column 'embedding' is",
     ),
     "no embeddings": (with_column("embedding", lambda t: None), "has no column 'embedding'"),
+    "null ids": (
+        with_column("id", lambda t: pa.array([None, *map(str, range(1, 40))])),
+        f"{IMAGES}: column 'id' has null values",
+    ),
     "repeated ids": (with_column("id", lambda t: pa.array(["0"] * 40)), "image id '0' appears "),
     "ids that match nothing": (
         with_column("id", lambda t: pa.array([f"x{row}" for row in range(40)])),
-        "which is not there",
+        "which is missing",
     ),
 }
 CONTENT: dict[str, tuple[Damage, str]] = {
     "NaN": (with_row(3, np.nan), "is not finite"),
     "infinity": (with_row(3, np.inf), "is not finite"),
     "a row of zeros": (with_row(3, 0), "norm 0"),
+    "a null row": (
+        with_column(
+            "embedding", lambda t: pa.array([None, *t["embedding"].to_pylist()[1:]], vector(6))
+        ),
+        f"{IMAGES}: column 'embedding' has null values",
+    ),
 }
 
 
@@ -260,7 +270,7 @@ def test_evaluations_of_no_use_are_refused(
         ("apply f --adapter r --out out --format npz", 2, "format"),
         ("apply f --adapter f --out out", 1, "f: holds no trained adapter"),
         ("apply f --adapter r --out out --tokens", 2, "trained without tokens"),
-        ("apply r --adapter r --out out", 1, "r: is no feature set"),
+        ("apply r --adapter r --out out", 1, "r: is not a feature set"),
         ("eval f", 1, "6"),
         ("eval f --adapter r --split nope", 1, "nope"),
         ("eval f --adapter r --report .", 1, ".: is a folder"),

@@ -135,7 +135,7 @@ def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("train", "nowhere", "--out", "run"), "nowhere: no such feature set"),
-        (("train", ".", "--out", "run"), "is no feature set"),
+        (("train", ".", "--out", "run"), "is not a feature set"),
         (("eval", "nowhere"), "nowhere: no such feature set"),
         (("inspect", "nowhere"), "nowhere: no such file or folder"),
         (("compare", "nowhere.json"), "nowhere.json: no such file"),

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from csalign.cli.app import app
 from csalign.core.errors import ConfigError
 from csalign.core.side_names import renamed
-from csalign.features.manifest import read_manifest
+from csalign.features.schema import read_manifest
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 

@@ -22,7 +22,7 @@ MODULE = dedent(
 
     from csalign.encoders.base import Embedded
     from csalign.core.enums import Modality
-    from csalign.features.manifest import EncoderInfo
+    from csalign.features.schema import EncoderInfo
 
 
     class Images:

@@ -158,7 +158,7 @@ def test_rows_that_were_trained_on_are_warned_about(
 
 
 def test_a_split_that_is_not_there_is_refused(features: Path, run: Path) -> None:
-    with pytest.raises(DataError, match="name one of them"):
+    with pytest.raises(DataError, match="choose one of them"):
         evaluate(EvalConfig(features=features, adapter=run, split="nope"))
 
 

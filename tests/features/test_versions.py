@@ -34,7 +34,7 @@ def test_a_feature_set_of_version_1_is_read(v1: Path) -> None:
     features = FeatureSet.open(v1 / "features")
     features.verify()
     rows = load_rows(features, ALL)
-    tokens = [row for batch in features.images.batches(["tokens"]) for row in batch_tokens(batch)]
+    tokens = [row for _, batch in features.images.read("tokens") for row in batch_tokens(batch)]
 
     assert features.images.encoder.spec == "eye"
     assert features.texts.encoder.fingerprint == "ab" * 32

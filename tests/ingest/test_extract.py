@@ -137,8 +137,8 @@ def test_tokens_are_stored_row_by_row(run: Callable[..., FeaturesResult]) -> Non
     plain, result = run("plain"), run(tokens="both", token_space="hidden")
     features = FeatureSet.open(result.features)
 
-    patches = [batch_tokens(batch) for batch in features.images.batches(["tokens"])]
-    words = [batch_tokens(batch) for batch in features.texts.batches(["tokens"])]
+    patches = [batch_tokens(batch) for _, batch in features.images.read("tokens")]
+    words = [batch_tokens(batch) for _, batch in features.texts.read("tokens")]
 
     assert [own.shape for own in patches[0]] == [(16, 24)] * 8
     # "another" and "on its own" are one and three words to the tokenizer.

@@ -11,9 +11,9 @@ from csalign.core import atomic, locks
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.paths import is_remote, parse_location
-from csalign.features.manifest import EncoderInfo, Encoders
 from csalign.features.reader import FeatureSet
-from csalign.features.shard import Rows
+from csalign.features.schema import EncoderInfo, Encoders
+from csalign.features.writer import Rows
 from csalign.ingest.job import Failure, Job, PartRecord, WorkShard
 from csalign.ingest.locks import merge_parts, open_partial_set, sole_owner
 from csalign.ingest.partial_set import PartialSet

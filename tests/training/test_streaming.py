@@ -1,8 +1,10 @@
 """Training on embeddings that are not in memory."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csalign.core.errors import OutputError
-from csalign.features import memory_map, shard
+from csalign.features import writer
 from csalign.features.join import PairedRows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
@@ -29,7 +31,7 @@ SMALL: dict[str, Any] = {"steps": 8, "batch_size": 32, "hidden": 16, "validation
 @pytest.fixture
 def scattered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """400 images and 900 texts in another order: several, one or no captions, texts of none."""
-    monkeypatch.setattr(shard, "ROW_GROUP_ROWS", 64)
+    monkeypatch.setattr(writer, "ROW_GROUP_ROWS", 64)
     rng = np.random.default_rng(0)
     owners = rng.integers(-60, ROWS - 60, 900)
     latent = rng.normal(size=(ROWS, 6))
@@ -106,10 +108,10 @@ def test_a_set_in_an_object_store_is_read_once(
 def test_a_disk_that_is_too_small_is_refused_before_training(
     scattered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_map, "_SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
-    with pytest.raises(OutputError, match=f"{tmp_path}: has .* or raise --memory"):
+    with pytest.raises(OutputError, match=f"{tmp_path}: no room .* raise --memory"):
         weights_and_losses(scattered, tmp_path / "run", memory=0)
     assert not (tmp_path / "run").exists()
     weights_and_losses(scattered, tmp_path / "run", memory=64)

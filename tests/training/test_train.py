@@ -341,8 +341,8 @@ def test_encoders_that_already_agree_are_not_made_worse_by_few_pairs(tmp_path: P
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"train_split": "nope"}, "holds no pairs; its splits are test: 60 images"),
-        ({"val_split": "nope"}, "holds no pairs"),
+        ({"train_split": "nope"}, "has no pairs; the splits of the set are test: 60 images"),
+        ({"val_split": "nope"}, "has no pairs"),
     ],
 )
 def test_splits_that_cannot_be_used_are_refused(

@@ -14,7 +14,7 @@ from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate, measure
-from csalign.features import shard
+from csalign.features import writer
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.features.tokens import PaddedTokens, TokenCache, TokenRows, Wanted, take_together
@@ -146,7 +146,7 @@ def test_what_padding_holds_never_matters(
 def test_the_same_seed_gives_the_same_bytes_whatever_fits_in_memory(
     write_tokens: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "ROW_GROUP_BYTES", 4_000)
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", 4_000)
     features = write_tokens()
     for name in ("one", "two"):
         run(features, tmp_path / name, token_weight=1.0, token_samples=2, token_pairs=9)
@@ -180,7 +180,7 @@ class _Watched(TokenCache):
 @pytest.fixture
 def large(write_tokens: Write, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, TrainConfig]:
     """Some 3.5 MB of tokens in small row groups, and a configuration with 1 MiB for them."""
-    monkeypatch.setattr(shard, "ROW_GROUP_BYTES", 64 << 10)
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", 64 << 10)
     monkeypatch.setattr("csalign.training.token_data.TokenCache", _Watched)
     features = write_tokens(rows=800, widths=(64, 48), most=30)
     return features, TrainConfig(features=features, out="x", token_weight=1.0, token_memory=1)
@@ -366,8 +366,8 @@ def test_a_reloaded_adapter_aligns_tokens_to_the_same_bytes(
 
     assert one.manifest.fingerprint() == two.manifest.fingerprint()
     for side in Modality:
-        (before,) = FeatureSet.open(features).table(side).batches(["tokens"])
-        (after,) = one.table(side).batches(["tokens"])
+        ((_, before),) = FeatureSet.open(features).table(side).read("tokens")
+        ((_, after),) = one.table(side).read("tokens")
         rows = list(zip(batch_tokens(before), batch_tokens(after), strict=True))
         assert all(len(old) == len(new) for old, new in rows)
         assert any(len(old) == 0 for old, _ in rows)

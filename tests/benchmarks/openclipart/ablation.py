@@ -36,8 +36,7 @@ from run import INFONCE, SCALE_100
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.features.reader import FeatureSet
-from csalign.features.shard import Rows
-from csalign.features.writer import FeatureWriter
+from csalign.features.writer import FeatureWriter, Rows
 
 SEARCH_SEED = 1_000
 TRIAL = {"steps": 120, "validations": 8}

@@ -25,10 +25,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from csalign.core import atomic
 from csalign.core.enums import Modality
-from csalign.features.manifest import EncoderInfo
 from csalign.features.reader import FeatureSet
-from csalign.features.shard import Rows
-from csalign.features.writer import FeatureWriter
+from csalign.features.schema import EncoderInfo
+from csalign.features.writer import FeatureWriter, Rows
 
 GRID, WORDS, BATCH = 4, 16, 32
 Tokens = list[NDArray[np.float16]]

@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from csalign.core.enums import Modality
-from csalign.features.manifest import EncoderInfo
-from csalign.features.shard import Rows
-from csalign.features.writer import FeatureWriter
+from csalign.features.schema import EncoderInfo
+from csalign.features.writer import FeatureWriter, Rows
 from csalign.search.config import SearchConfig
 from csalign.search.manifest import VECTORS, read_index_manifest
 from csalign.search.search import find

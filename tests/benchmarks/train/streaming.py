@@ -31,7 +31,8 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.version import __version__
-from csalign.features.manifest import (
+from csalign.features.reader import FeatureSet
+from csalign.features.schema import (
     FAILURES,
     Counts,
     EncoderInfo,
@@ -40,8 +41,7 @@ from csalign.features.manifest import (
     Shards,
     write_manifest,
 )
-from csalign.features.reader import FeatureSet
-from csalign.features.shard import Rows, ShardWriter
+from csalign.features.writer import Rows, ShardWriter
 from csalign.training.config import TrainConfig
 from csalign.training.loop import Trainer
 from csalign.training.train import load_split_rows, room_for, start_of, train
