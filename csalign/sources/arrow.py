@@ -35,10 +35,11 @@ class DamagedError(DataError):
     """The content of a file is not valid."""
 
 
-class InvalidValue(str):
-    """The reason why a value cannot be read, in place of the value."""
+class InvalidText:
+    """In place of a text that is not UTF-8."""
 
-    __slots__ = ()
+    def __repr__(self) -> str:
+        return "invalid UTF-8"
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def kind_of(held: pa.DataType) -> str:
 
 
 def column_values(column: pa.Array) -> list[Any]:
-    """Convert a column to Python values, with an `InvalidValue` for text that is not UTF-8."""
+    """Convert a column to Python values, with an `InvalidText` for text that is not UTF-8."""
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError:
@@ -173,7 +174,7 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return InvalidValue("contains text that is not UTF-8")
+        return InvalidText()
 
 
 def list_width(file: ArrowFile, column: str) -> int:

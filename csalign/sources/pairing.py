@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.base import Labels, Strings
-from csalign.sources.arrays.files import read_integers
+from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED, Labels, Strings
+from csalign.sources.arrays.files import open_npy
 from csalign.sources.arrays.tables import read_labels
 from csalign.sources.arrow import ARROW, PARQUET
 from csalign.sources.records.tables import read_table
@@ -173,7 +173,7 @@ def owners_by_counts(path: Path, images: int, texts: int) -> Sequence[int]:
     Raises:
         DataError: the file cannot be used or does not add up to `texts`; its row is named.
     """
-    counts = read_integers(path) if path.suffix.lower() == ".npy" else _read_counts(path)
+    counts = _read_counts(path)
     if len(counts) == images + 1 and counts[0] == 0:
         counts = [after - before for before, after in pairwise(counts)]
     if len(counts) != images:
@@ -217,6 +217,12 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
 
 
 def _read_counts(path: Path) -> list[int]:
+    if path.suffix.lower() == ".npy":
+        with open_npy(path) as file:
+            shape, dtype = file.headers[UNNAMED]
+            if len(shape) != 1 or "int" not in dtype:
+                raise DataError(f"{path}: has shape {shape} of {dtype}, not a list of integers")
+            return [int(count) for rows in file.read(UNNAMED, CHUNK_ROWS) for count in rows]
     table = read_label_table(path)
     counts = []
     for row, value in enumerate(_require(table, COUNT_NAMES)):

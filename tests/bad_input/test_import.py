@@ -299,7 +299,7 @@ def test_labels_that_are_not_utf_8_are_refused(pairs: Path, refused: Refused) ->
     refused(
         "import --images one.npy --image-table ids.parquet --out out",
         1,
-        "ids.parquet, row 0: contains text that is not UTF-8",
+        "ids.parquet, row 0: id is not UTF-8",
     )
 
 

@@ -146,7 +146,7 @@ def test_pictures_may_be_named_rather_than_held(
     assert found[0].image is not None
     assert found[0].image.read() == (folder / "sub/a.png").read_bytes()
     assert flaws(path) == [
-        (2, f"image '../x.png' lies outside of {folder}; move it inside"),
+        (2, f"image '../x.png' is outside of {folder}; move it inside"),
         (3, "has neither an image nor a caption"),
     ]
 
@@ -283,7 +283,7 @@ def test_text_that_is_not_utf_8_is_a_flaw(tmp_path: Path, outline: Outline) -> N
 
     assert outline(path) == [
         (None, ["fine"], None),
-        (None, [], "contains text that is not UTF-8"),
+        (None, [], "caption must be text, not invalid UTF-8"),
     ]
 
 

@@ -55,8 +55,8 @@ def test_counts_and_offsets_give_ragged_captions(tmp_path: Path) -> None:
         (np.array([2, 3]), "has 2 rows and there are 3 images"),
         (np.array([2, -1, 4]), r"c\.npy, row 1: -1 captions"),
         (np.array([0, 4, 2, 5]), r"c\.npy, row 1: -2 captions"),
-        (np.array([2.0, 0.0, 3.0]), "a list of integers is expected"),
-        (np.array([[2, 0, 3]]), "a list of integers is expected"),
+        (np.array([2.0, 0.0, 3.0]), "not a list of integers"),
+        (np.array([[2, 0, 3]]), "not a list of integers"),
     ],
 )
 def test_counts_that_do_not_add_up_are_refused(

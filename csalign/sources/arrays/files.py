@@ -1,4 +1,4 @@
-"""Open .npy, .npz, .safetensors, .pt and .h5; never unpickled."""
+"""Open .npy, .npz, .safetensors, .pt and .h5 files, without unpickling anything."""
 
 import shutil
 import tempfile
@@ -32,23 +32,6 @@ _SAFE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "
 _OWNERS = "txt2img"  # of the retrieval sets of FuseMix and LAVIS: {text number: image number}
 
 
-def read_integers(path: Path) -> list[int]:
-    """Read an .npy of a list of integers.
-
-    Raises:
-        DataError: it is missing, damaged, or contains anything else.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with _numpy_errors(path), path.open("rb") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: has shape {array.shape} of {array.dtype}; a list of integers is expected"
-        )
-    return [int(value) for value in array]
-
-
 @contextmanager
 def open_npy(path: Path) -> Iterator[Container]:
     """Open an .npy, mapped into memory.
@@ -56,7 +39,7 @@ def open_npy(path: Path) -> Iterator[Container]:
     Raises:
         DataError: it is damaged, cut short, or contains Python objects.
     """
-    with local_copy(path) as local, _numpy_errors(path):
+    with _numpy_errors(path), local_copy(path) as local:
         with local.open("rb") as file:
             header = _read_header(file, local.stat().st_size)
         if header.dtype == "object":

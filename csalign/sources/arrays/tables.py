@@ -81,8 +81,10 @@ def read_labels(
         for batch in file.batches(list(dict.fromkeys(chosen.values())), _LABEL_ROWS):
             for known, name in chosen.items():
                 for value in arrow.column_values(batch[name]):
-                    if isinstance(value, arrow.InvalidValue):
-                        raise DataError(f"{path}, row {len(columns[known])}: {value}; correct it")
+                    if isinstance(value, arrow.InvalidText):
+                        raise DataError(
+                            f"{path}, row {len(columns[known])}: {name} is not UTF-8; correct it"
+                        )
                     columns[known].append(None if value is None else str(value) or None)
         if split is not None:
             columns.setdefault("split", [split] * file.rows)
@@ -96,15 +98,22 @@ def dataset_files(folder: Path) -> list[tuple[Path, str | None]]:
         DataError: the folder is damaged, or its rows are a selection that was never written out.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = read_object(folder / "dataset_dict.json", _SAVE_AGAIN).get("splits", [])
-        return [(file, str(s)) for s in splits for file, _ in dataset_files(folder / str(s))]
-    state = read_object(folder / "state.json", _SAVE_AGAIN)
-    if state.get("_indices_data_files"):
-        raise DataError(
-            f"{folder}: is a selection of a dataset; write it out with "
-            "dataset.flatten_indices().save_to_disk(...)"
-        )
-    named = [str(entry.get("filename")) for entry in state.get("_data_files") or []]
-    if not named:
-        raise DataError(f"{folder}: names no data files in state.json; {_SAVE_AGAIN}")
-    return [(folder / Path(name).name, None) for name in named]
+        splits = read_object(folder / "dataset_dict.json", _SAVE_AGAIN).get("splits")
+        names = [str(split) for split in splits] if isinstance(splits, list) else []
+        found: list[tuple[Path, str | None]] = [
+            (file, name) for name in names for file, _ in dataset_files(folder / name)
+        ]
+    else:
+        state = read_object(folder / "state.json", _SAVE_AGAIN)
+        if state.get("_indices_data_files"):
+            raise DataError(
+                f"{folder}: is a selection of a dataset; write it out with "
+                "dataset.flatten_indices().save_to_disk(...)"
+            )
+        entries = state.get("_data_files")
+        entries = entries if isinstance(entries, list) else []
+        named = [Path(str(entry["filename"])).name for entry in entries if "filename" in entry]
+        found = [(folder / name, None) for name in named]
+    if not found:
+        raise DataError(f"{folder}: names no data files; {_SAVE_AGAIN}")
+    return found

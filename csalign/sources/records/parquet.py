@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources import arrow
-from csalign.sources.arrow import ArrowFile, DamagedError, InvalidValue, column_values, open_arrow
+from csalign.sources.arrow import ArrowFile, DamagedError, InvalidText, column_values, open_arrow
 from csalign.sources.records import ImageInput, Record, SourceFile, TextInput, files, tables
 from csalign.sources.records.catalog import Catalog
-from csalign.sources.records.tables import Row, SourceOptions, TableColumns, json_captions
+from csalign.sources.records.tables import Row, SourceOptions, TableColumns, row_of
 from csalign.sources.unreadable import UnreadableFile, warn_of_unreadable
 
 _IMAGE_ROWS = 32  # per batch, whose bytes are in memory at once
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     kind: str | None
     names: tuple[str, ...]
 
-    def rows(self, file: ArrowFile, start: int = 0) -> Iterator[Mapping[str, Any]]:
+    def rows(self, file: ArrowFile, start: int = 0) -> Iterator[dict[str, Any]]:
         """Stream the rows of a file from `start` on, as values by column."""
         wanted = list(dict.fromkeys(name for name in self.found if name is not None))
         size = _TEXT_ROWS if self.kind in (None, "path") else _IMAGE_ROWS
@@ -41,29 +41,17 @@ class Layout(NamedTuple):
             for values in zip(*(column_values(batch[name]) for name in wanted), strict=True):
                 yield dict(zip(wanted, values, strict=True))
 
-    def row(self, number: int, values: Mapping[str, Any], split: str | None) -> Row:
+    def row(self, number: int, values: dict[str, Any], split: str | None) -> Row:
         """Read image path, captions, split and id of a row; `split` is that of its file."""
-        image = self.found.image if self.kind == "path" else None
-        own = None if self.found.id is None else values[self.found.id]
-        captions = None if self.found.caption is None else values[self.found.caption]
-        try:
-            if isinstance(captions, InvalidValue):
-                raise ValueError(str(captions))
-            return Row(
-                number,
-                _text(values, image) or "",
-                json_captions(captions, str(self.found.caption)),
-                _text(values, self.found.split) if self.found.split else split,
-                str(own) if isinstance(own, int) else _text(values, self.found.id),
-            )
-        except ValueError as error:
-            return Row(number, error=str(error))
+        found = self.found if self.kind == "path" else self.found._replace(image=None)
+        row = row_of(number, values, found)
+        return row if found.split else row._replace(split=split)
 
 
 def open_parquet(
     root: Path,
     paths: Sequence[str],
-    columns: SourceOptions,
+    options: SourceOptions,
     *,
     images: Path | None = None,
     found: Sequence[str] = (),
@@ -77,7 +65,7 @@ def open_parquet(
     Args:
         root: folder of all files.
         paths: the files, relative to `root`.
-        columns: which columns to read.
+        options: which columns to read.
         images: folder that image paths are relative to (default: `root`).
         found: images below `images` to be added where no row names them.
         sizes: bytes of each file where known.
@@ -89,17 +77,16 @@ def open_parquet(
         files.size_of(root / path) if size is None else size
         for path, size in zip(paths, sizes or [None] * len(paths), strict=True)
     ]
-    layout, total, lost = _inspect(root, paths, columns)
+    layout, total, lost = _inspect(root, paths, options)
     digest = files.fingerprint([layout, *paths, *known, *found, *lost.items()])
     if layout.kind == "path":
         catalog = Catalog(images or root)
         for position, path in enumerate(paths):
+            name = (root / path).as_posix()
             if position in lost:
-                name = files.printable((root / path).as_posix())
-                catalog.add_unreadable_file(name, lost[position])
+                catalog.add_unreadable_file(files.printable(name), lost[position])
                 continue
-            prefix = f"{posixpath.splitext(path)[0]}/" if len(paths) > 1 else ""
-            catalog.begin_file((root / path).as_posix(), prefix)
+            catalog.begin_file(name, f"{posixpath.splitext(path)[0]}/" if len(paths) > 1 else "")
             with open_arrow(root / path) as file:
                 for number, values in enumerate(layout.rows(file), 1):
                     catalog.add(layout.row(number, values, files.split_of(path)))
@@ -113,7 +100,7 @@ def open_parquet(
 
 
 def _inspect(
-    root: Path, paths: Sequence[str], columns: SourceOptions
+    root: Path, paths: Sequence[str], options: SourceOptions
 ) -> tuple[Layout, int, dict[int, str]]:
     """Return the layout of all files, their number of rows, and why some cannot be read."""
     layouts: dict[Path, Layout] = {}
@@ -124,7 +111,7 @@ def _inspect(
             if (reason := files.name_error(str(path))) is not None:
                 raise DamagedError(reason)
             with open_arrow(path) as file:
-                layouts[path] = _layout_of(file, columns)
+                layouts[path] = _layout_of(file, options)
                 total += file.rows
         except DamagedError as error:
             lost[position] = str(error)
@@ -140,8 +127,8 @@ def _inspect(
     return layout, total, lost
 
 
-def _layout_of(file: ArrowFile, columns: SourceOptions) -> Layout:
-    found = columns.find(file.names, file.path)
+def _layout_of(file: ArrowFile, options: SourceOptions) -> Layout:
+    found = options.find(file.names, file.path)
     kind = None if found.image is None else _image_kind(file, found.image)
     if found.caption is not None:
         held = file.schema.field(found.caption).type
@@ -179,7 +166,7 @@ def _form(paths: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet or Arrow files as a `Source`: each file a volume, each row a record.
+    """Parquet or Arrow files as a `Source`: each row a record.
 
     With an id column, adjacent rows of one id are one record, with the image of the first.
 
@@ -231,10 +218,10 @@ class ParquetSource:
             yield UnreadableFile(self.files[position], self.lost[position])
             return
         with open_arrow(self.root / self.paths[position]) as file:
-            yield ParquetVolume(self, position, file)
+            yield ParquetFile(self, position, file)
 
 
-class ParquetVolume:
+class ParquetFile:
     """An open file of a `ParquetSource` as a `SourceFile`."""
 
     def __init__(self, source: ParquetSource, position: int, file: ArrowFile) -> None:
@@ -246,7 +233,7 @@ class ParquetVolume:
         self._stem = f"{posixpath.splitext(path)[0]}/"
         self._prefix = self._stem if len(source.paths) > 1 else ""
         self._split = files.split_of(path)
-        self._next: tuple[int, Iterator[Mapping[str, Any]]] = (-1, iter(()))
+        self._next: tuple[int, Iterator[dict[str, Any]]] = (-1, iter(()))
         self._damaged = (range(0), "")  # rows that cannot be read, and the reason
 
     def __len__(self) -> int:
@@ -279,7 +266,7 @@ class ParquetVolume:
         row = 0
         for batch in self._file.batches([name], _TEXT_ROWS):
             for value in column_values(batch[name]):
-                key = None if isinstance(value, InvalidValue) else value
+                key = None if isinstance(value, InvalidText) else value
                 if key is None or key != previous:
                     if key is not None and key in seen:
                         repeated.add(len(starts))
@@ -290,7 +277,7 @@ class ParquetVolume:
         starts.append(self._file.rows)
         return starts, repeated
 
-    def _read(self, first: int, stop: int) -> list[Mapping[str, Any]]:
+    def _read(self, first: int, stop: int) -> list[dict[str, Any]]:
         """Read rows, from the position of the last call if it ended at `first`."""
         damaged, reason = self._damaged
         if first in damaged:
@@ -308,7 +295,7 @@ class ParquetVolume:
         self._next = (stop, rows)
         return read
 
-    def _record(self, number: int, values: Sequence[Mapping[str, Any]]) -> Record:
+    def _record(self, number: int, values: Sequence[dict[str, Any]]) -> Record:
         rows = [self._layout.row(number, own, self._split) for own in values]
         if any((error := row.error) is not None for row in rows):
             raise ValueError(error)
@@ -338,8 +325,8 @@ class ParquetVolume:
 
     def _image_reader(self, value: Any) -> Callable[[], bytes] | None:
         """Return a function that reads an image's bytes, None if there is no image."""
-        if isinstance(value, InvalidValue):
-            raise ValueError(str(value))
+        if isinstance(value, InvalidText):
+            raise ValueError(f"image must be bytes or base64, not {value!r}")
         if isinstance(value, dict):
             path, value = value.get("path"), value.get("bytes")
             if value is None and isinstance(path, str) and path:
@@ -354,12 +341,3 @@ def _image_bytes(value: bytes | str) -> bytes:
         return tables.decode_base64(value)
     files.check_size(len(value))
     return value
-
-
-def _text(values: Mapping[str, Any], name: str | None) -> str | None:
-    value = None if name is None else values[name]
-    if isinstance(value, InvalidValue):
-        raise ValueError(str(value))
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {value!r:.40}")
-    return (value or "").strip() or None
