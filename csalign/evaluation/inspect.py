@@ -71,9 +71,9 @@ def _features(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    from csalign.adapters.checkpoint import load_adapter_with_info
+    from csalign.runs.load import load_run
 
-    adapter, info = load_adapter_with_info(folder)
+    adapter, info = load_run(folder)
     scores = [line for line in read_lines(folder) if "validation" in line]
     read_settings(folder)
     read_environment(folder)

@@ -15,7 +15,7 @@ from csalign.metrics.retrieval import DirectionRanks
 from csalign.report.evaluation import Found, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import thumbnail
-from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings
+from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings, run_folder
 
 DRAWN = 1_000  # pairs; more are a blot
 SAMPLED = 5_000  # pairs, for cosines and spectra
@@ -232,7 +232,7 @@ def _first_of(scores: Floats, matches: npt.NDArray[np.bool_]) -> tuple[int, int]
 
 
 def _record(run: Path) -> RunRecord:
-    folder = run.parent.parent if run.parent.name == "checkpoints" else run
+    folder = run_folder(run)
     environment = read_environment(folder)
     environment.pop(SUMS, None)
     return RunRecord(read_lines(folder), read_settings(folder), environment)

@@ -104,7 +104,9 @@ class _Rows:
     def stream(self, side: Modality, rows: Ints | None = None) -> Iterator[Floats]:
         """Unit rows of a side in the shared space, all that were chosen or some."""
         wanted = self.chosen(side) if rows is None else rows
-        return stream_aligned(self.features, side, self.adapter, wanted, self.config.batch_size)
+        size = self.config.batch_size
+        parts = stream_aligned(self.features, side, self.adapter, wanted, size)
+        return (part.embeddings for part in parts)
 
     def some(self, side: Modality, most: int) -> Floats:
         """At most so many rows of a side, drawn evenly."""
