@@ -31,7 +31,6 @@ ONLY_DOORS = {
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
     "optuna": {
         "training/tuning/search_space.py",
-        "training/tuning/study.py",
         "training/tuning/tune.py",
     },
     "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},

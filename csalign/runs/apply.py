@@ -22,7 +22,7 @@ from csalign.features.reader import FeatureSet
 from csalign.features.shard import Rows
 from csalign.features.writer import FeatureWriter
 from csalign.runs.config import ApplyConfig
-from csalign.runs.load import check_tokens, load_adapter_for, stream_aligned
+from csalign.runs.load import check_features, load_adapter_for, stream_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
         features = FeatureSet.open(config.features)
         run = config.adapter
         adapter, info = load_adapter_for(features, run, config.device, config.allow_adapter)
-        token_sides = _token_sides(config, features, info)
+        token_sides = _token_sides(config, features, adapter)
         rows = _aligned(config, features, adapter, token_sides)
         if not distributed.is_main_process():
             for _ in rows:
@@ -152,18 +152,17 @@ def _sides(features: FeatureSet) -> list[Modality]:
     return [side for side in Modality if features.table(side).made_by is not None]
 
 
-def _token_sides(config: ApplyConfig, features: FeatureSet, info: AdapterInfo) -> list[Modality]:
+def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) -> list[Modality]:
     """Find the sides whose tokens are to be aligned."""
     if not config.tokens:
         return []
     if config.format != "parquet":
         raise ConfigError(f"tokens: {config.format} stores no tokens; use --format parquet")
-    trained = [side for side in Modality if info.adapters[side].token_width is not None]
+    trained = [side for side in Modality if adapter.side(side).shape.token_width is not None]
     if not trained:
         raise ConfigError(
             f"tokens: {config.adapter} was trained without tokens; train it with --token-weight"
         )
     found = [side for side in trained if features.table(side).has_tokens]
-    for side in found or trained:
-        check_tokens(features, side, config.adapter, info.adapters[side].token_width)
+    check_features(features, config.adapter, adapter, found or trained)
     return found

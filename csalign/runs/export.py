@@ -36,18 +36,14 @@ def export(
 ) -> dict[str, Any]:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
-    Args:
-        config: which run, and in which form.
-        progress: progress callback, of sides.
-        tolerance: largest difference in any component of a unit row.
-
     Returns:
-        "out", "to", "files", and "differences": the largest one on each sample of rows.
+        "out", "to", "files", and "differences": the largest one, in any component of a unit row,
+        on each sample of rows.
 
     Raises:
         ConfigError: a library is not installed, or the form does not support tokens.
         DataError: no such run or features, or an evaluation of another adapter.
-        OutputError: the difference exceeds the tolerance; or ``config.out`` must not be replaced.
+        OutputError: a difference exceeds the tolerance; or ``config.out`` must not be replaced.
     """
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)

@@ -1,6 +1,6 @@
 """Load a run for the features that go through it, and align their rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,34 +46,35 @@ def load_adapter_for(
     return adapter.to(pick_device(device)), info
 
 
-def check_features(features: FeatureSet, run: Path, adapter: Adapter) -> None:
-    """Raise DataError or ShapeError unless features have the widths and tokens of training."""
+def check_features(
+    features: FeatureSet, run: Path, adapter: Adapter, tokens: Collection[Modality] = ()
+) -> None:
+    """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
+
+    Tokens are needed of the sides in `tokens`, and of those that embed with tokens.
+    """
     for side in Modality:
-        table, shape = features.table(side), adapter.side(side).shape
+        table, own = features.table(side), adapter.side(side)
         if table.made_by is None:
             continue
-        if table.width != shape.input_width:
+        if table.width != own.shape.input_width:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
-                f"takes {shape.input_width}; use features of the encoders that it was trained on"
+                f"takes {own.shape.input_width}; use features of the encoders it was trained on"
             )
-        if adapter.side(side).embeds_with_tokens:
-            check_tokens(features, side, run, shape.token_width)
-
-
-def check_tokens(features: FeatureSet, side: Modality, run: Path, width: int | None) -> None:
-    """Raise DataError or ShapeError unless tokens are stored, of the width that a run takes."""
-    found = features.table(side).encoder.token_width
-    if found is None:
-        raise DataError(
-            f"{features.path}: stores no {side} tokens, but the adapter {run} takes some; make "
-            "the features with csalign extract --tokens both"
-        )
-    if found != width:
-        raise ShapeError(
-            f"{features.path}: {side} tokens are {found} wide, the adapter {run} takes {width}; "
-            "use features of the encoders and the --token-space that it was trained on"
-        )
+        if side not in tokens and not own.embeds_with_tokens:
+            continue
+        if table.made_by.token_width is None:
+            raise DataError(
+                f"{features.path}: stores no {side} tokens, but the adapter {run} takes some; make "
+                "the features with csalign extract --tokens both"
+            )
+        if table.made_by.token_width != own.shape.token_width:
+            raise ShapeError(
+                f"{features.path}: {side} tokens are {table.made_by.token_width} wide, the adapter "
+                f"{run} takes {own.shape.token_width}; use the encoders and the --token-space that "
+                "it was trained on"
+            )
 
 
 def embed_rows(
@@ -115,9 +116,6 @@ def stream_aligned(
         batch_size: rows per batch, at most.
         strings: columns to read too.
         keep_tokens: whether to align the tokens too.
-
-    Raises:
-        DataError: a row is not finite or has norm 0.
     """
     table = features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)

@@ -43,7 +43,7 @@ from csalign.core.results import Trial, TuneResult
 from csalign.core.version import __version__
 from csalign.features.join import PairedRows, Pairs
 from csalign.features.reader import FeatureSet
-from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergence import cs_divergence
 from csalign.runs.load import embed_rows
@@ -211,7 +211,9 @@ def _difference(
     if default is None:
         return {}
     drawn = default[RESAMPLED]
-    places = {(name,): np.array(values) for name, values in drawn["figures"].items()}
+    places: dict[Place, Floats] = {
+        (name,): np.array(values) for name, values in drawn["figures"].items()
+    }
     baseline = Resamples(places, drawn["images"])
     return {
         name: {
