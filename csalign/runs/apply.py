@@ -96,7 +96,7 @@ def _aligned(
     Each process embeds every n-th row group as a single process would, so all bits are the same.
     """
     world = distributed.world()
-    for side in _sides(features):
+    for side in Modality:
         ends = list(accumulate(g.rows for g in features.table(side).row_groups(schema.EMBEDDING)))
         for first in range(0, len(ends), world.size):
             group = first + world.rank
@@ -122,7 +122,8 @@ def _writer(
     info: AdapterInfo,
     token_sides: Sequence[Modality],
 ) -> RowWriter:
-    widths = {side: info.adapters[side].width for side in _sides(features)}
+    there = [side for side in Modality if features.table(side).made_by is not None]
+    widths = {side: info.adapters[side].width for side in there}
     if config.format == "parquet":
         encoders = {
             side: EncoderInfo(
@@ -146,10 +147,6 @@ def _writer(
     if config.format == "npy":
         return NpyExport(folder, sides, config.dtype, note)
     return ClipRetrievalExport(folder, sides, config.dtype, note, features.manifest.counts.pairs)
-
-
-def _sides(features: FeatureSet) -> list[Modality]:
-    return [side for side in Modality if features.table(side).made_by is not None]
 
 
 def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) -> list[Modality]:

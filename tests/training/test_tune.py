@@ -1,4 +1,3 @@
-import json
 import signal
 import subprocess
 import sys
@@ -382,10 +381,5 @@ def test_a_signal_keeps_the_trials_and_the_winner_so_far(
     assert f"holds {made} trials; rerun to resume" in errors
     assert "Traceback" not in errors
     assert (study / "config.toml").exists()
-    resumed = subprocess.run(
-        [*command, *options[2:], "--trials", str(made + 1), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert len(json.loads(resumed.stdout)["trials"]) == made + 1
+    config = TuneConfig(features=features, out=study, steps=8, hidden=8, trials=made + 1)
+    assert len(tune(config).trials) == made + 1
