@@ -29,8 +29,8 @@ from csalign.core.version import __version__
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter
-    from csalign.adapters.clip import wrap
     from csalign.adapters.sentences import SentenceAdapter
+    from csalign.adapters.wrappers import wrap
     from csalign.core.enums import Modality
     from csalign.evaluation.compare import compare
     from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig
@@ -81,7 +81,7 @@ _HOMES = {
     "search": "csalign.search.search",
     "train": "csalign.training.train",
     "tune": "csalign.training.tuning.tune",
-    "wrap": "csalign.adapters.clip",
+    "wrap": "csalign.adapters.wrappers",
 }
 
 __all__ = [

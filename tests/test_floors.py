@@ -24,14 +24,13 @@ FRONT_DOORS = {"__init__.py", "__main__.py"}
 ONLY_DOORS = {
     "diffusers": {"generation/unclip.py"},
     "faiss": {"search/vectors.py", "metrics/approximate.py"},
-    "huggingface_hub": {"adapters/hub.py", "generation/unclip.py", "encoders/hf_texts.py"},
+    "huggingface_hub": {"adapters/checkpoint.py", "generation/unclip.py", "encoders/hf_texts.py"},
     "h5py": {"sources/arrays/files.py"},
-    "onnx": {"adapters/graphs.py"},
-    "onnxruntime": {"adapters/graphs.py"},
+    "onnx": {"adapters/wrappers.py"},
+    "onnxruntime": {"adapters/wrappers.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
     "optuna": {
         "training/tuning/search_space.py",
-        "training/tuning/study.py",
         "training/tuning/tune.py",
     },
     "jinja2": {"report/model_card.py", "report/page.py"},

@@ -1,71 +1,52 @@
-"""Closed-form starts: regularised canonical correlation analysis, and simpler maps, with weights.
+"""Closed-form alignments of weighted pairs: CCA, ridge regression, and centring.
 
 CCA as CSA uses it (arXiv 2410.07610): whiten each side, take the singular vectors of the whitened
-cross-covariance, weigh each direction by a power of its correlation. Orthogonal Procrustes turns
-one side onto the other, ridge regression predicts a side that stays as it is. Weights on the pairs
-make a caption that a thousand images share count once. One pass over the pairs gives the moments;
-every closed form is then a small problem of the widths alone.
+cross-covariance, weight each direction by a power of its correlation. Ridge regression predicts a
+side that keeps its space. One pass over the pairs gives the moments; every closed form is then a
+small problem whose size depends on the widths alone. With weights on the pairs, a caption that a
+thousand images share counts once.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.inputs import Rows, to_tensor, unit_inputs
+from csalign.adapters.side import CHUNK_ROWS, Rows, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 
-Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
-CHUNK_ROWS = 8_192
+CPU = torch.device("cpu")
+TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A linear map for each side into one space: z = weight (u - mean) + bias.
+    """A linear map for each side into one space: z = weight (u - mean) + bias of unit rows u."""
 
-    Attributes:
-        name: which closed form and its settings, for people.
-        image_mean: (d,) float32, of the unit rows.
-        image_weight: (k, d) float32.
-        text_mean: (e,) float32.
-        text_weight: (k, e) float32.
-        image_bias: (k,) float32; None for 0.
-        text_bias: likewise.
-    """
-
-    name: str
-    image_mean: Tensor
-    image_weight: Tensor
-    text_mean: Tensor
-    text_weight: Tensor
-    image_bias: Tensor | None = None
+    name: str  # which closed form and its settings, as shown to users
+    image_mean: Tensor  # (d,) float32
+    image_weight: Tensor  # (k, d) float32
+    text_mean: Tensor  # (e,) float32
+    text_weight: Tensor  # (k, e) float32
+    image_bias: Tensor | None = None  # (k,) float32; None for 0
     text_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PairMoments:
-    """Weighted means and covariances of pairs, float64: all that a closed form needs.
+    """Weighted means and covariances of the unit rows of pairs, float64."""
 
-    Attributes:
-        mean_x: (d,) of the images' unit rows.
-        mean_y: (e,) of the texts' unit rows.
-        cov_xx: (d, d).
-        cov_yy: (e, e).
-        cov_xy: (d, e).
-    """
-
-    mean_x: Tensor
-    mean_y: Tensor
-    cov_xx: Tensor
-    cov_yy: Tensor
-    cov_xy: Tensor
+    mean_x: Tensor  # (d,) of images
+    mean_y: Tensor  # (e,) of texts
+    cov_xx: Tensor  # (d, d)
+    cov_yy: Tensor  # (e, e)
+    cov_xy: Tensor  # (d, e)
 
     @classmethod
     def of(
@@ -81,9 +62,9 @@ class PairMoments:
         Args:
             images: (n, d), any float dtype.
             texts: (m, e).
-            pairs: k image rows and the k text rows that they are matched with.
+            pairs: k image rows and the k text rows that they are paired with.
             weights: (k,), >= 0, not all 0.
-            signed_sqrt: whether the square root is taken, for images and texts.
+            signed_sqrt: whether to take the square root first, of images and of texts.
         """
         d, e = images.shape[1], texts.shape[1]
         total = torch.zeros(d + e, dtype=torch.float64)
@@ -100,15 +81,15 @@ class PairMoments:
         return cls(total[:d], total[d:], covariance[:d, :d], covariance[d:, d:], covariance[:d, d:])
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Eigenvalues and vectors of both sides, and the cross-covariance in those bases."""
+    def eigen(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Ascending eigenvalues and vectors of images, of texts, and the cross-covariance there."""
         values_x, vectors_x = torch.linalg.eigh(self.cov_xx)
         values_y, vectors_y = torch.linalg.eigh(self.cov_yy)
         cross = vectors_x.T @ self.cov_xy @ vectors_y
         return values_x.clamp(min=0), vectors_x, values_y.clamp(min=0), vectors_y, cross
 
     def cca(self, *, ridge: float, powers: tuple[float, ...], width: int) -> Iterator[ClosedForm]:
-        """Regularised CCA for one ridge and several powers of the correlations.
+        """Compute regularised CCA for one ridge and several powers of the correlations.
 
         Whitening uses (C + ridge * mean eigenvalue * I)^(-1/2) on each side.
 
@@ -117,7 +98,7 @@ class PairMoments:
             powers: a direction is scaled by its correlation to this power, on each side.
             width: directions to keep, at most min(d, e).
         """
-        values_x, vectors_x, values_y, vectors_y, cross = self._eigen
+        values_x, vectors_x, values_y, vectors_y, cross = self.eigen
         scale_x = (values_x + ridge * values_x.mean() + TINY).rsqrt()
         scale_y = (values_y + ridge * values_y.mean() + TINY).rsqrt()
         left, correlations, right = torch.linalg.svd(
@@ -125,8 +106,8 @@ class PairMoments:
         )
         map_x = (vectors_x * scale_x) @ left[:, :width]  # (d, k)
         map_y = (vectors_y * scale_y) @ right.T[:, :width]
-        # The ridge leaves a direction with another variance on each side. Moving a factor from one
-        # side to the other keeps every inner product and makes the two distributions alike.
+        # With a ridge the variances of a direction differ between the sides. Moving a factor from
+        # one side to the other keeps every inner product and makes the two variances equal.
         balance = (_deviations(map_y, self.cov_yy) / _deviations(map_x, self.cov_xx)).sqrt()
         map_x, map_y = map_x * balance, map_y / balance
         for power in powers:
@@ -140,12 +121,12 @@ class PairMoments:
             )
 
     def centred(self, to: Modality | None = None) -> ClosedForm:
-        """Each side minus its own mean, for encoders that already share a space.
+        """Subtract the mean of each side, for encoders that already share a space.
 
-        Subtracting the means takes the centroid gap away and leaves the rest as it was.
+        This removes the centroid gap and changes nothing else.
 
         Args:
-            to: a side to leave where it is; the other is then moved onto its mean.
+            to: a side to leave unchanged; the other is then moved onto its mean.
         """
         identity = torch.eye(len(self.mean_x))
         if to is not None:
@@ -155,17 +136,17 @@ class PairMoments:
         )
 
     def ridge(self, to: Modality, ridge: float, *, centre: bool = False) -> ClosedForm:
-        """Ridge regression of one side's unit rows on the other's, for a side that keeps its space.
+        """Regress the unit rows of one side, which keeps its space, on those of the other.
 
         The map minimises the weighted mean squared error plus the ridge times its squared norm.
 
         Args:
             to: the side to predict, whose map is the identity.
             ridge: > 0, relative to the mean eigenvalue of the other side's covariance.
-            centre: whether to centre the side `to` as well. Otherwise it stays where it is, as a
-                frozen side must, and the map has a bias to get there.
+            centre: whether to centre the side `to` too. Otherwise it stays unchanged, as a frozen
+                side must, and the map has a bias.
         """
-        values_x, vectors_x, values_y, vectors_y, _ = self._eigen
+        values_x, vectors_x, values_y, vectors_y, _ = self.eigen
         if to is Modality.TEXT:
             values, vectors, cross = values_x, vectors_x, self.cov_xy
         else:
@@ -178,49 +159,14 @@ class PairMoments:
         x, y = self.mean_x.float(), self.mean_y.float()
         return replace(form, image_mean=x, text_mean=y, image_bias=None, text_bias=None)
 
-    def procrustes(self, width: int | None = None) -> ClosedForm:
-        """Orthogonal Procrustes: the rotation or reflection that takes one side nearest the other.
-
-        Both sides are centred. The narrower one (the texts', if they are alike) keeps its axes;
-        the wider one is first reduced to its principal components.
-
-        Args:
-            width: components to keep of both, at most min(d, e), which is the default.
-        """
-        _, vectors_x, _, vectors_y, _ = self._eigen  # in ascending order of their eigenvalues
-        d, e = len(self.mean_x), len(self.mean_y)
-        k = min(d, e) if width is None else width
-        axes_x = _eye(d) if d == k else vectors_x[:, -k:].flip(1)
-        axes_y = _eye(e) if e == k else vectors_y[:, -k:].flip(1)
-        left, _, right = torch.linalg.svd(axes_x.T @ self.cov_xy @ axes_y)
-        if d < e:
-            axes_y = axes_y @ right.T @ left.T
-        else:
-            axes_x = axes_x @ left @ right
-        return ClosedForm(
-            "orthogonal Procrustes",
-            self.mean_x.float(),
-            axes_x.T.float().contiguous(),
-            self.mean_y.float(),
-            axes_y.T.float().contiguous(),
-        )
-
     def _onto(self, to: Modality, name: str, weight: Tensor) -> ClosedForm:
-        """The side `to` as it is, the other mapped with its mean onto that side's mean."""
+        """Keep the side `to`; map the other so that the means coincide."""
         x, y = self.mean_x.float(), self.mean_y.float()
         if to is Modality.TEXT:
             eye = torch.eye(len(y))
             return ClosedForm(name, x, weight, torch.zeros_like(y), eye, image_bias=y)
         eye = torch.eye(len(x))
         return ClosedForm(name, torch.zeros_like(x), eye, y, weight, text_bias=x)
-
-
-CPU = torch.device("cpu")
-TINY = 1e-12  # keeps constant features, whose variance is 0, from dividing by zero
-
-
-def _eye(n: int) -> Tensor:
-    return torch.eye(n, dtype=torch.float64)
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -235,11 +181,11 @@ def _deviations(columns: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _unit_energy(columns: Tensor, covariance: Tensor) -> Tensor:
-    """(d, k) map as a (k, d) weight, scaled so that outputs have mean squared norm 1."""
+    """Transpose a (d, k) map to a (k, d) weight whose outputs have mean squared norm 1."""
     scale: Tensor = torch.linalg.vector_norm(_deviations(columns, covariance))
     return (columns / scale).T.float().contiguous()
 
 
 def is_non_negative(values: Rows) -> bool:
-    """Whether features look like averages of ReLU activations: no value below 0."""
+    """Return whether no value is below 0, as in averages of ReLU activations."""
     return all(values[rows].min() >= 0 for rows in _chunks(len(values)))

@@ -1,4 +1,4 @@
-"""Two sets of outputs brought to one mean and one covariance, by an affine map of each."""
+"""Moment matching: affine maps that give the outputs of both sides one mean and covariance."""
 
 from typing import NamedTuple
 
@@ -6,53 +6,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SHRINKAGE = 0.3  # towards equal variances; keeps what few rows say of small directions small
-LEAST_VARIANCE = 1e-9  # keeps sides that do not vary at all as they are
-CENTRED = 1e-4  # distance to the mean that is asked for: far below any gap that is measured
+SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
+LEAST_VARIANCE = 1e-9  # leaves sides without any variance unchanged
+CENTRED = 1e-4  # distance to the target mean at which to stop: far below any measured gap
 CENTRING_ROUNDS = 50
+NEIGHBOURS = 10
+CHUNK_ROWS = 2_048
 _TINY = 1e-12
 
 
 class OutputMap(NamedTuple):
-    """z -> weight z + bias of a side's outputs.
+    """The map z -> weight z + bias of the outputs of a side."""
 
-    Attributes:
-        weight: (k, k) float32.
-        bias: (k,) float32.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (k, k) float32
+    bias: Tensor  # (k,) float32
 
 
 class Outputs(NamedTuple):
-    """A side's outputs.
+    """The outputs of a side."""
 
-    Attributes:
-        rows: (n, k), not normalised.
-        weights: (n,), >= 0, not all 0: how much each row counts.
-        is_frozen: whether the side has to stay as it is.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    is_frozen: bool = False
+    rows: Tensor  # (n, k), not normalised
+    weights: Tensor  # (n,), >= 0, not all 0: how much each row counts
+    is_frozen: bool = False  # whether the side must stay unchanged
 
 
 def match_moments(
     x: Outputs, y: Outputs, *, covariances: bool = True
 ) -> tuple[OutputMap, OutputMap]:
-    """Affine maps after which the unit rows of both sides have like means and covariances.
+    """Find affine maps after which the unit rows of both sides have similar moments.
 
     Each side goes half of the way: its mean unit row to 0, its covariance to the midpoint of the
-    two, by the optimal transport between Gaussians. Beside a frozen side the other goes all of it.
+    two, by the optimal transport between Gaussians. If one side is frozen, the other goes all of
+    the way.
 
     Args:
         x: outputs of one side.
-        y: of the other, as wide.
-        covariances: whether to match these too, and not the means alone.
+        y: of the other, of the same width.
+        covariances: whether to match the covariances too, not only the means.
     """
-    sides = [_Side.of(x), _Side.of(y)]
+    sides = [_Side(x), _Side(y)]
     frozen = [side for side in sides if side.is_frozen]
     target = frozen[0].mean() if frozen else torch.zeros(x.rows.shape[1], dtype=torch.float64)
     for side in sides:
@@ -67,18 +59,15 @@ def match_moments(
 
 
 class _Side:
-    """One side's outputs under the map found so far, float64."""
+    """The outputs of one side under the map found so far, float64."""
 
-    def __init__(self, rows: Tensor, weights: Tensor, is_frozen: bool) -> None:
-        self.rows = rows.double()  # already stretched, not yet moved
-        self.share = (weights.double() / weights.double().sum())[:, None]
-        self.is_frozen = is_frozen
-        self.weight = torch.eye(rows.shape[1], dtype=torch.float64)
-        self.bias = torch.zeros(rows.shape[1], dtype=torch.float64)
-
-    @classmethod
-    def of(cls, outputs: Outputs) -> "_Side":
-        return cls(outputs.rows.cpu(), outputs.weights.cpu(), outputs.is_frozen)
+    def __init__(self, outputs: Outputs) -> None:
+        self.rows = outputs.rows.cpu().double()  # stretched, but not moved
+        weights = outputs.weights.cpu().double()
+        self.share = (weights / weights.sum())[:, None]
+        self.is_frozen = outputs.is_frozen
+        self.weight = torch.eye(self.rows.shape[1], dtype=torch.float64)
+        self.bias = torch.zeros(self.rows.shape[1], dtype=torch.float64)
 
     def mean(self) -> Tensor:
         return (self.share * normalize(self.rows + self.bias, dim=1)).sum(0)
@@ -93,7 +82,7 @@ class _Side:
     def centre(self, target: Tensor) -> None:
         """Move the origin until the mean unit row is `target`.
 
-        For a target of 0 this is Weiszfeld's iteration: the origin becomes the spatial median.
+        For a target of 0 this is Weiszfeld's iteration for the spatial median.
         """
         if self.is_frozen:
             return
@@ -111,12 +100,7 @@ class _Side:
 
 
 def transport(own: Tensor, other: Tensor) -> Tensor:
-    """The optimal transport map between centred Gaussians: symmetric T with T own T = other.
-
-    Args:
-        own: (k, k), symmetric, positive definite, float64.
-        other: likewise.
-    """
+    """Optimal transport between centred Gaussians: the symmetric T with T own T = other, (k, k)."""
     root, inverse = _power(own, 0.5), _power(own, -0.5)
     found: Tensor = inverse @ _power(root @ other @ root, 0.5) @ inverse
     return found
@@ -126,3 +110,21 @@ def _power(matrix: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     found: Tensor = (vectors * values.clamp(min=_TINY) ** power) @ vectors.T
     return found
+
+
+def nearest_mean(known: Tensor, values: Tensor, rows: Tensor, *, k: int = NEIGHBOURS) -> Tensor:
+    """Average a value, for each row, over the k known rows nearest by cosine (or all, if fewer).
+
+    Args:
+        known: (n, d), unit rows, n >= 1.
+        values: (n,), float.
+        rows: (m, d), unit rows.
+        k: neighbours.
+
+    Returns:
+        (m,), of the dtype of `values`.
+    """
+    k = min(k, len(known))
+    chunks = torch.split(rows, CHUNK_ROWS)
+    parts = [values[(part @ known.T).topk(k).indices].mean(1) for part in chunks]
+    return torch.cat(parts) if parts else values[:0]

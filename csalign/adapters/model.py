@@ -1,7 +1,6 @@
 """The adapters of both sides: small maps that take each modality into one shared space."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,27 +9,24 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import ClosedForm
-from csalign.adapters.inputs import to_tensor
 from csalign.adapters.kinds import build_side
-from csalign.adapters.side import SideAdapter, SideShape
+from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
 from csalign.core.enums import Modality
 from csalign.core.errors import ShapeError
 
-__all__ = ["Adapter", "SideShape", "to_tensor"]
-
-Array = npt.NDArray[Any]
+__all__ = ["Adapter", "SideShape"]
 
 
 class Adapter(nn.Module):
     """The adapters of both sides.
 
     Args:
-        shapes: of each side; both have one shared width.
+        shapes: of each side, with one shared width.
         allow: kinds ``package.module:Class`` that may be imported; see `kinds.find_kind`.
 
     Raises:
         ConfigError: there is no such kind, or it may not be imported.
-        ShapeError: a kind cannot be of its shape, or the sides share no width.
+        ShapeError: a kind does not support its shape, or the widths of the sides differ.
     """
 
     def __init__(
@@ -47,20 +43,20 @@ class Adapter(nn.Module):
         self.text = build_side(text, allow=allow)
 
     def side(self, modality: Modality) -> SideAdapter:
-        """The adapter of one side."""
+        """Return the adapter of one side."""
         return self.image if modality is Modality.IMAGE else self.text
 
     def start_from(self, form: ClosedForm) -> None:
         """Make both sides compute a closed form.
 
         Raises:
-            ValueError: a side's kind cannot be that map.
+            ValueError: the kind of a side cannot compute that map.
         """
         self.image.start_from(form.image_mean, form.image_weight, form.image_bias)
         self.text.start_from(form.text_mean, form.text_weight, form.text_bias)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Trainable parameters by side."""
+        """Count the trainable parameters of each side."""
         return {
             side.value: sum(p.numel() for p in self.side(side).parameters() if p.requires_grad)
             for side in Modality
@@ -68,12 +64,12 @@ class Adapter(nn.Module):
 
     @torch.inference_mode()
     def embed(self, modality: Modality, embeddings: Array, *, batch_size: int = 8_192) -> Array:
-        """Aligned embeddings of one side.
+        """Align the embeddings of one side.
 
         Args:
-            modality: which side the embeddings come from.
+            modality: which side they come from.
             embeddings: (n, input_width), any float dtype, finite, no row of norm 0.
-            batch_size: rows at a time.
+            batch_size: rows per forward pass.
 
         Returns:
             (n, width) float32, unit rows.
@@ -93,7 +89,7 @@ class Adapter(nn.Module):
     def embed_tokens(
         self, modality: Modality, embeddings: Array, tokens: Array, mask: npt.NDArray[np.bool_]
     ) -> tuple[Array, Array]:
-        """Aligned embeddings and tokens of one batch of a side.
+        """Align the embeddings and tokens of one batch of a side.
 
         Args:
             modality: which side they come from.
@@ -105,21 +101,17 @@ class Adapter(nn.Module):
             (n, width) and (n, t, width) float32: unit rows, 0 where there is no token.
 
         Raises:
-            ShapeError: a width is not the one that the adapter was trained on, or the shapes do
-                not fit together.
+            ShapeError: a width differs from training, or the shapes do not fit together.
         """
         side = self._side_for(modality, embeddings)
         takes = side.shape.token_width
-        if tokens.ndim != 3 or tokens.shape[2] != takes:
-            raise ShapeError(
-                f"{modality} tokens have shape {tokens.shape}, the adapter takes "
-                + ("none" if takes is None else f"width {takes}")
-                + "; use the tokens that it was trained on"
-            )
-        if len(embeddings) != len(tokens) or mask.shape != tokens.shape[:2]:
+        if tokens.shape != (len(embeddings), *tokens.shape[1:2], takes) or (
+            mask.shape != tokens.shape[:2]
+        ):
             raise ShapeError(
                 f"{modality}: {len(embeddings)} embeddings, tokens of shape {tokens.shape} and a "
-                f"mask of shape {mask.shape} do not fit together"
+                f"mask of shape {mask.shape} do not fit together; the adapter takes tokens of "
+                f"width {takes}"
             )
         self.eval()
         device = side.mean.device

@@ -1,35 +1,77 @@
-"""What every adapter of one side is, whoever wrote it."""
+"""The base class of every adapter, which maps the embeddings of one side, and its inputs."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from csalign.adapters import draws
-from csalign.adapters.inputs import unit_inputs
 from csalign.core.errors import ShapeError
 
-MAX_SIZE = 2**20  # nobody's width; keeps a damaged description from asking for all memory
+MAX_SIZE = 2**20  # beyond any real width; a damaged description cannot ask for all memory
 MAX_LAYERS = 64
+CHUNK_ROWS = 8_192
+
+Array = npt.NDArray[Any]
+
+
+class Rows(Protocol):
+    """Embeddings (n, d) in memory or on disk; indexing gives an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+def unit_inputs(x: Tensor, *, signed_sqrt: bool) -> Tensor:
+    """Normalise raw rows (..., d), after sign(x) sqrt(|x|) if asked; float32, before centring."""
+    x = x.float()
+    if signed_sqrt:
+        x = x.sign() * x.abs().sqrt()
+    return normalize(x, dim=-1)
+
+
+def to_tensor(values: Array, device: torch.device) -> Tensor:
+    """Copy an array into a float32 tensor on a device; the cast from float16 happens there."""
+    # A read-only array (Arrow's memory) must be copied before torch may share it.
+    own = torch.from_numpy(np.array(values))
+    if device.type == "cuda":
+        return own.pin_memory().to(device, non_blocking=True).float()
+    return own.to(device).float()
+
+
+def mean_square(rows: Rows) -> float:
+    """Mean squared norm of rows (n, d), n >= 1, read in chunks."""
+    starts = range(0, len(rows), CHUNK_ROWS)
+    chunks = (np.asarray(rows[start : start + CHUNK_ROWS], np.float64) for start in starts)
+    return sum(float(np.square(chunk).sum()) for chunk in chunks) / len(rows)
 
 
 @dataclass(frozen=True)
 class SideShape:
-    """Everything that a side's adapter is built from, beside its weights.
+    """Everything that the adapter of one side is built from, apart from its weights.
 
     Attributes:
-        kind: a name in `csalign.adapters.kinds.KINDS`, of an entry point of the group
+        kind: a name in `csalign.adapters.kinds.KINDS`, the name of an entry point in the group
             ``csalign.adapters``, or ``package.module:Class``.
         input_width: of the frozen encoder's embeddings.
         width: of the shared space.
-        hidden: hidden width of "mlp", "glu" and of the blocks of "transformer".
-        dropout: in those and in "low-rank", while training.
-        signed_sqrt: whether sign(x) sqrt(|x|) is taken first, which evens out the few large
-            activations of non-negative (ReLU-pooled) features.
-        token_width: of the tokens that will come with the embeddings; None for none.
-        rank: of the change that "low-rank" makes.
+        hidden: hidden width of "mlp", "glu" and the blocks of "transformer".
+        dropout: in those and in "low-rank", during training.
+        signed_sqrt: take sign(x) sqrt(|x|) first, which evens out the few large activations of
+            non-negative (ReLU-pooled) features.
+        token_width: of the tokens that come with the embeddings; None if there are none.
+        rank: of the update of "low-rank".
         layers: blocks of "transformer".
+
+    Raises:
+        ValueError: a size is out of range.
     """
 
     kind: str
@@ -43,58 +85,40 @@ class SideShape:
     layers: int = 2
 
     def __post_init__(self) -> None:
-        """Refuse what no adapter can be built from, such as a damaged description."""
+        """Check the sizes."""
         sizes = [self.input_width, self.width, self.hidden, self.rank]
-        if self.token_width is not None:
-            sizes.append(self.token_width)
+        sizes += [] if self.token_width is None else [self.token_width]
         sizes_fit = min(sizes) >= 1 and max(sizes) <= MAX_SIZE
         if not (sizes_fit and 1 <= self.layers <= MAX_LAYERS and 0 <= self.dropout < 1):
             raise ValueError(f"no adapter has this shape: {self}")
 
 
 class Aligned(NamedTuple):
-    """Embeddings and their tokens in the shared space.
+    """Embeddings and their tokens in the shared space, float32, not normalised."""
 
-    Attributes:
-        embeddings: (n, width) float32, not normalised.
-        tokens: (n, t, width) float32, not normalised; 0 where there is no token.
-    """
-
-    embeddings: Tensor
-    tokens: Tensor
+    embeddings: Tensor  # (n, width)
+    tokens: Tensor  # (n, t, width), 0 at padded positions
 
 
 class SideAdapter(nn.Module):
-    """The adapter of one side. A kind of your own is a subclass with a `forward`.
+    """The adapter of one side; a custom kind is a subclass with a `forward`.
 
     It is built from a `SideShape` alone, keeps everything it learns in its state dict, treats rows
-    independently of each other, and its output does not depend on a row's norm::
-
-        class Bottleneck(SideAdapter):
-            def __init__(self, shape: SideShape) -> None:
-                super().__init__(shape)
-                self.down = nn.Linear(shape.input_width, 32)
-                self.up = nn.Linear(32, shape.width)
-
-            def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
-                return self.up(self.down(self.inputs(x, noise)).relu())
-
-    Name it in an entry point of the group ``csalign.adapters``, or by ``package.module:Class``.
-    What it drops out it should drop by `csalign.adapters.draws.Dropout`, whose numbers do not
-    depend on how many processes train.
+    independently of each other, and its output does not depend on the norm of a row. The README of
+    this package has an example.
 
     Args:
         shape: what to build.
 
     Attributes:
-        accepts_closed_form: whether `start_from` takes any linear map.
-        accepts_output_map: whether there is a `then`.
-        keeps_width: whether the shared space has to be as wide as this side's embeddings.
+        accepts_closed_form: whether `start_from` accepts any linear map.
+        accepts_output_map: whether `then` is implemented.
+        keeps_width: whether the shared space must be as wide as the embeddings of this side.
         projects_tokens: whether tokens may have another width than the embeddings.
         mean: (input_width,) float32 that `inputs` subtracts; 0 unless `start_from` sets it.
 
     Raises:
-        ShapeError: the kind cannot be of that shape.
+        ShapeError: the kind does not support that shape.
     """
 
     accepts_closed_form: ClassVar[bool] = False
@@ -111,7 +135,7 @@ class SideAdapter(nn.Module):
 
     @classmethod
     def check(cls, shape: SideShape) -> None:
-        """Raise ShapeError if this kind cannot be of that shape; builds nothing."""
+        """Raise ShapeError if this kind does not support a shape; builds nothing."""
         if shape.token_width not in (None, shape.input_width) and not cls.projects_tokens:
             raise ShapeError(
                 f"{shape.kind}: takes tokens as wide as the embeddings, but tokens are "
@@ -126,7 +150,7 @@ class SideAdapter(nn.Module):
 
     @classmethod
     def mixes_tokens(cls) -> bool:
-        """Whether an embedding may depend on its tokens: the kind has its own `forward_tokens`."""
+        """Return whether embeddings may depend on tokens: the kind defines `forward_tokens`."""
         return cls.forward_tokens is not SideAdapter.forward_tokens
 
     @property
@@ -135,10 +159,10 @@ class SideAdapter(nn.Module):
         return self.shape.token_width is not None and self.mixes_tokens()
 
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
-        """Unit rows minus the mean, with Gaussian noise of that norm; (n, input_width) float32."""
+        """Unit rows minus the mean, plus Gaussian noise of that norm; (n, input_width) float32."""
         u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt) - self.mean
         if noise:
-            u = u + draws.normal_like(u) * (noise / self.shape.input_width**0.5)
+            u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)
         return u
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
@@ -146,7 +170,7 @@ class SideAdapter(nn.Module):
 
         Args:
             x: (n, input_width), any float dtype, any norm but 0.
-            noise: norm of the Gaussian noise added to the unit rows, for training.
+            noise: expected norm of the Gaussian noise added to the unit rows, for training.
 
         Returns:
             (n, width) float32, not normalised.
@@ -156,18 +180,18 @@ class SideAdapter(nn.Module):
     def forward_tokens(
         self, x: Tensor, tokens: Tensor, mask: Tensor, noise: float = 0.0
     ) -> Aligned:
-        """Map embeddings and their tokens; by default each token as if it were an embedding.
+        """Map embeddings and their tokens; by default each token like an embedding.
 
-        A kind that has its own is taken to mix tokens into the embedding: where it was trained
-        with tokens, it is only ever called with them.
+        A kind that overrides this mixes tokens into the embedding; trained with tokens, it is
+        always called with them.
 
         Args:
             x: (n, input_width), as in `forward`.
-            tokens: (n, t, token_width), any float dtype; anything, even NaN, where there is none.
+            tokens: (n, t, token_width), any float dtype; padding may hold anything, even NaN.
             mask: (n, t) bool, true where there is a token.
             noise: as in `forward`, on tokens too.
         """
-        return Aligned(self(x, noise), spread(self(tokens[mask], noise), mask))
+        return Aligned(self(x, noise), scatter_tokens(self(tokens[mask], noise), mask))
 
     def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Make the adapter compute z = weight (u - mean) + bias of the unit rows u.
@@ -178,25 +202,25 @@ class SideAdapter(nn.Module):
             bias: (width,); 0 by default.
 
         Raises:
-            ValueError: the kind cannot be that map; see `accepts_closed_form`.
+            ValueError: the kind cannot compute that map; see `accepts_closed_form`.
         """
         raise ValueError(f"{self.shape.kind}: starts from no closed form")
 
     def then(self, weight: Tensor, bias: Tensor) -> None:
-        """Make the adapter compute weight z + bias of what are its outputs z now.
+        """Append an affine map: replace the outputs z by weight z + bias.
 
         Args:
             weight: (width, width).
             bias: (width,).
 
         Raises:
-            ValueError: the kind cannot; see `accepts_output_map`.
+            ValueError: the kind does not support it; see `accepts_output_map`.
         """
         raise ValueError(f"{self.shape.kind}: takes no map of its outputs")
 
 
-def spread(rows: Tensor, mask: Tensor) -> Tensor:
-    """The rows (k, w) where the mask (n, t) is true, in order; 0 elsewhere. (n, t, w)."""
+def scatter_tokens(rows: Tensor, mask: Tensor) -> Tensor:
+    """Place rows (k, w), in order, where the mask (n, t) is true; 0 elsewhere. (n, t, w)."""
     padded = rows.new_zeros(*mask.shape, rows.shape[-1])
     padded[mask] = rows
     return padded

@@ -34,12 +34,13 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     if (folder / MANIFEST).is_file():
         return _inspect_features(folder)
     # Torch and FAISS take seconds to import, which feature sets need not wait for.
-    from csalign.adapters.checkpoint import DESCRIPTION, load_adapter_with_info
+    from csalign.adapters.checkpoint import DESCRIPTION
+    from csalign.runs.load import load_run
     from csalign.search.manifest import DESCRIPTION as INDEX
     from csalign.search.manifest import describe_index, read_index_manifest
 
     if not is_remote(folder) and (folder / DESCRIPTION).is_file():
-        adapter, info = load_adapter_with_info(folder)
+        adapter, info = load_run(folder)
         scores = [line for line in read_lines(folder) if "validation" in line]
         read_settings(folder)
         read_environment(folder)

@@ -1,11 +1,10 @@
-"""``csalign apply``: a feature set through trained adapters, into a feature set or other forms."""
+"""``csalign apply``: write the aligned embeddings of a feature set, as features or other forms."""
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -13,209 +12,130 @@ from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.errors import ConfigError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
-from csalign.features.checks import check_directions
 from csalign.features.export import ClipRetrievalExport, NpyExport, RowWriter
-from csalign.features.reader import FeatureSet, FeatureTable, batch_tokens, batch_vectors
+from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
-from csalign.features.tokens import pad_tokens
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.runs.config import ApplyConfig
-from csalign.runs.load import ROWS_WITH_TOKENS, check_tokens, load_adapter_for
+from csalign.runs.load import check_features, load_adapter_for, stream_aligned
 
 logger = logging.getLogger(__name__)
 
 
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
-    """Map every row, paired or not, into the shared space; streams by row group.
+    """Map every row, paired or not, into the shared space, one row group at a time.
 
-    Ids, captions, pairs and splits are kept; embeddings are unit rows, and so are tokens where
-    they are asked for and the adapter was trained with them. The format "clip-retrieval" holds
-    pairs alone, and a warning counts what has no partner. Under torchrun the processes embed row
-    groups in turn, and the first writes them, to the same bytes.
-
-    Args:
-        config: what to do.
-        progress: told how far it is.
+    Ids, captions, pairs and splits are kept; embeddings and tokens become unit rows. The format
+    "clip-retrieval" stores only pairs, and a warning counts the rows without a partner. Under
+    torchrun the processes embed row groups in turn, and the main process writes them, to the same
+    bytes.
 
     Raises:
-        ConfigError: tokens are asked for in a format that has none, or of an adapter that takes
-            none.
-        DataError: no such feature set or run; or there are no pairs where the format needs them.
-        ShapeError: the features are not of the width that the adapter takes.
+        ConfigError: the format or the adapter does not support tokens.
+        DataError: no such feature set or run; or there are no pairs and the format needs them.
+        ShapeError: the widths of the features differ from those of training.
         OutputError: ``config.out`` exists and is not to be replaced.
     """
     with distributed.process_group():
-        return _lead(config, progress) if distributed.is_main_process() else _follow(config)
+        if distributed.is_main_process():
+            inputs = (config.features, config.adapter)
+            atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+        features = FeatureSet.open(config.features)
+        run = config.adapter
+        adapter, info = load_adapter_for(features, run, config.device, config.allow_adapter)
+        token_sides = _token_sides(config, features, adapter)
+        rows = _aligned(config, features, adapter, token_sides)
+        if not distributed.is_main_process():
+            for _ in rows:
+                pass  # the main process writes them
+            received: dict[str, Any] = distributed.broadcast(dict)
+            return FeaturesResult(**{**received, "features": config.out})
+        result = _write(config, features, info, token_sides, rows, progress)
+        distributed.broadcast(result.to_json)
+        return result
 
 
-def _lead(config: ApplyConfig, progress: Progress) -> FeaturesResult:
-    """Write what all processes embed."""
-    inputs = (config.features, config.adapter)
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
-    work = _Work.of(config)
-    work.features.verify()
-    total = len(work.features.images) + len(work.features.texts)
-    done = 0
+def _write(
+    config: ApplyConfig,
+    features: FeatureSet,
+    info: AdapterInfo,
+    token_sides: Sequence[Modality],
+    aligned: Iterator[tuple[Modality, Rows]],
+    progress: Progress,
+) -> FeaturesResult:
+    features.verify()
+    counts = features.manifest.counts
+    done, unpaired = 0, dict.fromkeys(Modality, 0)
     with atomic.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
-        with _writer(folder, config, work) as writer:
-            for side in work.sides:
-                for rows in work.adapted(side, config.batch_size):
-                    writer.write(side, rows)
-                    done += len(rows.embeddings)
-                    progress("rows", done, total)
-    counts = work.features.manifest.counts
-    left_out = dict.fromkeys(Modality, 0)
+        with _writer(folder, config, features, info, token_sides) as writer:
+            for side, rows in aligned:
+                writer.write(side, rows)
+                done += len(rows.embeddings)
+                progress("rows", done, counts.images + counts.texts)
     if isinstance(writer, ClipRetrievalExport):
-        left_out |= writer.omitted
-        _warn_of(left_out)
-    result = FeaturesResult(
-        config.out,
-        counts.images - left_out[Modality.IMAGE],
-        counts.texts - left_out[Modality.TEXT],
-        counts.pairs,
-        0,
-        names=work.features.manifest.names,
-    )
-    distributed.broadcast(result.to_json)
-    return result
+        unpaired |= writer.omitted
+    images, texts = (unpaired[side] for side in Modality)
+    if images or texts:
+        message = "%d images and %d texts have no partner, which clip-retrieval cannot store; "
+        logger.warning(message + "--format npy keeps them", images, texts)
+    counted = counts.images - images, counts.texts - texts, counts.pairs
+    return FeaturesResult(config.out, *counted, 0, names=features.manifest.names)
 
 
-def _follow(config: ApplyConfig) -> FeaturesResult:
-    """Embed rows that another process writes."""
-    work = _Work.of(config)
-    for side in work.sides:
-        for _ in work.adapted(side, config.batch_size):
-            pass
-    result: dict[str, Any] = distributed.broadcast(dict)
-    return FeaturesResult(**{**result, "features": config.out})
+def _aligned(
+    config: ApplyConfig, features: FeatureSet, adapter: Adapter, token_sides: Sequence[Modality]
+) -> Iterator[tuple[Modality, Rows]]:
+    """Align all rows in order; of several processes the main one gets them all.
 
-
-@dataclass(frozen=True)
-class _Work:
-    """What goes through which adapter.
-
-    Attributes:
-        features: the feature set.
-        adapter: trained.
-        info: what is told of it.
-        sides: that the feature set has.
-        tokens: of them, whose tokens are kept.
+    Each process embeds every n-th row group as a single process would, so all bits are the same.
     """
-
-    features: FeatureSet
-    adapter: Adapter
-    info: AdapterInfo
-    sides: Sequence[Modality]
-    tokens: Sequence[Modality]
-
-    @classmethod
-    def of(cls, config: ApplyConfig) -> Self:
-        """That of a config; raises what `apply` does."""
-        features = FeatureSet.open(config.features)
-        adapter, info = load_adapter_for(
-            features, config.adapter, config.device, config.allow_adapter
-        )
-        sides = [side for side in Modality if features.table(side).info is not None]
-        return cls(features, adapter, info, sides, _sides_of_tokens(config, features, info))
-
-    def adapted(self, side: Modality, batch_size: int) -> Iterator[Rows]:
-        """The rows of a side, in order; of several processes, in the first alone.
-
-        Each then embeds row groups in turn, as one process does it, so that all bits are the same.
-        """
-        table = self.features.table(side)
-        groups = table.row_groups()
-        starts = [0, *accumulate(group.rows for group in groups)]
-        world = distributed.world()
-        for first in range(0, len(groups), world.size):
-            own = first + world.rank
-            found: Iterator[Rows] = iter(())
-            if own < len(groups):
-                part = range(starts[own], starts[own + 1])
-                found = self._embedded(table, batch_size, part, keep_tokens=side in self.tokens)
-            if world.size == 1:
-                yield from found
-                continue
-            for rows in distributed.gather(list(found)):
-                yield from rows
-
-    def _embedded(
-        self, table: FeatureTable, batch_size: int, part: range, *, keep_tokens: bool
-    ) -> Iterator[Rows]:
-        """A row group through the adapter."""
-        adapter, names = self.adapter, schema.STRING_COLUMNS[table.modality]
-        with_tokens = keep_tokens or adapter.side(table.modality).embeds_with_tokens
-        columns = [*names, schema.EMBEDDING, *([schema.TOKENS] if with_tokens else [])]
-        for _, batch in table.read(*columns, rows=np.arange(part.start, part.stop)):
-            strings = {name: batch.column(name).to_pylist() for name in names}
-            vectors = batch_vectors(batch, schema.EMBEDDING)
-            name = f"{table.folder}: {table.modality.plural}"
-            check_directions(vectors, batch.column(schema.ID), name)
-            if not with_tokens:
-                yield Rows(strings, adapter.embed(table.modality, vectors, batch_size=batch_size))
-                continue
-            tokens, size = batch_tokens(batch), min(batch_size, ROWS_WITH_TOKENS)
-            for start in range(0, len(vectors), size):
-                some = slice(start, start + size)
-                padded = pad_tokens(tokens[some])
-                aligned, own = adapter.embed_tokens(table.modality, vectors[some], *padded)
-                kept = [row[there] for row, there in zip(own, padded.mask, strict=True)]
-                yield Rows(
-                    {name: values[some] for name, values in strings.items()},
-                    aligned,
-                    kept if keep_tokens else None,
+    world = distributed.world()
+    for side in Modality:
+        ends = list(accumulate(g.rows for g in features.table(side).row_groups()))
+        for first in range(0, len(ends), world.size):
+            group = first + world.rank
+            own: Iterator[Rows] = iter(())
+            if group < len(ends):
+                own = stream_aligned(
+                    features,
+                    side,
+                    adapter,
+                    np.arange(ends[group - 1] if group else 0, ends[group]),
+                    config.batch_size,
+                    strings=schema.STRING_COLUMNS[side],
+                    keep_tokens=side in token_sides,
                 )
-
-
-def _sides_of_tokens(
-    config: ApplyConfig, features: FeatureSet, info: AdapterInfo
-) -> list[Modality]:
-    """The sides whose tokens are to be aligned."""
-    if not config.tokens:
-        return []
-    if config.format != "parquet":
-        raise ConfigError(f"tokens: the format {config.format} has none; use --format parquet")
-    takes = [side for side in Modality if info.adapters[side].token_width is not None]
-    if not takes:
-        raise ConfigError(
-            f"tokens: {config.adapter} was trained without tokens; train it with --token-weight"
-        )
-    found = [side for side in takes if features.table(side).has_tokens]
-    if not found:
-        raise DataError(
-            f"{features.path}: stores no {' or '.join(takes)} tokens; make it with csalign extract "
-            "--tokens both, or leave --tokens out"
-        )
-    for side in found:
-        check_tokens(features, side, config.adapter, info.adapters[side].token_width)
-    return found
+            parts = [own] if world.size == 1 else distributed.gather(list(own))
+            yield from ((side, rows) for part in parts for rows in part)
 
 
 def _writer(
     folder: Path,
     config: ApplyConfig,
-    work: _Work,
+    features: FeatureSet,
+    info: AdapterInfo,
+    token_sides: Sequence[Modality],
 ) -> RowWriter:
-    """What writes the format that is asked for."""
-    features, there, tokens, info = work.features, work.sides, work.tokens, work.info
+    there = [side for side in Modality if features.table(side).info is not None]
+    widths = {side: info.adapters[side].width for side in there}
     if config.format == "parquet":
         encoders = {
             side: EncoderInfo(
                 spec=f"{features.table(side).encoder.spec} | {config.adapter.name}",
-                width=info.adapters[side].width,
-                token_width=info.adapters[side].width if side in tokens else None,
-                token_space="projected" if side in tokens else None,
+                width=width,
+                token_width=width if side in token_sides else None,
+                token_space="projected" if side in token_sides else None,
                 preprocessing={"adapter_trained_on": info.data_fingerprint, "normalized": True},
             )
-            for side in there
+            for side, width in widths.items()
         }
-        return FeatureWriter(folder, encoders, config.dtype, work.features.manifest.names)
-    shapes = {side: (len(features.table(side)), info.adapters[side].width) for side in there}
+        return FeatureWriter(folder, encoders, config.dtype, features.manifest.names)
+    shapes = {side: (len(features.table(side)), width) for side, width in widths.items()}
     note = {
         "adapter": str(config.adapter),
         "adapter_sha256": info.weights_sha256,
@@ -225,15 +145,20 @@ def _writer(
     }
     if config.format == "npy":
         return NpyExport(folder, shapes, config.dtype, note)
-    pairs = features.manifest.counts.pairs
-    return ClipRetrievalExport(folder, shapes, config.dtype, note, pairs)
+    return ClipRetrievalExport(folder, shapes, config.dtype, note, features.manifest.counts.pairs)
 
 
-def _warn_of(left_out: dict[Modality, int]) -> None:
-    if any(left_out.values()):
-        logger.warning(
-            "%d images and %d texts have no partner and were left out, since clip-retrieval's rows "
-            "are pairs; --format npy keeps them",
-            left_out[Modality.IMAGE],
-            left_out[Modality.TEXT],
+def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) -> list[Modality]:
+    """Find the sides whose tokens are to be aligned."""
+    if not config.tokens:
+        return []
+    if config.format != "parquet":
+        raise ConfigError(f"tokens: {config.format} stores no tokens; use --format parquet")
+    trained = [side for side in Modality if adapter.side(side).shape.token_width is not None]
+    if not trained:
+        raise ConfigError(
+            f"tokens: {config.adapter} was trained without tokens; train it with --token-weight"
         )
+    found = [side for side in trained if features.table(side).has_tokens]
+    check_features(features, config.adapter, adapter, found or trained)
+    return found

@@ -5,47 +5,57 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Count, Location, OutputConfig, RunFolder
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder
+
+ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
 
 
-class ApplyConfig(OutputConfig):
-    """``csalign apply``: aligned embeddings, the same artifact again."""
+class ApplyInput(Config):
+    """The features, and the adapter to apply to them."""
+
+    panel: ClassVar[str] = "Input"
 
     features: Location = Field(description="Feature set to align.")
-    adapter: RunFolder = Field(description="Run folder that holds the trained adapter.")
-    allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
-    )
+    adapter: RunFolder = Field(description="Run folder, or a checkpoint in it.")
+    allow_adapter: str | None = Field(None, description=ALLOWED)
+
+
+class ApplyFormat(Config):
+    """The form of the aligned embeddings."""
+
+    panel: ClassVar[str] = "Format"
+
     format: Literal["parquet", "npy", "clip-retrieval"] = Field(
         "parquet",
-        description="A feature set; .npy arrays with .csv tables; or the folder that "
-        "clip-retrieval and autofaiss index, of pairs alone.",
+        description="A feature set; .npy arrays with .csv tables; or the pairs in the layout of "
+        "clip-retrieval.",
     )
-    tokens: bool = Field(
-        False, description="Align and store the tokens too, if the run was trained with some."
-    )
+    tokens: bool = Field(False, description="Align and store tokens too, if trained with tokens.")
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
-    batch_size: Count = Field(8192, description="Rows at a time.")
+
+
+class ApplyConfig(ApplyFormat, OutputConfig, ApplyInput):
+    """``csalign apply``: write the aligned embeddings as a new feature set."""
+
+    batch_size: Count = Field(8192, description="Rows per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 
 class ExportConfig(OutputConfig):
-    """``csalign export``: a run's adapter for other people's programs."""
+    """``csalign export``: write the adapter of a run for other programs, with a model card."""
 
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
-    out: RunFolder = Field(description="Folder to make.")
+    out: RunFolder = Field(description="Output folder.")
     run: RunFolder = Field(description="Run folder, or a checkpoint in it.")
-    to: Literal["onnx", "torch-export", "safetensors", "hub-folder"] = Field(
-        description="image.onnx and text.onnx; image.pt2 and text.pt2, by torch.export; the "
-        "weights with their description; or the same with what the run wrote, to upload."
+    to: Literal["onnx", "safetensors", "hub-folder"] = Field(
+        description="image.onnx and text.onnx; the weights with adapter.json; or those with the "
+        "training log, ready to upload."
     )
     features: Location | None = Field(
-        None, description="Feature set whose rows the export is checked on too."
+        None, description="Feature set on whose rows to compare, besides random ones."
     )
     evaluation: Path | None = Field(
-        None, description="What csalign eval --json printed of the run, for the model card."
+        None, description="Output of csalign eval --json for this run, for the model card."
     )
-    allow_adapter: str | None = Field(
-        None, description="A kind PACKAGE.MODULE:CLASS that the run may import."
-    )
+    allow_adapter: str | None = Field(None, description=ALLOWED)

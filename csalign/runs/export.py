@@ -1,165 +1,132 @@
-"""``csalign export``: a run's adapter for other programs, checked against the run."""
+"""``csalign export``: write the adapter of a run for other programs, checked against the run."""
 
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, load_adapter_with_info
-from csalign.adapters.graphs import run_onnx, run_program, write_onnx, write_program
+from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
 from csalign.adapters.model import Adapter
+from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
+from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json
-from csalign.features import schema
-from csalign.features.reader import FeatureSet, batch_vectors
+from csalign.features.reader import FeatureSet
 from csalign.report.model_card import Card, Side, model_card
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import load_adapter_for
-from csalign.runs.metadata import LINES, read_lines, read_settings
+from csalign.runs.load import Array, check_features, load_run, stream_aligned
+from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
-ROWS = 257  # random ones; and a single one, as other programs ask
+RANDOM_ROWS, RANDOM_TOKENS = 257, 3
 REAL_ROWS = 1_000
 CARD = "README.md"
-GRAPHS = {"onnx": "onnx", "torch-export": "pt2"}
-# Of a run's configuration; where things lay is nobody's business, and what decides no weight.
+# Settings of a run that are not published: paths, and what does not influence the weights.
 PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
 
-log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
 Forward = Callable[[Modality, Array], Array]
 
 
-def export(config: ExportConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Write a run's adapter in another form; nothing is kept that differs from the run.
-
-    Args:
-        config: which run, and in which form.
-        progress: told how many sides are done.
+def export(
+    config: ExportConfig, progress: Progress = silent, *, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
+    """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
     Returns:
-        "out", "to", "files", and "differences": the largest one by what was compared.
+        "out", "to", "files", and "differences": the largest one, in any component of a unit row,
+        on each sample of rows.
 
     Raises:
-        ConfigError: a library is not installed, or the form has no room for tokens.
-        DataError: no such run or features, or an evaluation of something else.
-        OutputError: the form does not compute the same to 1e-5; or ``config.out`` exists and is
-            not to be replaced.
-        SchemaError: what is read is damaged.
-        ShapeError: the features are not of the width that the adapter takes.
+        ConfigError: a library is not installed, or the form does not support tokens.
+        DataError: no such run or features, or an evaluation of another adapter.
+        OutputError: a difference exceeds the tolerance; or ``config.out`` must not be replaced.
     """
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
-    allow = () if config.allow_adapter is None else (config.allow_adapter,)
-    adapter, info = load_adapter_with_info(config.run, allow=allow)
-    if config.to in GRAPHS:
-        _refuse_tokens(config, adapter)
+    adapter, info = load_run(config.run, config.allow_adapter)
+    for side in Modality:
+        if config.to == "onnx" and adapter.side(side).embeds_with_tokens:
+            raise ConfigError(
+                f"--to onnx: {config.run} embeds {side.plural} with their tokens, which the graph "
+                "does not accept; use --to safetensors or hub-folder"
+            )
     evaluation = _read_evaluation(config, info)
-    inputs_by_name = dict(_inputs(config, adapter))
+    samples = list(_samples(config, adapter))
     with atomic.atomic_folder(config.out) as folder:
-        forward = _write(config, folder, adapter, allow, progress)
-        differences = {
-            f"{name}, {side}": _difference(config, adapter, forward, side, rows)
-            for (name, side), rows in inputs_by_name.items()
-        }
-        card = _card(config, adapter, info, evaluation, differences)
-        atomic.write_text(folder / CARD, card)
+        forward = _write(config, folder, adapter, progress)
+        differences = {}
+        for name, side, rows in samples:
+            found, expected = forward(side, rows), _embed(adapter, side, rows)
+            same_shape = found.shape == expected.shape
+            difference = float(np.abs(found - expected).max()) if same_shape else float("inf")
+            if not difference <= tolerance:
+                raise OutputError(
+                    f"{config.to}: the {side} side differs by {difference:.2g} from {config.run} "
+                    f"on {name}, more than {tolerance:g}; nothing was written. Use --to safetensors"
+                )
+            differences[f"{name}, {side}"] = difference
+        atomic.write_text(folder / CARD, _card(config, adapter, info, evaluation, differences))
         if config.to != "hub-folder":
             atomic.write_text(folder / "config.toml", config.to_toml())
-        for path in sorted(folder.iterdir()):
-            if not path.name.startswith("."):
-                atomic.fsync_path(path)
-        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        for path in files:
+            atomic.fsync_path(path)
     return {
         "out": str(config.out),
         "to": config.to,
-        "files": names,
+        "files": [path.name for path in files],
         "differences": differences,
     }
 
 
-def _refuse_tokens(config: ExportConfig, adapter: Adapter) -> None:
-    for side in Modality:
-        if adapter.side(side).embeds_with_tokens:
-            raise ConfigError(
-                f"--to {config.to}: {config.run} embeds {side.plural} with their tokens, which "
-                "such a graph does not take; use --to safetensors or hub-folder"
-            )
-
-
-def _inputs(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[tuple[str, Modality], Array]]:
-    """Rows to compare on: random ones, one alone, and real ones if there are features."""
+def _samples(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[str, Modality, Array]]:
+    """Draw rows to compare on: random ones, a single one, and real ones if features are given."""
     rng = np.random.default_rng(0)
     for side in Modality:
         width = adapter.side(side).shape.input_width
-        yield ("random rows", side), rng.normal(size=(ROWS, width)).astype(np.float32)
-        yield ("one row", side), rng.normal(size=(1, width)).astype(np.float32)
+        yield "random rows", side, rng.normal(size=(RANDOM_ROWS, width)).astype(np.float32)
+        yield "one row", side, rng.normal(size=(1, width)).astype(np.float32)
     if config.features is None:
         return
     features = FeatureSet.open(config.features)
-    load_adapter_for(features, config.run, "cpu", config.allow_adapter)
+    check_features(features, config.run, adapter)
     for side in Modality:
         table = features.table(side)
         if table.info is not None and len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, REAL_ROWS).astype(np.int64))
-            parts = [
-                batch_vectors(batch, schema.EMBEDDING)[local].astype(np.float32)
-                for _, local, batch in table.parts([schema.EMBEDDING], rows)
-            ]
-            yield ("rows of the features", side), np.concatenate(parts)
+            parts = stream_aligned(features, side, None, rows, REAL_ROWS)
+            yield "rows of the features", side, np.concatenate([p.embeddings for p in parts])
 
 
-def _write(
-    config: ExportConfig,
-    folder: Path,
-    adapter: Adapter,
-    allow: tuple[str, ...],
-    progress: Progress,
-) -> Forward:
-    """Write the form; gives what computes by what was written."""
+def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
+    """Align rows, each with the same random tokens if the adapter embeds with tokens."""
+    own = adapter.side(side)
+    if not own.embeds_with_tokens:
+        return adapter.embed(side, rows)
+    assert own.shape.token_width is not None
+    drawn = np.random.default_rng(1).normal(size=(RANDOM_TOKENS, own.shape.token_width))
+    tokens = np.broadcast_to(drawn.astype(np.float32), (len(rows), *drawn.shape))
+    return adapter.embed_tokens(side, rows, tokens, np.ones(tokens.shape[:2], np.bool_))[0]
+
+
+def _write(config: ExportConfig, folder: Path, adapter: Adapter, progress: Progress) -> Forward:
+    """Write the form; return a function that computes with what was written."""
     shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
-    if config.to not in GRAPHS:
-        shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
-        if config.to == "hub-folder" and (_run_folder(config.run) / LINES).is_file():
-            shutil.copy(_run_folder(config.run) / LINES, folder / LINES)
-        again, _ = load_adapter_with_info(folder, allow=allow)
-        progress("sides", 2, 2)
-        return again.embed
-    write, run = (write_onnx, run_onnx) if config.to == "onnx" else (write_program, run_program)
-    for done, side in enumerate(Modality, start=1):
-        write(adapter.side(side), folder / f"{side}.{GRAPHS[config.to]}")
-        progress("sides", done, 2)
-    return lambda side, rows: run(folder / f"{side}.{GRAPHS[config.to]}", rows)
-
-
-def _difference(
-    config: ExportConfig, adapter: Adapter, forward: Forward, side: Modality, rows: Array
-) -> float:
-    """The largest difference between what was written and the run.
-
-    Raises:
-        OutputError: it is more than rounding.
-    """
-    if adapter.side(side).embeds_with_tokens:
-        return 0.0  # the weights' checksum was compared when they were loaded again
-    found, expected = forward(side, rows), adapter.embed(side, rows)
-    if found.shape != expected.shape:
-        raise OutputError(f"{config.to}: gives shape {found.shape}, not {expected.shape}")
-    difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE:
-        raise OutputError(
-            f"{config.to}: the {side} side differs by {difference:.2g} from {config.run}, more "
-            f"than {TOLERANCE:g}; nothing was written. Use --to safetensors"
-        )
-    return difference
+    if config.to == "onnx":
+        for done, side in enumerate(Modality, start=1):
+            write_onnx(adapter.side(side), folder / f"{side}.onnx")
+            progress("sides", done, 2)
+        return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
+    shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
+    if config.to == "hub-folder" and (run_folder(config.run) / LINES).is_file():
+        shutil.copy(run_folder(config.run) / LINES, folder / LINES)
+    again, _ = load_run(folder, config.allow_adapter)
+    progress("sides", 2, 2)
+    return lambda side, rows: _embed(again, side, rows)
 
 
 def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] | None:
@@ -167,16 +134,14 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
     if path is None:
         return None
     try:
-        document: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-        of = document["fingerprints"]["adapter"]
+        document: dict[str, Any] = parse_json(path.read_bytes())
+        evaluated = document["fingerprints"]["adapter"]
         _ = document["retrieval"]["image_to_text"]["R@1"], document["gap"]["rmg"]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: is not what csalign eval --json prints ({type(error).__name__}: {error})"
+            f"{path}: is not the output of csalign eval --json ({type(error).__name__}: {error})"
         ) from None
-    if of != info.weights_sha256:
+    if evaluated != info.weights_sha256:
         raise DataError(f"{path}: evaluates another adapter than {config.run}; evaluate this one")
     return document
 
@@ -188,18 +153,13 @@ def _card(
     evaluation: Mapping[str, Any] | None,
     differences: Mapping[str, float],
 ) -> str:
-    counts = {side: sum(p.numel() for p in adapter.side(side).parameters()) for side in Modality}
+    counts = adapter.parameter_counts()
     sides = [
-        Side(
-            side.value,
-            info.adapters[side].kind,
-            info.encoders[side],
-            info.adapters[side].input_width,
-            counts[side],
-        )
-        for side in Modality
+        Side(side.value, shape.kind, info.encoders[side], shape.input_width, counts[side.value])
+        for side, shape in info.adapters.items()
     ]
-    settings, validation = _record(config.run, info.step)
+    folder = run_folder(config.run)
+    settings = {key: value for key, value in read_settings(folder).items() if key not in PRIVATE}
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
@@ -213,31 +173,20 @@ def _card(
     return model_card(
         Card(
             name=config.out.name,
-            form=config.to if config.to in GRAPHS else "safetensors",
+            form=config.to if config.to == "onnx" else "safetensors",
             sides=sides,
             width=info.adapters[Modality.IMAGE].width,
             facts=facts,
             settings=settings,
-            validation=validation,
+            validation=_validation(folder, info.step),
             evaluation=evaluation,
             checks=differences,
         )
     )
 
 
-def _record(run: Path, step: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """How a run was set, and the validation figures of its weights; {} where it does not say."""
-    folder = _run_folder(run)
-    settings = read_settings(folder)
-    validation: dict[str, float] = {}
-    try:
-        for entry in read_lines(folder):
-            if "validation" in entry and entry["step"] == step:
-                validation = {k: v for k, v in entry["validation"].items() if v is not None}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SchemaError(f"{folder}: its record is damaged ({error}); train again") from None
-    return {key: value for key, value in settings.items() if key not in PRIVATE}, validation
-
-
-def _run_folder(run: Path) -> Path:
-    return run.parent.parent if run.parent.name == "checkpoints" else run
+def _validation(folder: Path, step: int) -> dict[str, float]:
+    """Read the validation metrics of a step; {} if the run did not log them."""
+    scores = [line.get("validation") for line in read_lines(folder) if line.get("step") == step]
+    found = next((score for score in scores if isinstance(score, dict)), {})
+    return {name: value for name, value in found.items() if isinstance(value, float)}

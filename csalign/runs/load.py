@@ -1,6 +1,6 @@
-"""A trained adapter, checked against the features that are to go through it."""
+"""Load a run for the features that go through it, and align their rows."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +13,77 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.features import schema
+from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
+from csalign.features.writer import Rows
+from csalign.runs.metadata import ADAPTER, check_unchanged
 
-ROWS_WITH_TOKENS = 128  # at a time: each is a sequence of up to hundreds of vectors
+ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
 
 Array = npt.NDArray[Any]
 
 
+def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]:
+    """Load the adapter of a run or checkpoint, on the CPU, and verify its files.
+
+    Raises:
+        DataError: there is no adapter at `run`.
+        SchemaError: its files are damaged, or it has a custom kind other than `allow`.
+    """
+    loaded = load_adapter_with_info(run, allow=() if allow is None else (allow,))
+    check_unchanged(run, ADAPTER)
+    return loaded
+
+
 def load_adapter_for(
     features: FeatureSet, run: Path, device: str, allow: str | None = None
 ) -> tuple[Adapter, AdapterInfo]:
-    """Load a run's adapter onto a device.
+    """Load the adapter of a run onto a device; raises as `load_run` and `check_features` do."""
+    adapter, info = load_run(run, allow)
+    check_features(features, run, adapter)
+    return adapter.to(pick_device(device)), info
 
-    Args:
-        features: that are to go through it.
-        run: the run folder, or a checkpoint in it.
-        device: where to compute, as ``--device`` has it.
-        allow: a kind ``package.module:Class`` that may be imported.
 
-    Raises:
-        DataError: there is no adapter at `run`, or it embeds with tokens that are not stored.
-        SchemaError: its files are damaged.
-        ShapeError: the features are not of the widths that it takes.
+def check_features(
+    features: FeatureSet, run: Path, adapter: Adapter, tokens: Collection[Modality] = ()
+) -> None:
+    """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
+
+    Tokens are needed of the sides in `tokens`, and of those that embed with tokens.
     """
-    adapter, info = load_adapter_with_info(run, allow=() if allow is None else (allow,))
     for side in Modality:
-        table, takes = features.table(side), info.adapters[side].input_width
-        if table.info is not None and table.width != takes:
+        table, own = features.table(side), adapter.side(side)
+        if table.info is None:
+            continue
+        if table.width != own.shape.input_width:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
-                f"takes {takes}; use features of the encoders that it was trained on"
+                f"takes {own.shape.input_width}; use features of the encoders it was trained on"
             )
-        if table.info is not None and adapter.side(side).embeds_with_tokens:
-            check_tokens(features, side, run, info.adapters[side].token_width)
-    return adapter.to(pick_device(device)), info
+        if side not in tokens and not own.embeds_with_tokens:
+            continue
+        if table.info.token_width is None:
+            raise DataError(
+                f"{features.path}: stores no {side} tokens, but the adapter {run} takes some; make "
+                "the features with csalign extract --tokens both"
+            )
+        if table.info.token_width != own.shape.token_width:
+            raise ShapeError(
+                f"{features.path}: {side} tokens are {table.info.token_width} wide, the adapter "
+                f"{run} takes {own.shape.token_width}; use the encoders and the --token-space that "
+                "it was trained on"
+            )
 
 
 def embed_rows(
     adapter: Adapter, side: Modality, rows: PairedRows, features: FeatureSet | None
 ) -> Array:
-    """Aligned embeddings of one side's rows, with their tokens where the adapter takes them.
+    """Align the rows of one side: unit rows (n, width) float32.
 
-    Args:
-        adapter: trained, or being trained.
-        side: which rows.
-        rows: of `features`.
-        features: where the tokens are, streamed; None embeds without them.
-
-    Returns:
-        (n, width) float32, unit rows.
-
-    Raises:
-        DataError: a token is not finite.
-        SchemaError: a shard is damaged.
+    If the adapter embeds with tokens, they are read from `features`, or omitted if that is None.
     """
     values = rows.embeddings(side)
     if features is None or not adapter.side(side).embeds_with_tokens:
@@ -88,67 +103,40 @@ def stream_aligned(
     adapter: Adapter | None,
     rows: npt.NDArray[np.int64] | None,
     batch_size: int,
-) -> Iterator[Array]:
-    """Embeddings of one side in the shared space, in order, some at a time.
+    *,
+    strings: Sequence[str] = (),
+    keep_tokens: bool = False,
+) -> Iterator[Rows]:
+    """Align stored rows of one side, in order, in batches: unit rows (n, width) float32.
 
     Args:
-        features: where they are stored.
-        side: which of them.
-        adapter: what they go through, with their tokens where it takes them; None for nothing.
-        rows: which rows of the table, ascending; None for all.
-        batch_size: rows at a time.
-
-    Yields:
-        (some, width) float32, unit rows.
-
-    Raises:
-        DataError: a row is not finite or has norm 0.
-        SchemaError: a shard is damaged.
+        features: the feature set.
+        side: which side.
+        adapter: of both sides; None only normalises the rows.
+        rows: of the table, ascending; None for all.
+        batch_size: rows per batch, at most.
+        strings: columns to read too.
+        keep_tokens: whether to align the tokens too.
     """
     table = features.table(side)
-    with_tokens = adapter is not None and adapter.side(side).embeds_with_tokens
+    with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size
-    columns = [schema.ID, schema.EMBEDDING, *([schema.TOKENS] if with_tokens else [])]
-    for _, local, batch in table.parts(columns, rows):
+    columns = {schema.ID, schema.EMBEDDING, *strings, *([schema.TOKENS] if with_tokens else [])}
+    name = f"{table.folder}: {side.plural}"
+    for _, local, batch in table.parts(sorted(columns), rows):
         vectors = batch_vectors(batch, schema.EMBEDDING)
         tokens = batch_tokens(batch) if with_tokens else []
         for start in range(0, len(local), size):
             some = local[start : start + size]
-            raw = vectors[some].astype(np.float32)
-            norms = np.linalg.norm(raw, axis=1, keepdims=True)
-            bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-            if len(bad):
-                name = batch.column(schema.ID)[int(some[bad[0]])].as_py()
-                raise DataError(
-                    f"{features.path}: the embedding of {side} {name!r} has no direction (it is 0 "
-                    "or not finite); encode it again or leave it out"
-                )
+            raw, ids, kept = vectors[some], batch.column(schema.ID).take(some), None
+            check_directions(raw, ids, name)
             if adapter is None:
-                yield raw / norms
+                aligned: Array = unit_rows(raw, ids, name)
             elif with_tokens:
                 padded = pad_tokens([tokens[row] for row in some])
-                yield adapter.embed_tokens(side, raw, *padded)[0]
+                aligned, own = adapter.embed_tokens(side, raw, *padded)
+                kept = [row[mask] for row, mask in zip(own, padded.mask, strict=True)]
             else:
-                yield adapter.embed(side, raw, batch_size=size)
-
-
-def check_tokens(features: FeatureSet, side: Modality, run: Path, takes: int | None) -> None:
-    """Raise DataError or ShapeError unless the tokens are stored that a run takes.
-
-    Args:
-        features: that are to go through its adapter.
-        side: whose tokens.
-        run: for the message.
-        takes: width of the tokens that it was trained with.
-    """
-    found = features.table(side).encoder.token_width
-    if found is None:
-        raise DataError(
-            f"{features.path}: stores no {side} tokens, but the adapter {run} embeds with them; "
-            "make the features with csalign extract --tokens both"
-        )
-    if found != takes:
-        raise ShapeError(
-            f"{features.path}: {side} tokens are {found} wide, the adapter {run} takes {takes}; "
-            "use features of the encoders and the --token-space that it was trained on"
-        )
+                aligned = adapter.embed(side, raw, batch_size=size)
+            found = {column: batch.column(column).take(some).to_pylist() for column in strings}
+            yield Rows(found, aligned, kept if keep_tokens else None)

@@ -1,7 +1,7 @@
-"""What a run keeps beside its weights: its lines, settings and surroundings, and their checksums.
+"""The files of a run beside its weights, and their checksums.
 
-``environment.json`` is written last. It holds the SHA-256 of the other two and carries one of
-itself; a run that is unfinished, or of an older csalign, has none.
+``environment.json`` is written last and holds the SHA-256 of the others; a run that is unfinished,
+or written by csalign 0.1.0, may have none.
 """
 
 import logging
@@ -18,75 +18,66 @@ log = logging.getLogger(__name__)
 
 LINES = "metrics.jsonl"
 ENVIRONMENT, CONFIG = "environment.json", "config.toml"
-SUMS = "sha256"
-"""In the environment: the checksum of each other file, by name."""
+ADAPTER = "adapter.json"  # as in `adapters.checkpoint`, which takes seconds to import
+SUMS = "sha256"  # key in ``environment.json``: the checksum of each other file, by name
 
 
 def write_environment(folder: Path, environment: Mapping[str, Any]) -> None:
-    """Write what a finished run was made on, with the checksums of what else it wrote."""
-    sums = {name: atomic.sha256_file(folder / name) for name in (CONFIG, LINES)}
+    """Write the environment of a finished run, with the checksums of its other files."""
+    sums = {name: atomic.sha256_file(folder / name) for name in (CONFIG, LINES, ADAPTER)}
     atomic.write_json(folder / ENVIRONMENT, {**environment, SUMS: sums})
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """What a run was made on, and `SUMS`; {} if it does not say.
-
-    Raises:
-        SchemaError: it is damaged.
-    """
+    """Read the environment of a run, with `SUMS`; {} if there is none, SchemaError if damaged."""
     path = folder / ENVIRONMENT
     return read_object(path, "train again, or remove it") if path.is_file() else {}
 
 
 def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, a mapping a line; [] if it did not.
-
-    Raises:
-        SchemaError: the log is damaged.
-    """
+    """Read the log of a run, one mapping per line; [] if there is none, SchemaError if damaged."""
     path = folder / LINES
-    text = _text(path)
+    check_unchanged(folder, LINES)
+    if not path.is_file():
+        return []
     try:
-        lines = [parse_json(line) for line in text.splitlines()]
+        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is not an object")
     except ValueError as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
-    if not all(isinstance(line, dict) for line in lines):
-        raise SchemaError(f"{path}: is damaged (a line is no object); train again")
-    if not _is_as_written(folder, LINES):
-        raise SchemaError(f"{path}: was changed or is damaged, by {ENVIRONMENT}; train again")
     return lines
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a run was told; {} if it does not say. It may be edited, which is told.
-
-    Raises:
-        SchemaError: it is damaged.
-    """
+    """Read the settings of a run; {} if there are none, SchemaError if damaged; warn if edited."""
     path = folder / CONFIG
     try:
-        settings = tomllib.loads(_text(path))
-    except ValueError as error:
+        settings = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
-    if path.is_file() and not _is_as_written(folder, CONFIG):
-        log.warning("%s: is not as the run wrote it, by %s", path, ENVIRONMENT)
+    try:
+        check_unchanged(folder, CONFIG)
+    except SchemaError as error:
+        log.warning("%s", error)
     return settings
 
 
-def _is_as_written(folder: Path, name: str) -> bool:
-    """Whether a file has the checksum that the run noted, if it noted one that can be read."""
+def check_unchanged(folder: Path, name: str) -> None:
+    """Raise SchemaError if a file lacks the checksum that the run recorded, if it recorded one."""
     try:
-        sums = read_environment(folder).get(SUMS)
-    except SchemaError:
-        return True
-    if not isinstance(sums, dict) or name not in sums:
-        return True
+        expected = read_environment(folder)[SUMS][name]
+    except (SchemaError, KeyError, TypeError):
+        return
     path = folder / name
-    return path.is_file() and atomic.sha256_file(path) == sums[name]
+    found = atomic.sha256_file(path) if path.is_file() else None
+    if found != expected:
+        raise SchemaError(
+            f"{path}: was changed or is damaged (SHA-256 {found}, in {ENVIRONMENT} {expected}); "
+            "restore it, or train again"
+        )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise SchemaError(f"{path}: is damaged ({error}); train again") from None
+def run_folder(run: Path) -> Path:
+    """Return the run that a checkpoint belongs to, or the run itself."""
+    return run.parent.parent if run.parent.name == "checkpoints" else run

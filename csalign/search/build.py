@@ -167,7 +167,8 @@ class _Rows:
     def stream(self, side: Modality, step: int = 1) -> Iterator[Floats]:
         """Stream every step-th unit row of a side."""
         numbers = self.numbers(side)[::step]
-        return stream_aligned(self.features, side, self.adapter, numbers, self.batch_size)
+        parts = stream_aligned(self.features, side, self.adapter, numbers, self.batch_size)
+        return (part.embeddings for part in parts)
 
     def sample(self, side: Modality, most: int) -> Floats:
         """Take at most so many rows of a side, evenly spaced."""

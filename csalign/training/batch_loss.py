@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
+from csalign.adapters.side import to_tensor
 from csalign.core import distributed
 from csalign.core.enums import DivergenceName, Modality, PairwiseName
 from csalign.features.join import Pairs

@@ -7,9 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.inputs import to_tensor
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import Aligned
+from csalign.adapters.side import Aligned, to_tensor
 from csalign.core.enums import Modality
 from csalign.features.join import Pairs
 from csalign.features.tokens import Wanted, take_together

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from csalign.adapters.draws import drawing
 from csalign.adapters.model import Adapter
 from csalign.core import distributed
 from csalign.core.enums import Modality, Precision
@@ -120,9 +119,8 @@ def forward_pass(
         step: number of the step.
         first: the place of the first of them among all of that role.
     """
-    seed = config.seed, step, list(Modality).index(side), ROLES.index(role)
     is_rounded = config.precision is Precision.BFLOAT16
-    with drawing(seed, first), torch.autocast(device.type, torch.bfloat16, enabled=is_rounded):
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_rounded):
         yield
 
 

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from csalign.adapters.draws import keep_from_compiling
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, signals
 from csalign.core.enums import Modality
@@ -110,7 +109,6 @@ class Trainer:
     def __post_init__(self) -> None:
         self.adapter.to(self.device)
         if self.config.compile:
-            keep_from_compiling()
             torch._dynamo.config.suppress_errors = True  # without a compiler, go on as without this
             for side in Modality:
                 self.adapter.side(side).compile()

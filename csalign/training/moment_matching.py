@@ -7,11 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.adapters.inputs import to_tensor, unit_inputs
-from csalign.adapters.matching import Outputs, match_moments
+from csalign.adapters.matching import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
-from csalign.adapters.neighbours import nearest_mean
-from csalign.adapters.side import SideAdapter
+from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.features.join import PairedRows, Pairs
 from csalign.training.config import TrainConfig

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info, save_adapter
-from csalign.adapters.inputs import mean_square
 from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.side import mean_square
 from csalign.core import atomic, distributed, signals
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality

@@ -1,18 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from scipy.linalg import orthogonal_procrustes
 from sklearn.cross_decomposition import CCA
 from sklearn.linear_model import Ridge
 
 from csalign.adapters.canonical import PairMoments, is_non_negative
-from csalign.adapters.inputs import unit_inputs
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import SideShape
+from csalign.adapters.side import SideShape, unit_inputs
 from csalign.core.enums import Modality
-
-Array = NDArray[np.float64]
 
 RNG = np.random.default_rng(0)
 LATENT = RNG.normal(size=(400, 4))
@@ -94,14 +89,6 @@ def test_centred_features_keep_their_geometry_and_lose_the_centroid_gap() -> Non
     np.testing.assert_allclose(moved, unit(shifted) - unit(shifted).mean(0), atol=1e-6)
 
 
-def sample_rows(weights: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[Array, Array]:
-    """Centred unit rows of both sides, each scaled by the root of its pair's share."""
-    share = (weights / weights.sum())[:, None]
-    both = (unit(IMAGES).double().numpy(), unit(TEXTS).double().numpy())
-    x, y = ((rows - (share * rows).sum(0)) * np.sqrt(share) for rows in both)
-    return x, y
-
-
 @pytest.mark.parametrize("to", Modality)
 @pytest.mark.parametrize("ridge", [0.01, 3.0])
 def test_ridge_regression_predicts_the_frozen_rows_as_sklearns_does(
@@ -141,47 +128,6 @@ def test_ridge_regression_to_a_centred_side_predicts_its_centred_rows() -> None:
     assert torch.equal(centred.text_mean, found.mean_y.float())
     assert torch.equal(centred.image_mean, plain.image_mean)
     assert centred.image_bias is None
-
-
-def test_procrustes_is_scipys_rotation_of_the_wider_sides_principal_components() -> None:
-    weights = RNG.random(400)
-    form = moments(weights).procrustes()
-    x, y = sample_rows(weights)
-    components = np.linalg.svd(x, full_matrices=False)[2][:7]
-    rotation, _ = orthogonal_procrustes(x @ components.T, y)
-
-    assert torch.equal(form.text_weight, torch.eye(7))
-    np.testing.assert_allclose(form.image_weight.T, components.T @ rotation, atol=1e-4)
-
-
-def test_procrustes_keeps_the_images_axes_where_they_are_the_narrower() -> None:
-    weights = RNG.random(400)
-    swapped = PairMoments.of(TEXTS, IMAGES, (ROWS, ROWS), weights, PLAIN).procrustes()
-    form = moments(weights).procrustes()
-
-    torch.testing.assert_close(swapped.text_weight, form.image_weight, atol=1e-5, rtol=0)
-    torch.testing.assert_close(swapped.image_weight, form.text_weight)
-
-
-def test_procrustes_of_a_lesser_width_reduces_both_sides() -> None:
-    form = moments().procrustes(width=3)
-    x, y = sample_rows(np.ones(400))
-    kept_x, kept_y = (np.linalg.svd(rows, full_matrices=False)[2][:3] for rows in (x, y))
-    rotation, _ = orthogonal_procrustes(x @ kept_x.T, y @ kept_y.T)
-
-    # The components' signs are free, so compare the similarity that the maps give.
-    np.testing.assert_allclose(
-        form.image_weight.T @ form.text_weight, kept_x.T @ rotation @ kept_y, atol=1e-5
-    )
-    torch.testing.assert_close(form.text_weight @ form.text_weight.T, torch.eye(3))
-
-
-def test_procrustes_undoes_a_rotation() -> None:
-    turn = np.linalg.qr(RNG.normal(size=(7, 7)))[0]
-    turned = (TEXTS @ turn).astype(np.float32)
-    form = PairMoments.of(turned, TEXTS, (ROWS, ROWS), np.ones(400), PLAIN).procrustes()
-
-    np.testing.assert_allclose(form.image_weight, turn, atol=1e-4)
 
 
 @pytest.mark.parametrize("to", Modality)

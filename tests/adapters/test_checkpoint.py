@@ -161,13 +161,7 @@ def test_a_wrong_width_is_refused_with_both_widths(saved: tuple[Path, Adapter]) 
 def change_json(folder: Path, **values: Any) -> None:
     path = folder / "adapter.json"
     document = json.loads(path.read_text())
-    del document["checksum"]  # else that would be all that is wrong
     path.write_text(json.dumps(document | values))
-
-
-def change_scale(folder: Path) -> None:
-    path = folder / "adapter.json"
-    path.write_text(path.read_text().replace('"logit_scale": 7', '"logit_scale": 6'))
 
 
 def change_shape(folder: Path, **values: Any) -> None:
@@ -198,18 +192,17 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (lambda f: change_shape(f, hidden=2**20, input_width=2**20), "agree with .* image.mean"),
         (
             lambda f: change_json(f, encoders={"image": "eye"}),
-            "an image and a text side are needed",
+            "encoders: .* at least 2 items",
         ),
         (lambda f: (f / "adapter.safetensors").unlink(), r"adapter\.safetensors: cannot be read"),
         (
             lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40),
             r"adapter\.safetensors: cannot be read",
         ),
-        (change_scale, r"adapter\.json: does not agree with the checksum in it"),
         (lambda f: change_weights(f, lambda t: t.pop("image.mean")), "agree with .* image.mean"),
         (
             lambda f: change_weights(f, lambda t: t["text.mean"].neg_().add_(1)),
-            r"adapter\.safetensors: the content does not agree with the checksum",
+            r"adapter\.safetensors: the content does not match the checksum",
         ),
     ],
 )

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from csalign.adapters.inputs import unit_inputs
+from csalign.adapters.builtin import Transformer
 from csalign.adapters.kinds import KINDS, build_side
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import SideAdapter, SideShape
-from csalign.adapters.transformer import Transformer
+from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ShapeError
 
@@ -293,6 +292,16 @@ def test_noise_moves_what_is_trained_and_nothing_frozen(kind: str) -> None:
     assert torch.equal(noisy.tokens, plain.tokens) is frozen
 
 
+def test_noise_has_the_given_norm_and_follows_torchs_generator() -> None:
+    side, x = build_side(SideShape("linear", 512, 4)), torch.randn(100, 512)
+    torch.manual_seed(5)
+    noise = side.inputs(x, 0.5) - side.inputs(x)
+    torch.manual_seed(5)
+
+    assert float(noise.square().sum(1).mean()) ** 0.5 == pytest.approx(0.5, rel=0.02)
+    torch.testing.assert_close(side.inputs(x, 0.5) - side.inputs(x), noise)
+
+
 @pytest.mark.parametrize("kind", ["mlp", "glu", "low-rank", "transformer"])
 def test_dropout_is_for_training_alone(kind: str) -> None:
     side = trained(build(kind, dropout=0.5))
@@ -373,9 +382,9 @@ def test_embedded_tokens_are_unit_rows_and_zero_where_there_are_none() -> None:
 @pytest.mark.parametrize(
     ("side", "tokens", "mask", "message"),
     [
-        (Modality.IMAGE, (3, 2, 9), (3, 2), r"shape \(3, 2, 9\), the adapter takes width 6"),
-        (Modality.IMAGE, (3, 6), (3, 2), r"shape \(3, 6\), the adapter takes width 6"),
-        (Modality.TEXT, (3, 2, 6), (3, 2), "the adapter takes none"),
+        (Modality.IMAGE, (3, 2, 9), (3, 2), r"shape \(3, 2, 9\) .* tokens of width 6"),
+        (Modality.IMAGE, (3, 6), (3, 2), r"shape \(3, 6\) .* tokens of width 6"),
+        (Modality.TEXT, (3, 2, 6), (3, 2), "the adapter takes tokens of width None"),
         (Modality.IMAGE, (3, 2, 6), (3, 4), r"mask of shape \(3, 4\) do not fit"),
         (Modality.IMAGE, (2, 2, 6), (2, 2), "3 embeddings, tokens of shape"),
     ],

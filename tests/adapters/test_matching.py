@@ -4,7 +4,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.kinds import KINDS, build_side
-from csalign.adapters.matching import OutputMap, Outputs, match_moments, transport
+from csalign.adapters.matching import (
+    OutputMap,
+    Outputs,
+    match_moments,
+    nearest_mean,
+    transport,
+)
 from csalign.adapters.side import SideShape
 
 RNG = torch.Generator().manual_seed(0)
@@ -97,3 +103,12 @@ def test_a_kind_takes_any_map_of_its_outputs_or_says_that_it_does_not(kind: str)
     side.then(weight, bias)
 
     torch.testing.assert_close(side(values), before @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_value_is_the_mean_over_the_nearest() -> None:
+    known = normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), dim=1)
+    values = torch.tensor([1.0, 3.0, 50.0])
+
+    torch.testing.assert_close(nearest_mean(known, values, known[:1], k=2), torch.tensor([2.0]))
+    torch.testing.assert_close(nearest_mean(known, values, known[2:], k=9), torch.tensor([18.0]))
+    assert nearest_mean(known, values, known[:0]).shape == (0,)

@@ -17,14 +17,6 @@ from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
-from csalign.training.config import TrainConfig
-from csalign.training.train import train
-
-
-@pytest.fixture
-def run(features: Path, tmp_path: Path) -> Path:
-    train(TrainConfig(features=features, out=tmp_path / "run", steps=0))
-    return tmp_path / "run"
 
 
 def applied(features: Path, run: Path, out: Path, **values: Any) -> Path:

@@ -1,4 +1,3 @@
-import json
 import signal
 import subprocess
 import sys
@@ -87,20 +86,24 @@ def test_the_written_settings_train_to_what_the_winner_measured(
     assert "out" not in tomllib.loads(result.config.read_text())
 
 
-def test_a_study_holds_its_trials_and_optunas_journal_and_no_weights(
+def test_a_study_holds_its_trials_in_optunas_journal_and_no_weights(
     features: Path, tmp_path: Path
 ) -> None:
     result = search(features, tmp_path / "study", trials=3)
-    lines = (tmp_path / "study/trials.jsonl").read_text().splitlines()
+    journal = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study/journal.log"))
+    storage = optuna.storages.JournalStorage(journal)
+    study = optuna.load_study(study_name="csalign", storage=storage)
 
     assert {path.name for path in (tmp_path / "study").iterdir()} == {
         ".csalign-lock",
         "config.toml",
         "journal.log",
         "study.json",
-        "trials.jsonl",
     }
-    assert [json.loads(line) for line in lines] == [trial.to_json() for trial in result.trials]
+    assert [trial.user_attrs["record"] for trial in study.trials] == [
+        trial.to_json() for trial in result.trials
+    ]
+    assert study.best_trial.user_attrs["record"]["number"] == result.best
 
 
 def test_a_continued_study_equals_an_uninterrupted_one(features: Path, tmp_path: Path) -> None:
@@ -120,9 +123,9 @@ def test_a_killed_trial_is_made_again_as_it_would_have_been(features: Path, tmp_
     study = tmp_path / "study"
     search(features, study, trials=2)
     code = (
-        "import os, sys; from pathlib import Path\n"
+        "import os, sys\n"
         "from csalign.training.config import TuneConfig; from csalign.training.tuning import tune\n"
-        "tune._Runner._measure = lambda self, adapter: os.kill(os.getpid(), 9)\n"
+        "tune.resample = lambda *_, **__: os.kill(os.getpid(), 9)\n"
         f"tune.tune(TuneConfig(features=sys.argv[1], out=sys.argv[2], trials=4, **{QUICK}))"
     )
     killed = subprocess.run([sys.executable, "-c", code, features, study], check=False)
@@ -226,7 +229,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(features: Path, tmp_p
 
 
 def test_a_search_in_which_all_fails_says_so(features: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no trial got through; the first: step"):
+    with pytest.raises(TrainingError, match="all trials failed; the first: step"):
         search(
             features,
             tmp_path / "study",
@@ -262,15 +265,16 @@ def test_another_study_is_refused_unless_it_is_begun_anew(
     study, other = tmp_path / "study", tmp_path / "other"
     search(features, study, trials=2)
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=other))
-    before = (study / "trials.jsonl").read_text()
-    with pytest.raises(OutputError, match="is a study of other features; choose another --out"):
+    before = (study / "journal.log").read_text()
+    with pytest.raises(OutputError, match=r"was started with features .* choose another --out"):
         search(other, study)
-    with pytest.raises(OutputError, match="was begun with hidden 8, not 9; give the same"):
+    with pytest.raises(OutputError, match="was started with hidden 8, not 9; give the same"):
         search(features, study, hidden=9)
-    with pytest.raises(OutputError, match="give --search adapter,init,learning-rate"):
+    with pytest.raises(OutputError, match=r"with search adapter, init, .* not noise"):
         search(features, study, search="noise")
 
-    assert (study / "trials.jsonl").read_text() == before
+    assert (study / "journal.log").read_text().startswith(before)
+    assert recorded(study) == 2
     anew = search(features, study, hidden=9, overwrite=True, trials=1)
     assert len(anew.trials) == 1
     assert tomllib.loads((study / "config.toml").read_text())["hidden"] == 9
@@ -304,7 +308,7 @@ def test_a_damaged_study_is_refused(features: Path, tmp_path: Path, name: str) -
     search(features, tmp_path / "study", trials=1)
     (tmp_path / "study" / name).write_text('{"format": 3}\n' * 3)
 
-    with pytest.raises(SchemaError, match=f"{name}: is damaged .*begin anew with --overwrite"):
+    with pytest.raises(SchemaError, match=f"{name}: is damaged .*start again with --overwrite"):
         search(features, tmp_path / "study")
 
 
@@ -348,6 +352,11 @@ def test_optunas_own_settings_are_left_alone(features: Path, tmp_path: Path) -> 
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
 
 
+def recorded(study: Path) -> int:
+    journal = study / "journal.log"
+    return journal.read_bytes().count(b'"record"') if journal.is_file() else 0
+
+
 def test_a_signal_keeps_the_trials_and_the_winner_so_far(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,23 +369,17 @@ def test_a_signal_keeps_the_trials_and_the_winner_so_far(
         stderr=subprocess.PIPE,
         text=True,
     )
-    trials = study / "trials.jsonl"
     for _ in range(1_200):
-        if trials.is_file() and len(trials.read_text().splitlines()) > 1:
+        if recorded(study) > 1:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    made = len(trials.read_text().splitlines())
+    made = recorded(study)
 
     assert process.returncode == 130, errors
-    assert f"holds {made} trials, the best of them" in errors
+    assert f"holds {made} trials; rerun to resume" in errors
     assert "Traceback" not in errors
     assert (study / "config.toml").exists()
-    resumed = subprocess.run(
-        [*command, *options[2:], "--trials", str(made + 1), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert len(json.loads(resumed.stdout)["trials"]) == made + 1
+    config = TuneConfig(features=features, out=study, steps=8, hidden=8, trials=made + 1)
+    assert len(tune(config).trials) == made + 1

@@ -1,10 +1,18 @@
-"""``csalign tune``: search the settings of training on the validation split."""
+"""``csalign tune``: search the settings of training on the validation split.
+
+The folder of a study::
+
+    study.json      what is searched, starting from which settings, on which features
+    journal.log     optuna's storage of the trials, from which a stopped search resumes
+    config.toml     the best settings so far, for ``csalign train --config``
+"""
 
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +20,27 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from optuna.pruners import PercentilePruner
+from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
-from csalign.adapters.model import Adapter
+from csalign.core import atomic, locks
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, CsalignError, DataError, Stopped, TrainingError
+from csalign.core.errors import (
+    CsalignError,
+    DataError,
+    OutputError,
+    SchemaError,
+    Stopped,
+    TrainingError,
+)
 from csalign.core.progress import Progress, silent
+from csalign.core.records import read_object
 from csalign.core.results import Trial, TuneResult
+from csalign.core.version import __version__
 from csalign.features.join import PairedRows, Pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
@@ -30,69 +52,52 @@ from csalign.training.loop import Trainer
 from csalign.training.token_data import open_tokens, token_widths
 from csalign.training.train import further_sets, load_split_rows, room_for, split_to_train, start_of
 from csalign.training.tuning.search_space import SearchSpace, search_space
-from csalign.training.tuning.study import CONFIG, Study, check_study, open_study
 from csalign.training.unpaired import Unpaired, gather_unpaired
 
 log = logging.getLogger(__name__)
 
 DEFAULT_TRIALS = 50
 RESAMPLES = 1_000
-CS_BANDWIDTH = 0.5  # that of ``csalign eval``
-CS_ROWS = 2_000  # a side
+CS_BANDWIDTH = 0.5  # as in ``csalign eval``
+CS_ROWS = 2_000  # per side
 COMPARED = ("mean_recall", "centroid_distance")
-MRR_SHARE = 1e-6  # so little that it only decides where the recall is the same
+MRR_WEIGHT = 1e-6  # in the objective of the search: only breaks ties of the recall
+PRUNED_SHARE = 0.25  # a trial is stopped if it is in this lowest share of those before it
+PRUNING_START = 0.5  # share of a trial's validations before which it is not pruned
+FORMAT = "csalign-study"
+STUDY, JOURNAL, CONFIG = "study.json", "journal.log", "config.toml"
+FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign 0.1.0
+RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
-    """Search for settings that train better than the given ones, in a folder that can be continued.
+    """Search for settings that train better than the given ones; rerun to resume.
 
-    Trial 0 is the given settings, trial 1 the closed form that they start from; both can win.
-
-    Args:
-        config: what to search, and for how long. What was given of the settings of training stays
-            as it is; the others are searched.
-        progress: told how far it is.
+    Trial 0 uses the given settings, trial 1 only the closed form that they start from; both can
+    win. Settings that were given stay fixed, the others are searched.
 
     Raises:
-        DataError: the features cannot be trained on, or too few are left to validate on.
+        DataError: the features cannot be trained on, or there are too few rows to validate on.
         ConfigError: the settings are wrong, or there is nothing to search.
-        OutputError: the folder is no study, is one of something else, or is in use.
-        TrainingError: no trial got through.
+        OutputError: the folder is not a study, is another study, or is in use.
+        TrainingError: all trials failed.
     """
     began = time.monotonic()
-    if config.report is not None or config.log_to or config.save_every:
-        raise ConfigError(
-            "report, log-to and save-every are for csalign train, with the config.toml of the "
-            "winner"
-        )
-    check_study(config.out, config.features)
-    features = FeatureSet.open(config.features)
-    split = split_to_train(features, config)
-    room = room_for(config)
-    rows, val = load_split_rows(features, split, config, room)
-    if val is None:
-        raise DataError(f"{rows.name}: too few pairs to hold some out, so nothing can be chosen by")
-    space = search_space(config, rows)
-    base = config.base()
-    unpaired = gather_unpaired(rows, further_sets(base), split, room)
-    runner = _Runner(features, rows, val, unpaired, pick_device(config.device), config.seed)
+    _check_folder(config.out, config.features)
+    data = _load(config)
+    space = search_space(config, data.rows)
+    paths = {"out", "overwrite", "features", "memory"}
     identity = {
-        "features": features.manifest.fingerprint(),
-        "base": base.model_dump(mode="json", exclude={"out", "overwrite", "features", "memory"}),
-        "search": space.describe(),
+        "features": data.features.manifest.fingerprint(),
+        "base": space.base.model_dump(mode="json", exclude=paths),
+        "search": list(space.names),
     }
-    with open_study(
-        config.out,
-        identity,
-        seed=config.seed,
-        validations=config.validations,
-        overwrite=config.overwrite,
-    ) as study:
-        _Search(config, space, study, runner, began).run(progress)
-        trials = study.trials
+    with _open_study(config, identity) as study:
+        trials = _search(config, space, study, data, began, progress)
     best = winner(trials, config.recall_slack)
     if best is None:
-        raise TrainingError(f"{config.out}: no trial got through; the first: {trials[0].reason}")
+        raise TrainingError(f"{config.out}: all trials failed; the first: {trials[0].reason}")
+    val = data.val
     return TuneResult(
         study=config.out,
         config=config.out / CONFIG,
@@ -104,28 +109,129 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     )
 
 
-def winner(trials: list[Trial], slack: float) -> Trial | None:
-    """The trial to train with, None if none is complete.
+def winner(trials: Sequence[Trial], slack: float) -> Trial | None:
+    """Choose the trial to train with, the first of equals; None if none is complete.
 
-    Args:
-        trials: in the order of their numbers; the first of equals wins.
-        slack: mean recall to give, at most, for the narrowest gap; with 0 the highest recall wins,
-            and of equal ones the highest MRR.
+    With `slack`, that is the narrowest gap among those within so much of the best mean recall;
+    with 0 the highest recall, and of equal ones the highest MRR.
     """
     complete = [trial for trial in trials if trial.state == "complete"]
     if not complete:
         return None
-    least = max(_figure(trial, "mean_recall") for trial in complete) - slack
-    near = [trial for trial in complete if _figure(trial, "mean_recall") >= least]
+    least = max(trial.mean_recall or 0.0 for trial in complete) - slack
+    near = [trial for trial in complete if (trial.mean_recall or 0.0) >= least]
     if slack:
-        return min(near, key=lambda trial: _figure(trial, "centroid_distance"))
-    return max(near, key=lambda trial: _figure(trial, "mrr"))
+        return min(near, key=lambda trial: trial.centroid_distance or 0.0)
+    return max(near, key=lambda trial: trial.mrr or 0.0)
 
 
-def _figure(trial: Trial, name: str) -> float:
-    value = getattr(trial, name)
-    assert value is not None
-    return float(value)
+def _search(
+    config: TuneConfig,
+    space: SearchSpace,
+    study: optuna.Study,
+    data: "_Data",
+    began: float,
+    progress: Progress,
+) -> list[Trial]:
+    """Run trials until there are enough or the time is over; return all of the study."""
+    total = config.trials
+    if total is None and config.minutes is None:
+        total = DEFAULT_TRIALS
+    trials = _finished(study)
+    if trials:
+        log.info("%s: resuming after %d trials", config.out, len(trials))
+    try:
+        while True:
+            _write_best(config, trials)
+            progress("trials", len(trials), total)
+            late = config.minutes is not None and time.monotonic() - began >= 60 * config.minutes
+            if (total is not None and len(trials) >= total) or (late and trials):
+                return trials
+            _run_trial(len(trials), config.seed, space, study, data)
+            trials = _finished(study)
+            _log_trial(trials[-1], winner(trials, config.recall_slack))
+    except Stopped:
+        if trials := _finished(study):
+            _write_best(config, trials)
+            log.warning("%s: holds %d trials; rerun to resume", config.out, len(trials))
+        raise
+
+
+def _write_best(config: TuneConfig, trials: Sequence[Trial]) -> None:
+    best = winner(trials, config.recall_slack)
+    if best is not None:
+        settings = _with(config.base(), best.settings).settings()
+        atomic.write_text(config.out / CONFIG, settings)
+
+
+def _run_trial(
+    number: int, seed: int, space: SearchSpace, study: optuna.Study, data: "_Data"
+) -> None:
+    """Run a trial whose choices depend on the seed, its number and the trials before it alone."""
+    began, base = time.monotonic(), space.base
+    derived = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    # Some settings depend on others, which the multivariate sampler does not support.
+    sampler: BaseSampler = TPESampler(seed=derived, multivariate=False, constant_liar=False)
+    if number == 0:
+        sampler = PartialFixedSampler(space.given(), sampler)
+    study.sampler = sampler
+    trial = study.ask()
+    is_closed_form = number == 1 and base.init == "canonical" and base.steps != 0
+    # The closed form suggests nothing, so the sampler learns nothing from it.
+    settings = {"steps": 0} if is_closed_form else space.suggest(trial)
+    if number == 0:
+        settings = {name: getattr(base, name) for name in settings}
+    state, reason = "failed", None
+    figures: dict[str, Any] = {}
+    try:
+        prunable = None if number == 0 or is_closed_form else trial
+        figures, resamples = _train(_with(base, settings), data, prunable)
+        state = "pruned" if resamples is None else "complete"
+        if resamples is not None and number == 0:
+            drawn = {name: resamples.figures[name,].tolist() for name in COMPARED}
+            trial.set_user_attr(RESAMPLED, {"images": resamples.images, "figures": drawn})
+        elif resamples is not None:
+            figures["difference"] = _difference(study, figures, resamples)
+    except CsalignError as error:
+        if number == 0 and not isinstance(error, TrainingError):
+            raise  # every trial would fail in the same way
+        reason = str(error)
+    seconds = round(time.monotonic() - began, 3)
+    record = Trial(number, state, settings, seconds, **figures, reason=reason)
+    trial.set_user_attr(RECORD, record.to_json())
+    _finish(study, trial.number, record)
+
+
+def _difference(
+    study: optuna.Study, figures: dict[str, Any], resamples: Resamples
+) -> dict[str, dict[str, Any]]:
+    """Compare with trial 0, with paired bootstrap intervals; {} if that was not completed."""
+    attributes = (trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    default = next((found for found in attributes if RESAMPLED in found and RECORD in found), None)
+    if default is None:
+        return {}
+    drawn = default[RESAMPLED]
+    places: dict[Place, Floats] = {
+        (name,): np.array(values) for name, values in drawn["figures"].items()
+    }
+    baseline = Resamples(places, drawn["images"])
+    return {
+        name: {
+            "value": figures[name] - default[RECORD][name],
+            "interval": list(resamples.minus(baseline, (name,))[0]),
+        }
+        for name in COMPARED
+    }
+
+
+def _log_trial(trial: Trial, best: Trial | None) -> None:
+    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
+    result = f" ({trial.reason})"
+    if trial.mean_recall is not None:
+        gap = f"centroid distance {trial.centroid_distance:.4f}"
+        result = f", mean recall {100 * trial.mean_recall:.2f} %, {gap}"
+    result += f", {trial.seconds:.0f} s; best: trial {best.number if best else None}"
+    log.info("trial %d: %s%s [%s]", trial.number, trial.state, result, settings)
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
@@ -133,233 +239,193 @@ def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 
 
 @dataclass(frozen=True)
-class _Search:
-    """Makes the trials of a study that are not made yet."""
-
-    config: TuneConfig
-    space: SearchSpace
-    study: Study
-    runner: "_Runner"
-    began: float
-
-    def run(self, progress: Progress) -> None:
-        """Make trials until there are enough or the time is over."""
-        trials, total = self.study.trials, self._total
-        if trials:
-            log.info("%s: goes on after %d trials", self.config.out, len(trials))
-        self._write()
-        try:
-            while not self._is_over(len(trials)):
-                progress("trials", len(trials), total)
-                self._trial(len(trials))
-                self._write()
-                trials = self.study.trials
-                self._tell(trials)
-        except Stopped:
-            trials = self.study.trials
-            self._write()
-            if trials:
-                best = winner(trials, self.config.recall_slack)
-                log.warning(
-                    "%s: holds %d trials%s; the same command goes on",
-                    self.config.out,
-                    len(trials),
-                    "" if best is None else f", the best of them, {best.number}, in {CONFIG}",
-                )
-            raise
-        progress("trials", len(trials), total)
-
-    @property
-    def _total(self) -> int | None:
-        if self.config.trials is None and self.config.minutes is None:
-            return DEFAULT_TRIALS
-        return self.config.trials
-
-    def _is_over(self, made: int) -> bool:
-        minutes, total = self.config.minutes, self._total
-        is_late = minutes is not None and time.monotonic() - self.began >= 60 * minutes
-        return (total is not None and made >= total) or (is_late and made > 0)
-
-    def _trial(self, number: int) -> None:
-        """Make one trial."""
-        began, base = time.monotonic(), self.space.base
-        is_closed_form = number == 1 and base.init == "canonical" and base.steps != 0
-        trial = self.study.begin(number, self.space.given() if number == 0 else {})
-        # The closed form chooses nothing, so the sampler draws no conclusion from it.
-        settings = {"steps": 0} if is_closed_form else self.space.suggest(trial)
-        if number == 0:
-            settings = {name: getattr(base, name) for name in settings}
-        state, outcome, reason = "complete", None, None
-        try:
-            prunable = None if number == 0 or is_closed_form else trial
-            outcome = self.runner.run(_with(base, settings), prunable)
-            state = "pruned" if outcome.is_pruned else state
-        except CsalignError as error:
-            if number == 0 and not isinstance(error, TrainingError):
-                raise  # it would be the same in each trial
-            state, reason = "failed", str(error)
-        seconds = round(time.monotonic() - began, 3)
-        figures = {} if outcome is None else outcome.figures
-        difference = {}
-        if outcome is not None and outcome.resamples is not None:
-            difference = self._difference(number, figures, outcome.resamples)
-        record = Trial(
-            number, state, settings, seconds, **figures, difference=difference, reason=reason
-        )
-        value = None
-        if state == "complete":
-            value = _figure(record, "mean_recall") + MRR_SHARE * _figure(record, "mrr")
-        self.study.end(trial, record, value)
-
-    def _difference(
-        self, number: int, figures: dict[str, Any], resamples: Resamples
-    ) -> dict[str, dict[str, Any]]:
-        """The figures less the default's, which a later process finds in the study."""
-        if number == 0:
-            drawn = {name: resamples.figures[name,].tolist() for name in COMPARED}
-            self.study.note_default(
-                {
-                    "images": resamples.images,
-                    "figures": {name: figures[name] for name in COMPARED},
-                    "resamples": drawn,
-                }
-            )
-        default = self.study.default
-        if number == 0 or default is None:
-            return {}
-        places: dict[Place, Floats] = {
-            (name,): np.array(values) for name, values in default["resamples"].items()
-        }
-        baseline = Resamples(places, default["images"])
-        return {
-            name: {
-                "value": figures[name] - default["figures"][name],
-                "interval": list(resamples.minus(baseline, (name,))[0]),
-            }
-            for name in COMPARED
-        }
-
-    def _write(self) -> None:
-        best = winner(self.study.trials, self.config.recall_slack)
-        config = None if best is None else _with(self.space.base, best.settings).settings()
-        self.study.write(config)
-
-    def _tell(self, trials: list[Trial]) -> None:
-        """One line for the trial that was just made."""
-        trial, best = trials[-1], winner(trials, self.config.recall_slack)
-        of = "" if self._total is None else f" of {self._total}"
-        said = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
-        if trial.mean_recall is None:
-            result = f"failed: {trial.reason}"
-        else:
-            ended = " (pruned)" if trial.state == "pruned" else ""
-            result = (
-                f"mean recall {100 * trial.mean_recall:.2f} %{ended}, centroid distance "
-                f"{trial.centroid_distance:.4f}"
-            )
-        kept = "" if best is None else f"; best: trial {best.number}"
-        log.info(
-            "trial %d%s, %.0f s: %s%s [%s]", trial.number, of, trial.seconds, result, kept, said
-        )
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a training run came to.
-
-    Attributes:
-        figures: by the names that `Trial` has for them.
-        resamples: of the validation, None where it was ended early.
-        is_pruned: whether it was.
-    """
-
-    figures: dict[str, Any]
-    resamples: Resamples | None
-    is_pruned: bool
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """Trains on rows that are loaded once and leaves nothing on the disk."""
+class _Data:
+    """What all trials train and validate on."""
 
     features: FeatureSet
     rows: Pairs
     val: PairedRows
     unpaired: Unpaired
     device: torch.device
-    seed: int
 
-    def run(self, config: TrainConfig, prunable: optuna.Trial | None) -> _Outcome:
-        """Train and measure.
 
-        Args:
-            config: how.
-            prunable: told of each validation, and asked whether to go on; None goes on.
-        """
-        widths = token_widths(self.features, config)
-        tokens = open_tokens(self.features, widths, self.rows, config)
-        sampler, adapter, start = start_of(self.rows, self.val, config, tokens)
-        log.debug("start: %s", start)
-        with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
-            trainer = Trainer(
-                adapter,
-                self.rows,
-                sampler,
-                self.unpaired,
-                self.val,
-                config,
-                Path(folder),
-                self.device,
-                tokens,
-            )
-            with _one_line_a_trial():
-                is_pruned = self._fit(trainer, prunable)
-        score = trainer.best_score
-        assert score is not None
-        figures: dict[str, Any] = {
-            **score.to_json(),
-            "start": start,
-            "steps": trainer.step if is_pruned else trainer.steps_made,
-            "best_step": None if is_pruned else trainer.step,
-        }
-        if is_pruned:
-            return _Outcome(figures, None, is_pruned)
-        divergence, resamples = self._measure(adapter)
-        return _Outcome({**figures, "cs_divergence": divergence}, resamples, is_pruned)
+def _load(config: TuneConfig) -> _Data:
+    features = FeatureSet.open(config.features)
+    split = split_to_train(features, config)
+    room = room_for(config)
+    rows, val = load_split_rows(features, split, config, room)
+    if val is None:
+        raise DataError(f"{rows.name}: too few pairs to hold some out for validation; add some")
+    unpaired = gather_unpaired(rows, further_sets(config.base()), split, room)
+    return _Data(features, rows, val, unpaired, pick_device(config.device))
 
-    def _fit(self, trainer: Trainer, prunable: optuna.Trial | None) -> bool:
-        """Train; says whether it was ended early."""
+
+def _train(
+    config: TrainConfig, data: _Data, prunable: optuna.Trial | None
+) -> tuple[dict[str, Any], Resamples | None]:
+    """Train and measure; the weights are not kept.
+
+    Returns:
+        Metrics by their names in `Trial`, and resamples of those that are compared; None if
+        `prunable`, the trial that validations are reported to, was pruned.
+    """
+    tokens = open_tokens(data.features, token_widths(data.features, config), data.rows, config)
+    sampler, adapter, start = start_of(data.rows, data.val, config, tokens)
+    with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
+        trainer = Trainer(
+            adapter,
+            data.rows,
+            sampler,
+            data.unpaired,
+            data.val,
+            config,
+            Path(folder),
+            data.device,
+            tokens,
+        )
+        is_pruned = False
         with closing(trainer.fit(silent)) as validations:
             for number, _ in enumerate(validations, start=1):
-                if prunable is None or trainer.best_score is None:
-                    continue
-                prunable.report(trainer.best_score.mean_recall, number)
-                if prunable.should_prune():
-                    return True
-        return False
+                if prunable is not None and trainer.best_score is not None:
+                    prunable.report(trainer.best_score.mean_recall, number)
+                    is_pruned = prunable.should_prune()
+                if is_pruned:
+                    break
+    assert trainer.best_score is not None
+    figures: dict[str, Any] = {
+        **trainer.best_score.to_json(),
+        "start": start,
+        "steps": trainer.step if is_pruned else trainer.steps_made,
+        "best_step": None if is_pruned else trainer.step,
+    }
+    if is_pruned:
+        return figures, None
+    x, y = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
+    rng = np.random.default_rng(config.seed)
+    few = (torch.from_numpy(z[rng.permutation(len(z))[:CS_ROWS]]).double() for z in (x, y))
+    figures["cs_divergence"] = float(cs_divergence(*few, sigma=CS_BANDWIDTH))
+    owners = data.val.text_image
+    ranks = rank_both_ways(x, y, owners)
+    return figures, resample(ranks, x, y, owners, resamples=RESAMPLES, seed=config.seed)
 
-    def _measure(self, adapter: Adapter) -> tuple[float, Resamples]:
-        """The CS divergence of the validation rows, and resamples of the other figures."""
-        images, texts = (embed_rows(adapter, side, self.val, self.features) for side in Modality)
-        rng = np.random.default_rng(self.seed)
-        few_x, few_y = (
-            torch.from_numpy(side[rng.permutation(len(side))[:CS_ROWS]]).double()
-            for side in (images, texts)
+
+def _check_folder(folder: Path, features: Path) -> None:
+    """Refuse a folder that holds something other than a study, before any work is done."""
+    if not folder.is_dir():
+        atomic.check_output(folder, overwrite=False, inputs=(features,))
+        return
+    names = {path.name for path in folder.iterdir()} - {locks.LOCK}
+    if names and STUDY not in names:
+        raise OutputError(
+            f"{folder}: holds files but no study ({min(names)}); choose another --out"
         )
-        ranks = rank_both_ways(images, texts, self.val.text_image)
-        resamples = resample(
-            ranks, images, texts, self.val.text_image, resamples=RESAMPLES, seed=self.seed
-        )
-        return float(cs_divergence(few_x, few_y, sigma=CS_BANDWIDTH)), resamples
 
 
 @contextmanager
-def _one_line_a_trial() -> Iterator[None]:
-    """Keep the training loop from telling what is no news in a search."""
-    logger = logging.getLogger(Trainer.__module__)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _open_study(config: TuneConfig, identity: dict[str, Any]) -> Iterator[optuna.Study]:
+    """Create or resume a study, locked; one without a finished trial is removed at the end.
+
+    Raises:
+        OutputError: another process has it open, or it is a study of another `identity`.
+        SchemaError: its files are damaged.
+    """
+    folder = config.out
+    with locks.lock_folder(folder), _quiet_optuna():
+        if config.overwrite:
+            _clear(folder)
+        study = _load_study(folder, config.validations)
+        if _finished(study):
+            _check_same(folder, identity)
+        else:
+            _clear(folder)
+            document = {"format": FORMAT, "csalign_version": __version__, **identity}
+            atomic.write_json(folder / STUDY, document)
+            study = _load_study(folder, config.validations)
+        try:
+            yield study
+        finally:
+            if not _finished(study):
+                _clear(folder)
+                (folder / locks.LOCK).unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def _load_study(folder: Path, validations: int) -> optuna.Study:
+    """Open optuna's journal; a process that died may have left half a line, a lock and a trial."""
+    journal = folder / JOURNAL
+    journal.with_name(f"{JOURNAL}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        text = journal.read_bytes()
+        with journal.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
+    warmup = round(PRUNING_START * validations)
     try:
-        yield
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name="csalign",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=PercentilePruner(100 * (1 - PRUNED_SHARE), n_warmup_steps=warmup),
+        )
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            record = trial.user_attrs.get(RECORD)
+            if record is None:  # it is run again, under the same number
+                study.tell(trial.number, state=TrialState.FAIL)
+            else:
+                _finish(study, trial.number, Trial(**record))
+        _finished(study)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(
+            f"{journal}: is damaged ({error}); start again with --overwrite"
+        ) from None
+    return study
+
+
+def _finished(study: optuna.Study) -> list[Trial]:
+    attributes = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    return [Trial(**found[RECORD]) for found in attributes if RECORD in found]
+
+
+def _finish(study: optuna.Study, number: int, record: Trial) -> None:
+    if record.state == "complete":
+        study.tell(number, (record.mean_recall or 0.0) + MRR_WEIGHT * (record.mrr or 0.0))
+    else:
+        state = TrialState.PRUNED if record.state == "pruned" else TrialState.FAIL
+        study.tell(number, state=state)
+
+
+def _clear(folder: Path) -> None:
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    remedy = "choose another --out, or start again with --overwrite"
+    there = read_object(folder / STUDY, remedy)
+    base, names = there.get("base"), there.get("search")  # 0.1.0 mapped names to their ranges
+    if not (isinstance(base, dict) and isinstance(names, dict | list)):
+        raise SchemaError(f"{folder / STUDY}: is damaged (not a study); {remedy}")
+    before, now = (
+        {**found, **found["base"], "search": ", ".join(map(str, found["search"]))}
+        for found in (there, identity)
+    )
+    for name in ("features", *identity["base"], "search"):
+        if before.get(name) != now[name]:
+            raise OutputError(
+                f"{folder}: was started with {name.replace('_', '-')} {before.get(name)}, not "
+                f"{now[name]}; give the same, {remedy}"
+            )
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Suppress optuna's own log, and its warnings about experimental parts."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
     finally:
-        logger.setLevel(level)
+        optuna.logging.set_verbosity(level)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import ClosedForm, PairMoments
-from csalign.adapters.inputs import to_tensor, unit_inputs
+from csalign.adapters.side import to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import Evaluation, measure_rows
@@ -108,7 +108,37 @@ def fit_csa(moments: PairMoments, trial: Trial) -> Fitted:
 
 def fit_procrustes(moments: PairMoments, trial: Trial) -> Fitted:
     """Cosine after principal components and the best rotation."""
-    return Fitted(moments.procrustes(trial["width"]))
+    return Fitted(procrustes(moments, trial["width"]))
+
+
+def procrustes(moments: PairMoments, width: int | None = None) -> ClosedForm:
+    """Orthogonal Procrustes: the rotation or reflection that takes one side nearest the other.
+
+    Both sides are centred. The narrower one (the texts, if they are alike) keeps its axes; the
+    wider one is first reduced to its principal components.
+
+    Args:
+        moments: of the pairs.
+        width: components of both sides to keep, at most min(d, e), which is the default.
+    """
+    _, vectors_x, _, vectors_y, _ = moments.eigen  # in ascending order of their eigenvalues
+    d, e = len(moments.mean_x), len(moments.mean_y)
+    k = min(d, e) if width is None else width
+    eye = torch.eye(min(d, e), dtype=torch.float64)
+    axes_x = eye if d == k else vectors_x[:, -k:].flip(1)
+    axes_y = eye if e == k else vectors_y[:, -k:].flip(1)
+    left, _, right = torch.linalg.svd(axes_x.T @ moments.cov_xy @ axes_y)
+    if d < e:
+        axes_y = axes_y @ right.T @ left.T
+    else:
+        axes_x = axes_x @ left @ right
+    return ClosedForm(
+        "orthogonal Procrustes",
+        moments.mean_x.float(),
+        axes_x.T.float().contiguous(),
+        moments.mean_y.float(),
+        axes_y.T.float().contiguous(),
+    )
 
 
 def fit_ridge(moments: PairMoments, trial: Trial) -> Fitted:

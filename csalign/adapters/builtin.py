@@ -1,0 +1,229 @@
+"""The built-in kinds of adapters; u = normalise(x) - mean is the input of each."""
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+from torch import Tensor, nn
+from torch.nn import TransformerEncoderLayer
+from torch.nn.functional import silu
+
+from csalign.adapters.side import Aligned, SideAdapter, SideShape, scatter_tokens
+from csalign.core.errors import ShapeError
+
+MAX_HEADS = 8
+
+
+class Linear(SideAdapter):
+    """z = W u + b: any closed form, exactly."""
+
+    accepts_closed_form = True
+    accepts_output_map = True
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.projection = nn.Linear(shape.input_width, shape.width)
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        z: Tensor = self.projection(self.inputs(x, noise))
+        return z
+
+    def residual_ends(self) -> list[nn.Linear]:
+        """Return the layers whose outputs are added to the linear path."""
+        return []
+
+    def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `SideAdapter.start_from`; accepts any map, and sets the residual to 0."""
+        with torch.no_grad():
+            self.mean.copy_(mean)
+            self.projection.weight.copy_(weight)
+            self.projection.bias.copy_(torch.zeros(self.shape.width) if bias is None else bias)
+        _set_to_zero(*self.residual_ends())
+
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        with torch.no_grad():
+            for layer in (self.projection, *self.residual_ends()):
+                layer.weight.copy_(weight @ layer.weight)
+                layer.bias.copy_(weight @ layer.bias)
+            self.projection.bias.add_(bias)
+
+
+class Mlp(Linear):
+    """z = W u + b + MLP(sqrt(d) u); the MLP is 0 at a closed form."""
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.residual = nn.Sequential(
+            nn.Linear(shape.input_width, shape.hidden),
+            nn.GELU(),
+            nn.Dropout(shape.dropout),
+            nn.Linear(shape.hidden, shape.width),
+        )
+
+    def residual_ends(self) -> list[nn.Linear]:
+        """See `Linear.residual_ends`."""
+        return [layer for layer in self.residual[-1:] if isinstance(layer, nn.Linear)]
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        u = self.inputs(x, noise)
+        z: Tensor = self.projection(u) + self.residual(self.shape.input_width**0.5 * u)
+        return z
+
+
+class Glu(Linear):
+    """z = W u + b + W3 (silu(W1 v) * W2 v) with v = sqrt(d) u and W3 = 0 at the start."""
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.gate = nn.Linear(shape.input_width, shape.hidden)
+        self.value = nn.Linear(shape.input_width, shape.hidden)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.out = nn.Linear(shape.hidden, shape.width)
+        _set_to_zero(self.out)
+
+    def residual_ends(self) -> list[nn.Linear]:
+        """See `Linear.residual_ends`."""
+        return [self.out]
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        u = self.inputs(x, noise)
+        v = self.shape.input_width**0.5 * u
+        z: Tensor = self.projection(u) + self.out(self.dropout(silu(self.gate(v)) * self.value(v)))
+        return z
+
+
+class Identity(SideAdapter):
+    """z = normalise(x): a frozen side, for whatever was built on its embeddings.
+
+    It is not centred, since a decoder needs these embeddings unchanged, and ignores the noise.
+    """
+
+    keeps_width = True
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        if shape.signed_sqrt:
+            raise ShapeError(
+                f"{shape.kind}: starts at the encoder's own embeddings, so it cannot take their "
+                "square roots; use another kind"
+            )
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`; the noise is not used."""
+        return self.inputs(x)
+
+    def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `SideAdapter.start_from`; accepts the identity without mean and bias."""
+        self._require_identity(weight)
+        if mean.any() or (bias is not None and bias.any()):
+            raise ValueError(f"{self.shape.kind}: cannot be moved")
+
+    def _require_identity(self, weight: Tensor) -> None:
+        if not torch.equal(weight.cpu(), torch.eye(self.shape.width)):
+            raise ValueError(f"{self.shape.kind}: starts from the identity alone")
+
+
+class LowRank(Identity):
+    """z = u + B A u + b: the identity plus an update of low rank, B = 0 and b = 0 at the start."""
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.down = nn.Linear(shape.input_width, shape.rank, bias=False)
+        # Gives components around 1 for a unit row, where the usual learning rates work.
+        nn.init.normal_(self.down.weight)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.up = nn.Linear(shape.rank, shape.width)
+        _set_to_zero(self.up)
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        u = self.inputs(x, noise)
+        z: Tensor = u + self.up(self.dropout(self.down(u)))
+        return z
+
+    def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `SideAdapter.start_from`; accepts the identity with any mean and bias."""
+        self._require_identity(weight)
+        _set_to_zero(self.up)
+        with torch.no_grad():
+            self.mean.copy_(mean)
+            if bias is not None:
+                self.up.bias.copy_(bias)
+
+
+class Transformer(Linear):
+    """The linear path, then pre-norm encoder blocks over [embedding, token, token, ...].
+
+    Tokens have a linear path of their own. The blocks add 0 at the start. There is no position
+    encoding: tokens of a frozen encoder already encode their positions. Without tokens the blocks
+    see the embedding alone.
+    """
+
+    projects_tokens = True
+    accepts_output_map = False  # no single layer produces the sum that the blocks end in
+    then = SideAdapter.then
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.token_path: Linear | None = None
+        if shape.token_width is not None:
+            self.token_path = Linear(replace(shape, input_width=shape.token_width))
+        self.blocks = nn.ModuleList(_encoder_block(shape) for _ in range(shape.layers))
+        _set_to_zero(*self.residual_ends())
+
+    def residual_ends(self) -> list[nn.Linear]:
+        """See `Linear.residual_ends`."""
+        blocks = [block for block in self.blocks if isinstance(block, TransformerEncoderLayer)]
+        return [end for block in blocks for end in (block.self_attn.out_proj, block.linear2)]
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        return self._encode(super().forward(x, noise)[:, None], None)[:, 0]
+
+    def forward_tokens(
+        self, x: Tensor, tokens: Tensor, mask: Tensor, noise: float = 0.0
+    ) -> Aligned:
+        """See `SideAdapter.forward_tokens`; the embedding and its tokens see each other."""
+        assert self.token_path is not None, "built without a token width"
+        own = super().forward(x, noise)[:, None]
+        sequence = torch.cat([own, scatter_tokens(self.token_path(tokens[mask], noise), mask)], 1)
+        padding = torch.cat([mask.new_zeros(len(mask), 1), ~mask], 1)
+        encoded = self._encode(sequence, padding)
+        return Aligned(encoded[:, 0], encoded[:, 1:].masked_fill(~mask[..., None], 0.0))
+
+    def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """See `SideAdapter.start_from`; accepts any map, for tokens of the same width too."""
+        super().start_from(mean, weight, bias)
+        if self.token_path is not None and self.shape.token_width == self.shape.input_width:
+            self.token_path.start_from(mean, weight, bias)
+
+    def _encode(self, sequence: Tensor, padding: Tensor | None) -> Tensor:
+        for block in self.blocks:
+            sequence = block(sequence, src_key_padding_mask=padding)
+        return sequence
+
+
+def _encoder_block(shape: SideShape) -> TransformerEncoderLayer:
+    block = TransformerEncoderLayer(
+        shape.width,
+        gcd(shape.width, MAX_HEADS),
+        shape.hidden,
+        shape.dropout,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    if shape.token_width is None:
+        # A single vector attends to itself only, so attention dropout would drop whole heads.
+        block.self_attn.dropout = 0.0
+    return block
+
+
+def _set_to_zero(*layers: nn.Linear) -> None:
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)

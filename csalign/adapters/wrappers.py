@@ -1,0 +1,139 @@
+"""Trained adapters in other programs: behind an open_clip model, and as ONNX graphs."""
+
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from csalign.adapters.checkpoint import load_adapter
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import Array, SideAdapter
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, OutputError, ShapeError
+
+INPUT, OUTPUT = "embeddings", "aligned"
+EXAMPLE_ROWS = 3  # not 0 or 1, which torch.export would treat as constants
+
+
+class AlignedClip(nn.Module):
+    """An encoder of images and texts followed by an adapter, with open_clip's methods."""
+
+    def __init__(self, encoder: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        for side in Modality:
+            if adapter.side(side).embeds_with_tokens:
+                raise ConfigError(
+                    f"the adapter embeds {side.plural} with their tokens, which encode_{side} does "
+                    "not give; train one without --tokens and --token-weight"
+                )
+        self.encoder = encoder
+        self.adapter = adapter
+        self.eval()
+
+    def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+        """Preprocessed images (n, 3, h, w) -> aligned rows (n, width) float32, always of norm 1."""
+        return self._aligned(Modality.IMAGE, self.encoder.encode_image(image))  # type: ignore[operator]
+
+    def encode_text(self, text: Any, normalize: bool = True) -> Tensor:
+        """Tokenized texts -> aligned unit rows (n, width) float32; see `encode_image`."""
+        return self._aligned(Modality.TEXT, self.encoder.encode_text(text))  # type: ignore[operator]
+
+    def _aligned(self, side: Modality, embeddings: Tensor) -> Tensor:
+        own = self.adapter.side(side)
+        if embeddings.shape[-1] != own.shape.input_width:
+            raise ShapeError(
+                f"the model's {side} embeddings are {embeddings.shape[-1]} wide, the adapter takes "
+                f"{own.shape.input_width}; use the model that it was trained on"
+            )
+        return normalize(own(embeddings), dim=-1)
+
+
+def wrap(
+    model: nn.Module, run: Adapter | Path | str, *, allow: Collection[str] = ()
+) -> AlignedClip:
+    """Put an adapter behind an open_clip model, so that its tools see the aligned space.
+
+    Args:
+        model: from ``open_clip.create_model``, or any other with ``encode_image`` and
+            ``encode_text``.
+        run: a run folder, or the result of `load_adapter`.
+        allow: as for `load_adapter`.
+
+    Raises:
+        ConfigError: the adapter embeds with tokens.
+        DataError: there is no adapter at `run`.
+        SchemaError: its files are damaged.
+    """
+    adapter = run if isinstance(run, Adapter) else load_adapter(run, allow=allow)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return AlignedClip(model, adapter.to(device))
+
+
+class _UnitRows(nn.Module):
+    """The adapter of a side as ``apply`` uses it: raw embeddings (n, d) -> unit rows (n, width)."""
+
+    def __init__(self, side: SideAdapter) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return normalize(self.side(embeddings), dim=1)
+
+
+def write_onnx(side: SideAdapter, path: Path) -> None:
+    """Write a side as an ONNX file that accepts any number of rows, and check that file.
+
+    Raises:
+        ConfigError: onnx or onnxscript is not installed.
+        OutputError: its kind cannot be expressed in ONNX.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise _missing(error) from None
+    example = torch.randn(EXAMPLE_ROWS, side.shape.input_width, generator=torch.Generator())
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _UnitRows(side).eval(),
+                (example,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("rows")},),
+                dynamo=True,
+                verbose=False,
+            )
+            assert program is not None
+            program.save(str(path), external_data=False)
+            onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the exporter raises many types
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise OutputError(
+            f"{side.shape.kind}: cannot be written as ONNX ({reason:.200}); use --to safetensors"
+        ) from error
+
+
+def run_onnx(path: Path, rows: Array) -> Array:
+    """Run an ONNX file on rows (n, d) by ONNX Runtime; (n, width) float32.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _missing(error) from None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found: Array = session.run([OUTPUT], {INPUT: rows.astype(np.float32)})[0]
+    return found
+
+
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(f"onnx: needs {error.name}; install it with: pip install 'csalign[onnx]'")

@@ -1,0 +1,88 @@
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from csalign.adapters.checkpoint import DESCRIPTION
+from csalign.core.errors import DataError, SchemaError
+from csalign.runs.load import load_run
+from csalign.runs.metadata import ADAPTER, read_environment, read_lines, read_settings, run_folder
+
+V1 = Path(__file__).parents[1] / "features/v1/run"
+
+
+@pytest.fixture
+def own(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return copytree(run, tmp_path / "own")
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_run_records_the_checksum_of_each_file_that_its_weights_do_not_cover(run: Path) -> None:
+    assert set(read_environment(run)["sha256"]) == {"config.toml", "metrics.jsonl", "adapter.json"}
+    assert ADAPTER == DESCRIPTION
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "read"),
+    [
+        ("adapter.json", '"image_norm": 1', '"image_norm": 2', load_run),
+        ("metrics.jsonl", '"step": 0', '"step": 1', read_lines),
+    ],
+)
+def test_a_changed_digit_is_refused_by_file(
+    own: Path, name: str, old: str, new: str, read: Callable[[Path], object]
+) -> None:
+    change(own / name, old, new)
+
+    with pytest.raises(SchemaError, match=rf"{name}: was changed .* restore it, or train again"):
+        read(own)
+
+
+def test_a_log_that_is_gone_is_refused_and_an_adapter_that_is_gone_named(own: Path) -> None:
+    (own / "metrics.jsonl").unlink()
+    with pytest.raises(SchemaError, match=r"metrics\.jsonl: was changed"):
+        read_lines(own)
+    (own / "adapter.json").unlink()
+    with pytest.raises(DataError, match="holds no trained adapter"):
+        load_run(own)
+
+
+def test_edited_settings_are_read_with_a_warning(
+    own: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(own / "config.toml", "steps = 0", "steps = 9")
+    with caplog.at_level(logging.WARNING, "csalign"):
+        assert read_settings(own)["steps"] == 9
+
+    assert "config.toml: was changed" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", "3\n", "[" * 100_000, "\udcff"])
+def test_a_damaged_log_without_a_checksum_is_refused(own: Path, text: str) -> None:
+    environment = json.loads((own / "environment.json").read_text())
+    del environment["sha256"]
+    (own / "environment.json").write_text(json.dumps(environment))
+    (own / "metrics.jsonl").write_text(text, errors="surrogateescape")
+
+    with pytest.raises(SchemaError, match=r"metrics\.jsonl: is damaged"):
+        read_lines(own)
+
+
+def test_a_run_of_version_0_1_0_has_no_checksums_and_is_read() -> None:
+    assert load_run(V1)[1].csalign_version == "0.1.0"
+    assert read_lines(V1)
+    assert read_settings(V1)
+
+
+def test_a_checkpoint_belongs_to_its_run() -> None:
+    assert run_folder(Path("run/checkpoints/step-000010")) == Path("run")
+    assert run_folder(Path("run")) == Path("run")
