@@ -10,7 +10,6 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
-from csalign.encoders.prepack import prepack
 from csalign.features.manifest import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -60,8 +59,6 @@ def ready(network: Network, options: EncoderOptions) -> Network:
     if options.device.type == "cuda":
         # Only convolutions have such weights, and they are faster so.
         network.to(memory_format=torch.channels_last)
-    if options.device.type == "cpu" and not options.compile:
-        prepack(network)
     if options.compile and not _compile_blocks(network):
         network.compile()
     return network

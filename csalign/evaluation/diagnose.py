@@ -14,8 +14,8 @@ from csalign.evaluation.config import DiagnoseConfig, EvalConfig
 from csalign.evaluation.evaluate import Measured, measure
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.conflict import cosine, gradient
-from csalign.objective.divergence import cs_terms
-from csalign.objective.infonce import InfonceTerms, alignment_uniformity
+from csalign.objective.divergences import cs_terms
+from csalign.objective.pairwise import InfonceTerms, alignment_uniformity
 from csalign.report.diagnosis import write_diagnosis
 from csalign.report.page import check_page
 

@@ -15,9 +15,8 @@ from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.protocols import DIRECTIONS, Gallery, mean_of, retrieval_block
 from csalign.evaluation.zero_shot import Classes, class_block, load_classes
 from csalign.features.reader import FeatureSet
-from csalign.metrics.graded import GradedRanks, graded_both_ways
-from csalign.metrics.hubness import corrected, hubness
-from csalign.metrics.retrieval import DirectionRanks
+from csalign.metrics.labels import GradedRanks, graded_both_ways
+from csalign.metrics.retrieval import DirectionRanks, corrected, hubness
 from csalign.sources.records.tables import read_table
 
 Floats = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import LEFT_OUT, extract
 from csalign.metrics.explain import explain
-from csalign.metrics.image_sets import image_distances
+from csalign.metrics.gap import image_distances
 
 log = logging.getLogger(__name__)
 

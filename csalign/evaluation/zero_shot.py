@@ -16,7 +16,7 @@ from csalign.evaluation.columns import Values, prompt_classes
 from csalign.evaluation.config import EvalConfig
 from csalign.features.join import ALL, PairedRows, check_directions, load_side, unit_rows
 from csalign.features.reader import FeatureSet
-from csalign.metrics.zero_shot import class_vectors, classify
+from csalign.metrics.labels import class_vectors, classify
 from csalign.runs.load import embed_rows, load_adapter_for
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
-"""The modality gap: how far two sets of unit embeddings lie apart, each figure by its source.
+"""The modality gap: how far apart two sets of unit embeddings are, each figure with its source.
 
 x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64. Sums over rows go through the sets in chunks. Where a side has more than `MAX_ROWS`, the
-mean kernels over all pairs of rows are estimated from all rows, by landmarks (in float32) and with
-standard errors, and the linear classifier sees `MAX_ROWS` a side.
+in float64. Sums over rows go through the sets in chunks. If a side has more than `MAX_ROWS`, the
+mean kernels over all pairs of rows are estimated from all rows by landmarks, with standard errors,
+and the linear classifier uses `MAX_ROWS` per side.
 """
 
 import logging
@@ -15,105 +15,122 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
-from csalign.objective.divergence import cs_divergence, mmd
-from csalign.objective.kernels import squared_distances
+from csalign.metrics.landmarks import estimate_mean_kernels
+from csalign.objective.divergences import cs_of_means, mmd_of_means
+from csalign.objective.kernels import tiled_log_mean_kernels
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
-MAX_ROWS = 5_000  # 5,000 x 5,000 float64 is 200 MB
+MAX_ROWS = 5_000
 CHUNK_ROWS = 65_536
 SPECTRUM = 64
 UNIFORMITY_SIGMA = 0.5  # exp(-2 |x - y|^2) is the Gaussian kernel of this bandwidth
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1_000.0  # of the paper on CMMD
 
 log = logging.getLogger(__name__)
 
 
-def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) -> dict[str, Any]:
-    """All figures of the gap, as ``csalign eval --json`` prints them under "gap".
+def gap_suite(
+    x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int, max_rows: int = MAX_ROWS
+) -> dict[str, Any]:
+    """Compute all figures of the gap, as ``csalign eval --json`` prints them under "gap".
 
-    "standard_errors" is there where a figure is an estimate, nested as the figures are.
+    "standard_errors" is present where a figure is an estimate, nested as the figures are.
 
     Args:
         x: (n, d), unit image embeddings.
         y: (m, d), unit text embeddings.
         text_image: (m,) image row of each text, -1 for none.
         sigma: bandwidth of the CS and MMD figures.
-        seed: of the sampling above `MAX_ROWS` rows and of the classifier's folds.
+        seed: of the sampling above `max_rows` rows and of the classifier's folds.
+        max_rows: rows per side up to which all pairs of rows are computed.
     """
     images, texts = torch.from_numpy(x), torch.from_numpy(y)
     paired = np.flatnonzero(text_image >= 0)
     pairs = torch.from_numpy(text_image[paired]), torch.from_numpy(paired)
     rng = np.random.default_rng(seed)
-    rows_x, rows_y = _sample(len(x), rng), _sample(len(y), rng)
+    rows_x, rows_y = (
+        np.sort(rng.choice(n, min(n, max_rows), replace=False)) for n in (len(x), len(y))
+    )
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
-    spread_x, spread_y = _covariance_root(images), _covariance_root(texts)
-    kernels, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
+    roots = _covariance_root(images), _covariance_root(texts)
+    values = [torch.linalg.svdvals(root) for root in roots]
+    kernels = None
+    if max(len(x), len(y)) > max_rows:
+        kernels = _estimated_kernel_figures(images, texts, sigma, seed)
+        if kernels is None:
+            log.warning(
+                "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
+                "divergence, MMD and uniformity are those of %d rows per side, drawn by the seed",
+                sigma,
+                max_rows,
+            )
+    figures, errors = kernels or (_kernel_figures(few_x, few_y, sigma), {})
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),
-        "cs_divergence": kernels["cs_divergence"],
-        "mmd": kernels["mmd"],
-        "frechet": _frechet(centroid_distance(images, texts), spread_x, spread_y),
+        "cs_divergence": figures["cs_divergence"],
+        "mmd": figures["mmd"],
+        "frechet": _frechet(centroid_distance(images, texts), *roots),
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
         "alignment": alignment(images, texts, pairs),
-        "uniformity": kernels["uniformity"],
-        "effective_rank": {"image": _effective_rank(spread_x), "text": _effective_rank(spread_y)},
-        "spectrum": {"image": _spectrum(spread_x), "text": _spectrum(spread_y)},
+        "uniformity": figures["uniformity"],
+        "effective_rank": {"image": _effective_rank(values[0]), "text": _effective_rank(values[1])},
+        "spectrum": {"image": _spectrum(values[0]), "text": _spectrum(values[1])},
         **({"standard_errors": errors} if errors else {}),
     }
 
 
-def _kernel_figures(
-    x: Tensor, y: Tensor, few: tuple[Tensor, Tensor], sigma: float, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures that are mean kernels, and their standard errors, {} where there are none."""
-    if max(len(x), len(y)) > MAX_ROWS:
-        found = _estimated_figures(x, y, sigma, seed)
-        flat = [found["cs_divergence"], found["mmd"], *found["uniformity"].values()]
-        if all(math.isfinite(estimate.error) for estimate in flat):
-            return _each(found, 0), _each(found, 1)
-        log.warning(
-            "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
-            "divergence, MMD and uniformity are those of %d rows a side, drawn by the seed",
-            sigma,
-            MAX_ROWS,
-        )
-    figures = {
-        "cs_divergence": float(cs_divergence(*few, sigma=sigma)),
-        "mmd": float(mmd(*few, sigma=sigma)),
+def _kernel_figures(x: Tensor, y: Tensor, sigma: float) -> dict[str, Any]:
+    """Compute the figures that are mean kernels from all pairs of rows."""
+    sigmas = sigma, UNIFORMITY_SIGMA
+    between = [_log_mean_kernels_of_distinct(side, sigmas) for side in (x, y)]
+    # Add the pairs of a row with itself, whose kernel is 1.
+    within = [
+        torch.logaddexp(means + math.log(max(1, len(side) - 1)), torch.zeros_like(means))
+        - math.log(max(2, len(side)))
+        for side, means in zip((x, y), between, strict=True)
+    ]
+    cross = tiled_log_mean_kernels(x, y, sigma=sigmas)
+    means = torch.stack([*within, cross])[:, :1]
+    return {
+        "cs_divergence": float(cs_of_means(means)),
+        "mmd": float(mmd_of_means(means)),
         "uniformity": {
-            "image": uniformity(few[0]),
-            "text": uniformity(few[1]),
-            "cross": cross_uniformity(*few),
+            "image": float(between[0][1]),
+            "text": float(between[1][1]),
+            "cross": float(cross[1]),
         },
     }
-    return figures, {}
 
 
-def _estimated_figures(x: Tensor, y: Tensor, sigma: float, seed: int) -> dict[str, Any]:
-    sums = KernelSums(Landmarks.draw(x, y, seed=seed), {sigma, UNIFORMITY_SIGMA})
-    sums.add(0, x)
-    sums.add(1, y)
-    means, at_uniformity = sums.means(sigma), sums.means(UNIFORMITY_SIGMA)
-    image, text = at_uniformity.uniformity()
-    cross = at_uniformity.cross_uniformity()
-    return {
-        "cs_divergence": means.cs_divergence(),
-        "mmd": means.mmd(),
-        "uniformity": {"image": image, "text": text, "cross": cross},
-    }
+def _log_mean_kernels_of_distinct(x: Tensor, sigmas: tuple[float, ...]) -> Tensor:
+    """Log mean kernels over pairs of different rows; 0 for a single row."""
+    if len(x) < 2:
+        return torch.zeros(len(sigmas), dtype=torch.float64)
+    return tiled_log_mean_kernels(x, sigma=sigmas)
 
 
-def _each(found: dict[str, Any], part: int) -> dict[str, Any]:
-    """The values (0) or the errors (1) of nested estimates."""
-    return {
-        name: entry[part] if isinstance(entry, Estimate) else _each(entry, part)
-        for name, entry in found.items()
-    }
+def _estimated_kernel_figures(
+    x: Tensor, y: Tensor, sigma: float, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Estimate the same figures and their standard errors; None if the means are too small."""
+    means, of_uniformity = estimate_mean_kernels(x, y, sigmas=(sigma, UNIFORMITY_SIGMA), seed=seed)
+    figures = {"cs_divergence": means.cs_divergence(), "mmd": means.mmd()}
+    image, text = of_uniformity.uniformity()
+    parts = {"image": image, "text": text, "cross": of_uniformity.cross_uniformity()}
+    if not all(math.isfinite(found.error) for found in (*figures.values(), *parts.values())):
+        return None
+    values, errors = (
+        {name: found[k] for name, found in figures.items()}
+        | {"uniformity": {name: found[k] for name, found in parts.items()}}
+        for k in (0, 1)
+    )
+    return values, errors
 
 
 def centroid_distance(x: Tensor, y: Tensor) -> float:
@@ -174,16 +191,11 @@ def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
     return max(0.0, centroid**2 + float(traces - 2 * cross))
 
 
-def effective_rank(x: Tensor) -> float:
+def _effective_rank(values: Tensor) -> float:
     """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
 
     Of the centred rows; between 1 and min(n - 1, d), 1 where all rows coincide.
     """
-    return _effective_rank(_covariance_root(x))
-
-
-def _effective_rank(root: Tensor) -> float:
-    values = torch.linalg.svdvals(root)
     if float(values.sum()) <= 1e-12:
         return 1.0
     shares = values / values.sum()
@@ -191,18 +203,14 @@ def _effective_rank(root: Tensor) -> float:
     return math.exp(-float((shares * shares.log()).sum()))
 
 
-def spectrum(x: Tensor) -> list[float]:
+def _spectrum(values: Tensor) -> list[float]:
     """Largest singular values of the covariance as shares of their sum, at most `SPECTRUM`.
 
     Descending; shares of the variance, in [0, 1]. All 0 where all rows coincide.
     """
-    return _spectrum(_covariance_root(x))
-
-
-def _spectrum(root: Tensor) -> list[float]:
-    values = torch.linalg.svdvals(root).square()
-    shares = values / values.sum() if float(values.sum()) > 1e-24 else torch.zeros_like(values)
-    return [float(share) for share in shares[:SPECTRUM]]
+    squares = values.square()
+    shares = squares / squares.sum() if float(squares.sum()) > 1e-24 else torch.zeros_like(squares)
+    return shares[:SPECTRUM].tolist()
 
 
 def _covariance_root(x: Tensor) -> Tensor:
@@ -217,7 +225,7 @@ def _covariance_root(x: Tensor) -> Tensor:
 
 
 def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
-    """Balanced accuracy of a linear classifier telling the modalities apart; 0.5 is no gap.
+    """Balanced accuracy of a linear classifier of the modalities; 0.5 is no gap.
 
     Regularised linear discriminant analysis, the mean over held-out folds; a row on the plane
     counts half.
@@ -226,7 +234,7 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
         x: (n, d) images.
         y: (m, d) texts.
         folds_x: (n,) fold of each image.
-        folds_y: (m,) fold of each text: its image's, as `pair_folds` gives. A twin of a held-out
+        folds_y: (m,) fold of each text: its image's, from `pair_folds`. A twin of a held-out
             row among the training rows, with the other label, would push the figure below 0.5.
 
     Returns:
@@ -247,7 +255,7 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
 def pair_folds(
     images: int, text_image: Ints, rng: np.random.Generator, folds: int = 5
 ) -> tuple[Ints, Ints]:
-    """A fold for each image, and for each text its image's, or a random one without an image."""
+    """Draw a fold per image; a text gets its image's, or a random one without an image."""
     of_image = rng.permutation(images) % folds
     of_text = rng.permutation(len(text_image)) % folds
     return of_image, np.where(text_image >= 0, of_image[text_image], of_text)
@@ -277,23 +285,48 @@ def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     return total / len(pairs[0])
 
 
-def uniformity(x: Tensor) -> float:
+def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> float:
     """Mean pairwise Gaussian potential, in the log domain, <= 0 (Wang and Isola 2020, t 2).
 
     log mean exp(-2 |x_i - x_j|^2) over pairs i < j.
+
+    Args:
+        x: (n, d), unit rows.
+        max_rows: larger sets are represented by this many rows, drawn at random (default: all).
+        seed: of that draw.
     """
-    n = len(x)
-    if n < 2:
-        return 0.0
-    upper = torch.triu_indices(n, n, offset=1)
-    exponents = -2 * squared_distances(x, x)[upper[0], upper[1]]
-    return float(torch.logsumexp(exponents, 0)) - math.log(len(exponents))
+    if max_rows is not None and len(x) > max_rows:
+        chosen = np.random.default_rng(seed).choice(len(x), max_rows, replace=False)
+        x = x[torch.from_numpy(np.sort(chosen))]
+    return float(_log_mean_kernels_of_distinct(x, (UNIFORMITY_SIGMA,)))
 
 
-def cross_uniformity(x: Tensor, y: Tensor) -> float:
-    """Uniformity across the modalities, log mean exp(-2 |x_i - y_j|^2) over all pairs, <= 0."""
-    exponents = -2 * squared_distances(x, y)
-    return float(torch.logsumexp(exponents.flatten(), 0)) - math.log(exponents.numel())
+def image_distances(x: Tensor, y: Tensor) -> dict[str, float]:
+    """Compute the distances of two sets of images, as ``csalign eval`` prints "distribution".
+
+    Args:
+        x: (n, d) real images, n >= 2, as an encoder returns them, no row of norm 0.
+        y: (m, d) generated images, m >= 2.
+    """
+    unit_x, unit_y = (normalize(rows.double(), dim=1) for rows in (x, y))
+    return {
+        "frechet": frechet_distance(x, y, unbiased=True),
+        "frechet_unit": frechet_distance(unit_x, unit_y, unbiased=True),
+        "cmmd": cmmd(unit_x, unit_y),
+    }
+
+
+def cmmd(x: Tensor, y: Tensor) -> float:
+    """CLIP maximum mean discrepancy of unit rows (Jayasumana et al. 2024).
+
+    1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) with k(a, b) = exp(-|a - b|^2 / 200) over
+    all pairs, diagonals included; >= 0 up to rounding. Needs no Gaussian fit.
+    """
+    sets = ((x, x), (y, y), (x, y))
+    own_x, own_y, cross = (
+        float(tiled_log_mean_kernels(*pair, sigma=CMMD_SIGMA).exp()) for pair in sets
+    )
+    return CMMD_SCALE * (own_x + own_y - 2 * cross)
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -303,8 +336,3 @@ def _mean(x: Tensor) -> Tensor:
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     for chunk in torch.split(x, CHUNK_ROWS):
         yield chunk.double()
-
-
-def _sample(n: int, rng: np.random.Generator) -> Ints:
-    """All rows, or `MAX_ROWS` of them, in order."""
-    return np.sort(rng.choice(n, min(n, MAX_ROWS), replace=False))

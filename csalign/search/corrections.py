@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.errors import SchemaError
-from csalign.metrics.hubness import SCALES, centred, penalty
+from csalign.metrics.retrieval import SCALES, centred, penalty
 from csalign.search.manifest import Correction
 
 MEANS = "query.npy"

@@ -27,7 +27,7 @@ from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract
-from csalign.metrics.hubness import corrected
+from csalign.metrics.retrieval import corrected
 from csalign.search.build import index
 from csalign.search.config import IndexConfig, SearchConfig
 from csalign.search.search import search
