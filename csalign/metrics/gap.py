@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.metrics.landmarks import estimate_mean_kernels
-from csalign.objective.divergences import cs_of_means, mmd_of_means
+from csalign.metrics.landmarks import (
+    MeanKernels,
+    estimate_mean_kernels,
+    exact_mean_kernels,
+    without_diagonal,
+)
 from csalign.objective.kernels import tiled_log_mean_kernels
 
 Array = npt.NDArray[Any]
@@ -59,17 +63,7 @@ def gap_suite(
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
     roots = _covariance_root(images), _covariance_root(texts)
     values = [torch.linalg.svdvals(root) for root in roots]
-    kernels = None
-    if max(len(x), len(y)) > max_rows:
-        kernels = _estimated_kernel_figures(images, texts, sigma, seed)
-        if kernels is None:
-            log.warning(
-                "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
-                "divergence, MMD and uniformity are those of %d rows per side, drawn by the seed",
-                sigma,
-                max_rows,
-            )
-    figures, errors = kernels or (_kernel_figures(few_x, few_y, sigma), {})
+    figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),
@@ -85,49 +79,34 @@ def gap_suite(
     }
 
 
-def _kernel_figures(x: Tensor, y: Tensor, sigma: float) -> dict[str, Any]:
-    """Compute the figures that are mean kernels from all pairs of rows."""
+def _kernel_figures(
+    x: Tensor, y: Tensor, few: tuple[Tensor, Tensor], sigma: float, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compute the figures that are mean kernels, and their standard errors, {} if exact."""
     sigmas = sigma, UNIFORMITY_SIGMA
-    between = [_log_mean_kernels_of_distinct(side, sigmas) for side in (x, y)]
-    # Add the pairs of a row with itself, whose kernel is 1.
-    within = [
-        torch.logaddexp(means + math.log(max(1, len(side) - 1)), torch.zeros_like(means))
-        - math.log(max(2, len(side)))
-        for side, means in zip((x, y), between, strict=True)
-    ]
-    cross = tiled_log_mean_kernels(x, y, sigma=sigmas)
-    means = torch.stack([*within, cross])[:, :1]
-    return {
-        "cs_divergence": float(cs_of_means(means)),
-        "mmd": float(mmd_of_means(means)),
-        "uniformity": {
-            "image": float(between[0][1]),
-            "text": float(between[1][1]),
-            "cross": float(cross[1]),
-        },
-    }
+    if len(few[0]) < len(x) or len(few[1]) < len(y):
+        values, errors = _values_and_errors(estimate_mean_kernels(x, y, sigmas=sigmas, seed=seed))
+        if all(map(math.isfinite, (errors["cs_divergence"], errors["mmd"]))):
+            return values, errors
+        log.warning(
+            "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
+            "divergence, MMD and uniformity are those of %d rows per side, drawn by the seed",
+            sigma,
+            max(map(len, few)),
+        )
+    return _values_and_errors(exact_mean_kernels(*few, sigmas=sigmas))[0], {}
 
 
-def _log_mean_kernels_of_distinct(x: Tensor, sigmas: tuple[float, ...]) -> Tensor:
-    """Log mean kernels over pairs of different rows; 0 for a single row."""
-    if len(x) < 2:
-        return torch.zeros(len(sigmas), dtype=torch.float64)
-    return tiled_log_mean_kernels(x, sigma=sigmas)
-
-
-def _estimated_kernel_figures(
-    x: Tensor, y: Tensor, sigma: float, seed: int
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Estimate the same figures and their standard errors; None if the means are too small."""
-    means, of_uniformity = estimate_mean_kernels(x, y, sigmas=(sigma, UNIFORMITY_SIGMA), seed=seed)
-    figures = {"cs_divergence": means.cs_divergence(), "mmd": means.mmd()}
-    image, text = of_uniformity.uniformity()
-    parts = {"image": image, "text": text, "cross": of_uniformity.cross_uniformity()}
-    if not all(math.isfinite(found.error) for found in (*figures.values(), *parts.values())):
-        return None
+def _values_and_errors(means: list[MeanKernels]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nest the figures of the mean kernels at both bandwidths as `gap_suite` does."""
+    at_sigma, of_uniformity = means
+    cs, mmd, parts = at_sigma.cs_divergence(), at_sigma.mmd(), of_uniformity.uniformity()
     values, errors = (
-        {name: found[k] for name, found in figures.items()}
-        | {"uniformity": {name: found[k] for name, found in parts.items()}}
+        {
+            "cs_divergence": cs[k],
+            "mmd": mmd[k],
+            "uniformity": {name: found[k] for name, found in parts.items()},
+        }
         for k in (0, 1)
     )
     return values, errors
@@ -298,7 +277,8 @@ def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> floa
     if max_rows is not None and len(x) > max_rows:
         chosen = np.random.default_rng(seed).choice(len(x), max_rows, replace=False)
         x = x[torch.from_numpy(np.sort(chosen))]
-    return float(_log_mean_kernels_of_distinct(x, (UNIFORMITY_SIGMA,)))
+    log_mean = tiled_log_mean_kernels(x, x, sigma=UNIFORMITY_SIGMA)
+    return float(without_diagonal(log_mean, len(x)))
 
 
 def image_distances(x: Tensor, y: Tensor) -> dict[str, float]:

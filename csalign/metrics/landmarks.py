@@ -13,14 +13,18 @@ the standard error (jackknife; Tukey 1958).
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.objective.kernels import bandwidths, check_sets, squared_distances
+from csalign.objective.kernels import (
+    bandwidths,
+    check_sets,
+    squared_distances,
+    tiled_log_mean_kernels,
+)
 
 BASE = 512  # rows per side
 WITNESSES = 512  # rows per side
@@ -37,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 class MeanKernels(NamedTuple):
-    """Mean kernels, each (1 + BLOCKS,) float64: of all, then without each block of witnesses.
+    """Log mean kernels, (r,) float64: of all landmarks, then without each block of witnesses.
 
     Attributes:
         xx: over all pairs of x, each row with itself included.
@@ -53,28 +57,37 @@ class MeanKernels(NamedTuple):
 
     def cs_divergence(self) -> Estimate:
         """Estimate `csalign.objective.divergences.cs_divergence`."""
-        return _estimate(self.xx.log() + self.yy.log() - 2 * self.xy.log(), least=0)
+        return _estimate(self.xx + self.yy - 2 * self.xy, least=0)
 
     def mmd(self) -> Estimate:
         """Estimate `csalign.objective.divergences.mmd`."""
-        return _estimate(self.xx + self.yy - 2 * self.xy, least=0)
+        return _estimate(self.xx.exp() + self.yy.exp() - 2 * self.xy.exp(), least=0)
 
-    def uniformity(self) -> tuple[Estimate, Estimate]:
-        """Estimate the log mean kernel of x and of y over pairs of different rows."""
-        means = zip((self.xx, self.yy), self.sizes, strict=True)
-        off = [(own * n - 1) / (n - 1) if n > 1 else torch.ones_like(own) for own, n in means]
-        return _estimate(off[0].log()), _estimate(off[1].log())
+    def uniformity(self) -> dict[str, Estimate]:
+        """Estimate the log mean kernels: of pairs of different rows within x and y, and across."""
+        x, y = (without_diagonal(*own) for own in zip((self.xx, self.yy), self.sizes, strict=True))
+        return {"image": _estimate(x), "text": _estimate(y), "cross": _estimate(self.xy)}
 
-    def cross_uniformity(self) -> Estimate:
-        """Estimate the log mean kernel across."""
-        return _estimate(self.xy.log())
+
+def without_diagonal(log_means: Tensor, n: int) -> Tensor:
+    """Log mean kernels over pairs of different rows, from those over all pairs of n unit rows."""
+    if n == 1:
+        return torch.zeros_like(log_means)
+    return ((log_means.exp() * n - 1) / (n - 1)).log()
+
+
+def exact_mean_kernels(x: Tensor, y: Tensor, *, sigmas: tuple[float, ...]) -> list[MeanKernels]:
+    """Compute the mean kernels of two sets from all pairs of rows, for each bandwidth."""
+    sets = ((x, x), (y, y), (x, y))
+    means = torch.stack([tiled_log_mean_kernels(a, b, sigma=sigmas) for a, b in sets])
+    return [MeanKernels(*own[:, None], (len(x), len(y))) for own in means.T]
 
 
 def estimate_mean_kernels(
     x: Tensor,
     y: Tensor,
     *,
-    sigmas: Sequence[float],
+    sigmas: tuple[float, ...],
     seed: int,
     base: int = BASE,
     witnesses: int = WITNESSES,
@@ -94,7 +107,7 @@ def estimate_mean_kernels(
         ValueError: a sigma is not positive and finite.
     """
     check_sets(x, y)
-    bandwidths(tuple(sigmas))
+    bandwidths(sigmas)
     rng = np.random.default_rng(seed)
 
     def draw(rows: Tensor, count: int) -> Tensor:
@@ -145,7 +158,8 @@ def _mean_kernels(
     ]
     x, y = (mask / mask.sum(1, keepdim=True) for mask in masks)
     across = x @ toward(0, 1) + y @ toward(1, 0) - ((x @ residual(0, 1)) * y).sum(1)
-    return MeanKernels(own[0], own[1], means[0] @ means[1] + across, sizes)
+    # The logarithm of an estimate below 0 is nan.
+    return MeanKernels(own[0].log(), own[1].log(), (means[0] @ means[1] + across).log(), sizes)
 
 
 def _project(factor: Tensor, table: Tensor) -> Tensor:

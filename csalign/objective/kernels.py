@@ -74,25 +74,16 @@ def masked_log_mean_kernels(
     return torch.stack(sums) - counts.log()
 
 
-def tiled_log_mean_kernels(
-    x: Tensor, y: Tensor | None = None, *, sigma: Sigma, tile: int = 2_048
-) -> Tensor:
-    """`log_mean_kernels` in float64, without a gradient, from tables of `tile` rows and columns.
-
-    Without y the mean is that over pairs of different rows of x, of which there must be two.
-    Arguments and exceptions are otherwise the same.
-    """
-    others = x if y is None else y
-    check_sets(x, others)
+def tiled_log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma, tile: int = 2_048) -> Tensor:
+    """`log_mean_kernels` in float64, without a gradient, from tables of `tile` rows and columns."""
+    check_sets(x, y)
     sigmas, sums = bandwidths(sigma), []
-    for i, rows in enumerate(torch.split(x.detach(), tile)):
-        for j, columns in enumerate(torch.split(others.detach(), tile)):
+    for rows in torch.split(x.detach(), tile):
+        for columns in torch.split(y.detach(), tile):
             squares = squared_distances(rows.double(), columns.double())
-            if y is None and i == j:
-                squares.fill_diagonal_(torch.inf)
             sums += [squares.mul(-0.5 / s**2).flatten().logsumexp(0) for s in sigmas]
-    pairs = len(x) * (len(x) - 1 if y is None else len(y))
-    return torch.stack(sums).reshape(-1, len(sigmas)).logsumexp(0) - math.log(pairs)
+    total = torch.stack(sums).reshape(-1, len(sigmas)).logsumexp(0)
+    return total - math.log(len(x)) - math.log(len(y))
 
 
 def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
