@@ -34,15 +34,9 @@ def rank_both_ways_by_index(
     """Rank as `retrieval.rank_both_ways` does, but only among the items that an index lists.
 
     A query without a match there gets the last rank, and a match that is not listed counts as
-    never found in the average precision.
-
-    Args:
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        text_image: (m,) row of the image that each text belongs to, -1 for none.
-        kind: ivf, cells around centroids; or hnsw, a graph.
-        listed: items listed per query.
-        probed: share of the cells that is searched, for ivf.
+    never found in the average precision. The rows are those of that function. `kind` is ivf, cells
+    around centroids, of which a share `probed` is searched; or hnsw, a graph. `listed` items are
+    listed per query.
 
     Returns:
         Ranks of image-to-text and of text-to-image; and for both the share of a query's ten
@@ -80,16 +74,7 @@ def _build(rows: Floats, kind: IndexName, listed: int, probed: float) -> Any:
 def _rank(
     index: Any, queries: Floats, owners: Ints, wanted: Ints, counts: Ints, listed: int
 ) -> DirectionRanks:
-    """Compute the ranks of the listed matches.
-
-    Args:
-        index: of g items.
-        queries: (q, d) unit rows.
-        owners: (g,) image row that each item belongs to.
-        wanted: (q,) the owner whose items are a query's matches.
-        counts: (q,) number of matches.
-        listed: items listed per query.
-    """
+    """Rank the listed matches: the items whose owner (g,) is the wanted one (q,) of a query."""
     parts = []
     for start in range(0, len(queries), QUERIES_AT_A_TIME):
         some = slice(start, start + QUERIES_AT_A_TIME)
@@ -102,7 +87,7 @@ def _rank(
 def _ranks_in_list(
     scores: Floats, matches: npt.NDArray[np.bool_], counts: Ints, last: int
 ) -> DirectionRanks:
-    """Compute ranks from the falling scores of the listed items and their matches, (q, l) each."""
+    """Compute ranks from the falling scores of the listed items and their matches, (q, l)."""
     wrong = np.cumsum(~matches, axis=1)
     for place in reversed(range(wrong.shape[1] - 1)):  # ties count against the model
         tied = scores[:, place] == scores[:, place + 1]

@@ -1,12 +1,10 @@
-"""Confidence intervals by the bootstrap over images.
+"""Confidence intervals by the bootstrap over images (Efron 1979, percentile method).
 
 A resample draws as many images as there are, with replacement, and the captions of an image come
 with it, since they are not independent. The gallery stays as it is. Two systems measured on the
 same rows and resampled with one seed get the same resamples, so their difference has an interval of
-its own, narrower than theirs: an item that is hard for one is mostly hard for the other.
-
-Of the gap, the figures that follow from sums over rows are resampled; the others (CS, MMD, Frechet,
-separability, uniformity, effective rank) would have to be measured again for each resample.
+its own, narrower than theirs. Of the gap, the figures that follow from sums over rows are
+resampled; the others would have to be measured again for each resample.
 """
 
 from collections.abc import Iterator
@@ -43,12 +41,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Resamples:
-    """Figures of one system on each resample.
+    """Figures of one system on each resample, (resamples,) float64 by place.
 
-    Attributes:
-        figures: (resamples,) float64 by place: where ``csalign eval`` has the figure under
-            "retrieval" or "gap", such as ``("text_to_image", "R@1")`` or ``("rmg",)``.
-        images: number of images with texts that were drawn from.
+    A place is where ``csalign eval`` has the figure under "retrieval" or "gap", such as
+    ``("text_to_image", "R@1")`` or ``("rmg",)``; images is the number of images with texts.
     """
 
     figures: dict[Place, Floats]
@@ -64,11 +60,9 @@ class Resamples:
         return nested
 
     def minus(self, baseline: "Resamples", place: Place) -> tuple[Interval, Verdict]:
-        """Compute the interval of a difference from a baseline, and whether it excludes 0.
+        """Compute the interval of a figure's difference from a baseline, and whether it excludes 0.
 
-        Args:
-            baseline: of the same rows, number of resamples and seed.
-            place: of the figure; higher must be better for the verdict to make sense.
+        The baseline must be of the same rows, number of resamples and seed; higher must be better.
         """
         interval = percentiles(self.figures[place] - baseline.figures[place])
         if self.images < FEWEST_IMAGES or interval[0] <= 0 <= interval[1]:
@@ -94,8 +88,7 @@ def resample(
 ) -> Resamples:
     """Draw images with replacement and compute the figures of each draw.
 
-    Images without texts, and texts without an image, are drawn among themselves; they count for
-    the gap and are not queries.
+    Images without texts, and texts without an image, count for the gap and are not queries.
 
     Args:
         ranks: result of `rank_both_ways` for these rows.
@@ -133,11 +126,10 @@ def resample(
 
 @dataclass(frozen=True)
 class Units:
-    """Units of the bootstrap: each image with its texts, and each text without an image by itself.
+    """Units of the bootstrap: each image with its texts, then each text without an image.
 
     Attributes:
-        count: how many; images come first.
-        images: number of them that are images.
+        count: number of units, of which `images` are images.
         of_text: (m,) unit of each text.
         paired: rows of the texts with an image.
         queried: images with texts.
@@ -170,8 +162,7 @@ class Units:
     def draws(self, resamples: int, seed: int, at_a_time: int) -> Iterator[Ints]:
         """Draw how often each unit occurs, (at most `at_a_time`, units) int64 at a time.
 
-        Images with texts, images without, and unpaired texts are drawn among themselves, so no
-        resample is without a query.
+        Images with texts, images without, and unpaired texts are drawn among themselves.
         """
         unqueried = np.setdiff1d(np.arange(self.images), self.queried)
         strata = [self.queried, unqueried, np.arange(self.images, self.count)]
@@ -190,14 +181,7 @@ class Units:
 
 @dataclass(frozen=True)
 class _RetrievalSums:
-    """Ranks of one direction as sums by unit, and sorted for the median.
-
-    Attributes:
-        sums: (units,) by name of the figures that are means over queries.
-        queries: (units,) queries of each unit.
-        first: (q,) first ranks in ascending order.
-        owners: (q,) unit of each.
-    """
+    """Ranks of one direction: sums by unit of the figures, queries by unit, and sorted ranks."""
 
     sums: dict[str, Floats]
     queries: Floats
@@ -222,13 +206,10 @@ class _RetrievalSums:
 
 @dataclass(frozen=True)
 class _GapSums:
-    """Rows of both sides as sums by unit.
+    """Rows of both sides as sums by unit: images (images, d) and texts (units, d) float32.
 
-    Attributes:
-        images: (images, d) float32.
-        texts: (units, d) float32, the sum of each unit's texts.
-        counts: (units, 3): images, texts, and texts with an image.
-        squares: (units,) sum of the squared distances of a unit's pairs.
+    counts is (units, 3): images, texts, and texts with an image; squares (units,) the sum of the
+    squared distances of a unit's pairs.
     """
 
     images: Rows
@@ -270,10 +251,8 @@ class _GapSums:
 def _within(sums: Floats, rows: Floats, twice: Floats) -> Floats:
     """Mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
-    Args:
-        sums: (r, d) sum of the drawn unit rows.
-        rows: (r,) number drawn.
-        twice: (r,) sum of the squares of how often each was drawn: pairs of a row with itself.
+    sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of
+    how often each was drawn: the pairs of a row with itself.
     """
     pairs = rows**2 - twice
     cosines = np.square(sums).sum(axis=1) - twice

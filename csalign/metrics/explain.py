@@ -5,154 +5,96 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
-# (formula, source or "") by place in the document; the first that fits applies. * matches any part
-# of it, and K a number after an @.
-EXPLANATIONS = {
-    "intervals.*": (
-        "95 % percentile interval of the bootstrap over images, each with its captions; the "
-        "gallery is fixed",
-        "Efron 1979; percentile method",
-    ),
-    "protocol.*": ("settings that affect a score besides the model", ""),
-    "index.*": (
-        "items that are ranked: all, or those that an approximate index lists; its recall is the "
-        "share of a query's 10 nearest items among the index's first 10",
-        "Aumueller et al. 2020 (ann-benchmarks)",
-    ),
-    "counts.*": ("rows of the split; pairs are texts with an image", ""),
-    "graded.*.map": (
-        "mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of all items of the "
-        "query's group",
-        "Manning et al. 2008",
-    ),
-    "graded.*.ndcg@K": (
-        "sum of 1 / log2(r_i + 1) over r_i <= K, over its largest possible value; gain 1 for each "
-        "item of the query's group",
-        "Jarvelin and Kekalainen 2002",
-    ),
-    "hubness.*": (
-        "skewness E[(N - mean N)^3] / std(N)^3 of N(g), the number of queries that have item g "
-        "among their 10 nearest; over all rows; 0 is no hubs",
-        "Radovanovic et al. 2010",
-    ),
-    "by.values.*.images": ("images with captions that have this value", ""),
-    "by.values.*.texts": ("captions of images that have this value", ""),
-    "*.mean_recall": ("mean of R@1, R@5 and R@10 in both directions", ""),
-    "*.true_recall@K": (
-        "mean over queries of the share of the matches that are among the first K",
-        "Manning et al. 2008; mteb's recall_at_k",
-    ),
-    "*.R@K": (
-        "share of queries with at least one match among the first K; tied wrong items rank ahead",
-        "Karpathy and Fei-Fei 2015; as CLIP_benchmark counts it",
-    ),
-    "*.r_precision": (
-        "mean over queries of the share of matches among the first R, R being the query's matches",
-        "Manning et al. 2008",
-    ),
-    "*.median_rank": ("median over queries of the rank of the best match, from 1 on", ""),
-    "*.mean_rank": ("mean over queries of the rank of the best match, from 1 on", ""),
-    "*.mrr": ("mean over queries of 1 / rank of the best match", "Voorhees 1999"),
-    "*.map": (
-        "mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of its matches",
-        "Manning et al. 2008",
-    ),
-    "gap.centroid_distance": ("|mean x - mean y|", "Liang et al. 2022"),
-    "gap.rmg": (
-        "p / (p + w): p is the mean of (1 - cos) / 2 over matched pairs, w over the pairs i != j "
-        "inside a modality, averaged over the two; captions of one image are distinct rows",
-        "Schrodi et al. 2024",
-    ),
-    "gap.cs_divergence": (
-        "log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2 "
-        "bandwidth^2)), diagonals included",
-        "Principe 2010; Yin et al. 2025",
-    ),
-    "gap.mmd": (
-        "squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), "
-        "diagonals included",
-        "Gretton et al. 2012",
-    ),
-    "gap.frechet": (
-        "|mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of Gaussian fits",
-        "Dowson and Landau 1982; Heusel et al. 2017",
-    ),
-    "gap.linear_separability": (
-        "balanced held-out accuracy of a regularised linear discriminant of the modalities, five "
-        "folds by image; 0.5 is no gap",
-        "Fisher 1936",
-    ),
-    "gap.alignment": ("mean |x - y|^2 over matched pairs", "Wang and Isola 2020"),
-    "gap.uniformity.cross": ("log mean exp(-2 |x_i - y_j|^2) over all i, j", "Wang and Isola 2020"),
-    "gap.uniformity.*": ("log mean exp(-2 |x_i - x_j|^2) over i < j", "Wang and Isola 2020"),
-    "gap.standard_errors.*": (
-        "of a mean kernel over more than 5,000 rows per side, estimated from the kernels of all "
-        "rows with landmarks (Nystrom, corrected by the mean of its residual): spread of the "
-        "estimates with a block of landmarks left out",
-        "Williams and Seeger 2001; Tukey 1958",
-    ),
-    "gap.effective_rank.*": (
-        "exp of the entropy of the centred rows' singular values over their sum",
-        "Roy and Vetterli 2007",
-    ),
-    "gap.spectrum.*": (
-        "singular values of the covariance over their sum, the 64 largest: shares of the variance",
-        "",
-    ),
-    "distribution.frechet": (
-        "|mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances over n - 1, of the "
-        "encoder's embeddings, not normalised",
-        "Heusel et al. 2017, with the named encoder in place of Inception",
-    ),
-    "distribution.frechet_unit": (
-        "the same for unit rows",
-        "Dowson and Landau 1982; Heusel et al. 2017",
-    ),
-    "distribution.cmmd": (
-        "1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) of unit rows, k(a, b) = exp(-|a - "
-        "b|^2 / (2 10^2)), diagonals included",
-        "Jayasumana et al. 2024",
-    ),
-    "images": ("the real images", ""),
-    "generated": ("the generated images", ""),
-    "encoder": ("encoder of both sets", ""),
-    "zero_shot.top1": (
-        "share of images whose class vector, the normalised mean of its normalised prompts, is the "
-        "nearest",
-        "Radford et al. 2021; as CLIP_benchmark",
-    ),
-    "zero_shot.top5": (
-        "share of images whose class is among the five nearest; null below five classes",
-        "Radford et al. 2021; as CLIP_benchmark",
-    ),
-    "zero_shot.mean_per_class_recall": (
-        "mean over classes with images of their top-1",
-        "Radford et al. 2021; as CLIP_benchmark",
-    ),
-    "zero_shot.*": ("counts", ""),
-    "*.column": ("column of the images that the figures use", ""),
-    "features": ("evaluated feature set", ""),
-    "adapter": ("adapter applied to the features; null for none", ""),
-    "split": ("evaluated rows of the features", ""),
-    "fingerprints.*": ("SHA-256 of the features' content and of the adapter's weights", ""),
-    "parameters": ("number of parameters of the adapter", ""),
-    "bandwidth": ("of the kernel k in cs_divergence and mmd", ""),
-}
-_CORRECTIONS = {
-    "csls": (
-        "retrieval by 2 cos(x, y) - r(x) - r(y), r being the mean cosine to the 10 nearest of the "
-        "other modality, among the evaluated rows",
-        "Conneau et al. 2018",
-    ),
-    "inverted-softmax": (
-        "retrieval by exp(30 cos(q, g)) over its sum for all evaluated queries",
-        "Smith et al. 2017; 30 as in MUSE",
-    ),
-    "centre": (
-        "retrieval by cosines after the mean of its modality is subtracted from each evaluated row",
-        "Suzuki et al. 2013",
-    ),
-}
+# "place :: formula :: source", the first that fits applies. * matches any part of a place in the
+# document, and K a number after an @.
+_TEXT = """
+intervals.* :: 95 % percentile interval of the bootstrap over images, each with its captions; the
+    gallery is fixed :: Efron 1979; percentile method
+protocol.* :: settings that affect a score besides the model
+index.* :: items that are ranked: all, or those that an approximate index lists; its recall is the
+    share of a query's 10 nearest items among the index's first 10 :: Aumueller et al. 2020
+    (ann-benchmarks)
+counts.* :: rows of the split; pairs are texts with an image
+graded.*.map :: mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of all items of
+    the query's group :: Manning et al. 2008
+graded.*.ndcg@K :: sum of 1 / log2(r_i + 1) over r_i <= K, over its largest possible value; gain 1
+    for each item of the query's group :: Jarvelin and Kekalainen 2002
+hubness.* :: skewness E[(N - mean N)^3] / std(N)^3 of N(g), the number of queries that have item g
+    among their 10 nearest; over all rows; 0 is no hubs :: Radovanovic et al. 2010
+by.values.*.images :: images with captions that have this value
+by.values.*.texts :: captions of images that have this value
+*.mean_recall :: mean of R@1, R@5 and R@10 in both directions
+*.true_recall@K :: mean over queries of the share of the matches that are among the first K ::
+    Manning et al. 2008; mteb's recall_at_k
+*.R@K :: share of queries with at least one match among the first K; tied wrong items rank ahead ::
+    Karpathy and Fei-Fei 2015; as CLIP_benchmark counts it
+*.r_precision :: mean over queries of the share of matches among the first R, R being the query's
+    matches :: Manning et al. 2008
+*.median_rank :: median over queries of the rank of the best match, from 1 on
+*.mean_rank :: mean over queries of the rank of the best match, from 1 on
+*.mrr :: mean over queries of 1 / rank of the best match :: Voorhees 1999
+*.map :: mean over queries of mean_i i / r_i, r_1 < r_2 < ... being the ranks of its matches ::
+    Manning et al. 2008
+gap.centroid_distance :: |mean x - mean y| :: Liang et al. 2022
+gap.rmg :: p / (p + w): p is the mean of (1 - cos) / 2 over matched pairs, w over the pairs i != j
+    inside a modality, averaged over the two; captions of one image are distinct rows :: Schrodi et
+    al. 2024
+gap.cs_divergence :: log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a -
+    b|^2 / (2 bandwidth^2)), diagonals included :: Principe 2010; Yin et al. 2025
+gap.mmd :: squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 mean k(x, y),
+    diagonals included :: Gretton et al. 2012
+gap.frechet :: |mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of Gaussian fits :: Dowson
+    and Landau 1982; Heusel et al. 2017
+gap.linear_separability :: balanced held-out accuracy of a regularised linear discriminant of the
+    modalities, five folds by image; 0.5 is no gap :: Fisher 1936
+gap.alignment :: mean |x - y|^2 over matched pairs :: Wang and Isola 2020
+gap.uniformity.cross :: log mean exp(-2 |x_i - y_j|^2) over all i, j :: Wang and Isola 2020
+gap.uniformity.* :: log mean exp(-2 |x_i - x_j|^2) over i < j :: Wang and Isola 2020
+gap.standard_errors.* :: of a mean kernel over more than 5,000 rows per side, estimated from the
+    kernels of all rows with landmarks (Nystrom, corrected by the mean of its residual): spread of
+    the estimates with a block of landmarks left out :: Williams and Seeger 2001; Tukey 1958
+gap.effective_rank.* :: exp of the entropy of the centred rows' singular values over their sum ::
+    Roy and Vetterli 2007
+gap.spectrum.* :: singular values of the covariance over their sum, the 64 largest: shares of the
+    variance
+distribution.frechet :: |mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), covariances over n
+    - 1, of the encoder's embeddings, not normalised :: Heusel et al. 2017, with the named encoder
+    in place of Inception
+distribution.frechet_unit :: the same for unit rows :: Dowson and Landau 1982; Heusel et al. 2017
+distribution.cmmd :: 1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) of unit rows, k(a, b) =
+    exp(-|a - b|^2 / (2 10^2)), diagonals included :: Jayasumana et al. 2024
+images :: the real images
+generated :: the generated images
+encoder :: encoder of both sets
+zero_shot.top1 :: share of images whose class vector, the normalised mean of its normalised prompts,
+    is the nearest :: Radford et al. 2021; as CLIP_benchmark
+zero_shot.top5 :: share of images whose class is among the five nearest; null below five classes ::
+    Radford et al. 2021; as CLIP_benchmark
+zero_shot.mean_per_class_recall :: mean over classes with images of their top-1 :: Radford et al.
+    2021; as CLIP_benchmark
+zero_shot.* :: counts
+*.column :: column of the images that the figures use
+features :: evaluated feature set
+adapter :: adapter applied to the features; null for none
+split :: evaluated rows of the features
+fingerprints.* :: SHA-256 of the features' content and of the adapter's weights
+parameters :: number of parameters of the adapter
+bandwidth :: of the kernel k in cs_divergence and mmd
+corrected.csls :: retrieval by 2 cos(x, y) - r(x) - r(y), r being the mean cosine to the 10 nearest
+    of the other modality, among the evaluated rows :: Conneau et al. 2018
+corrected.inverted-softmax :: retrieval by exp(30 cos(q, g)) over its sum for all evaluated queries
+    :: Smith et al. 2017; 30 as in MUSE
+corrected.centre :: retrieval by cosines after the mean of its modality is subtracted from each
+    evaluated row :: Suzuki et al. 2013
+"""
+
+
+def _parse(text: str) -> dict[str, tuple[str, str]]:
+    entries = (line.split(" :: ") for line in re.sub(r"\n +", " ", text.strip()).splitlines())
+    return {place: (formula, "".join(source)) for place, formula, *source in entries}
+
+
+EXPLANATIONS = _parse(_TEXT)
 
 
 def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -164,8 +106,8 @@ def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for place in _places(document):
         if place.startswith("corrected."):
-            name = place.split(".")[1]
-            found[f"corrected.{name}"] = _CORRECTIONS[name]
+            name = ".".join(place.split(".")[:2])
+            found[name] = EXPLANATIONS[name]
         pattern = pattern_of(place)
         found[pattern] = EXPLANATIONS[pattern]
     return {name: {"formula": text, "source": source} for name, (text, source) in found.items()}

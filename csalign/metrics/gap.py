@@ -1,9 +1,9 @@
 """The modality gap: how far apart two sets of unit embeddings are, each figure with its source.
 
 x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64. Sums over rows go through the sets in chunks. If a side has more than `MAX_ROWS`, the
-mean kernels over all pairs of rows are estimated from all rows by landmarks, with standard errors,
-and the linear classifier uses `MAX_ROWS` per side.
+in float64, sums over rows in chunks. If a side has more than `MAX_ROWS`, the mean kernels over all
+pairs of rows are estimated by landmarks, with standard errors, and the linear classifier uses
+`MAX_ROWS` per side.
 """
 
 import logging
@@ -42,7 +42,8 @@ def gap_suite(
 ) -> dict[str, Any]:
     """Compute all figures of the gap, as ``csalign eval --json`` prints them under "gap".
 
-    "standard_errors" is present where a figure is an estimate, nested as the figures are.
+    Their formulas and sources are in `csalign.metrics.explain`. "standard_errors" is present where
+    a figure is an estimate, nested as the figures are.
 
     Args:
         x: (n, d), unit image embeddings.
@@ -62,7 +63,7 @@ def gap_suite(
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
     roots = _covariance_root(images), _covariance_root(texts)
-    values = [torch.linalg.svdvals(root) for root in roots]
+    (rank_x, spectrum_x), (rank_y, spectrum_y) = map(_spectrum, roots)
     figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     return {
         "centroid_distance": centroid_distance(images, texts),
@@ -73,8 +74,8 @@ def gap_suite(
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
         "alignment": alignment(images, texts, pairs),
         "uniformity": figures["uniformity"],
-        "effective_rank": {"image": _effective_rank(values[0]), "text": _effective_rank(values[1])},
-        "spectrum": {"image": _spectrum(values[0]), "text": _spectrum(values[1])},
+        "effective_rank": {"image": rank_x, "text": rank_y},
+        "spectrum": {"image": spectrum_x, "text": spectrum_y},
         **({"standard_errors": errors} if errors else {}),
     }
 
@@ -120,14 +121,8 @@ def centroid_distance(x: Tensor, y: Tensor) -> float:
 def relative_modality_gap(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     """Relative modality gap, RMG = p / (p + w), in [0, 1] (Schrodi et al. 2024).
 
-    p is the mean of (1 - cos) / 2 over matched pairs; w the mean of the same over all ordered
-    pairs i != j inside each modality, averaged over the two. Captions of one image count as
-    distinct rows.
-
-    Args:
-        x: (n, d) all images.
-        y: (m, d) all texts.
-        pairs: (k,) image rows and (k,) text rows that are matched.
+    p is the mean of (1 - cos) / 2 over the matched image and text rows of pairs, (k,) each; w the
+    mean over all ordered pairs i != j inside each modality, averaged over the two.
     """
     # Unit rows: (1 - cos) / 2 = |x - y|^2 / 4.
     across = alignment(x, y, pairs) / 4
@@ -148,14 +143,9 @@ def _mean_distance_within(x: Tensor) -> float:
 def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
     """Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C = R^T R the trace of the root is the
-    sum of the singular values of R_x R_y^T, so rank-deficient covariances (fewer rows than
-    columns) need no regularising.
-
-    Args:
-        x: (n, d), of any norm.
-        y: (m, d).
-        unbiased: divide the covariances by n - 1, as FID does, not by n; n and m are then >= 2.
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of rows of any norm. With C = R^T R the trace
+    of the root is the sum of the singular values of R_x R_y^T, so rank-deficient covariances need
+    no regularising. `unbiased` divides covariances by n - 1, as FID does, not by n.
     """
     roots = (
         _covariance_root(rows) * (math.sqrt(len(rows) / (len(rows) - 1)) if unbiased else 1)
@@ -170,26 +160,17 @@ def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
     return max(0.0, centroid**2 + float(traces - 2 * cross))
 
 
-def _effective_rank(values: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+def _spectrum(root: Tensor) -> tuple[float, list[float]]:
+    """Effective rank (Roy and Vetterli 2007), and the `SPECTRUM` largest shares of the variance.
 
-    Of the centred rows; between 1 and min(n - 1, d), 1 where all rows coincide.
+    The rank is 1 and the shares are 0 where all rows coincide.
     """
+    values = torch.linalg.svdvals(root)
     if float(values.sum()) <= 1e-12:
-        return 1.0
+        return 1.0, torch.zeros_like(values)[:SPECTRUM].tolist()
     shares = values / values.sum()
-    shares = shares[shares > 0]
-    return math.exp(-float((shares * shares.log()).sum()))
-
-
-def _spectrum(values: Tensor) -> list[float]:
-    """Largest singular values of the covariance as shares of their sum, at most `SPECTRUM`.
-
-    Descending; shares of the variance, in [0, 1]. All 0 where all rows coincide.
-    """
-    squares = values.square()
-    shares = squares / squares.sum() if float(squares.sum()) > 1e-24 else torch.zeros_like(squares)
-    return shares[:SPECTRUM].tolist()
+    rank = math.exp(float(torch.special.entr(shares).sum()))
+    return rank, (values.square() / values.square().sum())[:SPECTRUM].tolist()
 
 
 def _covariance_root(x: Tensor) -> Tensor:
@@ -204,20 +185,11 @@ def _covariance_root(x: Tensor) -> Tensor:
 
 
 def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
-    """Balanced accuracy of a linear classifier of the modalities; 0.5 is no gap.
+    """Balanced accuracy of a linear classifier of the modalities, x and y; 0.5 is no gap.
 
     Regularised linear discriminant analysis, the mean over held-out folds; a row on the plane
-    counts half.
-
-    Args:
-        x: (n, d) images.
-        y: (m, d) texts.
-        folds_x: (n,) fold of each image.
-        folds_y: (m,) fold of each text: its image's, from `pair_folds`. A twin of a held-out
-            row among the training rows, with the other label, would push the figure below 0.5.
-
-    Returns:
-        In [0, 1]; 0.5 where a fold would leave a side empty.
+    counts half. 0.5 where a fold would leave a side empty. Folds are those of `pair_folds`: a twin
+    of a held-out row among the training rows, with the other label, would lower the figure.
     """
     correct = []
     for fold in np.unique(folds_x):
@@ -251,13 +223,7 @@ def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
-    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2).
-
-    Args:
-        x: (n, d) images.
-        y: (m, d) texts.
-        pairs: (k,) image rows and (k,) text rows that are matched.
-    """
+    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
     total = 0.0
     for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
         total += float((x[own].double() - y[matched].double()).square().sum())
@@ -265,14 +231,10 @@ def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
 
 
 def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> float:
-    """Mean pairwise Gaussian potential, in the log domain, <= 0 (Wang and Isola 2020, t 2).
+    """Log mean exp(-2 |x_i - x_j|^2) over pairs i < j of unit rows (Wang and Isola 2020, t 2).
 
-    log mean exp(-2 |x_i - x_j|^2) over pairs i < j.
-
-    Args:
-        x: (n, d), unit rows.
-        max_rows: larger sets are represented by this many rows, drawn at random (default: all).
-        seed: of that draw.
+    Sets of more than `max_rows` (default: none) are represented by that many rows, drawn at random
+    by the seed.
     """
     if max_rows is not None and len(x) > max_rows:
         chosen = np.random.default_rng(seed).choice(len(x), max_rows, replace=False)
@@ -284,9 +246,8 @@ def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> floa
 def image_distances(x: Tensor, y: Tensor) -> dict[str, float]:
     """Compute the distances of two sets of images, as ``csalign eval`` prints "distribution".
 
-    Args:
-        x: (n, d) real images, n >= 2, as an encoder returns them, no row of norm 0.
-        y: (m, d) generated images, m >= 2.
+    x (n, d) are real, y (m, d) generated images, n and m >= 2, as an encoder returns them, without
+    rows of norm 0.
     """
     unit_x, unit_y = (normalize(rows.double(), dim=1) for rows in (x, y))
     return {

@@ -1,32 +1,29 @@
 """Metrics by labels of images: zero-shot classification, and retrieval where a group is right."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csalign.metrics.bootstrap import percentiles
+from csalign.metrics.retrieval import STRIP_BYTES, score_strips
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
-STRIP_BYTES = 64 << 20  # of a table of scores
 CELLS = 4 << 20  # of a table of resamples, at a time
 TOP = 5
 DEPTH = 10
 
 
 def class_vectors(prompts: Floats, classes: Ints) -> Floats:
-    """Compute one unit row per class: the normalised mean of its prompts' unit rows.
+    """Compute one unit row per class, (c, d): the normalised mean of its prompts' unit rows.
 
-    Args:
-        prompts: (p, d) float32, unit rows.
-        classes: (p,) class of each, from 0 on, none omitted.
-
-    Returns:
-        (c, d) float32; a row of zeros where the prompts of a class cancel out.
+    prompts are (p, d), classes the class of each from 0 on, none omitted. A row is 0 where the
+    prompts of a class cancel out.
     """
     sums = np.zeros((int(classes.max()) + 1, prompts.shape[1]))
     np.add.at(sums, classes, prompts)
@@ -37,23 +34,16 @@ def class_vectors(prompts: Floats, classes: Ints) -> Floats:
 
 @dataclass(frozen=True)
 class Classified:
-    """Rank of the right class for each image.
-
-    Attributes:
-        ranks: (n,) int64, 1-based; a tied wrong class ranks ahead.
-        labels: (n,) int64, the right class.
-        classes: how many there are.
-    """
+    """Rank of the right class for each image, (n,), 1-based; a tied wrong class ranks ahead."""
 
     ranks: Ints
     labels: Ints
     classes: int
 
     def summary(self) -> dict[str, float | None]:
-        """Top-1, top-5 and mean per-class recall, in [0, 1].
+        """Top-1, top-5 (None for fewer than five classes) and mean per-class recall, in [0, 1].
 
         The recall of a class is the top-1 of its images; the mean runs over classes with images.
-        Top-5 is None for fewer than five classes.
         """
         top1, top5, recall = self._figures(self._cells()[None])
         return {
@@ -106,29 +96,17 @@ class Classified:
 def classify(
     images: Floats, vectors: Floats, labels: Ints, *, strip_bytes: int = STRIP_BYTES
 ) -> Classified:
-    """Rank the classes for each image by inner product.
-
-    Args:
-        images: (n, d) float32.
-        vectors: (c, d) float32, one per class.
-        labels: (n,) the right class of each image.
-        strip_bytes: size of the table of scores held at a time.
-    """
-    ranks = [np.empty(0, np.int64)]
-    for some, scores in _score_strips(images, vectors, strip_bytes):
-        own = np.take_along_axis(scores, labels[some, None], axis=1)
-        ranks.append((scores >= own).sum(axis=1))
-    return Classified(np.concatenate(ranks), labels, len(vectors))
+    """Rank the classes of each image (n, d) by inner product with one vector per class (c, d)."""
+    ranks, rights = [torch.empty(0, dtype=torch.int64)], torch.from_numpy(labels)[:, None]
+    for scores in score_strips(images, vectors, strip_bytes):
+        right, rights = rights[: len(scores)], rights[len(scores) :]
+        ranks.append((scores >= scores.gather(1, right)).sum(1))
+    return Classified(torch.cat(ranks).numpy(), labels, len(vectors))
 
 
 @dataclass(frozen=True)
 class GradedRanks:
-    """Retrieval figures of each query's group, in one direction.
-
-    Attributes:
-        average_precision: (q,) in [0, 1], over the whole gallery.
-        ndcg: (q,) in [0, 1], of the first `DEPTH` items.
-    """
+    """Average precision over the whole gallery and nDCG@10 of each query, (q,) in [0, 1]."""
 
     average_precision: Doubles
     ndcg: Doubles
@@ -151,17 +129,9 @@ def graded_both_ways(
 ) -> tuple[GradedRanks, GradedRanks]:
     """Find all captions of a group's images for each of its images, and the other way round.
 
-    Queries are those of `rank_both_ways`: images with texts, and texts with an image.
-
-    Args:
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        text_image: (m,) image row of each text, -1 for none.
-        groups: (n,) group of each image, from 0 on; an image without one is a group by itself.
-        strip_bytes: size of the table of scores held at a time.
-
-    Returns:
-        Image-to-text and text-to-image.
+    Queries are those of `rank_both_ways`, which takes the same images, texts and text_image; groups
+    (n,) are numbered from 0, an image without a group being one by itself. Tables of scores have
+    about `strip_bytes`. Returns image-to-text and text-to-image.
     """
     paired = np.flatnonzero(text_image >= 0)
     of_text = np.where(text_image >= 0, groups[text_image], -1)
@@ -179,40 +149,23 @@ def _grade(
 
     With its group's R items at ranks r_1 < ... < r_R, average precision is the mean of i / r_i,
     and nDCG@K the sum of 1 / log2(r_i + 1) over r_i <= K, over the same sum for ranks 1 to
-    min(R, K) (Jarvelin and Kekalainen 2002, with gain 1).
-
-    Args:
-        queries: (q, d).
-        wanted: (q,) group of each query, which has at least one item in the gallery.
-        gallery: (g, d).
-        groups: (g,) group of each item, -1 for none.
-        strip_bytes: size of the table of scores held at a time.
+    min(R, K) (Jarvelin and Kekalainen 2002, with gain 1). Each wanted group has an item.
     """
     precision, ndcg = [], []
     order = np.argsort(groups, kind="stable")
     names, starts = np.unique(groups[order], return_index=True)
     items_of = dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
     discount = 1 / np.log2(np.arange(DEPTH) + 2)
-    for some, strip in _score_strips(queries, gallery, strip_bytes):
-        for group, scores in zip(wanted[some].tolist(), strip, strict=True):
-            own = np.sort(scores[items_of[group]])[::-1]
-            scores.sort()
-            # Items at least as high, less the right ones among them, are wrong and rank ahead.
-            ahead = len(gallery) - np.searchsorted(scores, own, side="left")
-            ahead -= len(own) - np.searchsorted(own[::-1], own, side="left")
-            place = np.arange(1, len(own) + 1)
-            ranks = ahead + place
-            precision.append((place / ranks).mean())
-            gains = discount[ranks[ranks <= DEPTH] - 1].sum()
-            ndcg.append(gains / discount[: len(own)].sum())
+    rows = chain.from_iterable(s.numpy() for s in score_strips(queries, gallery, strip_bytes))
+    for group, scores in zip(wanted.tolist(), rows, strict=True):
+        own = np.sort(scores[items_of[group]])[::-1]
+        scores.sort()
+        # Items at least as high, less the right ones among them, are wrong and rank ahead.
+        ahead = len(gallery) - np.searchsorted(scores, own, side="left")
+        ahead -= len(own) - np.searchsorted(own[::-1], own, side="left")
+        place = np.arange(1, len(own) + 1)
+        ranks = ahead + place
+        precision.append((place / ranks).mean())
+        gains = discount[ranks[ranks <= DEPTH] - 1].sum()
+        ndcg.append(gains / discount[: len(own)].sum())
     return GradedRanks(np.array(precision), np.array(ndcg))
-
-
-def _score_strips(
-    queries: Floats, gallery: Floats, strip_bytes: int
-) -> Iterator[tuple[slice, Floats]]:
-    """Scores of some queries at a time, (some, g)."""
-    step = max(1, strip_bytes // (4 * len(gallery)))
-    for start in range(0, len(queries), step):
-        some = slice(start, start + step)
-        yield some, queries[some] @ gallery.T

@@ -7,9 +7,8 @@ residual r = k - k' is estimated with other landmarks, the witnesses S, drawn fr
 
     mean over x, x' of r  ~  2 (mean over x, s of r) - (mean over s != s' of r),
 
-which is unbiased and whose error, -|mu_x - mu_s|^2 in the space of r, falls with the number of
-witnesses, not with its root. The spread of the estimates with a block of witnesses left out gives
-the standard error (jackknife; Tukey 1958).
+which is unbiased; its error, -|mu_x - mu_s|^2 in the space of r, falls with the number of
+witnesses. Its spread with a block of witnesses left out gives the standard error (jackknife).
 """
 
 import math
@@ -41,13 +40,9 @@ class Estimate(NamedTuple):
 
 
 class MeanKernels(NamedTuple):
-    """Log mean kernels, (r,) float64: of all landmarks, then without each block of witnesses.
+    """Log mean kernels within x and y and across, over all pairs, for sizes n and m.
 
-    Attributes:
-        xx: over all pairs of x, each row with itself included.
-        yy: likewise of y.
-        xy: over all pairs across.
-        sizes: rows of x and of y.
+    (r,) float64 each: of all landmarks, then without each block of witnesses; (1,) if exact.
     """
 
     xx: Tensor
@@ -78,9 +73,9 @@ def without_diagonal(log_means: Tensor, n: int) -> Tensor:
 
 def exact_mean_kernels(x: Tensor, y: Tensor, *, sigmas: tuple[float, ...]) -> list[MeanKernels]:
     """Compute the mean kernels of two sets from all pairs of rows, for each bandwidth."""
-    sets = ((x, x), (y, y), (x, y))
+    sets, sizes = ((x, x), (y, y), (x, y)), (len(x), len(y))
     means = torch.stack([tiled_log_mean_kernels(a, b, sigma=sigmas) for a, b in sets])
-    return [MeanKernels(*own[:, None], (len(x), len(y))) for own in means.T]
+    return [MeanKernels(own[:1], own[1:2], own[2:], sizes) for own in means.T]
 
 
 def estimate_mean_kernels(
@@ -92,19 +87,15 @@ def estimate_mean_kernels(
     base: int = BASE,
     witnesses: int = WITNESSES,
 ) -> list[MeanKernels]:
-    """Estimate the mean kernels of two sets, for each bandwidth.
+    """Estimate the mean kernels of x (n, d) and y (m, d), any float dtype, per bandwidth.
 
     Args:
-        x: (n, d), any float dtype; products are float32.
-        y: (m, d).
+        x: images; products are float32.
+        y: texts.
         sigmas: bandwidths, > 0.
         seed: of the draw of landmarks.
         base: rows of each side in the base.
         witnesses: of each side; a smaller side is used whole, and its own mean is exact.
-
-    Raises:
-        ShapeError: a set is empty or not 2-D, or the widths differ.
-        ValueError: a sigma is not positive and finite.
     """
     check_sets(x, y)
     bandwidths(sigmas)
@@ -171,11 +162,8 @@ def _project(factor: Tensor, table: Tensor) -> Tensor:
 def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:
     """Mean of a residual kernel over all pairs of a side's n rows, for each mask.
 
-    Args:
-        residual: (k, k) of the witnesses.
-        toward: (k,) mean of each with all rows, itself among them.
-        mask: (1 + BLOCKS, k), 1 for the witnesses to use.
-        n: rows.
+    residual is (k, k) of the witnesses; toward (k,) the mean of each with all rows, itself among
+    them; mask (1 + BLOCKS, k), 1 for the witnesses to use.
     """
     count = mask.sum(1)
     diagonal = residual.diagonal()

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from threading import Lock, local
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,24 +22,21 @@ RECALL_AT = (1, 5, 10)
 NEIGHBOURS = 10
 INVERSE_TEMPERATURE = 30.0
 CORRECTIONS = ("csls", "inverted-softmax", "centre")
-SCALES = {"csls": 2.0, "inverted-softmax": 1.0}
-"""Factor on the cosine in a corrected score."""
+SCALES = {"csls": 2.0, "inverted-softmax": 1.0}  # factor on the cosine in a corrected score
 CPU_TILE = 1_024  # 4 MB of scores, which stay in a cache
 DEVICE_TILE = 8_192  # 256 MB of scores
 STEP = 16  # tile sides are multiples of it: kernels for odd sides may round differently
 STRIP_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class DirectionRanks:
+class DirectionRanks(NamedTuple):
     """Ranks of each query's matches, in one direction.
 
     Attributes:
         first: (q,) int64, 1-based rank of the best-placed match of each query.
         average_precision: (q,) float64 in [0, 1].
         recalled: (q, 3) float64, share of a query's matches among the first 1, 5 and 10.
-        r_precision: (q,) float64, share of right items among the first R, R being the query's
-            number of matches.
+        r_precision: (q,) float64, share of a query's R matches among the first R.
     """
 
     first: Ints
@@ -71,16 +67,13 @@ class DirectionRanks:
 
     def take(self, queries: npt.NDArray[Any]) -> "DirectionRanks":
         """Select queries by index or by mask."""
-        return DirectionRanks(*(values[queries] for values in self._fields()))
+        return DirectionRanks(*(values[queries] for values in self))
 
     @staticmethod
     def joined(parts: Sequence["DirectionRanks"]) -> "DirectionRanks":
         """Concatenate the queries of several parts, in order."""
-        fields = zip(*(part._fields() for part in parts), strict=True)
+        fields = zip(*parts, strict=True)
         return DirectionRanks(*(np.concatenate(values) for values in fields))
-
-    def _fields(self) -> tuple[npt.NDArray[Any], ...]:
-        return self.first, self.average_precision, self.recalled, self.r_precision
 
 
 def rank_both_ways(
@@ -99,11 +92,11 @@ def rank_both_ways(
     one product, computed tile by tile.
 
     Args:
-        images: (n, d) float32, unit rows: the gallery of the texts.
-        texts: (m, d) float32, unit rows: the gallery of the images.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
         text_image: (m,) row of the image that each text belongs to, -1 for none.
-        device: where to multiply and count (default: the CPU). Devices round differently, so
-            scores that differ in their last digits may change places.
+        device: where to multiply and count (default: the CPU). Scores that differ in their last
+            digits may change places, since devices round differently.
         divided: share the tiles among the processes of the job, all of which must pass the same
             arguments; each returns all ranks.
         tile: rows and columns of a tile, at most (default: 1,024 on the CPU, 8,192 elsewhere).
@@ -126,12 +119,7 @@ def rank_both_ways(
 
 
 def _ranks_of(wrong: Ints, counts: Ints) -> DirectionRanks:
-    """Compute ranks from the wrong items ahead of each match.
-
-    Args:
-        wrong: (pairs,) one run of consecutive matches per query.
-        counts: (q,) lengths of the runs, all positive.
-    """
+    """Compute ranks from the wrong items ahead of each match, (pairs,), in runs of counts (q,)."""
     starts = np.cumsum(counts) - counts
     query = np.repeat(np.arange(len(counts)), counts)
     wrong = wrong[np.lexsort((wrong, query))]  # the best match of each query first
@@ -155,13 +143,8 @@ class _ScoreMatrix:
 
     Images come in falling order of their number of texts, texts in the order of their images. All
     tiles are products of one padded shape: products of other shapes may round differently, and
-    equal rows would no longer tie. For the same reason a match's own score is read from the very
-    tile in which the wrong items are compared with it.
-
-    Attributes:
-        image_order: (n,) image rows, sorted.
-        text_order: (m,) text rows, sorted; those without an image last.
-        counts: (n,) texts of each sorted image.
+    equal rows would no longer tie. For the same reason a match's own score is read from the tile
+    in which the wrong items are compared with it.
     """
 
     def __init__(
@@ -201,18 +184,11 @@ class _ScoreMatrix:
     def _each_tile(
         self, work: Callable[[tuple[int, int]], None], tiles: list[tuple[int, int]]
     ) -> None:
-        """Do some work on each tile (first column, first row).
-
-        On the CPU each thread has a tile of its own: threads that share a product wait for each
-        other.
-        """
-        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
-        if threads == 1:
-            for tile in tiles:
-                work(tile)
-            return
+        """Do some work on each tile (first column, first row), on the CPU one tile per thread."""
+        threads = torch.get_num_threads()
+        workers = threads if self._device.type == "cpu" else 1
         try:
-            with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
                 for _ in pool.map(work, tiles):  # an exception cancels what has not started
                     pass
         finally:
@@ -287,22 +263,15 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
     """Skewness of the 10-occurrence, both ways (Radovanovic et al. 2010).
 
     N(g) counts the queries that have item g among their 10 nearest; the skewness is
-    E[(N - mean)^3] / std^3, 0 where no item is a hub and where all N are equal. All rows are
-    queries, paired or not. Of items that tie for the tenth place any may be counted.
-
-    Args:
-        images: (n, d) float32.
-        texts: (m, d) float32.
-        strip_bytes: size of the table of scores computed at a time.
-
-    Returns:
-        "image_to_text", of texts as items, and "text_to_image".
+    E[(N - mean)^3] / std^3, 0 where all N are equal. All rows of images (n, d) and texts (m, d) are
+    queries. Of items that tie for the tenth place any may be counted. "image_to_text" is that of
+    texts as items. Tables of scores have about `strip_bytes`.
     """
     occurrence = torch.zeros(len(texts), dtype=torch.int64)
     nearest = min(NEIGHBOURS, len(images))
     best = torch.full((nearest, len(texts)), -torch.inf)  # scores of each text's nearest images
     found, start = torch.zeros_like(best, dtype=torch.int64), 0
-    for scores in _score_strips(images, texts, strip_bytes):
+    for scores in score_strips(images, texts, strip_bytes):
         listed = scores.topk(min(NEIGHBOURS, len(texts)), dim=1, sorted=False).indices
         occurrence += torch.bincount(listed.flatten(), minlength=len(texts))
         values, rows = scores.topk(min(nearest, len(scores)), dim=0, sorted=False)
@@ -324,22 +293,14 @@ def _skewness(counts: Tensor) -> float:
 def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]:
     """Compute rows whose inner products are corrected scores, up to a term of the query alone.
 
-    Corrections use the evaluated rows themselves, as their papers do, so they show what the model
-    could reach if all these queries were known together.
-
     csls (Conneau et al. 2018): 2 cos(x, y) - r(x) - r(y), r being the mean cosine of a row to its
-    10 nearest of the other modality.
-    inverted-softmax (Smith et al. 2017): exp(b cos(x, y)) over its sum for all queries, with
-    b = 30 as in MUSE; here in logarithms over b, for both directions at once.
-    centre (Suzuki et al. 2013): cosines after the mean of its modality is subtracted from each row.
+    10 nearest of the other modality. inverted-softmax (Smith et al. 2017): exp(b cos(x, y)) over
+    its sum for all queries, b = 30 as in MUSE; here log(...) / b, for both directions at once.
+    centre (Suzuki et al. 2013): cosines after subtracting the mean of its modality from each row.
 
-    Args:
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        name: one of `CORRECTIONS`.
-
-    Returns:
-        (n, e) and (m, e) float32, e being d or d + 2.
+    Corrections use the evaluated rows themselves, as their papers do, so they show what the model
+    could reach if all these queries were known together. From unit rows (n, d) and (m, d) float32
+    it makes rows of d or d + 2 columns.
     """
     if name == "centre":
         means = (rows.mean(axis=0, dtype=np.float64) for rows in (images, texts))
@@ -354,21 +315,14 @@ def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]
 
 
 def penalty(rows: Floats, others: Floats, name: str, *, strip_bytes: int = STRIP_BYTES) -> Floats:
-    """Compute what a correction subtracts from each row's scores for its nearness to all others.
+    """Compute the term (n,) that a correction subtracts from each row's scores with all others.
 
-    For csls the mean cosine to the 10 nearest, for inverted-softmax log sum exp(b cos) / b.
-
-    Args:
-        rows: (n, d) float32, unit rows; each is judged by itself.
-        others: (m, d) float32, unit rows of the other modality.
-        name: "csls" or "inverted-softmax".
-        strip_bytes: size of the table of scores computed at a time.
-
-    Returns:
-        (n,) float32; a corrected score is ``SCALES[name]`` times the cosine less both penalties.
+    For csls the mean cosine to the 10 nearest, for inverted-softmax log sum exp(b cos) / b, of
+    unit rows (n, d) with the other modality's (m, d). A corrected score is ``SCALES[name]`` times
+    the cosine less the penalties of both rows. Tables of scores have about `strip_bytes`.
     """
     b, nearest, parts = INVERSE_TEMPERATURE, min(NEIGHBOURS, len(others)), []
-    for scores in _score_strips(rows, others, strip_bytes):
+    for scores in score_strips(rows, others, strip_bytes):
         if name == "csls":
             parts.append(scores.topk(nearest, dim=1, sorted=False).values.mean(1))
         else:
@@ -385,8 +339,8 @@ def centred(rows: Floats, mean: Doubles) -> Floats:
     return found
 
 
-def _score_strips(queries: Floats, gallery: Floats, strip_bytes: int) -> Iterator[Tensor]:
-    """Scores of some queries at a time, (some, g)."""
+def score_strips(queries: Floats, gallery: Floats, strip_bytes: int) -> Iterator[Tensor]:
+    """Multiply some queries at a time with the gallery, (some, g)."""
     columns = torch.from_numpy(gallery).T
     step = max(1, strip_bytes // (4 * len(gallery)))
     for rows in torch.split(torch.from_numpy(queries), step):

@@ -74,8 +74,8 @@ def cs_divergence(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
 def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
     """Squared maximum mean discrepancy with the same kernel (Gretton et al. 2012, biased).
 
-    mean k(x, x) + mean k(y, y) - 2 mean k(x, y), diagonals included. Arguments and exceptions as
-    for `cs_divergence`; returns a () tensor in [0, 2] up to rounding.
+    mean k(x, x) + mean k(y, y) - 2 mean k(x, y), diagonals included, in [0, 2] up to rounding.
+    Arguments and exceptions as for `cs_divergence`.
     """
     sets = ((x, x), (y, y), (x, y))
     return mmd_of_means(torch.stack([log_mean_kernels(a, b, sigma=sigma) for a, b in sets]))
@@ -108,10 +108,6 @@ def token_divergence(
 
     Returns:
         () tensor in nats, >= 0 up to rounding; 0 where every sample is omitted.
-
-    Raises:
-        ShapeError: the shapes do not fit together.
-        ValueError: a mask is not boolean, or sigma is not positive and finite.
     """
     fits = x.ndim == y.ndim == 3 and len(x) == len(y) and x.shape[2] == y.shape[2]
     if not fits or x_mask.shape != x.shape[:2] or y_mask.shape != y.shape[:2]:
@@ -259,11 +255,6 @@ def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
     return -epsilon * (sums.log_() + largest[:, 0] - math.log(cost.shape[1]))
 
 
-def pairs_mse(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared Euclidean distance of matched rows, x and y both (n, d); () tensor."""
-    return (x - y).square().sum(1).mean()
-
-
 @dataclass(frozen=True)
 class Divergence:
     """A divergence with its properties; call it with two sets and sigma.
@@ -273,7 +264,7 @@ class Divergence:
         minimum: rows that each side needs.
         has_bandwidth: whether sigma changes it.
         matched: whether it compares row i with row i and so ignores unpaired rows.
-        of_means: computes it from `FusedTerms.log_means`; None where they do not determine it.
+        of_means: computes it from `FusedTerms.log_means`, if they determine it.
     """
 
     name: DivergenceName
@@ -288,7 +279,6 @@ class Divergence:
 
         Raises:
             ShapeError: the shapes do not fit together, or a side has fewer than `minimum` rows.
-            ValueError: sigma is not positive and finite.
         """
         check_sets(x, y)
         if self.matched and len(x) != len(y):
@@ -302,7 +292,10 @@ class Divergence:
 
 
 def divergence(name: DivergenceName) -> Divergence:
-    """Find a divergence by its name, or raise ValueError; "none" is a constant 0."""
+    """Find a divergence by its name, or raise ValueError.
+
+    "pairs-mse" is the mean squared distance of matched rows, "none" a constant 0.
+    """
     return _DIVERGENCES[DivergenceName(name)]
 
 
@@ -313,7 +306,9 @@ _DIVERGENCES = {
         Divergence(DivergenceName.MMD, mmd, has_bandwidth=True, of_means=mmd_of_means),
         Divergence(DivergenceName.GAUSSIAN_KL, gaussian_jeffreys, minimum=2),
         Divergence(DivergenceName.SINKHORN, sinkhorn_divergence, has_bandwidth=True),
-        Divergence(DivergenceName.PAIRS_MSE, pairs_mse, matched=True),
+        Divergence(
+            DivergenceName.PAIRS_MSE, lambda x, y: (x - y).square().sum(1).mean(), matched=True
+        ),
         # An empty sum is 0 and keeps the graph.
         Divergence(DivergenceName.NONE, lambda x, y: x[:0].sum() + y[:0].sum()),
     )

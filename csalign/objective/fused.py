@@ -22,9 +22,9 @@ CPU_TILE, DEVICE_TILE = 1_024, 4_096
 
 
 class FusedTerms(NamedTuple):
-    """InfoNCE of the matched rows, () tensor, 0 without any, and log mean kernels.
+    """InfoNCE, () tensor, 0 without pairs, and log mean kernels within x, within y and across.
 
-    log_means, (3, s) for s bandwidths, are within x, within y and across; empty without bandwidth.
+    log_means are (3, s) for s bandwidths; empty without any.
     """
 
     infonce: Tensor
@@ -64,8 +64,7 @@ def fused_terms(
 
     Raises:
         ShapeError: the sets are not 2-D of one width.
-        ValueError: pairs and negatives exceed a set, sigma is not positive and finite, or
-            label_smoothing is not in [0, 1).
+        ValueError: pairs and negatives exceed a set, or sigma or label_smoothing is out of range.
     """
     check_sets(x, y)
     check_smoothing(label_smoothing)

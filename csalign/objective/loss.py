@@ -12,7 +12,13 @@ from csalign.core.enums import DivergenceName, PairwiseName, Precision
 from csalign.objective.divergences import divergence, token_divergence, unit_tokens
 from csalign.objective.fused import fused_terms
 from csalign.objective.kernels import Sigma
-from csalign.objective.pairwise import check_matched, check_owner, check_smoothing, pairwise_loss
+from csalign.objective.pairwise import (
+    check_matched,
+    check_owner,
+    check_smoothing,
+    infonce,
+    sigmoid_loss,
+)
 
 MIN_TILED = 256  # rows per side from which tiles are faster than the plain formulas, about twice
 
@@ -20,12 +26,8 @@ MIN_TILED = 256  # rows per side from which tiles are faster than the plain form
 class LossParts(NamedTuple):
     """The objective and its terms, each a () tensor.
 
-    Attributes:
-        total: what is minimised.
-        pairwise: the pairwise term.
-        divergence: the distribution term, unweighted; 0 where its weight is 0.
-        token: the token term, unweighted; 0 where its weight is 0.
-        others: a second pairwise term, on other captions, unweighted; None without one.
+    total is what is minimised; the terms are unweighted, and 0 where their weight is 0. others is a
+    second pairwise term, on other captions; None without one.
     """
 
     total: Tensor
@@ -36,14 +38,7 @@ class LossParts(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Adapted tokens of a batch of pairs, any norm, and their masks.
-
-    Attributes:
-        x: (b, v, d), float, of the images.
-        y: (b, l, d), of the texts.
-        x_mask: (b, v), bool, True where there is a token.
-        y_mask: (b, l), bool.
-    """
+    """Adapted tokens of a batch of pairs, (b, v, d) and (b, l, d) of any norm, and bool masks."""
 
     x: Tensor
     y: Tensor
@@ -153,21 +148,23 @@ class Objective:
                 divided=self.divided,
             )
         if in_tiles:
-            total = pairwise = fused.infonce
-        else:
-            total = pairwise = pairwise_loss(
-                self.pairwise,
+            pairwise = fused.infonce
+        elif self.pairwise is PairwiseName.INFONCE:
+            pairwise = infonce(
                 x,
                 y,
                 logit_scale=logit_scale,
-                logit_bias=logit_bias,
                 owner=owner,
-                negatives=(
-                    all_x[len(x) : ends[0]] if negatives[0] else None,
-                    all_y[len(y) : ends[1]] if negatives[1] else None,
-                ),
                 label_smoothing=self.label_smoothing,
+                negatives=(all_x[len(x) : ends[0]], all_y[len(y) : ends[1]]),
             )
+        elif self.pairwise is PairwiseName.SIGMOID:
+            pairwise = sigmoid_loss(
+                x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner
+            )
+        else:
+            pairwise = x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
+        total = pairwise
         apart = token = torch.zeros_like(pairwise)
         if self.weight:
             if of_means is not None:

@@ -6,40 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, pad
 
-from csalign.core.enums import PairwiseName
 from csalign.core.errors import ShapeError
 
 Negatives = tuple[Tensor | None, Tensor | None]
-
-
-def pairwise_loss(
-    name: PairwiseName,
-    x: Tensor,
-    y: Tensor,
-    *,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float = 0.0,
-    owner: Tensor | None = None,
-    negatives: Negatives = (None, None),
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Compute the pairwise loss of a name: "infonce", "sigmoid" or "none", a constant 0.
-
-    Arguments, result and exceptions as for `infonce` and `sigmoid_loss`; logit_bias is used by the
-    sigmoid loss only, negatives and label_smoothing by InfoNCE only.
-    """
-    if name is PairwiseName.NONE:
-        return x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
-    if name is PairwiseName.SIGMOID:
-        return sigmoid_loss(x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner)
-    return infonce(
-        x,
-        y,
-        owner=owner,
-        logit_scale=logit_scale,
-        label_smoothing=label_smoothing,
-        negatives=negatives,
-    )
 
 
 def infonce(
@@ -85,9 +54,9 @@ def infonce(
         check_owner(x, y, owner)
     logits = logit_scale * x @ y.T
     forth, back = logits, logits.T
-    if negatives[1] is not None:
+    if negatives[1] is not None and len(negatives[1]):
         forth = torch.cat([forth, logit_scale * x @ negatives[1].T], dim=1)
-    if negatives[0] is not None:
+    if negatives[0] is not None and len(negatives[0]):
         back = torch.cat([back, logit_scale * y @ negatives[0].T], dim=1)
     labels = targets = torch.arange(len(x), device=x.device)
     if owner is not None:
@@ -140,14 +109,10 @@ def sigmoid_loss(
         logit_scale: factor on the cosines; SigLIP starts at 10. May carry a gradient.
         logit_bias: added to every logit; SigLIP starts at -10, about minus the log of the number
             of negatives per positive. May carry a gradient.
-        owner: as for `infonce`.
+        owner: as for `infonce`, whose exceptions it raises.
 
     Returns:
         () tensor, >= 0.
-
-    Raises:
-        ShapeError: the shapes do not fit together.
-        ValueError: an owner is not in [0, n).
     """
     rows = torch.arange(len(x), device=x.device)
     if owner is None:

@@ -1,8 +1,8 @@
-"""Sums over all pairs of unit rows and their gradients, tile by tile.
+"""Sums over all pairs of unit rows and their gradients, tile by tile, outside of autograd.
 
 Tables of cosines are computed one tile at a time in reused buffers, so memory grows with the rows
 and not with their square. InfoNCE and the kernels share them: for unit rows the Gaussian kernel is
-exp((cos - 1) / sigma^2). Nothing here is seen by autograd.
+exp((cos - 1) / sigma^2).
 """
 
 import logging
@@ -152,7 +152,7 @@ class Tiles:
                     torch.logaddexp(rows[i], by_row, out=rows[i])
                 if along_columns:
                     torch.logaddexp(columns[j], by_column, out=columns[j])
-            sums = [_log_sum(cosines, factor, spare) - factor for factor in plan.factors]
+            sums = [_log_sums(cosines, f, spare)[0].logsumexp(0) - f for f in plan.factors]
             if sums:
                 kernels.append(torch.stack(sums))
         return CrossSums(rows, columns, torch.stack(kernels).logsumexp(0))
@@ -167,10 +167,10 @@ class Tiles:
         """Add the gradients of InfoNCE and of the kernels' log-sums; return that of the scale.
 
         Args:
-            gradients: (n, d) and (m, d), added to in place; None where it is not needed.
+            gradients: of x and y, added to in place; None where it is not needed.
             scale: of the logits.
             sums: result of `cross_sums`, over all processes.
-            upstream: gradient of InfoNCE, and of each kernel's log-sum.
+            upstream: gradients of InfoNCE, and of each kernel's log-sum.
         """
         plan, x, y = self.plan, self.x, self.y
         share = upstream[0] / (2 * max(plan.pairs, 1))
@@ -201,9 +201,8 @@ class Tiles:
     def own_sums(self, rows: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Sum the kernels between the rows of one set, computing half of the table.
 
-        Returns:
-            Log of the sum of each kernel over all rows, (s,), and if needed for each kernel k
-            sum_j k(r_i, r_j) r_j, (s, n, d), of which the gradient is a multiple.
+        Returns the log of the sum of each kernel over all rows, (s,), and if needed for each kernel
+        sum_j k(r_i, r_j) r_j, (s, n, d), of which the gradient is a multiple.
         """
         factors = self.plan.factors
         pulled = rows.new_zeros(len(factors), *rows.shape) if with_gradient else None
@@ -255,19 +254,12 @@ class Tiles:
 
 
 def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of a tile's logits, along its rows and along its columns."""
+    """Log-sum-exp of a tile's cosines times a factor, along its rows and along its columns."""
     logits = torch.mul(cosines, scale, out=spare)
     if scale > _SAFE_FACTOR:
         return logits.logsumexp(1), logits.logsumexp(0)
     logits.exp_()
     return logits.sum(1).log_(), logits.sum(0).log_()
-
-
-def _log_sum(cosines: Tensor, factor: float, spare: Tensor) -> Tensor:
-    exponents = torch.mul(cosines, factor, out=spare)
-    if factor > _SAFE_FACTOR:
-        return exponents.flatten().logsumexp(0)
-    return exponents.exp_().sum().log_()
 
 
 def _add_up_probabilities(

@@ -10,7 +10,7 @@ from csalign.core.errors import ShapeError
 from csalign.objective.divergences import cs_divergence, divergence, token_divergence
 from csalign.objective.kernels import Sigma
 from csalign.objective.loss import Objective, TokenBatch
-from csalign.objective.pairwise import infonce, pairwise_loss, sigmoid_loss
+from csalign.objective.pairwise import infonce, sigmoid_loss
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:
@@ -20,6 +20,16 @@ def rows(n: int, d: int, seed: int) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return normalize(x, dim=-1)
+
+
+def pairwise_loss(
+    name: PairwiseName, x: Tensor, y: Tensor, scale: Tensor | float, bias: float = 0.0
+) -> Tensor:
+    if name is PairwiseName.INFONCE:
+        return infonce(x, y, logit_scale=scale)
+    if name is PairwiseName.SIGMOID:
+        return sigmoid_loss(x, y, logit_scale=scale, logit_bias=bias)
+    return torch.zeros(())
 
 
 @pytest.fixture
@@ -66,7 +76,7 @@ def test_large_batches_give_the_numbers_of_the_plain_formulas(
 
     def plain(x: Tensor, y: Tensor, x_extra: Tensor, y_extra: Tensor, scale: Tensor) -> Tensor:
         units = unit(x), unit(y)
-        value = pairwise_loss(pairwise, *units, logit_scale=scale)
+        value = pairwise_loss(pairwise, *units, scale)
         sets = unit(torch.cat([x, x_extra])), unit(torch.cat([y, y_extra]))
         return value + 0.3 * divergence(name)(*sets, sigma=sigma)
 
@@ -111,7 +121,7 @@ def test_every_choice_is_the_weighted_sum_of_its_terms(
     parts = objective(x, y, logit_scale=7.0, sigma=0.5, logit_bias=-2.0, tokens=tokens)
     units = unit(x.detach()), unit(y.detach())
     expected = (
-        float(pairwise_loss(pairwise, *units, logit_scale=7.0, logit_bias=-2.0)),
+        float(pairwise_loss(pairwise, *units, 7.0, -2.0)),
         float(divergence(name)(*units, sigma=0.5)),
         float(loop_tokens(tokens, 0.5)),
     )
@@ -145,20 +155,20 @@ def test_tokens_of_unit_norm_are_taken_as_they_are(tokens: TokenBatch) -> None:
 
 
 def test_names_choose_the_pairwise_loss() -> None:
-    x, y = unit(rows(6, 8, 0)), unit(rows(6, 8, 1))
+    x, y = rows(6, 8, 0), rows(6, 8, 1)
+    units = unit(x), unit(y)
     owner = torch.tensor([0, 0, 1, 1, 5, 5])
 
     for own in (None, owner):
-        found = pairwise_loss(
-            PairwiseName.INFONCE, x, y, logit_scale=7.0, owner=own, label_smoothing=0.1
-        )
-        expected = infonce(x, y, logit_scale=7.0, owner=own, label_smoothing=0.1)
+        found = Objective(label_smoothing=0.1)(x, y, logit_scale=7.0, owner=own).pairwise
+        expected = infonce(*units, logit_scale=7.0, owner=own, label_smoothing=0.1)
         assert torch.equal(found, expected)
+    sigmoid = Objective(PairwiseName.SIGMOID)
     assert torch.equal(
-        pairwise_loss(PairwiseName.SIGMOID, x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner),
-        sigmoid_loss(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner),
+        sigmoid(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner).pairwise,
+        sigmoid_loss(*units, logit_scale=7.0, logit_bias=-3.0, owner=owner),
     )
-    assert float(pairwise_loss(PairwiseName.NONE, x, y, logit_scale=7.0)) == 0
+    assert float(Objective(PairwiseName.NONE)(x, y, logit_scale=7.0).total) == 0
 
 
 def test_unpaired_rows_reach_the_divergence_and_not_the_pairwise_term() -> None:
