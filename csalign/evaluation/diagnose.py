@@ -13,8 +13,8 @@ from csalign.evaluation.evaluate import load_aligned
 from csalign.evaluation.protocols import AlignedRows
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.conflict import cosine, gradient
-from csalign.objective.divergence import cs_terms
-from csalign.objective.infonce import alignment_uniformity
+from csalign.objective.divergences import cs_terms
+from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
 from csalign.report.page import check_page
 

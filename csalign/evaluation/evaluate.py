@@ -49,10 +49,8 @@ from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
-from csalign.metrics.gap import gap_suite
-from csalign.metrics.hubness import hubness
-from csalign.metrics.image_sets import image_distances
-from csalign.metrics.retrieval import DirectionRanks
+from csalign.metrics.gap import gap_suite, image_distances
+from csalign.metrics.retrieval import DirectionRanks, hubness
 from csalign.report.page import check_page
 from csalign.runs.load import embed_rows, load_adapter_for
 

@@ -15,9 +15,8 @@ from csalign.evaluation.protocols import DIRECTIONS, Gallery, Ranks, mean_of, re
 from csalign.features import schema
 from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
-from csalign.metrics.graded import graded_both_ways
-from csalign.metrics.hubness import corrected
-from csalign.metrics.zero_shot import class_vectors, classify
+from csalign.metrics.labels import class_vectors, classify, graded_both_ways
+from csalign.metrics.retrieval import corrected
 from csalign.sources.records.tables import SUFFIXES, Table, read_table
 
 log = logging.getLogger(__name__)

@@ -1,16 +1,12 @@
-"""How far a figure can be trusted: intervals by the bootstrap over images.
+"""Confidence intervals by the bootstrap over images (Efron 1979, percentile method).
 
 A resample draws as many images as there are, with replacement, and the captions of an image come
-with it, since they are no independent witnesses. The gallery stays as it is. Two systems measured
-on the same rows and resampled with one seed get the same resamples, so that their difference has an
-interval of its own, narrower than theirs: what is hard for one is mostly hard for the other.
-
-Of the gap, the figures that sums over rows give are resampled; those that need all pairs of rows or
-a decomposition (CS, MMD, Frechet, separability, uniformity, effective rank) would take as long as
-measuring them anew for each resample, and are left out.
+with it, since they are not independent. The gallery stays as it is. Two systems measured on the
+same rows and resampled with one seed get the same resamples, so their difference has an interval of
+its own, narrower than theirs. Of the gap, the figures that follow from sums over rows are
+resampled; the others would have to be measured again for each resample.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
 
@@ -29,7 +24,7 @@ Place = tuple[str, ...]
 Interval = tuple[float, float]
 
 LEVEL = 0.95
-FEWEST_IMAGES = 20  # with less, the resamples are too much alike to tell anything
+FEWEST_IMAGES = 20  # with fewer, the resamples are too similar to support a verdict
 CELLS = 4 << 20  # weights of resamples at a time: 32 MB
 PAIRS_AT_A_TIME = 16_384
 CENTROID = ("centroid_distance",)
@@ -37,7 +32,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 
 class Verdict(StrEnum):
-    """What a paired difference says."""
+    """Conclusion from a paired difference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -46,12 +41,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Resamples:
-    """The figures of one system on each resample.
+    """Figures of one system on each resample, (resamples,) float64 by place.
 
-    Attributes:
-        figures: (resamples,) float64 by place: where ``csalign eval`` has the figure under
-            "retrieval" or "gap", such as ``("text_to_image", "R@1")`` or ``("rmg",)``.
-        images: how many images with texts were drawn from.
+    A place is where ``csalign eval`` has the figure under "retrieval" or "gap", such as
+    ``("text_to_image", "R@1")`` or ``("rmg",)``; images is the number of images with texts.
     """
 
     figures: dict[Place, Floats]
@@ -67,11 +60,9 @@ class Resamples:
         return nested
 
     def minus(self, baseline: "Resamples", place: Place) -> tuple[Interval, Verdict]:
-        """How much higher a figure is than the baseline's, and whether it is at all.
+        """Compute the interval of a figure's difference from a baseline, and whether it excludes 0.
 
-        Args:
-            baseline: of the same rows, number of resamples and seed.
-            place: which figure; one where more is better, for the verdict to make sense.
+        The baseline must be of the same rows, number of resamples and seed; higher must be better.
         """
         interval = percentiles(self.figures[place] - baseline.figures[place])
         if self.images < FEWEST_IMAGES or interval[0] <= 0 <= interval[1]:
@@ -80,7 +71,7 @@ class Resamples:
 
 
 def percentiles(values: Floats) -> Interval:
-    """What the middle 95 % of the values lie between."""
+    """Return the bounds of the middle 95 % of the values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -93,56 +84,52 @@ def resample(
     *,
     resamples: int,
     seed: int,
+    cells: int = CELLS,
 ) -> Resamples:
-    """Draw images again and again and compute the figures of each draw.
+    """Draw images with replacement and compute the figures of each draw.
 
-    Images without texts, and texts without an image, are drawn among themselves; they count for
-    the gap and are no queries.
+    Images without texts, and texts without an image, count for the gap and are not queries.
 
     Args:
-        ranks: what `rank_both_ways` gave for these rows.
+        ranks: result of `rank_both_ways` for these rows.
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
         text_image: (m,) row of the image that each text belongs to, -1 for none.
         resamples: how many.
         seed: the same gives the same resamples, whatever the rows' values.
+        cells: bound on the size of the tables held at a time.
 
     Returns:
         Every figure of retrieval, and of the gap "centroid_distance", "rmg" and "alignment".
     """
-    units = _Units.of(len(images), text_image)
-    retrieval, gap = _Retrieval.of(ranks, units), _Gap.of(images, texts, units)
-    whole = gap.figures(np.ones((1, units.count), np.int64))
-    at_a_time = max(1, CELLS // max(units.count, len(text_image)))
-    parts = [
-        retrieval.figures(weights) | gap.figures(weights)
-        for weights in _draws(units, resamples, seed, at_a_time)
+    units = Units.of(len(images), text_image)
+    gap = _GapSums.of(images, texts, units)
+    directions = [
+        _RetrievalSums.of(direction, owners, units)
+        for direction, owners in zip(ranks, (units.queried, units.owners), strict=True)
     ]
+    parts = []
+    for weights in units.draws(resamples, seed, max(1, cells // max(units.count, len(texts)))):
+        part = gap.figures(weights)
+        for name, direction in zip(DIRECTIONS, directions, strict=True):
+            part |= {(name, key): values for key, values in direction.figures(weights).items()}
+        recalls = [part[name, f"R@{k}"] for name in DIRECTIONS for k in RECALL_AT]
+        parts.append(part | {("mean_recall",): np.mean(recalls, axis=0)})
     figures = {place: np.concatenate([part[place] for part in parts]) for place in parts[0]}
-    figures[CENTROID] = _recentred(figures[CENTROID], whole[CENTROID])
+    # A resampled mean strays from its mean, which adds to its squared distance from anything; where
+    # the gap is narrow, the measured distance would be outside of its own interval.
+    measured = gap.figures(np.ones((1, units.count), np.int64))[CENTROID]
+    squares = np.square(figures[CENTROID])
+    figures[CENTROID] = np.sqrt(np.maximum(0, squares - squares.mean() + np.square(measured)))
     return Resamples(figures, len(units.queried))
 
 
-def _recentred(distances: Floats, measured: Floats) -> Floats:
-    """Distances of means without what resampling itself adds to them.
-
-    A resampled mean strays from its mean, which adds to its squared distance from anything, on
-    average by as much as the spread of the rows over their number. Where the gap is narrow that
-    would put the measured distance outside of its own interval. The same holds for the measured
-    distance and the population's: the interval is that of the distance between so many rows.
-    """
-    squares = np.square(distances)
-    centred: Floats = np.sqrt(np.maximum(0, squares - squares.mean() + np.square(measured)))
-    return centred
-
-
 @dataclass(frozen=True)
-class _Units:
-    """What is drawn: each image with its texts, and each text without an image by itself.
+class Units:
+    """Units of the bootstrap: each image with its texts, then each text without an image.
 
     Attributes:
-        count: how many; images come first.
-        images: of them, images.
+        count: number of units, of which `images` are images.
         of_text: (m,) unit of each text.
         paired: rows of the texts with an image.
         queried: images with texts.
@@ -155,119 +142,74 @@ class _Units:
     queried: Ints
 
     @classmethod
-    def of(cls, images: int, text_image: Ints) -> "_Units":
-        lone = text_image < 0
-        of_text = np.where(lone, images + np.cumsum(lone) - 1, text_image)
-        paired = np.flatnonzero(~lone)
-        return cls(images + int(lone.sum()), images, of_text, paired, np.unique(of_text[paired]))
+    def of(cls, images: int, text_image: Ints) -> "Units":
+        """Find the units of so many images and their texts, (m,) image rows or -1."""
+        unpaired = text_image < 0
+        of_text = np.where(unpaired, images + np.cumsum(unpaired) - 1, text_image)
+        paired = np.flatnonzero(~unpaired)
+        count = images + int(unpaired.sum())
+        return cls(count, images, of_text, paired, np.unique(of_text[paired]))
 
     @property
     def owners(self) -> Ints:
         """The image of each paired text."""
         return self.of_text[self.paired]
 
-    def strata(self) -> list[Ints]:
-        """Units that are drawn among themselves: no resample is then without a query."""
-        unqueried = np.setdiff1d(np.arange(self.images), self.queried)
-        return [self.queried, unqueried, np.arange(self.images, self.count)]
-
-    def total(self, units: Ints, values: npt.NDArray[Any]) -> Floats:
-        """Sums of the values by unit, (count,)."""
+    def total(self, units: Ints, values: npt.NDArray[Any] | None = None) -> Floats:
+        """Sum the values, or count, by unit, (count,)."""
         return np.bincount(units, weights=values, minlength=self.count).astype(np.float64)
 
+    def draws(self, resamples: int, seed: int, at_a_time: int) -> Iterator[Ints]:
+        """Draw how often each unit occurs, (at most `at_a_time`, units) int64 at a time.
 
-def _draws(units: _Units, resamples: int, seed: int, at_a_time: int) -> Iterator[Ints]:
-    """How often each unit was drawn, (at most `at_a_time`, units) int64 at a time."""
-    strata = units.strata()
-    generators = np.random.default_rng(seed).spawn(len(strata))
-    for start in range(0, resamples, at_a_time):
-        rows = min(at_a_time, resamples - start)
-        weights = np.empty((rows, units.count), np.int64)
-        for stratum, generator in zip(strata, generators, strict=True):
-            n = len(stratum)
-            if n:
-                drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-                counts = np.bincount(drawn.ravel(), minlength=rows * n)
-                weights[:, stratum] = counts.reshape(rows, n)
-        yield weights
+        Images with texts, images without, and unpaired texts are drawn among themselves.
+        """
+        unqueried = np.setdiff1d(np.arange(self.images), self.queried)
+        strata = [self.queried, unqueried, np.arange(self.images, self.count)]
+        generators = np.random.default_rng(seed).spawn(len(strata))
+        for start in range(0, resamples, at_a_time):
+            rows = min(at_a_time, resamples - start)
+            weights = np.empty((rows, self.count), np.int64)
+            for stratum, generator in zip(strata, generators, strict=True):
+                n = len(stratum)
+                if n:
+                    drawn = generator.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+                    counts = np.bincount(drawn.ravel(), minlength=rows * n)
+                    weights[:, stratum] = counts.reshape(rows, n)
+            yield weights
 
 
 @dataclass(frozen=True)
-class _Retrieval:
-    """Ranks of both directions as sums by unit, and in order for the median.
+class _RetrievalSums:
+    """Ranks of one direction: sums by unit of the figures, queries by unit, and sorted ranks."""
 
-    Attributes:
-        names: figures that are means over queries.
-        sums: (units, names) of each direction.
-        queries: (units,) of each direction, queries of a unit.
-        ordered: of each direction, first ranks in ascending order and the unit of each.
-    """
-
-    names: tuple[str, ...]
-    sums: list[Floats]
-    queries: list[Floats]
-    ordered: list[tuple[Ints, Ints]]
+    sums: dict[str, Floats]
+    queries: Floats
+    first: Ints
+    owners: Ints
 
     @classmethod
-    def of(cls, ranks: tuple[DirectionRanks, DirectionRanks], units: _Units) -> "_Retrieval":
-        sums, queries, ordered = [], [], []
-        for direction, owners in zip(ranks, (units.queried, units.owners), strict=True):
-            first, columns = direction.first, direction.by_query().values()
-            sums.append(np.stack([units.total(owners, column) for column in columns], axis=1))
-            queries.append(units.total(owners, np.ones(len(owners))))
-            order = np.argsort(first, kind="stable")
-            ordered.append((first[order], owners[order]))
-        return cls(tuple(ranks[0].by_query()), sums, queries, ordered)
+    def of(cls, ranks: DirectionRanks, owners: Ints, units: Units) -> "_RetrievalSums":
+        sums = {name: units.total(owners, values) for name, values in ranks.by_query().items()}
+        order = np.argsort(ranks.first, kind="stable")
+        return cls(sums, units.total(owners), ranks.first[order], owners[order])
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
-        """Each figure on each resample; `weights` (resamples, units)."""
-        found: dict[Place, Floats] = {}
-        wide = weights.astype(np.float64)
-        for name, sums, queries, (first, owners) in zip(
-            DIRECTIONS, self.sums, self.queries, self.ordered, strict=True
-        ):
-            count = wide @ queries
-            means = wide @ sums / count[:, None]
-            found |= {(name, key): means[:, column] for column, key in enumerate(self.names)}
-            found[name, "median_rank"] = _medians(first, owners, weights, count.astype(np.int64))
-        recalls = [found[name, f"R@{k}"] for name in DIRECTIONS for k in RECALL_AT]
-        return found | {("mean_recall",): np.mean(recalls, axis=0)}
-
-
-def _medians(ascending: Ints, owners: Ints, weights: Ints, count: Ints) -> Floats:
-    """Median rank of each resample, (r,).
-
-    Only the ranks about the middle are counted one by one, as many as it takes.
-
-    Args:
-        ascending: (q,) ranks in ascending order.
-        owners: (q,) unit of each.
-        weights: (r, units) how often each unit was drawn.
-        count: (r,) ranks that were drawn.
-    """
-    lower, upper = (count - 1) // 2, count // 2
-    middle, reach = len(ascending) // 2, 8 * math.isqrt(len(ascending))
-    while True:
-        start, stop = max(0, middle - reach), middle + reach
-        before = weights @ np.bincount(owners[:start], minlength=weights.shape[1])
-        below = before[:, None] + np.cumsum(weights[:, owners[start:stop]], axis=1)
-        if (before <= lower).all() and (below[:, -1] > upper).all():
-            break
-        reach *= 2
-    places = (start + (below <= k[:, None]).sum(axis=1) for k in (lower, upper))
-    medians: Floats = sum(ascending[place] for place in places) / 2
-    return medians
+    def figures(self, weights: Ints) -> dict[str, Floats]:
+        """Compute each figure on each resample, from weights (resamples, units)."""
+        count = weights @ self.queries
+        means = weights.astype(np.float64) @ np.stack(list(self.sums.values()), axis=1)
+        found = {name: column / count for name, column in zip(self.sums, means.T, strict=True)}
+        below = np.cumsum(weights[:, self.owners], axis=1)  # drawn queries up to each rank
+        places = ((below <= middle[:, None]).sum(1) for middle in ((count - 1) // 2, count // 2))
+        return found | {"median_rank": sum(self.first[place] for place in places) / 2}
 
 
 @dataclass(frozen=True)
-class _Gap:
-    """Rows of both sides as sums by unit.
+class _GapSums:
+    """Rows of both sides as sums by unit: images (images, d) and texts (units, d) float32.
 
-    Attributes:
-        images: (images, d) float32.
-        texts: (units, d) float32, the sum of each unit's texts.
-        counts: (units, 3): images, texts, and texts with an image.
-        squares: (units,) sum of the squared distances of a unit's pairs.
+    counts is (units, 3): images, texts, and texts with an image; squares (units,) the sum of the
+    squared distances of a unit's pairs.
     """
 
     images: Rows
@@ -276,21 +218,20 @@ class _Gap:
     squares: Floats
 
     @classmethod
-    def of(cls, images: Rows, texts: Rows, units: _Units) -> "_Gap":
-        summed = torch.zeros(units.count, texts.shape[1])
-        summed.index_add_(0, torch.from_numpy(units.of_text), torch.from_numpy(texts))
+    def of(cls, images: Rows, texts: Rows, units: Units) -> "_GapSums":
+        summed = np.zeros((units.count, texts.shape[1]), np.float32)
+        np.add.at(summed, units.of_text, texts)
         members = (np.arange(units.images), units.of_text, units.owners)
-        counts = [units.total(rows, np.ones(len(rows))) for rows in members]
         distances = np.empty(len(units.paired))
         for start in range(0, len(distances), PAIRS_AT_A_TIME):
             some = slice(start, start + PAIRS_AT_A_TIME)
             apart = images[units.owners[some]] - texts[units.paired[some]]
             distances[some] = np.square(apart, dtype=np.float64).sum(axis=1)
-        squares = units.total(units.owners, distances)
-        return cls(images, summed.numpy(), np.stack(counts, axis=1), squares)
+        counts = np.stack([units.total(rows) for rows in members], axis=1)
+        return cls(images, summed, counts, units.total(units.owners, distances))
 
     def figures(self, weights: Ints) -> dict[Place, Floats]:
-        """Each figure on each resample; `weights` (resamples, units)."""
+        """Compute each figure on each resample, from weights (resamples, units)."""
         narrow, wide = weights.astype(np.float32), weights.astype(np.float64)
         sum_x = (narrow[:, : len(self.images)] @ self.images).astype(np.float64)
         sum_y = (narrow @ self.texts).astype(np.float64)
@@ -300,10 +241,9 @@ class _Gap:
         alignment = wide @ self.squares / paired
         within = (_within(sum_x, images, twice_x) + _within(sum_y, texts, twice_y)) / 2
         total = alignment / 4 + within
-        rmg = np.divide(alignment / 4, total, out=np.zeros_like(total), where=total > 0)
         return {
             CENTROID: np.linalg.norm(centroids, axis=1),
-            ("rmg",): rmg,
+            ("rmg",): np.divide(alignment / 4, total, out=np.zeros_like(total), where=total > 0),
             ("alignment",): alignment,
         }
 
@@ -311,13 +251,10 @@ class _Gap:
 def _within(sums: Floats, rows: Floats, twice: Floats) -> Floats:
     """Mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
-    Args:
-        sums: (r, d) sum of the drawn unit rows.
-        rows: (r,) how many were drawn.
-        twice: (r,) sum of the squares of how often each was: pairs of a row with itself.
+    sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of
+    how often each was drawn: the pairs of a row with itself.
     """
     pairs = rows**2 - twice
     cosines = np.square(sums).sum(axis=1) - twice
     mean: Floats = np.divide(cosines, pairs, out=np.ones_like(pairs), where=pairs > 0)
-    distance: Floats = (1 - mean) / 2
-    return distance
+    return (1 - mean) / 2

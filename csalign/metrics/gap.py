@@ -1,9 +1,9 @@
-"""The modality gap: how far two sets of unit embeddings lie apart, each figure by its source.
+"""The modality gap: how far apart two sets of unit embeddings are, each figure with its source.
 
 x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64. Sums over rows go through the sets in chunks. Where a side has more than `MAX_ROWS`, the
-mean kernels over all pairs of rows are estimated from all rows, by landmarks (in float32) and with
-standard errors, and the linear classifier sees `MAX_ROWS` a side.
+in float64, sums over rows in chunks. If a side has more than `MAX_ROWS`, the mean kernels over all
+pairs of rows are estimated by landmarks, with standard errors, and the linear classifier uses
+`MAX_ROWS` per side.
 """
 
 import logging
@@ -15,54 +15,67 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
-from csalign.objective.divergence import cs_divergence, mmd
-from csalign.objective.kernels import squared_distances
+from csalign.metrics.landmarks import (
+    MeanKernels,
+    estimate_mean_kernels,
+    exact_mean_kernels,
+    without_diagonal,
+)
+from csalign.objective.kernels import tiled_log_mean_kernels
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
-MAX_ROWS = 5_000  # 5,000 x 5,000 float64 is 200 MB
+MAX_ROWS = 5_000
 CHUNK_ROWS = 65_536
 SPECTRUM = 64
 UNIFORMITY_SIGMA = 0.5  # exp(-2 |x - y|^2) is the Gaussian kernel of this bandwidth
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1_000.0  # of the paper on CMMD
 
 log = logging.getLogger(__name__)
 
 
-def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) -> dict[str, Any]:
-    """All figures of the gap, as ``csalign eval --json`` prints them under "gap".
+def gap_suite(
+    x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int, max_rows: int = MAX_ROWS
+) -> dict[str, Any]:
+    """Compute all figures of the gap, as ``csalign eval --json`` prints them under "gap".
 
-    "standard_errors" is there where a figure is an estimate, nested as the figures are.
+    Their formulas and sources are in `csalign.metrics.explain`. "standard_errors" is present where
+    a figure is an estimate, nested as the figures are.
 
     Args:
         x: (n, d), unit image embeddings.
         y: (m, d), unit text embeddings.
         text_image: (m,) image row of each text, -1 for none.
         sigma: bandwidth of the CS and MMD figures.
-        seed: of the sampling above `MAX_ROWS` rows and of the classifier's folds.
+        seed: of the sampling above `max_rows` rows and of the classifier's folds.
+        max_rows: rows per side up to which all pairs of rows are computed.
     """
     images, texts = torch.from_numpy(x), torch.from_numpy(y)
     paired = np.flatnonzero(text_image >= 0)
     pairs = torch.from_numpy(text_image[paired]), torch.from_numpy(paired)
     rng = np.random.default_rng(seed)
-    rows_x, rows_y = _sample(len(x), rng), _sample(len(y), rng)
+    rows_x, rows_y = (
+        np.sort(rng.choice(n, min(n, max_rows), replace=False)) for n in (len(x), len(y))
+    )
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
-    spread_x, spread_y = _covariance_root(images), _covariance_root(texts)
-    kernels, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
+    roots = _covariance_root(images), _covariance_root(texts)
+    (rank_x, spectrum_x), (rank_y, spectrum_y) = map(_spectrum, roots)
+    figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),
-        "cs_divergence": kernels["cs_divergence"],
-        "mmd": kernels["mmd"],
-        "frechet": _frechet(centroid_distance(images, texts), spread_x, spread_y),
+        "cs_divergence": figures["cs_divergence"],
+        "mmd": figures["mmd"],
+        "frechet": _frechet(centroid_distance(images, texts), *roots),
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
         "alignment": alignment(images, texts, pairs),
-        "uniformity": kernels["uniformity"],
-        "effective_rank": {"image": _effective_rank(spread_x), "text": _effective_rank(spread_y)},
-        "spectrum": {"image": _spectrum(spread_x), "text": _spectrum(spread_y)},
+        "uniformity": figures["uniformity"],
+        "effective_rank": {"image": rank_x, "text": rank_y},
+        "spectrum": {"image": spectrum_x, "text": spectrum_y},
         **({"standard_errors": errors} if errors else {}),
     }
 
@@ -70,50 +83,34 @@ def gap_suite(x: Array, y: Array, text_image: Ints, *, sigma: float, seed: int) 
 def _kernel_figures(
     x: Tensor, y: Tensor, few: tuple[Tensor, Tensor], sigma: float, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures that are mean kernels, and their standard errors, {} where there are none."""
-    if max(len(x), len(y)) > MAX_ROWS:
-        found = _estimated_figures(x, y, sigma, seed)
-        flat = [found["cs_divergence"], found["mmd"], *found["uniformity"].values()]
-        if all(math.isfinite(estimate.error) for estimate in flat):
-            return _each(found, 0), _each(found, 1)
+    """Compute the figures that are mean kernels, and their standard errors, {} if exact."""
+    sigmas = sigma, UNIFORMITY_SIGMA
+    if len(few[0]) < len(x) or len(few[1]) < len(y):
+        values, errors = _values_and_errors(estimate_mean_kernels(x, y, sigmas=sigmas, seed=seed))
+        if all(map(math.isfinite, (errors["cs_divergence"], errors["mmd"]))):
+            return values, errors
         log.warning(
             "at bandwidth %g the kernel means are too small to estimate from all rows; the CS "
-            "divergence, MMD and uniformity are those of %d rows a side, drawn by the seed",
+            "divergence, MMD and uniformity are those of %d rows per side, drawn by the seed",
             sigma,
-            MAX_ROWS,
+            max(map(len, few)),
         )
-    figures = {
-        "cs_divergence": float(cs_divergence(*few, sigma=sigma)),
-        "mmd": float(mmd(*few, sigma=sigma)),
-        "uniformity": {
-            "image": uniformity(few[0]),
-            "text": uniformity(few[1]),
-            "cross": cross_uniformity(*few),
-        },
-    }
-    return figures, {}
+    return _values_and_errors(exact_mean_kernels(*few, sigmas=sigmas))[0], {}
 
 
-def _estimated_figures(x: Tensor, y: Tensor, sigma: float, seed: int) -> dict[str, Any]:
-    sums = KernelSums(Landmarks.draw(x, y, seed=seed), {sigma, UNIFORMITY_SIGMA})
-    sums.add(0, x)
-    sums.add(1, y)
-    means, at_uniformity = sums.means(sigma), sums.means(UNIFORMITY_SIGMA)
-    image, text = at_uniformity.uniformity()
-    cross = at_uniformity.cross_uniformity()
-    return {
-        "cs_divergence": means.cs_divergence(),
-        "mmd": means.mmd(),
-        "uniformity": {"image": image, "text": text, "cross": cross},
-    }
-
-
-def _each(found: dict[str, Any], part: int) -> dict[str, Any]:
-    """The values (0) or the errors (1) of nested estimates."""
-    return {
-        name: entry[part] if isinstance(entry, Estimate) else _each(entry, part)
-        for name, entry in found.items()
-    }
+def _values_and_errors(means: list[MeanKernels]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nest the figures of the mean kernels at both bandwidths as `gap_suite` does."""
+    at_sigma, of_uniformity = means
+    cs, mmd, parts = at_sigma.cs_divergence(), at_sigma.mmd(), of_uniformity.uniformity()
+    values, errors = (
+        {
+            "cs_divergence": cs[k],
+            "mmd": mmd[k],
+            "uniformity": {name: found[k] for name, found in parts.items()},
+        }
+        for k in (0, 1)
+    )
+    return values, errors
 
 
 def centroid_distance(x: Tensor, y: Tensor) -> float:
@@ -124,14 +121,8 @@ def centroid_distance(x: Tensor, y: Tensor) -> float:
 def relative_modality_gap(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     """Relative modality gap, RMG = p / (p + w), in [0, 1] (Schrodi et al. 2024).
 
-    p is the mean of (1 - cos) / 2 over matched pairs; w the mean of the same over all ordered
-    pairs i != j inside each modality, averaged over the two. Captions of one image count as
-    distinct rows.
-
-    Args:
-        x: (n, d) all images.
-        y: (m, d) all texts.
-        pairs: (k,) image rows and (k,) text rows that are matched.
+    p is the mean of (1 - cos) / 2 over the matched image and text rows of pairs, (k,) each; w the
+    mean over all ordered pairs i != j inside each modality, averaged over the two.
     """
     # Unit rows: (1 - cos) / 2 = |x - y|^2 / 4.
     across = alignment(x, y, pairs) / 4
@@ -152,14 +143,9 @@ def _mean_distance_within(x: Tensor) -> float:
 def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
     """Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)). With C = R^T R the trace of the root is the
-    sum of the singular values of R_x R_y^T, so rank-deficient covariances (fewer rows than
-    columns) need no regularising.
-
-    Args:
-        x: (n, d), of any norm.
-        y: (m, d).
-        unbiased: divide the covariances by n - 1, as FID does, not by n; n and m are then >= 2.
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of rows of any norm. With C = R^T R the trace
+    of the root is the sum of the singular values of R_x R_y^T, so rank-deficient covariances need
+    no regularising. `unbiased` divides covariances by n - 1, as FID does, not by n.
     """
     roots = (
         _covariance_root(rows) * (math.sqrt(len(rows) / (len(rows) - 1)) if unbiased else 1)
@@ -174,35 +160,17 @@ def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
     return max(0.0, centroid**2 + float(traces - 2 * cross))
 
 
-def effective_rank(x: Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+def _spectrum(root: Tensor) -> tuple[float, list[float]]:
+    """Effective rank (Roy and Vetterli 2007), and the `SPECTRUM` largest shares of the variance.
 
-    Of the centred rows; between 1 and min(n - 1, d), 1 where all rows coincide.
+    The rank is 1 and the shares are 0 where all rows coincide.
     """
-    return _effective_rank(_covariance_root(x))
-
-
-def _effective_rank(root: Tensor) -> float:
     values = torch.linalg.svdvals(root)
     if float(values.sum()) <= 1e-12:
-        return 1.0
+        return 1.0, torch.zeros_like(values)[:SPECTRUM].tolist()
     shares = values / values.sum()
-    shares = shares[shares > 0]
-    return math.exp(-float((shares * shares.log()).sum()))
-
-
-def spectrum(x: Tensor) -> list[float]:
-    """Largest singular values of the covariance as shares of their sum, at most `SPECTRUM`.
-
-    Descending; shares of the variance, in [0, 1]. All 0 where all rows coincide.
-    """
-    return _spectrum(_covariance_root(x))
-
-
-def _spectrum(root: Tensor) -> list[float]:
-    values = torch.linalg.svdvals(root).square()
-    shares = values / values.sum() if float(values.sum()) > 1e-24 else torch.zeros_like(values)
-    return [float(share) for share in shares[:SPECTRUM]]
+    rank = math.exp(float(torch.special.entr(shares).sum()))
+    return rank, (values.square() / values.square().sum())[:SPECTRUM].tolist()
 
 
 def _covariance_root(x: Tensor) -> Tensor:
@@ -217,20 +185,11 @@ def _covariance_root(x: Tensor) -> Tensor:
 
 
 def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
-    """Balanced accuracy of a linear classifier telling the modalities apart; 0.5 is no gap.
+    """Balanced accuracy of a linear classifier of the modalities, x and y; 0.5 is no gap.
 
     Regularised linear discriminant analysis, the mean over held-out folds; a row on the plane
-    counts half.
-
-    Args:
-        x: (n, d) images.
-        y: (m, d) texts.
-        folds_x: (n,) fold of each image.
-        folds_y: (m,) fold of each text: its image's, as `pair_folds` gives. A twin of a held-out
-            row among the training rows, with the other label, would push the figure below 0.5.
-
-    Returns:
-        In [0, 1]; 0.5 where a fold would leave a side empty.
+    counts half. 0.5 where a fold would leave a side empty. Folds are those of `pair_folds`: a twin
+    of a held-out row among the training rows, with the other label, would lower the figure.
     """
     correct = []
     for fold in np.unique(folds_x):
@@ -247,7 +206,7 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
 def pair_folds(
     images: int, text_image: Ints, rng: np.random.Generator, folds: int = 5
 ) -> tuple[Ints, Ints]:
-    """A fold for each image, and for each text its image's, or a random one without an image."""
+    """Draw a fold per image; a text gets its image's, or a random one without an image."""
     of_image = rng.permutation(images) % folds
     of_text = rng.permutation(len(text_image)) % folds
     return of_image, np.where(text_image >= 0, of_image[text_image], of_text)
@@ -264,36 +223,51 @@ def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
-    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2).
-
-    Args:
-        x: (n, d) images.
-        y: (m, d) texts.
-        pairs: (k,) image rows and (k,) text rows that are matched.
-    """
+    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
     total = 0.0
     for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
         total += float((x[own].double() - y[matched].double()).square().sum())
     return total / len(pairs[0])
 
 
-def uniformity(x: Tensor) -> float:
-    """Mean pairwise Gaussian potential, in the log domain, <= 0 (Wang and Isola 2020, t 2).
+def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> float:
+    """Log mean exp(-2 |x_i - x_j|^2) over pairs i < j of unit rows (Wang and Isola 2020, t 2).
 
-    log mean exp(-2 |x_i - x_j|^2) over pairs i < j.
+    Sets of more than `max_rows` (default: none) are represented by that many rows, drawn at random
+    by the seed.
     """
-    n = len(x)
-    if n < 2:
-        return 0.0
-    upper = torch.triu_indices(n, n, offset=1)
-    exponents = -2 * squared_distances(x, x)[upper[0], upper[1]]
-    return float(torch.logsumexp(exponents, 0)) - math.log(len(exponents))
+    if max_rows is not None and len(x) > max_rows:
+        chosen = np.random.default_rng(seed).choice(len(x), max_rows, replace=False)
+        x = x[torch.from_numpy(np.sort(chosen))]
+    log_mean = tiled_log_mean_kernels(x, x, sigma=UNIFORMITY_SIGMA)
+    return float(without_diagonal(log_mean, len(x)))
 
 
-def cross_uniformity(x: Tensor, y: Tensor) -> float:
-    """Uniformity across the modalities, log mean exp(-2 |x_i - y_j|^2) over all pairs, <= 0."""
-    exponents = -2 * squared_distances(x, y)
-    return float(torch.logsumexp(exponents.flatten(), 0)) - math.log(exponents.numel())
+def image_distances(x: Tensor, y: Tensor) -> dict[str, float]:
+    """Compute the distances of two sets of images, as ``csalign eval`` prints "distribution".
+
+    x (n, d) are real, y (m, d) generated images, n and m >= 2, as an encoder returns them, without
+    rows of norm 0.
+    """
+    unit_x, unit_y = (normalize(rows.double(), dim=1) for rows in (x, y))
+    return {
+        "frechet": frechet_distance(x, y, unbiased=True),
+        "frechet_unit": frechet_distance(unit_x, unit_y, unbiased=True),
+        "cmmd": cmmd(unit_x, unit_y),
+    }
+
+
+def cmmd(x: Tensor, y: Tensor) -> float:
+    """CLIP maximum mean discrepancy of unit rows (Jayasumana et al. 2024).
+
+    1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) with k(a, b) = exp(-|a - b|^2 / 200) over
+    all pairs, diagonals included; >= 0 up to rounding. Needs no Gaussian fit.
+    """
+    sets = ((x, x), (y, y), (x, y))
+    own_x, own_y, cross = (
+        float(tiled_log_mean_kernels(*pair, sigma=CMMD_SIGMA).exp()) for pair in sets
+    )
+    return CMMD_SCALE * (own_x + own_y - 2 * cross)
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -303,8 +277,3 @@ def _mean(x: Tensor) -> Tensor:
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     for chunk in torch.split(x, CHUNK_ROWS):
         yield chunk.double()
-
-
-def _sample(n: int, rng: np.random.Generator) -> Ints:
-    """All rows, or `MAX_ROWS` of them, in order."""
-    return np.sort(rng.choice(n, min(n, MAX_ROWS), replace=False))

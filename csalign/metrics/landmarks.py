@@ -1,90 +1,48 @@
 """Mean Gaussian kernels over all pairs of rows of large sets, in one pass over the rows.
 
-Rows meet landmarks, not each other. Some landmarks, the base, span a low-rank kernel
-k'(a, b) = k(a, base) (k(base, base) + ridge)^-1 k(base, b) (Nystrom), whose mean over all pairs
-follows from the rows' mean kernels with the base. What it leaves, k - k', is estimated with others,
-the witnesses S, drawn from the rows themselves:
+Rows are compared with landmarks, not with each other. Some landmarks, the base, span a low-rank
+kernel k'(a, b) = k(a, base) (k(base, base) + ridge)^-1 k(base, b) (Nystrom; Williams and Seeger
+2001), whose mean over all pairs follows from the rows' mean kernels with the base. The mean of the
+residual r = k - k' is estimated with other landmarks, the witnesses S, drawn from the rows:
 
-    mean over x, x' of r  ~  2 (mean over x, s of r) - (mean over s != s' of r),    r = k - k',
+    mean over x, x' of r  ~  2 (mean over x, s of r) - (mean over s != s' of r),
 
-which is unbiased and whose error, -|mu_x - mu_s|^2 in the space of r, falls with the number of
-witnesses, not with its root. How far the estimates spread with a block of witnesses left out tells
-the standard error.
+which is unbiased; its error, -|mu_x - mu_s|^2 in the space of r, falls with the number of
+witnesses. Its spread with a block of witnesses left out gives the standard error (jackknife).
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.core.errors import ShapeError
-from csalign.objective.kernels import bandwidths, check_sets, squared_distances
+from csalign.objective.kernels import (
+    bandwidths,
+    check_sets,
+    squared_distances,
+    tiled_log_mean_kernels,
+)
 
-BASE = 512  # rows a side
-WITNESSES = 512  # rows a side
+BASE = 512  # rows per side
+WITNESSES = 512  # rows per side
 BLOCKS = 32
 RIDGE = 1e-4  # of a kernel whose diagonal is 1; any is unbiased, a smaller one drowns in rounding
 TILE_ROWS = 512  # tiles of distances that stay in the cache
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error; nan where the kernel means drown in the error."""
+    """A figure and its standard error; nan if the kernel means are smaller than their error."""
 
     value: float
     error: float
 
 
-@dataclass(frozen=True)
-class Landmarks:
-    """Rows that others are compared with.
-
-    Attributes:
-        base: (b, d) float32, of both sides.
-        witnesses: (k, d) float32 of each side, drawn without regard to the base.
-    """
-
-    base: Tensor
-    witnesses: tuple[Tensor, Tensor]
-
-    @classmethod
-    def draw(
-        cls, x: Tensor, y: Tensor, *, seed: int, base: int = BASE, witnesses: int = WITNESSES
-    ) -> "Landmarks":
-        """Draw them from two sets.
-
-        Args:
-            x: (n, d), float; only the drawn rows are read, so that a mapped file will do.
-            y: (m, d), float.
-            seed: the same gives the same.
-            base: rows of each side in the base.
-            witnesses: of each side; a smaller side is taken whole, and its own mean is exact.
-
-        Raises:
-            ShapeError: a set is empty or not 2-D, or the widths differ.
-        """
-        check_sets(x, y)
-        rng = np.random.default_rng(seed)
-
-        def some(rows: Tensor, count: int) -> Tensor:
-            chosen = np.sort(rng.choice(len(rows), min(len(rows), count), replace=False))
-            return rows[torch.from_numpy(chosen)].float()
-
-        union = torch.cat([some(x, base), some(y, base)])
-        return cls(union, (some(x, witnesses), some(y, witnesses)))
-
-
 class MeanKernels(NamedTuple):
-    """Mean kernels, each (1 + BLOCKS,) float64: of all, then with a block of witnesses left out.
+    """Log mean kernels within x and y and across, over all pairs, for sizes n and m.
 
-    Attributes:
-        xx: over all pairs of x, each row with itself included.
-        yy: likewise of y.
-        xy: over all pairs across.
-        sizes: rows of x and of y.
+    (r,) float64 each: of all landmarks, then without each block of witnesses; (1,) if exact.
     """
 
     xx: Tensor
@@ -93,114 +51,106 @@ class MeanKernels(NamedTuple):
     sizes: tuple[int, int]
 
     def cs_divergence(self) -> Estimate:
-        """Estimate of `csalign.objective.divergence.cs_divergence`."""
-        return _estimate(self.xx.log() + self.yy.log() - 2 * self.xy.log(), least=0)
-
-    def mmd(self) -> Estimate:
-        """Estimate of `csalign.objective.divergence.mmd`."""
+        """Estimate `csalign.objective.divergences.cs_divergence`."""
         return _estimate(self.xx + self.yy - 2 * self.xy, least=0)
 
-    def uniformity(self) -> tuple[Estimate, Estimate]:
-        """Log mean kernel of x and of y over pairs of different rows."""
-        means = zip((self.xx, self.yy), self.sizes, strict=True)
-        off = [(own * n - 1) / (n - 1) if n > 1 else torch.ones_like(own) for own, n in means]
-        return _estimate(off[0].log()), _estimate(off[1].log())
+    def mmd(self) -> Estimate:
+        """Estimate `csalign.objective.divergences.mmd`."""
+        return _estimate(self.xx.exp() + self.yy.exp() - 2 * self.xy.exp(), least=0)
 
-    def cross_uniformity(self) -> Estimate:
-        """Log mean kernel across."""
-        return _estimate(self.xy.log())
+    def uniformity(self) -> dict[str, Estimate]:
+        """Estimate the log mean kernels: of pairs of different rows within x and y, and across."""
+        x, y = (without_diagonal(*own) for own in zip((self.xx, self.yy), self.sizes, strict=True))
+        return {"image": _estimate(x), "text": _estimate(y), "cross": _estimate(self.xy)}
 
 
-class KernelSums:
-    """Sums of kernels between rows and landmarks; rows come in chunks, in any order.
+def without_diagonal(log_means: Tensor, n: int) -> Tensor:
+    """Log mean kernels over pairs of different rows, from those over all pairs of n unit rows."""
+    if n == 1:
+        return torch.zeros_like(log_means)
+    return ((log_means.exp() * n - 1) / (n - 1)).log()
+
+
+def exact_mean_kernels(x: Tensor, y: Tensor, *, sigmas: tuple[float, ...]) -> list[MeanKernels]:
+    """Compute the mean kernels of two sets from all pairs of rows, for each bandwidth."""
+    sets, sizes = ((x, x), (y, y), (x, y)), (len(x), len(y))
+    means = torch.stack([tiled_log_mean_kernels(a, b, sigma=sigmas) for a, b in sets])
+    return [MeanKernels(own[:1], own[1:2], own[2:], sizes) for own in means.T]
+
+
+def estimate_mean_kernels(
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigmas: tuple[float, ...],
+    seed: int,
+    base: int = BASE,
+    witnesses: int = WITNESSES,
+) -> list[MeanKernels]:
+    """Estimate the mean kernels of x (n, d) and y (m, d), any float dtype, per bandwidth.
 
     Args:
-        landmarks: drawn from the rows to come.
+        x: images; products are float32.
+        y: texts.
         sigmas: bandwidths, > 0.
-
-    Raises:
-        ValueError: a sigma is not positive and finite.
+        seed: of the draw of landmarks.
+        base: rows of each side in the base.
+        witnesses: of each side; a smaller side is used whole, and its own mean is exact.
     """
+    check_sets(x, y)
+    bandwidths(sigmas)
+    rng = np.random.default_rng(seed)
 
-    def __init__(self, landmarks: Landmarks, sigmas: Iterable[float]) -> None:
-        self._landmarks = landmarks
-        self._sigmas = bandwidths(tuple(sigmas))
-        self._points = torch.cat([landmarks.base, *landmarks.witnesses])
-        self._sums = torch.zeros(2, len(self._sigmas), len(self._points), dtype=torch.float64)
-        self._counts = [0, 0]
+    def draw(rows: Tensor, count: int) -> Tensor:
+        chosen = np.sort(rng.choice(len(rows), min(len(rows), count), replace=False))
+        return rows[torch.from_numpy(chosen)].float()
 
-    def add(self, side: int, rows: Tensor) -> None:
-        """Count rows of x (side 0) or y (side 1), (n, d), any float dtype.
-
-        Raises:
-            ShapeError: not 2-D, or another width than the landmarks'.
-        """
-        if rows.ndim != 2 or rows.shape[1] != self._points.shape[1]:
-            raise ShapeError(
-                f"rows of width {self._points.shape[1]} are needed, got {tuple(rows.shape)}"
-            )
-        # Products in float32 and sums of a tile too; only sums of tiles need more.
+    union = torch.cat([draw(x, base), draw(y, base)])
+    drawn = draw(x, witnesses), draw(y, witnesses)
+    points = torch.cat([union, *drawn])
+    means = torch.zeros(len(sigmas), 2, len(points), dtype=torch.float64)
+    for side, rows in enumerate((x, y)):
+        # Products and sums of a tile in float32; only sums of tiles need more.
         for tile in torch.split(rows, TILE_ROWS):
-            squares = squared_distances(tile.float(), self._points)
-            for i, sigma in enumerate(self._sigmas):
-                last = i == len(self._sigmas) - 1
-                exponents = squares.mul_(-0.5 / sigma**2) if last else squares * (-0.5 / sigma**2)
-                self._sums[side, i] += exponents.exp_().sum(0)
-        self._counts[side] += len(rows)
-
-    def merge(self, other: "KernelSums") -> None:
-        """Count the rows that another has counted, with the same landmarks and bandwidths.
-
-        Raises:
-            ValueError: they are not the same.
-        """
-        if self._sigmas != other._sigmas or not torch.equal(self._points, other._points):
-            raise ValueError("sums of other landmarks or bandwidths cannot be merged")
-        self._sums += other._sums
-        self._counts = [own + more for own, more in zip(self._counts, other._counts, strict=True)]
-
-    def means(self, sigma: float) -> MeanKernels:
-        """The mean kernels of one of the bandwidths.
-
-        Raises:
-            ValueError: a side has no rows yet, or sigma is not among the bandwidths.
-        """
-        if not all(self._counts):
-            raise ValueError("rows of both sides are needed")
-        split = [len(self._landmarks.base), *map(len, self._landmarks.witnesses)]
-        sums = self._sums[:, self._sigmas.index(sigma)]
-        with_base, *with_witnesses = torch.split(
-            sums / torch.tensor(self._counts)[:, None], split, dim=1
-        )
-        base, *witnesses = torch.split(self._points.double(), split)
-        factor = _cholesky(base, sigma)
-        means = _project(factor, with_base)
-        inside = [_project(factor, _kernel(rows, base, sigma)) for rows in witnesses]
-
-        def residual(i: int, j: int) -> Tensor:
-            """(k, l) between the witnesses of two sides."""
-            return _kernel(witnesses[i], witnesses[j], sigma) - inside[i] @ inside[j].T
-
-        def toward(i: int, j: int) -> Tensor:
-            """(k,) mean of each witness of a side with all rows of another."""
-            return with_witnesses[i][j] - inside[i] @ means[j]
-
-        masks = [_masks(len(rows), n) for rows, n in zip(witnesses, self._counts, strict=True)]
-        own = [
-            means[i].square().sum()
-            + _within(residual(i, i), toward(i, i), masks[i], self._counts[i])
-            for i in (0, 1)
-        ]
-        x, y = (mask / mask.sum(1, keepdim=True) for mask in masks)
-        across = x @ toward(0, 1) + y @ toward(1, 0) - ((x @ residual(0, 1)) * y).sum(1)
-        sizes = self._counts[0], self._counts[1]
-        return MeanKernels(own[0], own[1], means[0] @ means[1] + across, sizes)
+            squares = squared_distances(tile.float(), points)
+            for i, sigma in enumerate(sigmas):
+                means[i, side] += squares.mul(-0.5 / sigma**2).exp_().sum(0)
+        means[:, side] /= len(rows)
+    union, *landmarks = (rows.double() for rows in (union, *drawn))
+    return [
+        _mean_kernels(own, union, landmarks, sigma, (len(x), len(y)))
+        for own, sigma in zip(means, sigmas, strict=True)
+    ]
 
 
-def _cholesky(base: Tensor, sigma: float) -> Tensor:
+def _mean_kernels(
+    with_points: Tensor, base: Tensor, witnesses: list[Tensor], sigma: float, sizes: tuple[int, int]
+) -> MeanKernels:
+    """Combine the mean kernels of each side with all landmarks, (2, points), into estimates."""
+    split = [len(base), *map(len, witnesses)]
+    with_base, *with_witnesses = torch.split(with_points, split, dim=1)
     ridge = RIDGE * torch.eye(len(base), dtype=base.dtype)
     factor: Tensor = torch.linalg.cholesky(_kernel(base, base, sigma) + ridge)
-    return factor
+    means = _project(factor, with_base)
+    inside = [_project(factor, _kernel(rows, base, sigma)) for rows in witnesses]
+
+    def residual(i: int, j: int) -> Tensor:
+        """(k, l) between the witnesses of two sides."""
+        return _kernel(witnesses[i], witnesses[j], sigma) - inside[i] @ inside[j].T
+
+    def toward(i: int, j: int) -> Tensor:
+        """(k,) mean of each witness of a side with all rows of another."""
+        return with_witnesses[i][j] - inside[i] @ means[j]
+
+    masks = [_masks(len(rows), n) for rows, n in zip(witnesses, sizes, strict=True)]
+    own = [
+        means[i].square().sum() + _within(residual(i, i), toward(i, i), masks[i], sizes[i])
+        for i in (0, 1)
+    ]
+    x, y = (mask / mask.sum(1, keepdim=True) for mask in masks)
+    across = x @ toward(0, 1) + y @ toward(1, 0) - ((x @ residual(0, 1)) * y).sum(1)
+    # The logarithm of an estimate below 0 is nan.
+    return MeanKernels(own[0].log(), own[1].log(), (means[0] @ means[1] + across).log(), sizes)
 
 
 def _project(factor: Tensor, table: Tensor) -> Tensor:
@@ -212,11 +162,8 @@ def _project(factor: Tensor, table: Tensor) -> Tensor:
 def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:
     """Mean of a residual kernel over all pairs of a side's n rows, for each mask.
 
-    Args:
-        residual: (k, k) of the witnesses.
-        toward: (k,) mean of each with all rows, itself among them.
-        mask: (1 + BLOCKS, k), 1 for the witnesses to use.
-        n: rows.
+    residual is (k, k) of the witnesses; toward (k,) the mean of each with all rows, itself among
+    them; mask (1 + BLOCKS, k), 1 for the witnesses to use.
     """
     count = mask.sum(1)
     diagonal = residual.diagonal()
@@ -227,7 +174,7 @@ def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:
 
 
 def _masks(witnesses: int, rows: int) -> Tensor:
-    """(1 + BLOCKS, witnesses): all, then all but a block; always all where they are all rows."""
+    """(1 + BLOCKS, witnesses): all, then all but one block; always all if they are all rows."""
     mask = torch.ones(1 + BLOCKS, witnesses, dtype=torch.float64)
     if witnesses < rows:
         mask[torch.arange(witnesses) % BLOCKS + 1, torch.arange(witnesses)] = 0
@@ -235,7 +182,7 @@ def _masks(witnesses: int, rows: int) -> Tensor:
 
 
 def _estimate(figures: Tensor, least: float = -math.inf) -> Estimate:
-    """A figure, which is never below `least`, from those with and without each block."""
+    """Estimate a figure, never below `least`, from those with and without each block."""
     left_out = figures[1:]
     # The error is a sum over pairs of witnesses, of which leaving one block out takes each twice.
     spread = (left_out - left_out.mean()).square().sum() * (BLOCKS - 1) / BLOCKS / 2

@@ -1,43 +1,54 @@
-"""Cross-modal retrieval: the exact ranks of all matches, both ways, from one pass of tiles."""
+"""Cross-modal retrieval: exact ranks of all matches in both directions, hubness, corrections."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from threading import Lock, local
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from csalign.metrics.tiles import Staircase, wrong_ahead
+from csalign.core import distributed
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
+NEIGHBOURS = 10
+INVERSE_TEMPERATURE = 30.0
+CORRECTIONS = ("csls", "inverted-softmax", "centre")
+SCALES = {"csls": 2.0, "inverted-softmax": 1.0}  # factor on the cosine in a corrected score
+CPU_TILE = 1_024  # 4 MB of scores, which stay in a cache
+DEVICE_TILE = 8_192  # 256 MB of scores
+STEP = 16  # tile sides are multiples of it: kernels for odd sides may round differently
+STRIP_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class DirectionRanks:
-    """Where each query's matches were found, in one direction.
+class DirectionRanks(NamedTuple):
+    """Ranks of each query's matches, in one direction.
 
     Attributes:
         first: (q,) int64, 1-based rank of the best-placed match of each query.
         average_precision: (q,) float64 in [0, 1].
         recalled: (q, 3) float64, share of a query's matches among the first 1, 5 and 10.
-        r_precision: (q,) float64, share of right items among the first R, R being how many
-            matches the query has.
+        r_precision: (q,) float64, share of a query's R matches among the first R.
     """
 
     first: Ints
-    average_precision: npt.NDArray[np.float64]
-    recalled: npt.NDArray[np.float64]
-    r_precision: npt.NDArray[np.float64]
+    average_precision: Doubles
+    recalled: Doubles
+    r_precision: Doubles
 
     def by_query(self) -> dict[str, npt.NDArray[Any]]:
-        """What each query adds to the figures that are means over queries, (q,) each.
+        """Contribution of each query to the figures that are means over queries, (q,) each.
 
         R@K is 1 where at least one match is among the first K, as the CLIP papers count it;
-        true_recall@K the share of the matches that are (mteb's recall).
+        true_recall@K is the share of the matches among the first K (mteb's recall).
         """
         shares = self.recalled.T
         return {
@@ -50,22 +61,19 @@ class DirectionRanks:
         }
 
     def summary(self) -> dict[str, float]:
-        """The figures of `by_query` over all queries, and the median of the first ranks."""
+        """Means of `by_query` over all queries, and the median of the first ranks."""
         means = {name: float(values.mean()) for name, values in self.by_query().items()}
         return means | {"median_rank": float(np.median(self.first))}
 
     def take(self, queries: npt.NDArray[Any]) -> "DirectionRanks":
-        """Those of some queries, by number or where true."""
-        return DirectionRanks(*(values[queries] for values in self._fields()))
+        """Select queries by index or by mask."""
+        return DirectionRanks(*(values[queries] for values in self))
 
     @staticmethod
     def joined(parts: Sequence["DirectionRanks"]) -> "DirectionRanks":
-        """Those of several sets of queries, in order."""
-        fields = zip(*(part._fields() for part in parts), strict=True)
+        """Concatenate the queries of several parts, in order."""
+        fields = zip(*parts, strict=True)
         return DirectionRanks(*(np.concatenate(values) for values in fields))
-
-    def _fields(self) -> tuple[npt.NDArray[Any], ...]:
-        return self.first, self.average_precision, self.recalled, self.r_precision
 
 
 def rank_both_ways(
@@ -75,52 +83,51 @@ def rank_both_ways(
     device: torch.device | None = None,
     *,
     divided: bool = False,
+    tile: int | None = None,
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
-    A match's rank is 1 + the wrong items that score at least as high (ties against the model) +
-    the other matches that are placed before it. Scores are inner products, and one product serves
-    both directions; no more than a tile of it is held.
+    A match's rank is 1 + the wrong items that score at least as high (ties count against the
+    model) + the other matches placed before it. Scores are inner products; both directions share
+    one product, computed tile by tile.
 
     Args:
-        images: (n, d) float32, unit rows: the gallery of the texts.
-        texts: (m, d) float32, unit rows: the gallery of the images.
+        images: (n, d) float32, unit rows.
+        texts: (m, d) float32, unit rows.
         text_image: (m,) row of the image that each text belongs to, -1 for none.
-        device: where to multiply and count (default: the CPU). Devices round differently, so that
-            scores which differ in their last digits may change places.
-        divided: whether each process of the job searches a part, all having the same arguments;
-            each then gets all ranks.
+        device: where to multiply and count (default: the CPU). Scores that differ in their last
+            digits may change places, since devices round differently.
+        divided: share the tiles among the processes of the job, all of which must pass the same
+            arguments; each returns all ranks.
+        tile: rows and columns of a tile, at most (default: 1,024 on the CPU, 8,192 elsewhere).
 
     Returns:
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
         order.
     """
-    stairs = Staircase.lay(len(images), text_image)
-    wrong_texts, wrong_images = wrong_ahead(images, texts, stairs, device, divided=divided)
-    counts = stairs.caption_counts
-    in_row_order = np.argsort(stairs.image_order[: len(counts)])  # out of that of the tiles
-    wrong_images = wrong_images[np.argsort(stairs.text_order[: len(wrong_images)])]
+    device = device or torch.device("cpu")
+    tile = tile or (CPU_TILE if device.type == "cpu" else DEVICE_TILE)
+    matrix = _ScoreMatrix(images, texts, text_image, device, tile)
+    wrong_texts, wrong_images = matrix.wrong_ahead(divided)
+    counts = matrix.counts[matrix.counts > 0]
+    in_row_order = np.argsort(matrix.image_order[: len(counts)])
+    wrong_images = wrong_images[np.argsort(matrix.text_order[: len(wrong_images)])]
     return (
-        _of_runs(wrong_texts, counts).take(in_row_order),
-        _of_runs(wrong_images, np.ones(len(wrong_images), np.int64)),
+        _ranks_of(wrong_texts, counts).take(in_row_order),
+        _ranks_of(wrong_images, np.ones(len(wrong_images), np.int64)),
     )
 
 
-def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
-    """What follows from the wrong items ahead of each match.
-
-    Args:
-        wrong: (pairs,) of consecutive runs of matches, a run a query.
-        counts: (q,) their lengths, all positive.
-    """
+def _ranks_of(wrong: Ints, counts: Ints) -> DirectionRanks:
+    """Compute ranks from the wrong items ahead of each match, (pairs,), in runs of counts (q,)."""
     starts = np.cumsum(counts) - counts
     query = np.repeat(np.arange(len(counts)), counts)
     wrong = wrong[np.lexsort((wrong, query))]  # the best match of each query first
     position = np.arange(len(wrong)) - starts[query] + 1
     ranks = position + wrong
 
-    def mean(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        sums: npt.NDArray[np.float64] = np.add.reduceat(values, starts, dtype=np.float64)
+    def mean(values: npt.NDArray[Any]) -> Doubles:
+        sums: Doubles = np.add.reduceat(values, starts, dtype=np.float64)
         return sums / counts
 
     return DirectionRanks(
@@ -131,6 +138,210 @@ def _of_runs(wrong: Ints, counts: Ints) -> DirectionRanks:
     )
 
 
+class _ScoreMatrix:
+    """Scores of all images and texts in equal tiles, sorted so that matches form a staircase.
+
+    Images come in falling order of their number of texts, texts in the order of their images. All
+    tiles are products of one padded shape: products of other shapes may round differently, and
+    equal rows would no longer tie. For the same reason a match's own score is read from the tile
+    in which the wrong items are compared with it.
+    """
+
+    def __init__(
+        self, images: Floats, texts: Floats, text_image: Ints, device: torch.device, tile: int
+    ) -> None:
+        self._images, self._texts, self._device = images, texts, device
+        self._rows, self._columns = _tile_side(len(images), tile), _tile_side(len(texts), tile)
+        counts = np.bincount(text_image[text_image >= 0], minlength=len(images))
+        self.image_order = np.argsort(-counts, kind="stable")
+        self.counts = counts[self.image_order]
+        self._starts = np.cumsum(self.counts) - self.counts
+        owners = np.where(text_image >= 0, np.argsort(self.image_order)[text_image], len(images))
+        self.text_order = np.argsort(owners, kind="stable")
+        self._owners = owners[self.text_order[: self.counts.sum()]]  # (pairs,), rising
+        self._own = torch.empty(len(self._owners), device=device)
+        self._wrong = torch.zeros(2, len(self._owners), dtype=torch.int64, device=device)
+        self._buffers, self._adding = local(), Lock()
+
+    def wrong_ahead(self, divided: bool) -> tuple[Ints, Ints]:
+        """Count the wrong texts and wrong images that score at least as high as each match."""
+        columns = range(0, len(self._texts), self._columns)
+        rows = range(0, len(self._images), self._rows)
+        job = distributed.world() if divided else distributed.World()
+        self._each_tile(self._read_own, list(self._matched_tiles()))
+        self._each_tile(self._count, list(product(columns, rows))[job.rank :: job.size])
+        if divided:
+            distributed.all_reduce_sum(self._wrong)
+        wrong_texts, wrong_images = self._wrong.cpu().numpy()
+        return wrong_texts, wrong_images
+
+    def _matched_tiles(self) -> Iterator[tuple[int, int]]:
+        for column in range(0, len(self._owners), self._columns):
+            owners = self._owners[column : column + self._columns]
+            first = int(owners[0] - owners[0] % self._rows)
+            yield from ((column, row) for row in range(first, owners[-1] + 1, self._rows))
+
+    def _each_tile(
+        self, work: Callable[[tuple[int, int]], None], tiles: list[tuple[int, int]]
+    ) -> None:
+        """Do some work on each tile (first column, first row), on the CPU one tile per thread."""
+        threads = torch.get_num_threads()
+        workers = threads if self._device.type == "cpu" else 1
+        try:
+            with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+                for _ in pool.map(work, tiles):  # an exception cancels what has not started
+                    pass
+        finally:
+            torch.set_num_threads(threads)  # new threads would inherit the pool's setting
+
+    def _read_own(self, tile: tuple[int, int]) -> None:
+        scores, (pairs, at) = self._scores(tile), self._matches(tile)
+        self._own[pairs] = scores[at]
+
+    def _count(self, tile: tuple[int, int]) -> None:
+        """Add the tile's wrong items that score at least as high as each match."""
+        (column, row), scores, (_, at) = tile, self._scores(tile), self._matches(tile)
+        scores[at] = -torch.inf  # without the matches, all that remains are the wrong items
+        scores[len(self._images) - row :] = -torch.inf
+        scores[:, len(self._texts) - column :] = -torch.inf
+        above, own = self._buffers.above, self._own[column : column + self._columns]
+        torch.ge(scores[:, : len(own)], own, out=above[:, : len(own)])
+        # 0 and 1 as floats are compared and added faster than booleans, and exactly.
+        of_texts = above[:, : len(own)].sum(0).long()
+        of_images = []
+        some = slice(row, row + self._rows)
+        for nth in range(self.counts[some].max(initial=0)):
+            # The images that have an nth text are the first ones, as counts fall.
+            pairs = self._starts[some][self.counts[some] > nth] + nth
+            owned = torch.from_numpy(pairs).to(self._device)
+            torch.ge(scores[: len(owned)], self._own[owned, None], out=above[: len(owned)])
+            of_images.append((owned, above[: len(owned)].sum(1).long()))
+        with self._adding:
+            self._wrong[1, column : column + self._columns] += of_texts
+            for owned, counted in of_images:
+                self._wrong[0, owned] += counted
+
+    def _matches(self, tile: tuple[int, int]) -> tuple[slice, tuple[Tensor, Tensor]]:
+        """Find the matched pairs in a tile, and their rows and columns in it."""
+        column, row = tile
+        owners = self._owners[column : column + self._columns]
+        first, last = np.searchsorted(owners, [row, row + self._rows]).tolist()
+        rows = torch.from_numpy(owners[first:last] - row).to(self._device)
+        columns = torch.arange(first, last, device=self._device)
+        return slice(column + first, column + last), (rows, columns)
+
+    def _scores(self, tile: tuple[int, int]) -> Tensor:
+        """Compute a tile's scores into this thread's buffer."""
+        (column, row), own = tile, self._buffers
+        if not hasattr(own, "scores"):
+            own.images, own.texts = (
+                torch.zeros(side, self._images.shape[1]) for side in (self._rows, self._columns)
+            )
+            own.scores = torch.empty(self._rows, self._columns, device=self._device)
+            own.above, own.column = torch.empty_like(own.scores), None
+        if own.column != column:
+            order = self.text_order[column : column + self._columns]
+            np.take(self._texts, order, 0, out=own.texts.numpy()[: len(order)], mode="clip")
+            own.column, own.right = column, own.texts.to(self._device)
+        order = self.image_order[row : row + self._rows]
+        np.take(self._images, order, 0, out=own.images.numpy()[: len(order)], mode="clip")
+        scores: Tensor = torch.mm(own.images.to(self._device), own.right.T, out=own.scores)
+        return scores
+
+
+def _tile_side(length: int, most: int) -> int:
+    """Find the side of the fewest equal tiles that cover a length."""
+    return -(-length // (-(-length // most) * STEP)) * STEP
+
+
 def mean_recall(*directions: dict[str, Any]) -> float:
     """Mean of R@1, R@5 and R@10 over the given directions' summaries."""
     return float(np.mean([summary[f"R@{k}"] for summary in directions for k in RECALL_AT]))
+
+
+def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) -> dict[str, float]:
+    """Skewness of the 10-occurrence, both ways (Radovanovic et al. 2010).
+
+    N(g) counts the queries that have item g among their 10 nearest; the skewness is
+    E[(N - mean)^3] / std^3, 0 where all N are equal. All rows of images (n, d) and texts (m, d) are
+    queries. Of items that tie for the tenth place any may be counted. "image_to_text" is that of
+    texts as items. Tables of scores have about `strip_bytes`.
+    """
+    occurrence = torch.zeros(len(texts), dtype=torch.int64)
+    nearest = min(NEIGHBOURS, len(images))
+    best = torch.full((nearest, len(texts)), -torch.inf)  # scores of each text's nearest images
+    found, start = torch.zeros_like(best, dtype=torch.int64), 0
+    for scores in score_strips(images, texts, strip_bytes):
+        listed = scores.topk(min(NEIGHBOURS, len(texts)), dim=1, sorted=False).indices
+        occurrence += torch.bincount(listed.flatten(), minlength=len(texts))
+        values, rows = scores.topk(min(nearest, len(scores)), dim=0, sorted=False)
+        best, kept = torch.cat([best, values]).topk(nearest, dim=0, sorted=False)
+        found = torch.cat([found, rows + start]).gather(0, kept)
+        start += len(scores)
+    return {
+        "image_to_text": _skewness(occurrence),
+        "text_to_image": _skewness(torch.bincount(found.flatten(), minlength=len(images))),
+    }
+
+
+def _skewness(counts: Tensor) -> float:
+    centred = counts.double() - counts.double().mean()
+    spread = float(centred.square().mean())
+    return float(centred.pow(3).mean()) / spread**1.5 if spread else 0.0
+
+
+def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]:
+    """Compute rows whose inner products are corrected scores, up to a term of the query alone.
+
+    csls (Conneau et al. 2018): 2 cos(x, y) - r(x) - r(y), r being the mean cosine of a row to its
+    10 nearest of the other modality. inverted-softmax (Smith et al. 2017): exp(b cos(x, y)) over
+    its sum for all queries, b = 30 as in MUSE; here log(...) / b, for both directions at once.
+    centre (Suzuki et al. 2013): cosines after subtracting the mean of its modality from each row.
+
+    Corrections use the evaluated rows themselves, as their papers do, so they show what the model
+    could reach if all these queries were known together. From unit rows (n, d) and (m, d) float32
+    it makes rows of d or d + 2 columns.
+    """
+    if name == "centre":
+        means = (rows.mean(axis=0, dtype=np.float64) for rows in (images, texts))
+        x, y = (centred(rows, mean) for rows, mean in zip((images, texts), means, strict=True))
+        return x, y
+    factor = np.float32(np.sqrt(SCALES[name]))
+    x_penalty, y_penalty = penalty(images, texts, name), penalty(texts, images, name)
+    # Two columns subtract the penalties of both rows from their inner product.
+    x_extra = np.stack([-x_penalty, np.ones_like(x_penalty)], axis=1)
+    y_extra = np.stack([np.ones_like(y_penalty), -y_penalty], axis=1)
+    return np.hstack([factor * images, x_extra]), np.hstack([factor * texts, y_extra])
+
+
+def penalty(rows: Floats, others: Floats, name: str, *, strip_bytes: int = STRIP_BYTES) -> Floats:
+    """Compute the term (n,) that a correction subtracts from each row's scores with all others.
+
+    For csls the mean cosine to the 10 nearest, for inverted-softmax log sum exp(b cos) / b, of
+    unit rows (n, d) with the other modality's (m, d). A corrected score is ``SCALES[name]`` times
+    the cosine less the penalties of both rows. Tables of scores have about `strip_bytes`.
+    """
+    b, nearest, parts = INVERSE_TEMPERATURE, min(NEIGHBOURS, len(others)), []
+    for scores in score_strips(rows, others, strip_bytes):
+        if name == "csls":
+            parts.append(scores.topk(nearest, dim=1, sorted=False).values.mean(1))
+        else:
+            parts.append((b * scores).logsumexp(1) / b)
+    found: Floats = torch.cat(parts).numpy()
+    return found
+
+
+def centred(rows: Floats, mean: Doubles) -> Floats:
+    """Subtract a mean (d,) from rows (n, d) and normalise; 0 where nothing remains."""
+    moved = (rows - mean).astype(np.float32)
+    norms = np.linalg.norm(moved, axis=1, keepdims=True)
+    found: Floats = np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0)
+    return found
+
+
+def score_strips(queries: Floats, gallery: Floats, strip_bytes: int) -> Iterator[Tensor]:
+    """Multiply some queries at a time with the gallery, (some, g)."""
+    columns = torch.from_numpy(gallery).T
+    step = max(1, strip_bytes // (4 * len(gallery)))
+    for rows in torch.split(torch.from_numpy(queries), step):
+        yield rows @ columns

@@ -1,4 +1,4 @@
-"""Whether two terms of an objective pull the embeddings the same way."""
+"""Agreement of the gradients of two terms of an objective."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,10 @@ Term = Callable[[Tensor, Tensor], Tensor]
 
 
 def gradient(term: Term, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient of a term in the embeddings of both sides.
+    """Gradient of a term in the embeddings of both sides, (n + m, d) float64, rows of x first.
 
-    Args:
-        term: maps (x, y) to a () tensor; one that normalises its rows has no gradient along them.
-        x: (n, d), float; detached here.
-        y: (m, d), float; detached here.
-
-    Returns:
-        (n + m, d) float64, first the rows of x.
+    The term maps x (n, d) and y (m, d), detached here, to a () tensor; one that normalises its rows
+    has no gradient along them.
     """
     sides = tuple(side.detach().clone().requires_grad_() for side in (x, y))
     with torch.enable_grad():
@@ -27,9 +22,6 @@ def gradient(term: Term, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine between two gradients of one shape, in [-1, 1]; 0 where one of them vanishes.
-
-    Near -1 the terms undo each other, near 0 they do not meet, near 1 they ask for the same.
-    """
+    """Cosine between two gradients, in [-1, 1]: opposed to agreeing; 0 where one vanishes."""
     norms = float(a.norm() * b.norm())
     return float((a * b).sum()) / norms if norms else 0.0

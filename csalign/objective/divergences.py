@@ -1,134 +1,315 @@
-"""The divergences by name."""
+"""Divergences: measures of how far apart two sets of embeddings are as distributions."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from csalign.core.enums import DivergenceName
 from csalign.core.errors import ShapeError
-from csalign.objective.divergence import cs_divergence, cs_of_means, mmd, mmd_of_means
-from csalign.objective.gaussian import gaussian_jeffreys
-from csalign.objective.kernels import Sigma, check_sets
-from csalign.objective.sinkhorn import sinkhorn_divergence
+from csalign.objective.kernels import (
+    Sigma,
+    bandwidths,
+    check_sets,
+    log_mean_kernels,
+    masked_log_mean_kernels,
+    squared_distances,
+)
+
+_VARIANCE_FLOOR = 1e-6  # keeps two sets of one point each finite; negligible for unit rows
+
+
+class CSTerms(NamedTuple):
+    """The terms of the Cauchy-Schwarz divergence, () tensors; their sum is the divergence.
+
+    cross, -2 log mean k(x, y) >= 0, falls as the sets come together; intra, log mean k(x, x) +
+    log mean k(y, y) <= 0, falls as each set spreads.
+    """
+
+    cross: Tensor
+    intra: Tensor
+
+
+def cs_terms(x: Tensor, y: Tensor, *, sigma: Sigma) -> CSTerms:
+    """The two terms of `cs_divergence`, which takes the same arguments; both differentiable."""
+    cross = -2 * log_mean_kernels(x, y, sigma=sigma)
+    intra = log_mean_kernels(x, x, sigma=sigma) + log_mean_kernels(y, y, sigma=sigma)
+    return CSTerms(cross=cross.mean(), intra=intra.mean())
+
+
+def cs_divergence(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
+    """Estimate the Cauchy-Schwarz divergence between two sets of rows.
+
+    log mean k(x, x) + log mean k(y, y) - 2 log mean k(x, y) with the Gaussian kernel
+    k(a, b) = exp(-|a - b|^2 / (2 sigma^2)); all pairs, diagonals included (arXiv 2502.17028,
+    from kernel density estimates of -log((int pq)^2 / (int p^2 int q^2))).
+
+    Args:
+        x: (n, d), float, any norm, n >= 1.
+        y: (m, d), same dtype and device; m may differ from n, rows need not be paired.
+        sigma: bandwidth, > 0, a distance between rows and not its square; the mean of the
+            divergences at several.
+
+    Returns:
+        () tensor in nats, >= 0 up to rounding, 0 when the sets coincide; differentiable in both,
+        with finite gradients however far apart the sets are.
+
+    Raises:
+        ShapeError: either is not 2-D or empty, or the widths differ.
+        ValueError: sigma is not a positive finite number.
+
+    Examples:
+        >>> import torch
+        >>> float(cs_divergence(torch.zeros(1, 1), torch.ones(1, 1), sigma=1.0))
+        1.0
+    """
+    terms = cs_terms(x, y, sigma=sigma)
+    return terms.intra + terms.cross
+
+
+def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
+    """Squared maximum mean discrepancy with the same kernel (Gretton et al. 2012, biased).
+
+    mean k(x, x) + mean k(y, y) - 2 mean k(x, y), diagonals included, in [0, 2] up to rounding.
+    Arguments and exceptions as for `cs_divergence`.
+    """
+    sets = ((x, x), (y, y), (x, y))
+    return mmd_of_means(torch.stack([log_mean_kernels(a, b, sigma=sigma) for a, b in sets]))
+
+
+def cs_of_means(log_means: Tensor) -> Tensor:
+    """`cs_divergence` from the log mean kernels within x, within y and across, (3, s)."""
+    return (log_means[0] + log_means[1] - 2 * log_means[2]).mean()
+
+
+def mmd_of_means(log_means: Tensor) -> Tensor:
+    """`mmd` from the log mean kernels within x, within y and across, (3, s)."""
+    means = log_means.exp()
+    return (means[0] + means[1] - 2 * means[2]).mean()
+
+
+def token_divergence(
+    x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, *, sigma: Sigma
+) -> Tensor:
+    """Mean over the batch of the CS divergence between each sample's two sets of tokens.
+
+    Rows are used as they are, see `unit_tokens`; samples in which a side has no token are omitted.
+
+    Args:
+        x: (b, v, d), float, any norm; the content of padding, even NaN, has no effect.
+        y: (b, l, d), same dtype and device; l may differ from v.
+        x_mask: (b, v), bool, True where there is a token.
+        y_mask: (b, l), bool.
+        sigma: bandwidth, > 0; the mean over several.
+
+    Returns:
+        () tensor in nats, >= 0 up to rounding; 0 where every sample is omitted.
+    """
+    fits = x.ndim == y.ndim == 3 and len(x) == len(y) and x.shape[2] == y.shape[2]
+    if not fits or x_mask.shape != x.shape[:2] or y_mask.shape != y.shape[:2]:
+        raise ShapeError(
+            "two batches of tokens of one width with their masks are needed, got shapes "
+            f"{tuple(x.shape)}, {tuple(y.shape)}, {tuple(x_mask.shape)} and {tuple(y_mask.shape)}"
+        )
+    if x_mask.dtype != torch.bool or y_mask.dtype != torch.bool:
+        raise ValueError(f"masks must be boolean, got {x_mask.dtype} and {y_mask.dtype}")
+    bandwidths(sigma)
+    both = x_mask.any(1) & y_mask.any(1)
+    x, x_mask, y, y_mask = x[both], x_mask[both], y[both], y_mask[both]
+    if not len(x):
+        return x.sum() + y.sum()  # an empty sum is 0 and keeps the graph
+    own_x = masked_log_mean_kernels(x, x, x_mask, x_mask, sigma=sigma)
+    own_y = masked_log_mean_kernels(y, y, y_mask, y_mask, sigma=sigma)
+    cross = masked_log_mean_kernels(x, y, x_mask, y_mask, sigma=sigma)
+    return (own_x + own_y - 2 * cross).mean()
+
+
+def unit_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """Normalise tokens (b, v, d) under a mask (b, v), bool; padding becomes 0."""
+    return normalize(x.masked_fill(~mask[..., None], 0), dim=-1)
+
+
+def gaussian_jeffreys(x: Tensor, y: Tensor, *, shrinkage: float = 0.1) -> Tensor:
+    """Jeffreys divergence KL(p || q) + KL(q || p) between Gaussian fits p and q of two sets.
+
+    With means m, biased covariances S and t = tr(S_x + S_y) / 2d the fits have the covariances
+    C = (1 - shrinkage) S + (shrinkage * t + 1e-6) I, of full rank even if a set has fewer rows
+    than columns. The log-determinants cancel:
+
+    J = 1/2 tr(C_x^-1 (C_y - C_x) C_y^-1 (C_y - C_x))
+        + 1/2 (m_x - m_y)^T (C_x^-1 + C_y^-1) (m_x - m_y)
+
+    Args:
+        x: (n, d), float32 or float64; a single row has no spread, so use n >= 2.
+        y: (m, d), same dtype and device.
+        shrinkage: in (0, 1], else ValueError; at 1 only means and a common variance are compared.
+
+    Returns:
+        () tensor in nats, >= 0, 0 where means and covariances agree; differentiable in both.
+    """
+    check_sets(x, y)
+    if not 0 < shrinkage <= 1:
+        raise ValueError(f"shrinkage must be in (0, 1], got {shrinkage}")
+    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+    spread_x, spread_y = centred_x.T @ centred_x / len(x), centred_y.T @ centred_y / len(y)
+    width = x.shape[1]
+    common = shrinkage * (spread_x.trace() + spread_y.trace()) / (2 * width) + _VARIANCE_FLOOR
+    ridge = common * torch.eye(width, dtype=x.dtype, device=x.device)
+    root_x = _cholesky((1 - shrinkage) * spread_x + ridge)
+    root_y = _cholesky((1 - shrinkage) * spread_y + ridge)
+    # Both halves are squared norms of whitened differences, so neither can round below zero.
+    change = (1 - shrinkage) * (spread_y - spread_x)
+    covariances = _whiten(root_y, _whiten(root_x, change).mT).square().sum()
+    shift = (x.mean(0) - y.mean(0))[:, None]
+    means = _whiten(root_x, shift).square().sum() + _whiten(root_y, shift).square().sum()
+    return (covariances + means) / 2
+
+
+def _cholesky(covariance: Tensor) -> Tensor:
+    """Factor a covariance; NaN, not an exception, where the input was not finite."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    return factor.masked_fill(info != 0, torch.nan)
+
+
+def _whiten(root: Tensor, columns: Tensor) -> Tensor:
+    whitened: Tensor = torch.linalg.solve_triangular(root, columns, upper=False)
+    return whitened
+
+
+def sinkhorn_divergence(x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int = 20) -> Tensor:
+    """Debiased Sinkhorn divergence of two sets with uniform weights (Feydy et al. 2019).
+
+    S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with OT the optimal transport of cost
+    |x_i - y_j|^2 / 2 plus sigma^2 times the relative entropy of the plan to the product. As sigma
+    grows S tends to half the squared distance of the means, as it falls to half the squared
+    Wasserstein-2 distance. Equal to geomloss's SamplesLoss("sinkhorn", p=2, blur=sigma) once both
+    have converged.
+
+    The potentials come from symmetrised updates in the log domain, one at each blur from the
+    diameter down to sigma by halves and `iterations` more at sigma. The gradient is the transport
+    plan's and does not go through the updates. Arguments and exceptions as for `cs_divergence`,
+    with sigma as the blur: exp(-cost / sigma^2) is its kernel. Returns a () tensor, >= 0 and 0
+    for equal sets, up to rounding and convergence.
+    """
+    cross, own_x, own_y = (squared_distances(a, b) / 2 for a, b in ((x, y), (x, x), (y, y)))
+    values = []
+    for blur in bandwidths(sigma):
+        own = sum(_transport_to_itself(cost, blur, iterations) for cost in (own_x, own_y))
+        values.append(_transport(cross, blur, iterations) - own / 2)
+    return torch.stack(values).mean()
+
+
+def _epsilons(cost: Tensor, blur: float, iterations: int) -> list[float]:
+    """Squared blurs of the updates: from the diameter down, then the one given."""
+    diameter = math.sqrt(2 * float(cost.max()))
+    steps = 0
+    if blur < diameter < math.inf:
+        steps = math.ceil(math.log2(diameter / blur))
+    coarse = [diameter / 2**step for step in range(steps)]
+    return [width**2 for width in coarse + [blur] * iterations]
+
+
+def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
+    """Entropic transport cost, the mean of the semi-duals in either potential.
+
+    An error in the potentials enters the value squared, and a semi-dual's gradient in the cost is
+    the plan itself.
+    """
+    fixed = cost.detach()
+    f, g = fixed.new_zeros(cost.shape[0]), fixed.new_zeros(cost.shape[1])
+    for epsilon in _epsilons(fixed, blur, iterations):
+        # Both from the previous ones, then halfway: symmetric in the sides, without oscillation.
+        new_f, new_g = _quick_softmin(fixed, g, epsilon), _quick_softmin(fixed.T, f, epsilon)
+        f, g = (f + new_f) / 2, (g + new_g) / 2
+    along_x = _softmin(cost, g, blur**2).mean() + g.mean()
+    along_y = _softmin(cost.T, f, blur**2).mean() + f.mean()
+    return (along_x + along_y) / 2
+
+
+def _transport_to_itself(cost: Tensor, blur: float, iterations: int) -> Tensor:
+    """`_transport` of a set to itself, whose two potentials are equal."""
+    fixed = cost.detach()
+    f = fixed.new_zeros(len(cost))
+    for epsilon in _epsilons(fixed, blur, iterations):
+        f = (f + _quick_softmin(fixed, f, epsilon)) / 2
+    return _softmin(cost, f, blur**2).mean() + f.mean()
+
+
+def _softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+    """(n,): -epsilon log mean_j exp((potential_j - cost_ij) / epsilon)."""
+    exponents = (potential - cost) / epsilon
+    return -epsilon * (exponents.logsumexp(1) - math.log(cost.shape[1]))
+
+
+def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+    """`_softmin` without a gradient."""
+    exponents = (potential - cost).div_(epsilon)
+    largest = exponents.amax(1, keepdim=True)
+    # The clamp cuts off less than rounding; without it come subnormals, which are slow to add.
+    sums = exponents.sub_(largest).clamp_(min=-80).exp_().sum(1)
+    return -epsilon * (sums.log_() + largest[:, 0] - math.log(cost.shape[1]))
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A measure of how far apart two sets of rows lie.
+    """A divergence with its properties; call it with two sets and sigma.
 
     Attributes:
-        name: what it is chosen by.
+        name: its name in the configuration.
         minimum: rows that each side needs.
         has_bandwidth: whether sigma changes it.
-        matched: whether it compares matched rows and so has no use for unpaired ones.
-        of_means: computes it from `FusedTerms.log_means`, None where they do not tell it.
+        matched: whether it compares row i with row i and so ignores unpaired rows.
+        of_means: computes it from `FusedTerms.log_means`, if they determine it.
     """
 
     name: DivergenceName
-    minimum: int
-    has_bandwidth: bool
-    matched: bool
-    _compute: Callable[[Tensor, Tensor, Sigma], Tensor]
+    _compute: Callable[..., Tensor]
+    minimum: int = 1
+    has_bandwidth: bool = False
+    matched: bool = False
     of_means: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma, pairs: int | None = None) -> Tensor:
-        """Compute it.
-
-        Args:
-            x: (n, d), float.
-            y: (m, d), same dtype and device.
-            sigma: bandwidth or bandwidths, > 0; not read without `has_bandwidth`.
-            pairs: so many rows at the start of both sides are matched, row by row; default: all,
-                and then m must be n. Read with `matched` alone.
-
-        Returns:
-            () tensor, differentiable in both.
+    def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
+        """Compute the divergence of x (n, d) and y (m, d), a () tensor differentiable in both.
 
         Raises:
             ShapeError: the shapes do not fit together, or a side has fewer than `minimum` rows.
-            ValueError: sigma is not positive and finite.
         """
         check_sets(x, y)
-        if self.matched:
-            x, y = _matched_rows(x, y, pairs)
+        if self.matched and len(x) != len(y):
+            raise ShapeError(f"matched rows are needed, got {len(x)} and {len(y)}")
         if min(len(x), len(y)) < self.minimum:
             raise ShapeError(
-                f"the divergence {self.name.value!r} needs {self.minimum} rows a side or more, "
+                f"the divergence {self.name.value!r} needs at least {self.minimum} rows per side, "
                 f"got {len(x)} and {len(y)}"
             )
-        return self._compute(x, y, sigma)
-
-
-def pairs_mse(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared Euclidean distance of matched rows, x and y both (n, d); () tensor."""
-    return (x - y).square().sum(1).mean()
+        return self._compute(x, y, sigma=sigma) if self.has_bandwidth else self._compute(x, y)
 
 
 def divergence(name: DivergenceName) -> Divergence:
-    """The divergence of a name.
+    """Find a divergence by its name, or raise ValueError.
 
-    Args:
-        name: "cs", "mmd", "gaussian-kl" (`gaussian_jeffreys`), "sinkhorn" (sigma is the blur),
-            "pairs-mse", or "none", a constant 0.
-
-    Raises:
-        ValueError: there is no such name.
+    "pairs-mse" is the mean squared distance of matched rows, "none" a constant 0.
     """
     return _DIVERGENCES[DivergenceName(name)]
 
 
-def _matched_rows(x: Tensor, y: Tensor, pairs: int | None) -> tuple[Tensor, Tensor]:
-    count = len(x) if pairs is None else pairs
-    if (pairs is None and len(x) != len(y)) or not 0 <= count <= min(len(x), len(y)):
-        raise ShapeError(f"{count} matched rows are needed, got {len(x)} and {len(y)}")
-    return x[:count], y[:count]
-
-
 _DIVERGENCES = {
-    DivergenceName.CS: Divergence(
-        DivergenceName.CS,
-        minimum=1,
-        has_bandwidth=True,
-        matched=False,
-        _compute=lambda x, y, sigma: cs_divergence(x, y, sigma=sigma),
-        of_means=cs_of_means,
-    ),
-    DivergenceName.MMD: Divergence(
-        DivergenceName.MMD,
-        minimum=1,
-        has_bandwidth=True,
-        matched=False,
-        _compute=lambda x, y, sigma: mmd(x, y, sigma=sigma),
-        of_means=mmd_of_means,
-    ),
-    DivergenceName.GAUSSIAN_KL: Divergence(
-        DivergenceName.GAUSSIAN_KL,
-        minimum=2,
-        has_bandwidth=False,
-        matched=False,
-        _compute=lambda x, y, _: gaussian_jeffreys(x, y),
-    ),
-    DivergenceName.SINKHORN: Divergence(
-        DivergenceName.SINKHORN,
-        minimum=1,
-        has_bandwidth=True,
-        matched=False,
-        _compute=lambda x, y, sigma: sinkhorn_divergence(x, y, sigma=sigma),
-    ),
-    DivergenceName.PAIRS_MSE: Divergence(
-        DivergenceName.PAIRS_MSE,
-        minimum=1,
-        has_bandwidth=False,
-        matched=True,
-        _compute=lambda x, y, _: pairs_mse(x, y),
-    ),
-    DivergenceName.NONE: Divergence(
-        DivergenceName.NONE,
-        minimum=1,
-        has_bandwidth=False,
-        matched=False,
+    found.name: found
+    for found in (
+        Divergence(DivergenceName.CS, cs_divergence, has_bandwidth=True, of_means=cs_of_means),
+        Divergence(DivergenceName.MMD, mmd, has_bandwidth=True, of_means=mmd_of_means),
+        Divergence(DivergenceName.GAUSSIAN_KL, gaussian_jeffreys, minimum=2),
+        Divergence(DivergenceName.SINKHORN, sinkhorn_divergence, has_bandwidth=True),
+        Divergence(
+            DivergenceName.PAIRS_MSE, lambda x, y: (x - y).square().sum(1).mean(), matched=True
+        ),
         # An empty sum is 0 and keeps the graph.
-        _compute=lambda x, y, _: x[:0].sum() + y[:0].sum(),
-    ),
+        Divergence(DivergenceName.NONE, lambda x, y: x[:0].sum() + y[:0].sum()),
+    )
 }

@@ -1,4 +1,7 @@
-"""The Gaussian kernel between two sets of rows, in the log domain."""
+"""The mean Gaussian kernel between sets of rows, in the log domain, and its bandwidth.
+
+k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Means run over all pairs of rows, diagonals included.
+"""
 
 import math
 
@@ -11,14 +14,9 @@ Sigma = float | tuple[float, ...]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """All squared Euclidean distances between the rows of two sets.
+    """All squared Euclidean distances, (n, m), between the rows of x (n, d) and y (m, d).
 
-    Args:
-        x: (n, d), float.
-        y: (m, d), same dtype and device.
-
-    Returns:
-        (n, m), >= 0, accurate to rounding of the squared norms.
+    Accurate to rounding of the squared norms, and >= 0.
 
     Raises:
         ShapeError: either is not 2-D or empty, or the widths differ.
@@ -29,36 +27,18 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(y2.expand(len(x), -1), x, y.T, alpha=-2).add(x2).clamp(min=0)
 
 
-def log_mean_kernel(x: Tensor, y: Tensor, *, sigma: float) -> Tensor:
-    """Logarithm of the mean Gaussian kernel over all pairs of rows, diagonal included.
+def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
+    """Logarithm of the mean kernel over all pairs of rows, for one or several bandwidths.
 
     log mean_ij exp(-|x_i - y_j|^2 / (2 sigma^2)), finite where every kernel value underflows.
 
     Args:
         x: (n, d), float, any norm.
         y: (m, d), same dtype and device.
-        sigma: bandwidth, > 0, a distance between rows and not its square.
+        sigma: bandwidth or bandwidths, > 0, distances between rows and not their squares.
 
     Returns:
-        () tensor, <= 0 up to rounding, differentiable in both.
-
-    Raises:
-        ShapeError: see `squared_distances`.
-        ValueError: sigma is not a positive finite number.
-    """
-    return log_mean_kernels(x, y, sigma=sigma)[0]
-
-
-def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
-    """`log_mean_kernel` for one or several bandwidths, from one table of distances.
-
-    Args:
-        x: (n, d), float.
-        y: (m, d), same dtype and device.
-        sigma: bandwidth or bandwidths, > 0.
-
-    Returns:
-        (s,), one for each bandwidth.
+        (s,), one per bandwidth, <= 0 up to rounding, differentiable in both.
 
     Raises:
         ShapeError: see `squared_distances`.
@@ -70,56 +50,87 @@ def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
     return torch.stack(sums) - math.log(squares.numel())
 
 
+def masked_log_mean_kernels(
+    x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, *, sigma: Sigma
+) -> Tensor:
+    """`log_mean_kernels`, (s, b), between the rows under the masks of each sample of a batch.
+
+    Args:
+        x: (b, n, d), float; rows outside of the mask may contain anything, even NaN.
+        y: (b, m, d), same dtype and device.
+        x_mask: (b, n), bool; at least one row of each sample.
+        y_mask: (b, m), bool.
+        sigma: bandwidth or bandwidths, > 0.
+    """
+    x, y = x.masked_fill(~x_mask[..., None], 0), y.masked_fill(~y_mask[..., None], 0)
+    norms = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None, :]  # (b, n, m)
+    squares = torch.baddbmm(norms, x, y.mT, alpha=-2).clamp(min=0)
+    absent = ~(x_mask[:, :, None] & y_mask[:, None, :])
+    counts = (x_mask.sum(1) * y_mask.sum(1)).to(x.dtype)
+    sums = [
+        squares.mul(-0.5 / s**2).masked_fill(absent, -torch.inf).flatten(1).logsumexp(1)
+        for s in bandwidths(sigma)
+    ]
+    return torch.stack(sums) - counts.log()
+
+
+def tiled_log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma, tile: int = 2_048) -> Tensor:
+    """`log_mean_kernels` in float64, without a gradient, from tables of `tile` rows and columns."""
+    check_sets(x, y)
+    sigmas, sums = bandwidths(sigma), []
+    for rows in torch.split(x.detach(), tile):
+        for columns in torch.split(y.detach(), tile):
+            squares = squared_distances(rows.double(), columns.double())
+            sums += [squares.mul(-0.5 / s**2).flatten().logsumexp(0) for s in sigmas]
+    total = torch.stack(sums).reshape(-1, len(sigmas)).logsumexp(0)
+    return total - math.log(len(x)) - math.log(len(y))
+
+
 def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
     """Median Euclidean distance over all pairs of distinct rows of the union of two sets.
 
-    The median heuristic for a kernel's bandwidth. Not differentiated.
+    The median heuristic for a kernel's bandwidth; 0 where more than half of the pairs coincide.
+    Not differentiated.
 
     Args:
         x: (n, d), float.
         y: (m, d).
-        max_rows: larger unions are thinned to so many rows, evenly spaced, which is enough for a
-            median and keeps the work bounded.
-
-    Returns:
-        The median, >= 0; 0 where more than half of the pairs coincide.
+        max_rows: larger unions are thinned to this many rows, evenly spaced.
 
     Raises:
         ShapeError: the widths differ, a set is not 2-D or empty.
     """
     check_sets(x, y)
-    union = _thinned(torch.cat([x, y]).detach(), max_rows)
-    n = len(union)
-    upper = torch.triu_indices(n, n, offset=1, device=union.device)
-    squares = squared_distances(union, union)[upper[0], upper[1]]
-    return math.sqrt(float(squares.median()))
+    union = _thin(torch.cat([x, y]).detach(), max_rows)
+    squares = squared_distances(union, union)
+    above_diagonal = torch.ones_like(squares, dtype=torch.bool).triu(1)
+    return math.sqrt(float(squares[above_diagonal].median()))
 
 
 def diagonal_share(x: Tensor, *, sigma: float, max_rows: int = 2_048) -> float:
-    """Share of a set's kernel mass that is each row with itself.
+    """Share of a set's kernel mass that lies on the diagonal, sum_i k_ii / sum_ij k_ij.
 
-    sum_i k(x_i, x_i) / sum_ij k(x_i, x_j). Near 1/n the kernel sees the whole set; near 1 the
-    matrix is nearly diagonal, and a divergence built on it only pulls the nearest cross pairs
-    together.
+    Near 1/n the kernel sees the whole set; near 1 the matrix is nearly diagonal, and a divergence
+    built on it only pulls the nearest cross pairs together.
 
     Args:
         x: (n, d), float.
         sigma: bandwidth, > 0.
-        max_rows: of larger sets the kernel between distinct rows is guessed from so many rows,
-            evenly spaced.
+        max_rows: for larger sets the kernel between distinct rows is estimated from this many
+            rows, evenly spaced.
 
     Returns:
         In [1/n, 1].
     """
-    some = _thinned(x.detach(), max_rows)
-    mass = len(some) * math.exp(float(log_mean_kernel(some, some, sigma=sigma)))  # of a row
+    some = _thin(x.detach(), max_rows)
+    mass = len(some) * math.exp(float(log_mean_kernels(some, some, sigma=sigma)))  # of a row
     if len(some) == len(x):
         return 1 / mass
     return 1 / (1 + max(0.0, mass - 1) * (len(x) - 1) / (len(some) - 1))
 
 
-def _thinned(x: Tensor, max_rows: int) -> Tensor:
-    """So many rows at most, evenly spaced."""
+def _thin(x: Tensor, max_rows: int) -> Tensor:
+    """Take at most this many rows, evenly spaced."""
     if len(x) <= max_rows:
         return x
     return x[torch.linspace(0, len(x) - 1, max_rows, device=x.device).long()]
@@ -135,7 +146,7 @@ def check_sets(x: Tensor, y: Tensor) -> None:
 
 
 def bandwidths(sigma: Sigma) -> tuple[float, ...]:
-    """One or several bandwidths as a tuple.
+    """Return one or several bandwidths as a tuple.
 
     Raises:
         ValueError: a sigma is not a positive finite number, or there is none.

@@ -1,7 +1,6 @@
 """The objective: pairwise term + lambda * distribution term + mu * token term."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,25 +9,25 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.enums import DivergenceName, PairwiseName, Precision
-from csalign.objective.divergences import divergence
+from csalign.objective.divergences import divergence, token_divergence, unit_tokens
 from csalign.objective.fused import fused_terms
 from csalign.objective.kernels import Sigma
-from csalign.objective.owners import check_matched, check_owner
-from csalign.objective.pairwise import pairwise_loss
-from csalign.objective.tokens import token_divergence, unit_tokens
+from csalign.objective.pairwise import (
+    check_matched,
+    check_owner,
+    check_smoothing,
+    infonce,
+    sigmoid_loss,
+)
 
-LEAST_TILED = 256  # rows of a side; tiles halve the time from here on
+MIN_TILED = 256  # rows per side from which tiles are faster than the plain formulas, about twice
 
 
 class LossParts(NamedTuple):
-    """The objective and what it is made of, each a () tensor.
+    """The objective and its terms, each a () tensor.
 
-    Attributes:
-        total: what is minimised.
-        pairwise: the pairwise term.
-        divergence: the distribution term, unweighted; 0 where its weight is 0.
-        token: the token term, unweighted; 0 where its weight is 0.
-        others: a second pairwise term, on other captions, unweighted; None without one.
+    total is what is minimised; the terms are unweighted, and 0 where their weight is 0. others is a
+    second pairwise term, on other captions; None without one.
     """
 
     total: Tensor
@@ -39,14 +38,7 @@ class LossParts(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Adapted tokens of a batch of pairs, any norm, and where there are tokens.
-
-    Attributes:
-        x: (b, v, d), float, of the images.
-        y: (b, l, d), of the texts.
-        x_mask: (b, v), bool, True where there is a token.
-        y_mask: (b, l), bool.
-    """
+    """Adapted tokens of a batch of pairs, (b, v, d) and (b, l, d) of any norm, and bool masks."""
 
     x: Tensor
     y: Tensor
@@ -58,9 +50,9 @@ class TokenBatch(NamedTuple):
 class Objective:
     """L_pair + weight * D(X, Y) + token_weight * L_token (CS-Aligner, arXiv 2502.17028).
 
-    Call it with a batch. A term whose weight is 0 is not computed, so that the total is that of
-    the others bit for bit. InfoNCE of single positives, CS and MMD are computed in tiles where a
-    side has 256 rows or more: the same numbers up to rounding, in less time and memory.
+    Call it with a batch. A term whose weight is 0 is not computed. InfoNCE of single positives, CS
+    and MMD are computed in tiles if a side has 256 rows or more: the same numbers up to rounding,
+    in less time and memory.
 
     Attributes:
         pairwise: the loss on matched rows.
@@ -69,11 +61,9 @@ class Objective:
         token_weight: mu, >= 0, of the token term, which is always the CS divergence.
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of matrix products, where terms are computed in tiles.
-        estimator: computes the distribution term of (x, y, sigma=) in place of `divergence`,
-            whose name it goes by.
-        divided: whether each process of the job computes a part of the terms that divide (those
-            in tiles, and the sigmoid loss), all being called with the same batch. The others each
-            computes whole; values and gradients are those of the whole in any case.
+        divided: share the terms in tiles among the processes of the job, all of which must pass
+            the same batch; values and gradients are those of the whole. Each process computes the
+            other terms whole.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
@@ -86,11 +76,15 @@ class Objective:
     token_weight: float = 0.0
     label_smoothing: float = 0.0
     precision: Precision = Precision.FLOAT32
-    estimator: Callable[..., Tensor] | None = None
     divided: bool = False
 
     def __post_init__(self) -> None:
-        pairwise_loss(self.pairwise, label_smoothing=self.label_smoothing)
+        check_smoothing(self.label_smoothing)
+        pairwise = PairwiseName(self.pairwise)
+        if self.label_smoothing and pairwise is not PairwiseName.INFONCE:
+            raise ValueError(
+                f"label smoothing works with infonce only; the pairwise loss is {pairwise.value!r}"
+            )
         divergence(self.divergence)
         for weight in (self.weight, self.token_weight):
             if not (weight >= 0 and math.isfinite(weight)):
@@ -110,7 +104,7 @@ class Objective:
         negatives: tuple[int, int] = (0, 0),
         tokens: TokenBatch | None = None,
     ) -> LossParts:
-        """The objective of one batch; all rows are normalised here.
+        """Compute the objective of one batch; all rows are normalised here.
 
         Args:
             x: (n, d), float, adapted image embeddings, any norm.
@@ -119,114 +113,81 @@ class Objective:
             sigma: bandwidth or bandwidths of the distribution and the token term.
             logit_bias: of the sigmoid loss.
             owner: (m,), int64, the image of each text; None where row i belongs to row i.
-            x_extra: (k, d), adapted unpaired images that the distribution term sees beside x.
+            x_extra: (k, d), adapted unpaired images, added to x in the distribution term.
             y_extra: (l, d), adapted unpaired texts.
-            negatives: so many rows at the start of x_extra and of y_extra are negatives of
-                InfoNCE besides.
-            tokens: what the token term compares; needed where token_weight is not 0.
+            negatives: number of rows at the start of x_extra and of y_extra that are also
+                negatives of InfoNCE.
+            tokens: input of the token term; needed where token_weight is not 0.
 
         Raises:
             ShapeError: the shapes do not fit together, or there are too few rows.
             ValueError: an owner or sigma is out of range, or tokens are missing.
         """
         x, y = normalize(x, dim=1), normalize(y, dim=1)
-        sets = x, y
-        if any(negatives) or (self.weight and not divergence(self.divergence).matched):
-            sets = _with_extra(x, x_extra), _with_extra(y, y_extra)
-        seen = len(x) + negatives[0], len(y) + negatives[1]
-        pairwise, apart = self._tiled(sets, (len(x), len(y)), seen, logit_scale, sigma, owner)
-        if pairwise is None:
-            loss = pairwise_loss(
-                self.pairwise, label_smoothing=self.label_smoothing, divided=self.divided
+        all_x, all_y, measure = x, y, divergence(self.divergence)
+        if any(negatives) or (self.weight and not measure.matched):
+            all_x, all_y = _with_extra(x, x_extra), _with_extra(y, y_extra)
+        ends = len(x) + negatives[0], len(y) + negatives[1]
+        of_means = measure.of_means if self.weight else None
+        if max(len(all_x), len(all_y)) < MIN_TILED:
+            of_means = None
+        is_infonce = self.pairwise is PairwiseName.INFONCE and owner is None
+        in_tiles = is_infonce and min(len(x), len(y)) >= MIN_TILED
+        if in_tiles:
+            check_matched(x, y)
+        if in_tiles or of_means is not None:
+            fused = fused_terms(
+                all_x if of_means else all_x[: ends[0]],
+                all_y if of_means else all_y[: ends[1]],
+                pairs=len(x) if in_tiles else 0,
+                negatives=negatives if in_tiles else (0, 0),
+                logit_scale=logit_scale,
+                sigma=sigma if of_means else None,
+                label_smoothing=self.label_smoothing,
+                precision=self.precision,
+                divided=self.divided,
             )
-            pairwise = loss(
+        if in_tiles:
+            pairwise = fused.infonce
+        elif self.pairwise is PairwiseName.INFONCE:
+            pairwise = infonce(
                 x,
                 y,
                 logit_scale=logit_scale,
-                logit_bias=logit_bias,
                 owner=owner,
-                negatives=(
-                    sets[0][len(x) : seen[0]] if negatives[0] else None,
-                    sets[1][len(y) : seen[1]] if negatives[1] else None,
-                ),
+                label_smoothing=self.label_smoothing,
+                negatives=(all_x[len(x) : ends[0]], all_y[len(y) : ends[1]]),
             )
-        total = pairwise
-        if not self.weight:
-            apart = torch.zeros_like(pairwise)
+        elif self.pairwise is PairwiseName.SIGMOID:
+            pairwise = sigmoid_loss(
+                x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner
+            )
         else:
-            if apart is None:
-                apart = self._divergence(sets, (x, y), owner, sigma)
+            pairwise = x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
+        total = pairwise
+        apart = token = torch.zeros_like(pairwise)
+        if self.weight:
+            if of_means is not None:
+                apart = of_means(fused.log_means)
+            elif not measure.matched:
+                apart = measure(all_x, all_y, sigma=sigma)
+            else:
+                if owner is not None:
+                    check_owner(x, y, owner)
+                apart = measure(x if owner is None else x[owner], y, sigma=sigma)
             total = total + self.weight * apart
-        token = torch.zeros_like(pairwise)
         if self.token_weight:
-            token = self._token(tokens, sigma)
+            if tokens is None:
+                raise ValueError("the token term has a weight, but the batch has no tokens")
+            token = token_divergence(
+                unit_tokens(tokens.x, tokens.x_mask),
+                unit_tokens(tokens.y, tokens.y_mask),
+                tokens.x_mask,
+                tokens.y_mask,
+                sigma=sigma,
+            )
             total = total + self.token_weight * token
         return LossParts(total, pairwise, apart, token)
-
-    def _tiled(
-        self,
-        sets: tuple[Tensor, Tensor],
-        pairs: tuple[int, int],
-        seen: tuple[int, int],
-        logit_scale: Tensor | float,
-        sigma: Sigma,
-        owner: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The pairwise and the distribution term; None for what tiles cannot give or not faster.
-
-        Args:
-            sets: rows of both sides: of the pairs, negatives, others.
-            pairs: so many of them are of pairs.
-            seen: so many of them InfoNCE sees.
-            logit_scale: as in a call.
-            sigma: as in a call.
-            owner: as in a call.
-        """
-        of_means = divergence(self.divergence).of_means if self.weight else None
-        if self.estimator is not None or max(map(len, sets)) < LEAST_TILED:
-            of_means = None
-        is_infonce = self.pairwise is PairwiseName.INFONCE and owner is None
-        has_pairs = is_infonce and min(pairs) >= LEAST_TILED
-        if of_means is None and not has_pairs:
-            return None, None
-        x, y = sets
-        if has_pairs:
-            check_matched(x[: pairs[0]], y[: pairs[1]])
-        found = fused_terms(
-            x if of_means else x[: seen[0]],
-            y if of_means else y[: seen[1]],
-            pairs=pairs[0] if has_pairs else 0,
-            negatives=(seen[0] - pairs[0], seen[1] - pairs[1]) if has_pairs else (0, 0),
-            logit_scale=logit_scale,
-            sigma=sigma if of_means else None,
-            label_smoothing=self.label_smoothing,
-            precision=self.precision,
-            divided=self.divided,
-        )
-        pairwise = found.infonce if has_pairs else None
-        return pairwise, of_means(found.log_means) if of_means else None
-
-    def _divergence(
-        self,
-        sets: tuple[Tensor, Tensor],
-        pairs: tuple[Tensor, Tensor],
-        owner: Tensor | None,
-        sigma: Sigma,
-    ) -> Tensor:
-        measure = divergence(self.divergence)
-        if not measure.matched:
-            return (self.estimator or measure)(*sets, sigma=sigma)
-        x, y = pairs
-        if owner is not None:
-            check_owner(x, y, owner)
-            x = x[owner]
-        return measure(x, y, sigma=sigma)
-
-    def _token(self, tokens: TokenBatch | None, sigma: Sigma) -> Tensor:
-        if tokens is None:
-            raise ValueError("the token term has a weight, but the batch has no tokens")
-        x, y = unit_tokens(tokens.x, tokens.x_mask), unit_tokens(tokens.y, tokens.y_mask)
-        return token_divergence(x, y, tokens.x_mask, tokens.y_mask, sigma=sigma)
 
 
 def _with_extra(rows: Tensor, extra: Tensor | None) -> Tensor:

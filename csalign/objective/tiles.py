@@ -1,291 +1,289 @@
-"""Sums over all pairs of unit rows and their gradients, tile by tile.
+"""Sums over all pairs of unit rows and their gradients, tile by tile, outside of autograd.
 
-Tables of cosines are made a tile at a time in buffers that are used again, so that memory grows
-with the rows and not with their square. Nothing here is seen by autograd.
+Tables of cosines are computed one tile at a time in reused buffers, so memory grows with the rows
+and not with their square. InfoNCE and the kernels share them: for unit rows the Gaussian kernel is
+exp((cos - 1) / sigma^2).
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise, product
-from typing import NamedTuple
+from functools import cache
+from itertools import combinations_with_replacement, islice, pairwise, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from csalign.objective.matmul import Products
+from csalign.core.enums import Precision
 
-# Cosines times so much neither overflow nor underflow in float32, whatever they are.
-_TAME = 35.0
-# Exponents below it are nothing beside the largest; left alone, the exponentials would be
-# subnormal numbers, which are slow.
-_LEAST = -80.0
+# Cosines times this neither overflow nor underflow in float32, whatever they are.
+_SAFE_FACTOR = 35.0
+# Smaller exponents are negligible beside the largest, but their exponentials are subnormal: slow.
+_MIN_EXPONENT = -80.0
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def supports_bfloat16(device_type: str) -> bool:
+    """Return whether float32 products can round their factors to bfloat16 on a kind of device.
+
+    Where they cannot, or where rounding would cost time, it logs a warning, once per process.
+    """
+    if device_type == "cuda":
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        found = version >= (2, 8) and torch.cuda.is_bf16_supported(including_emulation=False)
+        needs = "torch 2.8 and a GPU of compute capability 8.0"
+    else:
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+        has_setting = hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision")
+        found = device_type == "cpu" and has_setting and bool(native)
+        needs = "a recent torch (2.9 at least) and a CPU with AVX-512 BF16 or AMX, or a GPU"
+    if not found:
+        log.warning(
+            "precision bfloat16 is not supported on this %s by torch %s: the objective computes in "
+            "float32; bfloat16 needs %s",
+            device_type,
+            torch.__version__,
+            needs,
+        )
+    return found
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to go through the tables.
+class TilePlan:
+    """The sums to compute, and the division of the tables into tiles.
 
     Attributes:
-        pairs: so many rows at the start of both sides are matched, row by row.
-        seen: rows at the start of each side that InfoNCE sees: the pairs, and negatives.
+        pairs: number of rows at the start of both sides that are matched, row by row.
+        compared: rows at the start of each side that InfoNCE sees: the pairs and negatives.
         factors: 1 / sigma^2 of each Gaussian kernel; the kernels see all rows.
         smoothing: label smoothing of InfoNCE.
-        products: by which route.
         tile: rows and columns of a tile, at most.
-        turn: of how many processes this does which part of the tiles, counted from 0.
+        precision: of the factors of products; sums are float32.
+        rank: number of this process among the `processes` that share the tiles.
     """
 
     pairs: int
-    seen: tuple[int, int]
+    compared: tuple[int, int]
     factors: tuple[float, ...]
     smoothing: float
-    products: Products
     tile: int
-    turn: tuple[int, int] = (0, 1)
+    precision: Precision = Precision.FLOAT32
+    rank: int = 0
+    processes: int = 1
 
-    def spans(self, count: int, seen: int, times: int = 1) -> list[slice]:
-        """Rows 0 to count in tiles of like size, none over the end of the pairs or of the seen.
-
-        Args:
-            count: rows.
-            seen: of them, by InfoNCE.
-            times: the number of tiles is to be a multiple of it.
-        """
+    def spans(self, count: int, compared: int) -> list[slice]:
+        """Divide rows into spans of similar size that do not cross the end of pairs or compared."""
         spans = []
-        for start, stop in pairwise((0, self.pairs, seen, *((count,) if self.factors else ()))):
-            count = -(-(stop - start) // (self.tile * times)) * times
-            edges = [start + (stop - start) * k // max(count, 1) for k in range(count + 1)]
-            spans += [slice(*edge) for edge in pairwise(edges) if edge[0] < edge[1]]
+        for start, stop in pairwise((0, self.pairs, compared, count)):
+            if start < stop and (start < compared or self.factors):
+                parts = -(-(stop - start) // self.tile)
+                edges = [start + (stop - start) * k // parts for k in range(parts + 1)]
+                spans += [slice(*edge) for edge in pairwise(edges)]
         return spans
 
-    def tiles(self, x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-        """The tiles of the table of x and y, those of this process."""
-        number, of = self.turn
-        rows = self.spans(len(x), self.seen[0], of)[number::of]
-        return product(rows, self.spans(len(y), self.seen[1]))
+    def cross_tiles(self, n: int, m: int) -> Iterator[tuple[slice, slice]]:
+        """This process's tiles of the table of x and y."""
+        tiles = product(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
+        return islice(tiles, self.rank, None, self.processes)
 
-    def upper(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
-        """The tiles on and above the diagonal of the table of x and x, those of this process."""
-        number, of = self.turn
-        # Of so many rows of tiles half the table divides evenly.
-        spans = self.spans(len(x), self.pairs, 1 if of == 1 else 2 * of)
-        pairs = ((rows, columns) for k, rows in enumerate(spans) for columns in spans[k:])
-        return islice(pairs, number, None, of)
+    def own_tiles(self, n: int) -> Iterator[tuple[slice, slice]]:
+        """This process's tiles on and above the diagonal of the table of a set with itself."""
+        tiles = combinations_with_replacement(self.spans(n, self.pairs), 2)
+        return islice(tiles, self.rank, None, self.processes)
 
     def directions(self, rows: slice, columns: slice) -> tuple[bool, bool]:
-        """Whether InfoNCE compares a tile's rows with its columns, and the other way round."""
+        """Return whether InfoNCE compares a tile's rows with its columns, and vice versa."""
         return (
-            rows.stop <= self.pairs and columns.stop <= self.seen[1],
-            columns.stop <= self.pairs and rows.stop <= self.seen[0],
+            rows.stop <= self.pairs and columns.stop <= self.compared[1],
+            columns.stop <= self.pairs and rows.stop <= self.compared[0],
         )
 
 
-class Buffers:
-    """Three tables, made once for all tiles: fresh memory costs more than what is done in it."""
-
-    def __init__(self, x: Tensor, y: Tensor, plan: Plan) -> None:
-        cells = min(max(len(x), len(y)), plan.tile) ** 2
-        self._flat = [x.new_empty(cells) for _ in range(3)]
-
-    def of(self, rows: slice, columns: slice) -> list[Tensor]:
-        """As tables of the shape of a tile."""
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        return [flat[: math.prod(shape)].view(shape) for flat in self._flat]
-
-
 class CrossSums(NamedTuple):
-    """What all pairs of two sets sum to.
-
-    Attributes:
-        rows: (pairs,), log-sum-exp of the logits of each row of x.
-        columns: (pairs,), of each row of y.
-        kernels: (s,), log of the sum of each kernel over all rows.
-    """
+    """Log-sum-exp of the logits of each paired row of x and of y, (pairs,), and of each kernel."""
 
     rows: Tensor
     columns: Tensor
     kernels: Tensor
 
 
-def cross_sums(x: Tensor, y: Tensor, scale: float, plan: Plan, buffers: Buffers) -> CrossSums:
-    """The sums over the table of cosines of x (n, d) and y (m, d), logits being scale times it.
+class Tiles:
+    """Tables of cosines of unit rows x (n, d) and y (m, d), with three reused buffers."""
 
-    Of the tiles of this process; what it saw nothing of is -inf.
-    """
-    rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
-    kernels = []
-    for i, j in plan.tiles(x, y):
-        table, spare, _ = buffers.of(i, j)
-        cosines = plan.products.table(x[i], y[j], table)
-        forth, back = plan.directions(i, j)
-        if forth or back:
-            along, down = _log_sums(cosines, scale, spare)
-            if forth:
-                torch.logaddexp(rows[i], along, out=rows[i])
-            if back:
-                torch.logaddexp(columns[j], down, out=columns[j])
-        for factor in plan.factors:
-            kernels.append(_log_sum(cosines, factor, spare) - factor)
-    if not kernels:
-        return CrossSums(rows, columns, x.new_full((len(plan.factors),), -torch.inf))
-    return CrossSums(
-        rows, columns, torch.stack(kernels).reshape(-1, len(plan.factors)).logsumexp(0)
-    )
+    def __init__(self, x: Tensor, y: Tensor, plan: TilePlan) -> None:
+        self.x, self.y, self.plan = x, y, plan
+        cells = min(max(len(x), len(y)), plan.tile) ** 2
+        self._flat = [x.new_empty(cells) for _ in range(3)]
+        rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32
+        self._rounds = rounds and supports_bfloat16(x.device.type)
+        self._casts = self._rounds and x.device.type == "cuda"
 
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Within it the CPU rounds the factors of float32 products as the plan says."""
+        if not self._rounds or self._casts:
+            yield
+            return
+        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
-def add_cross_gradients(
-    gradients: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    y: Tensor,
-    scale: float,
-    sums: CrossSums,
-    upstream: tuple[float, Sequence[float]],
-    plan: Plan,
-    buffers: Buffers,
-    *,
-    with_scale: bool,
-) -> Tensor:
-    """Add the gradient of InfoNCE and of the kernels' log-sums.
+    def cross_sums(self, scale: float) -> CrossSums:
+        """Sum over this process's tiles of x and y, with logits scale * cosine; -inf for none."""
+        plan, x, y = self.plan, self.x, self.y
+        rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
+        kernels = [x.new_full((len(plan.factors),), -torch.inf)]
+        for i, j in plan.cross_tiles(len(x), len(y)):
+            table, spare, _ = self._buffers(i, j)
+            cosines = self._cosines(x[i], y[j], table)
+            along_rows, along_columns = plan.directions(i, j)
+            if along_rows or along_columns:
+                by_row, by_column = _log_sums(cosines, scale, spare)
+                if along_rows:
+                    torch.logaddexp(rows[i], by_row, out=rows[i])
+                if along_columns:
+                    torch.logaddexp(columns[j], by_column, out=columns[j])
+            sums = [_log_sums(cosines, f, spare)[0].logsumexp(0) - f for f in plan.factors]
+            if sums:
+                kernels.append(torch.stack(sums))
+        return CrossSums(rows, columns, torch.stack(kernels).logsumexp(0))
 
-    Args:
-        gradients: (n, d) and (m, d), added to in place; None where it is not wanted.
-        x: (n, d), unit rows.
-        y: (m, d).
-        scale: of the logits.
-        sums: `cross_sums` of the same arguments.
-        upstream: of InfoNCE, and of each log-sum.
-        plan: as then.
-        buffers: to work in.
-        with_scale: whether the scale's gradient is wanted.
+    def add_cross_gradients(
+        self,
+        gradients: tuple[Tensor | None, Tensor | None],
+        scale: float,
+        sums: CrossSums,
+        upstream: tuple[float, Sequence[float]],
+    ) -> Tensor:
+        """Add the gradients of InfoNCE and of the kernels' log-sums; return that of the scale.
 
-    Returns:
-        The scale's gradient, () tensor; 0 where it is not wanted.
-    """
-    to_x, to_y = gradients
-    to_infonce, to_kernels = upstream
-    share = to_infonce / (2 * max(plan.pairs, 1))
-    to_scale = x.new_zeros(())
-    never = x.new_full((), torch.inf)  # as a log-sum: its line has no part in InfoNCE
-    for i, j in plan.tiles(x, y):
-        table, weights, spare = buffers.of(i, j)
-        cosines = plan.products.table(x[i], y[j], table)
-        forth, back = plan.directions(i, j)
-        if forth or back:
-            lines = (
-                sums.rows[i, None] if forth else never.expand(len(cosines), 1),
-                sums.columns[j] if back else never.expand(cosines.shape[1]),
-            )
-            _probabilities(cosines, scale, lines, share * scale, (weights, spare))
-            _subtract_targets(weights, plan, share * scale, (i, j))
-            if with_scale:
+        Args:
+            gradients: of x and y, added to in place; None where it is not needed.
+            scale: of the logits.
+            sums: result of `cross_sums`, over all processes.
+            upstream: gradients of InfoNCE, and of each kernel's log-sum.
+        """
+        plan, x, y = self.plan, self.x, self.y
+        share = upstream[0] / (2 * max(plan.pairs, 1))
+        to_scale = x.new_zeros(())
+        unused = x.new_full((), torch.inf)  # as a log-sum: gives the line a probability of 0
+        for i, j in plan.cross_tiles(len(x), len(y)):
+            table, weights, spare = self._buffers(i, j)
+            cosines = self._cosines(x[i], y[j], table)
+            along_rows, along_columns = plan.directions(i, j)
+            if along_rows or along_columns:
+                lines = (
+                    sums.rows[i, None] if along_rows else unused.expand(len(cosines), 1),
+                    sums.columns[j] if along_columns else unused.expand(cosines.shape[1]),
+                )
+                _add_up_probabilities(cosines, scale, lines, share * scale, (weights, spare))
+                self._subtract_targets(weights, share * scale, i, j)
                 to_scale += torch.dot(weights.flatten(), cosines.flatten())
+            else:
+                weights.zero_()
+            for factor, log_sum, outer in zip(plan.factors, sums.kernels, upstream[1], strict=True):
+                weights.add_(_kernel(cosines, factor, log_sum, spare), alpha=outer * factor)
+            if gradients[0] is not None:
+                self._add_product(gradients[0][i], weights, y[j])
+            if gradients[1] is not None:
+                self._add_product(gradients[1][j], weights.T, x[i])
+        return to_scale / scale
+
+    def own_sums(self, rows: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Sum the kernels between the rows of one set, computing half of the table.
+
+        Returns the log of the sum of each kernel over all rows, (s,), and if needed for each kernel
+        sum_j k(r_i, r_j) r_j, (s, n, d), of which the gradient is a multiple.
+        """
+        factors = self.plan.factors
+        pulled = rows.new_zeros(len(factors), *rows.shape) if with_gradient else None
+        sums, no_shift = rows.new_zeros(len(factors)), rows.new_zeros(())
+        for i, j in self.plan.own_tiles(len(rows)):
+            table, spare, _ = self._buffers(i, j)
+            cosines = self._cosines(rows[i], rows[j], table)
+            for k, factor in enumerate(factors):
+                # The sum cannot underflow, since each row is at distance 0 from itself.
+                kernel = _kernel(cosines, factor, no_shift, spare)
+                sums[k] += (1 if i == j else 2) * kernel.sum()
+                if pulled is not None:
+                    self._add_product(pulled[k, i], kernel, rows[j])
+                    if i != j:
+                        self._add_product(pulled[k, j], kernel.T, rows[i])
+        return sums.log(), pulled
+
+    def _buffers(self, rows: slice, columns: slice) -> list[Tensor]:
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return [flat[: math.prod(shape)].view(shape) for flat in self._flat]
+
+    def _cosines(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        if self._casts:
+            return torch.mm(a.bfloat16(), b.bfloat16().T, out_dtype=torch.float32)
+        return torch.mm(a, b.T, out=out)
+
+    def _add_product(self, out: Tensor, weights: Tensor, rows: Tensor) -> None:
+        if self._casts:
+            out.add_(torch.mm(weights.bfloat16(), rows.bfloat16(), out_dtype=torch.float32))
+        elif self._rounds:
+            out.add_(torch.mm(weights, rows))  # faster than addmm_ then
         else:
-            weights.zero_()
-        for factor, log_sum, to_kernel in zip(plan.factors, sums.kernels, to_kernels, strict=True):
-            kernel = _kernel(cosines, factor, log_sum, spare)
-            weights.add_(kernel, alpha=to_kernel * factor)
-        if to_x is not None:
-            plan.products.add(to_x[i], weights, y[j])
-        if to_y is not None:
-            plan.products.add(to_y[j], weights.T, x[i])
-    return to_scale / scale
+            out.addmm_(weights, rows)
 
-
-def own_sums(
-    x: Tensor, plan: Plan, buffers: Buffers, weights: Sequence[float] | None
-) -> tuple[Tensor, Tensor | None]:
-    """The kernels between the rows of one set, of which half the table is computed.
-
-    Of the tiles of this process.
-
-    Args:
-        x: (n, d), unit rows.
-        plan: the kernels.
-        buffers: to work in.
-        weights: of each kernel in what is summed besides; None where that is not wanted.
-
-    Returns:
-        Log of the sum of each kernel over all rows, (s,), and the weighted sum over the kernels k
-        of sum_j k(x_i, x_j) x_j, (n, d), of which the gradient is a multiple.
-    """
-    pulled = None if weights is None else torch.zeros_like(x)
-    sums = x.new_zeros(len(plan.factors))
-    no_shift = x.new_zeros(())
-    for i, j in plan.upper(x):
-        table, total, spare = buffers.of(i, j)
-        cosines = plan.products.table(x[i], x[j], table)
-        times = 1 if i == j else 2
-        for k, factor in enumerate(plan.factors):
-            # No kernel underflows as a whole, since each row is at no distance from itself.
-            kernel = _kernel(cosines, factor, no_shift, spare if k else total)
-            sums[k] += times * kernel.sum()
-            if weights is not None and k:
-                total.add_(spare, alpha=weights[k])
-            elif weights is not None and weights[0] != 1:
-                total.mul_(weights[0])
-        if pulled is not None:
-            plan.products.add(pulled[i], total, x[j])
-            if i != j:
-                plan.products.add(pulled[j], total.T, x[i])
-    return sums.log(), pulled
+    def _subtract_targets(self, weights: Tensor, share: float, rows: slice, columns: slice) -> None:
+        """Subtract share times the targets of both directions from a tile."""
+        plan = self.plan
+        if plan.smoothing:
+            directions = plan.directions(rows, columns)
+            for compares, compared in zip(directions, reversed(plan.compared), strict=True):
+                if compares:
+                    weights.sub_(share * plan.smoothing / compared)
+        start = max(rows.start, columns.start)
+        stop = min(rows.stop, columns.stop, plan.pairs)
+        if start < stop:
+            matched = weights[start - rows.start : stop - rows.start]
+            matched = matched[:, start - columns.start : stop - columns.start]
+            matched.diagonal().sub_(2 * share * (1 - plan.smoothing))
 
 
 def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of a tile, along its rows and down its columns."""
+    """Log-sum-exp of a tile's cosines times a factor, along its rows and along its columns."""
     logits = torch.mul(cosines, scale, out=spare)
-    if scale > _TAME:
+    if scale > _SAFE_FACTOR:
         return logits.logsumexp(1), logits.logsumexp(0)
     logits.exp_()
     return logits.sum(1).log_(), logits.sum(0).log_()
 
 
-def _log_sum(cosines: Tensor, factor: float, spare: Tensor) -> Tensor:
-    exponents = torch.mul(cosines, factor, out=spare)
-    if factor > _TAME:
-        return exponents.flatten().logsumexp(0)
-    return exponents.exp_().sum().log_()
-
-
-def _probabilities(
+def _add_up_probabilities(
     cosines: Tensor,
     scale: float,
     log_sums: tuple[Tensor, Tensor],
     share: float,
     out: tuple[Tensor, Tensor],
 ) -> None:
-    """Share times the softmax along rows plus that down columns, into the first of `out`."""
+    """Write share times (softmax along rows + softmax along columns) into the first of `out`."""
     found, spare = out
-    if scale <= _TAME:
+    if scale <= _SAFE_FACTOR:
         rows, columns = (share * (-sums).exp() for sums in log_sums)
         torch.mul(cosines, scale, out=found).exp_()
         found.mul_(torch.add(rows, columns, out=spare))
         return
     for sums, tensor in zip(log_sums, out, strict=True):
-        torch.add(-sums, cosines, alpha=scale, out=tensor).clamp_(min=_LEAST).exp_()
+        torch.add(-sums, cosines, alpha=scale, out=tensor).clamp_(min=_MIN_EXPONENT).exp_()
     found.add_(spare).mul_(share)
 
 
-def _subtract_targets(
-    weights: Tensor, plan: Plan, share: float, place: tuple[slice, slice]
-) -> None:
-    """Take share times the targets of both directions off the tile of some rows and columns."""
-    rows, columns = place
-    if plan.smoothing:
-        for is_compared, seen in zip(plan.directions(*place), reversed(plan.seen), strict=True):
-            if is_compared:
-                weights.sub_(share * plan.smoothing / seen)
-    start = max(rows.start, columns.start)
-    stop = min(rows.stop, columns.stop, plan.pairs)
-    if start < stop:
-        matched = weights[start - rows.start : stop - rows.start]
-        matched = matched[:, start - columns.start : stop - columns.start]
-        matched.diagonal().sub_(2 * share * (1 - plan.smoothing))
-
-
 def _kernel(cosines: Tensor, factor: float, log_sum: Tensor, out: Tensor) -> Tensor:
-    """The Gaussian kernel of unit rows by their cosines, over exp(log_sum)."""
+    """Gaussian kernel of unit rows from their cosines, divided by exp(log_sum)."""
     torch.add(-factor - log_sum, cosines, alpha=factor, out=out)
-    if factor > _TAME:
-        out.clamp_(min=_LEAST)
+    if factor > _SAFE_FACTOR:
+        out.clamp_(min=_MIN_EXPONENT)
     return out.exp_()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
-from csalign.metrics.hubness import SCALES, centred, penalty
+from csalign.metrics.retrieval import SCALES, centred, penalty
 from csalign.search.manifest import REMEDY, Correction
 
 MEANS = "query.npy"

@@ -19,8 +19,7 @@ from csalign.features.join import Pairs
 from csalign.objective.divergences import divergence
 from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
-from csalign.objective.mixing import mix_pairs
-from csalign.objective.running import RunningDivergence
+from csalign.objective.pairwise import mix_pairs
 from csalign.training.batch_tokens import BatchTokens
 from csalign.training.config import TrainConfig
 from csalign.training.forward import Embedder, Inputs
@@ -87,9 +86,6 @@ class BatchLoss(nn.Module):
         if self._has_bandwidth and not isinstance(config.bandwidth, str):
             self.sigma = config.bandwidth
         self._warned = False
-        self._estimator = (
-            RunningDivergence(seed=config.seed) if config.divergence_estimator == "rff" else None
-        )
 
     @property
     def logit_scale(self) -> float:
@@ -105,8 +101,7 @@ class BatchLoss(nn.Module):
     def position(self) -> dict[str, Any]:
         """What changes with the steps beside the parameters: plain values, and tensors."""
         tokens = None if self._tokens is None else self._tokens.rng.bit_generator.state
-        past = None if self._estimator is None else self._estimator.state()
-        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens, "past": past}
+        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens}
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Go on from what `position` said."""
@@ -114,8 +109,6 @@ class BatchLoss(nn.Module):
         self.sigma = as_sigma(position["sigma"])
         if self._tokens is not None:
             self._tokens.rng.bit_generator.state = position["tokens"]
-        if self._estimator is not None:
-            self._estimator.go_to(position["past"], self._device)
 
     def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
         """The objective of a batch.
@@ -169,7 +162,6 @@ class BatchLoss(nn.Module):
             token_weight=self._config.token_weight,
             label_smoothing=self._config.label_smoothing,
             precision=self._config.precision,
-            estimator=self._estimator,
             divided=distributed.world().size > 1,
         )
 

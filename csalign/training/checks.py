@@ -26,11 +26,6 @@ def check_terms(config: TrainConfig, images: int) -> None:
             "pairwise none leaves nothing to train on without a distribution term; give a "
             "--cs-weight and a --divergence, or --steps 0 for the start alone"
         )
-    if config.divergence_estimator == "rff" and config.divergence is not DivergenceName.CS:
-        raise ConfigError(
-            f"divergence-estimator rff: is for divergence cs, not {config.divergence}; leave it "
-            "at exact"
-        )
     if config.label_smoothing and config.pairwise is not PairwiseName.INFONCE:
         raise ConfigError(
             f"label-smoothing: is InfoNCE's, the pairwise loss is {config.pairwise}; leave it at 0"

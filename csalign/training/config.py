@@ -118,10 +118,8 @@ class TrainConfig(OutputConfig):
         description="Kernel bandwidth (sigma), a distance between unit rows, or several by comma; "
         "median is that of the batch's distances, refreshed; tied is 1/sqrt(logit scale).",
     )
-    divergence_estimator: Literal["exact", "rff"] = Field(
-        "exact",
-        description="The CS divergence of a step's rows by all their pairs, or of the last 16 "
-        "steps' rows by random Fourier features (rff).",
+    divergence_estimator: Literal["exact"] = Field(
+        "exact", description="The CS divergence is computed from all pairs of a step's rows."
     )
     unpaired: str | None = Field(
         None,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from csalign.adapters.model import Adapter
 from csalign.core import distributed
 from csalign.core.enums import Modality, Precision
-from csalign.objective.distributed_autograd import gathered
+from csalign.objective.distributed_autograd import all_gather_rows
 from csalign.training.config import TrainConfig
 
 SUB_BATCH = 8_192  # rows that go through an adapter at a time, unless told otherwise
@@ -69,7 +69,7 @@ class Embedder:
             [_length(distributed.share_of(rows.count, rank)) for rows in inputs.values()]
             for rank in range(size)
         ]
-        rows = gathered(torch.cat(list(own.values())), [sum(counts) for counts in shares])
+        rows = all_gather_rows(torch.cat(list(own.values())), [sum(counts) for counts in shares])
         parts = torch.split(rows, [count for counts in shares for count in counts])
         return {role: torch.cat(parts[k :: len(own)]) for k, role in enumerate(own)}
 

@@ -11,7 +11,7 @@ from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.diagnose import diagnose
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
-from csalign.objective.infonce import infonce
+from csalign.objective.pairwise import infonce
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 

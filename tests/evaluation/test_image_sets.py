@@ -16,7 +16,7 @@ from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.import_arrays import import_arrays
-from csalign.metrics.image_sets import image_distances
+from csalign.metrics.gap import image_distances
 
 NAMES = tuple(f"{number}.png" for number in range(6))
 

@@ -2,7 +2,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from csalign.metrics import approximate
 from csalign.metrics.approximate import IndexName, rank_both_ways_by_index
 from csalign.metrics.retrieval import rank_both_ways
 
@@ -21,13 +20,9 @@ def clouds(n: int, noise: float) -> tuple[Floats, Floats, npt.NDArray[np.int64]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_index_that_lists_everything_gives_the_exact_ranks(
-    kind: IndexName, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(approximate, "PROBED", 1.0)
-    monkeypatch.setattr(approximate, "LISTED", 1_000)
+def test_an_index_that_lists_everything_gives_the_exact_ranks(kind: IndexName) -> None:
     case = clouds(60, 1.0)
-    ranks, recalls = rank_both_ways_by_index(*case, kind)
+    ranks, recalls = rank_both_ways_by_index(*case, kind, listed=1_000, probed=1.0)
 
     assert recalls == (1.0, 1.0)
     for found, exact in zip(ranks, rank_both_ways(*case), strict=True):
@@ -42,10 +37,9 @@ def test_equal_scores_count_against_the_model() -> None:
     assert all((direction.first == 50).all() for direction in ranks)
 
 
-def test_what_the_index_misses_is_told_and_counts_as_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approximate, "LISTED", 10)
+def test_an_unlisted_match_counts_as_last() -> None:
     images, texts, owners = clouds(1_500, 3.0)
-    (_, text_to_image), recalls = rank_both_ways_by_index(images, texts, owners, "ivf")
+    (_, text_to_image), recalls = rank_both_ways_by_index(images, texts, owners, "ivf", listed=10)
     unlisted = text_to_image.first > 10
 
     assert all(0.1 < recall < 0.99 for recall in recalls)

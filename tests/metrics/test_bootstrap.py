@@ -29,9 +29,9 @@ def captioned(seed: int = 0, images: int = 30) -> tuple[Array, Array, Array]:
     return unit(x), unit(y), owners
 
 
-def drawn(x: Array, y: Array, owners: Array, *, resamples: int = 50, seed: int = 0) -> Resamples:
+def drawn(x: Array, y: Array, owners: Array, *, resamples: int = 50, **options: int) -> Resamples:
     ranks = rank_both_ways(x, y, owners)
-    return resample(ranks, x, y, owners, resamples=resamples, seed=seed)
+    return resample(ranks, x, y, owners, resamples=resamples, **{"seed": 0, **options})
 
 
 def ranked(first: Array) -> DirectionRanks:
@@ -56,8 +56,7 @@ def by_ranks(first: Array, owners: Array | None = None, *, resamples: int = 300)
 
 
 def draws_of(x: Array, owners: Array, resamples: int) -> Array:
-    units = bootstrap._Units.of(len(x), owners)
-    return np.concatenate(list(bootstrap._draws(units, resamples, 0, 7)))
+    return np.concatenate(list(bootstrap.Units.of(len(x), owners).draws(resamples, 0, 7)))
 
 
 def test_resampled_figures_equal_a_loop_that_repeats_rows() -> None:
@@ -65,11 +64,11 @@ def test_resampled_figures_equal_a_loop_that_repeats_rows() -> None:
     ranks = rank_both_ways(x, y, owners)
     found = drawn(x, y, owners, resamples=20).figures
     queried, paired = np.unique(owners[owners >= 0]), np.flatnonzero(owners >= 0)
-    lone = np.flatnonzero(owners < 0)
+    unpaired = np.flatnonzero(owners < 0)
     centroids = []
     for row, weights in enumerate(draws_of(x, owners, 20)):
         of_text = np.empty(len(y), np.int64)
-        of_text[paired], of_text[lone] = weights[owners[paired]], weights[len(x) :]
+        of_text[paired], of_text[unpaired] = weights[owners[paired]], weights[len(x) :]
         summaries: list[dict[str, float]] = []
         for direction, repeats in zip(ranks, (weights[queried], of_text[paired]), strict=True):
             name = bootstrap.DIRECTIONS[len(summaries)]
@@ -138,14 +137,11 @@ def test_intervals_of_a_narrow_gap_hold_it_about_95_times_in_100() -> None:
     assert 0.9 <= ((low <= measured.mean()) & (measured.mean() <= high)).mean() <= 0.995
 
 
-def test_the_same_seed_gives_the_same_bytes_in_chunks_of_any_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_same_seed_gives_the_same_bytes_in_chunks_of_any_size() -> None:
     rows = captioned()
     once = drawn(*rows).figures
     again, other = drawn(*rows).figures, drawn(*rows, seed=1).figures
-    monkeypatch.setattr(bootstrap, "CELLS", 200)
-    chunked = drawn(*rows).figures
+    chunked = drawn(*rows, cells=200).figures
 
     for place, values in once.items():
         assert values.tobytes() == again[place].tobytes()
@@ -159,12 +155,9 @@ def test_medians_are_found_however_far_from_the_middle(spread: int) -> None:
     # One image with half of all texts: the median jumps with how often that image is drawn.
     owners = np.concatenate([np.zeros(2_000, np.int64), np.arange(1, 2_001)])
     first = rng.integers(1, spread + 1, 4_000) + np.where(owners == 0, spread, 0)
-    weights = rng.multinomial(2_001, np.full(2_001, 1 / 2_001), size=20)
-    order = np.argsort(first)
-    count = weights[:, owners].sum(axis=1)
-    found = bootstrap._medians(first[order], owners[order], weights, count)
+    found = by_ranks(first, owners, resamples=20).figures["text_to_image", "median_rank"]
 
-    for row, median in zip(weights, found, strict=True):
+    for row, median in zip(draws_of(np.empty(2_001), owners, 20), found, strict=True):
         assert median == np.median(np.repeat(first, row[owners]))
 
 

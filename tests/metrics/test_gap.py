@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.metrics import gap
+from csalign.objective.divergences import cs_divergence, mmd
 
 
 def unit(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -68,17 +69,30 @@ def test_uniformity_and_alignment_equal_scipys_distances() -> None:
 
     expected = np.log(np.exp(-2 * pdist(x.numpy()) ** 2).mean())
     assert gap.uniformity(x) == pytest.approx(expected)
+    suite = gap.gap_suite(x.numpy(), y.numpy(), np.arange(30), sigma=0.7, seed=0)
     expected = np.log(np.exp(-2 * cdist(x.numpy(), y.numpy()) ** 2).mean())
-    assert gap.cross_uniformity(x, y) == pytest.approx(expected)
+    assert suite["uniformity"]["cross"] == pytest.approx(expected)
+    assert suite["uniformity"]["image"] == pytest.approx(gap.uniformity(x))
+    assert suite["cs_divergence"] == pytest.approx(float(cs_divergence(x, y, sigma=0.7)))
+    assert suite["mmd"] == pytest.approx(float(mmd(x, y, sigma=0.7)))
     expected = np.mean(np.linalg.norm(x[:30].numpy() - y.numpy(), axis=1) ** 2)
     assert gap.alignment(x, y, (torch.arange(30), torch.arange(30))) == pytest.approx(expected)
 
 
-def test_effective_rank_counts_equal_directions() -> None:
-    axes = torch.cat([torch.eye(6), -torch.eye(6)]).double()
+def test_uniformity_of_a_large_set_is_that_of_rows_drawn_by_the_seed() -> None:
+    clusters = torch.cat([unit(500, 5, 0), unit(500, 5, 1, 3.0)])  # the first rows say little
+    found = [gap.uniformity(clusters, max_rows=400, seed=seed) for seed in (0, 0, 1)]
 
-    assert gap.effective_rank(axes) == pytest.approx(6)
-    assert gap.effective_rank(axes[:1].repeat(5, 1)) == 1
+    assert found[0] == found[1] != found[2]
+    assert found[0] == pytest.approx(gap.uniformity(clusters), abs=0.1)
+    assert gap.uniformity(clusters[:400]) < gap.uniformity(clusters) - 0.5
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    axes = torch.cat([torch.eye(6), -torch.eye(6)]).double().numpy()
+    suite = gap.gap_suite(axes, axes[:1].repeat(5, 0), np.zeros(5, int), sigma=0.5, seed=0)
+
+    assert suite["effective_rank"] == {"image": pytest.approx(6), "text": 1}
 
 
 def test_linear_separability_agrees_with_sklearns_cross_validation() -> None:
@@ -128,13 +142,13 @@ def test_the_suite_is_finite_for_a_single_pair() -> None:
     assert suite["effective_rank"] == {"image": 1.0, "text": 1.0}
 
 
-def test_figures_of_large_sets_take_all_rows_and_tell_their_errors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_figures_of_large_sets_take_all_rows_and_have_standard_errors() -> None:
     x, y = (unit(1_500, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
     exact = gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=0)
-    monkeypatch.setattr(gap, "MAX_ROWS", 1_000)
-    suites = [gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=seed) for seed in (0, 0, 1)]
+    suites = [
+        gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=seed, max_rows=1_000)
+        for seed in (0, 0, 1)
+    ]
     errors = suites[0].pop("standard_errors")
 
     assert suites[0] | {"standard_errors": errors} == suites[1]
@@ -150,31 +164,32 @@ def test_figures_of_large_sets_take_all_rows_and_tell_their_errors(
 
 
 def test_kernel_means_too_small_for_an_estimate_are_those_of_a_sample(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(gap, "MAX_ROWS", 100)
     x = unit(1_500, 6, 0, 2.0).float().numpy()
-    suite = gap.gap_suite(x, -x, np.arange(1_500), sigma=0.05, seed=0)
+    suite = gap.gap_suite(x, -x, np.arange(1_500), sigma=0.05, seed=0, max_rows=100)
 
     assert "standard_errors" not in suite
     assert 100 < suite["cs_divergence"] < np.inf
-    assert "of 100 rows a side" in caplog.text
+    assert "of 100 rows per side" in caplog.text
 
 
-def test_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = (unit(90, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
-    whole = gap.gap_suite(x, y, np.arange(90), sigma=0.5, seed=0)
-    monkeypatch.setattr(gap, "CHUNK_ROWS", 7)
-    chunked = gap.gap_suite(x, y, np.arange(90), sigma=0.5, seed=0)
+def test_rows_of_several_chunks_give_numpys_figures() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(gap.CHUNK_ROWS + 4_000, 3)), rng.normal(size=(50, 3)) + 0.5
+    covariances = [np.cov(side.T, bias=True) for side in (x, y)]
+    root = sqrtm(covariances[0] @ covariances[1]).real
+    mean = np.square(x.mean(0) - y.mean(0)).sum()
+    expected = mean + np.trace(covariances[0] + covariances[1] - 2 * root)
 
-    assert chunked["frechet"] == pytest.approx(whole["frechet"], abs=1e-9)
-    assert chunked["rmg"] == pytest.approx(whole["rmg"], abs=1e-9)
-    assert chunked["effective_rank"] == pytest.approx(whole["effective_rank"])
+    found = gap.frechet_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_spectrum_is_that_of_numpys_covariance() -> None:
     rows = np.random.default_rng(4).normal(size=(300, 80)) * np.linspace(1, 3, 80)
     values = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1]
 
-    assert gap.spectrum(torch.from_numpy(rows)) == pytest.approx(values[:64] / values.sum())
-    assert gap.spectrum(torch.ones(5, 3)) == [0, 0, 0]
+    suite = gap.gap_suite(rows, np.ones((5, 80)), np.zeros(5, int), sigma=0.5, seed=0)
+    assert suite["spectrum"]["image"] == pytest.approx(values[:64] / values.sum())
+    assert suite["spectrum"]["text"] == [0] * 5

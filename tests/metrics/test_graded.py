@@ -5,20 +5,19 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from csalign.metrics import graded
-from csalign.metrics.graded import graded_both_ways
+from csalign.metrics.labels import graded_both_ways
 
 Array = npt.NDArray[Any]
 
 
-def test_figures_equal_sklearns_without_ties(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graded, "TILE_BYTES", 4 * 40 * 3)  # tiles of three queries
+def test_figures_equal_sklearns_without_ties() -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(14, 6)).astype(np.float32)
     owners = rng.permutation(np.concatenate([np.arange(12), rng.integers(0, 12, 25), [-1] * 3]))
     texts = (images[owners] + rng.normal(size=(40, 6))).astype(np.float32)
     groups = rng.integers(0, 4, 14)
-    forth, back = graded_both_ways(images, texts, owners, groups)
+    # Strips of three queries.
+    forth, back = graded_both_ways(images, texts, owners, groups, strip_bytes=4 * 40 * 3)
 
     of_text = np.where(owners >= 0, groups[owners], -1)
     queried, paired = np.arange(12), np.flatnonzero(owners >= 0)

@@ -6,9 +6,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import skew
 
-from csalign.metrics import hubness as module
-from csalign.metrics.hubness import CORRECTIONS, corrected, hubness
-from csalign.metrics.retrieval import rank_both_ways
+from csalign.metrics.retrieval import CORRECTIONS, corrected, hubness, penalty, rank_both_ways
 
 Array = npt.NDArray[Any]
 
@@ -20,15 +18,17 @@ def unit(rows: Array) -> npt.NDArray[np.float32]:
 
 
 @pytest.fixture
-def sides(monkeypatch: pytest.MonkeyPatch) -> tuple[Array, Array]:
-    monkeypatch.setattr(module, "TILE_BYTES", 4 * 40 * 7)  # several tiles, the last one short
+def sides() -> tuple[Array, Array]:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(40, 5)) + 0.4
     return unit(images), unit(np.repeat(images, 2, axis=0) + rng.normal(size=(80, 5)) - 0.4)
 
 
-def test_skewness_equals_scipys_of_counted_neighbours(sides: tuple[Array, Array]) -> None:
-    found = hubness(*sides)
+@pytest.mark.parametrize("strip_bytes", [4 * 80 * 7, 1 << 20])
+def test_skewness_equals_scipys_of_counted_neighbours(
+    sides: tuple[Array, Array], strip_bytes: int
+) -> None:
+    found = hubness(*sides, strip_bytes=strip_bytes)
     for name, (queries, gallery) in {
         "image_to_text": sides,
         "text_to_image": sides[::-1],
@@ -74,6 +74,13 @@ def test_corrected_ranks_equal_those_of_the_formula(name: str, sides: tuple[Arra
         assert forth.first[image] == 1 + np.isin(order, [2 * image, 2 * image + 1]).argmax()
     for text, column in enumerate(transposed.T):
         assert back.first[text] == 1 + (np.argsort(-column) == owners[text]).argmax()
+
+
+@pytest.mark.parametrize("name", ["csls", "inverted-softmax"])
+def test_strips_do_not_change_a_penalty(name: str, sides: tuple[Array, Array]) -> None:
+    whole, strips = penalty(*sides, name), penalty(*sides, name, strip_bytes=4 * 80 * 7)
+
+    np.testing.assert_allclose(strips, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

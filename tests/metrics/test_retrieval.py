@@ -1,19 +1,15 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from csalign.metrics import retrieval
-from csalign.metrics import tiles as tiles_module
-from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.metrics.tiles import Block, HostTile, Matrix, Staircase, Tile, wrong_ahead
+from csalign.metrics.retrieval import DirectionRanks, mean_recall, rank_both_ways
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +31,7 @@ def brute_force(
 @st.composite
 def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     """Few distinct directions, so that many scores are exactly equal; some texts unpaired."""
-    n, m = draw(st.integers(1, 8)), draw(st.integers(1, 14))
+    n, m = draw(st.integers(1, 20)), draw(st.integers(1, 40))
     axes = np.eye(4, dtype=np.float32)
     images = axes[draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))]
     texts = axes[draw(st.lists(st.integers(0, 3), min_size=m, max_size=m))]
@@ -45,21 +41,12 @@ def galleries(draw: st.DrawFn) -> tuple[Array, Array, Array]:
     return images, texts, np.array(owners)
 
 
-@pytest.fixture(params=[(1, 8, 8), (3, 8, 8), (240, 1_024, 16)], ids=["rows", "few", "one tile"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the matrix be cut into many tiles, or fit into one."""
-    for name, value in zip(("SHARE_ROWS", "TILE_COLUMNS", "STEP"), request.param, strict=True):
-        monkeypatch.setattr(tiles_module, name, value)
-
-
-@pytest.mark.usefixtures("tiles")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(galleries())
+@given(galleries(), st.sampled_from([16, None]))
 def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
-    case: tuple[Array, Array, Array],
+    case: tuple[Array, Array, Array], tile: int | None
 ) -> None:
     images, texts, owners = case
-    image_to_text, text_to_image = rank_both_ways(images, texts, owners)
+    image_to_text, text_to_image = rank_both_ways(images, texts, owners, tile=tile)
     queried = sorted({int(o) for o in owners if o >= 0})
     captions = [[j for j, o in enumerate(owners) if o == i] for i in queried]
     paired = [j for j, o in enumerate(owners) if o >= 0]
@@ -72,15 +59,17 @@ def test_ranks_equal_a_brute_force_sort_with_ties_against_the_model(
     assert text_to_image.average_precision.tolist() == pytest.approx(precision)
 
 
-@pytest.mark.usefixtures("tiles")
-def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image() -> None:
+@pytest.mark.parametrize("tile", [16, 48, None])
+def test_real_valued_ranks_equal_brute_force_with_six_captions_on_one_image(
+    tile: int | None,
+) -> None:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(40, 16)).astype(np.float32)
     owners = np.concatenate([np.repeat(np.arange(40), 5), [7]])
     texts = (images[owners] + 1.5 * rng.normal(size=(201, 16))).astype(np.float32)
     images /= np.linalg.norm(images, axis=1, keepdims=True)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    image_to_text, _ = rank_both_ways(images, texts, owners)
+    image_to_text, _ = rank_both_ways(images, texts, owners, tile=tile)
 
     captions = [np.flatnonzero(owners == i).tolist() for i in range(40)]
     assert image_to_text.first.tolist() == brute_force(images, texts, captions)[0]
@@ -169,25 +158,36 @@ def clustered(kind: str) -> tuple[Array, Array, Array]:
     return (*(side.astype(np.float32) for side in sides), owners)
 
 
-@pytest.mark.parametrize("kind", ["spread", "tied", "clustered"])
-@pytest.mark.parametrize("side", [64, 8_192])
-def test_what_a_device_counts_equals_what_the_cpu_does(
-    kind: str, side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, texts, owners = clustered(kind)
-    stairs = Staircase.lay(len(images), owners)
-    counted = wrong_ahead(images, texts, stairs)
-    monkeypatch.setattr(tiles_module, "HostTile", Tile)
-    for name in ("TILE_ROWS", "TILE_COLUMNS"):
-        monkeypatch.setattr(tiles_module, name, side)
+def same(found: Any, expected: Any) -> bool:
+    return all(
+        np.array_equal(one.first, other.first)
+        and np.array_equal(one.average_precision, other.average_precision)
+        for one, other in zip(found, expected, strict=True)
+    )
 
-    assert np.array_equal(counted, wrong_ahead(images, texts, stairs))
-    assert np.max(counted) > 50
+
+@pytest.mark.parametrize("kind", ["spread", "tied", "clustered"])
+def test_the_size_of_tiles_changes_no_rank(kind: str) -> None:
+    case = clustered(kind)
+    whole = rank_both_ways(*case)
+
+    assert max(direction.first.max() for direction in whole) > 40
+    for tile in (32, 64, 8_192):
+        assert same(rank_both_ways(*case, tile=tile), whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["spread", "tied", "clustered"])
+def test_a_device_gives_the_ranks_of_the_cpu(kind: str) -> None:
+    case = clustered(kind)
+
+    for tile in (64, None):
+        assert same(rank_both_ways(*case, torch.device("cuda"), tile=tile), rank_both_ways(*case))
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Leaves torch with as many threads as it had."""
+    """Restore torch's number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -195,44 +195,33 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_threads_count_what_one_does_and_torch_keeps_its_own(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, texts, owners = clustered("tied")
-    stairs = Staircase.lay(len(images), owners)
-    monkeypatch.setattr(tiles_module, "TILE_COLUMNS", 32)
+def test_threads_give_the_ranks_of_one_and_torch_keeps_its_own(count: int) -> None:
+    case = clustered("tied")
     torch.set_num_threads(1)
-    alone = wrong_ahead(images, texts, stairs)
+    alone = rank_both_ways(*case, tile=32)
     torch.set_num_threads(count)
 
-    assert np.array_equal(alone, wrong_ahead(images, texts, stairs))
+    assert same(rank_both_ways(*case, tile=32), alone)
     assert torch.get_num_threads() == count
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == count
 
 
 @pytest.mark.usefixtures("threads")
-def test_what_fails_in_one_thread_stops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, texts, owners = clustered("spread")
-    failing = iter([True])
+def test_a_failure_in_one_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
 
-    def endless(self: Matrix) -> Iterator[Block]:
-        return repeat((range(1), 0))
-
-    def count(self: HostTile, *_: object) -> None:
-        if next(failing, False):
-            raise MemoryError
-
-    monkeypatch.setattr(Matrix, "blocks", endless)
-    monkeypatch.setattr(HostTile, "_count", count)
+    monkeypatch.setattr(torch, "mm", fail)
     torch.set_num_threads(3)
 
     with pytest.raises(MemoryError):
-        rank_both_ways(images, texts, owners)
+        rank_both_ways(*clustered("spread"), tile=32)
+    assert torch.get_num_threads() == 3
 
 
 def test_summary_figures_follow_from_the_ranks() -> None:
-    ranks = retrieval.DirectionRanks(
+    ranks = DirectionRanks(
         np.array([1, 3, 7, 20]),
         np.array([1, 0.5, 0.2, 0.1]),
         np.array([[0.5, 0.5, 1], [0, 1, 1], [0, 0, 0.5], [0, 0, 0]]),

@@ -5,8 +5,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import recall_score, top_k_accuracy_score
 
-from csalign.metrics import zero_shot
-from csalign.metrics.zero_shot import Classified, class_vectors, classify
+from csalign.metrics.labels import Classified, class_vectors, classify
 
 Array = npt.NDArray[Any]
 
@@ -27,13 +26,13 @@ def test_class_vectors_are_unit_means_of_unit_prompts() -> None:
         np.testing.assert_allclose(found[number], mean / np.linalg.norm(mean), atol=1e-6)
 
 
-def test_figures_equal_sklearns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero_shot, "TILE_BYTES", 4 * 9 * 11)  # tiles of eleven images
+def test_figures_equal_sklearns() -> None:
     rng = np.random.default_rng(1)
     vectors = unit(rng.normal(size=(9, 6)))
     labels = rng.integers(0, 8, 100)  # of the last class there are no images
     images = unit(vectors[labels] + 0.6 * rng.normal(size=(100, 6)))
-    found = classify(images, vectors, labels).summary()
+    # Strips of eleven images.
+    found = classify(images, vectors, labels, strip_bytes=4 * 9 * 11).summary()
 
     scores = images @ vectors.T
     assert found == pytest.approx(

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from csalign.objective.conflict import cosine, gradient
-from csalign.objective.divergence import cs_divergence, cs_terms
+from csalign.objective.divergences import cs_divergence, cs_terms
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:

@@ -9,8 +9,13 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from csalign.core.errors import ShapeError
-from csalign.objective.divergence import cs_divergence, cs_terms, mmd
-from csalign.objective.kernels import diagonal_share, log_mean_kernel, median_distance
+from csalign.objective.divergences import cs_divergence, cs_terms, mmd
+from csalign.objective.kernels import (
+    diagonal_share,
+    log_mean_kernels,
+    median_distance,
+    tiled_log_mean_kernels,
+)
 
 SIGMAS = st.sampled_from([0.3, 1.0, 2.5])
 
@@ -229,9 +234,19 @@ def test_diagonal_share_runs_from_one_over_n_to_one() -> None:
 
 
 def test_log_mean_kernel_of_a_point_far_away_is_its_exponent() -> None:
-    value = log_mean_kernel(torch.zeros(1, 1), torch.full((1, 1), 100.0), sigma=1.0)
+    x, y = torch.zeros(1, 1), torch.full((1, 1), 100.0)
 
-    assert float(value) == -5_000
+    assert float(log_mean_kernels(x, y, sigma=1.0)) == -5_000
+    assert float(tiled_log_mean_kernels(x, y, sigma=1.0)) == -5_000
+
+
+@pytest.mark.parametrize("tile", [1, 4, 100])
+def test_a_mean_kernel_in_tiles_equals_the_double_loop(tile: int) -> None:
+    x, y = rows(11, 3, 0), rows(6, 3, 1, 0.4)
+    found = tiled_log_mean_kernels(x, y, sigma=(0.8, 0.1), tile=tile)
+    expected = [math.log(loop_mean_kernel(x, y, sigma)) for sigma in (0.8, 0.1)]
+
+    assert found.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0])

@@ -9,11 +9,10 @@ from torch.nn.functional import normalize
 
 from csalign.core.enums import Precision
 from csalign.core.errors import ShapeError
-from csalign.objective import matmul
 from csalign.objective.fused import fused_terms
-from csalign.objective.infonce import infonce
 from csalign.objective.kernels import Sigma, log_mean_kernels
-from csalign.objective.matmul import Products
+from csalign.objective.pairwise import infonce
+from csalign.objective.tiles import supports_bfloat16
 
 Terms = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -229,31 +228,32 @@ def test_rounded_products_are_near_and_leave_the_setting_alone() -> None:
     assert settings.matmul.fp32_precision == before
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="no oneDNN")
-def test_onednns_products_are_torchs() -> None:
-    a, b, rest = rows(33, 8, 0).float(), rows(20, 8, 1).float(), rows(33, 20, 2).float()
-    for weights, to, by in ((rest, a, b), (rest.T, b, a)):
-        outs = []
-        for onednn in (True, False):
-            route = Products(onednn, Precision.FLOAT32)
-            outs.append(to.clone())
-            route.add(outs[-1], weights, by)
-            table = route.table(a, b, torch.empty(33, 20))
-            torch.testing.assert_close(table, a @ b.T)
-        torch.testing.assert_close(*outs)
+def test_bfloat16_where_it_is_not_supported_warns_and_computes_in_float32(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    supports_bfloat16.cache_clear()
+
+    assert not supports_bfloat16("mps")
+    assert "computes in float32; bfloat16 needs" in caplog.text
 
 
-def test_onednn_is_left_alone_where_it_fails_or_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> Tensor:
-        raise RuntimeError("could not create a primitive")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", Precision)
+def test_a_cuda_device_gives_the_numbers_of_the_cpu(precision: Precision) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        x, y = (rows(300, 64, k).float().to(device) for k in (0, 1))
+        half = precision if device == "cuda" else Precision.FLOAT32
 
-    def is_wrong(a: Tensor, b: Tensor) -> Tensor:
-        return 1.001 * (a @ b.T)
+        def terms(x: Tensor, y: Tensor, scale: Tensor, half: Precision = half) -> Any:
+            return fused_terms(
+                x, y, pairs=280, logit_scale=scale, sigma=(0.5, 1.0), precision=half, tile=128
+            )
 
-    monkeypatch.setattr(matmul, "speed_ratio", lambda *_: 9.0)
-    for multiply in (fails, is_wrong):
-        monkeypatch.setattr(matmul, "multiply", multiply)
-        assert not matmul._onednn_is_faster.__wrapped__()
+        found.append([value.cpu() for value in values_and_gradients(terms, x, y, 7.0)])
+    for one, other in zip(*found, strict=True):
+        tolerance = 1e-4 if precision is Precision.FLOAT32 else 2e-2
+        assert (one - other).abs().max() <= tolerance * max(1e-3, float(one.abs().max()))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor
 
-from csalign.objective.gaussian import gaussian_jeffreys
+from csalign.objective.divergences import gaussian_jeffreys
 
 
 def rows(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:

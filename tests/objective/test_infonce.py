@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.errors import ShapeError
-from csalign.objective.infonce import alignment_uniformity, infonce, multi_positive_infonce
+from csalign.objective.pairwise import alignment_uniformity, infonce
 
 
 def unit(n: int, d: int, seed: int) -> Tensor:
@@ -91,7 +91,7 @@ def test_label_smoothing_out_of_range_is_refused(smoothing: float) -> None:
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         infonce(x, x, logit_scale=1.0, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="label_smoothing must be in"):
-        multi_positive_infonce(x, x, torch.arange(3), logit_scale=1.0, label_smoothing=smoothing)
+        infonce(x, x, owner=torch.arange(3), logit_scale=1.0, label_smoothing=smoothing)
 
 
 @settings(max_examples=25)
@@ -107,9 +107,7 @@ def test_several_positives_equal_a_loop_over_images_and_texts(
     owner = [draw % n for draw in draws]  # some images own nothing
     x, y = unit(n, 5, seed), unit(len(owner), 5, seed + 100)
 
-    found = multi_positive_infonce(
-        x, y, torch.tensor(owner), logit_scale=6.0, label_smoothing=smoothing
-    )
+    found = infonce(x, y, owner=torch.tensor(owner), logit_scale=6.0, label_smoothing=smoothing)
     assert float(found) == pytest.approx(loop_loss(x, y, owner, 6.0, smoothing), abs=1e-9)
 
 
@@ -117,7 +115,7 @@ def test_several_positives_equal_a_loop_over_images_and_texts(
 def test_one_positive_each_is_plain_infonce(dtype: torch.dtype) -> None:
     x, y = unit(64, 16, 0).to(dtype), unit(64, 16, 1).to(dtype)
 
-    found = multi_positive_infonce(x, y, torch.arange(64), logit_scale=14.0)
+    found = infonce(x, y, owner=torch.arange(64), logit_scale=14.0)
     assert float(found) == pytest.approx(float(infonce(x, y, logit_scale=14.0)), abs=1e-6)
 
 
@@ -131,9 +129,7 @@ def test_negatives_are_told_apart_as_unpaired_rows_of_a_larger_table() -> None:
     expected = -float(sum(forth) + sum(back)) / 6
     assert float(found) == pytest.approx(expected, abs=1e-9)
     assert found > infonce(x, y, logit_scale=5.0)
-    several = multi_positive_infonce(
-        x, y, torch.arange(3), logit_scale=5.0, negatives=(more_x, more_y)
-    )
+    several = infonce(x, y, owner=torch.arange(3), logit_scale=5.0, negatives=(more_x, more_y))
     assert float(several) == pytest.approx(expected, abs=1e-9)
 
 
@@ -141,8 +137,8 @@ def test_order_of_texts_does_not_matter() -> None:
     x, y, owner = unit(4, 8, 0), unit(9, 8, 1), torch.tensor([0, 0, 1, 2, 2, 2, 3, 3, 0])
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
 
-    there = multi_positive_infonce(x, y, owner, logit_scale=9.0)
-    mixed = multi_positive_infonce(x, y[order], owner[order], logit_scale=9.0)
+    there = infonce(x, y, owner=owner, logit_scale=9.0)
+    mixed = infonce(x, y[order], owner=owner[order], logit_scale=9.0)
     assert float(there) == pytest.approx(float(mixed), abs=1e-12)
 
 
@@ -151,19 +147,19 @@ def test_gradient_with_several_positives_is_right() -> None:
     owner = torch.tensor([0, 0, 1, 3, 3, 3])
 
     assert torch.autograd.gradcheck(
-        lambda a, b: multi_positive_infonce(a, b, owner, logit_scale=3.0), (x, y)
+        lambda a, b: infonce(a, b, owner=owner, logit_scale=3.0), (x, y)
     )
 
 
 @pytest.mark.parametrize("owner", [[0, 1, 3], [-1, 0, 1]])
 def test_an_owner_that_is_no_row_is_refused(owner: list[int]) -> None:
     with pytest.raises(ValueError, match="needs an owner from 0 to 2"):
-        multi_positive_infonce(unit(3, 4, 0), unit(3, 4, 1), torch.tensor(owner), logit_scale=1.0)
+        infonce(unit(3, 4, 0), unit(3, 4, 1), owner=torch.tensor(owner), logit_scale=1.0)
 
 
 def test_owners_that_are_not_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="owners must be int64"):
-        multi_positive_infonce(unit(3, 4, 0), unit(3, 4, 1), torch.zeros(3), logit_scale=1.0)
+        infonce(unit(3, 4, 0), unit(3, 4, 1), owner=torch.zeros(3), logit_scale=1.0)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +169,11 @@ def test_owners_that_do_not_fit_are_refused_by_shape(
     y: tuple[int, ...], owner: tuple[int, ...]
 ) -> None:
     with pytest.raises(ShapeError, match="an owner for each row of y"):
-        multi_positive_infonce(
-            unit(3, 4, 0), torch.zeros(y), torch.zeros(owner, dtype=torch.int64), logit_scale=1.0
+        infonce(
+            unit(3, 4, 0),
+            torch.zeros(y),
+            owner=torch.zeros(owner, dtype=torch.int64),
+            logit_scale=1.0,
         )
 
 

@@ -7,14 +7,10 @@ from torch.nn.functional import normalize
 
 from csalign.core.enums import DivergenceName, PairwiseName
 from csalign.core.errors import ShapeError
-from csalign.objective.divergence import cs_divergence
-from csalign.objective.divergences import divergence
-from csalign.objective.infonce import infonce, multi_positive_infonce
+from csalign.objective.divergences import cs_divergence, divergence, token_divergence
 from csalign.objective.kernels import Sigma
 from csalign.objective.loss import Objective, TokenBatch
-from csalign.objective.pairwise import pairwise_loss
-from csalign.objective.sigmoid import sigmoid_loss
-from csalign.objective.tokens import token_divergence
+from csalign.objective.pairwise import infonce, sigmoid_loss
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:
@@ -24,6 +20,16 @@ def rows(n: int, d: int, seed: int) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     return normalize(x, dim=-1)
+
+
+def pairwise_loss(
+    name: PairwiseName, x: Tensor, y: Tensor, scale: Tensor | float, bias: float = 0.0
+) -> Tensor:
+    if name is PairwiseName.INFONCE:
+        return infonce(x, y, logit_scale=scale)
+    if name is PairwiseName.SIGMOID:
+        return sigmoid_loss(x, y, logit_scale=scale, logit_bias=bias)
+    return torch.zeros(())
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def test_large_batches_give_the_numbers_of_the_plain_formulas(
 
     def plain(x: Tensor, y: Tensor, x_extra: Tensor, y_extra: Tensor, scale: Tensor) -> Tensor:
         units = unit(x), unit(y)
-        value = pairwise_loss(pairwise)(*units, logit_scale=scale)
+        value = pairwise_loss(pairwise, *units, scale)
         sets = unit(torch.cat([x, x_extra])), unit(torch.cat([y, y_extra]))
         return value + 0.3 * divergence(name)(*sets, sigma=sigma)
 
@@ -115,7 +121,7 @@ def test_every_choice_is_the_weighted_sum_of_its_terms(
     parts = objective(x, y, logit_scale=7.0, sigma=0.5, logit_bias=-2.0, tokens=tokens)
     units = unit(x.detach()), unit(y.detach())
     expected = (
-        float(pairwise_loss(pairwise)(*units, logit_scale=7.0, logit_bias=-2.0)),
+        float(pairwise_loss(pairwise, *units, 7.0, -2.0)),
         float(divergence(name)(*units, sigma=0.5)),
         float(loop_tokens(tokens, 0.5)),
     )
@@ -149,23 +155,20 @@ def test_tokens_of_unit_norm_are_taken_as_they_are(tokens: TokenBatch) -> None:
 
 
 def test_names_choose_the_pairwise_loss() -> None:
-    x, y = unit(rows(6, 8, 0)), unit(rows(6, 8, 1))
+    x, y = rows(6, 8, 0), rows(6, 8, 1)
+    units = unit(x), unit(y)
     owner = torch.tensor([0, 0, 1, 1, 5, 5])
-    smooth = pairwise_loss(PairwiseName.INFONCE, label_smoothing=0.1)
-    sigmoid = pairwise_loss(PairwiseName.SIGMOID, sigmoid_divisor="pairs")
 
+    for own in (None, owner):
+        found = Objective(label_smoothing=0.1)(x, y, logit_scale=7.0, owner=own).pairwise
+        expected = infonce(*units, logit_scale=7.0, owner=own, label_smoothing=0.1)
+        assert torch.equal(found, expected)
+    sigmoid = Objective(PairwiseName.SIGMOID)
     assert torch.equal(
-        smooth(x, y, logit_scale=7.0), infonce(x, y, logit_scale=7.0, label_smoothing=0.1)
+        sigmoid(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner).pairwise,
+        sigmoid_loss(*units, logit_scale=7.0, logit_bias=-3.0, owner=owner),
     )
-    assert torch.equal(
-        smooth(x, y, logit_scale=7.0, owner=owner),
-        multi_positive_infonce(x, y, owner, logit_scale=7.0, label_smoothing=0.1),
-    )
-    assert torch.equal(
-        sigmoid(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner),
-        sigmoid_loss(x, y, logit_scale=7.0, logit_bias=-3.0, owner=owner, divisor="pairs"),
-    )
-    assert float(pairwise_loss(PairwiseName.NONE)(x, y, logit_scale=7.0)) == 0
+    assert float(Objective(PairwiseName.NONE)(x, y, logit_scale=7.0).total) == 0
 
 
 def test_unpaired_rows_reach_the_divergence_and_not_the_pairwise_term() -> None:
@@ -222,7 +225,7 @@ def test_a_token_weight_without_tokens_is_refused() -> None:
 def test_too_few_rows_for_the_divergence_are_refused() -> None:
     objective = Objective(divergence=DivergenceName.GAUSSIAN_KL, weight=0.1)
 
-    with pytest.raises(ShapeError, match="'gaussian-kl' needs 2 rows a side or more"):
+    with pytest.raises(ShapeError, match="'gaussian-kl' needs at least 2 rows per side"):
         objective(rows(1, 8, 0), rows(1, 8, 1), logit_scale=1.0)
 
 
@@ -235,7 +238,7 @@ def test_weights_that_make_no_sense_are_refused(weight: float) -> None:
 
 
 def test_choices_that_do_not_go_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"label smoothing is InfoNCE's.*'sigmoid'"):
+    with pytest.raises(ValueError, match=r"label smoothing works with infonce only.*'sigmoid'"):
         Objective(PairwiseName.SIGMOID, label_smoothing=0.1)
     with pytest.raises(ValueError, match="label_smoothing must be in"):
         Objective(label_smoothing=1.5)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.errors import ShapeError
-from csalign.objective.sigmoid import SigmoidDivisor, sigmoid_loss
+from csalign.objective.pairwise import sigmoid_loss
 
 
 def unit(n: int, d: int, seed: int) -> Tensor:
@@ -24,8 +24,7 @@ def test_equals_open_clips_loss(scale: float, bias: float) -> None:
     assert float(found) == pytest.approx(float(expected), abs=1e-12)
 
 
-@pytest.mark.parametrize(("divisor", "count"), [("rows", 3), ("pairs", 12)])
-def test_several_positives_equal_a_double_loop(divisor: SigmoidDivisor, count: int) -> None:
+def test_several_positives_equal_a_double_loop() -> None:
     x, y, owner = unit(3, 5, 0), unit(4, 5, 1), [2, 0, 0, 1]
     total = 0.0
     for i in range(3):
@@ -33,10 +32,8 @@ def test_several_positives_equal_a_double_loop(divisor: SigmoidDivisor, count: i
             sign = 1 if owner[j] == i else -1
             total += math.log1p(math.exp(-sign * (6.0 * float(x[i] @ y[j]) - 2.0)))
 
-    found = sigmoid_loss(
-        x, y, logit_scale=6.0, logit_bias=-2.0, owner=torch.tensor(owner), divisor=divisor
-    )
-    assert float(found) == pytest.approx(total / count)
+    found = sigmoid_loss(x, y, logit_scale=6.0, logit_bias=-2.0, owner=torch.tensor(owner))
+    assert float(found) == pytest.approx(total / 3)
 
 
 def test_gradient_is_right_in_both_sides_the_scale_and_the_bias() -> None:
@@ -57,14 +54,3 @@ def test_huge_logits_stay_finite() -> None:
 def test_rows_that_do_not_match_are_refused() -> None:
     with pytest.raises(ShapeError, match="matched rows are needed"):
         sigmoid_loss(unit(3, 4, 0), unit(2, 4, 0), logit_scale=1.0, logit_bias=0.0)
-
-
-def test_a_divisor_of_another_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="'rows' or 'pairs', got 'cells'"):
-        sigmoid_loss(
-            unit(3, 4, 0),
-            unit(3, 4, 0),
-            logit_scale=1.0,
-            logit_bias=0.0,
-            divisor="cells",  # type: ignore[arg-type]
-        )

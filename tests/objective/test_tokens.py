@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.errors import ShapeError
-from csalign.objective.divergence import cs_divergence
-from csalign.objective.tokens import token_divergence, unit_tokens
+from csalign.objective.divergences import cs_divergence, token_divergence, unit_tokens
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 

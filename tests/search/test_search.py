@@ -28,7 +28,7 @@ from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.import_arrays import import_arrays
-from csalign.metrics.hubness import corrected
+from csalign.metrics.retrieval import corrected
 from csalign.search.build import index
 from csalign.search.config import IndexConfig, SearchConfig
 from csalign.search.search import search

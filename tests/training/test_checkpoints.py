@@ -106,7 +106,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"captions": "sample", "cs_weight": "auto", "average": 0.9, "learn_scale": True},
     {"captions": "all", "pairwise": "sigmoid", "bandwidth": (0.5, 1.0), "adapter": "glu"},
-    {"divergence_estimator": "rff", "sub_batch": 16, "captions": "sample"},
+    {"sub_batch": 16, "captions": "sample"},
     {"init": "random", "mixing": 0.5, "image_adapter": "linear", "divergence": "sinkhorn"},
     {"learning_rate": 30.0, "clip_norm": 1e6, "patience": 2, "validations": 12},
 ]

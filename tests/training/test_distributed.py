@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
     "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
     "few": {"batch_size": 60, "sub_batch": 13},
-    "rff": {"divergence_estimator": "rff", "captions": "sample", "text_adapter": "mlp"},
+    "mlp": {"captions": "sample", "text_adapter": "mlp"},
 }
 FEW = 20  # steps of all but the first
 # Of fewer rows than are computed in tiles: those take the products that a trial of each process

@@ -18,8 +18,8 @@ from csalign.features import writer
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.features.tokens import PaddedTokens, TokenCache, TokenRows, Wanted, take_together
+from csalign.objective.divergences import token_divergence, unit_tokens
 from csalign.objective.loss import LossParts
-from csalign.objective.tokens import token_divergence, unit_tokens
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
 from csalign.training import batch_tokens as batch_tokens_step

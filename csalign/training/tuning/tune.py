@@ -45,7 +45,7 @@ from csalign.features.join import PairedRows, Pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
-from csalign.objective.divergence import cs_divergence
+from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
 from csalign.training.config import TrainConfig, TuneConfig
 from csalign.training.loop import Trainer

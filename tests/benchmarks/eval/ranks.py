@@ -5,10 +5,10 @@
 On 5,000 images with five captions each, 512 wide: `rank_both_ways`, which gives all ranks, against
 R@1, 5 and 10 by CLIP_benchmark's own `evaluate`, given an encoder that hands the embeddings out
 (`pip install --no-deps clip-benchmark tqdm`), or by its formula where it is not installed. Then on
-a square of one-caption pairs against the bare product of the two: in strips, and in the very tiles
-that are ranked. Each case runs in a process of its own, in alternated rounds. The ratios are of CPU
-time, which a busy machine does not stretch as it does wall time; memory is what the peak adds to
-the arrays. RESULTS.md has what was found.
+a square of one-caption pairs against the bare product of the two, in strips. Each case runs in a
+process of its own, in alternated rounds. The ratios are of CPU time, which a busy machine does not
+stretch as it does wall time; memory is what the peak adds to the arrays. RESULTS.md has the
+results.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
-from csalign.metrics.tiles import TILE_COLUMNS, TILE_ROWS, HostTile, Matrix, Staircase
 
 try:
     from clip_benchmark.metrics import zeroshot_retrieval as package
@@ -104,15 +102,6 @@ def product(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
     return {}
 
 
-def tiles(x: Tensor, y: Tensor, owners: Tensor) -> dict[str, float]:
-    """The scores alone, in the tiles that are ranked, thrown away."""
-    stairs = Staircase.lay(len(x), owners.numpy())
-    matrix = Matrix(x.numpy(), y.numpy(), stairs, (TILE_ROWS, TILE_COLUMNS))
-    for _ in HostTile(matrix, torch.device("cpu"), Lock()).multiply(matrix.blocks()):
-        pass
-    return {}
-
-
 def measured(
     case: Callable[[Tensor, Tensor, Tensor], dict[str, float]],
     images: int,
@@ -181,7 +170,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["square", "captions"])
     arguments = parser.parse_args()
     if arguments.only != "captions":
-        cases = [ours, product, tiles]
+        cases = [ours, product]
         alternate(arguments.square, 1, cases, arguments.rounds, arguments.threads)
     if arguments.only != "square":
         cases = [ours, clip_benchmark if package else dense]

@@ -1,11 +1,10 @@
-"""Mean kernels of large sets: landmarks against random features, Nystrom and a sample.
+"""Mean kernels of large sets: landmarks against a sample.
 
     python tests/benchmarks/objective/estimator.py errors [--rows 10000] [--pair FEATURES RUN]
     python tests/benchmarks/objective/estimator.py time [--rows 1000000]
 
-"errors" compares each estimate of the CS divergence with the exact one, all pairs by tiles, over
-seeds, of which landmarks take more; "time" measures landmarks on float16 rows that are made chunk
-by chunk. Seconds are of the processor, one thread.
+"errors" compares each estimate of the CS divergence with the exact one, from all pairs, over seeds;
+"time" measures landmarks on float16 rows. Seconds are of the processor, one thread.
 """
 
 import argparse
@@ -22,15 +21,13 @@ from torch.nn.functional import normalize
 from csalign.core.enums import Modality
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
-from csalign.metrics.landmarks import Estimate, KernelSums, Landmarks
-from csalign.objective.divergence import cs_divergence
-from csalign.objective.features import RandomFeatures, mean_kernels
-from csalign.objective.kernels import squared_distances
+from csalign.metrics.landmarks import Estimate, estimate_mean_kernels
+from csalign.objective.divergences import cs_divergence
+from csalign.objective.kernels import tiled_log_mean_kernels
 from csalign.runs.load import embed_rows, load_adapter_for
 
 WIDTH = 512
 CLUSTERS = 200
-TILE = 512
 SIGMAS = (0.3, 0.5, 1.0)
 SAMPLE = 5_000
 OTHER_SEEDS = 4
@@ -66,64 +63,16 @@ def aligned(features: Path, run: Path) -> Sets:
 
 def exact(x: Tensor, y: Tensor) -> list[float]:
     """The CS divergence at each of `SIGMAS`, from all pairs."""
-    logs = [_log_means(a, b) for a, b in ((x, x), (y, y), (x, y))]
-    return [xx + yy - 2 * xy for xx, yy, xy in zip(*logs, strict=True)]
-
-
-def _log_means(x: Tensor, y: Tensor) -> list[float]:
-    sums = [0.0] * len(SIGMAS)
-    for a in torch.split(x, TILE):
-        for b in torch.split(y, TILE):
-            squares = squared_distances(a, b)
-            for i, sigma in enumerate(SIGMAS):
-                sums[i] += float((squares * (-0.5 / sigma**2)).exp_().sum())
-    return [math.log(total / len(x) / len(y)) for total in sums]
+    sets = ((x, x), (y, y), (x, y))
+    xx, yy, xy = (tiled_log_mean_kernels(a, b, sigma=SIGMAS) for a, b in sets)
+    found: list[float] = (xx + yy - 2 * xy).tolist()
+    return found
 
 
 def by_landmarks(x: Tensor, y: Tensor, sigma: float, seed: int) -> Estimate:
-    """What csalign does."""
-    sums = KernelSums(Landmarks.draw(x, y, seed=seed), (sigma,))
-    sums.add(0, x)
-    sums.add(1, y)
-    return sums.means(sigma).cs_divergence()
-
-
-def by_features(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, float]:
-    """Orthogonal random features, 2,048 cosines and sines; the error from its blocks."""
-    features = RandomFeatures(x.shape[1], seed=seed)
-
-    def mean(rows: Tensor) -> Tensor:
-        parts = [len(p) * features.mean(p, sigma=sigma).double() for p in torch.split(rows, TILE)]
-        return torch.stack(parts).sum(0) / len(rows)
-
-    means = mean(x), mean(y)
-    blocks = [
-        _log_cs(*parts) for parts in zip(*(m.split(x.shape[1], 1) for m in means), strict=True)
-    ]
-    error = float(torch.tensor(blocks).std()) / math.sqrt(len(blocks))
-    return _log_cs(*means), error
-
-
-def _log_cs(mean_x: Tensor, mean_y: Tensor) -> float:
-    means = mean_kernels(mean_x, mean_y)
-    return float(means.xx.log() + means.yy.log() - 2 * means.xy.log())
-
-
-def by_nystrom(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, float]:
-    """Nystrom's low-rank kernel alone, on 2,048 rows."""
-    base = Landmarks.draw(x, y, seed=seed, base=1_024, witnesses=1).base
-    wide = base.double()  # rounding leaves a float32 kernel with eigenvalues below 0
-    kernel = squared_distances(wide, wide).mul_(-0.5 / sigma**2).exp_()
-    factor = torch.linalg.cholesky(kernel + 1e-6 * torch.eye(len(base), dtype=torch.float64))
-
-    def mean(rows: Tensor) -> Tensor:
-        sums = torch.zeros(len(base), dtype=torch.float64)
-        for part in torch.split(rows, TILE):
-            sums += squared_distances(part, base).mul_(-0.5 / sigma**2).exp_().sum(0)
-        return torch.linalg.solve_triangular(factor, sums[:, None] / len(rows), upper=False)[:, 0]
-
-    a, b = mean(x), mean(y)
-    return float((a @ a).log() + (b @ b).log() - 2 * (a @ b).log()), NONE
+    """The estimator of `csalign eval`."""
+    (means,) = estimate_mean_kernels(x, y, sigmas=(sigma,), seed=seed)
+    return means.cs_divergence()
 
 
 def by_sample(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, float]:
@@ -138,8 +87,6 @@ def by_sample(x: Tensor, y: Tensor, sigma: float, seed: int) -> tuple[float, flo
 
 ESTIMATORS: dict[str, Estimator] = {
     "landmarks": by_landmarks,
-    "orthogonal features": by_features,
-    "Nystrom alone": by_nystrom,
     "sample": by_sample,
 }
 
@@ -168,25 +115,15 @@ def compare(name: str, sets: Sets, seeds: int) -> Iterator[str]:
 
 
 def timed(rows: int) -> str:
-    """One pass over rows in all, half of them a side, made as float16 chunk by chunk."""
-    first = clusters(20_000, 0.6, 0)
-    sums = KernelSums(Landmarks.draw(*first, seed=0), (0.5,))
-    spent, chunk, done = 0.0, min(rows // 2, 20_000), 0
-    while done < rows // 2:
-        halves = [
-            side[: min(chunk, rows // 2 - done)].half() for side in clusters(chunk, 0.6, done)
-        ]
-        began = time.process_time()
-        for side, part in enumerate(halves):
-            sums.add(side, part)
-        spent += time.process_time() - began
-        done += len(halves[0])
+    """Landmarks on so many float16 rows in all, half of them per side."""
+    side = clusters(min(rows // 2, 20_000), 0.6, 0)
+    x, y = (part.half().repeat(-(-rows // 2 // len(part)), 1)[: rows // 2] for part in side)
     began = time.process_time()
-    found = sums.means(0.5).cs_divergence()
-    end = time.process_time() - began
+    found = by_landmarks(x, y, 0.5, 0)
+    spent = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return (
-        f"| {2 * done:,} | {spent:.1f} | {end:.2f} | {1e6 * spent / done / 2:.1f} | {peak:,} | "
+        f"| {2 * len(x):,} | {spent:.1f} | {1e6 * spent / len(x) / 2:.1f} | {peak:,} | "
         f"{found.value:.5f} ± {found.error:.1g} |"
     )
 
@@ -201,7 +138,7 @@ def main() -> None:
     wanted = parser.parse_args()
     torch.set_num_threads(1)
     if wanted.what == "time":
-        print("| rows | pass, s | end, s | us a row | peak MiB | CS |\n|---|---|---|---|---|---|")
+        print("| rows | s | us per row | peak MiB | CS |\n|---|---|---|---|---|")
         for rows in wanted.rows or (1_000_000,):
             print(timed(rows), flush=True)
         return

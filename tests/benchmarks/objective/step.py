@@ -9,8 +9,8 @@ A step is: normalise B pairs 512 wide, InfoNCE with a learned scale, loss and gr
 - dense: InfoNCE + CS by the plain formulas under autograd;
 - csalign: `Objective`, InfoNCE + CS, in float32; and with bfloat16 factors;
 - infonce: `Objective`, InfoNCE alone;
-- products: the seven bare products of B x B x 512 that the fused step needs and nothing else, by
-  the fastest of a few routes.
+- products: the seven bare products of B x B x 512 that the fused step needs and nothing else, at
+  the faster of two tile sizes.
 
 Times are of the CPU, which a busy machine stretches less than it does wall time, on one thread;
 cases take turns in each round, and ratios are the medians over rounds of those within a round. The
@@ -35,10 +35,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.enums import Precision
-from csalign.objective.divergence import cs_divergence
-from csalign.objective.infonce import infonce
+from csalign.objective.divergences import cs_divergence
 from csalign.objective.loss import Objective
-from csalign.objective.matmul import Products, pick_products
+from csalign.objective.pairwise import infonce
 
 WIDTH, SIGMA, LAMBDA, SCALE = 512, 0.5, 0.1, 14.0
 
@@ -89,7 +88,7 @@ def timed_step(step: Step, leaves: tuple[Tensor, Tensor, Tensor]) -> float:
     return time.process_time() - start
 
 
-def timed_products(route: Products, tile: int, x: Tensor, y: Tensor) -> float:
+def timed_products(tile: int, x: Tensor, y: Tensor) -> float:
     """CPU seconds of the products alone: three tables and four additions a tile."""
     table, sums = torch.empty(tile, tile), torch.zeros_like(x)
     spans = [slice(start, start + tile) for start in range(0, len(x), tile)]
@@ -98,22 +97,11 @@ def timed_products(route: Products, tile: int, x: Tensor, y: Tensor) -> float:
         for i in spans:
             for j in spans:
                 for _ in range(3):
-                    made = route.table(x[i], y[j], table)
+                    made = torch.mm(x[i], y[j].T, out=table)
                 for _ in range(2):
-                    route.add(sums[i], made, y[j])
-                    route.add(sums[j], made.T, x[i])
+                    sums[i].addmm_(made, y[j])
+                    sums[j].addmm_(made.T, x[i])
     return time.process_time() - start
-
-
-def routes(x: Tensor) -> dict[str, tuple[Products, int]]:
-    """Ways to multiply in float32."""
-    ways = {"torch": Products(False, Precision.FLOAT32), "picked": pick_products(x.detach())}
-    return {
-        f"{name} {tile}": (way, tile)
-        for name, way in ways.items()
-        for tile in (512, 1024)
-        if name == "torch" or way.onednn
-    }
 
 
 def measure_times(rows: int, rounds: int) -> dict[str, list[float]]:
@@ -122,14 +110,14 @@ def measure_times(rows: int, rounds: int) -> dict[str, list[float]]:
     small = inputs(512)
     for step in STEPS.values():
         timed_step(step, small)
-    ways = routes(leaves[0])
-    times: dict[str, list[float]] = {name: [] for name in (*STEPS, *ways)}
+    tiles = {f"tiles of {tile}": tile for tile in (512, min(1024, rows))}
+    times: dict[str, list[float]] = {name: [] for name in (*STEPS, *tiles)}
     for _ in range(rounds):
         for name, step in STEPS.items():
             times[name].append(timed_step(step, leaves))
-        for name, (route, tile) in ways.items():
-            times[name].append(timed_products(route, tile, leaves[0], leaves[1]))
-    fastest = min(ways, key=lambda name: statistics.median(times[name]))
+        for name, tile in tiles.items():
+            times[name].append(timed_products(tile, leaves[0], leaves[1]))
+    fastest = min(tiles, key=lambda name: statistics.median(times[name]))
     times["products"] = times[fastest]
     print(f"B = {rows}: the fastest products are {fastest}")
     return times
