@@ -38,6 +38,7 @@ class AdapterInfo(Record):
         train_split: the split(s) of it that it was trained on.
         image_norm: root mean square norm of the images' embeddings there, which adapters do not
             see; None in runs of older versions.
+        validation: figures of these weights on the validation rows; None where not measured.
         weights_sha256: of the weights file; set when it is written.
     """
 
@@ -53,6 +54,7 @@ class AdapterInfo(Record):
     data_fingerprint: str
     train_split: str
     image_norm: float | None = None
+    validation: dict[str, float] | None = None
     weights_sha256: str = ""
 
     @model_validator(mode="after")

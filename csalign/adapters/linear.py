@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from csalign.adapters.draws import Dropout
 from csalign.adapters.side import SideAdapter, SideShape
 
 
@@ -45,7 +44,7 @@ class Mlp(Linear):
         self.residual = nn.Sequential(
             nn.Linear(shape.input_width, shape.hidden),
             nn.GELU(),
-            Dropout(shape.dropout),
+            nn.Dropout(shape.dropout),
             nn.Linear(shape.hidden, shape.width),
         )
 
@@ -73,7 +72,7 @@ class Glu(Linear):
         super().__init__(shape)
         self.gate = nn.Linear(shape.input_width, shape.hidden)
         self.value = nn.Linear(shape.input_width, shape.hidden)
-        self.dropout = Dropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
         self.out = nn.Linear(shape.hidden, shape.width)
         silence(self.out)
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from csalign.adapters.draws import Dropout
 from csalign.adapters.linear import silence
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.errors import ShapeError
@@ -33,7 +32,7 @@ class LowRank(_Square):
         self.down = nn.Linear(shape.input_width, shape.rank, bias=False)
         # Of a unit row this makes components around 1, at which the usual rates learn.
         nn.init.normal_(self.down.weight)
-        self.dropout = Dropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
         self.up = nn.Linear(shape.rank, shape.width)
         silence(self.up)
 

@@ -6,7 +6,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from csalign.adapters import draws
 from csalign.adapters.inputs import unit_inputs
 from csalign.core.errors import ShapeError
 
@@ -80,8 +79,6 @@ class SideAdapter(nn.Module):
                 return self.up(self.down(self.inputs(x, noise)).relu())
 
     Name it in an entry point of the group ``csalign.adapters``, or by ``package.module:Class``.
-    What it drops out it should drop by `csalign.adapters.draws.Dropout`, whose numbers do not
-    depend on how many processes train.
 
     Args:
         shape: what to build.
@@ -138,7 +135,7 @@ class SideAdapter(nn.Module):
         """Unit rows minus the mean, with Gaussian noise of that norm; (n, input_width) float32."""
         u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt) - self.mean
         if noise:
-            u = u + draws.normal_like(u) * (noise / self.shape.input_width**0.5)
+            u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)
         return u
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
 
-from csalign.adapters.draws import Dropout
 from csalign.adapters.linear import Linear, silence
 from csalign.adapters.side import Aligned, SideAdapter, SideShape, spread
 
@@ -82,7 +81,7 @@ def _block(shape: SideShape) -> TransformerEncoderLayer:
         norm_first=True,
     )
     for name in ("dropout", "dropout1", "dropout2"):
-        setattr(block, name, Dropout(shape.dropout))
+        setattr(block, name, nn.Dropout(shape.dropout))
     if shape.token_width is None:
         # Of a single vector there is nothing to attend to, so this would drop whole heads.
         block.self_attn.dropout = 0.0

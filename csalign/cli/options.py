@@ -9,7 +9,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from csalign.core.config import Config
+from csalign.core.config import Config, Location
 
 SHORT = {"out": "-o"}
 
@@ -67,6 +67,8 @@ def _default(field: FieldInfo) -> str:
         return " Required."
     if field.default is None:
         return ""  # the description says what happens then
+    if field.default == ():
+        return ""
     if isinstance(field.default, bool):
         return f" (default: {'on' if field.default else 'off'})"
     return f" (default: {field.default})"
@@ -81,6 +83,8 @@ def _plain_type(annotation: Any) -> Any:
     for kind in (bool, int, float):
         if members == [kind]:
             return kind
+    if members == [tuple[Location, ...]]:
+        return list[str]  # repeatable
     return str
 
 

@@ -479,6 +479,7 @@ def _replace(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(previous)
     partial.rename(out)
+    (out / LOCK).unlink(missing_ok=True)
     fsync_path(out.parent)
     remove_folder(previous)
 

@@ -277,6 +277,10 @@ class ReadAhead:
         self._pending.pop(window - 1, None)
         self._pending[window].result()
 
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
     def _touch(self, number: int) -> None:
         part = slice(number * self.window, (number + 1) * self.window)
         for values, rows in self._wanted:

@@ -200,6 +200,7 @@ def _card(
         for side in Modality
     ]
     settings, validation = _record(config.run, info.step)
+    validation = info.validation or validation
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,

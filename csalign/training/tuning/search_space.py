@@ -11,7 +11,6 @@ from csalign.core.errors import ConfigError
 from csalign.features.join import Pairs
 from csalign.objective.divergences import divergence
 from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.initialization import kinds_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
 def _matters(name: str, config: TrainConfig) -> bool:
     """Whether a setting changes anything, the others being what they are."""
     if name == "dropout":
-        return not set(kinds_of(config).values()) <= WITHOUT_DROPOUT
+        return not set(config.kinds.values()) <= WITHOUT_DROPOUT
     if name == "other_captions":
         return config.captions != "all"
     if name == "bandwidth":

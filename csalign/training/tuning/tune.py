@@ -1,12 +1,10 @@
 """``csalign tune``: search the settings of training on the validation split."""
 
 import logging
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +12,23 @@ import optuna
 import torch
 
 from csalign.adapters.model import Adapter
-from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError, Stopped, TrainingError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import Trial, TuneResult
-from csalign.features.join import PairedRows, Pairs
-from csalign.features.reader import FeatureSet
+from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergence import cs_divergence
 from csalign.runs.load import embed_rows
-from csalign.training.config import TrainConfig, TuneConfig
+from csalign.training.config import AdapterOptions, DataOptions, TrainConfig, TuneConfig
+from csalign.training.data import TrainingData, load_data
+from csalign.training.initialization import initialize
 from csalign.training.loop import Trainer
-from csalign.training.token_data import open_tokens, token_widths
-from csalign.training.train import further_sets, load_split_rows, room_for, split_to_train, start_of
+from csalign.training.sampler import make_sampler
+from csalign.training.train import build_trainer, find_tokens
 from csalign.training.tuning.search_space import SearchSpace, search_space
 from csalign.training.tuning.study import CONFIG, Study, check_study, open_study
-from csalign.training.unpaired import Unpaired, gather_unpaired
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +63,15 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
             "winner"
         )
     check_study(config.out, config.features)
-    features = FeatureSet.open(config.features)
-    split = split_to_train(features, config)
-    room = room_for(config)
-    rows, val = load_split_rows(features, split, config, room)
+    base = config.base()
+    data = load_data(base.group(DataOptions), out=base.out, seed=base.seed)
+    rows, val = data.rows, data.val
     if val is None:
         raise DataError(f"{rows.name}: too few pairs to hold some out, so nothing can be chosen by")
     space = search_space(config, rows)
-    base = config.base()
-    unpaired = gather_unpaired(rows, further_sets(base), split, room)
-    runner = _Runner(features, rows, val, unpaired, pick_device(config.device), config.seed)
+    runner = _Runner(data, val, config.seed)
     identity = {
-        "features": features.manifest.fingerprint(),
+        "features": data.features.manifest.fingerprint(),
         "base": base.model_dump(mode="json", exclude={"out", "overwrite", "features", "memory"}),
         "search": space.describe(),
     }
@@ -282,11 +276,8 @@ class _Outcome:
 class _Runner:
     """Trains on rows that are loaded once and leaves nothing on the disk."""
 
-    features: FeatureSet
-    rows: Pairs
+    data: TrainingData
     val: PairedRows
-    unpaired: Unpaired
-    device: torch.device
     seed: int
 
     def run(self, config: TrainConfig, prunable: optuna.Trial | None) -> _Outcome:
@@ -296,22 +287,13 @@ class _Runner:
             config: how.
             prunable: told of each validation, and asked whether to go on; None goes on.
         """
-        widths = token_widths(self.features, config)
-        tokens = open_tokens(self.features, widths, self.rows, config)
-        sampler, adapter, start = start_of(self.rows, self.val, config, tokens)
-        log.debug("start: %s", start)
-        with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
-            trainer = Trainer(
-                adapter,
-                self.rows,
-                sampler,
-                self.unpaired,
-                self.val,
-                config,
-                Path(folder),
-                self.device,
-                tokens,
-            )
+        tokens, rows = find_tokens(config), self.data.rows
+        with closing(make_sampler(config.group(DataOptions), rows, tokens)) as sampler:
+            widths = tokens.widths if tokens else {}
+            options = config.group(AdapterOptions)
+            adapter, start = initialize(options, rows, sampler, self.val, widths, config.seed)
+            log.debug("start: %s", start)
+            trainer = build_trainer(config, self.data, tokens, sampler, adapter)
             with _one_line_a_trial():
                 is_pruned = self._fit(trainer, prunable)
         score = trainer.best_score
@@ -329,10 +311,13 @@ class _Runner:
 
     def _fit(self, trainer: Trainer, prunable: optuna.Trial | None) -> bool:
         """Train; says whether it was ended early."""
-        with closing(trainer.fit(silent)) as validations:
-            for number, _ in enumerate(validations, start=1):
-                if prunable is None or trainer.best_score is None:
+        number = 0
+        with closing(trainer.fit(lambda line: None)) as steps:
+            for validated in steps:
+                if prunable is None or not validated or not trainer.step:
                     continue
+                assert trainer.best_score is not None
+                number += 1
                 prunable.report(trainer.best_score.mean_recall, number)
                 if prunable.should_prune():
                     return True
@@ -340,7 +325,9 @@ class _Runner:
 
     def _measure(self, adapter: Adapter) -> tuple[float, Resamples]:
         """The CS divergence of the validation rows, and resamples of the other figures."""
-        images, texts = (embed_rows(adapter, side, self.val, self.features) for side in Modality)
+        images, texts = (
+            embed_rows(adapter, side, self.val, self.data.features) for side in Modality
+        )
         rng = np.random.default_rng(self.seed)
         few_x, few_y = (
             torch.from_numpy(side[rng.permutation(len(side))[:CS_ROWS]]).double()
