@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from csalign.training.state import read_values, write_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from csalign.adapters.checkpoint import load_adapter, read_info
@@ -27,7 +28,6 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.checkpoints import SECONDS_BETWEEN, TrainingFolder
 from csalign.training.config import TrainConfig
 from csalign.training.sampler import Batches, PairSampler
-from csalign.training.state import read_values, write_values
 from csalign.training.train import train
 
 QUICK = {"steps": 12, "batch_size": 40, "hidden": 16, "validations": 4, "patience": 99}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from csalign.training.token_data import StoredTokens, open_tokens, token_widths
 
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
@@ -26,7 +27,6 @@ from csalign.training import batch_tokens as batch_tokens_step
 from csalign.training.batch_loss import BatchLoss
 from csalign.training.config import TrainConfig
 from csalign.training.sampler import PairSampler, uniform
-from csalign.training.token_data import StoredTokens, open_tokens, token_widths
 from csalign.training.train import train
 
 Write = Callable[..., Path]
