@@ -110,7 +110,7 @@ def test_the_figures_of_the_matched_weights_are_those_that_are_recorded(
 
 @pytest.mark.parametrize("given", ["a, ", "a,,b", ["a", ""]])
 def test_an_empty_unpaired_set_is_refused(given: Any) -> None:
-    with pytest.raises(ConfigError, match="unpaired: .*an entry is empty"):
+    with pytest.raises(ConfigError, match=r"unpaired: .*an entry is empty"):
         TrainConfig.resolve(None, {"features": "f", "out": "o", "unpaired": given})
 
 
