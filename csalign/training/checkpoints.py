@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,13 +26,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
+from csalign.adapters.inputs import mean_square
 from csalign.core import atomic, distributed, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.records import Record, parse_json, read_job, write_record
 from csalign.core.version import __version__
 from csalign.features.reader import FeatureSet
-from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, read_environment, write_environment
+from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, write_environment
 from csalign.training.data import TrainingData
 from csalign.training.loop import Trainer
 
@@ -54,8 +55,6 @@ NOT_COMPARED = {
     *("out", "overwrite", "recipe", "features", "unpaired"),
     *("report", "device", "log_to", "save_every", "memory"),
 }
-
-SaveWeights = Callable[[Path], None]
 
 
 class TrainingJob(Record):
@@ -114,27 +113,30 @@ class UnfinishedRun:
         every: steps between resumable checkpoints; None for one per minute.
     """
 
+    _trainer: Trainer
+    _info: dict[str, Any]
+    _environment: dict[str, Any]
+
     def __init__(self, path: Path, resumed: Checkpoint | None, every: int | None) -> None:
         self.path, self.resumed, self._every = path, resumed, every
         self._began = self._saved = time.monotonic()
-        self._environment: dict[str, Any] = {}
 
-    def begin(self, trainer: Trainer, config: str, *, seed: int, precision: str) -> None:
+    def begin(
+        self, trainer: Trainer, data: TrainingData, start: str, *, config: str, seed: int
+    ) -> None:
         """Load the checkpoint to resume from into the trainer; write what describes the run.
 
         Args:
             trainer: of the adapters of that checkpoint.
+            data: what they are trained on.
+            start: name of their initialization.
             config: content of ``config.toml``.
             seed: of the run.
-            precision: of matrix multiplications.
 
         Raises:
             SchemaError: the checkpoint is not of this run.
         """
-        log.info("training on %s (%s)", trainer.device, precision)
-        self._environment = _environment(trainer.device, seed)
         if self.resumed is not None:
-            _warn_of_changes(self.path, self._environment)
             try:
                 trainer.load_state_dict(self.resumed.trainer)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -143,78 +145,42 @@ class UnfinishedRun:
                     "again with --overwrite"
                 ) from error
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
+        features = data.features
+        self._trainer = trainer
+        self._info = {
+            "encoders": {side: features.table(side).encoder.spec for side in Modality},
+            "start": start,
+            "data_fingerprint": features.manifest.fingerprint(),
+            "train_split": data.split,
+            "image_norm": mean_square(data.rows.images) ** 0.5,
+        }
+        libraries = ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
+        self._environment = {
+            "csalign": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in libraries},
+            "device": str(trainer.device),
+            "processes": distributed.world().size,
+            "threads": torch.get_num_threads(),
+            "seed": seed,
+            "command_line": sys.argv,
+        }
         atomic.write_text(self.path / CONFIG, config)
         atomic.write_json(self.path / ENVIRONMENT, self._environment)
         (self.path / LINES).touch()
 
-    @contextmanager
-    def saved_when_stopped(self, trainer: Trainer, save_weights: SaveWeights) -> Iterator[None]:
-        """Save a resumable checkpoint if the block is stopped; name the last one if it diverges."""
-        with signals.polling() if distributed.world().size > 1 else nullcontext():
-            try:
-                yield
-            except TrainingError as error:
-                last = "there is no checkpoint yet"
-                if self.checkpoints:
-                    last = f"the last good checkpoint is {self.checkpoints[-1]}"
-                raise TrainingError(f"{error}; {last}") from None
-            except (Stopped, KeyboardInterrupt):
-                if trainer.can_be_saved:
-                    with signals.delayed():
-                        where = self.save(trainer.step, save_weights, trainer.state_dict())
-                    log.warning(
-                        "the weights of step %d are in %s; rerun the same command to resume",
-                        trainer.step,
-                        where,
-                    )
-                raise
-
-    def save_weights(
-        self,
-        trainer: Trainer,
-        data: TrainingData,
-        start: str,
-        folder: Path,
-        validation: dict[str, float] | None = None,
-    ) -> None:
-        """Write the trainer's current weights, with ``adapter.json``, to a folder."""
-        features, adapter = data.features, trainer.adapter
-        info = AdapterInfo(
-            adapters={side: adapter.side(side).shape for side in Modality},
-            encoders={side: features.table(side).encoder.spec for side in Modality},
-            start=start,
-            step=trainer.step,
-            logit_scale=trainer.loss.logit_scale,
-            bandwidth=trainer.loss.sigma,
-            data_fingerprint=features.manifest.fingerprint(),
-            train_split=data.split,
-            image_norm=data.image_norm,
-            validation=validation,
-        )
-        save_adapter(folder, adapter, info)
-
-    def finish(self) -> float:
-        """Write the checksums and the wall time of the finished run; return that time."""
-        seconds = round(self.seconds, 3)
-        write_environment(self.path, {**self._environment, "seconds": seconds})
-        return seconds
-
     @property
-    def seconds(self) -> float:
+    def _seconds(self) -> float:
         """Wall time of the run so far, including that of earlier processes."""
         return time.monotonic() - self._began + (self.resumed.seconds if self.resumed else 0.0)
 
-    @property
-    def checkpoints(self) -> list[Path]:
-        """The kept checkpoints, oldest first."""
-        return _steps_in(self.path / CHECKPOINTS)
-
-    def keep(self, step: int, save_weights: SaveWeights) -> None:
+    def keep(self) -> None:
         """Save a checkpoint that stays in the run, of which the newest three do."""
-        path = _step_folder(self.path / CHECKPOINTS, step)
+        path = _step_folder(self.path / CHECKPOINTS, self._trainer.step)
         path.mkdir(parents=True, exist_ok=True)
-        save_weights(path)
-        for old in self.checkpoints[:-CHECKPOINTS_KEPT]:
+        self._save_weights(path)
+        for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
             atomic.remove_folder(old)
 
     def is_due(self, step: int) -> bool:
@@ -223,23 +189,23 @@ class UnfinishedRun:
             return step > 0 and step % self._every == 0
         return step > 0 and time.monotonic() - self._saved > SECONDS_BETWEEN
 
-    def save(self, step: int, save_weights: SaveWeights, trainer: Mapping[str, Any]) -> Path:
+    def save(self) -> Path:
         """Save a resumable checkpoint atomically, remove old ones, and return its folder."""
-        folder = _step_folder(self.path / atomic.RESUME, step)
+        folder = _step_folder(self.path / atomic.RESUME, self._trainer.step)
         if not folder.exists():
             lines = self.path / LINES
             atomic.fsync_path(lines)
             state = {
-                "step": step,
-                "seconds": self.seconds,
-                "trainer": trainer,
+                "step": self._trainer.step,
+                "seconds": self._seconds,
+                "trainer": self._trainer.state_dict(),
                 "lines_bytes": lines.stat().st_size,
                 "lines_sha256": atomic.sha256_file(lines),
             }
             temporary = folder.with_name(f".{folder.name}.tmp")
             atomic.remove_folder(temporary)
             temporary.mkdir(parents=True)
-            save_weights(temporary)
+            self._save_weights(temporary)
             write_state(temporary / STATE, state)
             sums = [f"{atomic.sha256_file(temporary / name)}  {name}\n" for name in _SUMMED]
             atomic.write_text(temporary / SUMS, "".join(sums))
@@ -250,6 +216,48 @@ class UnfinishedRun:
                 atomic.remove_folder(old)
         self._saved = time.monotonic()
         return folder
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save a resumable checkpoint if the block is stopped; name the last one if it diverges."""
+        with signals.polling() if distributed.world().size > 1 else nullcontext():
+            try:
+                yield
+            except TrainingError as error:
+                kept = _steps_in(self.path / CHECKPOINTS)
+                last = (
+                    f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
+                )
+                raise TrainingError(f"{error}; {last}") from None
+            except (Stopped, KeyboardInterrupt):
+                if self._trainer.can_be_saved:
+                    with signals.delayed():
+                        where = self.save()
+                    log.warning("saved in %s; rerun the same command to resume", where)
+                raise
+
+    def finish(self, validation: dict[str, float] | None) -> float:
+        """Write the final weights with their figures and what describes the finished run.
+
+        Returns:
+            Wall time in seconds.
+        """
+        self._save_weights(self.path, validation)
+        seconds = round(self._seconds, 3)
+        write_environment(self.path, {**self._environment, "seconds": seconds})
+        return seconds
+
+    def _save_weights(self, folder: Path, validation: dict[str, float] | None = None) -> None:
+        adapter, loss = self._trainer.adapter, self._trainer.loss
+        info = AdapterInfo(
+            adapters={side: adapter.side(side).shape for side in Modality},
+            step=self._trainer.step,
+            logit_scale=loss.logit_scale,
+            bandwidth=loss.sigma,
+            validation=validation,
+            **self._info,
+        )
+        save_adapter(folder, adapter, info)
 
 
 @contextmanager
@@ -283,7 +291,7 @@ def open_run(
             atomic.remove_folder(folder / atomic.RESUME)
             raise
         except BaseException:
-            if not (run.checkpoints or _steps_in(folder / atomic.RESUME)):
+            if not any(_steps_in(folder / name) for name in (CHECKPOINTS, atomic.RESUME)):
                 atomic.cleanup(folder)
             raise
         atomic.commit(folder, out)
@@ -312,14 +320,12 @@ def _begin(folder: Path, job: TrainingJob, *, restart: bool) -> Checkpoint | Non
 
 
 def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
+    old, new = ({**own.options, "checkpoint version": own.version} for own in (found, job))
     changes = [
-        f"{name.replace('_', '-')} {_shown(found.options.get(name))}, not "
-        f"{_shown(job.options.get(name))}"
-        for name in {**job.options, **found.options}
-        if found.options.get(name) != job.options.get(name)
+        f"{name.replace('_', '-')} {old.get(name, 'unset')}, not {new.get(name, 'unset')}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
     ]
-    if found.version != job.version:
-        changes.append(f"checkpoints of version {found.version}, not {job.version}")
     if found.features != job.features:
         changes.append("features of other content")
     if found.unpaired != job.unpaired:
@@ -328,10 +334,6 @@ def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
         f"{folder}: holds a run that was started with {'; '.join(changes)}: resume with the same "
         "options, start again with --overwrite, or choose another --out"
     )
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else str(value)
 
 
 def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
@@ -374,41 +376,6 @@ def _read(folder: Path) -> Checkpoint:
             raise SchemaError(f"{lines}: was changed or is damaged since {folder} was saved")
     os.truncate(lines, size)
     return Checkpoint(folder, **state)
-
-
-def _environment(device: torch.device, seed: int) -> dict[str, Any]:
-    libraries = ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
-    return {
-        "csalign": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in libraries},
-        "device": str(device),
-        "processes": distributed.world().size,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "command_line": sys.argv,
-    }
-
-
-def _warn_of_changes(folder: Path, environment: dict[str, Any]) -> None:
-    """Warn if a run is resumed in another environment than it was started in."""
-    try:
-        before = read_environment(folder)
-        before, now = ({**own, **own["packages"]} for own in (before, environment))
-    except (SchemaError, KeyError, TypeError):
-        return  # it only serves this warning
-    names = ("csalign", "device", "processes", "threads", *environment["packages"])
-    changes = [
-        f"{name} {before.get(name)}, not {now[name]}"
-        for name in names
-        if before.get(name) != now[name]
-    ]
-    if changes:
-        log.warning(
-            "the run was started with %s: the result may differ from an uninterrupted run's",
-            ", ".join(changes),
-        )
 
 
 def _step_folder(parent: Path, step: int) -> Path:

@@ -4,14 +4,12 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from csalign.adapters.inputs import mean_square
 from csalign.adapters.kinds import find_kind
 from csalign.adapters.side import SideShape
 from csalign.core import distributed
@@ -60,11 +58,6 @@ class TrainingData:
     rows: TrainingRows
     val: PairedRows | None
     unpaired: "Unpaired"
-
-    @cached_property
-    def image_norm(self) -> float:
-        """The root mean square norm of the training images."""
-        return float(mean_square(self.rows.images) ** 0.5)
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
@@ -196,17 +189,9 @@ class Unpaired:
         return sum(map(len, self.parts[side]))
 
     def draw(self, side: Modality, count: int, rng: np.random.Generator) -> Ints:
-        """Draw row numbers of one side with replacement, grouped by part; none of an empty side."""
+        """Draw row numbers of one side with replacement, ascending; none of an empty side."""
         total = self.count(side)
         return np.sort(rng.integers(0, total, count if total else 0))
-
-    def sample(self, side: Modality, most: int, rng: np.random.Generator) -> Array:
-        """Take different rows of one side at random, at most so many; (k, d) float32."""
-        total = self.count(side)
-        chosen = np.arange(total)
-        if total > most:
-            chosen = np.sort(rng.choice(total, most, replace=False))
-        return self.take(side, chosen)
 
     def take(self, side: Modality, chosen: Ints) -> Array:
         """Take rows by ascending number; (k, d) float32."""

@@ -64,12 +64,15 @@ def initialize(
             adapter = builder.build(len(form.image_weight), roots)
             adapter.start_from(form)
             if val is None:
-                return adapter, form.name
+                best = adapter, form.name
+                break
             score = validate(adapter, val)
             log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
             if score.better_than(best_score):
                 best, best_score = (adapter, form.name), score
-    return best or (builder.build(None, (False, False)), "random")
+    adapter, name = best or (builder.build(None, (False, False)), "random")
+    log.info("start: %s", name)
+    return adapter, name
 
 
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:

@@ -43,7 +43,6 @@ MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps lear
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[dict[str, Any]], None]
-Validate = Callable[[Adapter], Score]
 
 
 class Trainer:
@@ -51,16 +50,19 @@ class Trainer:
 
     Args:
         adapter: both sides, initialized; trained in place.
-        loss: of a batch.
-        loader: of batches.
+        data: training, held-out and unpaired rows.
+        tokens: to train with, None without any.
+        sampler: of the training pairs.
+        objective: terms of the loss.
         options: of the optimization.
-        device: where to compute.
-        steps: optimizer steps to make.
-        seed: of noise and dropout.
-        validate: measures an adapter; called in the main process. None keeps the last weights.
+        token_weight: weight (mu) of the token term.
+        captions: use of captions.
+        other_weight: weight of the pairwise term on other captions.
+        device: where to compute, as in ``--device``.
+        seed: of everything random.
 
     Attributes:
-        device: where it computes.
+        loss: of a batch.
         steps: optimizer steps to make.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
@@ -72,25 +74,53 @@ class Trainer:
     def __init__(
         self,
         adapter: Adapter,
-        loss: BatchLoss,
-        loader: BatchLoader,
+        data: TrainingData,
+        tokens: StoredTokens | None,
+        sampler: PairSampler,
+        objective: ObjectiveOptions,
         options: OptimizerOptions,
         *,
-        device: torch.device,
-        steps: int,
+        token_weight: float,
+        captions: str,
+        other_weight: float,
+        device: str,
         seed: int,
-        validate: Validate | None,
     ) -> None:
-        self.adapter = adapter.to(device)
-        self.loss = loss.to(device)
-        self.steps = steps
+        rows = 0 if options.steps == 0 else min(options.batch_size, len(sampler))
+        check_terms(objective, token_weight=token_weight, captions=captions, rows=rows)
+        self.device = pick_device(device)
+        log.info("training on %s (%s)", self.device, options.precision.value)
+        self.adapter = adapter.to(self.device)
+        self.loss = BatchLoss(
+            objective,
+            other_weight=other_weight,
+            token_weight=token_weight,
+            precision=options.precision,
+            sub_batch=options.sub_batch,
+        ).to(self.device)
+        unpaired = options.batch_size * objective.unpaired_ratio * uses_unpaired(objective)
+        self._loader = BatchLoader(
+            data.rows,
+            sampler,
+            options.batch_size,
+            seed,
+            self.device,
+            data.unpaired,
+            unpaired_rows=round(unpaired),
+            further_captions=compares_sets(objective) and objective.cs_captions == "all",
+            mixing=objective.mixing,
+            tokens=tokens,
+        )
+        epochs = math.ceil(DEFAULT_EPOCHS * len(sampler) / options.batch_size)
+        default = max(MIN_DEFAULT_STEPS, epochs)
+        self.steps = default if options.steps is None else options.steps
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
         self.best_score: Score | None = None
         self.can_be_saved = False
-        self.device = device
-        self._loader, self._options, self._seed = loader, options, seed
-        self._validate = validate
+        self._options, self._seed = options, seed
+        self._val, self._token_features = data.val, tokens.features if tokens else None
+        self._validates = distributed.broadcast(lambda: data.val is not None)
         self._validated: int | None = None
         self._stale = 0
         self._best: dict[str, Any] | None = None
@@ -107,7 +137,7 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim > 1]},
             # Neither a bias nor the temperature should be drawn to zero.
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            {"params": list(loss.parameters()), "weight_decay": 0.0},
+            {"params": list(self.loss.parameters()), "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(
             groups,
@@ -143,7 +173,7 @@ class Trainer:
                 if validates:
                     self._run_validation(log_line)
                 self.can_be_saved = self.step > 0
-                yield validates and self._validate is not None
+                yield validates and self._validates
                 if self.step == self.steps or self._stops_early():
                     break
                 with self._consistent():
@@ -211,7 +241,7 @@ class Trainer:
             self.can_be_saved = self.step > 0
 
     def _stops_early(self) -> bool:
-        if self._validate is None or self._stale < self._options.patience:
+        if not self._validates or self._stale < self._options.patience:
             return False
         log.info("early stopping: no improvement in %d validations", self._stale)
         return True
@@ -295,11 +325,11 @@ class Trainer:
 
     def _run_validation(self, log_line: Log) -> None:
         """Measure, log, and keep the weights if they are the best so far."""
-        if self._validate is None:
+        if not self._validates:
             self._validated = self.step
             return
-        measure, adapter = self._validate, self._evaluated_adapter()
-        score = Score(**distributed.broadcast(lambda: measure(adapter).to_json()))
+        adapter = self._evaluated_adapter()
+        score = distributed.broadcast(lambda: self._measure(adapter))
         with self._consistent():
             self._validated = self.step
             if distributed.is_main_process():
@@ -319,84 +349,16 @@ class Trainer:
                 "loss": copy.deepcopy(self.loss.state_dict()),
             }
 
+    def _measure(self, adapter: Adapter) -> Score:
+        assert self._val is not None
+        return validate(adapter, self._val, self._token_features)
+
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
         if self._average is None:
             return self.adapter
         assert isinstance(self._average.module, Adapter)
         return self._average.module
-
-
-def make_trainer(
-    adapter: Adapter,
-    data: TrainingData,
-    tokens: StoredTokens | None,
-    sampler: PairSampler,
-    objective: ObjectiveOptions,
-    options: OptimizerOptions,
-    *,
-    token_weight: float,
-    captions: str,
-    other_weight: float,
-    device: str,
-    seed: int,
-) -> Trainer:
-    """Build the loss, the batches and the trainer of an adapter.
-
-    Args:
-        adapter: both sides, initialized.
-        data: training, held-out and unpaired rows.
-        tokens: to train with, None without any.
-        sampler: of the training pairs.
-        objective: terms of the loss.
-        options: of the optimization.
-        token_weight: weight (mu) of the token term.
-        captions: use of captions.
-        other_weight: weight of the pairwise term on other captions.
-        device: where to compute, as in ``--device``.
-        seed: of everything random.
-    """
-    check_terms(
-        objective,
-        token_weight=token_weight,
-        captions=captions,
-        rows=0 if options.steps == 0 else min(options.batch_size, len(sampler)),
-    )
-    place = pick_device(device)
-    steps = options.steps
-    if steps is None:
-        epochs = math.ceil(DEFAULT_EPOCHS * len(sampler) / options.batch_size)
-        steps = max(MIN_DEFAULT_STEPS, epochs)
-    loader = BatchLoader(
-        data.rows,
-        sampler,
-        options.batch_size,
-        seed,
-        place,
-        data.unpaired,
-        round(objective.unpaired_ratio * options.batch_size) if uses_unpaired(objective) else 0,
-        compares_sets(objective) and objective.cs_captions == "all",
-        objective.mixing,
-        tokens,
-    )
-    loss = BatchLoss(
-        objective,
-        other_weight=other_weight,
-        token_weight=token_weight,
-        precision=options.precision,
-        sub_batch=options.sub_batch,
-    )
-    measure: Validate | None = None
-    if distributed.broadcast(lambda: data.val is not None):
-        features = tokens.features if tokens else None
-
-        def measure(adapter: Adapter) -> Score:
-            assert data.val is not None
-            return validate(adapter, data.val, features)
-
-    return Trainer(
-        adapter, loss, loader, options, device=place, steps=steps, seed=seed, validate=measure
-    )
 
 
 def follow(trainer: Trainer) -> None:

@@ -66,7 +66,7 @@ def match_outputs(
     outputs = []
     for side in Modality:
         known, weights = _paired_rows(side, data.rows, sampler, once=once, rng=rng)
-        others = unpaired.sample(side, MAX_ROWS, rng)
+        others = unpaired.take(side, _at_most(MAX_ROWS, unpaired.count(side), rng))
         if side is Modality.TEXT and once:
             others = np.unique(others, axis=0)
         outputs.append(_outputs(adapter.side(side), known, weights, others, side not in trained))
@@ -95,6 +95,11 @@ def match_outputs(
     return None
 
 
+def _at_most(most: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Draw different numbers below `total`, ascending: all of them, or `most`."""
+    return np.sort(rng.choice(total, most, replace=False)) if total > most else np.arange(total)
+
+
 def _paired_rows(
     side: Modality, rows: Pairs, sampler: PairSampler, *, once: bool, rng: np.random.Generator
 ) -> tuple[Array, npt.NDArray[np.float64]]:
@@ -104,9 +109,7 @@ def _paired_rows(
     groups = rows.caption_keys[texts] if side is Modality.TEXT and once else own
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     sums = np.bincount(group, weights)
-    chosen = np.arange(len(first))
-    if len(chosen) > MAX_ROWS:
-        chosen = np.sort(rng.choice(chosen, MAX_ROWS, replace=False))
+    chosen = _at_most(MAX_ROWS, len(first), rng)
     return rows.embeddings(side)[own[first[chosen]]], sums[chosen] / sums.mean()
 
 

@@ -20,7 +20,7 @@ from csalign.training.config import (
 from csalign.training.data import StoredTokens, TrainingData, load_data, open_tokens
 from csalign.training.initialization import initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
-from csalign.training.loop import Trainer, follow, make_trainer
+from csalign.training.loop import Trainer, follow
 from csalign.training.moment_matching import match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
 
@@ -78,16 +78,15 @@ def _train(
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
         distributed.broadcast(lambda: (adapter, run.resumed and run.resumed.trainer))
         trainer = build_trainer(config, data, tokens, sampler, adapter)
-        run.begin(trainer, config.to_toml(), seed=config.seed, precision=config.precision)
-        save = partial(run.save_weights, trainer, data, start)
+        run.begin(trainer, data, start, config=config.to_toml(), seed=config.seed)
         logs = open_logs(config.log_to or (), run.path, config.out.name, options, trainer.step)
-        with logs as log, run.saved_when_stopped(trainer, save):
+        with logs as log, run.saved_when_stopped():
             for validated in trainer.fit(partial(log, progress)):
                 progress("training steps", trainer.step, trainer.steps)
                 if validated and trainer.step:
-                    run.keep(trainer.step, save)
+                    run.keep()
                 if run.is_due(trainer.step):
-                    run.save(trainer.step, save, trainer.state_dict())
+                    run.save()
             scores = {"start": trainer.start_score, "kept": trainer.best_score}
             if config.match_moments:
                 once, best = config.caption_weights, trainer.best_score
@@ -97,8 +96,7 @@ def _train(
                     figures = {"validation": matched.to_json(), "matched": True}
                     log(progress, {"step": trainer.step, **figures})
         validation = {name: score.to_json() for name, score in scores.items() if score}
-        save(run.path, validation=[*validation.values()][-1] if validation else None)
-        seconds = run.finish()
+        seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
         write_page(config.report, config.out, adapter, data, seed=config.seed)
     result = TrainResult(
@@ -151,8 +149,8 @@ def build_trainer(
     sampler: PairSampler,
     adapter: Adapter,
 ) -> Trainer:
-    """Build a trainer of the adapter; see `make_trainer`."""
-    return make_trainer(
+    """Build a trainer of the adapter."""
+    return Trainer(
         adapter,
         data,
         tokens,

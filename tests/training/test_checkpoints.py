@@ -421,20 +421,6 @@ def test_logs_hold_each_step_once(mixed: Path, tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
 
 
-def test_a_change_of_the_environment_is_warned_about(
-    mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    stop(mixed, tmp_path / "run", 5)
-    path = unfinished(tmp_path / "run") / "environment.json"
-    environment = json.loads(path.read_text())
-    environment["packages"]["torch"] = "1.0"
-    path.write_text(json.dumps(environment))
-    with caplog.at_level(logging.WARNING, "csalign"):
-        run(mixed, tmp_path / "run")
-
-    assert "started with torch 1.0, not " in caplog.text
-
-
 def test_a_checkpoint_is_saved_once_per_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
