@@ -52,7 +52,7 @@ ONLY_DOORS = {
         "adapters/checkpoint.py",
         "generation/unclip.py",
         "sources/arrays/tensor_files.py",
-        "training/state.py",
+        "training/checkpoints.py",
     },
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"core/distributed.py"},

@@ -56,21 +56,18 @@ def distribution_weight(options: ObjectiveOptions) -> float:
     return AUTO_WEIGHT if isinstance(options.cs_weight, str) else options.cs_weight
 
 
-def check_terms(
-    options: ObjectiveOptions, *, token_weight: float, captions: str, rows: int
-) -> None:
+def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
     """Refuse terms that would be ignored, cannot be computed, or mean nothing.
 
     Args:
         options: the terms and their weights.
-        token_weight: weight (mu) of the token term.
         captions: use of captions.
         rows: pairs per step; 0 if there is no step.
 
     Raises:
         ConfigError: names the options and the remedy.
     """
-    has_other_terms = bool(distribution_weight(options) or token_weight)
+    has_other_terms = bool(distribution_weight(options) or options.token_weight)
     if options.pairwise is PairwiseName.NONE and not has_other_terms and rows:
         raise ConfigError(
             "pairwise none leaves nothing to train on without a distribution term; pass a "
@@ -101,8 +98,6 @@ class BatchLoss(nn.Module):
 
     Args:
         options: the terms and their weights.
-        other_weight: weight of the pairwise term on other captions.
-        token_weight: weight (mu) of the token term.
         precision: of matrix multiplications.
         sub_batch: rows per adapter pass; the activations of larger batches are recomputed.
 
@@ -114,21 +109,18 @@ class BatchLoss(nn.Module):
         self,
         options: ObjectiveOptions,
         *,
-        other_weight: float = 0.0,
-        token_weight: float = 0.0,
         precision: Precision = Precision.FLOAT32,
         sub_batch: int | None = None,
     ) -> None:
         super().__init__()
         self._options = options
-        self._other_weight = other_weight
         self._precision = precision
         self._sub_batch = sub_batch or SUB_BATCH
         self._objective = Objective(
             pairwise=options.pairwise,
             divergence=options.divergence,
             weight=distribution_weight(options),
-            token_weight=token_weight,
+            token_weight=options.token_weight,
             label_smoothing=options.label_smoothing,
             precision=precision,
             divided=distributed.world().size > 1,
@@ -139,18 +131,12 @@ class BatchLoss(nn.Module):
         self.log_scale = nn.Parameter(scale, requires_grad=options.learn_scale)
         bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0)
         self.logit_bias = nn.Parameter(bias, requires_grad=is_sigmoid)
-        self._compares_sets = compares_sets(options)
-        self._has_bandwidth = bool(token_weight) or (
+        self._has_bandwidth = bool(options.token_weight) or (
             bool(self._objective.weight) and divergence(options.divergence).has_bandwidth
         )
         is_fixed = self._has_bandwidth and not isinstance(options.bandwidth, str)
         self.sigma: Sigma | None = options.bandwidth if is_fixed else None  # type: ignore[assignment]
         self._warned = False
-
-    @property
-    def token_weight(self) -> float:
-        """The weight (mu) of the token term."""
-        return self._objective.token_weight
 
     @property
     def weight(self) -> float:
@@ -201,7 +187,7 @@ class BatchLoss(nn.Module):
         x, x_tokens = self._embed(adapter.image, batch.images, batch.token_pairs[0])
         y, y_tokens = self._embed(adapter.text, batch.texts, batch.token_pairs[1])
         tokens = None
-        if self._objective.token_weight and x_tokens and y_tokens:
+        if self._options.token_weight and x_tokens and y_tokens:
             tokens = TokenBatch(x_tokens[0], y_tokens[0], x_tokens[1], y_tokens[1])
         images, _, _, unpaired_images = torch.split(x, batch.images.counts)
         texts, others, further, unpaired_texts = torch.split(y, batch.texts.counts)
@@ -235,7 +221,9 @@ class BatchLoss(nn.Module):
             y_extra=unpaired_texts,
             negatives=negatives,
         ).pairwise
-        return parts._replace(total=parts.total + self._other_weight * extra, others=extra)
+        return parts._replace(
+            total=parts.total + self._options.other_captions * extra, others=extra
+        )
 
     def _embed(
         self, side: SideAdapter, batch: SideBatch, token_pairs: Tensor

@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,16 +86,8 @@ class TrainingJob(Record):
         )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint to resume from.
-
-    Attributes:
-        folder: holds the adapters' weights, as a run does.
-        step: optimizer steps made.
-        seconds: that they took.
-        trainer: see `Trainer.state_dict`.
-    """
+class Checkpoint(NamedTuple):
+    """A checkpoint to resume from: weights, step, seconds so far, and `Trainer.state_dict`."""
 
     folder: Path
     step: int
@@ -145,6 +136,9 @@ class UnfinishedRun:
                     "again with --overwrite"
                 ) from error
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
+        else:
+            log.info("start: %s", start)
+        log.info("training on %s", trainer.device)
         features = data.features
         self._trainer = trainer
         self._info = {

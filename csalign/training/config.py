@@ -26,6 +26,7 @@ from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
 
 G = TypeVar("G", bound=Config)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 _RECIPES = files("csalign.training") / "recipes"
 
@@ -69,36 +70,24 @@ class DataOptions(Config):
     panel: ClassVar[str] = "Data"
 
     features: Location = Field(description="Feature set to train on.")
-    train_split: str = Field(
-        "train", description="Split(s) to train on, comma-separated; 'all' uses every row."
-    )
+    train_split: str = Field("train", description="Split(s), comma-separated; 'all' is every row.")
     val_split: str | None = Field(
-        None,
-        description="Split to validate on (default: val if it exists, else 10 % of the training "
-        "images (100 to 1,000), or 25 % if there are fewer than 400).",
+        None, description="Validation split (default: val, or some of the training images)."
     )
     captions: Literal["first", "sample", "all"] = Field(
-        "first",
-        description="Captions to pair with an image: its first, a random one per epoch, or all.",
-    )
-    other_captions: NotNegative = Field(
-        0.3,
-        description="Weight of a second InfoNCE term on another caption of the image; ignored "
-        "with --captions all.",
+        "first", description="Captions per image: its first, a random one per epoch, or all."
     )
     caption_weights: bool = Field(
         True, description="Weight a caption shared by many images once rather than per image."
     )
     unpaired: Annotated[tuple[Location, ...], BeforeValidator(_split_locations)] = Field(
-        (),
-        description="Feature set whose rows the distribution term also uses; repeatable, or "
-        "comma-separated.",
+        (), description="Feature set whose rows the distribution term also uses; repeatable."
     )
     memory: int | None = Field(
         None,
         ge=0,
-        description="MiB of embeddings to keep in memory (default: half of the free memory); "
-        "larger sets are read from a temporary file in TMPDIR or next to the run.",
+        description="MiB of embeddings in memory (default: half of what is free); larger sets are "
+        "read from a temporary file in TMPDIR or next to the run.",
     )
 
 
@@ -119,25 +108,18 @@ class AdapterOptions(Config):
         "canonical", description="Start from the best closed form, or from random weights."
     )
     width: int | None = Field(
-        None,
-        ge=1,
-        description="Width of the shared space (default: at most 256, or the encoders' own if "
-        "they share one and its centred features do best).",
+        None, ge=1, description="Width of the shared space (default: at most 256, or as it is)."
     )
     hidden: Count = Field(1024, description="Hidden width of mlp, glu and transformer.")
     rank: Count = Field(8, description="Rank of the low-rank update.")
     layers: Count = Field(2, description="Blocks of transformer.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.3, description="Dropout in the residual branch."
-    )
+    dropout: Fraction = Field(0.3, description="Dropout in the residual branch.")
 
     @property
     def kinds(self) -> dict[Modality, str]:
         """The kind of each side's adapter."""
-        return {
-            Modality.IMAGE: self.image_adapter or self.adapter,
-            Modality.TEXT: self.text_adapter or self.adapter,
-        }
+        image, text = self.image_adapter or self.adapter, self.text_adapter or self.adapter
+        return {Modality.IMAGE: image, Modality.TEXT: text}
 
 
 class ObjectiveOptions(Config):
@@ -148,14 +130,14 @@ class ObjectiveOptions(Config):
     pairwise: PairwiseName = Field(
         PairwiseName.INFONCE, description="Loss on matched pairs; sigmoid is SigLIP's."
     )
+    other_captions: NotNegative = Field(
+        0.3, description="Weight of InfoNCE on a second caption; ignored with --captions all."
+    )
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Label smoothing of InfoNCE."
-    )
+    label_smoothing: Fraction = Field(0.0, description="Label smoothing of InfoNCE.")
     noise: NotNegative = Field(
-        0.5,
-        description="Gaussian noise added to the unit-norm inputs during training (expected norm).",
+        0.5, description="Gaussian noise added to unit-norm inputs in training (expected norm)."
     )
     mixing: NotNegative = Field(
         0.0, description="Beta(a, a) mixup coefficient of pairs (FuseMix); 0 disables."
@@ -163,20 +145,23 @@ class ObjectiveOptions(Config):
     divergence: DivergenceName = Field(DivergenceName.CS, description="Distribution term.")
     cs_weight: Annotated[Literal["auto"] | NotNegative, Number] = Field(
         0.1,
-        description="Weight (lambda) of the distribution term; 0 trains on the pairwise loss "
-        "only; auto raises it while validation recall holds.",
+        description="Weight (lambda) of the distribution term; auto raises it while validation "
+        "recall holds.",
     )
     cs_captions: Literal["all", "paired"] = Field(
-        "all",
-        description="Captions in the distribution term: all of the batch's images, or those of "
-        "the pairwise loss.",
+        "all", description="Captions in the distribution term: all, or those of the pairwise loss."
     )
     bandwidth: Annotated[
         Literal["median", "tied"] | Positive | tuple[Positive, ...], Number, Several
     ] = Field(
         "median",
-        description="Kernel bandwidth (sigma), a distance between unit rows, or several, "
-        "comma-separated; median is that of the batch's distances; tied is 1/sqrt(logit scale).",
+        description="Kernel bandwidth (sigma), or several, comma-separated; median is that of the "
+        "batch's distances; tied is 1/sqrt(logit scale).",
+    )
+    token_weight: NotNegative = Field(
+        0.0,
+        description="Weight (mu) of the token term, the CS divergence between the tokens of an "
+        "image and those of its text; 0 disables.",
     )
     unpaired_ratio: NotNegative = Field(
         1.0, description="Unpaired rows per side and step, as a multiple of the batch size."
@@ -185,9 +170,7 @@ class ObjectiveOptions(Config):
         False, description="Use unpaired rows as extra negatives of InfoNCE."
     )
     match_moments: bool = Field(
-        True,
-        description="With unpaired rows, match the means and covariances of both sides' outputs "
-        "after training, if validation recall holds.",
+        True, description="With unpaired rows, match the outputs' moments if recall holds."
     )
 
 
@@ -196,21 +179,13 @@ class TokenOptions(Config):
 
     panel: ClassVar[str] = "Tokens"
 
-    token_weight: NotNegative = Field(
-        0.0,
-        description="Weight (mu) of the token term, the CS divergence between the tokens of an "
-        "image and those of its text; 0 disables.",
-    )
     tokens: bool = Field(
-        False,
-        description="Embed with the stored tokens if the adapter mixes them in (transformer); "
-        "implied by --token-weight.",
+        False, description="Embed with stored tokens (transformer); implied by --token-weight."
     )
     token_samples: Count = Field(16, description="Tokens sampled per row and step.")
     token_pairs: Count = Field(64, description="Pairs per step that the token term uses.")
     token_memory: Count = Field(
-        1024,
-        description="MiB of tokens to keep in memory; larger sets are read and shuffled in blocks.",
+        1024, description="MiB of tokens in memory; larger sets are read and shuffled in windows."
     )
 
 
@@ -220,10 +195,7 @@ class OptimizerOptions(Config):
     panel: ClassVar[str] = "Optimization"
 
     steps: int | None = Field(
-        None,
-        ge=0,
-        description="Optimizer steps (default: 40 epochs, at least 200); 0 keeps the "
-        "initialization.",
+        None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(
@@ -234,18 +206,14 @@ class OptimizerOptions(Config):
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
     warmup: Share = Field(0.05, description="Warm-up fraction; then cosine decay.")
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="EMA decay of the weights; 0 disables."
-    )
+    average: Fraction = Field(0.0, description="EMA decay of the weights; 0 disables.")
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count = Field(10, description="Stop after this many validations without improvement.")
     validations: Count = Field(20, description="Number of validations, spread over the steps.")
     precision: Precision = Field(
         Precision.FLOAT32, description="Precision of matrix multiplications."
     )
-    compile: bool = Field(
-        False, description="Run the adapters through torch.compile; no gain on CPUs."
-    )
+    compile: bool = Field(False, description="Use torch.compile on the adapters; no gain on CPUs.")
 
 
 class RunOptions(OutputConfig):
@@ -255,9 +223,7 @@ class RunOptions(OutputConfig):
 
     out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
     overwrite: bool = Field(
-        False,
-        description="Replace an existing run, only after success; discard an unfinished one with "
-        "other options.",
+        False, description="Replace an existing run, after success, or an unfinished one."
     )
     recipe: str | None = Field(
         None,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +26,12 @@ from csalign.features.join import (
     select_rows,
     split_names,
 )
+from csalign.features.keys import compact
 from csalign.features.memory_map import MIB, MappedRows, Room, Vectors
 from csalign.features.reader import FeatureSet
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.features.training_rows import TrainingRows, load_training, load_vectors
-from csalign.training.config import DataOptions, TokenOptions
+from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
 
@@ -152,41 +153,22 @@ def _mark(total: int, candidates: Ints, count: int, seed: int) -> npt.NDArray[np
     return marks
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows of one array.
-
-    Attributes:
-        values: (n, d) embeddings of one encoder, in memory or mapped.
-        rows: (k,) which rows; None for all.
-    """
+class Part(NamedTuple):
+    """Some rows (k,) of the embeddings (n, d) of one encoder, in memory or mapped."""
 
     values: Vectors
-    rows: npt.NDArray[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.values) if self.rows is None else len(self.rows)
-
-    def take(self, chosen: Ints) -> Array:
-        """Take rows by their position in the part; float32."""
-        rows = chosen if self.rows is None else self.rows[chosen]
-        found: Array = self.values[rows].astype(np.float32)
-        return found
+    rows: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Unpaired:
-    """A pool of rows without a partner of each side.
-
-    Attributes:
-        parts: arrays of rows (k_i, d) by side.
-    """
+    """A pool of rows without a partner, in parts by side."""
 
     parts: Mapping[Modality, Sequence[Part]]
 
     def count(self, side: Modality) -> int:
         """Count the rows of one side."""
-        return sum(map(len, self.parts[side]))
+        return sum(len(part.rows) for part in self.parts[side])
 
     def draw(self, side: Modality, count: int, rng: np.random.Generator) -> Ints:
         """Draw row numbers of one side with replacement, ascending; none of an empty side."""
@@ -196,10 +178,10 @@ class Unpaired:
     def take(self, side: Modality, chosen: Ints) -> Array:
         """Take rows by ascending number; (k, d) float32."""
         found, start = [], 0
-        for part in self.parts[side]:
-            own = chosen[(chosen >= start) & (chosen < start + len(part))] - start
-            found.append(part.take(own))
-            start += len(part)
+        for values, rows in self.parts[side]:
+            own = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+            found.append(values[rows[own]].astype(np.float32))
+            start += len(rows)
         return np.concatenate(found)
 
 
@@ -234,7 +216,7 @@ def gather_unpaired(rows: Pairs, others: Sequence[Path], train_split: str, room:
                 )
             chosen = select_rows(table, names)
             vectors = load_vectors(table, chosen, room, f"{features.path}: {side.plural}")
-            own.append(Part(vectors))
+            own.append(Part(vectors, compact(np.arange(len(vectors)))))
             found += len(vectors)
         if not found:
             raise DataError(f"{path}: has no rows in split {train_split}, nor any without a split")
@@ -279,9 +261,9 @@ class StoredTokens:
 def open_tokens(
     path: Path,
     options: TokenOptions,
+    objective: ObjectiveOptions,
     kinds: Mapping[Modality, str],
     *,
-    mixing: float = 0.0,
     unpaired: Sequence[Path] = (),
     sub_batch: int | None = None,
 ) -> StoredTokens | None:
@@ -292,9 +274,9 @@ def open_tokens(
     Args:
         path: of the feature set.
         options: which tokens, and the memory for them.
+        objective: terms of the loss.
         kinds: of both adapters.
-        mixing: option that cannot be combined with kinds that mix tokens in.
-        unpaired: likewise.
+        unpaired: further sets, which cannot be combined with kinds that mix tokens in.
         sub_batch: option that cannot be combined with tokens.
 
     Raises:
@@ -302,12 +284,12 @@ def open_tokens(
         DataError: a side that needs tokens stores none.
         ShapeError: a side's tokens are of a width that its kind cannot take.
     """
-    if not (options.token_weight or options.tokens):
+    if not (objective.token_weight or options.tokens):
         return None
     features = FeatureSet.open(path)
     classes = {side: find_kind(kind, allow=set(kinds.values())) for side, kind in kinds.items()}
     mixed = [side for side in Modality if classes[side].mixes_tokens()]
-    if not (options.token_weight or mixed):
+    if not (objective.token_weight or mixed):
         raise ConfigError(
             f"tokens: neither side embeds with them ({' and '.join(sorted(set(kinds.values())))}); "
             "use --adapter transformer, or add a token term with --token-weight"
@@ -322,14 +304,14 @@ def open_tokens(
             "sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
             "it, or use a smaller --batch-size"
         )
-    for name, given in (("mixing", mixing), ("unpaired", unpaired)):
+    for name, given in (("mixing", objective.mixing), ("unpaired", unpaired)):
         if mixed and given:
             raise ConfigError(
                 f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
                 f"--{name}, or use another --adapter"
             )
     cache, sources = TokenCache(options.token_memory * MIB), {}
-    for side in Modality if options.token_weight else mixed:
+    for side in Modality if objective.token_weight else mixed:
         table = features.table(side)
         token_width = table.encoder.token_width
         if token_width is None:
@@ -340,5 +322,5 @@ def open_tokens(
         shape = SideShape(kinds[side], table.width, table.width, token_width=token_width)
         classes[side].check(shape)
         sources[side] = TokenRows(table, cache)
-    pairs = options.token_pairs if options.token_weight else 0
+    pairs = options.token_pairs if objective.token_weight else 0
     return StoredTokens(features, sources, frozenset(mixed), pairs, options.token_samples)

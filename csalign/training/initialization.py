@@ -70,9 +70,7 @@ def initialize(
             log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
             if score.better_than(best_score):
                 best, best_score = (adapter, form.name), score
-    adapter, name = best or (builder.build(None, (False, False)), "random")
-    log.info("start: %s", name)
-    return adapter, name
+    return best or (builder.build(None, (False, False)), "random")
 
 
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:

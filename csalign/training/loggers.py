@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,8 @@ def check_logs(names: Sequence[str], page: Path | None) -> None:
     """
     if page is not None:
         check_page(page)
-    for name, load in (("tensorboard", _tensorboard), ("wandb", _wandb)):
-        if name in names:
-            load()
+    for name in {"tensorboard", "wandb"} & set(names):
+        _library(name)
 
 
 @contextmanager
@@ -132,7 +132,8 @@ def _csv_log(stack: ExitStack, path: Path, lines: Path) -> LogFigures:
 
 def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> LogFigures:
     # Readers drop the later steps of a process that was killed.
-    writer = stack.enter_context(_tensorboard()(folder, purge_step=step + 1 if step else None))
+    purged = step + 1 if step else None
+    writer = stack.enter_context(_library("tensorboard").SummaryWriter(folder, purge_step=purged))
 
     def log(step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -142,7 +143,7 @@ def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> LogFigures:
 
 
 def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFigures:
-    wandb = _wandb()
+    wandb = _library("wandb")
     try:
         opened = wandb.init(
             project=PROJECT, name=run, dir=folder, config=dict(config), resume="auto"
@@ -155,21 +156,10 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
     return lambda step, figures: opened.log(dict(figures), step=step)
 
 
-def _tensorboard() -> Any:
+def _library(log: str) -> Any:
+    """Import the library of a log."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return import_module({"tensorboard": "torch.utils.tensorboard"}.get(log, log))
     except ImportError:
-        raise _missing("tensorboard") from None
-    return SummaryWriter
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
-    return wandb
-
-
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"log-to: {name} is not installed; pip install 'csalign[{name}]'")
+        message = f"log-to: {log} is not installed; pip install 'csalign[{log}]'"
+        raise ConfigError(message) from None

@@ -1,9 +1,8 @@
 """The training loop: optimizer steps, validations, the best weights so far.
 
 Several processes take the same steps: each has the gradient of the rows that it embedded, and one
-all-reduce of a flat tensor sums them, along with whether a signal arrived anywhere.
-DistributedDataParallel would reduce in buckets during the backward pass, which gains nothing with
-adapters this small, and expects one forward pass per module and step.
+all-reduce of a flat tensor sums them, along with whether a signal arrived anywhere. The buckets of
+DistributedDataParallel would gain nothing with adapters this small.
 """
 
 import copy
@@ -25,12 +24,7 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import Stopped, TrainingError
 from csalign.objective.loss import LossParts
-from csalign.training.batch_loss import (
-    BatchLoss,
-    check_terms,
-    compares_sets,
-    uses_unpaired,
-)
+from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
 from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
@@ -55,9 +49,7 @@ class Trainer:
         sampler: of the training pairs.
         objective: terms of the loss.
         options: of the optimization.
-        token_weight: weight (mu) of the token term.
         captions: use of captions.
-        other_weight: weight of the pairwise term on other captions.
         device: where to compute, as in ``--device``.
         seed: of everything random.
 
@@ -80,24 +72,16 @@ class Trainer:
         objective: ObjectiveOptions,
         options: OptimizerOptions,
         *,
-        token_weight: float,
         captions: str,
-        other_weight: float,
         device: str,
         seed: int,
     ) -> None:
         rows = 0 if options.steps == 0 else min(options.batch_size, len(sampler))
-        check_terms(objective, token_weight=token_weight, captions=captions, rows=rows)
+        check_terms(objective, captions=captions, rows=rows)
         self.device = pick_device(device)
-        log.info("training on %s (%s)", self.device, options.precision.value)
         self.adapter = adapter.to(self.device)
-        self.loss = BatchLoss(
-            objective,
-            other_weight=other_weight,
-            token_weight=token_weight,
-            precision=options.precision,
-            sub_batch=options.sub_batch,
-        ).to(self.device)
+        loss = BatchLoss(objective, precision=options.precision, sub_batch=options.sub_batch)
+        self.loss = loss.to(self.device)
         unpaired = options.batch_size * objective.unpaired_ratio * uses_unpaired(objective)
         self._loader = BatchLoader(
             data.rows,
@@ -119,6 +103,7 @@ class Trainer:
         self.best_score: Score | None = None
         self.can_be_saved = False
         self._options, self._seed = options, seed
+        self._token_weight = objective.token_weight
         self._val, self._token_features = data.val, tokens.features if tokens else None
         self._validates = distributed.broadcast(lambda: data.val is not None)
         self._validated: int | None = None
@@ -199,8 +184,7 @@ class Trainer:
             "step": self.step,
             "validated": self._validated,
             "stale": self._stale,
-            "start_score": None if self.start_score is None else self.start_score.to_json(),
-            "best_score": None if self.best_score is None else self.best_score.to_json(),
+            "scores": [self.start_score, self.best_score],
             "best": self._best,
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict()["state"],
@@ -216,10 +200,7 @@ class Trainer:
         """
         self.step, self._validated = state["step"], state["validated"]
         self._stale, self._best = state["stale"], state["best"]
-        self.start_score, self.best_score = (
-            None if state[name] is None else Score(**state[name])
-            for name in ("start_score", "best_score")
-        )
+        self.start_score, self.best_score = (own and Score(*own) for own in state["scores"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         moments = {int(number): moment for number, moment in state["optimizer"].items()}
@@ -281,7 +262,7 @@ class Trainer:
                     "pairwise_others": figures.get("others"),
                     "divergence": figures["divergence"] if weight else None,
                     "cs_weight": weight,
-                    "token": figures["token"] if self.loss.token_weight else None,
+                    "token": figures["token"] if self._token_weight else None,
                     "logit_scale": self.loss.logit_scale,
                     "bandwidth": self.loss.sigma,
                     "gradient_norm": figures["gradient_norm"],

@@ -78,15 +78,8 @@ def match_outputs(
                 device = adapter.side(side).mean.device
                 matched.side(side).then(change.weight.to(device), change.bias.to(device))
         score = validate(matched, data.val)
-        log.info(
-            "%s matched over all rows: validation mean recall %.4f from %.4f, centroid distance "
-            "%.4f from %.4f",
-            "means and covariances" if covariances else "means",
-            score.mean_recall,
-            before.mean_recall,
-            score.centroid_distance,
-            before.centroid_distance,
-        )
+        what = "means and covariances" if covariances else "means"
+        log.info("%s matched over all rows: %s, from %s", what, score, before)
         is_closer = score.centroid_distance < before.centroid_distance
         if is_closer and score.mean_recall >= before.mean_recall - TOLERANCE:
             adapter.load_state_dict(matched.state_dict())

@@ -1,9 +1,9 @@
 """Pairs of an epoch in random order, and batches of them as tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,12 +49,8 @@ class BatchRows:
     further: Ints
 
 
-class Order(Protocol):
-    """An order of the images in an epoch."""
-
-    def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
-        """Return a permutation of the positions in `images`, (k,) image rows."""
-        ...
+Order = Callable[[Ints, np.random.Generator], Ints]
+"""Takes (k,) image rows and returns a permutation of their positions, the order of an epoch."""
 
 
 def uniform(images: Ints, rng: np.random.Generator) -> Ints:
@@ -251,12 +247,14 @@ class PairSampler:
         return np.sort(np.unique(self._keys[texts], return_index=True)[1])
 
 
-def make_sampler(options: DataOptions, rows: Pairs, tokens: StoredTokens | None) -> PairSampler:
+def make_sampler(
+    options: DataOptions, other_weight: float, rows: Pairs, tokens: StoredTokens | None
+) -> PairSampler:
     """Build the sampler of training rows, in an order that suits where they are read from."""
     return PairSampler(
         rows,
         options.captions,
-        other_weight=options.other_captions,
+        other_weight=other_weight,
         once=options.caption_weights,
         order=order_for(rows, tokens),
     )
@@ -304,13 +302,7 @@ class BatchLoader:
     iterating resumes from any place exactly.
 
     Attributes:
-        rows: training rows.
-        sampler: of their pairs.
-        batch_size: pairs per batch, at most.
-        seed: of all batches.
-        device: of the tensors.
-        unpaired: pool of unpaired rows.
-        unpaired_rows: how many to draw per side.
+        unpaired_rows: how many to draw per side from the pool of unpaired ones.
         further_captions: whether to add the captions that the pairwise loss does not see.
         mixing: parameter of the Beta distribution that pairs are mixed by (FuseMix); 0 for none.
         tokens: to sample from; None without any.

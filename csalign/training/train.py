@@ -53,7 +53,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             atomic.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
-        with closing(make_sampler(config.group(DataOptions), data.rows, tokens)) as sampler:
+        options, other_weight = config.group(DataOptions), config.other_captions
+        with closing(make_sampler(options, other_weight, data.rows, tokens)) as sampler:
             if distributed.is_main_process():
                 return _train(config, data, tokens, sampler, progress)
             return _follow(config, data, tokens, sampler)
@@ -135,8 +136,8 @@ def find_tokens(config: TrainConfig) -> StoredTokens | None:
     return open_tokens(
         config.features,
         config.group(TokenOptions),
+        config.group(ObjectiveOptions),
         config.kinds,
-        mixing=config.mixing,
         unpaired=config.unpaired,
         sub_batch=config.sub_batch,
     )
@@ -157,9 +158,7 @@ def build_trainer(
         sampler,
         config.group(ObjectiveOptions),
         config.group(OptimizerOptions),
-        token_weight=config.token_weight,
         captions=config.captions,
-        other_weight=config.other_captions,
         device=config.device,
         seed=config.seed,
     )

@@ -1,6 +1,6 @@
 """Validation: the figures by which the initialization and the best step are chosen."""
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import embed_rows
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Figures on the validation rows.
 
     Attributes:
@@ -32,7 +31,7 @@ class Score:
 
     def to_json(self) -> dict[str, float]:
         """Return the figures by name."""
-        return asdict(self)
+        return self._asdict()
 
 
 def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = None) -> Score:
@@ -41,8 +40,7 @@ def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = N
     Args:
         adapter: both sides.
         rows: held out.
-        features: where their tokens are read from if the adapter embeds with tokens; None embeds
-            without them.
+        features: to read their tokens from; None embeds without tokens.
     """
     images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
     ranks = rank_both_ways(images, texts, rows.text_image)

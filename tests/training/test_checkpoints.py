@@ -436,7 +436,7 @@ def test_a_checkpoint_is_saved_once_per_minute(
 def test_iterating_resumes_from_any_place(mixed: Path) -> None:
     rows = load_rows(FeatureSet.open(mixed), "all")
     sampler = PairSampler(rows, "sample", other_weight=0.3, once=True)
-    pool = Unpaired({side: [Part(rows.embeddings(side))] for side in Modality})
+    pool = Unpaired({side: [Part(rows.embeddings(side), np.arange(9))] for side in Modality})
     cpu = torch.device("cpu")
 
     def loader() -> BatchLoader:

@@ -538,7 +538,7 @@ def test_adapters_that_cannot_be_compiled_train_as_they_are(
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
     losses = []
     for name in ("plain", "compiled"):
-        config = {"steps": 3, "hidden": 8, "compile": name == "compiled"}
+        config: dict[str, Any] = {"steps": 3, "hidden": 8, "compile": name == "compiled"}
         config |= {"average": 0.5, "noise": 0.0, "dropout": 0.0}
         run(features, tmp_path / name, **config)
         losses.append([line["loss"] for line in lines(tmp_path / name) if "loss" in line])

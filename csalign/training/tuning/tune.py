@@ -288,7 +288,8 @@ class _Runner:
             prunable: told of each validation, and asked whether to go on; None goes on.
         """
         tokens, rows = find_tokens(config), self.data.rows
-        with closing(make_sampler(config.group(DataOptions), rows, tokens)) as sampler:
+        given, other = config.group(DataOptions), config.other_captions
+        with closing(make_sampler(given, other, rows, tokens)) as sampler:
             widths = tokens.widths if tokens else {}
             options = config.group(AdapterOptions)
             adapter, start = initialize(options, rows, sampler, self.val, widths, config.seed)
