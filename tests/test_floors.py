@@ -25,7 +25,7 @@ ONLY_DOORS = {
     "diffusers": {"generation/unclip.py"},
     "faiss": {"search/vectors.py", "metrics/approximate.py"},
     "huggingface_hub": {"adapters/hub.py", "generation/unclip.py", "encoders/hf_texts.py"},
-    "h5py": {"sources/arrays/hdf5_files.py"},
+    "h5py": {"sources/arrays/files.py"},
     "onnx": {"adapters/graphs.py"},
     "onnxruntime": {"adapters/graphs.py"},
     "open_clip": {"encoders/openclip.py", "encoders/openclip_models.py"},
@@ -38,8 +38,6 @@ ONLY_DOORS = {
     "pyarrow": {
         "search/items.py",
         "sources/arrow.py",
-        "sources/records/parquet_layout.py",
-        "sources/arrays/arrow_files.py",
         "features/export.py",
         "features/join.py",
         "features/keys.py",
@@ -51,7 +49,7 @@ ONLY_DOORS = {
     "safetensors": {
         "adapters/checkpoint.py",
         "generation/unclip.py",
-        "sources/arrays/tensor_files.py",
+        "sources/arrays/files.py",
         "training/checkpoints.py",
     },
     "timm": {"encoders/timm_images.py"},

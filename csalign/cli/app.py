@@ -1,6 +1,6 @@
-"""The ``csalign`` command: thin skins over the steps.
+"""The ``csalign`` command: one function per subcommand, each a thin skin over its room.
 
-Each command imports its step when it runs, so that ``--help`` loads nothing heavy.
+A command's work is imported when it runs, so that ``--help`` loads nothing heavy.
 """
 
 from pathlib import Path
@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from csalign.cli import render
+from csalign.cli.command import command_of, error_exits
 from csalign.cli.options import Json, Quiet, Verbose
 from csalign.cli.progress import shown_progress
-from csalign.cli.run import command, naming
-from csalign.cli.step import step_command
 from csalign.core.progress import Progress
 from csalign.core.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
 from csalign.core.version import __version__
@@ -31,11 +30,16 @@ from csalign.training.config import (
 
 app = typer.Typer(
     name="csalign",
-    help="Align two sets of embeddings: InfoNCE plus the Cauchy-Schwarz divergence.",
+    help="Align two sets of embeddings with InfoNCE and the Cauchy-Schwarz divergence.",
+    epilog="Example: csalign extract photos --encoder open_clip:ViT-B-32/laion2b_s34b_b79k -o "
+    "features",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,  # a local could be a huge tensor
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+PIPELINE = "Pipeline"
+ANALYSIS = "Analysis"
+USE = "Use"
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,8 +57,12 @@ def _main(
     pass
 
 
-@app.command()
-@step_command(ExtractConfig, render.features_table)
+@app.command(
+    rich_help_panel=PIPELINE,
+    epilog="Example: csalign extract photos --captions captions.csv --encoder "
+    "open_clip:ViT-B-32/openai --out features",
+)
+@command_of(ExtractConfig, render.features_table)
 def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
     from csalign.ingest.extract import extract
@@ -62,8 +70,12 @@ def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
     return extract(settings, progress)
 
 
-@app.command("import")
-@step_command(ImportConfig, render.features_table)
+@app.command(
+    "import",
+    rich_help_panel=PIPELINE,
+    epilog="Example: csalign import --images image.npy --texts text.npy --out features",
+)
+@command_of(ImportConfig, render.features_table)
 def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
     """Turn arrays of embeddings into a feature set."""
     from csalign.ingest.import_arrays import import_arrays
@@ -71,8 +83,11 @@ def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
     return import_arrays(settings, progress)
 
 
-@app.command()
-@step_command(TrainConfig, render.train_table, together=True)
+@app.command(
+    rich_help_panel=PIPELINE,
+    epilog="Example: csalign train features --out run --report training.html",
+)
+@command_of(TrainConfig, render.train_table, distributable=True)
 def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     """Train adapters on a feature set."""
     from csalign.training.train import train
@@ -80,26 +95,23 @@ def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     return train(settings, progress)
 
 
-@app.command()
-@step_command(TuneConfig, render.tune_tables)
+@app.command(
+    rich_help_panel=PIPELINE, epilog="Example: csalign tune features --out study --minutes 30"
+)
+@command_of(TuneConfig, render.tune_tables)
 def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
-    """Search the settings of train on validation; those that are given stay as they are."""
+    """Tune train's hyperparameters on validation; options you pass stay fixed."""
     from csalign.training.tuning.tune import tune
 
     return tune(settings, progress)
 
 
-@app.command()
-@step_command(ApplyConfig, render.features_table, together=True)
-def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
-    """Map a feature set through trained adapters into a feature set again."""
-    from csalign.runs.apply import apply
-
-    return apply(settings, progress)
-
-
-@app.command("eval")
-@step_command(EvalConfig, render.eval_tables, together=True)
+@app.command(
+    "eval",
+    rich_help_panel=PIPELINE,
+    epilog="Example: csalign eval features --adapter run --split test --report eval.html",
+)
+@command_of(EvalConfig, render.eval_tables, distributable=True)
 def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.evaluation.evaluate import evaluate
@@ -107,89 +119,15 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     return evaluate(settings, progress)
 
 
-@app.command()
-@step_command(GenerateConfig, render.generate_table)
-def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
-    """Make images of texts by an unCLIP decoder."""
-    from csalign.generation.generate import generate
-
-    return generate(settings, progress)
-
-
-@app.command()
-@step_command(DiagnoseConfig, render.diagnosis_tables)
-def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
-    """Tell how far the objective works against itself, and what the gap is made of."""
-    from csalign.evaluation.diagnose import diagnose
-
-    return diagnose(settings, progress)
-
-
-@app.command()
-@step_command(IndexConfig, render.index_table)
-def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
-    """Build an index of a feature set on disk, for search, or add to one."""
-    from csalign.search.build import index
-
-    return index(settings, progress)
-
-
-@app.command()
-@step_command(SearchConfig, render.found)
-def search(settings: SearchConfig, progress: Progress) -> Found:
-    """Find what is nearest to a text, a picture or an embedding in an index."""
-    from csalign.search.search import find
-
-    return find(settings, progress)
-
-
-@app.command()
-@step_command(ExportConfig, render.export_table)
-def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
-    """Write a run's adapter for other programs, checked, with a model card."""
-    from csalign.runs.export import export
-
-    return export(settings, progress)
-
-
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="First make it whole from the parts in PATH.partial.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Tell what is in an artifact, after checking all of it."""
-    with command(quiet=quiet, verbose=verbose), naming([path]):
-        from csalign.evaluation.inspect import inspect
-
-        document = inspect(path, merge=merge)
-        render.show(document, render.inspect_table, as_json=json)
-
-
-@app.command()
-def recipes(
-    name: Annotated[
-        str | None, typer.Argument(help="One of them, to print its file.", metavar="NAME")
-    ] = None,
-) -> None:
-    """List the named settings of train, or print one, to be changed and given by --config."""
-    with command(quiet=False, verbose=0), render.to_stdout():
-        if name is not None:
-            typer.echo(recipe_text(name), nl=False)
-        else:
-            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
-
-
-@app.command()
+@app.command(
+    rich_help_panel=ANALYSIS,
+    epilog="Example: csalign compare run-a run-b eval.json --split test",
+)
 def compare(
     systems: Annotated[
         list[Path],
         typer.Argument(
-            help="Runs, evaluated on their features, and what `csalign eval --json` printed.",
+            help="Runs, evaluated on their features, and documents of `csalign eval --json`.",
             metavar="RUN|EVAL.json",
         ),
     ],
@@ -200,7 +138,7 @@ def compare(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="What the others are compared with, by name or number (default: the first).",
+            help="The system to compare with, by name or number (default: the first).",
             metavar="N|NAME",
         ),
     ] = None,
@@ -208,10 +146,110 @@ def compare(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Put several systems side by side and tell which differences are more than chance."""
-    with command(quiet=quiet, verbose=verbose) as console, naming(systems):
+    """Compare runs and evaluations, with paired significance intervals."""
+    with error_exits(quiet=quiet, verbose=verbose) as console:
         from csalign.evaluation.compare import compare
 
         with shown_progress(console, quiet=quiet) as progress:
             document = compare(systems, split=split, baseline=baseline, progress=progress)
         render.show(document, render.compare_table, as_json=json)
+
+
+@app.command(
+    rich_help_panel=ANALYSIS, epilog="Example: csalign diagnose features --report diagnosis.html"
+)
+@command_of(DiagnoseConfig, render.diagnosis_tables)
+def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
+    """Analyse the alignment/uniformity conflict and decompose the gap."""
+    from csalign.evaluation.diagnose import diagnose
+
+    return diagnose(settings, progress)
+
+
+@app.command(rich_help_panel=ANALYSIS, epilog="Example: csalign inspect features")
+def inspect(
+    path: Annotated[str, typer.Argument(help="A feature set, a run or an index.", metavar="PATH")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="First complete it from the parts in PATH.partial.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Summarise an artifact and verify all of it."""
+    with error_exits(quiet=quiet, verbose=verbose):
+        from csalign.evaluation.inspect import inspect
+
+        render.show(inspect(path, merge=merge), render.inspect_table, as_json=json)
+
+
+@app.command(
+    rich_help_panel=ANALYSIS,
+    epilog="Example: csalign recipes few-pairs > few.toml; csalign train features --config "
+    "few.toml --out run",
+)
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe whose file to print.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List the presets of train, or print one as a file for --config."""
+    with error_exits(quiet=False, verbose=0), render.to_stdout():
+        if name is not None:
+            typer.echo(recipe_text(name), nl=False)
+        else:
+            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
+
+
+@app.command(
+    rich_help_panel=USE, epilog="Example: csalign apply features --adapter run --out aligned"
+)
+@command_of(ApplyConfig, render.features_table, distributable=True)
+def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
+    """Write the aligned embeddings as a new feature set."""
+    from csalign.runs.apply import apply
+
+    return apply(settings, progress)
+
+
+@app.command(
+    rich_help_panel=USE, epilog="Example: csalign index features --adapter run --out index"
+)
+@command_of(IndexConfig, render.index_table)
+def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
+    """Build a search index on disk."""
+    from csalign.search.build import index
+
+    return index(settings, progress)
+
+
+@app.command(
+    rich_help_panel=USE, epilog='Example: csalign search index --text "a red bicycle" --top 5'
+)
+@command_of(SearchConfig, render.found)
+def search(settings: SearchConfig, progress: Progress) -> Found:
+    """Find the nearest items to a text, an image or an embedding."""
+    from csalign.search.search import find
+
+    return find(settings, progress)
+
+
+@app.command(rich_help_panel=USE, epilog="Example: csalign export run --out exported")
+@command_of(ExportConfig, render.export_table)
+def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
+    """Export a run's adapter with a model card."""
+    from csalign.runs.export import export
+
+    return export(settings, progress)
+
+
+@app.command(
+    rich_help_panel=USE,
+    epilog='Example: csalign generate --adapter run --decoder DECODER --text "a fox" --out images',
+)
+@command_of(GenerateConfig, render.generate_table)
+def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
+    """Generate images from text with an unCLIP decoder."""
+    from csalign.generation.generate import generate
+
+    return generate(settings, progress)

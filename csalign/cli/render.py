@@ -1,6 +1,7 @@
 """Results for people and for programs: the only place that prints to stdout."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from csalign.cli.text import spelled
 from csalign.core.results import (
     FeaturesResult,
     Found,
@@ -39,6 +39,14 @@ RETRIEVAL = {
     "mAP": ("map", _PLAIN),
 }
 """Columns of retrieval tables: which figure, its scale and its format."""
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+
+def escape_controls(text: str) -> str:
+    r"""Escape what a terminal would interpret in text of unknown origin, as ``\x1b``."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 @contextmanager
@@ -326,7 +334,7 @@ def _ranges(around: dict[str, list[float]]) -> Iterator[str]:
 def compare_table(document: dict[str, Any]) -> None:
     """The document of ``csalign compare``, a row a system; two tables where one is too wide."""
     rows = document["evaluations"]
-    names = [escape(spelled(row["name"])) for row in rows]
+    names = [escape(escape_controls(row["name"])) for row in rows]
     judged = {"mean recall": [], "difference": [], "verdict": [row["verdict"] for row in rows]}
     for row in rows:
         difference = row["difference"].get("mean_recall")
@@ -422,7 +430,7 @@ def _found_tables(result: Found) -> None:
         )
         for hit in one["hits"]:
             words = (hit["id"], hit["caption"] or "", hit["source"] or "")
-            cells = [escape(spelled(word)) for word in words]
+            cells = [escape(escape_controls(word)) for word in words]
             table.add_row(str(hit["rank"]), f"{hit['score']:.4f}", *cells)
         _print(one["query"])
         _print_table(table)
@@ -490,7 +498,7 @@ def _signed(difference: dict[str, Any]) -> str:
 def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
-        table.add_row(escape(spelled(name)), escape(spelled(value)))
+        table.add_row(escape(escape_controls(name)), escape(escape_controls(value)))
     _print(title)
     _print_table(table)
 
@@ -505,4 +513,4 @@ def _console() -> Console:
 
 
 def _print(line: str) -> None:
-    Console(soft_wrap=True, emoji=False).print(spelled(line), markup=False, highlight=False)
+    Console(soft_wrap=True, emoji=False).print(escape_controls(line), markup=False, highlight=False)

@@ -1,7 +1,6 @@
 """Files and folders that appear under their final name only when they are complete."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -13,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from csalign.core.errors import OutputError
+from csalign.core.locks import LOCK, lock_folder, try_lock
 from csalign.core.paths import is_remote, is_store_error
 from csalign.core.records import parse_json
 
@@ -26,16 +26,13 @@ ARTIFACT_MARKS = (
     "generation.json",
     "index.json",
 )
-"""Whole artifacts hold one of these, with a "format" that begins with "csalign-"."""
-
-LOCK = ".csalign-lock"
-"""In a folder that is being built; its lock dies with the process that holds it."""
+"""A complete artifact has one of these, with a "format" that begins with "csalign-"."""
 
 JOB = ".csalign-job.json"
-"""In a folder that is built bit by bit: what it is to become, so that only that continues it."""
+"""Describes the unfinished work in a folder, so that only the same work resumes it."""
 
 RESUME = "resume"
-"""In the folder of a run that is being trained: what a rerun goes on from."""
+"""In the folder of an unfinished run: the checkpoint that a rerun resumes from."""
 
 ARTIFACT_ENTRIES = {
     *ARTIFACT_MARKS,
@@ -74,16 +71,17 @@ ARTIFACT_ENTRIES = {
     LOCK,
     RESUME,
 }
-"""All that csalign puts into the folder of an artifact; anything else there is the user's."""
+"""Every name that csalign writes into an artifact; anything else there is the user's."""
 
 _TEMPORARY = ".tmp"
 _JOBS = {
-    "csalign-job": "extraction",
+    "csalign-job": "extraction of csalign 0.1.0",
+    "csalign-extraction": "extraction",
     "csalign-training": "training run",
     "csalign-generation": "generation",
 }
 _FULL = "free some space, or choose another --out"
-_BROKEN = "see whether the disk or its mount is in order, then run the same command again"
+_BROKEN = "check the disk and its mount, then run the same command again"
 _REMEDIES = {
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV), _BROKEN),
     **dict.fromkeys((errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), _BROKEN),
@@ -95,11 +93,11 @@ _REMEDIES = {
 
 
 def os_error(error: Exception, path: Path | str | None = None) -> str:
-    """What to say of an error of a file system or object store: file, reason and remedy.
+    """Word an error of a file system or object store: file, reason and remedy.
 
     Args:
-        error: what was raised.
-        path: what was read or written, if the error does not say it.
+        error: the exception.
+        path: of the file, if the error does not name it.
     """
     name = getattr(error, "filename", None) or path
     number = getattr(error, "errno", None)
@@ -108,7 +106,7 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
         words = "no answer in time" if is_silent else str(error) or type(error).__name__
         reason = words.splitlines()[0]
         return f"{name}: {reason}; check the address, the keys and the network"
-    # Libraries put words of their own where the system's would say more.
+    # Some libraries replace the system's message by a vaguer one but keep its number.
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = int(quoted[1]) if quoted else number
     reason = os.strerror(number) if number else str(error) or type(error).__name__
@@ -118,7 +116,7 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
 
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """Turn what a file system or object store raises into an error that names a file.
+    """Turn errors of a file system or object store into an `OutputError` that names the file.
 
     Raises:
         OutputError: `path`, or the file that the error names, cannot be written.
@@ -137,10 +135,10 @@ def translate_os_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write a text file whole or not at all: temporary name, fsync, rename.
+    r"""Write a text file atomically: temporary name, fsync, rename.
 
     Args:
-        path: final path; its folder must exist. In an object store every write is whole.
+        path: final path; its folder must exist. Writes to an object store are atomic.
         text: content, written as UTF-8 with ``\n`` line ends.
     """
     if is_remote(path):
@@ -151,19 +149,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document whole or not at all; NaN is refused rather than written."""
+    """Write a JSON document atomically; NaN is refused."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A local path to write a file to, which then appears under its own name, whole or not at all.
+    """Yield a local path to write a file to, which is then renamed (or uploaded) to `path`.
 
     Args:
         path: final path, local or in an object store.
 
     Yields:
-        Where to write it. If the block raises, what was written is removed.
+        The temporary path; removed if the block raises.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -178,43 +176,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A file beside `path`, to be written and then given its name; removed if the block raises."""
-    temporary, lock = _locked_file(path)
+    """Yield a new file beside `path` that is then renamed to it; removed if the block raises."""
+    file = _locked_file(path)
+    temporary = Path(file.name)
     try:
         yield temporary
-        os.fsync(lock)
+        os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # what happened says more than that it cannot be cleaned up
+        with suppress(OSError):  # the first error says more than one of the cleanup
             temporary.unlink(missing_ok=True)
         raise
     finally:
-        os.close(lock)
+        file.close()
 
 
-def _locked_file(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, empty, and its handle, with a lock that dies with the process."""
+def _locked_file(path: Path) -> IO[bytes]:
+    """Open a new locked file beside `path`; the lock tells it from a dead process's file."""
     while True:
-        # Another process, maybe of another machine, may be writing the same file.
+        # Another process, maybe on another machine, may be writing the same file.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
-        lock = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):  # not every file system has locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink:
-            return temporary, lock
-        os.close(lock)  # swept away by another process before it was locked
+        file = temporary.open("xb")
+        try_lock(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed as stale before it was locked
 
 
 def remove_stale_temporaries(path: Path) -> None:
-    """Remove what processes left that died while they wrote `path`, a local file."""
+    """Remove temporary files of killed processes that were writing `path`, a local file."""
     for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{_TEMPORARY}"):
         with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by whoever still writes it
-            left.unlink()
+            if try_lock(file):
+                left.unlink()
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file's content, or a folder's entries, to the disk."""
+    """Flush a file's content, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -223,7 +221,7 @@ def fsync_path(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -233,17 +231,19 @@ def check_output(
 ) -> None:
     """Refuse an output folder that must not be written, before any work is done.
 
+    An artifact that a killed process had moved aside is moved back first.
+
     Args:
-        out: the folder to be made.
-        overwrite: whether an artifact that is there may be replaced.
-        inputs: folders and files that are read and so must not be replaced.
-        searched: that one of them which, if it is a folder, is read with all that is in it; an
-            output in there would be read by the next run.
+        out: the output folder.
+        overwrite: whether an artifact there may be replaced.
+        inputs: files and folders that are read, and so must not be replaced.
+        searched: the input folder that is read recursively; an output in it would be read by
+            the next run.
 
     Raises:
         OutputError: `out` exists and `overwrite` is false; `out` is a file, a mount point, the
-            working directory, a folder that csalign did not make, one of `inputs`, or holds one of
-            them; or its ``OUT.partial`` is in use or not ours.
+            working directory, a folder that csalign did not make, one of `inputs`, or contains
+            one; or its ``OUT.partial`` is in use or not csalign's.
     """
     with translate_os_errors(out):
         if is_remote(out):
@@ -262,19 +262,20 @@ def _check_local_output(
         if source.exists() and source.resolve().is_relative_to(resolved):
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
         if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
-            raise OutputError(f"{out}: lies inside {source}, which it would change; choose another")
+            raise OutputError(f"{out}: is inside {source}, which it would change; choose another")
     is_searched = searched is not None and not is_remote(searched) and searched.is_dir()
     if is_searched and searched and resolved.is_relative_to(searched.resolve()):
         raise OutputError(
-            f"{out}: lies inside {searched}, where the next run would read it; choose another --out"
+            f"{out}: is inside {searched}, where the next run would read it; choose another --out"
         )
     if os.path.ismount(resolved) or resolved == Path.cwd():
         raise OutputError(
             f"{out}: is a mount point or the working directory, which cannot be replaced; choose a "
             "folder in it"
         )
-    _restore_interrupted_swap(resolved)
     partial = partial_path(resolved)
+    if _previous(resolved).is_dir():
+        _repair_swap(resolved, partial)
     marked = (partial / LOCK).exists() or (partial / JOB).exists()
     if partial.exists() and any(partial.iterdir()) and not marked:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
@@ -288,7 +289,7 @@ def _check_local_output(
     if foreign or not _is_artifact(resolved):
         example = min(foreign or {path.name for path in resolved.iterdir()})
         raise OutputError(
-            f"{out}: holds files that csalign did not make ({example}); choose another --out"
+            f"{out}: contains files that csalign did not make ({example}); choose another --out"
         )
     if not overwrite:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
@@ -296,7 +297,7 @@ def _check_local_output(
 
 def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
     if not out.name:
-        raise OutputError(f"{out}: is a whole bucket; choose a folder in it")
+        raise OutputError(f"{out}: is a bucket; choose a folder in it")
     address = f"{out}/"
     for source in inputs:
         if f"{source}/".startswith(address) or address.startswith(f"{source}/"):
@@ -312,7 +313,7 @@ def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]
     if names - ARTIFACT_ENTRIES or not (is_half or _is_artifact(out)):
         example = min(names - ARTIFACT_ENTRIES or names)
         raise OutputError(
-            f"{out}: holds files that csalign did not make ({example}); choose another --out"
+            f"{out}: contains files that csalign did not make ({example}); choose another --out"
         )
     if not overwrite and not is_half:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
@@ -326,18 +327,18 @@ def _names(folder: Path) -> set[str]:
 def atomic_folder(out: Path) -> Iterator[Path]:
     """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
 
-    What stood at `out` stays untouched until then. What a dead process left at ``OUT.partial`` is
+    What is at `out` stays untouched until then. What a killed process left at ``OUT.partial`` is
     replaced. Callers run `check_output` first. For an object store the folder is built locally.
 
     Args:
         out: final folder.
 
     Yields:
-        The folder to write into: fresh, and local.
+        The folder to write into: new, empty and local.
 
     Raises:
-        OutputError: another process is building the same output, or ``OUT.partial`` holds what can
-            be gone on with.
+        OutputError: another process is building the same output, or ``OUT.partial`` contains
+            unfinished work that can be resumed.
     """
     if is_remote(out):
         with translate_os_errors(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
@@ -346,36 +347,26 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         return
     out = out.resolve()
     partial = partial_path(out)
-    with translate_os_errors(out), _locked(partial):
+    refuse_other_work(partial)
+    with translate_os_errors(out), lock_folder(partial):
+        empty_folder(partial)
         try:
             yield partial
             commit(partial, out)
-            # Only now: without it a later process would take what is left for a stranger's.
-            with suppress(OSError):  # it harms nobody
-                (out / LOCK).unlink()
         except BaseException:
             cleanup(partial)
             raise
 
 
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make an empty folder that no other process builds in."""
-    refuse_other_work(partial)
-    with lock_folder(partial):
-        empty_folder(partial)
-        yield
-
-
 def refuse_other_work(folder: Path, own: str | None = None) -> None:
-    """Refuse a folder that holds unfinished work which the caller cannot go on with.
+    """Refuse a folder of unfinished work that the caller cannot resume.
 
     Args:
         folder: ``OUT.partial``.
-        own: format of the jobs that the caller can go on with.
+        own: "format" of the work that the caller can resume.
 
     Raises:
-        OutputError: the job there is another.
+        OutputError: the work there is of another kind.
     """
     path = folder / JOB
     if not path.is_file():
@@ -383,37 +374,16 @@ def refuse_other_work(folder: Path, own: str | None = None) -> None:
     try:
         found = parse_json(path.read_bytes())["format"]
     except (ValueError, KeyError, TypeError):
-        found = own  # who goes on with it says what is damaged
+        found = own  # whoever resumes it reports the damage
     if own is None or found != own:
         raise OutputError(
-            f"{folder}: holds an unfinished {_JOBS.get(found, 'job')}; finish it, remove it, or "
+            f"{folder}: contains an unfinished {_JOBS.get(found, 'job')}; finish it, remove it, or "
             "choose another --out"
         )
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and keep other processes from writing in it.
-
-    Raises:
-        OutputError: another process does.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(in_use(folder)) from None
-        yield
-
-
-def in_use(partial: Path) -> str:
-    """What to say of a folder whose lock is held."""
-    return f"{partial}: another process is writing there; wait for it, or choose another --out"
-
-
 def empty_folder(folder: Path) -> None:
-    """Remove everything in it but its lock."""
+    """Remove everything in a folder except its lock file."""
     for entry in folder.iterdir():
         if entry.is_dir():
             remove_folder(entry)
@@ -422,27 +392,28 @@ def empty_folder(folder: Path) -> None:
 
 
 def cleanup(folder: Path) -> None:
-    """Remove a local folder that was built in, after an error, as far as the disk lets it.
+    """Remove a local folder after an error, best effort.
 
-    What marks it as ours goes last, so that a later process can do what is left.
+    The lock file goes last, so that a later process recognises what is left as csalign's.
     """
-    with suppress(OSError):  # what happened says more than that it cannot be cleaned up
+    with suppress(OSError):  # the first error says more than one of the cleanup
         empty_folder(folder)
         (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def commit(folder: Path, out: Path) -> None:
-    """Move a finished folder to its final name, in place of what stands there.
+    """Move a finished folder to its final name, replacing what is there.
 
-    Locally that is a rename. An object store has none: the file that makes a folder an artifact
-    is removed first and arrives last, so that what is half there is no artifact; and a job file
-    tells a later process that it may go on.
+    Locally this is a rename; the caller holds the lock of `folder`, whose lock file is removed
+    after it. An object store has no rename: the file that makes a folder an artifact is removed
+    first and uploaded last, so that a half-written artifact is not one, and a job file lets a
+    later process finish.
 
     Raises:
-        OutputError: the folder is not there any more, or not whole.
+        OutputError: the folder is gone or incomplete.
     """
-    # What a killed process was writing: by `atomic_path`, or by safetensors.
+    # Stale temporary files of killed processes, of `atomic_path` and of safetensors.
     for pattern in (f"*{_TEMPORARY}", f"{_TEMPORARY}*"):
         for entry in folder.rglob(pattern):
             if entry.is_file():
@@ -450,10 +421,14 @@ def commit(folder: Path, out: Path) -> None:
     if not is_remote(out):
         fsync_path(folder)
         _replace(folder, out)
+        with suppress(OSError):  # it does no harm
+            (out / LOCK).unlink()
         return
-    entries = [path for path in folder.rglob("*") if path.is_file() and path.name != JOB]
+    entries = [
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (JOB, LOCK)
+    ]
     if not any(path.name in ARTIFACT_MARKS for path in entries):
-        raise OutputError(f"{folder}: is gone; another process moved it to {out}")
+        raise OutputError(f"{folder}: is incomplete, or another process moved it to {out}")
     (out / JOB).write_bytes(b"")
     old = {path for path in out.rglob("*") if path.is_file() and path.name != JOB}
     for path in sorted(old, key=lambda path: path.name not in ARTIFACT_MARKS):
@@ -474,26 +449,39 @@ def _upload(local: Path, remote: Path) -> None:
     remote.fs.put_file(str(local), remote.path)  # type: ignore[attr-defined]  # of UPath
 
 
-def _replace(partial: Path, out: Path) -> None:
-    previous = _previous(out)
-    if out.exists():
-        out.rename(previous)
-    partial.rename(out)
-    (out / LOCK).unlink(missing_ok=True)
-    fsync_path(out.parent)
-    remove_folder(previous)
+def _repair_swap(out: Path, partial: Path) -> None:
+    """Undo a `_replace` that was killed half way, unless its process is still alive.
+
+    Raises:
+        OutputError: it is.
+    """
+    was_there = partial.exists()
+    with lock_folder(partial):
+        _restore(out)
+        if not was_there:
+            cleanup(partial)
 
 
-def _restore_interrupted_swap(out: Path) -> None:
-    """Undo the first half of `_replace` if a run was killed between its two renames."""
+def _restore(out: Path) -> None:
+    """Move back what a killed `_replace` had moved aside; callers hold the lock."""
     previous = _previous(out)
     if previous.is_dir() and not out.exists():
         previous.rename(out)
     remove_folder(previous)
 
 
+def _replace(partial: Path, out: Path) -> None:
+    previous = _previous(out)
+    _restore(out)
+    if out.exists():
+        out.rename(previous)
+    partial.rename(out)
+    fsync_path(out.parent)
+    remove_folder(previous)
+
+
 def partial_path(out: Path) -> Path:
-    """Where a folder is built before it gets its name."""
+    """Return where a folder is built before it gets its name."""
     return out.with_name(out.name + ".partial")
 
 
@@ -514,12 +502,12 @@ def _is_artifact(folder: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, if it is there."""
+    """Remove a folder and its content, if it exists."""
     if is_remote(folder):
         if folder.exists():
             folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]  # of UPath
     elif folder.is_dir():
         try:
             shutil.rmtree(folder)
-        except OSError as error:  # which names what it is in by its last name alone
+        except OSError as error:  # which gives only the last name of what cannot be removed
             raise OSError(error.errno, error.strerror, str(folder)) from error

@@ -5,14 +5,14 @@
     CsalignError              exit 1
     ├── ConfigError           exit 2  the command line or a config file is wrong
     ├── DataError             exit 1  an input cannot be used
-    │   ├── SchemaError               an artifact on disk does not agree with itself
+    │   ├── SchemaError               an artifact on disk is damaged or inconsistent
     │   └── ShapeError                arrays whose shapes do not fit together
     ├── EncoderError          exit 1  an encoder cannot be built or loaded
     ├── DecoderError          exit 1  a decoder of images cannot be built, loaded or run
     ├── OutputError           exit 1  an output cannot be written where it was asked for
-    ├── TrainingError         exit 1  training cannot go on
+    ├── TrainingError         exit 1  training cannot continue
     ├── ProcessesError        exit 1  the processes of a job cannot work together
-    └── ElsewhereError        that of another process of the job, which tells why
+    └── ElsewhereError        another process of the job failed and reports why
     Stopped                   exit 130 / 143, stopped by SIGINT / SIGTERM
 
 A message says what is wrong, names the file and row, and what to do about it. Anything else that
@@ -37,7 +37,7 @@ class DataError(CsalignError):
 
 
 class SchemaError(DataError):
-    """An artifact on disk does not agree with its manifest or with the format."""
+    """An artifact on disk does not match its manifest or the format."""
 
 
 class ShapeError(DataError):
@@ -57,7 +57,7 @@ class OutputError(CsalignError):
 
 
 class TrainingError(CsalignError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class ProcessesError(CsalignError):
@@ -65,7 +65,7 @@ class ProcessesError(CsalignError):
 
 
 class ElsewhereError(CsalignError):
-    """Another process of the job failed, and tells why.
+    """Another process of the job failed and reports why.
 
     Args:
         exit_code: of that process.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, made sure not to be lost."""
+"""SIGINT and SIGTERM: raised as `Stopped`, delayed or polled where work must not be cut short."""
 
 import os
 import signal
@@ -12,105 +12,106 @@ from typing import Any
 from csalign.core.errors import Stopped
 
 _AGAIN_S = 0.1
-_PATIENCE_S = 10.0  # batch systems kill half a minute after they asked
+DELAY_S = 10.0  # batch systems kill about half a minute after SIGTERM
 
 _arrived: list[int] = []
-_waiting: list[threading.Timer] = []
-_may_wait = False
-_are_noted = False
+_timers: list[threading.Timer] = []
+_delays = 0  # depth of nested `delayed` blocks
+_polls = 0  # of `polling` blocks
+_delay_s = DELAY_S
 
 
-def catch_signals() -> None:
+def catch_signals(delay_s: float = DELAY_S) -> None:
     """Let SIGINT and SIGTERM raise `Stopped` in the main thread.
 
-    Python drops an exception that is raised while a ``__del__`` runs, as libraries for object
+    Python drops an exception that is raised while a ``__del__`` runs, as libraries of object
     stores have. Then the signal is sent again, and `check` raises wherever work is counted.
+
+    Args:
+        delay_s: seconds that a `delayed` block may hold a signal back.
     """
+    global _delay_s
+    _delay_s = delay_s
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    sys.unraisablehook = _dropped
+        signal.signal(number, _handle)
+    sys.unraisablehook = _resend_dropped
 
 
 def check() -> None:
-    """Raise if a signal arrived, whatever became of what it raised.
+    """Raise if a signal arrived, even where its first exception was dropped.
 
     Raises:
-        Stopped: one did.
+        Stopped: a signal arrived.
     """
-    if _arrived and not _are_noted:
+    if _arrived and not _polls:
         raise Stopped(_arrived[0])
 
 
 def pending() -> int | None:
-    """The first signal that arrived, None where none did."""
+    """Return the first signal that arrived, None if none did."""
     return _arrived[0] if _arrived else None
 
 
 @contextmanager
 def polling() -> Iterator[None]:
-    """Let signals only be noted, for `pending`, by whoever sees to it that the block ends soon.
+    """Only record signals in this block, whose owner polls `pending` and ends it soon.
 
-    As where several processes have to stop after the same step: one that stopped at once would
-    leave the others waiting. Nor does a second signal raise, since torchrun and a batch system
-    may each send one.
+    For several processes that have to stop after the same step: one that stopped at once would
+    leave the others waiting. A second signal does not raise either, since torchrun and a batch
+    system may each send one.
 
     Raises:
         Stopped: after a block that did not raise, if a signal arrived.
     """
-    global _are_noted
-    _are_noted = True
+    global _polls
+    _polls += 1
     try:
         yield
     finally:
-        _are_noted = False
+        _polls -= 1
     check()
 
 
 @contextmanager
 def delayed() -> Iterator[None]:
-    """Let a signal wait for the end of what must not be left half done.
+    """Delay a signal until the end of a block that must not be left half done.
 
-    It waits for ten seconds at most, and for no second signal.
+    For ten seconds at most, and not beyond a second signal. Blocks may be nested.
 
     Raises:
-        Stopped: after the block, if a signal arrived in it.
+        Stopped: after the outermost block, if a signal arrived in it.
     """
-    global _may_wait
-    if _are_noted:
-        yield
-        return
+    global _delays
     before = len(_arrived)
-    _may_wait = True
+    _delays += 1
     try:
         yield
     finally:
-        _may_wait = False
-        while _waiting:
-            _waiting.pop().cancel()
-    if len(_arrived) > before:
+        _delays -= 1
+        while not _delays and _timers:
+            _timers.pop().cancel()
+    if len(_arrived) > before and not _delays and not _polls:
         raise Stopped(_arrived[-1])
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    global _may_wait
+def _handle(signum: int, frame: FrameType | None) -> None:
     _arrived.append(signum)
-    if _are_noted:
+    if _polls:
         return
-    if _may_wait:
-        _may_wait = False
-        _waiting.append(_send_again(signum, _PATIENCE_S))
+    if _delays and not _timers:
+        _timers.append(_send_later(signum, _delay_s))
         return
     raise Stopped(signum)
 
 
-def _dropped(unraisable: Any) -> None:
-    if not isinstance(unraisable.exc_value, Stopped):
+def _resend_dropped(unraisable: Any) -> None:
+    if isinstance(unraisable.exc_value, Stopped):
+        _send_later(_arrived[0], _AGAIN_S)
+    else:
         sys.__unraisablehook__(unraisable)
-        return
-    _send_again(_arrived[0], _AGAIN_S)
 
 
-def _send_again(signum: int, seconds: float) -> threading.Timer:
+def _send_later(signum: int, seconds: float) -> threading.Timer:
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signum))
     timer.daemon = True
     timer.start()

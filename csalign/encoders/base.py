@@ -1,4 +1,4 @@
-"""What the toolkit asks of an encoder, whoever made it."""
+"""The interface of encoders, csalign's own and third-party."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 class Embedded(NamedTuple):
-    """What an encoder makes of n images or texts.
+    """Embeddings of n images or texts.
 
     Attributes:
         embeddings: (n, d) float32, not normalised.
         tokens: n arrays (t_i, d_t) float32 of the last layer, without class token, special tokens
-            and padding; None where none were asked for.
+            and padding; None where none were requested.
     """
 
     embeddings: Floats
@@ -33,11 +33,11 @@ class ImageEncoder(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many images go through a forward pass."""
+        """Batch size of a forward pass."""
 
     @property
     def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
+        """Record of the encoder for the manifest."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
@@ -51,29 +51,29 @@ class TextEncoder(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many texts go through a forward pass."""
+        """Batch size of a forward pass."""
 
     @property
     def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
+        """Record of the encoder for the manifest."""
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embed one or more texts, in as many batches as they need, in their order."""
+        """Embed one or more texts in batches, in their order."""
 
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How encoders are to be run.
+    """How to run encoders.
 
     Attributes:
-        device: where to run them.
+        device: to run on.
         precision: of the forward pass: "float32", "float16", "bfloat16"; "auto" is float32 on the
             CPU and float16 elsewhere.
-        batch_size: items a forward pass (None: 32 on the CPU, 256 elsewhere).
-        tokens: the modalities to give last-layer tokens of, beside the embeddings.
+        batch_size: items per forward pass (None: 32 on the CPU, 256 elsewhere).
+        tokens: sides whose last-layer tokens are returned beside the embeddings.
         token_space: "hidden" after the last norm, "projected" times the encoder's projection too.
-        max_tokens: tokens an item at most; None keeps all of them. Grids of image tokens are
-            pooled to k x k, texts are cut.
+        max_tokens: most tokens per item; None keeps all. Grids of image tokens are pooled to
+            k x k, texts are truncated.
         compile: whether to run the networks through torch.compile.
     """
 
@@ -87,11 +87,11 @@ class EncoderOptions:
 
 
 class Encoders(NamedTuple):
-    """The encoders of both sides, None where none was asked for."""
+    """The encoders of both sides, None for a side that is skipped."""
 
     image: ImageEncoder | None
     text: TextEncoder | None
 
     def side(self, modality: Modality) -> ImageEncoder | TextEncoder | None:
-        """The encoder of one side."""
+        """Return the encoder of one side."""
         return self.image if modality is Modality.IMAGE else self.text

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl
@@ -23,11 +24,11 @@ from csalign.encoders.running import (
     fingerprint,
     gives_tokens,
     inference,
+    limit_tokens,
     ready,
     to_device,
     to_numpy,
 )
-from csalign.encoders.tokens import limit_tokens
 from csalign.features.manifest import EncoderInfo
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ Pooling = Literal["mean", "cls", "last", "eos"]
 
 _SAMPLE = ("a", "two people on bicycles wait at a crossing in the rain")
 _DEFAULT_MAX_LENGTH = 512
-# Tokenizers that know no limit name an astronomical one.
+# Tokenizers without a limit report an astronomical one.
 _SANE_MAX_LENGTH = 1_000_000
-# How sentence-transformers calls the poolings, in its older files as flags.
+# Names of the poolings in sentence-transformers, as flags in its older files.
 _POOLINGS: dict[str, Pooling] = {
     "mean": "mean",
     "cls": "cls",
@@ -50,17 +51,17 @@ _POOLINGS: dict[str, Pooling] = {
 
 
 class Settings(BaseModel):
-    """What may stand behind the question mark of a spec.
+    """Options after the question mark of a spec.
 
     Attributes:
         pooling: "mean" over all tokens, "cls" the first, "last" the last, "eos" the end-of-text
-            token, which is appended where the tokenizer does not. Default: what the
-            sentence-transformers files beside the model say, else "last" for causal models and
+            token, appended if the tokenizer does not. Default: that of the
+            sentence-transformers files with the model, else "last" for causal models and
             "mean" for the others.
         layer: which of the hidden states, as an index; -1 is the output after the last norm.
         prefix: put before each text.
-        max_length: tokens a text is cut to. Default: what the model's files say, else 512.
-        trust_remote_code: whether code that comes with the model may be run.
+        max_length: most tokens per text. Default: that of the model's files, else 512.
+        trust_remote_code: whether code that comes with the model may run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,30 +74,34 @@ class Settings(BaseModel):
 
 
 def load_hf(name: str, options: EncoderOptions) -> "HfTexts":
-    """Load a transformers model, frozen; of an encoder-decoder only the encoder is kept.
+    """Load a frozen transformers model; of an encoder-decoder only the encoder.
 
     Args:
-        name: folder or hub name of the model, then perhaps ?OPTION=VALUE&..., see `Settings`.
+        name: folder or hub name of the model, optionally with ?OPTION=VALUE&..., see `Settings`.
             Values are URL-decoded.
-        options: how to run it. Its embedding has no projection, so the tokens of both spaces are
-            the same.
+        options: how to run it. Without a projection the tokens of both spaces are the same.
+            Precision "auto" off the CPU is bfloat16 for a model stored in it.
 
     Raises:
         ConfigError: an option is unknown or has a wrong value.
-        EncoderError: transformers is not installed; or the model cannot be had, lacks weights, is
-            none of texts, or cannot be run.
+        EncoderError: transformers is not installed; or the model cannot be loaded, lacks weights,
+            does not encode texts, or cannot be run.
     """
     model, _, query = name.partition("?")
     settings = _parse(name, query)
     _require_transformers(name)
     network = _load_network(model, settings)
     tokenizer = _load_tokenizer(model, settings)
+    if options.precision == "auto" and options.device.type != "cpu":
+        # float32 weights would take twice the memory, and float16 may overflow.
+        stored = {values.dtype for values in network.parameters()}
+        options = replace(options, precision="bfloat16" if torch.bfloat16 in stored else "auto")
     with first_run(f"hf:{name}"):
         return HfTexts(network, tokenizer, model, settings, f"hf:{name}", options)
 
 
 class HfTexts:
-    """A transformers model; see `TextEncoder` for its methods."""
+    """A transformers model; see `base.TextEncoder` for its methods."""
 
     def __init__(
         self,
@@ -119,10 +124,10 @@ class HfTexts:
         )
         _check_modules(model, settings, self._pooling, spec)
         self._eos = _end_of_text(tokenizer, spec) if self._pooling == "eos" else None
-        # Masked, so any would do, but that some models number positions by their own.
+        # Masked, so any id would do, except that some models number positions by theirs.
         marks = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._padding = next(mark for mark in marks if mark is not None)
-        # What stands for an empty text, where the tokenizer adds nothing to it.
+        # The token of an empty text, if the tokenizer adds none.
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, self._padding)
         self._nothing = next(mark for mark in marks if mark is not None)
         self._network = ready(network, options)
@@ -130,18 +135,18 @@ class HfTexts:
 
     @property
     def batch_size(self) -> int:
-        """How many texts go through a forward pass."""
+        """Batch size of a forward pass."""
         return batch_size_of(self._options)
 
     @property
     def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
+        """Record of the encoder for the manifest."""
         return self._info
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embed one or more texts, in as many batches as they need, in their order.
+        """Embed one or more texts, in their order.
 
-        Texts of like length share a batch, which is as long as the longest of them.
+        Texts of similar length share a batch, which is as long as the longest of them.
         """
         ids, special = self._tokenize(texts)
 
@@ -154,7 +159,7 @@ class HfTexts:
         return embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids of each text, and 1 for each of them that is no part of the text."""
+        """Return the ids of each text, and a mask that is 1 for special tokens."""
         encoded = self._tokenizer(
             [self._settings.prefix + text for text in texts],
             truncation=True,
@@ -175,10 +180,9 @@ class HfTexts:
         return ids, special
 
     def _embed_ids(self, ids: list[list[int]], special: list[list[int]]) -> Embedded:
-        """Embed texts in one batch, padded at the right whatever side the tokenizer pads.
+        """Embed texts in one batch, padded on the right whatever side the tokenizer pads.
 
-        With the mask that is the same for encoders, and it leaves a causal model's positions as
-        they are without padding.
+        Under the mask this is the same for encoders, and keeps the positions of a causal model.
         """
         lengths = torch.tensor([len(own) for own in ids])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -209,8 +213,8 @@ class HfTexts:
         states: Sequence[torch.Tensor] = output.hidden_states or (last,)
         if not -len(states) <= layer < len(states):
             raise EncoderError(
-                f"hf: layer={layer} does not exist; the model has the layers 0, its input, to "
-                f"{len(states) - 1}, which are also -{len(states)} to -1"
+                f"hf: layer={layer} does not exist; the model has layers 0 (its input) to "
+                f"{len(states) - 1}, or -{len(states)} to -1"
             )
         return last if layer == -1 else states[layer]
 
@@ -224,10 +228,10 @@ class HfTexts:
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
 
     def _probe(self, spec: str, weights: str) -> EncoderInfo:
-        """Embed some texts, so that what does not work fails before the work."""
+        """Embed some texts, so that what cannot run fails before the work."""
         sample = [*_SAMPLE]
         if self._settings.max_length is not None:
-            # More positions than the model has would fail at the first long text only.
+            # More positions than the model has would only fail at the first long text.
             sample.append("word " * self._max_length)
         return describe(
             self.embed(sample),
@@ -278,14 +282,14 @@ def _load_network(model: str, settings: Settings) -> Any:
                 trust_remote_code=settings.trust_remote_code,
                 output_loading_info=True,
             )
-    except Exception as error:  # what it reads or downloads can be wrong in any way
+    except Exception as error:  # damaged files and downloads fail in many ways
         raise _not_loaded(model, error) from error
     if hasattr(network.config, "vision_config"):
-        raise EncoderError(f"hf:{model} is no model of texts alone; use open_clip: for CLIP models")
+        raise EncoderError(f"hf:{model} is not a text-only model; use open_clip: for CLIP models")
     if network.config.is_encoder_decoder:
         network = network.get_encoder()
     names = set(network.state_dict())
-    # Nothing here uses the pooler that some models have behind the last layer.
+    # The pooler that some models have after the last layer is not used.
     missing = sorted(
         key
         for key in report["missing_keys"]
@@ -294,9 +298,9 @@ def _load_network(model: str, settings: Settings) -> Any:
     if missing:
         raise EncoderError(
             f"hf:{model} lacks weights ({missing[0]}{' and others' if missing[1:] else ''}), which "
-            "would be random; choose a whole checkpoint"
+            "would be random; choose a complete checkpoint"
         )
-    network.config.use_cache = False  # it would hold keys and values that nothing reads
+    network.config.use_cache = False  # keys and values that nothing reads
     return network
 
 
@@ -308,20 +312,19 @@ def _load_tokenizer(model: str, settings: Settings) -> Any:
             return AutoTokenizer.from_pretrained(
                 model, trust_remote_code=settings.trust_remote_code
             )
-    except Exception as error:  # what it reads or downloads can be wrong in any way
+    except Exception as error:  # damaged files and downloads fail in many ways
         raise _not_loaded(model, error) from error
 
 
 def _not_loaded(model: str, error: Exception) -> EncoderError:
     if "trust_remote_code" in str(error):
         return EncoderError(
-            f"hf:{model} runs code that comes with it; add the option trust_remote_code=true if "
-            "you trust it"
+            f"hf:{model} runs code that comes with it; add trust_remote_code=true if you trust it"
         )
     is_path = Path(model).exists() or model.startswith(("/", ".", "~"))
     if is_path and not Path(model).is_dir():
-        return EncoderError(f"hf:{model}: no such folder; give that of a saved model")
-    remedy = "give the folder of a saved model"
+        return EncoderError(f"hf:{model}: no such folder; pass the folder of a saved model")
+    remedy = "pass the folder of a saved model"
     if not is_path:
         remedy = f"connect once, or {remedy}"
     return EncoderError(f"hf:{model} could not be loaded ({first_line(error)}); {remedy}")
@@ -329,7 +332,7 @@ def _not_loaded(model: str, error: Exception) -> EncoderError:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without transformers' own bar over the weights that it loads."""
+    """Hide transformers' own progress bar."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -343,7 +346,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _beside(model: str, file: str) -> Any:
-    """A JSON file that may lie beside a model, on disk or on the hub; {} where there is none."""
+    """Read a JSON file beside a model, on disk or on the hub; {} if there is none."""
     path = Path(model, file)
     if not Path(model).is_dir():
         import huggingface_hub
@@ -352,7 +355,7 @@ def _beside(model: str, file: str) -> Any:
         try:
             with quiet():
                 path = Path(huggingface_hub.hf_hub_download(model, file))
-        except EntryNotFoundError:  # also where the hub is out of reach, and it is not in its cache
+        except EntryNotFoundError:  # also if the hub cannot be reached and its cache lacks it
             return {}
     if not path.is_file():
         return {}
@@ -363,7 +366,7 @@ def _beside(model: str, file: str) -> Any:
 
 
 def _stored_pooling(model: str, spec: str) -> Pooling | None:
-    """What the sentence-transformers files beside a model say, None if there are none."""
+    """Return the pooling of a model's sentence-transformers files, None if there are none."""
     stored = _beside(model, "1_Pooling/config.json")
     if not stored:
         return None
@@ -374,29 +377,29 @@ def _stored_pooling(model: str, spec: str) -> Pooling | None:
         return _POOLINGS[chosen[0]]
     raise EncoderError(
         f"{spec}: its 1_Pooling/config.json asks for {', '.join(chosen) or 'no pooling'}, which is "
-        "not known here; choose one with pooling=mean, cls, last or eos"
+        "not supported; choose one with pooling=mean, cls, last or eos"
     )
 
 
 def _check_modules(model: str, settings: Settings, pooling: Pooling, spec: str) -> None:
-    """Tell of what sentence-transformers would do with a model and is not done here."""
+    """Refuse or report what sentence-transformers would do and csalign does not."""
     stored = _beside(model, "1_Pooling/config.json")
     if settings.prefix and pooling == "mean" and stored.get("include_prompt") is False:
         raise EncoderError(
-            f"{spec}: its 1_Pooling/config.json leaves prompts out of the mean, which is not "
-            "supported here; leave prefix out"
+            f"{spec}: its 1_Pooling/config.json excludes prompts from the mean, which is not "
+            "supported; omit prefix"
         )
     for module in _beside(model, "modules.json") or ():
         if str(module.get("type")).endswith(".Dense"):
-            logger.warning("%s: the embeddings are those before its %s", spec, module.get("path"))
+            logger.warning("%s: embeddings are taken before its %s", spec, module.get("path"))
 
 
 def _default_pooling(network: Any) -> Pooling:
-    """Where a model's tokens do not see what follows them, "last"; otherwise "mean"."""
+    """Return "last" for a causal model, whose tokens do not see what follows, else "mean"."""
     vocabulary = network.get_input_embeddings().num_embeddings
     ids = torch.tensor([[[3, 5, 7]], [[3, 5, 9]]]) % vocabulary
     with torch.inference_mode():
-        # One by one, so that the same arithmetic is done to both.
+        # One by one, so that both get the same arithmetic.
         first, other = (
             network(input_ids=own, attention_mask=torch.ones_like(own))[0][0, 0].float()
             for own in ids

@@ -1,4 +1,4 @@
-"""What the libraries behind the encoders say, made fit for a user: one line, and no noise."""
+"""Messages of the libraries behind the encoders: one line each, and no noise."""
 
 import difflib
 import logging
@@ -11,8 +11,8 @@ from csalign.core.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 
-# They would print a warning each time that they try again, or a report on each load.
-_TALKATIVE = ("huggingface_hub", "timm", "transformers")
+# They print a warning at each retry, or a report at each load.
+_VERBOSE = ("huggingface_hub", "timm", "transformers")
 
 _CANNOT_RUN = (
     AssertionError,
@@ -25,33 +25,33 @@ _CANNOT_RUN = (
 
 
 def first_line(error: BaseException) -> str:
-    """The line of an error of a library that says what is wrong."""
+    """Return the line of a library's error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch heads a list of mismatches with a line that says nothing.
+    # torch starts a list of mismatches with a line that names none.
     text = " ".join(lines[1:2] if lines[1:] and lines[0].endswith(":") else lines[:1])
     return textwrap.shorten(text, 160, placeholder=" ...") or type(error).__name__
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """Those of the known names that are nearest to a misspelt one, as part of a sentence."""
+    """Word which known names are closest to a misspelt one."""
     by_lower = {item.lower(): item for item in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     if close:
-        return f"its nearest are {', '.join(by_lower[item] for item in close)}"
-    return f"it has {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
+        return f"the closest are {', '.join(by_lower[item] for item in close)}"
+    return f"there are {', '.join(known[:8])}{' and others' if len(known) > 8 else ''}"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries say to the root logger and as warnings in this module's log.
+    """Redirect root-logger messages and warnings of libraries to this module's logger.
 
-    open_clip would otherwise put a handler on the root logger of the process.
+    Without a handler on the root logger, open_clip would install one.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
-    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    levels = {name: logging.getLogger(name).level for name in _VERBOSE}
 
     def divert(record: logging.LogRecord) -> bool:
-        # Weights are loaded after the network is built, so this one would only mislead.
+        # Misleading: csalign loads the weights after building the network.
         if "No pretrained weights" not in record.getMessage():
             logger.debug("%s", record.getMessage())
         return False
@@ -75,7 +75,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def first_run(spec: str) -> Iterator[None]:
-    """Turn what a network raises when it is first run into one line.
+    """Turn the error of a network's first run into one line.
 
     Raises:
         EncoderError: it cannot be run.

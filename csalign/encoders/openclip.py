@@ -1,4 +1,4 @@
-"""Frozen open_clip models, a tower for each side."""
+"""Frozen open_clip models, one tower per side."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -12,7 +12,6 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
-from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_run
 from csalign.encoders.openclip_models import (
     build_network,
@@ -22,29 +21,30 @@ from csalign.encoders.openclip_models import (
     warn_of_activation,
 )
 from csalign.encoders.running import (
+    TowerImages,
     batch_size_of,
     describe,
     embed_by_length,
     fingerprint,
     gives_tokens,
     inference,
+    limit_tokens,
     ready,
     to_device,
     to_numpy,
 )
-from csalign.encoders.tokens import limit_tokens
 from csalign.features.manifest import EncoderInfo
 
 logger = logging.getLogger(__name__)
 
 # Texts that differ in length, to see whether a model's output depends on the padding.
 _SAMPLE = ("a", "a photo of a dog", "two people on bicycles wait at a crossing in the rain")
-# Rounding differs between lengths by some 2e-6; a model that sees its padding is off by far more.
+# Rounding differs between lengths by about 2e-6; a model that sees its padding differs far more.
 _CROP_TOLERANCE = 1e-5
 
 
 def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptions) -> Encoders:
-    """Load an open_clip model, frozen; of a side that is not asked for nothing is kept.
+    """Load a frozen open_clip model, keeping only the towers of the given sides.
 
     Args:
         name: see `csalign.encoders.openclip_models.find_model`.
@@ -52,16 +52,15 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
         options: how to run them.
 
     Raises:
-        ConfigError: the name has no form that is known.
-        EncoderError: there is no such architecture or tag; the weights cannot be had, are no
-            checkpoint, or are of another model; or the architecture does not give the tokens
-            asked for.
+        ConfigError: the name has no known form.
+        EncoderError: there is no such architecture or tag; the weights cannot be loaded or are of
+            another model; or the architecture has no such tokens.
     """
     architecture, weights = find_model(name)
     tokenizer = build_tokenizer(architecture) if Modality.TEXT in sides else None
     network = build_network(architecture, weights)
     if weights is None:
-        logger.warning("%s: random weights; the embeddings carry no meaning", architecture.spec)
+        logger.warning("%s: random weights; the embeddings are meaningless", architecture.spec)
     else:
         load_weights(network, weights, architecture.spec)
         warn_of_activation(architecture, weights)
@@ -70,7 +69,7 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
         "fingerprint": fingerprint(network),
         "activation": "quick_gelu" if architecture.quick_gelu else "gelu",
     }
-    # CLIP proper carries the parts of its text tower itself.
+    # The CLIP class itself is its text tower.
     visual = network.visual
     del network.visual
     text = getattr(network, "text", network)
@@ -104,7 +103,7 @@ def _load_images(tower: Any, options: EncoderOptions, record: dict[str, str]) ->
 
 
 class OpenClipTexts:
-    """The text tower of an open_clip model; see `TextEncoder` for its methods."""
+    """The text tower of an open_clip model; see `base.TextEncoder` for its methods."""
 
     def __init__(
         self, tower: Any, tokenizer: Any, options: EncoderOptions, record: dict[str, str]
@@ -113,25 +112,25 @@ class OpenClipTexts:
         self._tokenizer = tokenizer
         space = options.token_space if gives_tokens(options, Modality.TEXT) else None
         self._side = _TextSide(tower.eval(), space)
-        # Before it is made ready, since lower precision would hide what is looked for.
+        # In full precision, since lower would hide the difference.
         self._crops = self._crops_exactly()
         ready(self._side, options)
         self._info = self._probe(**record)
 
     @property
     def batch_size(self) -> int:
-        """How many texts go through a forward pass."""
+        """Batch size of a forward pass."""
         return batch_size_of(self._options)
 
     @property
     def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
+        """Record of the encoder for the manifest."""
         return self._info
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embed one or more texts, in as many batches as they need, in their order.
+        """Embed one or more texts, in their order.
 
-        Texts of like length share a batch, which is cut to the longest of them.
+        Texts of similar length share a batch, which is cropped to the longest of them.
         """
         ids: torch.Tensor = self._tokenizer(list(texts))  # (n, context length)
         lengths = self._lengths(ids)
@@ -151,21 +150,21 @@ class OpenClipTexts:
         return Embedded(to_numpy(pooled), limited)
 
     def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
-        """(n,) how much of each row of ids (n, context length) has to be computed."""
+        """Return how many ids of each row (n, context length) have to be computed, (n,)."""
         if self._crops:
-            return ids.argmax(dim=1) + 1  # the end mark has the highest id
+            return ids.argmax(dim=1) + 1  # the end-of-text token has the highest id
         return torch.full((len(ids),), ids.shape[1])
 
     def _words(self, ids: torch.Tensor) -> Any:
-        """Select the positions of ids (t,) that are no special tokens and no padding."""
+        """Index the positions of ids (t,) that are neither special tokens nor padding."""
         if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
-            # By position, since its padding has the id of a piece of text, "!".
+            # By position, since its padding has the id of a word, "!".
             return slice(1, int(ids.argmax()))
         special = torch.tensor(self._tokenizer.tokenizer.all_special_ids)
         return ~torch.isin(ids, special).numpy()
 
     def _crops_exactly(self) -> bool:
-        """Whether cutting texts to their length leaves the embeddings what they are."""
+        """Return whether cropping texts to their length keeps their embeddings."""
         if not isinstance(self._tokenizer, open_clip.SimpleTokenizer):
             return False
         if not self._side.can_crop:
@@ -181,7 +180,7 @@ class OpenClipTexts:
         return True
 
     def _probe(self, spec: str, fingerprint: str, activation: str) -> EncoderInfo:
-        """Embed some texts, so that what does not work fails before the work."""
+        """Embed some texts, so that what cannot run fails before the work."""
         return describe(
             self.embed(_SAMPLE),
             self._options,
@@ -196,7 +195,7 @@ class OpenClipTexts:
 
 
 class _ImageSide(torch.nn.Module):
-    """An image tower of open_clip, which gives tokens too if a space for them is named."""
+    """An image tower of open_clip; returns tokens too if a space for them is named."""
 
     def __init__(self, tower: Any, token_space: str | None) -> None:
         super().__init__()
@@ -210,7 +209,7 @@ class _ImageSide(torch.nn.Module):
         return rows, columns
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels (n, 3, h, w) -> (n, d) and, if asked for, tokens (n, t, d_t)."""
+        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
         if self._token_space is None:
             return _first(self.tower(pixels)), None
         output = self.tower.forward_intermediates(
@@ -223,7 +222,7 @@ class _ImageSide(torch.nn.Module):
 
 
 class _TextSide(torch.nn.Module):
-    """A text tower of open_clip, which can be run on less than its context length."""
+    """A text tower of open_clip that runs on less than its context length."""
 
     def __init__(self, tower: Any, token_space: str | None) -> None:
         super().__init__()
@@ -232,15 +231,15 @@ class _TextSide(torch.nn.Module):
 
     @property
     def can_crop(self) -> bool:
-        """Whether padding behind the end cannot be seen: a causal tower that pools at the end."""
+        """Whether padding cannot be seen: a causal tower that pools at the end of the text."""
         causal = isinstance(getattr(self.tower, "attn_mask", None), torch.Tensor)
         return causal and getattr(self.tower, "cls_emb", None) is None
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids (n, t) -> (n, d) and, if asked for, tokens (n, t, d_t).
+        """Ids (n, t) -> (n, d) and, if requested, tokens (n, t, d_t).
 
-        open_clip adds all of its position embeddings whatever t is, so for a shorter t they and
-        the mask are replaced by their beginnings during the call.
+        open_clip adds all position embeddings whatever t is, so for a shorter t they and the
+        mask are replaced by their first rows during the call.
         """
         length = ids.shape[1]
         replaced = {}
@@ -285,7 +284,7 @@ class _TextSide(torch.nn.Module):
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The embedding of what a tower gives; those of CoCa models give their tokens beside it."""
+    """Return the embedding of a tower's output, to which CoCa models add tokens."""
     embedding: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return embedding
 
@@ -304,8 +303,8 @@ def _check_tokens(visual: Any, text: Any, sides: Collection[Modality]) -> None:
 
 def _no_tokens(side: str, tower: Any) -> str:
     return (
-        f"tokens: the {side} tower ({type(tower).__name__}) gives no tokens that share a space "
-        "with its embedding; choose a plain ViT model, or leave this side's tokens out"
+        f"tokens: the {side} tower ({type(tower).__name__}) has no tokens that share a space "
+        "with its embedding; choose a plain ViT model, or omit this side from --tokens"
     )
 
 

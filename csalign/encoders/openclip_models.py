@@ -19,7 +19,7 @@ from csalign.encoders.libraries import first_line, quiet, suggest
 logger = logging.getLogger(__name__)
 
 RANDOM = "none"
-"""Name of the weights that no file holds: random ones, always the same."""
+"""In place of a tag: random weights, the same each time."""
 
 _CONFIG = "open_clip_config.json"
 _FOLDER_WEIGHTS = (
@@ -32,29 +32,29 @@ _FOLDER_WEIGHTS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture that open_clip has in its registry."""
+    """An architecture in open_clip's registry."""
 
     spec: str  # as the user named it
     name: str  # in the registry
-    preprocessing: dict[str, Any]  # where its config file says more than the registry keeps
-    tokenizer: str  # what open_clip finds its tokenizer by
+    preprocessing: dict[str, Any]  # of its config file, which the registry does not keep
+    tokenizer: str  # by which open_clip finds its tokenizer
 
     @property
     def quick_gelu(self) -> bool:
-        """Whether it was made for the quick GELU activation."""
+        """Whether it uses the QuickGELU activation."""
         return bool(open_clip.get_model_config(self.name).get("quick_gelu", False))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint on disk and, for a tag, what open_clip knows about it."""
+    """A checkpoint on disk and, for a tag, open_clip's config of it."""
 
     path: Path
     tag: dict[str, Any]
 
 
 def find_model(name: str) -> tuple[Architecture, Weights | None]:
-    """The architecture and the weights that a name stands for; None for random ones.
+    """Find the architecture and the weights of a name; None for random weights.
 
     Args:
         name: ARCHITECTURE/TAG, ARCHITECTURE+FILE, local-dir:FOLDER or hf-hub:NAME. The
@@ -75,7 +75,7 @@ def find_model(name: str) -> tuple[Architecture, Weights | None]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """ARCHITECTURE/TAG or ARCHITECTURE+FILE -> its two parts; either may have a slash in it."""
+    """Split ARCHITECTURE/TAG or ARCHITECTURE+FILE; either part may contain a slash."""
     config, mark, weights = name.partition(".json+")
     if mark:
         model = f"{config}.json"
@@ -90,7 +90,7 @@ def _split(name: str) -> tuple[str, str]:
     bare = model or name
     tags = open_clip.list_pretrained_tags_by_model(bare.replace("/", "-"))
     raise ConfigError(
-        f"open_clip:{name} names no weights; write open_clip:{bare}/TAG"
+        f"open_clip:{name} names no weights; use open_clip:{bare}/TAG"
         f"{f' ({suggest(bare, tags)})' if tags else ''}, open_clip:{bare}+FILE or, for random "
         f"ones, open_clip:{bare}/{RANDOM}"
     )
@@ -101,7 +101,7 @@ def _find_in_folder(name: str, folder: Path) -> tuple[Architecture, Weights]:
     for file in _FOLDER_WEIGHTS:
         if (folder / file).is_file():
             return architecture, Weights(folder / file, {})
-    raise EncoderError(f"{folder}: holds no weights, looked for {', '.join(_FOLDER_WEIGHTS)}")
+    raise EncoderError(f"{folder}: contains no weights, looked for {', '.join(_FOLDER_WEIGHTS)}")
 
 
 def _find_on_hub(name: str, repository: str) -> tuple[Architecture, Weights]:
@@ -111,17 +111,17 @@ def _find_on_hub(name: str, repository: str) -> tuple[Architecture, Weights]:
             weights = download_pretrained_from_hf(repository)
     except (OSError, RuntimeError, ValueError) as error:
         raise EncoderError(
-            f"open_clip:{name} could not be downloaded ({first_line(error)}); give "
+            f"open_clip:{name} could not be downloaded ({first_line(error)}); use "
             "open_clip:local-dir:FOLDER instead"
         ) from error
     return _register(Path(config), tokenizer=name), Weights(Path(weights), {})
 
 
 def find_architecture(model: str) -> Architecture:
-    """The architecture of that name, or of that JSON config file.
+    """Find an architecture by name or JSON config file.
 
     Raises:
-        EncoderError: there is none; close names are suggested.
+        EncoderError: there is none; similar names are suggested.
     """
     path = Path(model)
     if path.suffix.lower() == ".json":
@@ -132,12 +132,12 @@ def find_architecture(model: str) -> Architecture:
         return Architecture(model, name, {}, tokenizer=name)
     raise EncoderError(
         f"open_clip has no architecture {model!r}; {suggest(name, known)}, "
-        "or give a JSON file of its config"
+        "or pass a JSON file of its config"
     )
 
 
 def _register(path: Path, tokenizer: str | None = None) -> Architecture:
-    """Make a config file known to open_clip, under a name that no other config has."""
+    """Register a config file with open_clip, under a name derived from its content."""
     try:
         content = path.read_bytes()
         document = parse_json(content)
@@ -147,9 +147,9 @@ def _register(path: Path, tokenizer: str | None = None) -> Architecture:
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, AttributeError, TypeError) as error:
-        raise EncoderError(f"{path}: is no open_clip model config ({error})") from None
+        raise EncoderError(f"{path}: is not an open_clip model config ({error})") from None
     if missing:
-        raise EncoderError(f"{path}: is no open_clip model config, lacks {missing[0]!r}")
+        raise EncoderError(f"{path}: is not an open_clip model config, lacks {missing[0]!r}")
     name = f"{path.stem}-{hashlib.sha256(content).hexdigest()[:16]}"
     if name not in open_clip.list_models():
         with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +160,7 @@ def _register(path: Path, tokenizer: str | None = None) -> Architecture:
 
 
 def find_weights(architecture: Architecture, pretrained: str) -> Weights:
-    """The weights of a tag, downloaded if need be, or of a local checkpoint.
+    """Find the weights of a tag, downloading them if needed, or of a local checkpoint.
 
     Raises:
         EncoderError: there is no such tag or file, or the hub cannot be reached.
@@ -177,7 +177,7 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
     except (OSError, RuntimeError) as error:
         raise EncoderError(
             f"{pretrained!r} of {architecture.spec} could not be downloaded "
-            f"({first_line(error)}); give the path of a local checkpoint instead"
+            f"({first_line(error)}); pass the path of a local checkpoint instead"
         ) from error
 
 
@@ -187,13 +187,13 @@ def _unknown_weights(architecture: Architecture, pretrained: str) -> str:
     known = open_clip.list_pretrained_tags_by_model(architecture.name)
     hint = suggest(pretrained, known) if known else "none is known for it"
     return (
-        f"{architecture.spec} has no tag {pretrained!r}; {hint}, or give the path of "
+        f"{architecture.spec} has no tag {pretrained!r}; {hint}, or pass the path of "
         "a local checkpoint"
     )
 
 
 def build_network(architecture: Architecture, weights: Weights | None) -> Any:
-    """Build the network with random weights, the same ones each time."""
+    """Build the network with random weights, the same each time."""
     preprocessing = {**architecture.preprocessing, **(weights.tag if weights else {})}
     preprocessing.pop("size", None)  # the network's own size decides
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -211,7 +211,7 @@ def build_network(architecture: Architecture, weights: Weights | None) -> Any:
 
 
 def build_tokenizer(architecture: Architecture) -> Any:
-    """The tokenizer that belongs to an architecture."""
+    """Build the tokenizer of an architecture."""
     try:
         with quiet():
             return open_clip.get_tokenizer(architecture.tokenizer)
@@ -221,20 +221,20 @@ def build_tokenizer(architecture: Architecture) -> Any:
 
 def _unreachable(architecture: Architecture, part: str, error: Exception) -> str:
     return (
-        f"the {part} of {architecture.spec} comes from the Hugging Face hub and could not "
-        f"be had ({first_line(error)}); connect once, or fill the hub's cache"
+        f"the {part} of {architecture.spec} comes from the Hugging Face hub and could not be "
+        f"loaded ({first_line(error)}); connect once, or fill the hub's cache"
     )
 
 
 def load_weights(network: Any, weights: Weights, model: str) -> None:
-    """Load weights into a network, tensors only: what a pickle would run is refused."""
+    """Load weights into a network, tensors only: pickled code is refused."""
     path = weights.path
     try:
         if path.suffix != ".safetensors":
-            # open_clip falls back to full unpickling on a TypeError, which runs code out of the
-            # file; what passes here does not get there.
+            # On a TypeError open_clip falls back to full unpickling, which runs code of the file;
+            # a file that passes here does not get there.
             torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is no checkpoint can fail anywhere
+    except Exception as error:  # a file that is not a checkpoint fails in many ways
         raise EncoderError(
             f"{path} cannot be read as plain weights ({first_line(error)}); convert "
             "it to .safetensors, or save its state dict alone"
@@ -242,10 +242,10 @@ def load_weights(network: Any, weights: Weights, model: str) -> None:
     try:
         with quiet():
             open_clip.load_checkpoint(network, str(path), strict=True, weights_only=True)
-    except Exception as error:  # so can weights of some other network
+    except Exception as error:  # so do weights of another network
         reason = first_line(error)
-        if "not implemented for" in reason:  # what open_clip would do in float16, it cannot
-            reason = "its positions are those of images or texts of another size"
+        if "not implemented for" in reason:  # open_clip resizes positions, but not in float16
+            reason = "its position embeddings have another size"
         raise EncoderError(
             f"{path} does not fit {model} ({reason}); choose the "
             "architecture that it was trained with"
@@ -253,7 +253,7 @@ def load_weights(network: Any, weights: Weights, model: str) -> None:
 
 
 def warn_of_activation(architecture: Architecture, weights: Weights) -> None:
-    """Tell of weights trained with QuickGELU in a model without it, which costs accuracy."""
+    """Warn of weights trained with QuickGELU in a model without it, which costs accuracy."""
     quick = weights.tag.get("quick_gelu", "openai" in str(weights.path).lower())
     if quick and not architecture.quick_gelu:
         logger.warning(

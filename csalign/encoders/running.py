@@ -1,37 +1,39 @@
-"""How every encoder's network is run: device, precision, batches, and the record of them."""
+"""Run the network of any encoder: device, precision, batches, tokens, and its record."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from math import isqrt
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from csalign.core.enums import Modality
 from csalign.encoders.base import Embedded, EncoderOptions, Floats
-from csalign.encoders.prepack import prepack
 from csalign.features.manifest import EncoderInfo
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def precision_of(options: EncoderOptions) -> str:
-    """The precision of the forward pass, "auto" resolved."""
+    """Resolve "auto" of the precision of the forward pass."""
     if options.precision != "auto":
         return options.precision
     return "float32" if options.device.type == "cpu" else "float16"
 
 
 def batch_size_of(options: EncoderOptions) -> int:
-    """How many items go through a forward pass."""
+    """Return the batch size of a forward pass."""
     return options.batch_size or (32 if options.device.type == "cpu" else 256)
 
 
 def fingerprint(network: torch.nn.Module) -> str:
-    """Hex SHA-256 over names, shapes and values of all weights, whatever file they came from.
+    """Return the hex SHA-256 of names, shapes and values of all weights, whatever their file.
 
-    Taken before `ready`, so that it does not depend on how the network is run.
+    Compute it before `ready`, so that it does not depend on how the network is run.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
@@ -41,37 +43,40 @@ def fingerprint(network: torch.nn.Module) -> str:
 
 
 def ready(network: Network, options: EncoderOptions) -> Network:
-    """Make a finished network ready to be run, in place; the last thing done to it.
+    """Prepare a network for inference in place, as the last thing done to it.
 
-    Weights are bfloat16 where that is the precision, since autocast would convert them at each
-    call; otherwise float32, float16 being left to autocast for its range.
+    Weights become bfloat16 if that is the precision, since autocast would convert them at each
+    call. With float16 they stay as stored if they are float16, and else become float32 under
+    autocast, for its range. Everything else runs in float32.
     """
     network.eval().requires_grad_(False)
     exact = [
         (module, name, values)
         for module in network.modules()
         for name, values in module.named_buffers(recurse=False)
-        # Frequencies of rotary positions: rounded, they would move far positions.
+        # Rotary frequencies must stay exact: rounded, they would shift distant positions.
         if name.endswith("inv_freq")
     ]
-    network.to(options.device, _weights_dtype(options))
+    stored = {values.dtype for values in network.parameters()}
+    dtype = _weights_dtype(options)
+    if precision_of(options) == "float16" and stored == {torch.float16}:
+        dtype = torch.float16
+    network.to(options.device, dtype)
     for module, name, values in exact:
         setattr(module, name, values.to(options.device))
     if options.device.type == "cuda":
-        # Only convolutions have such weights, and they are faster so.
+        # Faster for convolutions, which alone have such weights.
         network.to(memory_format=torch.channels_last)
-    if options.device.type == "cpu" and not options.compile:
-        prepack(network)
     if options.compile and not _compile_blocks(network):
         network.compile()
     return network
 
 
 def _compile_blocks(module: torch.nn.Module) -> bool:
-    """Compile each of the blocks that a network is a stack of; whether there are any.
+    """Compile each block of a stack of equal blocks; return whether there are any.
 
-    One block stands for all of its kind, where a whole network takes minutes, and again for each
-    length of text.
+    Blocks of one kind share one compilation, while a whole network takes minutes, and again for
+    each length of text.
     """
     children = list(module.children())
     if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) and (
@@ -86,7 +91,7 @@ def _compile_blocks(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def inference(options: EncoderOptions) -> Iterator[None]:
-    """Everything that a forward pass is run under."""
+    """Enter the modes of a forward pass."""
     autocast = torch.autocast(
         options.device.type, dtype=torch.float16, enabled=precision_of(options) == "float16"
     )
@@ -95,7 +100,7 @@ def inference(options: EncoderOptions) -> Iterator[None]:
 
 
 def to_device(tensor: torch.Tensor, options: EncoderOptions) -> torch.Tensor:
-    """Move an input to where the network is; pixels take the type of its weights."""
+    """Move an input to the network's device; pixels take the dtype of its weights."""
     dtype = _weights_dtype(options) if tensor.is_floating_point() else tensor.dtype
     if options.device.type != "cuda":
         return tensor.to(options.device, dtype)
@@ -105,7 +110,7 @@ def to_device(tensor: torch.Tensor, options: EncoderOptions) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> Floats:
-    """The values as float32 on the CPU."""
+    """Convert to float32 on the CPU."""
     array: Floats = tensor.float().cpu().numpy()
     return array
 
@@ -113,12 +118,12 @@ def to_numpy(tensor: torch.Tensor) -> Floats:
 def embed_by_length(
     lengths: Sequence[int], batch_size: int, embed: Callable[[list[int]], Embedded]
 ) -> Embedded:
-    """Embed items in batches of like length and give the results in the items' order.
+    """Embed items in batches of similar length and return the results in the items' order.
 
     Args:
-        lengths: of each of one or more items.
-        batch_size: items in a batch.
-        embed: embeds the items at the positions given.
+        lengths: of the items, at least one.
+        batch_size: items per batch.
+        embed: embeds the items at given positions.
     """
     order = np.argsort(lengths, kind="stable").tolist()
     embeddings: list[Floats] = [np.empty(0)] * len(order)
@@ -143,14 +148,14 @@ def describe(
     fingerprint: str | None,
     preprocessing: dict[str, Any],
 ) -> EncoderInfo:
-    """The record of an encoder, given something that it embedded.
+    """Build the record of an encoder from something that it embedded.
 
     Args:
         embedded: one item or more.
         options: how the encoder is run.
         spec: the encoder as the user named it.
         fingerprint: of its weights, if known.
-        preprocessing: what decides the numbers, beside the options.
+        preprocessing: what else determines the embeddings.
     """
     tokens = embedded.tokens
     preprocessing = {**preprocessing, "precision": precision_of(options)}
@@ -167,9 +172,123 @@ def describe(
 
 
 def gives_tokens(options: EncoderOptions, side: Modality) -> bool:
-    """Whether one side is to give tokens."""
+    """Return whether a side has to return tokens."""
     return side in options.tokens
 
 
 def _weights_dtype(options: EncoderOptions) -> torch.dtype:
     return torch.bfloat16 if precision_of(options) == "bfloat16" else torch.float32
+
+
+def limit_tokens(
+    tokens: list[Floats],
+    side: Modality,
+    max_tokens: int | None,
+    grid: tuple[int, int] | None = None,
+) -> list[Floats]:
+    """Reduce each item to at most `max_tokens` tokens; shorter items stay as they are.
+
+    Texts are truncated. Images are averaged to the largest k x k that fits, over their grid, or
+    over runs of neighbouring tokens if they have none.
+
+    Args:
+        tokens: n arrays (t_i, d).
+        side: what the items are.
+        max_tokens: at least 1; None keeps all tokens.
+        grid: (rows, columns) of the image tokens, row by row (default: a square if their number
+            is a square number).
+    """
+    if max_tokens is None:
+        return tokens
+    return [
+        own if len(own) <= max_tokens else _limit(own, side, max_tokens, grid) for own in tokens
+    ]
+
+
+def _limit(tokens: Floats, side: Modality, max_tokens: int, grid: tuple[int, int] | None) -> Floats:
+    if side is Modality.TEXT:
+        return tokens[:max_tokens].copy()  # a view would keep all of them in memory
+    k = isqrt(max_tokens)
+    values = torch.from_numpy(np.ascontiguousarray(tokens.T, np.float32))  # (d, t)
+    edge = isqrt(len(tokens))
+    rows, columns = grid or (edge, edge)
+    if rows * columns == len(tokens):
+        squares = values.reshape(-1, rows, columns)
+        pooled = adaptive_avg_pool2d(squares, (min(k, rows), min(k, columns))).flatten(1)
+    else:
+        pooled = adaptive_avg_pool1d(values, k * k)
+    array: Floats = pooled.T.contiguous().numpy()
+    return array
+
+
+class ImageTower(Protocol):
+    """An image network that is `ready`."""
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the last tokens, None if they have no known grid."""
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
+
+
+class TowerImages:
+    """The image encoder around a tower; see `base.ImageEncoder` for its methods.
+
+    Args:
+        tower: the network.
+        transform: turns an RGB image into (3, h, w).
+        input_size: (3, h, w).
+        options: how to run it.
+        spec: the encoder as the user named it.
+        fingerprint: of its weights.
+        preprocessing: what else determines the embeddings.
+    """
+
+    def __init__(
+        self,
+        tower: ImageTower,
+        transform: Callable[[Image.Image], torch.Tensor],
+        input_size: tuple[int, ...],
+        options: EncoderOptions,
+        *,
+        spec: str,
+        fingerprint: str,
+        preprocessing: dict[str, Any],
+    ) -> None:
+        self._tower = tower
+        self._transform = transform
+        self._options = options
+        # Embed one image now, so that what cannot run fails before the work.
+        self._info = describe(
+            self.embed(torch.zeros(1, *input_size)),
+            options,
+            spec=spec,
+            fingerprint=fingerprint,
+            preprocessing=preprocessing,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of a forward pass."""
+        return batch_size_of(self._options)
+
+    @property
+    def info(self) -> EncoderInfo:
+        """Record of the encoder for the manifest."""
+        return self._info
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        return self._transform(image)
+
+    def embed(self, pixels: torch.Tensor) -> Embedded:
+        """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
+        with inference(self._options):
+            pooled, hidden = self._tower(to_device(pixels, self._options))
+        if hidden is None:
+            return Embedded(to_numpy(pooled), None)
+        tokens = limit_tokens(
+            list(to_numpy(hidden)), Modality.IMAGE, self._options.max_tokens, self._tower.grid
+        )
+        return Embedded(to_numpy(pooled), tokens)

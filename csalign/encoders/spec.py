@@ -1,4 +1,4 @@
-"""From what a user writes to an encoder.
+"""Load encoders by the name that a user writes.
 
 ::
 
@@ -7,8 +7,8 @@
     timm:MODEL                         timm:MODEL+FILE            timm:MODEL+none
     hf:NAME-or-DIR[?pooling=mean&...]  NAME:ARGUMENT              MODULE:CALLABLE[+ARGUMENT]
 
-open_clip has both sides, timm images only, hf texts only. The last two forms are encoders that
-others wrote; naming one is what gets its code imported. `none` stands for random weights.
+open_clip encodes both sides, timm images only, hf texts only. The last two forms are third-party
+encoders, whose code is imported because the user names it. `none` means random weights.
 """
 
 from collections.abc import Collection
@@ -26,9 +26,10 @@ _FORMS = (
 
 
 def is_trusted(spec: str) -> bool:
-    """Whether an encoder may be loaded because an artifact that somebody sent names it.
+    """Return whether an encoder may be loaded because an artifact names it.
 
-    It may if that runs no code but csalign's and the libraries'; others a user has to name.
+    Only if that runs no code beside csalign's and its libraries'; others have to be named by the
+    user.
     """
     family, _, name = spec.partition(":")
     options = dict(parse_qsl(name.partition("?")[2], keep_blank_values=True))
@@ -36,17 +37,16 @@ def is_trusted(spec: str) -> bool:
 
 
 def load_encoders(image: str | None, text: str | None, options: EncoderOptions) -> Encoders:
-    """Load the encoders of one side or of both; where both are the same model, load it once.
+    """Load the encoders of one or both sides; a model that serves both is loaded once.
 
     Args:
-        image: the encoder of the images, in one of the forms above; None for none.
-        text: that of the texts.
+        image: encoder of the images, in one of the forms above; None skips the side.
+        text: encoder of the texts.
         options: how to run them.
 
     Raises:
-        ConfigError: a spec has no form that is known, or its family has no such side.
-        EncoderError: the encoder cannot be had, built or run, or does not give the tokens asked
-            for.
+        ConfigError: a spec has no known form, or its family does not encode that side.
+        EncoderError: the encoder cannot be downloaded, built or run, or has no such tokens.
     """
     if image is not None and image == text:
         return _load(image, tuple(Modality), options)
@@ -57,10 +57,10 @@ def load_encoders(image: str | None, text: str | None, options: EncoderOptions) 
 
 
 def _load(spec: str, sides: Collection[Modality], options: EncoderOptions) -> Encoders:
-    # Each family is imported when it is named: it brings a large library.
+    # Imported when named, since each family brings a large library.
     family, _, name = spec.partition(":")
     if not name:
-        raise ConfigError(f"{spec}: names no encoder; write {_FORMS}")
+        raise ConfigError(f"{spec!r} is not an encoder; use {_FORMS}")
     if family == "open_clip":
         from csalign.encoders.openclip import load_open_clip
 
@@ -90,9 +90,7 @@ def _load_third_party(spec: str, sides: Collection[Modality], options: EncoderOp
 
     found = find_factory(spec)
     if found is None:
-        raise ConfigError(
-            f"{spec}: no encoder, entry point or module has this name; write {_FORMS}"
-        )
+        raise ConfigError(f"{spec}: no encoder, entry point or module has this name; use {_FORMS}")
     loaded = [load_third_party(spec, *found, side, options) for side in sides]
     return Encoders(
         next((own.image for own in loaded if own.image is not None), None),

@@ -1,4 +1,4 @@
-"""Encoders that others wrote: found by name, called, checked once, and kept to the interface."""
+"""Third-party encoders: found by name, checked once, and held to the interface."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +21,7 @@ from csalign.encoders.base import (
     TextEncoder,
 )
 from csalign.encoders.libraries import first_line
-from csalign.encoders.running import gives_tokens
-from csalign.encoders.tokens import limit_tokens
+from csalign.encoders.running import gives_tokens, limit_tokens
 from csalign.features.manifest import EncoderInfo
 
 GROUP = "csalign.encoders"
@@ -34,24 +33,24 @@ Factory = Callable[[str, Modality, EncoderOptions], Any]
 
 
 def find_factory(spec: str) -> tuple[Factory, str] | None:
-    """What makes the encoder of a spec, and the argument for it; None if nothing is of its form.
+    """Find the factory of a spec's encoder and its argument; None if the spec has no such form.
 
     Args:
         spec: NAME:ARGUMENT for an installed entry point, or MODULE:CALLABLE[+ARGUMENT]. The
             module is imported, which runs its code.
 
     Raises:
-        EncoderError: there is such a module and it cannot be imported, or lacks the callable.
+        EncoderError: the module cannot be imported, or lacks the callable.
     """
     name, _, rest = spec.partition(":")
     for entry in entry_points(group=GROUP, name=name):
-        with _told(spec, "import"):
+        with _one_line_errors(spec, "import"):
             return entry.load(), rest
     callable_name, _, argument = rest.partition("+")
     if not all(part.isidentifier() for part in (callable_name, *name.split("."))):
         return None
     try:
-        with _told(spec, "import"):
+        with _one_line_errors(spec, "import"):
             module = importlib.import_module(name)
     except EncoderError as error:
         missing = error.__cause__
@@ -67,12 +66,12 @@ def find_factory(spec: str) -> tuple[Factory, str] | None:
 def load_third_party(
     spec: str, factory: Factory, argument: str, side: Modality, options: EncoderOptions
 ) -> Encoders:
-    """Call what makes an encoder, and check what it gives with a probe.
+    """Call the factory of an encoder and check its output on a probe.
 
     Raises:
-        EncoderError: it raised something, or gives what is no encoder of that side.
+        EncoderError: it failed, or its result is not an encoder of that side.
     """
-    with _told(spec, "load"):
+    with _one_line_errors(spec, "load"):
         inner = factory(argument, side, options)
     if side is Modality.IMAGE:
         return Encoders(_Images(inner, spec, options), None)
@@ -80,7 +79,7 @@ def load_third_party(
 
 
 class _Checked:
-    """What both sides share: the checks of what an encoder says of itself and gives."""
+    """Checks of an encoder's record and output, shared by both sides."""
 
     side: Modality
 
@@ -90,7 +89,7 @@ class _Checked:
         self._options = options
         self._with_tokens = gives_tokens(options, self.side)
         self._width: int | None = None
-        with _told(spec, "describe"):
+        with _one_line_errors(spec, "describe"):
             batch_size, info = inner.batch_size, inner.info
         if not isinstance(batch_size, int) or batch_size < 1:
             raise self._wrong(f"its batch_size is {batch_size!r}, not a positive int")
@@ -110,23 +109,23 @@ class _Checked:
 
     @property
     def batch_size(self) -> int:
-        """How many items go through a forward pass."""
+        """Batch size of a forward pass."""
         return self._batch_size
 
     @property
     def info(self) -> EncoderInfo:
-        """What makes the embeddings, for the manifest."""
+        """Record of the encoder for the manifest."""
         return self._info
 
     def _probe(self) -> Embedded:
         raise NotImplementedError
 
     def _checked(self, embedded: Any, count: int) -> Embedded:
-        """What the encoder gave for `count` items, in the types that `Embedded` promises."""
+        """Check the output for `count` items and convert it to the types of `Embedded`."""
         try:
             embeddings, tokens = embedded
         except (TypeError, ValueError):
-            raise self._wrong(f"it gives {_kind(embedded)}, not an Embedded") from None
+            raise self._wrong(f"it returns {_kind(embedded)}, not an Embedded") from None
         if not _is_floats(embeddings) or embeddings.ndim != 2 or len(embeddings) != count:
             raise self._wrong(f"its embeddings are {_kind(embeddings)}, not ({count}, d) floats")
         if self._width not in (None, embeddings.shape[1]):
@@ -140,16 +139,16 @@ class _Checked:
 
     def _checked_tokens(self, tokens: Any, count: int) -> list[Floats]:
         if tokens is None:
-            raise self._wrong("it gives no tokens; leave this side's tokens out")
+            raise self._wrong("it returns no tokens; omit this side from --tokens")
         if len(tokens) != count:
-            raise self._wrong(f"it gives tokens of {len(tokens)} items for {count}")
+            raise self._wrong(f"it returns tokens of {len(tokens)} items for {count}")
         for own in tokens:
             if not _is_floats(own) or own.ndim != 2 or own.shape[1] != tokens[0].shape[1]:
                 raise self._wrong(f"its tokens are {_kind(own)}, not (t, d_t) floats of one width")
         return [own.astype(np.float32, copy=False) for own in tokens]
 
     def _complete(self, embedded: Embedded) -> EncoderInfo:
-        """The encoder's own info, with what csalign knows better."""
+        """Complete the encoder's own record."""
         changes: dict[str, Any] = {"spec": self._spec, "token_width": None, "token_space": None}
         if embedded.tokens is not None:
             changes["token_width"] = embedded.tokens[0].shape[1]
@@ -164,19 +163,19 @@ class _Checked:
 
 
 class _Images(_Checked):
-    """An image encoder that gives what it should."""
+    """A checked image encoder."""
 
     side = Modality.IMAGE
     _inner: ImageEncoder
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
-        with _told(self._spec, "preprocess an image"):
+        with _one_line_errors(self._spec, "preprocess an image"):
             return self._inner.preprocess(image)
 
     def embed(self, pixels: torch.Tensor) -> Embedded:
         """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
-        with _told(self._spec, "embed images"):
+        with _one_line_errors(self._spec, "embed images"):
             embedded = self._inner.embed(pixels)
         return self._checked(embedded, len(pixels))
 
@@ -184,19 +183,19 @@ class _Images(_Checked):
         noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
         pixels = self.preprocess(Image.fromarray(noise))
         if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
-            raise self._wrong(f"its preprocess gives {_kind(pixels)}, not a tensor of floats")
+            raise self._wrong(f"its preprocess returns {_kind(pixels)}, not a float tensor")
         return self.embed(torch.stack([pixels, pixels.flip(-1)]))
 
 
 class _Texts(_Checked):
-    """A text encoder that gives what it should."""
+    """A checked text encoder."""
 
     side = Modality.TEXT
     _inner: TextEncoder
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embed one or more texts, in as many batches as they need, in their order."""
-        with _told(self._spec, "embed texts"):
+        """Embed one or more texts in batches, in their order."""
+        with _one_line_errors(self._spec, "embed texts"):
             embedded = self._inner.embed(texts)
         return self._checked(embedded, len(texts))
 
@@ -205,8 +204,8 @@ class _Texts(_Checked):
 
 
 @contextmanager
-def _told(spec: str, what: str) -> Iterator[None]:
-    """Turn whatever other people's code raises into one line."""
+def _one_line_errors(spec: str, what: str) -> Iterator[None]:
+    """Turn any error of third-party code into one line."""
     try:
         yield
     except CsalignError:

@@ -13,35 +13,33 @@ from timm.data.transforms_factory import create_transform
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.images import TowerImages
 from csalign.encoders.libraries import first_line, first_run, quiet, suggest
-from csalign.encoders.running import fingerprint, gives_tokens, ready
+from csalign.encoders.running import TowerImages, fingerprint, gives_tokens, ready
 
 logger = logging.getLogger(__name__)
 
-# Of the transform, which decides the numbers as much as the weights do.
+# Settings of the transform, which determine the embeddings too.
 _RECORDED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def load_timm(name: str, options: EncoderOptions) -> TowerImages:
-    """Load a timm model without its classifier, frozen.
+    """Load a frozen timm model without its classifier.
 
     Args:
-        name: MODEL for the weights that timm has for it, MODEL+FILE for a local checkpoint of the
+        name: MODEL for timm's own weights, MODEL+FILE for a local checkpoint of the
             same architecture (its classifier is ignored), MODEL+none for random weights, the same
-            each time. MODEL is whatever `timm.create_model` takes, so hf-hub:NAME and
-            local-dir:FOLDER too.
-        options: how to run it. Its embedding has no projection, so the tokens of both spaces are
-            the same.
+            each time. MODEL may be hf-hub:NAME or local-dir:FOLDER, as in
+            `timm.create_model`.
+        options: how to run it. Without a projection the tokens of both spaces are the same.
 
     Raises:
-        EncoderError: there is no such model; the weights cannot be had, are no checkpoint or of
-            another model; or it has no tokens that share a space with its embedding.
+        EncoderError: there is no such model; the weights cannot be loaded or are of another model;
+            or it has no tokens that share a space with its embedding.
     """
     model, _, weights = name.partition("+")
     network = _build(model, pretrained=not weights)
     if weights == "none":
-        logger.warning("%s: random weights; the embeddings carry no meaning", model)
+        logger.warning("%s: random weights; the embeddings are meaningless", model)
     elif weights:
         _load_weights(network, Path(weights), model)
     config = resolve_model_data_config(network)
@@ -66,10 +64,10 @@ def load_timm(name: str, options: EncoderOptions) -> TowerImages:
 
 
 class _Side(torch.nn.Module):
-    """A timm model that gives its tokens too, if asked for.
+    """A timm model that returns its tokens too, if requested.
 
     Attributes:
-        grid: rows and columns of the last tokens, None if they lie on none that is known.
+        grid: rows and columns of the last tokens, None if they have no known grid.
     """
 
     def __init__(self, network: Any, *, with_tokens: bool) -> None:
@@ -79,7 +77,7 @@ class _Side(torch.nn.Module):
         self._with_tokens = with_tokens
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels (n, 3, h, w) -> (n, d) and, if asked for, tokens (n, t, d_t)."""
+        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
         network = self.network
         if not self._with_tokens:
             return network(pixels), None
@@ -92,7 +90,7 @@ class _Side(torch.nn.Module):
             return pooled, features.flatten(1, 2)
         tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
         if getattr(network, "fc_norm", None) is not None:
-            # Models that average their tokens have their last norm behind that.
+            # Models that average their tokens have their last norm after that.
             tokens = network.fc_norm(tokens)
         grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
         self.grid = None if grid is None else (grid[0], grid[1])
@@ -100,10 +98,10 @@ class _Side(torch.nn.Module):
 
 
 def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
-    """See whether the tokens share a space with the embedding.
+    """Refuse a model whose tokens do not share a space with its embedding.
 
     They do after the last norm of a plain ViT, which pools by its class token or by averaging, and
-    wherever else the embedding is their mean.
+    wherever the embedding is their mean.
     """
     noise = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -115,8 +113,8 @@ def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
     if pooled.shape == mean.shape and (plain_vit or torch.allclose(pooled, mean, atol=1e-4)):
         return
     raise EncoderError(
-        f"tokens: {spec} ({type(network).__name__}) gives no tokens that share a space with its "
-        "embedding; choose a plain ViT model, or leave this side's tokens out"
+        f"tokens: {spec} ({type(network).__name__}) has no tokens that share a space with its "
+        "embedding; choose a plain ViT model, or omit this side from --tokens"
     )
 
 
@@ -128,11 +126,11 @@ def _build(model: str, *, pretrained: bool) -> Any:
         torch.manual_seed(0)
         try:
             return timm.create_model(model, pretrained=pretrained, num_classes=0)
-        except Exception as error:  # what it reads or downloads can be wrong in any way
+        except Exception as error:  # damaged files and downloads fail in many ways
             remedy = (
-                f"connect once, or write timm:{model}+FILE with a local checkpoint"
+                f"connect once, or use timm:{model}+FILE with a local checkpoint"
                 if pretrained
-                else "see timm.list_models() for what there is"
+                else "see timm.list_models()"
             )
             raise EncoderError(
                 f"timm:{model} could not be loaded ({first_line(error)}); {remedy}"
@@ -140,12 +138,12 @@ def _build(model: str, *, pretrained: bool) -> Any:
 
 
 def _load_weights(network: Any, path: Path, model: str) -> None:
-    """Load a checkpoint without its classifier, tensors only: no pickle is run."""
+    """Load a checkpoint without its classifier, tensors only: pickled code is refused."""
     if not path.is_file():
         raise EncoderError(f"{path}: no such checkpoint")
     try:
         state: Mapping[str, Any] = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # a file that is no checkpoint can fail anywhere
+    except Exception as error:  # a file that is not a checkpoint fails in many ways
         raise EncoderError(
             f"{path} cannot be read as plain weights ({first_line(error)}); convert it to "
             ".safetensors, or save its state dict alone"

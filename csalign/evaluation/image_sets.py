@@ -20,7 +20,7 @@ from csalign.features.join import ALL, check_directions, load_side
 from csalign.features.manifest import FAILURES, MANIFEST, EncoderInfo
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
-from csalign.ingest.extract import LEFT_OUT, extract
+from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.explain import explain
 from csalign.metrics.image_sets import image_distances
 
@@ -106,7 +106,7 @@ def _load(name: str, config: EvalConfig, progress: Progress) -> _Set:
             ExtractConfig(
                 source=name,
                 image_encoder=config.encoder,
-                text_encoder=LEFT_OUT,
+                text_encoder=SKIP,
                 out=out,
                 dtype="float32",
                 device=config.device,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
@@ -247,7 +247,7 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
     out = config.out.resolve()
     folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, Generation.FORMAT)
-    with atomic.translate_os_errors(out), atomic.lock_folder(folder):
+    with atomic.translate_os_errors(out), locks.lock_folder(folder):
         path = folder / atomic.JOB
         found = read_job(path, Generation, restart=config.overwrite)
         if found != job:
@@ -257,7 +257,6 @@ def _folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
         yield folder
-        (folder / atomic.LOCK).unlink()
         atomic.commit(folder, out)
         (out / atomic.JOB).unlink()
 

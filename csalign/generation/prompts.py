@@ -53,12 +53,12 @@ def read_prompts(file: Path) -> tuple[list[str], list[str]]:
     source = open_source(str(file), SourceOptions(kind="captions"))
     ids: list[str] = []
     texts: list[str] = []
-    for position in range(len(source.volumes)):
+    for position in range(len(source.files)):
         with source.open(position) as volume:
             for record in volume.records(0, len(volume)):
-                if record.flaw is not None:
+                if record.error is not None:
                     where = "" if record.row is None else f", row {record.row}"
-                    raise DataError(f"{volume.name}{where}: {record.flaw}; mend or remove it")
+                    raise DataError(f"{volume.name}{where}: {record.error}; mend or remove it")
                 ids += [text.id for text in record.texts]
                 texts += [text.caption for text in record.texts]
     if not texts:

@@ -1,4 +1,4 @@
-"""Images and captions -> a feature set, through frozen encoders."""
+"""``csalign extract``: images and captions into a feature set, through frozen encoders."""
 
 import logging
 import os
@@ -22,65 +22,65 @@ from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEn
 from csalign.encoders.spec import load_encoders
 from csalign.features import manifest, schema
 from csalign.ingest.config import ExtractConfig
-from csalign.ingest.job import Job, Receipt, Turn
-from csalign.ingest.locks import alone, open_workspace
-from csalign.ingest.partial_set import Workspace
-from csalign.ingest.pipeline import Embedder
-from csalign.ingest.sharding import check_array, device_of, own_volumes, owns, turn_of
-from csalign.sources.records.base import Source, Volume
+from csalign.ingest.job import Job, PartRecord, WorkShard
+from csalign.ingest.locks import open_partial_set, sole_owner
+from csalign.ingest.partial_set import PartialSet
+from csalign.ingest.pipeline import Pipeline
+from csalign.ingest.sharding import (
+    assigned_files,
+    assigned_to,
+    check_array,
+    device_of_rank,
+    parse_shard,
+)
+from csalign.sources.records import Source, SourceFile
 from csalign.sources.records.open import SourceOptions, open_source
-from csalign.sources.unreadable import LostVolume
+from csalign.sources.unreadable import UnreadableFile
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "none"
-"""In place of an encoder: leave that side of the source out."""
+SKIP = "none"
+"""In place of an encoder: skip that side of the source."""
 
+STDIN = "-"
 _MAX_WORKERS = 16
 _REASONS_SHOWN = 3
-STDIN = "-"
-# Before so many records a share of failures says little, where their number is not known.
+# With fewer records a share of failures says little, where their total is not known.
 _ENOUGH_RECORDS = 10_000
-_TOKENS_A_CAPTION = 16  # about, for the estimate of the size
+_TOKENS_PER_CAPTION = 16  # estimate
 
 
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source and write them as a feature set.
 
-    The source is divided into parts of `config.part_rows` records. What is finished stays in
-    ``OUT.partial`` whatever happens, and the same call goes on from there; several processes
-    share the parts by `config.shard`, and the last of them makes the feature set.
+    The source is divided into parts of `config.part_rows` records. Finished parts stay in
+    ``OUT.partial`` whatever happens, and the same call resumes after them; several processes share
+    the parts by `config.shard`, and the last of them completes the feature set.
 
-    Images that cannot be read are left out together with their captions and listed in
-    ``failures.jsonl``; where that makes the command fail, the list is in ``OUT.partial``.
+    Images that cannot be read are skipped with their captions and listed in ``failures.jsonl``;
+    if that makes the command fail, the list is in ``OUT.partial``.
 
     Args:
         config: what to read, with which encoders, and where to write.
-        progress: told of images and texts as they are done.
+        progress: called with counts of records and texts.
 
     Returns:
-        What was written: by this process, if others are not done yet.
+        Counts of the feature set, or of this process's share if others have not finished.
 
     Raises:
-        OutputError: `config.out` must not be written, or holds another unfinished extraction.
-        DataError: the source cannot be used, or too much of it had to be left out.
-        EncoderError: an encoder cannot be loaded or does not give the tokens asked for.
-        ConfigError: no encoder is named for a side of the source, or the device does not exist.
+        OutputError: `config.out` must not be written, or contains another unfinished extraction.
+        DataError: the source cannot be used, or too much of it is unusable.
+        EncoderError: an encoder cannot be loaded or does not return the requested tokens.
+        ConfigError: a side of the source has no encoder, or the device does not exist.
     """
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
-    turn = turn_of(config.shard)
-    inputs = [path for path in (config.captions, config.images) if path is not None]
-    searched = None if "::" in config.source else parse_location(config.source)
-    if searched is not None:  # not several that are joined
-        inputs.append(searched)
-    atomic.check_output(
-        config.out, overwrite=config.overwrite, inputs=tuple(inputs), searched=searched
-    )
+    shard = parse_shard(config.shard)
+    _check_output(config)
     source = open_source(config.source, _source_options(config))
     logger.info("%s: %s", config.source, source.description)
-    if turn.count > 1:
-        logger.info("shard %s of the work", turn)
+    if shard.count > 1:
+        logger.info("processing shard %s", shard)
     encoders = _load_encoders(config, source)
     job = Job(
         location=_location(config),
@@ -94,30 +94,37 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     )
     with (
         atomic.translate_os_errors(config.out),
-        open_workspace(
+        open_partial_set(
             config.out,
             job,
-            turn,
+            shard,
             config=config.to_toml(),
             restart=config.overwrite,
             retry=config.retry_failures,
-        ) as workspace,
+        ) as partial,
     ):
-        check_array(turn, config.shard, workspace.counts())
-        extraction = _Extraction(config, source, encoders, workspace, turn, progress)
-        missing: list[Turn] = []
-        if not workspace.is_whole:
+        check_array(shard, config.shard, partial.shard_counts())
+        extraction = _Extraction(config, source, encoders, partial, shard, progress)
+        missing: list[WorkShard] = []
+        if not partial.is_complete:
             extraction.run()
-            missing = [] if workspace.is_gone else workspace.missing()
+            missing = [] if partial.is_gone else partial.missing()
     if missing:
-        logger.info(
-            "%s: shard %s is done; the feature set appears when %s",
-            *(workspace.folder, turn),
-            f"{len(missing)} others are" if len(missing) > 1 else f"{missing[0]} is",
-        )
-        return extraction.result(workspace.folder)
+        others = f"{len(missing)} other shards" if len(missing) > 1 else f"shard {missing[0]}"
+        logger.info("%s: shard %s is done; waiting for %s", partial.folder, shard, others)
+        return extraction.result(partial.folder)
     with atomic.translate_os_errors(config.out):
-        return _complete(config, workspace)
+        return _complete(config, partial)
+
+
+def _check_output(config: ExtractConfig) -> None:
+    inputs = [path for path in (config.captions, config.images) if path is not None]
+    searched = None if "::" in config.source else parse_location(config.source)
+    if searched is not None:  # "::" joins several
+        inputs.append(searched)
+    atomic.check_output(
+        config.out, overwrite=config.overwrite, inputs=tuple(inputs), searched=searched
+    )
 
 
 def _source_options(config: ExtractConfig) -> SourceOptions:
@@ -138,20 +145,20 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
         Modality.IMAGE: config.image_encoder or config.encoder,
         Modality.TEXT: config.text_encoder or config.encoder,
     }
-    if all(spec == LEFT_OUT for spec in specs.values()):
-        raise ConfigError("image-encoder, text-encoder: one of them has to be an encoder")
+    if all(spec == SKIP for spec in specs.values()):
+        raise ConfigError("image-encoder, text-encoder: at least one must be an encoder")
     wanted: dict[Modality, str | None] = dict.fromkeys(Modality)
     for side in Modality:
-        if side not in source.sides or specs[side] == LEFT_OUT:
+        if side not in source.sides or specs[side] == SKIP:
             continue
         if specs[side] is None:
             raise ConfigError(
-                f"{side}-encoder: is required, since the source holds {side.plural}; give "
-                f"--encoder for both sides, or --{side}-encoder {LEFT_OUT} to leave them out"
+                f"{side}-encoder: is required, since the source contains {side.plural}; pass "
+                f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
         wanted[side] = specs[side]
     options = EncoderOptions(
-        device=pick_device(device_of(config.device)),
+        device=pick_device(device_of_rank(config.device)),
         precision=config.precision,
         batch_size=None if config.batch_size == "auto" else config.batch_size,
         tokens=[side for side in Modality if config.tokens in (side.value, "both")],
@@ -163,7 +170,7 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
 
 
 def _location(config: ExtractConfig) -> str:
-    """Where the source lies, since its fingerprint says what it holds by names alone."""
+    """Return the paths of the source, whose fingerprint contains relative names only."""
     places = [config.source, config.captions, config.images]
     return " ".join(
         str(place) if "://" in str(place) or str(place) == STDIN else str(Path(place).absolute())
@@ -172,173 +179,168 @@ def _location(config: ExtractConfig) -> str:
     )
 
 
-def _complete(config: ExtractConfig, workspace: Workspace) -> FeaturesResult:
-    """Make the feature set, now that all processes are done, or wait for the one that does.
+def _complete(config: ExtractConfig, partial: PartialSet) -> FeaturesResult:
+    """Complete the feature set now that all shards are done, or wait for the process that does.
 
     Raises:
-        DataError: more than the allowed share of the whole could not be used.
+        DataError: more of the source is unusable than allowed.
     """
-    with alone(workspace) as is_mine:
-        if is_mine:
-            if not workspace.is_whole:
-                _check(config, workspace, workspace.receipts())
-            workspace.complete_and_publish()
-    if not is_mine:
-        workspace.wait_until_complete()
+    with sole_owner(partial) as is_owner:
+        if is_owner:
+            if not partial.is_complete:
+                _check_all_failures(config, partial, partial.part_records())
+            partial.complete_and_commit()
+    if not is_owner:
+        partial.wait_until_committed()
     counts = manifest.read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
 
 @dataclass
 class _Extraction:
-    """What one process does for a job."""
+    """One process's share of a job."""
 
     config: ExtractConfig
     source: Source
     encoders: Encoders
-    workspace: Workspace
-    turn: Turn
+    partial: PartialSet
+    shard: WorkShard
     progress: Progress
-    receipts: list[Receipt] = field(default_factory=list)
+    records: list[PartRecord] = field(default_factory=list)
 
     def run(self) -> None:
-        """Make the parts of this process that are not there yet.
+        """Process the parts of this shard that are not finished.
 
         Raises:
-            DataError: more than the allowed share could not be used, or all of it.
+            DataError: more is unusable than allowed, or everything.
         """
-        self._check_room()
-        self.workspace.begin()
-        total = self.source.total if self.turn.count == 1 else None
-        workers = self.config.workers or min(_cores(), _MAX_WORKERS)
-        embedder = Embedder(
+        self._check_disk_space()
+        self.partial.mark_begun()
+        pipeline = Pipeline(
             self.encoders.image,
             self.encoders.text,
             self.config.dtype,
-            workers,
+            self.config.workers or min(_usable_cores(), _MAX_WORKERS),
             self.progress,
-            total,
+            self.source.total if self.shard.count == 1 else None,
         )
-        with closing(embedder):
-            embedder.begin()
-            for volume in own_volumes(self.turn, len(self.source.volumes)):
-                for receipt, is_new in self._parts(volume, embedder):
-                    self._count(receipt, embedder, is_new=is_new)
-        if not self.receipts:
+        with closing(pipeline):
+            for file in assigned_files(self.shard, len(self.source.files)):
+                for record, is_new in self._parts(file, pipeline):
+                    self._count(record, pipeline, is_new=is_new)
+        if not self.records:
             logger.warning(
-                "shard %s has nothing to do: there are fewer parts than shards; take fewer shards, "
+                "shard %s has nothing to do: there are fewer parts than shards; use fewer shards "
                 "or a smaller --part-rows",
-                self.turn,
+                self.shard,
             )
-        self.workspace.finish([receipt.name for receipt in self.receipts])
+        self.partial.mark_finished([record.name for record in self.records])
 
     def result(self, folder: Path) -> FeaturesResult:
-        """What this process did."""
+        """Return the counts of this process's share."""
         return FeaturesResult(
             folder,
-            sum(receipt.images.rows for receipt in self.receipts if receipt.images),
-            sum(receipt.texts.rows for receipt in self.receipts if receipt.texts),
-            sum(receipt.pairs for receipt in self.receipts),
-            sum(len(receipt.failures) for receipt in self.receipts),
+            sum(record.images.rows for record in self.records if record.images),
+            sum(record.texts.rows for record in self.records if record.texts),
+            sum(record.pairs for record in self.records),
+            sum(len(record.failures) for record in self.records),
             complete=False,
         )
 
-    def _parts(self, volume: int, embedder: Embedder) -> Iterator[tuple[Receipt, bool]]:
-        """The receipts of this process's parts of a volume, and whether they are new."""
-        volumes = len(self.source.volumes)
-        rows = self.config.part_rows
-        first = next(
-            part for part in range(self.turn.count) if owns(self.turn, volumes, volume, part)
-        )
-        known = self._receipt(volume, first)
-        # Then the volume need not be opened to know its parts; the others cost nothing to open.
+    def _parts(self, file: int, pipeline: Pipeline) -> Iterator[tuple[PartRecord, bool]]:
+        """Yield the records of this shard's parts of a source file, and whether they are new."""
+        count = len(self.source.files)
+        first = next(p for p in range(self.shard.count) if assigned_to(self.shard, count, file, p))
+        known = self._finished(file, first)
+        # A finished part says how many there are; without it the file has to be opened.
         if known is not None and self.source.total is None:
-            own = self._own_parts(volume, known.volume_records)
-            there = [self._receipt(volume, part) for part in own]
-            if all(there):
-                yield from ((receipt, False) for receipt in there if receipt is not None)
+            own = [self._finished(file, part) for part in self._own_parts(file, known.file_records)]
+            if all(own):
+                yield from ((record, False) for record in own if record is not None)
                 return
-        with self.source.open(volume) as opened:
-            records = len(opened)
-            for part in self._own_parts(volume, records):
-                receipt = self._receipt(volume, part)
-                # Where the stamp is of the whole volume, the number of records must be the same.
-                if receipt is not None and (
-                    self.source.total is not None or receipt.volume_records == records
+        with self.source.open(file) as opened:
+            for part in self._own_parts(file, len(opened)):
+                record = self._finished(file, part)
+                # A fingerprint of the whole file leaves open whether its records were recounted.
+                if record is not None and (
+                    self.source.total is not None or record.file_records == len(opened)
                 ):
-                    yield receipt, False
+                    yield record, False
                 else:
-                    stop = min(records, (part + 1) * rows)
-                    yield self._make(volume, part, opened, stop, embedder), True
+                    yield self._process(file, part, opened, pipeline), True
 
-    def _own_parts(self, volume: int, records: int) -> list[int]:
-        volumes = len(self.source.volumes)
+    def _own_parts(self, file: int, records: int) -> list[int]:
         count = -(-records // self.config.part_rows)
-        return [part for part in range(count) if owns(self.turn, volumes, volume, part)]
+        files = len(self.source.files)
+        return [part for part in range(count) if assigned_to(self.shard, files, file, part)]
 
-    def _receipt(self, volume: int, part: int) -> Receipt | None:
-        receipt = self.workspace.receipt(self._name(volume, part))
-        if receipt is None or receipt.stamp != self._stamp(volume, part):
+    def _finished(self, file: int, part: int) -> PartRecord | None:
+        """Return the record of a part that need not be processed again."""
+        record = self.partial.part_record(self._name(file, part))
+        if record is None or record.fingerprint != self._fingerprint(file, part):
             return None
-        return None if receipt.failures and self.config.retry_failures else receipt
+        return None if record.failures and self.config.retry_failures else record
 
-    def _stamp(self, volume: int, part: int) -> str:
+    def _fingerprint(self, file: int, part: int) -> str:
         rows = self.config.part_rows
-        return self.source.stamp(volume, part * rows, (part + 1) * rows)
+        return self.source.fingerprint_of(file, part * rows, (part + 1) * rows)
 
-    def _name(self, volume: int, part: int) -> str:
-        if len(self.source.volumes) == 1:
+    def _name(self, file: int, part: int) -> str:
+        if len(self.source.files) == 1:
             return f"part-{part:05d}"
-        return f"part-{volume:05d}-{part:05d}"
+        return f"part-{file:05d}-{part:05d}"
 
-    def _make(
-        self, position: int, number: int, volume: Volume, stop: int, embedder: Embedder
-    ) -> Receipt:
-        name = self._name(position, number)
+    def _process(
+        self, file: int, number: int, opened: SourceFile, pipeline: Pipeline
+    ) -> PartRecord:
         start = number * self.config.part_rows
-        with self.workspace.part(name) as part:
-            tally = embedder.embed(volume.records(start, stop), volume.name, part)
-            receipt = Receipt(
+        stop = min(len(opened), start + self.config.part_rows)
+        name = self._name(file, number)
+        with self.partial.part(name) as part:
+            tally = pipeline.embed(opened.records(start, stop), opened.name, part)
+            record = PartRecord(
                 name=name,
-                stamp=self._stamp(position, number),
-                volume_records=len(volume),
-                is_lost=isinstance(volume, LostVolume),
+                fingerprint=self._fingerprint(file, number),
+                file_records=len(opened),
+                is_unreadable=isinstance(opened, UnreadableFile),
                 **asdict(tally),
             )
-            return self.workspace.seal(part, receipt)
+            return self.partial.finish_part(part, record)
 
-    def _count(self, receipt: Receipt, embedder: Embedder, *, is_new: bool) -> None:
-        self.receipts.append(receipt)
+    def _count(self, record: PartRecord, pipeline: Pipeline, *, is_new: bool) -> None:
+        self.records.append(record)
         if not is_new:
-            embedder.report("records", receipt.records)
-            embedder.report("texts", receipt.texts_seen)
-        if self.turn.count == 1:
-            known = (self.source.total, len(self.source.volumes))
-            _check(self.config, self.workspace, self.receipts, *known)
+            pipeline.report("records", record.records)
+            pipeline.report("texts", record.texts_seen)
+        if self.shard.count == 1:
+            _check_failures(
+                self.config,
+                self.partial,
+                self.records,
+                files=len(self.source.files),
+                total=self.source.total,
+            )
 
-    def _check_room(self) -> None:
-        """Tell how large the feature set will be, and refuse if the disk is too small for it.
+    def _check_disk_space(self) -> None:
+        """Log the size of the feature set, and refuse if the disk is too small for its images.
 
         Raises:
-            OutputError: the images alone would not fit.
+            OutputError: it is.
         """
         sizes = {
             side: _row_bytes(encoder, self.config.dtype)
             for side in Modality
             if (encoder := self.encoders.side(side)) is not None
         }
-        each = ", ".join(
-            f"{_readable(size)} {'an' if side is Modality.IMAGE else 'about, a'} {side}"
-            for side, size in sizes.items()
-        )
+        each = ", ".join(f"about {_readable(size)} per {side}" for side, size in sizes.items())
         images = self.source.total_images
         if images is None or Modality.IMAGE not in sizes:
             logger.info("size on disk: %s", each)
             return
         needed = images * sizes[Modality.IMAGE]
-        logger.info("size on disk: %s; %s in all for images", each, _readable(needed))
-        folder = self.workspace.folder
-        if is_remote(folder) or self.workspace.is_begun:
+        logger.info("size on disk: %s; %s in total for images", each, _readable(needed))
+        folder = self.partial.folder
+        if is_remote(folder) or self.partial.has_parts:
             return
         free = shutil.disk_usage(folder).free
         if needed > free:
@@ -348,76 +350,83 @@ class _Extraction:
             )
 
 
-def _check(
+def _check_failures(
     config: ExtractConfig,
-    workspace: Workspace,
-    receipts: list[Receipt],
-    of: int | None = -1,
-    volumes: int | None = None,
+    partial: PartialSet,
+    records: list[PartRecord],
+    *,
+    files: int,
+    total: int | None,
+    is_all: bool = False,
 ) -> None:
-    """Raise if what was left out is more than the user allows.
+    """Raise if more of the source is unusable than `config.max_failures` allows.
 
     Args:
-        config: says what is allowed.
-        workspace: where the list of failures goes then.
-        receipts: of the parts so far.
-        of: records that there will be in all, None if that is not known; -1 if this is all.
-        volumes: likewise; None for those of the receipts.
+        config: with the limit.
+        partial: receives the list of failures.
+        records: of the parts so far.
+        files: of the source.
+        total: records of the source, None if not known.
+        is_all: whether these are all parts.
 
     Raises:
-        DataError: it is more.
+        DataError: more is unusable.
     """
-    is_all = of == -1
-    records = sum(receipt.records for receipt in receipts)
     limit = config.max_failures
-    failed = sum(receipt.failed_records for receipt in receipts)
-    if (is_all or of or records >= _ENOUGH_RECORDS) and failed > limit * max(of or 0, records):
-        raise _refusal(
-            workspace, receipts, f"{failed} of {records} records could not be used", limit
-        )
-    lost = sum(receipt.is_lost for receipt in receipts)
-    count = volumes or len({receipt.name.rpartition("-")[0] for receipt in receipts})
-    if lost > limit * count:
-        problem = f"{lost} of {count} files could not be read"
-        raise _refusal(workspace, receipts, problem, limit)
-    texts = sum(receipt.texts_seen for receipt in receipts)
-    failed = sum(receipt.failed_texts for receipt in receipts)
+    seen = sum(record.records for record in records)
+    failed = sum(record.failed_records for record in records)
+    if (is_all or total or seen >= _ENOUGH_RECORDS) and failed > limit * max(total or 0, seen):
+        raise _too_many(partial, records, f"{failed} of {seen} records are unusable", limit)
+    unreadable = sum(record.is_unreadable for record in records)
+    if unreadable > limit * files:
+        raise _too_many(partial, records, f"{unreadable} of {files} files are unreadable", limit)
+    texts = sum(record.texts_seen for record in records)
+    failed = sum(record.failed_texts for record in records)
     if (is_all or texts >= _ENOUGH_RECORDS) and failed > limit * texts:
-        raise _refusal(workspace, receipts, f"{failed} of {texts} texts could not be used", limit)
-    if not is_all:
-        return
-    left_out = sum(len(receipt.failures) for receipt in receipts)
-    if config.strict and left_out:
-        problem = f"{left_out} inputs were left out, which --strict forbids"
-        raise _refusal(workspace, receipts, problem, None)
-    if not records:
-        raise DataError(f"{config.source}: holds nothing to embed")
-    if not any(receipt.images or receipt.texts for receipt in receipts):
-        raise _refusal(workspace, receipts, f"0 of {records} records could be used", None)
+        raise _too_many(partial, records, f"{failed} of {texts} texts are unusable", limit)
 
 
-def _refusal(
-    workspace: Workspace, receipts: list[Receipt], problem: str, limit: float | None
+def _check_all_failures(
+    config: ExtractConfig, partial: PartialSet, records: list[PartRecord]
+) -> None:
+    """Raise if the finished parts have too many failures, or nothing at all.
+
+    Raises:
+        DataError: they have.
+    """
+    files = len({record.name.rpartition("-")[0] for record in records})
+    _check_failures(config, partial, records, files=files, total=None, is_all=True)
+    skipped = sum(len(record.failures) for record in records)
+    if config.strict and skipped:
+        raise _too_many(partial, records, f"{skipped} inputs were skipped (--strict)", None)
+    if not sum(record.records for record in records):
+        raise DataError(f"{config.source}: contains nothing to embed")
+    if not any(record.images or record.texts for record in records):
+        raise _too_many(partial, records, "none of the records is usable", None)
+
+
+def _too_many(
+    partial: PartialSet, records: list[PartRecord], problem: str, limit: float | None
 ) -> DataError:
-    failures = [failure for receipt in receipts for failure in receipt.failures]
-    path = workspace.list_failures(failures)
+    failures = [failure for record in records for failure in record.failures]
+    path = partial.list_failures(failures)
     examples = "; ".join(
         f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
         for failure in failures[:_REASONS_SHOWN]
     )
-    remedy = "repair them and go on with --retry-failures"
+    remedy = "repair them and resume with --retry-failures"
     if limit is not None:
-        problem += f", the share allowed is {limit:g}"
+        problem += f" (limit: {100 * limit:g} %)"
         remedy += ", or with a higher --max-failures"
     return DataError(f"{problem}: {examples}; {path} lists those so far: {remedy}")
 
 
 def _row_bytes(encoder: ImageEncoder | TextEncoder, dtype: str) -> int:
-    """Bytes of numbers in a row; those of texts with tokens are a guess at their length."""
+    """Return the bytes of a row's numbers; the token count of a text is an estimate."""
     info = encoder.info
     count = 0
     if info.token_width is not None:
-        count = _TOKENS_A_CAPTION
+        count = _TOKENS_PER_CAPTION
         if hasattr(encoder, "preprocess"):
             images = cast(ImageEncoder, encoder)
             blank = images.preprocess(Image.new("RGB", (64, 64)))
@@ -435,7 +444,5 @@ def _readable(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # what a container or batch system allows
-    return os.cpu_count() or 1
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))  # what a container or batch system allows

@@ -1,4 +1,4 @@
-"""``csalign import``: embeddings somebody already has, into a feature set."""
+"""``csalign import``: embeddings computed elsewhere, into a feature set."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,21 +31,21 @@ from csalign.sources.pairing import (
 
 log = logging.getLogger(__name__)
 
-FAINT = 1e-4  # largest value of a row, below which float16 rounds it by a thousandth and more
+_FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more in float16
 
 
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
-    """Write embeddings, with what files and tables say of their rows, as a feature set.
+    """Write embeddings and the labels of their rows as a feature set.
 
-    Streams them; what is held in memory are ids, captions and other labels.
+    Embeddings are streamed; ids, captions and other labels are held in memory.
 
     Args:
         config: the files and tables.
-        progress: told how far it is.
+        progress: called with the number of rows written.
 
     Raises:
-        ConfigError: options do not go together, or do not say which side is which.
-        DataError: a file is missing or damaged, counts or ids do not agree, a row is not finite
+        ConfigError: options conflict, or leave open which side is which.
+        DataError: a file is missing or damaged, counts or ids do not match, or a row is not finite
             or has norm 0.
         ShapeError: an array is not (rows, width) of floats.
         OutputError: ``config.out`` exists and is not to be replaced.
@@ -70,7 +70,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                     bad = first_unusable(chunk, dtype)
                     if bad is not None:
                         raise DataError(
-                            f"{where(bad[0])}: {bad[1]}; leave the row out or encode it again"
+                            f"{where(bad[0])}: {bad[1]}; remove the row or encode it again"
                         )
                     part = {
                         name: values[start : start + len(chunk)]
@@ -78,14 +78,15 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                     }
                     writer.write(side, Rows(part, chunk))
                     start += len(chunk)
-                    faint += int((np.abs(chunk).max(axis=1) < FAINT).sum())
+                    faint += int((np.abs(chunk).max(axis=1) < _FAINT).sum())
                     progress("rows", done + start, total)
                 done += start
     if dtype == "float16" and faint:
         log.warning(
-            "%d embeddings are so small that float16 keeps few of their digits; %s, or give the "
+            "%d embeddings are so small that float16 keeps few of their digits; %s, or import the "
             "originals with --dtype float32",
-            *(faint, schema.RESCALE.partition(",")[0]),
+            faint,
+            schema.RESCALE.partition(",")[0],
         )
     images, texts = (len(sides[side]) if side in sides else 0 for side in Modality)
     owners: Sequence[str | None] = columns.get(Modality.TEXT, {}).get(schema.IMAGE_ID, ())
@@ -95,15 +96,15 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
 
 def _check_options(config: ImportConfig) -> None:
     if config.source is not None and (config.images or config.texts):
-        raise ConfigError("give either SOURCE or --images and --texts, not both")
+        raise ConfigError("pass either SOURCE or --images and --texts, not both")
     if not (config.source or config.images or config.texts):
         raise ConfigError(
-            "name embeddings: --images A.npy --texts B.npy, or one SOURCE that holds both"
+            "pass embeddings: --images A.npy --texts B.npy, or one SOURCE that contains both"
         )
     if (config.captions_per_image is None) != (config.caption_order is None):
         raise ConfigError(
-            "--captions-per-image and --caption-order go together: the counts alone do not tell "
-            "blocks from copies"
+            "--captions-per-image and --caption-order go together: the count alone leaves open the "
+            "order"
         )
     given = {
         "--pairs": config.pairs,
@@ -112,9 +113,11 @@ def _check_options(config: ImportConfig) -> None:
     }
     names = [name for name, value in given.items() if value is not None]
     if config.names is not None and config.names[0] == config.names[1]:
-        raise ConfigError(f"--names: both sides are called {config.names[0]!r}; tell them apart")
+        raise ConfigError(
+            f"--names: both sides are named {config.names[0]!r}; give them different names"
+        )
     if len(names) > 1:
-        raise ConfigError(f"{' and '.join(names)} say the same thing twice; give one of them")
+        raise ConfigError(f"{' and '.join(names)} define the pairs twice; pass one of them")
 
 
 def _inputs(config: ImportConfig) -> tuple[Path, ...]:
@@ -124,7 +127,7 @@ def _inputs(config: ImportConfig) -> tuple[Path, ...]:
 
 
 def _open(config: ImportConfig) -> dict[Modality, Vectors]:
-    """Each side that there is, images first."""
+    """Open each given side, images first."""
     columns = {Modality.IMAGE: config.image_column, Modality.TEXT: config.text_column}
     if config.source is not None:
         return read_both(config.source, columns)
@@ -139,13 +142,13 @@ def _open(config: ImportConfig) -> dict[Modality, Vectors]:
 def _columns(
     config: ImportConfig, sides: Mapping[Modality, Vectors]
 ) -> dict[Modality, dict[str, Strings]]:
-    """The string columns of each side that there is."""
+    """Return the string columns of each side."""
     images = texts = None
     if Modality.IMAGE in sides:
         vectors = sides[Modality.IMAGE]
         if vectors.captions_each is not None:
             raise DataError(
-                f"{vectors.name}: is 3-D, and an image has one embedding: save (images, width)"
+                f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
         images = describe_images(len(vectors), _labels(config.image_table, vectors))
     if Modality.TEXT in sides:
@@ -164,7 +167,7 @@ def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
 
 
 def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] | None:
-    """The image row of each text row, where an option or the array's shape says so."""
+    """Return the image row of each text row, if an option or the array's shape gives it."""
     if config.text_counts is not None:
         return owners_by_counts(config.text_counts, images, len(texts))
     if config.captions_per_image is not None and config.caption_order is not None:

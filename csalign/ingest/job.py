@@ -1,4 +1,4 @@
-"""What a feature set that is built part by part keeps beside its parts, as JSON documents."""
+"""Documents of a feature set that is built part by part, as JSON beside the parts."""
 
 import hashlib
 import logging
@@ -19,17 +19,17 @@ R = TypeVar("R", bound=Record)
 
 
 class Job(Record):
-    """What decides every byte of the result, but for the order in which parts are made.
+    """Everything that determines the result, except the order in which parts are written.
 
     Attributes:
-        location: where the source lies.
-        source: its fingerprint.
-        part_rows: records a part.
+        location: path or URL of the source.
+        source: fingerprint of the source.
+        part_rows: records per part.
         dtype: "float16" or "float32".
-        encoders: what makes each side.
+        encoders: of each side.
     """
 
-    FORMAT: ClassVar[str] = "csalign-job"
+    FORMAT: ClassVar[str] = "csalign-extraction"
 
     format: str = FORMAT
     location: str
@@ -39,18 +39,18 @@ class Job(Record):
     encoders: Encoders
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the content of parts, beside the records that they are of."""
+        """SHA-256 of what determines the content of parts, beside their records."""
         content = self.model_dump_json(exclude={"location", "source"})
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Failure(Record):
-    """An input that was left out.
+    """An input that was skipped.
 
     Attributes:
         source: file that it came from.
-        row: 1-based row of it, None if the file as a whole.
-        reason: why, in a few words.
+        row: 1-based row in that file, None if the whole file was skipped.
+        reason: in a few words.
     """
 
     source: str
@@ -58,30 +58,30 @@ class Failure(Record):
     reason: str
 
 
-class Receipt(Record):
+class PartRecord(Record):
     """A finished part.
 
     Attributes:
         name: of the part.
-        job: `Job.fingerprint` of the job that it was made for; set when it is sealed.
-        stamp: of the records that it was made of; see `sources.base.Source`.
-        volume_records: records of the volume that it belongs to, all parts together.
-        is_lost: whether it stands for a file that could not be read at all.
-        records: that went into it.
-        failed_records: of these, left out as a whole.
-        failed_texts: texts left out although their record was not.
-        texts_seen: texts of the records that were not left out.
+        job: `Job.fingerprint` of its job; set when the part is completed.
+        fingerprint: of its records; see `sources.records.base.Source`.
+        file_records: records in its source file, over all its parts.
+        is_unreadable: whether it stands for a source file that could not be read at all.
+        records: in this part.
+        failed_records: of these, skipped as a whole.
+        failed_texts: texts skipped although their record was not.
+        texts_seen: texts of the records that were not skipped.
         pairs: texts that belong to an image.
         images: its file of images, None if it has none.
         texts: its file of texts, None if it has none.
-        failures: what was left out.
+        failures: what was skipped.
     """
 
     name: str
     job: str = ""
-    stamp: str = ""
-    volume_records: int
-    is_lost: bool = False
+    fingerprint: str = ""
+    file_records: int
+    is_unreadable: bool = False
     records: int
     failed_records: int = 0
     failed_texts: int = 0
@@ -92,13 +92,18 @@ class Receipt(Record):
     failures: list[Failure] = Field(default_factory=list)
 
     def side(self, modality: Modality) -> Shard | None:
-        """Its file of one side."""
+        """Return its file of one side."""
         return self.images if modality is Modality.IMAGE else self.texts
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Which of how many processes this is; the first is 0."""
+class WorkShard:
+    """One of several processes that share the work.
+
+    Attributes:
+        index: of this process, from 0.
+        count: of all processes.
+    """
 
     index: int
     count: int
@@ -108,7 +113,7 @@ class Turn:
 
 
 class Finished(Record):
-    """What a process says that is done with its parts, as the source was then."""
+    """Says that a process finished its parts of the source as it was then."""
 
     index: int
     count: int
@@ -116,13 +121,12 @@ class Finished(Record):
     parts: list[str]
 
 
-def other_job(folder: Path, found: Job, job: Job) -> str:
-    """What to say of a folder that holds another job."""
+def describe_conflict(folder: Path, found: Job, job: Job) -> str:
+    """Word the error of a folder that contains another job."""
     if is_same_but_source(found, job):
         return (
-            f"{folder}: was begun when the source held something else; go on with "
-            "--retry-failures, which makes what changed anew and keeps the rest, or start anew "
-            "with --overwrite"
+            f"{folder}: the source has changed since this extraction began; resume with "
+            "--retry-failures, which reprocesses what changed, or start again with --overwrite"
         )
     old, new = _flat(found.model_dump()), _flat(job.model_dump())
     names = [name for name in [*new, *old] if name != "source"]
@@ -131,13 +135,13 @@ def other_job(folder: Path, found: Job, job: Job) -> str:
     if name in ("encoders.image.fingerprint", "encoders.text.fingerprint"):
         change = f"another {name}"
     return (
-        f"{folder}: was begun with {change}; go on with the same options and source, or start "
-        "anew with --overwrite"
+        f"{folder}: this extraction began with {change}; resume with the same options and source, "
+        "or start again with --overwrite"
     )
 
 
 def is_same_but_source(found: Job, job: Job) -> bool:
-    """Whether two jobs are one, but for what the source held when each was begun."""
+    """Return whether two jobs differ at most in the content of their source."""
     return found.model_copy(update={"source": job.source}) == job
 
 
@@ -150,10 +154,10 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_finished(path: Path, kind: type[R]) -> R | None:
-    """What was finished; None, with a warning, if its document is damaged: it is made again."""
+def read_or_rebuild(path: Path, kind: type[R]) -> R | None:
+    """Read the document of finished work; None, with a warning, if it is damaged."""
     try:
-        return read_record(path, kind, "it is made again")
+        return read_record(path, kind, "its part is processed again")
     except SchemaError as error:
         log.warning("%s", error)
         return None

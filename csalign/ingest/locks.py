@@ -1,117 +1,117 @@
-"""Who works in ``OUT.partial``, and what that folder is to become: locks and the job's document."""
+"""Open ``OUT.partial`` for one of several processes, complete it, and merge copied parts."""
 
-import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from csalign.core import atomic
 from csalign.core.errors import DataError, OutputError
+from csalign.core.locks import LOCK, in_use, is_current, try_lock, unlock
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
 from csalign.features.manifest import MANIFEST
-from csalign.ingest.job import Job, Turn, is_same_but_source, other_job
-from csalign.ingest.partial_set import PATIENCE, Workspace
+from csalign.ingest.job import Job, WorkShard, describe_conflict, is_same_but_source
+from csalign.ingest.partial_set import TIMEOUT_S, PartialSet
 
 
 @contextmanager
-def open_workspace(
+def open_partial_set(
     out: Path,
     job: Job,
-    turn: Turn,
+    shard: WorkShard,
     *,
     config: str,
     restart: bool = False,
     retry: bool = False,
-) -> Iterator[Workspace]:
-    """Begin a job, or continue it, holding the locks of this process's turn.
+) -> Iterator[PartialSet]:
+    """Begin or resume a job, holding the lock of this process's shard.
 
-    In an object store there are no locks: processes that do the same turn write the same bytes.
+    In an object store there are no locks: processes of the same shard write the same bytes.
 
     Args:
-        out: the feature set that it is to become.
+        out: the feature set to build.
         job: what it is.
-        turn: which process this is.
-        config: content of the feature set's ``config.toml``, that of the process that begins.
+        shard: of this process.
+        config: content of ``config.toml``, that of the process that begins.
         restart: whether another job's unfinished parts may be removed.
-        retry: whether to go on although the source holds something else by now; whoever says so
-            makes those parts anew whose stamp is another.
+        retry: whether to resume although the source has changed; the caller then rebuilds parts
+            whose fingerprint changed.
 
     Raises:
-        OutputError: another job was begun there, or another process has this turn.
+        OutputError: the folder contains another job, or another process has this shard.
     """
     if is_remote(out):
         folder = atomic.partial_path(out)
         _begin(folder, job, config, restart=restart, retry=retry)
-        yield Workspace(folder, out, job, turn)
+        yield PartialSet(folder, out, job, shard)
         return
     out = out.resolve()
     folder = atomic.partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / atomic.LOCK).open("a+") as lock:
+    with (folder / LOCK).open("a+") as lock:
         _join(lock, folder, job, config, restart=restart, retry=retry)
-        with (folder / f"{atomic.LOCK}-{turn.index}-of-{turn.count}").open("a+") as own:
-            if not _try_lock(own, fcntl.LOCK_EX):
+        with (folder / f"{LOCK}-{shard.index}-of-{shard.count}").open("a+") as own:
+            if not try_lock(own):
                 raise OutputError(
-                    f"{folder}: another process does shard {turn}; wait for it, or choose another "
+                    f"{folder}: another process has shard {shard}; wait for it, or choose another "
                     "--out"
                 )
-            workspace = Workspace(folder, out, job, turn)
+            partial = PartialSet(folder, out, job, shard)
             try:
-                yield workspace
+                yield partial
             except BaseException:
-                if turn.count == 1 and not workspace.is_begun:
-                    atomic.cleanup(folder)  # there is nothing to go on from
+                if shard.count == 1 and not partial.has_parts:
+                    atomic.cleanup(folder)  # there is nothing to resume
                 raise
 
 
 @contextmanager
-def alone(workspace: Workspace) -> Iterator[bool]:
-    """Wait until no other process works in the folder; False if one of them completes it."""
-    if is_remote(workspace.folder):
-        yield workspace.claim()
+def sole_owner(partial: PartialSet) -> Iterator[bool]:
+    """Wait until no other process works in the folder; yield False if one of them completes it."""
+    if is_remote(partial.folder):
+        yield partial.claim()
         return
-    path = workspace.folder / atomic.LOCK
+    path = partial.folder / LOCK
     if not path.exists():
         yield False
         return
     with path.open("a+") as lock:
-        # All parts are there, so that who holds it is about to end or completes the folder.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path.exists()
+        # All parts are there, so whoever holds the lock is about to end or completes the folder.
+        try_lock(lock, wait=True)
+        yield is_current(lock, path)
 
 
 def merge_parts(out: Path) -> None:
-    """Make a feature set out of the parts in ``OUT.partial``, whoever wrote them.
+    """Build a feature set from the parts in ``OUT.partial``, whoever wrote them.
 
-    For parts that were made on machines without a common disk and then copied into one folder,
-    and where the last process died before it could do so.
+    For parts written on machines without a common disk and then copied into one folder, and for a
+    last process that died before it could complete the set.
 
     Raises:
-        DataError: there are no parts, or some processes are not done.
-        OutputError: `out` exists, or somebody still works on the parts.
+        DataError: there are no parts, or some shards are missing.
+        OutputError: `out` exists, or another process works on the parts.
     """
     folder = atomic.partial_path(out if is_remote(out) else out.resolve())
     _check_free(out, folder)
     job = _read_job(folder)
     if job is None:
-        raise DataError(f"{folder}: holds no parts of a feature set")
-    workspace = Workspace(folder, out, job, Turn(0, 1))
+        raise DataError(f"{folder}: contains no parts of a feature set")
+    partial = PartialSet(folder, out, job, WorkShard(0, 1))
     if not is_remote(folder):
-        (folder / atomic.LOCK).touch()  # which copies may lack
-    if not workspace.is_whole and (missing := workspace.missing()):
+        (folder / LOCK).touch()  # copies may lack it
+    if not partial.is_complete and (missing := partial.missing()):
         listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
         raise DataError(
-            f"{folder}: shards {listed} are not done; run csalign extract with --shard for each"
+            f"{folder}: shards {listed} are missing; run csalign extract with --shard for each"
         )
     if is_remote(folder):
-        workspace.complete_and_publish()
+        partial.complete_and_commit()
         return
-    with alone(workspace) as is_there:
-        if is_there:
-            workspace.complete_and_publish()
+    with sole_owner(partial) as is_owner:
+        if is_owner:
+            partial.complete_and_commit()
 
 
 def _check_free(out: Path, folder: Path) -> None:
@@ -121,40 +121,41 @@ def _check_free(out: Path, folder: Path) -> None:
         if not out.exists():
             raise
         if not folder.exists() and (out / MANIFEST).is_file():
-            raise DataError(f"{out}: is whole already; leave out --merge") from None
+            raise DataError(f"{out}: is complete already; omit --merge") from None
         raise OutputError(
-            f"{out}: is in the way of the feature set that the parts in {folder} are to become; "
-            "move it"
+            f"{out}: is in the way of the feature set to be built from {folder}; move it"
         ) from error
 
 
-def _join(lock: Any, folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
-    """Take a share in the folder's lock once the folder holds this job."""
-    deadline = time.monotonic() + PATIENCE
+def _join(
+    lock: IO[str], folder: Path, job: Job, config: str, *, restart: bool, retry: bool
+) -> None:
+    """Share the folder's lock once the folder contains this job."""
+    deadline = time.monotonic() + TIMEOUT_S
     while True:
-        if _try_lock(lock, fcntl.LOCK_SH):
-            if not (folder / atomic.LOCK).exists():
-                raise OutputError(f"{folder}: was completed by another process just now")
+        if try_lock(lock, shared=True):
+            if not is_current(lock, folder / LOCK):
+                raise OutputError(f"{folder}: another process has just completed it")
             found = _read_job(folder, restart=restart)
             if found == job:
                 return
             _check_job(folder, found, job, restart=restart, retry=retry)
-            # A lock cannot be raised while others share it, so it is given back in between.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            if _try_lock(lock, fcntl.LOCK_EX):
+            # A shared lock cannot be upgraded while others share it, so release it in between.
+            unlock(lock)
+            if try_lock(lock):
                 _begin(folder, job, config, restart=restart, retry=retry)
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                try_lock(lock, shared=True)
                 return
         if time.monotonic() > deadline:
-            raise OutputError(atomic.in_use(folder))
+            raise OutputError(in_use(folder))
         time.sleep(0.05)
 
 
 def _check_job(folder: Path, found: Job | None, job: Job, *, restart: bool, retry: bool) -> None:
-    """Refuse a folder that was begun as something else, unless that is what the user wants."""
+    """Refuse a folder of another job, unless the user wants it replaced."""
     if found is None or restart or (retry and is_same_but_source(found, job)):
         return
-    raise OutputError(other_job(folder, found, job))
+    raise OutputError(describe_conflict(folder, found, job))
 
 
 def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
@@ -163,7 +164,7 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -
         return
     _check_job(folder, found, job, restart=restart, retry=retry)
     if found is not None and not restart:
-        (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never published
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never committed
         write_record(folder / atomic.JOB, job)
         return
     if is_remote(folder):
@@ -174,15 +175,7 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -
     write_record(folder / atomic.JOB, job)
 
 
-def _try_lock(lock: Any, kind: int) -> bool:
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _read_job(folder: Path, *, restart: bool = False) -> Job | None:
-    """What was begun there; None if nothing was, or if it is damaged and may be begun anew."""
+    """Return the job begun there; None if there is none, or a damaged one may be replaced."""
     atomic.refuse_other_work(folder, Job.FORMAT)
     return read_job(folder / atomic.JOB, Job, restart=restart)

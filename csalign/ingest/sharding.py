@@ -1,17 +1,17 @@
-"""Which share of a source is this process's, among several that work on it at once."""
+"""Which shard of the work is this process's, among several that share a source."""
 
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 
 from csalign.core.errors import ConfigError
-from csalign.ingest.job import Turn
+from csalign.ingest.job import WorkShard
 
 
-def turn_of(shard: str, environment: Mapping[str, str] = os.environ) -> Turn:
-    """Read ``--shard``: "I/N" with I from 0, or "auto".
+def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
+    """Parse ``--shard``: "I/N" with I from 0, or "auto".
 
-    Auto multiplies what is set: the tasks of a SLURM array (``SLURM_ARRAY_TASK_ID`` and its
+    "auto" multiplies what is set: the tasks of a SLURM array (``SLURM_ARRAY_TASK_ID`` and its
     bounds) and the ranks of torchrun (``RANK``, ``WORLD_SIZE``) within each.
 
     Raises:
@@ -19,75 +19,78 @@ def turn_of(shard: str, environment: Mapping[str, str] = os.environ) -> Turn:
     """
     if shard == "auto":
         array, rank = _array_task(environment), _rank(environment)
-        turn = Turn(array.index * rank.count + rank.index, array.count * rank.count)
-        if not 0 <= turn.index < turn.count:
+        found = WorkShard(array.index * rank.count + rank.index, array.count * rank.count)
+        if not 0 <= found.index < found.count:
             raise ConfigError(
-                f"shard: the variables of SLURM or torchrun give {turn}, as in an array that is a "
-                "list; give --shard I/N"
+                f"shard: the variables of SLURM or torchrun give {found}, as in an array that is a "
+                "list; pass --shard I/N"
             )
-        return turn
+        return found
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None:
         raise ConfigError(f"shard: must be I/N or auto (got {shard!r})")
-    turn = Turn(int(match[1]), int(match[2]))
-    if turn.index >= turn.count:
+    found = WorkShard(int(match[1]), int(match[2]))
+    if found.index >= found.count:
         raise ConfigError(
-            f"shard: {shard} does not exist; the {turn.count} shards are counted from 0, "
-            f"0/{turn.count} to {turn.count - 1}/{turn.count}"
+            f"shard: {shard} does not exist; shards are numbered from 0/{found.count} to "
+            f" {found.count - 1}/{found.count}"
         )
-    return turn
+    return found
 
 
 def check_array(
-    turn: Turn, shard: str, known: Collection[int], environment: Mapping[str, str] = os.environ
+    shard: WorkShard,
+    option: str,
+    known: Collection[int],
+    environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Refuse a SLURM array whose number of tasks is not the one that the work was begun with.
+    """Refuse a SLURM array that is smaller than the one that began the work.
 
     Args:
-        turn: what `turn_of` made of it.
-        shard: ``--shard``; one that is spelled out is taken as it is.
-        known: numbers of shares in which others did the work.
-        environment: where SLURM's variables are.
+        shard: the result of `parse_shard`.
+        option: ``--shard``; an explicit one is accepted.
+        known: numbers of shards that the work was begun with.
+        environment: with SLURM's variables.
 
     Raises:
-        ConfigError: it is smaller, as in an array of the tasks that failed.
+        ConfigError: it is smaller, as an array of the failed tasks would be.
     """
-    if shard != "auto" or "SLURM_ARRAY_TASK_ID" not in environment:
+    if option != "auto" or "SLURM_ARRAY_TASK_ID" not in environment:
         return
-    if known and turn.count < max(known):
+    if known and shard.count < max(known):
         raise ConfigError(
-            f"shard: the work was begun in {max(known)} shares, and this SLURM array is one of "
-            f"{turn.count}; give --shard I/{max(known)} for one that is missing, or spell out "
-            f"--shard {turn} to share the rest out anew"
+            f"shard: the work began with {max(known)} shards, and this SLURM array has "
+            f"{shard.count}; pass --shard I/{max(known)} for a missing one, or --shard {shard} to "
+            "divide the rest again"
         )
 
 
-def _array_task(environment: Mapping[str, str]) -> Turn:
+def _array_task(environment: Mapping[str, str]) -> WorkShard:
     # SLURM_ARRAY_TASK_COUNT is the number of tasks, whatever their first index and their step.
     names = ("ID", "MIN", "STEP", "COUNT")
     values = [environment.get(f"SLURM_ARRAY_TASK_{name}") for name in names]
     if values[0] is None or values[3] is None:
-        return Turn(0, 1)
+        return WorkShard(0, 1)
     task, first, step, count = (int(value) if value else 1 for value in values)
     last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + (count - 1) * step)
-    # Some tasks of a larger array, submitted again, would each take a share of too few.
+    # A few tasks of a larger array, resubmitted, would each take a share of too few.
     if first > 1 or (count == 1 and task > 0) or (last - first) // step + 1 != count:
         raise ConfigError(
-            f"shard: task {task} of a SLURM array of {count} from {first} to {last}, which may be "
-            "some of a larger one, submitted again; give --shard I/N, with the number of the task "
-            "from 0 and that of all in the first array (0/1 does the whole)"
+            f"shard: this looks like part of a larger SLURM array, resubmitted (task {task} of "
+            f"{count} from {first} to {last}); pass --shard I/N, where I counts from 0 and N is "
+            "the size of the first array (0/1 does everything)"
         )
-    return Turn((task - first) // step, count)
+    return WorkShard((task - first) // step, count)
 
 
-def _rank(environment: Mapping[str, str]) -> Turn:
+def _rank(environment: Mapping[str, str]) -> WorkShard:
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return Turn(0, 1)
-    return Turn(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
+        return WorkShard(0, 1)
+    return WorkShard(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
 
 
-def device_of(device: str, environment: Mapping[str, str] = os.environ) -> str:
-    """``--device auto`` under torchrun: the CUDA device of this rank."""
+def device_of_rank(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Resolve ``--device auto`` under torchrun to the CUDA device of this rank."""
     if device != "auto" or "LOCAL_RANK" not in environment:
         return device
     import torch
@@ -96,19 +99,19 @@ def device_of(device: str, environment: Mapping[str, str] = os.environ) -> str:
     return f"cuda:{int(environment['LOCAL_RANK']) % count}" if count else device
 
 
-def owns(turn: Turn, volumes: int, volume: int, part: int = 0) -> bool:
-    """Whether a part is this process's.
+def assigned_to(shard: WorkShard, files: int, file: int, part: int = 0) -> bool:
+    """Return whether a part of a source file belongs to a shard.
 
-    Where there are enough volumes for all, each goes to one process as a whole; fewer are shared
-    out part by part.
+    With at least as many files as shards each file goes to one shard; fewer files are divided
+    part by part.
     """
-    if volumes >= turn.count:
-        return volume % turn.count == turn.index
-    return (volume + part) % turn.count == turn.index
+    if files >= shard.count:
+        return file % shard.count == shard.index
+    return (file + part) % shard.count == shard.index
 
 
-def own_volumes(turn: Turn, volumes: int) -> Iterator[int]:
-    """The volumes that hold, or may hold, parts of this process."""
-    for volume in range(volumes):
-        if volumes < turn.count or owns(turn, volumes, volume):
-            yield volume
+def assigned_files(shard: WorkShard, files: int) -> Iterator[int]:
+    """Yield the files that contain, or may contain, parts of a shard."""
+    for file in range(files):
+        if files < shard.count or assigned_to(shard, files, file):
+            yield file

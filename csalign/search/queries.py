@@ -25,8 +25,7 @@ from csalign.search.build import PROBES_FILE
 from csalign.search.config import SearchConfig
 from csalign.search.manifest import IndexManifest
 from csalign.sources.images import read_image
-from csalign.sources.records.lines import Lines
-from csalign.sources.records.lists import text_lines
+from csalign.sources.records.files import read_lines
 
 STDIN = "-"
 QUERIES_AT_A_TIME = 256
@@ -197,10 +196,11 @@ class Asker:
                 raise DataError("the query is empty; say what to look for")
             yield given
             return
-        for number, text, flaw in text_lines(Lines(Path("stdin"), sys.stdin.buffer)):
-            if flaw is not None:
-                raise DataError(f"stdin, row {number}: {flaw}")
-            yield text
+        for line in read_lines(Path("stdin"), sys.stdin.buffer, refuse_nul=True):
+            if line.error is not None:
+                raise DataError(f"stdin, row {line.number}: {line.error}")
+            if line.text.strip():
+                yield line.text.strip()
 
     def _made(self, names: Sequence[str], embedded: Embedded) -> Queries:
         rows = embedded.embeddings

@@ -1,117 +1,168 @@
-"""An open Parquet or Arrow file, read in batches from any row on."""
+"""Read Parquet, Arrow and Feather files in batches of bounded size; every error names the file."""
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
-from csalign.sources.records.tree import local_file, told_of
+from csalign.sources.records.files import local_file, translate_errors
+
+PARQUET = (".parquet", ".pq")
+ARROW = (".arrow", ".feather")
+
+_REMEDY = "write or download it again"
+_KINDS = {
+    "text": ("string", "large_string", "string_view"),
+    "bytes": ("binary", "large_binary", "fixed_size_binary", "binary_view"),
+    "list": ("list", "large_list", "fixed_size_list", "list_view", "large_list_view"),
+    "struct": ("struct",),
+    "integer": ("integer",),
+    "null": ("null",),
+}
 
 
 class DamagedError(DataError):
-    """A file that was read and is none."""
+    """The content of a file is not valid."""
 
 
-class Shelf(NamedTuple):
-    """An open file: its schema, its rows, and its batches from one row on.
-
-    `stop` tells where the piece that a row is in ends, behind which damage does not reach.
-    """
-
-    schema: pa.Schema
-    rows: int
-    stop: Callable[[int], int]
-    batches: Callable[[int, list[str], int], Iterator[tuple[int, pa.RecordBatch]]]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Shelf]:
-    """Open a file by its suffix.
-
-    Raises:
-        DamagedError: it is not what its suffix says.
-        DataError: it cannot be opened.
-    """
-    with ExitStack() as stack:
-        with told_of(path):
-            try:
-                if path.suffix.lower() == ".arrow":
-                    shelf = _arrow_shelf(stack.enter_context(local_file(path)))
-                else:
-                    file = stack.enter_context(path.open("rb")) if is_remote(path) else path
-                    shelf = _parquet_shelf(stack, file)
-            except pa.ArrowException as error:
-                reason = f"{path}: cannot be read ({_line(error)}); write or download it again"
-                raise DamagedError(reason) from None
-        yield shelf
-
-
-def _parquet_shelf(stack: ExitStack, file: Any) -> Shelf:
-    # Buffered, so that a large row group is read piece by piece rather than whole.
-    parquet = stack.enter_context(pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False))
-    groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-
-    def batches(start: int, names: list[str], size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        group = int(np.searchsorted(starts, start, side="right")) - 1
-        row = int(starts[group])
-        rest = list(range(group, len(groups)))
-        for batch in parquet.iter_batches(size, row_groups=rest, columns=names, use_threads=False):
-            if row + len(batch) > start:
-                yield row, batch
-            row += len(batch)
-
-    def stop(row: int) -> int:
-        group = int(np.searchsorted(starts, row, side="right"))
-        return int(starts[min(group, len(groups))])  # a file may say more rows than its groups hold
-
-    return Shelf(parquet.schema_arrow, parquet.metadata.num_rows, stop, batches)
-
-
-def _arrow_shelf(file: Any) -> Shelf:
-    # Mapped, so that nothing is in memory before it is needed.
-    content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    try:
-        table = pa.ipc.open_stream(content).read_all()
-    except pa.ArrowInvalid:
-        table = pa.ipc.open_file(content).read_all()
-
-    def batches(start: int, names: list[str], size: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        row = start
-        for batch in table.select(names).slice(start).to_batches(max_chunksize=size):
-            yield row, batch
-            row += len(batch)
-
-    return Shelf(table.schema, len(table), lambda _: len(table), batches)
-
-
-def guarded(
-    path: Path, batches: Iterator[tuple[int, pa.RecordBatch]]
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Batches of a file; damage met on the way is told as a `DamagedError`."""
-    with told_of(path):
-        try:
-            yield from batches
-        except (pa.ArrowException, OSError) as error:
-            reason = f"{path}: is damaged ({_line(error)}); write it again"
-            raise DamagedError(reason) from None
-
-
-class Broken(str):
-    """Why a value cannot be had; stands where it would."""
+class InvalidValue(str):
+    """The reason why a value cannot be read, in place of the value."""
 
     __slots__ = ()
 
 
+@dataclass(frozen=True)
+class ArrowFile:
+    """An open Parquet, Arrow or Feather file.
+
+    Attributes:
+        path: of the file.
+        schema: its columns.
+        names: of the columns.
+        group_ends: cumulative number of rows at the end of each row group or record batch.
+        rows: as the file states, which may be more than its groups contain.
+    """
+
+    path: Path
+    schema: pa.Schema
+    names: tuple[str, ...]
+    group_ends: npt.NDArray[np.int64]
+    rows: int
+    _read: Callable[[int, list[str], int], Iterator[pa.RecordBatch]]
+
+    def batches(
+        self, columns: Sequence[str], size: int, start: int = 0
+    ) -> Iterator[pa.RecordBatch]:
+        """Stream some columns from row `start` on, at most `size` rows at a time.
+
+        Raises:
+            DamagedError: the content is damaged.
+        """
+        group = int(np.searchsorted(self.group_ends, start, side="right"))
+        row = int(self.group_ends[group - 1]) if group else 0
+        with _named_errors(self.path, pa.ArrowException, OSError):
+            for batch in self._read(group, list(columns), size):
+                skipped = max(0, start - row)
+                row += len(batch)
+                if row > start:
+                    yield batch[skipped:]
+
+    def end_of_group(self, row: int) -> int:
+        """Return the end of the group that contains a row; damage does not extend beyond it."""
+        group = int(np.searchsorted(self.group_ends, row, side="right"))
+        return int(self.group_ends[group]) if group < len(self.group_ends) else self.rows
+
+
+@contextmanager
+def open_arrow(path: Path) -> Iterator[ArrowFile]:
+    """Open an .arrow or .feather, or else a Parquet file; reads its metadata only.
+
+    Raises:
+        DamagedError: it is not of the format that its suffix states.
+        DataError: it cannot be opened.
+    """
+    with ExitStack() as stack:
+        # An object store that fails is not a damaged file: another attempt may succeed.
+        damage = () if is_remote(path) else (OSError, ValueError)
+        with _named_errors(path, pa.ArrowException, *damage):
+            if path.suffix.lower() in ARROW:
+                file = _open_ipc(path, stack.enter_context(local_file(path)).fileno())
+            else:
+                content = stack.enter_context(path.open("rb")) if is_remote(path) else path
+                file = _open_parquet(path, stack, content)
+        yield file
+
+
+def _open_parquet(path: Path, stack: ExitStack, content: Any) -> ArrowFile:
+    # Buffered, so that a large row group is read piece by piece.
+    parquet = stack.enter_context(pq.ParquetFile(content, buffer_size=1 << 20, pre_buffer=False))
+    metadata, schema = parquet.metadata, parquet.schema_arrow
+    groups = range(parquet.num_row_groups)
+    ends = np.cumsum([metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
+
+    def read(group: int, columns: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        rest = list(groups[group:])
+        return parquet.iter_batches(size, rest, columns, use_threads=False)  # type: ignore[no-any-return]
+
+    return ArrowFile(path, schema, tuple(schema.names), ends, metadata.num_rows, read)
+
+
+def _open_ipc(path: Path, descriptor: int) -> ArrowFile:
+    # Mapped into memory, so that skipped rows are not read.
+    content = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+    is_file = content.slice(0, 6).to_pybytes() == b"ARROW1"
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        if not is_file:
+            yield from pa.ipc.open_stream(content)
+            return
+        reader = pa.ipc.open_file(content)
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+
+    def read(group: int, columns: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        for index, batch in enumerate(batches()):
+            for start in range(0, len(batch) if index >= group else 0, size):
+                yield batch.select(columns)[start : start + size]
+
+    schema = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(content).schema
+    ends = np.cumsum([len(batch) for batch in batches()], dtype=np.int64)
+    rows = int(ends[-1]) if len(ends) else 0
+    return ArrowFile(path, schema, tuple(schema.names), ends, rows, read)
+
+
+@contextmanager
+def _named_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
+    with translate_errors(path):
+        try:
+            yield
+        except damage as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = reason.splitlines()[0]
+            raise DamagedError(f"{path}: cannot be read ({reason}); {_REMEDY}") from None
+
+
+def kind_of(held: pa.DataType) -> str:
+    """Return the kind of a column: text, bytes, list, struct, integer, null or other."""
+    if pa.types.is_dictionary(held):
+        held = held.value_type
+    for kind, names in _KINDS.items():
+        if any(getattr(pa.types, f"is_{name}")(held) for name in names):
+            return kind
+    return "other"
+
+
 def column_values(column: pa.Array) -> list[Any]:
-    """A column's values; a `Broken` stands for text that is not UTF-8."""
+    """Convert a column to Python values, with an `InvalidValue` for text that is not UTF-8."""
     try:
         return column.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError:
@@ -122,8 +173,40 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return Broken("holds text that is not UTF-8")
+        return InvalidValue("contains text that is not UTF-8")
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def list_width(file: ArrowFile, column: str) -> int:
+    """Return the width of a column of lists: fixed, or that of the first row, at least 1."""
+    held = file.schema.field(column).type
+    if pa.types.is_fixed_size_list(held):
+        return int(held.list_size)
+    first = next(file.batches([column], 1), None)
+    return 1 if first is None else pc.list_value_length(first[0])[0].as_py() or 1
+
+
+def to_matrix(column: pa.Array, width: int, name: str, start: int) -> npt.NDArray[Any]:
+    """Convert a column of (fixed-size) lists to an (n, width) array.
+
+    Args:
+        column: n lists of numbers.
+        width: expected length of each.
+        name: the file, for the message.
+        start: row of the first list in the file.
+
+    Raises:
+        DataError: a row is null, has another length, or contains a null.
+    """
+    lengths = pc.fill_null(pc.list_value_length(column), -1).to_numpy(zero_copy_only=False)
+    values = column.flatten()
+    bad = np.flatnonzero(lengths != width)
+    if len(bad):
+        row, length = int(bad[0]), int(lengths[bad[0]])
+        reason = "has no embedding" if length < 0 else f"has width {length}, the first has {width}"
+    elif values.null_count:
+        row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // width
+        reason = "contains nulls"
+    else:
+        matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+        return matrix
+    raise DataError(f"{name}, row {start + row}: {reason}; omit the row or encode it again")

@@ -1,16 +1,17 @@
-"""Which embedding is of what, and which image and text belong together."""
+"""Ids of embeddings, and the pairs of images and texts."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, pairwise, repeat
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.arrow_files import ARROW, PARQUET, is_plain, open_table, read_labels
 from csalign.sources.arrays.base import Labels, Strings
-from csalign.sources.arrays.numpy_files import read_integers
+from csalign.sources.arrays.files import read_integers
+from csalign.sources.arrays.tables import read_labels
+from csalign.sources.arrow import ARROW, PARQUET
 from csalign.sources.records.tables import read_table
 
 ID_NAMES = ("id",)
@@ -23,14 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextRows:
-    """What is known of each text row; all of length m.
-
-    Attributes:
-        ids: unique.
-        image_ids: None where a text has no image.
-        captions: None where unknown.
-        splits: None where there is none.
-    """
+    """Columns of the text rows; ids are unique, all else is None where unknown."""
 
     ids: Strings
     image_ids: Strings
@@ -40,14 +34,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """What is known of each image row; all of length n.
-
-    Attributes:
-        ids: unique.
-        sources: None where unknown.
-        splits: None where there is none.
-        numbered: whether the ids are the row numbers, since nothing gives others.
-    """
+    """Columns of the image rows, as in `TextRows`; `numbered` if the ids are row numbers."""
 
     ids: Strings
     sources: Strings
@@ -56,26 +43,24 @@ class ImageRows:
 
 
 def read_label_table(path: Path) -> Labels:
-    """Read a whole .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
+    """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
 
     Raises:
-        DataError: there is no such file, it is of another kind or damaged.
+        DataError: it is missing, of another kind, or damaged.
     """
-    if path.suffix.lower() in (*PARQUET, *ARROW):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        found = open_table(path)
-        names = [field.name for field in found.schema if is_plain(field.type)]
-        return read_labels(str(path), [found], {name: name for name in names})
-    table = read_table(path)
-    return Labels(str(path), len(table), table.columns, table.where)
+    if path.suffix.lower() not in (*PARQUET, *ARROW):
+        table = read_table(path)
+        return Labels(str(path), len(table), table.columns, table.where)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return read_labels(path)
 
 
 def describe_images(count: int, labels: Labels | None) -> ImageRows:
-    """Ids, sources and splits of the image rows; row numbers are their ids where none are known.
+    """Return ids, sources and splits of `count` image rows; ids default to row numbers.
 
     Raises:
-        DataError: there are labels of another number of rows, or an id is missing or repeats.
+        DataError: `labels` has another number of rows, or an id is missing or repeated.
     """
     none: Strings = [None] * count
     if labels is None:
@@ -85,7 +70,7 @@ def describe_images(count: int, labels: Labels | None) -> ImageRows:
         _ids(labels),
         labels.columns.get("source", none),
         labels.columns.get("split", none),
-        numbered=_get(labels, ID_NAMES) is None,
+        numbered=_find(labels, ID_NAMES) is None,
     )
 
 
@@ -96,114 +81,122 @@ def describe_texts(
     pairs: Labels | None = None,
     owners: Sequence[int] | None = None,
 ) -> TextRows:
-    """Ids, images, captions and splits of the text rows.
+    """Return ids, image ids, captions and splits of the text rows.
 
     Args:
-        count: text rows.
-        images: what is known of the images, None where there are none.
+        count: number of text rows.
+        images: the image rows, None if there are none.
         labels: of the texts, row by row, or None.
-        pairs: with an image id in each row, and the text's id in each, or else a row a text in
-            the array's order.
-        owners: row of the image that each text belongs to, where the layout of the array says so.
-            Without `pairs` and `owners` the labels' image ids pair, or ids where images and texts
-            have the same, or the order of rows.
+        pairs: an image id per row, with the id of its text, or else one row per text in order.
+        owners: image row of each text, if the layout of the array gives it. Without `pairs` and
+            `owners`, texts are paired by the image ids of `labels`, else by equal ids of images
+            and texts, else by row.
 
     Raises:
-        DataError: counts differ, an id is missing, repeats, or names nothing that is there.
+        DataError: counts differ, or an id is missing, repeated or unknown.
     """
     ids: Strings = _numbers(count)
     known: dict[str, Strings] = {"caption": [None] * count, "split": [None] * count}
-    named: Strings | None = None
+    image_ids: Strings | None = None
     if labels is not None:
         _check_rows(labels, count, "texts")
-        ids = _ids(labels)
-        named = _get(labels, IMAGE_ID_NAMES)
+        ids, image_ids = _ids(labels), _find(labels, IMAGE_ID_NAMES)
         known |= {name: labels.columns[name] for name in known.keys() & labels.columns.keys()}
     if pairs is not None:
-        row_of = _rows_of_texts(pairs, ids)
-        named = _spread(_require(pairs, IMAGE_ID_NAMES), row_of, count)
-        for name in known.keys() & pairs.columns.keys():
-            known[name] = _spread(pairs.columns[name], row_of, count)
+        image_ids = _require(pairs, IMAGE_ID_NAMES)
+        row_of = {text: row for row, text in enumerate(_paired_rows(pairs, ids))}
+        columns = {name: pairs.columns[name] for name in known.keys() & pairs.columns.keys()}
+        image_ids, *values = (
+            [column[row_of[text]] if text in row_of else None for text in range(count)]
+            for column in (image_ids, *columns.values())
+        )
+        known |= dict(zip(columns, values, strict=True))
     if images is None:
-        if named is not None:
-            log.warning("image ids of the texts are left out: there are no images")
-        named = [None] * count
-    elif owners is not None:
-        if labels is not None and named is not None:
+        if image_ids is not None:
+            log.warning("image ids of the texts are ignored: there are no images")
+        return TextRows(ids, [None] * count, known["caption"], known["split"])
+    if owners is not None:
+        if labels is not None and image_ids is not None:
             raise DataError(
-                f"{labels.name}: names the image of each text; leave out --captions-per-image and "
+                f"{labels.name}: names the image of each text; omit --captions-per-image and "
                 "--text-counts"
             )
-        named = [images.ids[row] for row in owners]
-    elif named is None:
-        numbered = labels is None or _get(labels, ID_NAMES) is None
-        named = _by_id_or_row(images, ids, by_id=not numbered and not images.numbered)
-    if images is not None:
-        _check_owners(named, images, pairs or labels)
-    return TextRows(ids, named, known["caption"], known["split"])
+        image_ids = [images.ids[row] for row in owners]
+    elif image_ids is None:
+        numbered = images.numbered or labels is None or _find(labels, ID_NAMES) is None
+        image_ids = _by_id_or_row(images.ids, ids, set() if numbered else set(ids))
+    lost = set(image_ids) - {None, *images.ids}
+    if lost:
+        table = pairs or labels
+        rows = [row for row, owner in enumerate(image_ids) if owner in lost]
+        raise DataError(
+            f"{table.name + ': ' if table else ''}image {image_ids[rows[0]]!r:.200} of text "
+            f"row {rows[0]} is unknown ({len(rows)} texts name unknown images); images are named "
+            "by the image table's id column, or else by row number from 0"
+        )
+    return TextRows(ids, image_ids, known["caption"], known["split"])
 
 
 def owners_by_layout(
     images: int, texts: int, each: int, order: Literal["blocks", "copies"]
 ) -> Sequence[int]:
-    """The image row of each text row, where every image has as many captions.
+    """Return the image row of each text row, where every image has `each` captions.
 
     Args:
-        images: image rows.
-        texts: text rows.
-        each: captions an image.
-        order: "blocks" of the captions of an image, one after the other, or whole "copies" of the
-            list of images.
+        images: number of image rows.
+        texts: number of text rows.
+        each: captions per image.
+        order: "blocks" of the captions of an image, or whole "copies" of the list of images.
 
     Raises:
-        DataError: there are not `each` texts an image.
+        DataError: there are not `each` texts per image.
     """
     if texts != images * each:
         raise DataError(
-            f"{images} images and {texts} texts: {each} captions an image would be "
-            f"{images * each} texts; give the number of each with --text-counts FILE"
+            f"{images} images and {texts} texts: {each} captions per image would be "
+            f"{images * each} texts; pass the number of each with --text-counts FILE"
         )
     if order == "copies":
-        return list(chain.from_iterable(repeat(range(images), each)))
+        return [*range(images)] * each
     return [row for row in range(images) for _ in range(each)]
 
 
 def owners_by_counts(path: Path, images: int, texts: int) -> Sequence[int]:
-    """The image row of each text row, from a file of counts or offsets, texts in image order.
+    """Return the image row of each text row, by the number of captions of each image.
 
     Args:
         path: an .npy of integers, or a table with a column ``count``: n counts, or n + 1 offsets
             that begin at 0.
         images: n.
-        texts: text rows.
+        texts: number of text rows.
 
     Raises:
         DataError: the file cannot be used or does not add up to `texts`; its row is named.
     """
-    counts = _read_counts(path)
+    counts = read_integers(path) if path.suffix.lower() == ".npy" else _read_counts(path)
     if len(counts) == images + 1 and counts[0] == 0:
         counts = [after - before for before, after in pairwise(counts)]
     if len(counts) != images:
         raise DataError(
-            f"{path}: has {len(counts)} rows and there are {images} images; give a count an image, "
-            f"or {images + 1} offsets"
+            f"{path}: has {len(counts)} rows and there are {images} images; write one count per "
+            f"image, or {images + 1} offsets"
         )
     negative = next((row for row, count in enumerate(counts) if count < 0), None)
     if negative is not None:
         raise DataError(f"{path}, row {negative}: {counts[negative]} captions; none can be below 0")
     if sum(counts) != texts:
-        raise DataError(f"{path}: counts {sum(counts)} captions and there are {texts} texts")
+        raise DataError(f"{path}: adds up to {sum(counts)} captions and there are {texts} texts")
     return [row for row, count in enumerate(counts) for _ in range(count)]
 
 
 def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRows]:
-    """Give an image's split to its texts that have none, and the other way round.
+    """Give the split of an image to its texts without one, and vice versa.
 
     Raises:
         DataError: an image and one of its texts, or two of its texts, are in different splits.
     """
-    known: dict[str, str] = {
-        str(image): split
+    known = {
+        image: split
         for image, split in zip(images.ids, images.splits, strict=True)
         if split is not None
     }
@@ -213,29 +206,24 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
                 f"text {text!r:.200} is in split {split!r:.200} and its image {owner!r:.200} in "
                 f"{known[owner]!r:.200}; an image and its texts belong in one split"
             )
-    image_splits = [known.get(str(image)) for image in images.ids]
     text_splits = [
         split if owner is None else known.get(owner)
         for owner, split in zip(texts.image_ids, texts.splits, strict=True)
     ]
     return (
-        ImageRows(images.ids, images.sources, image_splits),
-        TextRows(texts.ids, texts.image_ids, texts.captions, text_splits),
+        replace(images, splits=[known.get(image) for image in images.ids]),
+        replace(texts, splits=text_splits),
     )
 
 
 def _read_counts(path: Path) -> list[int]:
-    if path.suffix.lower() == ".npy":
-        return read_integers(path)
     table = read_label_table(path)
     counts = []
     for row, value in enumerate(_require(table, COUNT_NAMES)):
         try:
             counts.append(int(value or ""))
         except ValueError:
-            raise DataError(
-                f"{table.where(row)}: {value!r:.200} is no number of captions"
-            ) from None
+            raise DataError(f"{table.where(row)}: {value!r:.200} is not an integer") from None
     return counts
 
 
@@ -243,12 +231,12 @@ def _numbers(count: int) -> list[str | None]:
     return [str(row) for row in range(count)]
 
 
-def _get(labels: Labels, names: Sequence[str]) -> Strings | None:
+def _find(labels: Labels, names: Sequence[str]) -> Strings | None:
     return next((labels.columns[name] for name in names if name in labels.columns), None)
 
 
 def _require(labels: Labels, names: Sequence[str]) -> Strings:
-    column = _get(labels, names)
+    column = _find(labels, names)
     if column is None:
         listed = ", ".join(labels.columns) or "none"
         raise DataError(f"{labels.name}: has no column {names[0]!r} (columns: {listed}); add it")
@@ -258,88 +246,62 @@ def _require(labels: Labels, names: Sequence[str]) -> Strings:
 def _check_rows(labels: Labels, count: int, what: str) -> None:
     if labels.rows != count:
         raise DataError(
-            f"{labels.name}: has {labels.rows} rows and there are {count} {what}; the table "
-            "describes the array row by row"
+            f"{labels.name}: has {labels.rows} rows and there are {count} {what}; the table needs "
+            "one row per row of the array"
         )
 
 
 def _ids(labels: Labels) -> Strings:
-    ids = _get(labels, ID_NAMES)
-    if ids is None:
-        return _numbers(labels.rows)
+    ids = _find(labels, ID_NAMES)
     seen: dict[str, int] = {}
-    for row, value in enumerate(ids):
+    for row, value in enumerate(ids or ()):
         if value is None:
             raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
-        if value in seen:
+        if seen.setdefault(value, row) != row:
             raise DataError(
-                f"{labels.where(row)}: id {value!r:.200} stands in {labels.where(seen[value])} "
-                "too; ids must be unique, several captions of an image are texts with its image_id"
+                f"{labels.where(row)}: duplicate id {value!r:.200}, also in "
+                f"{labels.where(seen[value])}; for several captions per image, give each text its "
+                "own id and an image_id"
             )
-        seen[value] = row
-    return ids
+    return _numbers(labels.rows) if ids is None else ids
 
 
-def _by_id_or_row(images: ImageRows, ids: Strings, *, by_id: bool) -> Strings:
-    """The image of each text where nothing names it: the one of its id, or else of its row."""
-    shared = set(images.ids).intersection(ids) if by_id else set()
-    if len(shared) == len(ids) == len(images.ids):
-        return ids
+def _by_id_or_row(image_ids: Strings, text_ids: Strings, keys: set[str | None]) -> Strings:
+    """Return the image of each text: that of the same id if the ids are `keys`, else of its row."""
+    shared = keys.intersection(image_ids)
+    counts = f"{len(image_ids)} images and {len(text_ids)} texts"
+    if len(shared) == len(text_ids) == len(image_ids):
+        return text_ids
     if shared:  # keys of which some are missing: the order of rows would be a guess
         raise DataError(
-            f"{len(shared)} of {len(images.ids)} images and {len(ids)} texts share an id, the "
-            "others do not; say which belong together with --pairs TABLE or a column image_id"
+            f"only {len(shared)} of {counts} share an id; give the image of each text with "
+            "--pairs TABLE or a column image_id"
         )
-    if len(ids) != len(images.ids):
+    if len(text_ids) != len(image_ids):
         raise DataError(
-            f"{len(images.ids)} images and {len(ids)} texts: rows are pairs only where there are "
-            "as many of each; say which belong together with --pairs TABLE, a column image_id, or "
-            "--captions-per-image"
+            f"{counts}: counts differ, so rows cannot be paired one to one; give the image of each "
+            "text with --pairs TABLE, a column image_id, or --captions-per-image"
         )
-    return images.ids
+    return image_ids
 
 
-def _rows_of_texts(pairs: Labels, text_ids: Strings) -> list[int]:
-    """For each row of the pairs table, the text row that it speaks of."""
-    named = _get(pairs, TEXT_ID_NAMES)
+def _paired_rows(pairs: Labels, text_ids: Strings) -> Sequence[int]:
+    """Return the text row of each row of the pairs table."""
+    named = _find(pairs, TEXT_ID_NAMES)
     if named is None:
         _check_rows(pairs, len(text_ids), "texts")
-        return list(range(len(text_ids)))
+        return range(len(text_ids))
     position = {value: row for row, value in enumerate(text_ids)}
-    rows: list[int] = []
-    seen: dict[int, int] = {}
+    seen: dict[str | None, int] = {}
     for row, value in enumerate(named):
         if value not in position:
             raise DataError(
-                f"{pairs.where(row)}: text {value!r:.200} is not there; texts are named by the "
+                f"{pairs.where(row)}: text {value!r:.200} is unknown; texts are named by the "
                 "text table's id column, or else by row number from 0"
             )
-        if position[value] in seen:
+        if seen.setdefault(value, row) != row:
             raise DataError(
-                f"{pairs.where(row)}: text {value!r:.200} is paired in "
-                f"{pairs.where(seen[position[value]])} too; a text belongs to one image, repeat "
-                "its row in the array"
+                f"{pairs.where(row)}: text {value!r:.200} is also paired in "
+                f"{pairs.where(seen[value])}; a text has one image, repeat its row in the array"
             )
-        seen[position[value]] = row
-        rows.append(position[value])
-    return rows
-
-
-def _spread(values: Strings, rows: Sequence[int], count: int) -> Strings:
-    """Values by table row, as values by text row; None for texts that the table leaves out."""
-    spread: list[str | None] = [None] * count
-    for row, value in zip(rows, values, strict=True):
-        spread[row] = value
-    return spread
-
-
-def _check_owners(owners: Strings, images: ImageRows, labels: Labels | None) -> None:
-    known = set(images.ids)
-    lost = [row for row, owner in enumerate(owners) if owner is not None and owner not in known]
-    if lost:
-        where = "" if labels is None else f"{labels.name}: "
-        raise DataError(
-            f"{where}image {owners[lost[0]]!r:.200} is not there ({len(lost)} texts name images "
-            "that are not); images are named by the image table's id column, or else by row number "
-            "from 0"
-        )
+    return [position[value] for value in named]

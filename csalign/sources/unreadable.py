@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from csalign.core.errors import DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 
 logger = logging.getLogger(__name__)
 
 
-class LostVolume:
-    """Stands for the file as a `Volume`: one record, whose flaw is the reason."""
+class UnreadableFile:
+    """An unreadable file as a `SourceFile` of one record, whose error is the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
@@ -21,27 +21,25 @@ class LostVolume:
         return 1
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
-        """See `Volume`."""
+        """See `SourceFile`."""
         if start < 1 <= stop:
-            yield Record(None, flaw=self._reason)
+            yield Record(None, error=self._reason)
 
 
-def tell_of_lost(root: Path, lost: Mapping[int, str], count: int) -> None:
-    """Warn of files that are left out as a whole.
+def warn_of_unreadable(root: Path, lost: Mapping[int, str], count: int) -> None:
+    """Warn of unreadable files.
 
     Args:
-        root: folder that the files are below.
-        lost: why each cannot be read, by position.
+        root: folder of the files.
+        lost: reason per unreadable file, by position.
         count: of all files.
 
     Raises:
-        DataError: there is no other.
+        DataError: no file can be read.
     """
     if not lost:
         return
     first = lost[min(lost)]
     if len(lost) == count:
         raise DataError(first if count == 1 else f"none of {count} files can be read: {first}")
-    logger.warning(
-        "%s: %d of %d files cannot be read and are left out (%s)", root, len(lost), count, first
-    )
+    logger.warning("%s: %d of %d files cannot be read (%s)", root, len(lost), count, first)

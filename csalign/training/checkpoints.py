@@ -26,7 +26,7 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.inputs import mean_square
-from csalign.core import atomic, distributed, signals
+from csalign.core import atomic, distributed, locks, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.records import Record, parse_json, read_job, write_record
@@ -276,7 +276,7 @@ def open_run(
     out = out.resolve()
     folder = atomic.partial_path(out)
     atomic.refuse_other_work(folder, TrainingJob.FORMAT)
-    with atomic.translate_os_errors(out), atomic.lock_folder(folder):
+    with atomic.translate_os_errors(out), locks.lock_folder(folder):
         run = UnfinishedRun(folder, _begin(folder, job, restart=restart), every)
         try:
             yield run

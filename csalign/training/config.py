@@ -54,9 +54,11 @@ def recipe_title(name: str) -> str:
 
 
 def _split_locations(value: Any) -> Any:
-    """Split a comma-separated string; refuse empty entries."""
+    """Split a comma-separated string, also as a single entry; refuse empty entries."""
     if value is None:
         return ()
+    if len(value) == 1 and isinstance(value[0], str) and not Path(value[0]).exists():
+        value = value[0]  # as the command line gives it
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     if any(part == "" for part in value):

@@ -39,7 +39,7 @@ from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
-from csalign.ingest.job import Job, Receipt
+from csalign.ingest.job import Job, PartRecord
 from csalign.runs.metadata import read_lines, read_settings
 from csalign.sources.arrays.opening import read_both, read_side
 from csalign.sources.pairing import read_label_table
@@ -214,9 +214,9 @@ def test_evaluations(evaluation: Any, tmp_path: Path, data: st.DataObject) -> No
 @given(data=st.data())
 def test_documents_of_jobs(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "x.json"
-    receipt = Receipt(name="part-00000", volume_records=3, records=3).model_dump(mode="json")
+    receipt = PartRecord(name="part-00000", file_records=3, records=3).model_dump(mode="json")
     path.write_text(json.dumps(data.draw(mutated(receipt))))
-    for kind in (Receipt, Job):
+    for kind in (PartRecord, Job):
         with bounded():
             read_job(path, kind)
 
@@ -383,10 +383,10 @@ def test_sources(tmp_path: Path, name: str, data: st.DataObject) -> None:
     (tmp_path / name).write_bytes(content)
     with bounded():
         source = open_source(tmp_path / name)
-        for position in range(len(source.volumes)):
+        for position in range(len(source.files)):
             with source.open(position) as volume:
                 for record in volume.records(0, len(volume)):
-                    assert record.flaw or record.image or record.texts
+                    assert record.error or record.image or record.texts
                     if record.image is not None:
                         with suppress(CsalignError, OSError):
                             record.image.read()

@@ -75,46 +75,46 @@ def parquet(**columns: Any) -> bytes:
 LISTS = [row.tolist() for row in GOOD]
 ARRAYS = [
     ("a.npy", None, "a.npy: no such file"),
-    ("a.npy", b"", "a.npy: is no readable NumPy file"),
-    ("a.npy", npy(GOOD)[:300], "a.npy: is no readable NumPy file (it was cut short"),
-    ("a.npy", npy(GOOD)[:20], "a.npy: is no readable NumPy file"),
-    ("a.npy", b"PK\x03\x04" * 40, "a.npy: is no readable NumPy file"),
+    ("a.npy", b"", "a.npy: is not a readable NumPy file"),
+    ("a.npy", npy(GOOD)[:300], "a.npy: is not a readable NumPy file (it was cut short"),
+    ("a.npy", npy(GOOD)[:20], "a.npy: is not a readable NumPy file"),
+    ("a.npy", b"PK\x03\x04" * 40, "a.npy: is not a readable NumPy file"),
     ("a.npy", npy(GOOD[0]), "a.npy: has shape (6,)"),
     ("a.npy", npy(GOOD[:0]), "a.npy: has shape (0, 6)"),
     ("a.npy", npy(GOOD[:, :0]), "a.npy: has shape (40, 0)"),
     ("a.npy", npy(GOOD.astype(int)), "a.npy: has dtype int64"),
     ("a.npy", npy(GOOD.astype(complex)), "a.npy: has dtype complex128"),
     ("a.npy", npy(GOOD.astype(str)), "a.npy: has dtype str"),
-    ("a.npy", npy(GOOD.astype(object)), "a.npy: holds Python objects"),
+    ("a.npy", npy(GOOD.astype(object)), "a.npy: contains Python objects"),
     ("a.npy", npy(changed(7, np.nan)), "a.npy, row 7: holds NaN or infinity"),
     ("a.npy", npy(changed(7, np.inf)), "a.npy, row 7: holds NaN or infinity"),
     ("a.npy", npy(changed(7, 0)), "a.npy, row 7: has norm 0"),
     ("a.npy", npy(changed(7, 1e300, "float64")), "once stored as float32"),
     ("a.npy", npy(changed(7, 1e-300, "float64")), "has norm 0 once stored as float32"),
     ("a.npz", npz(), "a.npz: "),
-    ("a.npz", npz(images=GOOD)[:400], "a.npz: is no readable NumPy file"),
-    ("a.npz", damaged_npz(), "a.npz: is no readable NumPy file"),
+    ("a.npz", npz(images=GOOD)[:400], "a.npz: is not a readable NumPy file"),
+    ("a.npz", damaged_npz(), "a.npz: is not a readable NumPy file"),
     ("a.npz", npz(a=GOOD, b=GOOD), "a.npz: "),
     ("a.npz:x", npz(a=GOOD), "a.npz: has no array 'x'"),
-    ("a.pt", b"", "a.pt: is no readable torch file"),
-    ("a.pt", saved(torch.from_numpy(GOOD))[:500], "a.pt: is no readable torch file"),
-    ("a.pt", saved({"x": Path("x")}), "a.pt: holds Python objects that are no tensors"),
-    ("a.pt", saved([1, 2]), "a.pt: holds a list"),
+    ("a.pt", b"", "a.pt: is not a readable torch file"),
+    ("a.pt", saved(torch.from_numpy(GOOD))[:500], "a.pt: is not a readable torch file"),
+    ("a.pt", saved({"x": Path("x")}), "a.pt: contains Python objects other than tensors"),
+    ("a.pt", saved([1, 2]), "a.pt: contains a list"),
     ("a.pt", saved(torch.from_numpy(changed(3, np.nan))), "a.pt, row 3: holds NaN"),
     ("a.pkl", b"cos\nsystem\n(S'touch owned'\ntR.", "a.pkl: is a pickle"),
-    ("a.safetensors", b"", "a.safetensors: is no readable safetensors file"),
-    ("a.safetensors", struct.pack("<Q", 1 << 60) + b"{}", "a.safetensors: is no readable"),
-    ("a.safetensors", safetensors.numpy.save({"x": GOOD})[:-9], "a.safetensors: is no readable"),
+    ("a.safetensors", b"", "a.safetensors: is not a readable safetensors file"),
+    ("a.safetensors", struct.pack("<Q", 1 << 60) + b"{}", "a.safetensors: is not a readable"),
+    ("a.safetensors", safetensors.numpy.save({"x": GOOD})[:-9], "a.safetensors: is not a readable"),
     ("a.safetensors", safetensors.numpy.save({"x": GOOD[:0, 0]}), "a.safetensors: "),
-    ("a.h5", b"", "a.h5: is no readable HDF5 file"),
-    ("a.h5", hdf5(images=GOOD)[:700], "a.h5: is no readable HDF5 file"),
+    ("a.h5", b"", "a.h5: is not a readable HDF5 file"),
+    ("a.h5", hdf5(images=GOOD)[:700], "a.h5: is not a readable HDF5 file"),
     ("a.h5", hdf5(images=changed(2, np.inf)), "a.h5:images, row 2: holds NaN or infinity"),
     ("a.parquet", b"", "a.parquet: "),
     ("a.parquet", parquet(embedding=LISTS)[:-20], "a.parquet: "),
     ("a.parquet", parquet(x=["y"] * 40), "a.parquet: "),
-    ("a.parquet", parquet(embedding=[*LISTS[:5], [1.0]]), "a.parquet, row 5"),
-    ("a.parquet", parquet(embedding=[*LISTS[:5], None]), "a.parquet, row 5"),
-    ("a.parquet", parquet(embedding=[*LISTS[:5], [None] * 6]), "a.parquet, row 5"),
+    ("a.parquet", parquet(embedding=[*LISTS[:5], [1.0]]), "a.parquet:embedding, row 5"),
+    ("a.parquet", parquet(embedding=[*LISTS[:5], None]), "a.parquet:embedding, row 5"),
+    ("a.parquet", parquet(embedding=[*LISTS[:5], [None] * 6]), "a.parquet:embedding, row 5"),
     ("a.bin", b"x", "a.bin: "),
     ("a.csv", b"1,2\n", "a.csv: "),
 ]
@@ -134,13 +134,13 @@ def test_embeddings_of_no_use_are_refused(
 
 TABLES = [
     (None, "p.csv: no such file"),
-    ("", "p.csv: has 0 rows"),
+    ("", "p.csv: has no column 'image_id'"),
     ("image_id\n", "p.csv: "),
     ("image_id,caption\n0,a\n", "p.csv: "),
     ("caption\n" + "x\n" * 40, "p.csv: "),
     ("image_id\n" + "99\n" * 40, "99"),
     ("image_id\n" + "x" * 9, "p.csv: "),
-    ("image_id,text_id\n" + "0,1\n" * 40, "p.csv, row 3: text '1' is paired"),
+    ("image_id,text_id\n" + "0,1\n" * 40, "p.csv, row 3: text '1' is also paired"),
     ("image_id,split\n" + "".join(f"0,{'ab'[row % 2]}\n" for row in range(40)), "split"),
     ("image_id,image_id\n" + "0,0\n" * 40, "p.csv: "),
     ("image_id\n\udcff\n", "p.csv, row 2: is not UTF-8"),
@@ -255,7 +255,7 @@ def test_ids_that_differ_in_their_normal_form_alone_are_two(pairs: Path, refused
     refused(
         "import --images i.npy --texts t.npy --image-table l.csv --pairs p.csv --out out",
         1,
-        "is not there (1 texts",
+        "is unknown (1 texts",
     )
 
 
@@ -277,7 +277,7 @@ def test_an_npy_whose_header_is_no_python_is_refused(
     start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
     (pairs / "a.npy").write_bytes(start + bytes(100))
 
-    refused("import --images a.npy --out out", 1, "a.npy: is no readable NumPy file")
+    refused("import --images a.npy --out out", 1, "a.npy: is not a readable NumPy file")
 
 
 def test_names_in_files_that_are_not_utf_8_are_refused(pairs: Path, refused: Refused) -> None:
@@ -299,7 +299,7 @@ def test_labels_that_are_not_utf_8_are_refused(pairs: Path, refused: Refused) ->
     refused(
         "import --images one.npy --image-table ids.parquet --out out",
         1,
-        "ids.parquet: cannot be read ('utf-8' codec",
+        "ids.parquet, row 0: contains text that is not UTF-8",
     )
 
 

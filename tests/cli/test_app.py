@@ -1,5 +1,4 @@
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -11,24 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-COMMANDS = (
-    *("extract", "import", "inspect", "train", "tune", "apply", "eval", "compare"),
-    *("generate", "recipes"),
-)
+from csalign.cli.app import app
+
+COMMANDS = [
+    str(command.name or command.callback.__name__)
+    for command in app.registered_commands
+    if command.callback
+]
 
 
-def csalign(
-    *arguments: object, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, as a pipeline does."""
-    return subprocess.run(
-        [sys.executable, "-m", "csalign", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **(env or {})},
-    )
+def csalign(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+    return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 
 
 def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
@@ -244,9 +241,9 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(
 
     assert whole.returncode == 0, whole.stderr
     assert process.returncode == 143, errors
-    assert "the same command goes on from there" in errors
+    assert "rerun the same command to resume" in errors
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stderr
+    assert "resuming from step" in done.stderr
     for name in ("adapter.safetensors", "adapter.json", "metrics.jsonl"):
         paths = [tmp_path / run / name for run in ("whole", "run")]
         assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from csalign.core.atomic import atomic_folder, check_output, remove_folder
+from csalign.core.atomic import atomic_folder, check_output, remove_folder, write_text
 from csalign.core.errors import OutputError
+from csalign.core.locks import lock_folder
 
 
 def artifact(folder: Path, text: str = "old") -> Path:
@@ -75,7 +77,7 @@ def test_a_file_of_the_users_in_an_artifact_keeps_it_from_being_replaced(tmp_pat
 def test_an_output_inside_an_artifact_that_is_read_is_refused(tmp_path: Path) -> None:
     features = artifact(tmp_path / "features")
 
-    with pytest.raises(OutputError, match="lies inside"):
+    with pytest.raises(OutputError, match="is inside"):
         check_output(features / "run", overwrite=False, inputs=(features,))
 
 
@@ -103,7 +105,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 def test_two_processes_do_not_build_the_same_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
+        "import sys; from pathlib import Path; from csalign.core.atomic import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])): pass"
     )
     with atomic_folder(out) as folder:
@@ -123,10 +125,67 @@ def test_a_swap_that_was_killed_half_way_is_undone(tmp_path: Path) -> None:
     assert "old" in (tmp_path / "out" / "manifest.json").read_text()
 
 
+def test_a_check_during_a_swap_leaves_both_folders_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = artifact(tmp_path / "out")
+    rename, refused = Path.rename, []
+
+    def rename_and_check(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":  # the old folder is aside, the new one not yet in place
+            with pytest.raises(OutputError) as caught:
+                check_output(out, overwrite=True)
+            refused.append(str(caught.value))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_and_check)
+    with atomic_folder(out) as folder:
+        (folder / "new").touch()
+
+    assert "another process is writing there" in refused[0]
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_stays_locked_until_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "out", []
+    rename = Path.rename
+
+    def rename_and_lock(path: Path, target: Path) -> Path:
+        with pytest.raises(OutputError, match="another process"), lock_folder(path):
+            seen.append("locked by two")
+        seen.append("locked by one")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_and_lock)
+    with atomic_folder(out):
+        pass
+
+    assert seen == ["locked by one"]
+    assert [*out.iterdir()] == []
+
+
+def test_without_file_locks_work_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with atomic_folder(tmp_path / "out") as folder:
+        write_text(folder / "file", "content")
+
+    assert (tmp_path / "out/file").read_text() == "content"
+    assert "no file locks" in caplog.text
+    assert "one csalign at a time" in caplog.text
+
+
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import os, sys; from pathlib import Path; from csalign.core.atomic import staged_folder\n"
+        "import os, sys; from pathlib import Path; from csalign.core.atomic import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'images').mkdir(); (folder / 'images/half').touch(); os.kill(os.getpid(), 9)"
     )

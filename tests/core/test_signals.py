@@ -8,10 +8,11 @@ import os, signal, sys, time
 from csalign.core import signals
 from csalign.core.errors import Stopped
 
-signals.catch_signals()
-signals._PATIENCE_S = float(sys.argv[1])
+signals.catch_signals(delay_s=float(sys.argv[1]))
 try:
     with signals.delayed():
+        with signals.delayed():  # an inner block must not end the delay of the outer one
+            pass
         for _ in range(int(sys.argv[2])):
             os.kill(os.getpid(), signal.SIGTERM)
             print("on", flush=True)

@@ -275,14 +275,14 @@ def test_what_is_not_done_as_sentence_transformers_would_is_told(
     folder = make_model("bert")
     write_json(folder / "modules.json", [{"path": "2_Dense", "type": "some.models.Dense"}])
     load(folder)
-    assert caplog.messages == [f"hf:{folder}: the embeddings are those before its 2_Dense"]
+    assert caplog.messages == [f"hf:{folder}: embeddings are taken before its 2_Dense"]
 
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": ["mean", "max"]})
-    assert "asks for mean, max, which is not known here" in error_of(folder)
+    assert "asks for mean, max, which is not supported" in error_of(folder)
     write_json(
         folder / "1_Pooling" / "config.json", {"pooling_mode": "mean", "include_prompt": False}
     )
-    assert "leaves prompts out of the mean" in error_of(f"{folder}?prefix=a")
+    assert "excludes prompts from the mean" in error_of(f"{folder}?prefix=a")
     (folder / "1_Pooling" / "config.json").write_text("{")
     assert "cannot be read as JSON" in error_of(folder)
 
@@ -342,8 +342,7 @@ def test_options_that_do_not_suit_the_model_are_told(make_model: MakeModel) -> N
     assert "has no end-of-text token" in error_of(f"{folder}?pooling=eos", ConfigError)
     assert "the model has 40 positions" in error_of(f"{folder}?max_length=41", ConfigError)
     assert error_of(f"{folder}?layer=7") == (
-        "hf: layer=7 does not exist; the model has the layers 0, its input, to 2, which are also "
-        "-3 to -1"
+        "hf: layer=7 does not exist; the model has layers 0 (its input) to 2, or -3 to -1"
     )
 
 
@@ -363,8 +362,7 @@ def test_code_beside_a_model_is_run_only_when_allowed(make_model: MakeModel) -> 
     (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
 
     assert error_of(folder) == (
-        f"hf:{folder} runs code that comes with it; add the option trust_remote_code=true if you "
-        "trust it"
+        f"hf:{folder} runs code that comes with it; add trust_remote_code=true if you trust it"
     )
     assert not (folder / "ran").exists()
 
@@ -378,10 +376,10 @@ def test_a_model_that_cannot_be_had_is_one_line(
     for name in ("some/model", str(tmp_path)):
         message = error_of(name)
         assert message.startswith(f"hf:{name} could not be loaded (")
-        assert message.endswith("give the folder of a saved model")
+        assert message.endswith("pass the folder of a saved model")
         assert ("connect once" in message) == (name == "some/model")
     gone = f"{tmp_path}/gone"
-    assert error_of(gone) == f"hf:{gone}: no such folder; give that of a saved model"
+    assert error_of(gone) == f"hf:{gone}: no such folder; pass the folder of a saved model"
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

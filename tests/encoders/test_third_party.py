@@ -149,12 +149,12 @@ def test_nothing_is_imported_that_is_not_named(make_module: MakeModule) -> None:
         ("Texts.batch_size = 0", "its batch_size is 0, not a positive int"),
         ("Texts.__init__ = lambda self, *a: setattr(self, 'info', 3)", "its info is int, not an"),
         ("Texts.embed = lambda self, texts: 1 / 0", "failed to embed texts (ZeroDivisionError"),
-        ("Texts.embed = lambda self, texts: np.ones(3)", "it gives ndarray (3,) of float64, not"),
+        ("Texts.embed = lambda self, texts: np.ones(3)", "it returns ndarray (3,) of float64, not"),
         ("Texts.embed = lambda self, texts: (np.ones((1, 1)), None)", "ndarray (1, 1) of float64"),
         ("Texts.embed = lambda self, texts: (np.ones((2, 1), int), None)", "ndarray (2, 1) of int"),
         ("Texts.embed = lambda self, texts: (torch.ones(2, 1), None)", "Tensor (2, 1) of torch.fl"),
         ("Texts.embed = lambda self, texts: (np.ones((2, 3)), [])", "tokens of 0 items for 2"),
-        ("Texts.embed = lambda self, texts: (np.ones((2, 3)), None)", "it gives no tokens"),
+        ("Texts.embed = lambda self, texts: (np.ones((2, 3)), None)", "it returns no tokens"),
         (
             "Texts.embed = lambda self, texts: (np.ones((2, 1)), [np.ones((1, 2)), np.ones(2)])",
             "its tokens are ndarray (2,) of float64, not (t, d_t) floats of one width",
@@ -185,7 +185,7 @@ def test_what_is_wrong_with_an_encoder_is_one_line(
 def test_pixels_have_to_be_a_tensor(make_module: MakeModule) -> None:
     spec = f"{make_module('Images.preprocess = lambda self, image: np.array(image)')}:make"
 
-    with pytest.raises(EncoderError, match=r"its preprocess gives ndarray \(48, 64, 3\) of uint8"):
+    with pytest.raises(EncoderError, match=r"its preprocess returns ndarray \(48, 64, 3\)"):
         load_encoders(spec, None, EncoderOptions(CPU))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.images import TowerImages
+from csalign.encoders.running import TowerImages
 from csalign.encoders.spec import load_encoders
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_a_feature_map_gives_tokens_where_the_embedding_is_their_mean(
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit3"])
 def test_a_model_whose_tokens_live_elsewhere_says_so(name: str) -> None:
     load(f"{name}+none")
-    assert "gives no tokens that share a space" in error_of(f"{name}+none", **TOKENS)
+    assert "has no tokens that share a space" in error_of(f"{name}+none", **TOKENS)
 
 
 def test_info_records_all_that_decides_the_numbers() -> None:
@@ -187,7 +187,7 @@ def test_names_and_hubs_that_fail_are_one_line(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
 
-    assert error_of("resnet51").startswith("timm has no model 'resnet51'; its nearest are resnet")
+    assert error_of("resnet51").startswith("timm has no model 'resnet51'; the closest are resnet")
     message = error_of("test_vit")
     assert message.startswith("timm:test_vit could not be loaded (")
-    assert message.endswith("connect once, or write timm:test_vit+FILE with a local checkpoint")
+    assert message.endswith("connect once, or use timm:test_vit+FILE with a local checkpoint")

@@ -76,7 +76,7 @@ def test_few_images_and_those_left_out_are_told(
     evaluate(EvalConfig(images=str(real), generated=str(fake), encoder=encoder))
 
     assert "1 inputs could not be used and are left out" in caplog.text
-    assert "broken.png is no image of a known format" in caplog.text
+    assert "broken.png is not an image of a known format" in caplog.text
     assert "4 images are too few for the Frechet distance of embeddings of width 16" in caplog.text
 
 

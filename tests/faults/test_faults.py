@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from csalign.cli.app import app
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.errors import OutputError
 from tests.faults.damage import Damage
 from tests.faults.disk import Machine, Mode, Plan
@@ -97,7 +97,7 @@ def test_a_page_sweeps_away_what_dead_processes_left_of_it_and_nothing_else(tmp_
 def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
     folder = tmp_path / "out.partial"
     (folder / "images").mkdir(parents=True)
-    (folder / atomic.LOCK).touch()
+    (folder / locks.LOCK).touch()
     (folder / "images" / "x").touch()
     seen: list[str] = []
 
@@ -111,14 +111,14 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
     watching = False
 
     assert not folder.exists()
-    assert seen[-2:] == [atomic.LOCK, folder.name]
+    assert seen[-2:] == [locks.LOCK, folder.name]
 
 
 def test_a_folder_killed_at_its_last_step_can_be_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"format": "csalign-features"}')
-    (out / atomic.LOCK).touch()
+    (out / locks.LOCK).touch()
     with pytest.raises(OutputError, match="exists; choose another --out"):
         atomic.check_output(out, overwrite=False)
     atomic.check_output(out, overwrite=True)

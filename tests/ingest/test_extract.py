@@ -21,7 +21,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
 from csalign.core.results import FeaturesResult
-from csalign.encoders.images import TowerImages
+from csalign.encoders.running import TowerImages
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract
@@ -206,10 +206,10 @@ def test_unreadable_images_are_left_out_with_their_captions_and_listed(
     assert reason.startswith("cannot be read (")
     assert listed == [
         {"source": f"{photos}/b.png", "row": None},
-        {"source": f"{photos}/d.png", "row": None, "reason": "is no image of a known format"},
+        {"source": f"{photos}/d.png", "row": None, "reason": "is not an image of a known format"},
         {"source": f"{photos}/e.png", "row": None, "reason": "is empty"},
         {"source": table, "row": 3, "reason": f"its image b.png {reason}"},
-        {"source": table, "row": 5, "reason": "its image d.png is no image of a known format"},
+        {"source": table, "row": 5, "reason": "its image d.png is not an image of a known format"},
         {"source": table, "row": 6, "reason": "its image e.png is empty"},
     ]
 
@@ -237,7 +237,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
         "2 of 4 records could not be used, the share allowed is 0.2: "
         f"{photos}/b.png cannot be read ("
     )
-    assert f"; {photos}/d.png is no image of a known format; " in message
+    assert f"; {photos}/d.png is not an image of a known format; " in message
     assert f"; {partial}/failures.jsonl lists those so far: repair them" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
@@ -361,7 +361,7 @@ def test_files_that_are_lost_count_among_files(
         {
             "source": f"{tars}/1.tar",
             "row": None,
-            "reason": "is no tar file; write or download it again",
+            "reason": "is not a tar file; write or download it again",
         }
     ]
     assert shards(mended) == shards(run("whole", source=tars))

@@ -123,8 +123,8 @@ def with_value(row: int, value: float) -> Any:
         (with_value(2, np.nan), numbers(6, 4), r"x\.npy, row 2: holds NaN or infinity"),
         (numbers(6, 4), with_value(5, np.inf), r"y\.npy, row 5: holds NaN or infinity"),
         (numbers(6, 4), with_value(3, 0), r"y\.npy, row 3: has norm 0"),
-        (numbers(6, 4).astype(np.int64), numbers(6, 4), "has dtype int64; embeddings are float16"),
-        (np.array([{"a": 1}] * 6), numbers(6, 4), "never unpickles; save a plain array"),
+        (numbers(6, 4).astype(np.int64), numbers(6, 4), "has dtype int64, not float16"),
+        (np.array([{"a": 1}] * 6), numbers(6, 4), "never unpickled; save a plain array"),
     ],
 )
 def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
@@ -145,11 +145,11 @@ def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
     ("table", "message"),
     [
         ("image_id\n0\n1\n", r"pairs\.csv: has 2 rows and there are 3 texts"),
-        ("image_id\n0\n1\n7\n", r"pairs\.csv: image '7' is not there \(1 texts"),
+        ("image_id\n0\n1\n7\n", r"pairs\.csv: image '7' of text row 2 is unknown \(1 texts"),
         ("image_id,image_id\n0,0\n1,1\n1,1\n", "has the column 'image_id' twice"),
         ("picture\n0\n1\n1\n", r"no? column 'image_id' \(columns: picture\)"),
-        ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is not there"),
-        ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is paired in .*pairs\.csv, row 2 too"),
+        ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is unknown"),
+        ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is also paired in .*pairs\.csv, row 2"),
         ("image_id,split\n0,a\n0,b\n1,a\n", "text '1' is in split 'b' and its image '0' in 'a'"),
         ("image_id,caption\n0,a,b\n", r"pairs\.csv, row 2: has 3 cells, the header has 2"),
     ],
@@ -190,10 +190,10 @@ def test_a_truncated_npy_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "x.npy", numbers(100, 8))
     path.write_bytes(path.read_bytes()[:500])
 
-    with pytest.raises(DataError, match=r"x\.npy: is no readable NumPy file"):
+    with pytest.raises(DataError, match=r"x\.npy: is not a readable NumPy file"):
         import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
     path.write_text("<html>not found</html>")
-    with pytest.raises(DataError, match=r"x\.npy: is no readable NumPy file"):
+    with pytest.raises(DataError, match=r"x\.npy: is not a readable NumPy file"):
         import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
 
 
@@ -259,7 +259,7 @@ def test_the_order_of_several_captions_is_as_asked(
     features = import_files(tmp_path, **given, captions_per_image=3, caption_order=order)
 
     assert load_rows(features, ALL).text_image.tolist() == owners
-    with pytest.raises(DataError, match="2 images and 6 texts: rows are pairs only"):
+    with pytest.raises(DataError, match="2 images and 6 texts: counts differ"):
         import_files(tmp_path, **given)
     with pytest.raises(ConfigError, match="--captions-per-image and --caption-order go together"):
         import_files(tmp_path, **given, captions_per_image=3)

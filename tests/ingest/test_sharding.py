@@ -1,8 +1,8 @@
 import pytest
 
 from csalign.core.errors import ConfigError
-from csalign.ingest.job import Turn
-from csalign.ingest.sharding import check_array, own_volumes, owns, turn_of
+from csalign.ingest.job import WorkShard
+from csalign.ingest.sharding import assigned_files, assigned_to, check_array, parse_shard
 
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7",
@@ -14,12 +14,14 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2"}
 
 
 def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
-    assert turn_of("2/5", ARRAY) == Turn(2, 5)
-    assert turn_of("auto", {}) == Turn(0, 1)
-    assert turn_of("auto", TORCHRUN) == Turn(1, 2)
-    assert turn_of("auto", ARRAY) == Turn(3, 4)
-    assert turn_of("auto", ARRAY | TORCHRUN) == Turn(7, 8)
-    assert turn_of("auto", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "9"}).count == 9
+    assert parse_shard("2/5", ARRAY) == WorkShard(2, 5)
+    assert parse_shard("auto", {}) == WorkShard(0, 1)
+    assert parse_shard("auto", TORCHRUN) == WorkShard(1, 2)
+    assert parse_shard("auto", ARRAY) == WorkShard(3, 4)
+    assert parse_shard("auto", ARRAY | TORCHRUN) == WorkShard(7, 8)
+    assert (
+        parse_shard("auto", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "9"}).count == 9
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,13 +34,13 @@ def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
 )
 def test_a_shard_that_does_not_exist_is_refused(shard: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        turn_of(shard)
+        parse_shard(shard)
 
 
 def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
     array = ARRAY | {"SLURM_ARRAY_TASK_ID": "15", "SLURM_ARRAY_TASK_STEP": "1"}
     with pytest.raises(ConfigError, match="give --shard I/N"):
-        turn_of("auto", array)
+        parse_shard("auto", array)
 
 
 @pytest.mark.parametrize(
@@ -54,27 +56,27 @@ def test_tasks_that_are_submitted_again_are_not_taken_for_the_whole(
         f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values, strict=True)
     }
     with pytest.raises(ConfigError, match=f"task {task} of .* give --shard I/N"):
-        turn_of("auto", again)
+        parse_shard("auto", again)
 
-    assert turn_of("5/16", again) == Turn(5, 16)
+    assert parse_shard("5/16", again) == WorkShard(5, 16)
 
 
 def test_an_array_smaller_than_the_work_was_begun_with_is_refused() -> None:
     first = {"SLURM_ARRAY_TASK_ID": "0"}
     with pytest.raises(ConfigError, match=r"begun in 16 shares, .* --shard I/16 .* --shard 0/1 "):
-        check_array(Turn(0, 1), "auto", {16}, first)
-    check_array(Turn(0, 1), "0/1", {16}, first)
-    check_array(Turn(0, 1), "auto", {16}, {})
-    check_array(Turn(0, 1), "auto", set(), first)
-    check_array(Turn(0, 16), "auto", {8, 16}, first)
+        check_array(WorkShard(0, 1), "auto", {16}, first)
+    check_array(WorkShard(0, 1), "0/1", {16}, first)
+    check_array(WorkShard(0, 1), "auto", {16}, {})
+    check_array(WorkShard(0, 1), "auto", set(), first)
+    check_array(WorkShard(0, 16), "auto", {8, 16}, first)
 
 
-@pytest.mark.parametrize("volumes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("files", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_each_part_has_exactly_one_owner(volumes: int, count: int) -> None:
-    turns = [Turn(index, count) for index in range(count)]
-    for volume in range(volumes):
+def test_each_part_has_exactly_one_owner(files: int, count: int) -> None:
+    shards = [WorkShard(index, count) for index in range(count)]
+    for file in range(files):
         for part in range(6):
-            owners = [turn for turn in turns if owns(turn, volumes, volume, part)]
+            owners = [shard for shard in shards if assigned_to(shard, files, file, part)]
             assert len(owners) == 1
-            assert volume in own_volumes(owners[0], volumes)
+            assert file in assigned_files(owners[0], files)

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 
 def _plain(record: Record) -> tuple[object, ...]:
     image = record.image and (record.image.id, record.image.source)
-    return (image, record.texts, record.split, record.row, record.flaw)
+    return (image, record.texts, record.split, record.row, record.error)
 
 
 def _records(source: Path | str, **options: Any) -> list[Record]:
     opened = open_source(source, SourceOptions(**options))
     found: list[Record] = []
-    for position, name in enumerate(opened.volumes):
+    for position, name in enumerate(opened.files):
         with opened.open(position) as volume:
             assert volume.name == name
             whole = list(volume.records(0, len(volume)))
@@ -47,7 +47,7 @@ def outline() -> Callable[..., list[tuple[str | None, list[str], str | None]]]:
 
     def outline(source: Path | str, **options: Any) -> list[tuple[Any, ...]]:
         return [
-            (r.image and r.image.id, [text.caption for text in r.texts], r.flaw or r.split)
+            (r.image and r.image.id, [text.caption for text in r.texts], r.error or r.split)
             for r in _records(source, **options)
         ]
 
@@ -59,6 +59,6 @@ def flaws() -> Callable[..., list[tuple[int | None, str]]]:
     """Row and flaw of each flawed record."""
 
     def flaws(source: Path | str, **options: Any) -> list[tuple[int | None, str]]:
-        return [(r.row, r.flaw) for r in _records(source, **options) if r.flaw]
+        return [(r.row, r.error) for r in _records(source, **options) if r.error]
 
     return flaws

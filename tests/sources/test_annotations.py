@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from csalign.core.errors import ConfigError, DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -104,11 +104,11 @@ def test_bad_entries_of_coco_are_flaws(coco: Path, outline: Outline) -> None:
         "image 3: has no id of its own (7)",
         "image 4: has no file_name",
         "image 5: has no id of its own (None)",
-        "image 6: is no object",
-        f"image '../train2017/000001.jpg' lies outside of {folder}; move it inside",
+        "image 6: is not an object",
+        f"image '../train2017/000001.jpg' is outside of {folder}; move it inside",
         f"unknown image 'gone.jpg'; correct the path, which starts from {folder}, or remove the "
         "row",
-        "annotation 4: image_id 99 is none of the images",
+        "annotation 4: no image has the id 99",
     ]
 
 
@@ -183,20 +183,20 @@ def test_a_list_of_objects_is_a_table(make_images: MakeImages, outline: Outline)
     assert outline(table) == [
         ("a.jpg", ["x", "y"], None),
         (None, ["z"], None),
-        (None, [], "is no JSON object; each entry must be one"),
+        (None, [], "is not a JSON object; each entry must be one"),
     ]
     assert outline(table, kind="captions")[0] == (None, ["x", "y"], None)
 
 
 def test_documents_of_no_use_are_refused(coco: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other.json", {"categories": [], "images": [{}]})
-    assert error_of(other).endswith("and is no list of objects (keys: categories, images)")
+    assert error_of(other).endswith("and is not a list of objects (keys: categories, images)")
     (tmp_path / "cut.json").write_text('{"images": [')
     assert "cut.json: is not valid JSON (" in error_of(tmp_path / "cut.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     assert "deep.json: is not valid JSON (" in error_of(tmp_path / "deep.json")
-    assert "is no karpathy source but coco; leave the kind out" in error_of(coco, kind="karpathy")
-    with pytest.raises(ConfigError, match=r"captions: .* is no folder"):
+    assert "is coco, not karpathy; omit --kind" in error_of(coco, kind="karpathy")
+    with pytest.raises(ConfigError, match=r"captions: .* is not a folder"):
         open_source(coco, SourceOptions(captions=coco))
     (coco.parents[1] / "val2017").rename(tmp_path / "elsewhere")
     assert error_of(coco) == (

@@ -15,7 +15,7 @@ from PIL import Image
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources.images import read_image
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -75,7 +75,7 @@ def test_parquet_of_the_datasets_library_is_read(
             *("val", 1),
         ),
     ]
-    assert "splits are told by file names (train, val)" in caplog.text
+    assert "splits are taken from file names (train, val)" in caplog.text
     pictures = [read_image(r.image.read()).getpixel((0, 0)) for r in found if r.image]
     assert pictures == [(0, 0, 0), (60, 0, 0), (120, 0, 0), (0, 0, 0)]
     source = open_source(tmp_path)
@@ -177,7 +177,7 @@ def test_captions_alone_are_streamed(tmp_path: Path, records: Records) -> None:
     for name in ("0.parquet", "1.parquet"):
         pl.DataFrame({"TEXT": ["x", None], "url": ["u", "v"]}).write_parquet(tmp_path / name)
 
-    assert [[t.id for t in r.texts] or r.flaw for r in records(tmp_path)] == [
+    assert [[t.id for t in r.texts] or r.error for r in records(tmp_path)] == [
         *(["0/caption:1"], "has neither an image nor a caption"),
         *(["1/caption:1"], "has neither an image nor a caption"),
     ]
@@ -205,9 +205,11 @@ def test_any_range_of_rows_is_the_same_rows(tmp_path: Path) -> None:
 
 def test_columns_of_other_types_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "t.parquet", {"image": [[1.0]], "caption": ["x"]})
-    assert "column 'image' holds list<" in error_of(path)
+    assert "column 'image' contains list<" in error_of(path)
     path = write(tmp_path / "t.parquet", {"image": [b"x"], "caption": [3]})
-    assert "column 'caption' holds int64, not text or lists of text; name another" in error_of(path)
+    assert "column 'caption' contains int64, not text or lists of text; name another" in error_of(
+        path
+    )
     path = write(tmp_path / "t.parquet", {"vector": [b"x"]})
     assert "no column looks like images or captions (columns: vector)" in error_of(path)
     path = write(tmp_path / "u" / "0.parquet", {"image": [b"x"]})
@@ -236,8 +238,8 @@ def test_rows_that_a_file_says_it_has_and_has_not_are_flaws(tmp_path: Path) -> N
         found = list(volume.records(0, len(volume)))
 
     assert [record.texts[0].caption for record in found[:3]] == ["a", "b", "c"]
-    assert [record.flaw for record in found[3:]] == [
-        "holds fewer rows than it says; write or download it again"
+    assert [record.error for record in found[3:]] == [
+        "has fewer rows than it states; write or download it again"
     ] * 2
 
 
@@ -250,7 +252,7 @@ def test_damaged_rows_are_flaws_and_other_groups_are_read(tmp_path: Path, flaws:
     found = flaws(path)
 
     assert [row for row, _ in found] == list(range(1, 501))
-    assert found[0][1].startswith("is damaged (")
+    assert found[0][1].startswith("cannot be read (")
 
 
 @pytest.mark.parametrize("images", [[b"x"] * 3, ["a.png", "b.png", "c.png"]])
@@ -281,7 +283,7 @@ def test_text_that_is_not_utf_8_is_a_flaw(tmp_path: Path, outline: Outline) -> N
 
     assert outline(path) == [
         (None, ["fine"], None),
-        (None, [], "holds text that is not UTF-8"),
+        (None, [], "contains text that is not UTF-8"),
     ]
 
 

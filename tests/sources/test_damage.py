@@ -66,7 +66,7 @@ def test_damage_is_a_flaw_or_one_line(
         source = open_source(path)
         with source.open(0) as volume:
             for record in volume.records(0, len(volume)):
-                assert (record.flaw is None) == bool(record.image or record.texts)
+                assert (record.error is None) == bool(record.image or record.texts)
                 if record.image:
                     with suppress(CsalignError):
                         record.image.read()

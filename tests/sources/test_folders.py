@@ -7,7 +7,7 @@ import pytest
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.sources.records.base import Record, TextInput
+from csalign.sources.records import Record, TextInput
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -37,7 +37,7 @@ def test_each_image_has_the_captions_beside_it(make_images: MakeImages, records:
 
     found = records(folder)
 
-    assert [(r.image and r.image.id, r.texts, r.row, r.flaw) for r in found] == [
+    assert [(r.image and r.image.id, r.texts, r.row, r.error) for r in found] == [
         ("a.JPG", (TextInput("a.JPG#0", "of a"),), None, None),
         ("b.png", (TextInput("b.png#0", "one"), TextInput("b.png#1", "two")), None, None),
         ("lone.png", (), None, None),
@@ -49,7 +49,7 @@ def test_each_image_has_the_captions_beside_it(make_images: MakeImages, records:
     assert image.read() == (folder / "b.png").read_bytes()
     source = open_source(folder)
     assert source.description == "folder of 4 images, 3 of them with a .txt of captions"
-    assert source.volumes == (str(folder),)
+    assert source.files == [str(folder)]
 
 
 def test_a_whole_text_can_be_one_caption(make_images: MakeImages, outline: Outline) -> None:
@@ -68,7 +68,7 @@ def test_images_of_one_stem_share_their_captions_and_it_is_told(
 
     assert outline(folder) == [("a.jpg", ["x"], None), ("a.png", ["x"], None), ("b.png", [], None)]
     assert "images of the same stem share its captions, as a.jpg and a.png do" in caplog.text
-    assert "1 .txt files are left out, as no image has their stem (notes.txt)" in caplog.text
+    assert "1 .txt files are omitted, as no image has their stem (notes.txt)" in caplog.text
 
 
 def test_images_alone_and_texts_alone_are_sources(
@@ -83,7 +83,7 @@ def test_images_alone_and_texts_alone_are_sources(
     write(texts, a="one\ntwo", b="", c="three")
     assert outline(texts) == [
         (None, ["one", "two"], None),
-        (None, [], "b.txt: holds no caption"),
+        (None, [], "b.txt: contains no caption"),
         (None, ["three"], None),
     ]
     assert open_source(texts).sides == (Modality.TEXT,)
@@ -111,7 +111,7 @@ def test_captions_that_cannot_be_read_are_flaws(make_images: MakeImages, flaws: 
     assert flaws(folder) == [
         (None, "its captions a.txt: is not UTF-8 (byte 0xe9 at offset 3)"),
         (None, "its captions b.txt: has 16777217 bytes, more than 16 MiB"),
-        (None, "its captions c.txt: is no regular file"),
+        (None, "its captions c.txt: is not a regular file"),
     ]
 
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_read_says_so_and_waits_for_nobody(
 
     assert reasons == {
         "broken.png": "cannot be read (No such file or directory)",
-        "pipe.png": "is no regular file",
+        "pipe.png": "is not a regular file",
         "vast.png": "has 1073741825 bytes, more than 1024 MiB",
     }
 
@@ -160,7 +160,7 @@ def test_a_document_beside_images_is_pointed_out(
     (folder / "dataset.json").write_text("{}")
     open_source(folder)
 
-    assert "dataset.json is not read; if it holds the captions, name it with --captions" in (
+    assert "dataset.json is not read; if it contains the captions, pass it with --captions" in (
         caplog.text
     )
 
@@ -171,11 +171,11 @@ def test_images_among_tars_must_be_chosen(make_images: MakeImages, outline: Outl
     (folder / "data" / "0.tar").write_bytes(bytes(1024))
 
     assert error_of(folder) == (
-        f"{folder}: holds images as well as tar, Parquet or Arrow files; say which with --kind "
+        f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with --kind "
         "folder, webdataset or parquet"
     )
     assert outline(folder, kind="folder") == [("cover.png", [], None)]
-    assert outline(folder, kind="webdataset") == [(None, [], "the tar holds no sample")]
+    assert outline(folder, kind="webdataset") == [(None, [], "the tar contains no sample")]
 
 
 def test_what_is_no_source_is_refused(make_images: MakeImages, tmp_path: Path) -> None:
@@ -187,17 +187,17 @@ def test_what_is_no_source_is_refused(make_images: MakeImages, tmp_path: Path) -
 
     assert error_of(tmp_path / "gone") == f"{tmp_path}/gone: no such file or folder"
     assert error_of(tmp_path / "empty") == (
-        f"{tmp_path}/empty: holds no images, captions (.txt), tar or Parquet files; give a folder "
-        "or file that does"
+        f"{tmp_path}/empty: contains no images, captions (.txt), uncompressed tar or Parquet "
+        "files; pass a folder or file that does"
     )
     for name in ("x.npy", "photos/a.png"):
-        assert error_of(tmp_path / name).startswith(f"{tmp_path / name}: is no source; give a fold")
+        assert error_of(tmp_path / name).startswith(f"{tmp_path / name}: is not a source; pass")
     assert "unpack it with gunzip first" in error_of(tmp_path / "x.tar.gz")
-    assert error_of(tmp_path / "pipe") == f"{tmp_path}/pipe: is no regular file"
-    assert "holds no tar files" in error_of(folder, kind="webdataset")
-    with pytest.raises(ConfigError, match=r"^kind: zip is none of auto, folder, table, "):
+    assert error_of(tmp_path / "pipe") == f"{tmp_path}/pipe: is not a regular file"
+    assert "contains no tar files" in error_of(folder, kind="webdataset")
+    with pytest.raises(ConfigError, match=r"^kind: zip is not one of auto, folder, table, "):
         open_source(folder, SourceOptions(kind="zip"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="is a folder, which coco is not"):
+    with pytest.raises(ConfigError, match="is a folder, not coco"):
         open_source(folder, SourceOptions(kind="coco"))
 
 

@@ -120,9 +120,9 @@ def test_what_is_no_image_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
 
-    assert error_of(tmp_path / "page.jpg") == "is no image of a known format"
+    assert error_of(tmp_path / "page.jpg") == "is not an image of a known format"
     assert error_of(tmp_path / "empty.jpg") == "is empty"
-    assert error_of(tmp_path / "script.jpg") == "is no image of a known format"
+    assert error_of(tmp_path / "script.jpg") == "is not an image of a known format"
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tiff", "webp"])
@@ -184,12 +184,66 @@ def test_a_small_file_of_a_huge_picture_is_refused_unread(tmp_path: Path) -> Non
 def test_a_sliver_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (201, 1)).save(tmp_path / "x.png")
 
-    assert error_of(tmp_path / "x.png") == "is 201 x 1, more than 200 times as long as wide"
+    assert error_of(tmp_path / "x.png") == "is 201 x 1, an aspect ratio above 200"
 
 
-def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "int.tiff")
-    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tiff")
+@pytest.mark.parametrize("name", ["x.png", "x.tiff"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_grey_that_uses_a_part_of_16_bits_keeps_its_brightness(
+    tmp_path: Path, name: str, bits: int
+) -> None:
+    Image.fromarray(RAMP.astype(np.uint16) << (bits - 8)).save(tmp_path / name)
 
-    assert error_of(tmp_path / "int.tiff") == "has 32-bit pixels, whose range is not known"
-    assert error_of(tmp_path / "float.tiff").startswith("has floating-point pixels")
+    assert (read(tmp_path / name) == grey(RAMP)).all()
+
+
+def test_the_bit_depth_that_a_tiff_states_is_used(tmp_path: Path) -> None:
+    dark = RAMP // 8
+    tags = {281: 4095}  # MaxSampleValue
+    Image.fromarray(dark.astype(np.uint16) * 16).save(tmp_path / "tag.tiff", tiffinfo=tags)
+    # Two values of 12 bits, 0x200 and 0x010, packed in three bytes.
+    entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (278, 1), (279, 3)]
+    packed = struct.pack("<2sHI4sH", b"II", 42, 12, b"\x20\x00\x10\x00", len(entries))
+    for tag, value in entries:
+        packed += struct.pack("<HHIHH", tag, 3, 1, value, 0)
+    (tmp_path / "packed.tiff").write_bytes(packed + bytes(4))
+
+    assert (read(tmp_path / "tag.tiff") == grey(dark)).all()
+    assert read(tmp_path / "packed.tiff")[0, :, 0].tolist() == [0x20, 0x01]
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_32_bit_grey_keeps_its_brightness(tmp_path: Path, scale: int) -> None:
+    Image.fromarray(RAMP.astype(np.int32) * scale).save(tmp_path / "x.tiff")
+
+    assert (read(tmp_path / "x.tiff") == grey(RAMP)).all()
+
+
+@pytest.mark.parametrize("scale", [1, 1 / 255])
+def test_floating_point_grey_keeps_its_brightness(tmp_path: Path, scale: float) -> None:
+    Image.fromarray(RAMP.astype(np.float32) * np.float32(scale)).save(tmp_path / "x.tiff")
+
+    assert (read(tmp_path / "x.tiff") == grey(RAMP)).all()
+
+
+def test_16_bit_grey_is_turned_upright(tmp_path: Path) -> None:
+    Image.fromarray(RAMP[:4].astype(np.uint16) * 257).save(tmp_path / "x.tiff", tiffinfo={274: 6})
+
+    assert (read(tmp_path / "x.tiff") == np.rot90(grey(RAMP)[:4], -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 70_000]], np.int32), "grey values from 0 to 70000 of unknown range"),
+        (np.array([[-1, 5]], np.int32), "grey values from -1 to 5 of"),
+        (np.array([[0, 256.5]], np.float32), "grey values from 0 to 256.5 of unknown range"),
+        (np.array([[0, np.nan]], np.float32), "grey values from nan to nan of"),
+    ],
+)
+def test_pixels_of_unknown_range_are_refused(
+    tmp_path: Path, values: npt.NDArray[np.generic], message: str
+) -> None:
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+
+    assert message in error_of(tmp_path / "x.tiff")

@@ -9,7 +9,7 @@ import pytest
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -29,7 +29,7 @@ def test_a_text_file_is_a_caption_a_line(
         (4, []),
         (5, [("caption:5", "one", 5)]),
     ]
-    assert str(found[2].flaw).startswith("is not UTF-8 (byte 0xe9 at offset ")
+    assert str(found[2].error).startswith("is not UTF-8 (byte 0xe9 at offset ")
     assert open_source(tmp_path / "t.txt").sides == (Modality.TEXT,)
 
 
@@ -61,8 +61,13 @@ def test_a_list_names_images_and_records(
             "unknown image 'gone.png'; correct the path, which starts from the working directory, "
             "or remove the row",
         ),
-        (None, [], "image 'https://example.org/c.png' is no file; URLs are not fetched"),
-        (None, [], "is not valid JSON (Expecting value: line 1 column 10 (char 9))"),
+        (None, [], "image 'https://example.org/c.png' is not a file; URLs are not fetched"),
+        (
+            None,
+            [],
+            "is not valid JSON (Expecting value: line 1 column 10 (char 9)); each line must be one "
+            "object",
+        ),
     ]
 
 
@@ -72,7 +77,7 @@ def test_a_list_with_a_root_stays_below_it(make_images: MakeImages, outline: Out
 
     assert outline(folder / "list.txt", kind="list", images=folder / "sub") == [
         ("a.png", [], None),
-        (None, [], f"image '../sub/a.png' lies outside of {folder}/sub; move it inside"),
+        (None, [], f"image '../sub/a.png' is outside of {folder}/sub; move it inside"),
     ]
 
 
@@ -84,7 +89,7 @@ def test_a_list_comes_from_stdin(make_images: MakeImages, monkeypatch: pytest.Mo
     with source.open(0) as volume:
         records = list(volume.records(0, len(volume)))
 
-    assert source.volumes == ["stdin"]
+    assert source.files == ["stdin"]
     assert [r.image and r.image.read() for r in records] == [(folder / "a.png").read_bytes()]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\n")))
     with pytest.raises(DataError, match=r"^stdin: names no image and no caption"):
@@ -97,7 +102,7 @@ def test_a_list_with_nul_bytes_is_refused_in_a_line(
     folder = make_images("a.png")
     lines = f"{folder}/a.png\0".encode() * 5000
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
-    with pytest.raises(DataError, match="holds NUL bytes, as find -print0 writes") as caught:
+    with pytest.raises(DataError, match="contains NUL bytes, as find -print0 writes") as caught:
         open_source("-")
 
     assert len(str(caught.value)) < 200

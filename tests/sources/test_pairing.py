@@ -51,12 +51,12 @@ def test_counts_and_offsets_give_ragged_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        (np.array([2, 2, 2]), "counts 6 captions and there are 5 texts"),
+        (np.array([2, 2, 2]), "adds up to 6 captions and there are 5 texts"),
         (np.array([2, 3]), "has 2 rows and there are 3 images"),
         (np.array([2, -1, 4]), r"c\.npy, row 1: -1 captions"),
         (np.array([0, 4, 2, 5]), r"c\.npy, row 1: -2 captions"),
-        (np.array([2.0, 0.0, 3.0]), "give a list of integers"),
-        (np.array([[2, 0, 3]]), "give a list of integers"),
+        (np.array([2.0, 0.0, 3.0]), "a list of integers is expected"),
+        (np.array([[2, 0, 3]]), "a list of integers is expected"),
     ],
 )
 def test_counts_that_do_not_add_up_are_refused(
@@ -71,7 +71,7 @@ def test_counts_that_do_not_add_up_are_refused(
 def test_a_count_that_is_no_number_is_named_by_its_row(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("count\n2\nmany\n")
 
-    with pytest.raises(DataError, match=r"c\.csv, row 3: 'many' is no number"):
+    with pytest.raises(DataError, match=r"c\.csv, row 3: 'many' is not an integer"):
         owners_by_counts(tmp_path / "c.csv", 2, 4)
 
 
@@ -94,14 +94,14 @@ def test_ids_of_their_own_pair_by_row() -> None:
 def test_keys_of_which_some_are_missing_are_not_paired_by_row() -> None:
     images = describe_images(3, labels(id=["0", "1", "3"]))
 
-    with pytest.raises(DataError, match=r"2 of 3 images and 3 texts share an id, .* --pairs"):
+    with pytest.raises(DataError, match=r"only 2 of 3 images and 3 texts share an id; .* --pairs"):
         describe_texts(3, images, labels(id=["0", "2", "3"]))
 
 
 def test_a_layout_and_named_images_contradict() -> None:
     images = describe_images(2, None)
 
-    with pytest.raises(DataError, match="names the image of each text; leave out"):
+    with pytest.raises(DataError, match="names the image of each text; omit"):
         describe_texts(2, images, labels(image_id=["0", "1"]), owners=[0, 1])
 
 
@@ -113,7 +113,7 @@ def test_texts_without_images_keep_what_else_is_known() -> None:
 
 
 def test_repeated_ids_are_named_twice() -> None:
-    with pytest.raises(DataError, match="table, row 2: id 'a' stands in table, row 0 too"):
+    with pytest.raises(DataError, match="table, row 2: duplicate id 'a', also in table, row 0"):
         describe_images(3, labels(id=["a", "b", "a"]))
 
 

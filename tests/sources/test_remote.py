@@ -12,7 +12,7 @@ import webdataset
 from upath import UPath
 
 from csalign.core.errors import DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import open_source
 
 MakeImages = Callable[..., Path]
@@ -93,7 +93,7 @@ def test_a_table_is_read_from_an_object_store(
     for source in (f"{store}/t", f"{store}/t/captions.jsonl"):
         *found, climbing = outline(source)
         assert found == [("a.png", ["x"], None), ("b.png", ["y"], None), ("gone.png", ["z"], None)]
-        assert "lies outside of" in climbing[2]
+        assert "is outside of" in climbing[2]
     images = [record.image for record in records(f"{store}/t")]
     assert images[1] is not None
     assert images[1].read() == (folder / "b.png").read_bytes()

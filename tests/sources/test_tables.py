@@ -1,4 +1,5 @@
 import base64
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.sources.images import read_image
-from csalign.sources.records.base import Record, TextInput
+from csalign.sources.records import Record, TextInput
+from csalign.sources.records.files import read_lines
 from csalign.sources.records.open import SourceOptions, open_source
 
 MakeImages = Callable[..., Path]
@@ -78,7 +80,7 @@ def test_a_source_tells_what_it_is(photos: Path) -> None:
     assert (
         source.description == "CSV table with images in column 'path', captions in column 'title'"
     )
-    assert source.volumes == [f"{photos}/t.csv"]
+    assert source.files == [f"{photos}/t.csv"]
     assert source.sides == (Modality.IMAGE, Modality.TEXT)
     assert source.total == 1
 
@@ -277,8 +279,8 @@ def test_ten_bad_rows_of_two_thousand_are_ten_flaws(
         300: (b'a.png,"never closed,train', "is malformed (',' expected after '\"'); quote"),
         400: (b"a.png,caf\xe9,train", "is not UTF-8 (byte 0xe9 at offset"),
         500: (b"gone.png,x,train", "unknown image 'gone.png'; correct the path, which starts fro"),
-        600: (b"../secret.png,x,train", "image '../secret.png' lies outside of"),
-        700: (b"/etc/passwd,x,train", "image '/etc/passwd' lies outside of"),
+        600: (b"../secret.png,x,train", "image '../secret.png' is outside of"),
+        700: (b"/etc/passwd,x,train", "image '/etc/passwd' is outside of"),
         800: (b"https://example.org/a.png,x,train", "is a URL, which is not fetched; download"),
         900: (b"a.png,x,test", "image a.png is in split train in row 2 and in test in row 902"),
         1000: (b"x" * 5000 + b",x,train", "has an image path of 5000 characters; if it is an"),
@@ -311,8 +313,8 @@ def test_bad_lines_of_json_are_flaws(photos: Path, outline: Outline) -> None:
 
     assert found.pop(1) == ("a.png", ["x", "y"], None)
     expected = [
-        *("is not valid JSON", "is not valid JSON", "is no JSON object; each line"),
-        *("caption must be text, not 3", "caption holds half of a surrogate pair"),
+        *("is not valid JSON", "is not valid JSON", "is not a JSON object; each line"),
+        *("caption must be text, not 3", "caption contains half of a surrogate pair"),
         *("image must be text, not {'bytes': 1}", "is not UTF-8 (byte 0xe9 at offset"),
     ]
     for (_, _, flaw), start in zip(found, expected, strict=True):
@@ -330,7 +332,7 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
             f"unknown image 'gone.png'; correct the path, which starts from {photos}, or remove "
             "the row",
         ),
-        (4, f"image 'nul\\x00.png' lies outside of {photos}; move it inside"),
+        (4, f"image 'nul\\x00.png' is outside of {photos}; move it inside"),
         (
             5,
             f"unknown image '{'x' * 199}; correct the path, which starts from {photos}, or remove "
@@ -345,7 +347,7 @@ def test_a_path_out_of_the_folder_is_a_flaw(photos: Path, flaws: Flaws, path: st
 
     [(row, flaw)] = flaws(table)
     assert row == 2
-    assert flaw.startswith(f"image {path!r} lies outside of {photos}; move it inside")
+    assert flaw.startswith(f"image {path!r} is outside of {photos}; move it inside")
 
 
 def test_images_in_base64_are_read_from_their_rows(photos: Path, records: Records) -> None:
@@ -387,8 +389,8 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
 
     assert error_of(table) == (
         f"{table}: no column looks like images or captions (columns: photo, words); name them "
-        "with --image-column and --caption-column, or read a folder's images without the table by "
-        "--kind folder"
+        "with --image-column and --caption-column, or read a folder's images without the table "
+        "with --kind folder"
     )
     assert "has no column 'word' (columns: photo, words)" in error_of(table, caption_column="word")
     message = error_of(table, image_column="photo", split_column="fold")
@@ -401,7 +403,7 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
     ("name", "content", "expected"),
     [
         ("t.csv", "image,caption".encode("utf-16"), "row 1: is not UTF-8 (byte 0xff at offset 0)"),
-        ("t.csv", b"image,image\n", "has the column 'image' twice; rename one of them"),
+        ("t.csv", b"image,image\n", "has the column 'image' twice; rename one"),
         ("t.csv", b"image,caption\n", "names no image and no caption"),
         ("t.csv", b"", "names no image and no caption"),
         ("t.jsonl", b"\n", "names no image and no caption"),
@@ -417,13 +419,12 @@ def test_a_table_of_no_use_is_refused(
     assert expected in message
 
 
-def test_a_line_without_end_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("csalign.sources.records.lines.LONGEST_CELL", 1 << 20)
-    (photos / "t.csv").write_bytes(b"image,caption\na.png," + b"x" * (1 << 20))
+def test_a_line_without_end_is_refused() -> None:
+    file = io.BytesIO(b"image,caption\na.png," + b"x" * (1 << 20))
 
-    assert error_of(photos / "t.csv") == (
-        f"{photos}/t.csv, row 2: is longer than 1 MiB; end each row with a line break"
-    )
+    with pytest.raises(DataError) as caught:
+        list(read_lines(Path("t.csv"), file, max_bytes=1 << 20))
+    assert str(caught.value) == "t.csv, row 2: is longer than 1 MiB; end each row with a line break"
 
 
 def test_which_table_to_use_must_be_clear(photos: Path, outline: Outline) -> None:
@@ -432,7 +433,7 @@ def test_which_table_to_use_must_be_clear(photos: Path, outline: Outline) -> Non
 
     write(photos / "two.tsv", "image\tcaption", "a.png\ty")
     assert error_of(photos) == (
-        f"{photos}: holds several tables (one.csv, two.tsv); choose one with --captions"
+        f"{photos}: contains several tables (one.csv, two.tsv); choose one with --captions"
     )
     assert ("a.png", ["y"], None) in outline(photos, captions=photos / "two.tsv")
     assert all(not captions for _, captions, _ in outline(photos, kind="folder"))
@@ -444,6 +445,6 @@ def test_which_table_to_use_must_be_clear(photos: Path, outline: Outline) -> Non
 def test_captions_are_for_folders(photos: Path) -> None:
     table = write(photos / "t.csv", "image,caption", "a.png,x")
 
-    assert "no such file; give a captions table" in error_of(photos, captions=photos / "gone.csv")
-    with pytest.raises(ConfigError, match="is no folder; give the folder of its images"):
+    assert "no such file; pass a captions table" in error_of(photos, captions=photos / "gone.csv")
+    with pytest.raises(ConfigError, match="is not a folder; pass the folder of its images"):
         open_source(table, SourceOptions(captions=table))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError
-from csalign.sources.records.base import Record
+from csalign.sources.records import Record
 from csalign.sources.records.open import SourceOptions, open_source
 
 Records = Callable[..., list[Record]]
@@ -116,7 +116,7 @@ def test_a_folder_by_img2dataset_is_read(tmp_path: Path, outline: Outline) -> No
         for shard in range(2)
         for row in range(2)
     ]
-    assert open_source(tmp_path).volumes == [f"{tmp_path}/00000.tar", f"{tmp_path}/00001.tar"]
+    assert open_source(tmp_path).files == [f"{tmp_path}/00000.tar", f"{tmp_path}/00001.tar"]
 
 
 def test_an_export_by_clip_benchmark_has_a_caption_a_line(
@@ -169,8 +169,8 @@ def test_the_key_ends_at_the_first_dot(tmp_path: Path, outline: Outline) -> None
         ("t/a", [], None),
         (
             *(None, []),
-            "photo: its image ends in .v1.jpg, as a name's key ends at its first dot; name it "
-            ".jpg, or choose it with --image-column",
+            "photo: its image ends in .v1.jpg, as the key of a member ends at the first dot; name "
+            "it .jpg, or choose it with --image-column",
         ),
     ]
     assert outline(tar, image_column="v1.jpg")[1] == ("t/photo", ["x"], None)
@@ -192,7 +192,7 @@ def test_what_a_sample_lacks_is_named(tmp_path: Path, flaws: Flaws) -> None:
         (2, "b: has neither an image nor a caption (members: .cls, .json)"),
         (3, "c: its json is not valid (Expecting property name enclosed in double quotes: "
             "line 1 column 2 (char 1))"),
-        (4, "d: its json is no object"),
+        (4, "d: its json is not an object"),
         (5, "e: its txt is not UTF-8 (byte 0xe9 at offset 3)"),
         (6, "f: its json: caption must be text, not 3"),
         (7, "g: its txt has 16777217 bytes, more than 16 MiB"),
@@ -222,14 +222,14 @@ def test_hostile_members_are_flaws_and_nothing_is_written(tmp_path: Path, outlin
 
     assert outline(tar) == [
         ("t/a", [], None),
-        (None, [], "../climb: '../climb.jpg' leads out of the tar"),
-        (None, [], "/absolute: '/absolute.jpg' leads out of the tar"),
+        (None, [], "../climb: '../climb.jpg' is outside of the tar"),
+        (None, [], "/absolute: '/absolute.jpg' is outside of the tar"),
         *(
             (None, [], f"{key}: '{key}.jpg' is a link or special file, which is not followed")
             for key in "cde"
         ),
         (None, [], "LICENSE: 'LICENSE' has no extension"),
-        (None, [], r"'bad\udcff': 'bad\udcff.jpg' is no UTF-8 name"),
+        (None, [], r"bad\udcff: 'bad\udcff.jpg' is not a UTF-8 name"),
         ("t/g", [], None),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["t.tar"]
@@ -243,7 +243,7 @@ def test_a_key_or_member_that_repeats_is_a_flaw(tmp_path: Path, outline: Outline
         (None, [], "b: has two members .jpg"),
         (
             *(None, []),
-            "a: its key was there before; the members of a sample must be adjacent",
+            "a: its key is repeated; the members of a sample must be adjacent",
         ),
     ]
 
@@ -265,7 +265,7 @@ def test_a_tar_cut_short_is_usable_up_to_there(
     whole = "ab" if where == "data" else "a"
     assert found == [(f"t/{key}", [f"of {key}"], None) for key in whole]
     key = "c" if where == "data" else "b"
-    assert bad[2].startswith(f"{key}: the tar ends inside of or after sample {key!r}: ")
+    assert bad[2].startswith(f"{key}: the tar ends inside or after sample {key!r}: ")
     assert bad[2].endswith("; write or download it again")
 
 
@@ -279,14 +279,14 @@ def test_a_tar_with_a_damaged_header_says_so(tmp_path: Path, outline: Outline) -
         (None, ["x"], None),
         (
             *(None, []),
-            "b: the tar ends inside of or after sample 'b': a header is damaged; write or "
+            "b: the tar ends inside or after sample 'b': a header is damaged; write or "
             "download it again",
         ),
     ]
 
 
 def test_a_tar_without_samples_is_a_flaw(tmp_path: Path, flaws: Flaws) -> None:
-    assert flaws(write_members(tmp_path / "t.tar")) == [(1, "the tar holds no sample")]
+    assert flaws(write_members(tmp_path / "t.tar")) == [(1, "the tar contains no sample")]
 
 
 def test_braces_lists_and_stars_name_tars(
@@ -306,11 +306,11 @@ def test_braces_lists_and_stars_name_tars(
     assert captions("more/x [y].tar") == ["x"]
     assert captions(f"data/00.tar::{tmp_path}/more/*.tar") == ["0", "x"]
     assert open_source("data/{00..11}.tar").description == "WebDataset of 12 tar files"
-    assert open_source("data/{0,1}{0,1}.tar").volumes == [
+    assert open_source("data/{0,1}{0,1}.tar").files == [
         f"data/{name}.tar" for name in ("00", "01", "10", "11")
     ]
 
-    assert "not there, such as data/12.tar; correct" in error_of("data/{10..13}.tar")
+    assert "do not exist, such as data/12.tar; correct" in error_of("data/{10..13}.tar")
     assert "data/{00,00}.tar: names a file twice" in error_of("data/{00,00}.tar")
     assert "none/*.tar: matches no file" in error_of("none/*.tar")
     with pytest.raises(ConfigError, match="names more than 100000 files"):
@@ -343,23 +343,23 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("<html>not found</html>" * 100)
     (tmp_path / "b.tar").write_bytes(b"")
     for name in ("a.tar", "b.tar"):
-        expected = f"{tmp_path}/{name}: is no tar file; write or download it again"
+        expected = f"{tmp_path}/{name}: is not a tar file; write or download it again"
         assert error_of(tmp_path / name) == expected
     write_samples(tmp_path / "c.tar.gz", {"__key__": "k", "txt": "x"})
-    assert "c.tar.gz: is compressed, so that it cannot be read by parts; unpack it" in error_of(
+    assert "c.tar.gz: is compressed, so parts of it cannot be read; unpack it" in error_of(
         tmp_path / "c.tar.gz"
     )
     (tmp_path / "z").mkdir()
     (tmp_path / "c.tar.gz").rename(tmp_path / "z" / "c.tar.gz")
-    assert "c.tar.gz: is compressed" in error_of(tmp_path / "z")
+    assert "contains no images, captions (.txt), uncompressed tar or" in error_of(tmp_path / "z")
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("{0..2.tar", "has a brace without its other half; write {00000..00012}, or {a,b}"),
+        ("{0..2.tar", "has an unpaired brace; write {00000..00012}, or {a,b}"),
         ("{0..x}.tar", "{0..x} is neither a range nor a list; write"),
-        ("{0..2}.tar", "2 of the 3 files that it names are not there, such as"),
+        ("{0..2}.tar", "2 of its 3 files do not exist, such as"),
     ],
 )
 def test_a_pattern_with_a_slip_is_told(tmp_path: Path, pattern: str, message: str) -> None:
@@ -377,7 +377,7 @@ def test_a_file_that_is_no_tar_is_a_flaw_among_others(tmp_path: Path, outline: O
     odd.write_bytes((tmp_path / "b.tar").read_bytes())
 
     assert outline(tmp_path) == [
-        (None, [], "is no tar file; write or download it again"),
+        (None, [], "is not a tar file; write or download it again"),
         (None, ["x"], None),
         (None, [], "file name is not UTF-8; rename the file"),
     ]

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from csalign.adapters.checkpoint import load_adapter, read_info
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.results import TrainResult
@@ -249,7 +249,7 @@ def test_what_a_stopped_run_leaves_is_bounded_and_can_be_used(mixed: Path, tmp_p
     load_adapter(states(out)[-1])
     run(mixed, out)
     assert not unfinished(out).exists()
-    assert not {"resume", atomic.JOB, atomic.LOCK} & {path.name for path in out.iterdir()}
+    assert not {"resume", atomic.JOB, locks.LOCK} & {path.name for path in out.iterdir()}
 
 
 def test_other_options_are_refused_by_name_unless_overwritten(mixed: Path, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_an_unfinished_run_is_not_removed_by_another_command(mixed: Path, tmp_pa
 
 def test_two_processes_do_not_train_in_one_folder(mixed: Path, tmp_path: Path) -> None:
     with (
-        atomic.lock_folder(unfinished(tmp_path / "run")),
+        locks.lock_folder(unfinished(tmp_path / "run")),
         pytest.raises(OutputError, match="another process is writing there"),
     ):
         run(mixed, tmp_path / "run")

@@ -13,8 +13,8 @@ import numpy as np
 import optuna
 import pytest
 
-from csalign.core.atomic import lock_folder
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, TrainingError
+from csalign.core.locks import lock_folder
 from csalign.core.results import Trial, TuneResult
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays

@@ -114,12 +114,15 @@ def test_an_empty_unpaired_set_is_refused(given: Any) -> None:
         TrainConfig.resolve(None, {"features": "f", "out": "o", "unpaired": given})
 
 
-def test_unpaired_sets_are_given_by_commas_or_as_a_list() -> None:
+def test_unpaired_sets_are_given_by_commas_or_repeatedly(tmp_path: Path) -> None:
     def parsed(given: Any) -> tuple[Path, ...]:
         return TrainConfig(features="f", out="o", unpaired=given).unpaired
 
-    assert parsed("a, b") == parsed(["a", "b"]) == (Path("a"), Path("b"))
-    assert parsed(["with, comma"]) == (Path("with, comma"),)
+    assert parsed("a, b") == parsed(["a", "b"]) == parsed(["a,b"]) == (Path("a"), Path("b"))
+    with_comma = tmp_path / "with, comma"
+    with_comma.mkdir()
+    assert parsed([str(with_comma)]) == (with_comma,)
+    assert parsed(None) == parsed([]) == ()
 
 
 def test_a_frozen_side_stays_where_it_is(arrays: tuple[Path, Path], tmp_path: Path) -> None:

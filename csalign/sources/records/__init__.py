@@ -1,0 +1,120 @@
+"""Read image-text data of any form as a stream of records; `records.open.open_source` starts it."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from csalign.core.enums import Modality
+
+
+class ImageInput(NamedTuple):
+    """An image that has not been read yet.
+
+    Attributes:
+        id: unique in the source and the same on every machine: a path relative to the source's
+            folder with ``/``, the key of a sample, or a row.
+        source: path or URL of its pixels, with the member of an archive behind ``/``
+            (``00000.tar/000001.jpg``).
+        read: return the encoded bytes. Any thread may call it while the file is open; raises
+            `DataError` with the reason alone, without the path.
+    """
+
+    id: str
+    source: str
+    read: Callable[[], bytes]
+
+
+class TextInput(NamedTuple):
+    """A caption; `row` is its 1-based line or row in the file, None if it has none."""
+
+    id: str
+    caption: str
+    row: int | None = None
+
+
+class Record(NamedTuple):
+    """An image with its captions, an image alone, or captions alone.
+
+    Attributes:
+        image: None where the captions belong to no image.
+        texts: its captions, stripped and not empty.
+        split: of the image and its captions.
+        row: 1-based number of the record in its file, for messages; None where the name of the
+            file suffices.
+        error: why the record cannot be used; it then has neither image nor texts.
+    """
+
+    image: ImageInput | None
+    texts: tuple[TextInput, ...] = ()
+    split: str | None = None
+    row: int | None = None
+    error: str | None = None
+
+
+class SourceFile(Protocol):
+    """One open file of a source, read independently of the others: a tar, a table, a folder."""
+
+    @property
+    def name(self) -> str:
+        """Path or URL of the file, as messages and ``failures.jsonl`` name it."""
+
+    def __len__(self) -> int:
+        """Count its records; may have to scan its headers."""
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """Yield records `start` to `stop` in file order, without reading the bytes of others."""
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A `SourceFile` whose record `k` is ``record(start + k)``."""
+
+    name: str
+    record: Callable[[int], Record]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """See `SourceFile`."""
+        return map(self.record, range(self.start + start, min(self.start + stop, self.stop)))
+
+
+class Source(Protocol):
+    """Records in one or more files, always in the same order, however the work is divided."""
+
+    @property
+    def description(self) -> str:
+        """The form that was recognised, in a few words: ``WebDataset of 12 tar files``."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Names of the files, in order."""
+
+    @property
+    def sides(self) -> Collection[Modality]:
+        """The modalities that its records may hold."""
+
+    @property
+    def total(self) -> int | None:
+        """Records in all files, None where counting them means reading the source."""
+
+    @property
+    def total_images(self) -> int | None:
+        """Images in all files, None where counting them means reading the source."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what decides the records, so that a change of the source is noticed."""
+
+    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
+        """Return the hex SHA-256 of what decides some records of a file, without opening it.
+
+        Where `total` is None it is the same for all records of the file.
+        """
+
+    def open(self, position: int) -> AbstractContextManager[SourceFile]:
+        """Open one of the files."""

@@ -2,208 +2,78 @@
 
 import logging
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.sources import images
-from csalign.sources.records.base import ImageInput, Record, TextInput, Volume
-from csalign.sources.records.tree import (
-    MAX_TEXT_BYTES,
-    decoded,
-    fingerprint,
-    name_flaw,
-    read_bounded,
-)
+from csalign.sources.images import SUFFIXES
+from csalign.sources.records.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
 
 def images_in(files: Collection[str]) -> list[str]:
-    """Those of the files that are images by their suffix, whatever its case."""
-    return [name for name in files if _parts(name)[1] in images.SUFFIXES]
+    """Select the files that are images by their suffix, whatever its case."""
+    return [name for name in files if posixpath.splitext(name)[1].lower() in SUFFIXES]
 
 
-def read_folder(folder: Path, files: Mapping[str, int | None], *, lines: bool) -> "FolderSource":
-    """The images of a folder with the captions in the .txt of the same stem; or its .txt alone.
+def read_folder(folder: Path, files: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
+    """Find the images of a folder and the .txt of the same stem; or its .txt alone.
 
-    Images of the same stem share their captions, since a stem cannot say which one is meant.
+    Images of the same stem share their captions, since a stem cannot say which one is meant. The
+    .txt are read together with their images.
 
     Args:
         folder: where the files are.
-        files: what `files_below` found.
-        lines: each line of a .txt is a caption, rather than the whole of it.
+        files: the result of `files_below`.
+        caption_lines: each line of a .txt is a caption, rather than the whole text.
 
     Raises:
         DataError: there is neither an image nor a .txt.
     """
-    found = images_in(files)
-    texts: dict[str, str] = {}
-    for name in files:
-        stem, suffix = _parts(name)
-        if suffix == ".txt":
-            texts.setdefault(stem, name)
-    if not found and not texts:
+    by_stem = {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
+    images = images_in(files)
+    if not images and not by_stem:
         raise DataError(
-            f"{folder}: holds no images, captions (.txt), tar or Parquet files; give a folder or "
-            "file that does"
+            f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
+            "pass a folder or file that does"
         )
-    stems = [_parts(name)[0] for name in found]
-    if found:
-        _tell_of_stems(folder, found, stems, texts)
-        names, captions = found, [texts.get(stem) for stem in stems]
-    else:
-        names, captions = list(texts), list(texts.values())
-    return FolderSource(folder, bool(found), lines, names, captions, files)
+    stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
+    captioned = sum(stem in by_stem for stem in stems)
+    description = f"folder of {captioned} .txt files with captions"
+    if images:
+        _warn_of_stems(folder, images, stems, by_stem)
+        description = f"folder of {len(images)} images, {captioned} of them with a .txt of captions"
+    catalog = Catalog(folder, caption_lines=caption_lines)
+    catalog.begin_file(str(folder))
+    for label, stem in zip(images or stems, stems, strict=True):
+        text = by_stem.get(stem)
+        size = None if text is None else _size(folder / text, files[text])
+        catalog.add_text(label, label if images else None, text, size)
+    return catalog.finish(description)
 
 
-def _tell_of_stems(
+def _warn_of_stems(
     folder: Path, found: Sequence[str], stems: Sequence[str], texts: Mapping[str, str]
 ) -> None:
-    known = set(stems)
-    left = [name for stem, name in texts.items() if stem not in known]
-    if left:
+    unused = [texts[stem] for stem in texts.keys() - set(stems)]
+    if unused:
         logger.warning(
-            "%s: %d .txt files are left out, as no image has their stem (%s)",
-            *(folder, len(left), left[0]),
+            f"{folder}: {len(unused)} .txt files are omitted, as no image has their stem "
+            f"({min(unused)})"
         )
     first: dict[str, str] = {}
     for name, stem in zip(found, stems, strict=True):
         if first.setdefault(stem, name) != name and stem in texts:
             logger.warning(
-                "%s: images of the same stem share its captions, as %s and %s do; rename them if "
-                "they differ",
-                *(folder, first[stem], name),
+                f"{folder}: images of the same stem share its captions, as {first[stem]} and "
+                f"{name} do; rename them if they differ"
             )
-            break
+            return
 
 
-def _parts(name: str) -> tuple[str, str]:
-    stem, suffix = posixpath.splitext(name)
-    return stem, suffix.lower()
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """See `read_folder`; the .txt are read as their records are.
-
-    Attributes:
-        folder: where the files are.
-        has_images: whether the records are images rather than captions alone.
-        lines: each line of a .txt is a caption.
-        names: images, or .txt without their suffix, below the folder; sorted.
-        texts: the .txt of each, None for none.
-        files: sizes of all files, where known.
-    """
-
-    folder: Path
-    has_images: bool
-    lines: bool
-    names: Sequence[str]
-    texts: Sequence[str | None]
-    files: Mapping[str, int | None]
-
-    @property
-    def description(self) -> str:
-        """See `Source`."""
-        captioned = sum(text is not None for text in self.texts)
-        if not self.has_images:
-            return f"folder of {captioned} .txt files with captions"
-        return f"folder of {len(self.names)} images, {captioned} of them with a .txt of captions"
-
-    @property
-    def volumes(self) -> Sequence[str]:
-        """See `Source`."""
-        return (str(self.folder),)
-
-    @property
-    def sides(self) -> Collection[Modality]:
-        """See `Source`."""
-        texts = (Modality.TEXT,) if any(self.texts) else ()
-        return ((Modality.IMAGE,) if self.has_images else ()) + texts
-
-    @property
-    def total(self) -> int | None:
-        """See `Source`."""
-        return len(self.names)
-
-    @property
-    def total_images(self) -> int | None:
-        """See `Source`."""
-        return len(self.names) if self.has_images else 0
-
-    @property
-    def fingerprint(self) -> str:
-        """See `Source`: the names, and the sizes of the .txt."""
-        return self.stamp(0, 0, len(self.names))
-
-    def stamp(self, position: int, start: int, stop: int) -> str:
-        """See `Source`: names, and the sizes of the .txt."""
-        fields = (self.names, self.texts, self._sizes)
-        return fingerprint([self.lines, *(value for own in fields for value in own[start:stop])])
-
-    @cached_property
-    def _sizes(self) -> list[int | None]:
-        """Bytes of the .txt of each record."""
-        return [None if name is None else self._size(name) for name in self.texts]
-
-    @contextmanager
-    def open(self, position: int) -> Iterator[Volume]:
-        """See `Source`."""
-        yield _FolderVolume(self)
-
-    def record(self, position: int) -> Record:
-        """One of the records, for which its .txt is read."""
-        name, text = self.names[position], self.texts[position]
-        flaw = name_flaw(name)
-        if flaw is not None:
-            return Record(None, flaw=flaw)
-        image = None
-        if self.has_images:
-            path = self.folder / name
-            image = ImageInput(name, path.as_posix(), partial(read_bounded, path))
-        if text is None:
-            return Record(image)
-        try:
-            content = decoded(read_bounded(self.folder / text, MAX_TEXT_BYTES))
-        except DataError as error:
-            return Record(None, flaw=f"its captions {text}: {error}")
-        captions = captions_in(content, lines=self.lines)
-        if not captions and image is None:
-            return Record(None, flaw=f"{text}: holds no caption")
-        return Record(image, texts_of(name, captions))
-
-    def _size(self, name: str) -> int:
-        size = self.files[name]
-        try:
-            return (self.folder / name).stat().st_size if size is None else size
-        except OSError:
-            return -1  # its record tells why
-
-
-def captions_in(content: str, *, lines: bool) -> list[str]:
-    """The captions of a text: each of its lines or the whole of it; stripped, once, not empty."""
-    parts = content.splitlines() if lines else [content]
-    return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
-
-
-def texts_of(record_id: str, captions: Sequence[str]) -> tuple[TextInput, ...]:
-    """Captions with the ids that follow from their record's."""
-    return tuple(TextInput(f"{record_id}#{k}", text) for k, text in enumerate(captions))
-
-
-class _FolderVolume:
-    def __init__(self, source: FolderSource) -> None:
-        self.name = source.volumes[0]
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source.names)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        for position in range(start, min(stop, len(self))):
-            yield self._source.record(position)
+def _size(path: Path, known: int | None) -> int:
+    try:
+        return path.stat().st_size if known is None else known
+    except OSError:
+        return -1  # its record has the reason

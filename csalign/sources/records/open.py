@@ -1,77 +1,50 @@
-"""Open any SOURCE of `extract`: tell what it is by its content, and read it as records."""
+"""Recognise any SOURCE of `extract` by its content, and open it."""
 
 import logging
 import posixpath
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
-from csalign.sources.records import annotations, tables, webdataset
-from csalign.sources.records.base import Source
+from csalign.sources.records import Source, files
+from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog
-from csalign.sources.records.columns import CAPTION_NAMES, IMAGE_NAMES, SPLIT_NAME, Columns
 from csalign.sources.records.folders import images_in, read_folder
-from csalign.sources.records.lists import read_captions, read_list
-from csalign.sources.records.patterns import common_folder, expand
-from csalign.sources.records.tree import files_below, fingerprint, name_flaw, opened, told_of
+from csalign.sources.records.tables import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    SUFFIXES,
+    Kind,
+    SourceOptions,
+    TableReader,
+)
+from csalign.sources.records.webdataset import open_tars
+
+__all__ = ["SourceOptions", "open_source"]
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal[
-    "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
-]
-STDIN = Path("-")
-_SNIFFED = 1 << 16
+Sizes = Mapping[str, int | None]
+STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
-_TABLES = (*tables.SUFFIXES, ".parquet")
-_METADATA = ("captions", "metadata")  # the second is the hub's name for the table of a folder
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
+_TABLE_STEMS = ("captions", "metadata")  # the second is the hub's name for the table of a folder
 
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What a user may say of a SOURCE; None means to recognise it.
-
-    Attributes:
-        kind: what it is, where its content does not tell or tells wrongly; "folder" passes over a
-            table among images, "captions" reads texts alone, "list" takes a text file for a list
-            of image paths.
-        captions: a table or JSON document with the captions of a folder of images.
-        images: folder that image paths start from (default: that of the table, or one near it).
-        image_column: of paths, bytes or base64; in a tar the extension of images.
-        caption_column: of captions; in a tar a json key or an extension.
-        split_column: of splits. A table need not have it while it is the usual one.
-        id_column: of image ids (default: paths, keys or rows are the ids).
-        caption_lines: each line of a .txt, beside an image or in a tar, is a caption, rather than
-            the whole of it. Default: in a folder it is, in a tar it is not unless a
-            ``dataset_type.txt`` by CLIP_benchmark says "retrieval".
-    """
-
-    kind: Kind = "auto"
-    captions: Path | None = None
-    images: Path | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    split_column: str = SPLIT_NAME
-    id_column: str | None = None
-    caption_lines: bool | None = None
-
-    @property
-    def columns(self) -> Columns:
-        """What is said of columns."""
-        return Columns(
-            image=self.image_column,
-            caption=self.caption_column,
-            split=self.split_column,
-            id=self.id_column,
-            captions_only=self.kind == "captions",
-        )
+# What --kind may say of a file, by the form that its content has; the first is what it is.
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "tar": ("webdataset", "captions"),
+    "parquet": ("parquet", "table", "captions", "folder"),
+    "coco": ("coco", "folder"),
+    "karpathy": ("karpathy", "folder"),
+    **dict.fromkeys((*SUFFIXES, "table"), ("table", "captions", "folder")),
+    ".txt": ("captions",),
+}
 
 
 def open_source(source: Path | str, options: SourceOptions | None = None) -> Source:
@@ -84,293 +57,203 @@ def open_source(source: Path | str, options: SourceOptions | None = None) -> Sou
         options: what is known of it (default: nothing).
 
     Raises:
-        ConfigError: the options contradict themselves or the source.
-        DataError: something is missing, or makes the whole of it unusable; the message names the
-            file and the remedy.
+        ConfigError: the options contradict each other or the source.
+        DataError: the whole source is unusable; the message names the file and the remedy.
     """
     options = options or SourceOptions()
     if options.kind not in get_args(Kind):
-        raise ConfigError(f"kind: {options.kind} is none of {', '.join(get_args(Kind))}")
-    is_url = "://" in str(source)
-    with told_of(cast(Path, source) if is_url else Path(source)):
-        return _Opener(options).open(source)
+        raise ConfigError(f"kind: {options.kind} is not one of {', '.join(get_args(Kind))}")
+    path = cast(Path, source) if "://" in str(source) else Path(source)
+    with files.translate_errors(path):
+        return _Opener(options).open(str(source))
 
 
 class _Opener:
-    """Opens a source by the form that it has."""
-
     def __init__(self, options: SourceOptions) -> None:
         self._options = options
-        self._columns = options.columns
+        self._kind = options.kind
 
-    def open(self, source: Path | str) -> Source:
-        if (flaw := name_flaw(str(source))) is not None:
-            raise DataError(flaw)
-        if str(source) == str(STDIN):
-            return read_list(STDIN, sys.stdin.buffer, self._options.images, self._columns)
-        # A name that holds a pattern's signs may still be a plain one.
-        plain = None if "::" in str(source) else parse_location(source)
-        if plain is None or not plain.exists():
-            files = expand(str(source))
-            if files is not None:
-                return self._several(str(source), files)
+    def open(self, source: str) -> Source:
+        if (error := files.name_error(source)) is not None:
+            raise DataError(error)
+        if source == STDIN:
+            return self._rows(Path(STDIN), "list", self._options.images)
+        # A name with the signs of a pattern may still be that of a file.
+        path = None if "::" in source else parse_location(source)
+        if path is not None and path.exists() and path.is_dir():
+            return self._folder(path)
+        if self._options.captions is not None:
+            raise ConfigError(f"captions: {source} is not a folder; pass the folder of its images")
+        if path is not None and path.exists():
+            return self._file(path, None, {})
+        paths = files.expand_pattern(source)
+        if paths is None:
             raise DataError(f"{source}: no such file or folder")
-        return self._folder(plain) if plain.is_dir() else self._file(plain, None)
+        return self._several(source, paths)
 
-    def _several(self, source: str, files: Sequence[Path]) -> Source:
-        self._refuse_captions(source)
-        if any(file.is_absolute() for file in files if not is_remote(file)):
-            files = [file if is_remote(file) else file.absolute() for file in files]
-        root = common_folder(files)
-        names = [str(file)[len(str(root)) :].lstrip("/") if str(root) != "." else str(file)
-                 for file in files]  # fmt: skip
-        suffixes = {file.suffix.lower() for file in files}
+    def _several(self, source: str, paths: Sequence[Path]) -> Source:
+        if any(path.is_absolute() for path in paths if not is_remote(path)):
+            paths = [path if is_remote(path) else path.absolute() for path in paths]
+        root = files.common_folder(paths)
+        start = 0 if str(root) == "." else len(str(root))
+        sizes: Sizes = {
+            str(path)[start:].lstrip("/") if start else str(path): None for path in paths
+        }
+        suffixes = {path.suffix.lower() for path in paths}
         if suffixes == {".tar"}:
-            return self._tars(root, dict.fromkeys(names))
+            return self._tars(root, sizes)
         if len(suffixes) == 1 and suffixes <= set(_COLUMNAR):
-            return self._columnar(root, dict.fromkeys(names))
+            return self._columnar(root, sizes)
         listed = ", ".join(sorted(suffixes))
         raise DataError(f"{source}: several files must all be .tar or all .parquet, not {listed}")
 
     def _folder(self, folder: Path) -> Source:
-        files = files_below(folder)
-        kind = self._options.kind
+        kind, found = self._kind, files.files_below(folder)
         if self._options.captions is not None:
             if kind not in ("auto", "folder", "table", "coco", "karpathy"):
-                raise ConfigError(f"captions: a source of kind {kind} holds its own")
-            return self._file(self._options.captions, folder, files)
-        by_suffix = {suffix: _with_suffix(files, suffix) for suffix in (".tar", *_COLUMNAR)}
-        found = images_in(files)
-        if kind in ("webdataset", "parquet"):
-            return self._folder_of(folder, kind, by_suffix)
-        if kind not in ("auto", "folder", "captions"):
-            raise ConfigError(f"kind: {folder} is a folder, which {kind} is not; give the file")
-        if kind == "captions":
-            return self._captions_of(folder, files, by_suffix)
-        if not found and kind == "auto":
-            if any(by_suffix.values()):
-                return self._folder_of(folder, None, by_suffix)
-            compressed = [name for name in files if _is_compressed_tar(name)]
-            if compressed:
-                raise DataError(f"{folder / compressed[0]}: {_unpack('gunzip')}")
-        if kind == "auto":
-            table = _table_in(folder, files)
-            if table is not None:
-                return self._file(table, folder, files)
-            if any(by_suffix.values()):
-                raise DataError(
-                    f"{folder}: holds images as well as tar, Parquet or Arrow files; say which "
-                    "with --kind folder, webdataset or parquet"
-                )
-            _tell_of_documents(folder, files)
-        return read_folder(folder, files, lines=self._options.caption_lines is not False)
-
-    def _folder_of(
-        self, folder: Path, kind: str | None, by_suffix: Mapping[str, dict[str, int | None]]
-    ) -> Source:
-        # img2dataset writes a .parquet of metadata beside each .tar.
-        if kind != "parquet" and by_suffix[".tar"]:
-            return self._tars(folder, by_suffix[".tar"])
-        if kind != "webdataset" and by_suffix[".parquet"]:
-            return self._columnar(folder, by_suffix[".parquet"])
-        if kind != "webdataset" and by_suffix[".arrow"]:
-            # What `datasets` keeps beside its data to save a second computation.
-            data = {
-                name: size
-                for name, size in by_suffix[".arrow"].items()
-                if not posixpath.basename(name).startswith("cache-")
-            }
-            return self._columnar(folder, data or by_suffix[".arrow"])
-        raise DataError(f"{folder}: holds no {'tar' if kind == 'webdataset' else 'Parquet'} files")
-
-    def _captions_of(
-        self,
-        folder: Path,
-        files: Mapping[str, int | None],
-        by_suffix: Mapping[str, dict[str, int | None]],
-    ) -> Source:
-        if any(by_suffix.values()):
-            return self._folder_of(folder, None, by_suffix)
-        table = _table_in(folder, files)
+                raise ConfigError(f"captions: a source of kind {kind} has its own; omit --captions")
+            if not self._options.captions.is_file():
+                raise DataError(f"{self._options.captions}: no such file; pass a captions table")
+            return self._file(self._options.captions, folder, found)
+        if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
+            raise ConfigError(f"kind: {folder} is a folder, not {kind}; pass the file")
+        containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
+        has_images = kind != "captions" and bool(images_in(found))
+        if kind in ("webdataset", "parquet") or (
+            containers and kind != "folder" and not has_images
+        ):
+            return self._containers(folder, found)
+        table = None if kind == "folder" else _table_in(folder, found)
         if table is not None:
-            return self._file(table, None)
-        texts = {name: size for name, size in files.items() if name.lower().endswith(".txt")}
-        return read_folder(folder, texts, lines=self._options.caption_lines is not False)
+            return self._file(table, *((folder, found) if kind == "auto" else (None, {})))
+        if containers and kind == "auto":
+            raise DataError(
+                f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
+                "--kind folder, webdataset or parquet"
+            )
+        documents = [name for name in found if "/" not in name and name.lower().endswith(".json")]
+        if kind == "auto" and documents:
+            logger.warning(
+                f"{folder}: {documents[0]} is not read; if it contains the captions, pass it with "
+                "--captions"
+            )
+        if kind == "captions":
+            found = {name: size for name, size in found.items() if name.lower().endswith(".txt")}
+        return read_folder(folder, found, caption_lines=self._options.caption_lines is not False)
 
-    def _file(
-        self, file: Path, folder: Path | None, files: Mapping[str, int | None] | None = None
-    ) -> Source:
-        """A file that is the source, or that speaks of the images of a folder."""
-        if (flaw := name_flaw(str(file))) is not None:
-            raise DataError(flaw)
-        if folder is None:
-            self._refuse_captions(str(file))
-        elif not file.is_file():
-            raise DataError(f"{file}: no such file; give a captions table")
-        found = images_in(files or {})
-        kind, start = self._options.kind, _start_of(file)
-        form = _form_of(file, start)
-        if kind == "list":
-            with opened(file) as lines:
-                return read_list(file, lines, self._options.images, self._columns)
-        if form == "webdataset":
-            self._expect(file, form, "captions")
+    def _containers(self, folder: Path, found: Sizes) -> Source:
+        """Open the tars of a folder, else its Parquet files, else its Arrow files."""
+        tars, parquet, arrow = (
+            {name: size for name, size in found.items() if name.lower().endswith(suffix)}
+            for suffix in (".tar", *_COLUMNAR)
+        )
+        if tars and self._kind != "parquet":
+            return self._tars(folder, tars)  # img2dataset writes a .parquet beside each .tar
+        if self._kind != "webdataset" and (parquet or arrow):
+            # `datasets` keeps results of its computations beside its data.
+            data = {
+                k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")
+            }
+            return self._columnar(folder, parquet or data or arrow)
+        form = "tar" if self._kind == "webdataset" else "Parquet"
+        raise DataError(f"{folder}: contains no {form} files; correct --kind")
+
+    def _file(self, file: Path, folder: Path | None, found: Sizes) -> Source:
+        """Open a file that is the source, or that has the captions of a folder's images."""
+        if (error := files.name_error(str(file))) is not None:
+            raise DataError(error)
+        form = recognise(file)
+        root = self._options.images or folder
+        if self._kind == "list":
+            return self._rows(file, "list", self._options.images)
+        document = None
+        if form == ".json":
+            form, document = read_document(file)
+        if self._kind not in ("auto", *_KINDS[form]):
+            raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
+        images = images_in(found)
+        if form == "tar":
             return self._tars(file.parent, {file.name: None})
         if form == "parquet":
-            self._expect(file, form, "table", "captions", "folder")
-            return self._columnar(file.parent, {file.name: None}, folder, found)
-        if form == ".json":
-            return self._document(file, folder, found)
-        if form == ".txt":
-            self._expect(file, "captions")
-            return read_captions(file)
-        self._expect(file, "table", "captions", "folder")
-        return self._table(file, folder, form, found)
+            return self._columnar(file.parent, {file.name: None}, root, images)
+        if document is not None:
+            return read_annotations(file, form, document, root, self._options, images)
+        return self._rows(file, form, root or file.parent, images)
 
-    def _table(self, table: Path, folder: Path | None, form: str, found: Sequence[str]) -> Source:
-        reader = tables.RowReader(table, self._columns, form)
-        catalog = Catalog(self._options.images or folder or table.parent, reader.image_bytes)
-        catalog.begin(table.as_posix())
-        for row in reader:
-            catalog.add(row)
+    def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
+        """Gather the rows of a text file, or of stdin."""
+        is_stdin = str(table) == STDIN
+        table = Path("stdin") if is_stdin else table
+        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
+        catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
+        catalog.begin_file(table.as_posix())
+        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
+            for row in reader.rows(file):
+                catalog.add(row)
         catalog.add_found(found)
-        columns = ", ".join(
-            f"{what} in column {name!r}"
-            for what, name in (("images", reader.found.image), ("captions", reader.found.caption))
-            if name is not None
-        )
-        mark = fingerprint([reader.fingerprint, *found])
-        return catalog.finish(f"{form[1:].upper()} table with {columns}", mark)
+        description = "list of images" if form == "list" else "text file with one caption per line"
+        if form in SUFFIXES:
+            description = f"{form[1:].upper()} table with {reader.found}"
+        return catalog.finish(description)
 
-    def _document(self, table: Path, folder: Path | None, found: Sequence[str]) -> Source:
-        document = annotations.read_document(table)
-        kind = self._options.kind
-        form = annotations.form_of(document, table)
-        self._expect(table, form, "folder", *(("captions",) if form == "table" else ()))
-        images = self._options.images or folder
-        if kind == "captions" and form != "table":
-            raise ConfigError(f"kind: {table} is {form}; leave it out")
-        return annotations.read_annotations(table, document, form, images, self._columns, found)
-
-    def _tars(self, root: Path, paths: Mapping[str, int | None]) -> Source:
+    def _tars(self, root: Path, sizes: Sizes) -> Source:
         lines = self._options.caption_lines
         if lines is None:
             lines = _is_clip_benchmark(root)
-        return webdataset.open_tars(
-            root, list(paths), self._columns, lines=lines, sizes=list(paths.values())
-        )
+        return open_tars(root, sizes, self._options, caption_lines=lines)
 
     def _columnar(
-        self,
-        root: Path,
-        paths: Mapping[str, int | None],
-        images: Path | None = None,
-        found: Sequence[str] = (),
+        self, root: Path, sizes: Sizes, images: Path | None = None, found: Sequence[str] = ()
     ) -> Source:
         from csalign.sources.records.parquet import open_parquet
 
         return open_parquet(
             root,
-            list(paths),
-            self._columns,
+            list(sizes),
+            self._options,
             images=self._options.images or images,
             found=found,
-            sizes=list(paths.values()),
+            sizes=list(sizes.values()),
         )
 
-    def _refuse_captions(self, source: str) -> None:
-        if self._options.captions is not None:
-            raise ConfigError(f"captions: {source} is no folder; give the folder of its images")
 
-    def _expect(self, file: Path, *forms: str) -> None:
-        kind = self._options.kind
-        if kind not in ("auto", *forms):
-            raise DataError(f"{file}: is no {kind} source but {forms[0]}; leave the kind out")
+def recognise(file: Path) -> str:
+    """Recognise the form of a file by its suffix and first bytes.
 
-
-def _with_suffix(files: Mapping[str, int | None], suffix: str) -> dict[str, int | None]:
-    return {name: size for name, size in files.items() if name.lower().endswith(suffix)}
-
-
-def _table_in(folder: Path, files: Mapping[str, int | None]) -> Path | None:
-    """The captions table directly in a folder.
+    Returns:
+        "tar", "parquet", ".json", ".txt", or one of `tables.SUFFIXES`.
 
     Raises:
-        DataError: there are several.
+        DataError: it cannot be read as records.
     """
-    suffixes = {name: posixpath.splitext(name)[1].lower() for name in files if "/" not in name}
-    found = [name for name, suffix in suffixes.items() if suffix in _TABLES]
-    for stem in _METADATA:
-        named = [name for name in found if posixpath.splitext(name)[0].lower() == stem]
-        if len(named) == 1:
-            return folder / named[0]
-    if len(found) > 1:
-        names = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        raise DataError(f"{folder}: holds several tables ({names}); choose one with --captions")
-    if found:
-        return folder / found[0]
-    # The Kaggle copy of Flickr8k keeps its table in captions.txt.
-    text = [name for name, suffix in suffixes.items() if suffix == ".txt"]
-    for name in text:
-        if posixpath.splitext(name)[0].lower() in _METADATA:
-            file = folder / name
-            if _form_of(file, _start_of(file)) == ".csv":
-                return file
-    return None
-
-
-def _tell_of_documents(folder: Path, files: Mapping[str, int | None]) -> None:
-    documents = [name for name in files if "/" not in name and name.lower().endswith(".json")]
-    if documents:
-        logger.warning(
-            "%s: %s is not read; if it holds the captions, name it with --captions",
-            *(folder, documents[0]),
-        )
-
-
-def _start_of(file: Path) -> bytes:
     if not is_remote(file) and not file.is_file():
-        raise DataError(f"{file}: is no regular file")
-    with opened(file) as start:
-        return start.read(_SNIFFED)
-
-
-def _form_of(file: Path, start: bytes) -> str:
-    """What a file is: "webdataset", "parquet", or the suffix that says how it is read.
-
-    Raises:
-        DataError: it is nothing that can be read.
-    """
+        raise DataError(f"{file}: is not a regular file")
+    with files.open_file(file) as opened:
+        start = opened.read(1 << 16)
     suffix = file.suffix.lower()
-    if start.startswith(b"PAR1") or suffix in _COLUMNAR or start.startswith(b"ARROW1"):
+    if start.startswith((b"PAR1", b"ARROW1")) or suffix in _COLUMNAR:
         return "parquet"
     if suffix == ".tar" or start[257:262] == b"ustar":
-        return "webdataset"
+        return "tar"
     for magic, tool in _COMPRESSED.items():
         if start.startswith(magic):
-            raise DataError(f"{file}: {_unpack(tool)}")
-    if suffix in (*tables.SUFFIXES, ".json"):
-        return suffix
-    if suffix == ".ndjson":
-        return ".jsonl"
+            raise DataError(
+                f"{file}: is compressed, so parts of it cannot be read; unpack it with {tool} first"
+            )
+    if suffix in (*SUFFIXES, ".json", ".ndjson"):
+        return ".jsonl" if suffix == ".ndjson" else suffix
     if suffix in IMAGE_SUFFIXES or b"\0" in start:
         raise DataError(
-            f"{file}: is no source; give a folder of images, a table (.csv, .tsv, .jsonl, "
+            f"{file}: is not a source; pass a folder of images, a table (.csv, .tsv, .jsonl, "
             ".parquet), a .json of COCO or Karpathy, a .tar, or a .txt of captions"
         )
-    return _text_form(start)
-
-
-def _text_form(start: bytes) -> str:
-    text = start.decode("utf-8-sig", errors="replace")
-    first = text.partition("\n")[0]
-    if first.lstrip().startswith(("{", "[")):
+    first = start.decode("utf-8-sig", errors="replace").partition("\n")[0].strip()
+    if first.startswith(("{", "[")):
         try:
-            parse_json(first)
+            return ".jsonl" if isinstance(parse_json(first), dict) else ".json"
         except ValueError:
             return ".json"
-        return ".jsonl" if first.lstrip().startswith("{") else ".json"
-    # A header whose names are those of images and captions; a caption is hardly made so.
+    # A header with the names of images and captions; a caption hardly looks like one.
     for delimiter, form in (("\t", ".tsv"), (",", ".csv"), ("|", ".csv")):
         names = {name.strip().lower() for name in first.split(delimiter)}
         if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES):
@@ -378,22 +261,34 @@ def _text_form(start: bytes) -> str:
     return ".txt"
 
 
-def _is_compressed_tar(name: str) -> bool:
-    return name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+def _table_in(folder: Path, found: Sizes) -> Path | None:
+    """Find the captions table directly in a folder.
 
-
-def _unpack(tool: str) -> str:
-    return f"is compressed, so that it cannot be read by parts; unpack it with {tool} first"
+    Raises:
+        DataError: there are several.
+    """
+    names = {name: posixpath.splitext(name.lower()) for name in found if "/" not in name}
+    tables = [name for name, (_, suffix) in names.items() if suffix in (*SUFFIXES, ".parquet")]
+    for stem in _TABLE_STEMS:
+        named = [name for name in tables if names[name][0] == stem]
+        if len(named) == 1:
+            return folder / named[0]
+    if len(tables) > 1:
+        listed = ", ".join(tables[:5]) + (", ..." if len(tables) > 5 else "")
+        raise DataError(f"{folder}: contains several tables ({listed}); choose one with --captions")
+    # The Kaggle copy of Flickr8k keeps its table in captions.txt.
+    for name, (stem, suffix) in names.items():
+        is_candidate = not tables and suffix == ".txt" and stem in _TABLE_STEMS
+        if is_candidate and recognise(folder / name) == ".csv":
+            return folder / name
+    return folder / tables[0] if tables else None
 
 
 def _is_clip_benchmark(root: Path) -> bool:
-    """Whether the tars are an export of CLIP_benchmark with captions a line."""
+    """Check whether the tars are an export of CLIP_benchmark with one caption per line."""
     for folder in (root, root.parent):
         mark = folder / "dataset_type.txt"
-        try:
-            if mark.is_file() and mark.read_bytes()[:100].strip() == b"retrieval":
-                logger.info("%s: says retrieval, so each line of a txt is a caption", mark)
-                return True
-        except OSError:
-            continue
+        if files.is_file(mark) and files.read_bounded(mark)[:100].strip() == b"retrieval":
+            logger.info(f"{mark}: says retrieval, so each line of a txt is a caption")
+            return True
     return False

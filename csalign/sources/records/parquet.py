@@ -1,177 +1,196 @@
-"""Parquet and Arrow files as a source."""
+"""Parquet and Arrow files as a source of records, as on the Hugging Face hub."""
 
 import logging
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.core.paths import is_remote
-from csalign.sources.arrow import DamagedError, opened
-from csalign.sources.records.base import Volume
-from csalign.sources.records.catalog import Catalog, CatalogSource
-from csalign.sources.records.columns import Columns, Found, Row
-from csalign.sources.records.parquet_file import ColumnarVolume
-from csalign.sources.records.parquet_layout import (
-    PLAIN_ROWS,
-    Layout,
-    captions_of,
-    id_of,
-    layout_of,
-    rows_of,
-    text_of,
-)
-from csalign.sources.records.tree import fingerprint, name_flaw, shown, size_of, split_of
-from csalign.sources.unreadable import LostVolume, tell_of_lost
+from csalign.sources import arrow
+from csalign.sources.arrow import ArrowFile, DamagedError, InvalidValue, column_values, open_arrow
+from csalign.sources.records import ImageInput, Record, SourceFile, TextInput, files, tables
+from csalign.sources.records.catalog import Catalog
+from csalign.sources.records.tables import Row, SourceOptions, TableColumns, json_captions
+from csalign.sources.unreadable import UnreadableFile, warn_of_unreadable
+
+_IMAGE_ROWS = 32  # per batch, whose bytes are in memory at once
+_TEXT_ROWS = 8_192
 
 logger = logging.getLogger(__name__)
+
+
+class Layout(NamedTuple):
+    """Meaning of the columns; `kind` of the image column: bytes, struct, base64 or path."""
+
+    found: TableColumns
+    kind: str | None
+    names: tuple[str, ...]
+
+    def rows(self, file: ArrowFile, start: int = 0) -> Iterator[Mapping[str, Any]]:
+        """Stream the rows of a file from `start` on, as values by column."""
+        wanted = list(dict.fromkeys(name for name in self.found if name is not None))
+        size = _TEXT_ROWS if self.kind in (None, "path") else _IMAGE_ROWS
+        for batch in file.batches(wanted, size, start):
+            for values in zip(*(column_values(batch[name]) for name in wanted), strict=True):
+                yield dict(zip(wanted, values, strict=True))
+
+    def row(self, number: int, values: Mapping[str, Any], split: str | None) -> Row:
+        """Read image path, captions, split and id of a row; `split` is that of its file."""
+        image = self.found.image if self.kind == "path" else None
+        own = None if self.found.id is None else values[self.found.id]
+        captions = None if self.found.caption is None else values[self.found.caption]
+        try:
+            if isinstance(captions, InvalidValue):
+                raise ValueError(str(captions))
+            return Row(
+                number,
+                _text(values, image) or "",
+                json_captions(captions, str(self.found.caption)),
+                _text(values, self.found.split) if self.found.split else split,
+                str(own) if isinstance(own, int) else _text(values, self.found.id),
+            )
+        except ValueError as error:
+            return Row(number, error=str(error))
 
 
 def open_parquet(
     root: Path,
     paths: Sequence[str],
-    columns: Columns,
+    columns: SourceOptions,
     *,
     images: Path | None = None,
     found: Sequence[str] = (),
     sizes: Sequence[int | None] | None = None,
-) -> "ColumnarSource | CatalogSource":
-    """The source that Parquet or Arrow files make.
+) -> "ParquetSource | Catalog":
+    """Open Parquet or Arrow files as a source.
 
-    Files whose image column holds paths are gathered in memory by image; others are streamed, a
-    record a row.
+    Files whose image column contains paths are read into memory and grouped by image; others are
+    streamed, one record per row.
 
     Args:
-        root: folder that all files are below.
-        paths: the files, by their path below it.
-        columns: which columns hold what.
-        images: folder that image paths start from (default: `root`).
-        found: images below `images` to be added where no row speaks of them.
-        sizes: bytes of each file where known already.
+        root: folder of all files.
+        paths: the files, relative to `root`.
+        columns: which columns to read.
+        images: folder that image paths are relative to (default: `root`).
+        found: images below `images` to be added where no row names them.
+        sizes: bytes of each file where known.
 
     Raises:
         DataError: no file can be read, or one lacks a column or differs from the others.
     """
     known = [
-        size_of(root / path) if size is None else size
+        files.size_of(root / path) if size is None else size
         for path, size in zip(paths, sizes or [None] * len(paths), strict=True)
     ]
-    layout, total, lost = _look(root, paths, columns)
-    mark = fingerprint([layout, *paths, *known, *found, *lost.items()])
+    layout, total, lost = _inspect(root, paths, columns)
+    digest = files.fingerprint([layout, *paths, *known, *found, *lost.items()])
     if layout.kind == "path":
-        return _gather(root, paths, layout, images, found, lost).finish(
-            f"{_form(paths)} with image paths", mark
-        )
-    _tell_of_splits(root, paths, layout)
-    count = None if layout.found.id else total + len(lost)
-    return ColumnarSource(root, paths, known, layout, images, count, mark, lost)
-
-
-def _look(
-    root: Path, paths: Sequence[str], columns: Columns
-) -> tuple["Layout", int, dict[int, str]]:
-    """What the columns of all files hold, their rows in all, and why some cannot be read."""
-    layout: Layout | None = None
-    first, total = "", 0
-    lost: dict[int, str] = {}
-    for place, path in enumerate(paths):
-        with ExitStack() as stack:
-            try:
-                if (flaw := name_flaw(str(root / path))) is not None:
-                    raise DamagedError(flaw)
-                shelf = stack.enter_context(opened(root / path))
-            except DataError as error:
-                # What an object store refuses now, it may give to the next attempt.
-                if is_remote(root) and not isinstance(error, DamagedError):
-                    raise
-                lost[place] = str(error)
+        catalog = Catalog(images or root)
+        for position, path in enumerate(paths):
+            if position in lost:
+                name = files.printable((root / path).as_posix())
+                catalog.add_unreadable_file(name, lost[position])
                 continue
-            own = layout_of(root / path, shelf, columns)
-            total += shelf.rows
-        if layout is None:
-            layout, first = own, path
-            layout.found.warn_of_one_side(layout.names, root / path)
+            prefix = f"{posixpath.splitext(path)[0]}/" if len(paths) > 1 else ""
+            catalog.begin_file((root / path).as_posix(), prefix)
+            with open_arrow(root / path) as file:
+                for number, values in enumerate(layout.rows(file), 1):
+                    catalog.add(layout.row(number, values, files.split_of(path)))
+        catalog.add_found(found)
+        return catalog.finish(f"{_form(paths)} with image paths")
+    splits = sorted({split for path in paths if (split := files.split_of(path))})
+    if layout.found.split is None and splits:
+        logger.info("%s: splits are taken from file names (%s)", root, ", ".join(splits))
+    count = None if layout.found.id else total + len(lost)
+    return ParquetSource(root, paths, known, layout, images or root, count, digest, lost)
+
+
+def _inspect(
+    root: Path, paths: Sequence[str], columns: SourceOptions
+) -> tuple[Layout, int, dict[int, str]]:
+    """Return the layout of all files, their number of rows, and why some cannot be read."""
+    layouts: dict[Path, Layout] = {}
+    total = 0
+    lost: dict[int, str] = {}
+    for position, path in enumerate(root / path for path in paths):
+        try:
+            if (reason := files.name_error(str(path))) is not None:
+                raise DamagedError(reason)
+            with open_arrow(path) as file:
+                layouts[path] = _layout_of(file, columns)
+                total += file.rows
+        except DamagedError as error:
+            lost[position] = str(error)
+    warn_of_unreadable(root, lost, len(paths))
+    first, layout = next(iter(layouts.items()))
+    layout.found.warn_of_one_side(layout.names, first)
+    for path, own in layouts.items():
         if own[:2] != layout[:2]:
             raise DataError(
-                f"{root / path}: has other columns than {first} ({own}, not {layout}); give files "
-                "that are alike"
+                f"{path}: has other columns than {first.name} ({', '.join(own.names)}, not "
+                f"{', '.join(layout.names)}); all files must have the same columns"
             )
-    tell_of_lost(root, lost, len(paths))
-    assert layout is not None
     return layout, total, lost
 
 
-def _tell_of_splits(root: Path, paths: Sequence[str], layout: Layout) -> None:
-    splits = {split_of(path) for path in paths} - {None}
-    if layout.found.split is None and splits:
-        listed = ", ".join(sorted(str(split) for split in splits))
-        logger.info("%s: splits are told by file names (%s)", root, listed)
+def _layout_of(file: ArrowFile, columns: SourceOptions) -> Layout:
+    found = columns.find(file.names, file.path)
+    kind = None if found.image is None else _image_kind(file, found.image)
+    if found.caption is not None:
+        held = file.schema.field(found.caption).type
+        while arrow.kind_of(held) == "list":
+            held = held.value_type
+        if arrow.kind_of(held) not in ("text", "null"):
+            raise DataError(
+                f"{file.path}: column {found.caption!r} contains {held}, not text or lists of "
+                "text; name another with --caption-column"
+            )
+    return Layout(found, kind, file.names)
 
 
-def _gather(
-    root: Path,
-    paths: Sequence[str],
-    layout: Layout,
-    images: Path | None,
-    found: Sequence[str],
-    lost: Mapping[int, str],
-) -> Catalog:
-    catalog = Catalog(images or root)
-    for place, path in enumerate(paths):
-        if place in lost:
-            catalog.lose(shown((root / path).as_posix()), lost[place])
-            continue
-        stem = posixpath.splitext(path)[0]
-        catalog.begin((root / path).as_posix(), f"{stem}/" if len(paths) > 1 else "")
-        default = None if layout.found.split else split_of(path)
-        with opened(root / path) as shelf:
-            for number, values in rows_of(root / path, shelf, layout, 0, PLAIN_ROWS):
-                catalog.add(_row(number + 1, values, layout.found, default))
-    catalog.add_found(found)
-    return catalog
-
-
-def _row(number: int, values: Mapping[str, Any], found: Found, default: str | None) -> Row:
-    try:
-        image = text_of(values, found.image) or ""
-        captions = captions_of(values, found)
-        split = text_of(values, found.split) or default
-        return Row(number, image, captions, split, id_of(values, found))
-    except ValueError as error:
-        return Row(number, flaw=str(error))
+def _image_kind(file: ArrowFile, name: str) -> str:
+    held = file.schema.field(name).type
+    kind = arrow.kind_of(held)
+    if kind == "bytes" or (kind == "struct" and {"bytes", "path"} & {own.name for own in held}):
+        return kind
+    if kind != "text":
+        raise DataError(
+            f"{file.path}: column {name!r:.200} contains {held}, not images or paths; name another "
+            "with --image-column"
+        )
+    for batch in islice(file.batches([name], 1), 0 if tables.is_base64_name(name) else 10):
+        value = column_values(batch[name])[0]
+        if isinstance(value, str) and value:
+            return "base64" if tables.is_base64(value) else "path"
+    return "base64" if tables.is_base64_name(name) else "path"
 
 
 def _form(paths: Sequence[str]) -> str:
-    form = "Arrow" if paths[0].lower().endswith(".arrow") else "Parquet"
+    form = "Arrow" if paths[0].lower().endswith(arrow.ARROW) else "Parquet"
     return f"{len(paths)} {form} file{'s' if len(paths) > 1 else ''}"
 
 
 @dataclass(frozen=True)
-class ColumnarSource:
-    """Parquet or Arrow files as a `Source`, each of them a volume and each row a record.
+class ParquetSource:
+    """Parquet or Arrow files as a `Source`: each file a volume, each row a record.
 
     With an id column, adjacent rows of one id are one record, with the image of the first.
 
-    Attributes:
-        root: folder that all files are below.
-        paths: the files, by their path below it.
-        sizes: bytes of each.
-        layout: what their columns hold.
-        images: folder that image paths start from, None for `root`.
-        total: see `Source`.
-        fingerprint: see `Source`: names, sizes and columns.
-        lost: why a file cannot be read at all, by position.
+    See `open_parquet`; `lost` is the reason per file that cannot be read, by position.
     """
 
     root: Path
     paths: Sequence[str]
     sizes: Sequence[int]
     layout: Layout
-    images: Path | None
+    images: Path
     total: int | None
     fingerprint: str
     lost: Mapping[int, str]
@@ -179,43 +198,168 @@ class ColumnarSource:
     @property
     def description(self) -> str:
         """See `Source`."""
-        what = " and ".join(side.plural for side in self.sides)
-        return f"{_form(self.paths)} of {what}"
+        return f"{_form(self.paths)} of {' and '.join(side.plural for side in self.sides)}"
 
     @property
-    def volumes(self) -> Sequence[str]:
+    def files(self) -> Sequence[str]:
         """See `Source`."""
-        return [shown((self.root / path).as_posix()) for path in self.paths]
+        return [files.printable((self.root / path).as_posix()) for path in self.paths]
 
     @property
     def sides(self) -> Collection[Modality]:
         """See `Source`."""
-        there = {Modality.IMAGE: self.layout.found.image, Modality.TEXT: self.layout.found.caption}
-        return tuple(side for side, column in there.items() if column is not None)
+        columns = {
+            Modality.IMAGE: self.layout.found.image,
+            Modality.TEXT: self.layout.found.caption,
+        }
+        return tuple(side for side, column in columns.items() if column is not None)
 
     @property
     def total_images(self) -> int | None:
         """See `Source`; a row may lack its image."""
         return 0 if self.layout.found.image is None else self.total
 
-    def stamp(self, position: int, start: int, stop: int) -> str:
-        """See `Source`: name, size and columns of the file."""
+    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
+        """See `Source`; of name, size and columns of the file."""
         own = (self.paths[position], self.sizes[position], self.lost.get(position))
-        return fingerprint([self.layout, *own])
+        return files.fingerprint([self.layout, *own])
 
     @contextmanager
-    def open(self, position: int) -> Iterator[Volume]:
+    def open(self, position: int) -> Iterator[SourceFile]:
         """See `Source`."""
-        path = self.paths[position]
         if position in self.lost:
-            yield LostVolume(self.volumes[position], self.lost[position])
+            yield UnreadableFile(self.files[position], self.lost[position])
             return
-        with opened(self.root / path) as shelf:
-            yield ColumnarVolume(
-                self.root,
-                path,
-                shelf,
-                self.layout,
-                self.images or self.root,
-                is_one_of_several=len(self.paths) > 1,
-            )
+        with open_arrow(self.root / self.paths[position]) as file:
+            yield ParquetVolume(self, position, file)
+
+
+class ParquetVolume:
+    """An open file of a `ParquetSource` as a `SourceFile`."""
+
+    def __init__(self, source: ParquetSource, position: int, file: ArrowFile) -> None:
+        path = source.paths[position]
+        self.name = file.path.as_posix()
+        self._file = file
+        self._layout = source.layout
+        self._images = source.images
+        self._stem = f"{posixpath.splitext(path)[0]}/"
+        self._prefix = self._stem if len(source.paths) > 1 else ""
+        self._split = files.split_of(path)
+        self._next: tuple[int, Iterator[Mapping[str, Any]]] = (-1, iter(()))
+        self._damaged = (range(0), "")  # rows that cannot be read, and the reason
+
+    def __len__(self) -> int:
+        return len(self._groups[0]) - 1
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """See `SourceFile`."""
+        starts, repeated = self._groups
+        for record in range(start, min(stop, len(self))):
+            first = int(starts[record])
+            try:
+                rows = self._read(first, int(starts[record + 1]))
+                if record in repeated:
+                    raise ValueError("its id was there before; rows of one id must be adjacent")
+                yield self._record(first + 1, rows)
+            except (ValueError, DataError) as error:
+                reason = str(error).removeprefix(f"{self.name}: ")
+                yield Record(None, row=first + 1, error=reason)
+
+    @cached_property
+    def _groups(self) -> tuple[Sequence[int], set[int]]:
+        """First row of each record, and the end; records whose id is repeated."""
+        name = self._layout.found.id
+        if name is None:
+            return range(self._file.rows + 1), set()
+        starts = array("q")
+        repeated: set[int] = set()
+        seen: set[Any] = set()
+        previous: Any = None
+        row = 0
+        for batch in self._file.batches([name], _TEXT_ROWS):
+            for value in column_values(batch[name]):
+                key = None if isinstance(value, InvalidValue) else value
+                if key is None or key != previous:
+                    if key is not None and key in seen:
+                        repeated.add(len(starts))
+                    seen.add(key)
+                    starts.append(row)
+                previous = key
+                row += 1
+        starts.append(self._file.rows)
+        return starts, repeated
+
+    def _read(self, first: int, stop: int) -> list[Mapping[str, Any]]:
+        """Read rows, from the position of the last call if it ended at `first`."""
+        damaged, reason = self._damaged
+        if first in damaged:
+            raise DataError(reason)
+        position, rows = self._next
+        if position != first:
+            rows = self._layout.rows(self._file, first)
+        try:
+            read = list(islice(rows, stop - first))
+            if len(read) < stop - first:
+                raise DamagedError("has fewer rows than it states; write or download it again")
+        except DamagedError as error:
+            self._damaged = (range(first, self._file.end_of_group(first)), str(error))
+            raise
+        self._next = (stop, rows)
+        return read
+
+    def _record(self, number: int, values: Sequence[Mapping[str, Any]]) -> Record:
+        rows = [self._layout.row(number, own, self._split) for own in values]
+        if any((error := row.error) is not None for row in rows):
+            raise ValueError(error)
+        own, split = rows[0].id, rows[0].split
+        if any(row.split != split for row in rows):
+            raise ValueError(f"its rows are in several splits, one of them {split or 'none'}")
+        image = None
+        column = self._layout.found.image
+        if column is not None:
+            first, *others = (row[column] for row in values)
+            if any(other is not None and other != first for other in others):
+                raise ValueError(
+                    f"its rows have the same id {own!r:.200}, but other images; ids must be unique"
+                )
+            image_id = f"{self._stem}{number}" if own is None else f"{self._prefix}{own}"
+            read = self._image_reader(first)
+            image = read and ImageInput(image_id, f"{self.name}/{number}", read)
+        captions = dict.fromkeys(caption for row in rows for caption in row.captions)
+        if image is None and not captions:
+            raise ValueError("has neither an image nor a caption")
+        label = image.id if image else f"{self._prefix}{own or f'caption:{number}'}"
+        texts = tuple(
+            TextInput(f"{label}#{k}" if k or image else label, text, number)
+            for k, text in enumerate(captions)
+        )
+        return Record(image, texts, split, number)
+
+    def _image_reader(self, value: Any) -> Callable[[], bytes] | None:
+        """Return a function that reads an image's bytes, None if there is no image."""
+        if isinstance(value, InvalidValue):
+            raise ValueError(str(value))
+        if isinstance(value, dict):
+            path, value = value.get("path"), value.get("bytes")
+            if value is None and isinstance(path, str) and path:
+                return partial(
+                    files.read_bounded, self._images / files.path_below(self._images, path)
+                )
+        return None if value is None or value == "" else partial(_image_bytes, value)
+
+
+def _image_bytes(value: bytes | str) -> bytes:
+    if isinstance(value, str):
+        return tables.decode_base64(value)
+    files.check_size(len(value))
+    return value
+
+
+def _text(values: Mapping[str, Any], name: str | None) -> str | None:
+    value = None if name is None else values[name]
+    if isinstance(value, InvalidValue):
+        raise ValueError(str(value))
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} must be text, not {value!r:.40}")
+    return (value or "").strip() or None

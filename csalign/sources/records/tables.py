@@ -1,154 +1,231 @@
-"""Read tables row by row, or whole: .csv, .tsv and .jsonl."""
+"""Read captions tables row by row, or tables of strings whole: .csv, .tsv, .jsonl, plain text."""
 
+import base64
+import binascii
 import csv
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import logging
+import re
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
-from csalign.sources.records.columns import (
-    Columns,
-    Found,
-    Row,
-    from_base64,
-    is_base64,
-    is_base64_name,
+from csalign.sources.records.files import (
+    MAX_LINE_BYTES,
+    Line,
+    check_size,
+    open_file,
+    read_lines,
+    translate_errors,
 )
-from csalign.sources.records.lines import CsvRecord, Lines, csv_records
-from csalign.sources.records.tree import opened, told_of
 
+logger = logging.getLogger(__name__)
+
+Kind = Literal[
+    "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
+]
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+BASE64_NAMES = ("image_base64", "img_base64", "image_b64", "base64")
+IMAGE_NAMES = (
+    *("image", "image_path", "image path", "image_file", "image_name", "img", "img_path"),
+    *("filepath", "file_path", "file_name", "filename", "path", "file", "jpg", "jpeg", "png"),
+    *("webp", "image_bytes", "img_bytes", *BASE64_NAMES),
+)
+CAPTION_NAMES = (
+    *("caption", "title", "text", "txt", "sentence", "captions", "caption_text", "sentences_raw"),
+    *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
+)
+SPLIT_NAME = "split"
 _DELIMITERS = ",\t;|"
+# How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
+_BASE64 = re.compile(r"data:image/[\w.+-]+;base64,|(?=.{100})(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)")
+_URL_SAFE = str.maketrans("-_", "+/", " \n\r")
 
 
-class RowReader:
-    """The rows of a captions table, streamed; blank lines are passed over.
-
-    A row that cannot be used comes with its flaw, and the rows behind it are read.
-
-    Args:
-        table: a .csv or .tsv with a header, or a .jsonl with an object a line; UTF-8, with or
-            without a byte order mark.
-        columns: which columns hold what.
-        form: suffix to read it as (default: its own).
+class Row(NamedTuple):
+    """One row of a captions table.
 
     Attributes:
-        found: the columns, once rows were read.
-        fingerprint: hex SHA-256 of what was read so far.
+        number: its first line in the file, counted from 1, the header included.
+        image: path or base64 as the table has it, "" if there is none.
+        captions: stripped and not empty.
+        error: why the row cannot be used; everything but its number is then absent.
+        offset: byte where the row starts, if `image` is base64 rather than a path.
     """
 
-    def __init__(self, table: Path, columns: Columns, form: str | None = None) -> None:
-        self._table = table
-        self._columns = columns
-        self._form = form or table.suffix.lower()
-        self._delimiter = ","
-        self._names: list[str] = []
-        self._digest = hashlib.sha256()
-        self.found = Found(None, None, None, None)
+    number: int
+    image: str = ""
+    captions: tuple[str, ...] = ()
+    split: str | None = None
+    id: str | None = None
+    error: str | None = None
+    offset: int | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of what was read so far and of what its columns are taken for."""
-        digest = self._digest.copy()
-        digest.update(repr(self.found).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
 
-    def __iter__(self) -> Iterator[Row]:
-        """Stream the rows.
+class TableColumns(NamedTuple):
+    """The columns of a table by their content; None where there is none."""
 
-        Raises:
-            DataError: the file, its header or a column makes the whole table unusable; the
-                message names the table and the row.
-        """
-        with opened(self._table) as file:
-            lines = Lines(self._table, file, self._digest)
-            yield from self._jsonl_rows(lines) if self._form == ".jsonl" else self._csv_rows(lines)
+    image: str | None = None
+    caption: str | None = None
+    split: str | None = None
+    id: str | None = None
 
-    def image_bytes(self, span: tuple[int, int]) -> bytes:
-        """Decode the base64 image of a row again; may run in any thread.
+    def __str__(self) -> str:
+        sides = (("images", self.image), ("captions", self.caption))
+        return ", ".join(f"{what} in column {name!r}" for what, name in sides if name is not None)
 
-        Raises:
-            DataError: it is not valid base64; the message is the reason alone.
-        """
-        try:
-            with told_of(self._table, named=False), self._table.open("rb") as file:
-                file.seek(span[0])
-                line = file.read(span[1] - span[0]).decode("utf-8-sig")
-            return from_base64(self._image_cell(line))
-        except (ValueError, LookupError, csv.Error) as error:
-            raise DataError(f"cannot be read ({error})") from None
-
-    def _image_cell(self, line: str) -> str:
-        if self._form == ".jsonl":
-            record = parse_json(line)
-            return str(record[self._columns.pick(record).image])
-        cells: list[str] = next(
-            csv.reader(line.splitlines(keepends=True), delimiter=self._delimiter)
-        )
-        return cells[self._names.index(str(self.found.image))]
-
-    def _csv_rows(self, lines: "Lines") -> Iterator[Row]:
-        self._delimiter = _delimiter(lines, self._form)
-        records = csv_records(lines, self._delimiter)
-        names = _header(self._table, records)
-        if names is None:
+    def warn_of_one_side(self, names: Collection[str], table: Path) -> None:
+        """Warn if one side is missing where another column may have been meant."""
+        others = [name for name in names if name not in self]
+        if not others or (self.image is not None and self.caption is not None):
             return
-        self._names = names
-        self.found = found = self._columns.find(names, self._table)
-        found.warn_of_one_side(names, self._table)
-        places = [None if name is None else names.index(name) for name in found]
-        all_base64 = is_base64_name(found.image)
-        for number, cells, flaw in records:
-            if flaw is None:
-                flaw = _cell_count_flaw(cells, names)
-            if flaw is not None:
-                lines.keep_first()
-                yield Row(number, flaw=flaw)
-                continue
-            image, caption, split, own_id = (
-                "" if place is None else cells[place].strip() for place in places
-            )
-            span = lines.span if image and (all_base64 or is_base64(image)) else None
-            captions = (caption,) if caption else ()
-            yield Row(number, image, captions, split or None, own_id or None, span=span)
+        missing, kept = ("captions", "images") if self.image else ("images", "captions")
+        logger.warning(
+            f"{table}: no column looks like {missing}, only {kept} are read "
+            f"(columns: {', '.join(names)}); name it with --{missing[:-1]}-column"
+        )
 
-    def _jsonl_rows(self, lines: "Lines") -> Iterator[Row]:
-        by_names: dict[tuple[str, ...], Found] = {}
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a user may specify of a SOURCE; None means to recognise it.
+
+    Attributes:
+        kind: the form, where its content is ambiguous; "folder" ignores a table among images,
+            "captions" reads texts alone, "list" reads a text file as a list of image paths.
+        captions: a table or JSON document with the captions of a folder of images.
+        images: folder that image paths start from (default: that of the table, or one near it).
+        image_column: of paths, bytes or base64; in a tar the extension of images.
+        caption_column: of captions; in a tar a json key or an extension.
+        split_column: of splits; required only if it is not the usual one.
+        id_column: of image ids (default: paths, keys or rows are the ids).
+        caption_lines: each line of a .txt is a caption, rather than the whole text. Default: true
+            in a folder; in a tar only if a ``dataset_type.txt`` of CLIP_benchmark says "retrieval".
+    """
+
+    kind: Kind = "auto"
+    captions: Path | None = None
+    images: Path | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    split_column: str = SPLIT_NAME
+    id_column: str | None = None
+    caption_lines: bool | None = None
+
+    def find(self, names: Collection[str], table: Path) -> TableColumns:
+        """Recognise the columns of a table.
+
+        Raises:
+            DataError: a named column is missing, or there are neither images nor captions.
+        """
+        listed = ", ".join(names) or "none"
+        for option in ("image", "caption", "split", "id"):
+            name = getattr(self, f"{option}_column")
+            if name not in (None, SPLIT_NAME, *names):
+                raise DataError(
+                    f"{table}: has no column {name!r:.200} (columns: {listed:.300}); correct "
+                    f"--{option}-column"
+                )
+        found = self.pick(names)
+        if found.image is None and found.caption is None:
+            raise DataError(
+                f"{table}: no column looks like images or captions (columns: {listed:.300}); name "
+                "them with --image-column and --caption-column, or read a folder's images without "
+                "the table with --kind folder"
+            )
+        return found
+
+    def pick(self, names: Collection[str]) -> TableColumns:
+        """Recognise those of the columns that are among `names`."""
+        by_name = {name.lower(): name for name in reversed(list(names))}
+
+        def choose(given: str | None, known: Collection[str]) -> str | None:
+            if given is not None:
+                return given if given in names else None
+            return next((by_name[name] for name in known if name in by_name), None)
+
+        image = None if self.kind == "captions" else choose(self.image_column, IMAGE_NAMES)
+        # An image column named "text" is not the caption column too.
+        captions = [name for name in CAPTION_NAMES if image is None or name != image.lower()]
+        caption = choose(self.caption_column, captions)
+        split = choose(
+            None if self.split_column == SPLIT_NAME else self.split_column, (SPLIT_NAME,)
+        )
+        return TableColumns(image, caption, split, choose(self.id_column, ()))
+
+
+class TableReader:
+    """Stream the rows of a captions table; `found` has its columns after that.
+
+    Args:
+        table: the file.
+        options: the columns to read.
+        form: ".csv" or ".tsv" with a header, ".jsonl" with one object per line, ".txt" with one
+            caption per line, or "list" with one image path or object per line.
+    """
+
+    def __init__(self, table: Path, options: SourceOptions, form: str) -> None:
+        self._table = table
+        self._options = options
+        self._form = form
+        self._header = _Header()
+        self.found = TableColumns()
+
+    def rows(self, file: BinaryIO) -> Iterator[Row]:
+        """Stream the rows of the open file; blank lines are skipped.
+
+        Raises:
+            DataError: the whole table is unusable; the message names the table and the row.
+        """
+        picked: dict[tuple[str, ...], TableColumns] = {}
         seen: dict[str, None] = {}
-        while True:
-            lines.begin()
-            line = next(lines, None)
-            if line is None:
-                break
-            number = lines.number
-            if not line.strip():
+        for number, offset, values, error in self.values(file):
+            if error is not None:
+                yield Row(number, error=error)
                 continue
-            try:
-                record = _json_object(line, lines.flaw)
-                names = tuple(record)
-                if names not in by_names:
-                    by_names[names] = self._columns.pick(names)
-                    seen |= dict.fromkeys(names)
-                yield _json_row(number, record, by_names[names], lines.span)
-            except ValueError as error:
-                yield Row(number, flaw=str(error))
-        if by_names:  # keys may be left out of a row, so what is there is known at the end alone
-            self.found = self._columns.find(seen, self._table)
+            names = tuple(values)
+            if names not in picked:
+                picked[names] = self._options.pick(names)
+                seen |= dict.fromkeys(names)
+                if self._header.names:
+                    self._options.find(names, self._table)
+            yield row_of(number, values, picked[names], offset)
+        if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
+            self.found = self._options.find(seen, self._table)
             self.found.warn_of_one_side(seen, self._table)
+
+    def read_image(self, offset: int) -> bytes:
+        """Read the base64 image of the row that starts at a byte; any thread may call it."""
+        with translate_errors(self._table, named=False), open_file(self._table) as file:
+            file.seek(offset)
+            row = next(self.rows(file), None)
+        if row is None or row.error is not None:
+            raise DataError("cannot be read, as its table has changed")
+        return decode_base64(row.image)
+
+    def values(self, file: BinaryIO) -> Iterator["_Values"]:
+        """Yield number, offset, values by column, and error of each row of the open file."""
+        is_text = self._form not in SUFFIXES
+        lines = read_lines(self._table, file, refuse_nul=is_text)
+        if self._form in (".csv", ".tsv"):
+            yield from _parse_csv(self._table, lines, self._form, self._header)
+            return
+        name = "caption" if self._form == ".txt" else self._options.image_column or "image"
+        for line in lines:
+            text = line.text.strip()
+            if is_text and text and (self._form == ".txt" or not text.startswith("{")):
+                yield _Values(line.number, line.offset, {name: text}, line.error)
+            elif text:
+                yield _parse_json(line)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A whole table of strings in memory.
-
-    Attributes:
-        path: where it came from.
-        numbers: line of each row in the file, counted from 1, for messages.
-        columns: values by column name; None where a cell is empty.
-    """
+    """A whole table of strings: line number of each row, and values or None by column."""
 
     path: Path
     numbers: list[int]
@@ -157,24 +234,16 @@ class Table:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def get(self, names: Sequence[str]) -> list[str | None] | None:
-        """The first of these columns that the table has, None if it has none of them."""
-        return next((self.columns[name] for name in names if name in self.columns), None)
-
     def require(self, names: Sequence[str]) -> list[str | None]:
-        """Like `get`.
-
-        Raises:
-            DataError: the table has none of these columns; the message lists those that it has.
-        """
-        column = self.get(names)
-        if column is None:
-            listed = ", ".join(self.columns) or "none"
-            raise DataError(f"{self.path}: has no column {names[0]!r} (columns: {listed}); add it")
-        return column
+        """Return the first of these columns that the table has, or raise `DataError`."""
+        for name in names:
+            if name in self.columns:
+                return self.columns[name]
+        listed = ", ".join(self.columns) or "none"
+        raise DataError(f"{self.path}: has no column {names[0]!r} (columns: {listed}); add it")
 
     def where(self, row: int) -> str:
-        """File and line of a row counted from 0, for messages."""
+        """Name the file and line of a row counted from 0, for messages."""
         return f"{self.path}, row {self.numbers[row]}"
 
 
@@ -182,151 +251,171 @@ def read_table(path: Path) -> Table:
     """Read a whole .csv, .tsv or .jsonl of strings.
 
     Raises:
-        DataError: there is no such file, it is of another kind, or a line is not UTF-8 or
+        DataError: there is no such file, it has another suffix, or a line is not UTF-8 or
             malformed; the message names the row.
     """
     suffix = path.suffix.lower()
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: a table is one of {', '.join(SUFFIXES)}")
-    numbers: list[int] = []
-    columns: dict[str, list[str | None]] = {}
-    with opened(path) as file:
-        lines = Lines(path, file)
-        records = _json_records if suffix == ".jsonl" else _csv_dicts
-        for number, record in records(path, lines):
-            for name in record.keys() - columns.keys():
-                columns[name] = [None] * len(numbers)
-            for name, values in columns.items():
-                values.append(record.get(name))
-            numbers.append(number)
-    return Table(path, numbers, columns)
-
-
-def _json_row(number: int, record: dict[str, Any], found: Found, span: tuple[int, int]) -> Row:
-    image = _json_text(record, found.image)
-    in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    return Row(
-        number,
-        image,
-        _json_captions(record, found.caption),
-        _json_text(record, found.split) or None,
-        _json_id(record, found.id),
-        span=span if in_base64 else None,
-    )
-
-
-def row_of(number: int, record: dict[str, Any], columns: Columns) -> Row:
-    """The row that a JSON object is, with its flaw if it has one."""
-    try:
-        return _json_row(number, record, columns.pick(record), (0, 0))
-    except ValueError as error:
-        return Row(number, flaw=str(error))
-
-
-def caption_of(value: Any, name: str) -> tuple[str, ...]:
-    """The captions in a JSON value: text or a list of texts, stripped and not empty.
-
-    Raises:
-        ValueError: it is neither; the message is the reason alone.
-    """
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(text for text in (_checked(item, name) for item in values) if text)
-
-
-def _csv_dicts(path: Path, lines: "Lines") -> Iterator[tuple[int, dict[str, str | None]]]:
-    records = csv_records(lines, "\t" if path.suffix.lower() == ".tsv" else ",")
-    names = _header(path, records) or []
-    for number, cells, flaw in records:
-        if flaw := flaw or _cell_count_flaw(cells, names):
-            raise DataError(f"{path}, row {number}: {flaw}")
-        yield number, {n: cell.strip() or None for n, cell in zip(names, cells, strict=True)}
-
-
-def _json_records(path: Path, lines: "Lines") -> Iterator[tuple[int, dict[str, str | None]]]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+        raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
+    table = Table(path, [], {})
+    with open_file(path) as file:
+        for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
             try:
-                record = _json_object(line, lines.flaw)
-                yield number, {name: _scalar(value) for name, value in record.items()}
-            except ValueError as error:
-                raise DataError(f"{path}, row {number}: {error}") from None
-        lines.begin()
+                if error is not None:
+                    raise ValueError(error)
+                # An id may be a number in JSON; as a string it is the same id.
+                cells = {
+                    name: None if value is None else text_of(str(value), "a cell") or None
+                    for name, value in values.items()
+                }
+            except ValueError as reason:
+                raise DataError(f"{path}, row {number}: {reason}") from None
+            for name in cells:
+                table.columns.setdefault(name, [None] * len(table))
+            for name, column in table.columns.items():
+                column.append(cells.get(name))
+            table.numbers.append(number)
+    return table
 
 
-def _scalar(value: Any) -> str | None:
-    """An id may be a number in JSON; as a string it is the same id."""
-    return None if value is None else _checked(str(value), "a cell") or None
-
-
-def _header(table: Path, records: Iterator["CsvRecord"]) -> list[str] | None:
-    first = next(records, None)
-    if first is None:
-        return None
-    if first.flaw is not None:
-        raise DataError(f"{table}, row {first.number}: {first.flaw}")
-    names = [cell.strip() for cell in first.cells]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{table}: has the column {name!r:.200} twice; rename one of them")
-    return names
-
-
-def _delimiter(lines: "Lines", form: str) -> str:
-    """What parts the cells: the usual one of the form, unless the header has another alone."""
-    usual = "\t" if form == ".tsv" else ","
-    header = lines.peek()
-    for delimiter in f"{usual}{_DELIMITERS}":
-        if delimiter in header:
-            return delimiter
-    return usual
-
-
-def _cell_count_flaw(cells: Sequence[str], names: Sequence[str]) -> str | None:
-    if len(cells) == len(names):
-        return None
-    return (
-        f"has {len(cells)} cells, the header has {len(names)}; put double quotes around a cell "
-        "that holds the separator"
-    )
-
-
-def _json_object(line: str, flaw: str | None) -> dict[str, Any]:
-    if flaw is not None:
-        raise ValueError(flaw)
+def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
+    """Make a row of a JSON object or of a table's cells; it has an error if they are unusable."""
     try:
-        record = parse_json(line)
+        image, split = (
+            "" if name is None or values.get(name) is None else text_of(values[name], name)
+            for name in (found.image, found.split)
+        )
+        captions = (
+            () if found.caption is None else json_captions(values.get(found.caption), found.caption)
+        )
+        own = None if found.id is None else values.get(found.id)
+        if isinstance(own, int) and not isinstance(own, bool):
+            own = str(own)
+        own = None if own is None else text_of(own, str(found.id)) or None
     except ValueError as error:
-        raise ValueError(f"is not valid JSON ({error}); each line must be one object") from None
-    if not isinstance(record, dict):
-        raise ValueError("is no JSON object; each line must be one object")
-    return record
+        return Row(number, error=str(error))
+    in_base64 = image and (is_base64_name(found.image) or is_base64(image))
+    return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
 
 
-def _json_text(record: dict[str, Any], name: str | None) -> str:
-    value = None if name is None else record.get(name)
-    return "" if value is None else _checked(value, str(name))
+def json_captions(value: Any, name: str) -> tuple[str, ...]:
+    """Return the captions in a JSON value, text or a list of texts, or raise `ValueError`."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(text for text in (text_of(item, name) for item in values) if text)
 
 
-def _json_id(record: dict[str, Any], name: str | None) -> str | None:
-    value = None if name is None else record.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return None if value is None else _checked(value, str(name)) or None
-
-
-def _json_captions(record: dict[str, Any], name: str | None) -> tuple[str, ...]:
-    return () if name is None else caption_of(record.get(name), name)
-
-
-def _checked(value: object, name: str) -> str:
+def text_of(value: object, name: str) -> str:
+    """Strip a text; raises `ValueError` if it is not text or not valid Unicode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, not {value!r:.40}")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{name} holds half of a surrogate pair; write the character whole"
+            f"{name} contains half of a surrogate pair; write the whole character"
         ) from None
     return value.strip()
+
+
+def is_base64_name(name: str | None) -> bool:
+    """Check whether all cells of a column by that name are base64."""
+    return name is not None and name.lower() in BASE64_NAMES
+
+
+def is_base64(cell: str) -> bool:
+    """Recognise an image in base64, rather than a path, by its first characters."""
+    return len(cell) > 20 and _BASE64.match(cell) is not None
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64, plain or URL-safe, perhaps with a ``data:`` header, or raise `DataError`."""
+    body = text.partition(",")[2] if text.startswith("data:") else text
+    check_size(len(body) * 3 // 4)
+    try:
+        return base64.b64decode(body.translate(_URL_SAFE), validate=True)
+    except (binascii.Error, ValueError):
+        raise DataError("is not valid base64") from None
+
+
+@dataclass
+class _Header:
+    names: list[str] = field(default_factory=list)
+    delimiter: str = ""
+
+
+class _Values(NamedTuple):
+    number: int
+    offset: int
+    values: dict[str, Any]
+    error: str | None = None
+
+
+def _parse_json(line: Line) -> _Values:
+    error = line.error
+    if error is None:
+        try:
+            values = parse_json(line.text.strip())
+            if isinstance(values, dict):
+                return _Values(line.number, line.offset, values)
+            error = "is not a JSON object; each line must be one object"
+        except ValueError as caught:
+            error = f"is not valid JSON ({caught}); each line must be one object"
+    return _Values(line.number, line.offset, {}, error)
+
+
+def _parse_csv(table: Path, lines: Iterator[Line], form: str, header: _Header) -> Iterator[_Values]:
+    """Yield the records behind the header, which is read first unless it is known already."""
+    # The limit holds for the process, as a reader has none of its own. Captions and images in
+    # base64 exceed its default of 128 KiB; an unclosed quote must still not fill the memory.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    taken: list[Line] = []
+    again: deque[Line] = deque()
+
+    def texts() -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            taken.append(line)
+            yield line.text
+
+    if not header.names:
+        usual = "\t" if form == ".tsv" else ","
+        again.extend(islice(lines, 1))
+        first = again[0].text if again else usual
+        header.delimiter = next((sign for sign in f"{usual}{_DELIMITERS}" if sign in first), usual)
+    reader = csv.reader(texts(), delimiter=header.delimiter, strict=True)
+    while True:
+        taken.clear()
+        error, cells = None, []
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as caught:
+            error = (
+                f"is malformed ({caught}); quote cells with double quotes and double a quote "
+                "inside them"
+            )
+        number, offset = taken[0][:2]
+        undecoded = next((line.error for line in taken if line.error), None)
+        if not (error or undecoded) and cells and header.names and len(cells) != len(header.names):
+            error = (
+                f"has {len(cells)} cells, the header has {len(header.names)}; put double quotes "
+                "around a cell that contains the separator"
+            )
+        if error is not None:  # bad is the first line alone: its quote may be unclosed
+            again.extendleft(reversed(taken[1:]))
+            reader = csv.reader(texts(), delimiter=header.delimiter, strict=True)
+        error = error or undecoded
+        cells = [cell.strip() for cell in cells]
+        if error is None and not cells:
+            continue
+        if header.names:
+            yield _Values(number, offset, dict(zip(header.names, cells, strict=False)), error)
+        elif error is not None:
+            raise DataError(f"{table}, row {number}: {error}")
+        elif len(set(cells)) < len(cells):
+            repeated = next(name for name in cells if cells.count(name) > 1)
+            raise DataError(f"{table}: has the column {repeated!r:.200} twice; rename one")
+        else:
+            header.names = cells

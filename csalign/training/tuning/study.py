@@ -23,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.core import atomic
+from csalign.core import atomic, locks
 from csalign.core.errors import OutputError, SchemaError
 from csalign.core.records import parse_json
 from csalign.core.results import Trial
@@ -136,7 +136,7 @@ def open_study(
         OutputError: another process continues it, or the study is of something else.
         SchemaError: its files are damaged.
     """
-    with atomic.lock_folder(folder), _quiet_optuna():
+    with locks.lock_folder(folder), _quiet_optuna():
         if overwrite or not _is_begun(folder):
             _clear(folder)
             document = {"format": FORMAT, "csalign_version": __version__, **identity}
@@ -156,7 +156,7 @@ def open_study(
         finally:
             if not _is_begun(folder):  # the settings are wrong, or there was no time
                 _clear(folder)
-                (folder / atomic.LOCK).unlink()
+                (folder / locks.LOCK).unlink()
                 with suppress(OSError):
                     folder.rmdir()
 
@@ -170,7 +170,7 @@ def check_study(folder: Path, features: Path) -> None:
     if not folder.is_dir():
         atomic.check_output(folder, overwrite=False, inputs=(features,))
         return
-    names = {path.name for path in folder.iterdir()} - {atomic.LOCK}
+    names = {path.name for path in folder.iterdir()} - {locks.LOCK}
     if names and STUDY not in names:
         raise OutputError(
             f"{folder}: holds files but no study ({min(names)}); choose another --out"

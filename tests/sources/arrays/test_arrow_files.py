@@ -149,12 +149,19 @@ def test_a_folder_of_parquet_is_one_table_in_natural_order(tmp_path: Path) -> No
     assert vectors.labels.where(15).endswith("part_10.parquet, row 3")
 
 
+def test_a_part_without_rows_is_passed_over(tmp_path: Path) -> None:
+    pq.write_table(lists(), tmp_path / "part_0.parquet")
+    pq.write_table(lists([1, 2], [3, 4]), tmp_path / "part_1.parquet")
+
+    assert whole(read_side(tmp_path, Modality.IMAGE)).tolist() == [[1, 2], [3, 4]]
+
+
 def test_a_column_can_be_named_in_two_ways(tmp_path: Path) -> None:
     x, y = numbers(5, 3), numbers(5, 2)
     path = tmp_path / "x.parquet"
     pd.DataFrame({"left": list(x), "right": list(y)}).to_parquet(path)
 
-    with pytest.raises(DataError, match=r"columns: left, right\); name it with --image-column"):
+    with pytest.raises(DataError, match=r"arrays: left, right\); name it with --image-column"):
         read_side(path, Modality.IMAGE)
     for vectors in (
         read_side(Path(f"{path}:right"), Modality.TEXT),
@@ -162,11 +169,11 @@ def test_a_column_can_be_named_in_two_ways(tmp_path: Path) -> None:
         read_both(path, {Modality.IMAGE: "left", Modality.TEXT: "right"})[Modality.TEXT],
     ):
         np.testing.assert_array_equal(whole(vectors), y)
-    with pytest.raises(DataError, match=r"has no column 'up' \(columns: left, right\)"):
+    with pytest.raises(DataError, match=r"has no array 'up' \(arrays: left, right\)"):
         read_side(path, Modality.TEXT, "up")
-    with pytest.raises(ConfigError, match="give one"):
+    with pytest.raises(ConfigError, match="pass one"):
         read_side(Path(f"{path}:right"), Modality.TEXT, "left")
-    with pytest.raises(ConfigError, match="does not say which side"):
+    with pytest.raises(ConfigError, match="does not state which side"):
         read_both(path, NEITHER)
 
 
@@ -177,13 +184,13 @@ def lists(*rows: Any) -> pa.Table:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (lists([1, 2], [3, 4], [5]), r"row 2: is 1 wide, the first is 2"),
+        (lists([1, 2], [3, 4], [5]), r"row 2: has width 1, the first has 2"),
         (lists([1, 2], None), r"row 1: has no embedding"),
-        (lists([1, 2], [3, 4], [None, 6]), r"row 2: holds nulls"),
+        (lists([1, 2], [3, 4], [None, 6]), r"row 2: contains nulls"),
         (lists(None, [1, 2]), r"row 0: has no embedding"),
-        (pa.table({"embedding": pa.array([[1, 2]])}), r"has dtype int64; .* scale"),
-        (pa.table({"embedding": pa.array([1.0])}), "no column looks like the image embeddings"),
-        (pa.table({"text_embedding": [[1.0]]}), "no column looks like the image embeddings"),
+        (pa.table({"embedding": pa.array([[1, 2]])}), r"has dtype int64, .* scale"),
+        (pa.table({"embedding": pa.array([1.0])}), "no array looks like the image embeddings"),
+        (pa.table({"text_embedding": [[1.0]]}), "no array looks like the image embeddings"),
         (lists(), "is empty"),
     ],
 )
@@ -201,7 +208,9 @@ def test_the_row_of_a_later_batch_is_counted_in_its_file(tmp_path: Path) -> None
     rows[CHUNK_ROWS + 3] = [1.0]
     pq.write_table(lists(*rows), tmp_path / "x.parquet")
 
-    with pytest.raises(DataError, match=rf"x\.parquet, row {CHUNK_ROWS + 3}: is 1 wide"):
+    with pytest.raises(
+        DataError, match=rf"x\.parquet:embedding, row {CHUNK_ROWS + 3}: has width 1"
+    ):
         whole(read_side(tmp_path / "x.parquet", Modality.IMAGE))
 
 
@@ -215,11 +224,11 @@ def test_damaged_tables_and_datasets_are_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"embeddings": numbers(50, 4).tolist()}).save_to_disk(folder)
     (arrow,) = folder.glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"\.arrow: (cannot be read|has no rows)"):
+    with pytest.raises(DataError, match=r"\.arrow: cannot be read"):
         whole(read_side(folder, Modality.IMAGE))
     arrow.unlink()
     with pytest.raises(DataError, match=r"\.arrow: cannot be read"):
         read_side(folder, Modality.IMAGE)
     (folder / "state.json").write_text("{")
-    with pytest.raises(DataError, match=r"state\.json: cannot be read"):
+    with pytest.raises(DataError, match=r"state\.json: is damaged"):
         read_side(folder, Modality.IMAGE)

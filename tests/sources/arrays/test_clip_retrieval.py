@@ -131,7 +131,7 @@ def test_a_part_of_another_length_or_without_its_fellows_is_refused(tmp_path: Pa
     with pytest.raises(DataError, match=r"text_emb_1\.npy: has 2 rows and .*_1\.\w+ has 3"):
         read_both(tmp_path, NEITHER)
     good.unlink()
-    with pytest.raises(DataError, match=r"text_emb: has no part 1, though others have"):
+    with pytest.raises(DataError, match=r"text_emb: has no part 1, unlike the other folders"):
         read_both(tmp_path, NEITHER)
     np.save(tmp_path / "text_emb" / "text_emb_01.npy", numbers(3, 6))
     assert len(read_both(tmp_path, NEITHER)) == 2

@@ -63,14 +63,14 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with h5py.File(path, "w") as file:
         file.create_dataset("images", (10**9, 3), "f4")
         file["texts"] = np.ones((3, 4), np.int8)
-    with pytest.raises(DataError, match=r"x\.h5:images: holds no data"):
+    with pytest.raises(DataError, match=r"x\.h5:images: contains no data"):
         read_side(path, Modality.IMAGE)
     with h5py.File(path, "a") as file:
         del file["images"]
     with pytest.raises(ShapeError, match=r"x\.h5:texts: has dtype int8"):
         read_side(path, Modality.TEXT)
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(DataError, match=r"x\.h5: is no readable HDF5 file"):
+    with pytest.raises(DataError, match=r"x\.h5: is not a readable HDF5 file"):
         read_side(path, Modality.TEXT)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ConfigError, match=r"pip install 'csalign\[hdf5\]'"):

@@ -72,7 +72,9 @@ def test_one_npz_may_hold_both_sides_under_any_usual_name(tmp_path: Path) -> Non
 def test_the_only_array_is_never_taken_for_both_sides(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", embeddings=numbers(4, 3))
 
-    with pytest.raises(DataError, match=r"has no array 'images' \(arrays: embeddings\)"):
+    with pytest.raises(
+        DataError, match=r"no array looks like the image embeddings \(arrays: embeddings\)"
+    ):
         read_both(tmp_path / "one.npz", {Modality.IMAGE: None, Modality.TEXT: None})
     assert len(read_side(tmp_path / "one.npz", Modality.IMAGE)) == 4
 
@@ -93,7 +95,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         good = path.read_bytes()
         for cut in (0, 3, 60, len(good) // 2, len(good) - 1):
             path.write_bytes(good[:cut])
-            with pytest.raises(DataError, match=rf"{path.name}: is no readable NumPy file"):
+            with pytest.raises(DataError, match=rf"{path.name}: is not a readable NumPy file"):
                 read_side(path, Modality.IMAGE)
 
 
@@ -104,7 +106,7 @@ def test_damage_inside_of_an_npz_is_found_while_reading(tmp_path: Path) -> None:
     damaged[1_000] ^= 1
     path.write_bytes(damaged)
 
-    with pytest.raises(DataError, match=r"x\.npz: is no readable NumPy file \(Bad CRC"):
+    with pytest.raises(DataError, match=r"x\.npz: is not a readable NumPy file \(Bad CRC"):
         whole(read_side(path, Modality.IMAGE))
 
 

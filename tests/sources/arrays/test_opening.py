@@ -70,7 +70,7 @@ def test_a_source_of_both_sides_cannot_be_one_array(tmp_path: Path) -> None:
     columns: dict[Modality, str | None] = dict.fromkeys(Modality)
     with pytest.raises(ConfigError, match=r"x\.npz:one: is one array, .* --images .*x\.npz:NAME"):
         read_both(tmp_path / "x.npz:one", columns)
-    with pytest.raises(DataError, match=r"one, two\); name the arrays with --image-column"):
+    with pytest.raises(DataError, match=r"one, two\); name it with --image-column"):
         read_both(tmp_path / "x.npz", columns)
     named = read_both(tmp_path / "x.npz", {Modality.IMAGE: "one", Modality.TEXT: "two"})
 
@@ -102,7 +102,7 @@ def test_shards_that_are_no_one_array_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShapeError, match=r"a_1\.npy: has shape \(2, 4\) and .*a_0\.npy has"):
         read_side(tmp_path, Modality.IMAGE)
     torch.save(torch.ones(2, 3), tmp_path / "a_1.pt")
-    with pytest.raises(DataError, match=r"holds \.npy and \.pt files"):
+    with pytest.raises(DataError, match=r"contains \.npy and \.pt files"):
         read_side(tmp_path, Modality.IMAGE)
 
 
@@ -110,12 +110,12 @@ def test_shards_that_are_no_one_array_are_refused(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("x.csv", "embeddings are one of .npy"),
-        ("x.pkl", "is a pickle, which csalign never loads"),
+        ("x.pkl", "is a pickle, which is never loaded"),
         ("nowhere.npy", "nowhere.npy: no such file"),
         ("empty", "has no file of embeddings"),
         ("x.npz:surprise", r"has no array 'surprise' \(arrays: images\)"),
-        ("x.npy:images", "holds one array without a name"),
-        ("x.pt:images", "holds one tensor, without a name"),
+        ("x.npy:images", "contains one array, which has no name"),
+        ("x.pt:images", "contains one array, which has no name"),
     ],
 )
 def test_what_is_no_embeddings_file_is_refused(tmp_path: Path, name: str, message: str) -> None:
@@ -137,8 +137,8 @@ def test_a_source_must_say_which_side_is_which(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "manifest.json").write_text("{}")
     for name, message in (
-        ("x.npy", "does not say which side"),
-        ("x.pt", "without a name"),
+        ("x.npy", "does not state which side"),
+        ("x.pt", "which has no name"),
         ("set", "is a feature set already"),
         ("nowhere", "no such file or folder"),
     ):

@@ -2,9 +2,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from csalign.core.enums import Modality
-from csalign.encoders.tokens import limit_tokens
+from csalign.encoders.base import EncoderOptions
+from csalign.encoders.running import limit_tokens, ready
 
 
 def numbered(count: int, width: int = 3) -> Any:
@@ -54,3 +56,14 @@ def test_tokens_without_a_grid_are_averaged_over_neighbours() -> None:
     (limited,) = limit_tokens([numbered(8)], Modality.IMAGE, 5)
 
     np.testing.assert_allclose(limited, numbered(8).reshape(4, 2, 3).mean(axis=1))
+
+
+def test_half_precision_weights_stay_half_under_autocast() -> None:
+    # An 8-billion-parameter checkpoint in float32 would not fit where its float16 does.
+    options = EncoderOptions(torch.device("cpu"), precision="float16")
+
+    kept = ready(torch.nn.Linear(3, 2).half(), options)
+    widened = ready(torch.nn.Linear(3, 2).bfloat16(), options)
+
+    assert kept.weight.dtype == torch.float16
+    assert widened.weight.dtype == torch.float32

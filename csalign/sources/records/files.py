@@ -1,0 +1,323 @@
+"""List, name and read the files of a source, on a disk or in an object store."""
+
+import hashlib
+import io
+import os
+import posixpath
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from csalign.core.errors import ConfigError, CsalignError, DataError
+from csalign.core.paths import is_remote, parse_location
+
+MAX_IMAGE_BYTES = 1 << 30
+MAX_TEXT_BYTES = 16 << 20
+MAX_LINE_BYTES = 64 << 20
+_MAX_FILES = 100_000
+_BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
+_SPLITS = {
+    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
+    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
+}
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_BRACE_FORMS = "write {00000..00012}, or {a,b}"
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_WILDCARD = re.compile(r"[*?[]")
+
+
+def files_below(folder: Path) -> dict[str, int | None]:
+    """List the files below a folder by their relative path, sorted; hidden ones are skipped.
+
+    Returns:
+        The size in bytes of each, None where it was not listed.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found = _remote_files(folder) if is_remote(folder) else _local_files(folder)
+    return {name: found[name] for name in sorted(found)}
+
+
+def expand_pattern(source: str) -> list[Path] | None:
+    """List the files that a pattern names, in its order; those of a wildcard are sorted.
+
+    Args:
+        source: ``{00000..00012}`` and ``{a,b}`` are replaced by each of their values, ``*``, ``?``
+            and ``[..]`` match existing files, ``::`` joins several patterns.
+
+    Returns:
+        None for a plain path.
+
+    Raises:
+        ConfigError: its braces are not a pattern, or it names too many files.
+        DataError: a wildcard matches nothing, or a file is repeated or missing.
+    """
+    if "::" not in source and re.search(r"[{}*?[]", source) is None:
+        return None
+    found: list[Path] = []
+    for text in (text for part in source.split("::") for text in _expand_braces(part)):
+        found += _glob(text) if _WILDCARD.search(text) else [parse_location(text)]
+        if len(found) > _MAX_FILES:
+            raise ConfigError(f"{source}: names more than {_MAX_FILES} files; narrow the pattern")
+    if len({str(path) for path in found}) < len(found):
+        raise DataError(f"{source}: names a file twice; name each once")
+    missing = [path for path in found if not is_remote(path) and not path.exists()]
+    if missing:
+        raise DataError(
+            f"{source}: {len(missing)} of its {len(found)} files do not exist, such as "
+            f"{missing[0]}; correct the pattern or add the files"
+        )
+    return found
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """Find the deepest folder that contains all of the files."""
+    folder = paths[0].parent
+    while folder != folder.parent and not all(folder in path.parents for path in paths):
+        folder = folder.parent
+    return folder
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; raises `DataError` if there is none."""
+    with translate_errors(path):
+        return path.stat().st_size
+
+
+def is_file(path: Path) -> bool:
+    """Check for a file; False also for a name that no file may have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_bounded(path: Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes, or raise `DataError` with the reason alone."""
+    with translate_errors(path, named=False):
+        status = path.stat()
+        check_size(status.st_size, limit)
+        # Reading a named pipe would wait for ever.
+        if not is_remote(path) and not stat.S_ISREG(status.st_mode):
+            raise DataError("is not a regular file")
+        return path.read_bytes()
+
+
+@contextmanager
+def translate_errors(path: Path, *, named: bool = True) -> Iterator[None]:
+    """Raise what reading a path raises as a `DataError`, which starts with the path if `named`."""
+    try:
+        yield
+    except CsalignError:
+        raise
+    except Exception as error:
+        # The libraries behind object stores raise errors of their own.
+        is_expected = isinstance(error, OSError | ValueError)
+        if not is_expected and (isinstance(error, _BUGS) or not is_remote(path)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        message = f"cannot be read ({reason.splitlines()[0]})"
+        if named:
+            remedy = "; check the address, the keys and the network" if is_remote(path) else ""
+            message = f"{path}: {message}{remedy}"
+        raise DataError(message) from None
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading in order, or raise `DataError`."""
+    with translate_errors(path):
+        file: Any = path.open("rb")
+    # The file objects of object stores ignore the length given to readline.
+    return cast(BinaryIO, io.BufferedReader(file, 1 << 20) if is_remote(path) else file)
+
+
+class Line(NamedTuple):
+    """A line of a text file: 1-based number, byte offset, text, and why it is not UTF-8."""
+
+    number: int
+    offset: int
+    text: str
+    error: str | None
+
+
+def read_lines(
+    name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES, refuse_nul: bool = False
+) -> Iterator[Line]:
+    """Yield the lines of a UTF-8 file with their line ends.
+
+    Args:
+        name: of the file, for messages.
+        file: from its start, or from the start of a line.
+        max_bytes: of a line.
+        refuse_nul: raise for NUL bytes rather than pass them on.
+
+    Raises:
+        DataError: the file cannot be read, or a line is too long; the message names the row.
+    """
+    number, offset = 1, 0
+    with translate_errors(name):
+        while data := file.readline(max_bytes + 1):
+            if len(data) > max_bytes:
+                raise DataError(
+                    f"{name}, row {number}: is longer than {max_bytes >> 20} MiB; end each row "
+                    "with a line break"
+                )
+            if refuse_nul and b"\0" in data:
+                raise DataError(
+                    f"{name}: contains NUL bytes, as find -print0 writes them; use one line per "
+                    "entry, as find -print does"
+                )
+            error = None
+            try:
+                text = decode_text(data, offset)
+            except DataError as reason:
+                error = f"{reason}; save the table as UTF-8"
+                text = data.decode(errors="surrogateescape")
+            yield Line(number, offset, text, error)
+            number += 1
+            offset += len(data)
+
+
+@contextmanager
+def local_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that has a descriptor: a remote one is copied to a temporary file first."""
+    with open_file(path) as file, ExitStack() as stack:
+        if is_remote(path):
+            copy = stack.enter_context(tempfile.TemporaryFile())
+            with translate_errors(path):
+                shutil.copyfileobj(file, copy, 8 << 20)
+            copy.flush()
+            file = cast(BinaryIO, copy)
+        yield file
+
+
+def check_size(size: int, limit: int = MAX_IMAGE_BYTES) -> None:
+    """Raise `DataError` for implausibly large data."""
+    if size > limit:
+        raise DataError(f"has {size} bytes, more than {limit >> 20} MiB")
+
+
+def decode_text(data: bytes, start: int = 0) -> str:
+    """Decode the UTF-8 at byte `start` of a file, without byte order mark, or raise `DataError`."""
+    try:
+        return data.decode().removeprefix("" if start else "\ufeff")
+    except UnicodeDecodeError as error:
+        byte, offset = data[error.start], start + error.start
+        raise DataError(f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})") from None
+
+
+def captions_in(content: str, *, lines: bool) -> list[str]:
+    """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
+    parts = content.splitlines() if lines else [content]
+    return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
+
+
+def printable(name: str) -> str:
+    """Escape what is not UTF-8 in a file name."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def name_error(name: str) -> str | None:
+    """Say what is wrong with the name of a file, None if nothing is."""
+    escaped = printable(name)
+    return None if escaped == name else f"{escaped}: file name is not UTF-8; rename the file"
+
+
+def path_below(root: Path, path: str) -> str:
+    """Make an image path of a table relative to `root`; one outside of it raises `DataError`."""
+    given = path
+    if "://" in path:
+        if not (is_remote(root) and path.startswith(f"{root}/")):
+            raise DataError(
+                f"image {path!r:.200} is a URL, which is not fetched; download it first"
+            )
+        path = path.removeprefix(f"{root}/")
+    elif os.path.isabs(path) and not is_remote(root):  # noqa: PTH117
+        path = os.path.relpath(path, root)
+    normal = posixpath.normpath(path)
+    if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:
+        remedy = "move it inside"
+        if given.startswith("/"):
+            remedy += ", or name a folder that holds all images with --images"
+        raise DataError(f"image {given!r:.200} is outside of {root}; {remedy}")
+    return normal
+
+
+def split_of(name: str) -> str | None:
+    """Recognise the split in the name of a file, or else of its folder.
+
+    ``train-00000-of-00002.parquet``, ``validation/0.tar`` and ``captions_val2017.json`` have one.
+    """
+    for part in reversed(name.split("/")[-2:]):
+        for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
+
+
+def fingerprint(parts: Iterable[object]) -> str:
+    """Return the hex SHA-256 of a list of values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part!r}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _local_files(folder: Path) -> dict[str, int | None]:
+    found: dict[str, int | None] = {}
+    prefix = len(os.path.join(folder, ""))  # noqa: PTH118
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
+        # Editors and file managers leave hidden entries behind, such as ._photo.jpg.
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in names:
+            if name[0] != ".":
+                found[os.path.join(parent, name)[prefix:].replace(os.sep, "/")] = None  # noqa: PTH118
+    return found
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def _remote_files(folder: Any) -> dict[str, int | None]:
+    base = folder.path.rstrip("/")  # one listing; a walk would send a request per folder
+    found: dict[str, int | None] = {}
+    for path, entry in folder.fs.find(base, detail=True).items():
+        name = path[len(base) :].strip("/")
+        if name and not path.endswith("/") and not any(p[0] == "." for p in name.split("/") if p):
+            found[name] = entry.get("size")
+    return found
+
+
+def _expand_braces(text: str) -> Iterator[str]:
+    match = _BRACES.search(text)
+    if match is None:
+        if "{" in text or "}" in text:
+            raise ConfigError(f"{text}: has an unpaired brace; {_BRACE_FORMS}")
+        yield text
+        return
+    choices: Iterable[str] = match[1].split(",")
+    if (limits := _RANGE.fullmatch(match[1])) is not None:
+        first, last = int(limits[1]), int(limits[2])
+        step = 1 if first <= last else -1
+        choices = (f"{n:0{len(limits[1])}d}" for n in range(first, last + step, step))
+    elif "," not in match[1]:
+        raise ConfigError(f"{text}: {match[0]} is neither a range nor a list; {_BRACE_FORMS}")
+    for choice in choices:
+        yield from _expand_braces(f"{text[: match.start()]}{choice}{text[match.end() :]}")
+
+
+def _glob(text: str) -> list[Path]:
+    # The part before the first wildcard is a plain path, from which local and remote paths glob.
+    plain, slash, _ = _WILDCARD.split(text, maxsplit=1)[0].rpartition("/")
+    base = parse_location(plain + slash if plain or slash else ".")
+    found = sorted(base.glob(text[len(plain + slash) :]), key=str)
+    if not found:
+        raise DataError(f"{text}: matches no file")
+    return found
