@@ -51,7 +51,7 @@ ONLY_DOORS = {
         "adapters/checkpoint.py",
         "generation/unclip.py",
         "sources/arrays/files.py",
-        "training/state.py",
+        "training/checkpoints.py",
     },
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"core/distributed.py"},

@@ -39,6 +39,7 @@ class AdapterInfo(Record):
     data_fingerprint: str  # of the feature set that it was trained on
     train_split: str  # the split(s) of it that it was trained on
     image_norm: float | None = None  # root mean square of those embeddings; None in old runs
+    validation: dict[str, float] | None = None  # metrics of these weights
     weights_sha256: str = ""  # set by `save_adapter`
 
 

@@ -22,8 +22,13 @@ from csalign.generation.config import GenerateConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
 from csalign.search.config import IndexConfig, SearchConfig
-from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.recipes import recipe_names, recipe_text, recipe_title
+from csalign.training.config import (
+    TrainConfig,
+    TuneConfig,
+    recipe_names,
+    recipe_text,
+    recipe_title,
+)
 
 app = typer.Typer(
     name="csalign",

@@ -178,7 +178,7 @@ def _card(
             width=info.adapters[Modality.IMAGE].width,
             facts=facts,
             settings=settings,
-            validation=_validation(folder, info.step),
+            validation=info.validation or _validation(folder, info.step),
             evaluation=evaluation,
             checks=differences,
         )

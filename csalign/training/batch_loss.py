@@ -1,4 +1,4 @@
-"""The loss of one batch: adapters, pairwise terms, unpaired rows, bandwidth, temperature."""
+"""The loss of one batch: adapters, pairwise terms, distribution term, token term."""
 
 import logging
 import math
@@ -6,27 +6,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import to_tensor
+from csalign.adapters.side import SideAdapter
 from csalign.core import distributed
-from csalign.core.enums import DivergenceName, Modality, PairwiseName
-from csalign.features.join import Pairs
+from csalign.core.enums import DivergenceName, PairwiseName, Precision
+from csalign.core.errors import ConfigError
+from csalign.objective.distributed_autograd import all_gather_rows
 from csalign.objective.divergences import divergence
 from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
-from csalign.objective.pairwise import mix_pairs
-from csalign.training.batch_tokens import BatchTokens
-from csalign.training.config import TrainConfig
-from csalign.training.forward import Embedder, Inputs
-from csalign.training.sampler import Batch, Ints
-from csalign.training.schedule import Weight
-from csalign.training.token_data import StoredTokens
-from csalign.training.unpaired import Unpaired
+from csalign.training.config import ObjectiveOptions
+from csalign.training.sampler import Batch, SideBatch
 
 log = logging.getLogger(__name__)
 
@@ -35,245 +30,261 @@ MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
 NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
 SIGLIP_BIAS = -10.0  # SigLIP's start: nearly all pairs are negatives
+LEAST_ROWS = 8  # a distribution estimated from fewer rows pulls in random directions
+SUB_BATCH = 8_192  # rows per adapter pass by default
+AUTO_WEIGHT = 0.1  # where an automatic lambda starts
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
+RAISE, LOWER = 1.5, 0.5  # its factors after a validation
+_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+
+
+def compares_sets(options: ObjectiveOptions) -> bool:
+    """Return whether a distribution term uses all rows of both sides, paired or not."""
+    return bool(distribution_weight(options)) and not divergence(options.divergence).matched
+
+
+def uses_unpaired(options: ObjectiveOptions) -> bool:
+    """Return whether a term uses rows besides the pairs."""
+    is_infonce = options.pairwise is PairwiseName.INFONCE
+    return compares_sets(options) or (options.unpaired_negatives and is_infonce)
+
+
+def distribution_weight(options: ObjectiveOptions) -> float:
+    """Return the initial weight (lambda) of the distribution term."""
+    if options.divergence is DivergenceName.NONE:
+        return 0.0
+    return AUTO_WEIGHT if isinstance(options.cs_weight, str) else options.cs_weight
+
+
+def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
+    """Refuse terms that would be ignored, cannot be computed, or mean nothing.
+
+    Args:
+        options: the terms and their weights.
+        captions: use of captions.
+        rows: pairs per step; 0 if there is no step.
+
+    Raises:
+        ConfigError: names the options and the remedy.
+    """
+    has_other_terms = bool(distribution_weight(options) or options.token_weight)
+    if options.pairwise is PairwiseName.NONE and not has_other_terms and rows:
+        raise ConfigError(
+            "pairwise none leaves nothing to train on without a distribution term; pass a "
+            "--cs-weight and a --divergence, or --steps 0 to keep the initialization"
+        )
+    if options.label_smoothing and options.pairwise is not PairwiseName.INFONCE:
+        raise ConfigError(
+            f"label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
+            "leave it at 0"
+        )
+    if options.mixing and captions == "all":
+        raise ConfigError(
+            "mixing: mixes an image and one caption with another pair; use --captions first or "
+            "sample"
+        )
+    if compares_sets(options) and 0 < rows < LEAST_ROWS:
+        raise ConfigError(
+            f"divergence {options.divergence}: is estimated from the {rows} pairs of a step, which "
+            f"are too few; use a --batch-size and a set of {LEAST_ROWS} or more, or --cs-weight 0"
+        )
 
 
 class BatchLoss(nn.Module):
-    """Computes the objective of a batch.
+    """The objective of a batch, with its learned temperature and its bandwidth.
 
-    Where several processes train, each reads and embeds its part of the rows, and all of them then
-    compute the objective of the whole batch together; it comes out the same in each.
+    If several processes train, each embeds its share of the rows, and all of them then compute
+    the objective of the whole batch together; its value is the same in each.
 
     Args:
-        adapter: both sides.
-        rows: training rows.
-        unpaired: what the distribution term sees besides.
-        config: the terms and their weights.
-        device: where to compute.
-        tokens: of the training rows, None where no side trains with any.
+        options: the terms and their weights.
+        precision: of matrix multiplications.
+        sub_batch: rows per adapter pass; the activations of larger batches are recomputed.
 
     Attributes:
-        weight: lambda now.
-        sigma: bandwidth or bandwidths of the last batch, None where nothing has one.
+        sigma: bandwidth or bandwidths of the last batch, None if no term has one.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
-        rows: Pairs,
-        unpaired: Unpaired,
-        config: TrainConfig,
-        device: torch.device,
-        tokens: StoredTokens | None = None,
+        options: ObjectiveOptions,
+        *,
+        precision: Precision = Precision.FLOAT32,
+        sub_batch: int | None = None,
     ) -> None:
         super().__init__()
-        self._adapter = [adapter]  # not a submodule: its weights are saved on their own
-        self._rows = rows
-        self._unpaired = unpaired
-        self._config = config
-        self._device = device
-        self._embed = Embedder(adapter, config)
-        self._tokens = (
-            None if tokens is None else BatchTokens(adapter, rows, tokens, config, device)
+        self._options = options
+        self._precision = precision
+        self._sub_batch = sub_batch or SUB_BATCH
+        self._objective = Objective(
+            pairwise=options.pairwise,
+            divergence=options.divergence,
+            weight=distribution_weight(options),
+            token_weight=options.token_weight,
+            label_smoothing=options.label_smoothing,
+            precision=precision,
+            divided=distributed.world().size > 1,
         )
-        is_none = config.divergence is DivergenceName.NONE
-        self.weight = Weight.of(0.0 if is_none else config.cs_weight)
-        scale = torch.tensor(math.log(config.logit_scale), device=device)
-        self.log_scale = nn.Parameter(scale, requires_grad=config.learn_scale)
-        is_sigmoid = config.pairwise is PairwiseName.SIGMOID
-        bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0, device=device)
+        self._pairwise_only = replace(self._objective, weight=0.0, token_weight=0.0)
+        is_sigmoid = options.pairwise is PairwiseName.SIGMOID
+        scale = torch.tensor(math.log(options.logit_scale))
+        self.log_scale = nn.Parameter(scale, requires_grad=options.learn_scale)
+        bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0)
         self.logit_bias = nn.Parameter(bias, requires_grad=is_sigmoid)
-        self.sigma: Sigma | None = None
-        if self._has_bandwidth and not isinstance(config.bandwidth, str):
-            self.sigma = config.bandwidth
+        self._has_bandwidth = bool(options.token_weight) or (
+            bool(self._objective.weight) and divergence(options.divergence).has_bandwidth
+        )
+        is_fixed = self._has_bandwidth and not isinstance(options.bandwidth, str)
+        self.sigma: Sigma | None = options.bandwidth if is_fixed else None  # type: ignore[assignment]
         self._warned = False
 
     @property
+    def weight(self) -> float:
+        """The weight (lambda) of the distribution term."""
+        return self._objective.weight
+
+    def adapt_weight(self, *, recall_holds: bool) -> None:
+        """Raise an automatic lambda while validation recall holds, and halve it otherwise.
+
+        Halving undoes more than one raise, so that it settles where the term costs no recall.
+        """
+        if self._options.cs_weight == "auto" and self.weight:
+            value = self.weight * (RAISE if recall_holds else LOWER)
+            self._set_weight(min(MAX_WEIGHT, max(MIN_WEIGHT, value)))
+
+    def _set_weight(self, value: float) -> None:
+        self._objective = replace(self._objective, weight=value)
+
+    @property
     def logit_scale(self) -> float:
-        """1 / temperature of the pairwise term now."""
+        """The scale of cosines (1 / temperature) in the pairwise term."""
         return float(self.log_scale.detach().exp())
 
     def clamp(self) -> None:
-        """Keep a learned temperature where training is stable."""
-        if self._config.learn_scale:
+        """Clamp a learned temperature to where training is stable."""
+        if self._options.learn_scale:
             with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-    def position(self) -> dict[str, Any]:
-        """What changes with the steps beside the parameters: plain values, and tensors."""
-        tokens = None if self._tokens is None else self._tokens.rng.bit_generator.state
-        return {"weight": self.weight.value, "sigma": self.sigma, "tokens": tokens}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what `state_dict` contains beside the parameters."""
+        return {"weight": self.weight, "sigma": self.sigma}
 
-    def go_to(self, position: dict[str, Any]) -> None:
-        """Go on from what `position` said."""
-        self.weight = replace(self.weight, value=position["weight"])
-        self.sigma = as_sigma(position["sigma"])
-        if self._tokens is not None:
-            self._tokens.rng.bit_generator.state = position["tokens"]
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `get_extra_state` returned, possibly after a round trip through JSON."""
+        sigma = state["sigma"]
+        self.sigma = tuple(sigma) if isinstance(sigma, list) else sigma
+        self._set_weight(state["weight"])
 
-    def forward(self, batch: Batch, step: int, rng: np.random.Generator) -> LossParts:
-        """The objective of a batch.
+    def forward(self, adapter: Adapter, batch: Batch, step: int) -> LossParts:
+        """Compute the objective of a batch.
 
         Args:
-            batch: rows.
+            adapter: both sides.
+            batch: rows, their shares in each process.
             step: number of the step, from 1.
-            rng: draws the unpaired rows and what is mixed.
         """
-        have = np.empty(0, np.int64)
-        if batch.others is not None and (batch.others >= 0).sum() > 1:
-            have = np.flatnonzero(batch.others >= 0)
-        found, tokens = self._embedded(batch, have, step, rng)
-        images, texts = found[Modality.IMAGE], found[Modality.TEXT]
-        x, y, other = images["pairs"], texts["pairs"], texts.get("others")
-        lone_x, lone_y = images.get("lone"), texts.get("lone")
-        negatives = self._negatives(lone_x), self._negatives(lone_y)
-        parts = self._objective()(
-            x,
-            y,
-            logit_scale=self.log_scale.exp(),
+        x, x_tokens = self._embed(adapter.image, batch.images, batch.token_pairs[0])
+        y, y_tokens = self._embed(adapter.text, batch.texts, batch.token_pairs[1])
+        tokens = None
+        if self._options.token_weight and x_tokens and y_tokens:
+            tokens = TokenBatch(x_tokens[0], y_tokens[0], x_tokens[1], y_tokens[1])
+        images, _, _, unpaired_images = torch.split(x, batch.images.counts)
+        texts, others, further, unpaired_texts = torch.split(y, batch.texts.counts)
+        negatives = 0, 0
+        if self._options.unpaired_negatives and self._options.pairwise is PairwiseName.INFONCE:
+            negatives = len(unpaired_images), len(unpaired_texts)
+        extra_texts = unpaired_texts
+        if self._options.cs_captions == "all":
+            extra_texts = torch.cat([unpaired_texts, others, further])
+        scale = self.log_scale.exp()
+        parts = self._objective(
+            images,
+            texts,
+            logit_scale=scale,
             logit_bias=self.logit_bias,
-            sigma=self._bandwidth(x, y, step),
-            owner=None if batch.owner is None else torch.from_numpy(batch.owner).to(self._device),
-            x_extra=lone_x,
-            y_extra=self._extra_texts(texts),
+            sigma=self._bandwidth(images, texts, step),
+            owner=batch.owner,
+            x_extra=unpaired_images,
+            y_extra=extra_texts,
             negatives=negatives,
             tokens=tokens,
         )
-        if other is None:
+        if not len(others):
             return parts
-        own = x[torch.from_numpy(have).to(self._device)]
-        pairwise_alone = replace(self._objective(), weight=0.0, token_weight=0.0)
-        extra = pairwise_alone(
-            own,
-            other,
-            logit_scale=self.log_scale.exp(),
+        extra = self._pairwise_only(
+            images[batch.others],
+            others,
+            logit_scale=scale,
             logit_bias=self.logit_bias,
-            x_extra=lone_x,
-            y_extra=lone_y,
+            x_extra=unpaired_images,
+            y_extra=unpaired_texts,
             negatives=negatives,
         ).pairwise
-        total = parts.total + self._config.other_captions * extra
-        return parts._replace(total=total, others=extra)
-
-    def _objective(self) -> Objective:
-        return Objective(
-            pairwise=self._config.pairwise,
-            divergence=self._config.divergence,
-            weight=self.weight.value,
-            token_weight=self._config.token_weight,
-            label_smoothing=self._config.label_smoothing,
-            precision=self._config.precision,
-            divided=distributed.world().size > 1,
+        return parts._replace(
+            total=parts.total + self._options.other_captions * extra, others=extra
         )
 
-    def _embedded(
-        self, batch: Batch, have: Ints, step: int, rng: np.random.Generator
-    ) -> tuple[dict[Modality, dict[str, Tensor]], TokenBatch | None]:
-        """The rows of a step in the shared space, by side and role, and the tokens of the pairs.
+    def _embed(
+        self, side: SideAdapter, batch: SideBatch, token_pairs: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Embed the rows of one side, (n, width) of all processes, and the token term's tokens.
 
-        Args:
-            batch: rows.
-            have: positions of the images whose other caption is asked for.
-            step: number of the step.
-            rng: draws what is mixed, and unpaired rows.
+        Activations of more rows than a sub-batch are not kept but recomputed in the backward pass,
+        with the same noise and dropout.
         """
-        images, texts = self._pairs(batch, rng)
-        lone = {side: self._draw_unpaired(side, rng) for side in Modality}
-        captions = {"others": batch.others[have]} if batch.others is not None and len(have) else {}
-        if self._takes_captions and len(batch.further):
-            captions["further"] = batch.further
-        if self._tokens is None:
-            further = {role: self._stored(self._rows.texts, own) for role, own in captions.items()}
-            inputs = {
-                Modality.IMAGE: {"pairs": images, **lone[Modality.IMAGE]},
-                Modality.TEXT: {"pairs": texts, **further, **lone[Modality.TEXT]},
-            }
-            return {side: self._embed(side, own, step) for side, own in inputs.items()}, None
-        found = {side: self._embed(side, own, step) for side, own in lone.items()}
-        every = slice(None)
-        x, y, tokens = self._tokens.forward(batch, images.take(every), texts.take(every), step)
-        found[Modality.IMAGE]["pairs"], found[Modality.TEXT]["pairs"] = x, y
-        for role, own in captions.items():
-            values = self._stored(self._rows.texts, own).take(every)
-            found[Modality.TEXT][role] = self._tokens.texts(role, own, values, step)
-        return found, tokens
+        noise = self._options.noise
+        is_rounded = self._precision is Precision.BFLOAT16
+        with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=is_rounded):
+            if batch.tokens is None:
+                return self._gather(self._embed_share(side, batch.rows), sum(batch.counts)), None
+            values, mask = batch.tokens
+            if side.embeds_with_tokens:
+                found = side.forward_tokens(batch.rows, values, mask, noise)
+                embeddings, tokens = found.embeddings, found.tokens[token_pairs]
+                mask = mask[token_pairs]
+            else:
+                embeddings = self._embed_share(side, batch.rows)
+                tokens = side.forward_tokens(batch.rows[token_pairs], values, mask, noise).tokens
+        return embeddings.float(), (tokens.float(), mask)
 
-    def _stored(self, values: Any, rows: Ints) -> Inputs:
-        return Inputs(len(rows), lambda part: to_tensor(values[rows[part]], self._device))
+    def _embed_share(self, side: SideAdapter, rows: Tensor) -> Tensor:
+        noise = self._options.noise
+        if len(rows) <= self._sub_batch:
+            embeddings: Tensor = side(rows, noise)
+            return embeddings.float()
+        pieces = torch.split(rows, self._sub_batch)
+        return torch.cat(
+            [checkpoint(side, piece, noise, use_reentrant=False).float() for piece in pieces]
+        )
 
-    def _pairs(self, batch: Batch, rng: np.random.Generator) -> tuple[Inputs, Inputs]:
-        """The pairs, mixed with others if that is asked for (FuseMix)."""
-        images = self._stored(self._rows.images, batch.images)
-        texts = self._stored(self._rows.texts, batch.texts)
-        beta = self._config.mixing
-        if not beta:
-            return images, texts
-        partner = torch.from_numpy(rng.permutation(images.count)).to(self._device)
-        x, y = (normalize(inputs.take(slice(None)), dim=1) for inputs in (images, texts))
-        x, y = mix_pairs(x, y, float(rng.beta(beta, beta)), partner)
-        return Inputs(len(x), lambda part: x[part]), Inputs(len(y), lambda part: y[part])
-
-    @property
-    def _takes_extra(self) -> bool:
-        """Whether the distribution term has a use for rows beside the pairs."""
-        return bool(self.weight.value) and not divergence(self._config.divergence).matched
-
-    @property
-    def _takes_negatives(self) -> bool:
-        """Whether the pairwise term has a use for rows beside the pairs."""
-        is_infonce = self._config.pairwise is PairwiseName.INFONCE
-        return self._config.unpaired_negatives and is_infonce
-
-    def _negatives(self, lone: Tensor | None) -> int:
-        """How many of some unpaired rows InfoNCE is to tell from the pairs."""
-        return 0 if lone is None or not self._takes_negatives else len(lone)
-
-    def _extra_texts(self, texts: Mapping[str, Tensor]) -> Tensor | None:
-        """Embedded unpaired texts, and the captions that the pairs leave out."""
-        roles = ("lone", *(("others", "further") if self._takes_captions else ()))
-        parts = [texts[role] for role in roles if role in texts]
-        return torch.cat(parts) if parts else None
-
-    @property
-    def _takes_captions(self) -> bool:
-        return self._takes_extra and self._config.cs_captions == "all"
-
-    def _draw_unpaired(self, side: Modality, rng: np.random.Generator) -> dict[str, Inputs]:
-        """Some unpaired rows; none where there are none, or no term would see them."""
-        if not (self._takes_extra or self._takes_negatives):
-            return {}
-        if self._adapter[0].side(side).embeds_with_tokens:
-            return {}  # these rows come without
-        count = round(self._config.unpaired_ratio * self._config.batch_size)
-        rows = self._unpaired.draw(side, count, rng)
-
-        def take(part: slice) -> Tensor:
-            return to_tensor(self._unpaired.take(side, rows[part]), self._device)
-
-        return {"lone": Inputs(len(rows), take)} if len(rows) else {}
-
-    @property
-    def _has_bandwidth(self) -> bool:
-        if self._config.token_weight:
-            return True
-        has: bool = divergence(self._config.divergence).has_bandwidth
-        return bool(self.weight.value) and has
+    @staticmethod
+    def _gather(embeddings: Tensor, total: int) -> Tensor:
+        """Gather the shares of all processes."""
+        size = distributed.world().size
+        if size == 1:
+            return embeddings
+        shares = [distributed.share_of(total, rank) for rank in range(size)]
+        counts = [share.stop - share.start for share in shares]
+        return all_gather_rows(embeddings[: counts[distributed.world().rank]], counts)
 
     def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
-        """Sigma for this batch; also looks whether the kernel is nearly diagonal."""
+        """Return sigma for this batch; warn once if the kernel is nearly diagonal."""
         if not self._has_bandwidth:
             return 1.0
-        x, y = (normalize(side.detach(), dim=1) for side in (x, y))
         is_due = (step - 1) % MEDIAN_EVERY == 0
-        if self._config.bandwidth == "tied":
+        if is_due:
+            x, y = (normalize(side.detach(), dim=1) for side in (x, y))
+        if self._options.bandwidth == "tied":
             self.sigma = self.logit_scale**-0.5
-        elif self._config.bandwidth == "median" and is_due:
+        elif self._options.bandwidth == "median" and is_due:
             self.sigma = distributed.broadcast(lambda: max(MIN_MEDIAN, median_distance(x, y)))
         assert self.sigma is not None
-        if is_due and not self._warned and self._config.divergence in _KERNELS and len(x) > 2:
-            self._warn_of_narrow(x, y, self.sigma)
+        if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:
+            self._warn_of_narrow_kernel(x, y, self.sigma)
         return self.sigma
 
-    def _warn_of_narrow(self, x: Tensor, y: Tensor, sigma: Sigma) -> None:
+    def _warn_of_narrow_kernel(self, x: Tensor, y: Tensor, sigma: Sigma) -> None:
         widest = sigma if isinstance(sigma, float) else max(sigma)
         share = max(diagonal_share(x, sigma=widest), diagonal_share(y, sigma=widest))
         if share > NEARLY_DIAGONAL:
@@ -285,11 +296,3 @@ class BatchLoss(nn.Module):
                 widest,
                 100 * share,
             )
-
-
-_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
-
-
-def as_sigma(value: Any) -> Sigma | None:
-    """A bandwidth that was JSON in between."""
-    return tuple(value) if isinstance(value, list) else value

@@ -1,86 +1,93 @@
-"""The folder of a training run until it is whole, and the states in it that a rerun goes on from.
+"""The folder of an unfinished run, ``OUT.partial``, and the checkpoints that a rerun resumes from.
 
-It is ``OUT.partial``, and holds beside what a run consists of::
-
-    .csalign-job.json      what is trained, and on what; a rerun with other options is refused
-    resume/step-000120/    adapter.json and adapter.safetensors, the weights after 120 steps;
-                           state.safetensors, all else; SHA256SUMS, of these
+A checkpoint is a folder ``step-000120`` with ``adapter.json`` and ``adapter.safetensors``, the
+weights after 120 steps. Those in ``checkpoints/`` stay in the run. Those in ``resume/`` also hold
+``state.safetensors``, all else that training depends on, and ``SHA256SUMS`` of the three; a rerun
+resumes from the newest intact one. ``.csalign-job.json`` describes the run.
 """
 
+import json
 import logging
 import os
+import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS
-from csalign.core import atomic, locks
-from csalign.core.errors import OutputError, SchemaError, TrainingError
-from csalign.core.records import Record, read_job, write_record
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
+from csalign.adapters.side import mean_square
+from csalign.core import atomic, distributed, locks, signals
+from csalign.core.enums import Modality
+from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
+from csalign.core.records import Record, parse_json, read_job, write_record
+from csalign.core.version import __version__
 from csalign.features.reader import FeatureSet
-from csalign.runs.metadata import LINES
-from csalign.training.config import TrainConfig
-from csalign.training.state import read_values, write_values
+from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, write_environment
+from csalign.training.data import TrainingData
+from csalign.training.loop import Trainer
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 CHECKPOINTS_KEPT = 3
-STATES_KEPT = 2  # should the newest be damaged
+RESUMABLE_KEPT = 2  # in case the newest is damaged
 SECONDS_BETWEEN = 60.0
-MOST_COST = 0.02  # of the time goes into saving
 
 STATE = "state.safetensors"
 SUMS = "SHA256SUMS"
 _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
-# What does not change the result, or is told by a fingerprint of what it holds.
-_LEFT_OUT = {
+_HEADER = "values"  # key of the JSON in the header of a state
+_TENSOR = "tensor:"  # prefix of a tensor's name in the JSON
+
+# Options that do not change the result, or are compared by the fingerprint of their content.
+NOT_COMPARED = {
     *("out", "overwrite", "recipe", "features", "unpaired"),
     *("report", "device", "log_to", "save_every", "memory"),
 }
 
 
-class Training(Record):
-    """What decides the weights that come out, on one machine.
+class TrainingJob(Record):
+    """All that determines the weights of a run, on one machine.
 
     Attributes:
-        version: of the states.
-        options: of the config.
-        features: fingerprint of what is trained on.
-        unpaired: likewise of the further sets.
+        version: of the checkpoints.
+        options: of the config, except `NOT_COMPARED`.
+        features: fingerprint of the feature set.
+        unpaired: fingerprints of the further sets.
     """
 
     FORMAT: ClassVar[str] = "csalign-training"
 
     format: str = FORMAT
-    version: int = 3
+    version: int = 4
     options: dict[str, Any]
     features: str
     unpaired: list[str]
 
     @classmethod
-    def of(cls, config: TrainConfig, features: FeatureSet, unpaired: list[Path]) -> "Training":
-        """That of a config and what its feature sets hold."""
+    def of(
+        cls, options: Mapping[str, Any], features: FeatureSet, unpaired: Sequence[Path]
+    ) -> "TrainingJob":
+        """Describe a run by its options and the content of its feature sets."""
         return cls(
-            options=config.model_dump(mode="json", exclude=_LEFT_OUT),
+            options={name: v for name, v in options.items() if name not in NOT_COMPARED},
             features=features.manifest.fingerprint(),
             unpaired=[FeatureSet.open(path).manifest.fingerprint() for path in unpaired],
         )
 
 
-@dataclass(frozen=True)
-class State:
-    """What to go on from.
-
-    Attributes:
-        folder: holds the adapters' weights, as a run does.
-        step: optimiser steps made.
-        seconds: that they took.
-        trainer: see `Trainer.state`.
-    """
+class Checkpoint(NamedTuple):
+    """A checkpoint to resume from: weights, step, seconds so far, and `Trainer.state_dict`."""
 
     folder: Path
     step: int
@@ -88,107 +95,189 @@ class State:
     trainer: dict[str, Any]
 
 
-@dataclass
-class TrainingFolder:
-    """The folder of an unfinished run, as the process sees it that trains; by `open_training`.
+class UnfinishedRun:
+    """The folder of an unfinished run; opened by `open_run`.
 
-    Attributes:
-        path: of it.
-        state: what to go on from, None where the run begins.
-        every: steps between two states; None for once a minute, or less often where saving would
-            take more than 2 % of the time.
+    Args:
+        path: of the folder.
+        resumed: checkpoint to resume from, None for a new run.
+        every: steps between resumable checkpoints; None for one per minute.
     """
 
-    path: Path
-    state: State | None
-    every: int | None
-    checkpoints: list[Path] = field(init=False)
-    _cost: float = 0.0
+    _trainer: Trainer
+    _info: dict[str, Any]
+    _environment: dict[str, Any]
 
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path, resumed: Checkpoint | None, every: int | None) -> None:
+        self.path, self.resumed, self._every = path, resumed, every
         self._began = self._saved = time.monotonic()
-        self.checkpoints = _steps_in(self.path / CHECKPOINTS)
+
+    def begin(
+        self, trainer: Trainer, data: TrainingData, start: str, *, config: str, seed: int
+    ) -> None:
+        """Load the checkpoint to resume from into the trainer; write what describes the run.
+
+        Args:
+            trainer: of the adapters of that checkpoint.
+            data: what they are trained on.
+            start: name of their initialization.
+            config: content of ``config.toml``.
+            seed: of the run.
+
+        Raises:
+            SchemaError: the checkpoint is not of this run.
+        """
+        if self.resumed is not None:
+            try:
+                trainer.load_state_dict(self.resumed.trainer)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise SchemaError(
+                    f"{self.resumed.folder}: is not a checkpoint of this run ({error!r}); start "
+                    "again with --overwrite"
+                ) from error
+            log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
+        else:
+            log.info("start: %s", start)
+        log.info("training on %s", trainer.device)
+        features = data.features
+        self._trainer = trainer
+        self._info = {
+            "encoders": {side: features.table(side).encoder.spec for side in Modality},
+            "start": start,
+            "data_fingerprint": features.manifest.fingerprint(),
+            "train_split": data.split,
+            "image_norm": mean_square(data.rows.images) ** 0.5,
+        }
+        libraries = ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
+        self._environment = {
+            "csalign": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in libraries},
+            "device": str(trainer.device),
+            "processes": distributed.world().size,
+            "threads": torch.get_num_threads(),
+            "seed": seed,
+            "command_line": sys.argv,
+        }
+        atomic.write_text(self.path / CONFIG, config)
+        atomic.write_json(self.path / ENVIRONMENT, self._environment)
+        (self.path / LINES).touch()
 
     @property
-    def seconds(self) -> float:
-        """Wall time of the run so far, that of earlier processes included."""
-        return time.monotonic() - self._began + (self.state.seconds if self.state else 0.0)
+    def _seconds(self) -> float:
+        """Wall time of the run so far, including that of earlier processes."""
+        return time.monotonic() - self._began + (self.resumed.seconds if self.resumed else 0.0)
 
-    def checkpoint(self, step: int, save_weights: Callable[[Path], None]) -> None:
-        """Keep the weights of a step, and of the two checkpoints before it."""
-        path = _folder_of(self.path / CHECKPOINTS, step)
+    def keep(self) -> None:
+        """Save a checkpoint that stays in the run, of which the newest three do."""
+        path = _step_folder(self.path / CHECKPOINTS, self._trainer.step)
         path.mkdir(parents=True, exist_ok=True)
-        save_weights(path)
-        self.checkpoints.append(path)
-        while len(self.checkpoints) > CHECKPOINTS_KEPT:
-            atomic.remove_folder(self.checkpoints.pop(0))
+        self._save_weights(path)
+        for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
+            atomic.remove_folder(old)
 
     def is_due(self, step: int) -> bool:
-        """Whether a state is to be saved after this step."""
-        if self.every is not None:
-            return step % self.every == 0
-        return time.monotonic() - self._saved > max(SECONDS_BETWEEN, self._cost / MOST_COST)
+        """Return whether to save a resumable checkpoint after this step."""
+        if self._every is not None:
+            return step > 0 and step % self._every == 0
+        return step > 0 and time.monotonic() - self._saved > SECONDS_BETWEEN
 
-    def save(
-        self, step: int, save_weights: Callable[[Path], None], trainer: dict[str, Any]
-    ) -> Path:
-        """Save a state, whole or not at all, and remove old ones; returns its folder."""
-        began = time.monotonic()
-        folder = _folder_of(self.path / atomic.RESUME, step)
+    def save(self) -> Path:
+        """Save a resumable checkpoint atomically, remove old ones, and return its folder."""
+        folder = _step_folder(self.path / atomic.RESUME, self._trainer.step)
         if not folder.exists():
-            self._write(folder, save_weights, {"step": step, "trainer": trainer})
-            for old in _steps_in(folder.parent)[:-STATES_KEPT]:
+            lines = self.path / LINES
+            atomic.fsync_path(lines)
+            state = {
+                "step": self._trainer.step,
+                "seconds": self._seconds,
+                "trainer": self._trainer.state_dict(),
+                "lines_bytes": lines.stat().st_size,
+                "lines_sha256": atomic.sha256_file(lines),
+            }
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            atomic.remove_folder(temporary)
+            temporary.mkdir(parents=True)
+            self._save_weights(temporary)
+            write_state(temporary / STATE, state)
+            sums = [f"{atomic.sha256_file(temporary / name)}  {name}\n" for name in _SUMMED]
+            atomic.write_text(temporary / SUMS, "".join(sums))
+            atomic.fsync_path(temporary)
+            temporary.rename(folder)
+            atomic.fsync_path(folder.parent)
+            for old in _steps_in(folder.parent)[:-RESUMABLE_KEPT]:
                 atomic.remove_folder(old)
         self._saved = time.monotonic()
-        self._cost = self._saved - began
         return folder
 
-    def _write(
-        self, folder: Path, save_weights: Callable[[Path], None], values: dict[str, Any]
-    ) -> None:
-        lines = self.path / LINES
-        atomic.fsync_path(lines)
-        told = {
-            "seconds": self.seconds,
-            "lines_bytes": lines.stat().st_size,
-            "lines_sha256": atomic.sha256_file(lines),
-        }
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        atomic.remove_folder(temporary)
-        temporary.mkdir(parents=True)
-        save_weights(temporary)
-        write_values(temporary / STATE, {**values, **told})
-        sums = [f"{atomic.sha256_file(temporary / name)}  {name}\n" for name in _SUMMED]
-        atomic.write_text(temporary / SUMS, "".join(sums))
-        atomic.fsync_path(temporary)
-        temporary.rename(folder)
-        atomic.fsync_path(folder.parent)
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Save a resumable checkpoint if the block is stopped; name the last one if it diverges."""
+        with signals.polling() if distributed.world().size > 1 else nullcontext():
+            try:
+                yield
+            except TrainingError as error:
+                kept = _steps_in(self.path / CHECKPOINTS)
+                last = (
+                    f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
+                )
+                raise TrainingError(f"{error}; {last}") from None
+            except (Stopped, KeyboardInterrupt):
+                if self._trainer.can_be_saved:
+                    with signals.delayed():
+                        where = self.save()
+                    log.warning("saved in %s; rerun the same command to resume", where)
+                raise
+
+    def finish(self, validation: dict[str, float] | None) -> float:
+        """Write the final weights with their figures and what describes the finished run.
+
+        Returns:
+            Wall time in seconds.
+        """
+        self._save_weights(self.path, validation)
+        seconds = round(self._seconds, 3)
+        write_environment(self.path, {**self._environment, "seconds": seconds})
+        return seconds
+
+    def _save_weights(self, folder: Path, validation: dict[str, float] | None = None) -> None:
+        adapter, loss = self._trainer.adapter, self._trainer.loss
+        info = AdapterInfo(
+            adapters={side: adapter.side(side).shape for side in Modality},
+            step=self._trainer.step,
+            logit_scale=loss.logit_scale,
+            bandwidth=loss.sigma,
+            validation=validation,
+            **self._info,
+        )
+        save_adapter(folder, adapter, info)
 
 
 @contextmanager
-def open_training(
-    out: Path, training: Training, *, restart: bool, every: int | None
-) -> Iterator[TrainingFolder]:
-    """Begin a run, or go on with it; when the block succeeds, the folder is moved to `out`.
+def open_run(
+    out: Path, job: TrainingJob, *, restart: bool, every: int | None
+) -> Iterator[UnfinishedRun]:
+    """Begin or resume a run; after the block, move its folder to `out`.
 
-    Where the block raises, what a rerun goes on from stays, and so do checkpoints. After a
-    `TrainingError` a rerun would come to the same end, so it begins anew.
+    If the block raises, all checkpoints stay. After a `TrainingError`, which resuming would only
+    repeat, those to resume from are removed.
 
     Args:
         out: final folder; `atomic.check_output` was called.
-        training: what it is.
-        restart: whether an unfinished run with other options, or a damaged one, may be removed.
-        every: see `TrainingFolder`.
+        job: what determines the run.
+        restart: discard an unfinished run with other options, or a damaged one.
+        every: see `UnfinishedRun`.
 
     Raises:
-        OutputError: another process trains there, or something else is unfinished there.
-        SchemaError: all states there are damaged.
+        OutputError: another process trains there, or another run or job is unfinished there.
+        SchemaError: all checkpoints there are damaged.
     """
     out = out.resolve()
     folder = atomic.partial_path(out)
-    atomic.refuse_other_work(folder, Training.FORMAT)
+    atomic.refuse_other_work(folder, TrainingJob.FORMAT)
     with atomic.translate_os_errors(out), locks.lock_folder(folder):
-        run = TrainingFolder(folder, _begin(folder, training, restart=restart), every)
+        run = UnfinishedRun(folder, _begin(folder, job, restart=restart), every)
         try:
             yield run
         except TrainingError:
@@ -196,77 +285,73 @@ def open_training(
             atomic.remove_folder(folder / atomic.RESUME)
             raise
         except BaseException:
-            if not (run.checkpoints or _steps_in(folder / atomic.RESUME)):
+            if not any(_steps_in(folder / name) for name in (CHECKPOINTS, atomic.RESUME)):
                 atomic.cleanup(folder)
             raise
         atomic.commit(folder, out)
-        # Only now, lest a process that is killed here has to train again.
+        # Only now, so that a process killed before loses nothing.
         atomic.remove_folder(out / atomic.RESUME)
         (out / atomic.JOB).unlink()
 
 
-def _begin(folder: Path, training: Training, *, restart: bool) -> State | None:
-    """Make a folder ready; the state to go on from if it holds one of the same training."""
+def _begin(folder: Path, job: TrainingJob, *, restart: bool) -> Checkpoint | None:
+    """Prepare a folder; return the checkpoint to resume from if it has one of the same run."""
     path = folder / atomic.JOB
-    found = read_job(path, Training, restart=restart)
-    states = _steps_in(folder / atomic.RESUME)
-    if found is not None and found != training and states and not restart:
-        raise OutputError(_difference(folder, found, training))
-    if found == training and states:
-        state = _newest(states, restart=restart)
-        if state is not None:
-            _remove_later(folder, state)
-            return state
+    found = read_job(path, TrainingJob, restart=restart)
+    saved = _steps_in(folder / atomic.RESUME)
+    if found is not None and found != job and saved and not restart:
+        raise OutputError(_difference(folder, found, job))
+    if found == job and saved:
+        checkpoint = _newest(saved, restart=restart)
+        if checkpoint is not None:
+            for later in [*saved, *_steps_in(folder / CHECKPOINTS)]:
+                if _step_of(later) > checkpoint.step:
+                    atomic.remove_folder(later)
+            return checkpoint
     atomic.empty_folder(folder)
-    write_record(path, training)
+    write_record(path, job)
     return None
 
 
-def _difference(folder: Path, found: Training, training: Training) -> str:
-    """What to say of a folder with a run that was begun otherwise."""
-    old, new = found.options, training.options
+def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
+    old, new = ({**own.options, "checkpoint version": own.version} for own in (found, job))
     changes = [
-        f"{name.replace('_', '-')} {_said(old.get(name))}, not {_said(new.get(name))}"
+        f"{name.replace('_', '-')} {old.get(name, 'unset')}, not {new.get(name, 'unset')}"
         for name in {**new, **old}
         if old.get(name) != new.get(name)
     ]
-    if found.version != training.version:
-        changes.append(f"states of version {found.version}, not {training.version}")
-    if found.features != training.features:
+    if found.features != job.features:
         changes.append("features of other content")
-    if found.unpaired != training.unpaired:
+    if found.unpaired != job.unpaired:
         changes.append("other unpaired features")
     return (
-        f"{folder}: holds a run that was begun with {'; '.join(changes)}: go on with the same "
-        "options, start anew with --overwrite, or choose another --out"
+        f"{folder}: holds a run that was started with {'; '.join(changes)}: resume with the same "
+        "options, start again with --overwrite, or choose another --out"
     )
 
 
-def _said(value: Any) -> str:
-    return "unset" if value is None else str(value)
-
-
-def _newest(states: list[Path], *, restart: bool) -> State | None:
-    """The newest state that is not damaged.
+def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
+    """Read the newest intact checkpoint.
 
     Raises:
-        SchemaError: all are damaged, and this is no reason to start anew.
+        SchemaError: all are damaged, and `restart` is false.
     """
-    for path, before in zip(reversed(states), [*reversed(states[:-1]), None], strict=True):
+    for path, before in zip(reversed(saved), [*reversed(saved[:-1]), None], strict=True):
         try:
             return _read(path)
         except SchemaError as error:
             if before is None and not restart:
-                raise SchemaError(f"{error}; start anew with --overwrite") from None
-            log.warning("%s; %s", error, f"going back to {before}" if before else "starting anew")
+                raise SchemaError(f"{error}; start again with --overwrite") from None
+            action = f"going back to {before}" if before else "starting again"
+            log.warning("%s; %s", error, action)
     return None
 
 
-def _read(folder: Path) -> State:
-    """Read a state after checking all of it.
+def _read(folder: Path) -> Checkpoint:
+    """Verify and read a checkpoint, and cut the run's log back to it.
 
     Raises:
-        SchemaError: it is damaged.
+        SchemaError: it, or the log, is damaged.
     """
     try:
         sums = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -275,25 +360,19 @@ def _read(folder: Path) -> State:
     for name in _SUMMED:
         path = folder / name
         if not path.is_file() or f"{atomic.sha256_file(path)}  {name}" not in sums:
-            raise SchemaError(f"{path}: is damaged, by its checksum in {SUMS}")
-    values = read_values(folder / STATE)
-    lines, size = folder.parent.parent / LINES, values.pop("lines_bytes")
+            raise SchemaError(f"{path}: does not match its checksum in {SUMS}")
+    state = read_state(folder / STATE)
+    lines, size = folder.parent.parent / LINES, state.pop("lines_bytes")
     if not lines.is_file() or lines.stat().st_size < size:
         raise SchemaError(f"{lines}: is shorter than when {folder} was saved")
+    with lines.open("rb") as file:
+        if state.pop("lines_sha256") != sha256(file.read(size)).hexdigest():
+            raise SchemaError(f"{lines}: was changed or is damaged since {folder} was saved")
     os.truncate(lines, size)
-    if values.pop("lines_sha256") != atomic.sha256_file(lines):
-        raise SchemaError(f"{lines}: was changed or is damaged since {folder} was saved")
-    return State(folder, **values)
+    return Checkpoint(folder, **state)
 
 
-def _remove_later(folder: Path, state: State) -> None:
-    """Remove what was saved after a state, which will come again."""
-    for path in [*_steps_in(folder / atomic.RESUME), *_steps_in(folder / CHECKPOINTS)]:
-        if _step_of(path) > state.step:
-            atomic.remove_folder(path)
-
-
-def _folder_of(parent: Path, step: int) -> Path:
+def _step_folder(parent: Path, step: int) -> Path:
     return parent / f"step-{step:06d}"
 
 
@@ -302,6 +381,59 @@ def _step_of(path: Path) -> int:
 
 
 def _steps_in(folder: Path) -> list[Path]:
-    """The folders of steps, in their order."""
     found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
     return sorted(found, key=_step_of)
+
+
+def write_state(path: Path, values: Mapping[str, Any]) -> None:
+    """Write nested values as a safetensors file with JSON in its header, and sync it to disk.
+
+    Args:
+        path: a new file.
+        values: of mappings, lists, tensors and plain values. Keys become strings, tuples lists.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"{_TENSOR}{len(tensors)}"
+            # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return name
+        if isinstance(value, Mapping):
+            return {str(key): pack(part) for key, part in value.items()}
+        return [pack(part) for part in value] if isinstance(value, list | tuple) else value
+
+    document = json.dumps(pack(values))
+    try:
+        save_file(tensors, path, {_HEADER: document})
+    except SafetensorError as error:  # also if the disk is full
+        raise OutputError(atomic.os_error(error, path)) from None
+    atomic.fsync_path(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote; all tensors on the CPU.
+
+    Raises:
+        SchemaError: the file is not such a file.
+    """
+
+    def unpack(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(_TENSOR):
+            return tensors[value]
+        if isinstance(value, dict):
+            return {key: unpack(part) for key, part in value.items()}
+        return [unpack(part) for part in value] if isinstance(value, list) else value
+
+    try:
+        with safe_open(path, "pt") as file:
+            document = parse_json((file.metadata() or {})[_HEADER])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        state: dict[str, Any] = unpack(document)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise SchemaError(f"{path}: cannot be read ({error})") from None
+    return state

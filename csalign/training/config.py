@@ -1,12 +1,16 @@
-"""What ``csalign train`` and ``csalign tune`` can be told."""
+"""The options of ``csalign train`` and ``csalign tune``, in groups, and named recipes of them."""
 
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from csalign.core.config import (
+    Config,
     Count,
     Location,
     NotNegative,
@@ -18,236 +22,286 @@ from csalign.core.config import (
     Share,
     Words,
 )
-from csalign.core.enums import DivergenceName, PairwiseName, Precision
-from csalign.training.recipes import recipe_values
+from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
+from csalign.core.errors import ConfigError
+
+G = TypeVar("G", bound=Config)
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_RECIPES = files("csalign.training") / "recipes"
 
 
-class TrainConfig(OutputConfig):
-    """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
+def recipe_names() -> list[str]:
+    """Return the names of all recipes, sorted."""
+    names = (path.name for path in _RECIPES.iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
-    out: RunFolder = Field(
-        description="Folder to make; a rerun with the same options goes on with what was stopped."
-    )
-    overwrite: bool = Field(
-        False,
-        description="Replace the folder if it exists, only after success; and start anew where a "
-        "run with other options was stopped.",
-    )
-    recipe: str | None = Field(
-        None,
-        description="Named settings to start from, which --config and the command line win over: "
-        "close-the-gap, few-pairs, retrieval-llm or text-to-image; see csalign recipes.",
-    )
+
+def recipe_text(name: str) -> str:
+    """Return a recipe's TOML file, whose comments explain each setting.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"recipe: there is no {name!r}; there are {', '.join(recipe_names())}")
+    return (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def recipe_title(name: str) -> str:
+    """Return what a recipe is for: the first line of its file."""
+    return recipe_text(name).partition("\n")[0].lstrip("# ")
+
+
+def _split_locations(value: Any) -> Any:
+    """Split a comma-separated string, also as a single entry; refuse empty entries."""
+    if value is None:
+        return ()
+    if len(value) == 1 and isinstance(value[0], str) and not Path(value[0]).exists():
+        value = value[0]  # as the command line gives it
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if any(part == "" for part in value):
+        raise ValueError("an entry is empty; remove the extra comma")
+    return tuple(value)
+
+
+class DataOptions(Config):
+    """The rows to train and validate on."""
+
+    panel: ClassVar[str] = "Data"
+
     features: Location = Field(description="Feature set to train on.")
-    train_split: str = Field(
-        "train", description="Split(s) to train on, comma-separated; 'all' takes every row."
-    )
+    train_split: str = Field("train", description="Split(s), comma-separated; 'all' is every row.")
     val_split: str | None = Field(
-        None,
-        description="Split to validate on (default: val if there is one, else a tenth of the "
-        "training images, but 100 to 1,000 of them, or a quarter of fewer than 400).",
-    )
-    adapter: str = Field(
-        "glu",
-        description="Kind of both sides: linear; mlp or glu, the same plus a residual; low-rank, "
-        "near the identity; identity, frozen; transformer, over tokens; or your own, "
-        "PACKAGE.MODULE:CLASS.",
-    )
-    image_adapter: str | None = Field(None, description="Kind of the image side, if another.")
-    text_adapter: str | None = Field(None, description="Kind of the text side, if another.")
-    init: Literal["canonical", "random"] = Field(
-        "canonical", description="Start from the closed form, or from random weights."
-    )
-    width: int | None = Field(
-        None,
-        ge=1,
-        description="Width of the shared space (default: at most 256, or the encoders' own where "
-        "they share one and its centred features do best).",
-    )
-    hidden: Count = Field(1024, description="Hidden width of mlp, glu and transformer.")
-    rank: Count = Field(8, description="Rank of the change that low-rank makes.")
-    layers: Count = Field(2, description="Blocks of transformer.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.3, description="Dropout in what is added to the linear map."
-    )
-    noise: NotNegative = Field(
-        0.5, description="Norm of the Gaussian noise on the unit training inputs."
+        None, description="Validation split (default: val, or some of the training images)."
     )
     captions: Literal["first", "sample", "all"] = Field(
-        "first",
-        description="Learn from an image's first caption, from one of them, drawn anew each epoch, "
-        "or from all of them at once.",
-    )
-    other_captions: NotNegative = Field(
-        0.3,
-        description="Weight of a second InfoNCE term, on another caption of the image; not for "
-        "captions all.",
+        "first", description="Captions per image: its first, a random one per epoch, or all."
     )
     caption_weights: bool = Field(
-        True, description="Count a caption that many images share once, not once an image."
+        True, description="Weight a caption shared by many images once rather than per image."
+    )
+    unpaired: Annotated[tuple[Location, ...], BeforeValidator(_split_locations)] = Field(
+        (), description="Feature set whose rows the distribution term also uses; repeatable."
+    )
+    memory: int | None = Field(
+        None,
+        ge=0,
+        description="MiB of embeddings in memory (default: half of what is free); larger sets are "
+        "read from a temporary file in TMPDIR or next to the run.",
+    )
+
+
+class AdapterOptions(Config):
+    """The adapters and their initialization."""
+
+    panel: ClassVar[str] = "Adapters"
+
+    adapter: str = Field(
+        "glu",
+        description="Adapter of both sides: linear; mlp or glu (linear plus a residual branch); "
+        "low-rank (identity plus a low-rank update); identity (frozen); transformer (over "
+        "tokens); or your own, PACKAGE.MODULE:CLASS.",
+    )
+    image_adapter: str | None = Field(None, description="Adapter for images (default: --adapter).")
+    text_adapter: str | None = Field(None, description="Adapter for texts (default: --adapter).")
+    init: Literal["canonical", "random"] = Field(
+        "canonical", description="Start from the best closed form, or from random weights."
+    )
+    width: int | None = Field(
+        None, ge=1, description="Width of the shared space (default: at most 256, or as it is)."
+    )
+    hidden: Count = Field(1024, description="Hidden width of mlp, glu and transformer.")
+    rank: Count = Field(8, description="Rank of the low-rank update.")
+    layers: Count = Field(2, description="Blocks of transformer.")
+    dropout: Fraction = Field(0.3, description="Dropout in the residual branch.")
+
+    @property
+    def kinds(self) -> dict[Modality, str]:
+        """The kind of each side's adapter."""
+        image, text = self.image_adapter or self.adapter, self.text_adapter or self.adapter
+        return {Modality.IMAGE: image, Modality.TEXT: text}
+
+
+class ObjectiveOptions(Config):
+    """The terms of the loss."""
+
+    panel: ClassVar[str] = "Objective"
+
+    pairwise: PairwiseName = Field(
+        PairwiseName.INFONCE, description="Loss on matched pairs; sigmoid is SigLIP's."
+    )
+    other_captions: NotNegative = Field(
+        0.3, description="Weight of InfoNCE on a second caption; ignored with --captions all."
     )
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
-    pairwise: PairwiseName = Field(
-        PairwiseName.INFONCE, description="Loss of the pairs: infonce, sigmoid (SigLIP) or none."
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Label smoothing of InfoNCE."
+    label_smoothing: Fraction = Field(0.0, description="Label smoothing of InfoNCE.")
+    noise: NotNegative = Field(
+        0.5, description="Gaussian noise added to unit-norm inputs in training (expected norm)."
     )
     mixing: NotNegative = Field(
-        0.0, description="Mix pairs with each other (FuseMix), by Beta(mixing, mixing); 0 does not."
+        0.0, description="Beta(a, a) mixup coefficient of pairs (FuseMix); 0 disables."
     )
-    divergence: DivergenceName = Field(
-        DivergenceName.CS,
-        description="Distribution term: cs, mmd, gaussian-kl, sinkhorn, pairs-mse or none.",
-    )
+    divergence: DivergenceName = Field(DivergenceName.CS, description="Distribution term.")
     cs_weight: Annotated[Literal["auto"] | NotNegative, Number] = Field(
         0.1,
-        description="Weight (lambda) of the distribution term; 0 is the pairwise loss alone; auto "
-        "raises it while validation recall holds.",
+        description="Weight (lambda) of the distribution term; auto raises it while validation "
+        "recall holds.",
     )
     cs_captions: Literal["all", "paired"] = Field(
-        "all",
-        description="The distribution term sees all captions of a step's images, or the one that "
-        "the pairwise loss learns from.",
+        "all", description="Captions in the distribution term: all, or those of the pairwise loss."
     )
     bandwidth: Annotated[
         Literal["median", "tied"] | Positive | tuple[Positive, ...], Number, Several
     ] = Field(
         "median",
-        description="Kernel bandwidth (sigma), a distance between unit rows, or several by comma; "
-        "median is that of the batch's distances, refreshed; tied is 1/sqrt(logit scale).",
-    )
-    divergence_estimator: Literal["exact"] = Field(
-        "exact", description="The CS divergence is computed from all pairs of a step's rows."
-    )
-    unpaired: str | None = Field(
-        None,
-        description="Further feature sets, by comma, whose rows the distribution term sees too, as "
-        "it sees the training rows without a partner.",
-    )
-    unpaired_ratio: NotNegative = Field(
-        1.0, description="Unpaired rows a side and step, as a multiple of the batch size."
-    )
-    unpaired_negatives: bool = Field(
-        False, description="Let InfoNCE tell its pairs from the unpaired rows too."
-    )
-    match_moments: bool = Field(
-        True,
-        description="With unpaired rows, move and stretch the outputs after training, so that all "
-        "rows of both sides have like means and covariances, where validation recall holds.",
+        description="Kernel bandwidth (sigma), or several, comma-separated; median is that of the "
+        "batch's distances; tied is 1/sqrt(logit scale).",
     )
     token_weight: NotNegative = Field(
         0.0,
         description="Weight (mu) of the token term, the CS divergence between the tokens of an "
-        "image and those of its text; 0 leaves it out.",
+        "image and those of its text; 0 disables.",
     )
+    unpaired_ratio: NotNegative = Field(
+        1.0, description="Unpaired rows per side and step, as a multiple of the batch size."
+    )
+    unpaired_negatives: bool = Field(
+        False, description="Use unpaired rows as extra negatives of InfoNCE."
+    )
+    match_moments: bool = Field(
+        True, description="With unpaired rows, match the outputs' moments if recall holds."
+    )
+
+
+class TokenOptions(Config):
+    """Training with stored tokens."""
+
+    panel: ClassVar[str] = "Tokens"
+
     tokens: bool = Field(
-        False,
-        description="Embed with the stored tokens where the kind mixes them in (transformer); "
-        "--token-weight does so too.",
+        False, description="Embed with stored tokens (transformer); implied by --token-weight."
     )
-    token_samples: Count = Field(
-        16, description="Tokens a row and step, drawn anew where a row has more."
-    )
-    token_pairs: Count = Field(64, description="Pairs of a step that the token term sees.")
+    token_samples: Count = Field(16, description="Tokens sampled per row and step.")
+    token_pairs: Count = Field(64, description="Pairs per step that the token term uses.")
     token_memory: Count = Field(
-        1024,
-        description="MiB of tokens to keep in memory; a set that needs more is read block by "
-        "block, and shuffled within some blocks at a time.",
+        1024, description="MiB of tokens in memory; larger sets are read and shuffled in windows."
     )
-    memory: int | None = Field(
-        None,
-        ge=0,
-        description="MiB of embeddings to keep in memory (default: half of what is free); a set "
-        "that needs more is read from a temporary file in TMPDIR, or beside the run where that is "
-        "not set. The result is the same.",
-    )
+
+
+class OptimizerOptions(Config):
+    """The optimization."""
+
+    panel: ClassVar[str] = "Optimization"
+
     steps: int | None = Field(
-        None,
-        ge=0,
-        description="Optimiser steps (default: 40 epochs, at least 200); 0 is the start alone.",
+        None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
     )
-    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs a step.")
+    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(
         None,
-        description="Rows that go through an adapter at a time (default: 8192); of more, the "
-        "embeddings alone are kept and the rest is computed twice. Not with tokens.",
-    )
-    precision: Precision = Field(
-        Precision.FLOAT32,
-        description="Factors of the matrix products of the adapters and, from 256 rows on, of the "
-        "objective: float32, or bfloat16, which is faster where the CPU or GPU has it.",
-    )
-    compile: bool = Field(
-        False, description="Run the adapters through torch.compile, which does not pay on CPUs."
+        description="Rows per adapter pass (default: 8192); larger batches recompute activations "
+        "(gradient caching). Not with tokens.",
     )
     learning_rate: Positive = Field(1e-3, description="Peak learning rate of AdamW.")
     weight_decay: NotNegative = Field(0.01, description="Weight decay of AdamW.")
-    warmup: Share = Field(
-        0.05, description="Share of the steps over which the rate rises; it falls by a cosine."
-    )
-    average: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Decay of a running average of the weights, which is kept instead; 0 off."
-    )
+    warmup: Share = Field(0.05, description="Warm-up fraction; then cosine decay.")
+    average: Fraction = Field(0.0, description="EMA decay of the weights; 0 disables.")
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    patience: Count = Field(10, description="Stop after so many validations without a better one.")
-    validations: Count = Field(20, description="How often to validate, spread over the steps.")
-    save_every: Count | None = Field(
+    patience: Count = Field(10, description="Stop after this many validations without improvement.")
+    validations: Count = Field(20, description="Number of validations, spread over the steps.")
+    precision: Precision = Field(
+        Precision.FLOAT32, description="Precision of matrix multiplications."
+    )
+    compile: bool = Field(False, description="Use torch.compile on the adapters; no gain on CPUs.")
+
+
+class RunOptions(OutputConfig):
+    """The run folder, its logs, and where training computes."""
+
+    panel: ClassVar[str] = "Run"
+
+    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    overwrite: bool = Field(
+        False, description="Replace an existing run, after success, or an unfinished one."
+    )
+    recipe: str | None = Field(
         None,
-        description="Steps between the saves that a rerun goes on from (default: a minute; a "
-        "signal saves in any case).",
+        description="Preset; --config and command-line options override it: close-the-gap, "
+        "few-pairs, retrieval-llm or text-to-image; see csalign recipes.",
+    )
+    save_every: Count | None = Field(
+        None, description="Steps between resumable checkpoints (default: one per minute)."
     )
     log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
-        None,
-        description="Where figures go besides metrics.jsonl, by comma: csv (metrics.csv), "
-        "tensorboard, wandb.",
+        None, description="Loggers besides metrics.jsonl, comma-separated."
     )
     report: Path | None = Field(
         None, description="Also write a page with curves and validation, such as training.html."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+
+
+class TrainConfig(
+    RunOptions, OptimizerOptions, TokenOptions, ObjectiveOptions, AdapterOptions, DataOptions
+):
+    """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The values of the recipe that is named, if one is, below those that are given."""
-        name = values.get("recipe")
-        return values if name is None else {**recipe_values(str(name)), **values}
+    def _start_from_recipe(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill in the recipe's values below the given ones; drop the option that 0.1 had."""
+        given = dict(values)
+        if given.get("divergence_estimator") == "exact":  # in every config.toml of 0.1
+            del given["divergence_estimator"]
+        elif "divergence_estimator" in given:
+            raise ConfigError(
+                "divergence-estimator: was removed, and the divergence is always exact; remove it"
+            )
+        name = given.get("recipe")
+        return given if name is None else {**tomllib.loads(recipe_text(str(name))), **given}
+
+    def group(self, kind: type[G]) -> G:
+        """Return the options of one group alone."""
+        values = {name: getattr(self, name) for name in kind.model_fields}
+        return kind(**values)
 
     def settings(self) -> str:
-        """Everything but the folder to make as TOML, for ``train --config FILE --out RUN``."""
-        left_out = set(OutputConfig.model_fields)
-        values = self.model_dump(mode="json", exclude_none=True, exclude=left_out)
-        return tomli_w.dumps(values)
+        """Return everything but the output folder as TOML, for ``train --config``."""
+        excluded = set(OutputConfig.model_fields)
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=excluded))
 
 
 class TuneConfig(TrainConfig):
-    """``csalign tune``: a search for settings of ``csalign train``; those that are given stay."""
+    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
 
-    out: RunFolder = Field(description="Folder of the study; one that is there is continued.")
-    overwrite: bool = Field(False, description="Begin anew in place of the study that is there.")
+    panel: ClassVar[str] = "Search"
+
+    out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
+    overwrite: bool = Field(False, description="Replace the study that is there.")
     trials: Count | None = Field(
         None,
-        description="Trials in all, those of a continued study included (default: 50, or without "
-        "end where --minutes is given).",
+        description="Trials in total, including those of a continued study (default: 50, or "
+        "unlimited with --minutes).",
     )
     minutes: NotNegative | None = Field(
-        None, description="Begin no trial after so many minutes; the first is always made."
+        None, description="Start no trial after this many minutes; the first always runs."
     )
     search: str | None = Field(
         None,
-        description="Settings to search, by comma (default: those of adapter, init, learning-rate, "
-        "logit-scale, noise, dropout, captions, other-captions, cs-weight and bandwidth that "
-        "neither the command line nor --config gives).",
+        description="Settings to search, comma-separated (default: those of adapter, init, "
+        "learning-rate, logit-scale, noise, dropout, captions, other-captions, cs-weight and "
+        "bandwidth that neither the command line nor --config gives).",
     )
     recall_slack: Share = Field(
         0.0,
-        description="Recall to give for a narrower gap: of the trials within so much of the best "
-        "mean recall, 0.01 being a point, the narrowest centroid distance wins.",
+        description="Mean recall to trade for a smaller gap: of the trials within this distance "
+        "of the best (0.01 is one point), the smallest centroid distance wins.",
     )
 
     def base(self) -> TrainConfig:
-        """What every trial starts from, and the first trial is."""
+        """Return the settings that every trial starts from."""
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})

@@ -1,24 +1,22 @@
-"""Where training starts: the best closed form on validation, or random weights."""
+"""Initialization of the adapters: the best closed form on validation, or random weights."""
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
+from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.kinds import find_kind, shared_width
 from csalign.adapters.model import Adapter, SideShape
-from csalign.adapters.side import SideAdapter
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.features.join import PairedRows, Pairs
-from csalign.training.config import TrainConfig
+from csalign.training.config import AdapterOptions
 from csalign.training.sampler import PairSampler
 from csalign.training.validation import Score, validate
-
-TokenWidths = Mapping[Modality, int]
 
 log = logging.getLogger(__name__)
 
@@ -27,189 +25,141 @@ POWERS = (0.5, 1.0)
 # Without a validation set there is nothing to choose by; these did well on every corpus tried.
 SAFE_RIDGE, SAFE_POWER = 1.0, 1.0
 
-
-def kinds_of(config: TrainConfig) -> dict[Modality, str]:
-    """The kind of adapter that each side is to have."""
-    return {
-        Modality.IMAGE: config.image_adapter or config.adapter,
-        Modality.TEXT: config.text_adapter or config.adapter,
-    }
+Roots = tuple[bool, bool]
+Candidate = tuple[ClosedForm, Roots]
 
 
-def closed_form_start(
+def initialize(
+    options: AdapterOptions,
     rows: Pairs,
     sampler: PairSampler,
     val: PairedRows | None,
-    config: TrainConfig,
-    token_widths: TokenWidths,
+    token_widths: Mapping[Modality, int],
+    seed: int,
 ) -> tuple[Adapter, str]:
-    """Build adapters at the closed form that does best on validation.
+    """Build adapters at the closed form that does best on validation, or with random weights.
 
-    Which closed forms there are depends on what the two kinds can hold. Two kinds with a linear
-    path choose among CCA over a grid of ridges and powers and, where the encoders share a width
-    already, the centred features themselves: aligned encoders such as CLIP's can only lose by a
-    map fitted on few pairs. Beside a side that keeps its space the other is regressed onto it.
+    The candidates depend on what the two kinds can represent. Two kinds with a linear path choose
+    among CCA over a grid of ridges and powers and, if the encoders have the same width, the
+    centred features themselves: encoders that are already aligned, such as CLIP's, can only lose
+    by a map fitted on few pairs. If one side keeps its space, the other is regressed onto it.
 
     Args:
+        options: kinds, widths, and whether to start from a closed form.
         rows: training rows.
-        sampler: gives their pairs and weights.
-        val: held-out rows, or None.
-        config: adapter kinds and widths.
-        token_widths: of the sides that take tokens. Validation is without them: a closed form
-            makes nothing of them.
+        sampler: of their pairs and weights.
+        val: held-out rows, measured without tokens, which a closed form does not use.
+        token_widths: of the sides that take tokens.
+        seed: of random weights.
 
     Returns:
-        The adapters and the winner's name; random ones where the kinds can hold no closed form.
+        The adapters, and the name of the closed form or "random".
     """
-    space = _Space(rows, sampler, config, token_widths)
-    if val is None:
-        first = next(space.candidates((SAFE_RIDGE,), (SAFE_POWER,)), None)
-        if first is None:
-            return random_start(rows, config, token_widths)
-        return space.at(*first), first[0].name
+    builder = _Builder(options, rows, sampler, token_widths, seed)
     best: tuple[Adapter, str] | None = None
     best_score: Score | None = None
-    for form, roots in space.candidates(RIDGES, POWERS):
-        adapter = space.at(form, roots)
-        score = validate(adapter, val)
-        log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
-        if score.better_than(best_score):
-            best, best_score = (adapter, form.name), score
-    return best or random_start(rows, config, token_widths)
+    if options.init == "canonical":
+        grid = (RIDGES, POWERS) if val is not None else ((SAFE_RIDGE,), (SAFE_POWER,))
+        for form, roots in builder.candidates(*grid):
+            adapter = builder.build(len(form.image_weight), roots)
+            adapter.start_from(form)
+            if val is None:
+                best = adapter, form.name
+                break
+            score = validate(adapter, val)
+            log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
+            if score.better_than(best_score):
+                best, best_score = (adapter, form.name), score
+    return best or (builder.build(None, (False, False)), "random")
 
 
-def random_start(
-    rows: Pairs, config: TrainConfig, token_widths: TokenWidths
-) -> tuple[Adapter, str]:
-    """Build adapters with random weights, seeded."""
-    return _build(rows, config, token_widths, None, (False, False)), "random"
-
-
-def _build(
-    rows: Pairs,
-    config: TrainConfig,
-    token_widths: TokenWidths,
-    width: int | None,
-    roots: tuple[bool, bool],
-) -> Adapter:
-    """Adapters with random weights.
-
-    Args:
-        rows: for the encoders' widths.
-        config: everything else.
-        token_widths: of the sides that take tokens.
-        width: of the shared space; None for what the kinds and the config say.
-        roots: whether the square root is taken of images and texts.
-    """
-    kinds = kinds_of(config)
-    widths = _widths(rows)
-    allow = set(kinds.values())  # the user named them
-    if width is None:
-        width = shared_width(kinds, widths, config.width, allow=allow)
-    shapes = {
-        side: SideShape(
-            kind=kinds[side],
-            input_width=widths[side],
-            width=width,
-            hidden=config.hidden,
-            dropout=config.dropout,
-            signed_sqrt=root,
-            token_width=token_widths.get(side),
-            rank=config.rank,
-            layers=config.layers,
-        )
-        for side, root in zip(Modality, roots, strict=True)
-    }
+def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:
+    """Load the adapters of a checkpoint, and the name of their initialization."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Adapter(shapes, allow=allow)
+        adapter, info = load_adapter_with_info(folder, allow=set(kinds.values()))
+    return adapter, info.start
 
 
-def _widths(rows: Pairs) -> dict[Modality, int]:
-    return {Modality.IMAGE: rows.images.shape[1], Modality.TEXT: rows.texts.shape[1]}
+@dataclass
+class _Builder:
+    """Builds adapters, and the closed forms that their kinds can represent."""
 
-
-@dataclass(frozen=True)
-class _Space:
-    """The closed forms that two kinds of adapters can start from."""
-
+    options: AdapterOptions
     rows: Pairs
     sampler: PairSampler
-    config: TrainConfig
-    token_widths: TokenWidths
+    token_widths: Mapping[Modality, int]
+    seed: int
+    _known: dict[Roots, PairMoments] = field(default_factory=dict)
 
-    def at(self, form: ClosedForm, roots: tuple[bool, bool]) -> Adapter:
-        """Adapters at a closed form."""
-        adapter = _build(self.rows, self.config, self.token_widths, len(form.image_weight), roots)
-        adapter.start_from(form)
-        return adapter
+    def __post_init__(self) -> None:
+        self._kinds = self.options.kinds
+        self._allow = set(self._kinds.values())  # the user named them
+        self._widths = {side: self.rows.embeddings(side).shape[1] for side in Modality}
+
+    def build(self, width: int | None, roots: Roots) -> Adapter:
+        """Build adapters with random weights.
+
+        Args:
+            width: of the shared space; None for that of the kinds and options.
+            roots: whether to take the square root of images and texts.
+        """
+        options = self.options
+        if width is None:
+            width = shared_width(self._kinds, self._widths, options.width, allow=self._allow)
+        shapes = {
+            side: SideShape(
+                kind=self._kinds[side],
+                input_width=self._widths[side],
+                width=width,
+                hidden=options.hidden,
+                dropout=options.dropout,
+                signed_sqrt=root,
+                token_width=self.token_widths.get(side),
+                rank=options.rank,
+                layers=options.layers,
+            )
+            for side, root in zip(Modality, roots, strict=True)
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return Adapter(shapes, allow=self._allow)
 
     def candidates(
         self, ridges: tuple[float, ...], powers: tuple[float, ...]
-    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
-        """Closed forms, the safest first, and whether the square root is taken of each side."""
-        kept = [side for side, kind in self._classes.items() if kind.keeps_width]
-        free = [side for side, kind in self._classes.items() if kind.accepts_closed_form]
+    ) -> Iterator[Candidate]:
+        """Yield closed forms, the safest first, and whether each side's square root is taken."""
+        classes = {side: find_kind(kind, allow=self._allow) for side, kind in self._kinds.items()}
+        kept = [side for side, kind in classes.items() if kind.keeps_width]
+        free = [side for side, kind in classes.items() if kind.accepts_closed_form]
         if len(kept) + len(free) < len(Modality):
             return
-        width = shared_width(
-            kinds_of(self.config), _widths(self.rows), self.config.width, allow=self._allow
-        )
-        if len(free) == len(Modality):
-            yield from self._mapped(ridges, powers, width)
-        elif not free:
-            frozen = [side for side in kept if kinds_of(self.config)[side] == "identity"]
-            yield self._moments((False, False)).centred(*frozen), (False, False)
-        else:
-            yield from self._regressed(kept[0], ridges)
-
-    def _mapped(
-        self, ridges: tuple[float, ...], powers: tuple[float, ...], width: int
-    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
-        """For two kinds that can be any linear map."""
-        widths = _widths(self.rows)
+        width = shared_width(self._kinds, self._widths, self.options.width, allow=self._allow)
         plain = (False, False)
-        alike = len(set(widths.values())) == 1
-        if alike and self.config.width in (None, widths[Modality.IMAGE]):
+        if not free:
+            frozen = [side for side in kept if self._kinds[side] == "identity"]
+            yield self._moments(plain).centred(*frozen), plain
+            return
+        roots = is_non_negative(self.rows.images), is_non_negative(self.rows.texts)
+        if kept:
+            target = kept[0]
+            roots = roots[0] and target is Modality.TEXT, roots[1] and target is Modality.IMAGE
+            centre = self._kinds[target] != "identity"
+            for ridge in ridges:
+                yield self._moments(roots).ridge(target, ridge, centre=centre), roots
+            return
+        narrower = min(self._widths.values())
+        if max(self._widths.values()) == narrower and self.options.width in (None, narrower):
             yield self._moments(plain).centred(), plain
-        if width > min(widths.values()):
+        if width > narrower:
             raise ConfigError(
-                f"width: {width} is more than the narrower encoder's {min(widths.values())}, which "
-                "the closed form cannot give; lower it, or use --init random"
+                f"width: {width} is more than the narrower encoder's {narrower}, which the closed "
+                "form cannot give; lower it, or use --init random"
             )
         for ridge in ridges:
-            for form in self._moments(self._roots).cca(ridge=ridge, powers=powers, width=width):
-                yield form, self._roots
+            for form in self._moments(roots).cca(ridge=ridge, powers=powers, width=width):
+                yield form, roots
 
-    def _regressed(
-        self, to: Modality, ridges: tuple[float, ...]
-    ) -> Iterator[tuple[ClosedForm, tuple[bool, bool]]]:
-        """For a side that keeps its space beside one that can be any linear map."""
-        image_root, text_root = self._roots
-        roots = (image_root and to is not Modality.IMAGE, text_root and to is not Modality.TEXT)
-        is_frozen = kinds_of(self.config)[to] == "identity"
-        for ridge in ridges:
-            yield self._moments(roots).ridge(to, ridge, centre=not is_frozen), roots
-
-    @cached_property
-    def _classes(self) -> Mapping[Modality, type[SideAdapter]]:
-        return {
-            side: find_kind(kind, allow=self._allow) for side, kind in kinds_of(self.config).items()
-        }
-
-    @property
-    def _allow(self) -> set[str]:
-        return set(kinds_of(self.config).values())
-
-    @cached_property
-    def _roots(self) -> tuple[bool, bool]:
-        return is_non_negative(self.rows.images), is_non_negative(self.rows.texts)
-
-    @cached_property
-    def _known(self) -> dict[tuple[bool, bool], PairMoments]:
-        return {}
-
-    def _moments(self, roots: tuple[bool, bool]) -> PairMoments:
+    def _moments(self, roots: Roots) -> PairMoments:
         if roots not in self._known:
             pairs, weights = self.sampler.weighted_pairs()
             images, texts = self.rows.images, self.rows.texts

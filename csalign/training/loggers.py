@@ -1,80 +1,119 @@
-"""Where the figures of a training run go besides ``metrics.jsonl``."""
+"""The logs of a run: ``metrics.jsonl`` always, CSV, TensorBoard and Weights & Biases on request."""
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from csalign.adapters.model import Adapter
+from csalign.core import atomic
+from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.progress import Progress, show_figures
+from csalign.evaluation.config import MeasureOptions
+from csalign.evaluation.evaluate import describe, measure_rows
+from csalign.evaluation.page import write_report
+from csalign.evaluation.protocols import AlignedRows
+from csalign.report.page import check_page
+from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
+from csalign.training.data import TrainingData
 
 METRICS = "metrics.csv"
 EVENTS = "tensorboard"
 PROJECT = "csalign"
 COLUMNS = (
-    *("step", "loss", "pairwise", "pairwise_others", "divergence", "cs_weight", "logit_scale"),
-    *("bandwidth", "gradient_norm", "learning_rate"),
+    *("step", "loss", "pairwise", "pairwise_others", "divergence", "token", "cs_weight"),
+    *("logit_scale", "bandwidth", "gradient_norm", "learning_rate"),
     *("validation/mean_recall", "validation/mrr", "validation/centroid_distance"),
 )
 
-
-class Log(Protocol):
-    """Takes the figures of a step."""
-
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write figures by name."""
+Line = Mapping[str, Any]
+LogFigures = Callable[[int, Mapping[str, float]], None]
 
 
-def check_logs(names: Sequence[str]) -> None:
-    """Raise ConfigError if a library that a log needs is not installed."""
-    for name, load in (("tensorboard", _tensorboard), ("wandb", _wandb)):
-        if name in names:
-            load()
+def check_logs(names: Sequence[str], page: Path | None) -> None:
+    """Check that the logs and the page of a run can be written, before training.
+
+    Raises:
+        ConfigError: a library that a log needs is not installed.
+        OutputError: the page cannot be written where it is wanted.
+    """
+    if page is not None:
+        check_page(page)
+    for name in {"tensorboard", "wandb"} & set(names):
+        _library(name)
 
 
 @contextmanager
 def open_logs(
-    names: Sequence[str], folder: Path, run: str, config: Mapping[str, Any], step: int = 0
-) -> Iterator[list[Log]]:
-    """Open logs of a run, and close them after it.
+    names: Sequence[str], folder: Path, run: str, config: Line, step: int = 0
+) -> Iterator[Callable[[Progress, Line], None]]:
+    """Open the logs of a run, and close them after the block.
 
-    Those of a run that goes on are continued: figures of steps that are made again replace the
-    old ones.
+    The logs of a resumed run are continued: figures of steps that are repeated replace the old.
 
     Args:
         names: of csv, tensorboard and wandb.
-        folder: of the run; what is local is written there.
+        folder: of the run.
         run: its name.
-        config: what it was told, for wandb.
-        step: that the run goes on from.
+        config: its options, for wandb.
+        step: that the run resumes from.
+
+    Yields:
+        A function that shows the figures of a step or validation and logs them everywhere.
 
     Raises:
-        ConfigError: a library is not installed, or wandb does not let it in.
+        ConfigError: a library is not installed, or wandb refuses the login.
     """
-    openers = {
-        "csv": lambda stack: _csv_log(stack, folder / METRICS, folder / LINES),
-        "tensorboard": lambda stack: _tensorboard_log(stack, folder / EVENTS, step),
-        "wandb": lambda stack: _wandb_log(stack, folder, run, config),
-    }
     with ExitStack() as stack:
-        yield [openers[name](stack) for name in dict.fromkeys(names)]
+        logs: list[LogFigures] = []
+        path = folder / LINES
+        for name in dict.fromkeys(names):
+            if name == "csv":
+                logs.append(_csv_log(stack, folder / METRICS, path))
+            elif name == "tensorboard":
+                logs.append(_tensorboard_log(stack, folder / EVENTS, step))
+            else:
+                logs.append(_wandb_log(stack, folder, run, config))
+
+        def log(progress: Progress, line: Line) -> None:
+            with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            figures = figures_of(line)
+            for log_figures in logs:
+                log_figures(line["step"], figures)
+            show_figures(progress, figures)
+
+        yield log
 
 
-def figures_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of ``metrics.jsonl`` by name, without the step."""
+def write_page(path: Path, run: Path, adapter: Adapter, data: TrainingData, *, seed: int) -> None:
+    """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
+    shown = None
+    if data.val is not None:
+        images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
+        rows = AlignedRows(data.features, "validation", data.val, images, texts, run)
+        shown = describe(measure_rows(rows, MeasureOptions(seed=seed)))
+    write_report(path, f"{run}, validation", shown, run, seed)
+
+
+def figures_of(line: Line) -> dict[str, float]:
+    """Return the numbers of a line of ``metrics.jsonl`` by name, without the step."""
     figures: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, Mapping):
             figures |= {f"{name}/{part}": number for part, number in value.items()}
-        elif isinstance(value, int | float) and name != "step":
+        elif isinstance(value, int | float) and name not in ("step", "matched"):
             figures[name] = value
     return figures
 
 
-def _csv_log(stack: ExitStack, path: Path, lines: Path) -> Log:
-    """A table, which begins with what `lines` holds already."""
+def _csv_log(stack: ExitStack, path: Path, lines: Path) -> LogFigures:
+    """Open a table that begins with what `lines` contains already."""
     file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
     writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -86,13 +125,14 @@ def _csv_log(stack: ExitStack, path: Path, lines: Path) -> Log:
     if lines.is_file():
         with lines.open(encoding="utf-8") as recorded:
             for line in map(json.loads, recorded):
-                writer.writerow({"step": line["step"], **figures_of(line)})
+                log(line["step"], figures_of(line))
     return log
 
 
-def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> Log:
-    # Readers forget the later steps of a process that was killed.
-    writer = stack.enter_context(_tensorboard()(folder, purge_step=step + 1 if step else None))
+def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> LogFigures:
+    # Readers drop the later steps of a process that was killed.
+    purged = step + 1 if step else None
+    writer = stack.enter_context(_library("tensorboard").SummaryWriter(folder, purge_step=purged))
 
     def log(step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -101,8 +141,8 @@ def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> Log:
     return log
 
 
-def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Mapping[str, Any]) -> Log:
-    wandb = _wandb()
+def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFigures:
+    wandb = _library("wandb")
     try:
         opened = wandb.init(
             project=PROJECT, name=run, dir=folder, config=dict(config), resume="auto"
@@ -112,28 +152,13 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Mapping[str, An
             f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
-
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        opened.log(dict(figures), step=step)
-
-    return log
+    return lambda step, figures: opened.log(dict(figures), step=step)
 
 
-def _tensorboard() -> Any:
+def _library(log: str) -> Any:
+    """Import the library of a log."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return import_module({"tensorboard": "torch.utils.tensorboard"}.get(log, log))
     except ImportError:
-        raise _missing("tensorboard") from None
-    return SummaryWriter
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
-    return wandb
-
-
-def _missing(name: str) -> ConfigError:
-    return ConfigError(f"log-to: {name} is not installed; pip install 'csalign[{name}]'")
+        message = f"log-to: {log} is not installed; pip install 'csalign[{log}]'"
+        raise ConfigError(message) from None

@@ -1,21 +1,16 @@
-"""The training loop: steps, validations, the best weights so far.
+"""The training loop: optimizer steps, validations, the best weights so far.
 
 Several processes take the same steps: each has the gradient of the rows that it embedded, and one
-sum of a single flat tensor makes it that of the batch, along with whether a signal arrived
-anywhere. DistributedDataParallel would do so in buckets while the backward pass runs, which gains
-nothing with adapters this small, but wants a forward pass of its own a step, where here one side
-may go through several times and another not at all.
+all-reduce of a flat tensor sums them, along with whether a signal arrived anywhere. The buckets of
+DistributedDataParallel would gain nothing with adapters this small.
 """
 
 import copy
-import json
 import logging
 import math
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,20 +19,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csalign.adapters.model import Adapter
-from csalign.core import atomic, distributed, signals
+from csalign.core import distributed, signals
+from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import Stopped, TrainingError
-from csalign.core.progress import Progress, show_figures
-from csalign.features.join import PairedRows, Pairs
-from csalign.objective.kernels import Sigma
 from csalign.objective.loss import LossParts
-from csalign.runs.metadata import LINES
-from csalign.training.batch_loss import BatchLoss, as_sigma
-from csalign.training.config import TrainConfig
-from csalign.training.loggers import Log, figures_of
-from csalign.training.sampler import Batch, Batches, PairSampler
-from csalign.training.token_data import StoredTokens
-from csalign.training.unpaired import Unpaired
+from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
+from csalign.training.config import ObjectiveOptions, OptimizerOptions
+from csalign.training.data import StoredTokens, TrainingData
+from csalign.training.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
@@ -46,346 +36,321 @@ DEFAULT_EPOCHS = 40
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-
-@dataclass(frozen=True)
-class _Kept:
-    """Weights, and what belongs to them."""
-
-    step: int
-    weights: dict[str, Any]
-    loss: dict[str, Any]
-    sigma: Sigma | None
+Log = Callable[[dict[str, Any]], None]
 
 
-@dataclass
 class Trainer:
-    """Trains adapters on pairs and keeps the best weights on validation.
+    """Trains adapters and keeps the weights that do best on validation.
+
+    Args:
+        adapter: both sides, initialized; trained in place.
+        data: training, held-out and unpaired rows.
+        tokens: to train with, None without any.
+        sampler: of the training pairs.
+        objective: terms of the loss.
+        options: of the optimization.
+        captions: use of captions.
+        device: where to compute, as in ``--device``.
+        seed: of everything random.
 
     Attributes:
-        adapter: both sides, at their start; trained in place.
-        rows: training rows.
-        sampler: draws pairs of them.
-        unpaired: rows that the distribution term sees besides.
-        val: held-out rows, or None: then the last weights are kept. Of several processes the first
-            has them, and tells the others what it measured.
-        config: everything else.
-        folder: where ``metrics.jsonl`` goes.
-        device: where to compute.
-        tokens: of the rows, None where no side trains with any.
-        logs: where the figures go besides ``metrics.jsonl``.
-        between_steps: called before each step but the first, when `state` may be asked for.
-        step: optimiser steps made; after `fit`, those of the weights that were kept.
-        steps_made: optimiser steps made in all.
-        start_score: validation of the start, None without validation rows.
-        best_score: validation of the weights that were kept.
-        loss: the objective, with its temperature and bandwidth.
+        loss: of a batch.
+        steps: optimizer steps to make.
+        step: optimizer steps made; after `fit`, those of the weights that were kept.
+        steps_made: optimizer steps made in total.
+        start_score: validation of the initialization, None without validation.
+        best_score: validation of the best weights, likewise.
+        can_be_saved: whether steps were made, and none is half done.
     """
 
-    adapter: Adapter
-    rows: Pairs
-    sampler: PairSampler
-    unpaired: Unpaired
-    val: PairedRows | None
-    config: TrainConfig
-    folder: Path
-    device: torch.device
-    tokens: StoredTokens | None = None
-    logs: Sequence[Log] = ()
-    between_steps: Callable[[], None] | None = None
-    step: int = 0
-    steps_made: int = 0
-    best_score: Score | None = None
-    start_score: Score | None = None
-    loss: BatchLoss = field(init=False)
-    _validated: int | None = None
-    _stale: int = 0
-    _best: "_Kept | None" = None
-    _average: AveragedModel | None = None
-    _is_whole: bool = False
-    _validates: bool = False
-    _stopped_by: int | None = None
-    _progress: Progress | None = None
-
-    def __post_init__(self) -> None:
-        self.adapter.to(self.device)
-        if self.config.compile:
-            torch._dynamo.config.suppress_errors = True  # without a compiler, go on as without this
+    def __init__(
+        self,
+        adapter: Adapter,
+        data: TrainingData,
+        tokens: StoredTokens | None,
+        sampler: PairSampler,
+        objective: ObjectiveOptions,
+        options: OptimizerOptions,
+        *,
+        captions: str,
+        device: str,
+        seed: int,
+    ) -> None:
+        rows = 0 if options.steps == 0 else min(options.batch_size, len(sampler))
+        check_terms(objective, captions=captions, rows=rows)
+        self.device = pick_device(device)
+        self.adapter = adapter.to(self.device)
+        loss = BatchLoss(objective, precision=options.precision, sub_batch=options.sub_batch)
+        self.loss = loss.to(self.device)
+        unpaired = options.batch_size * objective.unpaired_ratio * uses_unpaired(objective)
+        self._loader = BatchLoader(
+            data.rows,
+            sampler,
+            options.batch_size,
+            seed,
+            self.device,
+            data.unpaired,
+            unpaired_rows=round(unpaired),
+            further_captions=compares_sets(objective) and objective.cs_captions == "all",
+            mixing=objective.mixing,
+            tokens=tokens,
+        )
+        epochs = math.ceil(DEFAULT_EPOCHS * len(sampler) / options.batch_size)
+        default = max(MIN_DEFAULT_STEPS, epochs)
+        self.steps = default if options.steps is None else options.steps
+        self.step = self.steps_made = 0
+        self.start_score: Score | None = None
+        self.best_score: Score | None = None
+        self.can_be_saved = False
+        self._options, self._seed = options, seed
+        self._token_weight = objective.token_weight
+        self._val, self._token_features = data.val, tokens.features if tokens else None
+        self._validates = distributed.broadcast(lambda: data.val is not None)
+        self._validated: int | None = None
+        self._stale = 0
+        self._best: dict[str, Any] | None = None
+        self._stopped_by: int | None = None
+        self._average: AveragedModel | None = None
+        if options.average:
+            decay = get_ema_multi_avg_fn(options.average)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(adapter, multi_avg_fn=decay)
+        if options.compile:
             for side in Modality:
-                self.adapter.side(side).compile()
-        if self.config.average:
-            decay = get_ema_multi_avg_fn(self.config.average)  # type: ignore[no-untyped-call]
-            self._average = AveragedModel(self.adapter, multi_avg_fn=decay)
-        self.loss = BatchLoss(
-            self.adapter, self.rows, self.unpaired, self.config, self.device, self.tokens
-        )
-        self._batches = Batches(self.sampler, self.config.batch_size, self.config.seed)
-        # Leaves the batches what they are.
-        self._rng = np.random.default_rng([self.config.seed, 1])
-        self._optimiser = self._make_optimiser()
-        self._schedule = self._make_schedule()
-
-    def total_steps(self) -> int:
-        """Steps asked for, or as many as 40 epochs fill, but at least 200."""
-        if self.config.steps is not None:
-            return self.config.steps
-        epochs = math.ceil(DEFAULT_EPOCHS * len(self.sampler) / self.config.batch_size)
-        return max(MIN_DEFAULT_STEPS, epochs)
-
-    def fit(self, progress: Progress) -> Generator[int, None, None]:
-        """Train; yields the step after each validation, when it is a good time to save.
-
-        Leaves the best weights in `adapter`: the start's own where nothing trained beat it.
-
-        Raises:
-            TrainingError: a term of the loss, or a gradient, is not finite.
-            Stopped: of several processes one got a signal; all have made the same steps.
-        """
-        self._progress = progress
-        total = self.total_steps()
-        every = max(1, round(total / self.config.validations))
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            self._is_whole = True
-            self._validates = distributed.broadcast(lambda: self.val is not None)
-            while True:
-                is_due = self.step % every == 0 or self.step == total
-                if is_due and self.step != self._validated:
-                    self._validate()
-                    if self.step:
-                        yield self.step
-                if self.step == total or self._is_stale():
-                    break
-                if self.step and self.between_steps is not None:
-                    self.between_steps()
-                with self._whole():
-                    self._train_step(next(self._batches))
-                progress("training steps", self.step, total)
-                if self._stopped_by is not None:
-                    raise Stopped(self._stopped_by)
-        self.steps_made = self.step
-        self._is_whole = False  # what follows is no state to go on from
-        if self._best is not None:
-            self._restore(self._best)
-        elif self._average is not None:
-            self.adapter.load_state_dict(self._average.module.state_dict())
-
-    @property
-    def can_be_saved(self) -> bool:
-        """Whether `state` may be asked for: steps were made, and none is half done."""
-        return self.step > 0 and self._is_whole
-
-    def state(self) -> dict[str, Any]:
-        """All that the rest of the training follows from, but for the weights in `adapter`.
-
-        Returns:
-            Plain values, and tensors that later steps may change in place.
-        """
-        average = None if self._average is None else self._average.state_dict()
-        return {
-            "step": self.step,
-            "validated": self._validated,
-            "stale": self._stale,
-            "start_score": None if self.start_score is None else self.start_score.to_json(),
-            "best_score": None if self.best_score is None else self.best_score.to_json(),
-            "best": None if self._best is None else vars(self._best),
-            "average": average,
-            "optimiser": self._optimiser.state_dict()["state"],
-            "schedule": self._schedule.state_dict(),
-            "loss": self.loss.state_dict(),
-            "position": self.loss.position(),
-            "batches": self._batches.state(),
-            "rng": self._rng.bit_generator.state,
-        }
-
-    def go_to(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` said; the adapters hold the weights of that step already.
-
-        Args:
-            state: it; may have been JSON in between, but for its tensors.
-        """
-        self.step, self._validated = state["step"], state["validated"]
-        self._stale = state["stale"]
-        self.start_score, self.best_score = (
-            None if state[name] is None else Score(**state[name])
-            for name in ("start_score", "best_score")
-        )
-        if state["best"] is not None:
-            self._best = _Kept(**{**state["best"], "sigma": as_sigma(state["best"]["sigma"])})
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-        moments = {int(number): moment for number, moment in state["optimiser"].items()}
-        groups = self._optimiser.state_dict()["param_groups"]
-        self._optimiser.load_state_dict({"state": moments, "param_groups": groups})
-        self._schedule.load_state_dict(dict(state["schedule"]))
-        rates = self._schedule.get_last_lr()
-        for group, rate in zip(self._optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.loss.load_state_dict(state["loss"])
-        self.loss.go_to(state["position"])
-        self._batches.go_to(state["batches"])
-        self._rng.bit_generator.state = state["rng"]
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Around what changes the state: a signal waits, and what ends it leaves no state."""
-        self._is_whole = False
-        with signals.delayed():
-            yield
-            self._is_whole = True
-
-    def _is_stale(self) -> bool:
-        if not self._validates or self._stale < self.config.patience:
-            return False
-        log.info("no better validation for %d in a row: stopped early", self._stale)
-        return True
-
-    def _make_optimiser(self) -> torch.optim.Optimizer:
-        parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+                adapter.side(side).compile()
+        parameters = [p for p in adapter.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1]},
             # Neither a bias nor the temperature should be drawn to zero.
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
             {"params": list(self.loss.parameters()), "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(
+        self._optimizer = torch.optim.AdamW(
             groups,
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,  # one pass over the weights: a quarter of the time of one an operation
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=True,  # four times as fast as one operation after another
         )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate_factor)
 
-    def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
-        total = max(1, self.total_steps())
-        warmup = max(1, round(self.config.warmup * total))
+    def fit(self, log_line: Log) -> Generator[bool, None, None]:
+        """Train, and leave the best weights in the adapter.
 
-        def factor(step: int) -> float:
-            cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
-            return min(1.0, (step + 1) / warmup) * cosine
+        Args:
+            log_line: writes the figures of a step or a validation; called in the main process.
 
-        return torch.optim.lr_scheduler.LambdaLR(self._optimiser, factor)
+        Yields:
+            Before each step and at the end, when the state may be saved: whether the weights were
+            just validated.
 
-    def _train_step(self, batch: Batch) -> None:
+        Raises:
+            TrainingError: a term of the loss, or the gradient, is not finite.
+            Stopped: one of several processes got a signal; all have made the same steps.
+        """
+        every = max(1, round(self.steps / self._options.validations))
+        with ExitStack() as stack:
+            devices = [self.device] if self.device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+            if self._options.compile:  # train uncompiled if there is no compiler
+                stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
+            while True:
+                is_due = self.step % every == 0 or self.step == self.steps
+                validates = is_due and self.step != self._validated
+                if validates:
+                    self._run_validation(log_line)
+                self.can_be_saved = self.step > 0
+                yield validates and self._validates
+                if self.step == self.steps or self._stops_early():
+                    break
+                with self._consistent():
+                    self._train_step(next(self._loader), log_line)
+                if self._stopped_by is not None:
+                    raise Stopped(self._stopped_by)
+        self.steps_made = self.step
+        self.can_be_saved = False  # what follows cannot be resumed from
+        if self._best is not None:
+            self.adapter.load_state_dict(self._best["adapter"])
+            self.loss.load_state_dict(self._best["loss"])
+            self.step = self._best["step"]
+        else:
+            self.adapter.load_state_dict(self._evaluated_adapter().state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that further training depends on, except the adapter's weights.
+
+        Returns:
+            Plain values, and tensors that later steps may change in place.
+        """
+        return {
+            "step": self.step,
+            "validated": self._validated,
+            "stale": self._stale,
+            "scores": [self.start_score, self.best_score],
+            "best": self._best,
+            "average": None if self._average is None else self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+            "schedule": self._schedule.state_dict(),
+            "loss": self.loss.state_dict(),
+            "loader": self._loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, possibly after a round trip through JSON.
+
+        The adapter has the weights of that step already.
+        """
+        self.step, self._validated = state["step"], state["validated"]
+        self._stale, self._best = state["stale"], state["best"]
+        self.start_score, self.best_score = (own and Score(*own) for own in state["scores"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        moments = {int(number): moment for number, moment in state["optimizer"].items()}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._schedule.load_state_dict(dict(state["schedule"]))
+        rates = self._schedule.get_last_lr()
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.loss.load_state_dict(state["loss"])
+        self._loader.load_state_dict(state["loader"])
+
+    @contextmanager
+    def _consistent(self) -> Iterator[None]:
+        """Delay signals while the state changes, and mark it as half done if the block fails."""
+        self.can_be_saved = False
+        with signals.delayed():
+            yield
+            self.can_be_saved = self.step > 0
+
+    def _stops_early(self) -> bool:
+        if not self._validates or self._stale < self._options.patience:
+            return False
+        log.info("early stopping: no improvement in %d validations", self._stale)
+        return True
+
+    def _rate_factor(self, step: int) -> float:
+        """Return the factor of the learning rate: linear warm-up, then cosine decay."""
+        total = max(1, self.steps)
+        warmup = max(1, round(self._options.warmup * total))
+        cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+        return min(1.0, (step + 1) / warmup) * cosine
+
+    def _train_step(self, batch: Batch, log_line: Log) -> None:
         self.adapter.train()
         self.step += 1
-        self._seed_torch()
-        weight = self.loss.weight.value
-        parts = self.loss(batch, self.step, self._rng)
-        self._require_finite(parts)
-        self._optimiser.zero_grad(set_to_none=True)
+        # Noise and dropout follow from the seed, so that a resumed run draws the same again.
+        place = [self._seed, 2, self.step, distributed.world().rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        weight = self.loss.weight
+        parts = self.loss(self.adapter, batch, self.step)
+        self._optimizer.zero_grad(set_to_none=True)
         parts.total.backward()
         self._sum_over_processes()
-        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.clip_norm)
-        if not torch.isfinite(norm):
-            raise self._diverged("the gradient's norm", float(norm))
+        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self._options.clip_norm)
+        figures = self._finite_figures(parts, norm)
         rate = self._schedule.get_last_lr()[0]
-        self._optimiser.step()
+        self._optimizer.step()
         self._schedule.step()
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
-        if not distributed.is_main_process():
-            return
-        self._record(
-            {
-                "step": self.step,
-                "loss": float(parts.total.detach()),
-                "pairwise": float(parts.pairwise.detach()),
-                "pairwise_others": None if parts.others is None else float(parts.others.detach()),
-                "divergence": float(parts.divergence.detach()) if weight else None,
-                "cs_weight": weight,
-                "token": float(parts.token.detach()) if self.config.token_weight else None,
-                "logit_scale": self.loss.logit_scale,
-                "bandwidth": self.loss.sigma,
-                "gradient_norm": float(norm),
-                "learning_rate": rate,
-            }
-        )
-
-    def _seed_torch(self) -> None:
-        """Seed torch's own generators, for adapters that draw by them: anew in each step.
-
-        They are of no state then. In several processes what they draw differs.
-        """
-        place = [self.config.seed, 2, self.step, distributed.world().rank]
-        words = np.random.SeedSequence(place).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]))
+        if distributed.is_main_process():
+            log_line(
+                {
+                    "step": self.step,
+                    "loss": figures["total"],
+                    "pairwise": figures["pairwise"],
+                    "pairwise_others": figures.get("others"),
+                    "divergence": figures["divergence"] if weight else None,
+                    "cs_weight": weight,
+                    "token": figures["token"] if self._token_weight else None,
+                    "logit_scale": self.loss.logit_scale,
+                    "bandwidth": self.loss.sigma,
+                    "gradient_norm": figures["gradient_norm"],
+                    "learning_rate": rate,
+                }
+            )
 
     def _sum_over_processes(self) -> None:
-        """Make the adapters' gradient that of all rows, and see who was asked to stop.
+        """Sum the adapters' gradients over all processes, and see whether one got a signal.
 
-        The objective's own parameters have the whole gradient in each process already.
+        The loss's own parameters have the whole gradient in each process already.
         """
         if distributed.world().size == 1:
             return
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        asked = gradients[0].new_tensor([signals.pending() == signum for signum in _SIGNALS])
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), asked])
+        pending = gradients[0].new_tensor([signals.pending() == signum for signum in _SIGNALS])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), pending])
         distributed.all_reduce_sum(flat)
-        sizes = [*(gradient.numel() for gradient in gradients), len(asked)]
-        *summed, asked = torch.split(flat, sizes)
+        sizes = [*(gradient.numel() for gradient in gradients), len(pending)]
+        *summed, pending = torch.split(flat, sizes)
         for gradient, whole in zip(gradients, summed, strict=True):
             gradient.copy_(whole.view_as(gradient))
-        arrived = [signum for signum, count in zip(_SIGNALS, asked.tolist(), strict=True) if count]
+        arrived = [signum for signum, n in zip(_SIGNALS, pending.tolist(), strict=True) if n]
         self._stopped_by = arrived[0] if arrived else None
 
-    def _require_finite(self, parts: LossParts) -> None:
-        names = {"pairwise": self.config.pairwise, "divergence": self.config.divergence}
-        for term, value in parts._asdict().items():
-            name = names.get(term, term)
-            if term != "total" and value is not None and not torch.isfinite(value):
-                raise self._diverged(f"the {name} term", float(value.detach()))
-        if not torch.isfinite(parts.total):
-            raise self._diverged("the total loss", float(parts.total.detach()))
+    def _finite_figures(self, parts: LossParts, norm: torch.Tensor) -> dict[str, float]:
+        """Return the terms of the loss and the gradient norm; one copy from the device for all."""
+        values = {name: value for name, value in parts._asdict().items() if value is not None}
+        total = values.pop("total")
+        values |= {"total": total, "gradient_norm": norm}
+        numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
+        figures = dict(zip(values, numbers, strict=True))
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"step {self.step}: {name.replace('_', ' ')} is {value}; lower "
+                    "--learning-rate, --logit-scale, --cs-weight or --token-weight, or leave "
+                    "--bandwidth at median"
+                )
+        return figures
 
-    def _diverged(self, what: str, value: float) -> TrainingError:
-        return TrainingError(
-            f"step {self.step}: {what} is {value}; lower --learning-rate, --logit-scale, "
-            "--cs-weight or --token-weight, or leave --bandwidth at median"
-        )
-
-    def _validate(self) -> None:
-        """Measure, record, and keep the weights if they are the best so far."""
+    def _run_validation(self, log_line: Log) -> None:
+        """Measure, log, and keep the weights if they are the best so far."""
         if not self._validates:
             self._validated = self.step
             return
-        adapter = self._kept_adapter()
-        score = Score(**distributed.broadcast(lambda: self._measure(adapter).to_json()))
-        with self._whole():
+        adapter = self._evaluated_adapter()
+        score = distributed.broadcast(lambda: self._measure(adapter))
+        with self._consistent():
             self._validated = self.step
             if distributed.is_main_process():
-                self._record({"step": self.step, "validation": score.to_json()})
-            self.loss.weight = self.loss.weight.after(score, self.best_score)
+                log_line({"step": self.step, "validation": score.to_json()})
+            if self.best_score is not None:
+                holds = score.mean_recall >= self.best_score.mean_recall
+                self.loss.adapt_weight(recall_holds=holds)
             if self.step == 0:
                 self.start_score = score
             if not score.better_than(self.best_score):
                 self._stale += 1
                 return
             self._stale, self.best_score = 0, score
-            weights = copy.deepcopy(adapter.state_dict())
-            temperature = copy.deepcopy(self.loss.state_dict())
-            self._best = _Kept(self.step, weights, temperature, self.loss.sigma)
+            self._best = {
+                "step": self.step,
+                "adapter": copy.deepcopy(adapter.state_dict()),
+                "loss": copy.deepcopy(self.loss.state_dict()),
+            }
 
     def _measure(self, adapter: Adapter) -> Score:
-        assert self.val is not None
-        return validate(adapter, self.val, self.tokens.features if self.tokens else None)
+        assert self._val is not None
+        return validate(adapter, self._val, self._token_features)
 
-    def _kept_adapter(self) -> Adapter:
-        """The weights that would be kept now: the running average, where there is one."""
+    def _evaluated_adapter(self) -> Adapter:
+        """Return the weights to evaluate and keep: the running average, if there is one."""
         if self._average is None:
             return self.adapter
         assert isinstance(self._average.module, Adapter)
         return self._average.module
 
-    def _restore(self, kept: "_Kept") -> None:
-        self.adapter.load_state_dict(kept.weights)
-        self.loss.load_state_dict(kept.loss)
-        self.step, self.loss.sigma = kept.step, kept.sigma
 
-    def _record(self, line: dict[str, Any]) -> None:
-        path = self.folder / LINES
-        with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        figures = figures_of(line)
-        for log_figures in self.logs:
-            log_figures(self.step, figures)
-        if self._progress is not None:
-            show_figures(self._progress, figures)
+def follow(trainer: Trainer) -> None:
+    """Train in a process that is not the main one.
+
+    Raises:
+        ElsewhereError: training was stopped or failed, which the main process reports.
+    """
+    try:
+        with signals.polling():
+            for _ in trainer.fit(lambda line: None):
+                pass
+    except (Stopped, TrainingError):
+        distributed.wait_for_failure()

@@ -1,33 +1,44 @@
-"""Which image meets which caption: weighted pairs for the closed form, batches for training."""
+"""Pairs of an epoch in random order, and batches of them as tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
+from csalign.adapters.side import to_tensor
+from csalign.core import distributed
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError
 from csalign.features.join import Pairs, compact
+from csalign.features.streaming import MIB
+from csalign.features.tokens import Wanted, take_together
+from csalign.objective.pairwise import mix_pairs
+from csalign.training.config import DataOptions
+from csalign.training.data import StoredTokens, Unpaired
 
-Array = npt.NDArray[Any]
-CaptionUse = Literal["first", "sample", "all"]
 Ints = npt.NDArray[Any]
 
-WINDOW_BYTES = 256 << 20  # of embeddings that are shuffled together
-BLOCK_BYTES = 1 << 20  # that lie together, and come into one window
+WINDOW_BYTES = 256 * MIB  # of embeddings that are shuffled together
+BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one window
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of one optimiser step.
+class BatchRows:
+    """Row numbers of one batch.
 
     Attributes:
         images: (b,) image rows.
-        texts: (m,) rows of the captions that the pairwise loss sees.
+        texts: (m,) rows of the captions in the pairwise loss.
         owner: (m,) the image of each, as a position in `images`; None where m = b and text i is a
             caption of image i.
-        others: (b,) another caption of the same image, -1 for none; None where not asked for.
-        further: (k,) rows of all captions of these images that are in neither, each caption once.
+        others: (b,) another caption of the same image, -1 for none; None if not asked for.
+        further: (k,) all other captions of these images, each caption once.
     """
 
     images: Ints
@@ -37,25 +48,21 @@ class Batch:
     further: Ints
 
 
-class Order(Protocol):
-    """In which order an epoch shows the images."""
-
-    def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
-        """A permutation of the positions in `images`, (k,) image rows."""
-        ...
+Order = Callable[[Ints, np.random.Generator], Ints]
+"""Takes (k,) image rows and returns a permutation of their positions, the order of an epoch."""
 
 
 def uniform(images: Ints, rng: np.random.Generator) -> Ints:
-    """Any order is as likely as any other."""
+    """Return a uniformly random permutation."""
     return rng.permutation(len(images))
 
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """Blocks of images in random order, and the images of some blocks at a time shuffled.
+    """Blocks of images in random order, the images of some blocks at a time shuffled together.
 
     Attributes:
-        block: images a block.
+        block: images per block.
         window: images that are shuffled together, a multiple of `block`.
     """
 
@@ -64,57 +71,76 @@ class BlockOrder:
 
     def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
         """See `Order`."""
-        order = compact(np.arange(len(images)))
-        blocks = rng.permutation(-(-len(images) // self.block))
-        together = self.window // self.block
-        parts = []
-        for start in range(0, len(blocks), together):
-            firsts = blocks[start : start + together, None] * self.block
-            window = (firsts + np.arange(self.block)).ravel()
-            parts.append(rng.permutation(order[window[window < len(images)]]))
-        return np.concatenate([order[:0], *parts])
+        blocks = np.arange(len(images)) // self.block
+        windows = rng.permutation(-(-len(images) // self.block)) // (self.window // self.block)
+        return np.lexsort((rng.random(len(images)), windows[blocks]))
 
 
-def order_of(rows: Pairs) -> Order:
-    """In which order to go through rows: any, if all of them are no more than a window.
-
-    It follows from the rows alone, not from whether they are in memory, and so does what is
-    trained.
-    """
-    size = bytes_an_image(rows)
-    if size * len(np.flatnonzero(rows.caption_counts)) <= WINDOW_BYTES:
-        return uniform
-    block = max(1, BLOCK_BYTES // size)
-    return BlockOrder(block, max(1, WINDOW_BYTES // (block * size)) * block)
-
-
-def bytes_an_image(rows: Pairs) -> int:
-    """Of embeddings, its captions' included, on average, rounded up; at least 1."""
-    total: int = sum(
-        len(side) * side.shape[1] * int(side.dtype.itemsize) for side in (rows.images, rows.texts)
-    )
+def bytes_per_image(rows: Pairs) -> int:
+    """Return the bytes of embeddings per captioned image, including its captions'; at least 1."""
+    sides = (rows.images, rows.texts)
+    total: int = sum(len(side) * side.shape[1] * int(side.dtype.itemsize) for side in sides)
     return max(1, -(-total // max(1, int((rows.caption_counts > 0).sum()))))
 
 
+def order_for(
+    rows: Pairs,
+    tokens: StoredTokens | None = None,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    block_bytes: int = BLOCK_BYTES,
+) -> Order:
+    """Return the order of an epoch: uniform if the rows fit into one window, else by blocks.
+
+    It depends on the sizes alone, not on what is in memory. Tokens beyond their cache's budget set
+    the window instead: then few row groups are decoded again, if texts are stored in the order of
+    their images.
+
+    Args:
+        rows: training rows.
+        tokens: to train with, None without any.
+        window_bytes: of embeddings that are shuffled together.
+        block_bytes: of embeddings that are stored together.
+
+    Raises:
+        ConfigError: the token cache is too small for a row group of each side.
+    """
+    size, images = bytes_per_image(rows), int((rows.caption_counts > 0).sum())
+    if tokens is not None and tokens.bytes > (budget := tokens.cache.budget):
+        groups = [[group.bytes for group in source.groups] for source in tokens.sources.values()]
+        if (least := sum(map(max, groups))) > budget:
+            raise ConfigError(
+                f"token_memory: a row group of each side takes {-(-least // MIB)} MiB, more than "
+                f"{budget // MIB}; raise --token-memory"
+            )
+        # Blocks do not begin where row groups do, so that half of the cache is for the rest.
+        size, window_bytes = -(-tokens.bytes // images), budget // 2
+        block_bytes = min(window_bytes, tokens.bytes // max(map(len, groups)))
+    if size * images <= window_bytes:
+        return uniform
+    block = max(1, block_bytes // size)
+    return BlockOrder(block, max(1, window_bytes // (block * size)) * block)
+
+
 class PairSampler:
-    """Draws pairs of a set of rows.
+    """Sampler of the pairs of a set of rows.
 
     Args:
         rows: images with their captions.
-        captions: "first" learns from an image's first caption, which queries are often like (a
-            title) while the others (descriptions, keywords) are less so; "sample" from any of
-            them, drawn anew each epoch; "all" from all of them at once.
-        other_weight: weight of the captions after the first; 0 leaves them out. Of no meaning for
-            the pairs of "sample" and "all", whose captions weigh 1 each.
-        once: count a caption that many images share once: in the closed form its f pairs weigh
-            1 / f, and an epoch holds one of them. Otherwise each pair counts.
+        captions: "first" learns from an image's first caption, "sample" from a random one per
+            epoch, "all" from all of them at once.
+        other_weight: weight of the captions after the first; 0 omits them. Ignored for the pairs
+            of "sample" and "all", whose captions weigh 1 each.
+        once: count a caption that f images share once: in the closed form its pairs weigh 1 / f,
+            and an epoch holds one of them.
         order: of the images in an epoch.
+        window_bytes: of embeddings to read ahead.
     """
 
     def __init__(
         self,
         rows: Pairs,
-        captions: CaptionUse,
+        captions: str,
         *,
         other_weight: float,
         once: bool,
@@ -136,7 +162,7 @@ class PairSampler:
         return len(self._images)
 
     def weighted_pairs(self) -> tuple[tuple[Ints, Ints], npt.NDArray[np.float64]]:
-        """All pairs with a weight, as image rows and text rows, and the weights."""
+        """Return all pairs as image rows and text rows, and their weights."""
         images = np.repeat(self._images, self._counts)
         weights = np.full(len(images), self._weight if self._captions == "first" else 1.0)
         weights[self._starts] = 1.0
@@ -145,11 +171,11 @@ class PairSampler:
         weights /= np.bincount(self._keys[texts])[self._keys[texts]]
         return (images, texts), weights
 
-    def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-        """One pass: the images in `order`, each with one caption, in batches of like size.
+    def epoch(self, batch_size: int, rng: np.random.Generator) -> Iterator[BatchRows]:
+        """Iterate once over the images in batches of similar size, each with one caption.
 
-        With `once`, of the images that drew the same caption only one is kept, so that a batch
-        holds no caption twice and so no false negatives of that kind.
+        With `once`, only one of the images that drew the same caption is kept, so that a batch
+        contains no caption twice and no false negatives of that kind.
         """
         order = compact(self._order(self._images, rng))
         drawn = np.zeros(len(order), self._starts.dtype)
@@ -157,7 +183,7 @@ class PairSampler:
             drawn = compact(rng.integers(0, self._counts[order]))
         texts = self._texts[self._starts[order] + drawn]
         if self._once:
-            kept = self._first_of_all(texts)
+            kept = self._first_of_each(texts)
             order, drawn, texts = order[kept], drawn[kept], texts[kept]
         parts = -(-len(order) // batch_size)
         least, more = divmod(len(order), parts)
@@ -166,19 +192,19 @@ class PairSampler:
             part = slice(start, start + least + (number < more))
             yield self._batch(order[part], drawn[part], texts[part], rng)
 
-    def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> Batch:
+    def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> BatchRows:
         rows, texts = self._images[images].astype(np.int64), texts.astype(np.int64)
         if self._captions == "all":
             texts = np.concatenate([texts, self._further(images, texts)])
             by_row = np.argsort(rows)
             found = np.searchsorted(rows, self._owners[texts], sorter=by_row)
-            return Batch(rows, texts, by_row[found], None, texts[:0])
+            return BatchRows(rows, texts, by_row[found], None, texts[:0])
         others = self._others(images, drawn, rng) if self._weight else None
         seen = texts if others is None else np.concatenate([texts, others[others >= 0]])
-        return Batch(rows, texts, None, others, self._further(images, seen))
+        return BatchRows(rows, texts, None, others, self._further(images, seen))
 
     def _further(self, images: Ints, seen: Ints) -> Ints:
-        """All captions of some images but for those that were seen, no caption twice."""
+        """Return the captions of some images that are not in `seen`, no caption twice."""
         counts = self._counts[images]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         own = self._texts[np.repeat(self._starts[images], counts) + within]
@@ -187,7 +213,7 @@ class PairSampler:
         return every[kept[kept >= len(seen)]]
 
     def _others(self, images: Ints, drawn: Ints, rng: np.random.Generator) -> Ints:
-        """For each image a caption that is not the drawn one, no caption twice; -1 for none."""
+        """Return for each image a caption that was not drawn, no caption twice; -1 for none."""
         counts = self._counts[images]
         step = rng.integers(1, np.maximum(counts, 2))
         texts = self._texts[self._starts[images] + (drawn + step) % counts]
@@ -197,52 +223,197 @@ class PairSampler:
         others[chosen] = texts[chosen]
         return others
 
-    def _first_of_all(self, texts: Ints) -> Ints:
-        """The same for many, without sorting them."""
-        positions = compact(np.arange(len(texts)))
-        keys = self._keys[texts]
-        first = np.empty(len(self._keys), positions.dtype)
-        first[keys[::-1]] = positions[::-1]  # of those with one key the first is written last
-        return compact(np.flatnonzero(first[keys] == positions))
-
     def _first_of_each(self, texts: Ints) -> Ints:
-        """Positions in `texts`, ascending, of the first text with each caption."""
+        """Return the positions, ascending, of the first text with each caption."""
         return np.sort(np.unique(self._keys[texts], return_index=True)[1])
 
 
-class Batches:
-    """The batches of epoch after epoch, without end.
+def make_sampler(
+    options: DataOptions, other_weight: float, rows: Pairs, tokens: StoredTokens | None
+) -> PairSampler:
+    """Build the sampler of training rows, in an order that suits where they are read from."""
+    return PairSampler(
+        rows,
+        options.captions,
+        other_weight=other_weight,
+        once=options.caption_weights,
+        order=order_for(rows, tokens),
+    )
 
-    Args:
-        sampler: gives epochs.
-        batch_size: see `PairSampler.epoch`.
-        seed: of all epochs.
+
+class SideBatch(NamedTuple):
+    """One side of a batch.
+
+    Attributes:
+        rows: (n, input_width) float32, this process's share (at least 1 row) of the rows of the
+            pairs, of other captions, of further captions, and of unpaired rows, in this order.
+        counts: how many there are of each in all processes.
+        tokens: (k, t, token_width) values and (k, t) mask; of all rows if the side's adapter mixes
+            tokens into embeddings, else of the pairs in the token term; None without tokens.
     """
 
-    def __init__(self, sampler: PairSampler, batch_size: int, seed: int) -> None:
-        self._sampler = sampler
-        self._batch_size = batch_size
-        self._rng = np.random.default_rng(seed)
-        self._begin_epoch()
+    rows: Tensor
+    counts: list[int]
+    tokens: tuple[Tensor, Tensor] | None
+
+
+class Batch(NamedTuple):
+    """One batch, as tensors on the device.
+
+    Attributes:
+        images: the image side; its pairs are b.
+        texts: the text side; its pairs are m.
+        owner: (m,) position of each text's image; None where text i belongs to image i.
+        others: (k,) positions of the images whose other captions there are.
+        token_pairs: (p,) positions of the images and of the texts in the token term.
+    """
+
+    images: SideBatch
+    texts: SideBatch
+    owner: Tensor | None
+    others: Tensor
+    token_pairs: tuple[Tensor, Tensor]
+
+
+@dataclass
+class BatchLoader:
+    """Endless iterator over the batches of epoch after epoch.
+
+    All random numbers follow from the seed, the epoch and the number of the batch in it, so that
+    iterating resumes from any place exactly.
+
+    Attributes:
+        unpaired_rows: how many to draw per side from the pool of unpaired ones.
+        further_captions: whether to add the captions that the pairwise loss does not see.
+        mixing: parameter of the Beta distribution that pairs are mixed by (FuseMix); 0 for none.
+        tokens: to sample from; None without any.
+    """
+
+    rows: Pairs
+    sampler: PairSampler
+    batch_size: int
+    seed: int
+    device: torch.device
+    unpaired: Unpaired
+    unpaired_rows: int = 0
+    further_captions: bool = False
+    mixing: float = 0.0
+    tokens: StoredTokens | None = None
+
+    def __post_init__(self) -> None:
+        sides = self.tokens.sources if self.tokens else ()
+        self._table_rows = {side: self.rows.table_rows(side) for side in sides}
+        self.load_state_dict({"epoch": 0, "batch": 0})
+
+    def __iter__(self) -> "BatchLoader":
+        return self
 
     def __next__(self) -> Batch:
-        while (batch := next(self._epoch, None)) is None:
-            self._begin_epoch()
-        self._drawn += 1
-        return batch
+        while (rows := next(self._epoch_rows, None)) is None:
+            self.load_state_dict({"epoch": self._epoch + 1, "batch": 0})
+        self._batch += 1
+        return self._tensors(rows, np.random.default_rng([self.seed, 1, self._epoch, self._batch]))
 
-    def state(self) -> dict[str, Any]:
-        """Where it is, as plain values: the generator at the epoch's start and batches since."""
-        return {"generator": self._at_epoch, "drawn": self._drawn}
+    def state_dict(self) -> dict[str, int]:
+        """Return the place of the next batch."""
+        return {"epoch": self._epoch, "batch": self._batch}
 
-    def go_to(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` said."""
-        self._rng.bit_generator.state = state["generator"]
-        self._begin_epoch()
-        for _ in range(state["drawn"]):
-            next(self)
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue from a place that `state_dict` returned."""
+        self._epoch, self._batch = state["epoch"], state["batch"]
+        rng = np.random.default_rng([self.seed, 0, self._epoch])
+        self._epoch_rows = islice(self.sampler.epoch(self.batch_size, rng), self._batch, None)
 
-    def _begin_epoch(self) -> None:
-        self._at_epoch = dict(self._rng.bit_generator.state)
-        self._epoch = self._sampler.epoch(self._batch_size, self._rng)
-        self._drawn = 0
+    def _tensors(self, rows: BatchRows, rng: np.random.Generator) -> Batch:
+        has_other = np.flatnonzero(rows.others >= 0) if rows.others is not None else rows.texts[:0]
+        if len(has_other) < 2:  # the pairwise loss needs a negative
+            has_other = has_other[:0]
+        others = rows.texts[:0] if rows.others is None else rows.others[has_other]
+        further = rows.further if self.further_captions else rows.further[:0]
+        stored = {
+            Modality.IMAGE: [rows.images, rows.images[:0], rows.images[:0]],
+            Modality.TEXT: [rows.texts, others, further],
+        }
+        mixed = self.tokens.mixed if self.tokens else frozenset()
+        drawn = {
+            side: self.unpaired.draw(side, 0 if side in mixed else self.unpaired_rows, rng)
+            for side in Modality
+        }
+        token_pairs, tokens = self._sample_tokens(rows, stored, rng)
+        images, texts = self._read(
+            {side: np.concatenate(own) for side, own in stored.items()},
+            drawn,
+            len(rows.images),
+            rng,
+        )
+        b, m, k, j = len(rows.images), len(rows.texts), len(others), len(further)
+        return Batch(
+            SideBatch(images, [b, 0, 0, len(drawn[Modality.IMAGE])], tokens.get(Modality.IMAGE)),
+            SideBatch(texts, [m, k, j, len(drawn[Modality.TEXT])], tokens.get(Modality.TEXT)),
+            None if rows.owner is None else self._to_device(rows.owner),
+            self._to_device(has_other),
+            token_pairs,
+        )
+
+    def _read(
+        self,
+        stored: Mapping[Modality, Ints],
+        drawn: Mapping[Modality, Ints],
+        pairs: int,
+        rng: np.random.Generator,
+    ) -> list[Tensor]:
+        """Read this process's share of each side's rows; with mixing, mix each pair with another.
+
+        Args:
+            stored: training rows, those of the pairs first.
+            drawn: unpaired rows that follow them.
+            pairs: how many there are.
+            rng: draws what is mixed.
+        """
+        totals = [len(stored[side]) + len(drawn[side]) for side in Modality]
+        shares = [distributed.share_of(total) for total in totals]
+        shares = [own if own.stop > own.start else slice(0, 1) for own in shares]
+        found = []
+        for side, share in zip(Modality, shares, strict=True):
+            part = slice(0, len(stored[side]) + len(drawn[side])) if self.mixing else share
+            first, last = (max(0, end - len(stored[side])) for end in (part.start, part.stop))
+            values = [self.rows.embeddings(side)[stored[side][part]]]
+            unpaired = drawn[side][first:last]
+            if len(unpaired):
+                values.append(self.unpaired.take(side, unpaired))
+            found.append(torch.cat([to_tensor(own, self.device) for own in values]))
+        if not self.mixing:
+            return found
+        partner = self._to_device(rng.permutation(pairs))
+        units = [normalize(own[:pairs], dim=1) for own in found]
+        mixed = mix_pairs(units[0], units[1], float(rng.beta(self.mixing, self.mixing)), partner)
+        return [
+            torch.cat([own, rest[pairs:]])[share]
+            for own, rest, share in zip(mixed, found, shares, strict=True)
+        ]
+
+    def _sample_tokens(
+        self, rows: BatchRows, stored: Mapping[Modality, list[Ints]], rng: np.random.Generator
+    ) -> tuple[tuple[Tensor, Tensor], dict[Modality, tuple[Tensor, Tensor]]]:
+        """Draw the pairs of the token term, and read some tokens of each row that needs any."""
+        if self.tokens is None:
+            none = self._to_device(rows.images[:0])
+            return (none, none), {}
+        texts = np.arange(len(rows.texts))
+        if len(texts) > self.tokens.pairs:
+            texts = np.sort(rng.choice(len(texts), self.tokens.pairs, replace=False))
+        images = texts if rows.owner is None else rows.owner[texts]
+        chosen = {Modality.IMAGE: rows.images[images], Modality.TEXT: rows.texts[texts]}
+        wanted = []
+        for side, source in self.tokens.sources.items():
+            own = np.concatenate(stored[side]) if side in self.tokens.mixed else chosen[side]
+            draws = rng.random((len(own), self.tokens.samples))
+            wanted.append(Wanted(source, self._table_rows[side][own], draws))
+        tokens = {
+            side: (to_tensor(found.values, self.device), self._to_device(found.mask))
+            for side, found in zip(self._table_rows, take_together(wanted), strict=True)
+        }
+        return (self._to_device(images), self._to_device(texts)), tokens
+
+    def _to_device(self, values: Ints) -> Tensor:
+        return torch.from_numpy(values).to(self.device)

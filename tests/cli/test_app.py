@@ -241,9 +241,9 @@ def test_the_same_command_goes_on_with_a_run_that_was_stopped(
 
     assert whole.returncode == 0, whole.stderr
     assert process.returncode == 143, errors
-    assert "the same command goes on from there" in errors
+    assert "rerun the same command to resume" in errors
     assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stderr
+    assert "resuming from step" in done.stderr
     for name in ("adapter.safetensors", "adapter.json", "metrics.jsonl"):
         paths = [tmp_path / run / name for run in ("whole", "run")]
         assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -9,12 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from csalign.core.errors import ConfigError
 from csalign.core.progress import show_figures, silent
 from csalign.training.config import TrainConfig
+from csalign.training.loggers import open_logs
 from csalign.training.train import train
 
 
-def test_csv_and_tensorboard_hold_what_the_lines_hold(features: Path, tmp_path: Path) -> None:
-    given = {"features": features, "out": tmp_path / "run", "steps": 4, "validations": 2}
-    run = train(TrainConfig.resolve(None, {**given, "log_to": "csv, tensorboard"})).run
+def test_csv_and_tensorboard_hold_what_the_lines_hold(quick_run: Path) -> None:
+    run = quick_run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -28,8 +28,16 @@ def test_csv_and_tensorboard_hold_what_the_lines_hold(features: Path, tmp_path: 
     recalls = [line["validation"]["mean_recall"] for line in lines if "validation" in line]
     name = "validation/mean_recall"
     assert [float(row[name]) for row in rows if row[name]] == recalls
-    assert [event.step for event in events.Scalars(name)] == [0, 2, 4]
-    train(TrainConfig.resolve(run / "config.toml", {"overwrite": True}))
+    assert [event.step for event in events.Scalars(name)] == [0, 3, 6, 9, 12]
+
+
+def test_the_token_loss_has_a_column(tmp_path: Path) -> None:
+    with open_logs(("csv",), tmp_path, "run", {}) as log:
+        log(silent, {"step": 1, "loss": 3.0, "token": 0.5})
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+
+    assert row["token"] == "0.5"
 
 
 def test_a_log_that_is_not_installed_is_named_with_its_extra_before_the_work(

@@ -4,8 +4,13 @@ from pathlib import Path
 import pytest
 
 from csalign.core.errors import ConfigError
-from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.recipes import recipe_names, recipe_text, recipe_title, recipe_values
+from csalign.training.config import (
+    TrainConfig,
+    TuneConfig,
+    recipe_names,
+    recipe_text,
+    recipe_title,
+)
 
 NAMES = ["close-the-gap", "few-pairs", "retrieval-llm", "text-to-image"]
 
@@ -27,7 +32,7 @@ def test_there_are_the_recipes_that_the_help_names() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_settings_of_train_each_with_what_it_is_for(name: str) -> None:
     config = TrainConfig.resolve(None, {"recipe": name, "features": "f", "out": "o"})
-    values = recipe_values(name)
+    values = tomllib.loads(recipe_text(name))
     lines = recipe_text(name).splitlines()
 
     assert values
@@ -44,7 +49,7 @@ def test_flags_win_over_the_file_and_that_over_the_recipe_and_that_over_the_defa
 ) -> None:
     given = {"seed": 2, "features": "f", "out": "o"}
     config = TrainConfig.resolve(toml, given)
-    recipe = recipe_values("text-to-image")
+    recipe = tomllib.loads(recipe_text("text-to-image"))
 
     assert recipe["image_adapter"] == "identity"
     assert config.image_adapter == "linear"
@@ -53,7 +58,7 @@ def test_flags_win_over_the_file_and_that_over_the_recipe_and_that_over_the_defa
     assert config.dropout == TrainConfig.model_fields["dropout"].default
     other = TrainConfig.resolve(toml, {**given, "recipe": "few-pairs"})
     assert other.image_adapter == "linear"
-    assert other.cs_weight == recipe_values("few-pairs").get("cs_weight", 0.1)
+    assert other.cs_weight == tomllib.loads(recipe_text("few-pairs")).get("cs_weight", 0.1)
 
 
 def test_the_written_configuration_is_the_one_that_ran(toml: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from csalign.features.join import PairedRows
-from csalign.training.sampler import Batch, PairSampler
+from csalign.training.sampler import BatchRows, PairSampler
 
 
 def make_rows(captions: Sequence[Sequence[str | None]]) -> PairedRows:
@@ -25,7 +25,7 @@ def make_rows(captions: Sequence[Sequence[str | None]]) -> PairedRows:
     )
 
 
-def draws(sampler: PairSampler, epochs: int) -> list[Batch]:
+def draws(sampler: PairSampler, epochs: int) -> list[BatchRows]:
     rng = np.random.default_rng(0)
     return [batch for _ in range(epochs) for batch in sampler.epoch(4, rng)]
 

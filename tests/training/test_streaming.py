@@ -11,17 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import s3fs
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csalign.core.enums import Modality
 from csalign.core.errors import OutputError
 from csalign.features import writer
-from csalign.features.join import PairedRows
+from csalign.features.join import PairedRows, join_pairs
+from csalign.features.reader import FeatureSet
+from csalign.features.streaming import MappedRows, MemoryBudget, load_training
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
-from csalign.training import sampler
 from csalign.training.config import TrainConfig
-from csalign.training.sampler import BlockOrder, PairSampler, order_of, uniform
+from csalign.training.data import Unpaired
+from csalign.training.sampler import BatchLoader, BlockOrder, PairSampler, order_for, uniform
 from csalign.training.train import train
 
 ROWS = 400
@@ -61,31 +65,40 @@ def weights_and_losses(features: Path, out: Path, **settings: Any) -> tuple[byte
     return (out / "adapter.safetensors").read_bytes(), lines
 
 
-def in_windows(monkeypatch: pytest.MonkeyPatch, block: int = 400, window: int = 4_000) -> None:
-    monkeypatch.setattr(sampler, "BLOCK_BYTES", block)
-    monkeypatch.setattr(sampler, "WINDOW_BYTES", window)
-
-
-@pytest.mark.parametrize("settings", [{}, {"captions": "all"}, {"captions": "sample", "noise": 0}])
-@pytest.mark.parametrize("is_large", [False, True])
 def test_a_run_from_a_mapped_file_has_the_bytes_of_one_from_memory(
-    scattered: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    is_large: bool,
+    scattered: Path, tmp_path: Path
 ) -> None:
-    if is_large:
-        in_windows(monkeypatch)
-    here = weights_and_losses(scattered, tmp_path / "here", memory=64, **settings)
-    away = weights_and_losses(scattered, tmp_path / "away", memory=0, **settings)
+    here = weights_and_losses(scattered, tmp_path / "here", memory=64, captions="sample")
+    away = weights_and_losses(scattered, tmp_path / "away", memory=0, captions="sample")
 
     assert here == away
     assert sum("loss" in line for line in here[1]) == SMALL["steps"]
 
 
+@pytest.mark.parametrize("captions", ["first", "sample", "all"])
+def test_windows_of_a_mapped_file_give_the_rows_of_memory(scattered: Path, captions: str) -> None:
+    found = []
+    for memory in (1 << 20, 0):
+        budget = MemoryBudget(memory, scattered.parent)
+        features = FeatureSet.open(scattered)
+        joined = join_pairs(features, "all")
+        rows, _ = load_training(features, joined, None, budget, with_keys=True)
+        assert isinstance(rows.images, MappedRows) is not bool(memory)
+        order = order_for(rows, window_bytes=4_000, block_bytes=400)
+        assert order is not uniform
+        sampler = PairSampler(rows, captions, other_weight=0.3, once=True, order=order)
+        pool = Unpaired({Modality.IMAGE: [], Modality.TEXT: []})
+        loader = BatchLoader(rows, sampler, 32, 0, torch.device("cpu"), pool)
+        batches = [next(loader) for _ in range(40)]
+        found.append(
+            [torch.cat([own.images.rows.flatten(), own.texts.rows.flatten()]) for own in batches]
+        )
+
+    assert all(torch.equal(here, away) for here, away in zip(*found, strict=True))
+
+
 def test_further_sets_are_read_the_same_way(scattered: Path, tmp_path: Path) -> None:
-    settings = {"unpaired": str(scattered)}
+    settings = {"unpaired": (scattered,)}
     here, away = (
         weights_and_losses(scattered, tmp_path / f"run-{memory}", memory=memory, **settings)
         for memory in (64, 0)
@@ -173,11 +186,8 @@ def test_a_window_is_of_few_blocks_and_epochs_differ() -> None:
     assert (np.diff(one) != 1).mean() > 0.8
 
 
-def test_sets_of_one_window_are_shuffled_as_a_whole_and_larger_ones_in_windows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows = rows_of([1] * 100, 0)  # 16 bytes an image with its caption
+def test_sets_of_one_window_are_shuffled_as_a_whole_and_larger_ones_in_windows() -> None:
+    rows = rows_of([1] * 100, 0)  # 16 bytes per image with its caption
 
-    assert order_of(rows) is uniform
-    in_windows(monkeypatch, 64, 1_599)
-    assert order_of(rows) == BlockOrder(4, 96)
+    assert order_for(rows) is uniform
+    assert order_for(rows, window_bytes=1_599, block_bytes=64) == BlockOrder(4, 96)

@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csalign.adapters.checkpoint import load_adapter
+from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError
 from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.features.join import join_ids
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
+from csalign.training.data import hold_out
 from csalign.training.train import train
-from csalign.training.validation import carve
 
 OFF: dict[str, Any] = {"match_moments": False}
 
@@ -31,9 +33,10 @@ def weights(run_folder: Path) -> bytes:
     return (run_folder / "adapter.safetensors").read_bytes()
 
 
-@pytest.fixture
-def few_pairs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def few_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 training pairs among 600 images and 600 texts, 100 validation and 300 test pairs."""
+    tmp_path = tmp_path_factory.mktemp("few")
     rng = np.random.default_rng(1)
     latent = rng.normal(size=(1_000, 8)) + 0.5
     for name, width in (("images", 24), ("texts", 16)):
@@ -80,13 +83,46 @@ def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
         for name in ("off", "matched")
     )
 
-    assert (
-        found.validation["matched"]["centroid_distance"]
-        < (found.validation["kept"]["centroid_distance"])
-    )
+    before, after = found.validation["kept"], found.validation["matched"]
+    assert after["centroid_distance"] < before["centroid_distance"]
     assert matched["gap"]["centroid_distance"] < off["gap"]["centroid_distance"]
     assert matched["gap"]["frechet"] < off["gap"]["frechet"]
     assert matched["retrieval"]["mean_recall"] > off["retrieval"]["mean_recall"] - 0.02
+
+
+def test_the_figures_of_the_matched_weights_are_those_that_are_recorded(
+    few_pairs: Path, tmp_path: Path
+) -> None:
+    run(few_pairs, tmp_path / "run")
+    config = EvalConfig(features=few_pairs, adapter=tmp_path / "run", split="val")
+    measured = evaluate(config)
+    recorded = inspect(tmp_path / "run")["validation"][-1]
+    info = read_info(tmp_path / "run")
+
+    assert recorded["matched"]
+    assert recorded["step"] == info.step
+    for figures in (recorded["validation"], info.validation):
+        assert figures is not None
+        recall, gap = measured["retrieval"]["mean_recall"], measured["gap"]["centroid_distance"]
+        assert figures["mean_recall"] == pytest.approx(recall, abs=1e-6)
+        assert figures["centroid_distance"] == pytest.approx(gap, abs=1e-4)
+
+
+@pytest.mark.parametrize("given", ["a, ", "a,,b", ["a", ""]])
+def test_an_empty_unpaired_set_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"unpaired: .*an entry is empty"):
+        TrainConfig.resolve(None, {"features": "f", "out": "o", "unpaired": given})
+
+
+def test_unpaired_sets_are_given_by_commas_or_repeatedly(tmp_path: Path) -> None:
+    def parsed(given: Any) -> tuple[Path, ...]:
+        return TrainConfig(features="f", out="o", unpaired=given).unpaired
+
+    assert parsed("a, b") == parsed(["a", "b"]) == parsed(["a,b"]) == (Path("a"), Path("b"))
+    with_comma = tmp_path / "with, comma"
+    with_comma.mkdir()
+    assert parsed([str(with_comma)]) == (with_comma,)
+    assert parsed(None) == parsed([]) == ()
 
 
 def test_a_frozen_side_stays_where_it_is(arrays: tuple[Path, Path], tmp_path: Path) -> None:
@@ -121,7 +157,7 @@ def test_kinds_that_cannot_be_matched_are_left_alone(
 
 
 def test_holding_out_pairs_keeps_the_texts_without_an_image(few_pairs: Path) -> None:
-    left, held_out = carve(join_ids(FeatureSet.open(few_pairs), "train"), seed=0)
+    left, held_out = hold_out(join_ids(FeatureSet.open(few_pairs), "train"), seed=0)
 
     assert held_out is not None
     assert (held_out.text_image >= 0).all()

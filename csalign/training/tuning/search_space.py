@@ -11,7 +11,6 @@ from csalign.core.errors import ConfigError
 from csalign.features.join import Pairs
 from csalign.objective.divergences import divergence
 from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.initialization import kinds_of
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
 def _matters(name: str, config: TrainConfig) -> bool:
     """Return whether a setting has an effect, given the others."""
     if name == "dropout":
-        return not set(kinds_of(config).values()) <= WITHOUT_DROPOUT
+        return not set(config.kinds.values()) <= WITHOUT_DROPOUT
     if name == "other_captions":
         return config.captions != "all"
     if name == "bandwidth":

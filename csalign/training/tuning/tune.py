@@ -8,12 +8,10 @@ The folder of a study::
 """
 
 import logging
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from csalign.core import atomic, locks
-from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -41,18 +38,17 @@ from csalign.core.progress import Progress, silent
 from csalign.core.records import read_object
 from csalign.core.results import Trial, TuneResult
 from csalign.core.version import __version__
-from csalign.features.join import PairedRows, Pairs
-from csalign.features.reader import FeatureSet
+from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
-from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.loop import Trainer
-from csalign.training.token_data import open_tokens, token_widths
-from csalign.training.train import further_sets, load_split_rows, room_for, split_to_train, start_of
+from csalign.training.config import AdapterOptions, DataOptions, TrainConfig, TuneConfig
+from csalign.training.data import TrainingData, load_data
+from csalign.training.initialization import initialize
+from csalign.training.sampler import make_sampler
+from csalign.training.train import build_trainer, find_tokens
 from csalign.training.tuning.search_space import SearchSpace, search_space
-from csalign.training.unpaired import Unpaired, gather_unpaired
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +80,8 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """
     began = time.monotonic()
     _check_folder(config.out, config.features)
-    data = _load(config)
+    base = config.base()
+    data, val = _load(base)
     space = search_space(config, data.rows)
     paths = {"out", "overwrite", "features", "memory"}
     identity = {
@@ -93,11 +90,10 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         "search": list(space.names),
     }
     with _open_study(config, identity) as study:
-        trials = _search(config, space, study, data, began, progress)
+        trials = _search(config, space, study, data, val, began, progress)
     best = winner(trials, config.recall_slack)
     if best is None:
         raise TrainingError(f"{config.out}: all trials failed; the first: {trials[0].reason}")
-    val = data.val
     return TuneResult(
         study=config.out,
         config=config.out / CONFIG,
@@ -129,7 +125,8 @@ def _search(
     config: TuneConfig,
     space: SearchSpace,
     study: optuna.Study,
-    data: "_Data",
+    data: TrainingData,
+    val: PairedRows,
     began: float,
     progress: Progress,
 ) -> list[Trial]:
@@ -147,7 +144,7 @@ def _search(
             late = config.minutes is not None and time.monotonic() - began >= 60 * config.minutes
             if (total is not None and len(trials) >= total) or (late and trials):
                 return trials
-            _run_trial(len(trials), config.seed, space, study, data)
+            _run_trial(len(trials), config.seed, space, study, data, val)
             trials = _finished(study)
             _log_trial(trials[-1], winner(trials, config.recall_slack))
     except Stopped:
@@ -165,7 +162,12 @@ def _write_best(config: TuneConfig, trials: Sequence[Trial]) -> None:
 
 
 def _run_trial(
-    number: int, seed: int, space: SearchSpace, study: optuna.Study, data: "_Data"
+    number: int,
+    seed: int,
+    space: SearchSpace,
+    study: optuna.Study,
+    data: TrainingData,
+    val: PairedRows,
 ) -> None:
     """Run a trial whose choices depend on the seed, its number and the trials before it alone."""
     began, base = time.monotonic(), space.base
@@ -185,7 +187,7 @@ def _run_trial(
     figures: dict[str, Any] = {}
     try:
         prunable = None if number == 0 or is_closed_form else trial
-        figures, resamples = _train(_with(base, settings), data, prunable)
+        figures, resamples = _train(_with(base, settings), data, val, prunable)
         state = "pruned" if resamples is None else "complete"
         if resamples is not None and number == 0:
             drawn = {name: resamples.figures[name,].tolist() for name in COMPARED}
@@ -238,30 +240,17 @@ def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate({**base.model_dump(), **settings})
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What all trials train and validate on."""
-
-    features: FeatureSet
-    rows: Pairs
-    val: PairedRows
-    unpaired: Unpaired
-    device: torch.device
-
-
-def _load(config: TuneConfig) -> _Data:
-    features = FeatureSet.open(config.features)
-    split = split_to_train(features, config)
-    room = room_for(config)
-    rows, val = load_split_rows(features, split, config, room)
-    if val is None:
-        raise DataError(f"{rows.name}: too few pairs to hold some out for validation; add some")
-    unpaired = gather_unpaired(rows, further_sets(config.base()), split, room)
-    return _Data(features, rows, val, unpaired, pick_device(config.device))
+def _load(config: TrainConfig) -> tuple[TrainingData, PairedRows]:
+    data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
+    if data.val is None:
+        raise DataError(
+            f"{data.rows.name}: too few pairs to hold some out for validation; add some"
+        )
+    return data, data.val
 
 
 def _train(
-    config: TrainConfig, data: _Data, prunable: optuna.Trial | None
+    config: TrainConfig, data: TrainingData, val: PairedRows, prunable: optuna.Trial | None
 ) -> tuple[dict[str, Any], Resamples | None]:
     """Train and measure; the weights are not kept.
 
@@ -269,28 +258,24 @@ def _train(
         Metrics by their names in `Trial`, and resamples of those that are compared; None if
         `prunable`, the trial that validations are reported to, was pruned.
     """
-    tokens = open_tokens(data.features, token_widths(data.features, config), data.rows, config)
-    sampler, adapter, start = start_of(data.rows, data.val, config, tokens)
-    with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
-        trainer = Trainer(
-            adapter,
-            data.rows,
-            sampler,
-            data.unpaired,
-            data.val,
-            config,
-            Path(folder),
-            data.device,
-            tokens,
-        )
-        is_pruned = False
-        with closing(trainer.fit(silent)) as validations:
-            for number, _ in enumerate(validations, start=1):
-                if prunable is not None and trainer.best_score is not None:
-                    prunable.report(trainer.best_score.mean_recall, number)
-                    is_pruned = prunable.should_prune()
-                if is_pruned:
-                    break
+    tokens = find_tokens(config)
+    options = config.group(DataOptions)
+    sampler = make_sampler(options, config.other_captions, data.rows, tokens)
+    widths = tokens.widths if tokens else {}
+    groups = config.group(AdapterOptions)
+    adapter, start = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+    trainer = build_trainer(config, data, tokens, sampler, adapter)
+    is_pruned, number = False, 0
+    with closing(trainer.fit(lambda line: None)) as steps:
+        for validated in steps:
+            if not validated or not trainer.step:
+                continue
+            number += 1
+            if prunable is not None and trainer.best_score is not None:
+                prunable.report(trainer.best_score.mean_recall, number)
+                is_pruned = prunable.should_prune()
+            if is_pruned:
+                break
     assert trainer.best_score is not None
     figures: dict[str, Any] = {
         **trainer.best_score.to_json(),
@@ -300,11 +285,11 @@ def _train(
     }
     if is_pruned:
         return figures, None
-    x, y = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
+    x, y = (embed_rows(adapter, side, val, data.features) for side in Modality)
     rng = np.random.default_rng(config.seed)
     few = (torch.from_numpy(z[rng.permutation(len(z))[:CS_ROWS]]).double() for z in (x, y))
     figures["cs_divergence"] = float(cs_divergence(*few, sigma=CS_BANDWIDTH))
-    owners = data.val.text_image
+    owners = val.text_image
     ranks = rank_both_ways(x, y, owners)
     return figures, resample(ranks, x, y, owners, resamples=RESAMPLES, seed=config.seed)
 

@@ -28,11 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-
-from csalign.core.enums import Modality
-from csalign.core.version import __version__
-from csalign.features.reader import FeatureSet
-from csalign.features.schema import (
+from csalign.features.manifest import (
     FAILURES,
     Counts,
     EncoderInfo,
@@ -41,11 +37,16 @@ from csalign.features.schema import (
     Shards,
     write_manifest,
 )
-from csalign.features.writer import Rows, ShardWriter
-from csalign.training.config import TrainConfig
-from csalign.training.loop import Trainer
-from csalign.training.train import load_split_rows, room_for, start_of, train
-from csalign.training.unpaired import gather_unpaired
+from csalign.features.shard import Rows, ShardWriter
+
+from csalign.core.enums import Modality
+from csalign.core.version import __version__
+from csalign.features.reader import FeatureSet
+from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
+from csalign.training.data import load_data
+from csalign.training.initialization import initialize
+from csalign.training.sampler import make_sampler
+from csalign.training.train import build_trainer, train
 
 WIDTH = 512
 SHARD_ROWS = 250_000
@@ -158,7 +159,6 @@ def memory(options: argparse.Namespace, features: Path) -> None:
 
 def rate(options: argparse.Namespace, features: Path) -> None:
     """Time the same steps from memory and from the mapped file, in turn."""
-    opened = FeatureSet.open(features)
     trainers = {}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         for name, mib in (("memory", 1 << 20), ("mapped", 0)):
@@ -172,26 +172,19 @@ def rate(options: argparse.Namespace, features: Path) -> None:
                 init="random",
                 width=256,
             )
-            room = room_for(config)
-            rows, _ = load_split_rows(opened, "train", config, room)
-            sampler, adapter, _ = start_of(rows, None, config)
-            (Path(folder) / name).mkdir()
-            trainer = Trainer(
-                adapter,
-                rows,
-                sampler,
-                gather_unpaired(rows, [], "train", room),
-                None,
-                config,
-                Path(folder) / name,
-                torch.device("cpu"),
+            data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
+            sampler = make_sampler(config.group(DataOptions), 0.0, data.rows, None)
+            adapter, _ = initialize(
+                config.group(AdapterOptions), data.rows, sampler, None, {}, config.seed
             )
-            trainers[name] = (trainer.fit(lambda *_: None), config.batch_size)
+            trainer = build_trainer(config, data, None, sampler, adapter)
+            trainers[name] = (trainer.fit(lambda line: None), config.batch_size)
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for number in range(options.rounds + 1):
             for name, (steps, _) in trainers.items():
                 began = time.process_time() if options.cpu_time else time.perf_counter()
-                next(steps)  # to the next validation, of which there is none
+                for _ in range(options.steps):
+                    next(steps)
                 now = time.process_time() if options.cpu_time else time.perf_counter()
                 if number:  # the first warms up
                     seconds[name].append(now - began)

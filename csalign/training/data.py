@@ -1,0 +1,333 @@
+"""The rows of a training run: training and validation pairs, unpaired rows, stored tokens."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from csalign.adapters.kinds import find_kind
+from csalign.adapters.side import SideShape
+from csalign.core import distributed
+from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError, DataError, ShapeError
+from csalign.core.memory import available_bytes
+from csalign.features.checks import warn_of_training_rows
+from csalign.features.join import (
+    ALL,
+    Joined,
+    PairedRows,
+    Pairs,
+    compact,
+    join_pairs,
+    select_rows,
+    split_names,
+)
+from csalign.features.reader import FeatureSet
+from csalign.features.streaming import (
+    MIB,
+    MappedRows,
+    MemoryBudget,
+    load_training,
+    load_vectors,
+)
+from csalign.features.tokens import TokenCache, TokenRows
+from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
+LEAST_TO_HOLD_OUT = 20  # captioned images
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a training run.
+
+    Attributes:
+        features: the feature set.
+        split: the split(s) of it that are trained on.
+        rows: training rows.
+        val: held-out rows; None if there are none, and in all processes but the main one.
+        unpaired: rows that the distribution term uses besides.
+    """
+
+    features: FeatureSet
+    split: str
+    rows: Pairs
+    val: PairedRows | None
+    unpaired: "Unpaired"
+
+
+def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
+    """Load training rows, held-out rows and unpaired rows.
+
+    Args:
+        options: feature sets, splits, memory.
+        out: the run, beside which rows that do not fit into memory are kept without TMPDIR.
+        seed: of the held-out rows.
+
+    Raises:
+        DataError: a split holds no pairs, or is both trained and validated on; a row has no
+            direction.
+        ShapeError: a further set has embeddings of other widths.
+        OutputError: the rows fit neither into memory nor on the disk.
+    """
+    features = FeatureSet.open(options.features)
+    there = features.splits()
+    never_split = set(there) == {None}
+    split = ALL if options.train_split == "train" and never_split else options.train_split
+    joined, held_out = _split(features, split, options.val_split, seed)
+    memory = available_bytes() // 2 if options.memory is None else options.memory * MIB
+    next_to_run = next(folder for folder in out.resolve().parents if folder.is_dir())
+    budget = MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
+    rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
+    if distributed.is_main_process():
+        warn_of_training_rows(rows, rows.name)
+    if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
+        log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
+    unpaired = gather_unpaired(rows, options.unpaired, split, budget)
+    return TrainingData(features, split, rows, val, unpaired)
+
+
+def _split(
+    features: FeatureSet, split: str, val_split: str | None, seed: int
+) -> tuple[Joined, Joined | None]:
+    """Join the rows to train on and those to validate on, which only the main process gets."""
+    there = features.splits()
+    trained = split_names(split, there)
+    if val_split is None and "val" in there and "val" not in trained:
+        val_split = "val"
+    joined = join_pairs(features, split)
+    if val_split is None:
+        joined, held_out = hold_out(joined, seed)
+        if held_out is None and distributed.is_main_process():
+            log.warning(
+                "%s: too few pairs to hold some out, so there is no validation and the last "
+                "weights are saved",
+                joined.name,
+            )
+    else:
+        both = trained & split_names(val_split, there)
+        if both:
+            raise DataError(
+                f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
+                "both trained and validated on; name other splits with --train-split and "
+                "--val-split"
+            )
+        held_out = subsample(join_pairs(features, val_split), seed)
+    return joined, held_out if distributed.is_main_process() else None
+
+
+def hold_out(rows: Joined, seed: int) -> tuple[Joined, Joined | None]:
+    """Hold out some of the captioned images: 10 % (100 to 1,000), or 25 % of fewer than 400.
+
+    Returns:
+        The rest, and the held-out rows; None if fewer than 20 images have captions.
+    """
+    captioned = np.flatnonzero(rows.caption_counts)
+    n = len(captioned)
+    if n < LEAST_TO_HOLD_OUT:
+        return rows, None
+    count = min(n // 4, max(100, min(1_000, n // 10)))
+    held_out = _mark(rows.n_images, captioned, count, seed)
+    return rows.take_images(~held_out, unpaired_texts=True), rows.take_images(held_out)
+
+
+def subsample(rows: Joined, seed: int) -> Joined:
+    """Take at most `MAX_VALIDATION_IMAGES` of the captioned images."""
+    captioned = np.flatnonzero(rows.caption_counts)
+    if len(captioned) <= MAX_VALIDATION_IMAGES:
+        return rows
+    log.info(
+        "%s: validating on %d of its %d images", rows.name, MAX_VALIDATION_IMAGES, len(captioned)
+    )
+    return rows.take_images(_mark(rows.n_images, captioned, MAX_VALIDATION_IMAGES, seed))
+
+
+def _mark(total: int, candidates: Ints, count: int, seed: int) -> npt.NDArray[np.bool_]:
+    marks = np.zeros(total, np.bool_)
+    marks[np.random.default_rng(seed).choice(candidates, count, replace=False)] = True
+    return marks
+
+
+class Part(NamedTuple):
+    """Some rows (k,) of the embeddings (n, d) of one encoder, in memory or mapped."""
+
+    values: Array
+    rows: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A pool of rows without a partner, in parts by side."""
+
+    parts: Mapping[Modality, Sequence[Part]]
+
+    def count(self, side: Modality) -> int:
+        """Count the rows of one side."""
+        return sum(len(part.rows) for part in self.parts[side])
+
+    def draw(self, side: Modality, count: int, rng: np.random.Generator) -> Ints:
+        """Draw row numbers of one side with replacement, ascending; none of an empty side."""
+        total = self.count(side)
+        return np.sort(rng.integers(0, total, count if total else 0))
+
+    def take(self, side: Modality, chosen: Ints) -> Array:
+        """Take rows by ascending number; (k, d) float32."""
+        found, start = [], 0
+        for values, rows in self.parts[side]:
+            own = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
+            found.append(values[rows[own]].astype(np.float32))
+            start += len(rows)
+        return np.concatenate(found)
+
+
+def gather_unpaired(
+    rows: Pairs, others: Sequence[Path], train_split: str, budget: MemoryBudget
+) -> Unpaired:
+    """Gather the training rows without a partner, and the rows of further feature sets.
+
+    All rows of a further set are used, paired or not, except those in splits of its own that are
+    not trained on, such as val and test.
+
+    Raises:
+        DataError: there is no such feature set, it has no rows to use, or a row has no direction.
+        ShapeError: a set has embeddings of other widths.
+        OutputError: the rows fit neither into memory nor on the disk.
+    """
+    parts = {
+        Modality.IMAGE: [Part(rows.images, np.flatnonzero(rows.caption_counts == 0))],
+        Modality.TEXT: [Part(rows.texts, np.flatnonzero(rows.text_image < 0))],
+    }
+    for path in others:
+        features = FeatureSet.open(path)
+        there = features.splits()
+        names = (split_names(train_split, there) | {None}) & set(there)
+        found = 0
+        for side, own in parts.items():
+            table, width = features.table(side), rows.embeddings(side).shape[1]
+            if table.info is None or not len(table):
+                continue
+            if table.width != width:
+                raise ShapeError(
+                    f"{features.path}: {side} embeddings are {table.width} wide, those to train on "
+                    f"{width}; extract both with the same encoder"
+                )
+            chosen = select_rows(table, names)
+            vectors = load_vectors(table, chosen, budget, f"{features.path}: {side.plural}")
+            own.append(Part(vectors, compact(np.arange(len(vectors)))))
+            found += len(vectors)
+        if not found:
+            raise DataError(f"{path}: has no rows in split {train_split}, nor any without a split")
+    return Unpaired(parts)
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """The tokens of a feature set, and how to sample those of a batch.
+
+    Attributes:
+        features: the feature set.
+        sources: of each side that trains with tokens; they share one cache.
+        mixed: sides whose adapter mixes tokens into the embedding.
+        pairs: most pairs per step in the token term; 0 without one.
+        samples: most tokens per row and step.
+    """
+
+    features: FeatureSet
+    sources: Mapping[Modality, TokenRows]
+    mixed: frozenset[Modality]
+    pairs: int
+    samples: int
+
+    @property
+    def cache(self) -> TokenCache:
+        """The cache of all sources."""
+        return next(iter(self.sources.values())).cache
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all tokens."""
+        return sum(group.bytes for source in self.sources.values() for group in source.groups)
+
+    @property
+    def widths(self) -> dict[Modality, int]:
+        """The token width of each side that trains with tokens."""
+        widths = {side: self.features.table(side).encoder.token_width for side in self.sources}
+        return {side: width for side, width in widths.items() if width is not None}
+
+
+def open_tokens(
+    path: Path,
+    options: TokenOptions,
+    objective: ObjectiveOptions,
+    kinds: Mapping[Modality, str],
+    *,
+    unpaired: Sequence[Path] = (),
+    sub_batch: int | None = None,
+) -> StoredTokens | None:
+    """Open the tokens of each side that trains with them; None if none does.
+
+    With a token term both sides do, else those whose kind mixes tokens into the embedding.
+
+    Args:
+        path: of the feature set.
+        options: which tokens, and the memory for them.
+        objective: terms of the loss.
+        kinds: of both adapters.
+        unpaired: further sets, which cannot be combined with kinds that mix tokens in.
+        sub_batch: option that cannot be combined with tokens.
+
+    Raises:
+        ConfigError: tokens would change nothing, or cannot be combined with another option.
+        DataError: a side that needs tokens stores none.
+        ShapeError: a side's tokens are of a width that its kind cannot take.
+    """
+    if not (objective.token_weight or options.tokens):
+        return None
+    features = FeatureSet.open(path)
+    classes = {side: find_kind(kind, allow=set(kinds.values())) for side, kind in kinds.items()}
+    mixed = [side for side in Modality if classes[side].mixes_tokens()]
+    if not (objective.token_weight or mixed):
+        raise ConfigError(
+            f"tokens: neither side embeds with them ({' and '.join(sorted(set(kinds.values())))}); "
+            "use --adapter transformer, or add a token term with --token-weight"
+        )
+    if distributed.world().size > 1:
+        raise ConfigError(
+            "tokens: train in a single process; start it without torchrun, or omit --tokens and "
+            "--token-weight"
+        )
+    if sub_batch is not None:
+        raise ConfigError(
+            "sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
+            "it, or use a smaller --batch-size"
+        )
+    for name, given in (("mixing", objective.mixing), ("unpaired", unpaired)):
+        if mixed and given:
+            raise ConfigError(
+                f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
+                f"--{name}, or use another --adapter"
+            )
+    cache, sources = TokenCache(options.token_memory * MIB), {}
+    for side in Modality if objective.token_weight else mixed:
+        table = features.table(side)
+        token_width = table.encoder.token_width
+        if token_width is None:
+            raise DataError(
+                f"{features.path}: stores no {side} tokens; extract it again with csalign extract "
+                "--tokens both, or train without --token-weight and --tokens"
+            )
+        shape = SideShape(kinds[side], table.width, table.width, token_width=token_width)
+        classes[side].check(shape)
+        sources[side] = TokenRows(table, cache)
+    pairs = options.token_pairs if objective.token_weight else 0
+    return StoredTokens(features, sources, frozenset(mixed), pairs, options.token_samples)
