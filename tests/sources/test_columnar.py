@@ -146,7 +146,7 @@ def test_pictures_may_be_named_rather_than_held(
     assert found[0].image is not None
     assert found[0].image.read() == (folder / "sub/a.png").read_bytes()
     assert flaws(path) == [
-        (2, f"image '../x.png' lies outside of {folder}; move it inside"),
+        (2, f"image '../x.png' is outside of {folder}; move it inside"),
         (3, "has neither an image nor a caption"),
     ]
 
