@@ -19,18 +19,10 @@ class SourceOptions(Config):
     kind: Literal[
         "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
     ] = Field("auto", description="Form of SOURCE.")
-    captions: Location | None = Field(
-        None, description="Captions table of a folder of images, if it is elsewhere."
-    )
-    images: Location | None = Field(
-        None, description="Folder that image paths are relative to (default: recognised)."
-    )
-    image_column: str | None = Field(
-        None, description="Column of image paths, bytes or base64 (default: recognised)."
-    )
-    caption_column: str | None = Field(
-        None, description="Column of captions (default: recognised)."
-    )
+    captions: Location | None = Field(None, description="Captions table, if it is elsewhere.")
+    images: Location | None = Field(None, description="Folder that image paths are relative to.")
+    image_column: str | None = Field(None, description="Column of image paths, bytes or base64.")
+    caption_column: str | None = Field(None, description="Column of captions.")
     id_column: str | None = Field(
         None, description="Column of image ids (default: paths, keys or row numbers)."
     )
@@ -47,9 +39,7 @@ class EncoderOptions(Config):
 
     panel: ClassVar[str] = "Encoders"
 
-    encoder: str | None = Field(
-        None, description="Encoder of both sides, such as open_clip:MODEL/TAG."
-    )
+    encoder: str | None = Field(None, description="Encoder of both: open_clip:MODEL/TAG.")
     image_encoder: str | None = Field(
         None, description="Encoder of images: also timm:MODEL, PACKAGE.MODULE:CALLABLE, or none."
     )
@@ -141,12 +131,8 @@ class ArrayOptions(Config):
     texts: Location | None = Field(
         None, description="Text embeddings (m, e), or (n, k, e) for k texts per image."
     )
-    image_column: str | None = Field(
-        None, description="Array or column of image embeddings (default: recognised)."
-    )
-    text_column: str | None = Field(
-        None, description="Array or column of text embeddings (default: recognised)."
-    )
+    image_column: str | None = Field(None, description="Array or column of image embeddings.")
+    text_column: str | None = Field(None, description="Array or column of text embeddings.")
 
 
 class PairOptions(Config):
@@ -172,9 +158,7 @@ class PairOptions(Config):
         description="Captions per image, in the order of the images: .npy of counts or offsets, or "
         "a table with a column count.",
     )
-    image_table: Location | None = Field(
-        None, description="Table of the image rows: id, source and split."
-    )
+    image_table: Location | None = Field(None, description="Table of images: id, source, split.")
     text_table: Location | None = Field(
         None, description="Table of the text rows: id, image_id, caption and split."
     )

@@ -1,15 +1,17 @@
 """``csalign extract``: images and captions into a feature set, through frozen encoders."""
 
+import dataclasses
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from PIL import Image
+from rich.filesize import decimal
 
 from csalign.core import atomic
 from csalign.core.devices import pick_device
@@ -34,7 +36,7 @@ from csalign.ingest.sharding import (
     parse_shard,
 )
 from csalign.sources.records import Source, SourceFile
-from csalign.sources.records.open import SourceOptions, open_source
+from csalign.sources.records.open import STDIN, SourceOptions, open_source
 from csalign.sources.unreadable import UnreadableFile
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,6 @@ logger = logging.getLogger(__name__)
 SKIP = "none"
 """In place of an encoder: skip that side of the source."""
 
-STDIN = "-"
 _MAX_WORKERS = 16
 _REASONS_SHOWN = 3
 # With fewer records a share of failures says little, where their total is not known.
@@ -53,12 +54,8 @@ _TOKENS_PER_CAPTION = 16  # estimate
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source and write them as a feature set.
 
-    The source is divided into parts of `config.part_rows` records. Finished parts stay in
-    ``OUT.partial`` whatever happens, and the same call resumes after them; several processes share
-    the parts by `config.shard`, and the last of them completes the feature set.
-
-    Images that cannot be read are skipped with their captions and listed in ``failures.jsonl``;
-    if that makes the command fail, the list is in ``OUT.partial``.
+    Finished parts stay in ``OUT.partial`` whatever happens, and the same call resumes after them;
+    several processes share the parts, and the last of them completes the feature set.
 
     Args:
         config: what to read, with which encoders, and where to write.
@@ -77,7 +74,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
     shard = parse_shard(config.shard)
     _check_output(config)
-    source = open_source(config.source, _source_options(config))
+    names = [option.name for option in dataclasses.fields(SourceOptions)]
+    options = SourceOptions(**{name: getattr(config, name) for name in names})
+    source = open_source(config.source, options)
     logger.info("%s: %s", config.source, source.description)
     if shard.count > 1:
         logger.info("processing shard %s", shard)
@@ -92,29 +91,33 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             text=encoders.text.info if encoders.text else None,
         ),
     )
+    restart, retry = config.overwrite, config.retry_failures
     with (
         atomic.translate_os_errors(config.out),
         open_partial_set(
-            config.out,
-            job,
-            shard,
-            config=config.to_toml(),
-            restart=config.overwrite,
-            retry=config.retry_failures,
+            config.out, job, shard, config=config.to_toml(), restart=restart, retry=retry
         ) as partial,
     ):
         check_array(shard, config.shard, partial.shard_counts())
         extraction = _Extraction(config, source, encoders, partial, shard, progress)
-        missing: list[WorkShard] = []
         if not partial.is_complete:
             extraction.run()
             missing = [] if partial.is_gone else partial.missing()
-    if missing:
-        others = f"{len(missing)} other shards" if len(missing) > 1 else f"shard {missing[0]}"
-        logger.info("%s: shard %s is done; waiting for %s", partial.folder, shard, others)
-        return extraction.result(partial.folder)
+            if missing:
+                others = f"{len(missing)} shards" if len(missing) > 1 else f"shard {missing[0]}"
+                folder = partial.folder
+                logger.info("%s: shard %s is done; waiting for %s", folder, shard, others)
+                return extraction.result()
     with atomic.translate_os_errors(config.out):
-        return _complete(config, partial)
+        with sole_owner(partial) as is_owner:
+            if is_owner:
+                if not partial.is_complete:
+                    _check_failures(config, partial, partial.part_records())
+                partial.complete_and_commit()
+        if not is_owner:
+            partial.wait_until_committed()
+        counts = schema.read_manifest(config.out).counts
+    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
 
 def _check_output(config: ExtractConfig) -> None:
@@ -127,36 +130,18 @@ def _check_output(config: ExtractConfig) -> None:
     )
 
 
-def _source_options(config: ExtractConfig) -> SourceOptions:
-    return SourceOptions(
-        kind=config.kind,
-        captions=config.captions,
-        images=config.images,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        split_column=config.split_column,
-        id_column=config.id_column,
-        caption_lines=config.caption_lines,
-    )
-
-
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
-    specs = {
-        Modality.IMAGE: config.image_encoder or config.encoder,
-        Modality.TEXT: config.text_encoder or config.encoder,
-    }
+    specs = {side: getattr(config, f"{side}_encoder") or config.encoder for side in Modality}
     if all(spec == SKIP for spec in specs.values()):
         raise ConfigError("image-encoder, text-encoder: at least one must be an encoder")
-    wanted: dict[Modality, str | None] = dict.fromkeys(Modality)
     for side in Modality:
         if side not in source.sides or specs[side] == SKIP:
-            continue
-        if specs[side] is None:
+            specs[side] = None
+        elif specs[side] is None:
             raise ConfigError(
                 f"{side}-encoder: is required, since the source contains {side.plural}; pass "
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
-        wanted[side] = specs[side]
     options = EncoderOptions(
         device=pick_device(device_of_rank(config.device)),
         precision=config.precision,
@@ -166,34 +151,16 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
         max_tokens=config.max_tokens,
         compile=config.compile,
     )
-    return load_encoders(wanted[Modality.IMAGE], wanted[Modality.TEXT], options)
+    return load_encoders(specs[Modality.IMAGE], specs[Modality.TEXT], options)
 
 
 def _location(config: ExtractConfig) -> str:
     """Return the paths of the source, whose fingerprint contains relative names only."""
-    places = [config.source, config.captions, config.images]
+    places = [str(place) for place in (config.source, config.captions, config.images) if place]
     return " ".join(
-        str(place) if "://" in str(place) or str(place) == STDIN else str(Path(place).absolute())
+        place if "://" in place or place == STDIN else str(Path(place).absolute())
         for place in places
-        if place is not None
     )
-
-
-def _complete(config: ExtractConfig, partial: PartialSet) -> FeaturesResult:
-    """Complete the feature set now that all shards are done, or wait for the process that does.
-
-    Raises:
-        DataError: more of the source is unusable than allowed.
-    """
-    with sole_owner(partial) as is_owner:
-        if is_owner:
-            if not partial.is_complete:
-                _check_all_failures(config, partial, partial.part_records())
-            partial.complete_and_commit()
-    if not is_owner:
-        partial.wait_until_committed()
-    counts = schema.read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
 
 
 @dataclass
@@ -214,20 +181,28 @@ class _Extraction:
         Raises:
             DataError: more is unusable than allowed, or everything.
         """
-        self._check_disk_space()
+        _check_disk_space(self.config, self.source, self.encoders, self.partial)
         self.partial.mark_begun()
+        files, is_alone = len(self.source.files), self.shard.count == 1
+        total = self.source.total
         pipeline = Pipeline(
             self.encoders.image,
             self.encoders.text,
             self.config.dtype,
-            self.config.workers or min(_usable_cores(), _MAX_WORKERS),
+            # What a container or batch system allows.
+            self.config.workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS),
             self.progress,
-            self.source.total if self.shard.count == 1 else None,
+            total if is_alone else None,
         )
         with closing(pipeline):
-            for file in assigned_files(self.shard, len(self.source.files)):
+            for file in assigned_files(self.shard, files):
                 for record, is_new in self._parts(file, pipeline):
-                    self._count(record, pipeline, is_new=is_new)
+                    self.records.append(record)
+                    if not is_new:
+                        pipeline.report("records", record.records)
+                        pipeline.report("texts", record.texts_seen)
+                    if is_alone:
+                        _check_failures(self.config, self.partial, self.records, files, total)
         if not self.records:
             logger.warning(
                 "shard %s has nothing to do: there are fewer parts than shards; use fewer shards "
@@ -236,10 +211,10 @@ class _Extraction:
             )
         self.partial.mark_finished([record.name for record in self.records])
 
-    def result(self, folder: Path) -> FeaturesResult:
+    def result(self) -> FeaturesResult:
         """Return the counts of this process's share."""
         return FeaturesResult(
-            folder,
+            self.partial.folder,
             sum(record.images.rows for record in self.records if record.images),
             sum(record.texts.rows for record in self.records if record.texts),
             sum(record.pairs for record in self.records),
@@ -297,152 +272,119 @@ class _Extraction:
         stop = min(len(opened), start + self.config.part_rows)
         name = self._name(file, number)
         with self.partial.part(name) as part:
-            tally = pipeline.embed(opened.records(start, stop), opened.name, part)
+            pipeline.embed(opened.records(start, stop), opened.name, part)
             record = PartRecord(
                 name=name,
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
                 is_unreadable=isinstance(opened, UnreadableFile),
-                **asdict(tally),
+                records=part.records,
             )
             return self.partial.finish_part(part, record)
-
-    def _count(self, record: PartRecord, pipeline: Pipeline, *, is_new: bool) -> None:
-        self.records.append(record)
-        if not is_new:
-            pipeline.report("records", record.records)
-            pipeline.report("texts", record.texts_seen)
-        if self.shard.count == 1:
-            _check_failures(
-                self.config,
-                self.partial,
-                self.records,
-                files=len(self.source.files),
-                total=self.source.total,
-            )
-
-    def _check_disk_space(self) -> None:
-        """Log the size of the feature set, and refuse if the disk is too small for its images.
-
-        Raises:
-            OutputError: it is.
-        """
-        sizes = {
-            side: _row_bytes(encoder, self.config.dtype)
-            for side in Modality
-            if (encoder := self.encoders.side(side)) is not None
-        }
-        each = ", ".join(f"about {_readable(size)} per {side}" for side, size in sizes.items())
-        images = self.source.total_images
-        if images is None or Modality.IMAGE not in sizes:
-            logger.info("size on disk: %s", each)
-            return
-        needed = images * sizes[Modality.IMAGE]
-        logger.info("size on disk: %s; %s in total for images", each, _readable(needed))
-        folder = self.partial.folder
-        if is_remote(folder) or self.partial.has_parts:
-            return
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OutputError(
-                f"{folder}: {images} images need {_readable(needed)}, {_readable(free)} are free; "
-                "free some space, choose another --out, or store fewer tokens with --max-tokens"
-            )
 
 
 def _check_failures(
     config: ExtractConfig,
     partial: PartialSet,
     records: list[PartRecord],
-    *,
-    files: int,
-    total: int | None,
-    is_all: bool = False,
+    files: int | None = None,
+    total: int | None = None,
 ) -> None:
-    """Raise if more of the source is unusable than `config.max_failures` allows.
+    """Raise if more of the source is unusable than allowed, or in the end everything.
 
     Args:
-        config: with the limit.
+        config: with the limits.
         partial: receives the list of failures.
         records: of the parts so far.
-        files: of the source.
+        files: of the source, None if these are all parts.
         total: records of the source, None if not known.
-        is_all: whether these are all parts.
 
     Raises:
         DataError: more is unusable.
     """
-    limit = config.max_failures
+    limit, is_all = config.max_failures, files is None
+    files = files or len({record.name.rpartition("-")[0] for record in records})
     seen = sum(record.records for record in records)
     failed = sum(record.failed_records for record in records)
-    if (is_all or total or seen >= _ENOUGH_RECORDS) and failed > limit * max(total or 0, seen):
-        raise _too_many(partial, records, f"{failed} of {seen} records are unusable", limit)
     unreadable = sum(record.is_unreadable for record in records)
-    if unreadable > limit * files:
-        raise _too_many(partial, records, f"{unreadable} of {files} files are unreadable", limit)
     texts = sum(record.texts_seen for record in records)
-    failed = sum(record.failed_texts for record in records)
-    if (is_all or texts >= _ENOUGH_RECORDS) and failed > limit * texts:
-        raise _too_many(partial, records, f"{failed} of {texts} texts are unusable", limit)
-
-
-def _check_all_failures(
-    config: ExtractConfig, partial: PartialSet, records: list[PartRecord]
-) -> None:
-    """Raise if the finished parts have too many failures, or nothing at all.
-
-    Raises:
-        DataError: they have.
-    """
-    files = len({record.name.rpartition("-")[0] for record in records})
-    _check_failures(config, partial, records, files=files, total=None, is_all=True)
+    failed_texts = sum(record.failed_texts for record in records)
+    problem = None
+    if (is_all or total or seen >= _ENOUGH_RECORDS) and failed > limit * max(total or 0, seen):
+        problem = f"{failed} of {seen} records are unusable"
+    elif unreadable > limit * files:
+        problem = f"{unreadable} of {files} files are unreadable"
+    elif (is_all or texts >= _ENOUGH_RECORDS) and failed_texts > limit * texts:
+        problem = f"{failed_texts} of {texts} texts are unusable"
+    if problem is not None:
+        problem += f" (limit: {100 * limit:g} %)"
+        raise _too_many(partial, records, problem, ", or with a higher --max-failures")
+    if not is_all:
+        return
     skipped = sum(len(record.failures) for record in records)
     if config.strict and skipped:
-        raise _too_many(partial, records, f"{skipped} inputs were skipped (--strict)", None)
-    if not sum(record.records for record in records):
+        problem = f"{skipped} inputs were skipped (--strict)"
+        raise _too_many(partial, records, problem, ", or without --strict")
+    if not seen:
         raise DataError(f"{config.source}: contains nothing to embed")
     if not any(record.images or record.texts for record in records):
-        raise _too_many(partial, records, "none of the records is usable", None)
+        raise _too_many(partial, records, "none of the records is usable")
 
 
 def _too_many(
-    partial: PartialSet, records: list[PartRecord], problem: str, limit: float | None
+    partial: PartialSet, records: list[PartRecord], problem: str, alternative: str = ""
 ) -> DataError:
-    failures = [failure for record in records for failure in record.failures]
-    path = partial.list_failures(failures)
+    failures = partial.list_failures(records)
     examples = "; ".join(
         f"{failure.source}{'' if failure.row is None else f', row {failure.row}'} {failure.reason}"
         for failure in failures[:_REASONS_SHOWN]
     )
-    remedy = "repair them and resume with --retry-failures"
-    if limit is not None:
-        problem += f" (limit: {100 * limit:g} %)"
-        remedy += ", or with a higher --max-failures"
-    return DataError(f"{problem}: {examples}; {path} lists those so far: {remedy}")
+    return DataError(
+        f"{problem}: {examples}; {partial.folder / schema.FAILURES} lists those so far: repair "
+        f"them and resume with --retry-failures{alternative}"
+    )
 
 
-def _row_bytes(encoder: ImageEncoder | TextEncoder, dtype: str) -> int:
-    """Return the bytes of a row's numbers; the token count of a text is an estimate."""
+def _check_disk_space(
+    config: ExtractConfig, source: Source, encoders: Encoders, partial: PartialSet
+) -> None:
+    """Log the size of the feature set, and refuse if the disk is too small for its images.
+
+    Raises:
+        OutputError: it is.
+    """
+    item = schema.DTYPES[config.dtype].itemsize
+    sizes = {
+        side: item * _row_width(encoder)
+        for side in Modality
+        if (encoder := encoders.side(side)) is not None
+    }
+    each = ", ".join(f"about {decimal(size)} per {side}" for side, size in sizes.items())
+    images = source.total_images
+    if images is None or Modality.IMAGE not in sizes:
+        logger.info("size on disk: %s", each)
+        return
+    needed = images * sizes[Modality.IMAGE]
+    logger.info("size on disk: %s; %s in total for images", each, decimal(needed))
+    if is_remote(partial.folder) or partial.has_parts:
+        return
+    free = shutil.disk_usage(partial.folder).free
+    if needed > free:
+        raise OutputError(
+            f"{partial.folder}: {images} images need {decimal(needed)}, {decimal(free)} are free; "
+            "free some space, choose another --out, or store fewer tokens with --max-tokens"
+        )
+
+
+def _row_width(encoder: ImageEncoder | TextEncoder) -> int:
+    """Return the count of numbers in a row, where that of a text's tokens is an estimate."""
     info = encoder.info
-    count = 0
-    if info.token_width is not None:
-        count = _TOKENS_PER_CAPTION
-        if hasattr(encoder, "preprocess"):
-            images = cast(ImageEncoder, encoder)
-            blank = images.preprocess(Image.new("RGB", (64, 64)))
-            tokens = images.embed(blank.unsqueeze(0)).tokens
-            count = len(tokens[0]) if tokens else 0
-    item: int = schema.DTYPES[dtype].itemsize
-    return item * (info.width + count * (info.token_width or 0))
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0))  # what a container or batch system allows
+    if info.token_width is None:
+        return info.width
+    count = _TOKENS_PER_CAPTION
+    if hasattr(encoder, "preprocess"):
+        images = cast(ImageEncoder, encoder)
+        blank = images.preprocess(Image.new("RGB", (64, 64)))
+        tokens = images.embed(blank.unsqueeze(0)).tokens
+        count = len(tokens[0]) if tokens else 0
+    return info.width + count * info.token_width

@@ -13,14 +13,12 @@ from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.checks import find_unusable
-from csalign.features.schema import EncoderInfo
+from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.sources.arrays.base import Labels, Strings, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
 from csalign.sources.pairing import (
-    ImageRows,
-    TextRows,
     describe_images,
     describe_texts,
     owners_by_counts,
@@ -29,7 +27,7 @@ from csalign.sources.pairing import (
     share_splits,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more in float16
 
@@ -51,44 +49,25 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         OutputError: ``config.out`` exists and is not to be replaced.
     """
     _check_options(config)
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=_inputs(config))
+    specs = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
+    tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
+    inputs = (*specs, *(table for table in tables if table is not None))
+    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
     sides = _open(config)
     columns = _columns(config, sides)
-    dtype = config.dtype or _dtype(sides)
-    specs = {Modality.IMAGE: config.image_encoder, Modality.TEXT: config.text_encoder}
+    is_half = all(vectors.is_half for vectors in sides.values())
+    dtype = config.dtype or ("float16" if is_half else "float32")
     encoders = {
-        side: EncoderInfo(spec=specs[side], width=vectors.width) for side, vectors in sides.items()
+        side: EncoderInfo(spec=getattr(config, f"{side}_encoder"), width=vectors.width)
+        for side, vectors in sides.items()
     }
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
-    total, done, faint = sum(map(len, sides.values())), 0, 0
     with atomic.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, names) as writer:
-            for side, vectors in sides.items():
-                start = 0
-                for chunk, where in vectors.chunks():
-                    for row, reason in find_unusable(chunk, dtype).items():
-                        raise DataError(f"{where(row)}: {reason}")
-                    part = {
-                        name: values[start : start + len(chunk)]
-                        for name, values in columns[side].items()
-                    }
-                    writer.write(side, Rows(part, chunk))
-                    start += len(chunk)
-                    faint += int((np.abs(chunk).max(axis=1) < _FAINT).sum())
-                    progress("rows", done + start, total)
-                done += start
-    if dtype == "float16" and faint:
-        log.warning(
-            "%d embeddings are so small that float16 keeps few of their digits; %s, or import the "
-            "originals with --dtype float32",
-            faint,
-            schema.RESCALE.partition(",")[0],
-        )
-    images, texts = (len(sides[side]) if side in sides else 0 for side in Modality)
-    owners: Sequence[str | None] = columns.get(Modality.TEXT, {}).get(schema.IMAGE_ID, ())
-    pairs = sum(owner is not None for owner in owners)
-    return FeaturesResult(config.out, images, texts, pairs, 0, names=names)
+            _write(sides, columns, writer, dtype, progress)
+    counts = read_manifest(config.out).counts
+    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)
 
 
 def _check_options(config: ImportConfig) -> None:
@@ -103,24 +82,14 @@ def _check_options(config: ImportConfig) -> None:
             "--captions-per-image and --caption-order go together: the count alone leaves open the "
             "order"
         )
-    given = {
-        "--pairs": config.pairs,
-        "--captions-per-image": config.captions_per_image,
-        "--text-counts": config.text_counts,
-    }
-    names = [name for name, value in given.items() if value is not None]
     if config.names is not None and config.names[0] == config.names[1]:
         raise ConfigError(
             f"--names: both sides are named {config.names[0]!r}; give them different names"
         )
-    if len(names) > 1:
-        raise ConfigError(f"{' and '.join(names)} define the pairs twice; pass one of them")
-
-
-def _inputs(config: ImportConfig) -> tuple[Path, ...]:
-    arrays = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
-    tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
-    return (*arrays, *(path for path in tables if path is not None))
+    options = ("pairs", "captions_per_image", "text_counts")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} define the pairs twice; pass one of them")
 
 
 def _open(config: ImportConfig) -> dict[Modality, Vectors]:
@@ -141,22 +110,24 @@ def _columns(
 ) -> dict[Modality, dict[str, Strings]]:
     """Return the string columns of each side."""
     images = texts = None
-    if Modality.IMAGE in sides:
-        vectors = sides[Modality.IMAGE]
+    if (vectors := sides.get(Modality.IMAGE)) is not None:
         if vectors.captions_each is not None:
             raise DataError(
                 f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
         images = describe_images(len(vectors), _labels(config.image_table, vectors))
-    if Modality.TEXT in sides:
-        vectors = sides[Modality.TEXT]
+    if (vectors := sides.get(Modality.TEXT)) is not None:
+        labels = _labels(config.text_table, vectors)
         pairs = None if config.pairs is None else read_label_table(config.pairs)
         owners = None if images is None else _owners(config, len(images.ids), vectors)
-        labels = _labels(config.text_table, vectors)
         texts = describe_texts(len(vectors), images, labels, pairs, owners)
     if images is not None and texts is not None:
         images, texts = share_splits(images, texts)
-    return _by_side(images, texts)
+    rows = {Modality.IMAGE: images, Modality.TEXT: texts}
+    return {  # column "id" of the set is the field "ids" of the rows, and so on
+        side: {name: getattr(rows[side], f"{name}s") for name in schema.STRING_COLUMNS[side]}
+        for side in sides
+    }
 
 
 def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
@@ -174,25 +145,28 @@ def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] 
     return None
 
 
-def _by_side(
-    images: ImageRows | None, texts: TextRows | None
-) -> dict[Modality, dict[str, Strings]]:
-    found: dict[Modality, dict[str, Strings]] = {}
-    if images is not None:
-        found[Modality.IMAGE] = {
-            schema.ID: images.ids,
-            schema.SOURCE: images.sources,
-            schema.SPLIT: images.splits,
-        }
-    if texts is not None:
-        found[Modality.TEXT] = {
-            schema.ID: texts.ids,
-            schema.IMAGE_ID: texts.image_ids,
-            schema.CAPTION: texts.captions,
-            schema.SPLIT: texts.splits,
-        }
-    return found
-
-
-def _dtype(sides: Mapping[Modality, Vectors]) -> str:
-    return "float16" if all(vectors.is_half for vectors in sides.values()) else "float32"
+def _write(
+    sides: Mapping[Modality, Vectors],
+    columns: Mapping[Modality, Mapping[str, Strings]],
+    writer: FeatureWriter,
+    dtype: str,
+    progress: Progress,
+) -> None:
+    total, done, faint = sum(map(len, sides.values())), 0, 0
+    for side, vectors in sides.items():
+        start = 0
+        for chunk, where in vectors.chunks():
+            for row, reason in find_unusable(chunk, dtype).items():
+                raise DataError(f"{where(row)}: {reason}")
+            stop = start + len(chunk)
+            part = {name: values[start:stop] for name, values in columns[side].items()}
+            writer.write(side, Rows(part, chunk))
+            faint += int((np.abs(chunk).max(axis=1) < _FAINT).sum())
+            done, start = done + len(chunk), stop
+            progress("rows", done, total)
+    if dtype == "float16" and faint:
+        logger.warning(
+            "%d embeddings are so small that float16 keeps few of their digits; scale them to "
+            "norms about 1, or import the originals with --dtype float32",
+            faint,
+        )

@@ -35,20 +35,19 @@ def open_partial_set(
         job: what it is.
         shard: of this process.
         config: content of ``config.toml``, that of the process that begins.
-        restart: whether another job's unfinished parts may be removed.
-        retry: whether to resume although the source has changed; the caller then rebuilds parts
-            whose fingerprint changed.
+        restart: remove the unfinished parts of another job.
+        retry: resume although the source has changed; the caller rebuilds the parts of the change.
 
     Raises:
         OutputError: the folder contains another job, or another process has this shard.
     """
-    if is_remote(out):
-        folder = atomic.partial_path(out)
-        _begin(folder, job, config, restart=restart, retry=retry)
-        yield PartialSet(folder, out, job, shard)
-        return
-    out = out.resolve()
+    out = out if is_remote(out) else out.resolve()
     folder = atomic.partial_path(out)
+    partial = PartialSet(folder, out, job, shard)
+    if is_remote(out):
+        _begin(folder, job, config, restart=restart, retry=retry)
+        yield partial
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as lock:
         _join(lock, folder, job, config, restart=restart, retry=retry)
@@ -58,7 +57,6 @@ def open_partial_set(
                     f"{folder}: another process has shard {shard}; wait for it, or choose another "
                     "--out"
                 )
-            partial = PartialSet(folder, out, job, shard)
             try:
                 yield partial
             except BaseException:
@@ -86,35 +84,14 @@ def sole_owner(partial: PartialSet) -> Iterator[bool]:
 def merge_parts(out: Path) -> None:
     """Build a feature set from the parts in ``OUT.partial``, whoever wrote them.
 
-    For parts written on machines without a common disk and then copied into one folder, and for a
-    last process that died before it could complete the set.
+    For parts that were copied into one folder, and if the last process died before it could
+    complete the set.
 
     Raises:
         DataError: there are no parts, or some shards are missing.
         OutputError: `out` exists, or another process works on the parts.
     """
     folder = atomic.partial_path(out if is_remote(out) else out.resolve())
-    _check_free(out, folder)
-    job = _read_job(folder)
-    if job is None:
-        raise DataError(f"{folder}: contains no parts of a feature set")
-    partial = PartialSet(folder, out, job, WorkShard(0, 1))
-    if not is_remote(folder):
-        (folder / LOCK).touch()  # copies may lack it
-    if not partial.is_complete and (missing := partial.missing()):
-        listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
-        raise DataError(
-            f"{folder}: shards {listed} are missing; run csalign extract with --shard for each"
-        )
-    if is_remote(folder):
-        partial.complete_and_commit()
-        return
-    with sole_owner(partial) as is_owner:
-        if is_owner:
-            partial.complete_and_commit()
-
-
-def _check_free(out: Path, folder: Path) -> None:
     try:
         atomic.check_output(out, overwrite=False)
     except OutputError as error:
@@ -125,6 +102,21 @@ def _check_free(out: Path, folder: Path) -> None:
         raise OutputError(
             f"{out}: is in the way of the feature set to be built from {folder}; move it"
         ) from error
+    atomic.refuse_other_work(folder, Job.FORMAT)
+    job = read_job(folder / atomic.JOB, Job)
+    if job is None:
+        raise DataError(f"{folder}: contains no parts of a feature set")
+    partial = PartialSet(folder, out, job, WorkShard(0, 1))
+    if not is_remote(folder):
+        (folder / LOCK).touch()  # copies may lack it
+    if not partial.is_complete and (missing := partial.missing()):
+        listed = ", ".join(map(str, missing[:5])) + (", ..." if missing[5:] else "")
+        raise DataError(
+            f"{folder}: shards {listed} are missing; run csalign extract with --shard for each"
+        )
+    with sole_owner(partial) as is_owner:
+        if is_owner or is_remote(folder):  # where the claim may be that of a dead process
+            partial.complete_and_commit()
 
 
 def _join(
@@ -136,10 +128,8 @@ def _join(
         if try_lock(lock, shared=True):
             if not is_current(lock, folder / LOCK):
                 raise OutputError(f"{folder}: another process has just completed it")
-            found = _read_job(folder, restart=restart)
-            if found == job:
+            if _read_job(folder, job, restart=restart, retry=retry) == job:
                 return
-            _check_job(folder, found, job, restart=restart, retry=retry)
             # A shared lock cannot be upgraded while others share it, so release it in between.
             unlock(lock)
             if try_lock(lock):
@@ -151,31 +141,25 @@ def _join(
         time.sleep(0.05)
 
 
-def _check_job(folder: Path, found: Job | None, job: Job, *, restart: bool, retry: bool) -> None:
-    """Refuse a folder of another job, unless the user wants it replaced."""
-    if found is None or restart or (retry and is_same_but_source(found, job)):
-        return
-    raise OutputError(describe_conflict(folder, found, job))
-
-
 def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -> None:
-    found = _read_job(folder, restart=restart)
+    found = _read_job(folder, job, restart=restart, retry=retry)
     if found == job:
         return
-    _check_job(folder, found, job, restart=restart, retry=retry)
-    if found is not None and not restart:
+    if found is not None and not restart:  # only the source has changed
         (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never committed
-        write_record(folder / atomic.JOB, job)
-        return
-    if is_remote(folder):
-        atomic.remove_folder(folder)
     else:
-        atomic.empty_folder(folder)
-    atomic.write_text(folder / "config.toml", config)
+        if is_remote(folder):
+            atomic.remove_folder(folder)
+        else:
+            atomic.empty_folder(folder)
+        atomic.write_text(folder / "config.toml", config)
     write_record(folder / atomic.JOB, job)
 
 
-def _read_job(folder: Path, *, restart: bool = False) -> Job | None:
-    """Return the job begun there; None if there is none, or a damaged one may be replaced."""
+def _read_job(folder: Path, job: Job, *, restart: bool, retry: bool) -> Job | None:
+    """Return the job begun there, None if there is none; one in the way of `job` is refused."""
     atomic.refuse_other_work(folder, Job.FORMAT)
-    return read_job(folder / atomic.JOB, Job, restart=restart)
+    found = read_job(folder / atomic.JOB, Job, restart=restart)
+    if found is None or found == job or restart or (retry and is_same_but_source(found, job)):
+        return found
+    raise OutputError(describe_conflict(folder, found, job))

@@ -10,9 +10,7 @@ writes it, nor when. Once every process has finished, the part records become th
     finished/            one JSON file per finished process, naming its parts
 """
 
-import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,11 +48,15 @@ _CLAIM = "parts.claim"
 
 @dataclass
 class PartWriter:
-    """Writer of the two files of a part."""
+    """Writer of the two files of a part, with the counts of its `PartRecord`."""
 
     sides: dict[Modality, ShardWriter]
-    failures: list[Failure] = field(default_factory=list)
+    records: int = 0
+    failed_records: int = 0
+    failed_texts: int = 0
+    texts_seen: int = 0
     pairs: int = 0
+    failures: list[Failure] = field(default_factory=list)
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
@@ -71,7 +73,7 @@ class PartialSet:
         self._out = out
         self._job = job
         self._shard = shard
-        self._token = uuid.uuid4().hex.encode()
+        self._mark = folder / FINISHED / f"{shard.index}-of-{shard.count}.json"
 
     @property
     def is_gone(self) -> bool:
@@ -103,21 +105,22 @@ class PartialSet:
                 f"{path}: the part has other options or another source than "
                 f"{self.folder / atomic.JOB}; copy parts of one job only"
             )
-        for side in Modality:
-            shard = record.side(side)
-            file = shard and self.folder.joinpath(*shard.path.split("/"))
-            if shard and file and not (file.is_file() and file.stat().st_size == shard.bytes):
-                return None  # removed or truncated by somebody else
+        for shard in (record.images, record.texts):
+            if shard is not None:
+                file = self.folder / shard.path
+                if not file.is_file() or file.stat().st_size != shard.bytes:
+                    return None  # removed or truncated by somebody else
         return record
 
     @contextmanager
     def part(self, name: str) -> Iterator[PartWriter]:
         """Write a part, to be completed by `finish_part`; nothing stays if the block raises."""
-        sides = {}
-        for side in Modality:
-            info = self._job.encoders.side(side)
-            if info is not None:
-                sides[side] = ShardWriter(self.folder, name, side, info, self._job.dtype)
+        encoders, dtype = self._job.encoders, self._job.dtype
+        sides = {
+            side: ShardWriter(self.folder, name, side, info, dtype)
+            for side in Modality
+            if (info := encoders.side(side)) is not None
+        }
         try:
             yield PartWriter(sides)
         except BaseException as error:
@@ -127,13 +130,14 @@ class PartialSet:
             raise
 
     def finish_part(self, part: PartWriter, record: PartRecord) -> PartRecord:
-        """Commit a part's files, and then its record."""
+        """Commit a part's files, and then its record with the counts of `part`."""
         shards = {side.plural: writer.close() for side, writer in part.sides.items()}
         for side, shard in shards.items():
             if shard is None:  # an earlier attempt may have had rows
                 (self.folder / side / f"{record.name}.parquet").unlink(missing_ok=True)
-        known = {"job": self._job.fingerprint(), "pairs": part.pairs, "failures": part.failures}
-        record = record.model_copy(update={**shards, **known})
+        counts = {name: value for name, value in vars(part).items() if name != "sides"}
+        job = self._job.fingerprint()
+        record = record.model_copy(update={"job": job, **counts, **shards})
         write_record(self.folder / PARTS / f"{record.name}.json", record)
         return record
 
@@ -143,19 +147,80 @@ class PartialSet:
 
     def mark_finished(self, parts: list[str]) -> None:
         """Record that this process finished its parts, all of which have records."""
-        own = {"index": self._shard.index, "count": self._shard.count}
-        write_record(self._mark, Finished(**own, source=self._job.source, parts=parts))
+        shard, source = self._shard, self._job.source
+        mark = Finished(index=shard.index, count=shard.count, source=source, parts=parts)
+        write_record(self._mark, mark)
 
-    @property
-    def _mark(self) -> Path:
-        return self.folder / FINISHED / f"{self._shard.index}-of-{self._shard.count}.json"
+    def shard_counts(self) -> set[int]:
+        """Return the numbers of shards that other processes of the job were started with."""
+        marks = [path.stem for path in self._mark_files()]
+        if not is_remote(self.folder):
+            own = f"{LOCK}-{self._mark.stem}"
+            names = [path.name for path in self.folder.glob(f"{LOCK}-*")]
+            marks += [name for name in names if name != own]
+        return {int(name.rpartition("-")[2]) for name in marks}
+
+    def missing(self) -> list[WorkShard]:
+        """Return the unfinished shards; empty once all shards of some count have finished."""
+        missing = [WorkShard(0, 1)]
+        for count, marks in sorted(self._finished().items()):
+            missing = [WorkShard(index, count) for index in range(count) if index not in marks]
+            if not missing:
+                break
+        return missing
+
+    def _finished(self) -> dict[int, dict[int, Finished]]:
+        """Return who finished with the source as it is now, by number of shards and by index."""
+        self._refresh()
+        finished: dict[int, dict[int, Finished]] = {}
+        for path in self._mark_files():
+            mark = read_or_rebuild(path, Finished)
+            if mark is not None and mark.source == self._job.source:
+                finished.setdefault(mark.count, {})[mark.index] = mark
+        return finished
+
+    def _mark_files(self) -> list[Path]:
+        folder = self.folder / FINISHED
+        return sorted(folder.glob("*.json")) if folder.exists() else []
+
+    def _refresh(self) -> None:
+        if is_remote(self.folder):
+            self.folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there
+
+    def list_failures(self, records: list[PartRecord]) -> list[Failure]:
+        """Write ``failures.jsonl``, the skipped inputs of some parts, and return them."""
+        failures = [failure for record in records for failure in record.failures]
+        lines = [failure.model_dump_json() + "\n" for failure in failures]
+        atomic.write_text(self.folder / FAILURES, "".join(lines))
+        return failures
+
+    def part_records(self) -> list[PartRecord]:
+        """Return the records of all parts in the source's order, once nothing is missing.
+
+        Raises:
+            DataError: a part is missing although its process finished.
+            OutputError: some process has not finished.
+        """
+        everybody = [marks for count, marks in self._finished().items() if len(marks) == count]
+        if not everybody:
+            raise OutputError(f"{self.folder}: is incomplete, or another process committed it")
+        names = [name for mark in everybody[0].values() for name in mark.parts]
+        names.sort(key=lambda name: [int(number) for number in name.split("-")[1:]])
+        records = [record for name in names if (record := self.part_record(name)) is not None]
+        if len(records) < len(names):
+            missing = sorted({*names} - {record.name for record in records})
+            raise DataError(
+                f"{self.folder}: {missing[0]} is incomplete ({len(missing)} such parts); copy it "
+                "again, or run csalign extract again to rebuild it"
+            )
+        return records
 
     def claim(self) -> bool:
         """Return whether this process is the first to claim an object store's folder."""
         path = self.folder / _CLAIM
         try:
             # The one write that object stores refuse if the name is taken.
-            path.fs.pipe_file(path.path, self._token, mode="create")  # type: ignore[attr-defined]
+            path.fs.pipe_file(path.path, b"claimed", mode="create")  # type: ignore[attr-defined]
         except FileExistsError:
             return False
         return True
@@ -174,59 +239,7 @@ class PartialSet:
                     f"if none does, run csalign inspect --merge {self._out}"
                 )
             time.sleep(0.2)
-            _refresh(self.folder)
-
-    def shard_counts(self) -> set[int]:
-        """Return the numbers of shards that other processes of the job were started with."""
-        folder = self.folder / FINISHED
-        marks = [path.stem for path in folder.glob("*.json")] if folder.exists() else []
-        if not is_remote(self.folder):
-            own = f"{LOCK}-{self._shard.index}-of-{self._shard.count}"
-            names = [path.name for path in self.folder.glob(f"{LOCK}-*")]
-            marks += [name for name in names if name != own]
-        return {int(name.rpartition("-")[2]) for name in marks}
-
-    def missing(self) -> list[WorkShard]:
-        """Return the unfinished shards; empty once all shards of some count have finished."""
-        return _missing(self._finished())
-
-    def _finished(self) -> list[Finished]:
-        """Return the marks of processes that finished with the source as it is now."""
-        _refresh(self.folder)
-        folder = self.folder / FINISHED
-        marks = sorted(folder.glob("*.json")) if folder.exists() else []
-        found = [read_or_rebuild(path, Finished) for path in marks]
-        return [mark for mark in found if mark is not None and mark.source == self._job.source]
-
-    def list_failures(self, failures: list[Failure]) -> Path:
-        """Write the list of skipped inputs of a job that failed because of them."""
-        path = self.folder / FAILURES
-        atomic.write_text(path, _json_lines(failures))
-        return path
-
-    def part_records(self) -> list[PartRecord]:
-        """Return the records of all parts in the source's order, once nothing is missing.
-
-        Raises:
-            DataError: a part is missing although its process finished.
-        """
-        found = {name: self.part_record(name) for name in self._part_names()}
-        missing = [name for name, record in found.items() if record is None]
-        if missing:
-            raise DataError(
-                f"{self.folder}: {missing[0]} is incomplete ({len(missing)} such parts); copy it "
-                "again, or run csalign extract again to rebuild it"
-            )
-        return [record for record in found.values() if record is not None]
-
-    def _part_names(self) -> list[str]:
-        finished = self._finished()
-        for count in {mark.count for mark in finished}:
-            marks = [mark for mark in finished if mark.count == count]
-            if not _missing(marks):
-                names = [name for mark in marks for name in mark.parts]
-                return sorted(names, key=lambda name: [int(part) for part in name.split("-")[1:]])
-        raise OutputError(f"{self.folder}: is incomplete, or another process committed it")
+            self._refresh()
 
     def complete_and_commit(self) -> None:
         """Turn the parts into a feature set under its final name; see `locks.sole_owner`.
@@ -235,7 +248,7 @@ class PartialSet:
             DataError: an id appears twice.
         """
         if not self.is_complete:
-            self._complete()
+            self._write_manifest()
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
             atomic.remove_folder(self.folder / name)
@@ -245,45 +258,26 @@ class PartialSet:
         atomic.commit(self.folder, self._out)
         (self._out / atomic.JOB).unlink(missing_ok=True)
 
-    def _complete(self) -> None:
+    def _write_manifest(self) -> None:
         records = self.part_records()
-        shards = {
-            side: [shard for record in records if (shard := record.side(side)) is not None]
-            for side in Modality
-        }
-        for side in Modality:
-            _check_ids(self.folder, side, shards[side])
-            _remove_stale_files(self.folder / side.plural, shards[side])
-        failures = [failure for record in records for failure in record.failures]
-        atomic.write_text(self.folder / FAILURES, _json_lines(failures))
+        images = [record.images for record in records if record.images is not None]
+        texts = [record.texts for record in records if record.texts is not None]
+        for side, shards in ((Modality.IMAGE, images), (Modality.TEXT, texts)):
+            _check_ids(self.folder, side, shards)
+            _remove_stale_files(self.folder / side.plural, shards)
         manifest = Manifest(
             csalign_version=__version__,
             dtype=self._job.dtype,
             encoders=self._job.encoders,
             counts=Counts(
-                images=sum(shard.rows for shard in shards[Modality.IMAGE]),
-                texts=sum(shard.rows for shard in shards[Modality.TEXT]),
+                images=sum(shard.rows for shard in images),
+                texts=sum(shard.rows for shard in texts),
                 pairs=sum(record.pairs for record in records),
-                failures=len(failures),
+                failures=len(self.list_failures(records)),
             ),
-            shards=Shards(images=shards[Modality.IMAGE], texts=shards[Modality.TEXT]),
+            shards=Shards(images=images, texts=texts),
         )
         write_manifest(self.folder, manifest)
-
-
-def _refresh(folder: Path) -> None:
-    if is_remote(folder):
-        folder.fs.invalidate_cache()  # type: ignore[attr-defined]  # others write there too
-
-
-def _missing(finished: list[Finished]) -> list[WorkShard]:
-    missing: list[WorkShard] = []
-    for count in sorted({mark.count for mark in finished}):
-        there = {mark.index for mark in finished if mark.count == count}
-        missing = [WorkShard(index, count) for index in range(count) if index not in there]
-        if not missing:
-            return []
-    return missing or [WorkShard(0, 1)]
 
 
 def _remove_stale_files(folder: Path, shards: list[Shard]) -> None:
@@ -299,20 +293,12 @@ def _remove_stale_files(folder: Path, shards: list[Shard]) -> None:
 def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
     chunks: list[pa.Array] = []
     for shard in shards:
-        with folder.joinpath(*shard.path.split("/")).open("rb") as file:
+        with (folder / shard.path).open("rb") as file:
             chunks += pq.read_table(file, columns=[schema.ID]).column(0).chunks
-    ids = pa.chunked_array(chunks, pa.string())
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return
-    counted = ids.value_counts()
-    worst = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
-    raise DataError(
-        f"{folder}: {side} id {worst[0].as_py()!r} appears twice ({len(worst)} such ids in all); "
-        "ids must be unique across the files of the source"
-    )
-
-
-def _json_lines(failures: list[Failure]) -> str:
-    return "".join(
-        json.dumps(failure.model_dump(), ensure_ascii=False) + "\n" for failure in failures
-    )
+    counted = pa.chunked_array(chunks, pa.string()).value_counts()
+    repeated = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+    if len(repeated):
+        raise DataError(
+            f"{folder}: {side} id {repeated[0].as_py()!r} appears twice ({len(repeated)} such ids "
+            "in all); ids must be unique across the files of the source"
+        )

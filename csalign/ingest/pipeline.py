@@ -14,8 +14,9 @@ import torch
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError
 from csalign.core.progress import Progress
-from csalign.encoders.base import Embedded, Floats, ImageEncoder, TextEncoder
+from csalign.encoders.base import Embedded, ImageEncoder, TextEncoder
 from csalign.features import schema
+from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
 from csalign.ingest.job import Failure
 from csalign.ingest.partial_set import PartWriter
@@ -31,76 +32,48 @@ T = TypeVar("T")
 _END = object()
 
 
-class OwnedText(NamedTuple):
-    """A text with the image and the split of its record."""
-
-    text: TextInput
-    image_id: str | None
-    split: str | None
-
-
-@dataclass
-class Tally:
-    """Counts of a part's records; see `job.PartRecord`."""
-
-    records: int = 0
-    failed_records: int = 0
-    failed_texts: int = 0
-    texts_seen: int = 0
-
-
 @dataclass
 class Pipeline:
-    """Both encoders with their threads; use under `contextlib.closing`.
+    """Both encoders with their threads; use under `contextlib.closing`."""
 
-    Attributes:
-        image: None skips images; their texts are then on their own.
-        text: None skips texts.
-        dtype: "float16" or "float32", as the rows are stored.
-        workers: threads that decode images.
-        progress: called with counts of records (once their image is done) and of texts.
-        total: records in all, if known.
-    """
-
-    image: ImageEncoder | None
+    image: ImageEncoder | None  # None skips images; their texts then belong to no image
     text: TextEncoder | None
-    dtype: str
-    workers: int
-    progress: Progress
-    total: int | None = None
+    dtype: str  # "float16" or "float32", as the rows are stored
+    workers: int  # threads that decode images
+    progress: Progress  # called with counts of records (once their image is done) and of texts
+    total: int | None = None  # records in all, if known
     done: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self.report("records", 0)
         if self.text is not None:
             self.report("texts", 0)
 
     def close(self) -> None:
         """Stop the threads; waiting work is dropped."""
-        for executor in (self._reader, self._decoders, self._writer):
+        for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
 
-    def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> Tally:
+    def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
         """Embed and write the records of a part, images first.
 
         Args:
             records: of one part.
             file: name of their source file, for the list of failures.
-            part: receives the rows and the failures.
+            part: receives the rows, the counts and the failures.
         """
-        work = _Part(self, file, part, _Writes(self._writer, part))
+        work = _Part(self, file, part)
         try:
             with closing(self._read_ahead(iter(records))) as ahead:
                 work.embed_images(ahead)
             work.embed_texts()
-            work.writes.drain()
+            work.finish_writes(0)
         except BaseException:
-            work.writes.cancel()
+            work.cancel_writes()
             raise
-        return work.tally
 
     def report(self, what: str, count: int) -> None:
         """Add to a count and show it."""
@@ -110,63 +83,27 @@ class Pipeline:
     def _read_ahead(self, records: Iterator[Record]) -> Generator[Record]:
         """Yield the records, read in a thread while the caller is busy."""
         ahead = 2 * self.workers + 2
-        pending = deque(self._reader.submit(next, records, _END) for _ in range(ahead))
+        pending = deque(self.reader.submit(next, records, _END) for _ in range(ahead))
         try:
             while (record := pending.popleft().result()) is not _END:
-                pending.append(self._reader.submit(next, records, _END))
+                pending.append(self.reader.submit(next, records, _END))
                 assert isinstance(record, Record)
                 yield record
         finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)  # nothing may read on after the file is closed
-
-    @property
-    def decode_ahead(self) -> int:
-        """Images to decode ahead: the next batch while this one is computed."""
-        return 2 * self.workers + (self.image.batch_size if self.image else 1)
-
-    def decode(self, image: ImageInput) -> Future[torch.Tensor | str]:
-        """Start reading and preprocessing an image; the result is pixels, or why it has none."""
-        return self._decoders.submit(self._decode, image)
-
-    def _decode(self, image: ImageInput) -> torch.Tensor | str:
-        assert self.image is not None
-        try:
-            return self.image.preprocess(read_image(image.read()))
-        except DataError as error:
-            return str(error)
-
-
-@dataclass
-class _Writes:
-    """Rows that wait to be written in order, a few at a time."""
-
-    executor: ThreadPoolExecutor
-    part: PartWriter
-    _pending: deque[Future[None]] = field(default_factory=deque)
-
-    def add(self, side: Modality, rows: Rows) -> None:
-        self._pending.append(self.executor.submit(self.part.write, side, rows))
-        if len(self._pending) > _WRITES_AHEAD:
-            self._pending.popleft().result()
-
-    def drain(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
-
-    def cancel(self) -> None:
-        """Wait until nothing writes any more, so that the files can be removed."""
-        for future in self._pending:
-            future.cancel()
-        wait(self._pending)
+            _cancel(pending)  # nothing may read on after the file is closed
 
 
 class _Decoding(NamedTuple):
     id: str
     source: str
     split: str | None
-    pixels: Future[torch.Tensor | str]  # holds the only reference to the image's bytes
+    pixels: Future[torch.Tensor | str]  # or why there are none; holds the only image bytes
+
+
+class _OwnedText(NamedTuple):
+    text: TextInput
+    image_id: str | None
+    split: str | None
 
 
 @dataclass
@@ -176,17 +113,25 @@ class _Part:
     pipeline: Pipeline
     file: str
     part: PartWriter
-    writes: _Writes
-    tally: Tally = field(default_factory=Tally)
-    _texts: list[OwnedText] = field(default_factory=list)
+    _texts: list[_OwnedText] = field(default_factory=list)
     _skipped: dict[str, str] = field(default_factory=dict)  # reasons by image id
+    _writes: deque[Future[None]] = field(default_factory=deque)
 
     def embed_images(self, records: Iterable[Record]) -> None:
         encoder = self.pipeline.image
         for batch in _groups(self._decoded(records), encoder.batch_size if encoder else 1):
             assert encoder is not None
-            embedded = embed_in_halves(encoder.embed, torch.stack([item[1] for item in batch]))
-            self._write_images([item[0] for item in batch], embedded)
+            images = [image for image, _ in batch]
+            embedded = embed_in_halves(encoder.embed, torch.stack([pixels for _, pixels in batch]))
+            defects = self._defects(embedded)
+            for row, reason in defects.items():
+                self._skip(images[row], reason)
+            columns = {
+                schema.ID: [image.id for image in images],
+                schema.SOURCE: [image.source for image in images],
+                schema.SPLIT: [image.split for image in images],
+            }
+            self._write(Modality.IMAGE, columns, embedded, defects)
             self.pipeline.report("records", len(batch))
 
     def embed_texts(self) -> None:
@@ -195,83 +140,81 @@ class _Part:
             return
         for window in _groups(self._kept_texts(), encoder.batch_size * _BATCHES_PER_WINDOW):
             embedded = embed_in_halves(encoder.embed, [owned.text.caption for owned in window])
-            self._write_texts(window, embedded)
+            defects = self._defects(embedded)
+            for row, reason in defects.items():
+                self.part.failed_texts += 1
+                self._fail(self.file, window[row].text.row, reason)
+            columns = {
+                schema.ID: [owned.text.id for owned in window],
+                schema.IMAGE_ID: [owned.image_id for owned in window],
+                schema.CAPTION: [owned.text.caption for owned in window],
+                schema.SPLIT: [owned.split for owned in window],
+            }
+            self._write(Modality.TEXT, columns, embedded, defects)
             self.pipeline.report("texts", len(window))
 
     def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, torch.Tensor]]:
-        """Yield the usable images in order, decoded ahead."""
-        pending: deque[_Decoding] = deque()
+        """Yield the usable images in order, decoded ahead: the next batch during this one."""
+        encoder = self.pipeline.image
+        ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
+        for image in _run_ahead(self._decoding(records), ahead):
+            result = image.pixels.result()
+            if isinstance(result, str):
+                self._skip(image, result)
+                self.pipeline.report("records", 1)
+            else:
+                yield image, result
+
+    def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
+        """Count records and start decoding their images."""
         for record in records:
-            self._accept(record, pending)
-            while len(pending) > self.pipeline.decode_ahead:
-                yield from self._usable(pending.popleft())
-        while pending:
-            yield from self._usable(pending.popleft())
+            self.part.records += 1
+            image = record.image if self.pipeline.image else None
+            owner = image.id if image else None
+            self._texts += [_OwnedText(text, owner, record.split) for text in record.texts]
+            if record.error is not None:
+                self.part.failed_records += 1
+                self._fail(self.file, record.row, record.error)
+            if image is None:
+                self.pipeline.report("records", 1)
+            else:
+                pixels = self.pipeline.decoders.submit(self._decode, image)
+                yield _Decoding(image.id, image.source, record.split, pixels)
 
-    def _accept(self, record: Record, pending: deque[_Decoding]) -> None:
-        self.tally.records += 1
-        if record.error is not None:
-            self.tally.failed_records += 1
-            self._fail(self.file, record.row, record.error)
-            self.pipeline.report("records", 1)
-            return
-        image = record.image if self.pipeline.image else None
-        if image is not None:
-            pixels = self.pipeline.decode(image)
-            pending.append(_Decoding(image.id, image.source, record.split, pixels))
-        else:
-            self.pipeline.report("records", 1)
-        owner = image.id if image else None
-        self._texts += [OwnedText(text, owner, record.split) for text in record.texts]
+    def _decode(self, image: ImageInput) -> torch.Tensor | str:
+        assert self.pipeline.image is not None
+        try:
+            return self.pipeline.image.preprocess(read_image(image.read()))
+        except DataError as error:
+            return str(error)
 
-    def _usable(self, decoding: _Decoding) -> Iterator[tuple[_Decoding, torch.Tensor]]:
-        result = decoding.pixels.result()
-        if isinstance(result, str):
-            self._skip(decoding, result)
-            self.pipeline.report("records", 1)
-        else:
-            yield decoding, result
+    def _kept_texts(self) -> Iterator[_OwnedText]:
+        for owned in self._texts:
+            reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
+            if reason is None:
+                self.part.texts_seen += 1
+                yield owned
+            else:
+                self._fail(self.file, owned.text.row, f"its image {owned.image_id:.200} {reason}")
 
     def _skip(self, image: _Decoding, reason: str) -> None:
-        self.tally.failed_records += 1
+        self.part.failed_records += 1
         self._skipped[image.id] = reason
         self._fail(image.source, None, reason)
 
     def _fail(self, source: str, row: int | None, reason: str) -> None:
         self.part.failures.append(Failure(source=source, row=row, reason=reason))
 
-    def _kept_texts(self) -> Iterator[OwnedText]:
-        for owned in self._texts:
-            reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
-            if reason is None:
-                self.tally.texts_seen += 1
-                yield owned
-            else:
-                self._fail(self.file, owned.text.row, f"its image {owned.image_id:.200} {reason}")
-
-    def _write_images(self, batch: list[_Decoding], embedded: Embedded) -> None:
-        defects = _defects(embedded, self.pipeline.dtype)
-        for position, reason in defects.items():
-            self._skip(batch[position], reason)
-        columns: dict[str, Sequence[str | None]] = {
-            schema.ID: [item.id for item in batch],
-            schema.SOURCE: [item.source for item in batch],
-            schema.SPLIT: [item.split for item in batch],
-        }
-        self._write(Modality.IMAGE, columns, embedded, defects)
-
-    def _write_texts(self, window: list[OwnedText], embedded: Embedded) -> None:
-        defects = _defects(embedded, self.pipeline.dtype)
-        for position, reason in defects.items():
-            self.tally.failed_texts += 1
-            self._fail(self.file, window[position].text.row, reason)
-        columns: dict[str, Sequence[str | None]] = {
-            schema.ID: [owned.text.id for owned in window],
-            schema.IMAGE_ID: [owned.image_id for owned in window],
-            schema.CAPTION: [owned.text.caption for owned in window],
-            schema.SPLIT: [owned.split for owned in window],
-        }
-        self._write(Modality.TEXT, columns, embedded, defects)
+    def _defects(self, embedded: Embedded) -> dict[int, str]:
+        """Return why rows cannot be stored, by position."""
+        dtype = self.pipeline.dtype
+        unusable = find_unusable(embedded.embeddings, dtype)
+        defects = {row: f"has an embedding that {reason}" for row, reason in unusable.items()}
+        with np.errstate(over="ignore"):  # looking for overflows
+            for row, tokens in enumerate(embedded.tokens or ()):
+                if row not in defects and not np.isfinite(tokens.astype(dtype)).all():
+                    defects[row] = f"has tokens that are not finite in {dtype}"
+        return defects
 
     def _write(
         self,
@@ -280,6 +223,7 @@ class _Part:
         embedded: Embedded,
         defects: Collection[int],
     ) -> None:
+        """Write rows in a thread, in order, a few calls behind."""
         kept = [row for row in range(len(embedded.embeddings)) if row not in defects]
         if kept:
             rows = Rows(
@@ -287,7 +231,23 @@ class _Part:
                 embedded.embeddings[kept],
                 None if embedded.tokens is None else [embedded.tokens[row] for row in kept],
             )
-            self.writes.add(side, rows)
+            self._writes.append(self.pipeline.writer.submit(self.part.write, side, rows))
+            self.finish_writes(_WRITES_AHEAD)
+
+    def finish_writes(self, ahead: int) -> None:
+        """Wait until at most `ahead` calls are unfinished."""
+        while len(self._writes) > ahead:
+            self._writes.popleft().result()
+
+    def cancel_writes(self) -> None:
+        """Wait until nothing writes any more, so that the files can be removed."""
+        _cancel(self._writes)
+
+
+def _cancel(futures: Collection[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
+    wait(futures)
 
 
 def embed_in_halves(embed: Any, batch: Any) -> Embedded:
@@ -317,25 +277,14 @@ def embed_in_halves(embed: Any, batch: Any) -> Embedded:
     return Embedded(np.concatenate([first.embeddings, second.embeddings]), tokens)
 
 
-def _defects(embedded: Embedded, dtype: str) -> dict[int, str]:
-    """Return why rows cannot be stored, by position: not finite once stored, or of norm 0."""
-    defects = {}
-    for position, embedding in enumerate(embedded.embeddings):
-        if not _is_finite(embedding, dtype):
-            defects[position] = f"has an embedding that is not finite in {dtype}"
-        elif not embedding.astype(dtype).any():
-            defects[position] = "has an embedding of norm 0"
-        elif not schema.LEAST_NORM < np.linalg.norm(embedding) < schema.MOST_NORM:
-            defects[position] = f"has an embedding of norm {np.linalg.norm(embedding):.3g}"
-    for position, tokens in enumerate(embedded.tokens or ()):
-        if position not in defects and not _is_finite(tokens, dtype):
-            defects[position] = f"has tokens that are not finite in {dtype}"
-    return defects
-
-
-def _is_finite(values: Floats, dtype: str) -> bool:
-    with np.errstate(over="ignore"):  # looking for overflows
-        return bool(np.isfinite(values.astype(dtype)).all())
+def _run_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield items after `count` more have been taken."""
+    pending: deque[T] = deque()
+    for item in items:
+        pending.append(item)
+        if len(pending) > count:
+            yield pending.popleft()
+    yield from pending
 
 
 def _groups(items: Iterable[T], size: int) -> Iterator[list[T]]:

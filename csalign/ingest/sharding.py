@@ -11,8 +11,7 @@ from csalign.ingest.job import WorkShard
 def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
     """Parse ``--shard``: "I/N" with I from 0, or "auto".
 
-    "auto" multiplies what is set: the tasks of a SLURM array (``SLURM_ARRAY_TASK_ID`` and its
-    bounds) and the ranks of torchrun (``RANK``, ``WORLD_SIZE``) within each.
+    "auto" multiplies the tasks of a SLURM array and torchrun's ranks within each, if there are any.
 
     Raises:
         ConfigError: it is neither, or the index is not below the count.
@@ -20,21 +19,14 @@ def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> Work
     if shard == "auto":
         array, rank = _array_task(environment), _rank(environment)
         found = WorkShard(array.index * rank.count + rank.index, array.count * rank.count)
-        if not 0 <= found.index < found.count:
-            raise ConfigError(
-                f"shard: the variables of SLURM or torchrun give {found}, as in an array that is a "
-                "list; pass --shard I/N"
-            )
-        return found
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if match is None:
+        problem = "the variables of SLURM or torchrun do not number the shards; pass --shard I/N"
+    elif match := re.fullmatch(r"(\d+)/(\d+)", shard):
+        found = WorkShard(int(match[1]), int(match[2]))
+        problem = f"does not exist; shards are numbered from 0 to {found.count - 1}"
+    else:
         raise ConfigError(f"shard: must be I/N or auto (got {shard!r})")
-    found = WorkShard(int(match[1]), int(match[2]))
-    if found.index >= found.count:
-        raise ConfigError(
-            f"shard: {shard} does not exist; shards are numbered from 0/{found.count} to "
-            f" {found.count - 1}/{found.count}"
-        )
+    if not 0 <= found.index < found.count:
+        raise ConfigError(f"shard: {found}: {problem}")
     return found
 
 
@@ -46,14 +38,9 @@ def check_array(
 ) -> None:
     """Refuse a SLURM array that is smaller than the one that began the work.
 
-    Args:
-        shard: the result of `parse_shard`.
-        option: ``--shard``; an explicit one is accepted.
-        known: numbers of shards that the work was begun with.
-        environment: with SLURM's variables.
-
     Raises:
-        ConfigError: it is smaller, as an array of the failed tasks would be.
+        ConfigError: `shard`, which is not an explicit `option`, is one of fewer than some of the
+            `known` counts, as in an array of the failed tasks.
     """
     if option != "auto" or "SLURM_ARRAY_TASK_ID" not in environment:
         return

@@ -180,8 +180,8 @@ def test_tables_of_labels_of_no_use_are_refused(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ("--out out", 2, "name embeddings"),
-        ("i.npy --images i.npy --out out", 2, "give either SOURCE or --images and --texts"),
+        ("--out out", 2, "pass embeddings"),
+        ("i.npy --images i.npy --out out", 2, "pass either SOURCE or --images and --texts"),
         ("--images i.npy", 2, "out: is required"),
         ("--images i.npy --out i.npy", 1, "i.npy: "),
         ("--images i.npy --out .", 1, "this is where i.npy is read from"),

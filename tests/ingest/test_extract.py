@@ -99,7 +99,7 @@ def test_what_is_written_is_what_open_clip_gives(
     np.testing.assert_allclose(features.texts.embeddings(), texts, rtol=0, atol=2e-6)
 
 
-def test_pairs_loose_captions_and_lone_images_have_their_place(
+def test_pairs_unpaired_captions_and_unpaired_images_keep_their_order(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     result = run()
@@ -188,7 +188,7 @@ def damage(photos: Path) -> None:
     (photos / "e.png").write_bytes(b"")
 
 
-def test_unreadable_images_are_left_out_with_their_captions_and_listed(
+def test_unreadable_images_are_skipped_with_their_captions_and_listed(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     damage(photos)
@@ -214,7 +214,7 @@ def test_unreadable_images_are_left_out_with_their_captions_and_listed(
     ]
 
 
-def test_left_out_images_do_not_change_the_others(
+def test_skipped_images_do_not_change_the_others(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     whole = FeatureSet.open(run("whole").features).images.embeddings()
@@ -224,7 +224,7 @@ def test_left_out_images_do_not_change_the_others(
     np.testing.assert_allclose(part, whole[[0, 2, 5, 6, 7]], rtol=0, atol=1e-6)
 
 
-def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
+def test_too_many_failures_end_the_run_and_a_rerun_resumes(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     damage(photos)
@@ -234,8 +234,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
 
     message = str(caught.value)
     assert message.startswith(
-        "2 of 4 records could not be used, the share allowed is 0.2: "
-        f"{photos}/b.png cannot be read ("
+        f"2 of 4 records are unusable (limit: 20 %): {photos}/b.png cannot be read ("
     )
     assert f"; {photos}/d.png is not an image of a known format; " in message
     assert f"; {partial}/failures.jsonl lists those so far: repair them" in message
@@ -247,32 +246,32 @@ def test_too_many_failures_end_the_run_and_a_rerun_goes_on_from_there(
     assert (result.images, first.stat().st_mtime_ns) == (5, began)
 
 
-def test_what_was_repaired_is_made_anew_on_request(
+def test_repaired_images_are_reprocessed_on_request(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     whole = run("whole", part_rows=3)
     pixels = (photos / "b.png").read_bytes()
     (photos / "b.png").write_bytes(pixels[:200])
-    with pytest.raises(DataError, match="go on with --retry-failures"):
+    with pytest.raises(DataError, match="resume with --retry-failures"):
         run(part_rows=3)
     (photos / "b.png").write_bytes(pixels)
 
     assert shards(run(part_rows=3, retry_failures=True)) == shards(whole)
 
 
-def test_a_repaired_table_goes_on_with_the_parts_that_it_left_alone(
+def test_a_repaired_table_resumes_after_the_unchanged_parts(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     table = photos / "captions.csv"
     whole = run("whole", part_rows=3)
     repaired = table.read_text()
     table.write_text(repaired.replace("e.png,", "e.png,x,"))
-    with pytest.raises(DataError, match=r"row 6 has 3 cells, .* go on with --retry-failures"):
+    with pytest.raises(DataError, match=r"row 6 has 3 cells, .* resume with --retry-failures"):
         run(part_rows=3)
     partial = photos.parent / "features.partial"
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
     table.write_text(repaired)
-    with pytest.raises(OutputError, match="when the source held something else; go on with --ret"):
+    with pytest.raises(OutputError, match="the source has changed since this"):
         run(part_rows=3)
     result = run(part_rows=3, retry_failures=True)
 
@@ -281,7 +280,7 @@ def test_a_repaired_table_goes_on_with_the_parts_that_it_left_alone(
     assert failures(result.features) == []
 
 
-def test_a_row_taken_out_of_a_table_moves_those_behind_it(
+def test_a_row_removed_from_a_table_moves_the_rows_after_it(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     table = photos / "captions.csv"
@@ -292,11 +291,11 @@ def test_a_row_taken_out_of_a_table_moves_those_behind_it(
     table.write_text(table.read_text().replace("d.png,a picture of dd\n", ""))
     changed = run(part_rows=3, retry_failures=True, max_failures=0.5)
 
-    assert shards(changed) == shards(run("anew", part_rows=3, max_failures=0.5))
+    assert shards(changed) == shards(run("again", part_rows=3, max_failures=0.5))
 
 
 @pytest.mark.parametrize("content", [b"a cat \xff", b""])
-def test_a_repaired_caption_beside_an_image_goes_on(
+def test_a_repaired_caption_beside_an_image_resumes(
     run: Callable[..., FeaturesResult], make_images: MakeImages, content: bytes
 ) -> None:
     folder = make_images(*NAMES, folder="others")
@@ -311,7 +310,7 @@ def test_a_repaired_caption_beside_an_image_goes_on(
     assert shards(run(source=folder, part_rows=3, retry_failures=True)) == shards(whole)
 
 
-def test_a_repaired_tar_is_read_anew_and_the_others_are_not(
+def test_a_repaired_tar_is_read_again_and_the_others_are_not(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     tars = photos.parent / "tars"
@@ -340,7 +339,7 @@ def test_a_repaired_tar_is_read_anew_and_the_others_are_not(
     assert first.stat().st_mtime_ns == began
 
 
-def test_files_that_are_lost_count_among_files(
+def test_unreadable_files_count_among_files(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     tars = photos.parent / "tars"
@@ -350,7 +349,7 @@ def test_files_that_are_lost_count_among_files(
             tar.add(photos / "a.png", "a.png")
     whole = (tars / "1.tar").read_bytes()
     (tars / "1.tar").write_text("<html>")
-    with pytest.raises(DataError, match=r"^1 of 3 files could not be read, the share allowed is"):
+    with pytest.raises(DataError, match=r"^1 of 3 files are unreadable \(limit: 1 %\): "):
         run(source=tars)
     lossy = run("lossy", source=tars, max_failures=0.4)
     (tars / "1.tar").write_bytes(whole)
@@ -375,7 +374,7 @@ def test_a_shard_without_a_part_says_so(
     assert "shard 1/2 has nothing to do: there are fewer parts than shards" in caplog.text
 
 
-def test_a_limit_of_tokens_that_nothing_stores_is_refused(
+def test_a_token_limit_without_tokens_is_refused(
     run: Callable[..., FeaturesResult],
 ) -> None:
     with pytest.raises(ConfigError, match=r"^max-tokens: no tokens are stored; add --tokens"):
@@ -388,7 +387,7 @@ def test_a_slurm_array_of_one_does_not_take_over_the_work_of_many(
     run(shard="3/4", part_rows=2)
     for name, value in (("ID", 0), ("MIN", 0), ("MAX", 0), ("COUNT", 1)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    with pytest.raises(ConfigError, match="begun in 4 shares"):
+    with pytest.raises(ConfigError, match="began with 4 shards"):
         run(shard="auto", part_rows=2)
 
     assert run(shard="0/1", part_rows=2).complete
@@ -398,7 +397,7 @@ def test_strict_refuses_any_failure_at_the_end(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     damage(photos)
-    with pytest.raises(DataError, match=r"^6 inputs were left out, which --strict forbids: "):
+    with pytest.raises(DataError, match=r"^6 inputs were skipped \(--strict\): "):
         run(max_failures=0.5, strict=True)
 
     assert len(failures(photos.parent / "features.partial")) == 6
@@ -409,7 +408,7 @@ def test_a_set_without_images_is_refused(run: Callable[..., FeaturesResult], pho
     for path in photos.glob("*.png"):
         path.write_bytes(b"")
 
-    with pytest.raises(DataError, match=r"^0 of 8 records could be used: .*a\.png is empty; "):
+    with pytest.raises(DataError, match=r"^none of the records is usable: .*a\.png is empty; "):
         run(max_failures=1)
 
 
@@ -425,7 +424,7 @@ def test_a_decompression_bomb_is_a_failure(
     assert "3000" in listed[0]["reason"]
 
 
-def test_what_the_number_format_cannot_hold_is_a_failure(
+def test_values_that_overflow_the_number_format_are_failures(
     run: Callable[..., FeaturesResult], tiny_clip: tuple[Path, Path], tmp_path: Path
 ) -> None:
     state = safetensors.torch.load_file(tiny_clip[1])
@@ -437,11 +436,11 @@ def test_what_the_number_format_cannot_hold_is_a_failure(
     with pytest.raises(DataError) as caught:
         run("half", dtype="float16", **options)
 
-    assert str(caught.value).startswith("9 of 9 texts could not be used, the share allowed")
-    assert "captions.csv, row 2 has an embedding that is not finite in float16" in str(caught.value)
+    assert str(caught.value).startswith("9 of 9 texts are unusable (limit: 1 %): ")
+    assert "captions.csv, row 2 has an embedding that" in str(caught.value)
 
 
-def test_nothing_is_done_where_the_output_must_not_be_written(
+def test_an_output_that_must_not_be_written_is_refused_first(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     first = shards(run())
@@ -481,12 +480,12 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
 def test_progress_counts_records_then_texts(run: Callable[..., FeaturesResult]) -> None:
     seen: list[tuple[str, int, int | None]] = []
 
-    run(progress=lambda *told: seen.append(told))
+    run(progress=lambda *call: seen.append(call))
 
-    records = [told for told in seen if told[0] == "records"]
+    records = [call for call in seen if call[0] == "records"]
     assert records[0] == ("records", 0, 9)
     assert records[-1] == ("records", 9, 9)  # the caption without an image is one too
-    assert [told for told in seen if told[0] == "texts"] == [
+    assert [call for call in seen if call[0] == "texts"] == [
         ("texts", done, None) for done in (0, 9)
     ]
 
@@ -504,9 +503,9 @@ def test_parts_of_several_processes_make_the_same_set(
     assert (shares[2].features / "config.toml").read_text().count("shard") == 1
 
 
-def test_a_stopped_run_goes_on_where_it_was(run: Callable[..., FeaturesResult]) -> None:
+def test_a_stopped_run_resumes(run: Callable[..., FeaturesResult]) -> None:
     whole = run("whole", part_rows=2)
-    told: list[int] = []
+    counts: list[int] = []
 
     def stop(what: str, done: int, total: int | None) -> None:
         if (what, done) == ("records", 5):
@@ -517,12 +516,12 @@ def test_a_stopped_run_goes_on_where_it_was(run: Callable[..., FeaturesResult]) 
     parts = {path.name for path in (whole.features.parent / "features.partial").glob("*/*.parquet")}
     assert parts == {"part-00000.parquet", "part-00001.parquet"}
     rest = run(
-        progress=lambda what, done, total: told.append(done) if what == "records" else None,
+        progress=lambda what, done, total: counts.append(done) if what == "records" else None,
         part_rows=2,
         batch_size=1,
     )
 
-    assert told == [0, 2, 4, 5, 6, 7, 8, 9]
+    assert counts == [0, 2, 4, 5, 6, 7, 8, 9]
     for side in Modality:
         np.testing.assert_allclose(
             FeatureSet.open(rest.features).table(side).embeddings(),
@@ -532,17 +531,17 @@ def test_a_stopped_run_goes_on_where_it_was(run: Callable[..., FeaturesResult]) 
         )
 
 
-def test_a_rerun_with_other_options_is_refused_unless_it_starts_anew(
+def test_a_rerun_with_other_options_is_refused_without_overwrite(
     run: Callable[..., FeaturesResult],
 ) -> None:
     run(shard="0/2", part_rows=2)
-    with pytest.raises(OutputError, match="begun with dtype float32, not float16"):
+    with pytest.raises(OutputError, match="began with dtype float32, not float16"):
         run(part_rows=2, dtype="float16")
 
     assert run(part_rows=2, dtype="float16", overwrite=True).images == 8
 
 
-def test_one_side_can_be_left_out(run: Callable[..., FeaturesResult], photos: Path) -> None:
+def test_one_side_can_be_skipped(run: Callable[..., FeaturesResult], photos: Path) -> None:
     images = run("images", text_encoder="none")
     texts = run("texts", image_encoder="none")
 
@@ -550,7 +549,7 @@ def test_one_side_can_be_left_out(run: Callable[..., FeaturesResult], photos: Pa
     assert (texts.images, texts.texts, texts.pairs) == (0, 9, 0)
     assert FeatureSet.open(texts.features).manifest.encoders.image is None
     assert column(texts, Modality.TEXT, "image_id") == [None] * 9
-    with pytest.raises(ConfigError, match="text-encoder: is required, since the source holds"):
+    with pytest.raises(ConfigError, match="text-encoder: is required, since the source"):
         run("x", encoder=None, image_encoder="open_clip:RN50/none")
 
 
@@ -599,22 +598,22 @@ def test_a_disk_too_small_is_refused_before_the_work(
     run: Callable[..., FeaturesResult], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
-    with pytest.raises(OutputError, match=r"8 images need 8.7 kB, 3 kB are free"):
+    with pytest.raises(OutputError, match=r"8 images need 8.7 kB, 3.0 kB are free"):
         run(tokens="image")
 
     assert run(tokens="image", max_tokens=4).images == 8
 
 
-def test_another_folder_with_the_same_names_does_not_go_on(
+def test_another_folder_with_the_same_names_does_not_resume(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     run(shard="0/2", part_rows=2)
     shutil.copytree(photos, photos.with_name("others"))
-    with pytest.raises(OutputError, match=f"begun with location {photos}, not {photos.parent}/"):
+    with pytest.raises(OutputError, match=f"began with location {photos}, not {photos.parent}/"):
         run(source=photos.with_name("others"), shard="1/2", part_rows=2)
 
 
-def test_the_share_of_failures_is_that_of_the_whole_however_it_is_shared_out(
+def test_the_share_of_failures_is_that_of_the_whole_source_for_any_shards(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     (photos / "a.png").write_bytes(b"")
@@ -622,7 +621,7 @@ def test_the_share_of_failures_is_that_of_the_whole_however_it_is_shared_out(
     assert not first.complete
     for index in (1, 2):
         run(shard=f"{index}/4", part_rows=2, max_failures=0.1)
-    with pytest.raises(DataError, match="1 of 9 records could not be used, the share allowed"):
+    with pytest.raises(DataError, match="1 of 9 records are unusable"):
         run(shard="3/4", part_rows=2, max_failures=0.1)
 
     assert run(shard="1/4", part_rows=2, max_failures=0.2).images == 7
@@ -634,7 +633,7 @@ def test_a_source_of_nothing_is_refused(run: Callable[..., FeaturesResult], tmp_
         run(source=tmp_path / "empty.parquet")
 
 
-def test_an_error_in_mid_air_waits_for_what_is_being_written(
+def test_an_error_waits_for_unfinished_writes(
     run: Callable[..., FeaturesResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, stopped = Event(), Event()
@@ -652,7 +651,7 @@ def test_an_error_in_mid_air_waits_for_what_is_being_written(
 
     monkeypatch.setattr(PartWriter, "write", slow)
     with pytest.raises(Stopped):
-        run(progress=lambda *told: stop(*told) if told[1] > 3 else None)
+        run(progress=lambda *call: stop(*call) if call[1] > 3 else None)
 
 
 def test_an_output_that_the_next_run_would_read_is_refused(
@@ -664,17 +663,17 @@ def test_an_output_that_the_next_run_would_read_is_refused(
     assert not list(photos.glob("features*"))
 
 
-def test_leaving_both_sides_out_is_refused_at_once(
+def test_skipping_both_sides_is_refused_at_once(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="one of them has to be an encoder"):
+    with pytest.raises(ConfigError, match="at least one must be an encoder"):
         run(image_encoder="none", text_encoder="none")
 
     assert [path.name for path in photos.parent.iterdir()] == [photos.name]
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_rows_that_share_an_id_but_not_the_image_are_left_out(
+def test_rows_that_share_an_id_but_not_the_image_are_skipped(
     run: Callable[..., FeaturesResult], photos: Path, tmp_path: Path, form: str
 ) -> None:
     images = [(photos / name).read_bytes() for name in ("a.png", "b.png", "c.png", "c.png")]

@@ -27,7 +27,7 @@ def test_a_shard_is_read_from_the_option_or_from_the_batch_system() -> None:
 @pytest.mark.parametrize(
     ("shard", "message"),
     [
-        ("4/4", "counted from 0, 0/4 to 3/4"),
+        ("4/4", "numbered from 0 to 3"),
         ("1", "must be I/N"),
         ("-1/2", "must be I/N"),
     ],
@@ -39,7 +39,7 @@ def test_a_shard_that_does_not_exist_is_refused(shard: str, message: str) -> Non
 
 def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
     array = ARRAY | {"SLURM_ARRAY_TASK_ID": "15", "SLURM_ARRAY_TASK_STEP": "1"}
-    with pytest.raises(ConfigError, match="give --shard I/N"):
+    with pytest.raises(ConfigError, match="pass --shard I/N"):
         parse_shard("auto", array)
 
 
@@ -47,7 +47,7 @@ def test_an_array_that_is_a_list_is_not_guessed_at() -> None:
     ("task", "first", "last", "count"),
     [(5, 5, 5, 1), (3, 3, 5, 2), (0, 0, 5, 2), (4, 3, 5, 3), (1, 1, 1, 1)],
 )
-def test_tasks_that_are_submitted_again_are_not_taken_for_the_whole(
+def test_resubmitted_tasks_are_not_taken_for_the_whole_array(
     task: int, first: int, last: int, count: int
 ) -> None:
     names = ("ID", "MIN", "MAX", "COUNT")
@@ -55,15 +55,15 @@ def test_tasks_that_are_submitted_again_are_not_taken_for_the_whole(
     again = {
         f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in zip(names, values, strict=True)
     }
-    with pytest.raises(ConfigError, match=f"task {task} of .* give --shard I/N"):
+    with pytest.raises(ConfigError, match=f"task {task} of .* pass --shard I/N"):
         parse_shard("auto", again)
 
     assert parse_shard("5/16", again) == WorkShard(5, 16)
 
 
-def test_an_array_smaller_than_the_work_was_begun_with_is_refused() -> None:
+def test_an_array_smaller_than_the_first_one_is_refused() -> None:
     first = {"SLURM_ARRAY_TASK_ID": "0"}
-    with pytest.raises(ConfigError, match=r"begun in 16 shares, .* --shard I/16 .* --shard 0/1 "):
+    with pytest.raises(ConfigError, match=r"began with 16 shards, .* --shard I/16 .* --shard 0/1 "):
         check_array(WorkShard(0, 1), "auto", {16}, first)
     check_array(WorkShard(0, 1), "0/1", {16}, first)
     check_array(WorkShard(0, 1), "auto", {16}, {})

@@ -28,7 +28,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from csalign.features.manifest import (
+
+from csalign.core.enums import Modality
+from csalign.core.version import __version__
+from csalign.features.reader import FeatureSet
+from csalign.features.schema import (
     FAILURES,
     Counts,
     EncoderInfo,
@@ -37,11 +41,7 @@ from csalign.features.manifest import (
     Shards,
     write_manifest,
 )
-from csalign.features.shard import Rows, ShardWriter
-
-from csalign.core.enums import Modality
-from csalign.core.version import __version__
-from csalign.features.reader import FeatureSet
+from csalign.features.writer import Rows, ShardWriter
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import load_data
 from csalign.training.initialization import initialize
