@@ -126,7 +126,7 @@ class _Part:
             defects = self._defects(embedded)
             for row, reason in defects.items():
                 self._skip(images[row], reason)
-            columns = {
+            columns: dict[str, Sequence[str | None]] = {
                 schema.ID: [image.id for image in images],
                 schema.SOURCE: [image.source for image in images],
                 schema.SPLIT: [image.split for image in images],
@@ -144,7 +144,7 @@ class _Part:
             for row, reason in defects.items():
                 self.part.failed_texts += 1
                 self._fail(self.file, window[row].text.row, reason)
-            columns = {
+            columns: dict[str, Sequence[str | None]] = {
                 schema.ID: [owned.text.id for owned in window],
                 schema.IMAGE_ID: [owned.image_id for owned in window],
                 schema.CAPTION: [owned.text.caption for owned in window],
