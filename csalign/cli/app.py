@@ -9,8 +9,14 @@ import typer
 
 from csalign.cli import render
 from csalign.cli.command import command_of, error_exits
-from csalign.core.progress import Progress
-from csalign.core.results import FeaturesResult, Found, GenerateResult, TrainResult, TuneResult
+from csalign.core.results import (
+    FeaturesResult,
+    Found,
+    GenerateResult,
+    Progress,
+    TrainResult,
+    TuneResult,
+)
 from csalign.core.version import __version__
 from csalign.evaluation.config import (
     CompareConfig,

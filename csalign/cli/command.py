@@ -21,7 +21,7 @@ from csalign.core import atomic, distributed
 from csalign.core.config import Config
 from csalign.core.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.core.paths import is_store_error
-from csalign.core.progress import Progress
+from csalign.core.results import Progress
 
 C = TypeVar("C", bound=Config)
 R = TypeVar("R")

@@ -19,7 +19,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from csalign.core import progress, signals
+from csalign.core import signals
+from csalign.core.results import Progress as Report
+from csalign.core.results import silent
 
 LINE_EVERY_S = 30.0
 SHOWN = (
@@ -29,7 +31,7 @@ SHOWN = (
 
 
 @contextmanager
-def shown_progress(console: Console, *, quiet: bool) -> Iterator[progress.Progress]:
+def shown_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
     """Give a step something to report to.
 
     Args:
@@ -37,7 +39,7 @@ def shown_progress(console: Console, *, quiet: bool) -> Iterator[progress.Progre
         quiet: show nothing.
     """
     if quiet:
-        yield _stoppable(progress.silent)
+        yield _stoppable(silent)
     elif console.is_terminal:
         with _bars(console) as bars:
             yield _stoppable(_BarReporter(bars))
@@ -45,7 +47,7 @@ def shown_progress(console: Console, *, quiet: bool) -> Iterator[progress.Progre
         yield _stoppable(_LineReporter(console))
 
 
-def _stoppable(report: progress.Progress) -> progress.Progress:
+def _stoppable(report: Report) -> Report:
     """The same, where a signal is noticed that was lost on its way."""
 
     def checked(what: str, done: int, total: int | None) -> None:

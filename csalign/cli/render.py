@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from csalign.core.enums import Names, renamed
 from csalign.core.results import (
     FeaturesResult,
     Found,
@@ -21,7 +22,6 @@ from csalign.core.results import (
     Trial,
     TuneResult,
 )
-from csalign.core.side_names import Names, renamed
 
 R = TypeVar("R")
 STDOUT = "stdout"

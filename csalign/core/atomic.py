@@ -1,11 +1,10 @@
-"""Files and folders that appear under their final name only when they are complete."""
+"""Files that appear under their final name only when they are complete."""
 
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -15,71 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from csalign.core.errors import OutputError
-from csalign.core.locks import LOCK, lock_folder, try_lock
+from csalign.core.locks import try_lock
 from csalign.core.paths import is_remote, is_store_error
-from csalign.core.records import parse_json
 
-ARTIFACT_MARKS = (
-    "manifest.json",
-    "adapter.json",
-    "aligned.json",
-    "generation.json",
-    "index.json",
-)
-"""A complete artifact has one of these, with a "format" that begins with "csalign-"."""
-
-JOB = ".csalign-job.json"
-"""Describes the unfinished work in a folder, so that only the same work resumes it."""
-
-RESUME = "resume"
-"""In the folder of an unfinished run: the checkpoint that a rerun resumes from."""
-
-ARTIFACT_ENTRIES = {
-    *ARTIFACT_MARKS,
-    "README.md",
-    "adapter",
-    "adapter.safetensors",
-    "checkpoints",
-    "config.toml",
-    "environment.json",
-    "failures.jsonl",
-    "generated.jsonl",
-    "image.onnx",
-    "image.pt2",
-    "images",
-    "images.csv",
-    "images.npy",
-    "img_emb",
-    "items.arrow",
-    "metadata",
-    "metrics.csv",
-    "metrics.jsonl",
-    "probes.npy",
-    "query.npy",
-    "sheet.jpg",
-    "tensorboard",
-    "text.onnx",
-    "text.pt2",
-    "text_emb",
-    "texts",
-    "texts.csv",
-    "texts.npy",
-    "vectors.faiss",
-    "vectors.npy",
-    "wandb",
-    JOB,
-    LOCK,
-    RESUME,
-}
-"""Every name that csalign writes into an artifact; anything else there is the user's."""
-
-_TEMPORARY = ".tmp"
-_JOBS = {
-    "csalign-job": "extraction of csalign 0.1.0",
-    "csalign-extraction": "extraction",
-    "csalign-training": "training run",
-    "csalign-generation": "generation",
-}
+TEMPORARY = ".tmp"
 _FULL = "free some space, or choose another --out"
 _BROKEN = "check the disk and its mount, then run the same command again"
 _REMEDIES = {
@@ -167,7 +105,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, path.name)
             yield temporary
-            _upload(temporary, path)
+            upload(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as temporary:
@@ -195,7 +133,7 @@ def _locked_file(path: Path) -> IO[bytes]:
     """Open a new locked file beside `path`; the lock tells it from a dead process's file."""
     while True:
         # Another process, maybe on another machine, may be writing the same file.
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
         file = temporary.open("xb")
         try_lock(file)
         if os.fstat(file.fileno()).st_nlink:
@@ -205,7 +143,7 @@ def _locked_file(path: Path) -> IO[bytes]:
 
 def remove_stale_temporaries(path: Path) -> None:
     """Remove temporary files of killed processes that were writing `path`, a local file."""
-    for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{_TEMPORARY}"):
+    for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{TEMPORARY}"):
         with suppress(OSError), left.open("rb") as file:
             if try_lock(file):
                 left.unlink()
@@ -226,288 +164,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_output(
-    out: Path, *, overwrite: bool, inputs: tuple[Path, ...] = (), searched: Path | None = None
-) -> None:
-    """Refuse an output folder that must not be written, before any work is done.
-
-    An artifact that a killed process had moved aside is moved back first.
-
-    Args:
-        out: the output folder.
-        overwrite: whether an artifact there may be replaced.
-        inputs: files and folders that are read, and so must not be replaced.
-        searched: the input folder that is read recursively; an output in it would be read by
-            the next run.
-
-    Raises:
-        OutputError: `out` exists and `overwrite` is false; `out` is a file, a mount point, the
-            working directory, a folder that csalign did not make, one of `inputs`, or contains
-            one; or its ``OUT.partial`` is in use or not csalign's.
-    """
-    with translate_os_errors(out):
-        if is_remote(out):
-            _check_remote_output(out, overwrite=overwrite, inputs=inputs)
-        else:
-            _check_local_output(out, overwrite=overwrite, inputs=inputs, searched=searched)
-
-
-def _check_local_output(
-    out: Path, *, overwrite: bool, inputs: tuple[Path, ...], searched: Path | None
-) -> None:
-    resolved = out.resolve()
-    for source in inputs:
-        if is_remote(source):
-            continue
-        if source.exists() and source.resolve().is_relative_to(resolved):
-            raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
-        if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
-            raise OutputError(f"{out}: is inside {source}, which it would change; choose another")
-    is_searched = searched is not None and not is_remote(searched) and searched.is_dir()
-    if is_searched and searched and resolved.is_relative_to(searched.resolve()):
-        raise OutputError(
-            f"{out}: is inside {searched}, where the next run would read it; choose another --out"
-        )
-    if os.path.ismount(resolved) or resolved == Path.cwd():
-        raise OutputError(
-            f"{out}: is a mount point or the working directory, which cannot be replaced; choose a "
-            "folder in it"
-        )
-    partial = partial_path(resolved)
-    if _previous(resolved).is_dir():
-        _repair_swap(resolved, partial)
-    marked = (partial / LOCK).exists() or (partial / JOB).exists()
-    if partial.exists() and any(partial.iterdir()) and not marked:
-        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
-    if not resolved.exists():
-        return
-    if not resolved.is_dir():
-        raise OutputError(f"{out}: is a file; choose another --out")
-    if not any(resolved.iterdir()):
-        return
-    foreign = {path.name for path in resolved.iterdir()} - ARTIFACT_ENTRIES
-    if foreign or not _is_artifact(resolved):
-        example = min(foreign or {path.name for path in resolved.iterdir()})
-        raise OutputError(
-            f"{out}: contains files that csalign did not make ({example}); choose another --out"
-        )
-    if not overwrite:
-        raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
-
-
-def _check_remote_output(out: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> None:
-    if not out.name:
-        raise OutputError(f"{out}: is a bucket; choose a folder in it")
-    address = f"{out}/"
-    for source in inputs:
-        if f"{source}/".startswith(address) or address.startswith(f"{source}/"):
-            raise OutputError(f"{out}: overlaps with {source}, which is read; choose another --out")
-    partial = partial_path(out)
-    foreign = _names(partial) - {"config.toml"}  # which is written first
-    if foreign and JOB not in foreign:
-        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
-    names = _names(out)
-    if not names:
-        return
-    is_half = JOB in names  # a process died on the way
-    if names - ARTIFACT_ENTRIES or not (is_half or _is_artifact(out)):
-        example = min(names - ARTIFACT_ENTRIES or names)
-        raise OutputError(
-            f"{out}: contains files that csalign did not make ({example}); choose another --out"
-        )
-    if not overwrite and not is_half:
-        raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """Build a folder under ``OUT.partial`` and move it to `out` when the block succeeds.
-
-    What is at `out` stays untouched until then. What a killed process left at ``OUT.partial`` is
-    replaced. Callers run `check_output` first. For an object store the folder is built locally.
-
-    Args:
-        out: final folder.
-
-    Yields:
-        The folder to write into: new, empty and local.
-
-    Raises:
-        OutputError: another process is building the same output, or ``OUT.partial`` contains
-            unfinished work that can be resumed.
-    """
-    if is_remote(out):
-        with translate_os_errors(out), tempfile.TemporaryDirectory(prefix="csalign-") as local:
-            yield Path(local)
-            commit(Path(local), out)
-        return
-    out = out.resolve()
-    partial = partial_path(out)
-    refuse_other_work(partial)
-    with translate_os_errors(out), lock_folder(partial):
-        empty_folder(partial)
-        try:
-            yield partial
-            commit(partial, out)
-        except BaseException:
-            cleanup(partial)
-            raise
-
-
-def refuse_other_work(folder: Path, own: str | None = None) -> None:
-    """Refuse a folder of unfinished work that the caller cannot resume.
-
-    Args:
-        folder: ``OUT.partial``.
-        own: "format" of the work that the caller can resume.
-
-    Raises:
-        OutputError: the work there is of another kind.
-    """
-    path = folder / JOB
-    if not path.is_file():
-        return
-    try:
-        found = parse_json(path.read_bytes())["format"]
-    except (ValueError, KeyError, TypeError):
-        found = own  # whoever resumes it reports the damage
-    if own is None or found != own:
-        raise OutputError(
-            f"{folder}: contains an unfinished {_JOBS.get(found, 'job')}; finish it, remove it, or "
-            "choose another --out"
-        )
-
-
-def empty_folder(folder: Path) -> None:
-    """Remove everything in a folder except its lock file."""
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            remove_folder(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
-
-
-def cleanup(folder: Path) -> None:
-    """Remove a local folder after an error, best effort.
-
-    The lock file goes last, so that a later process recognises what is left as csalign's.
-    """
-    with suppress(OSError):  # the first error says more than one of the cleanup
-        empty_folder(folder)
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def commit(folder: Path, out: Path) -> None:
-    """Move a finished folder to its final name, replacing what is there.
-
-    Locally this is a rename; the caller holds the lock of `folder`, whose lock file is removed
-    after it. An object store has no rename: the file that makes a folder an artifact is removed
-    first and uploaded last, so that a half-written artifact is not one, and a job file lets a
-    later process finish.
-
-    Raises:
-        OutputError: the folder is gone or incomplete.
-    """
-    # Stale temporary files of killed processes, of `atomic_path` and of safetensors.
-    for pattern in (f"*{_TEMPORARY}", f"{_TEMPORARY}*"):
-        for entry in folder.rglob(pattern):
-            if entry.is_file():
-                entry.unlink()
-    if not is_remote(out):
-        fsync_path(folder)
-        _replace(folder, out)
-        with suppress(OSError):  # it does no harm
-            (out / LOCK).unlink()
-        return
-    entries = [
-        path for path in folder.rglob("*") if path.is_file() and path.name not in (JOB, LOCK)
-    ]
-    if not any(path.name in ARTIFACT_MARKS for path in entries):
-        raise OutputError(f"{folder}: is incomplete, or another process moved it to {out}")
-    (out / JOB).write_bytes(b"")
-    old = {path for path in out.rglob("*") if path.is_file() and path.name != JOB}
-    for path in sorted(old, key=lambda path: path.name not in ARTIFACT_MARKS):
-        path.unlink()
-    for path in sorted(entries, key=lambda path: path.name in ARTIFACT_MARKS):
-        target = out.joinpath(*path.relative_to(folder).parts)
-        if is_remote(folder):
-            out.fs.copy(path.path, target.path)  # type: ignore[attr-defined]  # of UPath
-        else:
-            _upload(path, target)
-    (out / JOB).unlink()
-    if is_remote(folder):
-        remove_folder(folder)
-
-
-def _upload(local: Path, remote: Path) -> None:
+def upload(local: Path, remote: Path) -> None:
+    """Copy a local file to an object store."""
     remote.parent.mkdir(parents=True, exist_ok=True)  # object stores need none, others do
     remote.fs.put_file(str(local), remote.path)  # type: ignore[attr-defined]  # of UPath
-
-
-def _repair_swap(out: Path, partial: Path) -> None:
-    """Undo a `_replace` that was killed half way, unless its process is still alive.
-
-    Raises:
-        OutputError: it is.
-    """
-    was_there = partial.exists()
-    with lock_folder(partial):
-        _restore(out)
-        if not was_there:
-            cleanup(partial)
-
-
-def _restore(out: Path) -> None:
-    """Move back what a killed `_replace` had moved aside; callers hold the lock."""
-    previous = _previous(out)
-    if previous.is_dir() and not out.exists():
-        previous.rename(out)
-    remove_folder(previous)
-
-
-def _replace(partial: Path, out: Path) -> None:
-    previous = _previous(out)
-    _restore(out)
-    if out.exists():
-        out.rename(previous)
-    partial.rename(out)
-    fsync_path(out.parent)
-    remove_folder(previous)
-
-
-def partial_path(out: Path) -> Path:
-    """Return where a folder is built before it gets its name."""
-    return out.with_name(out.name + ".partial")
-
-
-def _previous(out: Path) -> Path:
-    # Hidden and ours by name: a plain OUT.previous may be somebody's backup.
-    return out.with_name(f".{out.name}.csalign-previous")
-
-
-def _is_artifact(folder: Path) -> bool:
-    for mark in ARTIFACT_MARKS:
-        try:
-            document = parse_json((folder / mark).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(document, dict) and str(document.get("format")).startswith("csalign-"):
-            return True
-    return False
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder and its content, if it exists."""
-    if is_remote(folder):
-        if folder.exists():
-            folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]  # of UPath
-    elif folder.is_dir():
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:  # which gives only the last name of what cannot be removed
-            raise OSError(error.errno, error.strerror, str(folder)) from error

@@ -1,4 +1,8 @@
-"""Which device to compute on."""
+"""Compute devices and the memory that is left."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -36,3 +40,60 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device: {name!r} is not usable here ({reason}); try auto") from None
     return device
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """What the machine, and the control groups that this process is in, have left.
+
+    What the kernel only caches counts as left. Where nothing tells, half of what the machine has.
+    """
+    found = [*_of_machine(), *_of_groups(Path("/proc/self/cgroup"), _CGROUPS)]
+    if found:
+        return max(0, min(found))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _of_machine() -> Iterator[int]:
+    for name, value in _table(Path("/proc/meminfo")).items():
+        if name == "MemAvailable:":
+            yield value * 1024
+
+
+def _of_groups(membership: Path, mounted: Path) -> Iterator[int]:
+    """What each control group above the process has left, of version 2 or 1."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names, root = ("memory.max", "memory.current", "inactive_file"), mounted
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = mounted / "memory"
+        else:
+            continue
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield from _left(folder, *names)
+
+
+def _left(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
+    try:
+        most, used = (int((folder / name).read_text()) for name in (limit, usage))
+    except (OSError, ValueError):
+        return  # no such group as seen from here, or no limit ("max")
+    yield most - used + _table(folder / "memory.stat").get(cached, 0)
+
+
+def _table(path: Path) -> dict[str, int]:
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}

@@ -1,15 +1,30 @@
-"""What the steps return: frozen records of plain numbers and paths, ready for JSON."""
+"""Results of the commands as frozen records, and the progress callback."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csalign.core.side_names import Names
+from csalign.core.enums import Names
+
+Progress = Callable[[str, int, int | None], None]
+"""``progress(what, done, total)``: `what` names the work and its unit ("images"), `done` counts
+from 0, `total` is None while unknown. Called often; must return quickly."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
+def show_figures(progress: Progress, figures: Mapping[str, float]) -> None:
+    """Show the latest metrics by name, if the callback has a method `figures`."""
+    show = getattr(progress, "figures", None)
+    if show is not None:
+        show(figures)
 
 
 def _with_names(document: dict[str, Any]) -> dict[str, Any]:
-    """Names are there only where a side has one of its own."""
+    """Omit the names of sides that have none of their own."""
     if document["names"] is None:
         del document["names"]
     return document

@@ -10,8 +10,8 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
-from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json
+from csalign.core.results import Progress, silent
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure
 from csalign.features.schema import read_manifest

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
-from csalign.core.progress import Progress, silent
+from csalign.core.results import Progress, silent
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
 from csalign.evaluation.protocols import AlignedRows

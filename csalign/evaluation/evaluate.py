@@ -18,7 +18,7 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
-from csalign.core.progress import Progress, silent
+from csalign.core.results import Progress, silent
 from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
 from csalign.evaluation.extra_metrics import Extras, prepare_extras
 from csalign.evaluation.page import EvaluationReport, write_report

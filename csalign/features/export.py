@@ -20,6 +20,11 @@ from csalign.features.reader import AGAIN
 from csalign.features.writer import Array, FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
+ENTRIES = frozenset(
+    {"aligned.json", "config.toml", "img_emb", "text_emb", "metadata"}
+    | {f"{side.plural}{suffix}" for side in Modality for suffix in (".npy", ".csv")}
+)
+"""Names in the folders of both forms."""
 
 Shapes = Mapping[Modality, tuple[int, int]]
 

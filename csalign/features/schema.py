@@ -16,6 +16,8 @@ from csalign.core.records import Record, read_record
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
+ENTRIES = frozenset({MANIFEST, FAILURES, "images", "texts", "config.toml"})
+"""Names in the folder of a feature set."""
 FORMAT_VERSION: Final = 1
 
 ID = "id"

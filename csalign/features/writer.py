@@ -164,7 +164,7 @@ class FeatureWriter:
     Leaving the block without an exception checks the ids and writes the manifest.
 
     Args:
-        folder: an empty folder, as `atomic.atomic_folder` gives.
+        folder: an empty folder, as `outputs.atomic_folder` gives.
         encoders: of each side; a side that is missing is not stored.
         dtype: "float16" or "float32".
         names: of the sides, if not image and text.

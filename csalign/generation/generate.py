@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo
-from csalign.core import atomic, locks
+from csalign.core import atomic, locks, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
-from csalign.core.progress import Progress, silent
 from csalign.core.records import Record, read_job, write_record
-from csalign.core.results import GenerateResult
+from csalign.core.results import GenerateResult, Progress, silent
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.prompts import load_prompts
 from csalign.generation.unclip import Decoder, find_decoder
@@ -29,6 +28,8 @@ IMAGES = "images"
 LINES = "generated.jsonl"
 SHEET = "sheet.jpg"
 DESCRIPTION = "generation.json"
+ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
+"""Names in the output folder."""
 UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
 MAX_DEVIATION = 2.0
 # Options that do not change the images, or whose content has a fingerprint.
@@ -62,7 +63,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     """
     began = time.monotonic()
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
     prompts, info = load_prompts(config, config.device)
     decoder = family(folder, config)
@@ -138,10 +139,10 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
 def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
     """Open the folder to write to, with the images of a stopped call, and commit it afterwards."""
     out = config.out.resolve()
-    folder = atomic.partial_path(out)
-    atomic.refuse_other_work(folder, Generation.FORMAT)
+    folder = outputs.partial_path(out)
+    outputs.refuse_other_work(folder, Generation.FORMAT)
     with atomic.translate_os_errors(out), locks.lock_folder(folder):
-        path = folder / atomic.JOB
+        path = folder / outputs.JOB
         found = read_job(path, Generation, restart=config.overwrite)
         if found != job:
             if found is not None and not config.overwrite and any((folder / IMAGES).glob("*.png")):
@@ -155,12 +156,12 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
                     f"{folder}: has images made with {'; '.join(changes)}: rerun with the same "
                     "options, discard them with --overwrite, or choose another --out"
                 )
-            atomic.empty_folder(folder)
+            outputs.empty_folder(folder)
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
         yield folder
-        atomic.commit(folder, out)
-        (out / atomic.JOB).unlink()
+        outputs.commit(folder, out)
+        (out / outputs.JOB).unlink()
 
 
 def _draw(

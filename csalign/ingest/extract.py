@@ -13,13 +13,12 @@ from typing import cast
 from PIL import Image
 from rich.filesize import decimal
 
-from csalign.core import atomic
+from csalign.core import atomic, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import is_remote, parse_location
-from csalign.core.progress import Progress, silent
-from csalign.core.results import FeaturesResult
+from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder
 from csalign.encoders.spec import load_encoders
 from csalign.features import schema
@@ -125,8 +124,12 @@ def _check_output(config: ExtractConfig) -> None:
     searched = None if "::" in config.source else parse_location(config.source)
     if searched is not None:  # "::" joins several
         inputs.append(searched)
-    atomic.check_output(
-        config.out, overwrite=config.overwrite, inputs=tuple(inputs), searched=searched
+    outputs.check_output(
+        config.out,
+        schema.ENTRIES,
+        overwrite=config.overwrite,
+        inputs=tuple(inputs),
+        searched=searched,
     )
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from csalign.core import atomic
+from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.progress import Progress, silent
-from csalign.core.results import FeaturesResult
+from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.schema import EncoderInfo, read_manifest
@@ -52,7 +51,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     specs = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
     tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
     inputs = (*specs, *(table for table in tables if table is not None))
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    outputs.check_output(config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs)
     sides = _open(config)
     columns = _columns(config, sides)
     is_half = all(vectors.is_half for vectors in sides.values())
@@ -62,7 +61,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         for side, vectors in sides.items()
     }
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
-    with atomic.atomic_folder(config.out) as folder:
+    with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with FeatureWriter(folder, encoders, dtype, names) as writer:
             _write(sides, columns, writer, dtype, progress)

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from csalign.core import atomic
+from csalign.core import atomic, outputs
 from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK, in_use, is_current, try_lock, unlock
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
-from csalign.features.schema import MANIFEST
+from csalign.features.schema import ENTRIES, MANIFEST
 from csalign.ingest.job import Job, WorkShard, describe_conflict, is_same_but_source
 from csalign.ingest.partial_set import TIMEOUT_S, PartialSet
 
@@ -42,7 +42,7 @@ def open_partial_set(
         OutputError: the folder contains another job, or another process has this shard.
     """
     out = out if is_remote(out) else out.resolve()
-    folder = atomic.partial_path(out)
+    folder = outputs.partial_path(out)
     partial = PartialSet(folder, out, job, shard)
     if is_remote(out):
         _begin(folder, job, config, restart=restart, retry=retry)
@@ -61,7 +61,7 @@ def open_partial_set(
                 yield partial
             except BaseException:
                 if shard.count == 1 and not partial.has_parts:
-                    atomic.cleanup(folder)  # there is nothing to resume
+                    outputs.cleanup(folder)  # there is nothing to resume
                 raise
 
 
@@ -91,9 +91,9 @@ def merge_parts(out: Path) -> None:
         DataError: there are no parts, or some shards are missing.
         OutputError: `out` exists, or another process works on the parts.
     """
-    folder = atomic.partial_path(out if is_remote(out) else out.resolve())
+    folder = outputs.partial_path(out if is_remote(out) else out.resolve())
     try:
-        atomic.check_output(out, overwrite=False)
+        outputs.check_output(out, ENTRIES, overwrite=False)
     except OutputError as error:
         if not out.exists():
             raise
@@ -102,8 +102,8 @@ def merge_parts(out: Path) -> None:
         raise OutputError(
             f"{out}: is in the way of the feature set to be built from {folder}; move it"
         ) from error
-    atomic.refuse_other_work(folder, Job.FORMAT)
-    job = read_job(folder / atomic.JOB, Job)
+    outputs.refuse_other_work(folder, Job.FORMAT)
+    job = read_job(folder / outputs.JOB, Job)
     if job is None:
         raise DataError(f"{folder}: contains no parts of a feature set")
     partial = PartialSet(folder, out, job, WorkShard(0, 1))
@@ -149,17 +149,17 @@ def _begin(folder: Path, job: Job, config: str, *, restart: bool, retry: bool) -
         (folder / MANIFEST).unlink(missing_ok=True)  # of a set that was never committed
     else:
         if is_remote(folder):
-            atomic.remove_folder(folder)
+            outputs.remove_folder(folder)
         else:
-            atomic.empty_folder(folder)
+            outputs.empty_folder(folder)
         atomic.write_text(folder / "config.toml", config)
-    write_record(folder / atomic.JOB, job)
+    write_record(folder / outputs.JOB, job)
 
 
 def _read_job(folder: Path, job: Job, *, restart: bool, retry: bool) -> Job | None:
     """Return the job begun there, None if there is none; one in the way of `job` is refused."""
-    atomic.refuse_other_work(folder, Job.FORMAT)
-    found = read_job(folder / atomic.JOB, Job, restart=restart)
+    outputs.refuse_other_work(folder, Job.FORMAT)
+    found = read_job(folder / outputs.JOB, Job, restart=restart)
     if found is None or found == job or restart or (retry and is_same_but_source(found, job)):
         return found
     raise OutputError(describe_conflict(folder, found, job))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from csalign.core import atomic
+from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
@@ -78,7 +78,7 @@ class PartialSet:
     @property
     def is_gone(self) -> bool:
         """Whether another process has committed the set."""
-        return not (self.folder / atomic.JOB).exists()
+        return not (self.folder / outputs.JOB).exists()
 
     @property
     def has_parts(self) -> bool:
@@ -103,7 +103,7 @@ class PartialSet:
         if record.job != self._job.fingerprint():
             raise DataError(
                 f"{path}: the part has other options or another source than "
-                f"{self.folder / atomic.JOB}; copy parts of one job only"
+                f"{self.folder / outputs.JOB}; copy parts of one job only"
             )
         for shard in (record.images, record.texts):
             if shard is not None:
@@ -251,12 +251,12 @@ class PartialSet:
             self._write_manifest()
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
-            atomic.remove_folder(self.folder / name)
+            outputs.remove_folder(self.folder / name)
         (self.folder / _CLAIM).unlink(missing_ok=True)
         for lock in self.folder.glob(f"{LOCK}-*"):
             lock.unlink()
-        atomic.commit(self.folder, self._out)
-        (self._out / atomic.JOB).unlink(missing_ok=True)
+        outputs.commit(self.folder, self._out)
+        (self._out / outputs.JOB).unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
         records = self.part_records()

@@ -13,7 +13,7 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError
-from csalign.core.progress import Progress
+from csalign.core.results import Progress
 from csalign.encoders.base import Embedded, ImageEncoder, TextEncoder
 from csalign.features import schema
 from csalign.features.checks import find_unusable

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.side_names import Names
+from csalign.core.enums import Names
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]

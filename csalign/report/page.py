@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from csalign.core import atomic
+from csalign.core.enums import Names, renamed
 from csalign.core.errors import OutputError
-from csalign.core.side_names import Names, renamed
 
 _TEMPLATES = Environment(
     loader=PackageLoader("csalign.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

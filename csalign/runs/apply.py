@@ -10,13 +10,12 @@ import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
 from csalign.adapters.model import Adapter
-from csalign.core import atomic, distributed
+from csalign.core import atomic, distributed, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import Progress, silent
-from csalign.core.results import FeaturesResult
+from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.features import schema
-from csalign.features.export import ClipRetrievalExport, NpyExport, RowWriter
+from csalign.features.export import ENTRIES, ClipRetrievalExport, NpyExport, RowWriter
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
@@ -43,7 +42,8 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     with distributed.process_group():
         if distributed.is_main_process():
             inputs = (config.features, config.adapter)
-            atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+            entries = schema.ENTRIES | ENTRIES
+            outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
         features = FeatureSet.open(config.features)
         run = config.adapter
         adapter, info = load_adapter_for(features, run, config.device, config.allow_adapter)
@@ -70,7 +70,7 @@ def _write(
     features.verify()
     counts = features.manifest.counts
     done, unpaired = 0, dict.fromkeys(Modality, 0)
-    with atomic.atomic_folder(config.out) as folder:
+    with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         with _writer(folder, config, features, info, token_sides) as writer:
             for side, rows in aligned:

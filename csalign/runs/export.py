@@ -10,11 +10,11 @@ import numpy as np
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
-from csalign.core import atomic
+from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json
+from csalign.core.results import Progress, silent
 from csalign.features.reader import FeatureSet
 from csalign.report.model_card import Card, Side, model_card
 from csalign.runs.config import ExportConfig
@@ -26,6 +26,11 @@ RANDOM_ROWS, RANDOM_TOKENS = 257, 3
 REAL_ROWS = 1_000
 CARD = "README.md"
 # Settings of a run that are not published: paths, and what does not influence the weights.
+ENTRIES = frozenset(
+    {CARD, DESCRIPTION, WEIGHTS, LINES, "config.toml"}
+    | {f"{side}{suffix}" for side in Modality for suffix in (".onnx", ".pt2")}  # .pt2: 0.1.0
+)
+"""Names in the folder of an export."""
 PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
 
 Forward = Callable[[Modality, Array], Array]
@@ -46,7 +51,7 @@ def export(
         OutputError: a difference exceeds the tolerance; or ``config.out`` must not be replaced.
     """
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     adapter, info = load_run(config.run, config.allow_adapter)
     for side in Modality:
         if config.to == "onnx" and adapter.side(side).embeds_with_tokens:
@@ -56,7 +61,7 @@ def export(
             )
     evaluation = _read_evaluation(config, info)
     samples = list(_samples(config, adapter))
-    with atomic.atomic_folder(config.out) as folder:
+    with outputs.atomic_folder(config.out) as folder:
         forward = _write(config, folder, adapter, progress)
         differences = {}
         for name, side, rows in samples:

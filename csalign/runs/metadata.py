@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 LINES = "metrics.jsonl"
 ENVIRONMENT, CONFIG = "environment.json", "config.toml"
 ADAPTER = "adapter.json"  # as in `adapters.checkpoint`, which takes seconds to import
+ENTRIES = frozenset(
+    {ADAPTER, "adapter.safetensors", "checkpoints", CONFIG, ENVIRONMENT, LINES}
+    | {"metrics.csv", "tensorboard", "wandb"}
+)
+"""Names in the folder of a run."""
 SUMS = "sha256"  # key in ``environment.json``: the checksum of each other file, by name
 
 

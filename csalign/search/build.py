@@ -13,17 +13,18 @@ import pyarrow as pa
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
 from csalign.adapters.model import Adapter
-from csalign.core import atomic
+from csalign.core import atomic, outputs
+from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.memory import available_bytes
-from csalign.core.progress import Progress, silent
+from csalign.core.results import Progress, silent
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.runs.load import load_adapter_for, stream_aligned
 from csalign.search.config import IndexConfig, ItemOptions, VectorOptions
 from csalign.search.manifest import (
     ADAPTER,
+    ENTRIES,
     VECTORS,
     IndexManifest,
     Recall,
@@ -69,11 +70,11 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
         OutputError: ``config.out`` exists and is not to be replaced.
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
-    atomic.check_output(config.out, overwrite=config.overwrite, inputs=inputs)
+    outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     features = FeatureSet.open(config.features)
     features.verify()
     built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
-    with atomic.atomic_folder(config.out) as folder:
+    with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
         built.correction.save(folder)

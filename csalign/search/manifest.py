@@ -18,6 +18,11 @@ DESCRIPTION = "index.json"
 VECTORS = "vectors.faiss"
 ITEMS = "items.arrow"
 ADAPTER = "adapter"
+ENTRIES = frozenset(
+    {DESCRIPTION, VECTORS, ITEMS, ADAPTER, "config.toml"}
+    | {"vectors.npy", "probes.npy"}  # of 0.1.0
+)
+"""Names in the folder of an index."""
 FORMAT_VERSION: Final = 2
 CHECKED_BYTES = 64 << 20  # larger files are read completely by inspect only
 ROWS_PER_BATCH = 65_536

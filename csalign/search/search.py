@@ -6,11 +6,10 @@ from typing import Any
 
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.core.devices import pick_device
+from csalign.core.enums import renamed
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.paths import is_remote
-from csalign.core.progress import Progress, silent
-from csalign.core.results import Found
-from csalign.core.side_names import renamed
+from csalign.core.results import Found, Progress, silent
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
 from csalign.report.page import Entry, Section, check_page, write_page

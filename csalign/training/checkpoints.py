@@ -26,7 +26,7 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.side import mean_square
-from csalign.core import atomic, distributed, locks, signals
+from csalign.core import atomic, distributed, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.records import Record, parse_json, read_job, write_record
@@ -175,7 +175,7 @@ class UnfinishedRun:
         path.mkdir(parents=True, exist_ok=True)
         self._save_weights(path)
         for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
-            atomic.remove_folder(old)
+            outputs.remove_folder(old)
 
     def is_due(self, step: int) -> bool:
         """Return whether to save a resumable checkpoint after this step."""
@@ -185,7 +185,7 @@ class UnfinishedRun:
 
     def save(self) -> Path:
         """Save a resumable checkpoint atomically, remove old ones, and return its folder."""
-        folder = _step_folder(self.path / atomic.RESUME, self._trainer.step)
+        folder = _step_folder(self.path / outputs.RESUME, self._trainer.step)
         if not folder.exists():
             lines = self.path / LINES
             atomic.fsync_path(lines)
@@ -197,7 +197,7 @@ class UnfinishedRun:
                 "lines_sha256": atomic.sha256_file(lines),
             }
             temporary = folder.with_name(f".{folder.name}.tmp")
-            atomic.remove_folder(temporary)
+            outputs.remove_folder(temporary)
             temporary.mkdir(parents=True)
             self._save_weights(temporary)
             write_state(temporary / STATE, state)
@@ -207,7 +207,7 @@ class UnfinishedRun:
             temporary.rename(folder)
             atomic.fsync_path(folder.parent)
             for old in _steps_in(folder.parent)[:-RESUMABLE_KEPT]:
-                atomic.remove_folder(old)
+                outputs.remove_folder(old)
         self._saved = time.monotonic()
         return folder
 
@@ -264,7 +264,7 @@ def open_run(
     repeat, those to resume from are removed.
 
     Args:
-        out: final folder; `atomic.check_output` was called.
+        out: final folder; `outputs.check_output` was called.
         job: what determines the run.
         restart: discard an unfinished run with other options, or a damaged one.
         every: see `UnfinishedRun`.
@@ -274,31 +274,31 @@ def open_run(
         SchemaError: all checkpoints there are damaged.
     """
     out = out.resolve()
-    folder = atomic.partial_path(out)
-    atomic.refuse_other_work(folder, TrainingJob.FORMAT)
+    folder = outputs.partial_path(out)
+    outputs.refuse_other_work(folder, TrainingJob.FORMAT)
     with atomic.translate_os_errors(out), locks.lock_folder(folder):
         run = UnfinishedRun(folder, _begin(folder, job, restart=restart), every)
         try:
             yield run
         except TrainingError:
-            (folder / atomic.JOB).unlink()
-            atomic.remove_folder(folder / atomic.RESUME)
+            (folder / outputs.JOB).unlink()
+            outputs.remove_folder(folder / outputs.RESUME)
             raise
         except BaseException:
-            if not any(_steps_in(folder / name) for name in (CHECKPOINTS, atomic.RESUME)):
-                atomic.cleanup(folder)
+            if not any(_steps_in(folder / name) for name in (CHECKPOINTS, outputs.RESUME)):
+                outputs.cleanup(folder)
             raise
-        atomic.commit(folder, out)
+        outputs.commit(folder, out)
         # Only now, so that a process killed before loses nothing.
-        atomic.remove_folder(out / atomic.RESUME)
-        (out / atomic.JOB).unlink()
+        outputs.remove_folder(out / outputs.RESUME)
+        (out / outputs.JOB).unlink()
 
 
 def _begin(folder: Path, job: TrainingJob, *, restart: bool) -> Checkpoint | None:
     """Prepare a folder; return the checkpoint to resume from if it has one of the same run."""
-    path = folder / atomic.JOB
+    path = folder / outputs.JOB
     found = read_job(path, TrainingJob, restart=restart)
-    saved = _steps_in(folder / atomic.RESUME)
+    saved = _steps_in(folder / outputs.RESUME)
     if found is not None and found != job and saved and not restart:
         raise OutputError(_difference(folder, found, job))
     if found == job and saved:
@@ -306,9 +306,9 @@ def _begin(folder: Path, job: TrainingJob, *, restart: bool) -> Checkpoint | Non
         if checkpoint is not None:
             for later in [*saved, *_steps_in(folder / CHECKPOINTS)]:
                 if _step_of(later) > checkpoint.step:
-                    atomic.remove_folder(later)
+                    outputs.remove_folder(later)
             return checkpoint
-    atomic.empty_folder(folder)
+    outputs.empty_folder(folder)
     write_record(path, job)
     return None
 

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from csalign.adapters.kinds import find_kind
 from csalign.adapters.side import SideShape
 from csalign.core import distributed
+from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
-from csalign.core.memory import available_bytes
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.join import (
     ALL,

@@ -12,7 +12,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import Progress, show_figures
+from csalign.core.results import Progress, show_figures
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows
 from csalign.evaluation.page import write_report

@@ -4,9 +4,9 @@ from functools import partial
 from typing import Any
 
 from csalign.adapters.model import Adapter
-from csalign.core import atomic, distributed
-from csalign.core.progress import Progress, silent
-from csalign.core.results import TrainResult
+from csalign.core import distributed, outputs
+from csalign.core.results import Progress, TrainResult, silent
+from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
 from csalign.training.config import (
     AdapterOptions,
@@ -49,7 +49,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     with distributed.process_group():
         if distributed.is_main_process():
             check_logs(config.log_to or (), config.report)
-            atomic.check_output(config.out, overwrite=config.overwrite, inputs=(config.features,))
+            inputs = (config.features,)
+            outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         options, other_weight = config.group(DataOptions), config.other_captions

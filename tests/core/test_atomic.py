@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from csalign.core.atomic import atomic_folder, check_output, remove_folder, write_text
+from csalign.core.atomic import write_text
 from csalign.core.errors import OutputError
 from csalign.core.locks import lock_folder
+from csalign.core.outputs import atomic_folder, check_output, remove_folder
+from csalign.features.schema import ENTRIES
 
 
 def artifact(folder: Path, text: str = "old") -> Path:
@@ -42,7 +44,7 @@ def test_a_failure_leaves_the_old_folder_and_nothing_of_the_new_one(tmp_path: Pa
 
     assert "old" in (out / "manifest.json").read_text()
     assert not (tmp_path / "out.partial").exists()
-    check_output(out, overwrite=True)
+    check_output(out, ENTRIES, overwrite=True)
     with atomic_folder(out) as folder:
         assert not (folder / "half").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -56,12 +58,12 @@ def test_what_csalign_did_not_make_is_never_touched(tmp_path: Path, name: str) -
     (other / "manifest.json").write_text('{"name": "web app"}')
     out = tmp_path / "site"
     if name == "site.previous":
-        check_output(out, overwrite=True)
+        check_output(out, ENTRIES, overwrite=True)
         with atomic_folder(out):
             pass
     else:
         with pytest.raises(OutputError, match="did not make"):
-            check_output(out, overwrite=True)
+            check_output(out, ENTRIES, overwrite=True)
 
     assert (other / "config.toml").read_text() == "title = 'my blog'"
 
@@ -71,14 +73,14 @@ def test_a_file_of_the_users_in_an_artifact_keeps_it_from_being_replaced(tmp_pat
     (out / "NOTES.md").touch()
 
     with pytest.raises(OutputError, match=r"did not make \(NOTES\.md\)"):
-        check_output(out, overwrite=True)
+        check_output(out, ENTRIES, overwrite=True)
 
 
 def test_an_output_inside_an_artifact_that_is_read_is_refused(tmp_path: Path) -> None:
     features = artifact(tmp_path / "features")
 
     with pytest.raises(OutputError, match="is inside"):
-        check_output(features / "run", overwrite=False, inputs=(features,))
+        check_output(features / "run", ENTRIES, overwrite=False, inputs=(features,))
 
 
 def test_the_working_directory_and_mount_points_are_refused(
@@ -87,14 +89,14 @@ def test_the_working_directory_and_mount_points_are_refused(
     monkeypatch.chdir(tmp_path)
     for out in (Path(), Path("/proc"), Path("/")):
         with pytest.raises(OutputError, match="mount point or the working directory"):
-            check_output(out, overwrite=True)
+            check_output(out, ENTRIES, overwrite=True)
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:
     real = artifact(tmp_path / "real")
     link = tmp_path / "link"
     link.symlink_to(real)
-    check_output(link, overwrite=True)
+    check_output(link, ENTRIES, overwrite=True)
     with atomic_folder(link) as folder:
         (folder / "new").touch()
 
@@ -105,7 +107,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
 def test_two_processes_do_not_build_the_same_output(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import sys; from pathlib import Path; from csalign.core.atomic import atomic_folder\n"
+        "import sys; from pathlib import Path; from csalign.core.outputs import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])): pass"
     )
     with atomic_folder(out) as folder:
@@ -120,7 +122,7 @@ def test_two_processes_do_not_build_the_same_output(tmp_path: Path) -> None:
 def test_a_swap_that_was_killed_half_way_is_undone(tmp_path: Path) -> None:
     artifact(tmp_path / "out").rename(tmp_path / ".out.csalign-previous")
     with pytest.raises(OutputError, match="--overwrite"):
-        check_output(tmp_path / "out", overwrite=False)
+        check_output(tmp_path / "out", ENTRIES, overwrite=False)
 
     assert "old" in (tmp_path / "out" / "manifest.json").read_text()
 
@@ -134,7 +136,7 @@ def test_a_check_during_a_swap_leaves_both_folders_alone(
     def rename_and_check(path: Path, target: Path) -> Path:
         if path.name == "out.partial":  # the old folder is aside, the new one not yet in place
             with pytest.raises(OutputError) as caught:
-                check_output(out, overwrite=True)
+                check_output(out, ENTRIES, overwrite=True)
             refused.append(str(caught.value))
         return rename(path, target)
 
@@ -185,14 +187,14 @@ def test_without_file_locks_work_goes_on_with_a_warning(
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
-        "import os, sys; from pathlib import Path; from csalign.core.atomic import atomic_folder\n"
+        "import os, sys; from pathlib import Path; from csalign.core.outputs import atomic_folder\n"
         "with atomic_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'images').mkdir(); (folder / 'images/half').touch(); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, out], check=False, env=os.environ)
     assert killed.returncode == -9
     assert (tmp_path / "out.partial/images/half").exists()
-    check_output(out, overwrite=False)
+    check_output(out, ENTRIES, overwrite=False)
     with atomic_folder(out) as folder:
         assert not (folder / "images").exists()
 

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from csalign.cli.app import app
+from csalign.core.enums import renamed
 from csalign.core.errors import ConfigError
-from csalign.core.side_names import renamed
 from csalign.features.schema import read_manifest
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays

@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from csalign.cli.app import app
-from csalign.core import atomic, locks
+from csalign.core import atomic, locks, outputs
 from csalign.core.errors import OutputError
+from csalign.features.schema import ENTRIES
 from tests.faults.damage import Damage
 from tests.faults.disk import Machine, Mode, Plan
 from tests.faults.trials import COMMANDS, Trials, make_inputs
@@ -107,7 +108,7 @@ def test_what_marks_a_folder_as_ours_is_removed_last(tmp_path: Path) -> None:
 
     watching = True
     sys.addaudithook(watch)  # which cannot be taken back
-    atomic.cleanup(folder)
+    outputs.cleanup(folder)
     watching = False
 
     assert not folder.exists()
@@ -120,9 +121,9 @@ def test_a_folder_killed_at_its_last_step_can_be_replaced(tmp_path: Path) -> Non
     (out / "manifest.json").write_text('{"format": "csalign-features"}')
     (out / locks.LOCK).touch()
     with pytest.raises(OutputError, match="exists; choose another --out"):
-        atomic.check_output(out, overwrite=False)
-    atomic.check_output(out, overwrite=True)
-    with atomic.atomic_folder(out) as folder:
+        outputs.check_output(out, ENTRIES, overwrite=False)
+    outputs.check_output(out, ENTRIES, overwrite=True)
+    with outputs.atomic_folder(out) as folder:
         (folder / "new").touch()
 
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
@@ -133,7 +134,7 @@ def test_an_artifact_that_happens_to_be_called_partial_is_left_alone(tmp_path: P
     partial.mkdir()
     (partial / "manifest.json").write_text('{"format": "csalign-features"}')
     with pytest.raises(OutputError, match="csalign did not make it; move it"):
-        atomic.check_output(tmp_path / "out", overwrite=True)
+        outputs.check_output(tmp_path / "out", ENTRIES, overwrite=True)
 
 
 def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from csalign.core import atomic, locks
+from csalign.core import locks, outputs
 from tests.faults.disk import Done, Machine, Mode, Plan
 
 COMMANDS = ("extract", "import", "train", "apply", "eval")
@@ -316,7 +316,7 @@ _ROOMLESS = ("fsync", "unlink", "rmdir", "rename", "read")
 
 def _of_job(name: str) -> bool:
     """Whether a file is removed from an output after it is whole; readers pass it over."""
-    return name in (atomic.JOB, locks.LOCK) or name.startswith(f"{atomic.RESUME}/")
+    return name in (outputs.JOB, locks.LOCK) or name.startswith(f"{outputs.RESUME}/")
 
 
 def _another(command: str, inputs: Inputs, out: Path) -> list[object]:

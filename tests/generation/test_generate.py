@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from csalign.adapters.checkpoint import load_adapter, read_info
-from csalign.core import atomic
+from csalign.core import outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.core.results import GenerateResult
@@ -198,7 +198,7 @@ def test_the_lock_is_held_until_the_folder_has_its_name(
     few: Path, run: Path, decoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[str] = []
-    commit = atomic.commit
+    commit = outputs.commit
 
     def spy(folder: Path, out: Path) -> None:
         with pytest.raises(OutputError, match="another process is writing there") as caught:
@@ -206,7 +206,7 @@ def test_the_lock_is_held_until_the_folder_has_its_name(
         refused.append(str(caught.value))
         commit(folder, out)
 
-    monkeypatch.setattr(atomic, "commit", spy)
+    monkeypatch.setattr(outputs, "commit", spy)
     made(decoders, run, tmp_path / "out", features=few)
 
     assert len(refused) == 1

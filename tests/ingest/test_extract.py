@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from csalign.core import atomic
+from csalign.core import outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
 from csalign.core.results import FeaturesResult
@@ -562,7 +562,7 @@ def test_a_source_and_a_set_in_an_object_store(
     there = run(source=str(bucket / "photos"), out=f"{bucket / 'features'}/")
 
     assert isinstance(there.features, type(bucket))
-    assert not atomic.partial_path(there.features).exists()
+    assert not outputs.partial_path(there.features).exists()
     features = FeatureSet.open(there.features)
     features.verify()
     for side in Modality:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from csalign.core import atomic, locks
+from csalign.core import locks, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.paths import is_remote, parse_location
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import EncoderInfo, Encoders
+from csalign.features.schema import ENTRIES, EncoderInfo, Encoders
 from csalign.features.writer import Rows
 from csalign.ingest.job import Failure, Job, PartRecord, WorkShard
 from csalign.ingest.locks import merge_parts, open_partial_set, sole_owner
@@ -89,7 +89,7 @@ def test_parts_become_a_feature_set(out: Path) -> None:
     np.testing.assert_array_equal(features.images.embeddings()[3], [2, 3, 4, 5])
     lines = (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["part-00000.jpg", "part-00001.jpg"]
-    assert not atomic.partial_path(out).exists()
+    assert not outputs.partial_path(out).exists()
     entries = {path.name for path in out.iterdir()}
     assert entries == {"manifest.json", "config.toml", "failures.jsonl", "images", "texts"}
 
@@ -182,10 +182,10 @@ def test_a_set_that_only_lacks_its_name_gets_it(out: Path, monkeypatch: pytest.M
         write_part(partial, "part-00000")
         partial.mark_finished(["part-00000"])
     with monkeypatch.context() as broken:
-        broken.setattr(atomic, "commit", lambda *_: 1 / 0)
+        broken.setattr(outputs, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             complete(partial)
-    atomic.check_output(out, overwrite=False)
+    outputs.check_output(out, ENTRIES, overwrite=False)
     with open_partial_set(out, JOB, ONE, config="") as partial:
         assert partial.is_complete
     complete(partial)
@@ -249,7 +249,7 @@ def test_an_import_does_not_remove_an_unfinished_extraction(tmp_path: Path) -> N
     with open_partial_set(out, JOB, ONE, config=""):
         pass
     with pytest.raises(OutputError, match="contains an unfinished extraction"):
-        atomic.atomic_folder(out).__enter__()
+        outputs.atomic_folder(out).__enter__()
 
 
 def test_in_an_object_store_the_first_of_two_completes(bucket: Path) -> None:
@@ -354,20 +354,20 @@ def test_an_interrupted_commit_is_repeated(bucket: Path) -> None:
         with open_partial_set(out, JOB, ONE, config="") as partial:
             write_part(partial, "part-00000")
             partial.mark_finished(["part-00000"])
-        (out / atomic.JOB).write_bytes(b"")
+        (out / outputs.JOB).write_bytes(b"")
         (out / "manifest.json").unlink(missing_ok=True)
         (out / "config.toml").write_bytes(b"")
-        atomic.check_output(out, overwrite=False)
+        outputs.check_output(out, ENTRIES, overwrite=False)
         complete(partial)
         FeatureSet.open(out).verify()
 
 
 def test_a_bucket_and_foreign_files_are_not_replaced(bucket: Path) -> None:
     with pytest.raises(OutputError, match="is a bucket"):
-        atomic.check_output(bucket, overwrite=True)
+        outputs.check_output(bucket, ENTRIES, overwrite=True)
     (bucket / "features.partial" / "thesis.tex").write_bytes(b"x")
     with pytest.raises(OutputError, match="csalign did not make it"):
-        atomic.check_output(bucket / "features", overwrite=True)
+        outputs.check_output(bucket / "features", ENTRIES, overwrite=True)
 
 
 def test_parts_stay_in_order_beyond_five_digits(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_parts_of_another_job_are_not_merged(tmp_path: Path) -> None:
         with open_partial_set(out, job, shard, config="") as partial:
             write_part(partial, f"part-0000{shard.index}")
             partial.mark_finished([f"part-0000{shard.index}"])
-    shutil.copytree(atomic.partial_path(out), tmp_path / "0.partial", dirs_exist_ok=True)
+    shutil.copytree(outputs.partial_path(out), tmp_path / "0.partial", dirs_exist_ok=True)
     with pytest.raises(DataError, match=r"part-00000\.json: the part has other options"):
         merge_parts(tmp_path / "0")
 
@@ -398,14 +398,14 @@ def test_parts_of_another_job_are_not_merged(tmp_path: Path) -> None:
 def test_an_unfinished_extraction_of_0_1_0_is_refused_with_a_remedy(
     out: Path, restart: bool
 ) -> None:
-    folder = atomic.partial_path(out)
+    folder = outputs.partial_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     document = JOB.model_dump(mode="json") | {"format": "csalign-job", "checksum": "0" * 64}
-    (folder / atomic.JOB).write_text(json.dumps(document))
+    (folder / outputs.JOB).write_text(json.dumps(document))
     message = "an unfinished extraction of csalign 0.1.0; finish it, remove it, or choose another"
     with pytest.raises(OutputError, match=f"features.partial: contains {message} --out"):
         open_partial_set(out, JOB, ONE, config="", restart=restart).__enter__()
     with pytest.raises(OutputError, match=message):
         merge_parts(out)
 
-    assert json.loads((folder / atomic.JOB).read_text()) == document
+    assert json.loads((folder / outputs.JOB).read_text()) == document

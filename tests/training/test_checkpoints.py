@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from csalign.adapters.checkpoint import load_adapter, read_info
-from csalign.core import atomic, locks
+from csalign.core import atomic, locks, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.results import TrainResult
@@ -249,7 +249,7 @@ def test_what_a_stopped_run_leaves_is_bounded_and_can_be_used(mixed: Path, tmp_p
     load_adapter(states(out)[-1])
     run(mixed, out)
     assert not unfinished(out).exists()
-    assert not {"resume", atomic.JOB, locks.LOCK} & {path.name for path in out.iterdir()}
+    assert not {"resume", outputs.JOB, locks.LOCK} & {path.name for path in out.iterdir()}
 
 
 def test_other_options_are_refused_by_name_unless_overwritten(mixed: Path, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_nothing_is_refused_where_nothing_would_be_lost(mixed: Path, tmp_path: P
     out = unfinished(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(features=mixed, out=tmp_path / "run", **QUICK), progress)
-    atomic.remove_folder(out / "resume")
+    outputs.remove_folder(out / "resume")
     run(mixed, tmp_path / "run", seed=1)
 
     assert not out.exists()
@@ -410,7 +410,7 @@ def test_logs_hold_each_step_once(mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     options = {"log_to": ("csv", "tensorboard"), "save_every": 2}
     stop(mixed, out, 7, **options)
-    atomic.remove_folder(states(out)[-1])  # as if it had been killed, one step after the last save
+    outputs.remove_folder(states(out)[-1])  # as if it had been killed, one step after the last save
     run(mixed, out, **options)
 
     with (out / "metrics.csv").open(newline="") as file:

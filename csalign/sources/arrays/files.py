@@ -17,8 +17,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from csalign.core.devices import available_bytes
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.memory import available_bytes
 from csalign.core.paths import is_remote
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header
 

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.core import atomic, locks
+from csalign.core import atomic, locks, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -34,9 +34,8 @@ from csalign.core.errors import (
     Stopped,
     TrainingError,
 )
-from csalign.core.progress import Progress, silent
 from csalign.core.records import read_object
-from csalign.core.results import Trial, TuneResult
+from csalign.core.results import Progress, Trial, TuneResult, silent
 from csalign.core.version import __version__
 from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
@@ -297,7 +296,7 @@ def _train(
 def _check_folder(folder: Path, features: Path) -> None:
     """Refuse a folder that holds something other than a study, before any work is done."""
     if not folder.is_dir():
-        atomic.check_output(folder, overwrite=False, inputs=(features,))
+        outputs.check_output(folder, FILES, overwrite=False, inputs=(features,))
         return
     names = {path.name for path in folder.iterdir()} - {locks.LOCK}
     if names and STUDY not in names:

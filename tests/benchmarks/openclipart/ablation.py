@@ -33,7 +33,7 @@ import numpy as np
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 from run import INFONCE, SCALE_100
 
-from csalign.core import atomic
+from csalign.core import outputs
 from csalign.core.enums import Modality
 from csalign.features.reader import FeatureSet
 from csalign.features.writer import FeatureWriter, Rows
@@ -126,7 +126,7 @@ def few_pairs(work: Path) -> Path:
     texts["image_id"] = [None if image in lost else image for image in texts["image_id"]]
     encoders = {side: features.table(side).encoder for side in Modality}
     with (
-        atomic.atomic_folder(out) as folder,
+        outputs.atomic_folder(out) as folder,
         FeatureWriter(folder, encoders, features.manifest.dtype) as writer,
     ):
         for side in Modality:

@@ -23,7 +23,7 @@ from features import MAX_TOKENS, image_batch, image_model, text_model
 from numpy.typing import NDArray
 from torch.nn.functional import adaptive_avg_pool2d
 
-from csalign.core import atomic
+from csalign.core import outputs
 from csalign.core.enums import Modality
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     work: Path = parser.parse_args().work
     features = FeatureSet.open(work / "features")
-    with atomic.atomic_folder(work / "features-tokens") as folder:
+    with outputs.atomic_folder(work / "features-tokens") as folder:
         infos = {side: with_tokens(features, side) for side in Modality}
         with FeatureWriter(folder, infos, "float16") as writer:
             pictures = work / "pictures"
