@@ -25,7 +25,7 @@ csalign loads none of the heavy libraries; using a name does.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from csalign.core.version import __version__
+from csalign.core import __version__
 
 if TYPE_CHECKING:
     from csalign.adapters.checkpoint import load_adapter

@@ -10,14 +10,12 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from csalign.adapters.kinds import KINDS
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import KINDS, Adapter
 from csalign.adapters.side import SideShape
-from csalign.core import atomic
+from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
 from csalign.core.records import Record, read_record, write_record
-from csalign.core.version import __version__
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"

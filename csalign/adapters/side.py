@@ -58,7 +58,7 @@ class SideShape:
     """Everything that the adapter of one side is built from, apart from its weights.
 
     Attributes:
-        kind: a name in `csalign.adapters.kinds.KINDS`, the name of an entry point in the group
+        kind: a name in `csalign.adapters.model.KINDS`, the name of an entry point in the group
             ``csalign.adapters``, or ``package.module:Class``.
         input_width: of the frozen encoder's embeddings.
         width: of the shared space.

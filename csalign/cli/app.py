@@ -9,6 +9,7 @@ import typer
 
 from csalign.cli import render
 from csalign.cli.command import command_of, error_exits
+from csalign.core import __version__
 from csalign.core.results import (
     FeaturesResult,
     Found,
@@ -17,7 +18,6 @@ from csalign.core.results import (
     TrainResult,
     TuneResult,
 )
-from csalign.core.version import __version__
 from csalign.evaluation.config import (
     CompareConfig,
     DiagnoseConfig,

@@ -16,15 +16,17 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
 from csalign.core.records import parse_json
 from csalign.encoders.base import Embedded, EncoderOptions
-from csalign.encoders.libraries import first_line, first_run, quiet
 from csalign.encoders.running import (
     batch_size_of,
     describe,
     embed_by_length,
     fingerprint,
+    first_line,
+    first_run,
     gives_tokens,
     inference,
     limit_tokens,
+    quiet,
     ready,
     to_device,
     to_numpy,

@@ -12,7 +12,6 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
-from csalign.encoders.libraries import first_run
 from csalign.encoders.openclip_models import (
     build_network,
     build_tokenizer,
@@ -26,6 +25,7 @@ from csalign.encoders.running import (
     describe,
     embed_by_length,
     fingerprint,
+    first_run,
     gives_tokens,
     inference,
     limit_tokens,

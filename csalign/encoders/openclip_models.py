@@ -14,7 +14,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 from csalign.core.errors import ConfigError, EncoderError
 from csalign.core.records import parse_json
-from csalign.encoders.libraries import first_line, quiet, suggest
+from csalign.encoders.running import first_line, quiet, suggest
 
 logger = logging.getLogger(__name__)
 

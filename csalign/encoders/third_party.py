@@ -20,8 +20,7 @@ from csalign.encoders.base import (
     ImageEncoder,
     TextEncoder,
 )
-from csalign.encoders.libraries import first_line
-from csalign.encoders.running import gives_tokens, limit_tokens
+from csalign.encoders.running import first_line, gives_tokens, limit_tokens
 from csalign.features.schema import EncoderInfo
 
 GROUP = "csalign.encoders"

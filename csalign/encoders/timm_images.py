@@ -13,8 +13,16 @@ from timm.data.transforms_factory import create_transform
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.libraries import first_line, first_run, quiet, suggest
-from csalign.encoders.running import TowerImages, fingerprint, gives_tokens, ready
+from csalign.encoders.running import (
+    TowerImages,
+    fingerprint,
+    first_line,
+    first_run,
+    gives_tokens,
+    quiet,
+    ready,
+    suggest,
+)
 
 logger = logging.getLogger(__name__)
 

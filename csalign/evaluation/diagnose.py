@@ -1,5 +1,6 @@
 """``csalign diagnose``: the conflict between the two parts of the loss, and what the gap is."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,32 @@ from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
 from csalign.evaluation.protocols import AlignedRows
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
-from csalign.objective.conflict import cosine, gradient
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
 from csalign.report.page import check_page
+
+Term = Callable[[Tensor, Tensor], Tensor]
+
+
+def gradient(term: Term, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient of a term in the embeddings of both sides, (n + m, d) float64, rows of x first.
+
+    The term maps x (n, d) and y (m, d), detached here, to a () tensor; one that normalises its rows
+    has no gradient along them.
+    """
+    sides = tuple(side.detach().clone().requires_grad_() for side in (x, y))
+    with torch.enable_grad():
+        value = term(*sides)
+    found = torch.autograd.grad(value, sides, allow_unused=True, materialize_grads=True)
+    return torch.cat([grad.double() for grad in found])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine between two gradients, in [-1, 1]: opposed to agreeing; 0 where one vanishes."""
+    norms = float(a.norm() * b.norm())
+    return float((a * b).sum()) / norms if norms else 0.0
+
 
 CLIP_LOGIT_SCALE = 100.0
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)

@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csalign.core import atomic
+from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, ShapeError
-from csalign.core.version import __version__
 from csalign.features import schema
 from csalign.features.reader import AGAIN
 from csalign.features.writer import Array, FeatureWriter, Rows

@@ -11,10 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csalign.core import atomic
+from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.core.version import __version__
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.join import find_images, repeated_ids

@@ -24,7 +24,7 @@ from torch import Tensor
 from csalign.core.devices import pick_device
 from csalign.core.errors import ConfigError, DecoderError
 from csalign.core.records import read_object
-from csalign.encoders.libraries import first_line
+from csalign.encoders.running import first_line
 from csalign.generation.config import DecoderOptions
 
 INDEX = "model_index.json"

@@ -19,24 +19,24 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.results import FeaturesResult, Progress, silent
-from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder
-from csalign.encoders.spec import load_encoders
+from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.ingest.config import ExtractConfig
-from csalign.ingest.job import Job, PartRecord, WorkShard
-from csalign.ingest.locks import open_partial_set, sole_owner
-from csalign.ingest.partial_set import PartialSet
-from csalign.ingest.pipeline import Pipeline
-from csalign.ingest.sharding import (
+from csalign.ingest.job import (
+    Job,
+    PartRecord,
+    WorkShard,
     assigned_files,
     assigned_to,
     check_array,
     device_of_rank,
     parse_shard,
 )
-from csalign.sources.records import Source, SourceFile
+from csalign.ingest.locks import open_partial_set, sole_owner
+from csalign.ingest.partial_set import PartialSet
+from csalign.ingest.pipeline import Pipeline
+from csalign.sources.records import Source, SourceFile, UnreadableFile
 from csalign.sources.records.open import STDIN, SourceOptions, open_source
-from csalign.sources.unreadable import UnreadableFile
 
 logger = logging.getLogger(__name__)
 

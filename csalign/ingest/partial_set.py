@@ -20,13 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from csalign.core import atomic, outputs
+from csalign.core import __version__, atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
-from csalign.core.version import __version__
 from csalign.features import schema
 from csalign.features.schema import (
     FAILURES,

@@ -7,11 +7,10 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from csalign.core import atomic
+from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError
 from csalign.core.records import Record, read_record, write_record
-from csalign.core.version import __version__
 from csalign.features.schema import EncoderInfo
 
 DESCRIPTION = "index.json"

@@ -1,21 +1,40 @@
 """``csalign search``: find the nearest items of an index or a feature set."""
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from csalign.adapters.checkpoint import load_adapter_with_info
+from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
-from csalign.core.enums import renamed
-from csalign.core.errors import ConfigError, SchemaError
+from csalign.core.enums import Modality, renamed
+from csalign.core.errors import (
+    ConfigError,
+    CsalignError,
+    DataError,
+    EncoderError,
+    SchemaError,
+    ShapeError,
+)
 from csalign.core.paths import is_remote
 from csalign.core.results import Found, Progress, silent
+from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import MANIFEST
+from csalign.features.schema import MANIFEST, EncoderInfo
+from csalign.features.tokens import pad_tokens
 from csalign.report.page import Entry, Section, check_page, write_page
 from csalign.report.thumbnails import thumbnail
 from csalign.search.build import SearchIndex, build_index
-from csalign.search.config import ItemOptions, SearchConfig, VectorOptions
+from csalign.search.config import ItemOptions, QueryOptions, SearchConfig, VectorOptions
 from csalign.search.manifest import (
     ADAPTER,
     REMEDY,
@@ -25,8 +44,206 @@ from csalign.search.manifest import (
     read_items,
     take_item,
 )
-from csalign.search.queries import QueryEncoder
 from csalign.search.vectors import VectorIndex, load_correction
+from csalign.sources.images import read_image
+from csalign.sources.records.files import read_lines
+
+STDIN = "-"
+QUERIES_PER_BATCH = 256
+
+log = logging.getLogger(__name__)
+
+Floats = npt.NDArray[np.float32]
+
+
+Queries = tuple[Sequence[str], Floats]  # names, and unit rows (q, d) in the shared space
+
+
+@dataclass(frozen=True)
+class QueryEncoder:
+    """Encode queries as the items of an index were encoded."""
+
+    index: Path  # for messages
+    manifest: IndexManifest
+    adapter: Adapter | None
+    options: QueryOptions
+    device: str
+
+    @cached_property
+    def side(self) -> Modality:
+        """Side of the queries; ConfigError if there is not exactly one kind of query."""
+        flags = {"query": "QUERY", "text": "--text", "image": "--image", "embedding": "--embedding"}
+        given = [name for name in flags if getattr(self.options, name) is not None]
+        if len(given) != 1:
+            names = " and ".join(flags[name] for name in given)
+            raise ConfigError(
+                f"{names or 'no query'}: give one text query, or one of --text, --image and "
+                "--embedding; --text - reads many from stdin"
+            )
+        if given != ["embedding"]:
+            if self.options.query_side is not None:
+                raise ConfigError("query-side: is for --embedding only; omit it")
+            return Modality.IMAGE if given == ["image"] else Modality.TEXT
+        other = Modality.TEXT if self.manifest.side is Modality.IMAGE else Modality.IMAGE
+        return Modality(self.options.query_side or other)
+
+    def queries(self) -> Iterator[Queries]:
+        """Encode all queries, in batches.
+
+        Raises:
+            ConfigError: the encoder's name has no known form.
+            DataError: a query cannot be used, or has another width than the index.
+            EncoderError: the encoder cannot be loaded, or is not that of the index.
+        """
+        options = self.options
+        if options.embedding is not None:
+            yield from self._of_array(options.embedding)
+            return
+        lines = _lines(options.query or options.text or options.image or "")
+        while part := list(islice(lines, QUERIES_PER_BATCH)):
+            if self.side is Modality.TEXT:
+                yield part, self._align(self._encoder.embed(part))
+                continue
+            pixels = torch.stack([self._encoder.preprocess(_read_picture(path)) for path in part])
+            groups = torch.split(pixels, self._encoder.batch_size)
+            parts = [self._encoder.embed(group) for group in groups]
+            tokens = [item for each in parts for item in each.tokens or ()]
+            rows = np.concatenate([each.embeddings for each in parts])
+            yield part, self._align(Embedded(rows, tokens or None))
+
+    @cached_property
+    def _encoder(self) -> Any:
+        """Load the encoder of the queries' side, and compare it with that of the index."""
+        known, with_tokens = self._known, self._with_tokens
+        spec = self.options.encoder or known.spec
+        try:
+            if self.options.encoder is None and not is_trusted(spec):
+                raise ConfigError("not an encoder of open_clip, timm or hf")
+            options = EncoderOptions(
+                pick_device(self.device),
+                tokens=(self.side,) if with_tokens else (),
+                token_space=known.token_space or "projected",
+                max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
+            )
+            specs = {self.side: spec}
+            image, text = specs.get(Modality.IMAGE), specs.get(Modality.TEXT)
+            encoder: Any = load_encoders(image, text, options).side(self.side)
+        except CsalignError as error:
+            if self.options.encoder is not None:
+                raise
+            raise EncoderError(
+                f"{self.index}: its {self.side.plural} were encoded with {spec!r}, which cannot "
+                f"be run here ({error}); name the encoder with --encoder, or give the query's own "
+                "embedding with --embedding FILE.npy"
+            ) from error
+        self._check(encoder.info, known)
+        return encoder
+
+    @property
+    def _known(self) -> EncoderInfo:
+        known = self.manifest.encoders[self.side]
+        if known is None:
+            other = "text" if self.side is Modality.IMAGE else "image"
+            raise DataError(
+                f"{self.index}: was built from features without {self.side.plural}, so it cannot "
+                f"be searched with one; query with {other}"
+            )
+        return known
+
+    @property
+    def _with_tokens(self) -> bool:
+        return self.adapter is not None and self.adapter.side(self.side).embeds_with_tokens
+
+    def _check(self, found: EncoderInfo, known: EncoderInfo) -> None:
+        if found.width != known.width:
+            raise EncoderError(
+                f"{found.spec}: gives embeddings of width {found.width}, those of {self.index} "
+                f"have {known.width}; name their encoder with --encoder ({known.spec})"
+            )
+        if known.fingerprint is None or found.fingerprint is None:
+            missing = "%s: cannot be verified as the encoder of %s, since a fingerprint is missing"
+            log.warning(missing, found.spec, self.index)
+        elif found.fingerprint != known.fingerprint:
+            raise EncoderError(
+                f"{found.spec}: has other weights (fingerprint {found.fingerprint[:12]}) than the "
+                f"encoder of the features ({known.fingerprint[:12]}); name their encoder with "
+                "--encoder, or extract them again"
+            )
+
+    def _align(self, embedded: Embedded) -> Floats:
+        rows = embedded.embeddings.astype(np.float32)
+        if self.adapter is None:
+            unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            return unit
+        if not self._with_tokens:
+            return self.adapter.embed(self.side, rows)
+        assert embedded.tokens is not None
+        return self.adapter.embed_tokens(self.side, rows, *pad_tokens(embedded.tokens))[0]
+
+    def _of_array(self, path: Path) -> Iterator[Queries]:
+        if self._with_tokens:
+            raise ConfigError(
+                "embedding: the adapter of this index needs tokens, which an embedding does not "
+                f"have; query with --{self.side}"
+            )
+        rows = _read_array(path)
+        width = self._known.width
+        if rows.shape[1] != width:
+            raise ShapeError(
+                f"{path}: has width {rows.shape[1]}, the {self.side} embeddings of {self.index} "
+                f"have {width}; use their encoder, or name the side with --query-side"
+            )
+        for start in range(0, len(rows), QUERIES_PER_BATCH):
+            part = np.asarray(rows[start : start + QUERIES_PER_BATCH], np.float32)
+            norms = np.linalg.norm(part, axis=1)
+            bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+            if len(bad):
+                raise DataError(
+                    f"{path}, row {start + int(bad[0])}: has no direction (it is 0 or not finite); "
+                    "remove it"
+                )
+            names = [str(start + row) for row in range(len(part))]
+            yield names, self._align(Embedded(part, None))
+
+
+def _lines(given: str) -> Iterator[str]:
+    """Yield the one query that was given, or those on stdin."""
+    if given != STDIN:
+        if not given.strip():
+            raise DataError("the query is empty; say what to look for")
+        yield given
+        return
+    for line in read_lines(Path("stdin"), sys.stdin.buffer, refuse_nul=True):
+        if line.error is not None:
+            raise DataError(f"stdin, row {line.number}: {line.error}; correct or remove it")
+        if line.text.strip():
+            yield line.text.strip()
+
+
+def _read_picture(path: str) -> Any:
+    try:
+        return read_image(Path(path).read_bytes())
+    except (OSError, DataError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path}: cannot be read ({reason}); give another image") from None
+
+
+def _read_array(path: Path) -> npt.NDArray[Any]:
+    """Read rows (n, d) of a .npy file."""
+    try:
+        with path.open("rb") as file:
+            rows = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path}: cannot be read as .npy ({error}); save it with numpy.save"
+        ) from None
+    if not isinstance(rows, np.ndarray) or not np.issubdtype(rows.dtype, np.floating):
+        raise DataError(f"{path}: does not contain an array of floats; save it with numpy.save")
+    found: npt.NDArray[Any] = np.atleast_2d(rows)
+    if found.ndim != 2 or not found.size:
+        raise ShapeError(f"{path}: has shape {rows.shape}; give (d,) or (n, d)")
+    return found
+
 
 PAGE_QUERIES = 100  # shown on a page, at most
 THUMBNAIL = 256  # pixels

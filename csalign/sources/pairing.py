@@ -9,8 +9,7 @@ from typing import Literal
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED, Labels, Strings
-from csalign.sources.arrays.files import open_npy
-from csalign.sources.arrays.tables import read_labels
+from csalign.sources.arrays.files import open_npy, read_labels
 from csalign.sources.arrow import ARROW, PARQUET
 from csalign.sources.records.tables import read_table
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +16,37 @@ from csalign.adapters.side import SideAdapter
 from csalign.core import distributed
 from csalign.core.enums import DivergenceName, PairwiseName, Precision
 from csalign.core.errors import ConfigError
-from csalign.objective.distributed_autograd import all_gather_rows
 from csalign.objective.divergences import divergence
 from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
 from csalign.training.sampler import Batch, SideBatch
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Concatenate the rows of all processes, (sum of counts, d).
+
+    All processes must compute the same from the result: each keeps the gradient of its own rows.
+
+    Args:
+        rows: (n, d), of this process.
+        counts: how many each process has.
+    """
+    found: Tensor = _AllGatherRows.apply(rows, counts)
+    return found
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        before = sum(counts[: distributed.world().rank])
+        ctx.own = slice(before, before + len(rows))
+        return torch.cat(distributed.all_gather_rows(rows.contiguous(), counts))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[ctx.own], None
+
 
 log = logging.getLogger(__name__)
 

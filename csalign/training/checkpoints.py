@@ -26,11 +26,10 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.side import mean_square
-from csalign.core import atomic, distributed, locks, outputs, signals
+from csalign.core import __version__, atomic, distributed, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.records import Record, parse_json, read_job, write_record
-from csalign.core.version import __version__
 from csalign.features.reader import FeatureSet
 from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, write_environment
 from csalign.training.data import TrainingData

@@ -1,4 +1,4 @@
-"""The rows of a training run: training and validation pairs, unpaired rows, stored tokens."""
+"""Rows to train on and to validate on, their tokens, and the validation score."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from csalign.adapters.kinds import find_kind
+from csalign.adapters.model import Adapter, find_kind
 from csalign.adapters.side import SideShape
 from csalign.core import distributed
 from csalign.core.devices import available_bytes
@@ -36,6 +36,8 @@ from csalign.features.streaming import (
     load_vectors,
 )
 from csalign.features.tokens import TokenCache, TokenRows
+from csalign.metrics.retrieval import mean_recall, rank_both_ways
+from csalign.runs.load import embed_rows
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -331,3 +333,44 @@ def open_tokens(
         sources[side] = TokenRows(table, cache)
     pairs = options.token_pairs if objective.token_weight else 0
     return StoredTokens(features, sources, frozenset(mixed), pairs, options.token_samples)
+
+
+class Score(NamedTuple):
+    """Figures on the validation rows.
+
+    Attributes:
+        mean_recall: mean of R@1/5/10 in both directions, in [0, 1].
+        mrr: mean reciprocal rank, averaged over the directions, in [0, 1].
+        centroid_distance: norm of the difference of the two means, in [0, 2].
+    """
+
+    mean_recall: float
+    mrr: float
+    centroid_distance: float
+
+    def better_than(self, other: "Score | None") -> bool:
+        """Compare by mean recall, then by MRR, which still differs where all recalls are 1."""
+        return other is None or (self.mean_recall, self.mrr) > (other.mean_recall, other.mrr)
+
+    def to_json(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return self._asdict()
+
+
+def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = None) -> Score:
+    """Measure an adapter on held-out rows.
+
+    Args:
+        adapter: both sides.
+        rows: held out.
+        features: to read their tokens from; None embeds without tokens.
+    """
+    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
+    ranks = rank_both_ways(images, texts, rows.text_image)
+    summaries = [direction.summary() for direction in ranks]
+    gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))
+    return Score(
+        mean_recall=mean_recall(*summaries),
+        mrr=float(np.mean([summary["mrr"] for summary in summaries])),
+        centroid_distance=float(gap),
+    )

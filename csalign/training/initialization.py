@@ -9,14 +9,13 @@ import torch
 
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.kinds import find_kind, shared_width
-from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.model import Adapter, SideShape, find_kind, shared_width
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.features.join import PairedRows, Pairs
 from csalign.training.config import AdapterOptions
+from csalign.training.data import Score, validate
 from csalign.training.sampler import PairSampler
-from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

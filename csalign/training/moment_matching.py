@@ -7,14 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.adapters.matching import Outputs, match_moments, nearest_mean
+from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.features.join import Pairs
-from csalign.training.data import Array, TrainingData
+from csalign.training.data import Array, Score, TrainingData, validate
 from csalign.training.sampler import PairSampler
-from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

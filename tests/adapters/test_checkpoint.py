@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import erf
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info, save_adapter
-from csalign.adapters.kinds import KINDS
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import KINDS, Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
-from csalign.adapters.kinds import KINDS, build_side, find_kind, shared_width
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import KINDS, Adapter, build_side, find_kind, shared_width
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, SchemaError, ShapeError

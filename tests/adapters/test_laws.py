@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from csalign.adapters.builtin import Transformer
-from csalign.adapters.kinds import KINDS, build_side
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import KINDS, Adapter, build_side
 from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ShapeError

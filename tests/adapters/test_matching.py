@@ -3,14 +3,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.kinds import KINDS, build_side
-from csalign.adapters.matching import (
+from csalign.adapters.canonical import (
     OutputMap,
     Outputs,
     match_moments,
     nearest_mean,
     transport,
 )
+from csalign.adapters.model import KINDS, build_side
 from csalign.adapters.side import SideShape
 
 RNG = torch.Generator().manual_seed(0)

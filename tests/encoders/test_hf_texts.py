@@ -15,9 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
-from csalign.encoders.base import EncoderOptions
+from csalign.encoders.base import EncoderOptions, load_encoders
 from csalign.encoders.hf_texts import HfTexts
-from csalign.encoders.spec import load_encoders
 
 CPU = torch.device("cpu")
 WORDS = [

@@ -16,10 +16,9 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
-from csalign.encoders.base import EncoderOptions
+from csalign.encoders.base import EncoderOptions, load_encoders
 from csalign.encoders.openclip import OpenClipTexts
 from csalign.encoders.running import TowerImages
-from csalign.encoders.spec import load_encoders
 
 CPU = torch.device("cpu")
 BOTH = tuple(Modality)

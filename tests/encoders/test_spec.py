@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from csalign.core.errors import ConfigError
-from csalign.encoders.base import Embedded, EncoderOptions
+from csalign.encoders.base import Embedded, EncoderOptions, load_encoders
 from csalign.encoders.running import batch_size_of, embed_by_length, precision_of, ready
-from csalign.encoders.spec import load_encoders
 
 OPTIONS = EncoderOptions(torch.device("cpu"))
 
@@ -100,7 +99,7 @@ def test_compiling_takes_the_blocks_or_else_the_whole() -> None:
 
 def test_libraries_are_imported_only_when_named() -> None:
     code = """if True:
-        import sys, csalign.encoders.spec, csalign.encoders.third_party
+        import sys, csalign.encoders.base, csalign.encoders.third_party
         print(*({"timm", "transformers", "open_clip"} & set(sys.modules)))
     """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -11,8 +11,7 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
-from csalign.encoders.base import EncoderOptions
-from csalign.encoders.spec import load_encoders
+from csalign.encoders.base import EncoderOptions, load_encoders
 
 CPU = torch.device("cpu")
 MODULE = dedent(

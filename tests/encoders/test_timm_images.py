@@ -11,9 +11,8 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
-from csalign.encoders.base import EncoderOptions
+from csalign.encoders.base import EncoderOptions, load_encoders
 from csalign.encoders.running import TowerImages
-from csalign.encoders.spec import load_encoders
 
 CPU = torch.device("cpu")
 TOKENS = {"tokens": [Modality.IMAGE]}

@@ -1,8 +1,7 @@
 import pytest
 
 from csalign.core.errors import ConfigError
-from csalign.ingest.job import WorkShard
-from csalign.ingest.sharding import assigned_files, assigned_to, check_array, parse_shard
+from csalign.ingest.job import WorkShard, assigned_files, assigned_to, check_array, parse_shard
 
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7",

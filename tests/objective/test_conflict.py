@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from csalign.objective.conflict import cosine, gradient
+from csalign.evaluation.diagnose import cosine, gradient
 from csalign.objective.divergences import cs_divergence, cs_terms
 
 

@@ -20,7 +20,7 @@ from csalign.sources.arrays.base import (
     read_named,
 )
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
-from csalign.sources.arrays.tables import LABELS, dataset_files, open_table, read_labels
+from csalign.sources.arrays.files import LABELS, dataset_files, open_table, read_labels
 from csalign.sources.arrow import ARROW, PARQUET
 
 TABLES = (*PARQUET, *ARROW)

@@ -1,11 +1,14 @@
 """Read image-text data of any form as a stream of records; `records.open.open_source` starts it."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from csalign.core.enums import Modality
+from csalign.core.errors import DataError
 
 
 class ImageInput(NamedTuple):
@@ -118,3 +121,41 @@ class Source(Protocol):
 
     def open(self, position: int) -> AbstractContextManager[SourceFile]:
         """Open one of the files."""
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableFile:
+    """An unreadable file as a `SourceFile` of one record, whose error is the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self._reason = reason.removeprefix(f"{name}: ")
+
+    def __len__(self) -> int:
+        return 1
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """See `SourceFile`."""
+        if start < 1 <= stop:
+            yield Record(None, error=self._reason)
+
+
+def warn_of_unreadable(root: Path, lost: Mapping[int, str], count: int) -> None:
+    """Warn of unreadable files.
+
+    Args:
+        root: folder of the files.
+        lost: reason per unreadable file, by position.
+        count: of all files.
+
+    Raises:
+        DataError: no file can be read.
+    """
+    if not lost:
+        return
+    first = lost[min(lost)]
+    if len(lost) == count:
+        raise DataError(first if count == 1 else f"none of {count} files can be read: {first}")
+    logger.warning("%s: %d of %d files cannot be read (%s)", root, len(lost), count, first)

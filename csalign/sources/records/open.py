@@ -14,8 +14,7 @@ from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
-from csalign.sources.records.catalog import Catalog
-from csalign.sources.records.folders import images_in, read_folder
+from csalign.sources.records.catalog import Catalog, images_in, read_folder
 from csalign.sources.records.tables import (
     CAPTION_NAMES,
     IMAGE_NAMES,

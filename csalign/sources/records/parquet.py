@@ -15,10 +15,18 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources import arrow
 from csalign.sources.arrow import ArrowFile, DamagedError, InvalidText, column_values, open_arrow
-from csalign.sources.records import ImageInput, Record, SourceFile, TextInput, files, tables
+from csalign.sources.records import (
+    ImageInput,
+    Record,
+    SourceFile,
+    TextInput,
+    UnreadableFile,
+    files,
+    tables,
+    warn_of_unreadable,
+)
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.tables import Row, SourceOptions, TableColumns, row_of
-from csalign.sources.unreadable import UnreadableFile, warn_of_unreadable
 
 _IMAGE_ROWS = 32  # per batch, whose bytes are in memory at once
 _TEXT_ROWS = 8_192

@@ -15,7 +15,15 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
 from csalign.sources import images
-from csalign.sources.records import ImageInput, IndexedFile, Record, SourceFile, TextInput
+from csalign.sources.records import (
+    ImageInput,
+    IndexedFile,
+    Record,
+    SourceFile,
+    TextInput,
+    UnreadableFile,
+    warn_of_unreadable,
+)
 from csalign.sources.records.files import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -32,7 +40,6 @@ from csalign.sources.records.files import (
     translate_errors,
 )
 from csalign.sources.records.tables import SourceOptions, json_captions
-from csalign.sources.unreadable import UnreadableFile, warn_of_unreadable
 
 _BLOCK = 512
 _EXTENSIONS = tuple(

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.core import atomic, locks, outputs
+from csalign.core import __version__, atomic, locks, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -36,7 +36,6 @@ from csalign.core.errors import (
 )
 from csalign.core.records import read_object
 from csalign.core.results import Progress, Trial, TuneResult, silent
-from csalign.core.version import __version__
 from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways

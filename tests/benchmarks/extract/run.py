@@ -101,8 +101,7 @@ def forward(work: Path, images: int, captions: int) -> float:
 def _encoders(work: Path, precision: str = "float32") -> Any:
     import torch
 
-    from csalign.encoders.base import EncoderOptions
-    from csalign.encoders.spec import load_encoders
+    from csalign.encoders.base import EncoderOptions, load_encoders
 
     spec = f"open_clip:{MODEL}+{work / MODEL}.safetensors"
     return load_encoders(spec, spec, EncoderOptions(torch.device("cpu"), precision))

@@ -29,8 +29,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from csalign.core import __version__
 from csalign.core.enums import Modality
-from csalign.core.version import __version__
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import (
     FAILURES,
