@@ -276,7 +276,7 @@ def test_what_does_not_change_the_weights_may_be_another(
     moved = tmp_path / "moved"
     shutil.copytree(mixed, moved)
     stop(mixed, tmp_path / "run", 5)
-    run(moved, tmp_path / "run", save_every=2, report=tmp_path / "page.html", overwrite=True)
+    run(moved, tmp_path / "run", save_every=2, device="cpu", memory=0, overwrite=True)
 
     assert_same_run(tmp_path / "run", whole)
 
@@ -390,7 +390,7 @@ def test_a_state_of_something_else_with_right_checksums_is_refused(
 def test_an_unfinished_run_is_not_removed_by_another_command(mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     stop(mixed, out, 5)
-    with pytest.raises(OutputError, match="holds an unfinished training run; finish it"):
+    with pytest.raises(OutputError, match="contains an unfinished training run; finish it"):
         import_arrays(
             ImportConfig(images=mixed.parent / "i.npy", texts=mixed.parent / "i.npy", out=out)
         )
