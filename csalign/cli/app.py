@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from csalign.cli import eval_tables as tables
 from csalign.cli import render
 from csalign.cli.command import command_of, error_exits
 from csalign.core import __version__
@@ -119,7 +120,7 @@ def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
     rich_help_panel=PIPELINE,
     epilog="Example: csalign eval features --adapter run --split test --report eval.html",
 )
-@command_of(EvalConfig, render.eval_tables, distributable=True)
+@command_of(EvalConfig, tables.eval_tables, distributable=True)
 def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.evaluation.evaluate import evaluate
@@ -131,7 +132,7 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     rich_help_panel=ANALYSIS,
     epilog="Example: csalign compare run-a run-b eval.json --split test",
 )
-@command_of(CompareConfig, render.compare_table)
+@command_of(CompareConfig, tables.compare_table)
 def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
     from csalign.evaluation.compare import compare
@@ -142,7 +143,7 @@ def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
 @app.command(
     rich_help_panel=ANALYSIS, epilog="Example: csalign diagnose features --report diagnosis.html"
 )
-@command_of(DiagnoseConfig, render.diagnosis_tables)
+@command_of(DiagnoseConfig, tables.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
     """Analyse the alignment/uniformity conflict and decompose the gap."""
     from csalign.evaluation.diagnose import diagnose

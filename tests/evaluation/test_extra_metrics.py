@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csalign.cli.render import eval_tables
+from csalign.cli.eval_tables import eval_tables
 from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, EvalConfig

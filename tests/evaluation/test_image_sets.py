@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csalign.cli import render
+from csalign.cli import eval_tables
 from csalign.core.errors import ConfigError, DataError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -64,7 +64,7 @@ def test_folders_are_embedded_and_compared(
     assert again["fingerprints"] == document["fingerprints"]
     mixed = evaluate(EvalConfig(images=stored[0], generated=str(fake), encoder=encoder))
     assert mixed["distribution"] == pytest.approx(document["distribution"], rel=1e-6)
-    render.eval_tables(document)
+    eval_tables.eval_tables(document)
     assert "CMMD" in capsys.readouterr().out
 
 
