@@ -89,12 +89,7 @@ def train_table(result: TrainResult) -> None:
         ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
         ("parameters", parameters),
         ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
-        (
-            "best",
-            f"step {result.best_step:,}"
-            if result.best_step
-            else f"{result.start} (no step beat it)",
-        ),
+        ("best", f"step {result.best_step:,}" if result.best_step else "start (no step beat it)"),
     ]
     for name, score in result.validation.items():
         rows.append(
@@ -138,10 +133,8 @@ def tune_tables(result: TuneResult) -> None:
         "best": [f"step {trial.best_step}" if trial.best_step else "start" for trial in shown],
         "seconds": [f"{trial.seconds:.1f}" for trial in shown],
     }
-    searched = list(dict.fromkeys(name for trial in shown for name in trial.settings))
-    searched = [
-        name for name in searched if name != "steps"
-    ]  # of the closed form, which its name says
+    # The name of the closed form says its steps.
+    searched = dict.fromkeys(name for trial in shown for name in trial.settings if name != "steps")
     settings = {
         name.replace("_", "-"): [_setting(trial.settings.get(name)) for trial in shown]
         for name in searched
@@ -224,8 +217,8 @@ def export_table(document: dict[str, Any]) -> None:
     """Print the files of an export, and how much its outputs differ from the run's."""
     largest = max(document["differences"].values())
     print_line(
-        f"{document['out']}: {', '.join(document['files'])}; outputs differ from the run by at most "
-        f"{largest:.1e}"
+        f"{document['out']}: {', '.join(document['files'])}; outputs differ from the run by at "
+        f"most {largest:.1e}"
     )
 
 
@@ -276,6 +269,7 @@ def column_table(names: list[str], cells: dict[str, list[str]]) -> Table:
 
 
 def fits(table: Table) -> bool:
+    """Return whether a table fits the width of stdout."""
     console = _console()
     unbounded = console.options.update(max_width=1_000)
     return Measurement.get(console, unbounded, table).maximum <= console.width
@@ -292,6 +286,7 @@ def leaves(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def percent(share: float) -> str:
+    """Format a fraction in percent."""
     return f"{100 * share:.2f} %"
 
 
@@ -306,15 +301,18 @@ def beside(interval: list[float] | None, *, scale: float = 1, digits: int = 2) -
 
 
 def bracketed(interval: list[float], *, scale: float = 1, digits: int = 2) -> str:
+    """Format an interval as ``[low, high]``."""
     return "[" + ", ".join(f"{scale * end:.{digits}f}" for end in interval) + "]"
 
 
 def signed(difference: dict[str, Any]) -> str:
+    """Format a difference of recalls in points, with its interval."""
     low, high = difference["interval"]
     return f"{100 * difference['value']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    """Print a title and a table of names and values."""
     table = Table(Column(), Column(overflow="fold"), show_header=False, box=SIMPLE)
     for name, value in rows:
         table.add_row(escape(escape_controls(name)), escape(escape_controls(value)))
@@ -323,6 +321,7 @@ def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def print_table(table: Table) -> None:
+    """Print a table to stdout."""
     _console().print(table)
 
 
@@ -332,4 +331,5 @@ def _console() -> Console:
 
 
 def print_line(line: str) -> None:
+    """Print a line to stdout, escaped and unwrapped."""
     Console(soft_wrap=True, emoji=False).print(escape_controls(line), markup=False, highlight=False)
