@@ -10,15 +10,7 @@ import typer
 from csalign.cli import eval_tables as tables
 from csalign.cli import render
 from csalign.cli.command import command_of, error_exits
-from csalign.core import __version__
-from csalign.core.results import (
-    FeaturesResult,
-    Found,
-    GenerateResult,
-    Progress,
-    TrainResult,
-    TuneResult,
-)
+from csalign.core import __version__, results
 from csalign.evaluation.config import (
     CompareConfig,
     DiagnoseConfig,
@@ -72,7 +64,7 @@ def _main(
     "open_clip:ViT-B-32/openai --out features",
 )
 @command_of(ExtractConfig, render.features_table)
-def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
+def extract(settings: ExtractConfig, progress: results.Progress) -> results.FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
     from csalign.ingest.extract import extract
 
@@ -85,8 +77,8 @@ def extract(settings: ExtractConfig, progress: Progress) -> FeaturesResult:
     epilog="Example: csalign import --images image.npy --texts text.npy --out features",
 )
 @command_of(ImportConfig, render.features_table)
-def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
-    """Turn arrays of embeddings into a feature set."""
+def import_(settings: ImportConfig, progress: results.Progress) -> results.FeaturesResult:
+    """Import arrays of embeddings as a feature set."""
     from csalign.ingest.import_arrays import import_arrays
 
     return import_arrays(settings, progress)
@@ -97,7 +89,7 @@ def import_(settings: ImportConfig, progress: Progress) -> FeaturesResult:
     epilog="Example: csalign train features --out run --report training.html",
 )
 @command_of(TrainConfig, render.train_table, distributable=True)
-def train(settings: TrainConfig, progress: Progress) -> TrainResult:
+def train(settings: TrainConfig, progress: results.Progress) -> results.TrainResult:
     """Train adapters on a feature set."""
     from csalign.training.train import train
 
@@ -108,7 +100,7 @@ def train(settings: TrainConfig, progress: Progress) -> TrainResult:
     rich_help_panel=PIPELINE, epilog="Example: csalign tune features --out study --minutes 30"
 )
 @command_of(TuneConfig, render.tune_tables)
-def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
+def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult:
     """Tune train's hyperparameters on validation; options you pass stay fixed."""
     from csalign.training.tuning.tune import tune
 
@@ -121,7 +113,7 @@ def tune(settings: TuneConfig, progress: Progress) -> TuneResult:
     epilog="Example: csalign eval features --adapter run --split test --report eval.html",
 )
 @command_of(EvalConfig, tables.eval_tables, distributable=True)
-def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
+def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.evaluation.evaluate import evaluate
 
@@ -133,7 +125,7 @@ def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     epilog="Example: csalign compare run-a run-b eval.json --split test",
 )
 @command_of(CompareConfig, tables.compare_table)
-def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
+def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
     from csalign.evaluation.compare import compare
 
@@ -144,7 +136,7 @@ def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
     rich_help_panel=ANALYSIS, epilog="Example: csalign diagnose features --report diagnosis.html"
 )
 @command_of(DiagnoseConfig, tables.diagnosis_tables)
-def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
+def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, Any]:
     """Analyse the alignment/uniformity conflict and decompose the gap."""
     from csalign.evaluation.diagnose import diagnose
 
@@ -153,7 +145,7 @@ def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
 
 @app.command(rich_help_panel=ANALYSIS, epilog="Example: csalign inspect features")
 @command_of(InspectConfig, render.inspect_table)
-def inspect(settings: InspectConfig, progress: Progress) -> dict[str, Any]:
+def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, Any]:
     """Summarise an artifact and verify all of it."""
     from csalign.evaluation.inspect import inspect
 
@@ -182,7 +174,7 @@ def recipes(
     rich_help_panel=USE, epilog="Example: csalign apply features --adapter run --out aligned"
 )
 @command_of(ApplyConfig, render.features_table, distributable=True)
-def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
+def apply(settings: ApplyConfig, progress: results.Progress) -> results.FeaturesResult:
     """Write the aligned embeddings as a new feature set."""
     from csalign.runs.apply import apply
 
@@ -193,7 +185,7 @@ def apply(settings: ApplyConfig, progress: Progress) -> FeaturesResult:
     rich_help_panel=USE, epilog="Example: csalign index features --adapter run --out index"
 )
 @command_of(IndexConfig, render.index_table)
-def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
+def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
     """Build a search index on disk."""
     from csalign.search.build import index
 
@@ -204,16 +196,16 @@ def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
     rich_help_panel=USE, epilog='Example: csalign search index --text "a red bicycle" --top 5'
 )
 @command_of(SearchConfig, render.found)
-def search(settings: SearchConfig, progress: Progress) -> Found:
+def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
     """Find the nearest items to a text, an image or an embedding."""
     from csalign.search.search import find
 
     return find(settings, progress)
 
 
-@app.command(rich_help_panel=USE, epilog="Example: csalign export run --out exported")
+@app.command(rich_help_panel=USE, epilog="Example: csalign export run --to onnx --out exported")
 @command_of(ExportConfig, render.export_table)
-def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
+def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]:
     """Export a run's adapter with a model card."""
     from csalign.runs.export import export
 
@@ -222,10 +214,11 @@ def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
 
 @app.command(
     rich_help_panel=USE,
-    epilog='Example: csalign generate --adapter run --decoder DECODER --text "a fox" --out images',
+    epilog="Example: csalign generate --adapter run --decoder DECODER --prompts prompts.txt "
+    "--out images",
 )
 @command_of(GenerateConfig, render.generate_table)
-def generate(settings: GenerateConfig, progress: Progress) -> GenerateResult:
+def generate(settings: GenerateConfig, progress: results.Progress) -> results.GenerateResult:
     """Generate images from text with an unCLIP decoder."""
     from csalign.generation.generate import generate
 

@@ -58,18 +58,24 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
     """Build the command-line parameters of a config model's fields, arguments first.
 
     All default to None, which says that the command line did not give them, so that a config file
-    may; see `given_values`. Panels appear in the order of the groups that the config inherits from.
+    may; see `given_values`. Panels appear in the order of the groups that the config inherits from;
+    that of its own fields comes last.
     """
-    groups = [owner for owner in config.__mro__ if issubclass(owner, Config)]
+    declared = [owner for owner in config.__mro__ if issubclass(owner, Config)]
+    groups = [*declared[1:], config]
+    # That which first declares a field owns it; a subclass may only change its text.
+    owner_of = {name: groups.index(own) for own in declared for name in own.__annotations__}
     fields = [
-        (name not in config.positional, groups.index(_owner(name, groups)), name, field)
+        (name not in config.positional, owner_of[name], name, field)
         for name, field in config.model_fields.items()
     ]
     fields.sort(key=lambda entry: entry[:2])
     parameters: list[inspect.Parameter] = []
     for is_option, group, name, field in fields:
         if not is_option:
-            parameters.append(_argument(name, field))
+            shown = field.title or name.upper()
+            argument = typer.Argument(metavar=shown, help=_help(field), show_default=False)
+            parameters.append(_parameter(name, field, argument))
         elif _plain_type(field.annotation) == (bool, False):
             parameters += _switches(name, field, groups[group].panel)
         else:
@@ -82,18 +88,6 @@ def given_values(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value not in (None, [], ())}
     off = {name.removeprefix(_OFF): False for name in given if name.startswith(_OFF)}
     return {name: value for name, value in given.items() if not name.startswith(_OFF)} | off
-
-
-def _owner(name: str, groups: list[type[Config]]) -> type[Config]:
-    """Return the group that first declared a field; a subclass may only change its text."""
-    return next(group for group in reversed(groups) if name in group.__annotations__)
-
-
-def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
-    info = typer.Argument(
-        metavar=field.title or name.upper(), help=_help(field), show_default=False
-    )
-    return _parameter(name, field, info)
 
 
 def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
@@ -121,7 +115,7 @@ def _switches(name: str, field: FieldInfo, panel: str) -> list[inspect.Parameter
     )
     off = typer.Option(
         _flag(f"no_{name}"),
-        help=f"Turn off what is on by default: {field.description}",
+        help=f"Disable this default: {field.description}",
         show_default=False,
         rich_help_panel=panel,
         hidden=field.default is not True,

@@ -21,40 +21,27 @@ from rich.text import Text
 
 from csalign.core import signals
 from csalign.core.results import Progress as Report
-from csalign.core.results import silent
 
 LINE_EVERY_S = 30.0
 SHOWN = (
-    *("loss", "pairwise", "pairwise_others", "divergence"),
+    *("loss", "pairwise", "pairwise_others", "divergence", "token"),
     *("validation/mean_recall", "validation/centroid_distance"),
 )
 
 
 @contextmanager
 def shown_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
-    """Give a step something to report to.
+    """Yield a progress callback that writes to the console on stderr, or nothing if `quiet`.
 
-    Args:
-        console: on stderr.
-        quiet: show nothing.
+    Every call also raises a signal whose first exception was dropped.
     """
     if quiet:
-        yield _stoppable(silent)
+        yield lambda what, done, total: signals.check()
     elif console.is_terminal:
         with _bars(console) as bars:
-            yield _stoppable(_BarReporter(bars))
+            yield _BarReporter(bars)
     else:
-        yield _stoppable(_LineReporter(console))
-
-
-def _stoppable(report: Report) -> Report:
-    """The same, where a signal is noticed that was lost on its way."""
-
-    def checked(what: str, done: int, total: int | None) -> None:
-        signals.check()
-        report(what, done, total)
-
-    return checked
+        yield _LineReporter(console)
 
 
 class _RateColumn(ProgressColumn):
@@ -64,7 +51,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _Bars(Progress):
-    """Bars, and below them the latest figures of what runs."""
+    """Progress bars with the latest metrics below them."""
 
     shown: dict[str, float] = {}  # noqa: RUF012 - replaced, never changed
 
@@ -95,12 +82,13 @@ class _BarReporter:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
+        signals.check()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
 
     def figures(self, figures: Mapping[str, float]) -> None:
-        """Show the latest of each."""
+        """Show the latest value of each metric."""
         latest = self._bars.shown | {name: figures[name] for name in SHOWN if name in figures}
         self._bars.shown = {name: latest[name] for name in SHOWN if name in latest}
 
@@ -112,6 +100,7 @@ class _LineReporter:
         self._last = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
+        signals.check()
         now = time.monotonic()
         began, first = self._began.setdefault(what, (now, done))  # a rerun begins further on
         if now - self._last < LINE_EVERY_S:

@@ -13,15 +13,8 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from csalign.core import results
 from csalign.core.enums import renamed
-from csalign.core.results import (
-    FeaturesResult,
-    Found,
-    GenerateResult,
-    TrainResult,
-    Trial,
-    TuneResult,
-)
 
 R = TypeVar("R")
 STDOUT = "stdout"
@@ -69,7 +62,7 @@ def print_json(result: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def features_table(result: FeaturesResult) -> None:
+def features_table(result: results.FeaturesResult) -> None:
     """Print the counts of a feature set."""
     counts = renamed(f"{result.images:,} images, {result.texts:,} texts", result.names)
     print_line(
@@ -79,7 +72,7 @@ def features_table(result: FeaturesResult) -> None:
     )
 
 
-def train_table(result: TrainResult) -> None:
+def train_table(result: results.TrainResult) -> None:
     """Print what was trained, and its validation metrics."""
     parameters = ", ".join(
         f"{renamed(side, result.names)} {count:,}" for side, count in result.parameters.items()
@@ -102,7 +95,7 @@ def train_table(result: TrainResult) -> None:
     print_rows(str(result.run), rows)
 
 
-def generate_table(result: GenerateResult) -> None:
+def generate_table(result: results.GenerateResult) -> None:
     """Print what was generated."""
     reused = f", {result.reused:,} of them from an earlier call" if result.reused else ""
     print_line(
@@ -111,7 +104,7 @@ def generate_table(result: GenerateResult) -> None:
     )
 
 
-def tune_tables(result: TuneResult) -> None:
+def tune_tables(result: results.TuneResult) -> None:
     """Print the best trials and the default, then how to judge the winner."""
     there = result.validation
     states = [trial.state for trial in result.trials]
@@ -148,12 +141,12 @@ def tune_tables(result: TuneResult) -> None:
         print_line(line)
 
 
-def _trial_name(trial: Trial) -> str:
+def _trial_name(trial: results.Trial) -> str:
     role = {0: ", the default"}.get(trial.number, "")
     return f"{trial.number}{role or (', the closed form' if trial.steps == 0 else '')}"
 
 
-def _to_default(trial: Trial, figure: str) -> str:
+def _to_default(trial: results.Trial, figure: str) -> str:
     return signed(trial.difference[figure]) if trial.difference else ""
 
 
@@ -161,7 +154,7 @@ def _setting(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _tune_verdict(result: TuneResult, best: Trial) -> Iterator[str]:
+def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[str]:
     if best.number == 0:
         yield f"No trial beat the default, whose settings are in {result.config}."
         return
@@ -222,7 +215,7 @@ def export_table(document: dict[str, Any]) -> None:
     )
 
 
-def found(result: Found) -> None:
+def found(result: results.Found) -> None:
     """Print search results as tables or JSON lines, each query as soon as it is answered."""
     if result.jsonl:
         _found_lines(result)
@@ -230,7 +223,7 @@ def found(result: Found) -> None:
         _found_tables(result)
 
 
-def _found_tables(result: Found) -> None:
+def _found_tables(result: results.Found) -> None:
     for one in result.queries:
         table = Table(
             Column("", justify="right"),
@@ -248,7 +241,7 @@ def _found_tables(result: Found) -> None:
         print_table(table)
 
 
-def _found_lines(result: Found) -> None:
+def _found_lines(result: results.Found) -> None:
     for one in result.queries:
         sys.stdout.write(json.dumps(one, ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()

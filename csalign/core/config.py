@@ -1,4 +1,4 @@
-"""What every command's options share: where they come from, and the kinds of their values."""
+"""Options of any command: TOML files, the command line, and types of values."""
 
 import tomllib
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from csalign.core.paths import parse_location
 C = TypeVar("C", bound="Config")
 
 
-def _number_if_it_is_one(value: Any) -> Any:
-    """Let ``--bandwidth 0.5``, a string on the command line, become the number that it says."""
+def _parse_number(value: Any) -> Any:
+    """Parse a string from the command line as a number if it is one."""
     if isinstance(value, str):
         for kind in (int, float):
             try:
@@ -33,24 +33,23 @@ def _number_if_it_is_one(value: Any) -> Any:
     return value
 
 
-def _several_if_by_comma(value: Any) -> Any:
-    """Let ``--bandwidth 0.5,1`` become the numbers that it says."""
+def _parse_numbers(value: Any) -> Any:
+    """Parse a comma-separated string as numbers."""
     if isinstance(value, str) and "," in value:
-        return tuple(_number_if_it_is_one(part.strip()) for part in value.split(","))
+        return tuple(_parse_number(part.strip()) for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
-def _words_by_comma(value: Any) -> Any:
-    """Let ``--correct csls,centre`` become the words that it says."""
+def _parse_words(value: Any) -> Any:
+    """Parse a comma-separated string as words."""
     if isinstance(value, str):
         return tuple(word.strip() for word in value.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
-Number = BeforeValidator(_number_if_it_is_one)
-Several = BeforeValidator(_several_if_by_comma)
-Words = BeforeValidator(_words_by_comma)
-# A `Path`, or for a URL what has the methods of one; see `locations`.
+Number = BeforeValidator(_parse_number)
+Several = BeforeValidator(_parse_numbers)
+Words = BeforeValidator(_parse_words)
 Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,27 +58,26 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(BaseModel):
-    """Base of all: frozen, and an unknown key is an error."""
+    """Base of the configurations: frozen; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     panel: ClassVar[str] = "Options"
-    """Title of the help panel of the fields that a class declares itself."""
+    """Title of the help panel of the fields that the class itself declares."""
 
     positional: ClassVar[tuple[str, ...]] = ("source", "features")
-    """Fields that the command line gives without a flag, where the command has them."""
+    """Fields that are arguments rather than options on the command line."""
 
     @classmethod
     def resolve(cls, file: Path | None, given: Mapping[str, Any]) -> Self:
-        """Join defaults, a TOML file and the values that the command line gave.
+        """Combine defaults, a TOML file and the values of the command line.
 
         Args:
-            file: TOML file of this command's keys, or None.
-            given: values by field name, those of the command line; they win over the file.
+            file: TOML file with keys of this command, or None.
+            given: values of the command line by field name; they override the file.
 
         Raises:
-            ConfigError: the file cannot be read, or keys or values are wrong; all of them are
-                named, one a line.
+            ConfigError: the file cannot be read, or keys or values are wrong; one line per error.
         """
         values = {**(_read_toml(file) if file else {}), **given}
         try:
@@ -88,13 +86,8 @@ class Config(BaseModel):
             raise ConfigError(_explain(error, file)) from None
 
     def to_toml(self) -> str:
-        """The resolved configuration, ready for ``--config``.
-
-        Unset keys are left out, and so is the leave to overwrite, which is given once and not for
-        every repetition.
-        """
-        values = self.model_dump(mode="json", exclude_none=True, exclude={"overwrite"})
-        return tomli_w.dumps(values)
+        """Return the configuration for ``--config``, without unset keys and ``overwrite``."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude={"overwrite"}))
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -110,7 +103,7 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     lines = []
     for problem in error.errors():
         name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
-        # pydantic names the member of a union after the field; the field alone is what users know.
+        # pydantic appends the member of a union to the field; users know the field alone.
         name = name.split(".")[0].removesuffix("_").replace("_", "-")
         if problem["type"] == "missing":
             message = "is required"
@@ -124,19 +117,21 @@ def _explain(error: ValidationError, file: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _local(value: Any) -> Any:
+def _require_local(value: Any) -> Any:
     if "://" in str(value):
-        raise ValueError("runs are kept on a local disk, as indexes are; URLs are for feature sets")
+        raise ValueError("runs and indexes must be on a local disk; only feature sets can be URLs")
     return value
 
 
-RunFolder = Annotated[Path, BeforeValidator(_local)]
+RunFolder = Annotated[Path, BeforeValidator(_require_local)]
 
 
 class OutputConfig(Config):
-    """What every command that makes a folder can be told about it."""
+    """The output folder."""
 
-    out: Location = Field(description="Folder to make.")
+    panel: ClassVar[str] = "Output"
+
+    out: Location = Field(description="Output folder.")
     overwrite: bool = Field(
         False, description="Replace the folder if it exists, only after success."
     )

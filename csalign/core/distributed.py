@@ -28,19 +28,12 @@ _SECONDS_TO_READ = 30.0  # for the others to read why one failed, where it keeps
 
 @dataclass(frozen=True)
 class World:
-    """Which process of how many this is.
+    """Which process of how many this is."""
 
-    Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        local_rank: its number among those on this machine.
-        local_size: how many those are.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int = 0  # its number, from 0
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number among those on this machine
+    local_size: int = 1  # how many those are
 
 
 _world = World()

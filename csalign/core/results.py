@@ -13,7 +13,7 @@ from 0, `total` is None while unknown. Called often; must return quickly."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """Report nothing."""
+    """Ignore progress."""
 
 
 def show_figures(progress: Progress, figures: Mapping[str, float]) -> None:
@@ -23,26 +23,29 @@ def show_figures(progress: Progress, figures: Mapping[str, float]) -> None:
         show(figures)
 
 
-def _with_names(document: dict[str, Any]) -> dict[str, Any]:
-    """Omit the names of sides that have none of their own."""
-    if document["names"] is None:
-        del document["names"]
-    return document
+@dataclass(frozen=True)
+class Result:
+    """Base of the results."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; "names" only if the sides have names of their own."""
+        values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+        return {name: value for name, value in values.items() if name != "names" or value}
 
 
 @dataclass(frozen=True)
-class FeaturesResult:
-    """A feature set that was written by extract, import or apply.
+class FeaturesResult(Result):
+    """A feature set that extract, import or apply wrote.
 
     Attributes:
         features: its folder.
         images: image rows.
         texts: text rows.
         pairs: texts that belong to an image.
-        failures: inputs that were left out, listed in ``failures.jsonl``.
-        complete: false where this process did its share and others are not done yet; the rest
-            then speaks of this share, and `features` is the unfinished folder.
-        names: what the sides are called, None where that is image and text.
+        failures: skipped inputs, listed in ``failures.jsonl``.
+        complete: false if other processes have not finished; the counts are then those of this
+            process, and `features` is the unfinished folder.
+        names: of the sides, None for image and text.
     """
 
     features: Path
@@ -53,26 +56,21 @@ class FeaturesResult:
     complete: bool = True
     names: Names | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return _with_names({**asdict(self), "features": str(self.features)})
-
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Result):
     """A finished training run.
 
     Attributes:
         run: its folder.
-        steps: optimiser steps that were made.
-        best_step: step whose weights were kept; 0 is the start, where nothing trained beat it.
-        start: which closed form (or "random") training started from, and its settings.
-        pairs: texts with an image that were trained on and validated on.
+        steps: optimizer steps made.
+        best_step: step of the saved weights; 0 is the initialization, if no step beat it.
+        start: closed form of the initialization with its settings, or "random".
+        pairs: texts with an image, in training and validation.
         parameters: trainable parameters by side.
-        validation: mean recall and centroid gap on the validation split of the start and of what
-            was kept; {} without validation.
+        validation: scores of the initialization and of the saved weights; {} without validation.
         seconds: wall time.
-        names: what the sides are called, None where that is image and text.
+        names: of the sides, None for image and text.
     """
 
     run: Path
@@ -85,22 +83,18 @@ class TrainResult:
     seconds: float
     names: Names | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return _with_names({**asdict(self), "run": str(self.run)})
-
 
 @dataclass(frozen=True)
-class GenerateResult:
-    """Images that were made of texts.
+class GenerateResult(Result):
+    """Images generated from text.
 
     Attributes:
         out: their folder.
-        images: how many there are.
-        reused: of them, made by an earlier process that was stopped.
+        images: number of images.
+        reused: of them, those that an interrupted call had finished.
         decoder: family of the decoder.
-        scale: norm that the embeddings were given.
-        scale_from: what told it.
+        scale: norm of the embeddings given to the decoder.
+        scale_from: source of that norm.
         seconds: wall time of this call.
     """
 
@@ -112,32 +106,26 @@ class GenerateResult:
     scale_from: str
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return {**asdict(self), "out": str(self.out)}
-
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Result):
     """One training run of a search.
 
     Attributes:
-        number: counted from 0, which is the run without any tuning.
-        state: "complete"; "pruned", ended early since it lagged behind; or "failed".
-        settings: the searched settings by name, and "steps" where those differ; the rest is as
-            given.
+        number: from 0, the run with the given settings.
+        state: "complete"; "pruned", stopped early as it was behind; or "failed".
+        settings: searched settings by name, and "steps" if they differ.
         seconds: wall time.
-        mean_recall: on validation, in [0, 1]; like all that follows None where it failed.
-        mrr: likewise.
-        centroid_distance: likewise, in [0, 2].
-        cs_divergence: likewise, at bandwidth 0.5.
-        difference: of the mean recall and the centroid distance to trial 0, ``{figure: {"value",
-            "interval"}}`` with a paired 95 % bootstrap interval over images; {} of trial 0 itself,
-            and of what was not completed.
-        start: which closed form, or "random".
-        steps: optimiser steps that were made.
-        best_step: step whose weights were measured.
-        reason: why it failed.
+        mean_recall: on validation, in [0, 1]; this and all that follows is None if unknown.
+        mrr: on validation, in [0, 1].
+        centroid_distance: on validation, in [0, 2].
+        cs_divergence: on validation, at bandwidth 0.5.
+        difference: from trial 0, ``{metric: {"value", "interval"}}`` with a paired 95 % bootstrap
+            interval over images; {} for trial 0 and incomplete trials.
+        start: closed form of the initialization, or "random".
+        steps: optimizer steps made.
+        best_step: step of the measured weights.
+        reason: of a failure.
     """
 
     number: int
@@ -154,21 +142,17 @@ class Trial:
     best_step: int | None = None
     reason: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class TuneResult:
-    """A search as far as it went.
+class TuneResult(Result):
+    """The state of a search.
 
     Attributes:
         study: its folder.
-        config: the winner's settings, for ``csalign train --config``.
-        validation: where the trials were measured, and on how many images and texts.
-        best: number of the winner.
-        recall_slack: recall that might be given for a narrower gap.
+        config: settings of the best trial, for ``csalign train --config``.
+        validation: name, images and texts of the validation rows.
+        best: number of the best trial.
+        recall_slack: recall that may be traded for a smaller gap.
         trials: in the order of their numbers.
         seconds: wall time of this call.
     """
@@ -181,20 +165,16 @@ class TuneResult:
     trials: list[Trial]
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values."""
-        return {**asdict(self), "study": str(self.study), "config": str(self.config)}
-
 
 @dataclass(frozen=True)
 class Found:
-    """What a search finds, query by query, as it is asked for.
+    """Results of a search, streamed.
 
     Attributes:
-        head: the index and how it was asked.
+        head: the index and how it was searched.
         queries: ``{"query", "hits": [{"rank", "score", "id", "image_id", "caption", "source"}]}``
-            of each query in turn; can be gone through once.
-        jsonl: whether each is wanted as a JSON document of its own.
+            per query; can be iterated once.
+        jsonl: whether each is to be printed as a JSON document of its own.
     """
 
     head: dict[str, Any]
@@ -202,5 +182,5 @@ class Found:
     jsonl: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as one document."""
+        """Return all of it as one document."""
         return {**self.head, "queries": list(self.queries)}

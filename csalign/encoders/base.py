@@ -1,4 +1,12 @@
-"""The interface of encoders, and how they are loaded by name; see `load_encoders`."""
+"""The interface of encoders, and their loading by name.
+
+====================================  ===============================================
+open_clip:ARCHITECTURE/TAG, +FILE     both sides; see `openclip_models.find_model`
+timm:MODEL, timm:MODEL+FILE           images; see `timm_images.load_timm`
+hf:NAME-or-FOLDER?OPTION=VALUE        texts; see `hf_texts.load_hf`
+MODULE:CALLABLE, or an entry point    either side; see `third_party.find_factory`
+====================================  ===============================================
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +21,12 @@ from PIL import Image
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.features.schema import EncoderInfo
+
+_OWN = ("open_clip", "timm", "hf")
+_FORMS = (
+    "open_clip:ARCH/TAG, open_clip:ARCH+FILE, timm:MODEL (images), hf:NAME-or-FOLDER (texts) or "
+    "MODULE:CALLABLE"
+)
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -42,7 +56,7 @@ class ImageEncoder(Protocol):
         """Record of the encoder for the manifest."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        """Convert an RGB image to (3, h, w) float32; thread-safe."""
 
     def embed(self, pixels: torch.Tensor) -> Embedded:
         """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
@@ -99,18 +113,10 @@ class Encoders(NamedTuple):
         return self.image if modality is Modality.IMAGE else self.text
 
 
-_OWN = ("open_clip", "timm", "hf")
-_FORMS = (
-    "open_clip:ARCH/TAG, open_clip:ARCH+FILE, timm:MODEL (images), hf:NAME-or-FOLDER (texts) or "
-    "MODULE:CALLABLE"
-)
-
-
 def is_trusted(spec: str) -> bool:
     """Return whether an encoder may be loaded because an artifact names it.
 
-    Only if that runs no code beside csalign's and its libraries'; others have to be named by the
-    user.
+    That must not run code other than csalign's and its libraries'.
     """
     family, _, name = spec.partition(":")
     options = dict(parse_qsl(name.partition("?")[2], keep_blank_values=True))
@@ -121,7 +127,7 @@ def load_encoders(image: str | None, text: str | None, options: EncoderOptions) 
     """Load the encoders of one or both sides; a model that serves both is loaded once.
 
     Args:
-        image: encoder of the images, in one of the forms above; None skips the side.
+        image: encoder of the images, in one of the forms of this module; None skips the side.
         text: encoder of the texts.
         options: how to run them.
 

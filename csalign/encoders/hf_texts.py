@@ -15,22 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
 from csalign.core.records import parse_json
+from csalign.encoders import running
 from csalign.encoders.base import Embedded, EncoderOptions
-from csalign.encoders.running import (
-    batch_size_of,
-    describe,
-    embed_by_length,
-    fingerprint,
-    first_line,
-    first_run,
-    gives_tokens,
-    inference,
-    limit_tokens,
-    quiet,
-    ready,
-    to_device,
-    to_numpy,
-)
 from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
@@ -98,11 +84,11 @@ def load_hf(name: str, options: EncoderOptions) -> "HfTexts":
         # float32 weights would take twice the memory, and float16 may overflow.
         stored = {values.dtype for values in network.parameters()}
         options = replace(options, precision="bfloat16" if torch.bfloat16 in stored else "auto")
-    with first_run(f"hf:{name}"):
+    with running.first_run(f"hf:{name}"):
         return HfTexts(network, tokenizer, model, settings, f"hf:{name}", options)
 
 
-class HfTexts:
+class HfTexts(running.RunningEncoder):
     """A transformers model; see `base.TextEncoder` for its methods."""
 
     def __init__(
@@ -117,9 +103,9 @@ class HfTexts:
         self._options = options
         self._tokenizer = tokenizer
         self._settings = settings
-        self._with_tokens = gives_tokens(options, Modality.TEXT)
+        self._with_tokens = Modality.TEXT in options.tokens
         self._max_length = _max_length(model, network, tokenizer, settings, spec)
-        weights = fingerprint(network)
+        weights = running.fingerprint(network)
         network.eval()
         self._pooling = (
             settings.pooling or _stored_pooling(model, spec) or _default_pooling(network)
@@ -132,18 +118,8 @@ class HfTexts:
         # The token of an empty text, if the tokenizer adds none.
         marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, self._padding)
         self._nothing = next(mark for mark in marks if mark is not None)
-        self._network = ready(network, options)
+        self._network = running.ready(network, options)
         self._info = self._probe(spec, weights)
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size of a forward pass."""
-        return batch_size_of(self._options)
-
-    @property
-    def info(self) -> EncoderInfo:
-        """Record of the encoder for the manifest."""
-        return self._info
 
     def embed(self, texts: Sequence[str]) -> Embedded:
         """Embed one or more texts, in their order.
@@ -158,7 +134,7 @@ class HfTexts:
                 [special[position] for position in positions],
             )
 
-        return embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
+        return running.embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Return the ids of each text, and a mask that is 1 for special tokens."""
@@ -190,24 +166,26 @@ class HfTexts:
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         padded = torch.full(mask.shape, self._padding)
         padded[mask] = torch.tensor([mark for own in ids for mark in own])
-        with inference(self._options):
+        with running.inference(self._options):
             hidden = self._run(padded, mask)
-            pooled = to_numpy(self._pool(hidden, lengths.to(hidden.device)))
+            pooled = running.to_numpy(self._pool(hidden, lengths.to(hidden.device)))
             if not self._with_tokens:
                 return Embedded(pooled, None)
-            rows = to_numpy(hidden)
+            rows = running.to_numpy(hidden)
         tokens = [
             own[: len(marks)][np.array(marks) == 0]
             for own, marks in zip(rows, special, strict=True)
         ]
-        return Embedded(pooled, limit_tokens(tokens, Modality.TEXT, self._options.max_tokens))
+        return Embedded(
+            pooled, running.limit_tokens(tokens, Modality.TEXT, self._options.max_tokens)
+        )
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ids and mask (n, t) -> hidden states of the chosen layer (n, t, d)."""
         layer = self._settings.layer
         output = self._network(
-            input_ids=to_device(ids, self._options),
-            attention_mask=to_device(mask.long(), self._options),
+            input_ids=running.to_device(ids, self._options),
+            attention_mask=running.to_device(mask.long(), self._options),
             output_hidden_states=layer != -1,
             return_dict=True,
         )
@@ -235,7 +213,7 @@ class HfTexts:
         if self._settings.max_length is not None:
             # More positions than the model has would only fail at the first long text.
             sample.append("word " * self._max_length)
-        return describe(
+        return running.describe(
             self.embed(sample),
             self._options,
             spec=spec,
@@ -310,7 +288,7 @@ def _load_tokenizer(model: str, settings: Settings) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with running.quiet():
             return AutoTokenizer.from_pretrained(
                 model, trust_remote_code=settings.trust_remote_code
             )
@@ -329,7 +307,7 @@ def _not_loaded(model: str, error: Exception) -> EncoderError:
     remedy = "pass the folder of a saved model"
     if not is_path:
         remedy = f"connect once, or {remedy}"
-    return EncoderError(f"hf:{model} could not be loaded ({first_line(error)}); {remedy}")
+    return EncoderError(f"hf:{model} could not be loaded ({running.first_line(error)}); {remedy}")
 
 
 @contextmanager
@@ -340,7 +318,7 @@ def _without_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with quiet():
+        with running.quiet():
             yield
     finally:
         if shown:
@@ -355,7 +333,7 @@ def _beside(model: str, file: str) -> Any:
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            with quiet():
+            with running.quiet():
                 path = Path(huggingface_hub.hf_hub_download(model, file))
         except EntryNotFoundError:  # also if the hub cannot be reached and its cache lacks it
             return {}
@@ -364,7 +342,9 @@ def _beside(model: str, file: str) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{path}: cannot be read as JSON ({first_line(error)})") from error
+        raise EncoderError(
+            f"{path}: cannot be read as JSON ({running.first_line(error)})"
+        ) from error
 
 
 def _stored_pooling(model: str, spec: str) -> Pooling | None:

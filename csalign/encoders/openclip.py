@@ -11,28 +11,8 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
+from csalign.encoders import openclip_models, running
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
-from csalign.encoders.openclip_models import (
-    build_network,
-    build_tokenizer,
-    find_model,
-    load_weights,
-    warn_of_activation,
-)
-from csalign.encoders.running import (
-    TowerImages,
-    batch_size_of,
-    describe,
-    embed_by_length,
-    fingerprint,
-    first_run,
-    gives_tokens,
-    inference,
-    limit_tokens,
-    ready,
-    to_device,
-    to_numpy,
-)
 from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
@@ -56,17 +36,17 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
         EncoderError: there is no such architecture or tag; the weights cannot be loaded or are of
             another model; or the architecture has no such tokens.
     """
-    architecture, weights = find_model(name)
-    tokenizer = build_tokenizer(architecture) if Modality.TEXT in sides else None
-    network = build_network(architecture, weights)
+    architecture, weights = openclip_models.find_model(name)
+    tokenizer = openclip_models.build_tokenizer(architecture) if Modality.TEXT in sides else None
+    network = openclip_models.build_network(architecture, weights)
     if weights is None:
         logger.warning("%s: random weights; the embeddings are meaningless", architecture.spec)
     else:
-        load_weights(network, weights, architecture.spec)
-        warn_of_activation(architecture, weights)
+        openclip_models.load_weights(network, weights, architecture.spec)
+        openclip_models.warn_of_activation(architecture, weights)
     record = {
         "spec": f"open_clip:{name}",
-        "fingerprint": fingerprint(network),
+        "weights": running.fingerprint(network),
         "activation": "quick_gelu" if architecture.quick_gelu else "gelu",
     }
     # The CLIP class itself is its text tower.
@@ -74,23 +54,25 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
     del network.visual
     text = getattr(network, "text", network)
     _check_tokens(visual, text, [side for side in sides if side in options.tokens])
-    with first_run(architecture.spec):
+    with running.first_run(architecture.spec):
         return Encoders(
             _load_images(visual, options, record) if Modality.IMAGE in sides else None,
             OpenClipTexts(text, tokenizer, options, record) if tokenizer is not None else None,
         )
 
 
-def _load_images(tower: Any, options: EncoderOptions, record: dict[str, str]) -> TowerImages:
+def _load_images(
+    tower: Any, options: EncoderOptions, record: dict[str, str]
+) -> running.TowerImages:
     config = PreprocessCfg(**tower.preprocess_cfg)
-    space = options.token_space if gives_tokens(options, Modality.IMAGE) else None
-    return TowerImages(
-        ready(_ImageSide(tower, space), options),
+    space = options.token_space if Modality.IMAGE in options.tokens else None
+    return running.TowerImages(
+        running.ready(_ImageSide(tower, space), options),
         image_transform_v2(config, is_train=False),
         config.input_size,
         options,
         spec=record["spec"],
-        fingerprint=record["fingerprint"],
+        fingerprint=record["weights"],
         preprocessing={
             "image_size": list(config.input_size[1:]),
             "mean": list(config.mean),
@@ -102,7 +84,7 @@ def _load_images(tower: Any, options: EncoderOptions, record: dict[str, str]) ->
     )
 
 
-class OpenClipTexts:
+class OpenClipTexts(running.RunningEncoder):
     """The text tower of an open_clip model; see `base.TextEncoder` for its methods."""
 
     def __init__(
@@ -110,22 +92,12 @@ class OpenClipTexts:
     ) -> None:
         self._options = options
         self._tokenizer = tokenizer
-        space = options.token_space if gives_tokens(options, Modality.TEXT) else None
+        space = options.token_space if Modality.TEXT in options.tokens else None
         self._side = _TextSide(tower.eval(), space)
         # In full precision, since lower would hide the difference.
         self._crops = self._crops_exactly()
-        ready(self._side, options)
+        running.ready(self._side, options)
         self._info = self._probe(**record)
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size of a forward pass."""
-        return batch_size_of(self._options)
-
-    @property
-    def info(self) -> EncoderInfo:
-        """Record of the encoder for the manifest."""
-        return self._info
 
     def embed(self, texts: Sequence[str]) -> Embedded:
         """Embed one or more texts, in their order.
@@ -138,16 +110,18 @@ class OpenClipTexts:
         def embed_batch(positions: list[int]) -> Embedded:
             return self._embed_ids(ids[positions, : int(lengths[positions].max())])
 
-        return embed_by_length(lengths.tolist(), self.batch_size, embed_batch)
+        return running.embed_by_length(lengths.tolist(), self.batch_size, embed_batch)
 
     def _embed_ids(self, ids: torch.Tensor) -> Embedded:
-        with inference(self._options):
-            pooled, hidden = self._side.embed(to_device(ids, self._options))
+        with running.inference(self._options):
+            pooled, hidden = self._side.embed(running.to_device(ids, self._options))
         if hidden is None:
-            return Embedded(to_numpy(pooled), None)
-        tokens = [own[self._words(row)] for own, row in zip(to_numpy(hidden), ids, strict=True)]
-        limited = limit_tokens(tokens, Modality.TEXT, self._options.max_tokens)
-        return Embedded(to_numpy(pooled), limited)
+            return Embedded(running.to_numpy(pooled), None)
+        tokens = [
+            own[self._words(row)] for own, row in zip(running.to_numpy(hidden), ids, strict=True)
+        ]
+        limited = running.limit_tokens(tokens, Modality.TEXT, self._options.max_tokens)
+        return Embedded(running.to_numpy(pooled), limited)
 
     def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
         """Return how many ids of each row (n, context length) have to be computed, (n,)."""
@@ -179,13 +153,13 @@ class OpenClipTexts:
                     return False
         return True
 
-    def _probe(self, spec: str, fingerprint: str, activation: str) -> EncoderInfo:
+    def _probe(self, spec: str, weights: str, activation: str) -> EncoderInfo:
         """Embed some texts, so that what cannot run fails before the work."""
-        return describe(
+        return running.describe(
             self.embed(_SAMPLE),
             self._options,
             spec=spec,
-            fingerprint=fingerprint,
+            fingerprint=weights,
             preprocessing={
                 "tokenizer": _tokenizer_name(self._tokenizer),
                 "context_length": self._tokenizer.context_length,

@@ -25,14 +25,9 @@ logger = logging.getLogger(__name__)
 # They print a warning at each retry, or a report at each load.
 _VERBOSE = ("huggingface_hub", "timm", "transformers")
 
-_CANNOT_RUN = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_CANNOT_RUN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 def first_line(error: BaseException) -> str:
@@ -44,7 +39,7 @@ def first_line(error: BaseException) -> str:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """Word which known names are closest to a misspelt one."""
+    """Suggest the known names closest to a misspelt one, for a message."""
     by_lower = {item.lower(): item for item in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     if close:
@@ -86,7 +81,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def first_run(spec: str) -> Iterator[None]:
-    """Turn the error of a network's first run into one line.
+    """Shorten the error of a network's first run to one line.
 
     Raises:
         EncoderError: it cannot be run.
@@ -97,11 +92,8 @@ def first_run(spec: str) -> Iterator[None]:
         raise EncoderError(f"{spec} cannot be run ({first_line(error)})") from error
 
 
-Network = TypeVar("Network", bound=torch.nn.Module)
-
-
 def precision_of(options: EncoderOptions) -> str:
-    """Resolve "auto" of the precision of the forward pass."""
+    """Return the precision of the forward pass, with "auto" resolved."""
     if options.precision != "auto":
         return options.precision
     return "float32" if options.device.type == "cpu" else "float16"
@@ -253,11 +245,6 @@ def describe(
     )
 
 
-def gives_tokens(options: EncoderOptions, side: Modality) -> bool:
-    """Return whether a side has to return tokens."""
-    return side in options.tokens
-
-
 def _weights_dtype(options: EncoderOptions) -> torch.dtype:
     return torch.bfloat16 if precision_of(options) == "bfloat16" else torch.float32
 
@@ -303,23 +290,40 @@ def _limit(tokens: Floats, side: Modality, max_tokens: int, grid: tuple[int, int
     return array
 
 
+class RunningEncoder:
+    """Batch size and record of an encoder that is loaded; base of both sides' encoders."""
+
+    _options: EncoderOptions
+    _info: EncoderInfo
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of a forward pass."""
+        return batch_size_of(self._options)
+
+    @property
+    def info(self) -> EncoderInfo:
+        """Record of the encoder for the manifest."""
+        return self._info
+
+
 class ImageTower(Protocol):
-    """An image network that is `ready`."""
+    """An image network after `ready`."""
 
     @property
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of the last tokens, None if they have no known grid."""
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
+        """Embed pixels (n, 3, h, w): (n, d) and, if requested, tokens (n, t, d_t)."""
 
 
-class TowerImages:
+class TowerImages(RunningEncoder):
     """The image encoder around a tower; see `base.ImageEncoder` for its methods.
 
     Args:
         tower: the network.
-        transform: turns an RGB image into (3, h, w).
+        transform: converts an RGB image to (3, h, w).
         input_size: (3, h, w).
         options: how to run it.
         spec: the encoder as the user named it.
@@ -350,18 +354,8 @@ class TowerImages:
             preprocessing=preprocessing,
         )
 
-    @property
-    def batch_size(self) -> int:
-        """Batch size of a forward pass."""
-        return batch_size_of(self._options)
-
-    @property
-    def info(self) -> EncoderInfo:
-        """Record of the encoder for the manifest."""
-        return self._info
-
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        """Convert an RGB image to (3, h, w) float32; thread-safe."""
         return self._transform(image)
 
     def embed(self, pixels: torch.Tensor) -> Embedded:

@@ -12,15 +12,8 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, EncoderError
-from csalign.encoders.base import (
-    Embedded,
-    EncoderOptions,
-    Encoders,
-    Floats,
-    ImageEncoder,
-    TextEncoder,
-)
-from csalign.encoders.running import first_line, gives_tokens, limit_tokens
+from csalign.encoders import base
+from csalign.encoders.running import first_line, limit_tokens
 from csalign.features.schema import EncoderInfo
 
 GROUP = "csalign.encoders"
@@ -28,7 +21,7 @@ GROUP = "csalign.encoders"
 
 _TEXTS = ("a", "two people on bicycles wait at a crossing in the rain")
 
-Factory = Callable[[str, Modality, EncoderOptions], Any]
+Factory = Callable[[str, Modality, base.EncoderOptions], Any]
 
 
 def find_factory(spec: str) -> tuple[Factory, str] | None:
@@ -63,8 +56,8 @@ def find_factory(spec: str) -> tuple[Factory, str] | None:
 
 
 def load_third_party(
-    spec: str, factory: Factory, argument: str, side: Modality, options: EncoderOptions
-) -> Encoders:
+    spec: str, factory: Factory, argument: str, side: Modality, options: base.EncoderOptions
+) -> base.Encoders:
     """Call the factory of an encoder and check its output on a probe.
 
     Raises:
@@ -73,8 +66,8 @@ def load_third_party(
     with _one_line_errors(spec, "load"):
         inner = factory(argument, side, options)
     if side is Modality.IMAGE:
-        return Encoders(_Images(inner, spec, options), None)
-    return Encoders(None, _Texts(inner, spec, options))
+        return base.Encoders(_Images(inner, spec, options), None)
+    return base.Encoders(None, _Texts(inner, spec, options))
 
 
 class _Checked:
@@ -82,11 +75,11 @@ class _Checked:
 
     side: Modality
 
-    def __init__(self, inner: Any, spec: str, options: EncoderOptions) -> None:
+    def __init__(self, inner: Any, spec: str, options: base.EncoderOptions) -> None:
         self._inner = inner
         self._spec = spec
         self._options = options
-        self._with_tokens = gives_tokens(options, self.side)
+        self._with_tokens = self.side in options.tokens
         self._width: int | None = None
         with _one_line_errors(spec, "describe"):
             batch_size, info = inner.batch_size, inner.info
@@ -94,32 +87,22 @@ class _Checked:
             raise self._wrong(f"its batch_size is {batch_size!r}, not a positive int")
         if not isinstance(info, EncoderInfo):
             raise self._wrong(f"its info is {_kind(info)}, not an EncoderInfo")
-        self._batch_size: int = batch_size
-        self._info: EncoderInfo = info
+        self.batch_size = batch_size
+        self.info = info
         embedded = self._probe()
         self._width = embedded.embeddings.shape[1]
         if not np.isfinite(embedded.embeddings).all():
             raise self._wrong("its embeddings are not finite")
-        if self._info.width != self._width:
+        if info.width != self._width:
             raise self._wrong(
-                f"its info says width {self._info.width}, its embeddings have {self._width}"
+                f"its info says width {info.width}, its embeddings have {self._width}"
             )
-        self._info = self._complete(embedded)
+        self.info = self._complete(embedded)
 
-    @property
-    def batch_size(self) -> int:
-        """Batch size of a forward pass."""
-        return self._batch_size
-
-    @property
-    def info(self) -> EncoderInfo:
-        """Record of the encoder for the manifest."""
-        return self._info
-
-    def _probe(self) -> Embedded:
+    def _probe(self) -> base.Embedded:
         raise NotImplementedError
 
-    def _checked(self, embedded: Any, count: int) -> Embedded:
+    def _checked(self, embedded: Any, count: int) -> base.Embedded:
         """Check the output for `count` items and convert it to the types of `Embedded`."""
         try:
             embeddings, tokens = embedded
@@ -134,9 +117,9 @@ class _Checked:
             limited = limit_tokens(
                 self._checked_tokens(tokens, count), self.side, self._options.max_tokens
             )
-        return Embedded(embeddings.astype(np.float32, copy=False), limited)
+        return base.Embedded(embeddings.astype(np.float32, copy=False), limited)
 
-    def _checked_tokens(self, tokens: Any, count: int) -> list[Floats]:
+    def _checked_tokens(self, tokens: Any, count: int) -> list[base.Floats]:
         if tokens is None:
             raise self._wrong("it returns no tokens; omit this side from --tokens")
         if len(tokens) != count:
@@ -146,16 +129,16 @@ class _Checked:
                 raise self._wrong(f"its tokens are {_kind(own)}, not (t, d_t) floats of one width")
         return [own.astype(np.float32, copy=False) for own in tokens]
 
-    def _complete(self, embedded: Embedded) -> EncoderInfo:
+    def _complete(self, embedded: base.Embedded) -> EncoderInfo:
         """Complete the encoder's own record."""
         changes: dict[str, Any] = {"spec": self._spec, "token_width": None, "token_space": None}
         if embedded.tokens is not None:
             changes["token_width"] = embedded.tokens[0].shape[1]
-            changes["token_space"] = self._info.token_space or self._options.token_space
+            changes["token_space"] = self.info.token_space or self._options.token_space
             if self._options.max_tokens is not None:
                 limit = {"max_tokens": self._options.max_tokens}
-                changes["preprocessing"] = self._info.preprocessing | limit
-        return self._info.model_copy(update=changes)
+                changes["preprocessing"] = self.info.preprocessing | limit
+        return self.info.model_copy(update=changes)
 
     def _wrong(self, problem: str) -> EncoderError:
         return EncoderError(f"{self._spec}: {problem}")
@@ -165,20 +148,20 @@ class _Images(_Checked):
     """A checked image encoder."""
 
     side = Modality.IMAGE
-    _inner: ImageEncoder
+    _inner: base.ImageEncoder
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB image into (3, h, w) float32; may be called from several threads."""
+        """Convert an RGB image to (3, h, w) float32; thread-safe."""
         with _one_line_errors(self._spec, "preprocess an image"):
             return self._inner.preprocess(image)
 
-    def embed(self, pixels: torch.Tensor) -> Embedded:
+    def embed(self, pixels: torch.Tensor) -> base.Embedded:
         """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
         with _one_line_errors(self._spec, "embed images"):
             embedded = self._inner.embed(pixels)
         return self._checked(embedded, len(pixels))
 
-    def _probe(self) -> Embedded:
+    def _probe(self) -> base.Embedded:
         noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
         pixels = self.preprocess(Image.fromarray(noise))
         if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
@@ -190,21 +173,21 @@ class _Texts(_Checked):
     """A checked text encoder."""
 
     side = Modality.TEXT
-    _inner: TextEncoder
+    _inner: base.TextEncoder
 
-    def embed(self, texts: Sequence[str]) -> Embedded:
+    def embed(self, texts: Sequence[str]) -> base.Embedded:
         """Embed one or more texts in batches, in their order."""
         with _one_line_errors(self._spec, "embed texts"):
             embedded = self._inner.embed(texts)
         return self._checked(embedded, len(texts))
 
-    def _probe(self) -> Embedded:
+    def _probe(self) -> base.Embedded:
         return self.embed(_TEXTS)
 
 
 @contextmanager
 def _one_line_errors(spec: str, what: str) -> Iterator[None]:
-    """Turn any error of third-party code into one line."""
+    """Shorten any error of third-party code to one line."""
     try:
         yield
     except CsalignError:

@@ -12,17 +12,8 @@ from timm.data.transforms_factory import create_transform
 
 from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
+from csalign.encoders import running
 from csalign.encoders.base import EncoderOptions
-from csalign.encoders.running import (
-    TowerImages,
-    fingerprint,
-    first_line,
-    first_run,
-    gives_tokens,
-    quiet,
-    ready,
-    suggest,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +21,7 @@ logger = logging.getLogger(__name__)
 _RECORDED = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def load_timm(name: str, options: EncoderOptions) -> TowerImages:
+def load_timm(name: str, options: EncoderOptions) -> running.TowerImages:
     """Load a frozen timm model without its classifier.
 
     Args:
@@ -51,13 +42,13 @@ def load_timm(name: str, options: EncoderOptions) -> TowerImages:
     elif weights:
         _load_weights(network, Path(weights), model)
     config = resolve_model_data_config(network)
-    with_tokens = gives_tokens(options, Modality.IMAGE)
-    with first_run(f"timm:{name}"):
+    with_tokens = Modality.IMAGE in options.tokens
+    with running.first_run(f"timm:{name}"):
         if with_tokens:
             _check_tokens(network.eval(), config["input_size"], f"timm:{name}")
-        own = fingerprint(network)
-        return TowerImages(
-            ready(_Side(network, with_tokens=with_tokens), options),
+        own = running.fingerprint(network)
+        return running.TowerImages(
+            running.ready(_Side(network, with_tokens=with_tokens), options),
             create_transform(**config, is_training=False),
             config["input_size"],
             options,
@@ -129,8 +120,8 @@ def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
 def _build(model: str, *, pretrained: bool) -> Any:
     known = timm.list_models()
     if ":" not in model and not timm.is_model(model):
-        raise EncoderError(f"timm has no model {model!r}; {suggest(model, known)}")
-    with quiet(), torch.random.fork_rng(devices=[]):
+        raise EncoderError(f"timm has no model {model!r}; {running.suggest(model, known)}")
+    with running.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             return timm.create_model(model, pretrained=pretrained, num_classes=0)
@@ -141,7 +132,7 @@ def _build(model: str, *, pretrained: bool) -> Any:
                 else "see timm.list_models()"
             )
             raise EncoderError(
-                f"timm:{model} could not be loaded ({first_line(error)}); {remedy}"
+                f"timm:{model} could not be loaded ({running.first_line(error)}); {remedy}"
             ) from error
 
 
@@ -153,7 +144,7 @@ def _load_weights(network: Any, path: Path, model: str) -> None:
         state: Mapping[str, Any] = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a file that is not a checkpoint fails in many ways
         raise EncoderError(
-            f"{path} cannot be read as plain weights ({first_line(error)}); convert it to "
+            f"{path} cannot be read as plain weights ({running.first_line(error)}); convert it to "
             ".safetensors, or save its state dict alone"
         ) from error
     heads = network.pretrained_cfg.get("classifier") or ()
@@ -165,6 +156,6 @@ def _load_weights(network: Any, path: Path, model: str) -> None:
         )
     except (RuntimeError, TypeError, AttributeError) as error:
         raise EncoderError(
-            f"{path} does not fit {model} ({first_line(error)}); choose the model that it was "
-            "trained with"
+            f"{path} does not fit {model} ({running.first_line(error)}); choose the model that it "
+            "was trained with"
         ) from error

@@ -15,7 +15,7 @@ _OF_IMAGE_SETS = {"images", "generated", "encoder", "split", "explain", "device"
 
 
 class AdaptedOptions(Config):
-    """The rows to measure, and what may embed them."""
+    """Rows to measure, and how they are embedded."""
 
     panel: ClassVar[str] = "Source"
 
@@ -29,7 +29,7 @@ class AdaptedOptions(Config):
 
 
 class SourceOptions(AdaptedOptions):
-    """The embeddings to measure."""
+    """Embeddings to measure."""
 
     features: Location | None = Field(
         None, description="Feature set to evaluate. Required unless --images is given."
@@ -40,7 +40,7 @@ class SourceOptions(AdaptedOptions):
 
     @property
     def feature_set(self) -> Path:
-        """The features; ConfigError without any."""
+        """Features; ConfigError if there are none."""
         if self.features is None:
             raise ConfigError("features: is required")
         return self.features
@@ -87,7 +87,7 @@ class ExtraOptions(Config):
 
 
 class MeasureOptions(Config):
-    """How retrieval and the gap are measured."""
+    """Measurement of retrieval and the gap."""
 
     panel: ClassVar[str] = "Measurement"
 
@@ -150,6 +150,7 @@ class DiagnoseConfig(SourceOptions):
 class CompareConfig(AdaptedOptions):
     """``csalign compare``: runs and evaluations, each against a baseline."""
 
+    panel: ClassVar[str] = "Comparison"
     positional: ClassVar[tuple[str, ...]] = ("systems",)
 
     systems: tuple[Path, ...] = Field(
@@ -165,6 +166,7 @@ class CompareConfig(AdaptedOptions):
 class InspectConfig(Config):
     """``csalign inspect``: the content of an artifact."""
 
+    panel: ClassVar[str] = "Completion"
     positional: ClassVar[tuple[str, ...]] = ("path",)
 
     path: Location = Field(description="A feature set, a run, an index, or a file in one.")

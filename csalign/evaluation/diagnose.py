@@ -1,4 +1,4 @@
-"""``csalign diagnose``: the conflict between the two parts of the loss, and what the gap is."""
+"""``csalign diagnose``: the conflict between the two parts of the loss, and the gap's parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,15 @@ from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
 from csalign.report.page import check_page
 
+CLIP_LOGIT_SCALE = 100.0
+SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+SAMPLED = 5_000  # rows per side, for the uniformity over all their pairs
+
 Term = Callable[[Tensor, Tensor], Tensor]
 
 
 def gradient(term: Term, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient of a term in the embeddings of both sides, (n + m, d) float64, rows of x first.
+    """Compute the gradient of a term in both sides, (n + m, d) float64, rows of x first.
 
     The term maps x (n, d) and y (m, d), detached here, to a () tensor; one that normalises its rows
     has no gradient along them.
@@ -35,14 +39,9 @@ def gradient(term: Term, x: Tensor, y: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine between two gradients, in [-1, 1]: opposed to agreeing; 0 where one vanishes."""
+    """Return the cosine between two gradients, in [-1, 1]; 0 if one of them vanishes."""
     norms = float(a.norm() * b.norm())
     return float((a * b).sum()) / norms if norms else 0.0
-
-
-CLIP_LOGIT_SCALE = 100.0
-SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-SAMPLED = 5_000  # rows of each side, for the uniformity over all their pairs
 
 
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -140,17 +139,10 @@ def _decompose_gap(aligned: AlignedRows, seed: int) -> dict[str, float]:
     images, texts = torch.from_numpy(aligned.images), torch.from_numpy(aligned.texts)
     offset, whole = centroid_distance(images, texts) ** 2, frechet_distance(images, texts)
     share = min(1.0, offset / whole) if whole else 0.0
-    rng = np.random.default_rng(seed)
-
-    def sampled_uniformity(rows: Tensor) -> float:
-        if len(rows) > SAMPLED:
-            rows = rows[np.sort(rng.choice(len(rows), SAMPLED, replace=False))]
-        return uniformity(rows.double())
-
     return {
         "frechet": whole,
         "centroid_share": share,
         "shape_share": 1 - share if whole else 0.0,
-        "uniformity_image": sampled_uniformity(images),
-        "uniformity_text": sampled_uniformity(texts),
+        "uniformity_image": uniformity(images.double(), max_rows=SAMPLED, seed=seed),
+        "uniformity_text": uniformity(texts.double(), max_rows=SAMPLED, seed=seed),
     }

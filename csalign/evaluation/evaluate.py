@@ -19,29 +19,12 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
 from csalign.core.results import Progress, silent
+from csalign.evaluation import protocols
 from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
 from csalign.evaluation.extra_metrics import Extras, prepare_extras
 from csalign.evaluation.page import EvaluationReport, write_report
-from csalign.evaluation.protocols import (
-    DIRECTIONS,
-    AlignedRows,
-    Gallery,
-    Ranks,
-    mean_of,
-    protocol_block,
-    retrieval_block,
-    select,
-    split_folds,
-)
+from csalign.features import join
 from csalign.features.checks import check_directions, unit_rows, warn_of_queries
-from csalign.features.join import (
-    ALL,
-    PairedRows,
-    check_same_width,
-    load_rows,
-    load_side,
-    split_names,
-)
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import FAILURES, MANIFEST
 from csalign.ingest.config import ExtractConfig
@@ -69,15 +52,15 @@ class Evaluation:
     `index` is a block of the document, and `extras` computes the extra metrics.
     """
 
-    aligned: AlignedRows
+    aligned: protocols.AlignedRows
     options: MeasureOptions
-    folds: tuple[Gallery, ...]
-    fold_ranks: tuple[Ranks, ...]
+    folds: tuple[protocols.Gallery, ...]
+    fold_ranks: tuple[protocols.Ranks, ...]
     index: dict[str, Any]
     extras: Extras | None
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> protocols.Ranks:
         """Image to text, and text to image, over all folds."""
         forth, back = zip(*self.fold_ranks, strict=True)
         return DirectionRanks.joined(forth), DirectionRanks.joined(back)
@@ -150,27 +133,27 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
 
 def load_aligned(
     source: SourceOptions, protocol: Protocol = "all", *, images_only: bool = False
-) -> AlignedRows:
+) -> protocols.AlignedRows:
     """Load rows, or images only, and embed them in the shared space; raises as `evaluate`."""
     features = FeatureSet.open(source.feature_set)
-    split = source.split or ("test" if "test" in features.splits() else ALL)
+    split = source.split or ("test" if "test" in features.splits() else join.ALL)
     if images_only:
-        rows = load_side(features, split, Modality.IMAGE)
+        rows = join.load_side(features, split, Modality.IMAGE)
         if not len(rows.images):
             raise DataError(f"{rows.name}: contains no images; name another --split")
     else:
-        rows = select(protocol, load_rows(features, split))
+        rows = protocols.select(protocol, join.load_rows(features, split))
     loaded = _load_adapter(source, features)
     if loaded is None:
-        check_same_width(rows)
+        join.check_same_width(rows)
         images, texts = (_embed(None, features, rows, side) for side in Modality)
-        return AlignedRows(features, split, rows, images, texts)
+        return protocols.AlignedRows(features, split, rows, images, texts)
     adapter, info = loaded
     _warn_of_trained_rows(features, info, split)
     images = _embed(adapter, features, rows, Modality.IMAGE)
     texts = images[:0] if images_only else _embed(adapter, features, rows, Modality.TEXT)
     count = sum(adapter.parameter_counts().values())
-    return AlignedRows(
+    return protocols.AlignedRows(
         features, split, rows, images, texts, source.adapter, info.weights_sha256, count
     )
 
@@ -188,7 +171,7 @@ def measure(config: EvalConfig) -> Evaluation:
 
 
 def measure_rows(
-    aligned: AlignedRows,
+    aligned: protocols.AlignedRows,
     options: MeasureOptions,
     extras: Extras | None = None,
     *,
@@ -204,8 +187,8 @@ def measure_rows(
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
     """
-    whole = Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
-    folds = split_folds(options.protocol, whole)
+    whole = protocols.Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
+    folds = protocols.split_folds(options.protocol, whole)
     if options.index == "exact":
         chosen = pick_device(device)
         chosen = chosen if chosen.type == "cuda" else torch.device("cpu")
@@ -221,7 +204,7 @@ def measure_rows(
         index = {
             "kind": options.index,
             "listed": LISTED,
-            f"recall@{JUDGED_BY}": dict(zip(DIRECTIONS, recalls, strict=True)),
+            f"recall@{JUDGED_BY}": dict(zip(protocols.DIRECTIONS, recalls, strict=True)),
         }
     return Evaluation(aligned, options, folds, ranks, index, extras)
 
@@ -247,10 +230,10 @@ def describe(evaluation: Evaluation) -> EvaluationReport:
         "bandwidth": options.bandwidth,
         "counts": {"images": len(images), "texts": len(texts), "pairs": aligned.rows.pairs},
         "index": evaluation.index,
-        "protocol": protocol_block(options.protocol, aligned.split, aligned.rows),
-        "retrieval": retrieval_block(evaluation.fold_ranks),
+        "protocol": protocols.protocol_block(options.protocol, aligned.split, aligned.rows),
+        "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
         "gap": gap,
-        "hubness": mean_of([hubness(fold.images, fold.texts) for fold in folds]),
+        "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
         **extra,
         "intervals": resamples.intervals() | extra_intervals if resamples else {},
     }
@@ -275,8 +258,8 @@ def _classify_images(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _prepare_extras(config: EvalConfig, aligned: AlignedRows) -> Extras:
-    def embed_texts(features: FeatureSet, rows: PairedRows) -> Floats:
+def _prepare_extras(config: EvalConfig, aligned: protocols.AlignedRows) -> Extras:
+    def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
         loaded = _load_adapter(config, features)  # again, which checks these features' widths
         return _embed(loaded and loaded[0], features, rows, Modality.TEXT)
 
@@ -293,7 +276,7 @@ def _load_adapter(
 
 
 def _embed(
-    adapter: Adapter | None, features: FeatureSet, rows: PairedRows, side: Modality
+    adapter: Adapter | None, features: FeatureSet, rows: join.PairedRows, side: Modality
 ) -> Floats:
     values, name = rows.embeddings(side), f"{rows.name}: {side.plural}"
     ids = rows.image_ids if side is Modality.IMAGE else rows.text_ids
@@ -306,7 +289,7 @@ def _embed(
 def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
     splits = features.splits()
     if info.data_fingerprint == features.manifest.fingerprint() and (
-        split_names(split, splits) & split_names(info.train_split, splits)
+        join.split_names(split, splits) & join.split_names(info.train_split, splits)
     ):
         log.warning(
             "%s: the adapter was trained on rows of this split, so the results say little about "
@@ -353,7 +336,7 @@ def _compare_image_sets(
 
 def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[FeatureSet, Floats]:
     """Load the embeddings of images, (n, d), from a feature set or by encoding a source."""
-    place, split = None if "::" in name else parse_location(name), config.split or ALL
+    place, split = None if "::" in name else parse_location(name), config.split or join.ALL
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         if place is None or not (place / MANIFEST).is_file():
             if config.encoder is None:
@@ -375,6 +358,6 @@ def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[Fea
                 reason = f"{first['source']} {first['reason']}"
                 log.warning("%s: skipped %d unusable inputs, such as %s", name, count, reason)
         features = FeatureSet.open(place)
-        rows = load_side(features, split, Modality.IMAGE)
+        rows = join.load_side(features, split, Modality.IMAGE)
         check_directions(rows.images, rows.image_ids, f"{name}: images")
         return features, rows.images.astype(np.float32)

@@ -16,7 +16,7 @@ from csalign.metrics.bootstrap import Resamples
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import thumbnail
-from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings
+from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings, run_folder
 
 DRAWN = 1_000  # pairs in a projection
 SAMPLED = 5_000  # pairs, for cosines and spectra
@@ -55,7 +55,12 @@ def write_report(
     Raises:
         SchemaError: the record of the run is damaged.
     """
-    record = None if run is None else _read_record(run)
+    record = None
+    if run is not None:
+        folder = run_folder(run)
+        environment = read_environment(folder)
+        environment.pop(SUMS, None)
+        record = RunRecord(read_lines(folder), read_settings(folder), environment)
     if report is None:
         write_evaluation(path, title, None, [], [], {}, record)
         return
@@ -75,13 +80,6 @@ def write_report(
     ]
     queries, names = _ranked_queries(report), aligned.features.manifest.names
     write_evaluation(path, title, report.document, views, labels, queries, record, names)
-
-
-def _read_record(run: Path) -> RunRecord:
-    folder = run.parent.parent if run.parent.name == "checkpoints" else run
-    environment = read_environment(folder)
-    environment.pop(SUMS, None)
-    return RunRecord(read_lines(folder), read_settings(folder), environment)
 
 
 def _unit(rows: npt.NDArray[Any]) -> Floats:

@@ -24,27 +24,16 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """Rows of a feature set, and their embeddings in the shared space.
+    """Rows of a feature set, and their embeddings in the shared space."""
 
-    Attributes:
-        features: where they are stored.
-        split: comma-separated names.
-        rows: as stored.
-        images: (n, d) float32, unit rows.
-        texts: (m, d) float32, unit rows.
-        adapter: the run folder, or None.
-        weights_sha256: of the adapter; None also while it is trained.
-        parameters: number of the adapter's parameters; None also while it is trained.
-    """
-
-    features: FeatureSet
-    split: str
-    rows: PairedRows
-    images: Floats
-    texts: Floats
-    adapter: Path | None = None
-    weights_sha256: str | None = None
-    parameters: int | None = None
+    features: FeatureSet  # where they are stored
+    split: str  # comma-separated names
+    rows: PairedRows  # as stored
+    images: Floats  # (n, d) float32, unit rows
+    texts: Floats  # (m, d) float32, unit rows
+    adapter: Path | None = None  # the run folder, or None
+    weights_sha256: str | None = None  # of the adapter; None also while it is trained
+    parameters: int | None = None  # of the adapter, their number; None also while it is trained
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the rows, as the first keys of a JSON document."""

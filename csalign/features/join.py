@@ -24,25 +24,15 @@ ALL = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Embeddings of some images and texts, and which belong together.
+    """Embeddings of some images and texts, and which belong together."""
 
-    Attributes:
-        name: the feature set and its split, for messages.
-        images: (n, d) in the stored dtype.
-        texts: (m, e) in the stored dtype.
-        text_image: (m,) int64, row of the image that a text belongs to, -1 for none.
-        image_rows: (n,) ints, rows of the image table; None for all in order.
-        text_rows: (m,) ints, likewise of the text table.
-        keys: (m,) ints, see `caption_keys`; None if all captions count as different.
-    """
-
-    name: str
-    images: Array
-    texts: Array
-    text_image: Ints
-    image_rows: Ints | None = None
-    text_rows: Ints | None = None
-    keys: Ints | None = None
+    name: str  # the feature set and its split, for messages
+    images: Array  # (n, d) in the stored dtype
+    texts: Array  # (m, e) in the stored dtype
+    text_image: Ints  # (m,) int64, row of the image that a text belongs to, -1 for none
+    image_rows: Ints | None = None  # (n,) ints, rows of the image table; None for all in order
+    text_rows: Ints | None = None  # (m,) ints, likewise of the text table
+    keys: Ints | None = None  # (m,) ints, see `caption_keys`; None if all captions differ
 
     @property
     def caption_keys(self) -> Ints:
@@ -106,17 +96,12 @@ class PairedRows(Pairs):
 
 @dataclass(frozen=True)
 class Joined:
-    """Rows of some splits, joined by id, without embeddings and strings; see `Pairs`.
-
-    Attributes:
-        n_images: how many images.
-        image_rows: ascending, as `text_rows`.
-    """
+    """Rows of some splits, joined by id, without embeddings and strings; see `Pairs`."""
 
     name: str
-    n_images: int
+    n_images: int  # how many images
     text_image: Ints
-    image_rows: Ints | None
+    image_rows: Ints | None  # ascending, as `text_rows`
     text_rows: Ints | None
 
     @property

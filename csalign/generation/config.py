@@ -8,7 +8,7 @@ from csalign.core.config import Config, Count, Location, Number, OutputConfig, P
 
 
 class PromptOptions(Config):
-    """The texts, and the run that maps them."""
+    """Texts, and the run that maps them."""
 
     panel: ClassVar[str] = "Prompts"
 
@@ -31,7 +31,7 @@ class PromptOptions(Config):
 
 
 class DecoderOptions(Config):
-    """The decoder, and how it runs."""
+    """Decoder and its options."""
 
     panel: ClassVar[str] = "Decoder"
 
@@ -53,7 +53,7 @@ class DecoderOptions(Config):
     device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, mps.")
 
 
-class GenerateConfig(DecoderOptions, PromptOptions, OutputConfig):
+class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
     """``csalign generate``: images from text with an unCLIP decoder."""
 
     panel: ClassVar[str] = "Images"

@@ -8,18 +8,18 @@ from csalign.core.config import Config, Count, Location, Number, OutputConfig, S
 
 
 class SourceOptions(Config):
-    """What to read."""
+    """Source of images and captions."""
 
     panel: ClassVar[str] = "Source"
 
     source: Annotated[str, BeforeValidator(str)] = Field(
-        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, a .txt of "
+        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, .txt of "
         "captions, or - for image paths on stdin; local or a URL."
     )
     kind: Literal[
         "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
     ] = Field("auto", description="Form of SOURCE.")
-    captions: Location | None = Field(None, description="Captions table, if it is elsewhere.")
+    captions: Location | None = Field(None, description="Captions table outside of the source.")
     images: Location | None = Field(None, description="Folder that image paths are relative to.")
     image_column: str | None = Field(None, description="Column of image paths, bytes or base64.")
     caption_column: str | None = Field(None, description="Column of captions.")
@@ -35,7 +35,7 @@ class SourceOptions(Config):
 
 
 class EncoderOptions(Config):
-    """Which encoders, and what to keep of their output."""
+    """Encoders, and the output to store."""
 
     panel: ClassVar[str] = "Encoders"
 
@@ -62,7 +62,7 @@ class EncoderOptions(Config):
 
 
 class ExecutionOptions(Config):
-    """How to run the encoders."""
+    """Execution of the encoders."""
 
     panel: ClassVar[str] = "Execution"
 
@@ -74,13 +74,13 @@ class ExecutionOptions(Config):
         "auto", description="Forward-pass batch size; auto is 32 on the CPU, else 256."
     )
     workers: int | None = Field(
-        None, ge=1, description="Threads that decode images (default: the cores, at most 16)."
+        None, ge=1, description="Threads that decode images (default: one per core, at most 16)."
     )
     compile: bool = Field(False, description="Run the encoders through torch.compile.")
 
 
 class ShardOptions(Config):
-    """How to divide the work, and what to do about failures."""
+    """Division of the work, and handling of failures."""
 
     panel: ClassVar[str] = "Sharding and failures"
 
@@ -101,7 +101,7 @@ class ShardOptions(Config):
     strict: bool = Field(False, description="Fail if anything is skipped.")
 
 
-class ExtractConfig(SourceOptions, OutputConfig, EncoderOptions, ExecutionOptions, ShardOptions):
+class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOptions, ShardOptions):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
     def to_toml(self) -> str:
@@ -114,7 +114,7 @@ Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")
 
 
 class ArrayOptions(Config):
-    """Which arrays to read."""
+    """Arrays to read."""
 
     panel: ClassVar[str] = "Arrays"
 
@@ -136,7 +136,7 @@ class ArrayOptions(Config):
 
 
 class PairOptions(Config):
-    """Which rows belong together."""
+    """Pairs and labels of the rows."""
 
     panel: ClassVar[str] = "Pairs and labels"
 
@@ -165,7 +165,7 @@ class PairOptions(Config):
 
 
 class RecordOptions(Config):
-    """What to record of the arrays."""
+    """Encoders, names and dtype to record."""
 
     panel: ClassVar[str] = "Recorded"
 

@@ -27,15 +27,6 @@ from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
 from csalign.features import schema
-from csalign.features.schema import (
-    FAILURES,
-    MANIFEST,
-    Counts,
-    Manifest,
-    Shard,
-    Shards,
-    write_manifest,
-)
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
 
@@ -87,7 +78,7 @@ class PartialSet:
     @property
     def is_complete(self) -> bool:
         """Whether the set is complete except for its final name."""
-        return (self.folder / MANIFEST).is_file()
+        return (self.folder / schema.MANIFEST).is_file()
 
     def part_record(self, name: str) -> PartRecord | None:
         """Return the record of a finished part, None if it is not finished.
@@ -190,7 +181,7 @@ class PartialSet:
         """Write ``failures.jsonl``, the skipped inputs of some parts, and return them."""
         failures = [failure for record in records for failure in record.failures]
         lines = [failure.model_dump_json() + "\n" for failure in failures]
-        atomic.write_text(self.folder / FAILURES, "".join(lines))
+        atomic.write_text(self.folder / schema.FAILURES, "".join(lines))
         return failures
 
     def part_records(self) -> list[PartRecord]:
@@ -231,7 +222,7 @@ class PartialSet:
             OutputError: it does not finish in time.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        while not (self.is_gone and (self._out / MANIFEST).exists()):
+        while not (self.is_gone and (self._out / schema.MANIFEST).exists()):
             if time.monotonic() > deadline:
                 raise OutputError(
                     f"{self.folder}: waited {TIMEOUT_S:.0f} s for another process to complete it; "
@@ -264,22 +255,22 @@ class PartialSet:
         for side, shards in ((Modality.IMAGE, images), (Modality.TEXT, texts)):
             _check_ids(self.folder, side, shards)
             _remove_stale_files(self.folder / side.plural, shards)
-        manifest = Manifest(
+        manifest = schema.Manifest(
             csalign_version=__version__,
             dtype=self._job.dtype,
             encoders=self._job.encoders,
-            counts=Counts(
+            counts=schema.Counts(
                 images=sum(shard.rows for shard in images),
                 texts=sum(shard.rows for shard in texts),
                 pairs=sum(record.pairs for record in records),
                 failures=len(self.list_failures(records)),
             ),
-            shards=Shards(images=images, texts=texts),
+            shards=schema.Shards(images=images, texts=texts),
         )
-        write_manifest(self.folder, manifest)
+        schema.write_manifest(self.folder, manifest)
 
 
-def _remove_stale_files(folder: Path, shards: list[Shard]) -> None:
+def _remove_stale_files(folder: Path, shards: list[schema.Shard]) -> None:
     """Remove files of killed processes, which other readers would take for parts."""
     kept = {shard.path.rpartition("/")[2] for shard in shards}
     for path in list(folder.iterdir()) if folder.exists() else []:
@@ -289,7 +280,7 @@ def _remove_stale_files(folder: Path, shards: list[Shard]) -> None:
         folder.rmdir()  # a missing side has no folder
 
 
-def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
+def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None:
     chunks: list[pa.Array] = []
     for shard in shards:
         with (folder / shard.path).open("rb") as file:

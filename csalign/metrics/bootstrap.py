@@ -126,20 +126,13 @@ def resample(
 
 @dataclass(frozen=True)
 class Units:
-    """Units of the bootstrap: each image with its texts, then each text without an image.
+    """Units of the bootstrap: each image with its texts, then each text without an image."""
 
-    Attributes:
-        count: number of units, of which `images` are images.
-        of_text: (m,) unit of each text.
-        paired: rows of the texts with an image.
-        queried: images with texts.
-    """
-
-    count: int
+    count: int  # number of units, of which `images` are images
     images: int
-    of_text: Ints
-    paired: Ints
-    queried: Ints
+    of_text: Ints  # (m,) unit of each text
+    paired: Ints  # rows of the texts with an image
+    queried: Ints  # images with texts
 
     @classmethod
     def of(cls, images: int, text_image: Ints) -> "Units":

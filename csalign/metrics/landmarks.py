@@ -18,12 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.objective.kernels import (
-    bandwidths,
-    check_sets,
-    squared_distances,
-    tiled_log_mean_kernels,
-)
+from csalign.objective import kernels
 
 BASE = 512  # rows per side
 WITNESSES = 512  # rows per side
@@ -74,7 +69,7 @@ def without_diagonal(log_means: Tensor, n: int) -> Tensor:
 def exact_mean_kernels(x: Tensor, y: Tensor, *, sigmas: tuple[float, ...]) -> list[MeanKernels]:
     """Compute the mean kernels of two sets from all pairs of rows, for each bandwidth."""
     sets, sizes = ((x, x), (y, y), (x, y)), (len(x), len(y))
-    means = torch.stack([tiled_log_mean_kernels(a, b, sigma=sigmas) for a, b in sets])
+    means = torch.stack([kernels.tiled_log_mean_kernels(a, b, sigma=sigmas) for a, b in sets])
     return [MeanKernels(own[:1], own[1:2], own[2:], sizes) for own in means.T]
 
 
@@ -97,8 +92,8 @@ def estimate_mean_kernels(
         base: rows of each side in the base.
         witnesses: of each side; a smaller side is used whole, and its own mean is exact.
     """
-    check_sets(x, y)
-    bandwidths(sigmas)
+    kernels.check_sets(x, y)
+    kernels.bandwidths(sigmas)
     rng = np.random.default_rng(seed)
 
     def draw(rows: Tensor, count: int) -> Tensor:
@@ -112,7 +107,7 @@ def estimate_mean_kernels(
     for side, rows in enumerate((x, y)):
         # Products and sums of a tile in float32; only sums of tiles need more.
         for tile in torch.split(rows, TILE_ROWS):
-            squares = squared_distances(tile.float(), points)
+            squares = kernels.squared_distances(tile.float(), points)
             for i, sigma in enumerate(sigmas):
                 means[i, side] += squares.mul(-0.5 / sigma**2).exp_().sum(0)
         means[:, side] /= len(rows)
@@ -193,4 +188,4 @@ def _estimate(figures: Tensor, least: float = -math.inf) -> Estimate:
 
 
 def _kernel(x: Tensor, y: Tensor, sigma: float) -> Tensor:
-    return squared_distances(x, y).mul_(-0.5 / sigma**2).exp_()
+    return kernels.squared_distances(x, y).mul_(-0.5 / sigma**2).exp_()

@@ -30,19 +30,12 @@ STRIP_BYTES = 64 << 20
 
 
 class DirectionRanks(NamedTuple):
-    """Ranks of each query's matches, in one direction.
+    """Ranks of each query's matches, in one direction."""
 
-    Attributes:
-        first: (q,) int64, 1-based rank of the best-placed match of each query.
-        average_precision: (q,) float64 in [0, 1].
-        recalled: (q, 3) float64, share of a query's matches among the first 1, 5 and 10.
-        r_precision: (q,) float64, share of a query's R matches among the first R.
-    """
-
-    first: Ints
-    average_precision: Doubles
-    recalled: Doubles
-    r_precision: Doubles
+    first: Ints  # (q,) int64, 1-based rank of the best-placed match of each query
+    average_precision: Doubles  # (q,) float64 in [0, 1]
+    recalled: Doubles  # (q, 3) float64, share of a query's matches among the first 1, 5 and 10
+    r_precision: Doubles  # (q,) float64, share of a query's R matches among the first R
 
     def by_query(self) -> dict[str, npt.NDArray[Any]]:
         """Contribution of each query to the figures that are means over queries, (q,) each.

@@ -257,22 +257,14 @@ def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence with its properties; call it with two sets and sigma.
+    """Divergence with its properties; call it with two sets and sigma."""
 
-    Attributes:
-        name: its name in the configuration.
-        minimum: rows that each side needs.
-        has_bandwidth: whether sigma changes it.
-        matched: whether it compares row i with row i and so ignores unpaired rows.
-        of_means: computes it from `FusedTerms.log_means`, if they determine it.
-    """
-
-    name: DivergenceName
+    name: DivergenceName  # its name in the configuration
     _compute: Callable[..., Tensor]
-    minimum: int = 1
-    has_bandwidth: bool = False
-    matched: bool = False
-    of_means: Callable[[Tensor], Tensor] | None = None
+    minimum: int = 1  # rows that each side needs
+    has_bandwidth: bool = False  # whether sigma changes it
+    matched: bool = False  # whether it compares row i with row i and so ignores unpaired rows
+    of_means: Callable[[Tensor], Tensor] | None = None  # from `FusedTerms.log_means`
 
     def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
         """Compute the divergence of x (n, d) and y (m, d), a () tensor differentiable in both.

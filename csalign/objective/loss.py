@@ -52,31 +52,21 @@ class Objective:
 
     Call it with a batch. A term whose weight is 0 is not computed. InfoNCE of single positives, CS
     and MMD are computed in tiles if a side has 256 rows or more: the same numbers up to rounding,
-    in less time and memory.
-
-    Attributes:
-        pairwise: the loss on matched rows.
-        divergence: the distribution term.
-        weight: lambda, >= 0, of the distribution term.
-        token_weight: mu, >= 0, of the token term, which is always the CS divergence.
-        label_smoothing: of InfoNCE, in [0, 1).
-        precision: of the factors of matrix products, where terms are computed in tiles.
-        divided: share the terms in tiles among the processes of the job, all of which must pass
-            the same batch; values and gradients are those of the whole. Each process computes the
-            other terms whole.
+    in less time and memory. If divided, the processes of the job share the tiles, must all pass the
+    same batch, and get the values and gradients of the whole.
 
     Raises:
         ValueError: a name is unknown, a weight is negative or not finite, or label_smoothing does
             not fit.
     """
 
-    pairwise: PairwiseName = PairwiseName.INFONCE
-    divergence: DivergenceName = DivergenceName.CS
-    weight: float = 0.0
-    token_weight: float = 0.0
-    label_smoothing: float = 0.0
-    precision: Precision = Precision.FLOAT32
-    divided: bool = False
+    pairwise: PairwiseName = PairwiseName.INFONCE  # the loss on matched rows
+    divergence: DivergenceName = DivergenceName.CS  # the distribution term
+    weight: float = 0.0  # lambda, >= 0, of the distribution term
+    token_weight: float = 0.0  # mu, >= 0, of the token term, which is always the CS divergence
+    label_smoothing: float = 0.0  # of InfoNCE, in [0, 1)
+    precision: Precision = Precision.FLOAT32  # of the matrix products in tiles
+    divided: bool = False  # whether processes share the tiles
 
     def __post_init__(self) -> None:
         check_smoothing(self.label_smoothing)

@@ -56,25 +56,15 @@ def supports_bfloat16(device_type: str) -> bool:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The sums to compute, and the division of the tables into tiles.
+    """Sums to compute, and the division of the tables into tiles."""
 
-    Attributes:
-        pairs: number of rows at the start of both sides that are matched, row by row.
-        compared: rows at the start of each side that InfoNCE sees: the pairs and negatives.
-        factors: 1 / sigma^2 of each Gaussian kernel; the kernels see all rows.
-        smoothing: label smoothing of InfoNCE.
-        tile: rows and columns of a tile, at most.
-        precision: of the factors of products; sums are float32.
-        rank: number of this process among the `processes` that share the tiles.
-    """
-
-    pairs: int
-    compared: tuple[int, int]
-    factors: tuple[float, ...]
-    smoothing: float
-    tile: int
-    precision: Precision = Precision.FLOAT32
-    rank: int = 0
+    pairs: int  # rows at the start of both sides that are matched, row by row
+    compared: tuple[int, int]  # rows at the start of each side in InfoNCE
+    factors: tuple[float, ...]  # 1 / sigma^2 of each Gaussian kernel; the kernels see all rows
+    smoothing: float  # label smoothing of InfoNCE
+    tile: int  # rows and columns of a tile, at most
+    precision: Precision = Precision.FLOAT32  # of the factors of products; sums are float32
+    rank: int = 0  # number of this process among the `processes` that share the tiles
     processes: int = 1
 
     def spans(self, count: int, compared: int) -> list[slice]:

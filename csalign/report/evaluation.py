@@ -25,25 +25,15 @@ NO_LOSS = {"step", "cs_weight", "logit_scale", "bandwidth", "gradient_norm", "le
 
 @dataclass(frozen=True)
 class View:
-    """Embeddings of sampled pairs, before or after the adapter.
+    """Embeddings of sampled pairs, before or after the adapter."""
 
-    Attributes:
-        name: "before" or "after"; "" without an adapter.
-        images: (k, 2) projections.
-        texts: (k, 2) likewise.
-        shares: explained variance in [0, 1]: one value for common axes, else one per side.
-        cosines: of matched and of unmatched pairs; None if the sides are not in one space.
-        spectra: singular values of the centred images and texts, descending.
-        neighbours: (k, 2) of images and of texts by UMAP, or None.
-    """
-
-    name: str
-    images: Array
-    texts: Array
-    shares: Sequence[float]
-    cosines: tuple[Array, Array] | None
-    spectra: tuple[Array, Array]
-    neighbours: tuple[Array, Array] | None = None
+    name: str  # "before" or "after"; "" without an adapter
+    images: Array  # (k, 2) projections
+    texts: Array  # (k, 2) likewise
+    shares: Sequence[float]  # explained variance in [0, 1], of common axes or per side
+    cosines: tuple[Array, Array] | None  # of matched and unmatched pairs, if comparable
+    spectra: tuple[Array, Array]  # singular values of the centred images and texts, descending
+    neighbours: tuple[Array, Array] | None = None  # (k, 2) of images and of texts by UMAP, or None
 
 
 @dataclass(frozen=True)
@@ -279,7 +269,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
                 figure.add_scatter(x=x, y=y, name=name.replace("_", " "), mode="lines")
         figure.update_xaxes(title="step")
         yield Section("Training loss", "The total, and its terms without their weights.", figure)
-    scores = [line for line in metrics if "validation" in line]
+    scores = [line for line in metrics if "validation" in line and not line.get("matched")]
     if scores:
         figure = go.Figure()
         for name, colour, axis in (

@@ -53,23 +53,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A part of a page."""
 
-    Attributes:
-        title: its heading.
-        note: a sentence or two on how to read it.
-        figure: a Plotly figure, or None.
-        rows: a table whose first row is the heading; empty for no table.
-        prose: whether the table holds the user's words rather than csalign's labels and numbers.
-        pictures: shown side by side, as many as fit.
-    """
-
-    title: str
-    note: str = ""
-    figure: go.Figure | None = None
-    rows: Sequence[Sequence[str | Entry]] = ()
-    prose: bool = False
-    pictures: Sequence[Entry] = ()
+    title: str  # its heading
+    note: str = ""  # a sentence or two on how to read it
+    figure: go.Figure | None = None  # a Plotly figure, or None
+    rows: Sequence[Sequence[str | Entry]] = ()  # table, heading first
+    prose: bool = False  # whether the table contains words of the user
+    pictures: Sequence[Entry] = ()  # shown side by side, as many as fit
 
 
 def check_page(path: Path) -> None:

@@ -11,7 +11,7 @@ ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import
 
 
 class ApplyInput(Config):
-    """The features, and the adapter to apply to them."""
+    """Features, and the adapter to apply to them."""
 
     panel: ClassVar[str] = "Input"
 
@@ -21,7 +21,7 @@ class ApplyInput(Config):
 
 
 class ApplyFormat(Config):
-    """The form of the aligned embeddings."""
+    """Form of the aligned embeddings."""
 
     panel: ClassVar[str] = "Format"
 
@@ -34,8 +34,10 @@ class ApplyFormat(Config):
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
 
 
-class ApplyConfig(ApplyFormat, OutputConfig, ApplyInput):
+class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
     """``csalign apply``: write the aligned embeddings as a new feature set."""
+
+    panel: ClassVar[str] = "Execution"
 
     batch_size: Count = Field(8192, description="Rows per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -44,6 +46,7 @@ class ApplyConfig(ApplyFormat, OutputConfig, ApplyInput):
 class ExportConfig(OutputConfig):
     """``csalign export``: write the adapter of a run for other programs, with a model card."""
 
+    panel: ClassVar[str] = "Export"
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     out: RunFolder = Field(description="Output folder.")

@@ -37,29 +37,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a model card.
+    """The content of a model card."""
 
-    Attributes:
-        name: of the adapter.
-        form: "onnx", "torch-export" or "safetensors".
-        sides: of the adapter.
-        width: of the shared space.
-        facts: of the training, by name.
-        settings: of the training.
-        validation: results on the validation split during training.
-        evaluation: a document of ``csalign eval --json``, or None.
-        checks: largest difference between run and export, by the data compared on.
-    """
-
-    name: str
-    form: str
-    sides: Sequence[Side]
-    width: int
-    facts: Mapping[str, str]
-    settings: Mapping[str, Any]
-    validation: Mapping[str, float]
-    evaluation: Mapping[str, Any] | None
-    checks: Mapping[str, float]
+    name: str  # of the adapter
+    form: str  # "onnx", "torch-export" or "safetensors"
+    sides: Sequence[Side]  # of the adapter
+    width: int  # of the shared space
+    facts: Mapping[str, str]  # of the training, by name
+    settings: Mapping[str, Any]  # of the training
+    validation: Mapping[str, float]  # results on the validation split during training
+    evaluation: Mapping[str, Any] | None  # a document of ``csalign eval --json``, or None
+    checks: Mapping[str, float]  # largest difference to the run, by the data compared on
 
 
 def model_card(card: Card) -> str:

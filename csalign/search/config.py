@@ -9,7 +9,7 @@ from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder
 
 
 class ItemOptions(Config):
-    """Which rows of a feature set can be found, and how they reach the shared space."""
+    """Rows of a feature set that can be found, and the adapter that maps them."""
 
     panel: ClassVar[str] = "Items"
 
@@ -25,7 +25,7 @@ class ItemOptions(Config):
 
 
 class VectorOptions(Config):
-    """How vectors are indexed."""
+    """Index of the vectors."""
 
     panel: ClassVar[str] = "Index"
 
@@ -45,8 +45,10 @@ class VectorOptions(Config):
     )
 
 
-class IndexConfig(VectorOptions, ItemOptions, OutputConfig):
+class IndexConfig(ItemOptions, OutputConfig, VectorOptions):
     """``csalign index``: build a search index on disk."""
+
+    panel: ClassVar[str] = "Index"
 
     features: Location = Field(description="Feature set to index.")
     out: RunFolder = Field(description="Output folder.")
@@ -54,7 +56,7 @@ class IndexConfig(VectorOptions, ItemOptions, OutputConfig):
 
 
 class QueryOptions(Config):
-    """Where to search, and what for."""
+    """Index and queries."""
 
     panel: ClassVar[str] = "Query"
 
@@ -77,7 +79,7 @@ class QueryOptions(Config):
     )
 
 
-class SearchConfig(ItemOptions, QueryOptions):
+class SearchConfig(QueryOptions, ItemOptions):
     """``csalign search``: find the nearest items of an index or a feature set."""
 
     panel: ClassVar[str] = "Results"

@@ -44,21 +44,13 @@ class InvalidText:
 
 @dataclass(frozen=True)
 class ArrowFile:
-    """An open Parquet, Arrow or Feather file.
+    """An open Parquet, Arrow or Feather file."""
 
-    Attributes:
-        path: of the file.
-        schema: its columns.
-        names: of the columns.
-        group_ends: cumulative number of rows at the end of each row group or record batch.
-        rows: as the file states, which may be more than its groups contain.
-    """
-
-    path: Path
-    schema: pa.Schema
-    names: tuple[str, ...]
-    group_ends: npt.NDArray[np.int64]
-    rows: int
+    path: Path  # of the file
+    schema: pa.Schema  # its columns
+    names: tuple[str, ...]  # of the columns
+    group_ends: npt.NDArray[np.int64]  # cumulative rows of the row groups or batches
+    rows: int  # as the file states, which may be more than its groups contain
     _read: Callable[[int, list[str], int], Iterator[pa.RecordBatch]]
 
     def batches(

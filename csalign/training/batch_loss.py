@@ -22,6 +22,20 @@ from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
 from csalign.training.sampler import Batch, SideBatch
 
+log = logging.getLogger(__name__)
+
+MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; training is unstable beyond it
+MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
+MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
+NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
+SIGLIP_BIAS = -10.0  # SigLIP's initial value: nearly all pairs are negatives
+LEAST_ROWS = 8  # a distribution estimated from fewer rows pulls in random directions
+SUB_BATCH = 8_192  # rows per adapter pass by default
+AUTO_WEIGHT = 0.1  # initial value of an automatic lambda
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
+RAISE, LOWER = 1.5, 0.5  # its factors after a validation
+_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Concatenate the rows of all processes, (sum of counts, d).
@@ -48,21 +62,6 @@ class _AllGatherRows(torch.autograd.Function):
         return gradient[ctx.own], None
 
 
-log = logging.getLogger(__name__)
-
-MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; beyond it training turns unstable
-MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
-MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
-NEARLY_DIAGONAL = 0.5  # share of the kernel's mass on the diagonal above which to warn
-SIGLIP_BIAS = -10.0  # SigLIP's start: nearly all pairs are negatives
-LEAST_ROWS = 8  # a distribution estimated from fewer rows pulls in random directions
-SUB_BATCH = 8_192  # rows per adapter pass by default
-AUTO_WEIGHT = 0.1  # where an automatic lambda starts
-MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
-RAISE, LOWER = 1.5, 0.5  # its factors after a validation
-_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
-
-
 def compares_sets(options: ObjectiveOptions) -> bool:
     """Return whether a distribution term uses all rows of both sides, paired or not."""
     return bool(distribution_weight(options)) and not divergence(options.divergence).matched
@@ -86,11 +85,11 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
 
     Args:
         options: the terms and their weights.
-        captions: use of captions.
-        rows: pairs per step; 0 if there is no step.
+        captions: as in ``--captions``.
+        rows: pairs per step; 0 without steps.
 
     Raises:
-        ConfigError: names the options and the remedy.
+        ConfigError: options conflict.
     """
     has_other_terms = bool(distribution_weight(options) or options.token_weight)
     if options.pairwise is PairwiseName.NONE and not has_other_terms and rows:
@@ -116,7 +115,7 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
 
 
 class BatchLoss(nn.Module):
-    """The objective of a batch, with its learned temperature and its bandwidth.
+    """Objective of a batch, with its learned temperature and its bandwidth.
 
     If several processes train, each embeds its share of the rows, and all of them then compute
     the objective of the whole batch together; its value is the same in each.
@@ -124,10 +123,10 @@ class BatchLoss(nn.Module):
     Args:
         options: the terms and their weights.
         precision: of matrix multiplications.
-        sub_batch: rows per adapter pass; the activations of larger batches are recomputed.
+        sub_batch: rows per adapter pass; larger batches recompute their activations.
 
     Attributes:
-        sigma: bandwidth or bandwidths of the last batch, None if no term has one.
+        sigma: bandwidth(s) of the last batch, None if no term has one.
     """
 
     def __init__(
@@ -165,7 +164,7 @@ class BatchLoss(nn.Module):
 
     @property
     def weight(self) -> float:
-        """The weight (lambda) of the distribution term."""
+        """Weight (lambda) of the distribution term."""
         return self._objective.weight
 
     def adapt_weight(self, *, recall_holds: bool) -> None:
@@ -182,7 +181,7 @@ class BatchLoss(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """The scale of cosines (1 / temperature) in the pairwise term."""
+        """Scale of cosines (1 / temperature) in the pairwise term."""
         return float(self.log_scale.detach().exp())
 
     def clamp(self) -> None:
@@ -202,13 +201,7 @@ class BatchLoss(nn.Module):
         self._set_weight(state["weight"])
 
     def forward(self, adapter: Adapter, batch: Batch, step: int) -> LossParts:
-        """Compute the objective of a batch.
-
-        Args:
-            adapter: both sides.
-            batch: rows, their shares in each process.
-            step: number of the step, from 1.
-        """
+        """Compute the objective of a batch; `step` is counted from 1."""
         x, x_tokens = self._embed(adapter.image, batch.images, batch.token_pairs[0])
         y, y_tokens = self._embed(adapter.text, batch.texts, batch.token_pairs[1])
         tokens = None

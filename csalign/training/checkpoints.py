@@ -56,22 +56,15 @@ NOT_COMPARED = {
 
 
 class TrainingJob(Record):
-    """All that determines the weights of a run, on one machine.
-
-    Attributes:
-        version: of the checkpoints.
-        options: of the config, except `NOT_COMPARED`.
-        features: fingerprint of the feature set.
-        unpaired: fingerprints of the further sets.
-    """
+    """All that determines the weights of a run, on one machine."""
 
     FORMAT: ClassVar[str] = "csalign-training"
 
     format: str = FORMAT
-    version: int = 4
-    options: dict[str, Any]
-    features: str
-    unpaired: list[str]
+    version: int = 4  # of the checkpoints
+    options: dict[str, Any]  # of the config, except `NOT_COMPARED`
+    features: str  # fingerprint of the feature set
+    unpaired: list[str]  # fingerprints of the further sets
 
     @classmethod
     def of(
@@ -86,7 +79,7 @@ class TrainingJob(Record):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint to resume from: weights, step, seconds so far, and `Trainer.state_dict`."""
+    """Checkpoint to resume from: weights, step, seconds so far, and `Trainer.state_dict`."""
 
     folder: Path
     step: int
@@ -95,7 +88,7 @@ class Checkpoint(NamedTuple):
 
 
 class UnfinishedRun:
-    """The folder of an unfinished run; opened by `open_run`.
+    """Folder of an unfinished run; opened by `open_run`.
 
     Args:
         path: of the folder.
@@ -114,11 +107,11 @@ class UnfinishedRun:
     def begin(
         self, trainer: Trainer, data: TrainingData, start: str, *, config: str, seed: int
     ) -> None:
-        """Load the checkpoint to resume from into the trainer; write what describes the run.
+        """Load the checkpoint to resume from into the trainer; describe the run in its folder.
 
         Args:
             trainer: of the adapters of that checkpoint.
-            data: what they are trained on.
+            data: rows that they are trained on.
             start: name of their initialization.
             config: content of ``config.toml``.
             seed: of the run.
@@ -230,11 +223,7 @@ class UnfinishedRun:
                 raise
 
     def finish(self, validation: dict[str, float] | None) -> float:
-        """Write the final weights with their figures and what describes the finished run.
-
-        Returns:
-            Wall time in seconds.
-        """
+        """Write the final weights and the environment; return the wall time in seconds."""
         self._save_weights(self.path, validation)
         seconds = round(self._seconds, 3)
         write_environment(self.path, {**self._environment, "seconds": seconds})
@@ -263,8 +252,8 @@ def open_run(
     repeat, those to resume from are removed.
 
     Args:
-        out: final folder; `outputs.check_output` was called.
-        job: what determines the run.
+        out: final folder, after `outputs.check_output`.
+        job: description of the run.
         restart: discard an unfinished run with other options, or a damaged one.
         every: see `UnfinishedRun`.
 
@@ -324,8 +313,8 @@ def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
     if found.unpaired != job.unpaired:
         changes.append("other unpaired features")
     return (
-        f"{folder}: holds a run that was started with {'; '.join(changes)}: resume with the same "
-        "options, start again with --overwrite, or choose another --out"
+        f"{folder}: contains a run that was started with {'; '.join(changes)}: resume with the "
+        "same options, start again with --overwrite, or choose another --out"
     )
 
 

@@ -44,7 +44,7 @@ def recipe_text(name: str) -> str:
         ConfigError: there is no such recipe.
     """
     if name not in recipe_names():
-        raise ConfigError(f"recipe: there is no {name!r}; there are {', '.join(recipe_names())}")
+        raise ConfigError(f"recipe: unknown {name!r}; there are {', '.join(recipe_names())}")
     return (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -67,7 +67,7 @@ def _split_locations(value: Any) -> Any:
 
 
 class DataOptions(Config):
-    """The rows to train and validate on."""
+    """Rows to train and validate on."""
 
     panel: ClassVar[str] = "Data"
 
@@ -94,7 +94,7 @@ class DataOptions(Config):
 
 
 class AdapterOptions(Config):
-    """The adapters and their initialization."""
+    """Adapters and their initialization."""
 
     panel: ClassVar[str] = "Adapters"
 
@@ -119,13 +119,13 @@ class AdapterOptions(Config):
 
     @property
     def kinds(self) -> dict[Modality, str]:
-        """The kind of each side's adapter."""
+        """Kind of each side's adapter."""
         image, text = self.image_adapter or self.adapter, self.text_adapter or self.adapter
         return {Modality.IMAGE: image, Modality.TEXT: text}
 
 
 class ObjectiveOptions(Config):
-    """The terms of the loss."""
+    """Terms of the loss."""
 
     panel: ClassVar[str] = "Objective"
 
@@ -192,7 +192,7 @@ class TokenOptions(Config):
 
 
 class OptimizerOptions(Config):
-    """The optimization."""
+    """Optimization."""
 
     panel: ClassVar[str] = "Optimization"
 
@@ -218,15 +218,11 @@ class OptimizerOptions(Config):
     compile: bool = Field(False, description="Use torch.compile on the adapters; no gain on CPUs.")
 
 
-class RunOptions(OutputConfig):
-    """The run folder, its logs, and where training computes."""
+class RunOptions(Config):
+    """Recipe, checkpoints, logs, and device."""
 
     panel: ClassVar[str] = "Run"
 
-    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
-    overwrite: bool = Field(
-        False, description="Replace an existing run, after success, or an unfinished one."
-    )
     recipe: str | None = Field(
         None,
         description="Preset; --config and command-line options override it: close-the-gap, "
@@ -246,9 +242,20 @@ class RunOptions(OutputConfig):
 
 
 class TrainConfig(
-    RunOptions, OptimizerOptions, TokenOptions, ObjectiveOptions, AdapterOptions, DataOptions
+    DataOptions,
+    OutputConfig,
+    RunOptions,
+    AdapterOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    TokenOptions,
 ):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
+
+    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    overwrite: bool = Field(
+        False, description="Replace an existing run, after success, or an unfinished one."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -275,13 +282,11 @@ class TrainConfig(
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=excluded))
 
 
-class TuneConfig(TrainConfig):
-    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
+class SearchOptions(Config):
+    """The search for settings."""
 
     panel: ClassVar[str] = "Search"
 
-    out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
-    overwrite: bool = Field(False, description="Replace the study that is there.")
     trials: Count | None = Field(
         None,
         description="Trials in total, including those of a continued study (default: 50, or "
@@ -294,13 +299,20 @@ class TuneConfig(TrainConfig):
         None,
         description="Settings to search, comma-separated (default: those of adapter, init, "
         "learning-rate, logit-scale, noise, dropout, captions, other-captions, cs-weight and "
-        "bandwidth that neither the command line nor --config gives).",
+        "bandwidth that are not set).",
     )
     recall_slack: Share = Field(
         0.0,
         description="Mean recall to trade for a smaller gap: of the trials within this distance "
         "of the best (0.01 is one point), the smallest centroid distance wins.",
     )
+
+
+class TuneConfig(SearchOptions, TrainConfig):
+    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
+
+    out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
+    overwrite: bool = Field(False, description="Replace the study that is there.")
 
     def base(self) -> TrainConfig:
         """Return the settings that every trial starts from."""

@@ -16,25 +16,9 @@ from csalign.core import distributed
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
+from csalign.features import join, streaming
 from csalign.features.checks import warn_of_training_rows
-from csalign.features.join import (
-    ALL,
-    Joined,
-    PairedRows,
-    Pairs,
-    compact,
-    join_pairs,
-    select_rows,
-    split_names,
-)
 from csalign.features.reader import FeatureSet
-from csalign.features.streaming import (
-    MIB,
-    MappedRows,
-    MemoryBudget,
-    load_training,
-    load_vectors,
-)
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import embed_rows
@@ -51,21 +35,13 @@ LEAST_TO_HOLD_OUT = 20  # captioned images
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The rows of a training run.
+    """Rows of a training run."""
 
-    Attributes:
-        features: the feature set.
-        split: the split(s) of it that are trained on.
-        rows: training rows.
-        val: held-out rows; None if there are none, and in all processes but the main one.
-        unpaired: rows that the distribution term uses besides.
-    """
-
-    features: FeatureSet
-    split: str
-    rows: Pairs
-    val: PairedRows | None
-    unpaired: "Unpaired"
+    features: FeatureSet  # the feature set
+    split: str  # the split(s) of it that are trained on
+    rows: join.Pairs  # training rows
+    val: join.PairedRows | None  # held out; None if none are, and outside of the main process
+    unpaired: "Unpaired"  # rows that the distribution term uses besides
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
@@ -85,15 +61,17 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     features = FeatureSet.open(options.features)
     there = features.splits()
     never_split = set(there) == {None}
-    split = ALL if options.train_split == "train" and never_split else options.train_split
+    split = join.ALL if options.train_split == "train" and never_split else options.train_split
     joined, held_out = _split(features, split, options.val_split, seed)
-    memory = available_bytes() // 2 if options.memory is None else options.memory * MIB
+    memory = available_bytes() // 2 if options.memory is None else options.memory * streaming.MIB
     next_to_run = next(folder for folder in out.resolve().parents if folder.is_dir())
-    budget = MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
-    rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
+    budget = streaming.MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
+    rows, val = streaming.load_training(
+        features, joined, held_out, budget, with_keys=options.caption_weights
+    )
     if distributed.is_main_process():
         warn_of_training_rows(rows, rows.name)
-    if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
+    if any(isinstance(side, streaming.MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)
     return TrainingData(features, split, rows, val, unpaired)
@@ -101,13 +79,13 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
 
 def _split(
     features: FeatureSet, split: str, val_split: str | None, seed: int
-) -> tuple[Joined, Joined | None]:
+) -> tuple[join.Joined, join.Joined | None]:
     """Join the rows to train on and those to validate on, which only the main process gets."""
     there = features.splits()
-    trained = split_names(split, there)
+    trained = join.split_names(split, there)
     if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
-    joined = join_pairs(features, split)
+    joined = join.join_pairs(features, split)
     if val_split is None:
         joined, held_out = hold_out(joined, seed)
         if held_out is None and distributed.is_main_process():
@@ -117,18 +95,18 @@ def _split(
                 joined.name,
             )
     else:
-        both = trained & split_names(val_split, there)
+        both = trained & join.split_names(val_split, there)
         if both:
             raise DataError(
                 f"{', '.join(sorted(name or '(rows without a split)' for name in both))}: would be "
                 "both trained and validated on; name other splits with --train-split and "
                 "--val-split"
             )
-        held_out = subsample(join_pairs(features, val_split), seed)
+        held_out = subsample(join.join_pairs(features, val_split), seed)
     return joined, held_out if distributed.is_main_process() else None
 
 
-def hold_out(rows: Joined, seed: int) -> tuple[Joined, Joined | None]:
+def hold_out(rows: join.Joined, seed: int) -> tuple[join.Joined, join.Joined | None]:
     """Hold out some of the captioned images: 10 % (100 to 1,000), or 25 % of fewer than 400.
 
     Returns:
@@ -143,7 +121,7 @@ def hold_out(rows: Joined, seed: int) -> tuple[Joined, Joined | None]:
     return rows.take_images(~held_out, unpaired_texts=True), rows.take_images(held_out)
 
 
-def subsample(rows: Joined, seed: int) -> Joined:
+def subsample(rows: join.Joined, seed: int) -> join.Joined:
     """Take at most `MAX_VALIDATION_IMAGES` of the captioned images."""
     captioned = np.flatnonzero(rows.caption_counts)
     if len(captioned) <= MAX_VALIDATION_IMAGES:
@@ -193,7 +171,7 @@ class Unpaired:
 
 
 def gather_unpaired(
-    rows: Pairs, others: Sequence[Path], train_split: str, budget: MemoryBudget
+    rows: join.Pairs, others: Sequence[Path], train_split: str, budget: streaming.MemoryBudget
 ) -> Unpaired:
     """Gather the training rows without a partner, and the rows of further feature sets.
 
@@ -212,7 +190,7 @@ def gather_unpaired(
     for path in others:
         features = FeatureSet.open(path)
         there = features.splits()
-        names = (split_names(train_split, there) | {None}) & set(there)
+        names = (join.split_names(train_split, there) | {None}) & set(there)
         found = 0
         for side, own in parts.items():
             table, width = features.table(side), rows.embeddings(side).shape[1]
@@ -223,9 +201,11 @@ def gather_unpaired(
                     f"{features.path}: {side} embeddings are {table.width} wide, those to train on "
                     f"{width}; extract both with the same encoder"
                 )
-            chosen = select_rows(table, names)
-            vectors = load_vectors(table, chosen, budget, f"{features.path}: {side.plural}")
-            own.append(Part(vectors, compact(np.arange(len(vectors)))))
+            chosen = join.select_rows(table, names)
+            vectors = streaming.load_vectors(
+                table, chosen, budget, f"{features.path}: {side.plural}"
+            )
+            own.append(Part(vectors, join.compact(np.arange(len(vectors)))))
             found += len(vectors)
         if not found:
             raise DataError(f"{path}: has no rows in split {train_split}, nor any without a split")
@@ -234,35 +214,27 @@ def gather_unpaired(
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """The tokens of a feature set, and how to sample those of a batch.
+    """Tokens of a feature set, and the limits on those of a batch."""
 
-    Attributes:
-        features: the feature set.
-        sources: of each side that trains with tokens; they share one cache.
-        mixed: sides whose adapter mixes tokens into the embedding.
-        pairs: most pairs per step in the token term; 0 without one.
-        samples: most tokens per row and step.
-    """
-
-    features: FeatureSet
-    sources: Mapping[Modality, TokenRows]
-    mixed: frozenset[Modality]
-    pairs: int
-    samples: int
+    features: FeatureSet  # the feature set
+    sources: Mapping[Modality, TokenRows]  # of sides that train with them; one cache
+    mixed: frozenset[Modality]  # sides whose adapter mixes tokens into the embedding
+    pairs: int  # most pairs per step in the token term; 0 without one
+    samples: int  # most tokens per row and step
 
     @property
     def cache(self) -> TokenCache:
-        """The cache of all sources."""
+        """Cache of all sources."""
         return next(iter(self.sources.values())).cache
 
     @property
     def bytes(self) -> int:
-        """The bytes of all tokens."""
+        """Bytes of all tokens."""
         return sum(group.bytes for source in self.sources.values() for group in source.groups)
 
     @property
     def widths(self) -> dict[Modality, int]:
-        """The token width of each side that trains with tokens."""
+        """Token width of each side that trains with tokens."""
         widths = {side: self.features.table(side).encoder.token_width for side in self.sources}
         return {side: width for side, width in widths.items() if width is not None}
 
@@ -319,7 +291,7 @@ def open_tokens(
                 f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
                 f"--{name}, or use another --adapter"
             )
-    cache, sources = TokenCache(options.token_memory * MIB), {}
+    cache, sources = TokenCache(options.token_memory * streaming.MIB), {}
     for side in Modality if objective.token_weight else mixed:
         table = features.table(side)
         token_width = table.encoder.token_width
@@ -336,35 +308,19 @@ def open_tokens(
 
 
 class Score(NamedTuple):
-    """Figures on the validation rows.
+    """Figures on the validation rows."""
 
-    Attributes:
-        mean_recall: mean of R@1/5/10 in both directions, in [0, 1].
-        mrr: mean reciprocal rank, averaged over the directions, in [0, 1].
-        centroid_distance: norm of the difference of the two means, in [0, 2].
-    """
-
-    mean_recall: float
-    mrr: float
-    centroid_distance: float
+    mean_recall: float  # mean of R@1/5/10 in both directions, in [0, 1]
+    mrr: float  # mean reciprocal rank, averaged over the directions, in [0, 1]
+    centroid_distance: float  # norm of the difference of the two means, in [0, 2]
 
     def better_than(self, other: "Score | None") -> bool:
         """Compare by mean recall, then by MRR, which still differs where all recalls are 1."""
         return other is None or (self.mean_recall, self.mrr) > (other.mean_recall, other.mrr)
 
-    def to_json(self) -> dict[str, float]:
-        """Return the figures by name."""
-        return self._asdict()
 
-
-def validate(adapter: Adapter, rows: PairedRows, features: FeatureSet | None = None) -> Score:
-    """Measure an adapter on held-out rows.
-
-    Args:
-        adapter: both sides.
-        rows: held out.
-        features: to read their tokens from; None embeds without tokens.
-    """
+def validate(adapter: Adapter, rows: join.PairedRows, features: FeatureSet | None = None) -> Score:
+    """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
     images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
     ranks = rank_both_ways(images, texts, rows.text_image)
     summaries = [direction.summary() for direction in ranks]

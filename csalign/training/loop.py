@@ -313,7 +313,7 @@ class Trainer:
         with self._consistent():
             self._validated = self.step
             if distributed.is_main_process():
-                log_line({"step": self.step, "validation": score.to_json()})
+                log_line({"step": self.step, "validation": score._asdict()})
             if self.best_score is not None:
                 holds = score.mean_recall >= self.best_score.mean_recall
                 self.loss.adapt_weight(recall_holds=holds)

@@ -30,26 +30,17 @@ BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one wi
 
 @dataclass(frozen=True)
 class BatchRows:
-    """Row numbers of one batch.
+    """Row numbers of one batch."""
 
-    Attributes:
-        images: (b,) image rows.
-        texts: (m,) rows of the captions in the pairwise loss.
-        owner: (m,) the image of each, as a position in `images`; None where m = b and text i is a
-            caption of image i.
-        others: (b,) another caption of the same image, -1 for none; None if not asked for.
-        further: (k,) all other captions of these images, each caption once.
-    """
-
-    images: Ints
-    texts: Ints
-    owner: Ints | None
-    others: Ints | None
-    further: Ints
+    images: Ints  # (b,) image rows
+    texts: Ints  # (m,) rows of the captions in the pairwise loss
+    owner: Ints | None  # (m,) position of each text's image; None if text i belongs to image i
+    others: Ints | None  # (b,) another caption of each image, -1 for none; None if unused
+    further: Ints  # (k,) all other captions of these images, each caption once
 
 
 Order = Callable[[Ints, np.random.Generator], Ints]
-"""Takes (k,) image rows and returns a permutation of their positions, the order of an epoch."""
+"""Maps (k,) image rows to a permutation of their positions, the order of an epoch."""
 
 
 def uniform(images: Ints, rng: np.random.Generator) -> Ints:
@@ -59,28 +50,16 @@ def uniform(images: Ints, rng: np.random.Generator) -> Ints:
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """Blocks of images in random order, the images of some blocks at a time shuffled together.
+    """Blocks of images in random order, shuffled together within windows of several blocks."""
 
-    Attributes:
-        block: images per block.
-        window: images that are shuffled together, a multiple of `block`.
-    """
-
-    block: int
-    window: int
+    block: int  # images per block
+    window: int  # images per window, a multiple of `block`
 
     def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
         """See `Order`."""
         blocks = np.arange(len(images)) // self.block
         windows = rng.permutation(-(-len(images) // self.block)) // (self.window // self.block)
         return np.lexsort((rng.random(len(images)), windows[blocks]))
-
-
-def bytes_per_image(rows: Pairs) -> int:
-    """Return the bytes of embeddings per captioned image, including its captions'; at least 1."""
-    sides = (rows.images, rows.texts)
-    total: int = sum(len(side) * side.shape[1] * int(side.dtype.itemsize) for side in sides)
-    return max(1, -(-total // max(1, int((rows.caption_counts > 0).sum()))))
 
 
 def order_for(
@@ -105,7 +84,10 @@ def order_for(
     Raises:
         ConfigError: the token cache is too small for a row group of each side.
     """
-    size, images = bytes_per_image(rows), int((rows.caption_counts > 0).sum())
+    images = int((rows.caption_counts > 0).sum())
+    sides = (rows.images, rows.texts)
+    total = sum(len(side) * side.shape[1] * int(side.dtype.itemsize) for side in sides)
+    size = max(1, -(-total // max(1, images)))  # bytes per captioned image, with its captions
     if tokens is not None and tokens.bytes > (budget := tokens.cache.budget):
         groups = [[group.bytes for group in source.groups] for source in tokens.sources.values()]
         if (least := sum(map(max, groups))) > budget:
@@ -134,7 +116,6 @@ class PairSampler:
         once: count a caption that f images share once: in the closed form its pairs weigh 1 / f,
             and an epoch holds one of them.
         order: of the images in an epoch.
-        window_bytes: of embeddings to read ahead.
     """
 
     def __init__(
@@ -258,21 +239,13 @@ class SideBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One batch, as tensors on the device.
+    """One batch, as tensors on the device."""
 
-    Attributes:
-        images: the image side; its pairs are b.
-        texts: the text side; its pairs are m.
-        owner: (m,) position of each text's image; None where text i belongs to image i.
-        others: (k,) positions of the images whose other captions there are.
-        token_pairs: (p,) positions of the images and of the texts in the token term.
-    """
-
-    images: SideBatch
-    texts: SideBatch
-    owner: Tensor | None
-    others: Tensor
-    token_pairs: tuple[Tensor, Tensor]
+    images: SideBatch  # the image side; its pairs are b
+    texts: SideBatch  # the text side; its pairs are m
+    owner: Tensor | None  # (m,) position of each text's image; None where text i belongs to image i
+    others: Tensor  # (k,) positions of the images whose other captions there are
+    token_pairs: tuple[Tensor, Tensor]  # (p,) positions of images and texts
 
 
 @dataclass
@@ -281,12 +254,6 @@ class BatchLoader:
 
     All random numbers follow from the seed, the epoch and the number of the batch in it, so that
     iterating resumes from any place exactly.
-
-    Attributes:
-        unpaired_rows: how many to draw per side from the pool of unpaired ones.
-        further_captions: whether to add the captions that the pairwise loss does not see.
-        mixing: parameter of the Beta distribution that pairs are mixed by (FuseMix); 0 for none.
-        tokens: to sample from; None without any.
     """
 
     rows: Pairs
@@ -295,10 +262,10 @@ class BatchLoader:
     seed: int
     device: torch.device
     unpaired: Unpaired
-    unpaired_rows: int = 0
-    further_captions: bool = False
-    mixing: float = 0.0
-    tokens: StoredTokens | None = None
+    unpaired_rows: int = 0  # unpaired rows to draw per side
+    further_captions: bool = False  # whether to add all other captions
+    mixing: float = 0.0  # Beta parameter of the mixup of pairs (FuseMix); 0 disables
+    tokens: StoredTokens | None = None  # to sample from; None without tokens
 
     def __post_init__(self) -> None:
         sides = self.tokens.sources if self.tokens else ()
@@ -319,7 +286,7 @@ class BatchLoader:
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from a place that `state_dict` returned."""
+        """Continue from the place that `state_dict` returned."""
         self._epoch, self._batch = state["epoch"], state["batch"]
         rng = np.random.default_rng([self.seed, 0, self._epoch])
         self._epoch_rows = islice(self.sampler.epoch(self.batch_size, rng), self._batch, None)

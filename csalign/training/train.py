@@ -94,9 +94,9 @@ def _train(
                 matched = match_outputs(adapter, data, sampler, best, once=once, seed=config.seed)
                 if matched is not None:
                     scores["matched"] = matched
-                    figures = {"validation": matched.to_json(), "matched": True}
+                    figures = {"validation": matched._asdict(), "matched": True}
                     log(progress, {"step": trainer.step, **figures})
-        validation = {name: score.to_json() for name, score in scores.items() if score}
+        validation = {name: score._asdict() for name, score in scores.items() if score}
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
         write_page(config.report, config.out, adapter, data, seed=config.seed)

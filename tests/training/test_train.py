@@ -520,9 +520,9 @@ def test_other_losses_mixing_and_bandwidths_train(
 
 
 def test_a_run_in_an_object_store_is_refused_before_training(features: Path) -> None:
-    with pytest.raises(ConfigError, match=r"out: .*runs are kept on a local disk"):
+    with pytest.raises(ConfigError, match=r"out: .*must be on a local disk"):
         TrainConfig.resolve(None, {"features": features, "out": "s3://bucket/run"})
-    with pytest.raises(ConfigError, match=r"adapter: .*runs are kept on a local disk"):
+    with pytest.raises(ConfigError, match=r"adapter: .*must be on a local disk"):
         EvalConfig.resolve(None, {"features": features, "adapter": "s3://bucket/run"})
 
 

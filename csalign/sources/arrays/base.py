@@ -44,21 +44,13 @@ EITHER_NAMES = (
 
 @dataclass(frozen=True)
 class Part:
-    """The embeddings in one file, or in one array of a file.
+    """The embeddings in one file, or in one array of a file."""
 
-    Attributes:
-        name: the file, followed by a colon and the array's name where it contains several.
-        shape: (n, d), or (n, k, d) for k captions per image.
-        dtype: float16, float32 or float64, in either byte order.
-        read: streams the array, at most the given number of its n items at a time.
-        keys: names of the rows for messages, if any.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[int], Iterator[Array]]
-    keys: Sequence[str] = ()
+    name: str  # the file, followed by a colon and the array's name where it contains several
+    shape: tuple[int, ...]  # (n, d), or (n, k, d) for k captions per image
+    dtype: np.dtype[Any]  # float16, float32 or float64, in either byte order
+    read: Callable[[int], Iterator[Array]]  # streams at most so many of the n items at a time
+    keys: Sequence[str] = ()  # names of the rows for messages, if any
 
     def __len__(self) -> int:
         return prod(self.shape[:-1])
@@ -90,19 +82,12 @@ class Labels:
 
 @dataclass(frozen=True)
 class Vectors:
-    """Embeddings in one or more parts, as one array of rows; nothing is read until `chunks`.
+    """Embeddings in one or more parts, as one array of rows; nothing is read until `chunks`."""
 
-    Attributes:
-        name: as given by the user.
-        parts: at least one, all of one width.
-        labels: of the rows, None where the files contain embeddings alone.
-        kept: mask of the rows to use, None for all.
-    """
-
-    name: str
-    parts: tuple[Part, ...]
-    labels: Labels | None = None
-    kept: npt.NDArray[np.bool_] | None = None
+    name: str  # as given by the user
+    parts: tuple[Part, ...]  # at least one, all of one width
+    labels: Labels | None = None  # of the rows, None where the files contain embeddings alone
+    kept: npt.NDArray[np.bool_] | None = None  # mask of the rows to use, None for all
 
     def __post_init__(self) -> None:
         """Check that the parts have one width."""

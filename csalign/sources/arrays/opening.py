@@ -9,22 +9,13 @@ from pathlib import Path
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.sources.arrays import files
-from csalign.sources.arrays.base import (
-    NAMES,
-    Opener,
-    Vectors,
-    first_of,
-    join,
-    natural_key,
-    read_named,
-)
+from csalign.sources.arrays import base, files
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
 from csalign.sources.arrays.files import LABELS, dataset_files, open_table, read_labels
 from csalign.sources.arrow import ARROW, PARQUET
 
 TABLES = (*PARQUET, *ARROW)
-OPENERS: dict[str, Opener] = {
+OPENERS: dict[str, base.Opener] = {
     ".npy": files.open_npy,
     ".npz": files.open_npz,
     ".safetensors": files.open_safetensors,
@@ -37,7 +28,7 @@ PICKLES = (".pkl", ".pickle", ".joblib")
 log = logging.getLogger(__name__)
 
 
-def read_side(spec: Path, modality: Modality, column: str | None = None) -> Vectors:
+def read_side(spec: Path, modality: Modality, column: str | None = None) -> base.Vectors:
     """Open one side's embeddings; only headers and labels are read.
 
     Args:
@@ -66,7 +57,7 @@ def read_side(spec: Path, modality: Modality, column: str | None = None) -> Vect
     return _read_all(path, modality, wanted)
 
 
-def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Modality, Vectors]:
+def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Modality, base.Vectors]:
     """Open a source of both sides, or one that states which side it contains.
 
     Args:
@@ -99,7 +90,9 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     sides: Sequence[Modality] = ()
     if first.suffix.lower() in TABLES:
         with open_table(first) as table:
-            sides = [s for s in Modality if columns[s] or first_of(NAMES[s], table.headers)]
+            sides = [
+                s for s in Modality if columns[s] or base.first_of(base.NAMES[s], table.headers)
+            ]
     elif source.is_file() and source.suffix.lower() != ".npy":
         sides = tuple(Modality)
     if sides:
@@ -121,7 +114,9 @@ def split_spec(spec: Path) -> tuple[Path, str | None]:
     return spec, None
 
 
-def _read_all(path: Path, modality: Modality, wanted: str | None, *, guess: bool = True) -> Vectors:
+def _read_all(
+    path: Path, modality: Modality, wanted: str | None, *, guess: bool = True
+) -> base.Vectors:
     """Open a file or folder; without `guess` its arrays must have the side's usual name."""
     arrays = []
     for file, split in _files_of(path):
@@ -133,11 +128,11 @@ def _read_all(path: Path, modality: Modality, wanted: str | None, *, guess: bool
             )
         if suffix not in OPENERS:
             raise DataError(f"{file}: embeddings are one of {', '.join(OPENERS)}")
-        array = read_named(file, OPENERS[suffix], modality, wanted, guess=guess)
+        array = base.read_named(file, OPENERS[suffix], modality, wanted, guess=guess)
         if suffix in TABLES:
             array = replace(array, labels=read_labels(file, LABELS[modality], split))
         arrays.append(array)
-    return join(str(path), arrays)
+    return base.join(str(path), arrays)
 
 
 def _files_of(path: Path) -> list[tuple[Path, str | None]]:
@@ -163,7 +158,7 @@ def _files_in(folder: Path) -> list[Path]:
         raise DataError(
             f"{folder}: contains {' and '.join(kinds)} files; pass one of them, or move the others"
         )
-    found.sort(key=lambda path: natural_key(path.stem))
+    found.sort(key=lambda path: base.natural_key(path.stem))
     for before, after in pairwise(found):  # a missing file would shift all later rows
         low, high = (re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem) for path in (before, after))
         if low and high and low[1] == high[1] and int(high[2]) > int(low[2]) + 1:

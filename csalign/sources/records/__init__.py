@@ -37,22 +37,13 @@ class TextInput(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An image with its captions, an image alone, or captions alone.
+    """An image with its captions, an image alone, or captions alone."""
 
-    Attributes:
-        image: None where the captions belong to no image.
-        texts: its captions, stripped and not empty.
-        split: of the image and its captions.
-        row: 1-based number of the record in its file, for messages; None where the name of the
-            file suffices.
-        error: why the record cannot be used; it then has neither image nor texts.
-    """
-
-    image: ImageInput | None
-    texts: tuple[TextInput, ...] = ()
-    split: str | None = None
-    row: int | None = None
-    error: str | None = None
+    image: ImageInput | None  # None where the captions belong to no image
+    texts: tuple[TextInput, ...] = ()  # its captions, stripped and not empty
+    split: str | None = None  # of the image and its captions
+    row: int | None = None  # in its file, from 1, for messages; None if the file's name suffices
+    error: str | None = None  # why it is unusable; it then has neither image nor texts
 
 
 class SourceFile(Protocol):

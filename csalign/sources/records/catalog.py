@@ -22,16 +22,7 @@ from csalign.sources.records import (
     SourceFile,
     TextInput,
     UnreadableFile,
-)
-from csalign.sources.records.files import (
-    MAX_TEXT_BYTES,
-    captions_in,
-    decode_text,
-    fingerprint,
-    is_file,
-    name_error,
-    path_below,
-    read_bounded,
+    files,
 )
 from csalign.sources.records.tables import BASE64_NAMES, Row
 
@@ -128,12 +119,12 @@ class Catalog:
         for image_id in image_ids:
             self._digest.update(repr(image_id).encode())
             if image_id not in self._by_id:
-                error = name_error(image_id)
+                error = files.name_error(image_id)
                 self._entries.append(_Entry(image_id, place=image_id, error=error))
 
     def add_text(self, label: str, place: str | None, text: str | None, size: int | None) -> None:
         """Add a record of an image, of a .txt of captions of some bytes, or of both."""
-        error = name_error(label)
+        error = files.name_error(label)
         entry = _Entry(label, place=place, error=error, text=text, text_size=size)
         self._digest.update(repr(entry).encode())
         self._entries.append(entry)
@@ -186,7 +177,7 @@ class Catalog:
         """See `Source`: all that is known of the records."""
         first, last = self._range(position)
         entries = self._entries[first + start : min(first + stop, last)]
-        return fingerprint([self._caption_lines, *entries])
+        return files.fingerprint([self._caption_lines, *entries])
 
     @contextmanager
     def open(self, position: int) -> Iterator[SourceFile]:
@@ -209,21 +200,25 @@ class Catalog:
         elif entry.place is not None:
             path = Path(entry.place) if self._root is None else self._root / entry.place
             # A remote file is looked up when it is read, which saves a request.
-            if row is not None and not is_remote(path) and not is_file(path):
+            if row is not None and not is_remote(path) and not files.is_file(path):
                 start = "the working directory" if self._root is None else self._root
                 error = (
                     f"unknown image {entry.place!r:.200}; correct the path, which starts from "
                     f"{start}, or remove the row"
                 )
                 return Record(None, row=row, error=error)
-            image = ImageInput(entry.label, path.as_posix(), partial(read_bounded, path))
+            image = ImageInput(entry.label, path.as_posix(), partial(files.read_bounded, path))
         captions = entry.captions
         if entry.text is not None and self._root is not None:
             try:
-                content = decode_text(read_bounded(self._root / entry.text, MAX_TEXT_BYTES))
+                content = files.decode_text(
+                    files.read_bounded(self._root / entry.text, files.MAX_TEXT_BYTES)
+                )
             except DataError as reason:
                 return Record(None, error=f"its captions {entry.text}: {reason}")
-            captions = [(text, None) for text in captions_in(content, lines=self._caption_lines)]
+            captions = [
+                (text, None) for text in files.captions_in(content, lines=self._caption_lines)
+            ]
             if not captions and image is None:
                 return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}
@@ -280,7 +275,7 @@ class Catalog:
         if row.image in self._by_id and row.id is None:
             return row.image  # an earlier row was checked
         if self._root is not None:
-            return path_below(self._root, row.image)
+            return files.path_below(self._root, row.image)
         if "://" in row.image or "\0" in row.image:
             raise DataError(f"image {row.image!r:.200} is not a file; URLs are not fetched")
         return posixpath.normpath(row.image)
@@ -289,12 +284,12 @@ class Catalog:
 logger = logging.getLogger(__name__)
 
 
-def images_in(files: Collection[str]) -> list[str]:
+def images_in(names: Collection[str]) -> list[str]:
     """Select the files that are images by their suffix, whatever its case."""
-    return [name for name in files if posixpath.splitext(name)[1].lower() in SUFFIXES]
+    return [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]
 
 
-def read_folder(folder: Path, files: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
+def read_folder(folder: Path, found: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
     """Find the images of a folder and the .txt of the same stem; or its .txt alone.
 
     Images of the same stem share their captions, since a stem cannot say which one is meant. The
@@ -302,14 +297,14 @@ def read_folder(folder: Path, files: Mapping[str, int | None], *, caption_lines:
 
     Args:
         folder: where the files are.
-        files: the result of `files_below`.
+        found: the result of `files_below`.
         caption_lines: each line of a .txt is a caption, rather than the whole text.
 
     Raises:
         DataError: there is neither an image nor a .txt.
     """
-    by_stem = {posixpath.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
-    images = images_in(files)
+    by_stem = {posixpath.splitext(name)[0]: name for name in found if name.lower().endswith(".txt")}
+    images = images_in(found)
     if not images and not by_stem:
         raise DataError(
             f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
@@ -325,7 +320,7 @@ def read_folder(folder: Path, files: Mapping[str, int | None], *, caption_lines:
     catalog.begin_file(str(folder))
     for label, stem in zip(images or stems, stems, strict=True):
         text = by_stem.get(stem)
-        size = None if text is None else _size(folder / text, files[text])
+        size = None if text is None else _size(folder / text, found[text])
         catalog.add_text(label, label if images else None, text, size)
     return catalog.finish(description)
 

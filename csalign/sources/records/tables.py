@@ -14,14 +14,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
-from csalign.sources.records.files import (
-    MAX_LINE_BYTES,
-    Line,
-    check_size,
-    open_file,
-    read_lines,
-    translate_errors,
-)
+from csalign.sources.records import files
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +40,15 @@ _URL_SAFE = str.maketrans("-_", "+/", " \n\r")
 
 
 class Row(NamedTuple):
-    """One row of a captions table.
+    """One row of a captions table."""
 
-    Attributes:
-        number: its first line in the file, counted from 1, the header included.
-        image: path or base64 as the table has it, "" if there is none.
-        captions: stripped and not empty.
-        error: why the row cannot be used; everything but its number is then absent.
-        offset: byte where the row starts, if `image` is base64 rather than a path.
-    """
-
-    number: int
-    image: str = ""
-    captions: tuple[str, ...] = ()
+    number: int  # its first line in the file, counted from 1, the header included
+    image: str = ""  # path or base64 as the table has it, "" if there is none
+    captions: tuple[str, ...] = ()  # stripped and not empty
     split: str | None = None
     id: str | None = None
-    error: str | None = None
-    offset: int | None = None
+    error: str | None = None  # why the row cannot be used; everything but its number is then absent
+    offset: int | None = None  # byte where the row starts, if `image` is base64 rather than a path
 
 
 class TableColumns(NamedTuple):
@@ -200,7 +185,7 @@ class TableReader:
 
     def read_image(self, offset: int) -> bytes:
         """Read the base64 image of the row that starts at a byte; any thread may call it."""
-        with translate_errors(self._table, named=False), open_file(self._table) as file:
+        with files.translate_errors(self._table, named=False), files.open_file(self._table) as file:
             file.seek(offset)
             row = next(self.rows(file), None)
         if row is None or row.error is not None:
@@ -210,7 +195,7 @@ class TableReader:
     def values(self, file: BinaryIO) -> Iterator["_Values"]:
         """Yield number, offset, values by column, and error of each row of the open file."""
         is_text = self._form not in SUFFIXES
-        lines = read_lines(self._table, file, refuse_nul=is_text)
+        lines = files.read_lines(self._table, file, refuse_nul=is_text)
         if self._form in (".csv", ".tsv"):
             yield from _parse_csv(self._table, lines, self._form, self._header)
             return
@@ -260,7 +245,7 @@ def read_table(path: Path) -> Table:
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
     table = Table(path, [], {})
-    with open_file(path) as file:
+    with files.open_file(path) as file:
         for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
             try:
                 if error is not None:
@@ -332,7 +317,7 @@ def is_base64(cell: str) -> bool:
 def decode_base64(text: str) -> bytes:
     """Decode base64, plain or URL-safe, perhaps with a ``data:`` header, or raise `DataError`."""
     body = text.partition(",")[2] if text.startswith("data:") else text
-    check_size(len(body) * 3 // 4)
+    files.check_size(len(body) * 3 // 4)
     try:
         return base64.b64decode(body.translate(_URL_SAFE), validate=True)
     except (binascii.Error, ValueError):
@@ -352,7 +337,7 @@ class _Values(NamedTuple):
     error: str | None = None
 
 
-def _parse_json(line: Line) -> _Values:
+def _parse_json(line: files.Line) -> _Values:
     error = line.error
     if error is None:
         try:
@@ -365,13 +350,15 @@ def _parse_json(line: Line) -> _Values:
     return _Values(line.number, line.offset, {}, error)
 
 
-def _parse_csv(table: Path, lines: Iterator[Line], form: str, header: _Header) -> Iterator[_Values]:
+def _parse_csv(
+    table: Path, lines: Iterator[files.Line], form: str, header: _Header
+) -> Iterator[_Values]:
     """Yield the records behind the header, which is read first unless it is known already."""
     # The limit holds for the process, as a reader has none of its own. Captions and images in
     # base64 exceed its default of 128 KiB; an unclosed quote must still not fill the memory.
-    csv.field_size_limit(MAX_LINE_BYTES)
-    taken: list[Line] = []
-    again: deque[Line] = deque()
+    csv.field_size_limit(files.MAX_LINE_BYTES)
+    taken: list[files.Line] = []
+    again: deque[files.Line] = deque()
 
     def texts() -> Iterator[str]:
         while (line := again.popleft() if again else next(lines, None)) is not None:

@@ -22,22 +22,8 @@ from csalign.sources.records import (
     SourceFile,
     TextInput,
     UnreadableFile,
+    files,
     warn_of_unreadable,
-)
-from csalign.sources.records.files import (
-    MAX_IMAGE_BYTES,
-    MAX_TEXT_BYTES,
-    captions_in,
-    check_size,
-    decode_text,
-    fingerprint,
-    local_file,
-    name_error,
-    open_file,
-    printable,
-    size_of,
-    split_of,
-    translate_errors,
 )
 from csalign.sources.records.tables import SourceOptions, json_captions
 
@@ -67,12 +53,12 @@ class TarSource:
     @property
     def fingerprint(self) -> str:
         """See `Source`."""
-        return fingerprint(self.fingerprint_of(k, 0, 0) for k in range(len(self.paths)))
+        return files.fingerprint(self.fingerprint_of(k, 0, 0) for k in range(len(self.paths)))
 
     def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: name and size of the tar."""
         own = (self.paths[position], self.sizes[position], self.errors.get(position))
-        return fingerprint([self.columns, self.caption_lines, *own])
+        return files.fingerprint([self.columns, self.caption_lines, *own])
 
     @contextmanager
     def open(self, position: int) -> Iterator[SourceFile]:
@@ -80,18 +66,18 @@ class TarSource:
         if position in self.errors:
             yield UnreadableFile(self.files[position], self.errors[position])
             return
-        with local_file(self.root / self.paths[position]) as file:
+        with files.local_file(self.root / self.paths[position]) as file:
             yield _TarFile(self, position, file)
 
 
 def open_tars(
-    root: Path, files: Mapping[str, int | None], columns: SourceOptions, *, caption_lines: bool
+    root: Path, tars: Mapping[str, int | None], columns: SourceOptions, *, caption_lines: bool
 ) -> TarSource:
     """Check the tars without reading them.
 
     Args:
         root: folder that all of them are below.
-        files: the size of each tar by its relative path, None where it is not known.
+        tars: the size of each tar by its relative path, None where it is not known.
         columns: see `SourceOptions`.
         caption_lines: each line of a txt is a caption, rather than the whole text.
 
@@ -101,32 +87,32 @@ def open_tars(
     """
     if columns.id_column is not None:
         raise ConfigError("id_column: tar files have the keys of their samples; omit it")
-    if len({posixpath.splitext(path)[0] for path in files}) < len(files):
+    if len({posixpath.splitext(path)[0] for path in tars}) < len(tars):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
-    sizes = [size_of(root / path) if size is None else size for path, size in files.items()]
-    found = {position: _tar_error(root / path) for position, path in enumerate(files)}
+    sizes = [files.size_of(root / path) if size is None else size for path, size in tars.items()]
+    found = {position: _tar_error(root / path) for position, path in enumerate(tars)}
     errors = {position: error for position, error in found.items() if error is not None}
-    warn_of_unreadable(root, errors, len(files))
+    warn_of_unreadable(root, errors, len(tars))
     return TarSource(
         root,
-        list(files),
+        list(tars),
         sizes,
         errors,
         columns,
         caption_lines,
-        description=f"WebDataset of {len(files)} tar file{'s' if len(files) > 1 else ''}",
-        files=[printable((root / path).as_posix()) for path in files],
+        description=f"WebDataset of {len(tars)} tar file{'s' if len(tars) > 1 else ''}",
+        files=[files.printable((root / path).as_posix()) for path in tars],
         sides=(Modality.TEXT,) if columns.kind == "captions" else tuple(Modality),
     )
 
 
 def _tar_error(path: Path) -> str | None:
     """Say why a tar cannot be read at all; a remote one is checked when it is read."""
-    error = name_error(str(path))
+    error = files.name_error(str(path))
     if error is not None or is_remote(path):
         return error
     try:
-        with translate_errors(path), open_file(path) as file:
+        with files.translate_errors(path), files.open_file(path) as file:
             start = file.read(_BLOCK)
         if start != bytes(_BLOCK):  # a tar without members
             tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
@@ -149,7 +135,7 @@ class _Sample:
         self.error = self.error or reason
 
     def add(self, member: tarfile.TarInfo, name: str, extension: str) -> None:
-        if printable(name) != name:
+        if files.printable(name) != name:
             self.fail(f"{name!r:.200} is not a UTF-8 name")
         elif name.startswith("/") or ".." in name.split("/"):
             self.fail(f"{name!r:.200} is outside of the tar")
@@ -175,7 +161,7 @@ def _scan(file: BinaryIO) -> list[_Sample]:
             if member.isdir() or base.startswith(".") or (base[:2] == base[-2:] == "__"):
                 continue
             stem, _, extension = base.partition(".")
-            key = printable(posixpath.join(folder, stem))
+            key = files.printable(posixpath.join(folder, stem))
             if not samples or key != samples[-1].key:
                 repeated = "its key is repeated; the members of a sample must be adjacent"
                 samples.append(_Sample(key, repeated if key in keys else None))
@@ -218,7 +204,7 @@ class _TarFile:
     def __init__(self, source: TarSource, position: int, file: BinaryIO) -> None:
         self.name = source.files[position]
         self._prefix = posixpath.splitext(source.paths[position])[0]
-        self._split = split_of(self._prefix)
+        self._split = files.split_of(self._prefix)
         self._file = file
         self._source = source
         self._scanned: list[_Sample] | None = None
@@ -280,7 +266,7 @@ class _TarFile:
         extension = wanted or "txt"
         if extension in sample.members and extension != "json":
             content = self._text(sample, extension)
-            return captions_in(content, lines=self._source.caption_lines)
+            return files.captions_in(content, lines=self._source.caption_lines)
         key = SourceOptions("captions", caption_column=wanted).pick(values).caption
         try:
             return [] if key is None else list(dict.fromkeys(json_captions(values[key], key)))
@@ -300,15 +286,19 @@ class _TarFile:
 
     def _text(self, sample: _Sample, extension: str) -> str:
         try:
-            return decode_text(_read_member(self._file, sample.members[extension], MAX_TEXT_BYTES))
+            return files.decode_text(
+                _read_member(self._file, sample.members[extension], files.MAX_TEXT_BYTES)
+            )
         except DataError as error:
             raise DataError(f"its {extension} {error}") from None
 
 
-def _read_member(file: BinaryIO, member: tuple[int, int], limit: int = MAX_IMAGE_BYTES) -> bytes:
+def _read_member(
+    file: BinaryIO, member: tuple[int, int], limit: int = files.MAX_IMAGE_BYTES
+) -> bytes:
     offset, size = member
-    check_size(size, limit)
-    with translate_errors(Path(), named=False):
+    files.check_size(size, limit)
+    with files.translate_errors(Path(), named=False):
         data = os.pread(file.fileno(), size, offset)
     if len(data) < size:
         raise DataError("is cut short")

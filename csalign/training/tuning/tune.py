@@ -276,7 +276,7 @@ def _train(
                 break
     assert trainer.best_score is not None
     figures: dict[str, Any] = {
-        **trainer.best_score.to_json(),
+        **trainer.best_score._asdict(),
         "start": start,
         "steps": trainer.step if is_pruned else trainer.steps_made,
         "best_step": None if is_pruned else trainer.step,
