@@ -7,11 +7,7 @@ from csalign.core.signals import catch_signals
 
 
 def main() -> None:
-    """Entry point.
-
-    Signals are taken care of before anything else is imported, so that a stop in the first
-    moments ends like any other.
-    """
+    """Run the command line; signals are handled before anything heavy is imported."""
     catch_signals()
     try:
         from csalign.cli.app import app

@@ -1,4 +1,4 @@
-"""Closed forms: canonical correlation analysis, and the matching of moments."""
+"""Linear maps without training: closed forms for pairs, and the matching of output moments."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,11 +18,17 @@ Ints = npt.NDArray[np.int64]
 
 CPU = torch.device("cpu")
 TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
+SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
+LEAST_VARIANCE = 1e-9  # leaves sides without any variance unchanged
+CENTRED = 1e-4  # distance to the target mean at which to stop: far below any measured gap
+CENTRING_ROUNDS = 50
+NEIGHBOURS = 10
+NEIGHBOUR_ROWS = 2_048  # per product
 
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A linear map for each side into one space: z = weight (u - mean) + bias of unit rows u."""
+    """Linear maps of both sides to one space: z = weight (u - mean) + bias of unit rows u."""
 
     name: str  # which closed form and its settings, as shown to users
     image_mean: Tensor  # (d,) float32
@@ -84,7 +90,7 @@ class PairMoments:
         return values_x.clamp(min=0), vectors_x, values_y.clamp(min=0), vectors_y, cross
 
     def cca(self, *, ridge: float, powers: tuple[float, ...], width: int) -> Iterator[ClosedForm]:
-        """Compute regularised CCA for one ridge and several powers of the correlations.
+        """Compute regularised CCA (Hotelling 1936) for a ridge and powers of the correlations.
 
         Whitening uses (C + ridge * mean eigenvalue * I)^(-1/2) on each side.
 
@@ -170,7 +176,7 @@ def _chunks(n: int) -> Iterator[slice]:
 
 
 def _deviations(columns: Tensor, covariance: Tensor) -> Tensor:
-    """Standard deviation of each output of a (d, k) map, (k,)."""
+    """Return the standard deviation of each output of a (d, k) map, (k,)."""
     variances = torch.sum((covariance @ columns) * columns, dim=0)
     return variances.clamp(min=TINY).sqrt()
 
@@ -186,24 +192,15 @@ def is_non_negative(values: Rows) -> bool:
     return all(values[rows].min() >= 0 for rows in _chunks(len(values)))
 
 
-SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
-LEAST_VARIANCE = 1e-9  # leaves sides without any variance unchanged
-CENTRED = 1e-4  # distance to the target mean at which to stop: far below any measured gap
-CENTRING_ROUNDS = 50
-NEIGHBOURS = 10
-NEIGHBOUR_ROWS = 2_048  # per product
-_TINY = 1e-12
-
-
 class OutputMap(NamedTuple):
-    """The map z -> weight z + bias of the outputs of a side."""
+    """Map z -> weight z + bias of the outputs of a side."""
 
     weight: Tensor  # (k, k) float32
     bias: Tensor  # (k,) float32
 
 
 class Outputs(NamedTuple):
-    """The outputs of a side."""
+    """Outputs of a side."""
 
     rows: Tensor  # (n, k), not normalised
     weights: Tensor  # (n,), >= 0, not all 0: how much each row counts
@@ -239,7 +236,7 @@ def match_moments(
 
 
 class _Side:
-    """The outputs of one side under the map found so far, float64."""
+    """Outputs of one side under the map found so far, float64."""
 
     def __init__(self, outputs: Outputs) -> None:
         self.rows = outputs.rows.cpu().double()  # stretched, but not moved
@@ -268,7 +265,7 @@ class _Side:
             return
         for _ in range(CENTRING_ROUNDS):
             moved = self.rows + self.bias
-            weights = self.share / moved.norm(dim=1, keepdim=True).clamp(min=_TINY)
+            weights = self.share / moved.norm(dim=1, keepdim=True).clamp(min=TINY)
             off = target - (weights * moved).sum(0)
             self.bias = self.bias + off / weights.sum()
             if off.norm() < CENTRED:
@@ -280,7 +277,7 @@ class _Side:
 
 
 def transport(own: Tensor, other: Tensor) -> Tensor:
-    """Optimal transport between centred Gaussians: the symmetric T with T own T = other, (k, k)."""
+    """Return the optimal transport of centred Gaussians: symmetric (k, k) T, T own T = other."""
     root, inverse = _power(own, 0.5), _power(own, -0.5)
     found: Tensor = inverse @ _power(root @ other @ root, 0.5) @ inverse
     return found
@@ -288,7 +285,7 @@ def transport(own: Tensor, other: Tensor) -> Tensor:
 
 def _power(matrix: Tensor, power: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    found: Tensor = (vectors * values.clamp(min=_TINY) ** power) @ vectors.T
+    found: Tensor = (vectors * values.clamp(min=TINY) ** power) @ vectors.T
     return found
 
 

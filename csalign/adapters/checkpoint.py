@@ -109,7 +109,7 @@ def load_adapter_with_info(
     needed = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
     wrong = sorted(name for name in found | needed if found.get(name) != needed.get(name))
     if wrong:
-        raise SchemaError(f"{path}: does not agree with {DESCRIPTION} in {wrong[0]}; train again")
+        raise SchemaError(f"{path}: does not match {DESCRIPTION} in {wrong[0]}; train again")
     if atomic.sha256_file(path) != info.weights_sha256:
         raise SchemaError(
             f"{path}: the content does not match the checksum in {DESCRIPTION}: the weights "
@@ -125,7 +125,7 @@ def read_info(folder: Path) -> AdapterInfo:
     """Read ``adapter.json``; raises DataError if there is none, SchemaError if it is damaged."""
     path = folder / DESCRIPTION
     if not path.is_file():
-        problem = "holds no trained adapter" if folder.exists() else "no such run"
+        problem = "contains no trained adapter" if folder.exists() else "no such run"
         raise DataError(f"{folder}: {problem} (no {DESCRIPTION}); train one with csalign train")
     return read_record(path, AdapterInfo, "train again")
 

@@ -1,4 +1,4 @@
-"""Both sides of an adapter, and the kinds that a side can have."""
+"""Kinds of adapters by name, and the adapter of both sides."""
 
 import importlib
 from collections.abc import Collection, Iterator, Mapping
@@ -135,7 +135,7 @@ def shared_width(
 
 @contextmanager
 def _translate_errors(kind: str, action: str) -> Iterator[None]:
-    """Turn any exception of third-party code into a ConfigError of one line."""
+    """Raise any exception of third-party code as a ConfigError of one line."""
     try:
         yield
     except CsalignError:
@@ -147,15 +147,12 @@ def _translate_errors(kind: str, action: str) -> Iterator[None]:
         ) from error
 
 
-__all__ = ["Adapter", "SideShape"]
-
-
 class Adapter(nn.Module):
-    """The adapters of both sides.
+    """Adapters of both sides.
 
     Args:
         shapes: of each side, with one shared width.
-        allow: kinds ``package.module:Class`` that may be imported; see `kinds.find_kind`.
+        allow: kinds ``package.module:Class`` that may be imported; see `find_kind`.
 
     Raises:
         ConfigError: there is no such kind, or it may not be imported.

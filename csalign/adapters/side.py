@@ -47,7 +47,7 @@ def to_tensor(values: Array, device: torch.device) -> Tensor:
 
 
 def mean_square(rows: Rows) -> float:
-    """Mean squared norm of rows (n, d), n >= 1, read in chunks."""
+    """Compute the mean squared norm of rows (n, d), n >= 1, read in chunks."""
     starts = range(0, len(rows), CHUNK_ROWS)
     chunks = (np.asarray(rows[start : start + CHUNK_ROWS], np.float64) for start in starts)
     return sum(float(np.square(chunk).sum()) for chunk in chunks) / len(rows)
@@ -155,11 +155,11 @@ class SideAdapter(nn.Module):
 
     @property
     def embeds_with_tokens(self) -> bool:
-        """Whether an embedding needs its tokens: the kind mixes them in and was built for some."""
+        """True if an embedding needs its tokens: the kind mixes them in and was built for some."""
         return self.shape.token_width is not None and self.mixes_tokens()
 
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
-        """Unit rows minus the mean, plus Gaussian noise of that norm; (n, input_width) float32."""
+        """Return unit rows minus the mean, plus noise of that norm, (n, input_width) float32."""
         u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt) - self.mean
         if noise:
             u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)

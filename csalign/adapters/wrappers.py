@@ -36,11 +36,11 @@ class AlignedClip(nn.Module):
         self.eval()
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
-        """Preprocessed images (n, 3, h, w) -> aligned rows (n, width) float32, always of norm 1."""
+        """Align preprocessed images (n, 3, h, w): (n, width) float32, always of norm 1."""
         return self._aligned(Modality.IMAGE, self.encoder.encode_image(image))  # type: ignore[operator]
 
     def encode_text(self, text: Any, normalize: bool = True) -> Tensor:
-        """Tokenized texts -> aligned unit rows (n, width) float32; see `encode_image`."""
+        """Align tokenized texts: unit rows (n, width) float32; see `encode_image`."""
         return self._aligned(Modality.TEXT, self.encoder.encode_text(text))  # type: ignore[operator]
 
     def _aligned(self, side: Modality, embeddings: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class AlignedClip(nn.Module):
 def wrap(
     model: nn.Module, run: Adapter | Path | str, *, allow: Collection[str] = ()
 ) -> AlignedClip:
-    """Put an adapter behind an open_clip model, so that its tools see the aligned space.
+    """Wrap an open_clip model with an adapter, so that its tools use the aligned space.
 
     Args:
         model: from ``open_clip.create_model``, or any other with ``encode_image`` and
@@ -75,7 +75,7 @@ def wrap(
 
 
 class _UnitRows(nn.Module):
-    """The adapter of a side as ``apply`` uses it: raw embeddings (n, d) -> unit rows (n, width)."""
+    """The adapter of a side, with normalised outputs: (n, d) -> unit rows (n, width)."""
 
     def __init__(self, side: SideAdapter) -> None:
         super().__init__()

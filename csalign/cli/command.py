@@ -78,7 +78,7 @@ def command_of(
 
 @contextmanager
 def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
-    """Set up logging, and turn expected errors into one or two lines and their exit code.
+    """Set up logging, and print expected errors as one or two lines with their exit code.
 
     Anything else is a bug and keeps its traceback.
 
@@ -121,11 +121,7 @@ def _drop_stdout() -> None:
 
 @contextmanager
 def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
-    """Add the URLs among `places` to an object store's error, which does not name its own.
-
-    Raises:
-        DataError: in place of such an error.
-    """
+    """Raise an object store's error as a DataError with the URLs among `places`."""
     try:
         yield
     except BrokenPipeError:

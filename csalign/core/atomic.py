@@ -54,7 +54,7 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
 
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """Turn errors of a file system or object store into an `OutputError` that names the file.
+    """Raise errors of a file system or object store as an `OutputError` that names the file.
 
     Raises:
         OutputError: `path`, or the file that the error names, cannot be written.
@@ -130,7 +130,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _locked_file(path: Path) -> IO[bytes]:
-    """Open a new locked file beside `path`; the lock tells it from a dead process's file."""
+    """Open a new locked file beside `path`; the lock marks it as in use by a live process."""
     while True:
         # Another process, maybe on another machine, may be writing the same file.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")

@@ -9,9 +9,11 @@ import torch
 from csalign.core import distributed
 from csalign.core.errors import ConfigError
 
+_CGROUPS = Path("/sys/fs/cgroup")
+
 
 def pick_device(name: str) -> torch.device:
-    """Turn ``--device`` into a torch device that exists here.
+    """Return the torch device of ``--device``.
 
     Args:
         name: "auto" takes CUDA, then MPS, then the CPU; otherwise a torch device name. Of several
@@ -25,7 +27,8 @@ def pick_device(name: str) -> torch.device:
         if world.local_size > torch.cuda.device_count():
             raise ConfigError(
                 f"device: {world.local_size} processes on a machine with "
-                f"{torch.cuda.device_count()} CUDA devices; start one a device, or --device cpu"
+                f"{torch.cuda.device_count()} CUDA devices; start one per device, or use "
+                "--device cpu"
             )
         torch.cuda.set_device(world.local_rank)
         return torch.device("cuda", world.local_rank)
@@ -42,28 +45,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-_CGROUPS = Path("/sys/fs/cgroup")
-
-
 def available_bytes() -> int:
-    """What the machine, and the control groups that this process is in, have left.
+    """Return the memory left to this process in bytes, by /proc/meminfo and its control groups.
 
-    What the kernel only caches counts as left. Where nothing tells, half of what the machine has.
+    Caches of the kernel count as left. If neither is known, it is half of the physical memory.
     """
-    found = [*_of_machine(), *_of_groups(Path("/proc/self/cgroup"), _CGROUPS)]
+    kib = _table(Path("/proc/meminfo")).get("MemAvailable:")
+    found = [*_of_groups(Path("/proc/self/cgroup"), _CGROUPS)]
+    if kib is not None:
+        found.append(1024 * kib)
     if found:
         return max(0, min(found))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _of_machine() -> Iterator[int]:
-    for name, value in _table(Path("/proc/meminfo")).items():
-        if name == "MemAvailable:":
-            yield value * 1024
-
-
 def _of_groups(membership: Path, mounted: Path) -> Iterator[int]:
-    """What each control group above the process has left, of version 2 or 1."""
+    """Yield the memory left in each control group above the process, of version 2 or 1."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -87,7 +84,7 @@ def _left(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
     try:
         most, used = (int((folder / name).read_text()) for name in (limit, usage))
     except (OSError, ValueError):
-        return  # no such group as seen from here, or no limit ("max")
+        return  # the group is not visible from here, or has no limit ("max")
     yield most - used + _table(folder / "memory.stat").get(cached, 0)
 
 

@@ -28,7 +28,7 @@ _SECONDS_TO_READ = 30.0  # for the others to read why one failed, where it keeps
 
 @dataclass(frozen=True)
 class World:
-    """Which process of how many this is."""
+    """Number of this process and of all processes of the job."""
 
     rank: int = 0  # its number, from 0
     size: int = 1  # how many there are
@@ -161,7 +161,7 @@ def barrier() -> None:
 
 
 def share_of(count: int, rank: int | None = None) -> slice:
-    """The contiguous share of `count` rows that belongs to a process (default: this one)."""
+    """Return the contiguous share of `count` rows of a process (default: this one)."""
     rank = _world.rank if rank is None else rank
     return slice(count * rank // _world.size, count * (rank + 1) // _world.size)
 

@@ -1,4 +1,4 @@
-"""Words with a fixed spelling, and the names of the two sides."""
+"""Names of sides, losses and precisions, and their display under the user's own names."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class PairwiseName(StrEnum):
 
 
 class DivergenceName(StrEnum):
-    """A measure of how far apart two sets of rows lie as distributions."""
+    """A divergence between the distributions of two sets of rows."""
 
     CS = "cs"
     MMD = "mmd"
@@ -38,21 +38,21 @@ class DivergenceName(StrEnum):
 
 
 class Precision(StrEnum):
-    """What factors of matrix products are rounded to."""
+    """Precision of matrix multiplications."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
 
 Names = Mapping[Any, str]
-"""By modality, or "image" and "text" in JSON; what programs read keeps those words."""
+"""By modality, or "image" and "text" in JSON; keys of documents keep those words."""
 
 _SIDES = re.compile(r"(?<![\w-])(image|text)(s?)(?![\w-])")
 _DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 
 
 def renamed(label: str, names: Names | None) -> str:
-    """A label with the sides' own names in place of image, images, text and texts.
+    """Replace image, images, text and texts in a label by the sides' own names.
 
     >>> renamed("text to image, 3 images", {"image": "audio", "text": "text"})
     'text to audio, 3 audio'
@@ -67,5 +67,5 @@ def renamed(label: str, names: Names | None) -> str:
 def _own(found: re.Match[str], names: Names) -> str:
     side, plural = found.groups()
     name = names.get(side, side)
-    # Whoever names a side says whether it can be counted; an "s" of ours would be a guess.
+    # A plural "s" after a name of the user would be a guess.
     return name + plural if name == side else name

@@ -9,14 +9,14 @@
     │   └── ShapeError                arrays whose shapes do not fit together
     ├── EncoderError          exit 1  an encoder cannot be built or loaded
     ├── DecoderError          exit 1  a decoder of images cannot be built, loaded or run
-    ├── OutputError           exit 1  an output cannot be written where it was asked for
+    ├── OutputError           exit 1  an output cannot be written to the requested place
     ├── TrainingError         exit 1  training cannot continue
     ├── ProcessesError        exit 1  the processes of a job cannot work together
     └── ElsewhereError        another process of the job failed and reports why
     Stopped                   exit 130 / 143, stopped by SIGINT / SIGTERM
 
-A message says what is wrong, names the file and row, and what to do about it. Anything else that
-is raised is a bug and keeps its traceback.
+A message names the file and row, what is wrong, and the remedy. Any other exception is a bug and
+keeps its traceback.
 """
 
 
@@ -53,7 +53,7 @@ class DecoderError(CsalignError):
 
 
 class OutputError(CsalignError):
-    """An output cannot be written where it was asked for."""
+    """An output cannot be written to the requested place."""
 
 
 class TrainingError(CsalignError):

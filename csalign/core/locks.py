@@ -13,10 +13,8 @@ from csalign.core.errors import OutputError
 
 log = logging.getLogger(__name__)
 
-LOCK = ".csalign-lock"
-"""Lock file of a folder that is being built; a commit removes it."""
-
-# What flock answers on a file system without locks, such as Lustre mounted without "flock".
+LOCK = ".csalign-lock"  # in a folder that is being built; a commit removes it
+# Errors of flock on a file system without locks, such as Lustre mounted without "flock".
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _warned: set[Path] = set()
 

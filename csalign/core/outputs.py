@@ -13,11 +13,8 @@ from csalign.core.locks import LOCK, lock_folder
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
 
-JOB = ".csalign-job.json"
-"""Describes the unfinished work in a folder, so that only the same work resumes it."""
-
-RESUME = "resume"
-"""In the folder of an unfinished run: the checkpoint that a rerun resumes from."""
+JOB = ".csalign-job.json"  # describes unfinished work, so that only the same work resumes it
+RESUME = "resume"  # folder of the checkpoints that a rerun resumes from
 
 _OWN = {JOB, LOCK, RESUME}
 _JOBS = {
@@ -262,11 +259,7 @@ def commit(folder: Path, out: Path) -> None:
 
 
 def _repair_swap(out: Path, partial: Path) -> None:
-    """Undo a `_replace` that was killed half way, unless its process is still alive.
-
-    Raises:
-        OutputError: it is.
-    """
+    """Undo a `_replace` that was killed; raises OutputError if its process is still alive."""
     was_there = partial.exists()
     with lock_folder(partial):
         _restore(out)

@@ -1,4 +1,4 @@
-"""JSON documents on disk: written atomically, and read with every defect named."""
+"""JSON documents on disk: written atomically, validated when read."""
 
 import json
 from pathlib import Path

@@ -74,7 +74,7 @@ def polling() -> Iterator[None]:
 
 @contextmanager
 def delayed() -> Iterator[None]:
-    """Delay a signal until the end of a block that must not be left half done.
+    """Delay a signal until the end of a block that must not be interrupted.
 
     For ten seconds at most, and not beyond a second signal. Blocks may be nested.
 

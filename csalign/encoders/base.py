@@ -79,7 +79,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """How to run encoders.
+    """Options for running encoders.
 
     Attributes:
         device: to run on.

@@ -111,7 +111,11 @@ class HfTexts(running.RunningEncoder):
             settings.pooling or _stored_pooling(model, spec) or _default_pooling(network)
         )
         _check_modules(model, settings, self._pooling, spec)
-        self._eos = _end_of_text(tokenizer, spec) if self._pooling == "eos" else None
+        self._eos = tokenizer.eos_token_id if self._pooling == "eos" else None
+        if self._pooling == "eos" and self._eos is None:
+            raise ConfigError(
+                f"{spec}: its tokenizer has no end-of-text token; choose another pooling"
+            )
         # Masked, so any id would do, except that some models number positions by theirs.
         marks = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._padding = next(mark for mark in marks if mark is not None)
@@ -181,7 +185,7 @@ class HfTexts(running.RunningEncoder):
         )
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Ids and mask (n, t) -> hidden states of the chosen layer (n, t, d)."""
+        """Run the network on ids and mask (n, t): hidden states of the chosen layer (n, t, d)."""
         layer = self._settings.layer
         output = self._network(
             input_ids=running.to_device(ids, self._options),
@@ -199,7 +203,7 @@ class HfTexts(running.RunningEncoder):
         return last if layer == -1 else states[layer]
 
     def _pool(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Hidden states (n, t, d) of texts of these lengths (n,) -> embeddings (n, d)."""
+        """Pool hidden states (n, t, d) of texts of these lengths (n,) to (n, d)."""
         if self._pooling == "cls":
             return hidden[:, 0]
         if self._pooling == "mean":
@@ -400,9 +404,3 @@ def _max_length(model: str, network: Any, tokenizer: Any, settings: Settings, sp
     stored = _beside(model, "sentence_bert_config.json").get("max_seq_length")
     known = stored if isinstance(stored, int) else tokenizer.model_max_length
     return min(known if known < _SANE_MAX_LENGTH else _DEFAULT_MAX_LENGTH, positions)
-
-
-def _end_of_text(tokenizer: Any, spec: str) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{spec}: its tokenizer has no end-of-text token; choose another pooling")
-    return int(tokenizer.eos_token_id)

@@ -139,9 +139,8 @@ class OpenClipTexts(running.RunningEncoder):
 
     def _crops_exactly(self) -> bool:
         """Return whether cropping texts to their length keeps their embeddings."""
-        if not isinstance(self._tokenizer, open_clip.SimpleTokenizer):
-            return False
-        if not self._side.can_crop:
+        is_known = isinstance(self._tokenizer, open_clip.SimpleTokenizer)
+        if not (is_known and self._side.can_crop):
             return False
         ids = self._tokenizer(list(_SAMPLE))
         with torch.inference_mode():
@@ -183,7 +182,7 @@ class _ImageSide(torch.nn.Module):
         return rows, columns
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
+        """Embed pixels (n, 3, h, w): (n, d) and, if requested, tokens (n, t, d_t)."""
         if self._token_space is None:
             return _first(self.tower(pixels)), None
         output = self.tower.forward_intermediates(
@@ -205,12 +204,12 @@ class _TextSide(torch.nn.Module):
 
     @property
     def can_crop(self) -> bool:
-        """Whether padding cannot be seen: a causal tower that pools at the end of the text."""
+        """True if padding has no effect: a causal tower that pools at the end of the text."""
         causal = isinstance(getattr(self.tower, "attn_mask", None), torch.Tensor)
         return causal and getattr(self.tower, "cls_emb", None) is None
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Ids (n, t) -> (n, d) and, if requested, tokens (n, t, d_t).
+        """Embed ids (n, t): (n, d) and, if requested, tokens (n, t, d_t).
 
         open_clip adds all position embeddings whatever t is, so for a shorter t they and the
         mask are replaced by their first rows during the call.
@@ -249,11 +248,8 @@ class _TextSide(torch.nn.Module):
         projection = self.tower.text_projection
         if projection is None:
             return tokens
-        projected: torch.Tensor
-        if isinstance(projection, torch.nn.Module):
-            projected = projection(tokens)
-        else:
-            projected = tokens @ projection
+        is_module = isinstance(projection, torch.nn.Module)
+        projected: torch.Tensor = projection(tokens) if is_module else tokens @ projection
         return projected
 
 

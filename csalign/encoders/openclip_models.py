@@ -18,8 +18,7 @@ from csalign.encoders.running import first_line, quiet, suggest
 
 logger = logging.getLogger(__name__)
 
-RANDOM = "none"
-"""In place of a tag: random weights, the same each time."""
+RANDOM = "none"  # in place of a tag: random weights, the same each time
 
 _CONFIG = "open_clip_config.json"
 _FOLDER_WEIGHTS = (
@@ -41,7 +40,7 @@ class Architecture:
 
     @property
     def quick_gelu(self) -> bool:
-        """Whether it uses the QuickGELU activation."""
+        """True if it uses the QuickGELU activation."""
         return bool(open_clip.get_model_config(self.name).get("quick_gelu", False))
 
 

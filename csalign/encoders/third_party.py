@@ -16,8 +16,7 @@ from csalign.encoders import base
 from csalign.encoders.running import first_line, limit_tokens
 from csalign.features.schema import EncoderInfo
 
-GROUP = "csalign.encoders"
-"""Entry point group whose names are prefixes of encoders."""
+GROUP = "csalign.encoders"  # of entry points, whose names are prefixes of encoders
 
 _TEXTS = ("a", "two people on bicycles wait at a crossing in the rain")
 

@@ -63,20 +63,16 @@ def load_timm(name: str, options: EncoderOptions) -> running.TowerImages:
 
 
 class _Side(torch.nn.Module):
-    """A timm model that returns its tokens too, if requested.
-
-    Attributes:
-        grid: rows and columns of the last tokens, None if they have no known grid.
-    """
+    """A timm model that returns its tokens too, if requested."""
 
     def __init__(self, network: Any, *, with_tokens: bool) -> None:
         super().__init__()
         self.network = network
-        self.grid: tuple[int, int] | None = None
+        self.grid: tuple[int, int] | None = None  # of the last tokens; None if not known
         self._with_tokens = with_tokens
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pixels (n, 3, h, w) -> (n, d) and, if requested, tokens (n, t, d_t)."""
+        """Embed pixels (n, 3, h, w): (n, d) and, if requested, tokens (n, t, d_t)."""
         network = self.network
         if not self._with_tokens:
             return network(pixels), None
@@ -99,8 +95,7 @@ class _Side(torch.nn.Module):
 def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
     """Refuse a model whose tokens do not share a space with its embedding.
 
-    They do after the last norm of a plain ViT, which pools by its class token or by averaging, and
-    wherever the embedding is their mean.
+    They do in a plain ViT, which pools by class token or mean, and if the embedding is their mean.
     """
     noise = torch.rand(1, *input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -36,7 +36,7 @@ class Pairs:
 
     @property
     def caption_keys(self) -> Ints:
-        """A number below m per text, (m,), equal for equal captions; see `text_keys`."""
+        """Number below m per text, (m,), equal for equal captions; see `text_keys`."""
         return np.arange(len(self.texts)) if self.keys is None else self.keys
 
     def embeddings(self, side: Modality) -> Array:
@@ -106,7 +106,7 @@ class Joined:
 
     @property
     def n_texts(self) -> int:
-        """How many texts."""
+        """Number of texts."""
         return len(self.text_image)
 
     @cached_property

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +32,19 @@ from csalign.runs.load import embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
 
+log = logging.getLogger(__name__)
+
+IMAGES = "images"
+LINES = "generated.jsonl"
+SHEET = "sheet.jpg"
+DESCRIPTION = "generation.json"
+ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
+"""Names in the output folder."""
+UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
+MAX_DEVIATION = 2.0
+# Options that do not change the images, or whose content has a fingerprint.
+_IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.model_fields}
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -52,7 +65,7 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
         EncoderError: the text encoder cannot be loaded or run.
     """
     if (options.prompts is None) == (options.features is None):
-        raise ConfigError("prompts, features: give one of them")
+        raise ConfigError("prompts, features: pass one of them")
     run, info = options.adapter, read_info(options.adapter)
     kind = info.adapters[Modality.IMAGE].kind
     if kind != "identity":
@@ -84,13 +97,13 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device
     if adapter.side(Modality.TEXT).embeds_with_tokens:
         raise ConfigError(
             f"{run}: embeds texts with their tokens; extract features of the prompts with "
-            "csalign extract --tokens text, and give them with --features"
+            "csalign extract --tokens text, and pass them with --features"
         )
     spec = options.text_encoder or info.encoders[Modality.TEXT]
     if options.text_encoder is None and not is_trusted(spec):
         raise ConfigError(
             f"{run}: was trained on texts of {spec}, which is unknown or runs code from outside "
-            "csalign; allow it with --text-encoder if you trust it, or give --features"
+            "csalign; allow it with --text-encoder if you trust it, or pass --features"
         )
     ids, texts = _read_prompts(file)
     encoder: Any = load_encoders(None, spec, EncoderOptions(device=pick_device(device))).text
@@ -128,29 +141,15 @@ def _read_prompts(file: Path) -> tuple[list[str], list[str]]:
     return ids, texts
 
 
-log = logging.getLogger(__name__)
-
-IMAGES = "images"
-LINES = "generated.jsonl"
-SHEET = "sheet.jpg"
-DESCRIPTION = "generation.json"
-ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
-"""Names in the output folder."""
-UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
-MAX_DEVIATION = 2.0
-# Options that do not change the images, or whose content has a fingerprint.
-_IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.model_fields}
-
-
 class Generation(Record):
-    """What determines the images: options, SHA-256 of the adapter, prompts with their encoder."""
+    """All that determines the images."""
 
     FORMAT: ClassVar[str] = "csalign-generation"
 
     format: str = FORMAT
     options: dict[str, Any]
-    adapter: str
-    prompts: str
+    adapter: str  # SHA-256 of its weights
+    prompts: str  # fingerprint of the texts and their encoder
     scale: float
 
 
@@ -237,7 +236,7 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
         return trained_on, "the run's training images"
     raise ConfigError(
         "scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
-        "decoder's --prior, or give --scale"
+        "decoder's --prior, or pass --scale"
     )
 
 
@@ -259,8 +258,8 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
                     if name != "options" and before.get(name) != value
                 ]
                 raise OutputError(
-                    f"{folder}: has images made with {'; '.join(changes)}: rerun with the same "
-                    "options, discard them with --overwrite, or choose another --out"
+                    f"{folder}: has images generated with {'; '.join(changes)}: rerun with the "
+                    "same options, discard them with --overwrite, or choose another --out"
                 )
             outputs.empty_folder(folder)
             write_record(path, job)
@@ -297,7 +296,7 @@ def _draw(
 
 
 def _is_complete(path: Path) -> bool:
-    with suppress(FileNotFoundError, DataError):
-        read_image(path.read_bytes())
-        return True
-    return False
+    try:
+        return read_image(path.read_bytes()) is not None
+    except (FileNotFoundError, DataError):
+        return False

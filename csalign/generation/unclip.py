@@ -47,7 +47,7 @@ class Statistics:
         return float((self.mean.square().sum() + self.std.square().sum()).sqrt())
 
     def deviation(self, embeddings: Tensor) -> float:
-        """Root mean square of the standardised rows (n, d); about 1 if they fit."""
+        """Compute the root mean square of standardised rows (n, d); about 1 if they fit."""
         return float(((embeddings - self.mean) / self.std).square().mean().sqrt())
 
 

@@ -40,8 +40,7 @@ from csalign.sources.records.open import STDIN, SourceOptions, open_source
 
 logger = logging.getLogger(__name__)
 
-SKIP = "none"
-"""In place of an encoder: skip that side of the source."""
+SKIP = "none"  # in place of an encoder: skip that side of the source
 
 _MAX_WORKERS = 16
 _REASONS_SHOWN = 3
@@ -53,12 +52,8 @@ _TOKENS_PER_CAPTION = 16  # estimate
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source and write them as a feature set.
 
-    Finished parts stay in ``OUT.partial`` whatever happens, and the same call resumes after them;
-    several processes share the parts, and the last of them completes the feature set.
-
-    Args:
-        config: what to read, with which encoders, and where to write.
-        progress: called with counts of records and texts.
+    Finished parts stay in ``OUT.partial``, and the same call resumes after them; several processes
+    share the parts, and the last of them completes the feature set.
 
     Returns:
         Counts of the feature set, or of this process's share if others have not finished.
@@ -179,11 +174,7 @@ class _Extraction:
     records: list[PartRecord] = field(default_factory=list)
 
     def run(self) -> None:
-        """Process the parts of this shard that are not finished.
-
-        Raises:
-            DataError: more is unusable than allowed, or everything.
-        """
+        """Process the unfinished parts of this shard; raises as `_check_failures` does."""
         _check_disk_space(self.config, self.source, self.encoders, self.partial)
         self.partial.mark_begun()
         files, is_alone = len(self.source.files), self.shard.count == 1
@@ -293,18 +284,7 @@ def _check_failures(
     files: int | None = None,
     total: int | None = None,
 ) -> None:
-    """Raise if more of the source is unusable than allowed, or in the end everything.
-
-    Args:
-        config: with the limits.
-        partial: receives the list of failures.
-        records: of the parts so far.
-        files: of the source, None if these are all parts.
-        total: records of the source, None if not known.
-
-    Raises:
-        DataError: more is unusable.
-    """
+    """Raise DataError if more is unusable than allowed; `files` is None if these are all parts."""
     limit, is_all = config.max_failures, files is None
     files = files or len({record.name.rpartition("-")[0] for record in records})
     seen = sum(record.records for record in records)
@@ -351,11 +331,7 @@ def _too_many(
 def _check_disk_space(
     config: ExtractConfig, source: Source, encoders: Encoders, partial: PartialSet
 ) -> None:
-    """Log the size of the feature set, and refuse if the disk is too small for its images.
-
-    Raises:
-        OutputError: it is.
-    """
+    """Log the size of the feature set; raise OutputError if its images do not fit on the disk."""
     item = schema.DTYPES[config.dtype].itemsize
     sizes = {
         side: item * _row_width(encoder)

@@ -44,7 +44,7 @@ class Job(Record):
     encoders: Encoders
 
     def fingerprint(self) -> str:
-        """SHA-256 of what determines the content of parts, beside their records."""
+        """Return the SHA-256 of what determines parts besides their records."""
         content = self.model_dump_json(exclude={"location", "source"})
         return hashlib.sha256(content.encode()).hexdigest()
 

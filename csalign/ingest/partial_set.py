@@ -67,17 +67,17 @@ class PartialSet:
 
     @property
     def is_gone(self) -> bool:
-        """Whether another process has committed the set."""
+        """True if another process has committed the set."""
         return not (self.folder / outputs.JOB).exists()
 
     @property
     def has_parts(self) -> bool:
-        """Whether some part is finished."""
+        """True if any part is finished."""
         return (self.folder / PARTS).exists()
 
     @property
     def is_complete(self) -> bool:
-        """Whether the set is complete except for its final name."""
+        """True if only the final name is missing."""
         return (self.folder / schema.MANIFEST).is_file()
 
     def part_record(self, name: str) -> PartRecord | None:
@@ -232,7 +232,7 @@ class PartialSet:
             self._refresh()
 
     def complete_and_commit(self) -> None:
-        """Turn the parts into a feature set under its final name; see `locks.sole_owner`.
+        """Complete the parts as a feature set under its final name; see `locks.sole_owner`.
 
         Raises:
             DataError: an id appears twice.

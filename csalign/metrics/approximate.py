@@ -113,6 +113,6 @@ def _recall(index: Any, queries: Floats, gallery: Floats) -> float:
 
 
 def _search(index: Any, queries: Floats, listed: int) -> tuple[Floats, Ints]:
-    """Scores and items, (q, listed) or as many as there are; -1 where fewer were found."""
+    """Return scores and items, (q, listed) or as many as there are; -1 where fewer were found."""
     scores, items = index.search(np.ascontiguousarray(queries), min(listed, index.ntotal))
     return scores, items

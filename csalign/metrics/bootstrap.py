@@ -51,7 +51,7 @@ class Resamples:
     images: int
 
     def intervals(self) -> dict[str, Any]:
-        """The 95 % percentile interval of each figure, ``[low, high]``, nested by place."""
+        """Return the 95 % percentile interval of each metric, ``[low, high]``, nested by place."""
         nested: dict[str, Any] = {}
         for place, values in self.figures.items():
             *outer, name = place
@@ -145,7 +145,7 @@ class Units:
 
     @property
     def owners(self) -> Ints:
-        """The image of each paired text."""
+        """Image of each paired text."""
         return self.of_text[self.paired]
 
     def total(self, units: Ints, values: npt.NDArray[Any] | None = None) -> Floats:
@@ -242,7 +242,7 @@ class _GapSums:
 
 
 def _within(sums: Floats, rows: Floats, twice: Floats) -> Floats:
-    """Mean of (1 - cos) / 2 over the pairs of different rows of each resample.
+    """Compute the mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
     sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of
     how often each was drawn: the pairs of a row with itself.

@@ -114,12 +114,12 @@ def _values_and_errors(means: list[MeanKernels]) -> tuple[dict[str, Any], dict[s
 
 
 def centroid_distance(x: Tensor, y: Tensor) -> float:
-    """Norm of the difference of the two means, in [0, 2] (Liang et al. 2022)."""
+    """Compute the norm of the difference of the two means, in [0, 2] (Liang et al. 2022)."""
     return float((_mean(x) - _mean(y)).norm())
 
 
 def relative_modality_gap(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
-    """Relative modality gap, RMG = p / (p + w), in [0, 1] (Schrodi et al. 2024).
+    """Compute the relative modality gap, RMG = p / (p + w), in [0, 1] (Schrodi et al. 2024).
 
     p is the mean of (1 - cos) / 2 over the matched image and text rows of pairs, (k,) each; w the
     mean over all ordered pairs i != j inside each modality, averaged over the two.
@@ -141,7 +141,7 @@ def _mean_distance_within(x: Tensor) -> float:
 
 
 def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
-    """Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
+    """Compute the Frechet distance between Gaussian fits (Dowson and Landau 1982; FID uses it).
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of rows of any norm. With C = R^T R the trace
     of the root is the sum of the singular values of R_x R_y^T, so rank-deficient covariances need
@@ -161,7 +161,7 @@ def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
 
 
 def _spectrum(root: Tensor) -> tuple[float, list[float]]:
-    """Effective rank (Roy and Vetterli 2007), and the `SPECTRUM` largest shares of the variance.
+    """Return effective rank (Roy and Vetterli 2007) and the largest `SPECTRUM` variance shares.
 
     The rank is 1 and the shares are 0 where all rows coincide.
     """
@@ -174,7 +174,7 @@ def _spectrum(root: Tensor) -> tuple[float, list[float]]:
 
 
 def _covariance_root(x: Tensor) -> Tensor:
-    """R with R^T R = the biased covariance, at most (d, d), by one QR a chunk."""
+    """Compute R with R^T R = the biased covariance, at most (d, d), by one QR per chunk."""
     mean = _mean(x)
     root = torch.zeros(0, x.shape[1], dtype=torch.float64)
     for chunk in _chunks(x):
@@ -185,7 +185,7 @@ def _covariance_root(x: Tensor) -> Tensor:
 
 
 def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
-    """Balanced accuracy of a linear classifier of the modalities, x and y; 0.5 is no gap.
+    """Measure the balanced accuracy of a linear classifier of x versus y; 0.5 without a gap.
 
     Regularised linear discriminant analysis, the mean over held-out folds; a row on the plane
     counts half. 0.5 where a fold would leave a side empty. Folds are those of `pair_folds`: a twin
@@ -213,7 +213,7 @@ def pair_folds(
 
 
 def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Regularised linear discriminant between two sets: weights (d,) and bias ()."""
+    """Fit a regularised linear discriminant between two sets: weights (d,) and bias ()."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     roots = _covariance_root(x), _covariance_root(y)
     within = (roots[0].T @ roots[0] + roots[1].T @ roots[1]) / 2
@@ -223,7 +223,7 @@ def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
-    """Mean squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
+    """Average the squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
     total = 0.0
     for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
         total += float((x[own].double() - y[matched].double()).square().sum())
@@ -231,7 +231,7 @@ def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
 
 
 def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> float:
-    """Log mean exp(-2 |x_i - x_j|^2) over pairs i < j of unit rows (Wang and Isola 2020, t 2).
+    """Compute log mean exp(-2 |x_i - x_j|^2), i < j, of unit rows (Wang and Isola 2020, t 2).
 
     Sets of more than `max_rows` (default: none) are represented by that many rows, drawn at random
     by the seed.
@@ -258,7 +258,7 @@ def image_distances(x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def cmmd(x: Tensor, y: Tensor) -> float:
-    """CLIP maximum mean discrepancy of unit rows (Jayasumana et al. 2024).
+    """Compute the CLIP maximum mean discrepancy of unit rows (Jayasumana et al. 2024).
 
     1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)) with k(a, b) = exp(-|a - b|^2 / 200) over
     all pairs, diagonals included; >= 0 up to rounding. Needs no Gaussian fit.

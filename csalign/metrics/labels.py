@@ -73,14 +73,14 @@ class Classified:
         }
 
     def _cells(self) -> Ints:
-        """Images of each class that are right at rank 1, at ranks 2 to 5, or not at all, (c, 3)."""
+        """Count each class's images right at rank 1, at ranks 2 to 5, or not at all, (c, 3)."""
         outcome = np.where(self.ranks == 1, 0, np.where(self.ranks <= TOP, 1, 2))
         counts = np.bincount(3 * self.labels + outcome, minlength=3 * self.classes)
         return counts.reshape(-1, 3)
 
     @staticmethod
     def _figures(cells: Ints) -> Doubles:
-        """Top-1, top-5 and mean per-class recall of some resamples: (r, c, 3) to (3, r)."""
+        """Compute top-1, top-5 and mean per-class recall of resamples, (r, c, 3) to (3, r)."""
         of_class = cells.sum(axis=2)
         total = of_class.sum(axis=1)
         recall = cells[:, :, 0] / np.maximum(of_class, 1)
@@ -112,7 +112,7 @@ class GradedRanks:
     ndcg: Doubles
 
     def summary(self) -> dict[str, float]:
-        """Means over the queries."""
+        """Return means over the queries."""
         return {
             "map": float(self.average_precision.mean()),
             f"ndcg@{DEPTH}": float(self.ndcg.mean()),

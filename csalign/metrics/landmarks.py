@@ -130,11 +130,11 @@ def _mean_kernels(
     inside = [_project(factor, _kernel(rows, base, sigma)) for rows in witnesses]
 
     def residual(i: int, j: int) -> Tensor:
-        """(k, l) between the witnesses of two sides."""
+        """Return (k, l) between the witnesses of two sides."""
         return _kernel(witnesses[i], witnesses[j], sigma) - inside[i] @ inside[j].T
 
     def toward(i: int, j: int) -> Tensor:
-        """(k,) mean of each witness of a side with all rows of another."""
+        """Return (k,) the mean of each witness of a side with all rows of another."""
         return with_witnesses[i][j] - inside[i] @ means[j]
 
     masks = [_masks(len(rows), n) for rows, n in zip(witnesses, sizes, strict=True)]
@@ -149,13 +149,13 @@ def _mean_kernels(
 
 
 def _project(factor: Tensor, table: Tensor) -> Tensor:
-    """(n, b) kernels with the base -> (n, b), whose products are k'."""
+    """Map (n, b) kernels with the base to (n, b), whose products are k'."""
     solved: Tensor = torch.linalg.solve_triangular(factor, table.T, upper=False)
     return solved.T
 
 
 def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Mean of a residual kernel over all pairs of a side's n rows, for each mask.
+    """Compute the mean of a residual kernel over all pairs of a side's n rows, for each mask.
 
     residual is (k, k) of the witnesses; toward (k,) the mean of each with all rows, itself among
     them; mask (1 + BLOCKS, k), 1 for the witnesses to use.
@@ -169,7 +169,7 @@ def _within(residual: Tensor, toward: Tensor, mask: Tensor, n: int) -> Tensor:
 
 
 def _masks(witnesses: int, rows: int) -> Tensor:
-    """(1 + BLOCKS, witnesses): all, then all but one block; always all if they are all rows."""
+    """Mark all witnesses, then all but one block (unless they are all rows), (1 + BLOCKS, k)."""
     mask = torch.ones(1 + BLOCKS, witnesses, dtype=torch.float64)
     if witnesses < rows:
         mask[torch.arange(witnesses) % BLOCKS + 1, torch.arange(witnesses)] = 0

@@ -38,7 +38,7 @@ class DirectionRanks(NamedTuple):
     r_precision: Doubles  # (q,) float64, share of a query's R matches among the first R
 
     def by_query(self) -> dict[str, npt.NDArray[Any]]:
-        """Contribution of each query to the figures that are means over queries, (q,) each.
+        """Return the contribution of each query to metrics that are means over queries, (q,).
 
         R@K is 1 where at least one match is among the first K, as the CLIP papers count it;
         true_recall@K is the share of the matches among the first K (mteb's recall).
@@ -54,7 +54,7 @@ class DirectionRanks(NamedTuple):
         }
 
     def summary(self) -> dict[str, float]:
-        """Means of `by_query` over all queries, and the median of the first ranks."""
+        """Return means of `by_query` over all queries, and the median of the first ranks."""
         means = {name: float(values.mean()) for name, values in self.by_query().items()}
         return means | {"median_rank": float(np.median(self.first))}
 
@@ -248,12 +248,12 @@ def _tile_side(length: int, most: int) -> int:
 
 
 def mean_recall(*directions: dict[str, Any]) -> float:
-    """Mean of R@1, R@5 and R@10 over the given directions' summaries."""
+    """Average R@1, R@5 and R@10 over the given directions' summaries."""
     return float(np.mean([summary[f"R@{k}"] for summary in directions for k in RECALL_AT]))
 
 
 def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) -> dict[str, float]:
-    """Skewness of the 10-occurrence, both ways (Radovanovic et al. 2010).
+    """Compute the skewness of the 10-occurrence, both ways (Radovanovic et al. 2010).
 
     N(g) counts the queries that have item g among their 10 nearest; the skewness is
     E[(N - mean)^3] / std^3, 0 where all N are equal. All rows of images (n, d) and texts (m, d) are

@@ -35,7 +35,7 @@ class CSTerms(NamedTuple):
 
 
 def cs_terms(x: Tensor, y: Tensor, *, sigma: Sigma) -> CSTerms:
-    """The two terms of `cs_divergence`, which takes the same arguments; both differentiable."""
+    """Compute the two terms of `cs_divergence`, which has the same arguments."""
     cross = -2 * log_mean_kernels(x, y, sigma=sigma)
     intra = log_mean_kernels(x, x, sigma=sigma) + log_mean_kernels(y, y, sigma=sigma)
     return CSTerms(cross=cross.mean(), intra=intra.mean())
@@ -72,7 +72,7 @@ def cs_divergence(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
 
 
 def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
-    """Squared maximum mean discrepancy with the same kernel (Gretton et al. 2012, biased).
+    """Compute the squared MMD with the same kernel (Gretton et al. 2012, biased).
 
     mean k(x, x) + mean k(y, y) - 2 mean k(x, y), diagonals included, in [0, 2] up to rounding.
     Arguments and exceptions as for `cs_divergence`.
@@ -82,12 +82,12 @@ def mmd(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
 
 
 def cs_of_means(log_means: Tensor) -> Tensor:
-    """`cs_divergence` from the log mean kernels within x, within y and across, (3, s)."""
+    """Compute `cs_divergence` from the log mean kernels of x, of y and across, (3, s)."""
     return (log_means[0] + log_means[1] - 2 * log_means[2]).mean()
 
 
 def mmd_of_means(log_means: Tensor) -> Tensor:
-    """`mmd` from the log mean kernels within x, within y and across, (3, s)."""
+    """Compute `mmd` from the log mean kernels of x, of y and across, (3, s)."""
     means = log_means.exp()
     return (means[0] + means[1] - 2 * means[2]).mean()
 
@@ -95,7 +95,7 @@ def mmd_of_means(log_means: Tensor) -> Tensor:
 def token_divergence(
     x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, *, sigma: Sigma
 ) -> Tensor:
-    """Mean over the batch of the CS divergence between each sample's two sets of tokens.
+    """Average the CS divergence between the two token sets of each sample over the batch.
 
     Rows are used as they are, see `unit_tokens`; samples in which a side has no token are omitted.
 
@@ -134,7 +134,7 @@ def unit_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def gaussian_jeffreys(x: Tensor, y: Tensor, *, shrinkage: float = 0.1) -> Tensor:
-    """Jeffreys divergence KL(p || q) + KL(q || p) between Gaussian fits p and q of two sets.
+    """Compute the Jeffreys divergence KL(p || q) + KL(q || p) of Gaussian fits p and q.
 
     With means m, biased covariances S and t = tr(S_x + S_y) / 2d the fits have the covariances
     C = (1 - shrinkage) S + (shrinkage * t + 1e-6) I, of full rank even if a set has fewer rows
@@ -182,7 +182,7 @@ def _whiten(root: Tensor, columns: Tensor) -> Tensor:
 
 
 def sinkhorn_divergence(x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int = 20) -> Tensor:
-    """Debiased Sinkhorn divergence of two sets with uniform weights (Feydy et al. 2019).
+    """Compute the debiased Sinkhorn divergence with uniform weights (Feydy et al. 2019).
 
     S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with OT the optimal transport of cost
     |x_i - y_j|^2 / 2 plus sigma^2 times the relative entropy of the plan to the product. As sigma
@@ -205,7 +205,7 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int =
 
 
 def _epsilons(cost: Tensor, blur: float, iterations: int) -> list[float]:
-    """Squared blurs of the updates: from the diameter down, then the one given."""
+    """Yield squared blurs of the updates: from the diameter down, then the given one."""
     diameter = math.sqrt(2 * float(cost.max()))
     steps = 0
     if blur < diameter < math.inf:
@@ -215,7 +215,7 @@ def _epsilons(cost: Tensor, blur: float, iterations: int) -> list[float]:
 
 
 def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
-    """Entropic transport cost, the mean of the semi-duals in either potential.
+    """Compute the entropic transport cost, the mean of the semi-duals in either potential.
 
     An error in the potentials enters the value squared, and a semi-dual's gradient in the cost is
     the plan itself.
@@ -232,7 +232,7 @@ def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
 
 
 def _transport_to_itself(cost: Tensor, blur: float, iterations: int) -> Tensor:
-    """`_transport` of a set to itself, whose two potentials are equal."""
+    """Compute `_transport` of a set to itself, whose two potentials are equal."""
     fixed = cost.detach()
     f = fixed.new_zeros(len(cost))
     for epsilon in _epsilons(fixed, blur, iterations):
@@ -241,13 +241,13 @@ def _transport_to_itself(cost: Tensor, blur: float, iterations: int) -> Tensor:
 
 
 def _softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
-    """(n,): -epsilon log mean_j exp((potential_j - cost_ij) / epsilon)."""
+    """Compute (n,) -epsilon log mean_j exp((potential_j - cost_ij) / epsilon)."""
     exponents = (potential - cost) / epsilon
     return -epsilon * (exponents.logsumexp(1) - math.log(cost.shape[1]))
 
 
 def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
-    """`_softmin` without a gradient."""
+    """Compute `_softmin` without a gradient."""
     exponents = (potential - cost).div_(epsilon)
     largest = exponents.amax(1, keepdim=True)
     # The clamp cuts off less than rounding; without it come subnormals, which are slow to add.

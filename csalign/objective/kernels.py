@@ -14,7 +14,7 @@ Sigma = float | tuple[float, ...]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """All squared Euclidean distances, (n, m), between the rows of x (n, d) and y (m, d).
+    """Compute all squared Euclidean distances, (n, m), between the rows of x (n, d) and y (m, d).
 
     Accurate to rounding of the squared norms, and >= 0.
 
@@ -28,7 +28,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
-    """Logarithm of the mean kernel over all pairs of rows, for one or several bandwidths.
+    """Compute the log mean kernel over all pairs of rows, for one or several bandwidths.
 
     log mean_ij exp(-|x_i - y_j|^2 / (2 sigma^2)), finite where every kernel value underflows.
 
@@ -53,7 +53,7 @@ def log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
 def masked_log_mean_kernels(
     x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, *, sigma: Sigma
 ) -> Tensor:
-    """`log_mean_kernels`, (s, b), between the rows under the masks of each sample of a batch.
+    """Compute `log_mean_kernels`, (s, b), of the masked rows of each sample of a batch.
 
     Args:
         x: (b, n, d), float; rows outside of the mask may contain anything, even NaN.
@@ -75,7 +75,7 @@ def masked_log_mean_kernels(
 
 
 def tiled_log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma, tile: int = 2_048) -> Tensor:
-    """`log_mean_kernels` in float64, without a gradient, from tables of `tile` rows and columns."""
+    """Compute `log_mean_kernels` in float64, without gradient, in tiles of `tile` rows."""
     check_sets(x, y)
     sigmas, sums = bandwidths(sigma), []
     for rows in torch.split(x.detach(), tile):
@@ -87,7 +87,7 @@ def tiled_log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma, tile: int = 2_
 
 
 def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
-    """Median Euclidean distance over all pairs of distinct rows of the union of two sets.
+    """Compute the median distance over all pairs of distinct rows of the union of two sets.
 
     The median heuristic for a kernel's bandwidth; 0 where more than half of the pairs coincide.
     Not differentiated.

@@ -20,7 +20,7 @@ def infonce(
     label_smoothing: float = 0.0,
     negatives: Negatives = (None, None),
 ) -> Tensor:
-    """Symmetric InfoNCE, as CLIP trains with (Radford et al. 2021).
+    """Compute symmetric InfoNCE as in CLIP (Radford et al. 2021).
 
     Mean of the cross-entropies that pick y_i among all y given x_i, and x_i among all x given
     y_i, with logits logit_scale * <x_i, y_j>. Equal to open_clip's ClipLoss.
@@ -98,7 +98,7 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     owner: Tensor | None = None,
 ) -> Tensor:
-    """Sigmoid loss of all pairs of rows (SigLIP, Zhai et al. 2023).
+    """Compute the sigmoid loss of all pairs of rows (SigLIP, Zhai et al. 2023).
 
     -sum_ij log sigmoid(z_ij (logit_scale <x_i, y_j> + logit_bias)) / n, with z_ij = 1 for matched
     rows and -1 for all others. Equal to open_clip's SigLipLoss.

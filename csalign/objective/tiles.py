@@ -78,12 +78,12 @@ class TilePlan:
         return spans
 
     def cross_tiles(self, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-        """This process's tiles of the table of x and y."""
+        """Return this process's tiles of the table of x and y."""
         tiles = product(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
         return islice(tiles, self.rank, None, self.processes)
 
     def own_tiles(self, n: int) -> Iterator[tuple[slice, slice]]:
-        """This process's tiles on and above the diagonal of the table of a set with itself."""
+        """Return this process's tiles on and above the diagonal of a set's table with itself."""
         tiles = combinations_with_replacement(self.spans(n, self.pairs), 2)
         return islice(tiles, self.rank, None, self.processes)
 
@@ -116,7 +116,7 @@ class Tiles:
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
-        """Within it the CPU rounds the factors of float32 products as the plan says."""
+        """Let the CPU round the factors of float32 products as the plan says, in this block."""
         if not self._rounds or self._casts:
             yield
             return
@@ -244,7 +244,7 @@ class Tiles:
 
 
 def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of a tile's cosines times a factor, along its rows and along its columns."""
+    """Compute log-sum-exp of a tile's cosines times a factor, along its rows and columns."""
     logits = torch.mul(cosines, scale, out=spare)
     if scale > _SAFE_FACTOR:
         return logits.logsumexp(1), logits.logsumexp(0)
@@ -272,7 +272,7 @@ def _add_up_probabilities(
 
 
 def _kernel(cosines: Tensor, factor: float, log_sum: Tensor, out: Tensor) -> Tensor:
-    """Gaussian kernel of unit rows from their cosines, divided by exp(log_sum)."""
+    """Compute the Gaussian kernel of unit rows from cosines, divided by exp(log_sum)."""
     torch.add(-factor - log_sum, cosines, alpha=factor, out=out)
     if factor > _SAFE_FACTOR:
         out.clamp_(min=_MIN_EXPONENT)

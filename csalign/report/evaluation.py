@@ -19,7 +19,7 @@ IMAGES, TEXTS, MATCHED, OTHER = "#3d85d1", "#d9702b", "#2f9e63", "#8a8f98"
 OBJECTIVES = {"infonce": ("InfoNCE", TEXTS), "objective": ("InfoNCE + CS", IMAGES)}
 POINTS_OF_A_CURVE = 1_000
 HOVER_LETTERS = 160
-# What a line of metrics.jsonl holds beside the loss terms.
+# Keys of a line of metrics.jsonl beside the loss terms.
 NO_LOSS = {"step", "cs_weight", "logit_scale", "bandwidth", "gradient_norm", "learning_rate"}
 
 

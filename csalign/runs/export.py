@@ -23,6 +23,20 @@ from csalign.runs.config import ExportConfig
 from csalign.runs.load import Array, check_features, load_run, stream_aligned
 from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
+TOLERANCE = 1e-5
+RANDOM_ROWS, RANDOM_TOKENS = 257, 3
+REAL_ROWS = 1_000
+CARD = "README.md"
+ENTRIES = frozenset(
+    {CARD, DESCRIPTION, WEIGHTS, LINES, "config.toml"}
+    | {f"{side}{suffix}" for side in Modality for suffix in (".onnx", ".pt2")}  # .pt2: 0.1.0
+)
+"""Names in the folder of an export."""
+# Settings of a run that are not published: paths, and those that do not influence the weights.
+PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
+
+Forward = Callable[[Modality, Array], Array]
+
 
 @dataclass(frozen=True)
 class Side:
@@ -37,7 +51,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a model card."""
+    """Content of a model card."""
 
     name: str  # of the adapter
     form: str  # "onnx", "torch-export" or "safetensors"
@@ -60,7 +74,11 @@ def model_card(card: Card) -> str:
         undefined=StrictUndefined,
     )
     # JSON is YAML, so that no name can break the front matter.
-    templates.filters |= {"json": json.dumps, "line": _escape_line, "cell": _escape_cell}
+    templates.filters |= {
+        "json": json.dumps,
+        "line": _escape_line,
+        "cell": lambda text: _escape_line(text).replace("|", "\\|"),
+    }
     front: dict[str, Any] = {
         "library_name": "csalign",
         "pipeline_tag": "feature-extraction",
@@ -90,25 +108,6 @@ def model_card(card: Card) -> str:
 def _escape_line(text: str) -> str:
     """Escape text for one line of Markdown, which may contain HTML."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _escape_cell(text: str) -> str:
-    return _escape_line(text).replace("|", "\\|")
-
-
-TOLERANCE = 1e-5
-RANDOM_ROWS, RANDOM_TOKENS = 257, 3
-REAL_ROWS = 1_000
-CARD = "README.md"
-# Settings of a run that are not published: paths, and what does not influence the weights.
-ENTRIES = frozenset(
-    {CARD, DESCRIPTION, WEIGHTS, LINES, "config.toml"}
-    | {f"{side}{suffix}" for side in Modality for suffix in (".onnx", ".pt2")}  # .pt2: 0.1.0
-)
-"""Names in the folder of an export."""
-PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
-
-Forward = Callable[[Modality, Array], Array]
 
 
 def export(

@@ -1,7 +1,7 @@
 """The files of a run beside its weights, and their checksums.
 
-``environment.json`` is written last and holds the SHA-256 of the others; a run that is unfinished,
-or written by csalign 0.1.0, may have none.
+``environment.json`` is written last and contains the SHA-256 of the others; an unfinished run, or
+one of csalign 0.1.0, may have none.
 """
 
 import logging

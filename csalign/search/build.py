@@ -138,7 +138,7 @@ def build_index(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows to index, and those of the other side, in the shared space."""
+    """Rows to index, and those of the other side, in the shared space."""
 
     features: FeatureSet
     joined: Joined
@@ -152,14 +152,14 @@ class _Rows:
 
     @property
     def has_other(self) -> bool:
-        """Whether the other side has rows in the same space."""
+        """True if the other side has rows in the same space."""
         own, other = self.features.table(self.side), self.features.table(self.other)
         if other.info is None or not len(self.numbers(self.other)):
             return False
         return self.adapter is not None or other.width == own.width
 
     def numbers(self, side: Modality) -> Ints:
-        """Row numbers in the table of a side."""
+        """Return row numbers in the table of a side."""
         is_image = side is Modality.IMAGE
         rows = self.joined.image_rows if is_image else self.joined.text_rows
         count = self.joined.n_images if is_image else self.joined.n_texts

@@ -1,4 +1,4 @@
-"""``index.json`` and ``items.arrow``: what an index holds beside its vectors."""
+"""``index.json`` and ``items.arrow``: the content of an index beside its vectors."""
 
 from collections.abc import Mapping
 from pathlib import Path

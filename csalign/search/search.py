@@ -50,12 +50,13 @@ from csalign.sources.records.files import read_lines
 
 STDIN = "-"
 QUERIES_PER_BATCH = 256
+PAGE_QUERIES = 100  # shown on a page, at most
+THUMBNAIL = 256  # pixels
 
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
-
-
+Document = dict[str, Any]
 Queries = tuple[Sequence[str], Floats]  # names, and unit rows (q, d) in the shared space
 
 
@@ -77,7 +78,7 @@ class QueryEncoder:
         if len(given) != 1:
             names = " and ".join(flags[name] for name in given)
             raise ConfigError(
-                f"{names or 'no query'}: give one text query, or one of --text, --image and "
+                f"{names or 'no query'}: pass one text query, or one of --text, --image and "
                 "--embedding; --text - reads many from stdin"
             )
         if given != ["embedding"]:
@@ -133,7 +134,7 @@ class QueryEncoder:
                 raise
             raise EncoderError(
                 f"{self.index}: its {self.side.plural} were encoded with {spec!r}, which cannot "
-                f"be run here ({error}); name the encoder with --encoder, or give the query's own "
+                f"be run here ({error}); name the encoder with --encoder, or pass the query's own "
                 "embedding with --embedding FILE.npy"
             ) from error
         self._check(encoder.info, known)
@@ -210,7 +211,7 @@ def _lines(given: str) -> Iterator[str]:
     """Yield the one query that was given, or those on stdin."""
     if given != STDIN:
         if not given.strip():
-            raise DataError("the query is empty; say what to look for")
+            raise DataError("the query is empty; pass a text")
         yield given
         return
     for line in read_lines(Path("stdin"), sys.stdin.buffer, refuse_nul=True):
@@ -225,7 +226,7 @@ def _read_picture(path: str) -> Any:
         return read_image(Path(path).read_bytes())
     except (OSError, DataError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path}: cannot be read ({reason}); give another image") from None
+        raise DataError(f"{path}: cannot be read ({reason}); pass another image") from None
 
 
 def _read_array(path: Path) -> npt.NDArray[Any]:
@@ -241,16 +242,8 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
         raise DataError(f"{path}: does not contain an array of floats; save it with numpy.save")
     found: npt.NDArray[Any] = np.atleast_2d(rows)
     if found.ndim != 2 or not found.size:
-        raise ShapeError(f"{path}: has shape {rows.shape}; give (d,) or (n, d)")
+        raise ShapeError(f"{path}: has shape {rows.shape}; it must be (d,) or (n, d)")
     return found
-
-
-PAGE_QUERIES = 100  # shown on a page, at most
-THUMBNAIL = 256  # pixels
-
-log = logging.getLogger(__name__)
-
-Document = dict[str, Any]
 
 
 def search(config: SearchConfig, progress: Progress = silent) -> Document:

@@ -246,11 +246,7 @@ class BatchLoss(nn.Module):
     def _embed(
         self, side: SideAdapter, batch: SideBatch, token_pairs: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Embed the rows of one side, (n, width) of all processes, and the token term's tokens.
-
-        Activations of more rows than a sub-batch are not kept but recomputed in the backward pass,
-        with the same noise and dropout.
-        """
+        """Embed the rows of one side, (n, width) of all processes, and the token term's tokens."""
         noise = self._options.noise
         is_rounded = self._precision is Precision.BFLOAT16
         with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=is_rounded):
@@ -267,6 +263,7 @@ class BatchLoss(nn.Module):
         return embeddings.float(), (tokens.float(), mask)
 
     def _embed_share(self, side: SideAdapter, rows: Tensor) -> Tensor:
+        """Embed rows; in sub-batches if many, recomputed with the same noise in the backward."""
         noise = self._options.noise
         if len(rows) <= self._sub_batch:
             embeddings: Tensor = side(rows, noise)

@@ -319,11 +319,7 @@ def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
 
 
 def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
-    """Read the newest intact checkpoint.
-
-    Raises:
-        SchemaError: all are damaged, and `restart` is false.
-    """
+    """Read the newest intact checkpoint; SchemaError if there is none, unless `restart`."""
     for path, before in zip(reversed(saved), [*reversed(saved[:-1]), None], strict=True):
         try:
             return _read(path)
@@ -336,11 +332,7 @@ def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Verify and read a checkpoint, and cut the run's log back to it.
-
-    Raises:
-        SchemaError: it, or the log, is damaged.
-    """
+    """Verify and read a checkpoint, and truncate the run's log to it; SchemaError if damaged."""
     try:
         sums = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -404,11 +396,7 @@ def write_state(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote; all tensors on the CPU.
-
-    Raises:
-        SchemaError: the file is not such a file.
-    """
+    """Read a file of `write_state`, tensors on the CPU; SchemaError if it is not one."""
 
     def unpack(value: Any) -> Any:
         if isinstance(value, str) and value.startswith(_TENSOR):

@@ -44,7 +44,7 @@ def recipe_text(name: str) -> str:
         ConfigError: there is no such recipe.
     """
     if name not in recipe_names():
-        raise ConfigError(f"recipe: unknown {name!r}; there are {', '.join(recipe_names())}")
+        raise ConfigError(f"recipe: there is no {name!r}; there are {', '.join(recipe_names())}")
     return (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
 
 

@@ -53,7 +53,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
         seed: of the held-out rows.
 
     Raises:
-        DataError: a split holds no pairs, or is both trained and validated on; a row has no
+        DataError: a split has no pairs, or is both trained and validated on; a row has no
             direction.
         ShapeError: a further set has embeddings of other widths.
         OutputError: the rows fit neither into memory nor on the disk.

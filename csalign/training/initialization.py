@@ -9,7 +9,8 @@ import torch
 
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.model import Adapter, SideShape, find_kind, shared_width
+from csalign.adapters.model import Adapter, find_kind, shared_width
+from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.features.join import PairedRows, Pairs

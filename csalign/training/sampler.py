@@ -114,7 +114,7 @@ class PairSampler:
         other_weight: weight of the captions after the first; 0 omits them. Ignored for the pairs
             of "sample" and "all", whose captions weigh 1 each.
         once: count a caption that f images share once: in the closed form its pairs weigh 1 / f,
-            and an epoch holds one of them.
+            and an epoch contains one of them.
         order: of the images in an epoch.
     """
 
@@ -329,13 +329,9 @@ class BatchLoader:
         pairs: int,
         rng: np.random.Generator,
     ) -> list[Tensor]:
-        """Read this process's share of each side's rows; with mixing, mix each pair with another.
+        """Read this process's share of each side: the stored rows, pairs first, then the drawn.
 
-        Args:
-            stored: training rows, those of the pairs first.
-            drawn: unpaired rows that follow them.
-            pairs: how many there are.
-            rng: draws what is mixed.
+        With mixing, each pair is mixed with another.
         """
         totals = [len(stored[side]) + len(drawn[side]) for side in Modality]
         shares = [distributed.share_of(total) for total in totals]

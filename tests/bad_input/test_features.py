@@ -268,7 +268,7 @@ def test_evaluations_of_no_use_are_refused(
         ("train f --out out --bandwidth nan", 2, "bandwidth"),
         ("train f --out out --token-weight 1", 1, "tokens"),
         ("apply f --adapter r --out out --format npz", 2, "format"),
-        ("apply f --adapter f --out out", 1, "f: holds no trained adapter"),
+        ("apply f --adapter f --out out", 1, "f: contains no trained adapter"),
         ("apply f --adapter r --out out --tokens", 2, "trained without tokens"),
         ("apply r --adapter r --out out", 1, "r: is not a feature set"),
         ("eval f", 1, "6"),

@@ -247,16 +247,16 @@ def test_an_encoder_that_is_unknown_or_runs_code_is_not_loaded(
     folder = changed_index(
         drawn, tmp_path, lambda document: document["encoders"]["text"].update(spec=spec)
     )
-    with pytest.raises(EncoderError, match=r"give the query's own embedding with --embedding"):
+    with pytest.raises(EncoderError, match=r"pass the query's own embedding with --embedding"):
         asked(folder, text="red")
 
 
 @pytest.mark.parametrize(
     ("query", "error", "message"),
     [
-        ({}, ConfigError, "no query: give one text query"),
-        ({"text": "a", "image": "b"}, ConfigError, "--text and --image: give one text query"),
-        ({"query": "a", "text": "b"}, ConfigError, "QUERY and --text: give one text query"),
+        ({}, ConfigError, "no query: pass one text query"),
+        ({"text": "a", "image": "b"}, ConfigError, "--text and --image: pass one text query"),
+        ({"query": "a", "text": "b"}, ConfigError, "QUERY and --text: pass one text query"),
         ({"text": " "}, DataError, "the query is empty"),
         ({"image": "nowhere.png"}, DataError, r"nowhere\.png: cannot be read"),
         ({"embedding": "nowhere.npy"}, DataError, r"nowhere\.npy: cannot be read"),

@@ -117,6 +117,6 @@ def test_an_absolute_path_elsewhere_is_told_of_the_option(
     table.write_text(f"image,caption\n{folder}/a.png,x\n")
 
     assert flaws(table)[0][1].endswith(
-        "move it inside, or name a folder that holds all images with --images"
+        "move it inside, or name the folder of all images with --images"
     )
     assert flaws(table, images=folder) == []

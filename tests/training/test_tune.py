@@ -292,7 +292,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     features: Path, tmp_path: Path
 ) -> None:
     before = sorted(path.name for path in features.iterdir())
-    with pytest.raises(OutputError, match="holds files but no study"):
+    with pytest.raises(OutputError, match="contains files but no study"):
         search(features, features, overwrite=True)
     with pytest.raises(OutputError, match="lies inside"):
         search(features, features / "study")
@@ -378,7 +378,7 @@ def test_a_signal_keeps_the_trials_and_the_winner_so_far(
     made = recorded(study)
 
     assert process.returncode == 130, errors
-    assert f"holds {made} trials; rerun to resume" in errors
+    assert f"contains {made} trials; rerun to resume" in errors
     assert "Traceback" not in errors
     assert (study / "config.toml").exists()
     config = TuneConfig(features=features, out=study, steps=8, hidden=8, trials=made + 1)

@@ -115,7 +115,7 @@ class Vectors:
 
     @property
     def is_half(self) -> bool:
-        """Whether all parts are float16."""
+        """True if all parts are float16."""
         return all(part.dtype.itemsize == 2 for part in self.parts)
 
     def chunks(self) -> Iterator[tuple[Array, Callable[[int], str]]]:

@@ -34,6 +34,23 @@ _NUMPY_DAMAGE = (
 )
 _SAFE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _OWNERS = "txt2img"  # of the retrieval sets of FuseMix and LAVIS: {text number: image number}
+_LABEL_ROWS = 65_536
+_SAVE_AGAIN = "save the dataset again"
+
+# Usual names of the columns beside the embeddings, the likeliest first.
+LABELS: dict[Modality, dict[str, tuple[str, ...]]] = {
+    Modality.IMAGE: {
+        "id": ("image_id", "id", "key"),
+        "source": ("source", *IMAGE_NAMES),
+        "split": ("split",),
+    },
+    Modality.TEXT: {
+        "id": ("text_id", "id", "key"),
+        "image_id": ("image_id",),
+        "caption": CAPTION_NAMES,
+        "split": ("split",),
+    },
+}
 
 
 @contextmanager
@@ -260,25 +277,6 @@ def local_copy(path: Path) -> Iterator[Path]:
         shutil.copyfileobj(source, copy, 1 << 20)
         copy.flush()
         yield Path(copy.name)
-
-
-_LABEL_ROWS = 65_536
-_SAVE_AGAIN = "save the dataset again"
-
-# Usual names of the columns beside the embeddings, the likeliest first.
-LABELS: dict[Modality, dict[str, tuple[str, ...]]] = {
-    Modality.IMAGE: {
-        "id": ("image_id", "id", "key"),
-        "source": ("source", *IMAGE_NAMES),
-        "split": ("split",),
-    },
-    Modality.TEXT: {
-        "id": ("text_id", "id", "key"),
-        "image_id": ("image_id",),
-        "caption": CAPTION_NAMES,
-        "split": ("split",),
-    },
-}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Read image-text data of any form as a stream of records; `records.open.open_source` starts it."""
+"""Sources of image-text data, whatever their form, as streams of records; see `records.open`."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 class ImageInput(NamedTuple):
@@ -112,9 +114,6 @@ class Source(Protocol):
 
     def open(self, position: int) -> AbstractContextManager[SourceFile]:
         """Open one of the files."""
-
-
-logger = logging.getLogger(__name__)
 
 
 class UnreadableFile:

@@ -281,9 +281,6 @@ class Catalog:
         return posixpath.normpath(row.image)
 
 
-logger = logging.getLogger(__name__)
-
-
 def images_in(names: Collection[str]) -> list[str]:
     """Select the files that are images by their suffix, whatever its case."""
     return [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]

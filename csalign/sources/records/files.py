@@ -224,7 +224,7 @@ def printable(name: str) -> str:
 
 
 def name_error(name: str) -> str | None:
-    """Say what is wrong with the name of a file, None if nothing is."""
+    """Describe the error in the name of a file, None if there is none."""
     escaped = printable(name)
     return None if escaped == name else f"{escaped}: file name is not UTF-8; rename the file"
 
@@ -244,7 +244,7 @@ def path_below(root: Path, path: str) -> str:
     if normal in ("..", ".") or normal.startswith(("../", "/")) or "\0" in normal:
         remedy = "move it inside"
         if given.startswith("/"):
-            remedy += ", or name a folder that holds all images with --images"
+            remedy += ", or name the folder of all images with --images"
         raise DataError(f"image {given!r:.200} is outside of {root}; {remedy}")
     return normal
 

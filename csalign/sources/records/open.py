@@ -261,11 +261,7 @@ def recognise(file: Path) -> str:
 
 
 def _table_in(folder: Path, found: Sizes) -> Path | None:
-    """Find the captions table directly in a folder.
-
-    Raises:
-        DataError: there are several.
-    """
+    """Find the captions table directly in a folder; DataError if there are several."""
     names = {name: posixpath.splitext(name.lower()) for name in found if "/" not in name}
     tables = [name for name, (_, suffix) in names.items() if suffix in (*SUFFIXES, ".parquet")]
     for stem in _TABLE_STEMS:

@@ -77,7 +77,7 @@ class TableColumns(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What a user may specify of a SOURCE; None means to recognise it.
+    """Options of a SOURCE; None is to be recognised.
 
     Attributes:
         kind: the form, where its content is ambiguous; "folder" ignores a table among images,

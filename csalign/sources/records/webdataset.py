@@ -107,7 +107,7 @@ def open_tars(
 
 
 def _tar_error(path: Path) -> str | None:
-    """Say why a tar cannot be read at all; a remote one is checked when it is read."""
+    """Explain why a tar is unreadable, None if it is not; remote ones are checked when read."""
     error = files.name_error(str(path))
     if error is not None or is_remote(path):
         return error

@@ -45,7 +45,7 @@ FIXED, GIVEN = "fixed", "given"
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The settings to search; see `search_space`."""
+    """Settings to search; see `search_space`."""
 
     base: TrainConfig  # the fixed settings, and the first values of those that are searched
     names: tuple[str, ...]  # fields of it to search, in the order of `SEARCHED`
@@ -95,7 +95,7 @@ class SearchSpace:
         return {"adapter": self.adapters, "init": ("canonical", "random")}.get(name, captions)
 
     def _range(self, name: str) -> Range:
-        """The range of a number, widened to include the given value."""
+        """Return the range of a number, widened to include the given value."""
         value, bounds = getattr(self.base, name), RANGES[name]
         if not isinstance(value, int | float) or (name == "cs_weight" and not value):
             return bounds

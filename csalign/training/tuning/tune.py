@@ -148,7 +148,7 @@ def _search(
     except Stopped:
         if trials := _finished(study):
             _write_best(config, trials)
-            log.warning("%s: holds %d trials; rerun to resume", config.out, len(trials))
+            log.warning("%s: contains %d trials; rerun to resume", config.out, len(trials))
         raise
 
 
@@ -250,11 +250,9 @@ def _load(config: TrainConfig) -> tuple[TrainingData, PairedRows]:
 def _train(
     config: TrainConfig, data: TrainingData, val: PairedRows, prunable: optuna.Trial | None
 ) -> tuple[dict[str, Any], Resamples | None]:
-    """Train and measure; the weights are not kept.
+    """Train, measure, and discard the weights; return the metrics, named as in `Trial`.
 
-    Returns:
-        Metrics by their names in `Trial`, and resamples of those that are compared; None if
-        `prunable`, the trial that validations are reported to, was pruned.
+    Also return resamples of the compared metrics; None if the trial `prunable` was pruned.
     """
     tokens = find_tokens(config)
     options = config.group(DataOptions)
@@ -293,25 +291,20 @@ def _train(
 
 
 def _check_folder(folder: Path, features: Path) -> None:
-    """Refuse a folder that holds something other than a study, before any work is done."""
+    """Refuse a folder that contains anything but a study, before any work is done."""
     if not folder.is_dir():
         outputs.check_output(folder, FILES, overwrite=False, inputs=(features,))
         return
     names = {path.name for path in folder.iterdir()} - {locks.LOCK}
     if names and STUDY not in names:
         raise OutputError(
-            f"{folder}: holds files but no study ({min(names)}); choose another --out"
+            f"{folder}: contains files but no study ({min(names)}); choose another --out"
         )
 
 
 @contextmanager
 def _open_study(config: TuneConfig, identity: dict[str, Any]) -> Iterator[optuna.Study]:
-    """Create or resume a study, locked; one without a finished trial is removed at the end.
-
-    Raises:
-        OutputError: another process has it open, or it is a study of another `identity`.
-        SchemaError: its files are damaged.
-    """
+    """Create or resume a study, locked; one without a finished trial is removed at the end."""
     folder = config.out
     with locks.lock_folder(folder), _quiet_optuna():
         if config.overwrite:
@@ -397,7 +390,7 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
         if before.get(name) != now[name]:
             raise OutputError(
                 f"{folder}: was started with {name.replace('_', '-')} {before.get(name)}, not "
-                f"{now[name]}; give the same, {remedy}"
+                f"{now[name]}; pass the same, {remedy}"
             )
 
 
