@@ -41,7 +41,7 @@ class Classified:
     classes: int
 
     def summary(self) -> dict[str, float | None]:
-        """Top-1, top-5 (None for fewer than five classes) and mean per-class recall, in [0, 1].
+        """Return top-1, top-5 (None below five classes) and mean per-class recall, in [0, 1].
 
         The recall of a class is the top-1 of its images; the mean runs over classes with images.
         """
@@ -53,7 +53,7 @@ class Classified:
         }
 
     def intervals(self, *, resamples: int, seed: int) -> dict[str, list[float]]:
-        """95 % intervals of `summary` by the bootstrap over images.
+        """Return 95 % intervals of `summary` by the bootstrap over images.
 
         A resample is drawn as the number of images of each class with each outcome, which is
         equivalent to drawing the images one by one.

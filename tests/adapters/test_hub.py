@@ -10,7 +10,8 @@ import torch
 
 import csalign
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
-from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 

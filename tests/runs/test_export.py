@@ -13,7 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 import csalign
 from csalign.adapters.checkpoint import AdapterInfo, save_adapter
-from csalign.adapters.model import Adapter, SideShape
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
 from csalign.encoders.openclip_models import build_network, find_model, load_weights
