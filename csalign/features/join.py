@@ -1,6 +1,6 @@
 """Rows of a feature set: splits selected, texts joined to images by id."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -258,14 +258,6 @@ def select_rows(table: FeatureTable, names: Collection[str | None] | None) -> In
         return None
     found = pc.is_in(table.column(schema.SPLIT), value_set=pa.array(list(names), pa.string()))
     return compact(np.flatnonzero(found.to_numpy()))
-
-
-def image_sources(features: FeatureSet, ids: Sequence[str]) -> list[str | None]:
-    """Return the paths or URLs of some images, None if unknown."""
-    table = features.images
-    rows = pc.index_in(pa.array(ids, pa.string()), value_set=table.column(schema.ID))
-    sources: list[str | None] = table.strings(schema.SOURCE).take(rows).to_pylist()
-    return sources
 
 
 def item_columns(features: FeatureSet, joined: Joined, side: Modality) -> dict[str, pa.Array]:

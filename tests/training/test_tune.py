@@ -268,7 +268,7 @@ def test_another_study_is_refused_unless_it_is_begun_anew(
     before = (study / "journal.log").read_text()
     with pytest.raises(OutputError, match=r"was started with features .* choose another --out"):
         search(other, study)
-    with pytest.raises(OutputError, match="was started with hidden 8, not 9; give the same"):
+    with pytest.raises(OutputError, match="was started with hidden 8, not 9; pass the same"):
         search(features, study, hidden=9)
     with pytest.raises(OutputError, match=r"with search adapter, init, .* not noise"):
         search(features, study, search="noise")
@@ -294,7 +294,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(
     before = sorted(path.name for path in features.iterdir())
     with pytest.raises(OutputError, match="contains files but no study"):
         search(features, features, overwrite=True)
-    with pytest.raises(OutputError, match="lies inside"):
+    with pytest.raises(OutputError, match="is inside"):
         search(features, features / "study")
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
