@@ -15,16 +15,9 @@ from csalign.features.checks import find_unusable
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
+from csalign.sources import pairing
 from csalign.sources.arrays.base import Labels, Strings, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
-from csalign.sources.pairing import (
-    describe_images,
-    describe_texts,
-    owners_by_counts,
-    owners_by_layout,
-    read_label_table,
-    share_splits,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +107,14 @@ def _columns(
             raise DataError(
                 f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
-        images = describe_images(len(vectors), _labels(config.image_table, vectors))
+        images = pairing.describe_images(len(vectors), _labels(config.image_table, vectors))
     if (vectors := sides.get(Modality.TEXT)) is not None:
         labels = _labels(config.text_table, vectors)
-        pairs = None if config.pairs is None else read_label_table(config.pairs)
+        pairs = None if config.pairs is None else pairing.read_label_table(config.pairs)
         owners = None if images is None else _owners(config, len(images.ids), vectors)
-        texts = describe_texts(len(vectors), images, labels, pairs, owners)
+        texts = pairing.describe_texts(len(vectors), images, labels, pairs, owners)
     if images is not None and texts is not None:
-        images, texts = share_splits(images, texts)
+        images, texts = pairing.share_splits(images, texts)
     rows = {Modality.IMAGE: images, Modality.TEXT: texts}
     return {  # column "id" of the set is the field "ids" of the rows, and so on
         side: {name: getattr(rows[side], f"{name}s") for name in schema.STRING_COLUMNS[side]}
@@ -130,18 +123,19 @@ def _columns(
 
 
 def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
-    return vectors.labels if table is None else read_label_table(table)
+    return vectors.labels if table is None else pairing.read_label_table(table)
 
 
 def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] | None:
     """Return the image row of each text row, if an option or the array's shape gives it."""
     if config.text_counts is not None:
-        return owners_by_counts(config.text_counts, images, len(texts))
-    if config.captions_per_image is not None and config.caption_order is not None:
-        return owners_by_layout(images, len(texts), config.captions_per_image, config.caption_order)
-    if texts.captions_each is not None and config.pairs is None:
-        return owners_by_layout(images, len(texts), texts.captions_each, "blocks")
-    return None
+        return pairing.owners_by_counts(config.text_counts, images, len(texts))
+    each, order = config.captions_per_image, config.caption_order
+    if each is None and config.pairs is None:
+        each, order = texts.captions_each, "blocks"
+    if each is None or order is None:
+        return None
+    return pairing.owners_by_layout(images, len(texts), each, order)
 
 
 def _write(

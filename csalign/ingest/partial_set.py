@@ -1,13 +1,8 @@
 """A feature set that is built part by part, by several processes, and survives their deaths.
 
-It is in ``OUT.partial``: a part is one file per side, with a record that is written when both are
-complete. The content of a part follows from its records alone, so it does not matter which process
-writes it, nor when. Once every process has finished, the part records become the manifest::
-
-    .csalign-job.json    what the set is to become; another job is refused
-    images/ texts/       finished parts, under their final names
-    parts/               one JSON record per part
-    finished/            one JSON file per finished process, naming its parts
+A part is one file per side, with a record that is written when both are complete. Its content
+follows from its records alone, so it does not matter which process writes it, nor when. Once every
+process has finished, the part records become the manifest. README.md lists the files.
 """
 
 import time
@@ -27,15 +22,6 @@ from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
 from csalign.features import schema
-from csalign.features.schema import (
-    FAILURES,
-    MANIFEST,
-    Counts,
-    Manifest,
-    Shard,
-    Shards,
-    write_manifest,
-)
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
 
@@ -87,7 +73,7 @@ class PartialSet:
     @property
     def is_complete(self) -> bool:
         """Whether the set is complete except for its final name."""
-        return (self.folder / MANIFEST).is_file()
+        return (self.folder / schema.MANIFEST).is_file()
 
     def part_record(self, name: str) -> PartRecord | None:
         """Return the record of a finished part, None if it is not finished.
@@ -190,7 +176,7 @@ class PartialSet:
         """Write ``failures.jsonl``, the skipped inputs of some parts, and return them."""
         failures = [failure for record in records for failure in record.failures]
         lines = [failure.model_dump_json() + "\n" for failure in failures]
-        atomic.write_text(self.folder / FAILURES, "".join(lines))
+        atomic.write_text(self.folder / schema.FAILURES, "".join(lines))
         return failures
 
     def part_records(self) -> list[PartRecord]:
@@ -231,7 +217,7 @@ class PartialSet:
             OutputError: it does not finish in time.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        while not (self.is_gone and (self._out / MANIFEST).exists()):
+        while not (self.is_gone and (self._out / schema.MANIFEST).exists()):
             if time.monotonic() > deadline:
                 raise OutputError(
                     f"{self.folder}: waited {TIMEOUT_S:.0f} s for another process to complete it; "
@@ -241,11 +227,7 @@ class PartialSet:
             self._refresh()
 
     def complete_and_commit(self) -> None:
-        """Turn the parts into a feature set under its final name; see `locks.sole_owner`.
-
-        Raises:
-            DataError: an id appears twice.
-        """
+        """Turn the parts into a feature set, if their ids are unique; see `locks.sole_owner`."""
         if not self.is_complete:
             self._write_manifest()
         # A later process may have to repeat this, so the job goes last.
@@ -264,32 +246,33 @@ class PartialSet:
         for side, shards in ((Modality.IMAGE, images), (Modality.TEXT, texts)):
             _check_ids(self.folder, side, shards)
             _remove_stale_files(self.folder / side.plural, shards)
-        manifest = Manifest(
+        manifest = schema.Manifest(
             csalign_version=__version__,
             dtype=self._job.dtype,
             encoders=self._job.encoders,
-            counts=Counts(
+            counts=schema.Counts(
                 images=sum(shard.rows for shard in images),
                 texts=sum(shard.rows for shard in texts),
                 pairs=sum(record.pairs for record in records),
                 failures=len(self.list_failures(records)),
             ),
-            shards=Shards(images=images, texts=texts),
+            shards=schema.Shards(images=images, texts=texts),
         )
-        write_manifest(self.folder, manifest)
+        schema.write_manifest(self.folder, manifest)
 
 
-def _remove_stale_files(folder: Path, shards: list[Shard]) -> None:
+def _remove_stale_files(folder: Path, shards: list[schema.Shard]) -> None:
     """Remove files of killed processes, which other readers would take for parts."""
+    if not shards:
+        outputs.remove_folder(folder)  # a missing side has no folder
+        return
     kept = {shard.path.rpartition("/")[2] for shard in shards}
-    for path in list(folder.iterdir()) if folder.exists() else []:
+    for path in list(folder.iterdir()):
         if path.name not in kept:
             path.unlink()
-    if not shards and not is_remote(folder) and folder.exists():
-        folder.rmdir()  # a missing side has no folder
 
 
-def _check_ids(folder: Path, side: Modality, shards: list[Shard]) -> None:
+def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None:
     chunks: list[pa.Array] = []
     for shard in shards:
         with (folder / shard.path).open("rb") as file:
