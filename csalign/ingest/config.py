@@ -28,9 +28,7 @@ class SourceOptions(Config):
     )
     split_column: str = Field("split", description="Column of splits, if the source has it.")
     caption_lines: bool | None = Field(
-        None,
-        description="Each line of a .txt beside an image is a caption (default: in folders, not in "
-        "tars).",
+        None, description="Each line of a .txt is a caption (default: in folders, not in tars)."
     )
 
 
@@ -39,13 +37,12 @@ class EncoderOptions(Config):
 
     panel: ClassVar[str] = "Encoders"
 
-    encoder: str | None = Field(None, description="Encoder of both: open_clip:MODEL/TAG.")
+    encoder: str | None = Field(None, description="Encoder of both sides: open_clip:MODEL/TAG.")
     image_encoder: str | None = Field(
         None, description="Encoder of images: also timm:MODEL, PACKAGE.MODULE:CALLABLE, or none."
     )
     text_encoder: str | None = Field(
-        None,
-        description="Encoder of texts: also hf:MODEL-OR-FOLDER, PACKAGE.MODULE:CALLABLE, or none.",
+        None, description="Encoder of texts: also hf:MODEL, PACKAGE.MODULE:CALLABLE, or none."
     )
     tokens: Literal["none", "image", "text", "both"] = Field(
         "none", description="Sides whose last-layer tokens are stored too."
@@ -54,9 +51,7 @@ class EncoderOptions(Config):
         "projected", description="Tokens before or after the encoder's projection."
     )
     max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Most tokens per item: image grids are pooled, texts truncated (default: all).",
+        None, ge=1, description="Most tokens per item: grids are pooled, texts truncated."
     )
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
 
@@ -85,9 +80,7 @@ class ShardOptions(Config):
     panel: ClassVar[str] = "Sharding and failures"
 
     shard: str = Field(
-        "auto",
-        description="Process shard I of N, counted from 0: I/N; auto reads torchrun's and SLURM's "
-        "variables.",
+        "auto", description="Process shard I/N, I from 0; auto asks torchrun and SLURM."
     )
     part_rows: Count = Field(
         4096, description="Records per part; finished parts are skipped on a rerun."
@@ -154,9 +147,7 @@ class PairOptions(Config):
         "caption of every image, then the next.",
     )
     text_counts: Location | None = Field(
-        None,
-        description="Captions per image, in the order of the images: .npy of counts or offsets, or "
-        "a table with a column count.",
+        None, description="Captions per image: .npy of counts or offsets, or a table with count."
     )
     image_table: Location | None = Field(None, description="Table of images: id, source, split.")
     text_table: Location | None = Field(

@@ -26,8 +26,7 @@ from csalign.ingest.job import (
     Job,
     PartRecord,
     WorkShard,
-    assigned_files,
-    assigned_to,
+    assigned_parts,
     check_array,
     device_of_rank,
     parse_shard,
@@ -50,13 +49,11 @@ _TOKENS_PER_CAPTION = 16  # estimate
 
 
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
-    """Embed the images and texts of a source and write them as a feature set.
+    """Embed the images and texts of a source, write a feature set and return its counts.
 
     Finished parts stay in ``OUT.partial``, and the same call resumes after them; several processes
-    share the parts, and the last of them completes the feature set.
-
-    Returns:
-        Counts of the feature set, or of this process's share if others have not finished.
+    share the parts, and the last of them completes the feature set, while the others return the
+    counts of their share.
 
     Raises:
         OutputError: `config.out` must not be written, or contains another unfinished extraction.
@@ -67,7 +64,11 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
     shard = parse_shard(config.shard)
-    _check_output(config)
+    searched = None if "::" in config.source else parse_location(config.source)  # or several
+    inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
+    outputs.check_output(
+        config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs, searched=searched
+    )
     names = [option.name for option in dataclasses.fields(SourceOptions)]
     options = SourceOptions(**{name: getattr(config, name) for name in names})
     source = open_source(config.source, options)
@@ -112,20 +113,6 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             partial.wait_until_committed()
         counts = schema.read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
-
-
-def _check_output(config: ExtractConfig) -> None:
-    inputs = [path for path in (config.captions, config.images) if path is not None]
-    searched = None if "::" in config.source else parse_location(config.source)
-    if searched is not None:  # "::" joins several
-        inputs.append(searched)
-    outputs.check_output(
-        config.out,
-        schema.ENTRIES,
-        overwrite=config.overwrite,
-        inputs=tuple(inputs),
-        searched=searched,
-    )
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
@@ -177,24 +164,14 @@ class _Extraction:
         """Process the unfinished parts of this shard; raises as `_check_failures` does."""
         _check_disk_space(self.config, self.source, self.encoders, self.partial)
         self.partial.mark_begun()
-        files, is_alone = len(self.source.files), self.shard.count == 1
-        total = self.source.total
-        pipeline = Pipeline(
-            self.encoders.image,
-            self.encoders.text,
-            self.config.dtype,
-            # What a container or batch system allows.
-            self.config.workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS),
-            self.progress,
-            total if is_alone else None,
-        )
-        with closing(pipeline):
-            for file in assigned_files(self.shard, files):
-                for record, is_new in self._parts(file, pipeline):
+        files, total, is_alone = len(self.source.files), self.source.total, self.shard.count == 1
+        # The cores that a container or batch system allows.
+        workers = self.config.workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+        shown, dtype = total if is_alone else None, self.config.dtype
+        with closing(Pipeline(self.encoders, dtype, workers, self.progress, shown)) as pipeline:
+            for file in range(files):
+                for record in self._parts(file, pipeline):
                     self.records.append(record)
-                    if not is_new:
-                        pipeline.report("records", record.records)
-                        pipeline.report("texts", record.texts_seen)
                     if is_alone:
                         _check_failures(self.config, self.partial, self.records, files, total)
         if not self.records:
@@ -216,32 +193,28 @@ class _Extraction:
             complete=False,
         )
 
-    def _parts(self, file: int, pipeline: Pipeline) -> Iterator[tuple[PartRecord, bool]]:
-        """Yield the records of this shard's parts of a source file, and whether they are new."""
-        count = len(self.source.files)
-        first = next(p for p in range(self.shard.count) if assigned_to(self.shard, count, file, p))
+    def _parts(self, file: int, pipeline: Pipeline) -> Iterator[PartRecord]:
+        """Yield the records of this shard's parts of a source file."""
+        files, rows, total = len(self.source.files), self.config.part_rows, self.source.total
+        first = next(iter(assigned_parts(self.shard, files, file, self.shard.count)), None)
+        if first is None:
+            return
         known = self._finished(file, first)
         # A finished part says how many there are; without it the file has to be opened.
-        if known is not None and self.source.total is None:
-            own = [self._finished(file, part) for part in self._own_parts(file, known.file_records)]
-            if all(own):
-                yield from ((record, False) for record in own if record is not None)
+        if known is not None and total is None:
+            parts = assigned_parts(self.shard, files, file, -(-known.file_records // rows))
+            finished = [record for part in parts if (record := self._finished(file, part))]
+            if len(finished) == len(parts):
+                yield from map(pipeline.count_again, finished)
                 return
         with self.source.open(file) as opened:
-            for part in self._own_parts(file, len(opened)):
+            for part in assigned_parts(self.shard, files, file, -(-len(opened) // rows)):
                 record = self._finished(file, part)
                 # A fingerprint of the whole file leaves open whether its records were recounted.
-                if record is not None and (
-                    self.source.total is not None or record.file_records == len(opened)
-                ):
-                    yield record, False
+                if record is None or (total is None and record.file_records != len(opened)):
+                    yield self._process(file, part, opened, pipeline)
                 else:
-                    yield self._process(file, part, opened, pipeline), True
-
-    def _own_parts(self, file: int, records: int) -> list[int]:
-        count = -(-records // self.config.part_rows)
-        files = len(self.source.files)
-        return [part for part in range(count) if assigned_to(self.shard, files, file, part)]
+                    yield pipeline.count_again(record)
 
     def _finished(self, file: int, part: int) -> PartRecord | None:
         """Return the record of a part that need not be processed again."""
@@ -255,9 +228,7 @@ class _Extraction:
         return self.source.fingerprint_of(file, part * rows, (part + 1) * rows)
 
     def _name(self, file: int, part: int) -> str:
-        if len(self.source.files) == 1:
-            return f"part-{part:05d}"
-        return f"part-{file:05d}-{part:05d}"
+        return f"part-{part:05d}" if len(self.source.files) == 1 else f"part-{file:05d}-{part:05d}"
 
     def _process(
         self, file: int, number: int, opened: SourceFile, pipeline: Pipeline

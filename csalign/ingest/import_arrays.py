@@ -130,13 +130,12 @@ def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] 
     """Return the image row of each text row, if an option or the array's shape gives it."""
     if config.text_counts is not None:
         return pairing.owners_by_counts(config.text_counts, images, len(texts))
-    if config.captions_per_image is not None and config.caption_order is not None:
-        return pairing.owners_by_layout(
-            images, len(texts), config.captions_per_image, config.caption_order
-        )
-    if texts.captions_each is not None and config.pairs is None:
-        return pairing.owners_by_layout(images, len(texts), texts.captions_each, "blocks")
-    return None
+    each, order = config.captions_per_image, config.caption_order
+    if each is None and config.pairs is None:
+        each, order = texts.captions_each, "blocks"
+    if each is None or order is None:
+        return None
+    return pairing.owners_by_layout(images, len(texts), each, order)
 
 
 def _write(

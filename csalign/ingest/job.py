@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -200,19 +200,12 @@ def device_of_rank(device: str, environment: Mapping[str, str] = os.environ) -> 
     return f"cuda:{int(environment['LOCAL_RANK']) % count}" if count else device
 
 
-def assigned_to(shard: WorkShard, files: int, file: int, part: int = 0) -> bool:
-    """Return whether a part of a source file belongs to a shard.
+def assigned_parts(shard: WorkShard, files: int, file: int, parts: int) -> range:
+    """Return which of the parts of a source file belong to a shard.
 
     With at least as many files as shards each file goes to one shard; fewer files are divided
     part by part.
     """
     if files >= shard.count:
-        return file % shard.count == shard.index
-    return (file + part) % shard.count == shard.index
-
-
-def assigned_files(shard: WorkShard, files: int) -> Iterator[int]:
-    """Yield the files that contain, or may contain, parts of a shard."""
-    for file in range(files):
-        if files < shard.count or assigned_to(shard, files, file):
-            yield file
+        return range(parts if file % shard.count == shard.index else 0)
+    return range((shard.index - file) % shard.count, parts, shard.count)

@@ -32,7 +32,7 @@ def open_partial_set(
 
     Args:
         out: the feature set to build.
-        job: what it is.
+        job: describes it.
         shard: of this process.
         config: content of ``config.toml``, that of the process that begins.
         restart: remove the unfinished parts of another job.

@@ -1,13 +1,8 @@
 """A feature set that is built part by part, by several processes, and survives their deaths.
 
-It is in ``OUT.partial``: a part is one file per side, with a record that is written when both are
-complete. The content of a part follows from its records alone, so it does not matter which process
-writes it, nor when. Once every process has finished, the part records become the manifest::
-
-    .csalign-job.json    what the set is to become; another job is refused
-    images/ texts/       finished parts, under their final names
-    parts/               one JSON record per part
-    finished/            one JSON file per finished process, naming its parts
+A part is one file per side, with a record that is written when both are complete. Its content
+follows from its records alone, so it does not matter which process writes it, nor when. Once every
+process has finished, the part records become the manifest. README.md lists the files.
 """
 
 import time
@@ -232,11 +227,7 @@ class PartialSet:
             self._refresh()
 
     def complete_and_commit(self) -> None:
-        """Complete the parts as a feature set under its final name; see `locks.sole_owner`.
-
-        Raises:
-            DataError: an id appears twice.
-        """
+        """Complete the feature set, if its ids are unique; see `locks.sole_owner`."""
         if not self.is_complete:
             self._write_manifest()
         # A later process may have to repeat this, so the job goes last.
@@ -272,12 +263,13 @@ class PartialSet:
 
 def _remove_stale_files(folder: Path, shards: list[schema.Shard]) -> None:
     """Remove files of killed processes, which other readers would take for parts."""
+    if not shards:
+        outputs.remove_folder(folder)  # a missing side has no folder
+        return
     kept = {shard.path.rpartition("/")[2] for shard in shards}
-    for path in list(folder.iterdir()) if folder.exists() else []:
+    for path in list(folder.iterdir()):
         if path.name not in kept:
             path.unlink()
-    if not shards and not is_remote(folder) and folder.exists():
-        folder.rmdir()  # a missing side has no folder
 
 
 def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None:

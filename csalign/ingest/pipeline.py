@@ -14,11 +14,11 @@ import torch
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError
 from csalign.core.results import Progress
-from csalign.encoders.base import Embedded, ImageEncoder, TextEncoder
+from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
-from csalign.ingest.job import Failure
+from csalign.ingest.job import Failure, PartRecord
 from csalign.ingest.partial_set import PartWriter
 from csalign.sources.images import read_image
 from csalign.sources.records import ImageInput, Record, TextInput
@@ -29,6 +29,7 @@ _BATCHES_PER_WINDOW = 16
 _WRITES_AHEAD = 4
 
 T = TypeVar("T")
+Columns = Mapping[str, Sequence[str | None]]
 _END = object()
 
 
@@ -36,8 +37,7 @@ _END = object()
 class Pipeline:
     """Both encoders with their threads; use under `contextlib.closing`."""
 
-    image: ImageEncoder | None  # None skips images; their texts then belong to no image
-    text: TextEncoder | None
+    encoders: Encoders  # without one for images, texts belong to no image
     dtype: str  # "float16" or "float32", as the rows are stored
     workers: int  # threads that decode images
     progress: Progress  # called with counts of records (once their image is done) and of texts
@@ -49,7 +49,7 @@ class Pipeline:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="read")
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="write")
         self.report("records", 0)
-        if self.text is not None:
+        if self.encoders.text is not None:
             self.report("texts", 0)
 
     def close(self) -> None:
@@ -58,13 +58,7 @@ class Pipeline:
             executor.shutdown(cancel_futures=True)
 
     def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
-        """Embed and write the records of a part, images first.
-
-        Args:
-            records: of one part.
-            file: name of their source file, for the list of failures.
-            part: receives the rows, the counts and the failures.
-        """
+        """Embed and write the records of a part, images first; failures name their `file`."""
         work = _Part(self, file, part)
         try:
             with closing(self._read_ahead(iter(records))) as ahead:
@@ -72,13 +66,19 @@ class Pipeline:
             work.embed_texts()
             work.finish_writes(0)
         except BaseException:
-            work.cancel_writes()
+            _cancel(work.writes)  # so that the files can be removed
             raise
 
     def report(self, what: str, count: int) -> None:
         """Add to a count and show it."""
         self.done[what] = self.done.get(what, 0) + count
         self.progress(what, self.done[what], self.total if what == "records" else None)
+
+    def count_again(self, record: PartRecord) -> PartRecord:
+        """Report the counts of a part that was finished before."""
+        self.report("records", record.records)
+        self.report("texts", record.texts_seen)
+        return record
 
     def _read_ahead(self, records: Iterator[Record]) -> Generator[Record]:
         """Yield the records, read in a thread while the caller is busy."""
@@ -115,10 +115,10 @@ class _Part:
     part: PartWriter
     _texts: list[_OwnedText] = field(default_factory=list)
     _skipped: dict[str, str] = field(default_factory=dict)  # reasons by image id
-    _writes: deque[Future[None]] = field(default_factory=deque)
+    writes: deque[Future[None]] = field(default_factory=deque)
 
     def embed_images(self, records: Iterable[Record]) -> None:
-        encoder = self.pipeline.image
+        encoder = self.pipeline.encoders.image
         for batch in _groups(self._decoded(records), encoder.batch_size if encoder else 1):
             assert encoder is not None
             images = [image for image, _ in batch]
@@ -126,7 +126,7 @@ class _Part:
             defects = self._defects(embedded)
             for row, reason in defects.items():
                 self._skip(images[row], reason)
-            columns: dict[str, Sequence[str | None]] = {
+            columns: Columns = {
                 schema.ID: [image.id for image in images],
                 schema.SOURCE: [image.source for image in images],
                 schema.SPLIT: [image.split for image in images],
@@ -135,7 +135,7 @@ class _Part:
             self.pipeline.report("records", len(batch))
 
     def embed_texts(self) -> None:
-        encoder = self.pipeline.text
+        encoder = self.pipeline.encoders.text
         if encoder is None:
             return
         for window in _groups(self._kept_texts(), encoder.batch_size * _BATCHES_PER_WINDOW):
@@ -144,7 +144,7 @@ class _Part:
             for row, reason in defects.items():
                 self.part.failed_texts += 1
                 self._fail(self.file, window[row].text.row, reason)
-            columns: dict[str, Sequence[str | None]] = {
+            columns: Columns = {
                 schema.ID: [owned.text.id for owned in window],
                 schema.IMAGE_ID: [owned.image_id for owned in window],
                 schema.CAPTION: [owned.text.caption for owned in window],
@@ -155,7 +155,7 @@ class _Part:
 
     def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, torch.Tensor]]:
         """Yield the usable images in order, decoded ahead: the next batch during this one."""
-        encoder = self.pipeline.image
+        encoder = self.pipeline.encoders.image
         ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
         for image in _run_ahead(self._decoding(records), ahead):
             result = image.pixels.result()
@@ -169,7 +169,7 @@ class _Part:
         """Count records and start decoding their images."""
         for record in records:
             self.part.records += 1
-            image = record.image if self.pipeline.image else None
+            image = record.image if self.pipeline.encoders.image else None
             owner = image.id if image else None
             self._texts += [_OwnedText(text, owner, record.split) for text in record.texts]
             if record.error is not None:
@@ -182,9 +182,10 @@ class _Part:
                 yield _Decoding(image.id, image.source, record.split, pixels)
 
     def _decode(self, image: ImageInput) -> torch.Tensor | str:
-        assert self.pipeline.image is not None
+        encoder = self.pipeline.encoders.image
+        assert encoder is not None
         try:
-            return self.pipeline.image.preprocess(read_image(image.read()))
+            return encoder.preprocess(read_image(image.read()))
         except DataError as error:
             return str(error)
 
@@ -217,13 +218,9 @@ class _Part:
         return defects
 
     def _write(
-        self,
-        side: Modality,
-        columns: Mapping[str, Sequence[str | None]],
-        embedded: Embedded,
-        defects: Collection[int],
+        self, side: Modality, columns: Columns, embedded: Embedded, defects: Collection[int]
     ) -> None:
-        """Write rows in a thread, in order, a few calls behind."""
+        """Write the rows without defects in a thread, in order, a few calls behind."""
         kept = [row for row in range(len(embedded.embeddings)) if row not in defects]
         if kept:
             rows = Rows(
@@ -231,20 +228,17 @@ class _Part:
                 embedded.embeddings[kept],
                 None if embedded.tokens is None else [embedded.tokens[row] for row in kept],
             )
-            self._writes.append(self.pipeline.writer.submit(self.part.write, side, rows))
+            self.writes.append(self.pipeline.writer.submit(self.part.write, side, rows))
             self.finish_writes(_WRITES_AHEAD)
 
     def finish_writes(self, ahead: int) -> None:
         """Wait until at most `ahead` calls are unfinished."""
-        while len(self._writes) > ahead:
-            self._writes.popleft().result()
-
-    def cancel_writes(self) -> None:
-        """Wait until nothing writes any more, so that the files can be removed."""
-        _cancel(self._writes)
+        while len(self.writes) > ahead:
+            self.writes.popleft().result()
 
 
 def _cancel(futures: Collection[Future[Any]]) -> None:
+    """Cancel what has not begun, and wait for the rest."""
     for future in futures:
         future.cancel()
     wait(futures)

@@ -174,7 +174,7 @@ def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
     (partial / "000003.png").write_bytes((partial / "000003.png").read_bytes()[:50])
     (partial / "000005.png.abc.tmp").write_bytes(b"half")
     assert not stopped.exists()
-    with pytest.raises(OutputError, match=r"made with seed 0, not 1: rerun with the same options"):
+    with pytest.raises(OutputError, match=r"generated with seed 0, not 1: rerun with the same"):
         generate(config.model_copy(update={"seed": 1}))
     done = generate(config.model_copy(update={"batch_size": 3, "sheet": True}))
 
@@ -239,7 +239,9 @@ def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
     changed = tmp_path / "changed.safetensors"
     safetensors.torch.save_file({name: 1.1 * own for name, own in weights.items()}, changed)
     other = f"open_clip:{tiny_clip[0]}+{changed}"
-    with pytest.raises(OutputError, match=r"made with prompts [0-9a-f]{12}, not [0-9a-f]{12}:"):
+    with pytest.raises(
+        OutputError, match=r"generated with prompts [0-9a-f]{12}, not [0-9a-f]{12}:"
+    ):
         generate(config.model_copy(update={"text_encoder": other}))
     assert generate(config).reused == 1
 

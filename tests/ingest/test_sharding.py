@@ -1,7 +1,7 @@
 import pytest
 
 from csalign.core.errors import ConfigError
-from csalign.ingest.job import WorkShard, assigned_files, assigned_to, check_array, parse_shard
+from csalign.ingest.job import WorkShard, assigned_parts, check_array, parse_shard
 
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7",
@@ -75,7 +75,12 @@ def test_an_array_smaller_than_the_first_one_is_refused() -> None:
 def test_each_part_has_exactly_one_owner(files: int, count: int) -> None:
     shards = [WorkShard(index, count) for index in range(count)]
     for file in range(files):
-        for part in range(6):
-            owners = [shard for shard in shards if assigned_to(shard, files, file, part)]
-            assert len(owners) == 1
-            assert file in assigned_files(owners[0], files)
+        owned = [part for shard in shards for part in assigned_parts(shard, files, file, 6)]
+        assert sorted(owned) == [*range(6)]
+
+
+def test_files_are_divided_by_part_only_if_they_are_fewer_than_shards() -> None:
+    assert [*assigned_parts(WorkShard(1, 3), 3, 1, 4)] == [0, 1, 2, 3]
+    assert [*assigned_parts(WorkShard(1, 3), 3, 2, 4)] == []
+    assert [*assigned_parts(WorkShard(1, 3), 2, 0, 8)] == [1, 4, 7]
+    assert [*assigned_parts(WorkShard(1, 3), 2, 1, 8)] == [0, 3, 6]
