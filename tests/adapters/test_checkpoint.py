@@ -188,7 +188,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         (lambda f: change_shape(f, kind="identity"), r"adapter\.json: identity: keeps"),
         (lambda f: change_shape(f, width=4), r"adapter\.json: the image side maps to width 4"),
         (lambda f: change_shape(f, token_width=7), r"adapter\.json: mlp: takes tokens as wide"),
-        (lambda f: change_shape(f, hidden=2**20, input_width=2**20), "agree with .* image.mean"),
+        (lambda f: change_shape(f, hidden=2**20, input_width=2**20), "match .* image.mean"),
         (
             lambda f: change_json(f, encoders={"image": "eye"}),
             "encoders: .* at least 2 items",
@@ -198,7 +198,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
             lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40),
             r"adapter\.safetensors: cannot be read",
         ),
-        (lambda f: change_weights(f, lambda t: t.pop("image.mean")), "agree with .* image.mean"),
+        (lambda f: change_weights(f, lambda t: t.pop("image.mean")), "match .* image.mean"),
         (
             lambda f: change_weights(f, lambda t: t["text.mean"].neg_().add_(1)),
             r"adapter\.safetensors: the content does not match the checksum",
