@@ -14,7 +14,7 @@ from csalign.adapters.model import KINDS, Adapter
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
+from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError, reason_of
 from csalign.core.records import Record, read_record, write_record
 
 WEIGHTS = "adapter.safetensors"
@@ -150,8 +150,8 @@ def fetch(name: str, *, subfolder: str | None = None, revision: str | None = Non
             for file in (DESCRIPTION, WEIGHTS)
         ]
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(
-            f"{name}: no such run here, and the hub has no adapter of that name ({reason:.200})"
+            f"{name}: no such run here, and the hub has no adapter of that name "
+            f"({reason_of(error):.200})"
         ) from error
     return paths[0].parent

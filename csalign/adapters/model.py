@@ -16,7 +16,7 @@ from csalign.adapters.builtin import Glu, Identity, Linear, LowRank, Mlp, Transf
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, CsalignError, ShapeError
+from csalign.core.errors import ConfigError, CsalignError, ShapeError, reason_of
 
 GROUP = "csalign.adapters"  # of entry points, whose names are kinds
 DEFAULT_WIDTH = 256  # of the shared space, unless something else decides
@@ -141,10 +141,8 @@ def _translate_errors(kind: str, action: str) -> Iterator[None]:
     except CsalignError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{kind}: failed to {action} ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise ConfigError(f"{kind}: failed to {action} ({reason})") from error
 
 
 class Adapter(nn.Module):

@@ -14,7 +14,7 @@ from csalign.adapters.checkpoint import load_adapter
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import Array, SideAdapter
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, OutputError, ShapeError
+from csalign.core.errors import ConfigError, OutputError, ShapeError, reason_of
 
 INPUT, OUTPUT = "embeddings", "aligned"
 EXAMPLE_ROWS = 3  # not 0 or 1, which torch.export would treat as constants
@@ -114,9 +114,9 @@ def write_onnx(side: SideAdapter, path: Path) -> None:
             program.save(str(path), external_data=False)
             onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # the exporter raises many types
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise OutputError(
-            f"{side.shape.kind}: cannot be written as ONNX ({reason:.200}); use --to safetensors"
+            f"{side.shape.kind}: cannot be written as ONNX ({reason_of(error):.200}); use "
+            "--to safetensors"
         ) from error
 
 

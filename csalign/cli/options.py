@@ -63,7 +63,7 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
     """
     declared = [owner for owner in config.__mro__ if issubclass(owner, Config)]
     groups = [*declared[1:], config]
-    # That which first declares a field owns it; a subclass may only change its text.
+    # A field is shown with the group that declares it first; a subclass may only change its text.
     owner_of = {name: groups.index(own) for own in declared for name in own.__annotations__}
     fields = [
         (name not in config.positional, owner_of[name], name, field)

@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
-from csalign.core.errors import OutputError
+from csalign.core.errors import OutputError, reason_of
 from csalign.core.locks import try_lock
 from csalign.core.paths import is_remote, is_store_error
 
@@ -41,8 +41,7 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
     number = getattr(error, "errno", None)
     if name is not None and ("://" in str(name) or is_store_error(error)):
         is_silent = isinstance(error, TimeoutError) and not str(error)
-        words = "no answer in time" if is_silent else str(error) or type(error).__name__
-        reason = words.splitlines()[0]
+        reason = "no answer in time" if is_silent else reason_of(error)
         return f"{name}: {reason}; check the address, the keys and the network"
     # Some libraries replace the system's message by a vaguer one but keep its number.
     quoted = re.search(r"\(os error (\d+)\)", str(error))

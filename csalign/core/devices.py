@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from csalign.core import distributed
-from csalign.core.errors import ConfigError
+from csalign.core.errors import ConfigError, reason_of
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -40,8 +40,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} is not usable here ({reason}); try auto") from None
+        raise ConfigError(
+            f"device: {name!r} is not usable here ({reason_of(error)}); try auto"
+        ) from None
     return device
 
 

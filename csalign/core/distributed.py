@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from csalign.core.errors import ElsewhereError, ProcessesError
+from csalign.core.errors import ElsewhereError, ProcessesError, reason_of
 
 if TYPE_CHECKING:  # these take up to seconds, and --help should not
     import numpy.typing as npt
@@ -91,8 +91,8 @@ def process_group() -> Iterator[None]:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ProcessesError(
-            f"the {found.size} processes of the job cannot meet ({_line(error)}); check torchrun's "
-            "addresses and ports"
+            f"the {found.size} processes of the job cannot meet ({reason_of(error)}); check "
+            "torchrun's addresses and ports"
         ) from error
     _world, _store = found, store
     try:
@@ -134,10 +134,6 @@ def _leave() -> None:
             left = _store.add(_LEFT, 0)
     except RuntimeError:
         return  # the process that keeps it is gone
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from csalign.core import atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError, SchemaError
+from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, Manifest, Shard, read_manifest
@@ -211,8 +211,7 @@ class FeatureTable:
                 file = pq.ParquetFile(opened, pre_buffer=remote, page_checksum_verification=True)
                 yield stack.enter_context(file)
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SchemaError(f"{path}: cannot be read ({reason}); {AGAIN}") from error
+            raise SchemaError(f"{path}: cannot be read ({reason_of(error)}); {AGAIN}") from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from csalign.core.enums import Modality
-from csalign.core.errors import CsalignError, DataError, EncoderError
+from csalign.core.errors import CsalignError, DataError, EncoderError, reason_of
 from csalign.core.results import Progress
 from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
@@ -262,7 +262,7 @@ def embed_in_halves(embed: Any, batch: Any) -> Embedded:
     except CsalignError:
         raise
     except RuntimeError as error:
-        raise EncoderError(f"the encoder failed ({str(error).splitlines()[0]})") from error
+        raise EncoderError(f"the encoder failed ({reason_of(error)})") from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(batch) // 2

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from csalign.core.errors import DataError
+from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import is_remote
 from csalign.sources.records.files import local_file, translate_errors
 
@@ -139,8 +139,7 @@ def _named_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
         try:
             yield
         except damage as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            reason = reason.splitlines()[0]
+            reason = getattr(error, "strerror", None) or reason_of(error)
             raise DamagedError(f"{path}: cannot be read ({reason}); {_REMEDY}") from None
 
 

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from csalign.core.errors import DataError
+from csalign.core.errors import DataError, reason_of
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp"),
@@ -48,8 +48,7 @@ def read_image(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large()) from None
     except Exception as error:  # decoders raise anything on damaged bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot be read ({reason})") from error
+        raise DataError(f"cannot be read ({reason_of(error)})") from error
 
 
 @cache

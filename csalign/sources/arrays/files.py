@@ -19,7 +19,7 @@ from torch import Tensor
 
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.paths import is_remote
 from csalign.core.records import read_object
 from csalign.sources import arrow
@@ -193,8 +193,7 @@ def _load(path: Path, local: Path) -> Any:
                 f"{path}: contains Python objects other than tensors, which are never "
                 "unpickled; save the tensor alone with torch.save(tensor, path)"
             ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{path}: is not a readable torch file ({reason})") from None
+        raise DataError(f"{path}: is not a readable torch file ({reason_of(error):.200})") from None
 
 
 def _tensor_header(path: Path, tensor: Tensor) -> Header:

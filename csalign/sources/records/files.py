@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from csalign.core.errors import ConfigError, CsalignError, DataError
+from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
 from csalign.core.paths import is_remote, parse_location
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -121,8 +121,8 @@ def translate_errors(path: Path, *, named: bool = True) -> Iterator[None]:
         is_expected = isinstance(error, OSError | ValueError)
         if not is_expected and (isinstance(error, _BUGS) or not is_remote(path)):
             raise
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        message = f"cannot be read ({reason.splitlines()[0]})"
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        message = f"cannot be read ({reason})"
         if named:
             remedy = "; check the address, the keys and the network" if is_remote(path) else ""
             message = f"{path}: {message}{remedy}"
