@@ -288,7 +288,7 @@ def test_what_does_not_go_together_is_refused(
         made(decoders, narrow, out, prompts=prompts)
     with pytest.raises(ConfigError, match="texts of unknown, which is unknown or runs"):
         made(decoders, run, out, prompts=prompts)
-    with pytest.raises(ShapeError, match="features of the encoders that it was trained on"):
+    with pytest.raises(ShapeError, match="features of the encoders it was trained on"):
         made(decoders, run, out, features=tmp_path / "clip")
     prompts.write_text("\n")
     with pytest.raises(DataError):

@@ -129,7 +129,7 @@ def test_images_alone_make_a_set(run: Callable[..., FeaturesResult], photos: Pat
     assert result == FeaturesResult(photos.parent / "features", 8, 0, 0, 0)
     features = FeatureSet.open(result.features)
     assert features.images.has_tokens
-    with pytest.raises(DataError, match="has no texts; this needs both sides"):
+    with pytest.raises(DataError, match="has no texts; both sides are needed"):
         features.texts.embeddings()
 
 

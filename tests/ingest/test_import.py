@@ -173,7 +173,7 @@ def test_a_pairs_table_that_does_not_fit_is_refused_by_row(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "name embeddings: --images"),
+        ({}, "pass embeddings: --images"),
         ({"images": "nowhere.npy", "texts": "nowhere.npy"}, "nowhere.npy: no such file"),
         ({"source": "both.npz", "images": "x.npy"}, "not both"),
         ({"source": "nowhere"}, "nowhere: no such file or folder"),
@@ -263,7 +263,7 @@ def test_the_order_of_several_captions_is_as_asked(
         import_files(tmp_path, **given)
     with pytest.raises(ConfigError, match="--captions-per-image and --caption-order go together"):
         import_files(tmp_path, **given, captions_per_image=3)
-    with pytest.raises(ConfigError, match="--captions-per-image and --text-counts say the same"):
+    with pytest.raises(ConfigError, match="--text-counts define the pairs twice"):
         import_files(
             tmp_path,
             **given,
@@ -305,7 +305,7 @@ def test_a_3d_array_and_counts_give_each_image_its_captions(tmp_path: Path) -> N
     flat = save(tmp_path / "y.npy", y.reshape(6, 4))
     ragged = import_files(tmp_path, images=x, texts=flat, text_counts=counts)
     assert load_rows(ragged, ALL).text_image.tolist() == [0, 2, 2, 2, 2, 2]
-    with pytest.raises(DataError, match="is 3-D, and an image has one embedding"):
+    with pytest.raises(DataError, match="is 3-D, but images need one embedding each"):
         import_files(tmp_path, images=save(tmp_path / "y.npy", y), texts=x)
 
 
