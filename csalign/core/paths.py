@@ -9,7 +9,7 @@ from typing import Any, cast
 from csalign.core.errors import ConfigError
 
 _PATIENCE_S = 60.0  # without a byte
-_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+RETRY_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}  # HTTP status codes that may pass
 # Modules whose errors are not OSErrors. What the Hugging Face hub raises is one.
 _STORES = (
@@ -69,7 +69,7 @@ async def _retry(request: Any, handler: Any) -> Any:
     """Send a request again, with exponential backoff, while the server is busy or unreachable."""
     from aiohttp import ClientConnectionError
 
-    for seconds in _WAITS_S:
+    for seconds in RETRY_WAITS_S:
         with suppress(ClientConnectionError, TimeoutError):
             response = await handler(request)
             if response.status not in _RETRIED:

@@ -212,9 +212,9 @@ def test_a_run_of_no_use_is_refused(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", b"\xff\n", "metrics.jsonl: is damaged"),
-        ("metrics.jsonl", b"{\n", "metrics.jsonl: is damaged"),
-        ("metrics.jsonl", b"5\n", "metrics.jsonl: is damaged"),
+        ("metrics.jsonl", b"\xff\n", "metrics.jsonl: was changed or is damaged"),
+        ("metrics.jsonl", b"{\n", "metrics.jsonl: was changed or is damaged"),
+        ("metrics.jsonl", b"5\n", "metrics.jsonl: was changed or is damaged"),
         ("metrics.jsonl", b"", "metrics.jsonl: was changed or is damaged"),
         ("environment.json", b"\xff", "environment.json: is damaged"),
         ("environment.json", b"[]", "environment.json: is damaged"),
@@ -259,7 +259,7 @@ def test_evaluations_of_no_use_are_refused(
         ("train f --out out --report none/page.html", 1, "there is no folder none"),
         ("train f --out s3://bucket/run", 2, "must be on a local disk"),
         ("train f --out f", 1, "f: this is where f is read from"),
-        ("train f --out f/run", 1, "lies inside f"),
+        ("train f --out f/run", 1, "is inside f"),
         ("train f --out out --learning-rate nan", 2, "learning-rate"),
         ("train f --out out --learning-rate inf", 2, "learning-rate"),
         ("train f --out out --seed -1", 2, "seed"),

@@ -133,8 +133,7 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def write(path: Path, document: Any) -> None:
-    text = json.dumps({k: v for k, v in document.items() if k != "checksum"})
-    path.write_text(text, encoding="utf-8")
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 @FAST

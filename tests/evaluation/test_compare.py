@@ -310,7 +310,7 @@ def test_runs_with_adapters_of_ones_own_are_compared_if_they_are_allowed(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_adapters.py").write_text(
-        "from csalign.adapters.linear import Linear\n"
+        "from csalign.adapters.builtin import Linear\n"
         "class Own(Linear):\n"
         '    """Linear, under a name of its own."""\n'
     )

@@ -119,5 +119,5 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 def test_a_damaged_record_of_the_run_is_named(features: Path, tmp_path: Path) -> None:
     run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
     (run / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n{")
-    with pytest.raises(SchemaError, match=r"metrics\.jsonl: is damaged"):
+    with pytest.raises(SchemaError, match=r"metrics\.jsonl: was changed or is damaged"):
         evaluate(EvalConfig(features=features, adapter=run, report=tmp_path / "page.html"))

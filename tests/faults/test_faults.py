@@ -158,7 +158,7 @@ def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_a_disk_that_went_away_is_named(tmp_path: Path, number: int) -> None:
     with (
-        pytest.raises(OutputError, match=r"x: .*; see whether the disk or its mount"),
+        pytest.raises(OutputError, match=r"x: .*; check the disk and its mount"),
         atomic.translate_os_errors(tmp_path / "x"),
     ):
         raise OSError(number, "said by a library")

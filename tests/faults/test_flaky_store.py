@@ -202,7 +202,7 @@ def web(
     for path in arrays:
         shutil.copy(path, folder)
     import_arrays(ImportConfig(images=arrays[0], texts=arrays[1], out=folder / "features"))
-    monkeypatch.setattr(paths, "_WAITS_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(paths, "RETRY_WAITS_S", (0.01, 0.02, 0.03))
     flaky = Flaky(folder)
     yield flaky
     flaky.shutdown()

@@ -63,6 +63,15 @@ def test_a_run_of_version_1_maps_as_it_did(v1: Path, tmp_path: Path) -> None:
     assert (applied.images, applied.texts) == (24, 26)
 
 
+def test_documents_with_a_checksum_of_their_own_are_read(v1: Path) -> None:
+    for name in ("features/manifest.json", "run/adapter.json", "run/environment.json"):
+        document = json.loads((v1 / name).read_text()) | {"checksum": "0" * 64}
+        (v1 / name).write_text(json.dumps(document))
+
+    assert load_rows(FeatureSet.open(v1 / "features"), ALL).images.shape == (24, 4)
+    assert inspect(v1 / "run")["csalign_version"] == "0.1.0"
+
+
 @pytest.mark.parametrize(
     ("name", "version", "message"),
     [

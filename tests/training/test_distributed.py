@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same losses, and they end together."""
+"""Several processes do what one does to a tolerance, and they end together."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from csalign.runs.config import ApplyConfig
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 
-pytestmark = pytest.mark.xdist_group("processes")  # most share the runs of a fixture
-Runs = tuple[Path, list[Any]]
 CLOSE = 1e-5
 # Noise and dropout are drawn by each process on its own.
 QUICK = {"steps": 12, "hidden": 16, "validations": 3, "patience": 99, "noise": 0, "dropout": 0}
@@ -39,14 +36,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
     "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
 }
-KILLED = {"batch_size": 60, "sub_batch": 13, "captions": "sample"}
-RUNS_OF = {2: [*RUNS], 3: ["default", "scale"]}  # by the number of processes
+THROUGH_CLI = "default"
+PROCESSES = 3  # which divides no number of rows
+LONG = {"batch_size": 60, "sub_batch": 13, "captions": "sample", "steps": 5_000}
+LONG |= {"save_every": 4, "validations": 200}
 
-# Run in each process of a job.
+# Run in each process of a job. The last command fails in one of them.
 ALL = """
 import json, sys
 from pathlib import Path
 import torch
+from typer.testing import CliRunner
+from csalign.cli.app import app
+from csalign.cli.command import error_exits
 from csalign.core import distributed
 from csalign.runs.config import ApplyConfig
 from csalign.evaluation.config import EvalConfig
@@ -90,13 +92,16 @@ def gradients(divided):
         )]
     return torch.cat([value.double().flatten() for value in found])
 
-with distributed.process_group():
+with error_exits(quiet=True, verbose=0), distributed.process_group():
     apart = float((gradients(True) - gradients(False)).abs().max())
+    done = CliRunner().invoke(app, jobs["command"])
     results = [train(TrainConfig(**job)).to_json() for job in jobs["train"]]
     documents = [evaluate(EvalConfig(**job)) for job in jobs["eval"]]
     applied = [apply(ApplyConfig(**job)).to_json() for job in jobs["apply"]]
-    held = distributed.world().rank
-(out / f"{held}.json").write_text(json.dumps([apart, results, documents, applied]))
+    found = [done.exit_code, done.stdout, apart, results, documents, applied]
+    (out / f"{distributed.world().rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    train(TrainConfig(**jobs["train"][0]))
 """
 
 
@@ -199,32 +204,51 @@ def alone(folder: Path, features: Path) -> Path:
     return folder / "1"
 
 
+@dataclass(frozen=True)
+class Several:
+    """What the processes of one job did.
+
+    Attributes:
+        out: folder of what they wrote.
+        codes: their exit codes.
+        errors: what they printed on stderr.
+        stdout: what each printed of the run through the command line.
+        apart: largest difference of the gradients from those of an undivided objective.
+        results: of all steps, by process.
+    """
+
+    out: Path
+    codes: list[int]
+    errors: str
+    stdout: list[str]
+    apart: float
+    results: list[Any]
+
+
 @pytest.fixture(scope="session")
-def runs_by(folder: Path, features: Path, alone: Path) -> Callable[[int], Runs]:
-    """Runs by several processes, with what each of them said."""
-
-    @cache
-    def make(size: int) -> Runs:
-        out = folder / str(size)
-        out.mkdir()
-        jobs: dict[str, list[dict[str, Any]]] = {
-            "train": [{"out": str(out / name), **options_of(name)} for name in RUNS_OF[size]],
-            "eval": evaluations(alone),
-            "apply": applications(alone, out),
-        }
-        for some in jobs.values():
-            for one in some:
-                one["features"] = str(features)
-        codes, _, said = ends(job(size, "-c", ALL, str(out), json.dumps(jobs)))
-        assert set(codes) == {0}, said
-        return out, [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
-
-    return make
-
-
-@pytest.fixture(params=RUNS_OF)
-def several(request: pytest.FixtureRequest, runs_by: Callable[[int], Runs]) -> Runs:
-    return runs_by(request.param)
+def several(folder: Path, features: Path, alone: Path) -> Several:
+    """All runs, evaluations and applications by several processes."""
+    out = folder / "several"
+    out.mkdir()
+    jobs: dict[str, list[dict[str, Any]]] = {
+        "train": [
+            {"out": str(out / name), **options_of(name)} for name in RUNS if name != THROUGH_CLI
+        ],
+        "eval": evaluations(alone),
+        "apply": applications(alone, out),
+    }
+    for some in jobs.values():
+        for one in some:
+            one["features"] = str(features)
+    words = [*command(features, out / THROUGH_CLI, **options_of(THROUGH_CLI)), "--json", "--quiet"]
+    given = json.dumps({**jobs, "command": words})
+    codes, _, errors = ends(job(PROCESSES, "-c", ALL, str(out), given))
+    paths = [out / f"{rank}.json" for rank in range(PROCESSES)]
+    assert all(path.is_file() for path in paths), errors
+    found = [json.loads(path.read_text()) for path in paths]
+    exits, stdout, apart, *results = zip(*found, strict=True)
+    assert set(exits) == {0}, errors
+    return Several(out, codes, errors, list(stdout), max(apart), [*zip(*results, strict=True)])
 
 
 def evaluations(alone: Path) -> list[dict[str, Any]]:
@@ -243,29 +267,33 @@ def applications(alone: Path, out: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_losses_are_those_of_one_process(alone: Path, several: Runs) -> None:
-    out, said = several
-    for name in RUNS_OF[len(said)]:
-        expected, found = losses(alone / name), losses(out / name)
-        assert len(expected["loss"]) == options_of(name)["steps"]
-        for term, values in expected.items():
-            np.testing.assert_allclose(
-                found[term], values, rtol=CLOSE, atol=CLOSE, err_msg=f"{name} {term}"
-            )
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_those_of_one_process(alone: Path, several: Several, name: str) -> None:
+    expected, found = losses(alone / name), losses(several.out / name)
+
+    assert len(expected["loss"]) == options_of(name)["steps"]
+    for term, values in expected.items():
+        np.testing.assert_allclose(found[term], values, rtol=CLOSE, atol=CLOSE, err_msg=term)
 
 
-def test_gradients_of_a_divided_objective_are_those_of_the_whole(
-    several: Runs,
-) -> None:
-    assert max(apart for apart, *_ in several[1]) < 1e-12
+def test_gradients_of_a_divided_objective_are_those_of_the_whole(several: Several) -> None:
+    assert several.apart < 1e-12
 
 
-def test_every_process_returns_what_the_first_does(several: Runs) -> None:
-    said = [rest for _, *rest in several[1]]
+def test_every_process_returns_what_the_first_does_and_that_alone_prints(several: Several) -> None:
+    first = several.results[0]
 
-    assert all(one == said[0] for one in said)
-    assert said[0][0][0]["pairs"]["validation"] > 100
-    assert said[0][0][0]["validation"]["kept"]["mean_recall"] > 0.5
+    assert all(one == first for one in several.results)
+    assert first[0][0]["pairs"]["validation"] > 100
+    assert first[0][0]["validation"]["kept"]["mean_recall"] > 0.5
+    assert json.loads(several.stdout[0])["steps"] == options_of(THROUGH_CLI)["steps"]
+    assert {*several.stdout[1:]} == {""}
+
+
+def test_what_one_process_cannot_do_ends_all_and_is_printed_once(several: Several) -> None:
+    assert several.codes == [1] * PROCESSES
+    (error,) = [line for line in errors_in(several.errors) if ": warning: " not in line]
+    assert ": exists; choose another --out" in error
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -276,20 +304,22 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for k, part in parts for key, leaf in flat(part, f"{name}/{k}").items()}
 
 
-def test_evaluations_are_those_of_one_process(features: Path, alone: Path, several: Runs) -> None:
+def test_evaluations_are_those_of_one_process(
+    features: Path, alone: Path, several: Several
+) -> None:
     expected = [evaluate(EvalConfig(features=features, **one)) for one in evaluations(alone)]
 
-    assert flat(several[1][0][2]) == pytest.approx(flat(json.loads(json.dumps(expected))))
+    assert flat(several.results[0][1]) == pytest.approx(flat(json.loads(json.dumps(expected))))
 
 
 def test_applied_sets_have_the_bytes_of_one_process(
-    features: Path, alone: Path, several: Runs
+    features: Path, alone: Path, several: Several
 ) -> None:
     for one in applications(alone, alone):
         apply_once(features, one)
     for name in ("aligned", "npy"):
-        assert files_of(several[0] / name, "config.toml") == files_of(alone / name, "config.toml")
-    assert [one["pairs"] for one in several[1][0][3]] == [940, 940]
+        assert files_of(several.out / name, "config.toml") == files_of(alone / name, "config.toml")
+    assert [one["pairs"] for one in several.results[0][2]] == [940, 940]
 
 
 def apply_once(features: Path, options: dict[str, Any]) -> FeaturesResult | None:
@@ -299,7 +329,7 @@ def apply_once(features: Path, options: dict[str, Any]) -> FeaturesResult | None
 
 
 def command(features: Path, out: Path, **options: Any) -> list[str]:
-    words = ["-m", "csalign", "train", str(features), "--out", str(out)]
+    words = ["train", str(features), "--out", str(out)]
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     return words
@@ -316,56 +346,37 @@ def errors_in(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("csalign: ")]
 
 
-def test_a_killed_process_ends_all_and_a_rerun_resumes(features: Path, folder: Path) -> None:
-    out, options = folder / "killed", {**QUICK, **KILLED, "steps": 40}
-    words = command(features, out, **options, save_every=4)
+def test_a_killed_or_stopped_process_ends_all_and_a_rerun_resumes(
+    features: Path, folder: Path
+) -> None:
+    out, options = folder / "ended", {**QUICK, **LONG}
+    partial = out.with_name("ended.partial")
+    words = ["-m", "csalign", *command(features, out, **options)]
     agent = torchrun(*words, "--quiet")
     wait_for(out, 10, agent)
     os.kill(process_of(1, agent.pid), signal.SIGKILL)
-    _, said, errors = ends([agent])
+    _, stdout, errors = ends([agent])
 
-    assert not out.exists()
-    assert said == ""
+    assert stdout == ""
     assert len(errors_in(errors)) == 1, errors
     # torchrun stops the others as soon as it sees one gone.
     ended, stopped = "another process of the job has ended; run the same command", "stopped by"
     assert ended in errors or stopped in errors
-    states = out.with_name("killed.partial") / "resume"
-    assert any(path.name >= "step-000004" for path in states.iterdir())
-    codes, said, errors = ends(job(2, *words, "--json"))
-    assert codes == [0, 0], errors
-    assert json.loads(said)["steps"] == 40
-    train(TrainConfig(features=features, out=folder / "not-killed", **options))
-    np.testing.assert_allclose(
-        losses(out)["loss"], losses(folder / "not-killed")["loss"], rtol=CLOSE, atol=CLOSE
-    )
+    saved = [int(path.name.removeprefix("step-")) for path in (partial / "resume").iterdir()]
 
-
-def process_of(rank: int, parent: int) -> int:
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError
-
-
-def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_resumes(
-    features: Path, folder: Path
-) -> None:
-    out = folder / "stopped"
-    options = {**options_of("default"), "steps": 2_000, "validations": 200}
-    processes = job(2, *command(features, out, **options))
-    wait_for(out, 6, processes[0])
+    processes = job(2, *words)
+    wait_for(out, max(saved) + 6, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    codes, said, errors = ends(processes)
+    codes, stdout, errors = ends(processes)
+    state = max(path.name for path in (partial / "resume").iterdir())
+    step = json.loads((partial / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
     assert codes == [143, 143], errors
-    assert said == ""
+    assert stdout == ""
+    assert any(f"resuming from step {step} " in errors for step in saved)
     assert errors.count("stopped by signal 15") == 1
     assert errors.count("rerun the same command to resume") == 1
-    states = out.with_name("stopped.partial") / "resume"
-    step = json.loads((states.parent / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert [path.name for path in states.iterdir()] == [f"step-{step:06d}"]
-    assert step < 2_000
+    assert state == f"step-{step:06d}"
 
     def progress(what: str, done: int, total: int | None) -> None:
         if done >= step + 3:
@@ -374,15 +385,13 @@ def test_a_signal_to_one_stops_all_after_the_same_step_and_one_process_resumes(
     for own in (out, folder / "one"):
         with pytest.raises(Stopped):
             train(TrainConfig(features=features, out=own, **options), progress)
-    found, expected = (losses(folder / f"{name}.partial")["loss"] for name in ("stopped", "one"))
+    found, expected = (losses(folder / f"{name}.partial")["loss"] for name in ("ended", "one"))
     assert len(found) == step + 3
     np.testing.assert_allclose(found, expected, rtol=CLOSE, atol=CLOSE)
 
 
-def test_what_one_process_cannot_do_ends_all_and_is_told_once(features: Path, alone: Path) -> None:
-    codes, said, errors = ends([torchrun(*command(features, alone / "default"))])
-
-    assert codes == [1]
-    assert said == ""
-    assert len(errors_in(errors)) == 1, errors
-    assert "default: exists; choose another --out" in errors
+def process_of(rank: int, parent: int) -> int:
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError

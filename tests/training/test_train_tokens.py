@@ -322,9 +322,9 @@ def test_tokens_are_aligned_only_where_that_makes_sense(
 
     with pytest.raises(ConfigError, match=r"was trained without tokens; .* --token-weight"):
         aligned(features, "plain")
-    with pytest.raises(ConfigError, match="the format npy has none"):
+    with pytest.raises(ConfigError, match="npy stores no tokens"):
         aligned(features, "run", format="npy")
-    with pytest.raises(DataError, match="stores no image or text tokens"):
+    with pytest.raises(DataError, match="stores no image tokens"):
         aligned(without, "run")
     assert not (tmp_path / "out").exists()
 

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.core import __version__, atomic, locks, outputs
+from csalign.core import __version__, atomic, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -327,6 +327,14 @@ def _open_study(config: TuneConfig, identity: dict[str, Any]) -> Iterator[optuna
                     folder.rmdir()
 
 
+class _Journal(JournalFileBackend):
+    """Optuna's journal, in which a signal waits until its lock is released."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with signals.delayed():
+            super().append_logs(logs)
+
+
 def _load_study(folder: Path, validations: int) -> optuna.Study:
     """Open optuna's journal; a process that died may have left half a line, a lock and a trial."""
     journal = folder / JOURNAL
@@ -338,7 +346,7 @@ def _load_study(folder: Path, validations: int) -> optuna.Study:
     warmup = round(PRUNING_START * validations)
     try:
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
+            storage=JournalStorage(_Journal(str(journal))),
             study_name="csalign",
             direction="maximize",
             load_if_exists=True,
