@@ -16,9 +16,10 @@ from csalign.core import distributed
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
-from csalign.features import join, streaming
+from csalign.features import join
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.reader import FeatureSet
+from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import embed_rows
@@ -63,15 +64,13 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     never_split = set(there) == {None}
     split = join.ALL if options.train_split == "train" and never_split else options.train_split
     joined, held_out = _split(features, split, options.val_split, seed)
-    memory = available_bytes() // 2 if options.memory is None else options.memory * streaming.MIB
+    memory = available_bytes() // 2 if options.memory is None else options.memory * MIB
     next_to_run = next(folder for folder in out.resolve().parents if folder.is_dir())
-    budget = streaming.MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
-    rows, val = streaming.load_training(
-        features, joined, held_out, budget, with_keys=options.caption_weights
-    )
+    budget = MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
+    rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
     if distributed.is_main_process():
         warn_of_training_rows(rows, rows.name)
-    if any(isinstance(side, streaming.MappedRows) for side in (rows.images, rows.texts)):
+    if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)
     return TrainingData(features, split, rows, val, unpaired)
@@ -171,7 +170,7 @@ class Unpaired:
 
 
 def gather_unpaired(
-    rows: join.Pairs, others: Sequence[Path], train_split: str, budget: streaming.MemoryBudget
+    rows: join.Pairs, others: Sequence[Path], train_split: str, budget: MemoryBudget
 ) -> Unpaired:
     """Gather the training rows without a partner, and the rows of further feature sets.
 
@@ -202,9 +201,7 @@ def gather_unpaired(
                     f"{width}; extract both with the same encoder"
                 )
             chosen = join.select_rows(table, names)
-            vectors = streaming.load_vectors(
-                table, chosen, budget, f"{features.path}: {side.plural}"
-            )
+            vectors = load_vectors(table, chosen, budget, f"{features.path}: {side.plural}")
             own.append(Part(vectors, join.compact(np.arange(len(vectors)))))
             found += len(vectors)
         if not found:
@@ -291,7 +288,7 @@ def open_tokens(
                 f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
                 f"--{name}, or use another --adapter"
             )
-    cache, sources = TokenCache(options.token_memory * streaming.MIB), {}
+    cache, sources = TokenCache(options.token_memory * MIB), {}
     for side in Modality if objective.token_weight else mixed:
         table = features.table(side)
         token_width = table.encoder.token_width
