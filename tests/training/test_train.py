@@ -371,9 +371,7 @@ def test_splits_that_cannot_be_used_are_refused(
 
 
 def test_a_set_whose_splits_have_other_names_asks_which_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="splits of the set are everything: 30 images, 30 texts"
-    ):
+    with pytest.raises(DataError, match="splits of the set are everything: 30 images, 30 texts"):
         run(make_set(tmp_path, 30, splits="everything"), tmp_path / "run")
 
 
