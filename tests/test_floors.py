@@ -1,6 +1,7 @@
 """The rooms of the package and the direction of their imports."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
 
 
+@cache
 def imports(module: Path) -> set[str]:
     """Dotted names that a module imports, also inside functions and under TYPE_CHECKING."""
     found: set[str] = set()

@@ -77,6 +77,7 @@ def process_group() -> Iterator[None]:
         yield
         return
     import torch
+    import torch.distributed.nn  # imported later, it would keep the group open after its end
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 

@@ -22,28 +22,28 @@ except Stopped as stopped:
     print("stopped", stopped.exit_code)
 with signals.delayed():
     print("after")
-time.sleep(0.3)
+time.sleep(float(sys.argv[4]))
 """
 
 
 @pytest.mark.parametrize(
-    ("patience", "signals", "seconds", "said"),
+    ("patience", "signals", "seconds", "rest", "said"),
     [
-        (60, 1, 0, "on whole stopped 143 after"),  # it waits for the end of the block
-        (60, 2, 0, "on stopped 143 after"),  # but a second one does not
-        (0.1, 1, 60, "on stopped 143 after"),  # nor does it wait long
-        (0.2, 1, 0, "on whole stopped 143 after"),  # and it comes no more after the block
-        (60, 0, 0, "whole after"),
+        (600, 1, 0, 0, "on whole stopped 143 after"),  # it waits for the end of the block
+        (600, 2, 0, 0, "on stopped 143 after"),  # but a second one does not
+        (3, 1, 600, 0, "on stopped 143 after"),  # nor does it wait long
+        (3, 1, 0, 4, "on whole stopped 143 after"),  # and it comes no more after the block
+        (600, 0, 0, 0, "whole after"),
     ],
 )
 def test_a_signal_waits_for_what_must_not_be_left_half_done(
-    patience: float, signals: int, seconds: float, said: str
+    patience: float, signals: int, seconds: float, rest: float, said: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", WAITING, str(patience), str(signals), str(seconds)],
+        [sys.executable, "-c", WAITING, *map(str, (patience, signals, seconds, rest))],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=600,
         check=False,
     )
 

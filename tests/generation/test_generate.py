@@ -25,8 +25,6 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 
-pytestmark = pytest.mark.xdist_group("diffusers")  # takes seconds to import
-
 FROZEN: dict[str, Any] = {"image_adapter": "identity", "text_adapter": "linear", "steps": 0}
 
 

@@ -19,8 +19,6 @@ from csalign.generation.unclip import (
     find_decoder,
 )
 
-pytestmark = pytest.mark.xdist_group("diffusers")  # takes seconds to import
-
 FAMILIES = ("stable", "karlo", "kandinsky")
 PROMPTS = ("a red car", "a dog", "")
 PRIOR = {"kandinsky": "prior"}

@@ -641,11 +641,11 @@ def test_an_error_waits_for_unfinished_writes(
 
     def slow(self: Any, modality: Modality, rows: Any) -> None:
         begun.set()
-        stopped.wait(5)
+        stopped.wait(300)
         write(self, modality, rows)
 
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "records" and begun.wait(5):
+        if what == "records" and begun.wait(300):
             Timer(0.2, stopped.set).start()
             raise Stopped(signal.SIGTERM)
 
