@@ -62,6 +62,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
+MAX_TOTAL = 130  # modules of the package
+MAX_TOTAL_LINES = 25_000
 
 
 @cache
@@ -99,6 +101,13 @@ def test_every_module_is_in_a_room() -> None:
     assert rooms == set(FLOOR)
 
 
+def test_the_training_command_knows_few_modules() -> None:
+    tree = ast.parse((PACKAGE / "training/train.py").read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+
+    assert len([name for name in modules if name and name.startswith("csalign.")]) <= 12
+
+
 def test_modules_and_folders_stay_small() -> None:
     lines = {relative(path): len(path.read_text().splitlines()) for path in MODULES}
     folders = {path.parent for path in MODULES}
@@ -106,6 +115,8 @@ def test_modules_and_folders_stay_small() -> None:
 
     assert {name for name, count in lines.items() if count > MAX_LINES} == set()
     assert {name for name, count in modules.items() if count > MAX_MODULES} == set()
+    assert len(MODULES) <= MAX_TOTAL
+    assert sum(lines.values()) <= MAX_TOTAL_LINES
 
 
 @pytest.mark.parametrize("library", ONLY_DOORS)
