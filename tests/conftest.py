@@ -45,9 +45,12 @@ TINY_CLIP: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny networks lose time, not win it, when torch splits their work over the cores."""
+    """Tiny networks take many times longer when torch splits their work over busy cores.
+
+    Set before each test, since UMAP changes it.
+    """
     torch.set_num_threads(1)
 
 
