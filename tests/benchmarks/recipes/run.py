@@ -30,8 +30,7 @@ from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.metrics.gap import cmmd
-from csalign.training.config import TrainConfig
-from csalign.training.config import recipe_names
+from csalign.training.config import TrainConfig, recipe_names
 from csalign.training.train import train
 
 SMALL = {"steps": 120, "batch_size": 256, "hidden": 256, "validations": 4}
