@@ -1,5 +1,6 @@
 """The ``csalign`` command, and ``python -m csalign``."""
 
+import os
 import sys
 
 from csalign.core.errors import Stopped
@@ -9,6 +10,8 @@ from csalign.core.signals import catch_signals
 def main() -> None:
     """Run the command line; signals are handled before anything heavy is imported."""
     catch_signals()
+    # Threads that spin at every barrier make a step several times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from csalign.cli.app import app
 
