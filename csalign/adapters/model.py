@@ -170,6 +170,11 @@ class Adapter(nn.Module):
         self.image = build_side(image, allow=allow)
         self.text = build_side(text, allow=allow)
 
+    @property
+    def shapes(self) -> dict[Modality, SideShape]:
+        """The shapes of both sides, from which an equal adapter can be built."""
+        return {side: self.side(side).shape for side in Modality}
+
     def side(self, modality: Modality) -> SideAdapter:
         """Return the adapter of one side."""
         return self.image if modality is Modality.IMAGE else self.text

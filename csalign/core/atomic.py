@@ -144,7 +144,7 @@ def remove_stale_temporaries(path: Path) -> None:
     """Remove temporary files of killed processes that were writing `path`, a local file."""
     for left in path.parent.glob(f".{escape(path.name)}.{'[0-9a-f]' * 12}{TEMPORARY}"):
         with suppress(OSError), left.open("rb") as file:
-            if try_lock(file):
+            if try_lock(file, without_locks=False):
                 left.unlink()
 
 

@@ -19,15 +19,22 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _warned: set[Path] = set()
 
 
-def try_lock(file: IO[str] | IO[bytes], *, shared: bool = False, wait: bool = False) -> bool:
+def try_lock(
+    file: IO[str] | IO[bytes],
+    *,
+    shared: bool = False,
+    wait: bool = False,
+    without_locks: bool = True,
+) -> bool:
     """Lock an open file; return False if another process holds its lock.
 
-    On a file system without locks this warns once per folder and returns True.
+    On a file system without locks this warns once per folder and returns `without_locks`.
 
     Args:
         file: whose lock is taken; closing it releases the lock.
         shared: take a lock that others may share.
         wait: wait until the lock is free.
+        without_locks: result on a file system without locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -46,6 +53,7 @@ def try_lock(file: IO[str] | IO[bytes], *, shared: bool = False, wait: bool = Fa
                 folder,
                 error.strerror,
             )
+        return without_locks
     return True
 
 

@@ -71,7 +71,7 @@ def _check_local_output(
             continue
         if source.exists() and source.resolve().is_relative_to(resolved):
             raise OutputError(f"{out}: this is where {source} is read from; choose another --out")
-        if _is_artifact(source) and resolved.is_relative_to(source.resolve()):
+        if resolved.is_relative_to(source.resolve()) and _is_artifact(source):
             raise OutputError(f"{out}: is inside {source}, which it would change; choose another")
     is_searched = searched is not None and not is_remote(searched) and searched.is_dir()
     if is_searched and searched and resolved.is_relative_to(searched.resolve()):

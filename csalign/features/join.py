@@ -80,7 +80,7 @@ class PairedRows(Pairs):
     def caption_keys(self) -> Ints:
         """See `Pairs`."""
         keys = text_keys(self.captions, self.texts)
-        return compact(np.unique(keys, return_inverse=True)[1])
+        return compact(first_alike(keys))
 
     def take_texts(self, texts: Ints) -> "PairedRows":
         """Take all images, and the texts of these rows in this order."""
@@ -239,6 +239,7 @@ def find_images(owners: pa.ChunkedArray, images: pa.ChunkedArray) -> tuple[Ints,
     Returns:
         Its position, (m,), -1 for none; and the texts whose image is missing, ascending.
     """
+    owners, images = (ids.cast(pa.large_string()) for ids in (owners, images))  # beyond 2 GiB
     found = pc.index_in(owners, value_set=images)
     missing = np.flatnonzero(pc.and_(found.is_null(), owners.is_valid()).to_numpy())
     return found.fill_null(-1).to_numpy().astype(np.int64), missing
@@ -246,6 +247,7 @@ def find_images(owners: pa.ChunkedArray, images: pa.ChunkedArray) -> tuple[Ints,
 
 def repeated_ids(ids: pa.ChunkedArray) -> pa.Array:
     """Return the ids that appear more than once."""
+    ids = ids.cast(pa.large_string())  # hash tables of strings end at 2 GiB
     if pc.count_distinct(ids).as_py() == len(ids):  # takes less memory than counts
         return ids[:0].combine_chunks()
     counted = ids.value_counts()
@@ -305,6 +307,12 @@ def text_keys(captions: pa.Array, embeddings: Array) -> Ints:
     unknown = np.flatnonzero(captions.is_null().to_numpy(zero_copy_only=False))
     found[unknown] = hash_rows(embeddings[unknown])
     return found
+
+
+def first_alike(keys: Ints) -> Ints:
+    """Return for each key (n,) the position of the first equal one, whatever the hashes are."""
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def hash_rows(rows: Array, chunk: int = 8_192) -> Ints:

@@ -17,7 +17,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import OutputError
 from csalign.features import schema
 from csalign.features.checks import check_directions
-from csalign.features.join import Joined, PairedRows, Pairs, compact, text_keys
+from csalign.features.join import Joined, PairedRows, Pairs, compact, first_alike, text_keys
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors, places_within
 
 Array = npt.NDArray[Any]
@@ -83,9 +83,13 @@ class MemoryBudget:
         size = shape[0] * shape[1] * np.dtype(dtype).itemsize
         fits = size <= self.left
         world = distributed.world()
-        if fits and world.local_size == 1:
-            self.left -= size
-            return np.empty(shape, dtype)
+        # Machines may differ in memory, but all must take part in the same collectives.
+        if max(distributed.all_gather(world.local_size)) == 1:
+            if fits:
+                self.left -= size
+                return np.empty(shape, dtype)
+            with self._reserve(size) as opened:
+                return MappedRows(opened, dtype, "r+", shape=shape)
         file = self._reserve(size) if self.fills else None
         leader = distributed.all_gather((file and file.name, fits))[world.rank - world.local_rank]
         path, fits = str(leader[0]), leader[1]
@@ -207,7 +211,7 @@ def load_training(
     distributed.barrier()
     if keys is not None:
         distributed.broadcast_array(keys)
-        keys = np.unique(keys, return_inverse=True)[1]
+        keys = first_alike(keys)
     text_image, text_rows = joined.text_image, joined.text_rows
     if order is not None:
         text_image = text_image[order]

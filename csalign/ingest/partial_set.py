@@ -277,7 +277,7 @@ def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None
     for shard in shards:
         with (folder / shard.path).open("rb") as file:
             chunks += pq.read_table(file, columns=[schema.ID]).column(0).chunks
-    counted = pa.chunked_array(chunks, pa.string()).value_counts()
+    counted = pa.chunked_array(chunks, pa.string()).cast(pa.large_string()).value_counts()
     repeated = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
     if len(repeated):
         raise DataError(

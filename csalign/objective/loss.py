@@ -70,7 +70,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_smoothing(self.label_smoothing)
-        pairwise = PairwiseName(self.pairwise)
+        for name, kind in (("pairwise", PairwiseName), ("precision", Precision)):
+            object.__setattr__(self, name, kind(getattr(self, name)))  # plain strings too
+        pairwise = self.pairwise
         if self.label_smoothing and pairwise is not PairwiseName.INFONCE:
             raise ValueError(
                 f"label smoothing works with infonce only; the pairwise loss is {pairwise.value!r}"

@@ -164,8 +164,9 @@ class UnfinishedRun:
     def keep(self) -> None:
         """Save a checkpoint that stays in the run, of which the newest three do."""
         path = _step_folder(self.path / CHECKPOINTS, self._trainer.step)
-        path.mkdir(parents=True, exist_ok=True)
-        self._save_weights(path)
+        with signals.delayed():  # a checkpoint in the run is complete or absent
+            path.mkdir(parents=True, exist_ok=True)
+            self._save_weights(path)
         for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
             outputs.remove_folder(old)
 

@@ -77,7 +77,8 @@ def _train(
             adapter, start = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
         else:
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
-        distributed.broadcast(lambda: (adapter, run.resumed and run.resumed.trainer))
+        state = run.resumed and run.resumed.trainer
+        distributed.broadcast(lambda: (adapter.shapes, adapter.state_dict(), state))
         trainer = build_trainer(config, data, tokens, sampler, adapter)
         run.begin(trainer, data, start, config=config.to_toml(), seed=config.seed)
         logs = open_logs(config.log_to or (), run.path, config.out.name, options, trainer.step)
@@ -118,7 +119,9 @@ def _follow(
     config: TrainConfig, data: TrainingData, tokens: StoredTokens | None, sampler: PairSampler
 ) -> TrainResult:
     """Take the same steps as the main process; write nothing."""
-    adapter, state = distributed.broadcast(_nothing)
+    shapes, weights, state = distributed.broadcast(_nothing)
+    adapter = Adapter(shapes, allow=set(config.kinds.values()))
+    adapter.load_state_dict(weights)
     trainer = build_trainer(config, data, tokens, sampler, adapter)
     if state is not None:
         trainer.load_state_dict(state)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from csalign.core.atomic import write_text
+from csalign.core.atomic import atomic_path, remove_stale_temporaries, write_text
 from csalign.core.errors import OutputError
 from csalign.core.locks import lock_folder
 from csalign.core.outputs import atomic_folder, check_output, remove_folder
@@ -182,6 +182,21 @@ def test_without_file_locks_work_goes_on_with_a_warning(
     assert (tmp_path / "out/file").read_text() == "content"
     assert "no file locks" in caplog.text
     assert "one csalign at a time" in caplog.text
+
+
+def test_without_file_locks_a_live_temporary_file_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    path = tmp_path / "file"
+    with atomic_path(path) as temporary:
+        temporary.write_text("content")
+        remove_stale_temporaries(path)
+
+    assert path.read_text() == "content"
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:

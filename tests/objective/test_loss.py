@@ -246,3 +246,12 @@ def test_choices_that_do_not_go_together_are_refused() -> None:
         Objective("triplet")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'tv' is not a valid DivergenceName"):
         Objective(divergence="tv")  # type: ignore[arg-type]
+
+
+def test_losses_may_be_named_by_plain_strings() -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(8, 4, generator=rng) for _ in range(2))
+
+    by_name = Objective(pairwise="infonce")(x, y, logit_scale=10.0)  # type: ignore[arg-type]
+
+    assert by_name.pairwise == Objective()(x, y, logit_scale=10.0).pairwise > 0
