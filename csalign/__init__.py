@@ -3,10 +3,10 @@
 Where things live; imports point down this list only::
 
     cli                      the commands: options, progress, tables, exit codes
-    training                 train and tune
-    generation, search       images from text; an index on disk and its queries
-    evaluation               eval, compare, diagnose
-    ingest, runs             extract and import; load, apply, export and inspect
+    training, generation     train and tune; images from text
+    evaluation               eval, compare, diagnose, inspect
+    indexing                 index and search
+    ingest, runs             extract and import; load, apply and export
     report                   pages with plots, model cards, contact sheets
     encoders                 frozen encoders behind one interface
     features                 feature sets on disk: schema, manifest, writer, reader, join by id
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from csalign.evaluation.inspect import inspect
     from csalign.generation.config import GenerateConfig
     from csalign.generation.generate import generate
+    from csalign.indexing.build import index
+    from csalign.indexing.config import IndexConfig, SearchConfig
+    from csalign.indexing.search import search
     from csalign.ingest.config import ExtractConfig, ImportConfig
     from csalign.ingest.extract import extract
     from csalign.ingest.import_arrays import import_arrays
     from csalign.runs.apply import apply
     from csalign.runs.config import ApplyConfig, ExportConfig
     from csalign.runs.export import export
-    from csalign.search.build import index
-    from csalign.search.config import IndexConfig, SearchConfig
-    from csalign.search.search import search
     from csalign.training.config import TrainConfig, TuneConfig
     from csalign.training.train import train
     from csalign.training.tuning.tune import tune
@@ -61,9 +61,9 @@ _HOMES = {
     "ExtractConfig": "csalign.ingest.config",
     "GenerateConfig": "csalign.generation.config",
     "ImportConfig": "csalign.ingest.config",
-    "IndexConfig": "csalign.search.config",
+    "IndexConfig": "csalign.indexing.config",
     "Modality": "csalign.core.enums",
-    "SearchConfig": "csalign.search.config",
+    "SearchConfig": "csalign.indexing.config",
     "SentenceAdapter": "csalign.adapters.sentences",
     "TrainConfig": "csalign.training.config",
     "TuneConfig": "csalign.training.config",
@@ -75,10 +75,10 @@ _HOMES = {
     "extract": "csalign.ingest.extract",
     "generate": "csalign.generation.generate",
     "import_arrays": "csalign.ingest.import_arrays",
-    "index": "csalign.search.build",
+    "index": "csalign.indexing.build",
     "inspect": "csalign.evaluation.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
-    "search": "csalign.search.search",
+    "search": "csalign.indexing.search",
     "train": "csalign.training.train",
     "tune": "csalign.training.tuning.tune",
     "wrap": "csalign.adapters.wrappers",

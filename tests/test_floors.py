@@ -14,7 +14,7 @@ FLOORS = (
     {"features", "sources", "objective"},
     {"encoders", "adapters", "metrics", "report"},
     {"ingest", "runs"},
-    {"search"},
+    {"indexing"},
     {"evaluation"},
     {"training", "generation"},
     {"cli"},
@@ -24,7 +24,7 @@ FRONT_DOORS = {"__init__.py", "__main__.py"}
 # Each heavy library is imported by these modules alone.
 ONLY_DOORS = {
     "diffusers": {"generation/unclip.py"},
-    "faiss": {"search/vectors.py", "metrics/approximate.py"},
+    "faiss": {"indexing/vectors.py", "metrics/approximate.py"},
     "huggingface_hub": {"adapters/checkpoint.py", "generation/unclip.py", "encoders/hf_texts.py"},
     "h5py": {"sources/arrays/files.py"},
     "onnx": {"adapters/wrappers.py"},
@@ -37,8 +37,8 @@ ONLY_DOORS = {
     "jinja2": {"runs/export.py", "report/page.py"},
     "plotly": {"report/evaluation.py", "report/page.py"},
     "pyarrow": {
-        "search/build.py",
-        "search/manifest.py",
+        "indexing/build.py",
+        "indexing/manifest.py",
         "sources/arrow.py",
         "features/export.py",
         "features/join.py",

@@ -28,3 +28,14 @@ def test_changelog_and_package_agree_on_the_version() -> None:
     versions = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
     assert versions[0] == project["version"] == csalign.__version__
+
+
+def test_no_room_hides_a_public_function() -> None:
+    # Importing a room puts it under its name into the package, over a function of that name.
+    rooms = {path.parent.name for path in (ROOT / "csalign").glob("*/__init__.py")}
+
+    assert rooms.isdisjoint(csalign.__all__)
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

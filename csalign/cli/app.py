@@ -18,9 +18,9 @@ from csalign.evaluation.config import (
     InspectConfig,
 )
 from csalign.generation.config import GenerateConfig
+from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
-from csalign.search.config import IndexConfig, SearchConfig
 from csalign.training.config import (
     TrainConfig,
     TuneConfig,
@@ -187,7 +187,7 @@ def apply(settings: ApplyConfig, progress: results.Progress) -> results.Features
 @command_of(IndexConfig, render.index_table)
 def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
     """Build a search index on disk."""
-    from csalign.search.build import index
+    from csalign.indexing.build import index
 
     return index(settings, progress)
 
@@ -198,7 +198,7 @@ def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
 @command_of(SearchConfig, render.found)
 def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
     """Find the nearest items to a text, an image or an embedding."""
-    from csalign.search.search import find
+    from csalign.indexing.search import find
 
     return find(settings, progress)
 

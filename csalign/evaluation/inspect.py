@@ -35,9 +35,9 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
         return _inspect_features(folder)
     # Torch and FAISS take seconds to import, which feature sets need not wait for.
     from csalign.adapters.checkpoint import DESCRIPTION
+    from csalign.indexing.manifest import DESCRIPTION as INDEX
+    from csalign.indexing.manifest import describe_index, read_index_manifest
     from csalign.runs.load import load_run
-    from csalign.search.manifest import DESCRIPTION as INDEX
-    from csalign.search.manifest import describe_index, read_index_manifest
 
     if not is_remote(folder) and (folder / DESCRIPTION).is_file():
         adapter, info = load_run(folder)

@@ -24,10 +24,10 @@ import numpy as np
 from csalign.core.enums import Modality
 from csalign.features.schema import EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
-from csalign.search.config import SearchConfig
-from csalign.search.manifest import VECTORS, read_index_manifest
-from csalign.search.search import find
-from csalign.search.vectors import VectorIndex
+from csalign.indexing.config import SearchConfig
+from csalign.indexing.manifest import VECTORS, read_index_manifest
+from csalign.indexing.search import find
+from csalign.indexing.vectors import VectorIndex
 
 CHUNK = 50_000
 TEXTS = 20_000

@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 
 from csalign.core.errors import ConfigError, DataError, SchemaError
-from csalign.search.vectors import VectorIndex, choose_factory, exact_neighbours
+from csalign.indexing.vectors import VectorIndex, choose_factory, exact_neighbours
 
 Floats = npt.NDArray[np.float32]
 ROWS, WIDTH = 1_300, 18

@@ -25,13 +25,13 @@ from csalign.evaluation.inspect import inspect
 from csalign.evaluation.protocols import Gallery
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
+from csalign.indexing.build import index
+from csalign.indexing.config import IndexConfig, SearchConfig
+from csalign.indexing.search import search
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.import_arrays import import_arrays
 from csalign.metrics.retrieval import corrected
-from csalign.search.build import index
-from csalign.search.config import IndexConfig, SearchConfig
-from csalign.search.search import search
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 

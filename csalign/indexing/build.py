@@ -20,9 +20,8 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.results import Progress, silent
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
-from csalign.runs.load import load_adapter_for, stream_aligned
-from csalign.search.config import IndexConfig, ItemOptions, VectorOptions
-from csalign.search.manifest import (
+from csalign.indexing.config import IndexConfig, ItemOptions, VectorOptions
+from csalign.indexing.manifest import (
     ADAPTER,
     ENTRIES,
     VECTORS,
@@ -33,12 +32,13 @@ from csalign.search.manifest import (
     write_index_manifest,
     write_items,
 )
-from csalign.search.vectors import (
+from csalign.indexing.vectors import (
     HubCorrection,
     VectorIndex,
     choose_factory,
     exact_neighbours,
 )
+from csalign.runs.load import load_adapter_for, stream_aligned
 
 RECALL_AT = 10
 QUERIES = 1_000  # that recall is measured on, at most

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
+from csalign.indexing.manifest import REMEDY, Correction
 from csalign.metrics.retrieval import SCALES, centred, penalty
-from csalign.search.manifest import REMEDY, Correction
 
 MEANS = "query.npy"
 EXACT_ROWS = 50_000  # an exact search of that many takes milliseconds

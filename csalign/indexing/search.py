@@ -31,11 +31,9 @@ from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_enc
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
 from csalign.features.tokens import pad_tokens
-from csalign.report.page import Entry, Section, check_page, write_page
-from csalign.report.thumbnails import thumbnail
-from csalign.search.build import SearchIndex, build_index
-from csalign.search.config import ItemOptions, QueryOptions, SearchConfig, VectorOptions
-from csalign.search.manifest import (
+from csalign.indexing.build import SearchIndex, build_index
+from csalign.indexing.config import ItemOptions, QueryOptions, SearchConfig, VectorOptions
+from csalign.indexing.manifest import (
     ADAPTER,
     REMEDY,
     VECTORS,
@@ -44,7 +42,9 @@ from csalign.search.manifest import (
     read_items,
     take_item,
 )
-from csalign.search.vectors import VectorIndex, load_correction
+from csalign.indexing.vectors import VectorIndex, load_correction
+from csalign.report.page import Entry, Section, check_page, write_page
+from csalign.report.thumbnails import thumbnail
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
 

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from csalign.core.errors import SchemaError
-from csalign.search.manifest import ITEMS, items_table, read_items, take_item, write_items
+from csalign.indexing.manifest import ITEMS, items_table, read_items, take_item, write_items
 
 
 def columns(count: int) -> dict[str, pa.Array]:
