@@ -94,7 +94,7 @@ def model_card(card: Card) -> str:
         ]
         result = {
             "task": {"type": "cross-modal-retrieval"},
-            "dataset": {"name": str(card.evaluation["features"]), "type": "features"},
+            "dataset": {"name": Path(card.evaluation["features"]).name, "type": "features"},
             "metrics": [
                 {"type": f"{direction}_{name}", "value": value}
                 for direction, name, value in recalls

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from csalign.adapters.model import Adapter
-from csalign.core import distributed, outputs
+from csalign.core import devices, distributed, outputs
 from csalign.core.results import Progress, TrainResult, silent
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
@@ -46,6 +46,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         TrainingError: the loss is not finite any more; names the last good checkpoint.
         ElsewhereError: another process failed.
     """
+    devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with distributed.process_group():
         if distributed.is_main_process():
             check_logs(config.log_to or (), config.report)
