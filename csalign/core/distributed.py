@@ -6,7 +6,6 @@ torch.distributed is not imported.
 
 import json
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -221,7 +220,6 @@ def broadcast(make: Callable[[], T]) -> T:
     import torch
 
     values = [make() if is_main_process() else None]
-    pickle.dumps(values)  # what cannot be sent fails here, with its own error
     with _collectives() as distributed:
         distributed.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]  # type: ignore[return-value]  # None only before the broadcast
