@@ -21,7 +21,6 @@ Ints = npt.NDArray[np.int64]
 RECALL_AT = (1, 5, 10)
 NEIGHBOURS = 10
 INVERSE_TEMPERATURE = 30.0
-CORRECTIONS = ("csls", "inverted-softmax", "centre")
 SCALES = {"csls": 2.0, "inverted-softmax": 1.0}  # factor on the cosine in a corrected score
 CPU_TILE = 1_024  # 4 MB of scores, which stay in a cache
 DEVICE_TILE = 8_192  # 256 MB of scores

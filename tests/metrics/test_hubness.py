@@ -6,7 +6,9 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import skew
 
-from csalign.metrics.retrieval import CORRECTIONS, corrected, hubness, penalty, rank_both_ways
+from csalign.metrics.retrieval import corrected, hubness, penalty, rank_both_ways
+
+CORRECTIONS = ("csls", "inverted-softmax", "centre")
 
 Array = npt.NDArray[Any]
 
