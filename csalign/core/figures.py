@@ -29,7 +29,7 @@ class Figure(NamedTuple):
     def show(self, value: float | None, error: float | None = None) -> str:
         """Format a value, with ± its standard error or half an interval if given."""
         if value is None:
-            return "–"
+            return "-"
         text = f"{self.scale * value:.{self.digits}f}"
         return text if error is None else f"{text} ± {self.scale * error:.{self.digits}f}"
 
