@@ -5,11 +5,13 @@ import sys
 
 from csalign.core.errors import Stopped
 from csalign.core.signals import catch_signals
+from csalign.core.streams import open_closed_streams
 
 
 def main() -> None:
     """Run the command line; signals are handled before anything heavy is imported."""
     catch_signals()
+    open_closed_streams()
     # Threads that spin at every barrier make a step several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -17,6 +17,7 @@ from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
+from csalign.core.outputs import check_page
 from csalign.core.paths import parse_location
 from csalign.core.results import Progress, silent
 from csalign.evaluation import protocols
@@ -34,7 +35,6 @@ from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite, image_distances
 from csalign.metrics.retrieval import DirectionRanks, hubness
-from csalign.report.page import check_page
 from csalign.runs.load import embed_rows, load_adapter_for
 
 COLLAPSED_RANK = 1.5  # effective dimensions

@@ -58,8 +58,15 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
 
     panel: ClassVar[str] = "Images"
     positional: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[str] = (
+        "csalign generate --adapter run --decoder DECODER --prompts prompts.txt --out images"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("prompts", "features", "adapter", "decoder", "out", "report", "seed", "steps", "size"),
+        *("device", "overwrite"),
+    )
 
-    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    out: RunFolder = Field(description="Output folder; rerun the same command to resume.")
     overwrite: bool = Field(
         False, description="Replace the folder on success, and discard unfinished images."
     )

@@ -25,6 +25,7 @@ from csalign.core.errors import (
     SchemaError,
     ShapeError,
 )
+from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
 from csalign.core.results import Found, Progress, silent
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
@@ -43,7 +44,7 @@ from csalign.indexing.manifest import (
     take_item,
 )
 from csalign.indexing.vectors import VectorIndex, load_correction
-from csalign.report.page import Entry, Section, check_page, write_page
+from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import thumbnail
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
@@ -263,8 +264,8 @@ def search(config: SearchConfig, progress: Progress = silent) -> Document:
 
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
-    if config.html is not None:
-        check_page(config.html)
+    if config.report is not None:
+        check_page(config.report)
     index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
@@ -279,7 +280,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "top": config.top,
     }
     queries = _find_all(config, index, encoder, progress)
-    if config.html is not None:
+    if config.report is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)
 
@@ -340,7 +341,7 @@ def _with_page(
     config: SearchConfig, manifest: IndexManifest, queries: Iterator[Document]
 ) -> Iterator[Document]:
     """Pass the queries on; write the page after the last of them."""
-    assert config.html is not None
+    assert config.report is not None
     rows = renamed(f"{manifest.rows:,} {manifest.side.plural}", manifest.names)
     sections: list[Section] = []
     count = 0
@@ -358,7 +359,7 @@ def _with_page(
             sections.append(Section(found["query"], note, pictures=pictures))
         yield found
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
-    write_page(config.html, title, sections)
-    log.info("wrote %s", config.html)
+    write_page(config.report, title, sections)
+    log.info("wrote %s", config.report)
     if count > PAGE_QUERIES:
-        log.warning("%s: shows the first %d queries only", config.html, PAGE_QUERIES)
+        log.warning("%s: shows the first %d queries only", config.report, PAGE_QUERIES)

@@ -97,6 +97,15 @@ class ShardOptions(Config):
 class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOptions, ShardOptions):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
+    example: ClassVar[str] = (
+        "csalign extract photos --out features --captions captions.csv "
+        "--encoder open_clip:ViT-B-32/openai"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "encoder", "image_encoder", "text_encoder", "captions", "images", "val", "test"),
+        *("device", "batch_size", "overwrite"),
+    )
+
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
         unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
@@ -172,3 +181,9 @@ class RecordOptions(Config):
 
 class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
     """``csalign import``: embeddings computed elsewhere -> the same artifact."""
+
+    example: ClassVar[str] = "csalign import --images image.npy --texts text.npy --out features"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "images", "texts", "image_column", "text_column", "id_column", "pairs"),
+        *("captions_per_image", "caption_order", "val", "test", "names", "overwrite"),
+    )

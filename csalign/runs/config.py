@@ -39,6 +39,8 @@ class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
 
     panel: ClassVar[str] = "Execution"
 
+    example: ClassVar[str] = "csalign apply features --adapter run --out aligned"
+
     batch_size: Count = Field(8192, description="Rows per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -48,6 +50,7 @@ class ExportConfig(OutputConfig):
 
     panel: ClassVar[str] = "Export"
     positional: ClassVar[tuple[str, ...]] = ("run",)
+    example: ClassVar[str] = "csalign export run --to onnx --out exported"
 
     out: RunFolder = Field(description="Output folder.")
     run: RunFolder = Field(description="Run folder, or a checkpoint in it.")
