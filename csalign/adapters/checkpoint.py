@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save
 from csalign.adapters.model import KINDS, Adapter
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
-from csalign.core.artifacts import DOCUMENTS, Kind, require_kind
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError, reason_of
+from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
 
 WEIGHTS = "adapter.safetensors"

@@ -78,7 +78,7 @@ def _main(
     help_: Help = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        show_help(context)
+        show_help(context, code=2)
 
 
 @app.command("help", hidden=True)

@@ -85,6 +85,11 @@ def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
         # The reader of our stdout went away, as in `| head`; exit as SIGPIPE would.
         _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # at which Rich leaves with 1
+            raise
+        _drop_stdout()
+        raise typer.Exit(128 + signal.SIGPIPE) from None
     except OSError as error:
         if error.filename == render.STDOUT:
             _drop_stdout()

@@ -18,12 +18,13 @@ NAMES = 30  # columns of names; text beside a longer name begins on the next lin
 _NOTE = re.compile(r"(?:^| )\((?:default: [^()]*|required)\)$")
 
 
-def show_help(context: typer.Context, *, everything: bool = False) -> None:
+def show_help(context: typer.Context, *, everything: bool = False, code: int = 0) -> None:
     """Print the help of a command and leave.
 
     Args:
         context: of the command.
         everything: whether to print all options where the command has common ones.
+        code: exit code.
 
     Raises:
         typer.Exit: always.
@@ -33,7 +34,7 @@ def show_help(context: typer.Context, *, everything: bool = False) -> None:
         width = min(console.width, MOST_COLUMNS)
         for line in _lines(context, everything=everything, width=width):
             console.print(line, soft_wrap=True)
-    raise typer.Exit
+    raise typer.Exit(code)
 
 
 def _show_short(context: typer.Context, wanted: bool) -> None:

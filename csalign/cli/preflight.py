@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from csalign.core import outputs
-from csalign.core.artifacts import Kind, require_kind
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import DataError
+from csalign.core.paths import Kind, require_kind
 from csalign.evaluation.config import EvalConfig
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig

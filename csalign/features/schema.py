@@ -9,10 +9,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from csalign.core import atomic
-from csalign.core.artifacts import DOCUMENTS, Kind, require_kind
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError
-from csalign.core.paths import is_store_error
+from csalign.core.paths import DOCUMENTS, Kind, is_store_error, require_kind
 from csalign.core.records import Record, read_record
 
 MANIFEST = DOCUMENTS[Kind.FEATURES]

@@ -1,10 +1,12 @@
 """Options of ``csalign generate``."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.core.errors import ConfigError
 
 
 class PromptOptions(Config):
@@ -75,4 +77,18 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first image; the next adds 1.")
     batch_size: Count = Field(4, description="Images per batch.")
-    sheet: bool = Field(False, description="Also draw a contact sheet of the first 100 images.")
+    report: Path | None = Field(
+        None, description="Also write a page of the first 100 images, as images.html."
+    )
+    sheet: bool = Field(  # before --report
+        False,
+        description="Also draw a contact sheet of the first 100 images.",
+        json_schema_extra={"hidden": True},
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError unless there are either prompts or features."""
+        if (self.prompts is None) == (self.features is None):
+            raise ConfigError("--prompts and --features are both texts to draw; pass one of them")
+        if self.text_encoder is not None and self.prompts is None:
+            raise ConfigError("--text-encoder is for --prompts; features are embedded already")

@@ -271,7 +271,10 @@ def _find_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DecoderError(f"{name}: no such folder")
+        raise DecoderError(
+            f"{name}: no such folder; pass a decoder in diffusers' format, or a model of the hub, "
+            "OWNER/NAME, such as kandinsky-community/kandinsky-2-2-decoder"
+        )
     from huggingface_hub import snapshot_download
 
     try:

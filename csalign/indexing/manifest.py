@@ -8,9 +8,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from csalign.core import __version__, atomic
-from csalign.core.artifacts import DOCUMENTS, Kind, require_kind
 from csalign.core.enums import Modality
 from csalign.core.errors import SchemaError
+from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
 from csalign.features.schema import EncoderInfo
 

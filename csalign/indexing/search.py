@@ -73,19 +73,9 @@ class QueryEncoder:
 
     @cached_property
     def side(self) -> Modality:
-        """Side of the queries; ConfigError if there is not exactly one kind of query."""
-        flags = {"query": "QUERY", "text": "--text", "image": "--image", "embedding": "--embedding"}
-        given = [name for name in flags if getattr(self.options, name) is not None]
-        if len(given) != 1:
-            names = " and ".join(flags[name] for name in given)
-            raise ConfigError(
-                f"{names or 'no query'}: pass one text query, or one of --text, --image and "
-                "--embedding; --text - reads many from stdin"
-            )
-        if given != ["embedding"]:
-            if self.options.query_side is not None:
-                raise ConfigError("query-side: is for --embedding only; omit it")
-            return Modality.IMAGE if given == ["image"] else Modality.TEXT
+        """Side of the queries."""
+        if self.options.embedding is None:
+            return Modality.IMAGE if self.options.image is not None else Modality.TEXT
         other = Modality.TEXT if self.manifest.side is Modality.IMAGE else Modality.IMAGE
         return Modality(self.options.query_side or other)
 
@@ -127,6 +117,7 @@ class QueryEncoder:
                 token_space=known.token_space or "projected",
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
+            log.info("loading %s", spec)
             specs = {self.side: spec}
             image, text = specs.get(Modality.IMAGE), specs.get(Modality.TEXT)
             encoder: Any = load_encoders(image, text, options).side(self.side)
@@ -264,12 +255,12 @@ def search(config: SearchConfig, progress: Progress = silent) -> Document:
 
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
+    config.check()
     if config.report is not None:
         check_page(config.report)
     index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
-    _ = encoder.side  # raises where there is not exactly one kind of query
     head: Document = {
         "index": str(config.index),
         "side": manifest.side.value,

@@ -64,4 +64,7 @@ class ExportConfig(OutputConfig):
     evaluation: Path | None = Field(
         None, description="Output of csalign eval --json for this run, for the model card."
     )
+    license: str | None = Field(
+        None, description="Licence of the adapter for the model card, such as apache-2.0."
+    )
     allow_adapter: str | None = Field(None, description=ALLOWED)
