@@ -340,9 +340,9 @@ def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[Fea
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         if place is None or not (place / MANIFEST).is_file():
             if config.encoder is None:
-                raise ConfigError(f"encoder: is required, to encode the images of {name}")
+                raise ConfigError(f"--encoder: is required, to encode the images of {name}")
             if config.split is not None:
-                raise ConfigError(f"split: is for feature sets, which {name} is not")
+                raise ConfigError(f"--split: is for feature sets, which {name} is not")
             place = Path(folder, "features")
             options = ExtractConfig(
                 source=name,

@@ -254,7 +254,7 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
     if trained_on is not None and abs(trained_on - 1) > UNIT_TOLERANCE:
         return trained_on, "the run's training images"
     raise ConfigError(
-        "scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
+        "--scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
         "decoder's --prior, or pass --scale"
     )
 

@@ -176,7 +176,7 @@ class QueryEncoder:
     def _of_array(self, path: Path) -> Iterator[Queries]:
         if self._with_tokens:
             raise ConfigError(
-                "embedding: the adapter of this index needs tokens, which an embedding does not "
+                "--embedding: the adapter of this index needs tokens, which an embedding does not "
                 f"have; query with --{self.side}"
             )
         rows = _read_array(path)

@@ -149,7 +149,7 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            f"--log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
     return lambda step, figures: opened.log(dict(figures), step=step)
