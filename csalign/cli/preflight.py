@@ -24,7 +24,7 @@ _KINDS = {
 _FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
 """Fields with paths of other files and folders that are read."""
 
-_PATTERN = re.compile(r"::|://|[{}*?[]")  # in a source that is not one local path
+_PATTERN = re.compile(r"::|://|[{}*?[\0]")  # in a source that is not one local path
 
 
 def check_settings(settings: Config) -> None:
@@ -43,10 +43,19 @@ def check_settings(settings: Config) -> None:
             # Of a name such as "adapter" or "index" some commands have words, not paths.
             if isinstance(path, Path):
                 _check_path(settings, name, path)
+    searched = None
+    if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
+        searched = Path(settings.source)
+        if settings.source != "-" and not searched.exists():
+            raise DataError(f"{searched}: no such file or folder")
+    # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
-        outputs.check_output(settings.out, None, overwrite=settings.overwrite)
-    if isinstance(settings, ExtractConfig):
-        _check_source(settings.source)
+        paths = (path for name, path in settings if name not in ("out", "report"))
+        inputs = tuple(path for path in (*paths, searched) if isinstance(path, Path))
+        overwrite = settings.overwrite
+        outputs.check_output(
+            settings.out, None, overwrite=overwrite, inputs=inputs, searched=searched
+        )
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
@@ -57,9 +66,3 @@ def _check_path(settings: Config, name: str, path: Path) -> None:
         raise DataError(f"{path}: no such file or folder")
     elif name == "report":
         outputs.check_page(path)
-
-
-def _check_source(source: str) -> None:
-    is_one_path = source != "-" and not _PATTERN.search(source) and "\0" not in source
-    if is_one_path and not Path(source).exists():
-        raise DataError(f"{source}: no such file or folder")

@@ -280,7 +280,7 @@ def test_what_does_not_go_together_is_refused(
     narrow = tmp_path / "narrow"
     other = {"text_adapter": "identity", "image_adapter": "linear"}
     train(TrainConfig(features=features, out=narrow, **(FROZEN | other)))
-    with pytest.raises(ConfigError, match="prompts, features: pass one of them"):
+    with pytest.raises(ConfigError, match="--prompts and --features are both texts to draw"):
         made(decoders, run, out)
     with pytest.raises(ConfigError, match=r"maps images too \(with glu\), into a space that no"):
         made(decoders, free, out, features=features)
