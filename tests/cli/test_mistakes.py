@@ -91,7 +91,7 @@ MISTAKES = [
     ("diagnose r", 1, "r: is a run, not a feature set"),
     ("apply f --adapter nowhere --out q", 1, "nowhere: no such run"),
     ("index r --out q", 1, "r: is a run, not a feature set"),
-    ("search r flower", 1, "r: is a run, not an index; build one with csalign index"),
+    ("search r flower", 1, "not an index; pass its features and the run: f --adapter r"),
     ("export f --to onnx --out q", 1, "f: is a feature set, not a run"),
     ("generate --adapter f --decoder d --prompts t.csv --out q", 1, "f: is a feature set, not a"),
     ("extract nowhere --out q", 1, "nowhere: no such file or folder"),
