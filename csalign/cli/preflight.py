@@ -7,7 +7,6 @@ from csalign.core import outputs
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import DataError
 from csalign.core.paths import Kind, require_kind
-from csalign.evaluation.config import EvalConfig
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig
 
@@ -38,30 +37,34 @@ def check_settings(settings: Config) -> None:
         OutputError: an output cannot be written.
     """
     settings.check()
+    inputs: list[Path] = []
     for name, value in settings:
         for path in value if isinstance(value, tuple) else (value,):
             # Of a name such as "adapter" or "index" some commands have words, not paths.
             if isinstance(path, Path):
                 _check_path(settings, name, path)
+                inputs += [path] if name not in ("out", "report") else []
     searched = None
     if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
         searched = Path(settings.source)
         if settings.source != "-" and not searched.exists():
             raise DataError(f"{searched}: no such file or folder")
+        inputs.append(searched)
     # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
-        paths = (path for name, path in settings if name not in ("out", "report"))
-        inputs = tuple(path for path in (*paths, searched) if isinstance(path, Path))
-        overwrite = settings.overwrite
         outputs.check_output(
-            settings.out, None, overwrite=overwrite, inputs=inputs, searched=searched
+            settings.out,
+            None,
+            overwrite=settings.overwrite,
+            inputs=tuple(inputs),
+            searched=searched,
         )
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
     if name in _KINDS:
-        is_of_own = name == "features" and isinstance(settings, EvalConfig)
-        require_kind(path, *_KINDS[name], *([Kind.RUN] if is_of_own else []))
+        title = type(settings).model_fields[name].title or ""
+        require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
     elif name in _FILES and not path.exists():
         raise DataError(f"{path}: no such file or folder")
     elif name == "report":
