@@ -64,7 +64,7 @@ def test_folders_are_embedded_and_compared(
     assert again["fingerprints"] == document["fingerprints"]
     mixed = evaluate(EvalConfig(images=stored[0], generated=str(fake), encoder=encoder))
     assert mixed["distribution"] == pytest.approx(document["distribution"], rel=1e-6)
-    eval_tables.eval_tables(document)
+    eval_tables.eval_tables(document, EvalConfig())
     assert "CMMD" in capsys.readouterr().out
 
 
