@@ -131,18 +131,10 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
             "steps",
             f"{document['steps']:,}{took}; best: {best_words(document['step'], document['start'])}",
         ),
-        ("logit scale", f"{document['logit_scale']:.4g}"),
     ]
     for name, figure in (("mean_recall", RECALL), ("centroid_distance", CENTROID)):
-        values = [end[name] for end in ends if name in end]
-        if values:
-            start, *after = map(figure.show, values)
-            rows.append(
-                (
-                    f"validation, {figure.heading}",
-                    start + "".join(f", best {v}" for v in after[-1:]),
-                )
-            )
+        if values := [figure.show(end[name]) for end in ends if name in end]:
+            rows.append((figure.heading, f"{values[-1]} on validation (start {values[0]})"))
     rows.append(("size", decimal(document["bytes"])))
     following: list[Step] = []
     if features is not None:

@@ -62,7 +62,7 @@ def command_of(
                 ):
                     result = function(settings, progress)
                 if not is_follower:
-                    render.show(result, show, settings, as_json=json)
+                    render.show(result, show, settings, as_json=json, quiet=quiet)
 
         common = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

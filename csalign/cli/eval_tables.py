@@ -296,14 +296,15 @@ def difference(found: Document, scale: float = 100, digits: int = 2) -> str:
 
 def _distinct(names: Sequence[str], paths: Sequence[object]) -> list[str]:
     """Return names that differ: equal ones with the path they are from, or else their number."""
-    if len(names) == len(paths):
-        names = [
-            f"{name} ({path})" if names.count(name) > 1 and str(path) != name else name
-            for name, path in zip(names, paths, strict=True)
-        ]
+    places = paths if len(paths) == len(names) else [""] * len(names)
+    located = [f"{name} ({path})" for name, path in zip(names, places, strict=True)]
+    found = []
+    for number, name in enumerate(names):
+        is_unique = located.count(located[number]) == 1
+        found.append(located[number] if names.count(name) > 1 and is_unique else name)
     return [
-        f"{name} #{number}" if names.count(name) > 1 else name
-        for number, name in enumerate(names, 1)
+        f"{name} #{number}" if found.count(name) > 1 else name
+        for number, name in enumerate(found, 1)
     ]
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -23,6 +24,7 @@ STDOUT = "stdout"
 PIPED_WIDTH = 160  # of tables without a terminal
 PAGES = ("report", "plot", "html", "sheet")  # options that name a page to write
 
+_QUIET = ContextVar("quiet", default=False)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 _ASCII = {"↑": "^", "↓": "v", "±": "+/-", "─": "-", "…": "...", "é": "e"}
 
@@ -75,8 +77,11 @@ def to_stdout() -> Iterator[None]:
         raise OSError(error.errno, error.strerror, STDOUT) from error
 
 
-def show(result: R, table: Callable[[R, C], None], settings: C, *, as_json: bool) -> None:
-    """Print a result as one JSON document, or as tables."""
+def show(
+    result: R, table: Callable[[R, C], None], settings: C, *, as_json: bool, quiet: bool = False
+) -> None:
+    """Print a result as one JSON document, or as tables; if quiet, without what to do next."""
+    _QUIET.set(quiet)
     with to_stdout():
         print_json(result) if as_json else table(result, settings)
 
@@ -86,6 +91,8 @@ def print_json(result: Any, indent: int | None = 2) -> None:
     document = result.to_json() if hasattr(result, "to_json") else dict(result)
     is_utf8 = _encoding().lower().startswith("utf")
     text = json.dumps(document, indent=indent, ensure_ascii=not is_utf8, allow_nan=False)
+    if not text.isascii() and text != text.encode(errors="ignore").decode():  # half a surrogate
+        text = json.dumps(document, indent=indent, allow_nan=False)
     sys.stdout.write(text + "\n")
 
 
@@ -149,7 +156,7 @@ def command(*words: object) -> str:
 
 def is_quiet() -> bool:
     """Return whether only results are to be printed (-q)."""
-    return not logging.getLogger("csalign").isEnabledFor(logging.WARNING)
+    return _QUIET.get()
 
 
 def is_verbose() -> bool:

@@ -60,6 +60,10 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     path = parse_location(path)
     if merge:
         merge_parts(path)
+    return _inspect(path)
+
+
+def _inspect(path: Path) -> dict[str, Any]:
     if not path.exists():
         partial = partial_path(path)
         if not partial.exists():
@@ -167,7 +171,8 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
     return {
         "kind": "run",
         "path": str(folder),
-        **info.model_dump(mode="json", exclude={"format"}),
+        "written_by": info.csalign_version,
+        **info.model_dump(mode="json", exclude={"format", "csalign_version", "validation"}),
         "parameters": adapter.parameter_counts(),
         "features": settings.get("features"),
         "steps": _last_step(lines),
@@ -192,7 +197,8 @@ def _inspect_export(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "form": "safetensors" if has_weights else "onnx",
         "files": graphs or [WEIGHTS],
-        **info.model_dump(mode="json", exclude={"format"}),
+        "written_by": info.csalign_version,
+        **info.model_dump(mode="json", exclude={"format", "csalign_version"}),
         "bytes": _bytes(folder),
     }
 

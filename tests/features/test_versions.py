@@ -69,7 +69,7 @@ def test_documents_with_a_checksum_of_their_own_are_read(v1: Path) -> None:
         (v1 / name).write_text(json.dumps(document))
 
     assert load_rows(FeatureSet.open(v1 / "features"), ALL).images.shape == (24, 4)
-    assert inspect(v1 / "run")["csalign_version"] == "0.1.0"
+    assert inspect(v1 / "run")["written_by"] == "0.1.0"
 
 
 @pytest.mark.parametrize(
