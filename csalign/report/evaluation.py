@@ -317,10 +317,9 @@ def _conflict(document: Mapping[str, Any]) -> Section:
             line_color=colour,
         )
     figure.add_vline(x=scale, line={"dash": "dot", "width": 1, "color": OTHER})
-    own = "" if document["adapter"] is None else "this run: "
     # On a logarithmic axis annotations, unlike lines, are placed by the exponent.
     figure.add_annotation(
-        x=log10(scale), y=1, yref="paper", text=f"{own}{scale:g}", showarrow=False, xanchor="left"
+        x=log10(scale), y=1, yref="paper", text=f"{scale:g}", showarrow=False, xshift=14
     )
     figure.update_xaxes(type="log", dtick=1, title="logit scale")
     figure.update_yaxes(title="cosine of the gradients", range=[-1.05, 1.05])
