@@ -351,6 +351,7 @@ def _with_page(
         yield found
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
     write_page(config.report, title, sections)
-    log.info("wrote %s", config.report)
+    if config.jsonl:  # else the tables end with it
+        log.info("wrote %s", config.report)
     if count > PAGE_QUERIES:
         log.warning("%s: shows the first %d queries only", config.report, PAGE_QUERIES)

@@ -132,8 +132,9 @@ def test_prompts_are_embedded_by_the_encoder_that_the_run_names(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red car\n\na very red car\n")
-    pages = {"sheet": True, "report": tmp_path / "made.html"}
-    done = made(decoders, clip_run, tmp_path / "out", prompts=prompts, seed=5, scale=3, **pages)
+    page = tmp_path / "made.html"
+    given = {"prompts": prompts, "seed": 5, "scale": 3, "sheet": True, "report": page}
+    done = made(decoders, clip_run, tmp_path / "out", "stable", **given)
     stored = made(
         decoders, clip_run, tmp_path / "stored", features=tmp_path / "joined", seed=4, scale=3
     )
@@ -147,9 +148,9 @@ def test_prompts_are_embedded_by_the_encoder_that_the_run_names(
     assert stored.images == 12
     with Image.open(tmp_path / "out/sheet.jpg") as sheet:
         assert sheet.width > sheet.height > 160
-    page = (tmp_path / "made.html").read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg") == 2
-    assert "a very red car" in page
+    written = page.read_text(encoding="utf-8")
+    assert written.count("data:image/jpeg") == 2
+    assert "a very red car" in written
 
 
 def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
