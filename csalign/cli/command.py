@@ -1,6 +1,10 @@
-"""Commands from functions: options, checks, progress and results."""
+"""Commands from functions: options, checks, progress and results.
+
+Wrong paths and options are refused before the libraries of a command take seconds to import.
+"""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,16 +14,32 @@ from csalign.cli import render
 from csalign.cli.errors import error_exits
 from csalign.cli.help import Help, HelpAll
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
-from csalign.cli.preflight import check_settings
 from csalign.cli.progress import shown_progress
-from csalign.core import atomic, distributed
-from csalign.core.config import Config
+from csalign.core import atomic, distributed, outputs
+from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.paths import is_store_error
+from csalign.core.paths import Kind, is_store_error, require_kind
 from csalign.core.results import Progress
+from csalign.ingest.config import ExtractConfig
+from csalign.training.config import TuneConfig
 
 C = TypeVar("C", bound=Config)
 R = TypeVar("R")
+
+_KINDS = {
+    "features": (Kind.FEATURES,),
+    "unpaired": (Kind.FEATURES,),
+    "zero_shot": (Kind.FEATURES,),
+    "adapter": (Kind.RUN,),
+    "run": (Kind.RUN,),
+    "index": (Kind.INDEX, Kind.FEATURES),
+}
+"""Fields with paths of artifacts, and the kinds that they accept."""
+
+_FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
+"""Fields with paths of other files and folders that are read."""
+
+_PATTERN = re.compile(r"::|://|[{}*?[\0]")  # in a source that is not one local path
 
 
 def command_of(
@@ -91,3 +111,48 @@ def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
         if not urls or not (is_nameless or is_store_error(error)):
             raise
         raise DataError(atomic.os_error(error, " or ".join(urls))) from error
+
+
+def check_settings(settings: Config) -> None:
+    """Check options against each other, and that each path is what a command needs.
+
+    The command checks all of it again, and more; this imports neither torch nor pyarrow.
+
+    Raises:
+        ConfigError: options do not go together.
+        DataError: an input does not exist or is of another kind.
+        OutputError: an output cannot be written.
+    """
+    settings.check()
+    inputs: list[Path] = []
+    for name, value in settings:
+        for path in value if isinstance(value, tuple) else (value,):
+            # Of a name such as "adapter" or "index" some commands have words, not paths.
+            if isinstance(path, Path):
+                _check_path(settings, name, path)
+                inputs += [path] if name not in ("out", "report") else []
+    searched = None
+    if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
+        searched = Path(settings.source)
+        if settings.source != "-" and not searched.exists():
+            raise DataError(f"{searched}: no such file or folder")
+        inputs.append(searched)
+    # An existing study of tune is continued.
+    if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
+        outputs.check_output(
+            settings.out,
+            None,
+            overwrite=settings.overwrite,
+            inputs=tuple(inputs),
+            searched=searched,
+        )
+
+
+def _check_path(settings: Config, name: str, path: Path) -> None:
+    if name in _KINDS:
+        title = type(settings).model_fields[name].title or ""
+        require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
+    elif name in _FILES and not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    elif name == "report":
+        outputs.check_page(path)

@@ -184,7 +184,7 @@ def test_what_strangers_read_names_local_files_by_their_names_alone(
     assert "/home/me" not in text
     assert f"| {name} |" in text.replace("\\|", "|").replace("name &#124; run", "name | run")
     assert json.loads((out / "adapter.json").read_text())["encoders"]["image"] == name
-    assert huggingface_hub.ModelCard(text).data.to_dict()["license"] == "mit"
+    assert 'license: "mit"' in text
     assert csalign.load_adapter(out).side(Modality.IMAGE).shape.input_width == 12
 
 
