@@ -88,9 +88,13 @@ def find_features(run: Path, fingerprint: str) -> Path:
     """
     folder = run_folder(run)
     recorded, typed = read_environment(folder).get(FEATURES), read_settings(folder).get("features")
+    remedy = (
+        f"name the set to use, as csalign eval FEATURES --adapter {run} or csalign compare {run} "
+        "--features FEATURES"
+    )
     known = [place for place in (typed, recorded) if isinstance(place, str)]
     if not known:
-        raise SchemaError(f"{folder / CONFIG}: names no features; pass them with --features")
+        raise SchemaError(f"{folder / CONFIG}: names no features; {remedy}")
     places = [parse_location(place) for place in known]
     local = [place for place in places if not is_remote(place)]
     places += [folder.absolute().parent / place for place in local if not place.is_absolute()]
@@ -105,12 +109,11 @@ def find_features(run: Path, fingerprint: str) -> Path:
     if changed is not None:
         raise DataError(
             f"{run}: was trained on features with the fingerprint {fingerprint[:12]}, but "
-            f"{changed[0]} has {changed[1][:12]}, so it was changed or is another set; pass the "
-            "features to use with --features"
+            f"{changed[0]} has {changed[1][:12]}, so it was changed or is another set; {remedy}"
         )
     raise DataError(
-        f"{run}: its features are not at {places[0]}, nor beside the run or in this folder; pass "
-        "them with --features"
+        f"{run}: its features are not at {places[0]}, nor beside the run or in this folder; "
+        f"{remedy}"
     )
 
 

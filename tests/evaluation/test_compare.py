@@ -200,7 +200,7 @@ def test_documents_stand_without_what_they_were_made_from(
 
     assert row["verdict"] == "cannot tell (not paired)"
     assert "no such feature set" in caplog.text
-    with pytest.raises(DataError, match=r"random: its features are not at .*pass them with"):
+    with pytest.raises(DataError, match=r"random: its features are not at .*--features FEATURES"):
         rows_of(*runs)
     assert rows_of(*runs, features=features.with_name("moved"))[1]["verdict"] == "better"
 
@@ -342,10 +342,10 @@ def test_figures_that_are_no_numbers_are_refused(
 def test_a_run_must_name_its_features(runs: tuple[Path, Path], features: Path) -> None:
     change(runs[0] / "environment.json", features=None)
     (runs[0] / "config.toml").write_text("features = 5\n")
-    with pytest.raises(SchemaError, match=r"config\.toml: names no features; pass them with"):
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features; name the set"):
         rows_of(*runs)
     (runs[0] / "config.toml").unlink()
-    with pytest.raises(SchemaError, match=r"config\.toml: names no features; pass them with"):
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features; name the set"):
         rows_of(*runs)
     assert rows_of(*runs, features=features)[1]["verdict"] == "better"
 
