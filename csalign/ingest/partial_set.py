@@ -42,11 +42,14 @@ class PartWriter:
     failed_texts: int = 0
     texts_seen: int = 0
     pairs: int = 0
+    source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
         self.sides[modality].write(rows)
+        if modality is Modality.IMAGE and self.source_root is None:
+            self.source_root = schema.source_root(rows.column(schema.SOURCE))
         if modality is Modality.TEXT:
             self.pairs += sum(owner is not None for owner in rows.columns[schema.IMAGE_ID])
 
@@ -274,6 +277,7 @@ class PartialSet:
             _remove_stale_files(self.folder / side.plural, shards)
         manifest = schema.Manifest(
             csalign_version=__version__,
+            source_root=next((r.source_root for r in records if r.source_root), None),
             dtype=self._job.dtype,
             encoders=self._job.encoders,
             counts=schema.Counts(
