@@ -72,6 +72,12 @@ def features_table(result: results.FeaturesResult) -> None:
     )
 
 
+def split_table(result: results.SplitResult) -> None:
+    """Print how many images each split has, and the next command."""
+    print_line(f"{result.features}: {result}")
+    print_line(f"next: csalign train {result.features} --out run")
+
+
 def train_table(result: results.TrainResult) -> None:
     """Print what was trained, and its validation metrics."""
     parameters = ", ".join(

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words
+from csalign.core.errors import ConfigError
+from csalign.features.schema import SplitSettings
 
 
 class SourceOptions(Config):
@@ -94,7 +96,63 @@ class ShardOptions(Config):
     strict: bool = Field(False, description="Fail if anything is skipped.")
 
 
-class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOptions, ShardOptions):
+def _parse_part(value: Any) -> float | None:
+    """Parse a fraction, or a number of images."""
+    try:
+        part = float(value)
+    except (TypeError, ValueError):
+        part = 0.0
+    if value is None:
+        return None
+    if isinstance(value, bool) or not (0 < part < 1 or (part >= 1 and part.is_integer())):
+        raise ValueError("must be a fraction below 1, such as 0.1, or a number of images")
+    return part if part < 1 else int(part)
+
+
+Part = Annotated[float | None, PlainValidator(_parse_part)]
+
+
+class SplitOptions(Config):
+    """Splits to make, by image."""
+
+    panel: ClassVar[str] = "Splits"
+
+    val: Part = Field(
+        None, description="Validation split: a fraction of the images with texts, or a number."
+    )
+    test: Part = Field(None, description="Test split, likewise.")
+    seed: int = Field(0, description="Random seed of the splits.")
+    group: bool = Field(
+        True, description="Keep near-duplicate images and shared captions in one split."
+    )
+
+
+def split_settings(options: SplitOptions) -> SplitSettings | None:
+    """Return the splits to make; None for none.
+
+    Raises:
+        ConfigError: the fractions leave nothing to train on.
+    """
+    val, test = options.val, options.test
+    if val is None and test is None:
+        return None
+    if max(val or 0, test or 0) < 1 <= (val or 0) + (test or 0):
+        raise ConfigError(f"val, test: {val:g} and {test:g} leave nothing to train on; lower one")
+    return SplitSettings(val=val, test=test, seed=options.seed, group=options.group)
+
+
+class SplitConfig(SplitOptions):
+    """``csalign split``: splits of a feature set that exists already."""
+
+    panel: ClassVar[str] = "Output"
+
+    features: Location = Field(description="Feature set.")
+    overwrite: bool = Field(False, description="Replace splits that csalign made before.")
+
+
+class ExtractConfig(
+    SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
+):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
     def to_toml(self) -> str:
@@ -170,5 +228,5 @@ class RecordOptions(Config):
     )
 
 
-class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
+class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
     """``csalign import``: embeddings computed elsewhere -> the same artifact."""

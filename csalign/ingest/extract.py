@@ -21,7 +21,7 @@ from csalign.core.paths import is_remote, parse_location
 from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
-from csalign.ingest.config import ExtractConfig
+from csalign.ingest.config import ExtractConfig, split_settings
 from csalign.ingest.job import (
     Job,
     PartRecord,
@@ -63,7 +63,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     """
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
-    shard = parse_shard(config.shard)
+    shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
     outputs.check_output(
@@ -85,6 +85,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             image=encoders.image.info if encoders.image else None,
             text=encoders.text.info if encoders.text else None,
         ),
+        splits=splits,
     )
     restart, retry = config.overwrite, config.retry_failures
     with (
@@ -108,7 +109,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             if is_owner:
                 if not partial.is_complete:
                     _check_failures(config, partial, partial.part_records())
-                partial.complete_and_commit()
+                partial.complete_and_commit(progress)
         if not is_owner:
             partial.wait_until_committed()
         counts = schema.read_manifest(config.out).counts
