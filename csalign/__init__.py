@@ -17,9 +17,9 @@ Where things live; imports point down this list only::
     core                     errors, paths, atomic files, locks, signals, processes, results
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `split`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`, `search`
-and `export`; `load_adapter`, `wrap` and `SentenceAdapter` use a run in other programs. Importing
-csalign loads none of the heavy libraries; using a name does.
+`import_arrays`, `split`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`,
+`search` and `export`; `load_adapter`, `wrap` and `SentenceAdapter` use a run in other programs.
+Importing csalign loads none of the heavy libraries; using a name does.
 """
 
 from importlib import import_module

@@ -26,7 +26,7 @@ from csalign.evaluation.page import EvaluationReport, write_report
 from csalign.features import join
 from csalign.features.checks import check_directions, unit_rows, warn_of_queries
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import FAILURES, MANIFEST
+from csalign.features.schema import FAILURES, MANIFEST, same_rows
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
@@ -287,10 +287,17 @@ def _embed(
 
 
 def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
-    splits = features.splits()
-    if info.data_fingerprint == features.manifest.fingerprint() and (
-        join.split_names(split, splits) & join.split_names(info.train_split, splits)
-    ):
+    splits, fingerprint = features.splits(), features.manifest.fingerprint()
+    if not same_rows(info.data_fingerprint, fingerprint):
+        return
+    names = join.split_names(split, splits)
+    if info.data_fingerprint != fingerprint and info.train_split != join.ALL:
+        log.warning(
+            "%s: was divided into other splits since the adapter was trained, so some of these "
+            "rows may have been trained on; train it again",
+            features.path,
+        )
+    elif names & join.split_names(info.train_split, splits):
         log.warning(
             "%s: the adapter was trained on rows of this split, so the results say little about "
             "new data; hold out a test split before training",

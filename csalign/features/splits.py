@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core import atomic
-from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.results import Progress, SplitResult, silent
 from csalign.features import schema
