@@ -1,5 +1,6 @@
 """Find near-duplicate images by their embeddings, alike on every machine and in any row order."""
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ EXACT_ROWS = 50_000
 CELL_ROWS = 1_000  # of a cell on average, beyond `EXACT_ROWS`
 ROUNDS = 4  # of cells, since a pair may fall into different cells
 SAMPLE_ROWS = 2_048
+PASSES = 3  # over the embeddings
 BLOCK = 1 << 24  # products at a time
 BATCH = 8_192
 MEMORY = 2_048 * MIB  # of the rows; more are mapped from a file in TMPDIR
@@ -82,7 +84,7 @@ def link_near_duplicates(
         table: of the images, n rows.
         hashes: of their ids, (n,), which choose samples and cells.
         links: receives the pairs.
-        progress: called with the number of rows compared.
+        progress: called with the number of rows read, and compared.
         exact_rows: up to so many rows all pairs are compared; more are compared within `ROUNDS`
             divisions into cells around some of the rows, which find nearly all pairs.
 
@@ -93,10 +95,10 @@ def link_near_duplicates(
         DataError: an embedding has no direction.
         SchemaError: a file is damaged.
     """
-    copies = first_alike(_hash_embeddings(table))
+    copies = first_alike(_hash_embeddings(table, progress))
     links.add(np.arange(len(table)), copies)
     kept = np.unique(copies)
-    rows = _whole_numbers(table, kept)
+    rows = _whole_numbers(table, kept, progress)
     np.minimum.at(least_hashes := hashes.copy(), copies, hashes)  # whichever copy is first
     hashes = least_hashes[kept]
     threshold = _threshold(rows[np.argsort(hashes)[:SAMPLE_ROWS]], len(kept))
@@ -106,19 +108,20 @@ def link_near_duplicates(
     cells = [np.arange(len(kept))] if len(kept) <= exact_rows else _cells(rows, hashes)
     done, total = 0, len(kept) * (1 if len(kept) <= exact_rows else ROUNDS)
     for cell in cells:
-        for first, second in _close_pairs(rows, cell, least):
+        for count, first, second in _close_pairs(rows, cell, least):
             links.add(kept[first], kept[second])
-        done += len(cell)
-        progress("images compared", done, total)
+            done += count
+            progress("images compared", done, total)
     return threshold
 
 
-def _hash_embeddings(table: FeatureTable) -> Ints:
+def _hash_embeddings(table: FeatureTable, progress: Progress) -> Ints:
     found = [np.empty(0, np.int64)]
-    for _, batch in table.read(schema.ID, schema.EMBEDDING):
+    for first, batch in table.read(schema.ID, schema.EMBEDDING):
         vectors = batch_vectors(batch, schema.EMBEDDING)
         check_directions(vectors, batch.column(schema.ID), f"{table.folder}: images")
         found.append(hash_rows(vectors))
+        progress("images read", first + len(vectors), PASSES * len(table))
     return np.concatenate(found)
 
 
@@ -129,22 +132,24 @@ def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Floats]
         yield places, wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
-def _whole_numbers(table: FeatureTable, rows: Ints) -> Integers:
+def _whole_numbers(table: FeatureTable, rows: Ints, progress: Progress) -> Integers:
     """Standardise rows (n, d), scale them to `NORM`, and round."""
     sums, squares = np.zeros((2, table.width))
-    for _, unit in _unit_rows(table, rows):
+    for places, unit in _unit_rows(table, rows):
         sums += unit.sum(axis=0)
         squares += np.square(unit).sum(axis=0)
+        progress("images read", len(table) + places.stop, PASSES * len(table))
     mean = sums / len(rows)
     deviation = np.sqrt(np.maximum(0, squares / len(rows) - mean**2))
     varies = deviation > FLATTEST * np.sqrt(np.mean(deviation**2))
     scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=varies)
-    budget = MemoryBudget(MEMORY, Path(tempfile.gettempdir()))
+    budget = MemoryBudget(MEMORY, Path(tempfile.gettempdir()), is_shared=False)
     found: Integers = budget.rows((len(rows), table.width), np.dtype(np.int16))
     for places, unit in _unit_rows(table, rows):
         unit = (unit - mean) * scale
         norms = np.linalg.norm(unit, axis=1, keepdims=True)
         found[places] = np.rint(NORM * np.divide(unit, norms, out=unit, where=norms > 0))
+        progress("images read", 2 * len(table) + places.stop, PASSES * len(table))
     return found
 
 
@@ -179,16 +184,25 @@ def _cells(rows: Integers, hashes: Hashes) -> Iterator[Ints]:
         yield from np.split(order, np.cumsum(np.bincount(nearest, minlength=len(chosen)))[:-1])
 
 
-def _close_pairs(rows: Integers, cell: Ints, least: float) -> Iterator[tuple[Ints, Ints]]:
-    """Yield pairs of rows of a cell (ascending) whose products are above `least`."""
+def _close_pairs(rows: Integers, cell: Ints, least: float) -> Iterator[tuple[int, Ints, Ints]]:
+    """Yield how many rows of a cell were compared, and pairs whose products are above `least`."""
     values = rows[cell].astype(np.float32)
     step = max(1, BLOCK // max(1, len(cell)))
     for start in range(0, len(cell), step):
         products = values[start : start + step] @ values[start:].T
         first, second = np.nonzero(products > least)
         later = second > first
-        if later.any():
-            yield cell[start + first[later]], cell[start + second[later]]
+        yield len(products), cell[start + first[later]], cell[start + second[later]]
+
+
+def hash_ids(images: FeatureTable) -> Hashes:
+    """Hash the id of each image, (n,), alike on every machine."""
+    parts = [
+        hashlib.blake2b(name.encode(), digest_size=8).digest()
+        for chunk in images.column(schema.ID).chunks
+        for name in chunk.to_pylist()
+    ]
+    return np.frombuffer(b"".join(parts), "<u8").astype(np.uint64)
 
 
 def mix(hashes: Hashes, number: int) -> Hashes:

@@ -4,9 +4,9 @@ The splits are stored in files of their own, which stand for the column that is 
 rows, so that a set can be divided without writing its vectors again; see `schema.Splits`.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from csalign.core import atomic
 from csalign.core.errors import DataError
 from csalign.core.results import Progress, SplitResult, silent
 from csalign.features import schema
-from csalign.features.duplicates import Links, link_near_duplicates, mix
+from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
 from csalign.features.join import ALL, Joined, first_alike, join_ids, text_keys
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
 from csalign.features.schema import Splits, SplitSettings
@@ -62,15 +62,11 @@ def make_splits(
     is_free = _is_free(stored)
     is_candidate = is_free & (joined.caption_counts > 0) if len(texts) else is_free
     sizes = _sizes(features, settings, int(is_candidate.sum()))
-    hashes = _hash_ids(images)
-    links = Links(len(images))
-    threshold, keys = None, None
+    threshold, keys, grouped = None, None, Grouped(np.arange(len(images)), hash_ids(images))
     if settings.group:
-        threshold = link_near_duplicates(images, hashes, links, progress=progress)
-        keys = _caption_keys(texts)
-        _link_captions(joined.text_image, keys, links)
-    groups = links.groups()
-    placed = _place(groups, hashes, is_free, is_candidate, sizes, settings.seed)
+        grouped, threshold, keys = group_images(features, joined, progress)
+    placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
+    groups = grouped.groups
     _check_placed(features, groups, is_candidate, placed, sizes)
     names = pa.array([TRAIN, *sizes])
     split = pc.if_else(pa.array(is_free), names.take(pa.array(placed)), stored)
@@ -108,6 +104,65 @@ def describe_splits(features: FeatureSet) -> SplitResult:
     )
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """Images in groups that stay together."""
+
+    groups: Ints  # (n,), the number of each image's group, below n
+    hashes: Hashes  # (n,), of their ids, which order the groups
+
+    def place(self, is_free: Mask, is_candidate: Mask, sizes: Mapping[str, int], seed: int) -> Ints:
+        """Choose a split for each image, (n,): 0 to train, else one more than its place in `sizes`.
+
+        Groups are taken in the order of their least hash, mixed with the seed, each into the first
+        split that has room for it.
+
+        Args:
+            is_free: images that may be placed, (n,); groups of others are not.
+            is_candidate: images that count, (n,).
+            sizes: how many images each split is to have.
+            seed: of the order.
+        """
+        n = len(self.groups)
+        counts = np.bincount(self.groups[is_candidate], minlength=n)
+        counts[self.groups[~is_free]] = 0
+        least = np.full(n, np.iinfo(np.uint64).max, np.uint64)
+        np.minimum.at(least, self.groups, self.hashes)
+        chosen = np.flatnonzero(counts)
+        chosen = chosen[np.argsort(mix(least[chosen], seed), kind="stable")]
+        left, of_group = [*sizes.values()], np.zeros(n, np.int64)
+        for group, count in zip(chosen.tolist(), counts[chosen].tolist(), strict=True):
+            room = next((place for place, free in enumerate(left) if count <= free), None)
+            if room is not None:
+                left[room] -= count
+                of_group[group] = room + 1
+                if not any(left):
+                    break
+        return np.where(is_free, of_group[self.groups], 0)
+
+
+def group_images(
+    features: FeatureSet, joined: Joined, progress: Progress = silent, *, near: bool = True
+) -> tuple[Grouped, float | None, Ints]:
+    """Group images that are near-duplicates, unless `near` is false, or share a caption.
+
+    Returns:
+        The groups of the images of `joined`, the threshold of `link_near_duplicates`, and the
+        caption keys of its texts.
+    """
+    images = features.images
+    hashes, links, threshold = hash_ids(images), Links(len(images)), None
+    if near:
+        threshold = link_near_duplicates(images, hashes, links, progress=progress)
+    rows = np.arange(len(images)) if joined.image_rows is None else joined.image_rows
+    keys = _caption_keys(features.texts)
+    keys = keys if joined.text_rows is None else keys[joined.text_rows]
+    paired = np.flatnonzero(joined.text_image >= 0)
+    owners = rows[joined.text_image[paired]]
+    links.add(owners, owners[first_alike(keys[paired])])
+    return Grouped(first_alike(links.groups()[rows]), hashes[rows]), threshold, keys
+
+
 def _is_free(stored: pa.Array) -> Mask:
     free: Mask = pc.is_in(stored, value_set=pa.array([TRAIN, None], pa.string())).to_numpy(
         zero_copy_only=False
@@ -142,15 +197,6 @@ def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[st
     return sizes
 
 
-def _hash_ids(images: FeatureTable) -> npt.NDArray[np.uint64]:
-    parts = [
-        hashlib.blake2b(name.encode(), digest_size=8).digest()
-        for chunk in images.column(schema.ID).chunks
-        for name in chunk.to_pylist()
-    ]
-    return np.frombuffer(b"".join(parts), "<u8").astype(np.uint64)
-
-
 def _caption_keys(texts: FeatureTable) -> Ints:
     """Hash each text, (m,); equal for equal captions, or for equal embeddings without captions."""
     if not len(texts):
@@ -163,44 +209,6 @@ def _caption_keys(texts: FeatureTable) -> Ints:
         vectors = np.empty((0, 1)) if is_known else batch_vectors(batch, schema.EMBEDDING)
         found.append(text_keys(batch.column(schema.CAPTION), vectors))
     return np.concatenate(found)
-
-
-def _link_captions(text_image: Ints, keys: Ints, links: Links) -> None:
-    paired = np.flatnonzero(text_image >= 0)
-    first = first_alike(keys[paired])
-    links.add(text_image[paired], text_image[paired][first])
-
-
-def _place(
-    groups: Ints,
-    hashes: npt.NDArray[np.uint64],
-    is_free: Mask,
-    is_candidate: Mask,
-    sizes: Mapping[str, int],
-    seed: int,
-) -> Ints:
-    """Choose a split for each image, (n,): 0 to train, else one more than its place in `sizes`.
-
-    Groups are taken in the order of their least hash, mixed with the seed, each into the first
-    split that has room for it.
-    """
-    n = len(groups)
-    counts = np.bincount(groups[is_candidate], minlength=n)
-    is_fixed = np.bincount(groups[~is_free], minlength=n) > 0
-    counts[is_fixed] = 0
-    least = np.full(n, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(least, groups, hashes)
-    chosen = np.flatnonzero(counts)
-    chosen = chosen[np.argsort(mix(least[chosen], seed), kind="stable")]
-    left, of_group = [*sizes.values()], np.zeros(n, np.int64)
-    for group, count in zip(chosen.tolist(), counts[chosen].tolist(), strict=True):
-        room = next((place for place, free in enumerate(left) if count <= free), None)
-        if room is not None:
-            left[room] -= count
-            of_group[group] = room + 1
-            if not any(left):
-                break
-    return np.where(is_free, of_group[groups], 0)
 
 
 def _check_placed(

@@ -5,8 +5,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words
-from csalign.core.errors import ConfigError
-from csalign.features.schema import SplitSettings
 
 
 class SourceOptions(Config):
@@ -125,20 +123,6 @@ class SplitOptions(Config):
     group: bool = Field(
         True, description="Keep near-duplicate images and shared captions in one split."
     )
-
-
-def split_settings(options: SplitOptions) -> SplitSettings | None:
-    """Return the splits to make; None for none.
-
-    Raises:
-        ConfigError: the fractions leave nothing to train on.
-    """
-    val, test = options.val, options.test
-    if val is None and test is None:
-        return None
-    if max(val or 0, test or 0) < 1 <= (val or 0) + (test or 0):
-        raise ConfigError(f"val, test: {val:g} and {test:g} leave nothing to train on; lower one")
-    return SplitSettings(val=val, test=test, seed=options.seed, group=options.group)
 
 
 class SplitConfig(SplitOptions):

@@ -21,7 +21,7 @@ from csalign.core.paths import is_remote, parse_location
 from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
-from csalign.ingest.config import ExtractConfig, split_settings
+from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import (
     Job,
     PartRecord,
@@ -34,6 +34,7 @@ from csalign.ingest.job import (
 from csalign.ingest.locks import open_partial_set, sole_owner
 from csalign.ingest.partial_set import PartialSet
 from csalign.ingest.pipeline import Pipeline
+from csalign.ingest.split import split_settings
 from csalign.sources.records import Source, SourceFile, UnreadableFile
 from csalign.sources.records.open import STDIN, SourceOptions, open_source
 

@@ -15,7 +15,8 @@ from csalign.features.checks import find_unusable
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide
 from csalign.features.writer import FeatureWriter, Rows
-from csalign.ingest.config import ImportConfig, split_settings
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.split import split_settings
 from csalign.sources import pairing
 from csalign.sources.arrays.base import Labels, Strings, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec

@@ -3,9 +3,9 @@
 from csalign.core import outputs
 from csalign.core.errors import ConfigError
 from csalign.core.results import Progress, SplitResult, silent
-from csalign.features.schema import read_manifest
+from csalign.features.schema import SplitSettings, read_manifest
 from csalign.features.splits import divide
-from csalign.ingest.config import SplitConfig, split_settings
+from csalign.ingest.config import SplitConfig, SplitOptions
 
 
 def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
@@ -28,3 +28,17 @@ def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
     read_manifest(config.features)  # before a lock is made beside it
     with outputs.changing(config.features):
         return divide(config.features, settings, overwrite=config.overwrite, progress=progress)
+
+
+def split_settings(options: SplitOptions) -> SplitSettings | None:
+    """Return the splits to make; None for none.
+
+    Raises:
+        ConfigError: the fractions leave nothing to train on.
+    """
+    val, test = options.val, options.test
+    if val is None and test is None:
+        return None
+    if max(val or 0, test or 0) < 1 <= (val or 0) + (test or 0):
+        raise ConfigError(f"val, test: {val:g} and {test:g} leave nothing to train on; lower one")
+    return SplitSettings(val=val, test=test, seed=options.seed, group=options.group)

@@ -18,17 +18,17 @@ from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.inspect import inspect
-from csalign.features.duplicates import Links, link_near_duplicates
-from csalign.features.join import load_rows
+from csalign.features.duplicates import Links, hash_ids, link_near_duplicates
+from csalign.features.join import ALL, join_ids, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
-from csalign.features.splits import _hash_ids
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import SplitConfig
 from csalign.ingest.split import split
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
 from csalign.training.config import TrainConfig
+from csalign.training.data import hold_out
 from csalign.training.train import train
 
 Array = npt.NDArray[Any]
@@ -198,7 +198,7 @@ def test_cells_find_the_pairs_that_comparing_all_rows_finds(make: Make) -> None:
     found = []
     for exact_rows in (len(images), 100):
         links = Links(len(images))
-        link_near_duplicates(images, _hash_ids(images), links, exact_rows=exact_rows)
+        link_near_duplicates(images, hash_ids(images), links, exact_rows=exact_rows)
         found.append(links.groups())
 
     paired = found[0][2_000:3_000] == found[0][:1_000]
@@ -383,6 +383,28 @@ def test_a_folder_in_use_or_not_of_csalign_is_left_alone(make: Make) -> None:
     with pytest.raises(OutputError, match="in the way"):
         divided(folder)
     assert (partial / "mine.txt").exists()
+
+
+def test_training_holds_out_whole_groups(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    features = FeatureSet.open(make())
+    for seed in range(3):
+        _, rows = hold_out(features, join_ids(features, ALL), seed)
+        assert rows is not None
+        held_out: dict[str, set[int]] = {"image": set(), "alone": set()}
+        for name in features.images.column("id", rows.image_rows).to_pylist():
+            held_out[name.split("-")[0]].add(int(name.split("-")[1]))
+
+        assert len(held_out["image"]) == 75
+        assert not held_out["alone"]
+        for one, two in [*((k, k + 20) for k in range(20)), *((k, k + 10) for k in range(40, 50))]:
+            assert (one in held_out["image"]) == (two in held_out["image"])
+    assert "most images" not in caplog.text
+
+    same = FeatureSet.open(make("same", texts=["a photo"] * (2 * N)))
+    _, rows = hold_out(same, join_ids(same, ALL), 0)
+    assert rows is not None
+    assert rows.n_images == 75
+    assert "most images are near-duplicates or share captions" in caplog.text
 
 
 def test_results_of_other_splits_are_told_apart(
