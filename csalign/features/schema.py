@@ -133,7 +133,10 @@ class SplitSettings(Record):
     @property
     def options(self) -> str:
         """The settings as options of ``csalign split``."""
-        words = [f"--{name} {part:g}" for name in ("val", "test") if (part := getattr(self, name))]
+        parts = {"val": self.val, "test": self.test}
+        words = [
+            f"--{name} {part if part < 1 else int(part)}" for name, part in parts.items() if part
+        ]
         words += [f"--seed {self.seed}"] * bool(self.seed) + ["--no-group"] * (not self.group)
         return " ".join(words)
 

@@ -186,7 +186,7 @@ def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[st
         )
     for name in asked:
         if asked[name] is not None and name in there:
-            log.info("%s: kept %s stored images", name, f"{there[name]['images']:,}")
+            log.info("%s: kept %d stored images", name, there[name]["images"])
     if sum(sizes.values()) >= count:
         wanted = " and ".join(f"{name} {size:,}" for name, size in sizes.items())
         what = "images with texts" if len(features.texts) else "images"
@@ -221,12 +221,12 @@ def _check_placed(
     for place, (name, size) in enumerate(sizes.items(), 1):
         found = int((is_candidate & (placed == place)).sum())
         problem = (
-            f"{features.path}: {name} has {found:,} of {size:,} images, since groups of "
-            f"near-duplicates and shared captions stay together and the largest has {largest:,}; "
-            "pass --no-group to divide them"
+            f"{name} has {found:,} of {size:,} images, since groups of near-duplicates and shared "
+            f"captions stay together and the largest has {largest:,}; pass --no-group to divide "
+            "them"
         )
         if not found:
-            raise DataError(problem)
+            raise DataError(f"{features.path}: {problem}")
         if found < size:
             log.warning("%s", problem)
 

@@ -62,7 +62,10 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         with FeatureWriter(folder, encoders, dtype, names) as writer:
             _write(sides, columns, writer, dtype, progress)
         if splits is not None:
-            logger.info("%s", divide(folder, splits, progress=progress))
+            try:
+                logger.info("%s", divide(folder, splits, progress=progress))
+            except DataError as error:  # which names the unfinished folder
+                raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
     counts = read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)
 

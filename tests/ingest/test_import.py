@@ -399,6 +399,6 @@ def test_an_import_is_divided_and_the_config_repeats_it(tmp_path: Path, bucket: 
     }
     names = [own.images.column("split").to_pylist() for own in sets]
     assert names[0] == names[1] == names[2] == sets[0].texts.column("split").to_pylist()
-    with pytest.raises(DataError, match="nothing to train on, of 50 images"):
+    with pytest.raises(DataError, match=r"/none: test 50 .*nothing to train on, of 50 images"):
         import_arrays(ImportConfig(out=tmp_path / "none", **given | {"test": 50}))
     assert not (tmp_path / "none").exists()
