@@ -79,14 +79,20 @@ class SplitResult(Result):
     threshold: float | None
     names: Names | None = None
 
+    @property
+    def kept_together(self) -> str:
+        """The groups in words; empty if there are none."""
+        if not self.groups:
+            return ""
+        images = renamed(f"{self.grouped:,} images", self.names)
+        groups = f"{self.groups:,} group" + "s" * (self.groups > 1)
+        return f"{images} in {groups} kept together: near-duplicates and shared captions"
+
     def __str__(self) -> str:
         """Return the numbers of images in words."""
         images = ", ".join(f"{name} {own['images']:,}" for name, own in self.splits.items())
-        line = renamed(f"{images} images", self.names)
-        if self.groups:
-            line += f" ({self.grouped:,} in {self.groups:,} groups kept together: near-duplicates "
-            line += "and shared captions)"
-        return line
+        groups = f" ({self.kept_together})" if self.groups else ""
+        return renamed(f"{images} images", self.names) + groups
 
 
 @dataclass(frozen=True)

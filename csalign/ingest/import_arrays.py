@@ -63,9 +63,11 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             _write(sides, columns, writer, dtype, progress)
         if splits is not None:
             try:
-                logger.info("%s", divide(folder, splits, progress=progress))
+                made = divide(folder, splits, progress=progress)
             except DataError as error:  # which names the unfinished folder
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
+            if made.groups:
+                logger.info("%s", made.kept_together)
     counts = read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)
 

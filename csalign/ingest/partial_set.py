@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -160,6 +161,31 @@ class PartialSet:
                 break
         return missing
 
+    def describe(self) -> dict[str, Any]:
+        """Summarise how far the work is, as plain JSON values; see `csalign inspect`."""
+        finished = self._finished()
+        count = max([*self.shard_counts(), *finished], default=1)
+        marks = finished.get(count, {})
+        is_done = any(len(own) == of for of, own in finished.items())
+        missing = () if is_done else (i for i in range(count) if i not in marks)
+        folder = self.folder / PARTS
+        names = sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+        records = [record for name in names if (record := self.part_record(name)) is not None]
+        sides = ([r.images for r in records], [r.texts for r in records])
+        images, texts = (sum(shard.rows for shard in side if shard) for side in sides)
+        return {
+            "source": self._job.location,
+            "shards": count,
+            "missing_shards": [str(WorkShard(index, count)) for index in missing],
+            "parts": len(records),
+            "counts": {
+                "images": images,
+                "texts": texts,
+                "pairs": sum(record.pairs for record in records),
+                "failures": sum(len(record.failures) for record in records),
+            },
+        }
+
     def _finished(self) -> dict[int, dict[int, Finished]]:
         """Return who finished with the source as it is now, by number of shards and by index."""
         self._refresh()
@@ -258,13 +284,15 @@ class PartialSet:
         if self._job.splits is None:
             return None
         try:
-            log.info("%s", divide(self.folder, self._job.splits, progress=progress))
+            made = divide(self.folder, self._job.splits, progress=progress)
         except DataError as error:
             reason = str(error).removeprefix(f"{self.folder}: ")
             return DataError(
                 f"{self._out}: the feature set is complete, but has no splits: {reason}; make "
                 "some with csalign split"
             )
+        if made.groups:
+            log.info("%s", made.kept_together)
         return None
 
     def _write_manifest(self) -> None:

@@ -154,7 +154,10 @@ def test_the_result_counts_splits_and_groups(make: Make) -> None:
         "test": {"images": 50, "texts": FeatureSet.open(folder).splits()["test"]["texts"]},
     }
     assert (made.groups, made.grouped, made.threshold) == (30, 60, 0.9)
-    assert str(made).startswith("train 230, val 30, test 50 images (60 in 30 groups kept together")
+    assert str(made) == (
+        "train 230, val 30, test 50 images (60 images in 30 groups kept together: near-duplicates "
+        "and shared captions)"
+    )
 
 
 def test_without_groups_each_image_is_drawn_for_itself(make: Make) -> None:
