@@ -45,6 +45,7 @@ ONLY_DOORS = {
         "features/checks.py",
         "features/reader.py",
         "features/schema.py",
+        "features/splits.py",
         "features/writer.py",
         "ingest/partial_set.py",
     },
@@ -62,8 +63,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 140  # modules of the package
-MAX_TOTAL_LINES = 27_500
+MAX_TOTAL = 150  # modules of the package
+MAX_TOTAL_LINES = 29_000
 
 
 @cache

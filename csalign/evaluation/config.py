@@ -7,8 +7,12 @@ from pydantic import Field
 
 from csalign.core.config import Config, Location, NotNegative, Positive, RunFolder, Words
 from csalign.core.errors import ConfigError
+from csalign.runs.config import ANY_ENCODER
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
+
+PICTURES = "Folder of the images, for the page (default: where they were when extracted)."
+UMAP = "Draw the page's pairs by UMAP too, which takes half a minute; needs csalign[umap]."
 
 # What `eval --images --generated` accepts.
 _OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
@@ -25,6 +29,7 @@ class AdaptedOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
     )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
@@ -32,7 +37,10 @@ class SourceOptions(AdaptedOptions):
     """Embeddings to measure."""
 
     features: Location | None = Field(
-        None, description="Feature set to evaluate. Required unless --images is given."
+        None,
+        title="FEATURES|RUN",
+        description="Feature set, or a run, which is evaluated on the features it was trained on. "
+        "Required unless --images is given.",
     )
     adapter: RunFolder | None = Field(
         None, description="Run folder (default: evaluate the features as they are)."
@@ -117,6 +125,8 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
     report: Path | None = Field(
         None, description="Also write a page with plots and queries, as eval.html."
     )
+    pictures: Path | None = Field(None, description=PICTURES)
+    umap: bool = Field(False, description=UMAP)
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""
@@ -143,7 +153,10 @@ class DiagnoseConfig(SourceOptions):
 
     example: ClassVar[str] = "csalign diagnose features --report diagnosis.html"
 
-    features: Location = Field(description="Feature set to analyse.")
+    features: Location = Field(
+        title="FEATURES|RUN",
+        description="Feature set, or a run with its own features.",
+    )
     logit_scale: Positive | None = Field(
         None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
     )
@@ -165,10 +178,14 @@ class CompareConfig(AdaptedOptions):
     positional: ClassVar[tuple[str, ...]] = ("systems",)
     example: ClassVar[str] = "csalign compare run-a run-b eval.json --split test"
 
-    systems: tuple[Path, ...] = Field(
+    systems: tuple[Location, ...] = Field(
         min_length=1,
-        title="RUN|EVAL.json",
-        description="Runs, evaluated on their features, and documents of csalign eval --json.",
+        title="FEATURES|RUN|EVAL.json",
+        description="Feature sets without an adapter, runs, evaluated on the features they were "
+        "trained on, and documents of csalign eval --json.",
+    )
+    features: Location | None = Field(
+        None, description="Feature set to evaluate all runs on (default: those of each)."
     )
     baseline: str | None = Field(
         None, description="Name, path or number (from 1) of the baseline (default: the first)."

@@ -14,7 +14,7 @@ from csalign.core.enums import DivergenceName
 from csalign.core.outputs import check_page
 from csalign.core.results import Progress, silent
 from csalign.evaluation.config import DiagnoseConfig
-from csalign.evaluation.evaluate import load_aligned
+from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
@@ -68,6 +68,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     if config.report is not None:
         check_page(config.report)
     progress("diagnosis stages", 0, 2)
+    config = with_features(config)
     aligned = load_aligned(config)
     scale = config.logit_scale
     if scale is None:

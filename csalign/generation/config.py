@@ -7,6 +7,7 @@ from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
 from csalign.core.errors import ConfigError
+from csalign.runs.config import ANY_ENCODER
 
 
 class PromptOptions(Config):
@@ -27,6 +28,7 @@ class PromptOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     text_encoder: str | None = Field(
         None, description="Encoder of --prompts (default: the one that the run names)."
     )

@@ -28,8 +28,8 @@ from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.unclip import Decoder, find_decoder
 from csalign.report.page import Entry, Section, write_page
-from csalign.report.thumbnails import MOST_IMAGES, draw_sheet, thumbnail
-from csalign.runs.load import embed_rows, load_adapter_for
+from csalign.report.thumbnails import MOST_IMAGES, Pictures, draw_sheet
+from csalign.runs.load import check_encoder, embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
 
@@ -78,7 +78,9 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
         return _embed_prompts(options, options.prompts, info, device), info
     assert options.features is not None
     features = FeatureSet.open(options.features)
-    adapter, _ = load_adapter_for(features, run, device, options.allow_adapter)
+    adapter, _ = load_adapter_for(
+        *(features, run, device, options.allow_adapter), any_encoder=options.any_encoder
+    )
     rows = load_side(features, options.split, Modality.TEXT)
     if not len(rows.texts):
         raise DataError(f"{rows.name}: has no texts; name another --split")
@@ -111,6 +113,8 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device
             f"{spec}: gives embeddings of width {encoder.info.width}, the adapter {run} takes "
             f"{shape.input_width}; name the encoder that it was trained on with --text-encoder"
         )
+    name, insist = f"{file}: the text embeddings", options.any_encoder
+    check_encoder(encoder.info, Modality.TEXT, run, info, name, any_encoder=insist)
     raw = encoder.embed(texts).embeddings
     bad = np.flatnonzero(~(np.isfinite(raw).all(1) & raw.any(1)))
     if len(bad):
@@ -231,11 +235,12 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
 
 def _write_page(page: Path, out: Path, records: list[dict[str, Any]]) -> None:
     """Write a page of the first images and their prompts."""
+    shown = Pictures(THUMBNAIL)
     pictures = [
         Entry(
             record["prompt"] or record["id"],
             f"{record['number']}.  seed {record['seed']}",
-            thumbnail(str(out / record["file"]), THUMBNAIL),
+            shown.thumbnail(str(out / record["file"])),
         )
         for record in records[:MOST_IMAGES]
     ]

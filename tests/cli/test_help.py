@@ -14,7 +14,7 @@ from csalign.core.config import ALIASES, Config
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
-from csalign.ingest.config import ExtractConfig, ImportConfig
+from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
 from csalign.training.config import TrainConfig, TuneConfig
 
@@ -23,6 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 CONFIGS: dict[str, type[Config]] = {
     "extract": ExtractConfig,
     "import": ImportConfig,
+    "split": SplitConfig,
     "inspect": InspectConfig,
     "train": TrainConfig,
     "tune": TuneConfig,
@@ -47,7 +48,7 @@ def test_the_first_help_shows_the_commands_by_purpose_and_three_examples(run: Ru
     assert names["Training"] == ["train", "tune", "recipes"]
     assert names["Evaluation"] == ["eval", "compare", "diagnose"]
     assert names["Use"] == ["apply", "index", "search", "export", "generate"]
-    assert {"extract", "import", "inspect"} <= {*names["Data"]}
+    assert names["Data"] == ["extract", "import", "split", "inspect"]
     assert len(re.findall(r"^  csalign ", shown, re.M)) == 3
     assert run("-h") == run("--help") == run("help")
 

@@ -88,7 +88,6 @@ MISTAKES = [
     ("eval f --adapter f", 1, "f: is a feature set, not a run; train one with csalign train f"),
     ("eval f --adapter nowhere", 1, "nowhere: no such run; train one with csalign train"),
     ("compare nowhere", 1, "nowhere: no such file or folder"),
-    ("diagnose r", 1, "r: is a run, not a feature set"),
     ("apply f --adapter nowhere --out q", 1, "nowhere: no such run"),
     ("index r --out q", 1, "r: is a run, not a feature set"),
     ("search r flower", 1, "not an index; pass its features and the run: f --adapter r"),
