@@ -35,8 +35,11 @@ def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]
         Reason and remedy by row, ascending.
     """
     with np.errstate(over="ignore"):  # an overflow is reported with its row
-        stored = embeddings if dtype is None else embeddings.astype(schema.DTYPES[dtype])
-        norms = np.linalg.norm(stored.astype(np.float32), axis=1)
+        stored = embeddings
+        if dtype is not None:
+            stored = embeddings.astype(schema.DTYPES[dtype], copy=False)
+        wide = stored.astype(np.float32, copy=False)
+        norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     bad = np.flatnonzero(~((norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)))
     return {row: _reason(embeddings[row], stored[row], dtype) for row in bad.tolist()}
 

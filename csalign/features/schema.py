@@ -115,13 +115,15 @@ class Encoders(Record):
 class Manifest(Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished.
 
-    "names" are the names of the sides if they are not images and texts.
+    "names" are the names of the sides if they are not images and texts; "pairing" is what paired
+    imported rows, such as "row order" or "image_id". Both are left out if unknown.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
     format_version: Literal[1] = FORMAT_VERSION
     csalign_version: str
     names: dict[Modality, str] | None = None
+    pairing: str | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -164,6 +166,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    if manifest.names is None:
-        del document["names"]
+    for key in ("names", "pairing"):
+        if document[key] is None:
+            del document[key]
     atomic.write_json(folder / MANIFEST, document)
