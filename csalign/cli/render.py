@@ -67,7 +67,7 @@ def features_table(result: results.FeaturesResult) -> None:
     counts = renamed(f"{result.images:,} images, {result.texts:,} texts", result.names)
     print_line(
         f"{result.features}: {counts}, {result.pairs:,} pairs"
-        + (f" by {result.pairing}" if result.pairing else "")
+        + (f", paired by {result.pairing}" if result.pairing else "")
         + (f", {result.failures:,} inputs skipped (see failures.jsonl)" if result.failures else "")
         + ("" if result.complete else "; waiting for other shards")
     )

@@ -158,7 +158,9 @@ def _pair(
         )
     if texts is not None:
         owners = pa.array(texts.owners, mask=texts.owners < 0)
-        image_ids = pa.nulls(len(owners), pa.large_string()) if images is None else images.ids.take(owners)
+        image_ids = (
+            pa.nulls(len(owners), pa.large_string()) if images is None else images.ids.take(owners)
+        )
         values = (texts.ids, image_ids, texts.captions, texts.splits)
         columns[Modality.TEXT] = dict(
             zip(schema.STRING_COLUMNS[Modality.TEXT], values, strict=True)

@@ -127,9 +127,7 @@ def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array | None
     return coded.dictionary, images.owners[first]
 
 
-def _by_key(
-    rows: ImageRows, name: str, sketch: Sketch | None
-) -> ImageRows:
+def _by_key(rows: ImageRows, name: str, sketch: Sketch | None) -> ImageRows:
     """Make the values of a column the ids of images; rows of one value are one image."""
     assert rows.labels is not None
     labels, keys = rows.labels, rows.labels.column(name)
@@ -169,6 +167,7 @@ def _by_key(
 
 
 def first_repeated(coded: pa.DictionaryArray) -> tuple[int, int]:
+    """Return the first row whose value another row has, and that other row."""
     codes = coded.indices.to_numpy()
     first = np.unique(codes, return_index=True)[1][codes]
     row = int(np.flatnonzero(first != np.arange(len(codes)))[0])
@@ -185,10 +184,14 @@ def _first_unlike(keys: pa.Array, sketch: npt.NDArray[np.float32]) -> tuple[int,
 
 
 def row_numbers(count: int) -> pa.Array:
+    """Return "0", "1", ... as large_string."""
     return pa.array(np.arange(count)).cast(pa.large_string())
 
 
-def column_or(column: pa.Array | None, otherwise: pa.Array, rows: pa.Array | None = None) -> pa.Array:
+def column_or(
+    column: pa.Array | None, otherwise: pa.Array, rows: pa.Array | None = None
+) -> pa.Array:
+    """Return some rows of a column, null where the row is null; `otherwise` without a column."""
     if column is None:
         return otherwise
     return column if rows is None else column.take(rows)

@@ -79,7 +79,9 @@ def _find(wanted: pa.Array, known: pa.Array, form: str) -> Match:
     return Match(rows, np.flatnonzero(missing.to_numpy(zero_copy_only=False)), form)
 
 
-def _changed(keys: pa.Array, change: Callable[[pa.Array], pa.Array], is_number: bool) -> pa.Array | None:
+def _changed(
+    keys: pa.Array, change: Callable[[pa.Array], pa.Array], is_number: bool
+) -> pa.Array | None:
     """Return the keys in another form, or None if different ones become equal."""
     changed = change(keys)
     if is_number:

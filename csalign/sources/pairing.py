@@ -94,8 +94,9 @@ def describe_texts(
         splits = column_or(find_column(labels, (SPLIT_NAME,)), none)
     wanted = None
     if rules.pairs is not None:
+        named = require_column(rules.pairs, _PAIR_IMAGES)
         rows = _paired_rows(rules.pairs, ids)
-        wanted = require_column(rules.pairs, _PAIR_IMAGES).take(rows)
+        wanted = named.take(rows)
         captions = column_or(find_column(rules.pairs, CAPTION_NAMES[:1]), captions, rows)
         splits = column_or(find_column(rules.pairs, (SPLIT_NAME,)), splits, rows)
     texts = TextRows(ids, np.full(count, -1), captions, splits)
@@ -218,7 +219,10 @@ def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Int
         DataError: columns that look like keys of one another do not fit.
     """
     refused: list[tuple[Match, pa.Array, pa.Array, str, str]] = []
+    own = images.labels and images.labels.name
     for name, image_name, is_strong in _candidates(images, labels):
+        if name == image_name and labels.name == own:  # one column of one file fits in any case
+            continue
         known, rows = keys_of_images(images, image_name)
         wanted = labels.column(name)
         if known is None or (not is_strong and wanted.null_count):
@@ -240,7 +244,9 @@ def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | 
 
     None stands for the row numbers of images.
     """
-    own = {plain_name(name): name for name in reversed(images.labels.names if images.labels else ())}
+    own = {
+        plain_name(name): name for name in reversed(images.labels.names if images.labels else ())
+    }
     keys = [name for name in own.values() if is_label(name) and not _is_content(name)]
     if images.key in keys:
         keys = [images.key, *(name for name in keys if name != images.key)]

@@ -28,6 +28,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LISTED = 8  # names in a message
 _AXES = 8
 
+
 @dataclass(frozen=True)
 class Part:
     """The embeddings in one file, or in one array of a file."""
@@ -68,7 +69,9 @@ class Labels:
     _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, name: str, columns: Mapping[str, pa.Array], where: Callable[[int], str]) -> "Labels":
+    def of(
+        cls, name: str, columns: Mapping[str, pa.Array], where: Callable[[int], str]
+    ) -> "Labels":
         """Make labels of columns in memory, at least one."""
         rows = len(next(iter(columns.values())))
         return cls(name, rows, tuple(columns), columns.__getitem__, where)
@@ -193,7 +196,11 @@ class Container:
     @property
     def vectors(self) -> list[str]:
         """Names of the arrays that may be embeddings."""
-        return [n for n, (shape, kind) in self.headers.items() if len(shape) in (2, 3) and kind in DTYPES]
+        return [
+            n
+            for n, (shape, kind) in self.headers.items()
+            if len(shape) in (2, 3) and kind in DTYPES
+        ]
 
     def __str__(self) -> str:
         """List what is in the file, with the types of what are not arrays of floats."""
@@ -384,7 +391,11 @@ def _labels(path: Path, opener: Opener, file: Container, part: Part) -> Labels |
             return again.read_labels(name)
 
     names = [name for name, count in file.labels.items() if count == len(part)]
-    return Labels(str(path), len(part), names, read, lambda row: f"{path}, row {row}") if names else None
+    return (
+        Labels(str(path), len(part), names, read, lambda row: f"{path}, row {row}")
+        if names
+        else None
+    )
 
 
 def _remedy(file: Container) -> str:
@@ -394,7 +405,7 @@ def _remedy(file: Container) -> str:
             return (
                 f"; {name} contains {kind}, store one list of floats per row: "
                 f"df[{name!r}] = df[{name!r}].map(json.loads)"
-                if kind == "string"
+                if "string" in kind
                 else f"; {name} contains {kind}, store one list of floats per row"
             )
     return ""

@@ -42,6 +42,7 @@ _LABEL_ROWS = 65_536
 _INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SAVE_AGAIN = "save the dataset again"
 
+
 @contextmanager
 def open_npy(path: Path) -> Iterator[Container]:
     """Open an .npy, which is read piece by piece; one in Fortran order is mapped into memory.

@@ -122,7 +122,7 @@ def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     if len(missing) == 1 and len(rest) == 1 and len(file.vectors) == 2:
         chosen[missing[0]] = rest[0]
         log.info("%s: %s are the %s embeddings, as the other vectors", path, rest[0], missing[0])
-    elif missing and rest or not chosen:
+    elif (missing and rest) or not chosen:
         raise DataError(
             f"{path}: no array looks like the {missing[0]} embeddings more than others (arrays: "
             f"{file}); name them with --image-column and --text-column, such as --image-column "
@@ -187,9 +187,9 @@ def _opener(path: Path) -> base.Opener:
         raise DataError(f"{path}: is a Git LFS pointer, not the data; run git lfs pull")
     kinds = next((own for begin, own in _BEGINNINGS.items() if start.startswith(begin)), ())
     if kinds and suffix not in kinds:
+        names = " or ".join(path.with_suffix(own).name for own in kinds[:2])
         raise DataError(
-            f"{path}: contains {kinds[0].removeprefix('.')} data; rename it to "
-            f"{path.with_suffix(kinds[0]).name}"
+            f"{path}: has the content of another format than its name; rename it {names}"
         )
     if suffix not in OPENERS:
         is_text = suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl")
