@@ -188,9 +188,10 @@ class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
 
     def command(self, **changes: Any) -> str:
         """Return the command line of this configuration, with some values replaced."""
-        values = {name: getattr(self, name) for name in sorted(self.model_fields_set)} | changes
+        given = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        values = {name: given[name] for name in type(self).model_fields if name in given}
         words = ["csalign", "import", *map(str, values.pop("source", ()))]
-        out = values.pop("out", "features")
+        out = values.pop("out")
         for name, value in values.items():
             option = f"--{name.replace('_', '-')}"
             if isinstance(value, bool):

@@ -12,6 +12,7 @@ from csalign.core.errors import DataError
 from csalign.sources.arrays.base import Labels
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
+    PATHS,
     REFERENCES,
     TEXT_IDS,
     first_of,
@@ -89,7 +90,7 @@ def describe_texts(
     ids, captions, splits = row_numbers(count), none, none
     if labels is not None:
         check_rows(labels, count, "texts")
-        ids = _text_ids(labels, images if rules.same_rows else None)
+        ids = _text_ids(labels, images)
         captions = column_or(find_column(labels, CAPTION_NAMES), none)
         splits = column_or(find_column(labels, (SPLIT_NAME,)), none)
     wanted = None
@@ -142,9 +143,12 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
 
 
 def _text_ids(labels: Labels, images: ImageRows | None) -> pa.Array:
-    """Return the ids of the texts; row numbers if there are none, or if they are the images'."""
+    """Return the ids of the texts; row numbers if there are none.
+
+    Ids that repeat may be those of images that have some.
+    """
     name = first_of(TEXT_IDS, labels.names) or first_of(ITEM_IDS, labels.names)
-    if name is None or (images is not None and images.kept is not None and name == images.key):
+    if name is None:
         return row_numbers(labels.rows)
     ids = labels.column(name)
     if ids.null_count:
@@ -152,6 +156,8 @@ def _text_ids(labels: Labels, images: ImageRows | None) -> pa.Array:
         raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
     coded = ids.dictionary_encode()
     if len(coded.dictionary) < len(ids):
+        if images is not None and images.key is not None and plain_name(name) in ITEM_IDS:
+            return row_numbers(labels.rows)
         row, first = first_repeated(coded)
         raise DataError(
             f"{labels.where(row)}: duplicate id {ids[row].as_py()!r:.200}, also in "
@@ -170,10 +176,10 @@ def _owners(
         _check_found(found, wanted, images.ids, rules.pairs.name, "by the image table's id column")
         return found.rows, _worded(rules.pairs.name, found)
     if rules.owners is not None:
-        if labels is not None and not rules.by and first_of(REFERENCES, labels.names):
+        if labels is not None and first_of(REFERENCES, labels.names):
             raise DataError(
                 f"{labels.name}: names the image of each text; omit --captions-per-image and "
-                "--text-counts, or ignore its columns with --pair-by order"
+                "--text-counts"
             )
         return images.owners[rules.owners], rules.layout
     if rules.by not in (None, ORDER):
@@ -264,6 +270,10 @@ def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | 
             continue
         if plain in own:
             yield name, own[plain], is_id(name)
+    paths = [name for name in labels.names if plain_name(name) in PATHS]
+    for name in paths:
+        for image_name in [key for key in keys if key != own.get(plain_name(name))]:
+            yield name, image_name, False
     for name in labels.names:
         plain = plain_name(name)
         if plain in ITEM_IDS and images.key is not None:
@@ -292,8 +302,8 @@ def _check_found(found: Match, wanted: pa.Array, known: pa.Array, where: str, na
     )
     raise DataError(
         f"{where}: image {wanted[row].as_py()!r:.200} of text row {row} is unknown "
-        f"({len(found.missing)} texts name unknown images); {shown}; correct the keys, pass --pairs "
-        "TABLE, or ignore them with --pair-by order"
+        f"({len(found.missing)} texts name unknown images); {shown}; correct the keys, pass "
+        "--pairs TABLE, or ignore them with --pair-by order"
     )
 
 

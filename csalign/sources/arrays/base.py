@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.sources.arrays.naming import EITHER_NAMES, first_of, is_label, of_side
+from csalign.sources.arrays.naming import EITHER_NAMES, are_vectors, first_of, is_label, of_side
 
 Array = npt.NDArray[Any]
 
@@ -202,6 +202,16 @@ class Container:
             if len(shape) in (2, 3) and kind in DTYPES
         ]
 
+    def remedy(self, sides: Iterable[Modality] = Modality) -> str:
+        """Say how to store vectors of some sides that are there in a form that is not read."""
+        for name, kind in self.others.items():
+            if are_vectors(name) and any(
+                of_side([name], side) or first_of(EITHER_NAMES, [name]) for side in sides
+            ):
+                how = f": df[{name!r}] = df[{name!r}].map(json.loads)" if "string" in kind else ""
+                return f"; {name} contains {kind}, store one list of floats per row{how}"
+        return ""
+
     def __str__(self) -> str:
         """List what is in the file, with the types of what are not arrays of floats."""
         named = {name: name for name in self.headers}
@@ -254,7 +264,7 @@ def read_named(
     if not names:
         raise DataError(
             f"{path}: no array looks like the {modality} embeddings (arrays: {file}); name it "
-            f"with --{modality}-column{_remedy(file)}"
+            f"with --{modality}-column{file.remedy([modality])}"
         )
     parts = tuple(_part(path, opener, name, headers[name]) for name in names)
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
@@ -396,19 +406,6 @@ def _labels(path: Path, opener: Opener, file: Container, part: Part) -> Labels |
         if names
         else None
     )
-
-
-def _remedy(file: Container) -> str:
-    """Say how to store vectors that are there in a form that is not read."""
-    for name, kind in file.others.items():
-        if first_of(EITHER_NAMES, [name]) or any(of_side([name], side) for side in Modality):
-            return (
-                f"; {name} contains {kind}, store one list of floats per row: "
-                f"df[{name!r}] = df[{name!r}].map(json.loads)"
-                if "string" in kind
-                else f"; {name} contains {kind}, store one list of floats per row"
-            )
-    return ""
 
 
 def _recognised(file: Container, modality: Modality) -> list[str]:

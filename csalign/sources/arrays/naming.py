@@ -48,6 +48,11 @@ _KEY_WORDS = {
 }
 
 
+def are_vectors(name: str) -> bool:
+    """Return whether a column is named like embeddings, of any side."""
+    return bool(words_of(name) & set(EITHER_NAMES))
+
+
 def is_key(name: str) -> bool:
     """Return whether a column is named like keys or paths of items."""
     return bool(words_of(name) & _KEY_WORDS)

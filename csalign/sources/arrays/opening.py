@@ -110,7 +110,7 @@ def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     if base.UNNAMED in file.headers:
         raise ConfigError(
             f"{path}: contains one array, which has no name and no side; pass both files: csalign "
-            "import image.npy text.npy --out features"
+            f"import {path} text.npy --out features"
         )
     fitting = {
         side: [name] if (name := columns[side]) else naming.of_side(file.vectors, side)
@@ -119,15 +119,27 @@ def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     chosen = {side: names[0] for side, names in fitting.items() if len(names) == 1}
     rest = [name for name in file.vectors if name not in chosen.values()]
     missing = [side for side in Modality if side not in chosen]
+    several = next((side for side in missing if len(fitting[side]) > 1), None)
     if len(missing) == 1 and len(rest) == 1 and len(file.vectors) == 2:
         chosen[missing[0]] = rest[0]
         log.info("%s: %s are the %s embeddings, as the other vectors", path, rest[0], missing[0])
-    elif (missing and rest) or not chosen:
+    elif several is not None:
+        names = fitting[several]
         raise DataError(
-            f"{path}: no array looks like the {missing[0]} embeddings more than others (arrays: "
-            f"{file}); name them with --image-column and --text-column, such as --image-column "
-            f"{(rest or ['NAME'])[0]}"
+            f"{path}: {', '.join(names)} are all named like {several} embeddings; choose one, such "
+            f"as --{several}-column {names[0]}"
         )
+    elif (missing and rest) or not chosen:
+        options = " ".join(f"--{s}-column {n}" for s, n in zip(missing, rest, strict=False))
+        raise DataError(
+            f"{path}: no array looks like the {' or the '.join(missing)} embeddings (arrays: "
+            f"{file}); name {'them' if len(missing) > 1 else 'it'}, such as with "
+            f"{options or '--image-column NAME --text-column NAME'}{file.remedy(missing)}"
+        )
+    for side in missing:
+        if remedy := file.remedy([side]):
+            raise DataError(f"{path}: has no {side} embeddings{remedy}")
+        log.warning("%s: has no %s embeddings, so %ss are not imported", path, side, side)
     return chosen
 
 

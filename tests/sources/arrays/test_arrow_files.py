@@ -173,7 +173,9 @@ def test_a_column_can_be_named_in_two_ways(tmp_path: Path) -> None:
         read_side(path, Modality.TEXT, "up")
     with pytest.raises(ConfigError, match="pass one"):
         read_side(Path(f"{path}:right"), Modality.TEXT, "left")
-    with pytest.raises(DataError, match=r"left, right\); name them with --image-column and"):
+    with pytest.raises(
+        DataError, match=r"left, right\); name them, .* --image-column left --text-column right"
+    ):
         read_both(path, NEITHER)
 
 

@@ -70,7 +70,7 @@ def test_a_source_of_both_sides_cannot_be_one_array(tmp_path: Path) -> None:
     columns: dict[Modality, str | None] = dict.fromkeys(Modality)
     with pytest.raises(ConfigError, match=r"x\.npz:one: is one array, .* --images .*x\.npz:NAME"):
         read_both(tmp_path / "x.npz:one", columns)
-    with pytest.raises(DataError, match=r"one, two\); name them with --image-column"):
+    with pytest.raises(DataError, match=r"one, two\); name them, such as with --image-column one"):
         read_both(tmp_path / "x.npz", columns)
     named = read_both(tmp_path / "x.npz", {Modality.IMAGE: "one", Modality.TEXT: "two"})
 
