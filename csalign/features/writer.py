@@ -26,14 +26,15 @@ ROW_GROUP_BYTES = 32 << 20
 SHARD_BYTES = 512 << 20
 
 Array = npt.NDArray[Any]
-Strings = Sequence[str | None] | pa.Array
+Strings = Sequence[str | None]
 
 
 @dataclass(frozen=True)
 class Rows:
     """Some rows of one side."""
 
-    columns: Mapping[str, Strings]  # n values of each of `schema.STRING_COLUMNS`; omitted is null
+    # n values of each of `schema.STRING_COLUMNS`, arrays of Arrow or lists; omitted is null
+    columns: Mapping[str, Strings | pa.Array]
     embeddings: Array  # (n, d), any float dtype, finite, no row of norm 0
     tokens: Sequence[Array] | None = None  # n arrays (t_i, d_t), any float dtype
     where: Callable[[int], str] | None = None  # names a row for messages, None for its id

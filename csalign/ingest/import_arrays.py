@@ -152,19 +152,20 @@ def _pair(
     if images is not None and texts is not None:
         images, texts = share_splits(images, texts)
     if images is not None:
-        values = (images.ids, images.sources, images.splits)
-        columns[Modality.IMAGE] = dict(
-            zip(schema.STRING_COLUMNS[Modality.IMAGE], values, strict=True)
-        )
+        columns[Modality.IMAGE] = {
+            schema.ID: images.ids,
+            schema.SOURCE: images.sources,
+            schema.SPLIT: images.splits,
+        }
     if texts is not None:
         owners = pa.array(texts.owners, mask=texts.owners < 0)
-        image_ids = (
-            pa.nulls(len(owners), pa.large_string()) if images is None else images.ids.take(owners)
-        )
-        values = (texts.ids, image_ids, texts.captions, texts.splits)
-        columns[Modality.TEXT] = dict(
-            zip(schema.STRING_COLUMNS[Modality.TEXT], values, strict=True)
-        )
+        columns[Modality.TEXT] = {
+            schema.ID: texts.ids,
+            schema.CAPTION: texts.captions,
+            schema.SPLIT: texts.splits,
+        }
+        if images is not None:
+            columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
     return found, columns, pairing
 
 

@@ -171,6 +171,10 @@ class Header(NamedTuple):
     dtype: str
 
 
+def _no_column(name: str) -> pa.Array:
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class Container:
     """An open file of arrays.
@@ -188,7 +192,7 @@ class Container:
     headers: Mapping[str, Header]
     read: Callable[[str, int], Iterator[Array]]
     labels: Mapping[str, int] = field(default_factory=dict)
-    read_labels: Callable[[str], pa.Array] | None = None
+    read_labels: Callable[[str], pa.Array] = _no_column
     others: Mapping[str, str] = field(default_factory=dict)
     owners: Mapping[str, str] = field(default_factory=dict)
     is_table: bool = False
@@ -293,10 +297,6 @@ def join(name: str, arrays: Sequence[Vectors]) -> Vectors:
     return Vectors(name, parts, join_labels(name, labels), unused=unused, in_table=in_table)
 
 
-def _no_column(name: str) -> pa.Array:
-    raise KeyError(name)
-
-
 def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
     """Concatenate labels, with the columns that all have; None if there are none.
 
@@ -397,7 +397,6 @@ def _labels(path: Path, opener: Opener, file: Container, part: Part) -> Labels |
 
     def read(name: str) -> pa.Array:
         with opener(path) as again:
-            assert again.read_labels is not None
             return again.read_labels(name)
 
     names = [name for name, count in file.labels.items() if count == len(part)]

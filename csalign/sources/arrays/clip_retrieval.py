@@ -67,9 +67,9 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
         return sides
     if Modality.TEXT not in sides and "caption" in metadata.names:
         log.warning("%s: captions are not imported, they have no embeddings", metadata.name)
-    names = ("image_path", "caption", "split")
+    names = ["image_path", "caption", "split"]
     if _is_aligned(folder):
-        names += ("image_id", "text_id")
+        names += ["image_id", "text_id"]
     found = [name for name in names if name in metadata.names]
     if "image_path" in found and not {"image_id", "text_id"} & {*found}:
         paths = metadata.column("image_path")

@@ -124,10 +124,13 @@ class _RowsOfFile:
     def __getitem__(self, rows: slice) -> Array:
         first, stop, _ = rows.indices(self._shape[0])
         each = prod(self._shape[1:])
-        with self._path.open("rb") as file:
+        # From Arrow's pool, which keeps what is freed for the next rows.
+        content = pa.allocate_buffer((stop - first) * each * self._dtype.itemsize)
+        with self._path.open("rb", buffering=0) as file:
             file.seek(self._start + first * each * self._dtype.itemsize)
-            values = np.fromfile(file, self._dtype, (stop - first) * each)
-        return values.reshape(stop - first, *self._shape[1:])
+            if file.readinto(memoryview(content)) < content.size:
+                raise OSError(f"{self._path} was cut short while it was read")
+        return np.frombuffer(content, self._dtype).reshape(stop - first, *self._shape[1:])
 
 
 @contextmanager
