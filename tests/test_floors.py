@@ -51,6 +51,7 @@ ONLY_DOORS = {
         "sources/pairing.py",
         "features/export.py",
         "features/join.py",
+        "features/parquet.py",
         "features/checks.py",
         "features/reader.py",
         "features/schema.py",

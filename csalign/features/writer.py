@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
@@ -18,6 +17,7 @@ from csalign.core.errors import DataError, ShapeError
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.join import find_images, repeated_ids
+from csalign.features.parquet import VectorWriter
 from csalign.features.schema import EncoderInfo, Shard
 
 # Small enough to shuffle by and to hold one in memory, large enough to read at full speed.
@@ -80,7 +80,7 @@ class ShardWriter:
         self._pending: list[pa.RecordBatch] = []
         self._stack = ExitStack()
         self._temporary: Path | None = None
-        self._file: pq.ParquetWriter | None = None
+        self._file: VectorWriter | None = None
 
     def write(self, rows: Rows) -> None:
         """Append rows.
@@ -145,17 +145,17 @@ class ShardWriter:
             if self._file is None:
                 self._temporary = self._stack.enter_context(atomic.atomic_path(self._path))
                 strings = list(schema.STRING_COLUMNS[self.modality])
-                file = pq.ParquetWriter(
-                    self._temporary,
-                    self._schema,
+                options = {
                     # Vectors hardly shrink and decode several times slower when compressed.
-                    compression=dict.fromkeys(strings, "zstd"),
-                    use_dictionary=[n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
-                    write_statistics=strings,
-                    write_page_checksum=True,  # of use where one column is read
-                )
+                    "compression": dict.fromkeys(strings, "zstd"),
+                    "use_dictionary": [n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
+                    "write_statistics": strings,
+                    "write_page_checksum": True,  # of use where one column is read
+                }
+                file = VectorWriter(self._temporary, self._schema, schema.EMBEDDING, options)
                 self._file = self._stack.enter_context(file)
-            self._file.write_table(table[:written], row_group_size=limit)
+            for start in range(0, written, limit):
+                self._file.write_group(table[start : min(start + limit, written)])
         self._pending = table[written:].to_batches()
         self._rows += written
         self.bytes += written * row_bytes

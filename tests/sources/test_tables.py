@@ -14,8 +14,9 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.sources.images import read_image
 from csalign.sources.records import Record, TextInput
-from csalign.sources.records.files import read_lines
+from csalign.sources.records.files import open_file, read_lines
 from csalign.sources.records.open import SourceOptions, open_source
+from csalign.sources.records.tables import TableReader, read_table
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]
@@ -463,7 +464,7 @@ def test_captions_are_for_folders(photos: Path) -> None:
 def test_a_table_in_one_piece_is_what_its_lines_are(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     table = read_table(tmp_path / "t.csv")
-    with files.open_file(tmp_path / "t.csv") as file:
+    with open_file(tmp_path / "t.csv") as file:
         rows = list(TableReader(tmp_path / "t.csv", SourceOptions(), ".csv").values(file))
 
     assert table.numbers == [row.number for row in rows]
