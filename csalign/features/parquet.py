@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -93,7 +94,8 @@ class VectorWriter:
         size = width * number.bit_width // 8
         start = self._file.tell()
         for chunk in column.chunks:
-            values = memoryview(np.ascontiguousarray(chunk.flatten().to_numpy())).cast("B")
+            flat: npt.NDArray[Any] = np.ascontiguousarray(chunk.flatten().to_numpy())
+            values = flat.view(np.uint8).data
             step = max(1, _PAGE_BYTES // size)
             for row in range(0, len(chunk), step):
                 rows = min(step, len(chunk) - row)
@@ -181,7 +183,7 @@ def _encoded_value(kind: int, value: Any) -> bytes:
     if kind in (_I16, _I32, _I64):
         return _zigzag(value)
     if kind == _BINARY:
-        return _varint(len(value)) + value
+        return _varint(len(value)) + bytes(value)
     if kind == _STRUCT:
         return _encoded(value)
     if kind == _LIST:

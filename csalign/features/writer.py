@@ -48,6 +48,10 @@ class Rows:
             return values.cast(pa.string())
         return pa.array(values, pa.string())
 
+    def strings(self, name: str) -> list[str | None]:
+        """Return the n values of a string column as a list."""
+        return self.column(name).to_pylist()  # type: ignore[no-any-return]
+
     def stored(self, side: Modality, dtype: str) -> Array:
         """Cast the embeddings; raises DataError if one has no direction, as given or cast."""
         for row, reason in find_unusable(self.embeddings, dtype).items():

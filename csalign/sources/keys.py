@@ -31,8 +31,8 @@ class Match:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all keys are known, and not all of them are null."""
-        return not len(self.missing) and bool((self.rows >= 0).any())
+        """Whether all keys are known or null."""
+        return not len(self.missing)
 
     @property
     def found(self) -> int:

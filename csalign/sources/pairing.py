@@ -227,16 +227,21 @@ def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Int
     refused: list[tuple[Match, pa.Array, pa.Array, str, str]] = []
     own = images.labels and images.labels.name
     for name, image_name, is_strong in _candidates(images, labels):
+        plain = plain_name(name)
         if name == image_name and labels.name == own:  # one column of one file fits in any case
             continue
+        if plain in (*TEXT_IDS, *ITEM_IDS) and any(
+            plain_name(entry[3]) in REFERENCES for entry in refused
+        ):  # ids may be equal by chance, as numbers
+            break
         known, rows = keys_of_images(images, image_name)
         wanted = labels.column(name)
         if known is None or (not is_strong and wanted.null_count):
             continue
         found = match(wanted, known)
-        if found.is_complete:
+        if found.is_complete and (found.found or plain in REFERENCES):
             return _positions(found, rows), _worded(name, found)
-        shared = found.found if plain_name(name) in TEXT_IDS else 0
+        shared = found.found if plain in TEXT_IDS else 0
         if is_strong or shared:
             refused.append((found, wanted, known, name, image_name or "row number"))
     for found, wanted, known, name, image_name in sorted(refused, key=lambda r: -r[0].found)[:1]:

@@ -149,3 +149,12 @@ def test_label_tables_may_be_parquet(tmp_path: Path) -> None:
     }
     with pytest.raises(DataError, match="no such file"):
         read_label_table(tmp_path / "none.parquet")
+
+
+def test_image_ids_that_are_not_found_are_not_replaced_by_ids_equal_by_chance() -> None:
+    images = describe_images(2, labels(id=["0", "1"]))
+
+    with pytest.raises(DataError, match=r"t: image_id: image 'x' of text row 0 is unknown"):
+        describe_texts(2, images, labels("t", id=["0", "1"], image_id=["x", None]))
+    unpaired = describe_texts(2, images, labels("t", id=["0", "1"], image_id=[None, None]))
+    assert paired(images, unpaired) == [None, None]
