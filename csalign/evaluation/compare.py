@@ -11,7 +11,7 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 from csalign.adapters.checkpoint import read_info
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.core.records import parse_json
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, reported_to, silent, within
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure
 from csalign.features.schema import read_manifest
@@ -109,10 +109,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
         ConfigError: the baseline is not one of them.
     """
     entries = []
-    for number, path in enumerate(config.systems):
-        progress("evaluations", number, len(config.systems))
-        entries.append(_evaluate_run(path, config) if path.is_dir() else _read_document(path))
-    progress("evaluations", len(entries), len(entries))
+    for number, path in enumerate(config.systems, 1):
+        with reported_to(within(f"{path.name} ({number}/{len(config.systems)})")):
+            entries.append(_evaluate_run(path, config) if path.is_dir() else _read_document(path))
     names = _names(entries)
     baseline = _find_baseline(config.baseline, entries, names)
     _pair(entries, names, baseline, config)

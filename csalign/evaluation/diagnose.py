@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, silent, tick, track
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
 from csalign.evaluation.protocols import AlignedRows
@@ -60,12 +60,10 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     """
     if config.plot is not None:
         check_page(config.plot)
-    progress("diagnosis stages", 0, 2)
     aligned = load_aligned(config)
     scale = config.logit_scale
     if scale is None:
         scale = read_info(config.adapter).logit_scale if config.adapter else CLIP_LOGIT_SCALE
-    progress("diagnosis stages", 1, 2)
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
     sigma, weight = config.bandwidth, config.cs_weight
     cross = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).cross, x, y)
@@ -77,7 +75,9 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
             gradient(lambda a, b: alignment_uniformity(a, b, logit_scale=at).uniformity, x, y),
         )
 
-    gradients = {at: infonce_gradients(at) for at in sorted({*SCALES, scale})}
+    scales = sorted({*SCALES, scale})
+    gradients = {at: infonce_gradients(at) for at in track(scales, "gradients", len(scales))}
+    tick("gap")
 
     def conflict(at: float, cs_weight: float) -> float:
         pull, push = gradients[at]
@@ -118,7 +118,6 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     }
     if config.plot is not None:
         write_diagnosis(config.plot, document)
-    progress("diagnosis stages", 2, 2)
     return document
 
 

@@ -104,19 +104,17 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         document = _compare_image_sets(config, config.images, config.generated, progress)
     else:
         with distributed.process_group():
-            document = _evaluate_features(config, progress)
+            document = _evaluate_features(config)
     return document | ({"explanations": explain(document)} if config.explain else {})
 
 
-def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:
+def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
     if config.report is not None:
         check_page(config.report)
-    progress("evaluation stages", 0, 2)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
         evaluation = measure(config)
-    progress("evaluation stages", 1, 2)
 
     def finish() -> dict[str, Any]:
         report = describe(evaluation)
@@ -126,9 +124,7 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
             write_report(config.report, title, report, config.adapter, config.seed)
         return report.document
 
-    document = distributed.broadcast(finish)
-    progress("evaluation stages", 2, 2)
-    return document
+    return distributed.broadcast(finish)
 
 
 def load_aligned(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.enums import Modality
+from csalign.core.results import tick
 from csalign.evaluation.protocols import AlignedRows, Ranks
 from csalign.features import schema
 from csalign.metrics.bootstrap import Resamples
@@ -65,6 +66,7 @@ def write_report(
         write_evaluation(path, title, None, [], [], {}, record)
         return
     aligned, rows = report.aligned, report.aligned.rows
+    tick("drawing the page")
     paired = np.flatnonzero(rows.text_image >= 0)
     texts = np.random.default_rng(seed).permutation(paired)[:SAMPLED]
     owners = rows.text_image[texts]
@@ -78,6 +80,7 @@ def write_report(
         f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
+    tick("choosing queries")
     queries, names = _ranked_queries(report), aligned.features.manifest.names
     write_evaluation(path, title, report.document, views, labels, queries, record, names)
 
@@ -114,6 +117,7 @@ def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Float
             from umap import UMAP
         except ImportError:
             return None
+        tick("mapping neighbours (UMAP)")
         mapper = UMAP(metric="cosine", random_state=seed % 2**32, n_jobs=1)
         if images.shape[1] != texts.shape[1]:
             return mapper.fit_transform(images), mapper.fit_transform(texts)

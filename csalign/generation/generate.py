@@ -171,6 +171,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
     prompts, info = load_prompts(config, config.device)
+    progress("loading the decoder", 0, None)
     decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width
     if width != decoder.width:
@@ -208,6 +209,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic.write_text(folder / LINES, "".join(lines))
         if config.sheet:
+            progress("drawing the contact sheet", 0, None)
             paths = [folder / str(record["file"]) for record in records]
             with atomic.atomic_path(folder / SHEET) as path:
                 draw_sheet(paths, prompts.texts, path)
@@ -280,7 +282,7 @@ def _draw(
     """Draw the images that are missing; returns the number of those that were there."""
     missing = [record for record in records if not _is_complete(folder / record["file"])]
     reused = len(records) - len(missing)
-    progress("images", reused, len(records))
+    progress("generating: images", reused, len(records))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         images = decoder.draw(
@@ -291,7 +293,7 @@ def _draw(
         for record, image in zip(batch, images, strict=True):
             with atomic.atomic_path(folder / record["file"]) as path:
                 image.save(path, format="PNG")
-        progress("images", reused + start + len(batch), len(records))
+        progress("generating: images", reused + start + len(batch), len(records))
     return reused
 
 

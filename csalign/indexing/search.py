@@ -265,6 +265,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     if config.html is not None:
         check_page(config.html)
+    progress("opening the index", 0, None)
     index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
@@ -300,7 +301,7 @@ def _find_all(
             ]
             yield {"query": name, "hits": items}
         done += len(names)
-        progress("queries", done, None)
+        progress("searching: queries", done, None)
 
 
 def _open(config: SearchConfig) -> SearchIndex:

@@ -156,7 +156,7 @@ def _write(
             writer.write(side, Rows(part, chunk))
             faint += int((np.abs(chunk).max(axis=1) < _FAINT).sum())
             done, start = done + len(chunk), stop
-            progress("rows", done, total)
+            progress("writing: rows", done, total)
     if dtype == "float16" and faint:
         logger.warning(
             "%d embeddings are so small that float16 keeps few of their digits; scale them to "
