@@ -18,7 +18,7 @@ from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
+from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, is_trusted, load_encoders
@@ -266,7 +266,11 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
             outputs.empty_folder(folder)
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
-        yield folder
+        try:
+            yield folder
+        except Stopped as stopped:
+            stopped.resumes = True
+            raise
         outputs.commit(folder, out)
         (out / outputs.JOB).unlink()
 

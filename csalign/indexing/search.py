@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,8 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "recall@10": 1.0 if manifest.recall is None else manifest.recall.value,
         "top": config.top,
     }
-    queries = _find_all(config, index, encoder, progress)
+    found = _find_all(config, index, encoder, progress)
+    queries = chain(list(islice(found, 1)), found)  # loads the encoder now, with progress
     if config.html is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)

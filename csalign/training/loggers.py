@@ -12,7 +12,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import Progress, show_figures
+from csalign.core.results import tick
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows
 from csalign.evaluation.page import write_report
@@ -51,7 +51,7 @@ def check_logs(names: Sequence[str], page: Path | None) -> None:
 @contextmanager
 def open_logs(
     names: Sequence[str], folder: Path, run: str, config: Line, step: int = 0
-) -> Iterator[Callable[[Progress, Line], None]]:
+) -> Iterator[Callable[[Line], None]]:
     """Open the logs of a run, and close them after the block.
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
@@ -64,7 +64,7 @@ def open_logs(
         step: that the run resumes from.
 
     Yields:
-        A function that shows the figures of a step or validation and logs them everywhere.
+        A function that logs the figures of a step or validation everywhere.
 
     Raises:
         ConfigError: a library is not installed, or wandb refuses the login.
@@ -80,19 +80,19 @@ def open_logs(
             else:
                 logs.append(_wandb_log(stack, folder, run, config))
 
-        def log(progress: Progress, line: Line) -> None:
+        def log(line: Line) -> None:
             with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             figures = figures_of(line)
             for log_figures in logs:
                 log_figures(line["step"], figures)
-            show_figures(progress, figures)
 
         yield log
 
 
 def write_page(path: Path, run: Path, adapter: Adapter, data: TrainingData, *, seed: int) -> None:
     """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
+    tick("writing the page")
     shown = None
     if data.val is not None:
         images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)

@@ -26,7 +26,13 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import AdapterOptions, ObjectiveOptions, TrainConfig
 from csalign.training.train import train
 
-QUICK: dict[str, Any] = {"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4}
+QUICK: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 64,
+    "hidden": 16,
+    "validations": 4,
+    "patience": 99,
+}
 # The first steps of the warm-up are harmless, then the weights overflow.
 EXPLODES = {"learning_rate": 1e25, "clip_norm": 1e30, "warmup": 1.0, "steps": 40, "patience": 99}
 
@@ -72,7 +78,7 @@ def test_a_run_folder_holds_what_repeats_it(features: Path, quick_run: Path) -> 
         "metrics.jsonl",
         "tensorboard",
     }
-    given = {"features": features, "out": quick_run, "patience": 99, "log_to": logs}
+    given = {"features": features, "out": quick_run, "log_to": logs}
     assert TrainConfig(**settings) == TrainConfig(**given, **QUICK)
     assert environment["seed"] == 0
     assert environment["device"] == "cpu"
