@@ -254,11 +254,12 @@ class Trainer:
 
     def _shown_figures(self) -> dict[str, str]:
         """Return the terms of the latest loss, and the latest and best validation, for people."""
-        terms = {name: f"{value:.2f}" for name, value in self._latest.items() if name != "total"}
         shown = {}
         if self._latest:
+            terms = {name: f"{v:.{2 if v >= 0.1 else 4}f}" for name, v in self._latest.items()}
+            total = terms.pop("total")
             parts = ", ".join(f"{name} {value}" for name, value in terms.items())
-            shown["loss"] = f"{self._latest['total']:.2f}" + (f" ({parts})" if parts else "")
+            shown["loss"] = f"{total} ({parts})" if parts else total
         score, best = self._score, self.best_score
         if score is not None and best is not None:
             record = f"best {100 * best.mean_recall:.1f} % {self._best_place}"
@@ -292,13 +293,8 @@ class Trainer:
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
-        shown = (
-            "total",
-            "pairwise",
-            *["divergence"] * (weight > 0),
-            *["token"] * (self._token_weight > 0),
-        )
-        self._latest = {name: figures[name] for name in shown}
+        used = {"divergence": weight, "token": self._token_weight, "gradient_norm": 0}
+        self._latest = {name: value for name, value in figures.items() if used.get(name, 1)}
         if distributed.is_main_process():
             log_line(
                 {

@@ -6,6 +6,7 @@ from typing import Any
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
 from csalign.core.results import Progress, TrainResult, reported_to, silent, tick
+from csalign.features.join import PairedRows, Pairs
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
 from csalign.training.config import (
@@ -84,6 +85,7 @@ def _train(
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
         state = run.resumed and run.resumed.trainer
         distributed.broadcast(lambda: (adapter.shapes, adapter.state_dict(), state))
+        tick("preparing")
         trainer = build_trainer(config, data, tokens, sampler, adapter)
         run.begin(trainer, data, start, config=config.to_toml(), seed=config.seed)
         pairs = min(config.batch_size, len(sampler))
@@ -126,16 +128,20 @@ def _train(
 def _announce_rows(data: TrainingData) -> None:
     """Log what is trained and validated on, and what is missing for a test."""
     rows, val, features = data.rows, data.val, data.features
-    log.info("%s: training on %d pairs of %d images", rows.name, rows.pairs, len(rows.images))
+    log.info("training on %s pairs of %s images: %s", *_counts(rows), rows.name)
     if val is not None:
-        source = "held out of these" if val.name == rows.name else val.name
-        log.info("validating on %d pairs of %d images, %s", val.pairs, len(val.images), source)
+        source = "held out from these images" if val.name == rows.name else val.name
+        log.info("validating on %s pairs of %s images: %s", *_counts(val), source)
     if "test" not in features.splits():
         log.info(
             "no test split; to measure the run on rows it has not seen, hold one out first with "
             "csalign split %s --test 0.1",
             features.path,
         )
+
+
+def _counts(rows: Pairs | PairedRows) -> tuple[str, str]:
+    return f"{rows.pairs:,}", f"{len(rows.images):,}"
 
 
 def _follow(
