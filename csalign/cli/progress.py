@@ -15,7 +15,7 @@ from rich.text import Text
 from csalign.core import signals
 from csalign.core.results import Progress, duration, reported_to
 
-BAR = 24  # columns
+BAR, LEAST_BAR = 24, 6  # columns
 REFRESHES = 4  # per second
 NAMED_AFTER_S = 1.0  # a shorter phase is not worth a line in a log
 LINE_EVERY_S = 30.0
@@ -151,9 +151,10 @@ class _Screen(_Reporter):
         phase, width, now = self._phase, self._console.width, time.monotonic()
         full, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
         first = [phase.name, *filter(None, [phase.count]), *phase.pace(now)]
-        if phase.total:
-            made = min(BAR, round(BAR * phase.done / phase.total))
-            first.insert(1, full * made + rest * (BAR - made))
+        columns = min(BAR, width - len("  ".join([*first, ""])))
+        if phase.total and columns >= LEAST_BAR:
+            made = min(columns, round(columns * phase.done / phase.total))
+            first.insert(1, full * made + rest * (columns - made))
         lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, indent="  ")]
         text = Text("\n".join(lines), no_wrap=True)
         text.highlight_regex(re.escape(full) + "{2,}", "bar.complete")

@@ -82,7 +82,9 @@ def test_rate_and_time_left_are_of_this_process() -> None:
     assert Phase("matching", 100, 0, 0, None).pace(112) == ["12 s"]
 
 
-@pytest.mark.parametrize("what", ["training: step", "run-a (1/2), hub correction: rows", "gap"])
+@pytest.mark.parametrize(
+    "what", ["training: step", "run-a (1/2), bootstrap of both: resamples", "gap"]
+)
 def test_a_terminal_shows_the_phase_in_full_lines_and_is_cleared(what: str) -> None:
     console = terminal()
     with shown_progress(console, quiet=False) as progress:
