@@ -15,7 +15,7 @@ from rich.text import Text
 from csalign.core import signals
 from csalign.core.results import Progress, duration, reported_to
 
-BAR, LEAST_BAR = 24, 6  # columns
+BAR, LEAST_BAR, NAME = 24, 6, 50  # columns
 REFRESHES = 4  # per second
 NAMED_AFTER_S = 1.0  # a shorter phase is not worth a line in a log
 LINE_EVERY_S = 30.0
@@ -150,7 +150,8 @@ class _Screen(_Reporter):
         """Return the lines, none wider than the console."""
         phase, width, now = self._phase, self._console.width, time.monotonic()
         full, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
-        first = [phase.name, *filter(None, [phase.count]), *phase.pace(now)]
+        name = phase.name if len(phase.name) <= NAME else phase.name[: NAME - 1] + "…"
+        first = [name, *filter(None, [phase.count]), *phase.pace(now)]
         columns = min(BAR, width - len("  ".join([*first, ""])))
         if phase.total and columns >= LEAST_BAR:
             made = min(columns, round(columns * phase.done / phase.total))

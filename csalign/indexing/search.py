@@ -280,7 +280,8 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "top": config.top,
     }
     found = _find_all(config, index, encoder, progress)
-    queries = chain(list(islice(found, 1)), found)  # loads the encoder now, with progress
+    first = list(islice(found, 1))  # loads the encoder now, while progress is shown
+    queries: Iterator[Document] = chain(first, found)
     if config.html is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)

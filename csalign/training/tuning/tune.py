@@ -39,6 +39,7 @@ from csalign.core.results import (
     Progress,
     Trial,
     TuneResult,
+    duration,
     reported_to,
     silent,
     tick,
@@ -150,7 +151,8 @@ def _search(
             late = config.minutes is not None and time.monotonic() - began >= 60 * config.minutes
             if (total is not None and len(trials) >= total) or (late and trials):
                 return trials
-            name = f"trial {len(trials)}" + ("" if total is None else f" of {total}")
+            number = len(trials)
+            name = f"trial {number}" + ("" if total is None else f" ({number + 1} of {total})")
             with reported_to(within(name)):
                 _run_trial(len(trials), config.seed, space, study, data, val)
             trials = _finished(study)
@@ -236,13 +238,13 @@ def _difference(
 
 
 def _log_trial(trial: Trial, best: Trial | None) -> None:
-    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
     result = f" ({trial.reason})"
     if trial.mean_recall is not None:
-        gap = f"centroid distance {trial.centroid_distance:.4f}"
-        result = f", mean recall {100 * trial.mean_recall:.2f} %, {gap}"
-    result += f", {trial.seconds:.0f} s; best: trial {best.number if best else None}"
-    log.info("trial %d: %s%s [%s]", trial.number, trial.state, result, settings)
+        result = f", mean recall {100 * trial.mean_recall:.2f} %, gap {trial.centroid_distance:.4f}"
+    result += f", {duration(trial.seconds)}; best: trial {best.number if best else None}"
+    log.info("trial %d: %s%s", trial.number, trial.state, result)
+    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
+    log.debug("trial %d: %s", trial.number, settings)
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
