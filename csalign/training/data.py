@@ -78,6 +78,25 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     return TrainingData(features, split, rows, val, unpaired)
 
 
+def announce_rows(data: TrainingData) -> None:
+    """Log what is trained and validated on, and whether a test split is missing."""
+    rows, val, features = data.rows, data.val, data.features
+    log.info("training on %s: %s", _counted(rows), rows.name)
+    if val is not None:
+        source = "held out from these images" if val.name == rows.name else val.name
+        log.info("validating on %s: %s", _counted(val), source)
+    if "test" not in features.splits():
+        log.info(
+            "no test split; to measure the run on rows it has not seen, hold one out first with "
+            "csalign split %s --test 0.1",
+            features.path,
+        )
+
+
+def _counted(rows: join.Pairs | join.PairedRows) -> str:
+    return f"{rows.pairs:,} pairs of {len(rows.images):,} images"
+
+
 def _split(
     features: FeatureSet, split: str, val_split: str | None, seed: int
 ) -> tuple[join.Joined, join.Joined | None]:

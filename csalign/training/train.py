@@ -6,7 +6,6 @@ from typing import Any
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
 from csalign.core.results import Progress, TrainResult, reported_to, silent, tick
-from csalign.features.join import PairedRows, Pairs
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
 from csalign.training.config import (
@@ -17,7 +16,7 @@ from csalign.training.config import (
     TokenOptions,
     TrainConfig,
 )
-from csalign.training.data import StoredTokens, TrainingData, load_data, open_tokens
+from csalign.training.data import StoredTokens, TrainingData, announce_rows, load_data, open_tokens
 from csalign.training.initialization import initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.loop import Trainer, follow
@@ -77,7 +76,7 @@ def _train(
         if run.resumed is None:
             groups = config.group(AdapterOptions)
             widths = tokens.widths if tokens else {}
-            _announce_rows(data)
+            announce_rows(data)
             found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
             adapter, start = found.adapter, found.name
             log.info("%s", found.summary)
@@ -123,25 +122,6 @@ def _train(
         names=data.features.manifest.names,
     )
     return distributed.broadcast(lambda: result)
-
-
-def _announce_rows(data: TrainingData) -> None:
-    """Log what is trained and validated on, and what is missing for a test."""
-    rows, val, features = data.rows, data.val, data.features
-    log.info("training on %s pairs of %s images: %s", *_counts(rows), rows.name)
-    if val is not None:
-        source = "held out from these images" if val.name == rows.name else val.name
-        log.info("validating on %s pairs of %s images: %s", *_counts(val), source)
-    if "test" not in features.splits():
-        log.info(
-            "no test split; to measure the run on rows it has not seen, hold one out first with "
-            "csalign split %s --test 0.1",
-            features.path,
-        )
-
-
-def _counts(rows: Pairs | PairedRows) -> tuple[str, str]:
-    return f"{rows.pairs:,}", f"{len(rows.images):,}"
 
 
 def _follow(
