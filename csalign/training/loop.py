@@ -232,7 +232,7 @@ class Trainer:
         if best is None:
             return False
         if best.is_perfect and patience is None:
-            log.warning(
+            log.info(
                 "validation recall is 100 %% %s, so no step can improve it: stopping (gap %.4f). "
                 "To train on for a smaller gap pass --patience %d; to compare by recall, validate "
                 "on more rows with --val-split",

@@ -184,11 +184,12 @@ def test_training_stops_early_when_validation_no_longer_improves(
 def test_a_perfect_start_ends_training_unless_patience_is_given(
     features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stopped = run(features, tmp_path / "stopped", patience=None)
-    trained = run(features, tmp_path / "trained", patience=3)
+    with caplog.at_level(logging.INFO, "csalign"):
+        stopped = run(features, tmp_path / "stopped", patience=None)
+        trained = run(features, tmp_path / "trained", patience=3)
 
-    (message,) = (r.getMessage() for r in caplog.records if "100 %" in r.getMessage())
-    assert "validation recall is 100 % at the start" in message
+    (message,) = (text for text in caplog.messages if text.startswith("validation recall is 100 %"))
+    assert "at the start, so no step can improve it: stopping" in message
     assert "pass --patience" in message
     assert (stopped.steps, stopped.best_step) == (0, 0)
     assert trained.steps == 12
