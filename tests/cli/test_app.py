@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -224,7 +225,9 @@ def test_a_signal_stops_a_run_which_the_same_command_resumes(
     (state,) = (tmp_path / "run.partial" / "resume").iterdir()
 
     assert process.returncode == 143, errors
-    assert errors.endswith("csalign: stopped by SIGTERM; run the same command to resume\n")
+    *_, saved, last = errors.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d saved step \d+ in .*", saved)
+    assert last == "csalign: stopped by SIGTERM; run the same command to resume"
     assert "Traceback" not in errors
     assert not out.exists()
     assert csalign("inspect", kept).returncode == 0
