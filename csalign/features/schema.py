@@ -1,6 +1,7 @@
 """Every column, dtype and manifest key of a feature set: the only place that spells them."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -115,13 +116,15 @@ class Encoders(Record):
 class Manifest(Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished.
 
-    "names" are the names of the sides if they are not images and texts.
+    "names" are the names of the sides if they are not images and texts, and "source_root" is the
+    folder that relative sources of images start from.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
     format_version: Literal[1] = FORMAT_VERSION
     csalign_version: str
     names: dict[Modality, str] | None = None
+    source_root: str | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -135,6 +138,17 @@ class Manifest(Record):
         """
         sums = "\n".join(shard.sha256 for shard in (*self.shards.images, *self.shards.texts))
         return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def source_root(sources: Iterable[Any]) -> str | None:
+    """Return the working directory if the first source is a path relative to it, else None.
+
+    Sources are strings, None or Arrow's scalars of these.
+    """
+    values = (value.as_py() if isinstance(value, pa.Scalar) else value for value in sources)
+    first = next(filter(None, values), None)
+    is_relative = first is not None and "://" not in first and not Path(first).is_absolute()
+    return str(Path.cwd()) if is_relative else None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -164,6 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    if manifest.names is None:
-        del document["names"]
+    for name in ("names", "source_root"):
+        if document[name] is None:
+            del document[name]
     atomic.write_json(folder / MANIFEST, document)

@@ -56,7 +56,8 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
-        with FeatureWriter(folder, encoders, dtype, names) as writer:
+        root = schema.source_root(columns.get(Modality.IMAGE, {}).get(schema.SOURCE, ()))
+        with FeatureWriter(folder, encoders, dtype, names, source_root=root) as writer:
             _write(sides, columns, writer, dtype, progress)
     counts = read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)

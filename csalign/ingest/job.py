@@ -64,6 +64,7 @@ class PartRecord(Record):
     job: str = ""  # `Job.fingerprint` of its job
     fingerprint: str = ""  # of its records; see `sources.records.Source`
     file_records: int  # in its source file, over all parts of the file
+    source_root: str | None = None  # folder that relative sources of its images start from
     is_unreadable: bool = False  # stands for a source file that could not be read at all
     records: int
     failed_records: int = 0  # skipped as a whole

@@ -51,7 +51,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with reported_to(progress), distributed.process_group():
         if distributed.is_main_process():
-            check_logs(config.log_to or (), config.report)
+            check_logs(config.log_to or (), config.report, umap=config.umap)
             inputs = (config.features,)
             outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
         tokens = find_tokens(config)
@@ -109,7 +109,8 @@ def _train(
         tick("saving")
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
-        write_page(config.report, config.out, adapter, data, seed=config.seed)
+        shown = config.model_dump(include={"seed", "pictures", "umap"})
+        write_page(config.report, config.out, adapter, data, **shown)
     result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,

@@ -91,7 +91,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     base = config.base()
     data, val = _load(base)
     space = search_space(config, data.rows)
-    paths = {"out", "overwrite", "features", "memory"}
+    paths = {"out", "overwrite", "features", "memory", "pictures", "umap"}
     identity = {
         "features": data.features.manifest.fingerprint(),
         "base": space.base.model_dump(mode="json", exclude=paths),
