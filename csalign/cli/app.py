@@ -20,7 +20,7 @@ from csalign.evaluation.config import (
 )
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
-from csalign.ingest.config import ExtractConfig, ImportConfig
+from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
 from csalign.training.config import (
     TrainConfig,
@@ -83,6 +83,17 @@ def import_(settings: ImportConfig, progress: results.Progress) -> results.Featu
     from csalign.ingest.import_arrays import import_arrays
 
     return import_arrays(settings, progress)
+
+
+@app.command(
+    rich_help_panel=PIPELINE, epilog="Example: csalign split features --val 0.1 --test 0.1"
+)
+@command_of(SplitConfig, artifact_tables.split_table)
+def split(settings: SplitConfig, progress: results.Progress) -> results.SplitResult:
+    """Divide a feature set into train, val and test, by image."""
+    from csalign.ingest.split import split
+
+    return split(settings, progress)
 
 
 @app.command(

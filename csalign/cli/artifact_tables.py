@@ -51,6 +51,15 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     print_closing(settings, *after)
 
 
+def split_table(result: results.SplitResult, settings: Config) -> None:
+    """Print how many images each split has."""
+    from csalign.evaluation.inspect import summarise_features
+    from csalign.features.reader import FeatureSet
+
+    print_wrote(f"{result.features}: {result}")
+    print_closing(settings, *after_features(summarise_features(FeatureSet.open(result.features))))
+
+
 def _splits(summary: Mapping[str, Any]) -> str:
     """Word the splits of a feature set, with the rows of each side."""
     splits = summary["splits"]

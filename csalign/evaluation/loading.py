@@ -18,6 +18,7 @@ from csalign.evaluation.protocols import AlignedRows
 from csalign.features import join
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.reader import FeatureSet
+from csalign.features.schema import same_rows
 from csalign.runs.load import embed_rows, load_adapter_for
 from csalign.runs.metadata import ADAPTER, find_features
 
@@ -131,7 +132,17 @@ def embed(
 
 
 def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool:
-    """Return whether an adapter was trained on rows of a split of these features."""
+    """Return whether an adapter was trained on rows of a split, or may have been."""
+    fingerprint = features.manifest.fingerprint()
+    if not same_rows(info.data_fingerprint, fingerprint):
+        return False
+    if info.data_fingerprint != fingerprint and info.train_split != join.ALL:
+        log.warning(
+            "%s: was divided into other splits since the adapter was trained, so some of these "
+            "rows may have been trained on; train it again",
+            features.path,
+        )
+        return False
     splits = features.splits()
     measured, trained = (join.split_names(names, splits) for names in (split, info.train_split))
-    return info.data_fingerprint == features.manifest.fingerprint() and bool(measured & trained)
+    return bool(measured & trained)

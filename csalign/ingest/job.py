@@ -13,7 +13,7 @@ from pydantic import Field
 
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.records import Record, read_record
-from csalign.features.schema import Encoders, Shard
+from csalign.features.schema import Encoders, Shard, SplitSettings
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,11 @@ class Job(Record):
     part_rows: int  # records per part
     dtype: str
     encoders: Encoders
+    splits: SplitSettings | None = None  # to be made of the finished set
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of what determines parts besides their records."""
-        content = self.model_dump_json(exclude={"location", "source"})
+        content = self.model_dump_json(exclude={"location", "source", "splits"})
         return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ follows from its records alone, so it does not matter which process writes it, n
 process has finished, the part records become the manifest. README.md lists the files.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,13 +23,18 @@ from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
+from csalign.core.results import Progress, silent
 from csalign.features import schema
+from csalign.features.splits import divide
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
+
+log = logging.getLogger(__name__)
 
 PARTS = "parts"
 FINISHED = "finished"
 TIMEOUT_S = 60.0  # to wait for a process that only sets up or completes the folder
+SPLIT_TIMEOUT_S = 1_800.0  # or that also compares all images
 _CLAIM = "parts.claim"
 
 
@@ -245,20 +251,26 @@ class PartialSet:
         Raises:
             OutputError: it does not finish in time.
         """
-        deadline = time.monotonic() + TIMEOUT_S
+        timeout = TIMEOUT_S if self._job.splits is None else SPLIT_TIMEOUT_S
+        deadline = time.monotonic() + timeout
         while not (self.is_gone and (self._out / schema.MANIFEST).exists()):
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"{self.folder}: waited {TIMEOUT_S:.0f} s for another process to complete it; "
+                    f"{self.folder}: waited {timeout:.0f} s for another process to complete it; "
                     f"if none does, run csalign inspect --merge {self._out}"
                 )
             time.sleep(0.2)
             self._refresh()
 
-    def complete_and_commit(self) -> None:
-        """Complete the feature set, if its ids are unique; see `locks.sole_owner`."""
+    def complete_and_commit(self, progress: Progress = silent) -> None:
+        """Complete the feature set, if its ids are unique; see `locks.sole_owner`.
+
+        Raises:
+            DataError: ids repeat; or the set is complete, but cannot be divided into splits.
+        """
         if not self.is_complete:
             self._write_manifest()
+        problem = self._divide(progress)
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
             outputs.remove_folder(self.folder / name)
@@ -267,6 +279,24 @@ class PartialSet:
             lock.unlink()
         outputs.commit(self.folder, self._out)
         (self._out / outputs.JOB).unlink(missing_ok=True)
+        if problem is not None:
+            raise problem
+
+    def _divide(self, progress: Progress) -> DataError | None:
+        """Make the splits of the job; return what prevents it, which must not cost the set."""
+        if self._job.splits is None:
+            return None
+        try:
+            made = divide(self.folder, self._job.splits, progress=progress)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{self.folder}: ")
+            return DataError(
+                f"{self._out}: the feature set is complete, but has no splits: {reason}; make "
+                "some with csalign split"
+            )
+        if made.groups:
+            log.info("%s", made.kept_together)
+        return None
 
     def _write_manifest(self) -> None:
         records = self.part_records()

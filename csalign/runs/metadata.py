@@ -14,7 +14,7 @@ from csalign.core import atomic
 from csalign.core.errors import DataError, SchemaError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json, read_object
-from csalign.features.schema import MANIFEST, read_manifest
+from csalign.features.schema import MANIFEST, read_manifest, same_rows
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def find_features(run: Path, fingerprint: str) -> Path:
     for place in dict.fromkeys(places):
         if (place / MANIFEST).is_file():
             found = read_manifest(place).fingerprint()
-            if found == fingerprint:
+            if same_rows(found, fingerprint):
                 return place
             changed = changed or (place, found)
     if changed is not None:

@@ -278,6 +278,24 @@ def test_a_signal_that_python_drops_is_not_lost() -> None:
     assert done.stderr == ""
 
 
+def test_a_set_is_divided_on_the_command_line(arrays: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    options = ("--images", arrays[0], "--texts", arrays[1], "--out", out)
+    assert csalign("import", *options).returncode == 0
+    done = csalign("split", out, "--val", "0.1", "--test", 50)
+    refused = csalign("split", out, "--val", 0.2)
+    document = json.loads(csalign("split", out, "--val", 30, "--overwrite", "--json").stdout)
+
+    assert f"{out}: train 220, val 30, test 50 images" in done.stdout
+    assert f"next: csalign train {out}" in done.stdout
+    assert refused.returncode == 1
+    assert "replace the splits with --overwrite" in refused.stderr
+    assert document["splits"] == {
+        "train": {"images": 270, "texts": 270},
+        "val": {"images": 30, "texts": 30},
+    }
+
+
 def test_quiet_says_nothing_and_results_stay(features: Path) -> None:
     done = csalign("inspect", features, "-q")
 

@@ -75,7 +75,7 @@ def test_documents_with_a_checksum_of_their_own_are_read(v1: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "message"),
     [
-        ("features/manifest.json", 2, "manifest.json: format version 2, .* upgrade csalign"),
+        ("features/manifest.json", 3, "manifest.json: format version 3, .* upgrade csalign"),
         ("features/manifest.json", 0, "manifest.json: format_version: "),
         ("features/manifest.json", "1", "manifest.json: format_version: "),
         ("run/adapter.json", 2, "adapter.json: format version 2, .* upgrade csalign"),
