@@ -16,7 +16,7 @@ from rich.console import Console
 
 from csalign.cli import render
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
-from csalign.cli.progress import shown_progress
+from csalign.cli.progress import line_start, shown_progress
 from csalign.core import atomic, distributed
 from csalign.core.config import Config
 from csalign.core.errors import ConfigError, CsalignError, DataError, ElsewhereError, Stopped
@@ -150,9 +150,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        label = "warning: " if is_warning else ""
+        label = line_start(self._console) + ("warning: " if is_warning else "")
         self._console.print(
-            f"csalign: {label}{render.escape_controls(record.getMessage())}",
+            label + render.escape_controls(record.getMessage()),
             style="yellow" if is_warning else None,
             markup=False,
             highlight=False,
