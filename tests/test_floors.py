@@ -39,7 +39,16 @@ ONLY_DOORS = {
     "pyarrow": {
         "indexing/build.py",
         "indexing/manifest.py",
+        "ingest/import_arrays.py",
+        "sources/arrays/base.py",
+        "sources/arrays/clip_retrieval.py",
+        "sources/arrays/files.py",
+        "sources/arrays/opening.py",
         "sources/arrow.py",
+        "sources/image_rows.py",
+        "sources/keys.py",
+        "sources/labels.py",
+        "sources/pairing.py",
         "features/export.py",
         "features/join.py",
         "features/checks.py",
@@ -63,8 +72,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 150  # modules of the package
-MAX_TOTAL_LINES = 29_000
+MAX_TOTAL = 160  # modules of the package
+MAX_TOTAL_LINES = 33_000
 
 
 @cache

@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from csalign.cli import render
+from csalign.cli.progress import line_start
 from csalign.core import atomic
 from csalign.core.errors import ConfigError, CsalignError, ElsewhereError, Stopped
 from csalign.core.mistakes import did_you_mean
@@ -124,9 +125,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
-        label = "warning: " if is_warning else ""
+        label = line_start(self._console) + ("warning: " if is_warning else "")
         self._console.print(
-            f"csalign: {label}{render.escape_controls(record.getMessage())}",
+            label + render.escape_controls(record.getMessage()),
             style="yellow" if is_warning else None,
             markup=False,
             highlight=False,

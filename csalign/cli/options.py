@@ -57,6 +57,7 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
         panel = COMMON if name in config.common else groups[owner_of[name]].panel
         if name in config.positional:
             shown = config.shown(name) if field.is_required() else f"[{config.shown(name)}]"
+            shown += "..." if _plain_type(field.annotation)[1] else ""
             argument = typer.Argument(metavar=shown, help=_help(field), show_default=False)
             parameters.append(_parameter(name, field, argument))
             continue

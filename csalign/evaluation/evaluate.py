@@ -112,26 +112,22 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         document = _compare_image_sets(config, config.images, config.generated, progress)
     else:
         with distributed.process_group():
-            document = _evaluate_features(with_features(config), progress)
+            document = _evaluate_features(with_features(config))
     return document | ({"explanations": explain(document)} if config.explain else {})
 
 
-def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:
+def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
     if config.report is not None:
         check_page(config.report)
         check_umap(wanted=config.umap)
-    progress("evaluation stages", 0, 2)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
         evaluation = measure(config)
-    progress("evaluation stages", 1, 2)
 
     def finish() -> dict[str, Any]:
         report = describe(evaluation)
-        progress("evaluation stages", 2, 2)
         if config.report is not None:
-            progress("report", 0, 1)
             report = with_before(report, config, device=config.device)
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"
@@ -144,7 +140,6 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
                 pictures=config.pictures,
                 umap=config.umap,
             )
-            progress("report", 1, 1)
         return report.document
 
     return distributed.broadcast(finish)

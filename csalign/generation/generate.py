@@ -18,7 +18,7 @@ from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
+from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, is_trusted, load_encoders
@@ -177,6 +177,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
     prompts, info = load_prompts(config, config.device)
+    progress("loading the decoder", 0, None)
     decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width
     if width != decoder.width:
@@ -214,6 +215,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic.write_text(folder / LINES, "".join(lines))
         if config.sheet:
+            progress("drawing the contact sheet", 0, None)
             paths = [folder / str(record["file"]) for record in records]
             with atomic.atomic_path(folder / SHEET) as path:
                 draw_sheet(paths, prompts.texts, path)
@@ -287,7 +289,11 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
             outputs.empty_folder(folder)
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
-        yield folder
+        try:
+            yield folder
+        except Stopped as stopped:
+            stopped.resumes = True
+            raise
         outputs.commit(folder, out)
         (out / outputs.JOB).unlink()
 
@@ -303,7 +309,7 @@ def _draw(
     """Draw the images that are missing; returns the number of those that were there."""
     missing = [record for record in records if not _is_complete(folder / record["file"])]
     reused = len(records) - len(missing)
-    progress("images", reused, len(records))
+    progress("generating: images", reused, len(records))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         images = decoder.draw(
@@ -314,7 +320,7 @@ def _draw(
         for record, image in zip(batch, images, strict=True):
             with atomic.atomic_path(folder / record["file"]) as path:
                 image.save(path, format="PNG")
-        progress("images", reused + start + len(batch), len(records))
+        progress("generating: images", reused + start + len(batch), len(records))
     return reused
 
 

@@ -75,6 +75,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
     features = FeatureSet.open(config.features)
     features.verify()
     built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
+    progress("writing the index", 0, None)
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
@@ -115,10 +116,12 @@ def build_index(
     vectors = VectorIndex.create(factory, width)
     _check_memory(vectors, count, options)
     if sampled := vectors.training_rows(count):
+        progress("training the index", 0, None)
         vectors.train(correction.items(rows.sample(side, sampled)))
     for part in rows.stream(side):
         vectors.add(correction.items(part))
-        progress("rows", len(vectors), count)
+        progress("indexing: rows", len(vectors), count)
+    progress("measuring recall", 0, None)
     recall = None if vectors.is_exact else _measure(vectors, rows, correction, options)
     manifest = IndexManifest(
         side=side,

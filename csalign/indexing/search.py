@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     config.check()
     if config.report is not None:
         check_page(config.report)
+    progress("opening the index", 0, None)
     index = _open(config, progress)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
@@ -270,7 +271,9 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "recall@10": 1.0 if manifest.recall is None else manifest.recall.value,
         "top": config.top,
     }
-    queries = _find_all(config, index, encoder, progress)
+    found = _find_all(config, index, encoder, progress)
+    first = list(islice(found, 1))  # loads the encoder now, while progress is shown
+    queries: Iterator[Document] = chain(first, found)
     if config.report is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)
@@ -292,7 +295,7 @@ def _find_all(
             ]
             yield {"query": name, "hits": items}
         done += len(names)
-        progress("queries", done, None)
+        progress("searching: queries", done, None)
 
 
 def _open(config: SearchConfig, progress: Progress) -> SearchIndex:

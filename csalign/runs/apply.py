@@ -78,7 +78,7 @@ def _write(
             for side, rows in aligned:
                 writer.write(side, rows)
                 done += len(rows.embeddings)
-                progress("rows", done, counts.images + counts.texts)
+                progress("aligning: rows", done, counts.images + counts.texts)
     if isinstance(writer, ClipRetrievalExport):
         unpaired |= writer.omitted
     images, texts = (unpaired[side] for side in Modality)

@@ -17,7 +17,7 @@ from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.records import parse_json, write_record
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, silent, track
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
 from csalign.runs.load import Array, check_features, load_run, public_spec, stream_aligned
@@ -144,7 +144,7 @@ def export(
     with outputs.atomic_folder(config.out) as folder:
         forward = _write(config, folder, adapter, info, progress)
         differences = {}
-        for name, side, rows in samples:
+        for name, side, rows in track(samples, "checking: samples", len(samples)):
             found, expected = forward(side, rows), _embed(adapter, side, rows)
             same_shape = found.shape == expected.shape
             difference = float(np.abs(found - expected).max()) if same_shape else float("inf")
@@ -210,13 +210,13 @@ def _write(
     if config.to == "onnx":
         for done, side in enumerate(Modality, start=1):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
-            progress("sides", done, 2)
+            progress("writing: sides", done, 2)
         return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
     shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
     if config.to == "hub-folder" and (run_folder(config.run) / LINES).is_file():
         shutil.copy(run_folder(config.run) / LINES, folder / LINES)
     again, _ = load_run(folder, config.allow_adapter)
-    progress("sides", 2, 2)
+    progress("writing: sides", 2, 2)
     return lambda side, rows: _embed(again, side, rows)
 
 

@@ -219,7 +219,11 @@ class OptimizerOptions(Config):
     warmup: Share = Field(0.05, description="Warm-up fraction; then cosine decay.")
     average: Fraction = Field(0.0, description="EMA decay of the weights; 0 disables.")
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    patience: Count = Field(10, description="Stop after this many validations without improvement.")
+    patience: Count | None = Field(
+        None,
+        description="Stop after this many validations without improvement (default: 10, or at once "
+        "when validation recall is 100 %).",
+    )
     validations: Count = Field(20, description="Number of validations, spread over the steps.")
     precision: Precision = Field(
         Precision.FLOAT32, description="Precision of matrix multiplications."

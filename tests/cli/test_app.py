@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -94,7 +95,17 @@ def test_the_command_line_wins_over_the_file(features: Path, tmp_path: Path) -> 
     config = tmp_path / "config.toml"
     config.write_text("steps = 2\nhidden = 8\n")
     done = csalign(
-        "train", features, "--config", config, "--out", tmp_path / "run", "--steps", 1, "--json"
+        "train",
+        features,
+        "--config",
+        config,
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--patience",
+        9,
+        "--json",
     )
 
     assert json.loads(done.stdout)["steps"] == 1
@@ -218,7 +229,9 @@ def test_a_signal_stops_a_run_which_the_same_command_resumes(
     (state,) = (tmp_path / "run.partial" / "resume").iterdir()
 
     assert process.returncode == 143, errors
-    assert "rerun the same command to resume" in errors
+    *_, saved, last = errors.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d saved step \d+ in .*", saved)
+    assert last == "csalign: stopped by SIGTERM; run the same command to resume"
     assert "Traceback" not in errors
     assert not out.exists()
     assert csalign("inspect", kept).returncode == 0
@@ -226,8 +239,9 @@ def test_a_signal_stops_a_run_which_the_same_command_resumes(
     seen = []
 
     def progress(what: str, done: int, total: int | None) -> None:
-        seen.append(done)
-        raise Stopped(signal.SIGINT)
+        if what == "training: step":
+            seen.append(done)
+            raise Stopped(signal.SIGINT)
 
     sizes = {"steps": steps, "validations": validations, "patience": validations, "hidden": 8}
     with pytest.raises(Stopped):

@@ -157,7 +157,7 @@ def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
     few: Path, run: Path, decoders: Path, tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "images" and done >= 4:
+        if what == "generating: images" and done >= 4:
             raise Stopped(15)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -222,7 +222,7 @@ def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
     clip_run: Path, decoders: Path, tiny_clip: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "images" and done:
+        if what == "generating: images" and done:
             raise Stopped(15)
 
     prompts = tmp_path / "prompts.txt"
