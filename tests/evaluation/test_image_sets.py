@@ -95,7 +95,7 @@ def test_sets_of_different_encoders_are_refused(
     [
         ({}, "missing FEATURES; for instance: csalign eval"),
         ({"images": "a"}, "--images and --generated are compared; pass both"),
-        ({"images": "a", "generated": "b", "features": "c"}, "FEATURES: cannot be used with"),
+        ({"images": "a", "generated": "b", "features": "c"}, r"FEATURES\|RUN: cannot be used with"),
         (
             {"images": "a", "generated": "b", "by": "c", "seed": 1},
             "--by, --seed: cannot be used with",
