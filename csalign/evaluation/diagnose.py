@@ -11,6 +11,7 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
 from csalign.core.enums import DivergenceName
+from csalign.core.outputs import check_page
 from csalign.core.results import Progress, silent, tick, track
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.loading import load_aligned, with_features
@@ -19,7 +20,6 @@ from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
-from csalign.report.page import check_page
 from csalign.runs.metadata import read_lines, read_settings, run_folder
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     Raises:
         DataError, ShapeError, SchemaError, OutputError: as `evaluate`.
     """
-    if config.plot is not None:
-        check_page(config.plot)
+    if config.report is not None:
+        check_page(config.report)
     config = with_features(config)
     aligned = load_aligned(config)
     scale = config.logit_scale
@@ -127,8 +127,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
             for at in gradients
         ],
     }
-    if config.plot is not None:
-        write_diagnosis(config.plot, document)
+    if config.report is not None:
+        write_diagnosis(config.report, document)
     return document
 
 

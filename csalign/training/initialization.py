@@ -175,8 +175,8 @@ class _Builder:
         centred = (self._moments(plain).centred() for _ in range(keeps_width))
         if width > narrower:
             raise ConfigError(
-                f"width: {width} is more than the narrower encoder's {narrower}, which the closed "
-                "form cannot give; lower it, or use --init random"
+                f"--width: {width} is more than the narrower encoder's {narrower}, which the "
+                "closed form cannot give; lower it, or use --init random"
             )
         correlated = (
             form

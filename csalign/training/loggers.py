@@ -12,13 +12,13 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.outputs import check_page
 from csalign.core.results import tick
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows, with_before
 from csalign.evaluation.page import check_umap, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
-from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
 from csalign.training.data import TrainingData
@@ -164,7 +164,7 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            f"--log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
     return lambda step, figures: opened.log(dict(figures), step=step)
