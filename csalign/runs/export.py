@@ -1,7 +1,6 @@
 """``csalign export``: write the adapter of a run for other programs, checked against the run."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from csalign.core.records import parse_json, write_record
 from csalign.core.results import Progress, silent, track
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import Array, check_features, load_run, stream_aligned
+from csalign.runs.load import Array, check_features, load_run, public_spec, stream_aligned
 from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
@@ -204,7 +203,7 @@ def _write(
 ) -> Forward:
     """Write the form; return a function that computes with what was written."""
     if config.to == "hub-folder":  # which strangers read
-        encoders = {side: _published(spec) for side, spec in info.encoders.items()}
+        encoders = {side: public_spec(spec) for side, spec in info.encoders.items()}
         write_record(folder / DESCRIPTION, info.model_copy(update={"encoders": encoders}))
     else:
         shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
@@ -250,7 +249,7 @@ def _card(
         Side(
             side.value,
             shape.kind,
-            _published(info.encoders[side]),
+            public_spec(info.encoders[side]),
             shape.input_width,
             counts[side.value],
         )
@@ -282,14 +281,6 @@ def _card(
             checks=differences,
         )
     )
-
-
-def _published(spec: str) -> str:
-    """Return an encoder's spec with the names of its local files alone: ``hf:/home/me/x`` -> hf:x.
-
-    Names on a hub, as ``hf:user/name``, stay as they are.
-    """
-    return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:[^/+|]*/)*", r"\1", spec)
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:

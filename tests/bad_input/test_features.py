@@ -279,7 +279,7 @@ def test_evaluations_of_no_use_are_refused(
         ("eval f --adapter r --by nope", 1, "nope"),
         ("eval f --adapter r --groups none.csv --by x", 1, "none.csv"),
         ("inspect pairs.csv", 1, "pairs.csv: "),
-        ("compare r f", 1, "f: "),
+        ("compare r nowhere", 1, "nowhere: no such file or folder"),
         ("compare r --baseline 7", 2, "7"),
         ("tune f --out out --trials 0", 2, "trials"),
         ("tune f --out out --search nope", 2, "nope"),
