@@ -149,7 +149,7 @@ def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, An
     """Summarise an artifact and verify all of it."""
     from csalign.evaluation.inspect import inspect
 
-    return inspect(settings.path, merge=settings.merge)
+    return inspect(settings, progress)
 
 
 @app.command(

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -18,6 +19,7 @@ from csalign.cli import render
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed
+from csalign.core.calls import recorded_call
 from csalign.core.config import Config
 from csalign.core.errors import CsalignError, DataError, ElsewhereError, Stopped
 from csalign.core.paths import is_store_error
@@ -51,6 +53,7 @@ def command_of(
             quiet = quiet or is_follower
             with (
                 error_exits(quiet=quiet, verbose=verbose) as console,
+                recorded_call(shlex.join(["csalign", *sys.argv[1:]])),
                 distributed.process_group() if distributable else nullcontext(),
             ):
                 settings = config.resolve(config_file, given_values(options))
@@ -158,9 +161,11 @@ class _StderrHandler(logging.Handler):
 
 
 def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:
-    level = logging.ERROR if quiet else (logging.INFO, logging.DEBUG)[min(verbose, 1)]
+    level = (logging.INFO, logging.DEBUG)[min(verbose, 1)]
+    handler = _StderrHandler(console)
+    handler.setLevel(logging.ERROR if quiet else level)  # documents have the warnings anyway
     logger = logging.getLogger("csalign")
-    logger.handlers = [_StderrHandler(console)]
+    logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
     if not verbose:

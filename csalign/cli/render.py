@@ -14,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 from csalign.core import results
+from csalign.core.calls import CALL_KEYS
 from csalign.core.enums import renamed
 
 R = TypeVar("R")
@@ -182,7 +183,9 @@ def recipes_table(titles: dict[str, str]) -> None:
 
 def inspect_table(document: dict[str, Any]) -> None:
     """Print the summary of an artifact, one line per value."""
-    body = {key: value for key, value in document.items() if key not in ("kind", "path")}
+    body = {
+        key: value for key, value in document.items() if key not in ("kind", "path", *CALL_KEYS)
+    }
     for line in body.pop("validation", []):
         body[f"validation, step {line['step']}"] = line["validation"]
     names = body.pop("names", None)

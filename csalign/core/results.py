@@ -1,11 +1,14 @@
-"""Results of the commands as frozen records, and the progress callback."""
+"""Results of the commands, one family of mappings, and the progress callback."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from csalign.core.calls import CALL_KEYS, current_call
 from csalign.core.enums import Names
+from csalign.core.errors import ConfigError
+from csalign.core.figures import figure_of
 
 Progress = Callable[[str, int, int | None], None]
 """``progress(what, done, total)``: `what` names the work and its unit ("images"), `done` counts
@@ -23,18 +26,199 @@ def show_figures(progress: Progress, figures: Mapping[str, float]) -> None:
         show(figures)
 
 
-@dataclass(frozen=True)
-class Result:
-    """Base of the results."""
+_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_SHOWN_ITEMS = 8  # of a list
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; "names" only if the sides have names of their own."""
+
+class Result(dict[str, Any]):
+    """What a command returns: a dict of plain JSON values, the document that ``--json`` prints.
+
+    Its last keys say how it came about: "csalign_version", "date" (ISO 8601, UTC), "command", and
+    "warnings", a list. Two results are equal if all other keys are.
+
+    >>> result = Result(rows=3, recall={"value": 0.5})
+    >>> result["recall"]["value"]
+    0.5
+    >>> result
+    Result
+      rows          3
+      recall value  0.5
+    >>> result.to_frame()
+       rows  recall.value
+    0     3           0.5
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict of JSON values."""
+        return dict(self)
+
+    def to_frame(self) -> Any:
+        """Return a `pandas.DataFrame`: one row, or what the class says.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ConfigError(
+                "to_frame: needs pandas; install it with: pip install pandas"
+            ) from None
+        return pd.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
+        return [{".".join(path): value for path, value in leaves(own)}]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """Return what the repr shows, by name."""
+        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
+        return [
+            (" ".join(path).replace("_", " "), _short(value))
+            for path, value in leaves(own)
+            if value is not None
+        ]
+
+    def __repr__(self) -> str:
+        lines = self._lines()
+        width = max((len(name) for name, _ in lines), default=0)
+        shown = [f"  {name:{width}}  {value}".rstrip() for name, value in lines]
+        warned = [f"  warning: {text}" for text in self.get("warnings", ())]
+        return "\n".join([type(self).__name__, *shown, *warned])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict):
+            return NotImplemented
+        return _without_call(self) == _without_call(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of every dict
+
+
+def _without_call(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in CALL_KEYS}
+
+
+def leaves(
+    document: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and the value of everything in a nested document."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _short(value: Any) -> str:
+    """Format a value for a line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and (len(value) > _SHOWN_ITEMS or Mapping in map(type, value)):
+        return f"{len(value):,} items"
+    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
+
+
+class EvalResult(Result):
+    """What `evaluate` measured.
+
+    `to_frame` has a row per figure: its "block" ("retrieval", "gap", ...), "part" ("image_to_text",
+    "image", ...; None for both sides), "figure", "value", and the ends "low" and "high" of its 95 %
+    interval, None where there is none.
+    """
+
+    def _figures(self) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for block, content in self.items():
+            if isinstance(content, Mapping) and block not in _NO_FIGURES:
+                yield from leaves(content, (block,))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "block": path[0],
+                "part": ".".join(path[1:-1]) or None,
+                "figure": path[-1],
+                "value": value,
+                "low": low,
+                "high": high,
+            }
+            for path, value in self._figures()
+            for low, high in [self._interval(path)]
+        ]
+
+    def _interval(self, path: tuple[str, ...]) -> Any:
+        found: Any = self.get("intervals", {})
+        for key in path[1:]:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, list) else (None, None)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        counts = ", ".join(f"{count:,} {name}" for name, count in self["counts"].items())
+        about = {key: self.get(key) for key in ("features", "adapter", "split", "images")}
+        about = {key: value for key, value in about.items() if value is not None}
+        if "features" in about:
+            about.setdefault("adapter", "none")
+        shown = []
+        for path, value in self._figures():
+            place = ".".join(path)
+            if place in _SHOWN or path[0] not in ("retrieval", "gap", "hubness"):
+                figure = figure_of(place)
+                part = f"{path[1].replace('_', ' ')} " if len(path) > 2 else ""
+                interval = self._interval(path)
+                ends = (
+                    "" if interval[0] is None else " [{}, {}]".format(*map(figure.show, interval))
+                )
+                shown.append((part + figure.heading, figure.show(value) + ends))
+        return [*about.items(), ("counts", counts), *shown]
+
+
+_SHOWN = (
+    *("retrieval.mean_recall", "retrieval.image_to_text.R@1", "retrieval.text_to_image.R@1"),
+    "gap.centroid_distance",
+)
+
+
+class CompareResult(Result):
+    """Systems side by side, from `compare`; `to_frame` has a row per system."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {".".join(path): value for path, value in leaves(row)} for row in self["evaluations"]
+        ]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [
+            (row["name"], f"mean recall {100 * row['mean_recall']:.2f} %, {row['verdict']}")
+            for row in self["evaluations"]
+        ]
+
+
+class SearchResult(Result):
+    """Items found by `search`; `to_frame` has a row per hit, with its "query"."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"query": one["query"], **hit} for one in self["queries"] for hit in one["hits"]]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [
+            (one["query"] if hit["rank"] == 1 else "", f"{hit['score']:.4f}  {named}")
+            for one in self["queries"]
+            for hit in one["hits"]
+            for named in [" ".join(filter(None, [hit["id"], hit["caption"]]))]
+        ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fields(Result):
+    """A result whose values are attributes as well, there as Python types: a path is a `Path`."""
+
+    def __post_init__(self) -> None:
+        """Fill the mapping; "names" only if the sides have names of their own."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        return {name: value for name, value in values.items() if name != "names" or value}
+        self.update({name: value for name, value in values.items() if name != "names" or value})
 
 
-@dataclass(frozen=True)
-class FeaturesResult(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class FeaturesResult(Fields):
     """A feature set that extract, import or apply wrote.
 
     Attributes:
@@ -57,9 +241,9 @@ class FeaturesResult(Result):
     names: Names | None = None
 
 
-@dataclass(frozen=True)
-class TrainResult(Result):
-    """A finished training run.
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainResult(Fields):
+    """A finished training run; `to_frame` has a row per entry of "validation".
 
     Attributes:
         run: its folder.
@@ -83,9 +267,12 @@ class TrainResult(Result):
     seconds: float
     names: Names | None = None
 
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"weights": name, **score} for name, score in self.validation.items()]
 
-@dataclass(frozen=True)
-class GenerateResult(Result):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GenerateResult(Fields):
     """Images generated from text.
 
     Attributes:
@@ -107,8 +294,8 @@ class GenerateResult(Result):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Trial(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class Trial(Fields):
     """One training run of a search.
 
     Attributes:
@@ -143,9 +330,9 @@ class Trial(Result):
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class TuneResult(Result):
-    """The state of a search.
+@dataclass(frozen=True, eq=False, repr=False)
+class TuneResult(Fields):
+    """The state of a search; `to_frame` has a row per trial.
 
     Attributes:
         study: its folder.
@@ -165,6 +352,9 @@ class TuneResult(Result):
     trials: list[Trial]
     seconds: float
 
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for trial in self.trials for row in trial._rows()]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -183,4 +373,4 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as one document."""
-        return {**self.head, "queries": list(self.queries)}
+        return {**self.head, "queries": list(self.queries), **current_call().to_json()}

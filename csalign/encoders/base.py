@@ -110,7 +110,7 @@ class Encoders(NamedTuple):
 
     def side(self, modality: Modality) -> ImageEncoder | TextEncoder | None:
         """Return the encoder of one side."""
-        return self.image if modality is Modality.IMAGE else self.text
+        return self.image if Modality.of(modality) is Modality.IMAGE else self.text
 
 
 def is_trusted(spec: str) -> bool:

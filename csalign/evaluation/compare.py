@@ -9,9 +9,11 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
+from csalign.adapters.inputs import LocalInputs
+from csalign.core.calls import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.core.records import parse_json
-from csalign.core.results import Progress, silent
+from csalign.core.results import CompareResult, Progress, silent
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure
 from csalign.features.schema import read_manifest
@@ -89,7 +91,13 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    CompareConfig,
+    "*systems",
+    example='csalign.compare("run-a", "run-b", split="test")',
+    inputs=LocalInputs,
+)
+def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 
     A run is evaluated on the features that it was trained on. A document of ``csalign eval --json``
@@ -123,7 +131,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     rows = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
     sides = entries[0].document.names
     is_common = sides is not None and all(entry.document.names == sides for entry in entries)
-    return {"evaluations": rows} | ({"names": sides} if is_common else {})
+    return CompareResult({"evaluations": rows} | ({"names": sides} if is_common else {}))
 
 
 def _evaluate_run(path: Path, config: CompareConfig) -> _Entry:

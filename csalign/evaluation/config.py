@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Location, NotNegative, Positive, RunFolder, Words
+from csalign.core.config import Config, Location, NotNegative, Positive, RunSource, Words
 from csalign.core.errors import ConfigError
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
@@ -34,7 +34,7 @@ class SourceOptions(AdaptedOptions):
     features: Location | None = Field(
         None, description="Feature set to evaluate. Required unless --images is given."
     )
-    adapter: RunFolder | None = Field(
+    adapter: RunSource | None = Field(
         None, description="Run folder (default: evaluate the features as they are)."
     )
 

@@ -1,14 +1,15 @@
 """``csalign diagnose``: the conflict between the two parts of the loss, and the gap's parts."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
-from csalign.core.results import Progress, silent
+from csalign.adapters.inputs import LocalInputs
+from csalign.core.calls import command
+from csalign.core.results import Progress, Result, silent
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
 from csalign.evaluation.protocols import AlignedRows
@@ -44,7 +45,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
-def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    DiagnoseConfig,
+    "features",
+    example='csalign.diagnose("features")',
+    inputs=LocalInputs,
+)
+def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Decompose InfoNCE and the full objective on given embeddings.
 
     InfoNCE is alignment, which pulls pairs together, plus uniformity, which pushes everything
@@ -119,7 +126,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     if config.plot is not None:
         write_diagnosis(config.plot, document)
     progress("diagnosis stages", 2, 2)
-    return document
+    return Result(document)
 
 
 def _sample_pairs(aligned: AlignedRows, most: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,15 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
 from csalign.core import distributed
+from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
-from csalign.core.results import Progress, silent
+from csalign.core.results import EvalResult, Progress, silent
 from csalign.evaluation import protocols
 from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
 from csalign.evaluation.extra_metrics import Extras, prepare_extras
@@ -80,7 +82,13 @@ class Evaluation:
         return replace(found, figures=kept)
 
 
-def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    EvalConfig,
+    "features",
+    example='csalign.evaluate("features", adapter="run")',
+    inputs=LocalInputs,
+)
+def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.
 
     Under torchrun the processes share the exact ranking, and each returns the document.
@@ -105,7 +113,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     else:
         with distributed.process_group():
             document = _evaluate_features(config, progress)
-    return document | ({"explanations": explain(document)} if config.explain else {})
+    return EvalResult(document | ({"explanations": explain(document)} if config.explain else {}))
 
 
 def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:

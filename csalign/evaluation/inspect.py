@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from csalign.core.calls import command
 from csalign.core.errors import DataError
-from csalign.core.paths import is_remote, parse_location
+from csalign.core.paths import is_remote
+from csalign.core.results import Progress, Result, silent
+from csalign.evaluation.config import InspectConfig
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
@@ -12,7 +15,12 @@ from csalign.ingest.locks import merge_parts
 from csalign.runs.metadata import read_environment, read_lines, read_settings
 
 
-def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
+@command(
+    InspectConfig,
+    "path",
+    example='csalign.inspect("features")',
+)
+def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     """Verify a feature set, a run or an index, and summarise it.
 
     The path is the folder, or a file in it. With `merge` the feature set is first built from the
@@ -25,14 +33,14 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
         DataError: there is no such artifact, or parts of it are missing.
         SchemaError: it is damaged; the file is named.
     """
-    path = parse_location(path)
-    if merge:
+    path = config.path
+    if config.merge:
         merge_parts(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     folder = path.parent if path.is_file() else path
     if (folder / MANIFEST).is_file():
-        return _inspect_features(folder)
+        return Result(_inspect_features(folder))
     # Torch and FAISS take seconds to import, which feature sets need not wait for.
     from csalign.adapters.checkpoint import DESCRIPTION
     from csalign.indexing.manifest import DESCRIPTION as INDEX
@@ -44,15 +52,16 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
         scores = [line for line in read_lines(folder) if "validation" in line]
         read_settings(folder)
         read_environment(folder)
-        return {
-            "kind": "run",
-            "path": str(folder),
-            **info.model_dump(mode="json", exclude={"format"}),
-            "parameters": adapter.parameter_counts(),
-            "validation": scores,
-        }
+        return Result(
+            kind="run",
+            path=str(folder),
+            written_by=info.csalign_version,
+            **info.model_dump(mode="json", exclude={"format", "csalign_version", "validation"}),
+            parameters=adapter.parameter_counts(),
+            validation=scores,
+        )
     if not is_remote(folder) and (folder / INDEX).is_file():
-        return describe_index(folder, read_index_manifest(folder, whole=True))
+        return Result(describe_index(folder, read_index_manifest(folder, whole=True)))
     raise DataError(
         f"{path}: is neither a feature set (it has no {MANIFEST}) nor a run (no {DESCRIPTION}) nor "
         f"an index (no {INDEX})"

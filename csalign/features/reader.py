@@ -248,7 +248,7 @@ class FeatureSet:
 
     def table(self, modality: Modality) -> FeatureTable:
         """Return the table of one side."""
-        return self.images if modality is Modality.IMAGE else self.texts
+        return self.images if Modality.of(modality) is Modality.IMAGE else self.texts
 
     def verify(self) -> None:
         """Compare every shard with its checksum."""

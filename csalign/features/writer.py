@@ -191,6 +191,7 @@ class FeatureWriter:
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
+        modality = Modality.of(modality)
         ids = rows.columns[schema.ID]
         if not all(ids):
             raise DataError(f"{modality} {[bool(value) for value in ids].index(False)}: has no id")

@@ -4,7 +4,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.core.config import (
+    Config,
+    Count,
+    Location,
+    Number,
+    OutputConfig,
+    Positive,
+    RunFolder,
+    RunSource,
+)
 
 
 class PromptOptions(Config):
@@ -19,7 +28,7 @@ class PromptOptions(Config):
         None, description="Feature set whose texts are used, instead of --prompts."
     )
     split: str = Field("all", description="Split(s) of --features, comma-separated.")
-    adapter: RunFolder = Field(
+    adapter: RunSource = Field(
         description="Run trained with --image-adapter identity on the decoder's image encoder."
     )
     allow_adapter: str | None = Field(

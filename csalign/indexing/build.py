@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +11,14 @@ import pyarrow as pa
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
+from csalign.core.calls import command
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, Result, silent
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.indexing.config import IndexConfig, ItemOptions, VectorOptions
@@ -60,7 +61,14 @@ class SearchIndex:
     adapter: Adapter | None
 
 
-def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    IndexConfig,
+    "features",
+    "out",
+    example='csalign.index("features", "index", adapter="run")',
+    inputs=LocalInputs,
+)
+def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.
 
     Raises:
@@ -84,7 +92,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
             for name in (ADAPTER_DESCRIPTION, WEIGHTS):
                 shutil.copy(config.adapter / name, folder / ADAPTER / name)
         manifest = write_index_manifest(folder, built.manifest)
-    return describe_index(config.out, manifest)
+    return Result(describe_index(config.out, manifest))
 
 
 def build_index(

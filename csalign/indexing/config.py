@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, Share
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource, Share
 
 
 class ItemOptions(Config):
@@ -13,7 +13,7 @@ class ItemOptions(Config):
 
     panel: ClassVar[str] = "Items"
 
-    adapter: RunFolder | None = Field(
+    adapter: RunSource | None = Field(
         None, description="Run that maps the features; without it they are used as stored."
     )
     allow_adapter: str | None = Field(

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
+from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
 from csalign.core.errors import (
@@ -26,7 +28,7 @@ from csalign.core.errors import (
     ShapeError,
 )
 from csalign.core.paths import is_remote
-from csalign.core.results import Found, Progress, silent
+from csalign.core.results import Found, Progress, SearchResult, silent
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
@@ -246,7 +248,14 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return found
 
 
-def search(config: SearchConfig, progress: Progress = silent) -> Document:
+@command(
+    SearchConfig,
+    "index",
+    "query",
+    example='csalign.search("index", "a red flower")',
+    inputs=LocalInputs,
+)
+def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
 
     Returns:
@@ -258,9 +267,16 @@ def search(config: SearchConfig, progress: Progress = silent) -> Document:
         EncoderError: the query's encoder cannot be loaded, or is not that of the items.
         OutputError: the page cannot be written.
     """
-    return find(config, progress).to_json()
+    return SearchResult(find(config, progress).to_json())
 
 
+@command(
+    SearchConfig,
+    "index",
+    "query",
+    example='csalign.search("index", "a red flower")',
+    inputs=LocalInputs,
+)
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     if config.html is not None:

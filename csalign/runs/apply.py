@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
+from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.results import FeaturesResult, Progress, silent
@@ -25,6 +27,14 @@ from csalign.runs.load import check_features, load_adapter_for, stream_aligned
 logger = logging.getLogger(__name__)
 
 
+@command(
+    ApplyConfig,
+    "features",
+    "adapter",
+    "out",
+    example='csalign.apply("features", "run", "aligned")',
+    inputs=LocalInputs,
+)
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.
 
@@ -55,7 +65,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             received: dict[str, Any] = distributed.broadcast(dict)
             return FeaturesResult(**{**received, "features": config.out})
         result = _write(config, features, info, token_sides, rows, progress)
-        distributed.broadcast(result.to_json)
+        distributed.broadcast(result.to_dict)
         return result
 
 

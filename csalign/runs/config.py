@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
 
@@ -16,7 +16,7 @@ class ApplyInput(Config):
     panel: ClassVar[str] = "Input"
 
     features: Location = Field(description="Feature set to align.")
-    adapter: RunFolder = Field(description="Run folder, or a checkpoint in it.")
+    adapter: RunSource = Field(description="Run folder, or a checkpoint in it.")
     allow_adapter: str | None = Field(None, description=ALLOWED)
 
 
@@ -50,7 +50,7 @@ class ExportConfig(OutputConfig):
     positional: ClassVar[tuple[str, ...]] = ("run",)
 
     out: RunFolder = Field(description="Output folder.")
-    run: RunFolder = Field(description="Run folder, or a checkpoint in it.")
+    run: RunSource = Field(description="Run folder, or a checkpoint in it.")
     to: Literal["onnx", "safetensors", "hub-folder"] = Field(
         description="image.onnx and text.onnx; the weights with adapter.json; or those with the "
         "training log, ready to upload."

@@ -11,13 +11,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
+from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.records import parse_json
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, Result, silent
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
 from csalign.runs.load import Array, check_features, load_run, stream_aligned
@@ -110,9 +112,16 @@ def _escape_line(text: str) -> str:
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
+@command(
+    ExportConfig,
+    "run",
+    "out",
+    example='csalign.export("run", "exported", to="onnx")',
+    inputs=LocalInputs,
+)
 def export(
     config: ExportConfig, progress: Progress = silent, *, tolerance: float = TOLERANCE
-) -> dict[str, Any]:
+) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
     Returns:
@@ -154,12 +163,12 @@ def export(
         files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         for path in files:
             atomic.fsync_path(path)
-    return {
-        "out": str(config.out),
-        "to": config.to,
-        "files": [path.name for path in files],
-        "differences": differences,
-    }
+    return Result(
+        out=str(config.out),
+        to=config.to,
+        files=[path.name for path in files],
+        differences=differences,
+    )
 
 
 def _samples(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[str, Modality, Array]]:

@@ -3,8 +3,10 @@
 from functools import partial
 from typing import Any
 
+from csalign.adapters.inputs import LocalInputs
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
+from csalign.core.calls import command
 from csalign.core.results import Progress, TrainResult, silent
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
@@ -24,6 +26,13 @@ from csalign.training.moment_matching import match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
 
 
+@command(
+    TrainConfig,
+    "features",
+    "out",
+    example='csalign.train("features", "run", steps=200)',
+    inputs=LocalInputs,
+)
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
 

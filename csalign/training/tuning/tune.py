@@ -24,7 +24,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from csalign.adapters.inputs import LocalInputs
 from csalign.core import __version__, atomic, locks, outputs, signals
+from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -64,6 +66,13 @@ FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign
 RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
+@command(
+    TuneConfig,
+    "features",
+    "out",
+    example='csalign.tune("features", "study", minutes=30)',
+    inputs=LocalInputs,
+)
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
@@ -198,7 +207,7 @@ def _run_trial(
         reason = str(error)
     seconds = round(time.monotonic() - began, 3)
     record = Trial(number, state, settings, seconds, **figures, reason=reason)
-    trial.set_user_attr(RECORD, record.to_json())
+    trial.set_user_attr(RECORD, dict(record))
     _finish(study, trial.number, record)
 
 
