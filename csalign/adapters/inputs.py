@@ -1,14 +1,28 @@
 """What a command takes in place of a path: arrays, adapters in memory, names on the hub."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from csalign.adapters.hub import local_run
+from csalign.core import calls
 from csalign.core.calls import is_array, is_pair_of_arrays
+from csalign.core.config import Config
+from csalign.core.results import Progress
+
+C = TypeVar("C", bound=Config)
+R = TypeVar("R")
 
 _RUNS = ("adapter", "run")
+
+
+def command(
+    config: type[C], *positional: str, example: str
+) -> Callable[[Callable[[C, Progress], R]], Callable[..., R]]:
+    """Decorate a command like `calls.command`, which then takes `LocalInputs` too."""
+    return calls.command(config, *positional, example=example, inputs=LocalInputs)
 
 
 class LocalInputs:

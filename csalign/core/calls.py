@@ -112,8 +112,9 @@ class _Collector(logging.Handler):
 class Inputs(Protocol):
     """Values of options that stand for paths, put on disk while a command runs."""
 
-    names: Mapping[str, str]
-    """What messages and results call each of those paths."""
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What messages and results call each of those paths."""
 
     def place(self, option: str, value: Any) -> Any:
         """Return the value of an option with paths for what is not one."""
@@ -213,12 +214,10 @@ def _checked(
     """Return the config and the progress callback of a call with a config."""
     settings, *rest = args
     if not isinstance(settings, config):
-        raise ConfigError(
-            f"csalign.{name}: takes a {config.__name__}, not a {type(settings).__name__}"
-        )
+        raise ConfigError(f"csalign.{name}: takes {config.__name__}, not {type(settings).__name__}")
     if options or len(rest) > 1:
         raise ConfigError(
-            f"csalign.{name}: takes a {config.__name__} and a progress callback, or the options as "
+            f"csalign.{name}: takes {config.__name__} and a progress callback, or the options as "
             "keywords; do not mix them"
         )
     return settings, rest[0] if rest else progress
@@ -260,13 +259,6 @@ def _named(
     for option in options:
         if option in given:
             raise ConfigError(f"csalign.{name}: {option} is given twice; for instance {example}")
-        if option not in config.model_fields:
-            close = get_close_matches(option, config.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
-            raise ConfigError(
-                f"csalign.{name}: has no option {option}{hint} help(csalign.{name}) lists them; "
-                f"for instance {example}"
-            )
     return {key: value for key, value in (given | dict(options)).items() if value is not None}
 
 
@@ -279,11 +271,19 @@ def _resolved(name: str, config: type[C], given: Mapping[str, Any], example: str
     ]
     if missing:
         raise ConfigError(
-            f"csalign.{name}: {' and '.join(missing)} missing; for instance {example}"
+            f"csalign.{name}: {' and '.join(missing)}: required; for instance {example}"
         )
     try:
         return config.resolve(None, given)
     except ConfigError as error:
+        for option in given:
+            if re.search(rf"^{option.replace('_', '[-_]')}: unknown key", str(error), re.MULTILINE):
+                close = get_close_matches(option, config.model_fields, n=1)
+                hint = f"; did you mean {close[0]}?" if close else "."
+                raise ConfigError(
+                    f"csalign.{name}: has no option {option}{hint} help(csalign.{name}) lists "
+                    f"them; for instance {example}"
+                ) from None
         lines = str(error).splitlines()
         message = "\n".join(f"csalign.{name}: {_spelled(line)}" for line in lines)
         raise ConfigError(message) from None

@@ -91,7 +91,7 @@ class Result(dict[str, Any]):
             return NotImplemented
         return _without_call(self) == _without_call(other)
 
-    __hash__ = None  # type: ignore[assignment]  # as of every dict
+    __hash__ = None  # as of every dict
 
 
 def _without_call(document: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +113,11 @@ def _short(value: Any) -> str:
     """Format a value for a line."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list) and (len(value) > _SHOWN_ITEMS or Mapping in map(type, value)):
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) > _SHOWN_ITEMS or any(isinstance(own, Mapping) for own in value):
         return f"{len(value):,} items"
-    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(_short, value))
 
 
 class EvalResult(Result):
@@ -129,7 +131,10 @@ class EvalResult(Result):
     def _figures(self) -> Iterator[tuple[tuple[str, ...], Any]]:
         for block, content in self.items():
             if isinstance(content, Mapping) and block not in _NO_FIGURES:
-                yield from leaves(content, (block,))
+                found = leaves(content, (block,))
+                yield from (
+                    (path, value) for path, value in found if isinstance(value, int | float)
+                )
 
     def _rows(self) -> list[dict[str, Any]]:
         return [
@@ -153,10 +158,8 @@ class EvalResult(Result):
 
     def _lines(self) -> list[tuple[str, str]]:
         counts = ", ".join(f"{count:,} {name}" for name, count in self["counts"].items())
-        about = {key: self.get(key) for key in ("features", "adapter", "split", "images")}
-        about = {key: value for key, value in about.items() if value is not None}
-        if "features" in about:
-            about.setdefault("adapter", "none")
+        keys = [key for key in ("features", "adapter", "split", "images") if key in self]
+        about = [(key, "none" if self[key] is None else str(self[key])) for key in keys]
         shown = []
         for path, value in self._figures():
             place = ".".join(path)
@@ -168,7 +171,7 @@ class EvalResult(Result):
                     "" if interval[0] is None else " [{}, {}]".format(*map(figure.show, interval))
                 )
                 shown.append((part + figure.heading, figure.show(value) + ends))
-        return [*about.items(), ("counts", counts), *shown]
+        return [*about, ("counts", counts), *shown]
 
 
 _SHOWN = (

@@ -9,8 +9,7 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import LocalInputs
-from csalign.core.calls import command
+from csalign.adapters.inputs import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
 from csalign.core.records import parse_json
 from csalign.core.results import CompareResult, Progress, silent
@@ -95,7 +94,6 @@ class _Entry:
     CompareConfig,
     "*systems",
     example='csalign.compare("run-a", "run-b", split="test")',
-    inputs=LocalInputs,
 )
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import LocalInputs
-from csalign.core.calls import command
+from csalign.adapters.inputs import command
 from csalign.core.results import Progress, Result, silent
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
@@ -49,7 +48,6 @@ def cosine(a: Tensor, b: Tensor) -> float:
     DiagnoseConfig,
     "features",
     example='csalign.diagnose("features")',
-    inputs=LocalInputs,
 )
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Decompose InfoNCE and the full objective on given embeddings.

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import distributed
-from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -86,7 +85,6 @@ class Evaluation:
     EvalConfig,
     "features",
     example='csalign.evaluate("features", adapter="run")',
-    inputs=LocalInputs,
 )
 def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.

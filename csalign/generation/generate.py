@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.core import atomic, locks, outputs
-from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
@@ -158,7 +157,6 @@ class Generation(Record):
 @command(
     GenerateConfig,
     example='csalign.generate(prompts="p.txt", adapter="run", decoder="FOLDER", out="images")',
-    inputs=LocalInputs,
 )
 def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateResult:
     """Map texts into the space of a decoder's images and draw an image of each.

@@ -11,10 +11,9 @@ import pyarrow as pa
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
-from csalign.core.calls import command
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -66,7 +65,6 @@ class SearchIndex:
     "features",
     "out",
     example='csalign.index("features", "index", adapter="run")',
-    inputs=LocalInputs,
 )
 def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.

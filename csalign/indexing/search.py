@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
-from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
 from csalign.core.errors import (
@@ -253,7 +252,6 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     "index",
     "query",
     example='csalign.search("index", "a red flower")',
-    inputs=LocalInputs,
 )
 def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
@@ -275,7 +273,6 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     "index",
     "query",
     example='csalign.search("index", "a red flower")',
-    inputs=LocalInputs,
 )
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""

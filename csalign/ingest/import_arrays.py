@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.core import atomic, outputs
-from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.results import FeaturesResult, Progress, silent
@@ -31,7 +30,6 @@ _FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more i
     "images",
     "texts",
     example='csalign.import_arrays("image.npy", "text.npy", out="features")',
-    inputs=LocalInputs,
 )
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
     """Write embeddings and the labels of their rows as a feature set.

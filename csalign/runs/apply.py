@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
-from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.results import FeaturesResult, Progress, silent
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
     "adapter",
     "out",
     example='csalign.apply("features", "run", "aligned")',
-    inputs=LocalInputs,
 )
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.

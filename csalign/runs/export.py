@@ -11,11 +11,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
-from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.records import parse_json
@@ -117,7 +116,6 @@ def _escape_line(text: str) -> str:
     "run",
     "out",
     example='csalign.export("run", "exported", to="onnx")',
-    inputs=LocalInputs,
 )
 def export(
     config: ExportConfig, progress: Progress = silent, *, tolerance: float = TOLERANCE

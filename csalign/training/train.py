@@ -3,10 +3,9 @@
 from functools import partial
 from typing import Any
 
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
-from csalign.core.calls import command
 from csalign.core.results import Progress, TrainResult, silent
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
@@ -31,7 +30,6 @@ from csalign.training.sampler import PairSampler, make_sampler
     "features",
     "out",
     example='csalign.train("features", "run", steps=200)',
-    inputs=LocalInputs,
 )
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.

@@ -24,9 +24,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.adapters.inputs import LocalInputs
+from csalign.adapters.inputs import command
 from csalign.core import __version__, atomic, locks, outputs, signals
-from csalign.core.calls import command
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -71,7 +70,6 @@ RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
     "features",
     "out",
     example='csalign.tune("features", "study", minutes=30)',
-    inputs=LocalInputs,
 )
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
