@@ -172,7 +172,7 @@ def command(
                     given = {key: placed.place(key, value) for key, value in given.items()}
                     settings = _resolved(name, config, given, example)
                 shown = default_progress() if progress is None else nullcontext(progress)
-                text = _renamed(_call_text(name, settings), placed.names)
+                text = _renamed(_call_text(name, settings, positional), placed.names)
                 with recorded_call(text) as recorded, _in_python(recorded, config, placed):
                     with shown as callback:
                         result = function(settings, callback)
@@ -295,13 +295,13 @@ def _spelled(text: str) -> str:
     return _FLAG.sub(lambda found: found[1].replace("-", "_"), text)
 
 
-def _call_text(name: str, settings: Config) -> str:
-    """Return a call as it could be typed, with the options that were given."""
-    values = {
-        option: getattr(settings, option)
-        for option in type(settings).model_fields
-        if option in settings.model_fields_set
-    }
+def _call_text(name: str, settings: Config, first: Sequence[str]) -> str:
+    """Return a call as it could be typed: the options that were given, some of them first."""
+    names = [
+        option for option in type(settings).model_fields if option in settings.model_fields_set
+    ]
+    names.sort(key=[*first, *names].index)
+    values = {option: getattr(settings, option) for option in names}
     shown = ", ".join(
         f"{option}={_plain(value)!r}" for option, value in values.items() if value is not None
     )

@@ -113,6 +113,15 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     Raises:
         DataError: a path is missing, or is neither a run nor such a document.
         ConfigError: the baseline is not one of them.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.compare("run", "run").to_frame()["verdict"].tolist()
+    ['baseline', 'cannot tell']
     """
     entries = []
     for number, path in enumerate(config.systems):

@@ -102,7 +102,11 @@ class MeasureOptions(Config):
 
 
 class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
-    """``csalign eval``: retrieval and modality gap, or the distance of two image sets."""
+    """``csalign eval``: retrieval and modality gap, or the distance of two image sets.
+
+    >>> EvalConfig(features="features", split="test").resamples
+    1000
+    """
 
     panel: ClassVar[str] = "Output"
 
@@ -130,7 +134,11 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
 
 class DiagnoseConfig(SourceOptions):
-    """``csalign diagnose``: the conflict between alignment and uniformity."""
+    """``csalign diagnose``: the conflict between alignment and uniformity.
+
+    >>> DiagnoseConfig(features="features").pairs
+    1000
+    """
 
     panel: ClassVar[str] = "Analysis"
 
@@ -148,7 +156,11 @@ class DiagnoseConfig(SourceOptions):
 
 
 class CompareConfig(AdaptedOptions):
-    """``csalign compare``: runs and evaluations, each against a baseline."""
+    """``csalign compare``: runs and evaluations, each against a baseline.
+
+    >>> CompareConfig(systems=["run-a", "run-b"]).device
+    'auto'
+    """
 
     panel: ClassVar[str] = "Comparison"
     positional: ClassVar[tuple[str, ...]] = ("systems",)
@@ -164,7 +176,11 @@ class CompareConfig(AdaptedOptions):
 
 
 class InspectConfig(Config):
-    """``csalign inspect``: the content of an artifact."""
+    """``csalign inspect``: the content of an artifact.
+
+    >>> InspectConfig(path="features").merge
+    False
+    """
 
     panel: ClassVar[str] = "Completion"
     positional: ClassVar[tuple[str, ...]] = ("path",)

@@ -62,6 +62,11 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
 
     Raises:
         DataError, ShapeError, SchemaError, OutputError: as `evaluate`.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.diagnose(features=(images, texts))["pairs"]
+    60
     """
     if config.plot is not None:
         check_page(config.plot)

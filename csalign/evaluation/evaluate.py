@@ -104,6 +104,21 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
         ShapeError: the widths of the sides, or of the adapter, do not match.
         SchemaError: the features or the adapter are damaged.
         OutputError: the page cannot be written.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.evaluate(images, images)["retrieval"]["mean_recall"]
+    1.0
+    >>> print(csalign.evaluate(images, texts, intervals=False))
+    EvalResult
+      features               arrays
+      adapter                none
+      split                  all
+      counts                 60 images, 60 texts, 60 pairs
+      image to text R@1 % ↑  0.00
+      text to image R@1 % ↑  1.67
+      mean recall % ↑        10.28
+      centroid distance ↓    0.1740
     """
     config.check()
     if config.images is not None and config.generated is not None:

@@ -32,6 +32,13 @@ def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     Raises:
         DataError: there is no such artifact, or parts of it are missing.
         SchemaError: it is damaged; the file is named.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.inspect("features")["counts"]
+    {'images': 60, 'texts': 60, 'pairs': 60, 'failures': 0}
     """
     path = config.path
     if config.merge:

@@ -79,9 +79,8 @@ def write_arrays(folder: Path, images: Any, texts: Any, image_of_text: Any = Non
         for side, rows in sides.items():
             for start in range(0, len(rows), CHUNK_ROWS):
                 chunk = rows[start : start + CHUNK_ROWS]
-                columns: dict[str, list[str | None]] = {
-                    "id": [str(start + row) for row in range(len(chunk))]
-                }
+                ids: list[str | None] = [str(start + row) for row in range(len(chunk))]
+                columns = {"id": ids}
                 if side is Modality.TEXT:
                     own = owners[start : start + CHUNK_ROWS].tolist()
                     columns["image_id"] = [None if row < 0 else str(row) for row in own]

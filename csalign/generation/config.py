@@ -63,7 +63,11 @@ class DecoderOptions(Config):
 
 
 class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
-    """``csalign generate``: images from text with an unCLIP decoder."""
+    """``csalign generate``: images from text with an unCLIP decoder.
+
+    >>> GenerateConfig(adapter="run", decoder="folder", out="images").batch_size
+    4
+    """
 
     panel: ClassVar[str] = "Images"
     positional: ClassVar[tuple[str, ...]] = ()

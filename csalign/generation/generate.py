@@ -170,6 +170,11 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         DecoderError, EncoderError: a network cannot be loaded or run.
         OutputError: ``config.out`` or ``OUT.partial`` exists and is not to be replaced.
         ShapeError: the widths of decoder, adapter and features do not fit.
+
+    >>> import csalign
+    >>> csalign.generate(prompts="p.txt", adapter="run", decoder="nowhere", out="images")
+    Traceback (most recent call last):
+    csalign.core.errors.DecoderError: ...
     """
     began = time.monotonic()
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)

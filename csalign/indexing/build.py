@@ -74,6 +74,13 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
         DataError: no such feature set or run; no rows, or too few for the index; a row without a
             direction; widths that do not fit; or an input is damaged.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.index("features", "index")["rows"]
+    60
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)

@@ -46,7 +46,11 @@ class VectorOptions(Config):
 
 
 class IndexConfig(ItemOptions, OutputConfig, VectorOptions):
-    """``csalign index``: build a search index on disk."""
+    """``csalign index``: build a search index on disk.
+
+    >>> IndexConfig(features="features", out="index").side
+    'image'
+    """
 
     panel: ClassVar[str] = "Index"
 
@@ -80,7 +84,11 @@ class QueryOptions(Config):
 
 
 class SearchConfig(QueryOptions, ItemOptions):
-    """``csalign search``: find the nearest items of an index or a feature set."""
+    """``csalign search``: find the nearest items of an index or a feature set.
+
+    >>> SearchConfig(index="index", query="a red flower").top
+    10
+    """
 
     panel: ClassVar[str] = "Results"
     positional: ClassVar[tuple[str, ...]] = ("index", "query")

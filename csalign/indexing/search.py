@@ -264,6 +264,17 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
         DataError: no such index or feature set, it is damaged, or a query cannot be used.
         EncoderError: the query's encoder cannot be loaded, or is not that of the items.
         OutputError: the page cannot be written.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.search("features", embedding=images[:1], query_side="image", top=1)
+    SearchResult
+      0  1.0000  0
+    >>> csalign.search("features", "a red flower")
+    Traceback (most recent call last):
+    csalign.core.errors.EncoderError: features: its texts were encoded with 'unknown', ...
     """
     return SearchResult(find(config, progress).to_json())
 

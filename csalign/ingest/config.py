@@ -95,7 +95,11 @@ class ShardOptions(Config):
 
 
 class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOptions, ShardOptions):
-    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
+    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet.
+
+    >>> ExtractConfig(source="photos", out="features").dtype
+    'float16'
+    """
 
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
@@ -171,4 +175,8 @@ class RecordOptions(Config):
 
 
 class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
-    """``csalign import``: embeddings computed elsewhere -> the same artifact."""
+    """``csalign import``: embeddings computed elsewhere -> the same artifact.
+
+    >>> ImportConfig(images="a.npy", texts="b.npy", out="features").image_encoder
+    'unknown'
+    """

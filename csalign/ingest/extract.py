@@ -67,6 +67,14 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         DataError: the source cannot be used, or too much of it is unusable.
         EncoderError: an encoder cannot be loaded or does not return the requested tokens.
         ConfigError: a side of the source has no encoder, or the device does not exist.
+
+    >>> import csalign
+    >>> csalign.extract("photos", "features")
+    Traceback (most recent call last):
+    csalign.core.errors.DataError: photos: no such file or folder
+    >>> csalign.extract(
+    ...     "photos", "features", captions="captions.csv", encoder="open_clip:ViT-B-32/openai"
+    ... )  # doctest: +SKIP
     """
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")

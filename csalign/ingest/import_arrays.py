@@ -46,6 +46,17 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             or has norm 0.
         ShapeError: an array is not (rows, width) of floats.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images=images, texts=texts, out="features")
+    FeaturesResult
+      features  features
+      images    60
+      texts     60
+      pairs     60
+      failures  0
+      complete  True
     """
     _check_options(config)
     specs = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]

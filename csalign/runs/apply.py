@@ -46,6 +46,15 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
         DataError: no such feature set or run; or there are no pairs and the format needs them.
         ShapeError: the widths of the features differ from those of training.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.apply("features", "run", "aligned")["pairs"]
+    60
     """
     with distributed.process_group():
         if distributed.is_main_process():

@@ -35,7 +35,11 @@ class ApplyFormat(Config):
 
 
 class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
-    """``csalign apply``: write the aligned embeddings as a new feature set."""
+    """``csalign apply``: write the aligned embeddings as a new feature set.
+
+    >>> ApplyConfig(features="features", adapter="run", out="aligned").format
+    'parquet'
+    """
 
     panel: ClassVar[str] = "Execution"
 
@@ -44,7 +48,11 @@ class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
 
 
 class ExportConfig(OutputConfig):
-    """``csalign export``: write the adapter of a run for other programs, with a model card."""
+    """``csalign export``: write the adapter of a run for other programs, with a model card.
+
+    >>> ExportConfig(run="run", out="exported", to="onnx").to
+    'onnx'
+    """
 
     panel: ClassVar[str] = "Export"
     positional: ClassVar[tuple[str, ...]] = ("run",)

@@ -130,6 +130,15 @@ def export(
         ConfigError: a library is not installed, or the form does not support tokens.
         DataError: no such run or features, or an evaluation of another adapter.
         OutputError: a difference exceeds the tolerance; or ``config.out`` must not be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.export("run", "exported", to="safetensors")["files"]
+    ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)

@@ -250,7 +250,11 @@ class TrainConfig(
     OptimizerOptions,
     TokenOptions,
 ):
-    """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
+    """``csalign train``: adapters on cached features, with the CS-Aligner objective.
+
+    >>> TrainConfig(features="features", out="run").learning_rate
+    0.001
+    """
 
     out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
     overwrite: bool = Field(
@@ -309,7 +313,11 @@ class SearchOptions(Config):
 
 
 class TuneConfig(SearchOptions, TrainConfig):
-    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
+    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed.
+
+    >>> TuneConfig(features="features", out="study", trials=5).trials
+    5
+    """
 
     out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
     overwrite: bool = Field(False, description="Replace the study that is there.")

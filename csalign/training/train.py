@@ -52,6 +52,16 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             other options, or the page cannot be written.
         TrainingError: the loss is not finite any more; names the last good checkpoint.
         ElsewhereError: another process failed.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> result = csalign.train("features", "run", steps=2, hidden=8)
+    >>> result.run, result["pairs"]
+    (PosixPath('run'), {'train': 45, 'validation': 15})
+    >>> list(result.to_frame().columns)
+    ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with distributed.process_group():

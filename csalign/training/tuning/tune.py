@@ -82,6 +82,14 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         ConfigError: the settings are wrong, or there is nothing to search.
         OutputError: the folder is not a study, is another study, or is in use.
         TrainingError: all trials failed.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> result = csalign.tune("features", "study", trials=2, steps=2, search="noise")
+    >>> [trial.state for trial in result.trials]
+    ['complete', 'complete']
     """
     began = time.monotonic()
     _check_folder(config.out, config.features)
