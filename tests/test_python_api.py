@@ -142,7 +142,8 @@ def test_keywords_positions_and_configs_give_equal_results(stored: Path, tmp_pat
     by_position = csalign.train(str(stored), str(runs[2]), **SHORT)
 
     own = {"run": "", "seconds": 0.0}
-    assert csalign.Result(by_config | own) == by_keyword | own == by_position | own
+    first, second, third = (csalign.Result(r | own) for r in (by_config, by_keyword, by_position))
+    assert first == second == third
     for call in (csalign.evaluate, csalign.diagnose):
         config = COMMANDS[call.__name__]
         expected = call(config(features=stored, adapter=runs[0]))
@@ -264,9 +265,7 @@ def test_arrays_stand_for_paths_in_every_command(
     assert aligned.pairs == 120
     assert built["rows"] == 120
     assert [one["hits"][0]["id"] for one in found["queries"]] == ["0", "1"]
-    assert csalign.search(tmp_path / "index", embedding=pair[1][0], top=3)["index"].endswith(
-        "index"
-    )
+    assert csalign.search(tmp_path / "index", embedding=pair[1][0])["rows"] == 120
     assert csalign.diagnose(pair, adapter=fitted)["pairs"] == 120
 
 

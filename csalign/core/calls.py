@@ -297,9 +297,8 @@ def _spelled(text: str) -> str:
 
 def _call_text(name: str, settings: Config, first: Sequence[str]) -> str:
     """Return a call as it could be typed: the options that were given, some of them first."""
-    names = [
-        option for option in type(settings).model_fields if option in settings.model_fields_set
-    ]
+    given = settings.model_fields_set
+    names = [option for option in type(settings).model_fields if option in given]
     names.sort(key=[*first, *names].index)
     values = {option: getattr(settings, option) for option in names}
     shown = ", ".join(

@@ -1,11 +1,19 @@
 """Options of ``csalign index`` and ``csalign search``."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource, Share
+from csalign.core.enums import Modality
+
+
+def _singular(value: Any) -> Any:
+    return {side.plural: side.value for side in Modality}.get(value, value)
+
+
+Side = Annotated[Literal["image", "text"], BeforeValidator(_singular)]
 
 
 class ItemOptions(Config):
@@ -19,7 +27,7 @@ class ItemOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
-    side: Literal["image", "text"] = Field("image", description="Side to find.")
+    side: Side = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
     device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
 
@@ -75,7 +83,7 @@ class QueryOptions(Config):
     embedding: Location | None = Field(
         None, description="Encoder output as query: .npy of shape (d,) or (n, d)."
     )
-    query_side: Literal["image", "text"] | None = Field(
+    query_side: Side | None = Field(
         None, description="Side of --embedding (default: the side that is not indexed)."
     )
     encoder: str | None = Field(

@@ -117,9 +117,7 @@ def _escape_line(text: str) -> str:
     "out",
     example='csalign.export("run", "exported", to="onnx")',
 )
-def export(
-    config: ExportConfig, progress: Progress = silent, *, tolerance: float = TOLERANCE
-) -> Result:
+def export(config: ExportConfig, progress: Progress = silent) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
     Returns:
@@ -140,6 +138,11 @@ def export(
     >>> csalign.export("run", "exported", to="safetensors")["files"]
     ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
+    return write_checked(config, progress, TOLERANCE)
+
+
+def write_checked(config: ExportConfig, progress: Progress, tolerance: float) -> Result:
+    """Export like `export`, with another tolerance of components of unit rows."""
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     adapter, info = load_run(config.run, config.allow_adapter)

@@ -82,7 +82,7 @@ def test_a_side_may_be_named_by_its_word(name: str, takes: dict[str, Take]) -> N
     take = takes[name]
     for side in Modality:
         assert take(side.value) == take(side.plural) == take(side)
-    with pytest.raises(ConfigError, match="'?image'? or '?text'?"):
+    with pytest.raises(ConfigError, match=r"'?image'? or '?text'?"):
         take("img")
 
 
