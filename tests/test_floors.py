@@ -58,11 +58,11 @@ ONLY_DOORS = {
     "torch.distributed": {"core/distributed.py"},
     "transformers": {"generation/unclip.py", "encoders/hf_texts.py"},
     "umap": {"evaluation/page.py"},
-    "typer": {"cli/app.py", "cli/command.py", "cli/options.py"},
+    "typer": {"cli/app.py", "cli/errors.py", "cli/help.py", "cli/options.py"},
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 140  # modules of the package
+MAX_TOTAL = 150  # modules of the package
 MAX_TOTAL_LINES = 27_500
 
 

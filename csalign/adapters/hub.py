@@ -22,11 +22,22 @@ def local_run(run: Path | str, *, revision: str | None = None) -> Path:
     Raises:
         DataError: there is no such repository, or the hub cannot be reached.
     """
-    path, found = Path(run), _NAME.fullmatch(str(run))
-    is_local = path.exists() or (path.parent.exists() and not str(run).startswith("hf:"))
-    if is_local or found is None:
-        return path
+    found = _named(run)
+    if found is None:
+        return Path(run)
     return fetch(found["name"], revision=revision or found["revision"])
+
+
+def is_on_hub(run: Path | str) -> bool:
+    """Return whether `local_run` would look for a run on the hub."""
+    return _named(run) is not None
+
+
+def _named(run: Path | str) -> re.Match[str] | None:
+    found = _NAME.fullmatch(str(run))
+    if found is None or found["scheme"]:
+        return found
+    return None if Path(run).exists() or Path(run).parent.exists() else found
 
 
 def fetch(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Path:

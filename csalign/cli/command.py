@@ -1,27 +1,23 @@
-"""Commands from functions: options, logging, progress, results, and errors as exit codes."""
+"""Commands from functions: options, checks, progress and results."""
 
 import inspect
-import logging
-import os
 import shlex
-import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
-import typer
-from rich.console import Console
-
 from csalign.cli import render
+from csalign.cli.errors import error_exits
+from csalign.cli.help import Help, HelpAll
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
+from csalign.cli.preflight import check_settings
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed
 from csalign.core.calls import recorded_call
 from csalign.core.config import Config
-from csalign.core.errors import CsalignError, DataError, ElsewhereError, Stopped
+from csalign.core.errors import DataError
 from csalign.core.paths import is_store_error
 from csalign.core.results import Progress
 
@@ -47,6 +43,8 @@ def command_of(
             json: Json = False,
             quiet: Quiet = False,
             verbose: Verbose = 0,
+            help_: Help = False,
+            help_all: HelpAll = False,
             **options: Any,
         ) -> None:
             is_follower = distributable and distributed.world_from_environment().rank > 0
@@ -56,11 +54,14 @@ def command_of(
                 recorded_call(shlex.join(["csalign", *sys.argv[1:]])),
                 distributed.process_group() if distributable else nullcontext(),
             ):
-                settings = config.resolve(config_file, given_values(options))
+                file = None if config_file is None else Path(config_file)
+                settings = config.resolve(file, given_values(options))
                 with (
                     _naming_urls(value for _, value in settings),
                     shown_progress(console, quiet=quiet) as progress,
                 ):
+                    if not is_follower:
+                        check_settings(settings)
                     result = function(settings, progress)
                 if not is_follower:
                     render.show(result, show, as_json=json)
@@ -80,49 +81,6 @@ def command_of(
 
 
 @contextmanager
-def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
-    """Set up logging, and print expected errors as one or two lines with their exit code.
-
-    Anything else is a bug and keeps its traceback.
-
-    Yields:
-        The console on stderr.
-
-    Raises:
-        typer.Exit: with the exit code of an expected error or of a signal.
-    """
-    console = Console(stderr=True, soft_wrap=True, emoji=False)
-    _set_up_logging(console, quiet=quiet, verbose=verbose)
-    try:
-        yield console
-    except ElsewhereError as error:
-        raise typer.Exit(error.exit_code) from None
-    except (CsalignError, Stopped) as error:
-        _print_error(console, str(error), verbose)
-        raise typer.Exit(error.exit_code) from None
-    except BrokenPipeError:
-        # The reader of our stdout went away, as in `| head`; exit as SIGPIPE would.
-        _drop_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
-    except OSError as error:
-        if error.filename == render.STDOUT:
-            _drop_stdout()
-        _print_error(console, atomic.os_error(error), verbose)
-        raise typer.Exit(1) from None
-    except Exception as error:
-        if not is_store_error(error):
-            raise
-        message = f"the object store failed: {error}; check its address and keys"
-        _print_error(console, message, verbose)
-        raise typer.Exit(1) from None
-
-
-def _drop_stdout() -> None:
-    """Discard unwritten output, which Python would try to write once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
 def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
     """Raise an object store's error as a DataError with the URLs among `places`."""
     try:
@@ -135,38 +93,3 @@ def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
         if not urls or not (is_nameless or is_store_error(error)):
             raise
         raise DataError(atomic.os_error(error, " or ".join(urls))) from error
-
-
-def _print_error(console: Console, message: str, verbose: int) -> None:
-    if verbose >= 2:
-        console.print(traceback.format_exc(), markup=False, highlight=False)
-    text = f"csalign: {render.escape_controls(message)}"
-    console.print(text, markup=False, highlight=False, style="red")
-
-
-class _StderrHandler(logging.Handler):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        is_warning = record.levelno >= logging.WARNING
-        label = "warning: " if is_warning else ""
-        self._console.print(
-            f"csalign: {label}{render.escape_controls(record.getMessage())}",
-            style="yellow" if is_warning else None,
-            markup=False,
-            highlight=False,
-        )
-
-
-def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:
-    level = (logging.INFO, logging.DEBUG)[min(verbose, 1)]
-    handler = _StderrHandler(console)
-    handler.setLevel(logging.ERROR if quiet else level)  # documents have the warnings anyway
-    logger = logging.getLogger("csalign")
-    logger.handlers = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
-    if not verbose:
-        warnings.simplefilter("ignore")  # of libraries; csalign's own go through the logger

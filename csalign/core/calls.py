@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,6 +28,7 @@ from pydantic.fields import FieldInfo
 from csalign.core import __version__
 from csalign.core.config import Config
 from csalign.core.errors import ConfigError, CsalignError
+from csalign.core.mistakes import did_you_mean
 
 if TYPE_CHECKING:
     from csalign.core.results import Progress
@@ -174,6 +174,7 @@ def command(
                 shown = default_progress() if progress is None else nullcontext(progress)
                 text = _renamed(_call_text(name, settings, positional), placed.names)
                 with recorded_call(text) as recorded, _in_python(recorded, config, placed):
+                    settings.check()
                     with shown as callback:
                         result = function(settings, callback)
                     if isinstance(result, dict):
@@ -277,21 +278,21 @@ def _resolved(name: str, config: type[C], given: Mapping[str, Any], example: str
         return config.resolve(None, given)
     except ConfigError as error:
         for option in given:
-            if re.search(rf"^{option.replace('_', '[-_]')}: unknown key", str(error), re.MULTILINE):
-                close = get_close_matches(option, config.model_fields, n=1)
-                hint = f"; did you mean {close[0]}?" if close else "."
+            if re.search(rf"^{option}: unknown key", str(error), re.MULTILINE):
+                hint = did_you_mean(option, config.model_fields) or "."
                 raise ConfigError(
                     f"csalign.{name}: has no option {option}{hint} help(csalign.{name}) lists "
                     f"them; for instance {example}"
                 ) from None
         lines = str(error).splitlines()
+        for option in config.positional:
+            lines = [re.sub(rf"^{re.escape(config.shown(option))}\b", option, own) for own in lines]
         message = "\n".join(f"csalign.{name}: {_spelled(line)}" for line in lines)
         raise ConfigError(message) from None
 
 
 def _spelled(text: str) -> str:
-    """Spell options as in Python: ``--cs-weight``, or ``cs-weight:`` at the start."""
-    text = re.sub(r"^[a-z-]+(?=:)", lambda found: found[0].replace("-", "_"), text)
+    """Spell options as in Python, ``--cs-weight`` as ``cs_weight``."""
     return _FLAG.sub(lambda found: found[1].replace("-", "_"), text)
 
 

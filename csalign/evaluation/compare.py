@@ -202,7 +202,7 @@ def _find_baseline(baseline: str | None, entries: Sequence[_Entry], names: list[
     if baseline.isascii() and baseline.isdigit() and 1 <= int(baseline) <= len(entries):
         return entries[int(baseline) - 1]
     raise ConfigError(
-        f"baseline: {baseline!r} is not one of {', '.join(names)}; name one of them, or pass its "
+        f"--baseline: {baseline!r} is not one of {', '.join(names)}; name one of them, or pass its "
         f"number, 1 to {len(entries)}"
     )
 

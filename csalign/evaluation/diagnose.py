@@ -8,6 +8,7 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
 from csalign.adapters.inputs import command
+from csalign.core.outputs import check_page
 from csalign.core.results import Progress, Result, silent
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.evaluate import load_aligned
@@ -16,7 +17,6 @@ from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
-from csalign.report.page import check_page
 
 CLIP_LOGIT_SCALE = 100.0
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -68,8 +68,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     >>> csalign.diagnose(features=(images, texts))["pairs"]
     60
     """
-    if config.plot is not None:
-        check_page(config.plot)
+    if config.report is not None:
+        check_page(config.report)
     progress("diagnosis stages", 0, 2)
     aligned = load_aligned(config)
     scale = config.logit_scale
@@ -126,8 +126,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
             for at in gradients
         ],
     }
-    if config.plot is not None:
-        write_diagnosis(config.plot, document)
+    if config.report is not None:
+        write_diagnosis(config.report, document)
     progress("diagnosis stages", 2, 2)
     return Result(document)
 

@@ -18,6 +18,7 @@ from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
+from csalign.core.outputs import check_page
 from csalign.core.paths import parse_location
 from csalign.core.results import EvalResult, Progress, silent
 from csalign.evaluation import protocols
@@ -35,7 +36,6 @@ from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite, image_distances
 from csalign.metrics.retrieval import DirectionRanks, hubness
-from csalign.report.page import check_page
 from csalign.runs.load import embed_rows, load_adapter_for
 
 COLLAPSED_RANK = 1.5  # effective dimensions
@@ -361,9 +361,9 @@ def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[Fea
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         if place is None or not (place / MANIFEST).is_file():
             if config.encoder is None:
-                raise ConfigError(f"encoder: is required, to encode the images of {name}")
+                raise ConfigError(f"--encoder: is required, to encode the images of {name}")
             if config.split is not None:
-                raise ConfigError(f"split: is for feature sets, which {name} is not")
+                raise ConfigError(f"--split: is for feature sets, which {name} is not")
             place = Path(folder, "features")
             options = ExtractConfig(
                 source=name,

@@ -28,7 +28,8 @@ from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.unclip import Decoder, find_decoder
-from csalign.report.thumbnails import draw_sheet
+from csalign.report.page import Entry, Section, write_page
+from csalign.report.thumbnails import MOST_IMAGES, draw_sheet, thumbnail
 from csalign.runs.load import embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
@@ -38,13 +39,15 @@ log = logging.getLogger(__name__)
 IMAGES = "images"
 LINES = "generated.jsonl"
 SHEET = "sheet.jpg"
+THUMBNAIL = 256  # pixels
 DESCRIPTION = "generation.json"
 ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
 """Names in the output folder."""
 UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
 MAX_DEVIATION = 2.0
 # Options that do not change the images, or whose content has a fingerprint.
-_IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.model_fields}
+_IGNORED = {"out", "overwrite", "batch_size", "report", "sheet", "device"}
+_IGNORED |= PromptOptions.model_fields.keys()
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,6 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
         DataError: no such run, prompts or features, or a text that cannot be used.
         EncoderError: the text encoder cannot be loaded or run.
     """
-    if (options.prompts is None) == (options.features is None):
-        raise ConfigError("prompts, features: pass one of them")
     run, info = options.adapter, read_info(options.adapter)
     kind = info.adapters[Modality.IMAGE].kind
     if kind != "identity":
@@ -77,8 +78,6 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
     if options.prompts is not None:
         return _embed_prompts(options, options.prompts, info, device), info
     assert options.features is not None
-    if options.text_encoder is not None:
-        raise ConfigError("text-encoder: is for --prompts; features are embedded already")
     features = FeatureSet.open(options.features)
     adapter, _ = load_adapter_for(features, run, device, options.allow_adapter)
     rows = load_side(features, options.split, Modality.TEXT)
@@ -177,6 +176,9 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     csalign.core.errors.DecoderError: ...
     """
     began = time.monotonic()
+    config.check()
+    if config.report is not None:
+        outputs.check_page(config.report)
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
@@ -224,6 +226,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         atomic.write_text(folder / "config.toml", config.to_toml())
         rest = {"images": len(records), "family": decoder.family, "scale_from": scale_from}
         atomic.write_json(folder / DESCRIPTION, job.model_dump(mode="json") | rest)
+    if config.report is not None:
+        _write_page(config.report, config.out, records)
     return GenerateResult(
         out=config.out,
         images=len(records),
@@ -233,6 +237,21 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         scale_from=scale_from,
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _write_page(page: Path, out: Path, records: list[dict[str, Any]]) -> None:
+    """Write a page of the first images and their prompts."""
+    pictures = [
+        Entry(
+            record["prompt"] or record["id"],
+            f"{record['number']}.  seed {record['seed']}",
+            thumbnail(str(out / record["file"]), THUMBNAIL),
+        )
+        for record in records[:MOST_IMAGES]
+    ]
+    note = f"{len(pictures):,} of {len(records):,} images, in {out}."
+    write_page(page, out.name, [Section(out.name, note, pictures=pictures)])
+    log.info("wrote %s", page)
 
 
 def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -> tuple[float, str]:
@@ -245,7 +264,7 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
     if trained_on is not None and abs(trained_on - 1) > UNIT_TOLERANCE:
         return trained_on, "the run's training images"
     raise ConfigError(
-        "scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
+        "--scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
         "decoder's --prior, or pass --scale"
     )
 

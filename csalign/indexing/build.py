@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
@@ -192,11 +193,11 @@ class _Rows:
 def _check_memory(vectors: VectorIndex, rows: int, options: VectorOptions) -> None:
     limit = available_bytes() // 2 if options.memory is None else options.memory << 20
     needed = vectors.build_bytes(rows)
-    needs = f"{rows:,} x {vectors.width} need about {needed / 1e9:.2f} GB of memory"
+    needs = f"{rows:,} x {vectors.width} need about {decimal(needed)} of memory"
     log.info("%s: %s to build", vectors.factory, needs)
     if needed > limit:
         raise ConfigError(
-            f"{vectors.factory}: {needs}, {limit / 1e9:.2f} GB may be used; allow more with "
+            f"{vectors.factory}: {needs}, but {decimal(limit)} may be used; allow more with "
             "--memory, or compress the vectors with a --factory such as IVF4096,SQ8"
         )
 

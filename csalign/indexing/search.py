@@ -26,6 +26,7 @@ from csalign.core.errors import (
     SchemaError,
     ShapeError,
 )
+from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
 from csalign.core.results import Found, Progress, SearchResult, silent
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
@@ -44,7 +45,7 @@ from csalign.indexing.manifest import (
     take_item,
 )
 from csalign.indexing.vectors import VectorIndex, load_correction
-from csalign.report.page import Entry, Section, check_page, write_page
+from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import thumbnail
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
@@ -73,19 +74,9 @@ class QueryEncoder:
 
     @cached_property
     def side(self) -> Modality:
-        """Side of the queries; ConfigError if there is not exactly one kind of query."""
-        flags = {"query": "QUERY", "text": "--text", "image": "--image", "embedding": "--embedding"}
-        given = [name for name in flags if getattr(self.options, name) is not None]
-        if len(given) != 1:
-            names = " and ".join(flags[name] for name in given)
-            raise ConfigError(
-                f"{names or 'no query'}: pass one text query, or one of --text, --image and "
-                "--embedding; --text - reads many from stdin"
-            )
-        if given != ["embedding"]:
-            if self.options.query_side is not None:
-                raise ConfigError("query-side: is for --embedding only; omit it")
-            return Modality.IMAGE if given == ["image"] else Modality.TEXT
+        """Side of the queries."""
+        if self.options.embedding is None:
+            return Modality.IMAGE if self.options.image is not None else Modality.TEXT
         other = Modality.TEXT if self.manifest.side is Modality.IMAGE else Modality.IMAGE
         return Modality(self.options.query_side or other)
 
@@ -127,6 +118,7 @@ class QueryEncoder:
                 token_space=known.token_space or "projected",
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
+            log.info("loading %s", spec)
             specs = {self.side: spec}
             image, text = specs.get(Modality.IMAGE), specs.get(Modality.TEXT)
             encoder: Any = load_encoders(image, text, options).side(self.side)
@@ -185,7 +177,7 @@ class QueryEncoder:
     def _of_array(self, path: Path) -> Iterator[Queries]:
         if self._with_tokens:
             raise ConfigError(
-                "embedding: the adapter of this index needs tokens, which an embedding does not "
+                "--embedding: the adapter of this index needs tokens, which an embedding does not "
                 f"have; query with --{self.side}"
             )
         rows = _read_array(path)
@@ -287,12 +279,12 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
 )
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
-    if config.html is not None:
-        check_page(config.html)
+    config.check()
+    if config.report is not None:
+        check_page(config.report)
     index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
-    _ = encoder.side  # raises where there is not exactly one kind of query
     head: Document = {
         "index": str(config.index),
         "side": manifest.side.value,
@@ -303,7 +295,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "top": config.top,
     }
     queries = _find_all(config, index, encoder, progress)
-    if config.html is not None:
+    if config.report is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)
 
@@ -364,7 +356,7 @@ def _with_page(
     config: SearchConfig, manifest: IndexManifest, queries: Iterator[Document]
 ) -> Iterator[Document]:
     """Pass the queries on; write the page after the last of them."""
-    assert config.html is not None
+    assert config.report is not None
     rows = renamed(f"{manifest.rows:,} {manifest.side.plural}", manifest.names)
     sections: list[Section] = []
     count = 0
@@ -382,7 +374,7 @@ def _with_page(
             sections.append(Section(found["query"], note, pictures=pictures))
         yield found
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
-    write_page(config.html, title, sections)
-    log.info("wrote %s", config.html)
+    write_page(config.report, title, sections)
+    log.info("wrote %s", config.report)
     if count > PAGE_QUERIES:
-        log.warning("%s: shows the first %d queries only", config.html, PAGE_QUERIES)
+        log.warning("%s: shows the first %d queries only", config.report, PAGE_QUERIES)

@@ -101,6 +101,15 @@ class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOption
     'float16'
     """
 
+    example: ClassVar[str] = (
+        "csalign extract photos --out features --captions captions.csv "
+        "--encoder open_clip:ViT-B-32/openai"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "encoder", "image_encoder", "text_encoder", "captions", "images", "val", "test"),
+        *("device", "batch_size", "overwrite"),
+    )
+
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
         unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
@@ -180,3 +189,9 @@ class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
     >>> ImportConfig(images="a.npy", texts="b.npy", out="features").image_encoder
     'unknown'
     """
+
+    example: ClassVar[str] = "csalign import --images image.npy --texts text.npy --out features"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "images", "texts", "image_column", "text_column", "id_column", "pairs"),
+        *("captions_per_image", "caption_order", "val", "test", "names", "overwrite"),
+    )

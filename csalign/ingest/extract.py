@@ -77,7 +77,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     ... )  # doctest: +SKIP
     """
     if config.max_tokens is not None and config.tokens == "none":
-        raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
+        raise ConfigError("--max-tokens: no tokens are stored; add --tokens image, text or both")
     shard = parse_shard(config.shard)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
@@ -133,13 +133,13 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
     specs = {side: getattr(config, f"{side}_encoder") or config.encoder for side in Modality}
     if all(spec == SKIP for spec in specs.values()):
-        raise ConfigError("image-encoder, text-encoder: at least one must be an encoder")
+        raise ConfigError("--image-encoder, --text-encoder: at least one must be an encoder")
     for side in Modality:
         if side not in source.sides or specs[side] == SKIP:
             specs[side] = None
         elif specs[side] is None:
             raise ConfigError(
-                f"{side}-encoder: is required, since the source contains {side.plural}; pass "
+                f"--{side}-encoder: is required, since the source contains {side.plural}; pass "
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
     options = EncoderOptions(

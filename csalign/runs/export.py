@@ -1,6 +1,7 @@
 """``csalign export``: write the adapter of a run for other programs, checked against the run."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.records import parse_json
+from csalign.core.records import parse_json, write_record
 from csalign.core.results import Progress, Result, silent
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
@@ -55,6 +56,7 @@ class Card:
     """Content of a model card."""
 
     name: str  # of the adapter
+    license: str | None  # of the adapter, as hubs name it
     form: str  # "onnx", "torch-export" or "safetensors"
     sides: Sequence[Side]  # of the adapter
     width: int  # of the shared space
@@ -85,6 +87,8 @@ def model_card(card: Card) -> str:
         "pipeline_tag": "feature-extraction",
         "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
     }
+    if card.license is not None:
+        front = {"license": card.license} | front
     recalls = []
     if card.evaluation is not None:
         retrieval = card.evaluation["retrieval"]
@@ -155,7 +159,7 @@ def write_checked(config: ExportConfig, progress: Progress, tolerance: float) ->
     evaluation = _read_evaluation(config, info)
     samples = list(_samples(config, adapter))
     with outputs.atomic_folder(config.out) as folder:
-        forward = _write(config, folder, adapter, progress)
+        forward = _write(config, folder, adapter, info, progress)
         differences = {}
         for name, side, rows in samples:
             found, expected = forward(side, rows), _embed(adapter, side, rows)
@@ -211,9 +215,15 @@ def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
     return adapter.embed_tokens(side, rows, tokens, np.ones(tokens.shape[:2], np.bool_))[0]
 
 
-def _write(config: ExportConfig, folder: Path, adapter: Adapter, progress: Progress) -> Forward:
+def _write(
+    config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo, progress: Progress
+) -> Forward:
     """Write the form; return a function that computes with what was written."""
-    shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
+    if config.to == "hub-folder":  # which strangers read
+        encoders = {side: _published(spec) for side, spec in info.encoders.items()}
+        write_record(folder / DESCRIPTION, info.model_copy(update={"encoders": encoders}))
+    else:
+        shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to == "onnx":
         for done, side in enumerate(Modality, start=1):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
@@ -253,7 +263,13 @@ def _card(
 ) -> str:
     counts = adapter.parameter_counts()
     sides = [
-        Side(side.value, shape.kind, info.encoders[side], shape.input_width, counts[side.value])
+        Side(
+            side.value,
+            shape.kind,
+            _published(info.encoders[side]),
+            shape.input_width,
+            counts[side.value],
+        )
         for side, shape in info.adapters.items()
     ]
     folder = run_folder(config.run)
@@ -271,6 +287,7 @@ def _card(
     return model_card(
         Card(
             name=config.out.name,
+            license=config.license,
             form=config.to if config.to == "onnx" else "safetensors",
             sides=sides,
             width=info.adapters[Modality.IMAGE].width,
@@ -281,6 +298,14 @@ def _card(
             checks=differences,
         )
     )
+
+
+def _published(spec: str) -> str:
+    """Return an encoder's spec with the names of its local files alone: ``hf:/home/me/x`` -> hf:x.
+
+    Names on a hub, as ``hf:user/name``, stay as they are.
+    """
+    return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:[^/+|]*/)*", r"\1", spec)
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
 
+from csalign.adapters.kinds import check_kind
 from csalign.core.config import (
     Config,
     Count,
@@ -24,6 +25,7 @@ from csalign.core.config import (
 )
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
+from csalign.core.mistakes import did_you_mean
 
 G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -44,7 +46,10 @@ def recipe_text(name: str) -> str:
         ConfigError: there is no such recipe.
     """
     if name not in recipe_names():
-        raise ConfigError(f"recipe: there is no {name!r}; there are {', '.join(recipe_names())}")
+        hint = did_you_mean(name, recipe_names())
+        raise ConfigError(
+            f"--recipe: there is no {name!r}; there are {', '.join(recipe_names())}{hint}"
+        )
     return (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -199,6 +204,9 @@ class OptimizerOptions(Config):
     steps: int | None = Field(
         None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
     )
+    epochs: Positive | None = Field(
+        None, description="Passes over the training pairs, instead of --steps."
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(
         None,
@@ -225,8 +233,7 @@ class RunOptions(Config):
 
     recipe: str | None = Field(
         None,
-        description="Preset; --config and command-line options override it: close-the-gap, "
-        "few-pairs, retrieval-llm or text-to-image; see csalign recipes.",
+        description="Preset, which other options override; see csalign recipes.",
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."
@@ -235,7 +242,7 @@ class RunOptions(Config):
         None, description="Loggers besides metrics.jsonl, comma-separated."
     )
     report: Path | None = Field(
-        None, description="Also write a page with curves and validation, such as training.html."
+        None, description="Also write a page with curves and results, as training.html."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -256,16 +263,22 @@ class TrainConfig(
     0.001
     """
 
-    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    example: ClassVar[str] = "csalign train features --out run --report training.html"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "recipe", "steps", "epochs", "batch_size", "learning_rate"),
+        *("train_split", "val_split", "seed", "device", "report", "overwrite"),
+    )
+
+    out: RunFolder = Field(description="Output folder; rerun the same command to resume.")
     overwrite: bool = Field(
-        False, description="Replace an existing run, after success, or an unfinished one."
+        False, description="Replace a finished run, after success, or an unfinished one."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _start_from_recipe(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in the recipe's values below the given ones; drop the option that 0.1 had."""
-        given = dict(values)
+        given = cls.renamed(values)
         if given.get("divergence_estimator") == "exact":  # in every config.toml of 0.1
             del given["divergence_estimator"]
         elif "divergence_estimator" in given:
@@ -274,6 +287,13 @@ class TrainConfig(
             )
         name = given.get("recipe")
         return given if name is None else {**tomllib.loads(recipe_text(str(name))), **given}
+
+    def check(self) -> None:
+        """Raise ConfigError if options do not go together."""
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
+        for kind in self.kinds.values():
+            check_kind(kind)
 
     def group(self, kind: type[G]) -> G:
         """Return the options of one group alone."""
@@ -318,6 +338,12 @@ class TuneConfig(SearchOptions, TrainConfig):
     >>> TuneConfig(features="features", out="study", trials=5).trials
     5
     """
+
+    example: ClassVar[str] = "csalign tune features --out study --minutes 30"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "trials", "minutes", "search", "recall_slack", "recipe", "steps"),
+        *("train_split", "val_split", "seed", "device", "overwrite"),
+    )
 
     out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
     overwrite: bool = Field(False, description="Replace the study that is there.")

@@ -269,23 +269,23 @@ def open_tokens(
     mixed = [side for side in Modality if classes[side].mixes_tokens()]
     if not (objective.token_weight or mixed):
         raise ConfigError(
-            f"tokens: neither side embeds with them ({' and '.join(sorted(set(kinds.values())))}); "
+            f"--tokens: neither side embeds with them ({' and '.join(sorted({*kinds.values()}))}); "
             "use --adapter transformer, or add a token term with --token-weight"
         )
     if distributed.world().size > 1:
         raise ConfigError(
-            "tokens: train in a single process; start it without torchrun, or omit --tokens and "
+            "--tokens: train in a single process; start it without torchrun, or omit --tokens and "
             "--token-weight"
         )
     if sub_batch is not None:
         raise ConfigError(
-            "sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
+            "--sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
             "it, or use a smaller --batch-size"
         )
     for name, given in (("mixing", objective.mixing), ("unpaired", unpaired)):
         if mixed and given:
             raise ConfigError(
-                f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
+                f"--{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
                 f"--{name}, or use another --adapter"
             )
     cache, sources = TokenCache(options.token_memory * MIB), {}

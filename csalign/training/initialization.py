@@ -152,8 +152,8 @@ class _Builder:
             yield self._moments(plain).centred(), plain
         if width > narrower:
             raise ConfigError(
-                f"width: {width} is more than the narrower encoder's {narrower}, which the closed "
-                "form cannot give; lower it, or use --init random"
+                f"--width: {width} is more than the narrower encoder's {narrower}, which the "
+                "closed form cannot give; lower it, or use --init random"
             )
         for ridge in ridges:
             for form in self._moments(roots).cca(ridge=ridge, powers=powers, width=width):

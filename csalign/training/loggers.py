@@ -12,12 +12,12 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.outputs import check_page
 from csalign.core.results import Progress, show_figures
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows
 from csalign.evaluation.page import write_report
 from csalign.evaluation.protocols import AlignedRows
-from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
 from csalign.training.data import TrainingData
@@ -149,7 +149,7 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            f"--log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
     return lambda step, figures: opened.log(dict(figures), step=step)

@@ -94,8 +94,8 @@ class Trainer:
             mixing=objective.mixing,
             tokens=tokens,
         )
-        epochs = math.ceil(DEFAULT_EPOCHS * len(sampler) / options.batch_size)
-        default = max(MIN_DEFAULT_STEPS, epochs)
+        epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * len(sampler) / options.batch_size)
+        default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
         self.steps = default if options.steps is None else options.steps
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
