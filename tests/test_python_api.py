@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -307,3 +308,14 @@ def test_a_side_is_named_by_word(name: str, pair: Pair, fitted: csalign.Adapter)
 
 def test_the_sides_of_an_adapter_differ(pair: Pair, fitted: csalign.Adapter) -> None:
     assert not np.allclose(fitted.embed("image", pair[0]), fitted.embed("text", pair[0]))
+
+
+def test_inspecting_a_document_names_the_call_that_wrote_it(stored: Path, tmp_path: Path) -> None:
+    written = csalign.evaluate(stored, intervals=False)
+    (tmp_path / "eval.json").write_text(json.dumps(written))
+    found = csalign.inspect(tmp_path / "eval.json")
+
+    assert found["written_with"] == written["command"]
+    assert found["written_on"] == written["date"]
+    assert found["command"].startswith("csalign.inspect(")
+    assert csalign.compare(tmp_path / "eval.json")["evaluations"][0]["verdict"] == "baseline"

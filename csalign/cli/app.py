@@ -3,16 +3,16 @@
 A command's work is imported when it runs, so that ``--help`` loads nothing heavy.
 """
 
+import tomllib
 from typing import Annotated, Any
 
 import typer
 
-from csalign.cli import eval_tables as tables
-from csalign.cli import render
+from csalign.cli import artifact_tables, eval_tables, render, tables
 from csalign.cli.command import command_of
 from csalign.cli.errors import Commands, error_exits
 from csalign.cli.help import Help, show_help
-from csalign.cli.options import GENERAL
+from csalign.cli.options import GENERAL, Json
 from csalign.core import __version__, results
 from csalign.evaluation.config import (
     CompareConfig,
@@ -93,7 +93,7 @@ def help_(
 
 
 @app.command(rich_help_panel=DATA, epilog=f"Example: {ExtractConfig.example}")
-@command_of(ExtractConfig, render.features_table)
+@command_of(ExtractConfig, artifact_tables.features_table)
 def extract(settings: ExtractConfig, progress: results.Progress) -> results.FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
     from csalign.ingest.extract import extract
@@ -102,7 +102,7 @@ def extract(settings: ExtractConfig, progress: results.Progress) -> results.Feat
 
 
 @app.command("import", rich_help_panel=DATA, epilog=f"Example: {ImportConfig.example}")
-@command_of(ImportConfig, render.features_table)
+@command_of(ImportConfig, artifact_tables.features_table)
 def import_(settings: ImportConfig, progress: results.Progress) -> results.FeaturesResult:
     """Import arrays of embeddings as a feature set."""
     from csalign.ingest.import_arrays import import_arrays
@@ -111,7 +111,7 @@ def import_(settings: ImportConfig, progress: results.Progress) -> results.Featu
 
 
 @app.command(rich_help_panel=TRAINING, epilog=f"Example: {TrainConfig.example}")
-@command_of(TrainConfig, render.train_table, distributable=True)
+@command_of(TrainConfig, tables.train_table, distributable=True)
 def train(settings: TrainConfig, progress: results.Progress) -> results.TrainResult:
     """Train adapters on a feature set."""
     from csalign.training.train import train
@@ -120,7 +120,7 @@ def train(settings: TrainConfig, progress: results.Progress) -> results.TrainRes
 
 
 @app.command(rich_help_panel=TRAINING, epilog=f"Example: {TuneConfig.example}")
-@command_of(TuneConfig, render.tune_tables)
+@command_of(TuneConfig, tables.tune_tables)
 def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult:
     """Search settings of train on validation; options you pass stay fixed."""
     from csalign.training.tuning.tune import tune
@@ -129,7 +129,7 @@ def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult
 
 
 @app.command("eval", rich_help_panel=EVALUATION, epilog=f"Example: {EvalConfig.example}")
-@command_of(EvalConfig, tables.eval_tables, distributable=True)
+@command_of(EvalConfig, eval_tables.eval_tables, distributable=True)
 def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.evaluation.evaluate import evaluate
@@ -138,7 +138,7 @@ def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
 
 
 @app.command(rich_help_panel=EVALUATION, epilog=f"Example: {CompareConfig.example}")
-@command_of(CompareConfig, tables.compare_table)
+@command_of(CompareConfig, eval_tables.compare_table)
 def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
     from csalign.evaluation.compare import compare
@@ -147,7 +147,7 @@ def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, An
 
 
 @app.command(rich_help_panel=EVALUATION, epilog=f"Example: {DiagnoseConfig.example}")
-@command_of(DiagnoseConfig, tables.diagnosis_tables)
+@command_of(DiagnoseConfig, eval_tables.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, Any]:
     """Analyse the alignment/uniformity conflict and decompose the gap."""
     from csalign.evaluation.diagnose import diagnose
@@ -156,7 +156,7 @@ def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, 
 
 
 @app.command(rich_help_panel=DATA, epilog=f"Example: {InspectConfig.example}")
-@command_of(InspectConfig, render.inspect_table)
+@command_of(InspectConfig, artifact_tables.inspect_table)
 def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, Any]:
     """Summarise an artifact and verify all of it."""
     from csalign.evaluation.inspect import inspect
@@ -171,19 +171,23 @@ def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, An
 )
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe whose file to print.", metavar="NAME")
+        str | None, typer.Argument(help="Recipe whose file to print.", metavar="[NAME]")
     ] = None,
+    json: Json = False,
+    help_: Help = False,
 ) -> None:
     """List the presets of train, or print one as a file for --config."""
     with error_exits(quiet=False, verbose=0), render.to_stdout():
-        if name is not None:
-            typer.echo(recipe_text(name), nl=False)
+        titles = {known: recipe_title(known) for known in recipe_names()}
+        if name is None:
+            render.print_json(titles) if json else tables.recipes_table(titles)
         else:
-            render.recipes_table({known: recipe_title(known) for known in recipe_names()})
+            text = recipe_text(name)
+            render.print_json(tomllib.loads(text)) if json else typer.echo(text, nl=False)
 
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {ApplyConfig.example}")
-@command_of(ApplyConfig, render.features_table, distributable=True)
+@command_of(ApplyConfig, artifact_tables.features_table, distributable=True)
 def apply(settings: ApplyConfig, progress: results.Progress) -> results.FeaturesResult:
     """Write the aligned embeddings as a new feature set."""
     from csalign.runs.apply import apply
@@ -192,7 +196,7 @@ def apply(settings: ApplyConfig, progress: results.Progress) -> results.Features
 
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {IndexConfig.example}")
-@command_of(IndexConfig, render.index_table)
+@command_of(IndexConfig, tables.index_table)
 def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
     """Build a search index on disk."""
     from csalign.indexing.build import index
@@ -201,7 +205,7 @@ def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
 
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {SearchConfig.example}")
-@command_of(SearchConfig, render.found)
+@command_of(SearchConfig, tables.found)
 def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
     """Find the nearest items to a text, an image or an embedding."""
     from csalign.indexing.search import find
@@ -210,7 +214,7 @@ def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
 
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {ExportConfig.example}")
-@command_of(ExportConfig, render.export_table)
+@command_of(ExportConfig, tables.export_table)
 def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]:
     """Export a run's adapter with a model card."""
     from csalign.runs.export import export
@@ -219,7 +223,7 @@ def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]
 
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {GenerateConfig.example}")
-@command_of(GenerateConfig, render.generate_table)
+@command_of(GenerateConfig, tables.generate_table)
 def generate(settings: GenerateConfig, progress: results.Progress) -> results.GenerateResult:
     """Generate images from text with an unCLIP decoder."""
     from csalign.generation.generate import generate

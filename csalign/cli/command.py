@@ -17,7 +17,7 @@ from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed
 from csalign.core.calls import recorded_call
 from csalign.core.config import Config
-from csalign.core.errors import DataError
+from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_store_error
 from csalign.core.results import Progress
 
@@ -26,13 +26,13 @@ R = TypeVar("R")
 
 
 def command_of(
-    config: type[C], show: Callable[[R], None], *, distributable: bool = False
+    config: type[C], show: Callable[[R, C], None], *, distributable: bool = False
 ) -> Callable[[Callable[[C, Progress], R]], Callable[..., None]]:
     """Decorate a function of a config and a progress callback, making it a command.
 
     Args:
         config: its fields become options, beside ``--config``, ``--json``, ``-q`` and ``-v``.
-        show: prints a result for people.
+        show: prints a result, got with some settings, for people.
         distributable: whether processes that torchrun starts run the command together; the main
             one alone prints.
     """
@@ -56,6 +56,8 @@ def command_of(
             ):
                 file = None if config_file is None else Path(config_file)
                 settings = config.resolve(file, given_values(options))
+                if json and getattr(settings, "jsonl", False):
+                    raise ConfigError("--json and --jsonl: are two formats; pass one of them")
                 with (
                     _naming_urls(value for _, value in settings),
                     shown_progress(console, quiet=quiet) as progress,
@@ -64,7 +66,7 @@ def command_of(
                         check_settings(settings)
                     result = function(settings, progress)
                 if not is_follower:
-                    render.show(result, show, as_json=json)
+                    render.show(result, show, settings, as_json=json, quiet=quiet)
 
         common = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

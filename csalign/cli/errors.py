@@ -49,7 +49,8 @@ def _usage(error: Any) -> str:
         shown = [param for param in command.params if not param.hidden]
         known = {name.lstrip("-") for param in shown for name in param.opts}
         hint = did_you_mean(error.option_name.lstrip("-"), sorted(known), "--")
-        return f"{error.option_name}: no such option{hint or f'; see {path} --help-all'}"
+        see = f"; see {path} --help{'' if hasattr(command, 'commands') else '-all'}"
+        return f"{error.option_name}: no such option{hint or see}"
     if found := re.match(r"No such command '(.*?)'", message):
         hint = did_you_mean(found[1], command.commands) or "; see csalign --help"
         return f"{found[1]}: no such command{hint}"

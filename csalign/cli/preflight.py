@@ -8,7 +8,6 @@ from csalign.core import outputs
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import DataError
 from csalign.core.paths import Kind, require_kind
-from csalign.evaluation.config import EvalConfig
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig
 
@@ -25,7 +24,7 @@ _KINDS = {
 _FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
 """Fields with paths of other files and folders that are read."""
 
-_PATTERN = re.compile(r"::|://|[{}*?[]")  # in a source that is not one local path
+_PATTERN = re.compile(r"::|://|[{}*?[\0]")  # in a source that is not one local path
 
 
 def check_settings(settings: Config) -> None:
@@ -39,30 +38,37 @@ def check_settings(settings: Config) -> None:
         OutputError: an output cannot be written.
     """
     settings.check()
+    inputs: list[Path] = []
     for name, value in settings:
         for path in value if isinstance(value, tuple) else (value,):
             # Of a name such as "adapter" or "index" some commands have words, not paths.
             if isinstance(path, Path):
                 _check_path(settings, name, path)
+                inputs += [path] if name not in ("out", "report") else []
+    searched = None
+    if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
+        searched = Path(settings.source)
+        if settings.source != "-" and not searched.exists():
+            raise DataError(f"{searched}: no such file or folder")
+        inputs.append(searched)
+    # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
-        outputs.check_output(settings.out, None, overwrite=settings.overwrite)
-    if isinstance(settings, ExtractConfig):
-        _check_source(settings.source)
+        outputs.check_output(
+            settings.out,
+            None,
+            overwrite=settings.overwrite,
+            inputs=tuple(inputs),
+            searched=searched,
+        )
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
     if name in ("adapter", "run") and is_on_hub(path):
         return
     if name in _KINDS:
-        is_of_own = name == "features" and isinstance(settings, EvalConfig)
-        require_kind(path, *_KINDS[name], *([Kind.RUN] if is_of_own else []))
+        title = type(settings).model_fields[name].title or ""
+        require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
     elif name in _FILES and not path.exists():
         raise DataError(f"{path}: no such file or folder")
     elif name == "report":
         outputs.check_page(path)
-
-
-def _check_source(source: str) -> None:
-    is_one_path = source != "-" and not _PATTERN.search(source) and "\0" not in source
-    if is_one_path and not Path(source).exists():
-        raise DataError(f"{source}: no such file or folder")

@@ -89,10 +89,11 @@ def _explain_field(name: str, problems: list[ErrorDetails]) -> str:
     if not known:
         return f"{name}: {problems[0]['msg']} (got {_shown(given)})"
     parts = [_requirement(problem["type"], problem.get("ctx", {})) for problem in known]
-    words = [word for problem in known for word in _words(problem)]
+    meant = closest(str(given), [word for problem in known for word in _words(problem)])
+    hint = f"; did you mean {meant[0]}?" if len(meant) == 1 else ""
     *first, last = dict.fromkeys(word for part in parts for word in re.split(", | or ", part))
     needed = f"{', '.join(first)} or {last}" if first else last
-    return f"{name} must be {needed} (got {_shown(given)}){did_you_mean(str(given), words)}"
+    return f"{name} must be {needed} (got {_shown(given)}){hint}"
 
 
 def _requirement(kind: str, context: Mapping[str, Any]) -> str:

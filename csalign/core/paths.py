@@ -137,8 +137,8 @@ def require_kind(path: Path, *wanted: Kind) -> None:
         raise DataError(f"{path}: no such {usual.value.split(' ', 1)[1]}; {remedy}")
     found = kind_of(path)
     if found is not None:
-        instead = _instead(path, found) if usual is not Kind.INDEX else remedy
-        raise DataError(f"{path}: is {found.value}, not {usual.value}; {instead}")
+        instead = _instead(path, found, usual)
+        raise DataError(f"{path}: is {found.value}, not {usual.value}; {instead or remedy}")
     if usual is Kind.FEATURES and path.suffix.lower() in _ARRAYS:
         raise DataError(
             f"{path}: is an array, not a feature set; import it first: csalign import "
@@ -149,12 +149,14 @@ def require_kind(path: Path, *wanted: Kind) -> None:
     raise DataError(f"{path}: is not {usual.value} (no {DOCUMENTS[usual]} in it); {remedy}")
 
 
-def _instead(path: Path, found: Kind) -> str:
-    """Say what to pass where an artifact of another kind was wanted."""
+def _instead(path: Path, found: Kind, wanted: Kind) -> str:
+    """Say what to pass where an artifact of another kind was wanted; "" if that is unknown."""
     if found is Kind.FEATURES:
-        return f"train one with csalign train {path} --out run"
+        return f"train one with csalign train {path} --out run" if wanted is Kind.RUN else ""
     try:
         made_from = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))["features"]
     except (OSError, ValueError, KeyError):
-        return "pass the features that it was made from"
-    return f"pass its features, {made_from}"
+        return ""
+    if wanted is Kind.INDEX:
+        return f"pass its features and the run: {made_from} --adapter {path}"
+    return f"pass its features, {made_from}" if wanted is Kind.FEATURES else ""

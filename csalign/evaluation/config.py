@@ -11,7 +11,7 @@ from csalign.core.errors import ConfigError
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
 
 # What `eval --images --generated` accepts.
-_OF_IMAGE_SETS = {"images", "generated", "encoder", "split", "explain", "device"}
+_OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
 
 
 class AdaptedOptions(Config):
@@ -112,10 +112,11 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
     example: ClassVar[str] = "csalign eval features --adapter run --split test --report eval.html"
     common: ClassVar[tuple[str, ...]] = (
-        *("adapter", "split", "report", "explain", "by", "correct", "protocol"),
+        *("adapter", "split", "report", "all_figures", "explain", "by", "correct", "protocol"),
         *("intervals", "seed", "device"),
     )
 
+    all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
     report: Path | None = Field(
         None, description="Also write a page with plots and queries, as eval.html."
@@ -154,7 +155,9 @@ class DiagnoseConfig(SourceOptions):
     logit_scale: Positive | None = Field(
         None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
     )
-    cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the CS divergence.")
+    cs_weight: NotNegative | None = Field(
+        None, description="Weight (lambda) of the CS divergence (default: the run's, else 1)."
+    )
     bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS divergence.")
     pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to sample, at most.")
     report: Path | None = Field(
@@ -195,7 +198,9 @@ class InspectConfig(Config):
     positional: ClassVar[tuple[str, ...]] = ("path",)
     example: ClassVar[str] = "csalign inspect features"
 
-    path: Location = Field(description="A feature set, a run, an index, or a file in one.")
+    path: Location = Field(
+        description="A feature set (finished or not), run, index, export, study, document or page."
+    )
     merge: bool = Field(
         False, description="First build the feature set from the parts in PATH.partial."
     )

@@ -339,7 +339,7 @@ def _compare_image_sets(
         raise DataError(f"{name}: contains {fewest} images, at least {FEWEST_IMAGES} are needed")
     if fewest <= own.width:
         log.warning(
-            "%d images are too few for the Frechet distance of embeddings of width %d, which is "
+            "%d images are too few for the Fréchet distance of embeddings of width %d, which is "
             "biased upwards on small samples; CMMD much less",
             fewest,
             own.width,

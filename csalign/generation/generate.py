@@ -251,7 +251,6 @@ def _write_page(page: Path, out: Path, records: list[dict[str, Any]]) -> None:
     ]
     note = f"{len(pictures):,} of {len(records):,} images, in {out}."
     write_page(page, out.name, [Section(out.name, note, pictures=pictures)])
-    log.info("wrote %s", page)
 
 
 def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -> tuple[float, str]:

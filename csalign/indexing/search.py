@@ -282,7 +282,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     config.check()
     if config.report is not None:
         check_page(config.report)
-    index = _open(config)
+    index = _open(config, progress)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
     head: Document = {
@@ -319,11 +319,11 @@ def _find_all(
         progress("queries", done, None)
 
 
-def _open(config: SearchConfig) -> SearchIndex:
+def _open(config: SearchConfig, progress: Progress) -> SearchIndex:
     folder = config.index
     if is_remote(folder) or (folder / MANIFEST).is_file():
         options = VectorOptions(factory="Flat")
-        return build_index(FeatureSet.open(folder), config, options)
+        return build_index(FeatureSet.open(folder), config, options, progress=progress)
     manifest = read_index_manifest(folder)
     given = (
         ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
@@ -375,6 +375,7 @@ def _with_page(
         yield found
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
     write_page(config.report, title, sections)
-    log.info("wrote %s", config.report)
+    if config.jsonl:  # else the tables end with it
+        log.info("wrote %s", config.report)
     if count > PAGE_QUERIES:
         log.warning("%s: shows the first %d queries only", config.report, PAGE_QUERIES)

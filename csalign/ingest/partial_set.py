@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -153,6 +154,31 @@ class PartialSet:
             if not missing:
                 break
         return missing
+
+    def describe(self) -> dict[str, Any]:
+        """Summarise how far the work is, as plain JSON values; see `csalign inspect`."""
+        finished = self._finished()
+        count = max([*self.shard_counts(), *finished], default=1)
+        marks = finished.get(count, {})
+        is_done = any(len(own) == of for of, own in finished.items())
+        missing = () if is_done else (i for i in range(count) if i not in marks)
+        folder = self.folder / PARTS
+        names = sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+        records = [record for name in names if (record := self.part_record(name)) is not None]
+        sides = ([r.images for r in records], [r.texts for r in records])
+        images, texts = (sum(shard.rows for shard in side if shard) for side in sides)
+        return {
+            "source": self._job.location,
+            "shards": count,
+            "missing_shards": [str(WorkShard(index, count)) for index in missing],
+            "parts": len(records),
+            "counts": {
+                "images": images,
+                "texts": texts,
+                "pairs": sum(record.pairs for record in records),
+                "failures": sum(len(record.failures) for record in records),
+            },
+        }
 
     def _finished(self) -> dict[int, dict[int, Finished]]:
         """Return who finished with the source as it is now, by number of shards and by index."""

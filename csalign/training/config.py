@@ -233,7 +233,7 @@ class RunOptions(Config):
 
     recipe: str | None = Field(
         None,
-        description="Preset, which other options override; see csalign recipes.",
+        description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image.",
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."

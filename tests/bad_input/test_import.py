@@ -182,7 +182,7 @@ def test_tables_of_labels_of_no_use_are_refused(
     [
         ("--out out", 2, "pass embeddings"),
         ("i.npy --images i.npy --out out", 2, "pass either SOURCE or --images and --texts"),
-        ("--images i.npy", 2, "out: is required"),
+        ("--images i.npy", 2, "missing --out"),
         ("--images i.npy --out i.npy", 1, "i.npy: "),
         ("--images i.npy --out .", 1, "this is where i.npy is read from"),
         ("--images i.npy --texts t.npy --captions-per-image 2 --out out", 2, "go together"),
@@ -191,7 +191,7 @@ def test_tables_of_labels_of_no_use_are_refused(
             2,
             "twice",
         ),
-        ("--images i.npy --dtype float8 --out out", 2, "dtype: "),
+        ("--images i.npy --dtype float8 --out out", 2, "--dtype must be"),
         ("--images i.npy --config none.toml --out out", 2, "none.toml: no such config file"),
         ("--images i.npy --out out --nope", 2, "--nope"),
         ("--images nope://x --out out", 2, "nope://x"),

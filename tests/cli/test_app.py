@@ -54,10 +54,11 @@ def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
     assert "image to text" in plain.stdout
     assert "centroid distance" in plain.stdout
     rows = [line.split() for line in compared.stdout.splitlines() if " run " in line]
-    assert [row[0] for row in rows] == ["run"] * 2
+    assert [row[:2] for row in rows] == [["run", "#1"], ["run", "#2"]]
     assert "baseline" in rows[0]
     assert "cannot tell" in compared.stdout
-    assert "[" in plain.stdout
+    assert "±" in plain.stdout
+    assert "[" in compared.stdout
     with_run = csalign("compare", tmp_path / "eval.json", run, "--baseline", 2, "--split", "all")
     assert with_run.returncode == 0, with_run.stderr
     assert csalign("compare", run, "--baseline", "x").returncode == 2
@@ -82,10 +83,10 @@ def test_a_search_prints_its_trials_and_what_they_are_worth(features: Path, tmp_
 
     assert done.returncode == 0, done.stderr
     assert f"{study}: 3 trials; measured on" in done.stdout
-    assert "0, the default" in done.stdout
+    assert "0 (default)" in done.stdout
     assert "is the best" in done.stdout
     assert "Versus the default: mean recall +" in done.stdout
-    assert f"csalign train --config {study}/config.toml --out RUN" in done.stdout
+    assert f"next: csalign train --config {study}/config.toml --out run" in done.stdout
     assert "trial 2: complete, mean recall " in done.stderr
 
 

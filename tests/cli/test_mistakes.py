@@ -23,7 +23,8 @@ Run = Callable[..., tuple[int, str, str]]
 def place(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: a feature set f, what looks like a run r, an array and a table."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(features, "f")
+    for name in ("f", "g"):
+        shutil.copytree(features, name)
     Path("r").mkdir()
     Path("r/adapter.json").write_text("{}")
     Path("r/config.toml").write_text('features = "f"\n')
@@ -78,7 +79,8 @@ MISTAKES = [
      "import"),
     ("train t.csv --out q", 1, "t.csv: is a file, not a feature set, which is a folder; create"),
     ("train r --out q", 1, "r: is a run, not a feature set; pass its features, f"),
-    ("train f --out f", 1, "f: exists; choose another --out, or replace it with --overwrite"),
+    ("train f --out f", 1, "f: this is where f is read from; choose another --out"),
+    ("train f --out g", 1, "g: exists; choose another --out, or replace it with --overwrite"),
     ("train f --out x.npy", 1, "x.npy: is a file; choose another --out"),
     ("train f --out q --report no/x.html", 1, "no/x.html: there is no folder no; make it first"),
     ("train f --unpaired nowhere --out q", 1, "nowhere: no such feature set"),
@@ -89,7 +91,7 @@ MISTAKES = [
     ("diagnose r", 1, "r: is a run, not a feature set"),
     ("apply f --adapter nowhere --out q", 1, "nowhere: no such run"),
     ("index r --out q", 1, "r: is a run, not a feature set"),
-    ("search r flower", 1, "r: is a run, not an index; build one with csalign index"),
+    ("search r flower", 1, "not an index; pass its features and the run: f --adapter r"),
     ("export f --to onnx --out q", 1, "f: is a feature set, not a run"),
     ("generate --adapter f --decoder d --prompts t.csv --out q", 1, "f: is a feature set, not a"),
     ("extract nowhere --out q", 1, "nowhere: no such file or folder"),

@@ -282,7 +282,7 @@ def test_a_run_must_name_its_features(runs: tuple[Path, Path]) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(features: Path) -> None:
-    with pytest.raises(DataError, match="contains no trained adapter"):
+    with pytest.raises(DataError, match="is a feature set, not a run"):
         rows_of(features)
 
 

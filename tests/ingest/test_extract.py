@@ -377,7 +377,7 @@ def test_a_shard_without_a_part_says_so(
 def test_a_token_limit_without_tokens_is_refused(
     run: Callable[..., FeaturesResult],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^max-tokens: no tokens are stored; add --tokens"):
+    with pytest.raises(ConfigError, match=r"^--max-tokens: no tokens are stored; add --tokens"):
         run(max_tokens=4)
 
 

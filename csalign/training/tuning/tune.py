@@ -246,7 +246,8 @@ def _log_trial(trial: Trial, best: Trial | None) -> None:
         gap = f"centroid distance {trial.centroid_distance:.4f}"
         result = f", mean recall {100 * trial.mean_recall:.2f} %, {gap}"
     result += f", {trial.seconds:.0f} s; best: trial {best.number if best else None}"
-    log.info("trial %d: %s%s [%s]", trial.number, trial.state, result, settings)
+    log.info("trial %d: %s%s", trial.number, trial.state, result)
+    log.debug("trial %d: %s", trial.number, settings)
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
