@@ -48,7 +48,7 @@ class LocalInputs:
         Raises:
             DataError, ShapeError: as `write_arrays` and `local_run` do.
         """
-        if is_pair_of_arrays(value):
+        if option != "source" and is_pair_of_arrays(value):
             from csalign.features.arrays import write_arrays
 
             folder = self._new("arrays")
