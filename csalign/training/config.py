@@ -297,7 +297,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
-        if self.steps is not None and self.epochs is not None:
+        if self.steps and self.epochs is not None:  # 0 is the closed form, as tune may write it
             raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
             check_kind(kind)
