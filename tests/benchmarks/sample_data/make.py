@@ -6,8 +6,8 @@ Usage::
 
 DIR is the folder of ``tests/benchmarks/openclipart/prepare.py``; whatever is missing there is
 computed first. The command writes the drawings with their captions and attribution, and the arrays
-of the sample feature set, which it then imports. The tiny CLIP model has a script of its own,
-``train_tiny_clip.py``; once it is there, ``--arrays`` writes its embeddings of the drawings.
+of the sample feature set, which it then imports and reduces to two small arrays. The tiny CLIP
+model has a script of its own, ``train_tiny_clip.py``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks" / "openclipart"))
 import prepare  # noqa: E402  (found by the line above)
 from corpus import SVG_ROOT, Drawing, picture_path  # noqa: E402
 
-from csalign import ExtractConfig, extract  # noqa: E402
-
 SAMPLE_DATA = ROOT / "sample_data"
 DRAWING_SPLITS = {"test": 300, "val": 150, "train": 970}
 DRAWING_SIZE = 80
 COLOURS = 32
+ARRAY_WIDTH = 128
 MIN_INK = 0.02
 FEATURE_SPLITS = {"test": 300, "val": 200, "train": 1000}
 PUBLIC_DOMAIN = "http://web.resource.org/cc/PublicDomain"
@@ -194,23 +193,23 @@ def write_drawings(chosen: Mapping[Drawing, str], pictures: Path) -> None:
             csv.writer(stream, lineterminator="\n").writerows(table)
 
 
-def write_arrays(work: Path) -> None:
-    """Write the tiny CLIP model's embeddings of the drawings and of their titles as two arrays.
+def write_arrays() -> None:
+    """Write the features of the drawings and of their titles as two arrays of 128 columns.
 
-    Row i of one belongs with row i of the other; the order of the rows is random.
+    Row i of one belongs with row i of the other; the order of the rows is random. The columns are
+    principal components, taken about the origin and without a look at the pairs.
     """
-    model = SAMPLE_DATA / "tiny-clip" / "tiny-clip"
-    encoder = f"open_clip:{model}.json+{model}.safetensors"
-    out = work / "drawings"
-    source = str(SAMPLE_DATA / "drawings")
-    extract(ExtractConfig(source=source, encoder=encoder, out=out, overwrite=True))
-    images, texts = (pq.read_table(out / side).to_pandas() for side in ("images", "texts"))
+    features = SAMPLE_DATA / "features"
+    images, texts = (pq.read_table(features / side).to_pandas() for side in ("images", "texts"))
     titles = texts[texts["id"].str.endswith("#0")].set_index("image_id").loc[images["id"]]
     order = np.random.default_rng(0).permutation(len(images))
     folder = SAMPLE_DATA / "arrays"
     folder.mkdir(exist_ok=True)
-    np.save(folder / "image.npy", np.stack(images["embedding"])[order])
-    np.save(folder / "text.npy", np.stack(titles["embedding"])[order])
+    for name, table in (("image", images), ("text", titles)):
+        rows = np.stack(table["embedding"].to_numpy()).astype(np.float64)[order]
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        _, _, axes = np.linalg.svd(rows, full_matrices=False)
+        np.save(folder / f"{name}.npy", (rows @ axes[:ARRAY_WIDTH].T).astype(np.float16))
 
 
 def choose_features(corpus: prepare.Corpus) -> dict[str, str]:
@@ -238,12 +237,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--svg-root", type=Path, default=SVG_ROOT, help="folder of the drawings")
     parser.add_argument("--no-import", action="store_true", help="stop before csalign import")
-    parser.add_argument("--arrays", action="store_true", help="write arrays/, from the drawings")
     arguments = parser.parse_args()
     work: Path = arguments.work
-    if arguments.arrays:
-        write_arrays(work)
-        return
 
     corpus = prepare.load_corpus(work, arguments.svg_root)
     splits = prepare.assign_splits([drawing.id for drawing in corpus.drawings], corpus.eligible)
@@ -254,6 +249,7 @@ def main() -> None:
         prepare.run_import(work / "sample", SAMPLE_DATA / "features", "float16")
         # It names folders of this machine, which mean nothing elsewhere.
         (SAMPLE_DATA / "features" / "config.toml").unlink()
+    write_arrays()
 
 
 if __name__ == "__main__":

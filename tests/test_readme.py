@@ -1,0 +1,112 @@
+"""The README's quickstarts print what it says they do."""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import csalign
+from csalign.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+# Training repeats on one machine, but not to the last digit between machines.
+TOLERANCE = 0.2
+
+with_fit = pytest.mark.skipif(not hasattr(csalign, "fit"), reason="needs csalign.fit")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def sessions(block: str) -> list[tuple[list[str], list[str]]]:
+    """The words of each command of a console block, and the lines that it prints."""
+    found: list[tuple[list[str], list[str]]] = []
+    lines = iter(block.splitlines())
+    for line in lines:
+        if not line.startswith("$ "):
+            found[-1][1].append(line)
+            continue
+        while line.endswith("\\"):
+            line = line[:-1] + next(lines)
+        found.append((shlex.split(line[2:]), []))
+    return found
+
+
+def shape(line: str) -> str:
+    """A line without its numbers, rules and runs of spaces."""
+    return " ".join(NUMBER.sub("#", re.sub("[─━]+", "", line)).split())
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in NUMBER.findall(line)]
+
+
+def check(expected: list[str], printed: str) -> None:
+    """Check that the lines are printed in this order; ``...`` stands for any lines between."""
+    found = [line for line in printed.splitlines() if shape(line)]
+    for _, group in groupby(expected, lambda line: line.strip() == "..."):
+        lines = [line for line in group if shape(line)]
+        if lines == ["..."]:
+            continue
+        shapes = [shape(line) for line in lines]
+        starts = [
+            start
+            for start in range(len(found))
+            if [shape(line) for line in found[start : start + len(lines)]] == shapes
+        ]
+        assert starts, f"{lines} not in\n{printed}"
+        for want, line in zip(lines, found[starts[0] :], strict=False):
+            # Seconds are the machine's.
+            want, line = (re.sub(r"[\d.]+ s\b", "", text) for text in (want, line))
+            assert numbers(line) == pytest.approx(numbers(want), rel=TOLERANCE, abs=0.05), line
+        found = found[starts[0] + len(lines) :]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sample data in it, as after a clone."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "sample_data").symlink_to(ROOT / "sample_data")
+    return folder
+
+
+@with_fit
+@pytest.mark.parametrize("block", blocks("console"))
+def test_the_commands_print_what_the_readme_says(
+    block: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    for words, expected in sessions(block):
+        assert words[0] == "csalign"
+        environment = {"COLUMNS": "80"}
+        result = CliRunner().invoke(app, words[1:], env=environment, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        check(expected, result.output)
+
+
+@with_fit
+def test_python_prints_what_the_readme_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    (expected,) = blocks("text")
+
+    check(expected.splitlines(), printed.getvalue())
+
+
+def test_every_file_that_the_readme_links_is_there() -> None:
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    assert os.access(ROOT / "sample_data" / "demo.sh", os.X_OK)
