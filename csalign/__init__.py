@@ -17,9 +17,9 @@ Where things live; imports point down this list only::
     core                     errors, paths, atomic files, locks, signals, processes, results
 
 From Python: ``csalign.train(csalign.TrainConfig(features=..., out=...))``; likewise `extract`,
-`import_arrays`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`, `search`
-and `export`; `load_adapter`, `wrap` and `SentenceAdapter` use a run in other programs. Importing
-csalign loads none of the heavy libraries; using a name does.
+`import_arrays`, `split`, `inspect`, `tune`, `apply`, `evaluate`, `diagnose`, `generate`, `index`,
+`search` and `export`; `load_adapter`, `wrap` and `SentenceAdapter` use a run in other programs.
+Importing csalign loads none of the heavy libraries; using a name does.
 """
 
 from importlib import import_module
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from csalign.indexing.build import index
     from csalign.indexing.config import IndexConfig, SearchConfig
     from csalign.indexing.search import search
-    from csalign.ingest.config import ExtractConfig, ImportConfig
+    from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
     from csalign.ingest.extract import extract
     from csalign.ingest.import_arrays import import_arrays
+    from csalign.ingest.split import split
     from csalign.runs.apply import apply
     from csalign.runs.config import ApplyConfig, ExportConfig
     from csalign.runs.export import export
@@ -65,6 +66,7 @@ _HOMES = {
     "Modality": "csalign.core.enums",
     "SearchConfig": "csalign.indexing.config",
     "SentenceAdapter": "csalign.adapters.sentences",
+    "SplitConfig": "csalign.ingest.config",
     "TrainConfig": "csalign.training.config",
     "TuneConfig": "csalign.training.config",
     "apply": "csalign.runs.apply",
@@ -79,6 +81,7 @@ _HOMES = {
     "inspect": "csalign.evaluation.inspect",
     "load_adapter": "csalign.adapters.checkpoint",
     "search": "csalign.indexing.search",
+    "split": "csalign.ingest.split",
     "train": "csalign.training.train",
     "tune": "csalign.training.tuning.tune",
     "wrap": "csalign.adapters.wrappers",
@@ -97,6 +100,7 @@ __all__ = [
     "Modality",
     "SearchConfig",
     "SentenceAdapter",
+    "SplitConfig",
     "TrainConfig",
     "TuneConfig",
     "__version__",
@@ -112,6 +116,7 @@ __all__ = [
     "inspect",
     "load_adapter",
     "search",
+    "split",
     "train",
     "tune",
     "wrap",

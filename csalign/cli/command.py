@@ -19,7 +19,7 @@ from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, 
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed
 from csalign.core.config import Config
-from csalign.core.errors import CsalignError, DataError, ElsewhereError, Stopped
+from csalign.core.errors import ConfigError, CsalignError, DataError, ElsewhereError, Stopped
 from csalign.core.paths import is_store_error
 from csalign.core.results import Progress
 
@@ -28,13 +28,13 @@ R = TypeVar("R")
 
 
 def command_of(
-    config: type[C], show: Callable[[R], None], *, distributable: bool = False
+    config: type[C], show: Callable[[R, C], None], *, distributable: bool = False
 ) -> Callable[[Callable[[C, Progress], R]], Callable[..., None]]:
     """Decorate a function of a config and a progress callback, making it a command.
 
     Args:
         config: its fields become options, beside ``--config``, ``--json``, ``-q`` and ``-v``.
-        show: prints a result for people.
+        show: prints a result, got with some settings, for people.
         distributable: whether processes that torchrun starts run the command together; the main
             one alone prints.
     """
@@ -54,13 +54,15 @@ def command_of(
                 distributed.process_group() if distributable else nullcontext(),
             ):
                 settings = config.resolve(config_file, given_values(options))
+                if json and getattr(settings, "jsonl", False):
+                    raise ConfigError("--json and --jsonl: are two formats; pass one of them")
                 with (
                     _naming_urls(value for _, value in settings),
                     shown_progress(console, quiet=quiet) as progress,
                 ):
                     result = function(settings, progress)
                 if not is_follower:
-                    render.show(result, show, as_json=json)
+                    render.show(result, show, settings, as_json=json, quiet=quiet)
 
         common = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

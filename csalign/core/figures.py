@@ -1,9 +1,11 @@
 """Name, direction and format of every figure, the same in tables, pages and documents."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 HIGHER, LOWER = "↑", "↓"
+MOST_PLAIN = 1e7  # larger values are shown with an exponent
 
 
 class Figure(NamedTuple):
@@ -30,16 +32,22 @@ class Figure(NamedTuple):
         """Format a value, with ± its standard error or half an interval if given."""
         if value is None:
             return "-"
-        text = f"{self.scale * value:.{self.digits}f}"
-        return text if error is None else f"{text} ± {self.scale * error:.{self.digits}f}"
+        text = self._number(value)
+        return text if error is None else f"{text} ± {self._number(error)}"
+
+    def show_between(self, value: float | None, interval: Sequence[float] | None) -> str:
+        """Format a value with ± half the width of an interval, if there is one."""
+        return self.show(value, (interval[1] - interval[0]) / 2 if interval else None)
+
+    def _number(self, value: float) -> str:
+        scaled = self.scale * value
+        return f"{scaled:.{self.digits}f}" if abs(scaled) < MOST_PLAIN else f"{scaled:.4g}"
 
 
 # By the place in the document of ``csalign eval``; the first pattern that fits applies.
 FIGURES = {
-    "*.true_recall@10": Figure("true recall@10", HIGHER, 100, 2),
-    "*.R@1": Figure("R@1", HIGHER, 100, 2),
-    "*.R@5": Figure("R@5", HIGHER, 100, 2),
-    "*.R@10": Figure("R@10", HIGHER, 100, 2),
+    **{f"*.true_recall@{k}": Figure(f"true recall@{k}", HIGHER, 100, 2) for k in (1, 5, 10)},
+    **{f"*.R@{k}": Figure(f"R@{k}", HIGHER, 100, 2) for k in (1, 5, 10)},
     "*.mean_recall": Figure("mean recall", HIGHER, 100, 2),
     "*.median_rank": Figure("median rank", LOWER, 1, 1),
     "*.mean_rank": Figure("mean rank", LOWER, 1, 1),
@@ -79,3 +87,13 @@ def figure_of(place: str) -> Figure:
         if fnmatchcase(place, pattern):
             return figure
     raise KeyError(place)
+
+
+def counted(number: int, noun: str) -> str:
+    """Count something, with thousands separators: "1 image", "3,000 images"."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Format a fraction in percent."""
+    return f"{100 * share:.{digits}f} %"

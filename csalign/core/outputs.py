@@ -86,9 +86,7 @@ def _check_local_output(
     partial = partial_path(resolved)
     if _previous(resolved).is_dir():
         _repair_swap(resolved, partial)
-    marked = (partial / LOCK).exists() or (partial / JOB).exists()
-    if partial.exists() and any(partial.iterdir()) and not marked:
-        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
+    _refuse_foreign(partial)
     if not resolved.exists():
         return
     if not resolved.is_dir():
@@ -104,6 +102,12 @@ def _check_local_output(
         )
     if not overwrite:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+
+
+def _refuse_foreign(partial: Path) -> None:
+    marked = (partial / LOCK).exists() or (partial / JOB).exists()
+    if partial.exists() and any(partial.iterdir()) and not marked:
+        raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
 
 
 def _check_remote_output(
@@ -170,6 +174,27 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         except BaseException:
             cleanup(partial)
             raise
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """Keep other processes from replacing an artifact while files are written in it.
+
+    Raises:
+        OutputError: a file cannot be written, or another process is building the same output.
+    """
+    if is_remote(folder):
+        with translate_os_errors(folder):
+            yield
+        return
+    partial = partial_path(folder.resolve())
+    _refuse_foreign(partial)
+    refuse_other_work(partial)
+    with translate_os_errors(folder), lock_folder(partial):
+        try:
+            yield
+        finally:
+            cleanup(partial)
 
 
 def refuse_other_work(folder: Path, own: str | None = None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csalign.core.enums import Names
+from csalign.core.enums import Names, renamed
 
 Progress = Callable[[str, int, int | None], None]
 """``progress(what, done, total)``: `what` names the work and its unit ("images"), `done` counts
@@ -55,6 +55,44 @@ class FeaturesResult(Result):
     failures: int
     complete: bool = True
     names: Names | None = None
+
+
+@dataclass(frozen=True)
+class SplitResult(Result):
+    """Splits of a feature set.
+
+    Attributes:
+        features: its folder.
+        splits: rows by split, ``{"train": {"images": n, "texts": m}, ...}``.
+        groups: groups of near-duplicate images, or images that share a caption, each of which is
+            in one split.
+        grouped: images in them.
+        threshold: least cosine of near-duplicates, between standardised embeddings; None if only
+            equal embeddings were grouped.
+        names: of the sides, None for image and text.
+    """
+
+    features: Path
+    splits: dict[str, dict[str, int]]
+    groups: int
+    grouped: int
+    threshold: float | None
+    names: Names | None = None
+
+    @property
+    def kept_together(self) -> str:
+        """The groups in words; empty if there are none."""
+        if not self.groups:
+            return ""
+        images = renamed(f"{self.grouped:,} images", self.names)
+        groups = f"{self.groups:,} group" + "s" * (self.groups > 1)
+        return f"{images} in {groups} kept together: near-duplicates and shared captions"
+
+    def __str__(self) -> str:
+        """Return the numbers of images in words."""
+        images = ", ".join(f"{name} {own['images']:,}" for name, own in self.splits.items())
+        groups = f" ({self.kept_together})" if self.groups else ""
+        return renamed(f"{images} images", self.names) + groups
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,18 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
-from csalign.core.errors import ConfigError, CsalignError, DataError, SchemaError
+from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
+from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
 from csalign.core.results import Progress, silent
 from csalign.evaluation.config import CompareConfig, EvalConfig
-from csalign.evaluation.evaluate import describe, measure
-from csalign.features.schema import read_manifest
+from csalign.evaluation.evaluate import describe, measure_loaded
+from csalign.evaluation.loading import Loaded, load, warn_of_trained
+from csalign.evaluation.protocols import AlignedRows
+from csalign.features.checks import warn_of_queries
+from csalign.features.schema import MANIFEST
 from csalign.metrics.bootstrap import Resamples
-from csalign.runs.metadata import CONFIG, read_environment, read_settings
+from csalign.runs.metadata import find_features, read_environment
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ class _Entry:
     document: _Document
     resamples: Resamples | None = None
     unpaired: str | None = None
+    aligned: AlignedRows | None = None  # its rows, if it was measured here
 
     @property
     def source(self) -> Path:
@@ -92,9 +97,12 @@ class _Entry:
 def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any]:
     """Line up the metrics of runs and evaluations, each against a baseline.
 
-    A run is evaluated on the features that it was trained on. A document of ``csalign eval --json``
-    keeps its metrics; its queries are ranked again if it has the baseline's features, split and
-    counts, both are exact, and its inputs are unchanged. The difference is then resampled in pairs.
+    A feature set is evaluated without an adapter, which shows what a run has gained; a set whose
+    sides have different widths has no such figures, and is left out with a warning. A run is
+    evaluated on ``config.features``, by default on the features that it was trained on. A document
+    of ``csalign eval --json`` keeps its metrics; its queries are ranked again if it has the
+    baseline's features, split and counts, both are exact, and its inputs are unchanged. The
+    difference is then resampled in pairs.
 
     Returns:
         ``{"evaluations": [{"name", "split", "index", FIGURES..., "intervals", "difference",
@@ -105,14 +113,26 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
         "cannot tell (approximate)". "parameters" and "seconds" are None if unknown.
 
     Raises:
-        DataError: a path is missing, or is neither a run nor such a document.
+        DataError: a path is missing, or is neither a feature set, a run nor such a document; or
+            the features of a run are not found.
+        ShapeError: the sides of the only feature set have different widths.
         ConfigError: the baseline is not one of them.
     """
-    entries = []
+    entries: list[_Entry] = []
+    total, rows = len(config.systems), _Rows()
     for number, path in enumerate(config.systems):
-        progress("evaluations", number, len(config.systems))
-        entries.append(_evaluate_run(path, config) if path.is_dir() else _read_document(path))
-    progress("evaluations", len(entries), len(entries))
+        progress("evaluations", number, total)
+        try:
+            is_document = not path.is_dir()
+            entries.append(_read_document(path) if is_document else _evaluate(path, config, rows))
+        except ShapeError as error:
+            if total == 1 or not (path / MANIFEST).is_file():
+                raise
+            log.warning("left out, as there is no retrieval without an adapter: %s", error)
+    progress("evaluations", total, total)
+    if not entries:
+        raise DataError("nothing to compare is left; pass runs")
+    warn_of_trained([entry.aligned for entry in entries if entry.aligned is not None])
     names = _names(entries)
     baseline = _find_baseline(config.baseline, entries, names)
     _pair(entries, names, baseline, config)
@@ -120,30 +140,37 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     if len(known) > 1:
         listed = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(known))
         log.warning("CS divergences of different bandwidths (%s) are not comparable", listed)
-    rows = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
+    found = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
     sides = entries[0].document.names
     is_common = sides is not None and all(entry.document.names == sides for entry in entries)
-    return {"evaluations": rows} | ({"names": sides} if is_common else {})
+    return {"evaluations": found} | ({"names": sides} if is_common else {})
 
 
-def _evaluate_run(path: Path, config: CompareConfig) -> _Entry:
-    """Evaluate a run on the features that it was trained on."""
-    info = read_info(path)
-    features = read_settings(path).get("features")
-    if not isinstance(features, str):
-        raise SchemaError(f"{path / CONFIG}: names no features; compare documents of csalign eval")
-    shared = config.model_dump(include={"allow_adapter", "split", "device"})
-    options = EvalConfig(features=features, adapter=path, **shared)
-    try:
-        fingerprint = read_manifest(options.feature_set).fingerprint()
-    except DataError as error:
-        raise type(error)(
-            f"{path}: cannot be evaluated on the features that it was trained on: {error}"
-        ) from None
-    if fingerprint != info.data_fingerprint:
-        log.warning("%s: %s changed since it was trained on them", path, features)
-    report = describe(measure(options))
-    return _Entry(path, _Document.model_validate(report.document), report.resamples)
+class _Rows(dict[tuple[Path, str | None], Loaded]):
+    """Rows of the feature sets by path and split, each loaded, and warned of, once."""
+
+    def of(self, options: EvalConfig) -> Loaded:
+        """Return the rows that the options name."""
+        place = options.feature_set
+        key = (place if is_remote(place) else place.resolve(), options.split)
+        if key not in self:
+            self[key] = load(options)
+            warn_of_queries(self[key].rows, self[key].rows.name)
+        return self[key]
+
+
+def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
+    """Evaluate a feature set as it is, or a run."""
+    run = None if (path / MANIFEST).is_file() else path
+    features = path if run is None else config.features
+    if run is not None and features is None:
+        features = find_features(run, read_info(run).data_fingerprint)
+    shared = config.model_dump(include={"allow_adapter", "any_encoder", "split", "device"})
+    options = EvalConfig(features=features, adapter=run, **shared)
+    evaluation = measure_loaded(options, rows.of(options))
+    report = describe(evaluation)
+    document = _Document.model_validate(report.document)
+    return _Entry(path, document, report.resamples, aligned=evaluation.aligned)
 
 
 def _read_document(path: Path) -> _Entry:
@@ -233,9 +260,10 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
     if entry.resamples is not None or entry.unpaired is not None:
         return
     given = document.model_dump(include={"features", "adapter", "split"})
-    given |= config.model_dump(include={"allow_adapter", "device"})
+    given |= config.model_dump(include={"allow_adapter", "any_encoder", "device"})
     try:
-        evaluation = measure(EvalConfig.resolve(None, given | {"protocol": document.protocol.name}))
+        options = EvalConfig.resolve(None, given | {"protocol": document.protocol.name})
+        evaluation = measure_loaded(options, load(options, options.protocol))
     except CsalignError as error:
         entry.unpaired = str(error)
         return

@@ -7,11 +7,15 @@ from pydantic import Field
 
 from csalign.core.config import Config, Location, NotNegative, Positive, RunFolder, Words
 from csalign.core.errors import ConfigError
+from csalign.runs.config import ANY_ENCODER
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
 
+PICTURES = "Folder of the images, for the page (default: where they were when extracted)."
+UMAP = "Draw the page's pairs by UMAP too, which takes half a minute; needs csalign[umap]."
+
 # What `eval --images --generated` accepts.
-_OF_IMAGE_SETS = {"images", "generated", "encoder", "split", "explain", "device"}
+_OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
 
 
 class AdaptedOptions(Config):
@@ -25,6 +29,7 @@ class AdaptedOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
     )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
@@ -32,7 +37,10 @@ class SourceOptions(AdaptedOptions):
     """Embeddings to measure."""
 
     features: Location | None = Field(
-        None, description="Feature set to evaluate. Required unless --images is given."
+        None,
+        title="FEATURES|RUN",
+        description="Feature set, or a run, which is evaluated on the features it was trained on. "
+        "Required unless --images is given.",
     )
     adapter: RunFolder | None = Field(
         None, description="Run folder (default: evaluate the features as they are)."
@@ -106,10 +114,13 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
     panel: ClassVar[str] = "Output"
 
+    all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
     report: Path | None = Field(
         None, description="Also write a page with plots and queries, such as evaluation.html."
     )
+    pictures: Path | None = Field(None, description=PICTURES)
+    umap: bool = Field(False, description=UMAP)
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""
@@ -134,11 +145,16 @@ class DiagnoseConfig(SourceOptions):
 
     panel: ClassVar[str] = "Analysis"
 
-    features: Location = Field(description="Feature set to analyse.")
+    features: Location = Field(
+        title="FEATURES|RUN",
+        description="Feature set, or a run with its own features.",
+    )
     logit_scale: Positive | None = Field(
         None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."
     )
-    cs_weight: NotNegative = Field(1.0, description="Weight (lambda) of the CS divergence.")
+    cs_weight: NotNegative | None = Field(
+        None, description="Weight (lambda) of the CS divergence (default: the run's, else 1)."
+    )
     bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS divergence.")
     pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to sample, at most.")
     plot: Path | None = Field(
@@ -153,10 +169,14 @@ class CompareConfig(AdaptedOptions):
     panel: ClassVar[str] = "Comparison"
     positional: ClassVar[tuple[str, ...]] = ("systems",)
 
-    systems: tuple[Path, ...] = Field(
+    systems: tuple[Location, ...] = Field(
         min_length=1,
-        title="RUN|EVAL.json",
-        description="Runs, evaluated on their features, and documents of csalign eval --json.",
+        title="FEATURES|RUN|EVAL.json",
+        description="Feature sets without an adapter, runs, evaluated on the features they were "
+        "trained on, and documents of csalign eval --json.",
+    )
+    features: Location | None = Field(
+        None, description="Feature set to evaluate all runs on (default: those of each)."
     )
     baseline: str | None = Field(
         None, description="Name, path or number (from 1) of the baseline (default: the first)."
@@ -169,7 +189,9 @@ class InspectConfig(Config):
     panel: ClassVar[str] = "Completion"
     positional: ClassVar[tuple[str, ...]] = ("path",)
 
-    path: Location = Field(description="A feature set, a run, an index, or a file in one.")
+    path: Location = Field(
+        description="A feature set (finished or not), run, index, export, study, document or page."
+    )
     merge: bool = Field(
         False, description="First build the feature set from the parts in PATH.partial."
     )

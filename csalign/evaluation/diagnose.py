@@ -1,6 +1,8 @@
 """``csalign diagnose``: the conflict between the two parts of the loss, and the gap's parts."""
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,17 +10,22 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
+from csalign.core.enums import DivergenceName
 from csalign.core.results import Progress, silent
 from csalign.evaluation.config import DiagnoseConfig
-from csalign.evaluation.evaluate import load_aligned
+from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
 from csalign.report.page import check_page
+from csalign.runs.metadata import read_lines, read_settings, run_folder
+
+log = logging.getLogger(__name__)
 
 CLIP_LOGIT_SCALE = 100.0
+DEFAULT_WEIGHT = 1.0  # of the divergence
 SCALES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 SAMPLED = 5_000  # rows per side, for the uniformity over all their pairs
 
@@ -61,13 +68,17 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     if config.plot is not None:
         check_page(config.plot)
     progress("diagnosis stages", 0, 2)
+    config = with_features(config)
     aligned = load_aligned(config)
     scale = config.logit_scale
     if scale is None:
         scale = read_info(config.adapter).logit_scale if config.adapter else CLIP_LOGIT_SCALE
     progress("diagnosis stages", 1, 2)
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
-    sigma, weight = config.bandwidth, config.cs_weight
+    sigma = config.bandwidth
+    weight = config.cs_weight
+    if weight is None:
+        weight = _trained_weight(config.adapter) if config.adapter else DEFAULT_WEIGHT
     cross = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).cross, x, y)
     intra = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).intra, x, y)
 
@@ -120,6 +131,20 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
         write_diagnosis(config.plot, document)
     progress("diagnosis stages", 2, 2)
     return document
+
+
+def _trained_weight(adapter: Path) -> float:
+    """Return the weight that a run gave to the CS divergence, the last one if it varied."""
+    run = run_folder(adapter)
+    settings = read_settings(run)
+    if settings.get("divergence", DivergenceName.CS) != DivergenceName.CS:
+        log.warning("%s: was trained without the CS divergence; its weight is set to 1", adapter)
+        return DEFAULT_WEIGHT
+    weights = [line["cs_weight"] for line in read_lines(run) if "cs_weight" in line]
+    found = settings.get("cs_weight")
+    if not isinstance(found, float | int):  # "auto", or no record
+        found = weights[-1] if weights else DEFAULT_WEIGHT
+    return float(found)
 
 
 def _sample_pairs(aligned: AlignedRows, most: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.model import Adapter
 from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
@@ -20,11 +18,22 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import parse_location
 from csalign.core.results import Progress, silent
 from csalign.evaluation import protocols
-from csalign.evaluation.config import EvalConfig, MeasureOptions, Protocol, SourceOptions
+from csalign.evaluation.config import EvalConfig, MeasureOptions
 from csalign.evaluation.extra_metrics import Extras, prepare_extras
-from csalign.evaluation.page import EvaluationReport, write_report
+from csalign.evaluation.loading import (
+    Loaded,
+    align,
+    embed,
+    load,
+    load_adapter,
+    load_aligned,
+    warn_of_trained,
+    with_features,
+)
+from csalign.evaluation.page import EvaluationReport, check_umap, write_report
+from csalign.evaluation.protocols import AlignedRows
 from csalign.features import join
-from csalign.features.checks import check_directions, unit_rows, warn_of_queries
+from csalign.features.checks import check_directions, warn_of_queries
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import FAILURES, MANIFEST
 from csalign.ingest.config import ExtractConfig
@@ -35,7 +44,6 @@ from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite, image_distances
 from csalign.metrics.retrieval import DirectionRanks, hubness
 from csalign.report.page import check_page
-from csalign.runs.load import embed_rows, load_adapter_for
 
 COLLAPSED_RANK = 1.5  # effective dimensions
 FEWEST_IMAGES = 2  # for a covariance
@@ -52,7 +60,7 @@ class Evaluation:
     `index` is a block of the document, and `extras` computes the extra metrics.
     """
 
-    aligned: protocols.AlignedRows
+    aligned: AlignedRows
     options: MeasureOptions
     folds: tuple[protocols.Gallery, ...]
     fold_ranks: tuple[protocols.Ranks, ...]
@@ -104,13 +112,14 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         document = _compare_image_sets(config, config.images, config.generated, progress)
     else:
         with distributed.process_group():
-            document = _evaluate_features(config, progress)
+            document = _evaluate_features(with_features(config), progress)
     return document | ({"explanations": explain(document)} if config.explain else {})
 
 
 def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:
     if config.report is not None:
         check_page(config.report)
+        check_umap(wanted=config.umap)
     progress("evaluation stages", 0, 2)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
@@ -120,42 +129,38 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
 
     def finish() -> dict[str, Any]:
         report = describe(evaluation)
+        progress("evaluation stages", 2, 2)
         if config.report is not None:
-            split = evaluation.aligned.split
-            title = f"{config.features}, {config.adapter or 'no adapter'}, split {split}"
-            write_report(config.report, title, report, config.adapter, config.seed)
+            progress("report", 0, 1)
+            report = with_before(report, config, device=config.device)
+            features, run = (place and place.name for place in (config.features, config.adapter))
+            what = f"{run} on {features}" if run else f"{features} without an adapter"
+            write_report(
+                config.report,
+                f"Evaluation of {what}, split {evaluation.aligned.split}",
+                report,
+                config.adapter,
+                config.seed,
+                pictures=config.pictures,
+                umap=config.umap,
+            )
+            progress("report", 1, 1)
         return report.document
 
-    document = distributed.broadcast(finish)
-    progress("evaluation stages", 2, 2)
-    return document
+    return distributed.broadcast(finish)
 
 
-def load_aligned(
-    source: SourceOptions, protocol: Protocol = "all", *, images_only: bool = False
-) -> protocols.AlignedRows:
-    """Load rows, or images only, and embed them in the shared space; raises as `evaluate`."""
-    features = FeatureSet.open(source.feature_set)
-    split = source.split or ("test" if "test" in features.splits() else join.ALL)
-    if images_only:
-        rows = join.load_side(features, split, Modality.IMAGE)
-        if not len(rows.images):
-            raise DataError(f"{rows.name}: contains no images; name another --split")
-    else:
-        rows = protocols.select(protocol, join.load_rows(features, split))
-    loaded = _load_adapter(source, features)
-    if loaded is None:
-        join.check_same_width(rows)
-        images, texts = (_embed(None, features, rows, side) for side in Modality)
-        return protocols.AlignedRows(features, split, rows, images, texts)
-    adapter, info = loaded
-    _warn_of_trained_rows(features, info, split)
-    images = _embed(adapter, features, rows, Modality.IMAGE)
-    texts = images[:0] if images_only else _embed(adapter, features, rows, Modality.TEXT)
-    count = sum(adapter.parameter_counts().values())
-    return protocols.AlignedRows(
-        features, split, rows, images, texts, source.adapter, info.weights_sha256, count
-    )
+def with_before(
+    report: EvaluationReport, options: MeasureOptions, *, device: str = "auto"
+) -> EvaluationReport:
+    """Add "before", the retrieval and gap of the rows without the adapter, if widths allow."""
+    aligned, rows = report.aligned, report.aligned.rows
+    if aligned.adapter is None or rows.images.shape[1] != rows.texts.shape[1]:
+        return report
+    images, texts = (embed(None, aligned.features, rows, side) for side in Modality)
+    plain = replace(aligned, images=images, texts=texts, adapter=None)
+    before = _figures(measure_rows(plain, options, device=device))
+    return replace(report, document={**report.document, "before": before})
 
 
 def measure(config: EvalConfig) -> Evaluation:
@@ -163,15 +168,23 @@ def measure(config: EvalConfig) -> Evaluation:
 
     In a process group all processes have to call it.
     """
-    aligned = load_aligned(config, config.protocol)
-    warn_of_queries(aligned.rows, aligned.rows.name)
+    loaded = load(config, config.protocol)
+    warn_of_queries(loaded.rows, loaded.rows.name)
+    evaluation = measure_loaded(config, loaded)
+    warn_of_trained([evaluation.aligned])
+    return evaluation
+
+
+def measure_loaded(config: EvalConfig, loaded: Loaded) -> Evaluation:
+    """Embed and rank loaded rows; see `measure`."""
+    aligned = align(config, loaded)
     divided = distributed.world().size > 1
     extras = _prepare_extras(config, aligned)
     return measure_rows(aligned, config, extras, device=config.device, divided=divided)
 
 
 def measure_rows(
-    aligned: protocols.AlignedRows,
+    aligned: AlignedRows,
     options: MeasureOptions,
     extras: Extras | None = None,
     *,
@@ -212,9 +225,8 @@ def measure_rows(
 def describe(evaluation: Evaluation) -> EvaluationReport:
     """Compute all metrics, with their intervals if the options want them."""
     aligned, options = evaluation.aligned, evaluation.options
-    images, texts, text_image = aligned.images, aligned.texts, aligned.rows.text_image
-    gap = gap_suite(images, texts, text_image, sigma=options.bandwidth, seed=options.seed)
-    for side, rank in gap["effective_rank"].items():
+    images, texts, figures = aligned.images, aligned.texts, _figures(evaluation)
+    for side, rank in figures["gap"]["effective_rank"].items():
         if rank < COLLAPSED_RANK:
             log.warning(
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
@@ -231,13 +243,22 @@ def describe(evaluation: Evaluation) -> EvaluationReport:
         "counts": {"images": len(images), "texts": len(texts), "pairs": aligned.rows.pairs},
         "index": evaluation.index,
         "protocol": protocols.protocol_block(options.protocol, aligned.split, aligned.rows),
-        "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
-        "gap": gap,
+        **figures,
         "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
         **extra,
         "intervals": resamples.intervals() | extra_intervals if resamples else {},
     }
     return EvaluationReport(aligned, ranks, resamples, document)
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    """Compute the blocks "retrieval" and "gap" of a document."""
+    aligned, options = evaluation.aligned, evaluation.options
+    rows = aligned.images, aligned.texts, aligned.rows.text_image
+    return {
+        "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
+        "gap": gap_suite(*rows, sigma=options.bandwidth, seed=options.seed),
+    }
 
 
 def _classify_images(config: EvalConfig) -> dict[str, Any]:
@@ -258,44 +279,13 @@ def _classify_images(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _prepare_extras(config: EvalConfig, aligned: protocols.AlignedRows) -> Extras:
+def _prepare_extras(config: EvalConfig, aligned: AlignedRows) -> Extras:
     def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
-        loaded = _load_adapter(config, features)  # again, which checks these features' widths
-        return _embed(loaded and loaded[0], features, rows, Modality.TEXT)
+        loaded = load_adapter(config, features)  # again, which checks these features' widths
+        return embed(loaded and loaded[0], features, rows, Modality.TEXT)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
     return prepare_extras(config, aligned.features, ids, width, embed_texts)
-
-
-def _load_adapter(
-    source: SourceOptions, features: FeatureSet
-) -> tuple[Adapter, AdapterInfo] | None:
-    if source.adapter is None:
-        return None
-    return load_adapter_for(features, source.adapter, source.device, source.allow_adapter)
-
-
-def _embed(
-    adapter: Adapter | None, features: FeatureSet, rows: join.PairedRows, side: Modality
-) -> Floats:
-    values, name = rows.embeddings(side), f"{rows.name}: {side.plural}"
-    ids = rows.image_ids if side is Modality.IMAGE else rows.text_ids
-    if adapter is None:
-        return unit_rows(values, ids, name)
-    check_directions(values, ids, name)
-    return embed_rows(adapter, side, rows, features)
-
-
-def _warn_of_trained_rows(features: FeatureSet, info: AdapterInfo, split: str) -> None:
-    splits = features.splits()
-    if info.data_fingerprint == features.manifest.fingerprint() and (
-        join.split_names(split, splits) & join.split_names(info.train_split, splits)
-    ):
-        log.warning(
-            "%s: the adapter was trained on rows of this split, so the results say little about "
-            "new data; hold out a test split before training",
-            features.path,
-        )
 
 
 def _compare_image_sets(
@@ -318,7 +308,7 @@ def _compare_image_sets(
         raise DataError(f"{name}: contains {fewest} images, at least {FEWEST_IMAGES} are needed")
     if fewest <= own.width:
         log.warning(
-            "%d images are too few for the Frechet distance of embeddings of width %d, which is "
+            "%d images are too few for the Fréchet distance of embeddings of width %d, which is "
             "biased upwards on small samples; CMMD much less",
             fewest,
             own.width,

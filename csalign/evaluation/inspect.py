@@ -1,25 +1,57 @@
 """``csalign inspect``: summarise and verify an artifact."""
 
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csalign.core.errors import DataError
+from csalign.core.errors import DataError, OutputError, SchemaError
+from csalign.core.outputs import JOB, partial_path
 from csalign.core.paths import is_remote, parse_location
+from csalign.core.records import parse_json, read_job, read_object
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
+from csalign.ingest.job import Job, WorkShard
 from csalign.ingest.locks import merge_parts
-from csalign.runs.metadata import read_environment, read_lines, read_settings
+from csalign.ingest.partial_set import PartialSet
+from csalign.runs.metadata import (
+    ADAPTER,
+    CONFIG,
+    LINES,
+    read_environment,
+    read_lines,
+    read_settings,
+    run_folder,
+)
+
+NO_SPLIT = "no split"
+STUDY, JOURNAL = "study.json", "journal.log"  # as in `training.tuning.tune`
+INDEX = "index.json"  # as in `indexing.manifest`, which takes seconds to import
+CARD = "README.md"  # as in `runs.export`
+DOCUMENTS = {  # of --json, by a key that the others lack
+    "retrieval": "evaluation",
+    "zero_shot": "evaluation",
+    "distribution": "evaluation",
+    "evaluations": "comparison",
+    "by_scale": "diagnosis",
+    "queries": "search result",
+}
+PARTIAL = ".partial"
+INPUTS = {".npy", ".npz", ".npt", ".parquet", ".h5", ".pt"}
+PAGE_START = 4096  # bytes of a page that have its title
 
 
 def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
-    """Verify a feature set, a run or an index, and summarise it.
+    """Verify a feature set, a run, an index or another artifact, and summarise it.
 
     The path is the folder, or a file in it. With `merge` the feature set is first built from the
     parts in ``PATH.partial``.
 
     Returns:
-        Plain JSON values; "kind" is "features", "run" or "index".
+        Plain JSON values; "kind" is "features", "run", "index", "export", "study", "unfinished
+        features", "unfinished run", "evaluation", "comparison", "diagnosis", "search result" or
+        "page".
 
     Raises:
         DataError: there is no such artifact, or parts of it are missing.
@@ -28,53 +60,190 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     path = parse_location(path)
     if merge:
         merge_parts(path)
+    return _inspect(path)
+
+
+def _inspect(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+        partial = partial_path(path)
+        if not partial.exists():
+            raise DataError(f"{path}: no such file or folder; check the path")
+        path = partial
     folder = path.parent if path.is_file() else path
+    if folder.suffix == PARTIAL and (folder / JOB).is_file():
+        return _inspect_unfinished(folder)
     if (folder / MANIFEST).is_file():
         return _inspect_features(folder)
-    # Torch and FAISS take seconds to import, which feature sets need not wait for.
-    from csalign.adapters.checkpoint import DESCRIPTION
-    from csalign.indexing.manifest import DESCRIPTION as INDEX
-    from csalign.indexing.manifest import describe_index, read_index_manifest
-    from csalign.runs.load import load_run
+    if not is_remote(folder):
+        if path.is_file() and (found := _inspect_file(path)) is not None:
+            return found
+        if (folder / STUDY).is_file():
+            return _inspect_study(folder)
+        if (folder / ADAPTER).is_file():
+            is_export = (folder / CARD).is_file()
+            return _inspect_export(folder) if is_export else _inspect_run(folder)
+        if (folder / INDEX).is_file():
+            from csalign.indexing.manifest import describe_index, read_index_manifest
 
-    if not is_remote(folder) and (folder / DESCRIPTION).is_file():
-        adapter, info = load_run(folder)
-        scores = [line for line in read_lines(folder) if "validation" in line]
-        read_settings(folder)
-        read_environment(folder)
-        return {
-            "kind": "run",
-            "path": str(folder),
-            **info.model_dump(mode="json", exclude={"format"}),
-            "parameters": adapter.parameter_counts(),
-            "validation": scores,
-        }
-    if not is_remote(folder) and (folder / INDEX).is_file():
-        return describe_index(folder, read_index_manifest(folder, whole=True))
+            return describe_index(folder, read_index_manifest(folder, whole=True))
+    if path.suffix.lower() in INPUTS:
+        raise DataError(f"{path}: contains arrays; make a feature set of them with csalign import")
     raise DataError(
-        f"{path}: is neither a feature set (it has no {MANIFEST}) nor a run (no {DESCRIPTION}) nor "
-        f"an index (no {INDEX})"
+        f"{path}: is not an artifact of csalign: it contains no {MANIFEST} (feature set), "
+        f"{ADAPTER} (run or export), {INDEX} (index) or {STUDY} (study); photos and tables are "
+        "read by csalign extract, arrays by csalign import"
     )
+
+
+def summarise_features(features: FeatureSet) -> dict[str, Any]:
+    """Summarise a feature set from its manifest and its split columns, without verifying it."""
+    manifest = features.manifest
+    shards = [*manifest.shards.images, *manifest.shards.texts]
+    splits = features.splits()
+    pairing = getattr(manifest, "pairing", None)
+    return {
+        "kind": "features",
+        "path": str(features.path),
+        "format_version": manifest.format_version,
+        **({} if manifest.names is None else {"names": dict(manifest.names)}),
+        "dtype": manifest.dtype,
+        "encoders": manifest.encoders.model_dump(mode="json"),
+        "counts": manifest.counts.model_dump(),
+        **({} if pairing is None else {"pairing": pairing}),
+        "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
+        "bytes": sum(shard.bytes for shard in shards),
+        "shards": len(shards),
+        "fingerprint": manifest.fingerprint(),
+    }
 
 
 def _inspect_features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
     join_ids(features, ALL)  # finds repeated ids and texts without their image
-    manifest = features.manifest
-    shards = [*manifest.shards.images, *manifest.shards.texts]
+    return summarise_features(features)
+
+
+def _inspect_unfinished(folder: Path) -> dict[str, Any]:
+    """Summarise the folder that a stopped command left, or one that is still running."""
+    out = str(folder).removesuffix(PARTIAL)
+    try:
+        kind = read_object(folder / JOB, "start again with --overwrite").get("format")
+    except SchemaError:
+        kind = None
+    found = {"path": str(folder), "out": out, "config": str(folder / CONFIG)}
+    if kind == Job.FORMAT:
+        job = read_job(folder / JOB, Job)
+        assert job is not None
+        partial = PartialSet(folder, Path(out), job, WorkShard(0, 1))
+        return {"kind": "unfinished features", **found, **partial.describe()}
+    if kind == "csalign-training":
+        lines = list(_complete_lines(folder / LINES))
+        return {"kind": "unfinished run", **found, "step": _last_step(lines)}
+    raise OutputError(f"{folder}: was left by an unfinished command; rerun it to resume")
+
+
+def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a log that may still be written."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            found = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _last_step(lines: Sequence[Mapping[str, Any]]) -> int:
+    steps = (line.get("step") for line in lines)
+    return max((step for step in steps if isinstance(step, int)), default=0)
+
+
+def _inspect_run(folder: Path) -> dict[str, Any]:
+    from csalign.runs.load import load_run
+
+    adapter, info = load_run(folder)
+    run = run_folder(folder)
+    settings, environment = read_settings(run), read_environment(run)
+    lines = read_lines(run)
+    scores = [line for line in lines if "validation" in line]
     return {
-        "kind": "features",
+        "kind": "run",
         "path": str(folder),
-        "format_version": manifest.format_version,
-        **({} if manifest.names is None else {"names": manifest.names}),
-        "dtype": manifest.dtype,
-        "encoders": manifest.encoders.model_dump(mode="json"),
-        "counts": manifest.counts.model_dump(),
-        "splits": {name or "(none)": counts for name, counts in features.splits().items()},
-        "bytes": sum(shard.bytes for shard in shards),
-        "shards": len(shards),
-        "fingerprint": manifest.fingerprint(),
+        "written_by": info.csalign_version,
+        **info.model_dump(mode="json", exclude={"format", "csalign_version", "validation"}),
+        "parameters": adapter.parameter_counts(),
+        "features": settings.get("features"),
+        "steps": _last_step(lines),
+        "seconds": environment.get("seconds"),
+        "bytes": _bytes(folder),
+        "validation": scores,
     }
+
+
+def _inspect_export(folder: Path) -> dict[str, Any]:
+    """Summarise an export; of weights, after verifying them."""
+    from csalign.adapters.checkpoint import WEIGHTS, read_info
+    from csalign.runs.load import load_run
+
+    has_weights = (folder / WEIGHTS).is_file()
+    info = load_run(folder)[1] if has_weights else read_info(folder)
+    graphs = sorted(path.name for path in folder.glob("*.onnx"))
+    if not (has_weights or graphs):
+        raise SchemaError(f"{folder}: contains no weights; export the run again")
+    return {
+        "kind": "export",
+        "path": str(folder),
+        "form": "safetensors" if has_weights else "onnx",
+        "files": graphs or [WEIGHTS],
+        "written_by": info.csalign_version,
+        **info.model_dump(mode="json", exclude={"format", "csalign_version"}),
+        "bytes": _bytes(folder),
+    }
+
+
+def _inspect_study(folder: Path) -> dict[str, Any]:
+    """Summarise a study of tune by its description and the records in its journal."""
+    study = read_object(folder / STUDY, "tune again")
+    attributes = (entry.get("user_attr") for entry in _complete_lines(folder / JOURNAL))
+    trials = [own["record"] for own in attributes if isinstance(own, dict) and "record" in own]
+    scored = [trial for trial in trials if trial.get("state") == "complete"]
+    best = max(scored, key=lambda trial: trial["mean_recall"], default=None)
+    return {
+        "kind": "study",
+        "path": str(folder),
+        "config": str(folder / CONFIG),
+        "search": study.get("search", []),
+        "trials": len(trials),
+        "best": best,
+    }
+
+
+def _inspect_file(path: Path) -> dict[str, Any] | None:
+    """Summarise a document of --json or a page; None if the file is neither."""
+    if path.suffix.lower() in (".html", ".htm"):
+        with path.open("rb") as file:
+            start = file.read(PAGE_START).decode("utf-8", "replace")
+        title = re.search(r"<title>(.*?)</title>", start, re.S)
+        return {"kind": "page", "path": str(path), "title": title and " ".join(title[1].split())}
+    if path.suffix.lower() != ".json":
+        return None
+    try:
+        document = parse_json(path.read_bytes())
+    except ValueError:
+        return None
+    keys = document.keys() if isinstance(document, dict) else ()
+    kind = next((kind for key, kind in DOCUMENTS.items() if key in keys), None)
+    if kind is None:
+        return None
+    about = ("features", "adapter", "split", "counts", "csalign_version", "date", "command")
+    found = {key: document[key] for key in about if key in document}
+    recall = document.get("retrieval", {}).get("mean_recall") if kind == "evaluation" else None
+    return {"kind": kind, "path": str(path), **found} | (
+        {} if recall is None else {"mean_recall": recall}
+    )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,8 +1,11 @@
 """Select what the page of an evaluation shows: sampled pairs, projections, and ranked queries."""
 
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,31 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.enums import Modality
+from csalign.core.errors import ConfigError
 from csalign.evaluation.protocols import AlignedRows, Ranks
 from csalign.features import schema
 from csalign.metrics.bootstrap import Resamples
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
-from csalign.report.thumbnails import thumbnail
-from csalign.runs.metadata import SUMS, read_environment, read_lines, read_settings, run_folder
+from csalign.report.thumbnails import Pictures
+from csalign.runs.metadata import (
+    FEATURES,
+    SUMS,
+    read_environment,
+    read_lines,
+    read_settings,
+    run_folder,
+)
 
 DRAWN = 1_000  # pairs in a projection
 SAMPLED = 5_000  # pairs, for cosines and spectra
-QUERIES = 8  # best and worst ones, in each direction
+QUERIES = 8  # in each list
+QUERIES_AT_A_TIME = 256
 THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
+
+log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -46,11 +60,23 @@ def write_report(
     run: Path | None,
     seed: int,
     *,
+    pictures: Path | None = None,
+    umap: bool = False,
+    is_training: bool = False,
     drawn: int = DRAWN,
 ) -> None:
     """Write the page of an evaluation and a run, either of which may be None.
 
-    Pairs are sampled by `seed`; at most `drawn` of them are in a projection.
+    Args:
+        path: of the page.
+        title: of the page.
+        report: of the evaluation.
+        run: whose training to show.
+        seed: of the sampled pairs.
+        pictures: folder of the images; see `Pictures`.
+        umap: whether to draw the pairs by UMAP too, which takes long.
+        is_training: whether the page is that of the training.
+        drawn: pairs in a projection, at most.
 
     Raises:
         SchemaError: the record of the run is damaged.
@@ -59,10 +85,11 @@ def write_report(
     if run is not None:
         folder = run_folder(run)
         environment = read_environment(folder)
-        environment.pop(SUMS, None)
+        for private in (SUMS, FEATURES):
+            environment.pop(private, None)
         record = RunRecord(read_lines(folder), read_settings(folder), environment)
     if report is None:
-        write_evaluation(path, title, None, [], [], {}, record)
+        write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
     aligned, rows = report.aligned, report.aligned.rows
     paired = np.flatnonzero(rows.text_image >= 0)
@@ -72,14 +99,27 @@ def write_report(
     if aligned.adapter is not None:
         before = ("before", _unit(rows.images[owners]), _unit(rows.texts[texts]))
         stages = [before, ("after", *stages[0][1:])]
-    views = [_view(*stage, owners, drawn, seed) for stage in stages]
+    views = [_view(*stage, owners, drawn, seed if umap else None) for stage in stages]
     captions = zip(rows.captions.take(texts[:drawn]), rows.text_ids.take(texts), strict=False)
     labels = [
         f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
-    queries, names = _ranked_queries(report), aligned.features.manifest.names
-    write_evaluation(path, title, report.document, views, labels, queries, record, names)
+    manifest = aligned.features.manifest
+    shown = Pictures(THUMBNAIL, pictures, manifest.source_root)
+    queries = _ranked_queries(report, shown, seed)
+    shown.warn()
+    names = manifest.names
+    write_evaluation(
+        path, title, report.document, views, labels, queries, record, names, is_training=is_training
+    )
+    log.info("wrote %s", path)
+
+
+def check_umap(*, wanted: bool) -> None:
+    """Raise ConfigError if UMAP is wanted but not installed."""
+    if wanted and find_spec("umap") is None:
+        raise ConfigError("umap: umap-learn is not installed; pip install 'csalign[umap]'")
 
 
 def _unit(rows: npt.NDArray[Any]) -> Floats:
@@ -88,11 +128,16 @@ def _unit(rows: npt.NDArray[Any]) -> Floats:
     return unit
 
 
-def _view(name: str, images: Floats, texts: Floats, owners: Ints, drawn: int, seed: int) -> View:
-    """Compute what is drawn of pairs, (k, d) and (k, e), and each one's image row, (k,)."""
+def _view(
+    name: str, images: Floats, texts: Floats, owners: Ints, drawn: int, seed: int | None
+) -> View:
+    """Compute what is drawn of pairs, (k, d) and (k, e), and each one's image row, (k,).
+
+    UMAP is drawn if it has a seed.
+    """
     _, once = np.unique(owners, return_index=True)
     spectra = _singular_values(images[once]), _singular_values(texts)
-    neighbours = _neighbours(images[:drawn], texts[:drawn], seed)
+    neighbours = None if seed is None else _neighbours(images[:drawn], texts[:drawn], seed)
     if images.shape[1] != texts.shape[1]:
         (x, share_x), (y, share_y) = _project(images), _project(texts)
         return View(name, x[:drawn], y[:drawn], (share_x, share_y), None, spectra, neighbours)
@@ -105,15 +150,13 @@ def _view(name: str, images: Floats, texts: Floats, owners: Ints, drawn: int, se
 
 
 def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Floats] | None:
-    """Map both sides by UMAP, together if they share a space; None without umap-learn."""
+    """Map both sides by UMAP, together if they share a space; None of too few rows."""
     if len(images) < FEWEST_TO_MAP:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # UMAP warns of fixed seeds and of optional packages
-        try:
-            from umap import UMAP
-        except ImportError:
-            return None
+        from umap import UMAP
+
         mapper = UMAP(metric="cosine", random_state=seed % 2**32, n_jobs=1)
         if images.shape[1] != texts.shape[1]:
             return mapper.fit_transform(images), mapper.fit_transform(texts)
@@ -138,40 +181,73 @@ def _project(rows: Floats) -> tuple[npt.NDArray[np.float64], float]:
     return points, float(values[-2:].sum() / max(values.sum(), 1e-12))
 
 
-def _ranked_queries(report: EvaluationReport) -> dict[str, list[RankedQuery]]:
-    """Find the worst and the best queries of both directions."""
+@dataclass(frozen=True)
+class _Side:
+    """One side of the evaluated rows."""
+
+    show: Callable[[int, str], Entry]  # a row, with a small note
+    vectors: Floats  # (n, d) unit rows
+    owners: Ints  # (n,) image row of each, -1 for none
+    queries: Ints  # (q,) rows that have a match
+    first: Ints  # (q,) rank of the best match of each
+
+
+def _ranked_queries(
+    report: EvaluationReport, pictures: Pictures, seed: int
+) -> dict[str, list[RankedQuery]]:
+    """Find the queries with the worst ranks and the most confident mistakes, both ways.
+
+    Those are the mistakes with the highest cosine, the widest margin over the match first.
+    """
     aligned, rows = report.aligned, report.aligned.rows
     to_text, to_image = (ranks.first for ranks in report.ranks)
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 
-    def text(row: int) -> Entry:
-        name, caption = rows.text_ids[row].as_py(), rows.captions[row].as_py()
-        return Entry(caption, name) if caption else Entry(name)
+    def text(row: int, note: str) -> Entry:
+        return Entry(rows.captions[row].as_py() or "", f"{rows.text_ids[row].as_py()} {note}")
 
     @cache
-    def image(row: int) -> Entry:
+    def thumbnail(row: int) -> bytes:
         (source,) = table.strings(schema.SOURCE, table_rows[[row]]).to_pylist()
-        return Entry(rows.image_ids[row].as_py(), picture=thumbnail(source, THUMBNAIL))
+        return pictures.thumbnail(source, rows.image_ids[row].as_py())
 
-    paired = np.flatnonzero(rows.text_image >= 0)
-    owners = rows.text_image[paired]
-    cosines = np.einsum("ij,ij->i", aligned.images[owners], aligned.texts[paired])
-    best = np.full(len(rows.images), -np.inf)
-    np.maximum.at(best, owners, cosines)
-    asked = np.unique(owners)
-    images = (image, aligned.images, np.arange(len(rows.images)), asked, best[asked], to_text)
-    texts = (text, aligned.texts, rows.text_image, paired, cosines, to_image)
-    ways = (("image to text", images, texts), ("text to image", texts, images))
+    def image(row: int, note: str) -> Entry:
+        return Entry("", f"{rows.image_ids[row].as_py()} {note}", thumbnail(row))
+
+    paired, numbers = np.flatnonzero(rows.text_image >= 0), np.arange(len(rows.images))
+    asked = np.unique(rows.text_image[paired])
+    images = _Side(image, aligned.images, numbers, asked, to_text)
+    texts = _Side(text, aligned.texts, rows.text_image, paired, to_image)
     found: dict[str, list[RankedQuery]] = {}
-    for heading, sign in (("Worst", -1), ("Best", 1)):
-        for way, (entry, vectors, owner, queries, score, first), gallery in ways:
-            show, others, owners, *_ = gallery
-            found[f"{heading} from {way}"] = ranked = []
-            order = np.lexsort((-sign * score, sign * first))
-            for one in order[: max(1, min(QUERIES, len(order) // 2))].tolist():
-                row = int(queries[one])
-                scores, is_match = others @ vectors[row], owners == owner[row]
-                match = int(np.where(is_match, scores, -np.inf).argmax())
-                wrong = int(np.where(is_match, -np.inf, scores).argmax())
-                ranked.append(RankedQuery(entry(row), int(first[one]), show(match), show(wrong)))
+    for way, side, gallery in (("image to text", images, texts), ("text to image", texts, images)):
+        missed = np.flatnonzero(side.first > 1)
+        missed = np.sort(np.random.default_rng(seed).permutation(missed)[:SAMPLED])
+        worst = np.argsort(-side.first[missed], kind="stable")[:QUERIES]
+        (match, true), (wrong, taken) = _best(side, gallery, side.queries[missed])
+        confident = np.argsort(-taken, kind="stable")[:QUERIES]
+        confident = confident[np.argsort((true - taken)[confident], kind="stable")]
+        for heading, order in (("Worst ranks", worst), ("Most confident mistakes", confident)):
+            found[f"{heading}, {way}"] = [
+                RankedQuery(
+                    side.show(int(side.queries[missed[one]]), ""),
+                    int(side.first[missed[one]]),
+                    gallery.show(int(match[one]), f"{true[one]:.3f}"),
+                    gallery.show(int(wrong[one]), f"{taken[one]:.3f}"),
+                )
+                for one in order
+            ]
     return found
+
+
+def _best(side: _Side, gallery: _Side, queries: Ints) -> list[tuple[Ints, Floats]]:
+    """Find the best match and the best wrong item of each query: rows (q,), cosines (q,)."""
+    items, scores = np.zeros((2, len(queries)), np.int64), np.zeros((2, len(queries)), np.float32)
+    for start in range(0, len(queries), QUERIES_AT_A_TIME):
+        part = slice(start, start + QUERIES_AT_A_TIME)
+        cosines = side.vectors[queries[part]] @ gallery.vectors.T
+        is_match = gallery.owners == side.owners[queries[part], None]
+        for kind, wanted in enumerate((is_match, ~is_match)):
+            kept = np.where(wanted, cosines, -np.inf)
+            items[kind, part] = kept.argmax(axis=1)
+            scores[kind, part] = kept.max(axis=1)
+    return list(zip(items, scores, strict=True))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.evaluation.config import Protocol
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet
@@ -34,6 +35,7 @@ class AlignedRows:
     adapter: Path | None = None  # the run folder, or None
     weights_sha256: str | None = None  # of the adapter; None also while it is trained
     parameters: int | None = None  # of the adapter, their number; None also while it is trained
+    is_trained: bool = False  # whether the adapter was trained on some of the rows
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the rows, as the first keys of a JSON document."""
@@ -91,10 +93,10 @@ def select(name: Protocol, rows: PairedRows) -> PairedRows:
     unpaired = int((rows.text_image < 0).sum())
     if len(rows.images) != rule.images or unpaired or fewest < needed:
         raise DataError(
-            f"{rows.name}: contains {len(rows.images):,} images with at least {fewest:,} captions "
-            f"each and {unpaired:,} texts without an image; protocol {name} needs "
-            f"{rule.images:,} images with at least {needed} each and no other text; choose another "
-            "--split or --protocol"
+            f"{rows.name}: contains {counted(len(rows.images), 'image')} with at least "
+            f"{counted(fewest, 'caption')} each and {counted(unpaired, 'text')} without an image; "
+            f"protocol {name} needs {rule.images:,} images with at least {needed} each and no "
+            "other text; choose another --split or --protocol"
         )
     place = np.arange(rows.pairs) - np.repeat(np.cumsum(counts) - counts, counts)
     return rows.take_texts(rows.texts_by_image[place < (rule.captions or len(place))])

@@ -185,15 +185,33 @@ def join_pairs(features: FeatureSet, split: str) -> Joined:
     """Call `join_ids`; raises DataError if there is no such split, or it has no pairs."""
     joined = join_ids(features, split)
     if not (joined.text_image >= 0).any():
-        listed = ", ".join(
-            f"{name or '(none)'}: {counts['images']} images, {counts['texts']} texts"
-            for name, counts in features.splits().items()
-        )
-        raise DataError(
-            f"{joined.name}: has no pairs; the splits of the set are "
-            f"{listed or 'none, it is empty'}; choose one of them"
-        )
+        raise DataError(_no_pairs(features, split, joined))
     return joined
+
+
+def _no_pairs(features: FeatureSet, split: str, joined: Joined) -> str:
+    """Word why a split has no pairs."""
+    path, there = features.path, features.splits()
+    stored = [side.plural for side in Modality if len(features.table(side))]
+    if len(stored) < 2:
+        found = f"contains {stored[0]} only" if stored else "is empty"
+        return f"{path}: {found}, but both sides are needed; create a set with images and texts"
+    if not features.manifest.counts.pairs:
+        return (
+            f"{path}: has no pairs, since no text has the id of an image as its image_id; import "
+            "it again with --pairs, or with as many texts as images"
+        )
+    if set(there) == {None}:
+        options = f"--{split} 0.1" if split in ("val", "test") else "--val 0.1 --test 0.1"
+        return (
+            f"{path}: has no splits, so none is named {split}; leave out the option, or make some "
+            f"with csalign split {path} {options}"
+        )
+    listed = ", ".join(
+        f"{name or 'without a split'}: {counts['images']} images, {counts['texts']} texts"
+        for name, counts in there.items()
+    )
+    return f"{joined.name}: has no pairs; the splits of the set are {listed}; choose one of them"
 
 
 def join_ids(features: FeatureSet, split: str) -> Joined:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
@@ -17,7 +18,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote
 from csalign.features import schema
-from csalign.features.schema import EncoderInfo, Manifest, Shard, read_manifest
+from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[Any]
@@ -43,6 +44,7 @@ class FeatureTable:
     info: EncoderInfo | None  # its encoder; None if the feature set has no such side
     dtype: str  # as stored, "float16" or "float32"
     shards: tuple[Shard, ...]  # in row order
+    splits: Splits | None = None  # which stand for the stored column of splits
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
@@ -79,36 +81,70 @@ class FeatureTable:
                     "part of the set; remove it"
                 )
         for shard in self.shards:
-            for defect in self._defects(shard):
-                raise SchemaError(f"{self._path(shard)}: {defect}; {AGAIN}")
+            info = self.encoder
+            columns = schema.table_schema(self.modality, self.dtype, info.width, info.token_width)
+            self._check_file(shard, columns, AGAIN)
+        if (file := self._split_file) is not None:
+            self._check_file(file, schema.splits_schema(), self._divide_again)
+            if file.rows != len(self):
+                raise SchemaError(
+                    f"{self._path(file)}: has {file.rows} rows for {len(self)} "
+                    f"{self.modality.plural}; {self._divide_again}"
+                )
 
-    def _defects(self, shard: Shard) -> Iterator[str]:
-        path, info = self._path(shard), self.encoder
+    def _check_file(self, file: Shard, columns: pa.Schema, remedy: str) -> None:
+        for defect in self._defects(file, columns, remedy):
+            raise SchemaError(f"{self._path(file)}: {defect}; {remedy}")
+
+    def _defects(self, shard: Shard, columns: pa.Schema, remedy: str) -> Iterator[str]:
+        path = self._path(shard)
         if not path.is_file():
             yield "is missing"
         if (size := path.stat().st_size) != shard.bytes:
             yield f"has {size} bytes, the manifest says {shard.bytes}"
-        with self._open(shard) as file:
+        with self._open(shard, remedy) as file:
             rows, found = file.metadata.num_rows, file.schema_arrow
         if rows != shard.rows:
             yield f"has {rows} rows, the manifest says {shard.rows}"
-        for expected in schema.table_schema(
-            self.modality, self.dtype, info.width, info.token_width
-        ):
+        for expected in columns:
             if (index := found.get_field_index(expected.name)) < 0:
                 yield f"has no column {expected.name!r}"
             elif (kind := found.field(index).type) != expected.type:
                 yield f"column {expected.name!r} is {kind}, the manifest says {expected.type}"
 
+    @property
+    def _split_file(self) -> Shard | None:
+        return None if self.splits is None else self.splits.side(self.modality)
+
+    @property
+    def _divide_again(self) -> str:
+        options = "" if self.splits is None else self.splits.settings.options
+        return f"make the splits again: csalign split {self.folder} {options} --overwrite"
+
+    @cached_property
+    def _split_names(self) -> pa.Array | None:
+        """The column of splits that stands for the stored one; None if there is none."""
+        if (file := self._split_file) is None:
+            return None
+        self._verify_file(file, self._divide_again)
+        with self._open(file, self._divide_again) as opened:
+            column = opened.read([schema.SPLIT]).column(0)
+        return column.cast(pa.string()).combine_chunks()
+
     def verify(self) -> None:
         """Compare every file with its checksum; raises SchemaError if one does not match."""
         for shard in self.shards:
-            path = self._path(shard)
-            if atomic.sha256_file(path) != shard.sha256:
-                raise SchemaError(
-                    f"{path}: does not match the manifest's checksum, so it was changed or is "
-                    f"damaged; {AGAIN}"
-                )
+            self._verify_file(shard, AGAIN)
+        if (file := self._split_file) is not None:
+            self._verify_file(file, self._divide_again)
+
+    def _verify_file(self, file: Shard, remedy: str) -> None:
+        path = self._path(file)
+        if atomic.sha256_file(path) != file.sha256:
+            raise SchemaError(
+                f"{path}: does not match the manifest's checksum, so it was changed or is "
+                f"damaged; {remedy}"
+            )
 
     def embeddings(self) -> Array:
         """Read all embeddings, (n, d), in the stored dtype, maybe read-only, but no tokens.
@@ -147,9 +183,16 @@ class FeatureTable:
                         table = file.read_row_group(group, columns=list(columns), use_threads=True)
                         for batch in table.combine_chunks().to_batches():
                             _check_nulls(batch, self._path(shard))
-                            yield first, batch
+                            yield first, self._with_splits(batch, first)
                             first += len(batch)
                     first = last
+
+    def _with_splits(self, batch: pa.RecordBatch, first: int) -> pa.RecordBatch:
+        place = batch.schema.get_field_index(schema.SPLIT)
+        if place < 0 or self._split_names is None:
+            return batch
+        own = self._split_names.slice(first, len(batch))
+        return batch.set_column(place, batch.schema.field(place), own)
 
     def parts(
         self, columns: Sequence[str], rows: Ints | None
@@ -201,7 +244,7 @@ class FeatureTable:
         return path
 
     @contextmanager
-    def _open(self, shard: Shard) -> Iterator[pq.ParquetFile]:
+    def _open(self, shard: Shard, remedy: str = AGAIN) -> Iterator[pq.ParquetFile]:
         path = self._path(shard)
         remote = is_remote(path)
         try:
@@ -211,7 +254,7 @@ class FeatureTable:
                 file = pq.ParquetFile(opened, pre_buffer=remote, page_checksum_verification=True)
                 yield stack.enter_context(file)
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise SchemaError(f"{path}: cannot be read ({reason_of(error)}); {AGAIN}") from error
+            raise SchemaError(f"{path}: cannot be read ({reason_of(error)}); {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -224,19 +267,26 @@ class FeatureSet:
     texts: FeatureTable
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, stored_splits: bool = False) -> Self:
         """Open a feature set and check its files against its manifest.
+
+        Args:
+            path: its folder.
+            stored_splits: ignore the splits that were made after the rows were written.
 
         Raises:
             DataError: there is no feature set at `path`.
             SchemaError: a file does not match the manifest.
         """
         manifest = read_manifest(path)
+        if stored_splits:
+            manifest = manifest.model_copy(update={"splits": None})
         counts = {Modality.IMAGE: manifest.counts.images, Modality.TEXT: manifest.counts.texts}
         tables = []
         for side, count in counts.items():
             shards = tuple(manifest.shards.side(side))
-            table = FeatureTable(path, side, manifest.encoders.side(side), manifest.dtype, shards)
+            info = manifest.encoders.side(side)
+            table = FeatureTable(path, side, info, manifest.dtype, shards, manifest.splits)
             table.check()
             if len(table) != count:
                 raise SchemaError(

@@ -1,6 +1,7 @@
 """Every column, dtype and manifest key of a feature set: the only place that spells them."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,9 +17,10 @@ from csalign.core.records import Record, read_record
 
 MANIFEST = "manifest.json"
 FAILURES = "failures.jsonl"
-ENTRIES = frozenset({MANIFEST, FAILURES, "images", "texts", "config.toml"})
+SPLITS = "splits"
+ENTRIES = frozenset({MANIFEST, FAILURES, SPLITS, "images", "texts", "config.toml"})
 """Names in the folder of a feature set."""
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2  # of sets with "splits"; all others are of version 1
 
 ID = "id"
 IMAGE_ID = "image_id"
@@ -53,6 +55,11 @@ def table_schema(
     if token_width is not None:
         fields.append(pa.field(TOKENS, pa.list_(_vector(number, token_width)), nullable=False))
     return pa.schema(fields)
+
+
+def splits_schema() -> pa.Schema:
+    """Build the Arrow schema of the files of `Splits`."""
+    return pa.schema([pa.field(ID, pa.string(), nullable=False), pa.field(SPLIT, pa.string())])
 
 
 def _vector(number: pa.DataType, width: int) -> pa.DataType:
@@ -112,29 +119,97 @@ class Encoders(Record):
         return self.image if modality is Modality.IMAGE else self.text
 
 
+class SplitSettings(Record):
+    """How images are divided into splits.
+
+    `val` and `test` are fractions of the images with texts, or numbers of images; None for no such
+    split. `group` keeps near-duplicate images and those that share a caption on one side.
+    """
+
+    val: float | None = None
+    test: float | None = None
+    seed: int = 0
+    group: bool = True
+
+    @property
+    def options(self) -> str:
+        """The settings as options of ``csalign split``."""
+        parts = {"val": self.val, "test": self.test}
+        words = [
+            f"--{name} {part if part < 1 else int(part)}" for name, part in parts.items() if part
+        ]
+        words += [f"--seed {self.seed}"] * bool(self.seed) + ["--no-group"] * (not self.group)
+        return " ".join(words)
+
+
+class Splits(Record):
+    """Splits that were made after the rows were written, and stand for those stored with them.
+
+    Each file has the columns id and split, in the row order of its side.
+    """
+
+    settings: SplitSettings
+    threshold: float | None  # least cosine of near-duplicates; None if only equal ones were grouped
+    groups: int  # of several images
+    grouped: int  # images in them
+    images: Shard
+    texts: Shard | None
+
+    def side(self, modality: Modality) -> Shard | None:
+        """Return the file of one side; None if the side is not stored."""
+        return self.images if modality is Modality.IMAGE else self.texts
+
+
 class Manifest(Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished.
 
-    "names" are the names of the sides if they are not images and texts.
+    "names" are the names of the sides if they are not images and texts, and "source_root" is the
+    folder that relative sources of images start from.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     csalign_version: str
     names: dict[Modality, str] | None = None
+    source_root: str | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
     shards: Shards
+    splits: Splits | None = None
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the shards' checksums, which identifies the files of this set.
 
         Copies of a set have the same one. Rows written again may not, as the bytes of a Parquet
-        file depend on the version of pyarrow that wrote it.
+        file depend on the version of pyarrow that wrote it. With `splits`, that of their files
+        follows after a hyphen; see `same_rows`.
         """
-        sums = "\n".join(shard.sha256 for shard in (*self.shards.images, *self.shards.texts))
-        return hashlib.sha256(sums.encode()).hexdigest()
+        found = _sha256_of(*self.shards.images, *self.shards.texts)
+        if self.splits is None:
+            return found
+        files = (self.splits.side(side) for side in Modality)
+        return f"{found}-{_sha256_of(*(file for file in files if file is not None))}"
+
+
+def _sha256_of(*files: Shard) -> str:
+    return hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()
+
+
+def same_rows(one: str, other: str) -> bool:
+    """Return whether two fingerprints are of the same rows, maybe divided into other splits."""
+    return one.partition("-")[0] == other.partition("-")[0]
+
+
+def source_root(sources: Iterable[Any]) -> str | None:
+    """Return the working directory if the first source is a path relative to it, else None.
+
+    Sources are strings, None or Arrow's scalars of these.
+    """
+    values = (value.as_py() if isinstance(value, pa.Scalar) else value for value in sources)
+    first = next(filter(None, values), None)
+    is_relative = first is not None and "://" not in first and not Path(first).is_absolute()
+    return str(Path.cwd()) if is_relative else None
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -164,6 +239,8 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    if manifest.names is None:
-        del document["names"]
+    for name in ("names", "source_root", "splits"):
+        if document[name] is None:
+            del document[name]
+    document["format_version"] = FORMAT_VERSION if manifest.splits else 1
     atomic.write_json(folder / MANIFEST, document)

@@ -63,11 +63,13 @@ class MemoryBudget:
 
     Attributes:
         left: bytes of the memory that are not used yet.
+        is_shared: whether all processes of the job allocate together; false for one of them.
     """
 
-    def __init__(self, memory: int, folder: Path) -> None:
+    def __init__(self, memory: int, folder: Path, *, is_shared: bool = True) -> None:
         self.left = memory
         self.folder = folder
+        self.is_shared = is_shared
 
     @property
     def fills(self) -> bool:
@@ -84,7 +86,7 @@ class MemoryBudget:
         fits = size <= self.left
         world = distributed.world()
         # Machines may differ in memory, but all must take part in the same collectives.
-        if max(distributed.all_gather(world.local_size)) == 1:
+        if not self.is_shared or max(distributed.all_gather(world.local_size)) == 1:
             if fits:
                 self.left -= size
                 return np.empty(shape, dtype)

@@ -167,6 +167,7 @@ class FeatureWriter:
         encoders: of each side; a side that is missing is not stored.
         dtype: "float16" or "float32".
         names: of the sides, if not image and text.
+        source_root: folder that relative sources start from, if known.
 
     Raises:
         DataError: at the end, an id repeats or the image of a text is missing.
@@ -178,8 +179,10 @@ class FeatureWriter:
         encoders: Mapping[Modality, EncoderInfo],
         dtype: str,
         names: Mapping[Modality, str] | None = None,
+        source_root: str | None = None,
     ) -> None:
         self._names = None if names is None else dict(names)
+        self._source_root = source_root
         self._folder = folder
         self._encoders = dict(encoders)
         self._dtype = dtype
@@ -245,6 +248,7 @@ class FeatureWriter:
         manifest = schema.Manifest(
             csalign_version=__version__,
             names=self._names,
+            source_root=self._source_root,
             dtype=self._dtype,
             encoders=schema.Encoders(image=image, text=text),
             counts=schema.Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.runs.config import ANY_ENCODER
 
 
 class PromptOptions(Config):
@@ -25,6 +26,7 @@ class PromptOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     text_encoder: str | None = Field(
         None, description="Encoder of --prompts (default: the one that the run names)."
     )

@@ -28,7 +28,7 @@ from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.unclip import Decoder, find_decoder
 from csalign.report.thumbnails import draw_sheet
-from csalign.runs.load import embed_rows, load_adapter_for
+from csalign.runs.load import check_encoder, embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
 
@@ -79,7 +79,9 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
     if options.text_encoder is not None:
         raise ConfigError("text-encoder: is for --prompts; features are embedded already")
     features = FeatureSet.open(options.features)
-    adapter, _ = load_adapter_for(features, run, device, options.allow_adapter)
+    adapter, _ = load_adapter_for(
+        *(features, run, device, options.allow_adapter), any_encoder=options.any_encoder
+    )
     rows = load_side(features, options.split, Modality.TEXT)
     if not len(rows.texts):
         raise DataError(f"{rows.name}: has no texts; name another --split")
@@ -112,6 +114,8 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device
             f"{spec}: gives embeddings of width {encoder.info.width}, the adapter {run} takes "
             f"{shape.input_width}; name the encoder that it was trained on with --text-encoder"
         )
+    name, insist = f"{file}: the text embeddings", options.any_encoder
+    check_encoder(encoder.info, Modality.TEXT, run, info, name, any_encoder=insist)
     raw = encoder.embed(texts).embeddings
     bad = np.flatnonzero(~(np.isfinite(raw).all(1) & raw.any(1)))
     if len(bad):

@@ -99,7 +99,10 @@ def build_index(
     side = Modality(items.side)
     adapter, info = None, None
     if items.adapter is not None:
-        adapter, info = load_adapter_for(features, items.adapter, items.device, items.allow_adapter)
+        adapter, info = load_adapter_for(
+            *(features, items.adapter, items.device, items.allow_adapter),
+            any_encoder=items.any_encoder,
+        )
     _ = features.table(side).encoder  # raises where there is no such side
     rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
     count = len(rows.numbers(side))
@@ -128,6 +131,7 @@ def build_index(
         encoders={each: features.table(each).info for each in Modality},
         adapter_sha256=None if info is None else info.weights_sha256,
         features=str(features.path),
+        source_root=features.manifest.source_root,
         fingerprint=features.manifest.fingerprint(),
         split=items.split,
         files={},

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, Share
+from csalign.runs.config import ANY_ENCODER
 
 
 class ItemOptions(Config):
@@ -19,6 +20,7 @@ class ItemOptions(Config):
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     side: Literal["image", "text"] = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
     device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")

@@ -58,6 +58,7 @@ class IndexManifest(Record):
     encoders: dict[Modality, EncoderInfo | None]
     adapter_sha256: str | None
     features: str
+    source_root: str | None = None  # folder that relative sources of the items start from
     fingerprint: str  # of the features
     split: str
     files: dict[str, str]  # SHA-256 of all other files, by path
@@ -104,7 +105,7 @@ def write_index_manifest(folder: Path, manifest: IndexManifest) -> IndexManifest
 
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:
     """Describe an index as plain JSON values: its manifest without the list of files."""
-    document = manifest.model_dump(mode="json", exclude={"format", "files"})
+    document = manifest.model_dump(mode="json", exclude={"format", "files", "source_root"})
     if document["names"] is None:
         del document["names"]
     size = sum((folder / name).stat().st_size for name in manifest.files)

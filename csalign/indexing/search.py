@@ -44,7 +44,7 @@ from csalign.indexing.manifest import (
 )
 from csalign.indexing.vectors import VectorIndex, load_correction
 from csalign.report.page import Entry, Section, check_page, write_page
-from csalign.report.thumbnails import thumbnail
+from csalign.report.thumbnails import Pictures
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
 
@@ -343,22 +343,24 @@ def _with_page(
     assert config.html is not None
     rows = renamed(f"{manifest.rows:,} {manifest.side.plural}", manifest.names)
     sections: list[Section] = []
-    count = 0
+    count, shown = 0, Pictures(THUMBNAIL, config.pictures, manifest.source_root)
     for count, found in enumerate(queries, 1):
         if count <= PAGE_QUERIES:
             pictures = [
                 Entry(
-                    hit["caption"] or hit["id"],
+                    hit["caption"] or "",
                     f"{hit['rank']}.  {hit['score']:.3f}  {hit['image_id'] or hit['id']}",
-                    thumbnail(hit["source"], THUMBNAIL, config.pictures),
+                    shown.thumbnail(hit["source"], hit["image_id"] or hit["id"]),
                 )
                 for hit in found["hits"]
             ]
             note = f"The {len(pictures)} nearest of {rows}."
             sections.append(Section(found["query"], note, pictures=pictures))
         yield found
+    shown.warn()
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
-    write_page(config.html, title, sections)
+    summary = f"{config.index.name}: {rows}."
+    write_page(config.html, title, sections, summary=summary)
     log.info("wrote %s", config.html)
     if count > PAGE_QUERIES:
         log.warning("%s: shows the first %d queries only", config.html, PAGE_QUERIES)

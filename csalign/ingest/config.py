@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words
 
@@ -94,7 +94,49 @@ class ShardOptions(Config):
     strict: bool = Field(False, description="Fail if anything is skipped.")
 
 
-class ExtractConfig(SourceOptions, EncoderOptions, OutputConfig, ExecutionOptions, ShardOptions):
+def _parse_part(value: Any) -> float | None:
+    """Parse a fraction, or a number of images."""
+    try:
+        part = float(value)
+    except (TypeError, ValueError):
+        part = 0.0
+    if value is None:
+        return None
+    if isinstance(value, bool) or not (0 < part < 1 or (part >= 1 and part.is_integer())):
+        raise ValueError("must be a fraction below 1, such as 0.1, or a number of images")
+    return part if part < 1 else int(part)
+
+
+Part = Annotated[float | None, PlainValidator(_parse_part)]
+
+
+class SplitOptions(Config):
+    """Splits to make, by image."""
+
+    panel: ClassVar[str] = "Splits"
+
+    val: Part = Field(
+        None, description="Validation split: a fraction of the images with texts, or a number."
+    )
+    test: Part = Field(None, description="Test split, likewise.")
+    seed: int = Field(0, description="Random seed of the splits.")
+    group: bool = Field(
+        True, description="Keep near-duplicate images and shared captions in one split."
+    )
+
+
+class SplitConfig(SplitOptions):
+    """``csalign split``: splits of a feature set that exists already."""
+
+    panel: ClassVar[str] = "Output"
+
+    features: Location = Field(description="Feature set.")
+    overwrite: bool = Field(False, description="Replace splits that csalign made before.")
+
+
+class ExtractConfig(
+    SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
+):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
 
     def to_toml(self) -> str:
@@ -170,5 +212,5 @@ class RecordOptions(Config):
     )
 
 
-class ImportConfig(ArrayOptions, OutputConfig, PairOptions, RecordOptions):
+class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
     """``csalign import``: embeddings computed elsewhere -> the same artifact."""

@@ -34,6 +34,7 @@ from csalign.ingest.job import (
 from csalign.ingest.locks import open_partial_set, sole_owner
 from csalign.ingest.partial_set import PartialSet
 from csalign.ingest.pipeline import Pipeline
+from csalign.ingest.split import split_settings
 from csalign.sources.records import Source, SourceFile, UnreadableFile
 from csalign.sources.records.open import STDIN, SourceOptions, open_source
 
@@ -63,7 +64,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     """
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
-    shard = parse_shard(config.shard)
+    shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
     outputs.check_output(
@@ -85,6 +86,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             image=encoders.image.info if encoders.image else None,
             text=encoders.text.info if encoders.text else None,
         ),
+        splits=splits,
     )
     restart, retry = config.overwrite, config.retry_failures
     with (
@@ -108,7 +110,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             if is_owner:
                 if not partial.is_complete:
                     _check_failures(config, partial, partial.part_records())
-                partial.complete_and_commit()
+                partial.complete_and_commit(progress)
         if not is_owner:
             partial.wait_until_committed()
         counts = schema.read_manifest(config.out).counts

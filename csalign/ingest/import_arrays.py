@@ -13,8 +13,10 @@ from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.schema import EncoderInfo, read_manifest
+from csalign.features.splits import divide
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
+from csalign.ingest.split import split_settings
 from csalign.sources import pairing
 from csalign.sources.arrays.base import Labels, Strings, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
@@ -41,6 +43,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         OutputError: ``config.out`` exists and is not to be replaced.
     """
     _check_options(config)
+    splits = split_settings(config)
     specs = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
     tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
     inputs = (*specs, *(table for table in tables if table is not None))
@@ -56,8 +59,16 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
-        with FeatureWriter(folder, encoders, dtype, names) as writer:
+        root = schema.source_root(columns.get(Modality.IMAGE, {}).get(schema.SOURCE, ()))
+        with FeatureWriter(folder, encoders, dtype, names, source_root=root) as writer:
             _write(sides, columns, writer, dtype, progress)
+        if splits is not None:
+            try:
+                made = divide(folder, splits, progress=progress)
+            except DataError as error:  # which names the unfinished folder
+                raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
+            if made.groups:
+                logger.info("%s", made.kept_together)
     counts = read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)
 

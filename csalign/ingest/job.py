@@ -13,7 +13,7 @@ from pydantic import Field
 
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.records import Record, read_record
-from csalign.features.schema import Encoders, Shard
+from csalign.features.schema import Encoders, Shard, SplitSettings
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +42,11 @@ class Job(Record):
     part_rows: int  # records per part
     dtype: str
     encoders: Encoders
+    splits: SplitSettings | None = None  # to be made of the finished set
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of what determines parts besides their records."""
-        content = self.model_dump_json(exclude={"location", "source"})
+        content = self.model_dump_json(exclude={"location", "source", "splits"})
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -64,6 +65,7 @@ class PartRecord(Record):
     job: str = ""  # `Job.fingerprint` of its job
     fingerprint: str = ""  # of its records; see `sources.records.Source`
     file_records: int  # in its source file, over all parts of the file
+    source_root: str | None = None  # folder that relative sources of its images start from
     is_unreadable: bool = False  # stands for a source file that could not be read at all
     records: int
     failed_records: int = 0  # skipped as a whole

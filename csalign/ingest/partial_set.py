@@ -5,11 +5,13 @@ follows from its records alone, so it does not matter which process writes it, n
 process has finished, the part records become the manifest. README.md lists the files.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,13 +23,18 @@ from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
 from csalign.core.records import write_record
+from csalign.core.results import Progress, silent
 from csalign.features import schema
+from csalign.features.splits import divide
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
+
+log = logging.getLogger(__name__)
 
 PARTS = "parts"
 FINISHED = "finished"
 TIMEOUT_S = 60.0  # to wait for a process that only sets up or completes the folder
+SPLIT_TIMEOUT_S = 1_800.0  # or that also compares all images
 _CLAIM = "parts.claim"
 
 
@@ -41,11 +48,14 @@ class PartWriter:
     failed_texts: int = 0
     texts_seen: int = 0
     pairs: int = 0
+    source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
         self.sides[modality].write(rows)
+        if modality is Modality.IMAGE and self.source_root is None:
+            self.source_root = schema.source_root(rows.column(schema.SOURCE))
         if modality is Modality.TEXT:
             self.pairs += sum(owner is not None for owner in rows.columns[schema.IMAGE_ID])
 
@@ -154,6 +164,31 @@ class PartialSet:
                 break
         return missing
 
+    def describe(self) -> dict[str, Any]:
+        """Summarise how far the work is, as plain JSON values; see `csalign inspect`."""
+        finished = self._finished()
+        count = max([*self.shard_counts(), *finished], default=1)
+        marks = finished.get(count, {})
+        is_done = any(len(own) == of for of, own in finished.items())
+        missing = () if is_done else (i for i in range(count) if i not in marks)
+        folder = self.folder / PARTS
+        names = sorted(path.stem for path in folder.glob("*.json")) if folder.exists() else []
+        records = [record for name in names if (record := self.part_record(name)) is not None]
+        sides = ([r.images for r in records], [r.texts for r in records])
+        images, texts = (sum(shard.rows for shard in side if shard) for side in sides)
+        return {
+            "source": self._job.location,
+            "shards": count,
+            "missing_shards": [str(WorkShard(index, count)) for index in missing],
+            "parts": len(records),
+            "counts": {
+                "images": images,
+                "texts": texts,
+                "pairs": sum(record.pairs for record in records),
+                "failures": sum(len(record.failures) for record in records),
+            },
+        }
+
     def _finished(self) -> dict[int, dict[int, Finished]]:
         """Return who finished with the source as it is now, by number of shards and by index."""
         self._refresh()
@@ -216,20 +251,26 @@ class PartialSet:
         Raises:
             OutputError: it does not finish in time.
         """
-        deadline = time.monotonic() + TIMEOUT_S
+        timeout = TIMEOUT_S if self._job.splits is None else SPLIT_TIMEOUT_S
+        deadline = time.monotonic() + timeout
         while not (self.is_gone and (self._out / schema.MANIFEST).exists()):
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"{self.folder}: waited {TIMEOUT_S:.0f} s for another process to complete it; "
+                    f"{self.folder}: waited {timeout:.0f} s for another process to complete it; "
                     f"if none does, run csalign inspect --merge {self._out}"
                 )
             time.sleep(0.2)
             self._refresh()
 
-    def complete_and_commit(self) -> None:
-        """Complete the feature set, if its ids are unique; see `locks.sole_owner`."""
+    def complete_and_commit(self, progress: Progress = silent) -> None:
+        """Complete the feature set, if its ids are unique; see `locks.sole_owner`.
+
+        Raises:
+            DataError: ids repeat; or the set is complete, but cannot be divided into splits.
+        """
         if not self.is_complete:
             self._write_manifest()
+        problem = self._divide(progress)
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
             outputs.remove_folder(self.folder / name)
@@ -238,6 +279,24 @@ class PartialSet:
             lock.unlink()
         outputs.commit(self.folder, self._out)
         (self._out / outputs.JOB).unlink(missing_ok=True)
+        if problem is not None:
+            raise problem
+
+    def _divide(self, progress: Progress) -> DataError | None:
+        """Make the splits of the job; return what prevents it, which must not cost the set."""
+        if self._job.splits is None:
+            return None
+        try:
+            made = divide(self.folder, self._job.splits, progress=progress)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{self.folder}: ")
+            return DataError(
+                f"{self._out}: the feature set is complete, but has no splits: {reason}; make "
+                "some with csalign split"
+            )
+        if made.groups:
+            log.info("%s", made.kept_together)
+        return None
 
     def _write_manifest(self) -> None:
         records = self.part_records()
@@ -248,6 +307,7 @@ class PartialSet:
             _remove_stale_files(self.folder / side.plural, shards)
         manifest = schema.Manifest(
             csalign_version=__version__,
+            source_root=next((r.source_root for r in records if r.source_root), None),
             dtype=self._job.dtype,
             encoders=self._job.encoders,
             counts=schema.Counts(

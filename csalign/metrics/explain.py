@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from csalign.core.figures import figure_of
+
 # "place :: formula :: source", the first that fits applies. * matches any part of a place in the
 # document, and K a number after an @.
 _TEXT = """
@@ -98,19 +100,36 @@ EXPLANATIONS = _parse(_TEXT)
 
 
 def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Explain the figures of a document, ``{place: {"formula", "source"}}`` in its order.
+    """Explain the figures of a document, ``{place: {"name", "formula", "source"}}`` in its order.
+
+    "name" is what tables and pages call a figure; entries that are not figures have none.
 
     Raises:
         KeyError: a figure has no explanation.
     """
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, str] = {}  # the first place of each pattern
     for place in _places(document):
         if place.startswith("corrected."):
-            name = ".".join(place.split(".")[:2])
-            found[name] = EXPLANATIONS[name]
-        pattern = pattern_of(place)
-        found[pattern] = EXPLANATIONS[pattern]
-    return {name: {"formula": text, "source": source} for name, (text, source) in found.items()}
+            found.setdefault(".".join(place.split(".")[:2]), "")
+        found.setdefault(pattern_of(place), place)
+    return {
+        pattern: {
+            **({"name": name} if (name := _name(place, pattern)) else {}),
+            "formula": EXPLANATIONS[pattern][0],
+            "source": EXPLANATIONS[pattern][1],
+        }
+        for pattern, place in found.items()
+    }
+
+
+def _name(place: str, pattern: str) -> str | None:
+    """Return the name of the figures that a pattern explains, None if they are not figures."""
+    try:
+        label = figure_of(place).label
+    except KeyError:
+        return None
+    label = re.sub(r"@\d+", "@K", label)
+    return label.partition(",")[0] if pattern.endswith(".*") else label
 
 
 def pattern_of(place: str) -> str:

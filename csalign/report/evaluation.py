@@ -1,6 +1,6 @@
 """The pages of ``csalign eval``, ``csalign train`` and ``csalign diagnose``."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log10
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from csalign.core.enums import Names
+from csalign.core.figures import figure_of
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
@@ -38,7 +39,7 @@ class View:
 
 @dataclass(frozen=True)
 class RankedQuery:
-    """A query with the rank of its best match, from 1, that match, and the item ranked first."""
+    """A query with the rank of its best match, from 1, that match, and the best wrong item."""
 
     query: Entry
     rank: int
@@ -64,20 +65,25 @@ def write_evaluation(
     queries: Mapping[str, Sequence[RankedQuery]],
     run: RunRecord | None,
     names: Names | None = None,
+    *,
+    is_training: bool = False,
 ) -> None:
-    """Write the page of an evaluation.
+    """Write the page of an evaluation or of a training run.
 
     Args:
         path: of the page.
         title: of the page.
-        document: of ``csalign eval``, or None.
+        document: of ``csalign eval``, or None; with "before", the "retrieval" and "gap" of the same
+            rows without the adapter, tables show both.
         views: of the embeddings, before and after the adapter.
         labels: caption and id of each pair in the views.
         queries: by heading, such as "Worst from image to text".
         run: record of the adapter's training, or None.
         names: of the two sides (default: image and text).
+        is_training: whether the curves of the run come first.
     """
-    sections = []
+    curves = [] if run is None else list(_curves(run.metrics))
+    sections = [*curves] if is_training else []
     if document is not None:
         sections += [_retrieval(document), _gap(document)]
     for view in views:
@@ -86,73 +92,102 @@ def write_evaluation(
         sections += [_cosines(views), _spectra(views)]
     for heading, found in queries.items():
         rows: list[list[str | Entry]] = [["rank", "query", "its best match", "ranked first"]]
-        rows += [
-            [f"{one.rank:,}", one.query, one.match, one.first if one.rank > 1 else "the same"]
-            for one in found
-        ]
-        sections.append(Section(heading, rows=rows, prose=True))
+        rows += [[f"{one.rank:,}", one.query, one.match, one.first] for one in found]
+        note = "Small numbers: cosine to the query."
+        if not found:
+            note, rows = "None: every query has its match first.", []
+        sections.append(Section(heading, note, rows=rows, prose=True))
     if run is not None:
-        sections += _curves(run.metrics)
+        sections += [] if is_training else curves
         for heading, values in (("Configuration", run.config), ("Environment", run.environment)):
             if values:
                 leaves = [["key", "value"], *_leaves(values)]
                 sections.append(Section(heading, rows=leaves, prose=True))
-    write_page(path, title, sections, names)
+    summary = "" if document is None else _summary(document)
+    write_page(path, title, sections, names, summary=summary)
 
 
 def write_diagnosis(path: Path, document: Mapping[str, Any]) -> None:
     """Write the page of a document of ``csalign diagnose``."""
-    adapter = document["adapter"] or "no adapter"
-    title = f"{document['features']}, {adapter}, split {document['split']}"
+    features, adapter = document["features"], document["adapter"]
+    title = f"Diagnosis of {Path(features).name}, {Path(adapter or 'no adapter').name}"
+    gap = document["gap"]
+    summary = (
+        f"Split {document['split']}: {100 * gap['centroid_share']:.0f} % of the gap is an offset "
+        "of the centroids, which centring alone would remove; the gradients of alignment and "
+        f"uniformity have a cosine of {document['objective']['gradient_cosine']:.2f} (-1: they "
+        "cancel)."
+    )
     sections = [_conflict(document), _terms(document), _gap_parts(document["gap"])]
-    write_page(path, title, sections, document.get("names"))
+    write_page(path, title, sections, document.get("names"), summary=summary)
 
 
 def _retrieval(document: Mapping[str, Any]) -> Section:
-    retrieval, intervals = document["retrieval"], document["intervals"]
-    kinds = {"R@1": (100, 2), "R@5": (100, 2), "R@10": (100, 2)}
-    kinds |= {"median_rank": (1, 1), "mrr": (1, 4), "map": (1, 4)}
-    rows: list[list[str | Entry]] = [["", "R@1, %", "R@5, %", "R@10, %", "median", "MRR", "mAP"]]
-    for direction in ("image_to_text", "text_to_image"):
-        block, known = retrieval[direction], intervals.get(direction, {})
-        cells = [_number(block[name], known.get(name), *kind) for name, kind in kinds.items()]
-        rows.append([direction.replace("_", " "), *cells])
-    mean = _number(retrieval["mean_recall"], intervals.get("mean_recall"), 100, 2)
-    rows.append(["mean recall, %", mean, *[""] * (len(kinds) - 1)])
-    note = ", ".join(f"{count:,} {name}" for name, count in document["counts"].items()) + "."
-    if intervals:
+    places = [("mean_recall",)] + [
+        (direction, name)
+        for direction in ("image_to_text", "text_to_image")
+        for name in ("R@1", "R@5", "R@10", "median_rank", "mrr", "map")
+    ]
+    note = _counts(document) + "."
+    if document["intervals"]:
         note += " Small numbers: 95 % bootstrap intervals over images."
     if (index := document["index"]["kind"]) != "exact":
         note += f" Ranked by an approximate index ({index})."
-    return Section("Retrieval", note, rows=rows)
-
-
-def _number(value: float, interval: Sequence[float] | None, scale: int, digits: int) -> Entry:
-    ends = [f"{scale * end:.{digits}f}" for end in interval or ()]
-    return Entry(f"{scale * value:.{digits}f}", " to ".join(ends))
-
-
-def _estimate(value: float, error: float | None) -> Entry:
-    return Entry(f"{value:.4f}", "" if error is None else f"± {error:.2g}")
+    return Section("Retrieval", note, rows=_figures(document, "retrieval", places))
 
 
 def _gap(document: Mapping[str, Any]) -> Section:
-    gap, intervals = document["gap"], document["intervals"]
-    errors = gap.get("standard_errors", {})
-    rows: list[list[str | Entry]] = [["", "value"]]
-    for name, value in gap.items():
-        label, error = name.replace("_", " "), errors.get(name, {})
-        if name == "standard_errors":
-            continue
-        if isinstance(value, Mapping):
-            parts = {part: number for part, number in value.items() if isinstance(number, float)}
-            rows += [[f"{label}, {p}", _estimate(v, error.get(p))] for p, v in parts.items()]
-        elif error:
-            rows.append([label, _estimate(value, error)])
-        else:
-            rows.append([label, _number(value, intervals.get(name), 1, 4)])
-    note = "Lower means a smaller gap (except effective rank)."
-    return Section("The gap between the modalities", note, rows=rows)
+    places: list[tuple[str, ...]] = []
+    for name, value in document["gap"].items():
+        parts = value if isinstance(value, Mapping) else {}
+        if name not in ("standard_errors", "spectrum"):
+            places += [(name, part) for part in parts] or [(name,)]
+    note = "Arrows: the direction of a smaller gap."
+    return Section("Modality gap", note, rows=_figures(document, "gap", places))
+
+
+def _figures(
+    document: Mapping[str, Any], block: str, places: Iterable[tuple[str, ...]]
+) -> list[list[str | Entry]]:
+    """Build a table of the figures at some places of a block, before and after if both exist."""
+    before, found = document.get("before"), document[block]
+    rows: list[list[str | Entry]] = [["", *(["before", "after"] if before else ["value"])]]
+    for place in places:
+        figure = figure_of(".".join((block, *place)))
+        prefix = place[0].replace("_", " ") + " " if block == "retrieval" and place[1:] else ""
+        note = ""
+        if ends := _at(document["intervals"], place):
+            note = " to ".join(figure.show(end) for end in ends)
+        elif error := _at(found.get("standard_errors"), place):
+            note = f"± {figure.show(error)}"
+        cells: list[str | Entry] = [Entry(figure.show(_at(found, place)), note)]
+        if before:
+            cells.insert(0, figure.show(_at(before[block], place)))
+        rows.append([prefix + figure.heading, *cells])
+    return rows
+
+
+def _at(document: Any, place: Iterable[str]) -> Any:
+    """Return what is at a place of a nested document; None if nothing is."""
+    for key in place:
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document
+
+
+def _counts(document: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in document["counts"].items())
+
+
+def _summary(document: Mapping[str, Any]) -> str:
+    """State the main figures, before and after if both exist."""
+    said = []
+    for place in (("retrieval", "mean_recall"), ("gap", "centroid_distance")):
+        figure = figure_of(".".join(place))
+        values = [_at(stage, place) for stage in (document.get("before"), document) if stage]
+        unit = " %" if figure.scale == 100 else ""
+        said.append(f"{figure.label} " + " → ".join(figure.show(v) + unit for v in values))
+    text = ", ".join(said) + f" ({_counts(document)})."
+    return text[0].upper() + text[1:]
 
 
 def _projections(view: View, labels: Sequence[str]) -> Iterator[Section]:
@@ -318,9 +353,10 @@ def _conflict(document: Mapping[str, Any]) -> Section:
         )
     figure.add_vline(x=scale, line={"dash": "dot", "width": 1, "color": OTHER})
     # On a logarithmic axis annotations, unlike lines, are placed by the exponent.
-    figure.add_annotation(
-        x=log10(scale), y=1, yref="paper", text=f"{scale:g}", showarrow=False, xshift=14
-    )
+    label = f"{'this run: ' if document['adapter'] else ''}{scale:g}"
+    side = "left" if scale < 20 else "right"  # where there is room
+    place = {"x": log10(scale), "y": 1, "yref": "paper", "xanchor": side}
+    figure.add_annotation(text=label, showarrow=False, **place)
     figure.update_xaxes(type="log", dtick=1, title="logit scale")
     figure.update_yaxes(title="cosine of the gradients", range=[-1.05, 1.05])
     return Section(
@@ -353,8 +389,8 @@ def _gap_parts(gap: Mapping[str, float]) -> Section:
     ):
         name, value = f"{label} {100 * gap[key]:.0f} %", gap[key] * gap["frechet"]
         figure.add_bar(x=[value], y=["gap"], name=name, marker_color=colour, orientation="h")
-    figure.update_layout(barmode="stack", height=200, legend={"y": 1.3, "traceorder": "normal"})
-    figure.update_xaxes(title="Frechet distance between images and texts")
+    figure.update_layout(barmode="stack", height=200, legend={"traceorder": "normal"})
+    figure.update_xaxes(title="Fréchet distance between images and texts")
     figure.update_yaxes(showticklabels=False)
     return Section(
         "Composition of the gap",

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from csalign.core import atomic
+from csalign.core import __version__, atomic
+from csalign.core.calls import current_call
 from csalign.core.enums import Names, renamed
 from csalign.core.errors import OutputError
 
@@ -26,7 +27,8 @@ _THEME = go.layout.Template(
     layout={
         "height": 350,
         "margin": {"t": 20, "b": 45, "r": 50},
-        "legend": {"orientation": "h", "y": 1.1},
+        # Below the plot, however tall it is; the margin grows by as many lines as it takes.
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "paper_bgcolor": _CLEAR,
         "plot_bgcolor": _CLEAR,
         "modebar": {"bgcolor": _CLEAR, "color": "#8a8f98", "activecolor": "#3d85d1"},
@@ -35,6 +37,7 @@ _THEME = go.layout.Template(
     }
 )
 _BUTTONS = {
+    "responsive": True,
     "displaylogo": False,
     "showSendToCloud": False,  # Plotly would offer to upload a figure
     "toImageButtonOptions": {"format": "svg"},
@@ -72,12 +75,18 @@ def check_page(path: Path) -> None:
 
 
 def write_page(
-    path: Path, title: str, sections: Sequence[Section], names: Names | None = None
+    path: Path,
+    title: str,
+    sections: Sequence[Section],
+    names: Names | None = None,
+    *,
+    summary: str = "",
 ) -> None:
     """Write a page atomically, replacing an existing one.
 
-    It is self-contained, with Plotly's code if it has a figure (about 5 MB), follows the reader's
-    light or dark colours, prints, and may not use the network. The heading of an only section is
+    Its head has the date, version, command line and warnings of the current call. It is
+    self-contained, with Plotly's code if it has a figure (about 5 MB), follows the reader's light
+    or dark colours, prints, and may not use the network. The heading of an only section is
     omitted if it equals the title.
 
     Args:
@@ -85,12 +94,20 @@ def write_page(
         title: of the page.
         sections: of the page, in order.
         names: names of the two sides (default: image and text), used in csalign's words only.
+        summary: the result in a sentence.
     """
     parts: list[tuple[Section, Markup]] = []
     for number, section in enumerate(sections):
         is_first = not any(plot for _, plot in parts)
         parts.append((section, _plot(section.figure, names, f"figure-{number}", is_first)))
-    page = _TEMPLATES.get_template("page.html").render(title=title, sections=parts, names=names)
+    page = _TEMPLATES.get_template("page.html").render(
+        title=title,
+        summary=summary,
+        sections=parts,
+        names=names,
+        call=current_call(),
+        version=__version__,
+    )
     atomic.remove_stale_temporaries(path)
     atomic.write_text(path, page)
 

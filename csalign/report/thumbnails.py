@@ -1,7 +1,9 @@
 """Small images: of a stored image for a page, and many as a contact sheet."""
 
+import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -15,31 +17,68 @@ SIDE, MARGIN = 160, 8  # pixels, in a contact sheet
 LINE, LINES = 14, 2  # height of a line in pixels, and lines below each image
 MOST_IMAGES = 100
 
+log = logging.getLogger(__name__)
 
-def thumbnail(source: str | None, size: int, root: Path | None = None) -> bytes:
-    """Return a small JPEG of an image file, or nothing if it cannot be read.
 
-    Args:
-        source: path of the file.
-        size: pixels of its longer side, at most.
-        root: folder of relative paths (default: the working directory), which they must not
-            leave. The file there may have another suffix, as a rendered drawing has.
+@dataclass
+class Pictures:
+    """Find and shrink the pictures of a page; count those whose file is missing.
+
+    Attributes:
+        size: pixels of the longer side of a thumbnail, at most.
+        folder: that the user named for the pictures, by their source or id, which must not leave
+            it. The file there may have another suffix, as a rendered drawing has.
+        root: folder that relative sources started from when the features were written, if known;
+            without `folder` it is searched before the working directory.
     """
-    if source is None or "://" in source or "\0" in source:
-        return b""
-    path: Path | None = Path(source)
-    try:
-        if root is not None and not Path(source).is_absolute():
-            path = _find_below(root, Path(source))
-        if path is None or not path.is_file() or path.stat().st_size > LARGEST_FILE:
+
+    size: int
+    folder: Path | None = None
+    root: str | None = None
+    wanted: int = 0
+    missing: list[str] = field(default_factory=list)
+
+    def thumbnail(self, source: str | None, name: str | None = None) -> bytes:
+        """Return a small JPEG of an image file, or nothing if there is none that can be read.
+
+        Args:
+            source: path of the file; a URL has no thumbnail.
+            name: id of the image.
+        """
+        if source is None or "://" in source or "\0" in source:
             return b""
-        image = read_image(path.read_bytes())
-    except (DataError, OSError, ValueError):
-        return b""
-    image.thumbnail((size, size))
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
+        self.wanted += 1
+        try:
+            if (path := self._find(source, name)) is None:
+                self.missing.append(source)
+                return b""
+            if path.stat().st_size > LARGEST_FILE:
+                return b""
+            image = read_image(path.read_bytes())
+        except (DataError, OSError, ValueError):
+            return b""
+        image.thumbnail((self.size, self.size))
+        buffer = BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+    def warn(self) -> None:
+        """Warn if pictures are missing."""
+        if self.missing:
+            log.warning(
+                "%d of %d pictures not found under %s (such as %s); pass their folder with "
+                "--pictures FOLDER",
+                *(len(self.missing), self.wanted, self.folder or self.root or Path.cwd()),
+                self.missing[0],
+            )
+
+    def _find(self, source: str, name: str | None) -> Path | None:
+        if self.folder is not None:
+            places = [_find_below(self.folder, Path(each)) for each in (source, name) if each]
+            places.append(Path(source) if Path(source).is_absolute() else None)
+        else:
+            places = [Path(self.root or "", source), Path(source)]
+        return next((path for path in places if path is not None and path.is_file()), None)
 
 
 def draw_sheet(images: Sequence[Path], texts: Sequence[str], path: Path) -> None:

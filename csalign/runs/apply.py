@@ -20,7 +20,7 @@ from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.runs.config import ApplyConfig
-from csalign.runs.load import check_features, load_adapter_for, stream_aligned
+from csalign.runs.load import ALIGNED, check_features, load_adapter_for, stream_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,9 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
         features = FeatureSet.open(config.features)
         run = config.adapter
-        adapter, info = load_adapter_for(features, run, config.device, config.allow_adapter)
+        adapter, info = load_adapter_for(
+            *(features, run, config.device, config.allow_adapter), any_encoder=config.any_encoder
+        )
         token_sides = _token_sides(config, features, adapter)
         rows = _aligned(config, features, adapter, token_sides)
         if not distributed.is_main_process():
@@ -126,7 +128,7 @@ def _writer(
     if config.format == "parquet":
         encoders = {
             side: EncoderInfo(
-                spec=f"{features.table(side).encoder.spec} | {config.adapter.name}",
+                spec=f"{features.table(side).encoder.spec}{ALIGNED}{config.adapter.name}",
                 width=width,
                 token_width=width if side in token_sides else None,
                 token_space="projected" if side in token_sides else None,
@@ -134,7 +136,8 @@ def _writer(
             )
             for side, width in widths.items()
         }
-        return FeatureWriter(folder, encoders, config.dtype, features.manifest.names)
+        names, root = features.manifest.names, features.manifest.source_root
+        return FeatureWriter(folder, encoders, config.dtype, names, source_root=root)
     shapes = {side: (len(features.table(side)), width) for side, width in widths.items()}
     note = {
         "adapter": str(config.adapter),

@@ -8,6 +8,7 @@ from pydantic import Field
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
+ANY_ENCODER = "Accept features of other encoders than the adapter was trained on."
 
 
 class ApplyInput(Config):
@@ -18,6 +19,7 @@ class ApplyInput(Config):
     features: Location = Field(description="Feature set to align.")
     adapter: RunFolder = Field(description="Run folder, or a checkpoint in it.")
     allow_adapter: str | None = Field(None, description=ALLOWED)
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
 
 
 class ApplyFormat(Config):

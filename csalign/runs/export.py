@@ -33,7 +33,10 @@ ENTRIES = frozenset(
 )
 """Names in the folder of an export."""
 # Settings of a run that are not published: paths, and those that do not influence the weights.
-PRIVATE = {"features", "out", "overwrite", "report", "unpaired", "log_to", "device", "memory"}
+PRIVATE = {
+    *("features", "out", "overwrite", "report", "pictures", "umap"),
+    *("unpaired", "log_to", "device", "memory"),
+}
 
 Forward = Callable[[Modality, Array], Array]
 

@@ -1,5 +1,7 @@
 """Load a run for the features that go through it, and align their rows."""
 
+import logging
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,18 @@ from csalign.features import schema
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
+from csalign.features.schema import EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
 from csalign.features.writer import Rows
 from csalign.runs.metadata import ADAPTER, check_unchanged
 
 ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
+
+ALIGNED = " | "  # in the spec of what `apply` wrote: the encoder, then the run
+UNKNOWN = "unknown"  # spec of imported arrays whose encoder was not named
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -33,17 +41,30 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
         DataError: there is no adapter at `run`.
         SchemaError: its files are damaged, or it has a custom kind other than `allow`.
     """
+    if not (run / ADAPTER).is_file() and (run / schema.MANIFEST).is_file():
+        raise DataError(
+            f"{run}: is a feature set, not a run; pass the folder of a run of csalign train"
+        )
     loaded = load_adapter_with_info(run, allow=() if allow is None else (allow,))
     check_unchanged(run, ADAPTER)
     return loaded
 
 
 def load_adapter_for(
-    features: FeatureSet, run: Path, device: str, allow: str | None = None
+    features: FeatureSet,
+    run: Path,
+    device: str,
+    allow: str | None = None,
+    *,
+    any_encoder: bool = False,
 ) -> tuple[Adapter, AdapterInfo]:
-    """Load the adapter of a run onto a device; raises as `load_run` and `check_features` do."""
+    """Load the adapter of a run onto a device, for features of the encoders it was trained on.
+
+    Raises as `load_run`, `check_features` and `check_encoders` do.
+    """
     adapter, info = load_run(run, allow)
     check_features(features, run, adapter)
+    check_encoders(features, run, info, any_encoder=any_encoder)
     return adapter.to(pick_device(device)), info
 
 
@@ -76,6 +97,77 @@ def check_features(
                 f"{run} takes {own.shape.token_width}; use the encoders and the --token-space that "
                 "it was trained on"
             )
+
+
+def check_encoders(
+    features: FeatureSet, run: Path, info: AdapterInfo, *, any_encoder: bool = False
+) -> None:
+    """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
+
+    The features that it was trained on need no check.
+    """
+    if schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint):
+        return
+    for side in Modality:
+        if (found := features.table(side).info) is not None:
+            name = f"{features.path}: the {side} embeddings"
+            check_encoder(found, side, run, info, name, any_encoder=any_encoder)
+
+
+def check_encoder(
+    found: EncoderInfo,
+    side: Modality,
+    run: Path,
+    info: AdapterInfo,
+    name: str,
+    *,
+    any_encoder: bool = False,
+) -> None:
+    """Compare the encoder of some embeddings with the one that a run was trained on.
+
+    A warning says where they cannot be compared, or where only their names differ.
+
+    Args:
+        found: the encoder of the embeddings.
+        side: of the embeddings.
+        run: for messages.
+        info: of its adapter.
+        name: of the embeddings.
+        any_encoder: whether to warn of another encoder instead of refusing it.
+
+    Raises:
+        DataError: the weights of the encoders differ, or the embeddings are aligned already.
+    """
+    known, own = info.encoders[side], (info.encoder_fingerprints or {}).get(side)
+    spec, known_spec = public_spec(found.spec), public_spec(known)
+    problem = unsure = None
+    if ALIGNED in found.spec and found.spec != known:
+        problem = f"are aligned already ({spec}); use the features they come from"
+    elif own is not None and found.fingerprint is not None:
+        if own != found.fingerprint:
+            problem = (
+                f"come from the encoder {spec} (weights {found.fingerprint[:12]}), the run {run} "
+                f"was trained on {known_spec} (weights {own[:12]}); use that encoder"
+            )
+    elif spec != known_spec:
+        unsure = f"are of the encoder {spec}, the run {run} was trained on {known_spec}"
+    elif spec == UNKNOWN:
+        unsure = f"do not name their encoder, nor do those that the run {run} was trained on"
+    if problem is not None and not any_encoder:
+        raise DataError(f"{name} {problem}, or insist with --any-encoder")
+    if problem is not None:
+        log.warning("%s %s", name, problem)
+    elif unsure is not None:
+        log.warning("%s %s; results mean little if they differ", name, unsure)
+
+
+def public_spec(spec: str) -> str:
+    """Return the spec of an encoder with the names of its local files alone.
+
+    >>> public_spec("open_clip:/home/me/tiny.json+/home/me/tiny.safetensors")
+    'open_clip:tiny.json+tiny.safetensors'
+    """
+    return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:[^/+|]*/)*", r"\1", spec)
 
 
 def embed_rows(

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from csalign.core import atomic
-from csalign.core.errors import SchemaError
+from csalign.core.errors import DataError, SchemaError
+from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json, read_object
+from csalign.features.schema import MANIFEST, read_manifest, same_rows
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,9 @@ ENTRIES = frozenset(
     | {"metrics.csv", "tensorboard", "wandb"}
 )
 """Names in the folder of a run."""
-SUMS = "sha256"  # key in ``environment.json``: the checksum of each other file, by name
+# Keys in ``environment.json``: the checksum of each other file, by name; the absolute path of the
+# features that the run was trained on.
+SUMS, FEATURES = "sha256", "features"
 
 
 def write_environment(folder: Path, environment: Mapping[str, Any]) -> None:
@@ -66,6 +70,51 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except SchemaError as error:
         log.warning("%s", error)
     return settings
+
+
+def find_features(run: Path, fingerprint: str) -> Path:
+    """Find the feature set that a run was trained on.
+
+    Searched are the path that the run recorded, absolute and as it was typed, the folder of the
+    run, and the working directory; a set with another fingerprint does not count.
+
+    Args:
+        run: of the run, or a checkpoint in it.
+        fingerprint: of the feature set.
+
+    Raises:
+        DataError: it is in none of these places, or was changed.
+        SchemaError: the run does not record its features.
+    """
+    folder = run_folder(run)
+    recorded, typed = read_environment(folder).get(FEATURES), read_settings(folder).get("features")
+    remedy = (
+        f"name the set to use, as csalign eval FEATURES --adapter {run} or csalign compare {run} "
+        "--features FEATURES"
+    )
+    known = [place for place in (typed, recorded) if isinstance(place, str)]
+    if not known:
+        raise SchemaError(f"{folder / CONFIG}: names no features; {remedy}")
+    places = [parse_location(place) for place in known]
+    local = [place for place in places if not is_remote(place)]
+    places += [folder.absolute().parent / place for place in local if not place.is_absolute()]
+    places += [near / place.name for place in local for near in (folder.absolute().parent, Path())]
+    changed = None
+    for place in dict.fromkeys(places):
+        if (place / MANIFEST).is_file():
+            found = read_manifest(place).fingerprint()
+            if same_rows(found, fingerprint):
+                return place
+            changed = changed or (place, found)
+    if changed is not None:
+        raise DataError(
+            f"{run}: was trained on features with the fingerprint {fingerprint[:12]}, but "
+            f"{changed[0]} has {changed[1][:12]}, so it was changed or is another set; {remedy}"
+        )
+    raise DataError(
+        f"{run}: its features are not at {places[0]}, nor beside the run or in this folder; "
+        f"{remedy}"
+    )
 
 
 def check_unchanged(folder: Path, name: str) -> None:

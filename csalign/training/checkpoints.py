@@ -29,9 +29,10 @@ from csalign.adapters.side import mean_square
 from csalign.core import __version__, atomic, distributed, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
+from csalign.core.paths import is_remote
 from csalign.core.records import Record, parse_json, read_job, write_record
 from csalign.features.reader import FeatureSet
-from csalign.runs.metadata import CONFIG, ENVIRONMENT, LINES, write_environment
+from csalign.runs.metadata import CONFIG, ENVIRONMENT, FEATURES, LINES, write_environment
 from csalign.training.data import TrainingData
 from csalign.training.loop import Trainer
 
@@ -51,7 +52,7 @@ _TENSOR = "tensor:"  # prefix of a tensor's name in the JSON
 # Options that do not change the result, or are compared by the fingerprint of their content.
 NOT_COMPARED = {
     *("out", "overwrite", "recipe", "features", "unpaired"),
-    *("report", "device", "log_to", "save_every", "memory"),
+    *("report", "pictures", "umap", "device", "log_to", "save_every", "memory"),
 }
 
 
@@ -135,6 +136,9 @@ class UnfinishedRun:
         self._trainer = trainer
         self._info = {
             "encoders": {side: features.table(side).encoder.spec for side in Modality},
+            "encoder_fingerprints": {
+                side: features.table(side).encoder.fingerprint for side in Modality
+            },
             "start": start,
             "data_fingerprint": features.manifest.fingerprint(),
             "train_split": data.split,
@@ -151,6 +155,7 @@ class UnfinishedRun:
             "threads": torch.get_num_threads(),
             "seed": seed,
             "command_line": sys.argv,
+            FEATURES: str(features.path if is_remote(features.path) else features.path.absolute()),
         }
         atomic.write_text(self.path / CONFIG, config)
         atomic.write_json(self.path / ENVIRONMENT, self._environment)

@@ -24,6 +24,7 @@ from csalign.core.config import (
 )
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
+from csalign.evaluation.config import PICTURES, UMAP
 
 G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -237,6 +238,8 @@ class RunOptions(Config):
     report: Path | None = Field(
         None, description="Also write a page with curves and validation, such as training.html."
     )
+    pictures: Path | None = Field(None, description=PICTURES)
+    umap: bool = Field(False, description=UMAP)
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 

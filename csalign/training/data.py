@@ -19,6 +19,7 @@ from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.features import join
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.reader import FeatureSet
+from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
@@ -32,6 +33,7 @@ Ints = npt.NDArray[np.int64]
 
 MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
 LEAST_TO_HOLD_OUT = 20  # captioned images
+MOST_TO_COMPARE = 20_000  # images, some seconds; csalign split compares more
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _split(
         val_split = "val"
     joined = join.join_pairs(features, split)
     if val_split is None:
-        joined, held_out = hold_out(joined, seed)
+        joined, held_out = hold_out(features, joined, seed)
         if held_out is None and distributed.is_main_process():
             log.warning(
                 "%s: too few pairs to hold some out, so there is no validation and the last "
@@ -105,18 +107,36 @@ def _split(
     return joined, held_out if distributed.is_main_process() else None
 
 
-def hold_out(rows: join.Joined, seed: int) -> tuple[join.Joined, join.Joined | None]:
+def hold_out(
+    features: FeatureSet, rows: join.Joined, seed: int
+) -> tuple[join.Joined, join.Joined | None]:
     """Hold out some of the captioned images: 10 % (100 to 1,000), or 25 % of fewer than 400.
+
+    Images that share a caption are on one side, and so are near-duplicates, unless there are more
+    than `MOST_TO_COMPARE` images.
 
     Returns:
         The rest, and the held-out rows; None if fewer than 20 images have captions.
     """
-    captioned = np.flatnonzero(rows.caption_counts)
-    n = len(captioned)
+    is_captioned = rows.caption_counts > 0
+    n = int(is_captioned.sum())
     if n < LEAST_TO_HOLD_OUT:
         return rows, None
     count = min(n // 4, max(100, min(1_000, n // 10)))
-    held_out = _mark(rows.n_images, captioned, count, seed)
+    held_out = np.zeros(rows.n_images, np.bool_)
+    if distributed.is_main_process():
+        near = len(features.images) <= MOST_TO_COMPARE
+        grouped = group_images(features, rows, near=near)[0]
+        everything = np.ones_like(held_out)
+        held_out = grouped.place(everything, is_captioned, {"val": count}, seed) > 0
+        if 2 * (held_out & is_captioned).sum() < count:
+            log.warning(
+                "%s: most images are near-duplicates or share captions, so images that are held "
+                "out for validation may be like images to train on",
+                rows.name,
+            )
+            held_out = _mark(rows.n_images, np.flatnonzero(is_captioned), count, seed)
+    distributed.broadcast_array(held_out)
     return rows.take_images(~held_out, unpaired_texts=True), rows.take_images(held_out)
 
 

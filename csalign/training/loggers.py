@@ -12,11 +12,12 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import Progress, show_figures
+from csalign.core.results import Progress, show_figures, silent
 from csalign.evaluation.config import MeasureOptions
-from csalign.evaluation.evaluate import describe, measure_rows
-from csalign.evaluation.page import write_report
+from csalign.evaluation.evaluate import describe, measure_rows, with_before
+from csalign.evaluation.page import check_umap, write_report
 from csalign.evaluation.protocols import AlignedRows
+from csalign.features.checks import warn_of_queries
 from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
@@ -35,15 +36,16 @@ Line = Mapping[str, Any]
 LogFigures = Callable[[int, Mapping[str, float]], None]
 
 
-def check_logs(names: Sequence[str], page: Path | None) -> None:
+def check_logs(names: Sequence[str], page: Path | None, *, umap: bool = False) -> None:
     """Check that the logs and the page of a run can be written, before training.
 
     Raises:
-        ConfigError: a library that a log needs is not installed.
+        ConfigError: a library that a log or UMAP needs is not installed.
         OutputError: the page cannot be written where it is wanted.
     """
     if page is not None:
         check_page(page)
+        check_umap(wanted=umap)
     for name in {"tensorboard", "wandb"} & set(names):
         _library(name)
 
@@ -91,14 +93,30 @@ def open_logs(
         yield log
 
 
-def write_page(path: Path, run: Path, adapter: Adapter, data: TrainingData, *, seed: int) -> None:
+def write_page(
+    path: Path,
+    run: Path,
+    adapter: Adapter,
+    data: TrainingData,
+    *,
+    seed: int,
+    pictures: Path | None = None,
+    umap: bool = False,
+    progress: Progress = silent,
+) -> None:
     """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
+    progress("report", 0, 1)
     shown = None
     if data.val is not None:
+        warn_of_queries(data.val, f"{data.features.path} (validation)")
         images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
         rows = AlignedRows(data.features, "validation", data.val, images, texts, run)
-        shown = describe(measure_rows(rows, MeasureOptions(seed=seed)))
-    write_report(path, f"{run}, validation", shown, run, seed)
+        options = MeasureOptions(seed=seed)
+        shown = with_before(describe(measure_rows(rows, options)), options)
+    title = f"Training of {run.name} on {data.features.path.name}"
+    title += ", measured on its validation rows" if shown else ""
+    write_report(path, title, shown, run, seed, pictures=pictures, umap=umap, is_training=True)
+    progress("report", 1, 1)
 
 
 def figures_of(line: Line) -> dict[str, float]:

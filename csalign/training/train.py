@@ -49,7 +49,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with distributed.process_group():
         if distributed.is_main_process():
-            check_logs(config.log_to or (), config.report)
+            check_logs(config.log_to or (), config.report, umap=config.umap)
             inputs = (config.features,)
             outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
         tokens = find_tokens(config)
@@ -101,7 +101,8 @@ def _train(
         validation = {name: score._asdict() for name, score in scores.items() if score}
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
-        write_page(config.report, config.out, adapter, data, seed=config.seed)
+        shown = config.model_dump(include={"seed", "pictures", "umap"})
+        write_page(config.report, config.out, adapter, data, **shown, progress=progress)
     result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,

@@ -103,7 +103,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a cut manifest": (cut("manifest.json", 0.5), "manifest.json: is damaged"),
     "a manifest of junk": (overwritten("manifest.json", b"\xff\x00"), "manifest.json: is damaged"),
     "a deep manifest": (overwritten("manifest.json", b"[" * 100_000), "manifest.json: is damaged"),
-    "a newer manifest": (manifest(lambda m: m.update(format_version=2)), "upgrade csalign"),
+    "a newer manifest": (manifest(lambda m: m.update(format_version=3)), "upgrade csalign"),
     "a path outside": (
         manifest(lambda m: m["shards"]["images"][0].update(path="../f/" + IMAGES)),
         "outside of the set",

@@ -54,10 +54,11 @@ def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
     assert "image to text" in plain.stdout
     assert "centroid distance" in plain.stdout
     rows = [line.split() for line in compared.stdout.splitlines() if " run " in line]
-    assert [row[0] for row in rows] == ["run"] * 2
+    assert [row[:2] for row in rows] == [["run", "#1"], ["run", "#2"]]
     assert "baseline" in rows[0]
     assert "cannot tell" in compared.stdout
-    assert "[" in plain.stdout
+    assert "±" in plain.stdout
+    assert "[" in compared.stdout
     with_run = csalign("compare", tmp_path / "eval.json", run, "--baseline", 2, "--split", "all")
     assert with_run.returncode == 0, with_run.stderr
     assert csalign("compare", run, "--baseline", "x").returncode == 2
@@ -82,10 +83,10 @@ def test_a_search_prints_its_trials_and_what_they_are_worth(features: Path, tmp_
 
     assert done.returncode == 0, done.stderr
     assert f"{study}: 3 trials; measured on" in done.stdout
-    assert "0, the default" in done.stdout
+    assert "0 (default)" in done.stdout
     assert "is the best" in done.stdout
     assert "Versus the default: mean recall +" in done.stdout
-    assert f"csalign train --config {study}/config.toml --out RUN" in done.stdout
+    assert f"next: csalign train --config {study}/config.toml --out run" in done.stdout
     assert "trial 2: complete, mean recall " in done.stderr
 
 
@@ -261,6 +262,24 @@ def test_a_signal_that_python_drops_is_not_lost() -> None:
 
     assert done.stdout.split() == ["noticed", "stopped", "130"]
     assert done.stderr == ""
+
+
+def test_a_set_is_divided_on_the_command_line(arrays: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    options = ("--images", arrays[0], "--texts", arrays[1], "--out", out)
+    assert csalign("import", *options).returncode == 0
+    done = csalign("split", out, "--val", "0.1", "--test", 50)
+    refused = csalign("split", out, "--val", 0.2)
+    document = json.loads(csalign("split", out, "--val", 30, "--overwrite", "--json").stdout)
+
+    assert f"{out}: train 220, val 30, test 50 images" in done.stdout
+    assert f"next: csalign train {out}" in done.stdout
+    assert refused.returncode == 1
+    assert "replace the splits with --overwrite" in refused.stderr
+    assert document["splits"] == {
+        "train": {"images": 270, "texts": 270},
+        "val": {"images": 30, "texts": 30},
+    }
 
 
 def test_quiet_says_nothing_and_results_stay(features: Path) -> None:

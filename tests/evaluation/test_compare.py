@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csalign.core.errors import ConfigError, DataError, SchemaError
+from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
 from csalign.evaluation.compare import FIGURES, compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -200,8 +200,9 @@ def test_documents_stand_without_what_they_were_made_from(
 
     assert row["verdict"] == "cannot tell (not paired)"
     assert "no such feature set" in caplog.text
-    with pytest.raises(DataError, match="random: cannot be evaluated on the features"):
+    with pytest.raises(DataError, match=r"random: its features are not at .*--features FEATURES"):
         rows_of(*runs)
+    assert rows_of(*runs, features=features.with_name("moved"))[1]["verdict"] == "better"
 
 
 def test_cs_figures_of_different_bandwidths_are_warned_about(
@@ -212,17 +213,83 @@ def test_cs_figures_of_different_bandwidths_are_warned_about(
     assert "different bandwidths (0.5, 1)" in caplog.text
 
 
-def test_features_that_changed_since_training_are_warned_about(
-    runs: tuple[Path, Path], features: Path, caplog: pytest.LogCaptureFixture
+def test_features_that_changed_since_training_are_refused_unless_they_are_named(
+    runs: tuple[Path, Path], features: Path
 ) -> None:
     rng = np.random.default_rng(1)
     for name, width in (("x", 24), ("y", 16)):
         np.save(features.parent / f"{name}.npy", rng.normal(size=(40, width)).astype(np.float32))
     x, y = (features.parent / f"{name}.npy" for name in "xy")
     import_arrays(ImportConfig(images=x, texts=y, out=features, overwrite=True))
-    rows_of(*runs)
+    with pytest.raises(DataError, match=rf"random: was trained on features .* but {features} has"):
+        rows_of(*runs)
 
-    assert f"{features} changed since it was trained" in caplog.text
+    assert [row["split"] for row in rows_of(*runs, features=features)] == ["all", "all"]
+
+
+@pytest.fixture
+def square(tmp_path: Path) -> Path:
+    """Pairs of one width, so that they can be compared without an adapter; 40 are held out."""
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(200, 6))
+    for name in "xy":
+        mixed = latent @ rng.normal(size=(6, 12)) + 0.5 * rng.normal(size=(200, 12))
+        np.save(tmp_path / f"{name}.npy", mixed.astype(np.float32))
+    lines = [f"{row},caption {row},{'train' if row < 160 else 'test'}" for row in range(200)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image_id,caption,split", *lines]))
+    out = tmp_path / "square"
+    x, y = (tmp_path / f"{name}.npy" for name in "xy")
+    import_arrays(ImportConfig(images=x, texts=y, pairs=tmp_path / "pairs.csv", out=out))
+    return out
+
+
+def test_a_feature_set_is_the_baseline_without_an_adapter(square: Path, tmp_path: Path) -> None:
+    run = train(TrainConfig(features=square, out=tmp_path / "run", steps=0)).run
+    before, after = rows_of(square, run)
+    plain = evaluate(EvalConfig(features=square))
+
+    assert (before["name"], before["split"]) == ("square (no adapter)", "test")
+    assert before["mean_recall"] == plain["retrieval"]["mean_recall"]
+    assert before["intervals"]["mean_recall"] == plain["intervals"]["mean_recall"]
+    assert (before["verdict"], before["parameters"]) == ("baseline", None)
+    assert (after["name"], after["verdict"]) == ("run", "better")
+    assert after["difference"]["mean_recall"]["value"] > 0
+
+
+def test_a_feature_set_of_two_widths_has_no_before_and_is_left_out(
+    runs: tuple[Path, Path], features: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = rows_of(features, *runs)
+
+    assert [row["verdict"] for row in rows] == ["baseline", "better"]
+    assert "left out, as there is no retrieval without an adapter" in caplog.text
+    assert "images are 24 wide and texts 16" in caplog.text
+
+
+def test_runs_are_compared_from_any_folder_and_after_being_copied(
+    runs: tuple[Path, Path], features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, elsewhere = rows_of(*runs), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert [row["mean_recall"] for row in rows_of(*runs)] == [row["mean_recall"] for row in there]
+
+    for path in (features, *runs):
+        path.rename(elsewhere / path.name)
+    monkeypatch.chdir(tmp_path)
+    moved = rows_of(*(elsewhere / run.name for run in runs))
+
+    assert [row["mean_recall"] for row in moved] == [row["mean_recall"] for row in there]
+
+
+def test_one_warning_covers_all_runs_and_each_set_is_warned_of_once(
+    runs: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows_of(*runs, split="train,val")
+
+    trained = [record for record in caplog.messages if "trained on rows" in record]
+    assert len(trained) == 1
+    assert all(str(run) in trained[0] for run in runs)
 
 
 def test_parameters_and_seconds_are_told_where_a_run_has_them(
@@ -272,18 +339,24 @@ def test_figures_that_are_no_numbers_are_refused(
         rows_of(change(path, gap={**gap, "rmg": value}))
 
 
-def test_a_run_must_name_its_features(runs: tuple[Path, Path]) -> None:
+def test_a_run_must_name_its_features(runs: tuple[Path, Path], features: Path) -> None:
+    change(runs[0] / "environment.json", features=None)
     (runs[0] / "config.toml").write_text("features = 5\n")
-    with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features; name the set"):
         rows_of(*runs)
     (runs[0] / "config.toml").unlink()
-    with pytest.raises(SchemaError, match=r"config\.toml: names no features"):
+    with pytest.raises(SchemaError, match=r"config\.toml: names no features; name the set"):
         rows_of(*runs)
+    assert rows_of(*runs, features=features)[1]["verdict"] == "better"
 
 
-def test_a_folder_that_is_no_run_is_refused(features: Path) -> None:
-    with pytest.raises(DataError, match="contains no trained adapter"):
+def test_a_folder_that_is_neither_a_run_nor_comparable_is_refused(
+    features: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ShapeError, match="they can only be compared through an adapter"):
         rows_of(features)
+    with pytest.raises(DataError, match="contains no trained adapter"):
+        rows_of(tmp_path)
 
 
 @pytest.mark.parametrize("which", ["baseline", "other"])

@@ -94,6 +94,8 @@ def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Pat
     assert own.count('class="plotly-graph-div"') == 2
     assert not re.search(r"(src|href)=", own)
     assert "default-src 'none'" in text
+    share = 100 * document["gap"]["centroid_share"]
+    assert f"{share:.0f} % of the gap is an offset of the centroids" in text.split("</header>")[0]
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from csalign.core.errors import DataError, OutputError, SchemaError, ShapeError
+from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.inspect import inspect
@@ -20,6 +20,23 @@ from csalign.training.train import train
 @pytest.fixture
 def run(features: Path, tmp_path: Path) -> Path:
     return train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
+
+
+def test_a_run_is_evaluated_on_its_own_features(
+    features: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "csalign"):
+        document = evaluate(EvalConfig(features=run))
+
+    assert document == evaluate(EvalConfig(features=features, adapter=run))
+    assert f"{run}: using the features it was trained on, {features}" in caplog.text
+    with pytest.raises(ConfigError, match=f"{run}: is a run, not a feature set"):
+        evaluate(EvalConfig(features=run, adapter=run))
+
+
+def test_a_feature_set_in_place_of_a_run_is_named(features: Path) -> None:
+    with pytest.raises(DataError, match=f"{features}: is a feature set, not a run"):
+        evaluate(EvalConfig(features=features, adapter=features))
 
 
 def aligned_set(tmp_path: Path, images: object, texts: object, pairs: str | None = None) -> Path:
@@ -154,7 +171,7 @@ def test_rows_that_were_trained_on_are_warned_about(
     assert not caplog.records
     evaluate(EvalConfig(features=features, adapter=run, split="all"))
 
-    assert "was trained on rows of this split" in caplog.text
+    assert "trained on rows that are measured here (split all" in caplog.text
 
 
 def test_a_split_that_is_not_there_is_refused(features: Path, run: Path) -> None:
@@ -213,7 +230,7 @@ def test_inspect_finds_damage_that_a_size_does_not_show(features: Path) -> None:
         inspect(features)
 
 
-@pytest.mark.parametrize(("name", "message"), [("no", "no such file"), (".", "is neither a")])
+@pytest.mark.parametrize(("name", "message"), [("no", "no such file"), (".", "is not an artifact")])
 def test_inspect_refuses_what_is_no_artifact(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         inspect(tmp_path / name)

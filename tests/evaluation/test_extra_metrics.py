@@ -94,10 +94,11 @@ def test_every_figure_of_the_document_is_explained_and_nothing_else(
             explain=True,
         )
     )
-    eval_tables(document)
+    eval_tables(document, EvalConfig())
     printed = capsys.readouterr().out
-    for said in ("protocol all: 31 images and 60 captions", "csls image to text", "Conneau et al."):
+    for said in ("31 images, 60 texts", "with hubness correction csls", "Conneau et al."):
         assert said in printed
+    assert "protocol all" not in printed  # the default
     explained = document.pop("explanations")
 
     assert json.loads(json.dumps(document)) == document
@@ -216,7 +217,7 @@ def test_images_without_texts_are_classified_raw_and_through_an_adapter(
     assert through["zero_shot"] == mapped["zero_shot"]
     with pytest.raises(DataError, match="contains no texts, so there is no retrieval"):
         evaluate(config_of(bare, zero_shot=prompts, labels=labels, correct="csls"))
-    eval_tables(alone)
+    eval_tables(alone, EvalConfig())
     assert "zero-shot classification: 30 images, 6 classes" in capsys.readouterr().out
 
 

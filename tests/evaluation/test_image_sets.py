@@ -64,7 +64,7 @@ def test_folders_are_embedded_and_compared(
     assert again["fingerprints"] == document["fingerprints"]
     mixed = evaluate(EvalConfig(images=stored[0], generated=str(fake), encoder=encoder))
     assert mixed["distribution"] == pytest.approx(document["distribution"], rel=1e-6)
-    eval_tables.eval_tables(document)
+    eval_tables.eval_tables(document, EvalConfig())
     assert "CMMD" in capsys.readouterr().out
 
 
@@ -77,7 +77,7 @@ def test_few_images_and_those_left_out_are_told(
 
     assert "skipped 1 unusable inputs" in caplog.text
     assert "broken.png is not an image of a known format" in caplog.text
-    assert "4 images are too few for the Frechet distance of embeddings of width 16" in caplog.text
+    assert "4 images are too few for the Fréchet distance of embeddings of width 16" in caplog.text
 
 
 def test_sets_of_different_encoders_are_refused(

@@ -154,7 +154,7 @@ def test_protocols_are_of_the_papers_sizes(
 def test_captions_that_do_not_fit_a_protocol_are_refused(flaw: str) -> None:
     owners = np.repeat(np.arange(5_000), 5)
     owners = owners[1:] if flaw == "one caption less" else np.append(owners, -1)
-    counted = "with at least 4 captions each and 0 texts|with at least 5 captions each and 1 texts"
+    counted = "with at least 4 captions each|with at least 5 captions.* 1 text without"
 
     with pytest.raises(DataError, match=counted):
         protocols.select("coco-1k", paired(5_000, owners))

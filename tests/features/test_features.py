@@ -330,3 +330,20 @@ def test_equal_keys_are_numbered_by_their_first_place() -> None:
     keys = np.array([9, -5, 9, 7, -5])
 
     assert first_alike(keys).tolist() == first_alike(-keys).tolist() == [0, 1, 0, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "is_recorded"),
+    [
+        (["photos/a.png", None], True),
+        (pa.array([None, "a.png"]), True),
+        (["/photos/a.png"], False),
+        (["s3://bucket/a.png"], False),
+        (pa.array([None], pa.string()), False),
+        ([], False),
+    ],
+)
+def test_the_folder_of_relative_sources_is_the_working_directory(
+    sources: Any, is_recorded: bool
+) -> None:
+    assert schema.source_root(sources) == (str(Path.cwd()) if is_recorded else None)

@@ -58,7 +58,7 @@ def test_a_run_of_version_1_maps_as_it_did(v1: Path, tmp_path: Path) -> None:
 
     for side, rows in ((Modality.IMAGE, IMAGES), (Modality.TEXT, TEXTS)):
         np.testing.assert_allclose(adapter.embed(side, rows), expected[side], atol=1e-5)
-    assert described["csalign_version"] == "0.1.0"
+    assert described["written_by"] == "0.1.0"
     assert document["counts"] == {"images": 4, "texts": 4, "pairs": 4}
     assert (applied.images, applied.texts) == (24, 26)
 
@@ -69,13 +69,13 @@ def test_documents_with_a_checksum_of_their_own_are_read(v1: Path) -> None:
         (v1 / name).write_text(json.dumps(document))
 
     assert load_rows(FeatureSet.open(v1 / "features"), ALL).images.shape == (24, 4)
-    assert inspect(v1 / "run")["csalign_version"] == "0.1.0"
+    assert inspect(v1 / "run")["written_by"] == "0.1.0"
 
 
 @pytest.mark.parametrize(
     ("name", "version", "message"),
     [
-        ("features/manifest.json", 2, "manifest.json: format version 2, .* upgrade csalign"),
+        ("features/manifest.json", 3, "manifest.json: format version 3, .* upgrade csalign"),
         ("features/manifest.json", 0, "manifest.json: format_version: "),
         ("features/manifest.json", "1", "manifest.json: format_version: "),
         ("run/adapter.json", 2, "adapter.json: format version 2, .* upgrade csalign"),

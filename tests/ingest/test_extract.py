@@ -23,9 +23,10 @@ from csalign.core.errors import ConfigError, DataError, EncoderError, OutputErro
 from csalign.core.results import FeaturesResult
 from csalign.encoders.running import TowerImages
 from csalign.features.reader import FeatureSet, batch_tokens
-from csalign.ingest.config import ExtractConfig
+from csalign.ingest.config import ExtractConfig, SplitConfig
 from csalign.ingest.extract import extract
 from csalign.ingest.partial_set import PartWriter
+from csalign.ingest.split import split
 
 MakeImages = Callable[..., Path]
 NAMES = [f"{letter}.png" for letter in "abcdefgh"]
@@ -703,3 +704,37 @@ def test_rows_that_share_an_id_but_not_the_image_are_skipped(
         "c too",
     }
     assert any("10" in failure["reason"] for failure in failures(result.features))
+
+
+def split_of(result: FeaturesResult) -> dict[str | None, str | None]:
+    ids, names = (column(result, Modality.IMAGE, name) for name in ("id", "split"))
+    return dict(zip(ids, names, strict=True))
+
+
+def test_splits_are_made_of_the_finished_set_whoever_completes_it(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    whole = run("whole", val=1, test=2)
+    for index in (2, 0):
+        share = run(shard=f"{index}/3", part_rows=2, val=1, test=2)
+        assert not share.complete
+    with pytest.raises(OutputError, match=r"began with splits.test 2.0, not 3.0"):
+        run(shard="1/3", part_rows=2, val=1, test=3)
+    last = run(shard="1/3", part_rows=2, val=1, test=2)
+    later = split(SplitConfig(features=run("later").features, val=1, test=2))
+
+    assert sorted(map(str, split_of(whole).values())) == ["test"] * 2 + ["train"] * 5 + ["val"]
+    assert split_of(last) == split_of(whole)
+    assert split_of(run("later", overwrite=True, val=1, test=2)) == split_of(whole)
+    assert later.splits["val"]["images"] == 1
+
+
+def test_a_set_that_cannot_be_divided_is_not_lost(
+    run: Callable[..., FeaturesResult], photos: Path
+) -> None:
+    out = photos.parent / "features"
+    with pytest.raises(DataError, match=f"{out}: the feature set is complete, but has no splits: "):
+        run(val=1, test=100)
+
+    assert len(FeatureSet.open(out).images) == 8
+    assert split(SplitConfig(features=out, val=1)).splits["val"]["images"] == 1

@@ -379,3 +379,26 @@ def test_an_object_store_that_refuses_is_named_with_the_remedy(
         out = parse_location("s3://nowhere/features")
         with pytest.raises(OutputError, match=rf"^s3://nowhere/features: .*{reason}.*; {remedy}$"):
             import_arrays(ImportConfig(images=tmp_path / "a.npy", out=out))
+
+
+def test_an_import_is_divided_and_the_config_repeats_it(tmp_path: Path, bucket: Path) -> None:
+    for name, width in (("a.npy", 16), ("b.npy", 8)):
+        save(tmp_path / name, numbers(50, width))
+    given = {"images": tmp_path / "a.npy", "texts": tmp_path / "b.npy", "val": 0.1, "test": 7}
+    import_arrays(ImportConfig(out=tmp_path / "here", **given))
+    import_arrays(ImportConfig(out=bucket / "there", **given))
+    again = ImportConfig.resolve(tmp_path / "here/config.toml", {"out": tmp_path / "again"})
+    import_arrays(again)
+
+    sets = [
+        FeatureSet.open(out) for out in (tmp_path / "here", bucket / "there", tmp_path / "again")
+    ]
+    assert sets[0].splits() == {
+        name: {"images": count, "texts": count}
+        for name, count in (("test", 7), ("train", 38), ("val", 5))
+    }
+    names = [own.images.column("split").to_pylist() for own in sets]
+    assert names[0] == names[1] == names[2] == sets[0].texts.column("split").to_pylist()
+    with pytest.raises(DataError, match=r"/none: test 50 .*nothing to train on, of 50 images"):
+        import_arrays(ImportConfig(out=tmp_path / "none", **given | {"test": 50}))
+    assert not (tmp_path / "none").exists()

@@ -11,7 +11,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.paths import is_remote, parse_location
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import ENTRIES, EncoderInfo, Encoders
+from csalign.features.schema import ENTRIES, EncoderInfo, Encoders, SplitSettings
 from csalign.features.writer import Rows
 from csalign.ingest.job import Failure, Job, PartRecord, WorkShard
 from csalign.ingest.locks import merge_parts, open_partial_set, sole_owner
@@ -207,6 +207,26 @@ def test_merging_waits_for_every_shard_and_refuses_repeated_ids(out: Path) -> No
             partial.mark_finished([part])
     with pytest.raises(DataError, match=r"image id '1-0' appears twice \(3 such ids"):
         merge_parts(out)
+
+
+@on_all_stores
+def test_merged_parts_are_divided_as_the_job_says(out: Path) -> None:
+    job = JOB.model_copy(update={"splits": SplitSettings(val=1, test=2, group=False)})
+    for index in range(2):
+        with open_partial_set(out, job, WorkShard(index, 2), config="") as partial:
+            names = [f"part-0000{2 * number + index}" for number in range(2)]
+            for name in names:
+                write_part(partial, name)
+            partial.mark_finished(names)
+    merge_parts(out)
+
+    features = FeatureSet.open(out)
+    assert {name: count["images"] for name, count in features.splits().items()} == {
+        "test": 2,
+        "train": 9,
+        "val": 1,
+    }
+    features.verify()
 
 
 def test_a_part_with_a_damaged_record_is_reported_and_processed_again(

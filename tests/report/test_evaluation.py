@@ -64,6 +64,7 @@ def test_figures_carry_their_intervals(tmp_path: Path) -> None:
 
     assert "<td>25.00<small>20.00 to 30.00</small></td>" in text
     assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
+    assert "<td>image to text R@1 % ↑</td>" in text
 
 
 def test_the_curves_show_every_loss_term_of_the_log(tmp_path: Path) -> None:
@@ -104,6 +105,21 @@ def test_a_browser_draws_every_figure_and_asks_for_nothing(
     assert (_brightness(ink) > 200) == dark
 
 
+def test_a_phone_shows_every_number_whole_and_each_legend_below_its_plot(
+    tmp_path: Path, browser: Any
+) -> None:
+    page = tmp_path / "page.html"
+    write(page, view("before", shared=False), view("after", shared=True))
+    screen = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.open(page)
+    browser.call("Emulation.setDeviceMetricsOverride", **screen)
+    browser.wait_for("document.querySelector('.main-svg').getBoundingClientRect().width < 390")
+
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    assert browser.evaluate(_BROKEN) == []
+    assert browser.evaluate(_COVERING) == []
+
+
 def test_the_mouse_over_a_point_shows_its_caption(tmp_path: Path, browser: Any) -> None:
     page = tmp_path / "page.html"
     write(page, view("", shared=True))
@@ -117,6 +133,21 @@ def test_the_mouse_over_a_point_shows_its_caption(tmp_path: Path, browser: Any) 
 
     assert label == f"images{HOSTILE}"
     assert browser.complaints() == []
+
+
+# Cells of numbers, and words of labels, that take more than a line.
+_BROKEN = """[...document.querySelectorAll("table:not(.prose) td + td")].filter(cell => {
+  const range = document.createRange();
+  range.selectNode(cell.firstChild);
+  return range.getClientRects().length > 1;
+}).map(cell => cell.textContent)"""
+# Legends that reach into the axes of their plot or the titles of these.
+_COVERING = """[...document.querySelectorAll(".plotly-graph-div")].filter(plot => {
+  const legend = plot.querySelector(".legend")?.getBoundingClientRect();
+  const axes = [...plot.querySelectorAll(".xtick text, .xtitle")];
+  const lowest = Math.max(...axes.map(each => each.getBoundingClientRect().bottom));
+  return legend && legend.top < lowest - 1;
+}).map(plot => plot.id)"""
 
 
 # Where the window has the first image of the first figure.

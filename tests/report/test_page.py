@@ -1,7 +1,9 @@
+import logging
 from pathlib import Path
 
 import plotly.graph_objects as go
 
+from csalign.core.calls import recorded_call
 from csalign.report.page import Entry, Section, write_page
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -60,6 +62,20 @@ def test_the_sides_have_their_own_names_but_in_what_users_wrote(tmp_path: Path) 
     assert go.Figure(figure).data[0].name == "images"
 
 
+def test_every_page_shows_the_warnings_of_its_call(tmp_path: Path) -> None:
+    with recorded_call("csalign eval features"):
+        logging.getLogger("csalign.report").warning("few <b>rows</b>")
+        logging.getLogger("csalign.report").warning("leaks")
+        write_page(tmp_path / "page.html", "title", [Section("title")], summary="All is well.")
+    head, _ = (tmp_path / "page.html").read_text(encoding="utf-8").split("</header>")
+
+    assert "<p>All is well.</p>" in head
+    assert "<strong>Warnings</strong>" in head
+    assert "<li>few &lt;b&gt;rows&lt;/b&gt;</li><li>leaks</li>" in head
+    write_page(tmp_path / "page.html", "title", [Section("title")])
+    assert 'class="warnings"' not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_pictures_stand_side_by_side_without_any_script(tmp_path: Path) -> None:
     pictures = [Entry(HOSTILE, "1. <i>", b"jpeg"), Entry("no picture")]
     write_page(tmp_path / "page.html", "found", [Section("found", pictures=pictures)])
@@ -69,4 +85,5 @@ def test_pictures_stand_side_by_side_without_any_script(tmp_path: Path) -> None:
     assert text.count("data:image/jpeg;base64,") == 1
     assert "<script" not in text
     assert "<h2>" not in text
+    assert text.count("no picture</div>") == 1
     assert len(text) < 10_000

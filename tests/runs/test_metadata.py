@@ -8,8 +8,16 @@ import pytest
 
 from csalign.adapters.checkpoint import DESCRIPTION
 from csalign.core.errors import DataError, SchemaError
+from csalign.features.schema import read_manifest
 from csalign.runs.load import load_run
-from csalign.runs.metadata import ADAPTER, read_environment, read_lines, read_settings, run_folder
+from csalign.runs.metadata import (
+    ADAPTER,
+    find_features,
+    read_environment,
+    read_lines,
+    read_settings,
+    run_folder,
+)
 
 V1 = Path(__file__).parents[1] / "features/v1/run"
 
@@ -81,6 +89,32 @@ def test_a_run_of_version_0_1_0_has_no_checksums_and_is_read() -> None:
     assert load_run(V1)[1].csalign_version == "0.1.0"
     assert read_lines(V1)
     assert read_settings(V1)
+
+
+def test_the_features_of_a_run_are_found_by_their_content(
+    features: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprint = read_manifest(features).fingerprint()
+    assert read_environment(run)["features"] == str(features)
+    assert find_features(run, fingerprint) == features
+
+    other = tmp_path / "other"
+    other.mkdir()
+    features.rename(other / "features")
+    with pytest.raises(DataError, match=f"its features are not at {features}"):
+        find_features(run, fingerprint)
+    monkeypatch.chdir(other)  # the working directory, and then the folder of the run
+    assert find_features(run, fingerprint).resolve() == other / "features"
+    monkeypatch.chdir("/")
+    assert find_features(copytree(run, other / "run"), fingerprint) == other / "features"
+    with pytest.raises(DataError, match=r"fingerprint 0000, but .* has .*--features"):
+        find_features(other / "run", "0000")
+
+
+def test_a_run_of_version_0_1_0_names_its_features_as_they_were_typed(tmp_path: Path) -> None:
+    assert "features" not in read_environment(V1)
+    with pytest.raises(DataError, match="its features are not at"):
+        find_features(copytree(V1, tmp_path / "run"), "f" * 64)
 
 
 def test_a_checkpoint_belongs_to_its_run() -> None:

@@ -157,7 +157,8 @@ def test_kinds_that_cannot_be_matched_are_left_alone(
 
 
 def test_holding_out_pairs_keeps_the_texts_without_an_image(few_pairs: Path) -> None:
-    left, held_out = hold_out(join_ids(FeatureSet.open(few_pairs), "train"), seed=0)
+    features = FeatureSet.open(few_pairs)
+    left, held_out = hold_out(features, join_ids(features, "train"), seed=0)
 
     assert held_out is not None
     assert (held_out.text_image >= 0).all()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote
 from csalign.sources.images import SUFFIXES
 from csalign.sources.records import (
@@ -312,7 +313,8 @@ def read_folder(folder: Path, found: Mapping[str, int | None], *, caption_lines:
     description = f"folder of {captioned} .txt files with captions"
     if images:
         _warn_of_stems(folder, images, stems, by_stem)
-        description = f"folder of {len(images)} images, {captioned} of them with a .txt of captions"
+        count = counted(len(images), "image")
+        description = f"folder of {count}, {captioned} of them with a .txt of captions"
     catalog = Catalog(folder, caption_lines=caption_lines)
     catalog.begin_file(str(folder))
     for label, stem in zip(images or stems, stems, strict=True):

@@ -81,7 +81,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     base = config.base()
     data, val = _load(base)
     space = search_space(config, data.rows)
-    paths = {"out", "overwrite", "features", "memory"}
+    paths = {"out", "overwrite", "features", "memory", "pictures", "umap"}
     identity = {
         "features": data.features.manifest.fingerprint(),
         "base": space.base.model_dump(mode="json", exclude=paths),
@@ -231,7 +231,8 @@ def _log_trial(trial: Trial, best: Trial | None) -> None:
         gap = f"centroid distance {trial.centroid_distance:.4f}"
         result = f", mean recall {100 * trial.mean_recall:.2f} %, {gap}"
     result += f", {trial.seconds:.0f} s; best: trial {best.number if best else None}"
-    log.info("trial %d: %s%s [%s]", trial.number, trial.state, result, settings)
+    log.info("trial %d: %s%s", trial.number, trial.state, result)
+    log.debug("trial %d: %s", trial.number, settings)
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

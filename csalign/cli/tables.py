@@ -1,0 +1,266 @@
+"""Tables of the commands that make something: train, tune, index, search, export, generate."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.filesize import decimal
+
+from csalign.cli.eval_tables import difference
+from csalign.cli.layout import LEAST_TEXT, Row, wrap
+from csalign.cli.next_steps import Step, first_free, no_test_split, splits_of
+from csalign.cli.render import (
+    print_closing,
+    print_json,
+    print_line,
+    print_rows,
+    print_table,
+    print_wrapped,
+    print_wrote,
+    printable,
+    screen_width,
+)
+from csalign.core import results
+from csalign.core.enums import renamed
+from csalign.core.figures import counted, figure_of, percent
+from csalign.generation.config import GenerateConfig
+from csalign.indexing.config import IndexConfig, SearchConfig
+from csalign.runs.config import ExportConfig
+from csalign.training.config import TrainConfig, TuneConfig
+
+TRIALS_SHOWN = 10
+ENCODERS = ("open_clip:", "hf:")  # of texts, that search can load
+VALIDATED = {"start": "start", "kept": "best", "matched": "moments matched"}
+RECALL = figure_of("retrieval.mean_recall")
+CENTROID = figure_of("gap.centroid_distance")
+
+
+def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
+    """Print what was trained, and its validation metrics."""
+    parameters = ", ".join(
+        f"{renamed(side, result.names)} {count:,}" for side, count in result.parameters.items()
+    )
+    print_wrote(f"{result.run}")
+    print_rows(
+        "",
+        [
+            ("start", result.start),
+            ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
+            ("parameters", parameters),
+            ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
+            ("best", best_words(result.best_step, result.start)),
+        ],
+    )
+    if result.validation:
+        print_line()
+        print_line("validation", "bold")
+        print_table([RECALL.heading, CENTROID.heading], _scores(result.validation))
+    features = settings.features
+    splits = splits_of(features)
+    split = ["--split", "test"] if "test" in splits else []
+    hint = [] if split else [no_test_split(features)]
+    print_closing(settings, *hint, ("eval", features, "--adapter", result.run, *split))
+
+
+def best_words(step: int, start: str) -> str:
+    """Word which weights of a run were kept."""
+    if step:
+        return f"step {step:,}"
+    return ("random weights" if start == "random" else "closed form") + " (no step beat it)"
+
+
+def _scores(validation: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    return [
+        (
+            VALIDATED.get(name, name),
+            [RECALL.show(score["mean_recall"]), CENTROID.show(score["centroid_distance"])],
+        )
+        for name, score in validation.items()
+    ]
+
+
+def generate_table(result: results.GenerateResult, settings: GenerateConfig) -> None:
+    """Print what was generated."""
+    reused = f", {result.reused:,} of them from an earlier call" if result.reused else ""
+    print_wrote(
+        f"{result.out}: {counted(result.images, 'image')}{reused}, "
+        f"by {result.decoder} from embeddings of norm {result.scale:.4g} (that of "
+        f"{result.scale_from})"
+    )
+    made = ("--generated", result.out, "--encoder", "ENCODER")
+    print_closing(settings, ("eval", "--images", "REAL", *made))
+
+
+def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
+    """Print the best trials and the default, then how to judge the winner."""
+    there = result.validation
+    states = [trial.state for trial in result.trials]
+    rest = [f"{states.count(state)} {state}" for state in ("pruned", "failed") if state in states]
+    print_line(
+        f"{result.study}: {', '.join([counted(len(states), 'trial'), *rest])}; measured on "
+        f"{there['name']}: {there['images']:,} images, {there['texts']:,} texts"
+    )
+    best = result.trials[result.best]
+    complete = [trial for trial in result.trials if trial.state == "complete"]
+    complete.sort(key=lambda trial: (trial is not best, -(trial.mean_recall or 0), trial.number))
+    shown = [t for i, t in enumerate(complete) if i < TRIALS_SHOWN or t.number == 0]
+    names = [_trial_name(trial) for trial in shown]
+    divergence = figure_of("gap.cs_divergence")
+    figures = {
+        RECALL.heading: [RECALL.show(trial.mean_recall) for trial in shown],
+        "vs default": [_to_default(trial) for trial in shown],
+        CENTROID.heading: [CENTROID.show(trial.centroid_distance) for trial in shown],
+        divergence.heading: [divergence.show(trial.cs_divergence) for trial in shown],
+        "best step": [_best_step(trial) for trial in shown],
+        "seconds": [f"{trial.seconds:.1f}" for trial in shown],
+    }
+    print_line()
+    _columns(names, figures)
+    # The name of the closed form says its steps.
+    searched = dict.fromkeys(name for trial in shown for name in trial.settings if name != "steps")
+    values = {
+        name.replace("_", "-"): [_setting(trial.settings.get(name)) for trial in shown]
+        for name in searched
+    }
+    same = {name: own for name, own in values.items() if len({*own} - {"-"}) == 1}
+    print_line()
+    if same:
+        common = ", ".join(
+            f"{name} {next(value for value in own if value != '-')}" for name, own in same.items()
+        )
+        print_wrapped(f"settings of all these trials: {common}")
+    if differing := {name: own for name, own in values.items() if name not in same}:
+        _columns(names, differing)
+    print_line()
+    for line in _tune_verdict(result, best):
+        print_wrapped(line)
+    print_closing(settings, ("train", "--config", result.config, "--out", first_free("run")))
+
+
+def _columns(names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
+    cells = zip(*columns.values(), strict=True)
+    print_table(list(columns), list(zip(names, cells, strict=True)))
+
+
+def _trial_name(trial: results.Trial) -> str:
+    if trial.number == 0:
+        return "0 (default)"
+    return f"{trial.number} (closed form)" if trial.steps == 0 else str(trial.number)
+
+
+def _best_step(trial: results.Trial) -> str:
+    return f"{trial.best_step}" if trial.best_step else "start"
+
+
+def _to_default(trial: results.Trial) -> str:
+    return difference(trial.difference["mean_recall"]) if trial.difference else "-"
+
+
+def _setting(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[str]:
+    if best.number == 0:
+        yield f"No trial beat the default, whose settings are in {result.config}."
+        return
+    yield f"Trial {best.number} is the best; its settings are in {result.config}."
+    if best.difference:
+        low, high = best.difference["mean_recall"]["interval"]
+        judged = "within chance" if low <= 0 <= high else "more than chance"
+        gap = difference(best.difference["centroid_distance"], scale=1, digits=4)
+        yield (
+            f"Versus the default: mean recall {_to_default(best)} points, {judged} on these "
+            f"images; centroid distance {gap}."
+        )
+    yield (
+        f"The best of {len(result.trials)} trials is biased upwards. Confirm it on a split that no "
+        "trial saw: train with these settings, then csalign compare with a run of the defaults."
+    )
+
+
+def recipes_table(titles: Mapping[str, str]) -> None:
+    """Print the recipes and their purpose."""
+    print_rows("csalign train --recipe NAME; csalign recipes NAME prints it", list(titles.items()))
+
+
+def index_table(document: Mapping[str, Any], settings: IndexConfig) -> None:
+    """Print what was built."""
+    print_wrote(f"{document['path']}: {index_words(document)}")
+    print_closing(settings, search_step(document))
+
+
+def index_words(document: Mapping[str, Any]) -> str:
+    """Word the kind, content, size and recall of an index."""
+    recall, names = document["recall"], document.get("names")
+    quality = "exact search"
+    if recall is not None:
+        quality = (
+            f"recall@10 {percent(recall['value'])} on {recall['queries']:,} "
+            f"{renamed(recall['of'], names)}"
+        )
+    return (
+        f"{document['factory']} index of {document['rows']:,} "
+        f"{renamed(document['side'] + 's', names)}, {decimal(document['bytes'])}, {quality}"
+    )
+
+
+def search_step(document: Mapping[str, Any]) -> Step:
+    """Suggest a query: words if the texts have an encoder that can be loaded."""
+    known = (document["encoders"].get("text") or {}).get("spec", "")
+    if known.startswith(ENCODERS):
+        return ("search", document["path"], "a red bicycle")
+    return ("search", document["path"], "--embedding", "query.npy")
+
+
+def export_table(document: Mapping[str, Any], settings: ExportConfig) -> None:
+    """Print the files of an export, and how much its outputs differ from the run's."""
+    largest = max(document["differences"].values())
+    print_wrote(
+        f"{document['out']}: {', '.join(document['files'])}; "
+        f"outputs differ from the run by at most {largest:.1e}"
+    )
+    print_closing(settings, f"next: {document['out']}/README.md shows how to use it")
+
+
+def found(result: results.Found, settings: SearchConfig) -> None:
+    """Print search results as tables or JSON lines, each query as soon as it is answered."""
+    for one in result.queries:
+        if result.jsonl:
+            print_json(one, indent=None)
+            sys.stdout.flush()
+            continue
+        print_line(one["query"], "bold")
+        _hits(one["hits"])
+        print_line()
+    if not result.jsonl:
+        print_closing(settings)
+
+
+def _hits(hits: Sequence[Mapping[str, Any]]) -> None:
+    """Print hits with their scores; on a screen captions are wrapped, below long ids if needed."""
+    number = max((len(str(hit["rank"])) for hit in hits), default=1)
+    rows = [(printable(hit["id"]), printable(_words(hit))) for hit in hits]
+    width, widest = screen_width(), max((cell_len(name) for name, _ in rows), default=0)
+    for hit, (name, words) in zip(hits, rows, strict=True):
+        start = f"  {hit['rank']:>{number}}   {hit['score']:.4f}   "
+        beside = " " * (widest - cell_len(name) + 3)
+        left = len(start) + widest + 3
+        if not words:
+            print_line(start + name)
+        elif width is None or left + LEAST_TEXT <= width:
+            first, *others = wrap(words, None if width is None else width - left)
+            print_line(start + name + beside + first)
+            for line in others:
+                print_line(" " * left + line)
+        else:
+            print_line(start + name)
+            for line in wrap(words, width, " " * len(start)):
+                print_line(line)
+
+
+def _words(hit: Mapping[str, Any]) -> str:
+    """Return what to show of a hit beside its id: its caption, or a source that the id hides."""
+    source = hit["source"] or ""
+    return hit["caption"] or ("" if source.endswith(hit["id"]) else source)

@@ -1,0 +1,291 @@
+"""Divide a feature set into splits by image, near-duplicates and shared captions kept together.
+
+The splits are stored in files of their own, which stand for the column that is stored with the
+rows, so that a set can be divided without writing its vectors again; see `schema.Splits`.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from csalign.core import atomic
+from csalign.core.errors import DataError
+from csalign.core.results import Progress, SplitResult, silent
+from csalign.features import schema
+from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
+from csalign.features.join import ALL, Joined, first_alike, join_ids, text_keys
+from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
+from csalign.features.schema import Splits, SplitSettings
+
+log = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+TRAIN = "train"
+
+
+def make_splits(
+    features: FeatureSet, settings: SplitSettings, progress: Progress = silent
+) -> SplitResult:
+    """Divide images without a split, or in "train", and store the splits of all rows.
+
+    Texts go with their image. Near-duplicate images and images that share a caption form a group,
+    which stays on one side; texts without an image follow the group of their caption. Only images
+    with texts are counted and chosen, unless the set has no texts; all other rows are for training,
+    and so are groups of which a part is in another split, or that are too large. Rows in other
+    splits keep them. The result follows from ids, embeddings and captions, not from the row order.
+
+    Args:
+        features: opened with `stored_splits`.
+        settings: the splits to make.
+        progress: called with the number of images compared.
+
+    Raises:
+        DataError: there are no images or pairs, too few of them, or nothing to divide.
+        SchemaError: a file is damaged.
+    """
+    path, images, texts = features.path, features.images, features.texts
+    if not len(images):
+        raise DataError(f"{path}: contains texts only; splits are made by image")
+    joined = join_ids(features, ALL)
+    if len(texts) and not (joined.text_image >= 0).any():
+        raise DataError(f"{path}: has no pairs; splits are made of images with texts")
+    stored = images.column(schema.SPLIT).combine_chunks()
+    is_free = _is_free(stored)
+    is_candidate = is_free & (joined.caption_counts > 0) if len(texts) else is_free
+    sizes = _sizes(features, settings, int(is_candidate.sum()))
+    threshold, keys, grouped = None, None, Grouped(np.arange(len(images)), hash_ids(images))
+    if settings.group:
+        grouped, threshold, keys = group_images(features, joined, progress)
+    placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
+    groups = grouped.groups
+    _check_placed(features, groups, is_candidate, placed, sizes)
+    names = pa.array([TRAIN, *sizes])
+    split = pc.if_else(pa.array(is_free), names.take(pa.array(placed)), stored)
+    of_texts = _split_texts(features, joined, placed, names, split, keys)
+    several = np.bincount(groups, minlength=1)
+    several = several[several > 1]
+    made = Splits(
+        settings=settings,
+        threshold=threshold,
+        groups=len(several),
+        grouped=int(several.sum()),
+        images=_write(images, split),
+        texts=_write(texts, of_texts) if len(texts) else None,
+    )
+    manifest = features.manifest.model_copy(update={"splits": made})
+    schema.write_manifest(path, manifest)
+    return describe_splits(FeatureSet.open(path))
+
+
+def describe_splits(features: FeatureSet) -> SplitResult:
+    """Describe the splits that `make_splits` stored."""
+    made = features.manifest.splits
+    if made is None:
+        raise DataError(f"{features.path}: no splits were made of it")
+    counts = {name or "(none)": own for name, own in features.splits().items()}
+    order = {TRAIN: 0, "val": 1, "test": 2}
+    counts = dict(sorted(counts.items(), key=lambda item: (order.get(item[0], 3), item[0])))
+    return SplitResult(
+        features.path,
+        counts,
+        made.groups,
+        made.grouped,
+        made.threshold,
+        names=features.manifest.names,
+    )
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Images in groups that stay together."""
+
+    groups: Ints  # (n,), the number of each image's group, below n
+    hashes: Hashes  # (n,), of their ids, which order the groups
+
+    def place(self, is_free: Mask, is_candidate: Mask, sizes: Mapping[str, int], seed: int) -> Ints:
+        """Choose a split for each image, (n,): 0 to train, else one more than its place in `sizes`.
+
+        Groups are taken in the order of their least hash, mixed with the seed, each into the first
+        split that has room for it.
+
+        Args:
+            is_free: images that may be placed, (n,); groups of others are not.
+            is_candidate: images that count, (n,).
+            sizes: how many images each split is to have.
+            seed: of the order.
+        """
+        n = len(self.groups)
+        counts = np.bincount(self.groups[is_candidate], minlength=n)
+        counts[self.groups[~is_free]] = 0
+        least = np.full(n, np.iinfo(np.uint64).max, np.uint64)
+        np.minimum.at(least, self.groups, self.hashes)
+        chosen = np.flatnonzero(counts)
+        chosen = chosen[np.argsort(mix(least[chosen], seed), kind="stable")]
+        left, of_group = [*sizes.values()], np.zeros(n, np.int64)
+        for group, count in zip(chosen.tolist(), counts[chosen].tolist(), strict=True):
+            room = next((place for place, free in enumerate(left) if count <= free), None)
+            if room is not None:
+                left[room] -= count
+                of_group[group] = room + 1
+                if not any(left):
+                    break
+        return np.where(is_free, of_group[self.groups], 0)
+
+
+def group_images(
+    features: FeatureSet, joined: Joined, progress: Progress = silent, *, near: bool = True
+) -> tuple[Grouped, float | None, Ints]:
+    """Group images that are near-duplicates, unless `near` is false, or share a caption.
+
+    Returns:
+        The groups of the images of `joined`, the threshold of `link_near_duplicates`, and the
+        caption keys of its texts.
+    """
+    images = features.images
+    hashes, links, threshold = hash_ids(images), Links(len(images)), None
+    if near:
+        threshold = link_near_duplicates(images, hashes, links, progress=progress)
+    rows = np.arange(len(images)) if joined.image_rows is None else joined.image_rows
+    keys = _caption_keys(features.texts)
+    keys = keys if joined.text_rows is None else keys[joined.text_rows]
+    paired = np.flatnonzero(joined.text_image >= 0)
+    owners = rows[joined.text_image[paired]]
+    links.add(owners, owners[first_alike(keys[paired])])
+    return Grouped(first_alike(links.groups()[rows]), hashes[rows]), threshold, keys
+
+
+def _is_free(stored: pa.Array) -> Mask:
+    free: Mask = pc.is_in(stored, value_set=pa.array([TRAIN, None], pa.string())).to_numpy(
+        zero_copy_only=False
+    )
+    return free
+
+
+def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[str, int]:
+    """Return how many of `count` images each new split is to have."""
+    path, there = features.path, features.splits()
+    asked = {"test": settings.test, "val": settings.val}
+    parts = {name: part for name, part in asked.items() if part is not None and name not in there}
+    sizes = {
+        name: max(1, round(part * count)) if part < 1 else int(part) for name, part in parts.items()
+    }
+    if not sizes:
+        listed = ", ".join(name for name in there if name is not None)
+        raise DataError(
+            f"{path}: is divided already, into {listed}; only rows without a split or in train are "
+            "divided, so ask for a split that is missing"
+        )
+    for name in asked:
+        if asked[name] is not None and name in there:
+            log.info("%s: kept %d stored images", name, there[name]["images"])
+    if sum(sizes.values()) >= count:
+        wanted = " and ".join(f"{name} {size:,}" for name, size in sizes.items())
+        what = "images with texts" if len(features.texts) else "images"
+        raise DataError(
+            f"{path}: {wanted} images would leave nothing to train on, of {count:,} {what} that "
+            "can be divided; ask for fewer"
+        )
+    return sizes
+
+
+def _caption_keys(texts: FeatureTable) -> Ints:
+    """Hash each text, (m,); equal for equal captions, or for equal embeddings without captions."""
+    if not len(texts):
+        return np.empty(0, np.int64)
+    captions = texts.column(schema.CAPTION)
+    is_known = captions.null_count == 0
+    columns = [schema.CAPTION] if is_known else [schema.CAPTION, schema.EMBEDDING]
+    found = []
+    for _, batch in texts.read(*columns):
+        vectors = np.empty((0, 1)) if is_known else batch_vectors(batch, schema.EMBEDDING)
+        found.append(text_keys(batch.column(schema.CAPTION), vectors))
+    return np.concatenate(found)
+
+
+def _check_placed(
+    features: FeatureSet, groups: Ints, is_candidate: Mask, placed: Ints, sizes: Mapping[str, int]
+) -> None:
+    """Warn of splits that are smaller than asked for, as groups are large; refuse empty ones."""
+    largest = int(np.bincount(groups[is_candidate]).max())
+    if largest > max(sizes.values()):
+        log.info("a group of %s images is too large to be held out, and stays in train", largest)
+    for place, (name, size) in enumerate(sizes.items(), 1):
+        found = int((is_candidate & (placed == place)).sum())
+        problem = (
+            f"{name} has {found:,} of {size:,} images, since groups of near-duplicates and shared "
+            f"captions stay together and the largest has {largest:,}; pass --no-group to divide "
+            "them"
+        )
+        if not found:
+            raise DataError(f"{features.path}: {problem}")
+        if found < size:
+            log.warning("%s", problem)
+
+
+def _split_texts(
+    features: FeatureSet,
+    joined: Joined,
+    placed: Ints,
+    names: pa.Array,
+    of_images: pa.Array,
+    keys: Ints | None,
+) -> pa.Array:
+    """Return the split of each text, (m,): that of its image, or of its caption, or its own."""
+    owners = joined.text_image
+    is_paired = owners >= 0
+    stored = features.texts.column(schema.SPLIT).combine_chunks()
+    own = np.zeros(len(owners), np.int64)
+    if keys is not None and len(owners):
+        # Equal captions are in one split, so any of those with an image will do.
+        first = first_alike(keys)
+        of_key = np.zeros(len(owners), np.int64)
+        np.maximum.at(of_key, first[is_paired], placed[owners[is_paired]])
+        own = of_key[first]
+    alone = pc.if_else(pa.array(_is_free(stored)), names.take(pa.array(own)), stored)
+    with_image = of_images.take(pa.array(owners, mask=~is_paired))
+    return pc.if_else(pa.array(is_paired), with_image, alone)
+
+
+def _write(table: FeatureTable, split: pa.Array) -> schema.Shard:
+    name = f"{schema.SPLITS}/{table.modality.plural}.parquet"
+    ids = table.column(schema.ID)
+    rows = pa.table([ids, pa.chunked_array([split])], schema=schema.splits_schema())
+    path = table.folder / schema.SPLITS / f"{table.modality.plural}.parquet"
+    with atomic.atomic_path(path) as temporary:
+        pq.write_table(
+            rows,
+            temporary,
+            compression="zstd",
+            use_dictionary=[schema.SPLIT],
+            write_page_checksum=True,
+        )
+        size, sha256 = temporary.stat().st_size, atomic.sha256_file(temporary)
+    return schema.Shard(path=name, rows=len(rows), bytes=size, sha256=sha256)
+
+
+def divide(
+    folder: Path, settings: SplitSettings, *, overwrite: bool = False, progress: Progress = silent
+) -> SplitResult:
+    """Call `make_splits` for a finished set, unless it has these very splits.
+
+    Raises:
+        DataError: it has other splits that were made, and `overwrite` is false.
+    """
+    made = schema.read_manifest(folder).splits
+    if made is not None and not overwrite:
+        if made.settings != settings:
+            raise DataError(
+                f"{folder}: is divided by {made.settings.options}, not {settings.options}; replace "
+                "the splits with --overwrite"
+            )
+        return describe_splits(FeatureSet.open(folder))
+    return make_splits(FeatureSet.open(folder, stored_splits=True), settings, progress)
