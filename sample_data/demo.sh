@@ -8,31 +8,28 @@ mkdir -p "$out"
 cd "$out"
 say() { printf '\n== %s\n' "$*"; }
 
-say "1. extract: drawings and their captions through a tiny CLIP model, embeddings to Parquet"
+say "1. extract: embed 1,420 drawings and their captions with a tiny CLIP model"
 csalign extract "$data/drawings" --out drawings --overwrite \
     --encoder "open_clip:$data/tiny-clip/tiny-clip.json+$data/tiny-clip/tiny-clip.safetensors"
 
-say "2. train: adapters for these embeddings, on the split that captions.csv calls train"
+say "2. train: adapters on these embeddings, with the rows that captions.csv calls train"
 csalign train drawings --out run --overwrite
 
-say "3. eval: drawings and titles of the split test, which training did not see"
-csalign eval drawings --split test --json > before.json
-csalign eval drawings --adapter run --split test --json --report report.html > after.json
-csalign eval drawings --adapter run --split test
+say "3. eval: 300 drawings and titles of the split test, which training did not see"
+csalign eval run --report report.html
 
 say "4. compare: before and after on the same drawings"
-csalign compare before.json after.json
+csalign compare drawings run
 
-# As an image encoder and a sentence encoder see 1,500 drawings, no space is shared before training.
 say "5. train: two encoders that never met, by InfoNCE alone and by csalign"
 csalign train "$data/features" --out start --overwrite --init random --steps 0
 csalign train "$data/features" --out infonce --overwrite --init random --steps 100 --cs-weight 0 \
     --logit-scale 14.3 --learn-scale --noise 0 --captions sample --other-captions 0
 csalign train "$data/features" --out csalign --overwrite --steps 100
 
-say "6. compare: an untrained adapter, InfoNCE alone and csalign on 300 held-out drawings"
-csalign compare start infonce csalign --split test
+say "6. compare: untrained adapters, InfoNCE alone and csalign on 300 held-out drawings"
+csalign compare start infonce csalign
 
-say "7. apply: the aligned embeddings as a feature set again"
+say "7. apply: write the aligned embeddings as a feature set"
 csalign apply "$data/features" --adapter csalign --out aligned --overwrite
-echo "Everything is in $out; before and after as a page: $out/report.html"
+printf '\nEverything is in %s; the page of step 3: %s\n' "$out" "$out/report.html"
