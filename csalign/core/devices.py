@@ -3,16 +3,18 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from csalign.core import distributed
 from csalign.core.errors import ConfigError, reason_of
 
+if TYPE_CHECKING:
+    import torch
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> "torch.device":
     """Return the torch device of ``--device``.
 
     Args:
@@ -22,6 +24,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: no such device on this machine, or fewer than processes.
     """
+    import torch
+
     world = distributed.world()
     if world.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         if world.local_size > torch.cuda.device_count():

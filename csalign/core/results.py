@@ -28,9 +28,10 @@ class Result:
     """Base of the results."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; "names" only if the sides have names of their own."""
+        """Return plain JSON values; "names" and "pairing" only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        return {name: value for name, value in values.items() if name != "names" or value}
+        optional = ("names", "pairing")
+        return {name: value for name, value in values.items() if name not in optional or value}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class FeaturesResult(Result):
         complete: false if other processes have not finished; the counts are then those of this
             process, and `features` is the unfinished folder.
         names: of the sides, None for image and text.
+        pairing: what paired imported rows, such as "row order" or "image_id"; None if unknown.
     """
 
     features: Path
@@ -55,6 +57,7 @@ class FeaturesResult(Result):
     failures: int
     complete: bool = True
     names: Names | None = None
+    pairing: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
+_CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
+_INFINITE_HALF = 0x7C00  # bits of float16
 SAMPLED_ROWS = 5_000  # of a side, spread evenly
 SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
 REPEATED = 0.1  # share of rows that equal another one
@@ -34,11 +36,30 @@ def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]
     Returns:
         Reason and remedy by row, ascending.
     """
-    with np.errstate(over="ignore"):  # an overflow is reported with its row
-        stored = embeddings if dtype is None else embeddings.astype(schema.DTYPES[dtype])
-        norms = np.linalg.norm(stored.astype(np.float32), axis=1)
-    bad = np.flatnonzero(~((norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)))
-    return {row: _reason(embeddings[row], stored[row], dtype) for row in bad.tolist()}
+    found: dict[int, str] = {}
+    step = max(1, _CHECKED_VALUES // max(1, embeddings.shape[1]))
+    for start in range(0, len(embeddings), step):
+        block = embeddings[start : start + step]
+        with np.errstate(over="ignore"):  # an overflow is reported with its row
+            stored = block if dtype is None else block.astype(schema.DTYPES[dtype], copy=False)
+            is_good = _are_halves_good(stored) if stored.dtype == np.float16 else _norms_fit(stored)
+        bad = np.flatnonzero(~is_good)
+        found |= {start + row: _reason(block[row], stored[row], dtype) for row in bad.tolist()}
+    return found
+
+
+def _norms_fit(rows: Array) -> npt.NDArray[np.bool_]:
+    wide = rows.astype(np.float32, copy=False)
+    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    fit: npt.NDArray[np.bool_] = (norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)
+    return fit
+
+
+def _are_halves_good(rows: Array) -> npt.NDArray[np.bool_]:
+    """Check rows of float16, whose norms fit if they are finite and not 0, by their bits."""
+    largest = (rows.astype("=f2", copy=False).view(np.uint16) & 0x7FFF).max(axis=1, initial=0)
+    good: npt.NDArray[np.bool_] = (largest > 0) & (largest < _INFINITE_HALF)
+    return good
 
 
 def _reason(given: Array, stored: Array, dtype: str | None) -> str:

@@ -104,7 +104,7 @@ class NpyExport:
     def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
         file, table = self._files[modality]
         file.write(stored.data)
-        columns = map(rows.column, schema.STRING_COLUMNS[modality])
+        columns = map(rows.strings, schema.STRING_COLUMNS[modality])
         table.writerows(zip(*columns, strict=True))
 
     def _counts(self) -> dict[str, int]:
@@ -153,7 +153,7 @@ class ClipRetrievalExport(NpyExport):
 
     def _write(self, modality: Modality, rows: Rows, stored: Array) -> None:
         names = schema.STRING_COLUMNS[modality]
-        columns = zip(*map(rows.column, names), strict=True)
+        columns = zip(*map(rows.strings, names), strict=True)
         if modality is Modality.IMAGE:
             images = [
                 {"image_path": source or name, "image_id": name, "split": split}

@@ -163,8 +163,9 @@ class Splits(Record):
 class Manifest(Record):
     """Content of ``manifest.json``; written last, so a folder without one is unfinished.
 
-    "names" are the names of the sides if they are not images and texts, and "source_root" is the
-    folder that relative sources of images start from.
+    "names" are the names of the sides if they are not images and texts; "source_root" is the folder
+    that relative sources of images start from; "pairing" is what paired imported rows, such as
+    "row order" or "image_id". Each is omitted if unknown.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
@@ -172,6 +173,7 @@ class Manifest(Record):
     csalign_version: str
     names: dict[Modality, str] | None = None
     source_root: str | None = None
+    pairing: str | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -239,7 +241,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    for name in ("names", "source_root", "splits"):
+    for name in ("names", "source_root", "pairing", "splits"):
         if document[name] is None:
             del document[name]
     document["format_version"] = FORMAT_VERSION if manifest.splits else 1

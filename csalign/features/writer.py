@@ -1,6 +1,6 @@
 """Write a feature set: shards of both sides, row group by row group, and the manifest last."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
@@ -32,18 +33,30 @@ Strings = Sequence[str | None]
 class Rows:
     """Some rows of one side."""
 
-    columns: Mapping[str, Strings]  # n values of each of `schema.STRING_COLUMNS`; omitted is null
+    # n values of each of `schema.STRING_COLUMNS`, arrays of Arrow or lists; omitted is null
+    columns: Mapping[str, Strings | pa.Array]
     embeddings: Array  # (n, d), any float dtype, finite, no row of norm 0
     tokens: Sequence[Array] | None = None  # n arrays (t_i, d_t), any float dtype
+    where: Callable[[int], str] | None = None  # names a row for messages, None for its id
 
-    def column(self, name: str) -> Strings:
+    def column(self, name: str) -> pa.Array:
         """Return the n values of a string column."""
-        return self.columns.get(name) or [None] * len(self.embeddings)
+        values = self.columns.get(name)
+        if values is None:
+            return pa.nulls(len(self.embeddings), pa.string())
+        if isinstance(values, pa.Array):
+            return values.cast(pa.string())
+        return pa.array(values, pa.string())
+
+    def strings(self, name: str) -> list[str | None]:
+        """Return the n values of a string column as a list."""
+        return self.column(name).to_pylist()  # type: ignore[no-any-return]
 
     def stored(self, side: Modality, dtype: str) -> Array:
         """Cast the embeddings; raises DataError if one has no direction, as given or cast."""
         for row, reason in find_unusable(self.embeddings, dtype).items():
-            raise DataError(f"{side} {self.columns[schema.ID][row]!r}: {reason}")
+            name = f"{side} {self.column(schema.ID)[row].as_py()!r}"
+            raise DataError(f"{self.where(row) if self.where else name}: {reason}")
         return np.ascontiguousarray(self.embeddings, schema.DTYPES[dtype])
 
 
@@ -84,7 +97,7 @@ class ShardWriter:
         if shape != expected:
             raise ShapeError(f"{self.modality} embeddings have shape {shape}, expected {expected}")
         names = schema.STRING_COLUMNS[self.modality]
-        arrays = [pa.array(rows.column(name), pa.string()) for name in names]
+        arrays = [rows.column(name) for name in names]
         embeddings = rows.stored(self.modality, self._dtype)
         arrays.append(_fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
         if self._info.token_width is not None:
@@ -168,6 +181,7 @@ class FeatureWriter:
         dtype: "float16" or "float32".
         names: of the sides, if not image and text.
         source_root: folder that relative sources start from, if known.
+        pairing: how texts were paired with images, if known; see `schema.Manifest`.
 
     Raises:
         DataError: at the end, an id repeats or the image of a text is missing.
@@ -180,7 +194,9 @@ class FeatureWriter:
         dtype: str,
         names: Mapping[Modality, str] | None = None,
         source_root: str | None = None,
+        pairing: str | None = None,
     ) -> None:
+        self._pairing = pairing
         self._names = None if names is None else dict(names)
         self._source_root = source_root
         self._folder = folder
@@ -194,16 +210,16 @@ class FeatureWriter:
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
-        ids = rows.columns[schema.ID]
-        if not all(ids):
-            raise DataError(f"{modality} {[bool(value) for value in ids].index(False)}: has no id")
+        ids = rows.column(schema.ID)
+        if (row := pc.fill_null(pc.equal(ids, ""), True).index(True).as_py()) >= 0:
+            raise DataError(f"{modality} {row}: has no id")
         if modality not in self._writers:
             name, info = f"part-{len(self._shards[modality]):05d}", self._encoders[modality]
             self._writers[modality] = ShardWriter(self._folder, name, modality, info, self._dtype)
         self._writers[modality].write(rows)
-        self._ids[modality].append(pa.array(ids, pa.string()))
+        self._ids[modality].append(ids)
         if modality is Modality.TEXT:
-            self._image_ids.append(pa.array(rows.column(schema.IMAGE_ID), pa.string()))
+            self._image_ids.append(rows.column(schema.IMAGE_ID))
         if self._writers[modality].bytes >= SHARD_BYTES:
             self._close(modality)
 
@@ -249,6 +265,7 @@ class FeatureWriter:
             csalign_version=__version__,
             names=self._names,
             source_root=self._source_root,
+            pairing=self._pairing,
             dtype=self._dtype,
             encoders=schema.Encoders(image=image, text=text),
             counts=schema.Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),

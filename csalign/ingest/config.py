@@ -1,5 +1,7 @@
 """Options of ``csalign extract`` and ``csalign import``."""
 
+import shlex
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
@@ -148,15 +150,20 @@ class ExtractConfig(
 Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")]
 
 
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else () if value is None else value
+
+
 class ArrayOptions(Config):
     """Arrays to read."""
 
     panel: ClassVar[str] = "Arrays"
 
-    source: Location | None = Field(
-        None,
-        description="Both sides in one: a clip-retrieval folder, .npz, .safetensors, .pt, .h5, "
-        "Parquet or a datasets folder.",
+    source: Annotated[tuple[Location, ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="Image embeddings and text embeddings, one file or folder each; or one that "
+        "contains both: a clip-retrieval folder, .npz, .safetensors, .pt, .h5, Parquet or a "
+        "datasets folder.",
     )
     images: Location | None = Field(
         None,
@@ -176,9 +183,15 @@ class PairOptions(Config):
     panel: ClassVar[str] = "Pairs and labels"
 
     pairs: Location | None = Field(
+        None, description="Table of pairs: image_id, and text_id or one row per text."
+    )
+    pair_by: str | None = Field(
         None,
-        description="Table of pairs: image_id, and text_id or one row per text (default: row i of "
-        "one side belongs to row i of the other).",
+        description="Column of both sides that pairs them, or order: row i of one side belongs to "
+        "row i of the other (default: ids that fit, else order).",
+    )
+    id_column: str | None = Field(
+        None, description="Column of the images' table whose equal values are one image."
     )
     captions_per_image: Count | None = Field(
         None, description="Number of captions per image; requires --caption-order."
@@ -214,3 +227,18 @@ class RecordOptions(Config):
 
 class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
     """``csalign import``: embeddings computed elsewhere -> the same artifact."""
+
+    def command(self, **changes: Any) -> str:
+        """Return the command line of this configuration, with some values replaced."""
+        given = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        values = {name: given[name] for name in type(self).model_fields if name in given}
+        words = ["csalign", "import", *map(str, values.pop("source", ()))]
+        out = values.pop("out")
+        for name, value in values.items():
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words += [option] if value else []
+            elif value is not None:
+                text = ",".join(value) if isinstance(value, tuple) else str(value)
+                words += [option, text]
+        return shlex.join([*words, "--out", str(out)])

@@ -1,25 +1,29 @@
 """``csalign import``: embeddings computed elsewhere, into a feature set."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.results import FeaturesResult, Progress, silent
 from csalign.features import schema
-from csalign.features.checks import find_unusable
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
-from csalign.sources import pairing
-from csalign.sources.arrays.base import Labels, Strings, Vectors
+from csalign.sources.arrays.base import Array, Labels, Vectors
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
+from csalign.sources.image_rows import ImageRows, describe_images
+from csalign.sources.labels import read_label_table
+from csalign.sources.layouts import owners_by_counts, owners_by_layout
+from csalign.sources.pairing import Rules, describe_texts, share_splits
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +46,13 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
         ShapeError: an array is not (rows, width) of floats.
         OutputError: ``config.out`` exists and is not to be replaced.
     """
-    _check_options(config)
     splits = split_settings(config)
-    specs = [split_spec(spec)[0] for spec in (config.source, config.images, config.texts) if spec]
+    specs = _specs(config)
     tables = (config.image_table, config.text_table, config.pairs, config.text_counts)
-    inputs = (*specs, *(table for table in tables if table is not None))
+    inputs = (*(split_spec(spec)[0] for spec in specs.values()), *filter(None, tables))
     outputs.check_output(config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs)
-    sides = _open(config)
-    columns = _columns(config, sides)
+    sides = _open(config, specs)
+    sides, columns, pairing = _pair(config, sides)
     is_half = all(vectors.is_half for vectors in sides.values())
     dtype = config.dtype or ("float16" if is_half else "float32")
     encoders = {
@@ -59,8 +62,9 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
-        root = schema.source_root(columns.get(Modality.IMAGE, {}).get(schema.SOURCE, ()))
-        with FeatureWriter(folder, encoders, dtype, names, source_root=root) as writer:
+        images = columns.get(Modality.IMAGE, {}).get(schema.SOURCE)
+        root = schema.source_root([] if images is None else images)
+        with FeatureWriter(folder, encoders, dtype, names, root, pairing) as writer:
             _write(sides, columns, writer, dtype, progress)
         if splits is not None:
             try:
@@ -70,88 +74,177 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             if made.groups:
                 logger.info("%s", made.kept_together)
     counts = read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, 0, names=names)
+    return FeaturesResult(
+        config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
+    )
 
 
-def _check_options(config: ImportConfig) -> None:
-    if config.source is not None and (config.images or config.texts):
-        raise ConfigError("pass either SOURCE or --images and --texts, not both")
-    if not (config.source or config.images or config.texts):
+def _specs(config: ImportConfig) -> dict[Modality | None, Path]:
+    """Return what to read by side, None for a source of both, after a check of the options."""
+    source = config.source
+    both = {"images": config.images, "texts": config.texts}
+    named = {name: spec for name, spec in both.items() if spec is not None}
+    if len(source) > 2 or (source and len(source) + len(named) > 2):
         raise ConfigError(
-            "pass embeddings: --images A.npy --texts B.npy, or one SOURCE that contains both"
+            f"{len(source) + len(named)} arrays are given; pass the images and the texts: "
+            + config.command(source=source[:2], images=None, texts=None)
         )
-    if (config.captions_per_image is None) != (config.caption_order is None):
+    if source and named:
+        ((name, spec),) = named.items()
+        paths = (spec, *source) if name == "images" else (*source, spec)
         raise ConfigError(
-            "--captions-per-image and --caption-order go together: the count alone leaves open the "
-            "order"
+            f"{source[0]} and --{name} {spec} are mixed; pass both in order: "
+            + config.command(source=paths, images=None, texts=None)
+        )
+    if not source and not named:
+        raise ConfigError(
+            "pass embeddings of images and texts: csalign import image.npy text.npy --out features"
+        )
+    each, order = config.captions_per_image, config.caption_order
+    if (each is None) != (order is None):
+        raise ConfigError(
+            "--captions-per-image and --caption-order go together; "
+            + _layout_advice(config, each or 5, order)
         )
     if config.names is not None and config.names[0] == config.names[1]:
         raise ConfigError(
             f"--names: both sides are named {config.names[0]!r}; give them different names"
         )
-    options = ("pairs", "captions_per_image", "text_counts")
+    options = ("pairs", "captions_per_image", "text_counts", "pair_by")
     given = [f"--{name.replace('_', '-')}" for name in options if getattr(config, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} define the pairs twice; pass one of them")
+    if len(source) == 1:
+        return {None: source[0]}
+    if source:
+        return dict(zip(Modality, source, strict=True))
+    return {Modality(name.removesuffix("s")): spec for name, spec in named.items()}
 
 
-def _open(config: ImportConfig) -> dict[Modality, Vectors]:
-    """Open each given side, images first."""
+def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[Modality, Vectors]:
+    """Open each given side, images first, and warn of vectors that are not used."""
     columns = {Modality.IMAGE: config.image_column, Modality.TEXT: config.text_column}
-    if config.source is not None:
-        return read_both(config.source, columns)
-    specs = {Modality.IMAGE: config.images, Modality.TEXT: config.texts}
-    return {
-        side: read_side(spec, side, columns[side])
-        for side, spec in specs.items()
-        if spec is not None
-    }
+    sides = (
+        read_both(specs[None], columns)
+        if None in specs
+        else {side: read_side(spec, side, columns[side]) for side, spec in specs.items() if side}
+    )
+    used = {part.name for vectors in sides.values() for part in vectors.parts}
+    unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
+    for name in sorted(unused):
+        logger.warning(
+            "%s is not imported; choose it with --image-column or --text-column, or ignore this",
+            name,
+        )
+    return sides
 
 
-def _columns(
+def _pair(
     config: ImportConfig, sides: Mapping[Modality, Vectors]
-) -> dict[Modality, dict[str, Strings]]:
-    """Return the string columns of each side."""
+) -> tuple[dict[Modality, Vectors], dict[Modality, dict[str, pa.Array]], str | None]:
+    """Pair the rows; return the sides without repeated images, their columns, and how."""
+    found = dict(sides)
+    columns: dict[Modality, dict[str, pa.Array]] = {}
     images = texts = None
+    pairing = None
     if (vectors := sides.get(Modality.IMAGE)) is not None:
         if vectors.captions_each is not None:
             raise DataError(
                 f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
-        images = pairing.describe_images(len(vectors), _labels(config.image_table, vectors))
+        labels = _labels(config.image_table, vectors)
+        images = describe_images(
+            len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
+        )
+        found[Modality.IMAGE] = replace(vectors, kept=images.kept)
     if (vectors := sides.get(Modality.TEXT)) is not None:
         labels = _labels(config.text_table, vectors)
-        pairs = None if config.pairs is None else pairing.read_label_table(config.pairs)
-        owners = None if images is None else _owners(config, len(images.ids), vectors)
-        texts = pairing.describe_texts(len(vectors), images, labels, pairs, owners)
+        rules = _rules(config, images, sides)
+        texts, pairing = describe_texts(len(vectors), images, labels, rules)
     if images is not None and texts is not None:
-        images, texts = pairing.share_splits(images, texts)
-    rows = {Modality.IMAGE: images, Modality.TEXT: texts}
-    return {  # column "id" of the set is the field "ids" of the rows, and so on
-        side: {name: getattr(rows[side], f"{name}s") for name in schema.STRING_COLUMNS[side]}
-        for side in sides
-    }
+        images, texts = share_splits(images, texts)
+    if images is not None:
+        columns[Modality.IMAGE] = {
+            schema.ID: images.ids,
+            schema.SOURCE: images.sources,
+            schema.SPLIT: images.splits,
+        }
+    if texts is not None:
+        owners = pa.array(texts.owners, mask=texts.owners < 0)
+        columns[Modality.TEXT] = {
+            schema.ID: texts.ids,
+            schema.CAPTION: texts.captions,
+            schema.SPLIT: texts.splits,
+        }
+        if images is not None:
+            columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
+    return found, columns, pairing
 
 
 def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
-    return vectors.labels if table is None else pairing.read_label_table(table)
+    return vectors.labels if table is None else read_label_table(table)
 
 
-def _owners(config: ImportConfig, images: int, texts: Vectors) -> Sequence[int] | None:
-    """Return the image row of each text row, if an option or the array's shape gives it."""
+def _rules(
+    config: ImportConfig, images: ImageRows | None, sides: Mapping[Modality, Vectors]
+) -> Rules:
+    """Return what decides the pairs: options, the array's shape, or one table of both sides."""
+    pairs = None if config.pairs is None else read_label_table(config.pairs)
+    if images is None:
+        return Rules(pairs=pairs)
+    image, text = sides[Modality.IMAGE], sides[Modality.TEXT]
+    rows, texts = len(image), len(text)
+    each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
     if config.text_counts is not None:
-        return pairing.owners_by_counts(config.text_counts, images, len(texts))
-    each, order = config.captions_per_image, config.caption_order
-    if each is None and config.pairs is None:
-        each, order = texts.captions_each, "blocks"
-    if each is None or order is None:
-        return None
-    return pairing.owners_by_layout(images, len(texts), each, order)
+        owners = owners_by_counts(config.text_counts, rows, texts)
+        layout = str(config.text_counts)
+    elif each is not None and order is not None:
+        owners = owners_by_layout(rows, texts, each, order)
+        layout = f"{each} captions per image, in {order}"
+    elif text.captions_each is not None and pairs is None:
+        owners = owners_by_layout(rows, texts, text.captions_each, "blocks")
+        layout = f"the {text.captions_each} captions of each image in a 3-D array"
+    is_one_table = image.in_table and text.in_table and image.name == text.name
+    return Rules(
+        pairs=pairs,
+        owners=owners,
+        layout=layout,
+        by=config.pair_by,
+        same_rows=is_one_table and config.image_table is None and config.text_table is None,
+        remedy=_advice(config, rows, texts),
+    )
+
+
+def _advice(config: ImportConfig, images: int, texts: int) -> str:
+    """Say what to do where there are not as many texts as images."""
+    if images and texts > images and texts % images == 0:
+        return _layout_advice(config, texts // images, None)
+    general = "give the image of each text with --pairs TABLE, a column image_id, or --text-counts"
+    if texts and images > texts and images % texts == 0:
+        specs = _specs(config)
+        if None not in specs:
+            swapped = config.command(source=[*specs.values()][::-1], images=None, texts=None)
+            return f"are images and texts swapped? Then run\n  {swapped}\nor {general}"
+    return general
+
+
+def _layout_advice(config: ImportConfig, each: int, order: str | None) -> str:
+    """Return the commands for `each` captions per image, in both orders or one."""
+    meanings = {
+        "blocks": "all captions of the first image, then of the second",
+        "copies": "one caption of every image, then the next of every image",
+    }
+    lines = [
+        f"  {config.command(captions_per_image=each, caption_order=name)}\n    ({name}: {text})"
+        for name, text in meanings.items()
+        if order in (None, name)
+    ]
+    return f"with {each} captions per image, run\n" + "\nor\n".join(lines)
 
 
 def _write(
     sides: Mapping[Modality, Vectors],
-    columns: Mapping[Modality, Mapping[str, Strings]],
+    columns: Mapping[Modality, Mapping[str, pa.Array]],
     writer: FeatureWriter,
     dtype: str,
     progress: Progress,
@@ -160,17 +253,22 @@ def _write(
     for side, vectors in sides.items():
         start = 0
         for chunk, where in vectors.chunks():
-            for row, reason in find_unusable(chunk, dtype).items():
-                raise DataError(f"{where(row)}: {reason}")
             stop = start + len(chunk)
             part = {name: values[start:stop] for name, values in columns[side].items()}
-            writer.write(side, Rows(part, chunk))
-            faint += int((np.abs(chunk).max(axis=1) < _FAINT).sum())
+            writer.write(side, Rows(part, chunk, where=where))
+            if dtype == "float16":
+                faint += _count_faint(chunk)
             done, start = done + len(chunk), stop
             progress("rows", done, total)
-    if dtype == "float16" and faint:
+    if faint:
         logger.warning(
             "%d embeddings are so small that float16 keeps few of their digits; scale them to "
             "norms about 1, or import the originals with --dtype float32",
             faint,
         )
+
+
+def _count_faint(rows: Array) -> int:
+    """Count rows whose largest value is below `_FAINT`."""
+    few = np.abs(rows[:, :16]).max(axis=1) < _FAINT  # most rows are clear from a few values
+    return int((np.abs(rows[few]).max(axis=1) < _FAINT).sum()) if few.any() else 0

@@ -1,8 +1,9 @@
 """Read Parquet, Arrow and Feather files in batches of bounded size; every error names the file."""
 
 import mmap
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _KINDS = {
     "list": ("list", "large_list", "fixed_size_list", "list_view", "large_list_view"),
     "struct": ("struct",),
     "integer": ("integer",),
+    "number": ("floating", "decimal"),
     "null": ("null",),
 }
 
@@ -144,9 +146,11 @@ def _named_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
 
 
 def kind_of(held: pa.DataType) -> str:
-    """Return the kind of a column: text, bytes, list, struct, integer, null or other."""
+    """Return the kind of a column: text, bytes, list, struct, integer, number, null or other."""
     if pa.types.is_dictionary(held):
         held = held.value_type
+    if isinstance(held, pa.BaseExtensionType):
+        held = held.storage_type
     for kind, names in _KINDS.items():
         if any(getattr(pa.types, f"is_{name}")(held) for name in names):
             return kind
@@ -166,6 +170,56 @@ def _value(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError:
         return InvalidText()
+
+
+def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Array:
+    """Convert n texts, numbers, bytes or structs of one field to large_string, and "" to null.
+
+    Equal values of different types become equal strings: 7, 7.0, Decimal("7.00") and b"7" are "7".
+
+    Args:
+        column: the values.
+        name: of the column, for the message.
+        path: of the file, for the message.
+        start: row of the first value in the file.
+
+    Raises:
+        DataError: a text is not UTF-8.
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = kind_of(column.type)
+    if kind == "struct":
+        return to_strings(pc.struct_field(column, [0]), name, path, start)
+    if kind == "bytes":
+        strings = _decoded(column)
+    elif kind == "number":
+        with suppress(pa.ArrowInvalid):  # a fraction remains what it is
+            column = column.cast(pa.int64())
+        strings = pc.replace_substring_regex(column.cast(pa.large_string()), r"\.0*$", "")
+    else:
+        strings = column.cast(pa.large_string())
+    if kind == "text":
+        try:
+            strings.validate(full=True)
+        except pa.ArrowInvalid:
+            bad = [isinstance(value, InvalidText) for value in column_values(column)]
+            where = f"{path}, row {start + bad.index(True)}"
+            raise DataError(f"{where}: {name} is not UTF-8; correct it") from None
+    return pc.if_else(pc.equal(strings, ""), pa.scalar(None, strings.type), strings)
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    """Decode bytes as UTF-8, or write all of them as UUIDs or hexadecimal numbers."""
+    try:
+        return column.cast(pa.large_binary()).cast(pa.large_string())
+    except pa.ArrowInvalid:
+        values = column.to_pylist()
+        is_uuid = all(value is None or len(value) == 16 for value in values)
+        write = (lambda value: str(uuid.UUID(bytes=value))) if is_uuid else bytes.hex
+        return pa.array([None if v is None else write(v) for v in values], pa.large_string())
 
 
 def list_width(file: ArrowFile, column: str) -> int:

@@ -1,191 +1,112 @@
 """Ids of embeddings, and the pairs of images and texts."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path
-from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED, Labels, Strings
-from csalign.sources.arrays.files import open_npy, read_labels
-from csalign.sources.arrow import ARROW, PARQUET
-from csalign.sources.records.tables import read_table
+from csalign.sources.arrays.base import Labels
+from csalign.sources.arrays.naming import (
+    ITEM_IDS,
+    PATHS,
+    REFERENCES,
+    TEXT_IDS,
+    first_of,
+    is_id,
+    is_label,
+    plain_name,
+)
+from csalign.sources.image_rows import (
+    ImageRows,
+    column_or,
+    first_repeated,
+    keys_of_images,
+    row_numbers,
+)
+from csalign.sources.keys import Ints, Match, examples, match
+from csalign.sources.labels import check_rows, find_column, require_column
+from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
-ID_NAMES = ("id",)
-IMAGE_ID_NAMES = ("image_id", "image", "image_row")
-TEXT_ID_NAMES = ("text_id", "text", "text_row")
-COUNT_NAMES = ("count", "counts", "captions", "texts")
+ORDER = "order"  # of --pair-by: by the order of the rows
+BY_ROW = "row order"
+_PAIR_IMAGES = ("image_id", "image", "image_row")  # columns of --pairs
+_PAIR_TEXTS = ("text_id", "text", "text_row")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Columns of the text rows; ids are unique, all else is None where unknown."""
+    """The texts of an array's rows, (m,) each; ids are unique, all else is null where unknown."""
 
-    ids: Strings
-    image_ids: Strings
-    captions: Strings
-    splits: Strings
+    ids: pa.Array
+    owners: Ints  # image of each text, -1 for none
+    captions: pa.Array
+    splits: pa.Array
 
 
 @dataclass(frozen=True)
-class ImageRows:
-    """Columns of the image rows, as in `TextRows`; `numbered` if the ids are row numbers."""
+class Rules:
+    """What decides the pairs, the first that is given.
 
-    ids: Strings
-    sources: Strings
-    splits: Strings
-    numbered: bool = False
-
-
-def read_label_table(path: Path) -> Labels:
-    """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
-
-    Raises:
-        DataError: it is missing, of another kind, or damaged.
+    Attributes:
+        pairs: a table of an image id per row, with the id of its text, or else one row per text.
+        owners: (m,) image row of each text row.
+        layout: how `owners` were made, for people.
+        by: "order", or a column of both sides.
+        same_rows: whether both sides are columns of one table, and so are paired by row.
+        remedy: what to do where the counts differ, the end of a message.
     """
-    if path.suffix.lower() not in (*PARQUET, *ARROW):
-        table = read_table(path)
-        return Labels(str(path), len(table), table.columns, table.where)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    return read_labels(path)
 
-
-def describe_images(count: int, labels: Labels | None) -> ImageRows:
-    """Return ids, sources and splits of `count` image rows; ids default to row numbers.
-
-    Raises:
-        DataError: `labels` has another number of rows, or an id is missing or repeated.
-    """
-    none: Strings = [None] * count
-    if labels is None:
-        return ImageRows(_numbers(count), none, none, numbered=True)
-    _check_rows(labels, count, "images")
-    return ImageRows(
-        _ids(labels),
-        labels.columns.get("source", none),
-        labels.columns.get("split", none),
-        numbered=_find(labels, ID_NAMES) is None,
-    )
+    pairs: Labels | None = None
+    owners: Ints | None = None
+    layout: str = ""
+    by: str | None = None
+    same_rows: bool = False
+    remedy: str = "give the image of each text with --pairs TABLE, or in a column image_id"
 
 
 def describe_texts(
-    count: int,
-    images: ImageRows | None,
-    labels: Labels | None,
-    pairs: Labels | None = None,
-    owners: Sequence[int] | None = None,
-) -> TextRows:
-    """Return ids, image ids, captions and splits of the text rows.
+    count: int, images: ImageRows | None, labels: Labels | None, rules: Rules | None = None
+) -> tuple[TextRows, str | None]:
+    """Return the columns of the text rows, and how their images were found, for people.
 
     Args:
         count: number of text rows.
-        images: the image rows, None if there are none.
+        images: the images, None if there are none.
         labels: of the texts, row by row, or None.
-        pairs: an image id per row, with the id of its text, or else one row per text in order.
-        owners: image row of each text, if the layout of the array gives it. Without `pairs` and
-            `owners`, texts are paired by the image ids of `labels`, else by equal ids of images
-            and texts, else by row.
+        rules: what decides the pairs; otherwise the columns of both sides do, or the order of the
+            rows if neither has keys.
 
     Raises:
-        DataError: counts differ, or an id is missing, repeated or unknown.
+        DataError: counts differ, an id is missing, repeated or unknown, or keys do not match.
     """
-    ids: Strings = _numbers(count)
-    known: dict[str, Strings] = {"caption": [None] * count, "split": [None] * count}
-    image_ids: Strings | None = None
+    rules = rules or Rules()
+    none = pa.nulls(count, pa.large_string())
+    ids, captions, splits = row_numbers(count), none, none
     if labels is not None:
-        _check_rows(labels, count, "texts")
-        ids, image_ids = _ids(labels), _find(labels, IMAGE_ID_NAMES)
-        known |= {name: labels.columns[name] for name in known.keys() & labels.columns.keys()}
-    if pairs is not None:
-        image_ids = _require(pairs, IMAGE_ID_NAMES)
-        row_of = {text: row for row, text in enumerate(_paired_rows(pairs, ids))}
-        columns = {name: pairs.columns[name] for name in known.keys() & pairs.columns.keys()}
-        image_ids, *values = (
-            [column[row_of[text]] if text in row_of else None for text in range(count)]
-            for column in (image_ids, *columns.values())
-        )
-        known |= dict(zip(columns, values, strict=True))
+        check_rows(labels, count, "texts")
+        ids = _text_ids(labels, images)
+        captions = column_or(find_column(labels, CAPTION_NAMES), none)
+        splits = column_or(find_column(labels, (SPLIT_NAME,)), none)
+    wanted = None
+    if rules.pairs is not None:
+        named = require_column(rules.pairs, _PAIR_IMAGES)
+        rows = _paired_rows(rules.pairs, ids)
+        wanted = named.take(rows)
+        captions = column_or(find_column(rules.pairs, CAPTION_NAMES[:1]), captions, rows)
+        splits = column_or(find_column(rules.pairs, (SPLIT_NAME,)), splits, rows)
+    texts = TextRows(ids, np.full(count, -1), captions, splits)
     if images is None:
-        if image_ids is not None:
+        if wanted is not None or (labels and first_of(REFERENCES, labels.names)):
             log.warning("image ids of the texts are ignored: there are no images")
-        return TextRows(ids, [None] * count, known["caption"], known["split"])
-    if owners is not None:
-        if labels is not None and image_ids is not None:
-            raise DataError(
-                f"{labels.name}: names the image of each text; omit --captions-per-image and "
-                "--text-counts"
-            )
-        image_ids = [images.ids[row] for row in owners]
-    elif image_ids is None:
-        numbered = images.numbered or labels is None or _find(labels, ID_NAMES) is None
-        image_ids = _by_id_or_row(images.ids, ids, set() if numbered else set(ids))
-    lost = set(image_ids) - {None, *images.ids}
-    if lost:
-        table = pairs or labels
-        rows = [row for row, owner in enumerate(image_ids) if owner in lost]
-        raise DataError(
-            f"{table.name + ': ' if table else ''}image {image_ids[rows[0]]!r:.200} of text "
-            f"row {rows[0]} is unknown ({len(rows)} texts name unknown images); images are named "
-            "by the image table's id column, or else by row number from 0"
-        )
-    return TextRows(ids, image_ids, known["caption"], known["split"])
-
-
-def owners_by_layout(
-    images: int, texts: int, each: int, order: Literal["blocks", "copies"]
-) -> Sequence[int]:
-    """Return the image row of each text row, where every image has `each` captions.
-
-    Args:
-        images: number of image rows.
-        texts: number of text rows.
-        each: captions per image.
-        order: "blocks" of the captions of an image, or whole "copies" of the list of images.
-
-    Raises:
-        DataError: there are not `each` texts per image.
-    """
-    if texts != images * each:
-        raise DataError(
-            f"{images} images and {texts} texts: {each} captions per image would be "
-            f"{images * each} texts; pass the number of each with --text-counts FILE"
-        )
-    if order == "copies":
-        return [*range(images)] * each
-    return [row for row in range(images) for _ in range(each)]
-
-
-def owners_by_counts(path: Path, images: int, texts: int) -> Sequence[int]:
-    """Return the image row of each text row, by the number of captions of each image.
-
-    Args:
-        path: an .npy of integers, or a table with a column ``count``: n counts, or n + 1 offsets
-            that begin at 0.
-        images: n.
-        texts: number of text rows.
-
-    Raises:
-        DataError: the file cannot be used or does not add up to `texts`; its row is named.
-    """
-    counts = _read_counts(path)
-    if len(counts) == images + 1 and counts[0] == 0:
-        counts = [after - before for before, after in pairwise(counts)]
-    if len(counts) != images:
-        raise DataError(
-            f"{path}: has {len(counts)} rows and there are {images} images; write one count per "
-            f"image, or {images + 1} offsets"
-        )
-    negative = next((row for row, count in enumerate(counts) if count < 0), None)
-    if negative is not None:
-        raise DataError(f"{path}, row {negative}: {counts[negative]} captions; none can be below 0")
-    if sum(counts) != texts:
-        raise DataError(f"{path}: adds up to {sum(counts)} captions and there are {texts} texts")
-    return [row for row, count in enumerate(counts) for _ in range(count)]
+        return texts, None
+    owners, how = _owners(images, texts, labels, wanted, rules)
+    return replace(texts, owners=owners), how
 
 
 def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRows]:
@@ -194,119 +115,232 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
     Raises:
         DataError: an image and one of its texts, or two of its texts, are in different splits.
     """
-    known = {
-        image: split
-        for image, split in zip(images.ids, images.splits, strict=True)
-        if split is not None
-    }
-    for text, owner, split in zip(texts.ids, texts.image_ids, texts.splits, strict=True):
-        if owner is not None and split is not None and known.setdefault(owner, split) != split:
-            raise DataError(
-                f"text {text!r:.200} is in split {split!r:.200} and its image {owner!r:.200} in "
-                f"{known[owner]!r:.200}; an image and its texts belong in one split"
-            )
-    text_splits = [
-        split if owner is None else known.get(owner)
-        for owner, split in zip(texts.image_ids, texts.splits, strict=True)
-    ]
+    names = pa.chunked_array([images.splits, texts.splits]).unique().drop_null()
+    if not len(names):
+        return images, texts
+    known, own = (
+        pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy(zero_copy_only=False).copy()
+        for column in (images.splits, texts.splits)
+    )
+    owners = texts.owners
+    has_both = (owners >= 0) & (own >= 0)
+    for rows in (np.flatnonzero(has_both)[::-1],):  # the first text of an image wins
+        given = rows[known[owners[rows]] < 0]
+        known[owners[given]] = own[given]
+    bad = np.flatnonzero(has_both & (own != known[owners]))
+    if len(bad):
+        text, image = int(bad[0]), int(owners[bad[0]])
+        raise DataError(
+            f"text {texts.ids[text].as_py()!r:.200} is in split {names[int(own[text])].as_py()!r} "
+            f"and its image {images.ids[image].as_py()!r:.200} in "
+            f"{names[int(known[image])].as_py()!r}; an image and its texts belong in one split"
+        )
+    own = np.where(owners >= 0, known[owners], own)
     return (
-        replace(images, splits=[known.get(image) for image in images.ids]),
-        replace(texts, splits=text_splits),
+        replace(images, splits=_taken(names, known)),
+        replace(texts, splits=_taken(names, own)),
     )
 
 
-def _read_counts(path: Path) -> list[int]:
-    if path.suffix.lower() == ".npy":
-        with open_npy(path) as file:
-            shape, dtype = file.headers[UNNAMED]
-            if len(shape) != 1 or "int" not in dtype:
-                raise DataError(f"{path}: has shape {shape} of {dtype}, not a list of integers")
-            return [int(count) for rows in file.read(UNNAMED, CHUNK_ROWS) for count in rows]
-    table = read_label_table(path)
-    counts = []
-    for row, value in enumerate(_require(table, COUNT_NAMES)):
-        try:
-            counts.append(int(value or ""))
-        except ValueError:
-            raise DataError(f"{table.where(row)}: {value!r:.200} is not an integer") from None
-    return counts
+def _text_ids(labels: Labels, images: ImageRows | None) -> pa.Array:
+    """Return the ids of the texts; row numbers if there are none.
 
-
-def _numbers(count: int) -> list[str | None]:
-    return [str(row) for row in range(count)]
-
-
-def _find(labels: Labels, names: Sequence[str]) -> Strings | None:
-    return next((labels.columns[name] for name in names if name in labels.columns), None)
-
-
-def _require(labels: Labels, names: Sequence[str]) -> Strings:
-    column = _find(labels, names)
-    if column is None:
-        listed = ", ".join(labels.columns) or "none"
-        raise DataError(f"{labels.name}: has no column {names[0]!r} (columns: {listed}); add it")
-    return column
-
-
-def _check_rows(labels: Labels, count: int, what: str) -> None:
-    if labels.rows != count:
+    Ids that repeat may be those of images that have some.
+    """
+    name = first_of(TEXT_IDS, labels.names) or first_of(ITEM_IDS, labels.names)
+    if name is None:
+        return row_numbers(labels.rows)
+    ids = labels.column(name)
+    if ids.null_count:
+        row = ids.is_null().index(True).as_py()
+        raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
+    coded = ids.dictionary_encode()
+    if len(coded.dictionary) < len(ids):
+        if images is not None and images.key is not None and plain_name(name) in ITEM_IDS:
+            return row_numbers(labels.rows)
+        row, first = first_repeated(coded)
         raise DataError(
-            f"{labels.name}: has {labels.rows} rows and there are {count} {what}; the table needs "
-            "one row per row of the array"
+            f"{labels.where(row)}: duplicate id {ids[row].as_py()!r:.200}, also in "
+            f"{labels.where(first)}; for several captions per image, give each text its own id "
+            "and an image_id"
         )
+    return ids
 
 
-def _ids(labels: Labels) -> Strings:
-    ids = _find(labels, ID_NAMES)
-    seen: dict[str, int] = {}
-    for row, value in enumerate(ids or ()):
-        if value is None:
-            raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
-        if seen.setdefault(value, row) != row:
+def _owners(
+    images: ImageRows, texts: TextRows, labels: Labels | None, wanted: pa.Array | None, rules: Rules
+) -> tuple[Ints, str]:
+    """Return the image of each text, -1 for none, and how it was found."""
+    if rules.pairs is not None and wanted is not None:
+        found = match(wanted, images.ids)
+        _check_found(found, wanted, images.ids, rules.pairs.name, "by the image table's id column")
+        return found.rows, _worded(rules.pairs.name, found)
+    if rules.owners is not None:
+        if labels is not None and first_of(REFERENCES, labels.names):
             raise DataError(
-                f"{labels.where(row)}: duplicate id {value!r:.200}, also in "
-                f"{labels.where(seen[value])}; for several captions per image, give each text its "
-                "own id and an image_id"
+                f"{labels.name}: names the image of each text; omit --captions-per-image and "
+                "--text-counts"
             )
-    return _numbers(labels.rows) if ids is None else ids
-
-
-def _by_id_or_row(image_ids: Strings, text_ids: Strings, keys: set[str | None]) -> Strings:
-    """Return the image of each text: that of the same id if the ids are `keys`, else of its row."""
-    shared = keys.intersection(image_ids)
-    counts = f"{len(image_ids)} images and {len(text_ids)} texts"
-    if len(shared) == len(text_ids) == len(image_ids):
-        return text_ids
-    if shared:  # keys of which some are missing: the order of rows would be a guess
+        return images.owners[rules.owners], rules.layout
+    if rules.by not in (None, ORDER):
+        return _by_column(images, labels, str(rules.by))
+    if rules.by is None and not rules.same_rows and labels is not None:
+        found_by_key = _by_any_key(images, labels, texts)
+        if found_by_key is not None:
+            return found_by_key
+    if len(texts.owners) != len(images.owners):
         raise DataError(
-            f"only {len(shared)} of {counts} share an id; give the image of each text with "
-            "--pairs TABLE or a column image_id"
+            f"{len(images.owners)} images and {len(texts.owners)} texts: counts differ, so rows "
+            f"cannot be paired one to one; {rules.remedy}"
         )
-    if len(text_ids) != len(image_ids):
+    is_repeated = images.kept is not None
+    return images.owners, f"{images.key}" if rules.same_rows and is_repeated else BY_ROW
+
+
+def _by_column(images: ImageRows, labels: Labels | None, name: str) -> tuple[Ints, str]:
+    for side, own in (("texts", labels), ("images", images.labels)):
+        if own is None or name not in own.names:
+            listed = ", ".join(own.names) if own else "none"
+            raise DataError(
+                f"{own.name if own else 'the ' + side}: has no column {name!r} (columns of the "
+                f"{side}: {listed}); correct --pair-by"
+            )
+    assert labels is not None
+    known, rows = keys_of_images(images, name)
+    if known is None:
         raise DataError(
-            f"{counts}: counts differ, so rows cannot be paired one to one; give the image of each "
-            "text with --pairs TABLE, a column image_id, or --captions-per-image"
+            f"{images.labels and images.labels.name}: {name} is not one key per image; use "
+            "another column with --pair-by"
         )
-    return image_ids
+    wanted = labels.column(name)
+    found = match(wanted, known)
+    _check_found(found, wanted, known, labels.name, f"by {name}")
+    return _positions(found, rows), _worded(name, found)
 
 
-def _paired_rows(pairs: Labels, text_ids: Strings) -> Sequence[int]:
-    """Return the text row of each row of the pairs table."""
-    named = _find(pairs, TEXT_ID_NAMES)
+def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Ints, str] | None:
+    """Pair by the first columns that fit; None if neither side has keys of the other.
+
+    Raises:
+        DataError: columns that look like keys of one another do not fit.
+    """
+    refused: list[tuple[Match, pa.Array, pa.Array, str, str]] = []
+    own = images.labels and images.labels.name
+    for name, image_name, is_strong in _candidates(images, labels):
+        plain = plain_name(name)
+        if name == image_name and labels.name == own:  # one column of one file fits in any case
+            continue
+        if plain in (*TEXT_IDS, *ITEM_IDS) and any(
+            plain_name(entry[3]) in REFERENCES for entry in refused
+        ):  # ids may be equal by chance, as numbers
+            break
+        known, rows = keys_of_images(images, image_name)
+        wanted = labels.column(name)
+        if known is None or (not is_strong and wanted.null_count):
+            continue
+        found = match(wanted, known)
+        if found.is_complete and (found.found or plain in REFERENCES):
+            return _positions(found, rows), _worded(name, found)
+        shared = found.found if plain in TEXT_IDS else 0
+        if is_strong or shared:
+            refused.append((found, wanted, known, name, image_name or "row number"))
+    for found, wanted, known, name, image_name in sorted(refused, key=lambda r: -r[0].found)[:1]:
+        where = f"{labels.name}: {name}"
+        _check_found(found, wanted, known, where, f"by {image_name}, or else by row number from 0")
+    return None
+
+
+def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | None, bool]]:
+    """Yield columns of texts and images that may be one key, and whether they must fit.
+
+    None stands for the row numbers of images.
+    """
+    own = {
+        plain_name(name): name for name in reversed(images.labels.names if images.labels else ())
+    }
+    keys = [name for name in own.values() if is_label(name) and not _is_content(name)]
+    if images.key in keys:
+        keys = [images.key, *(name for name in keys if name != images.key)]
+    references = [name for plain in REFERENCES if (name := first_of([plain], labels.names))]
+    for name in references:
+        same = own.get(plain_name(name))
+        others = [key for key in keys if key != same]
+        for image_name in ([same] if same else []) + others:
+            yield name, image_name, True
+        if images.key is None:
+            yield name, None, True
+    for name in labels.names:
+        plain = plain_name(name)
+        if name in references or _is_content(name) or plain in (*TEXT_IDS, *ITEM_IDS):
+            continue
+        if plain in own:
+            yield name, own[plain], is_id(name)
+    paths = [name for name in labels.names if plain_name(name) in PATHS]
+    for name in paths:
+        for image_name in [key for key in keys if key != own.get(plain_name(name))]:
+            yield name, image_name, False
+    for name in labels.names:
+        plain = plain_name(name)
+        if plain in ITEM_IDS and images.key is not None:
+            yield name, images.key, plain_name(images.key) in ITEM_IDS
+        elif plain in TEXT_IDS and images.key is not None:
+            yield name, images.key, False
+
+
+def _is_content(name: str) -> bool:
+    return plain_name(name) in (*CAPTION_NAMES, SPLIT_NAME)
+
+
+def _positions(found: Match, rows: Ints | None) -> Ints:
+    return found.rows if rows is None else np.where(found.rows >= 0, rows[found.rows], -1)
+
+
+def _check_found(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> None:
+    """Raise DataError unless all keys are known."""
+    if not len(found.missing):
+        return
+    row = int(found.missing[0])
+    shown = (
+        f"{examples(wanted)} of the texts, {examples(known)} of the images"
+        if not found.found
+        else f"images are named {named}"
+    )
+    raise DataError(
+        f"{where}: image {wanted[row].as_py()!r:.200} of text row {row} is unknown "
+        f"({len(found.missing)} texts name unknown images); {shown}; correct the keys, pass "
+        "--pairs TABLE, or ignore them with --pair-by order"
+    )
+
+
+def _worded(name: str, found: Match) -> str:
+    return f"{name}, {found.form}" if found.form else name
+
+
+def _paired_rows(pairs: Labels, text_ids: pa.Array) -> pa.Array:
+    """Return the row of the pairs table of each text, null for none."""
+    named = find_column(pairs, _PAIR_TEXTS)
     if named is None:
-        _check_rows(pairs, len(text_ids), "texts")
-        return range(len(text_ids))
-    position = {value: row for row, value in enumerate(text_ids)}
-    seen: dict[str | None, int] = {}
-    for row, value in enumerate(named):
-        if value not in position:
-            raise DataError(
-                f"{pairs.where(row)}: text {value!r:.200} is unknown; texts are named by the "
-                "text table's id column, or else by row number from 0"
-            )
-        if seen.setdefault(value, row) != row:
-            raise DataError(
-                f"{pairs.where(row)}: text {value!r:.200} is also paired in "
-                f"{pairs.where(seen[value])}; a text has one image, repeat its row in the array"
-            )
-    return [position[value] for value in named]
+        check_rows(pairs, len(text_ids), "texts")
+        return pa.array(np.arange(len(text_ids)))
+    found = match(named, text_ids)
+    unknown = np.flatnonzero(found.rows < 0)
+    if len(unknown):
+        row = int(unknown[0])
+        raise DataError(
+            f"{pairs.where(row)}: text {named[row].as_py()!r:.200} is unknown; texts are named by "
+            "the text table's id column, or else by row number from 0"
+        )
+    texts, first = np.unique(found.rows, return_index=True)
+    if len(texts) < len(named):
+        row, other = first_repeated(pa.array(found.rows).dictionary_encode())
+        raise DataError(
+            f"{pairs.where(row)}: text {named[row].as_py()!r:.200} is also paired in "
+            f"{pairs.where(other)}; a text has one image, repeat its row in the array"
+        )
+    rows = np.full(len(text_ids), -1)
+    rows[texts] = first
+    return pa.array(rows, mask=rows < 0)
+
+
+def _taken(names: pa.Array, codes: Ints) -> pa.Array:
+    return names.take(pa.array(codes, mask=codes < 0))

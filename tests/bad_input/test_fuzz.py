@@ -42,7 +42,7 @@ from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.job import Job, PartRecord
 from csalign.runs.metadata import read_lines, read_settings
 from csalign.sources.arrays.opening import read_both, read_side
-from csalign.sources.pairing import read_label_table
+from csalign.sources.labels import read_label_table
 from csalign.sources.records.open import open_source
 from csalign.training.config import TrainConfig
 
@@ -309,7 +309,9 @@ def test_tables_of_labels(tmp_path: Path, name: str, data: st.DataObject) -> Non
     }[name]
     (tmp_path / name).write_bytes(data.draw(damaged(content)))
     with bounded():
-        read_label_table(tmp_path / name)
+        table = read_label_table(tmp_path / name)
+        for column in table.names:
+            table.column(column)
 
 
 def picture() -> bytes:

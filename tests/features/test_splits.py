@@ -417,7 +417,7 @@ def test_results_of_other_splits_are_told_apart(
     train(TrainConfig(features=folder, out=run, steps=0))
     divided(folder)
     evaluate(EvalConfig(features=folder, adapter=run, resamples=100))
-    assert "was trained on rows of this split" in caplog.text
+    assert "trained on rows that are measured here" in caplog.text
 
     caplog.clear()
     train(TrainConfig(features=folder, out=run, steps=0, overwrite=True))

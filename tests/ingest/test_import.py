@@ -173,9 +173,12 @@ def test_a_pairs_table_that_does_not_fit_is_refused_by_row(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "pass embeddings: --images"),
+        ({}, "pass embeddings of images and texts: csalign import image"),
         ({"images": "nowhere.npy", "texts": "nowhere.npy"}, "nowhere.npy: no such file"),
-        ({"source": "both.npz", "images": "x.npy"}, "not both"),
+        (
+            {"source": "both.npz", "images": "x.npy"},
+            "are mixed; pass both in order: csalign import x.npy both.npz --out",
+        ),
         ({"source": "nowhere"}, "nowhere: no such file or folder"),
     ],
 )

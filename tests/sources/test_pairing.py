@@ -1,25 +1,29 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import Labels
-from csalign.sources.pairing import (
-    describe_images,
-    describe_texts,
-    owners_by_counts,
-    owners_by_layout,
-    read_label_table,
-)
+from csalign.sources.image_rows import ImageRows, describe_images
+from csalign.sources.labels import read_label_table
+from csalign.sources.layouts import owners_by_counts, owners_by_layout
+from csalign.sources.pairing import Rules, TextRows, describe_texts
 
 
-def labels(**columns: list[str | None]) -> Labels:
-    rows = len(next(iter(columns.values())))
-    return Labels("table", rows, columns, lambda row: f"table, row {row}")
+def labels(name: str = "table", **columns: list[Any]) -> Labels:
+    arrays = {key: pa.array(own, pa.large_string()) for key, own in columns.items()}
+    return Labels.of(name, arrays, lambda row: f"{name}, row {row}")
+
+
+def paired(images: ImageRows, found: tuple[TextRows, str | None]) -> list[str | None]:
+    owners = found[0].owners
+    return images.ids.take(pa.array(owners, mask=owners < 0)).to_pylist()  # type: ignore[no-any-return]
 
 
 @given(st.integers(1, 20), st.integers(1, 6))
@@ -45,7 +49,7 @@ def test_counts_and_offsets_give_ragged_captions(tmp_path: Path) -> None:
     pd.DataFrame({"count": [2, 0, 3]}).to_parquet(tmp_path / "counts.parquet")
 
     for name in ("counts.npy", "offsets.npy", "counts.csv", "counts.parquet"):
-        assert owners_by_counts(tmp_path / name, 3, 5) == [0, 0, 2, 2, 2]
+        assert owners_by_counts(tmp_path / name, 3, 5).tolist() == [0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -77,39 +81,55 @@ def test_a_count_that_is_no_number_is_named_by_its_row(tmp_path: Path) -> None:
 
 def test_equal_ids_pair_in_any_order() -> None:
     images = describe_images(3, labels(id=["a", "b", "c"]))
-    texts = describe_texts(3, images, labels(id=["c", "a", "b"]))
+    found = describe_texts(3, images, labels("texts", id=["c", "a", "b"]))
 
-    assert texts.image_ids == ["c", "a", "b"]
+    assert paired(images, found) == ["c", "a", "b"]
+    assert found[1] == "id"
 
 
-def test_ids_of_their_own_pair_by_row() -> None:
+def test_text_ids_of_their_own_pair_by_row() -> None:
     images = describe_images(2, labels(id=["cat", "dog"]))
 
-    assert describe_texts(2, images, labels(id=["t0", "t1"])).image_ids == ["cat", "dog"]
-    assert describe_texts(2, images, None).image_ids == ["cat", "dog"]
+    found = describe_texts(2, images, labels(text_id=["t0", "t1"]))
+    assert paired(images, found) == ["cat", "dog"]
+    assert found[1] == "row order"
+    assert paired(images, describe_texts(2, images, None)) == ["cat", "dog"]
     numbered = describe_images(2, None)
-    assert describe_texts(2, numbered, labels(id=["1", "2"])).image_ids == ["0", "1"]
+    assert paired(numbered, describe_texts(2, numbered, labels(id=["1", "2"]))) == ["0", "1"]
+
+
+def test_keys_that_share_nothing_are_shown() -> None:
+    images = describe_images(2, labels(id=["cat", "dog"]))
+    texts = labels("t.csv", id=["t0", "t1"])
+    message = (
+        r"^t\.csv: id: .* 't0', 't1' of the texts, 'cat', 'dog' of the images; .*--pair-by order"
+    )
+
+    with pytest.raises(DataError, match=message):
+        describe_texts(2, images, texts)
+    insisted = describe_texts(2, images, texts, Rules(by="order"))
+    assert paired(images, insisted) == ["cat", "dog"]
 
 
 def test_keys_of_which_some_are_missing_are_not_paired_by_row() -> None:
     images = describe_images(3, labels(id=["0", "1", "3"]))
 
-    with pytest.raises(DataError, match=r"only 2 of 3 images and 3 texts share an id; .* --pairs"):
-        describe_texts(3, images, labels(id=["0", "2", "3"]))
+    with pytest.raises(DataError, match=r"'2' of text row 1 is unknown \(1 texts .* --pairs"):
+        describe_texts(3, images, labels("texts", id=["0", "2", "3"]))
 
 
 def test_a_layout_and_named_images_contradict() -> None:
     images = describe_images(2, None)
 
     with pytest.raises(DataError, match="names the image of each text; omit"):
-        describe_texts(2, images, labels(image_id=["0", "1"]), owners=[0, 1])
+        describe_texts(2, images, labels(image_id=["0", "1"]), Rules(owners=np.array([0, 1])))
 
 
 def test_texts_without_images_keep_what_else_is_known() -> None:
-    texts = describe_texts(2, None, labels(image_id=["0", "1"], caption=["a", "b"]))
+    texts, pairing = describe_texts(2, None, labels(image_id=["0", "1"], caption=["a", "b"]))
 
-    assert texts.image_ids == [None, None]
-    assert texts.captions == ["a", "b"]
+    assert (texts.owners.tolist(), pairing) == ([-1, -1], None)
+    assert texts.captions.to_pylist() == ["a", "b"]
 
 
 def test_repeated_ids_are_named_twice() -> None:
@@ -121,9 +141,20 @@ def test_label_tables_may_be_parquet(tmp_path: Path) -> None:
     frame = pd.DataFrame({"image_id": [3, 4], "caption": ["a", None], "score": [0.5, 0.25]})
     frame.to_parquet(tmp_path / "t.parquet")
 
-    assert read_label_table(tmp_path / "t.parquet").columns == {
+    table = read_label_table(tmp_path / "t.parquet")
+    assert {name: table.column(name).to_pylist() for name in table.names} == {
         "image_id": ["3", "4"],
         "caption": ["a", None],
+        "score": ["0.5", "0.25"],
     }
     with pytest.raises(DataError, match="no such file"):
         read_label_table(tmp_path / "none.parquet")
+
+
+def test_image_ids_that_are_not_found_are_not_replaced_by_ids_equal_by_chance() -> None:
+    images = describe_images(2, labels(id=["0", "1"]))
+
+    with pytest.raises(DataError, match=r"t: image_id: image 'x' of text row 0 is unknown"):
+        describe_texts(2, images, labels("t", id=["0", "1"], image_id=["x", None]))
+    unpaired = describe_texts(2, images, labels("t", id=["0", "1"], image_id=[None, None]))
+    assert paired(images, unpaired) == [None, None]

@@ -14,8 +14,9 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.sources.images import read_image
 from csalign.sources.records import Record, TextInput
-from csalign.sources.records.files import read_lines
+from csalign.sources.records.files import open_file, read_lines
 from csalign.sources.records.open import SourceOptions, open_source
+from csalign.sources.records.tables import TableReader, read_table
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]
@@ -448,3 +449,25 @@ def test_captions_are_for_folders(photos: Path) -> None:
     assert "no such file; pass a captions table" in error_of(photos, captions=photos / "gone.csv")
     with pytest.raises(ConfigError, match="is not a folder; pass the folder of its images"):
         open_source(table, SourceOptions(captions=table))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'id,caption\n1,"a, ""b"""\n2,\n\n3,"two\nlines"\n4, x \n',
+        b"\xef\xbb\xbfid;caption\r\n1;a\r\n2;b\r\n",
+        b"id\tcaption\n1\ta\n",
+        b"id,caption\n",
+        b"",
+    ],
+)
+def test_a_table_in_one_piece_is_what_its_lines_are(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    table = read_table(tmp_path / "t.csv")
+    with open_file(tmp_path / "t.csv") as file:
+        rows = list(TableReader(tmp_path / "t.csv", SourceOptions(), ".csv").values(file))
+
+    assert table.numbers == [row.number for row in rows]
+    for row, (_, _, values, error) in enumerate(rows):
+        assert error is None
+        assert {name: column[row] or "" for name, column in table.columns.items()} == values

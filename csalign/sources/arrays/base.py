@@ -1,10 +1,11 @@
 """Arrays of embeddings from any file format: selected by name, streamed in parts."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -12,34 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
+from csalign.sources.arrays.naming import EITHER_NAMES, are_vectors, first_of, is_label, of_side
 
 Array = npt.NDArray[Any]
-Strings = Sequence[str | None]
 
 CHUNK_ROWS = 8_192
 CHUNK_BYTES = 32 << 20
 UNNAMED = ""  # key of the array in a file of one array
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LISTED = 8  # names in a message
-
-# Usual names of an array, dataset or column: of a side, and in a file of one side only.
-NAMES: dict[Modality, tuple[str, ...]] = {
-    Modality.IMAGE: (
-        *("images", "image", "image_embeddings", "image_embedding", "image_embeds", "image_emb"),
-        *("img_emb", "image_features", "image_feats", "img_feats", "vision_features"),
-    ),
-    Modality.TEXT: (
-        *("texts", "text", "text_embeddings", "text_embedding", "text_embeds", "text_emb"),
-        *("text_features", "text_feats", "txt_feats", "language_features"),
-    ),
-}
-EITHER_NAMES = (
-    *("embeddings", "embedding", "embeds", "emb", "vectors", "vector", "features", "feats"),
-    "data",
-)
+_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -64,20 +51,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Labels:
-    """Strings that describe the rows of an array.
+    """Columns of strings that describe the rows of an array, read when they are asked for.
 
     Attributes:
         name: the file, for messages.
         rows: number of rows.
-        columns: ``id``, ``image_id``, ``text_id``, ``caption``, ``split`` and ``source`` where
-            known; `rows` values each, None where missing.
+        names: of the columns, in the file's own spelling.
+        read: returns the `rows` values of a column, large_string, null where missing.
         where: returns file and row of a 0-based row.
     """
 
     name: str
     rows: int
-    columns: Mapping[str, Strings]
+    names: Sequence[str]
+    read: Callable[[str], pa.Array]
     where: Callable[[int], str]
+    _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls, name: str, columns: Mapping[str, pa.Array], where: Callable[[int], str]
+    ) -> "Labels":
+        """Make labels of columns in memory, at least one."""
+        rows = len(next(iter(columns.values())))
+        return cls(name, rows, tuple(columns), columns.__getitem__, where)
+
+    def column(self, name: str) -> pa.Array:
+        """Return the values of a column."""
+        if name not in self._known:
+            self._known[name] = self.read(name)
+        return self._known[name]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Vectors:
     parts: tuple[Part, ...]  # at least one, all of one width
     labels: Labels | None = None  # of the rows, None where the files contain embeddings alone
     kept: npt.NDArray[np.bool_] | None = None  # mask of the rows to use, None for all
+    unused: frozenset[str] = frozenset()  # other arrays of vectors in the files, named as parts
+    in_table: bool = False  # whether other arrays of the file describe the same rows
 
     def __post_init__(self) -> None:
         """Check that the parts have one width."""
@@ -117,6 +122,17 @@ class Vectors:
     def is_half(self) -> bool:
         """True if all parts are float16."""
         return all(part.dtype.itemsize == 2 for part in self.parts)
+
+    @cached_property
+    def sketch(self) -> npt.NDArray[np.float32]:
+        """Directions of all rows on a few random axes, (n, 8); they differ as the rows do."""
+        axes = np.random.default_rng(0).normal(size=(self.width, _AXES)).astype(np.float32)
+        found = []
+        for rows, _ in self.chunks():
+            wide = rows.astype(np.float32)
+            with np.errstate(all="ignore"):  # rows of norm 0 are refused elsewhere
+                found.append(wide @ axes / np.linalg.norm(wide, axis=1, keepdims=True))
+        return np.concatenate(found)
 
     def chunks(self) -> Iterator[tuple[Array, Callable[[int], str]]]:
         """Stream all rows in order.
@@ -155,6 +171,10 @@ class Header(NamedTuple):
     dtype: str
 
 
+def _no_column(name: str) -> pa.Array:
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class Container:
     """An open file of arrays.
@@ -162,21 +182,54 @@ class Container:
     Attributes:
         headers: of each array by name; of `UNNAMED` alone where the file is one array.
         read: streams the array of a name, at most the given number of rows at a time.
+        labels: number of values of each list of texts or integers, by name.
+        read_labels: returns one of those, as large_string.
+        others: type of everything else in the file by name, for messages.
         owners: the image of each text, by key, where the file states it.
         is_table: whether all arrays describe the same rows.
     """
 
     headers: Mapping[str, Header]
     read: Callable[[str, int], Iterator[Array]]
+    labels: Mapping[str, int] = field(default_factory=dict)
+    read_labels: Callable[[str], pa.Array] = _no_column
+    others: Mapping[str, str] = field(default_factory=dict)
     owners: Mapping[str, str] = field(default_factory=dict)
     is_table: bool = False
+
+    @property
+    def vectors(self) -> list[str]:
+        """Names of the arrays that may be embeddings."""
+        return [
+            n
+            for n, (shape, kind) in self.headers.items()
+            if len(shape) in (2, 3) and kind in DTYPES
+        ]
+
+    def remedy(self, sides: Iterable[Modality] = Modality) -> str:
+        """Say how to store vectors of some sides that are there in a form that is not read."""
+        for name, kind in self.others.items():
+            if are_vectors(name) and any(
+                of_side([name], side) or first_of(EITHER_NAMES, [name]) for side in sides
+            ):
+                how = f": df[{name!r}] = df[{name!r}].map(json.loads)" if "string" in kind else ""
+                return f"; {name} contains {kind}, store one list of floats per row{how}"
+        return ""
+
+    def __str__(self) -> str:
+        """List what is in the file, with the types of what are not arrays of floats."""
+        named = {name: name for name in self.headers}
+        named |= {name: f"{name} ({kind})" for name, kind in self.others.items()}
+        listed = [named[name] for name in sorted(named, key=natural_key)]
+        more = f", and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+        return (", ".join(listed[:_LISTED]) or "none") + more
 
 
 Opener = Callable[[Path], AbstractContextManager[Container]]
 
 
 def read_named(
-    path: Path, opener: Opener, modality: Modality, wanted: str | None, *, guess: bool = True
+    path: Path, opener: Opener, modality: Modality, wanted: str | None = None
 ) -> Vectors:
     """Select one side's embeddings in a file of arrays.
 
@@ -185,13 +238,12 @@ def read_named(
         opener: opens it.
         modality: which side.
         wanted: name of the array, None to recognise it.
-        guess: whether an array without a usual name of the side may be recognised.
 
     Returns:
-        The first that applies: the array that is wanted, has no name, or has a usual name; all
-        arrays as rows, with their names as ids, if all are 1-D; the only 2-D or 3-D array,
-        unless it is a column with a usual name of the other side; all arrays as parts, if they are
-        numbered (``tensor_0``, ``tensor_1``, ...).
+        The first that applies: the array that is wanted, has no name, or has a name of the side or
+        of either side; all arrays as rows, with their names as ids, if all are 1-D; the only 2-D
+        or 3-D array, unless it is a column with a name of the other side; all arrays as parts, if
+        they are numbered (``tensor_0``, ``tensor_1``, ...).
 
     Raises:
         DataError: the name is missing, or the choice is ambiguous.
@@ -199,60 +251,80 @@ def read_named(
     """
     with opener(path) as file:
         headers = file.headers
-    listed = ", ".join(sorted(headers, key=natural_key)[:_LISTED]) or "none"
-    if len(headers) > _LISTED:
-        listed += f", and {len(headers) - _LISTED} more"
-    if UNNAMED in headers and (wanted is not None or not guess):
+    if UNNAMED in headers and wanted is not None:
         raise DataError(f"{path}: contains one array, which has no name; pass the path alone")
     if wanted is not None and wanted not in headers:
-        raise DataError(f"{path}: has no array {wanted!r} (arrays: {listed})")
-    known = (*NAMES[modality], *((UNNAMED, *EITHER_NAMES) if guess else ()))
-    name = wanted if wanted is not None else first_of(known, headers)
-    names = [] if name is None else [name]
-    if name is None and guess:
-        if headers and all(len(header.shape) == 1 for header in headers.values()):
-            return _keyed(path, opener, file)
-        names = _recognised(file, modality)
+        raise DataError(f"{path}: has no array {wanted!r} (arrays: {file})")
+    names = [] if wanted is None else [wanted]
+    if UNNAMED in headers:
+        names = [UNNAMED]
+    elif wanted is None:
+        own = of_side(list(headers), modality)
+        either = first_of(EITHER_NAMES, headers)
+        names = own if len(own) == 1 else [] if either is None else [either]
+    if not names and headers and all(len(header.shape) == 1 for header in headers.values()):
+        return _keyed(path, opener, file)
+    names = names or _recognised(file, modality)
     if not names:
         raise DataError(
-            f"{path}: no array looks like the {modality} embeddings (arrays: {listed}); name it "
-            f"with --{modality}-column"
+            f"{path}: no array looks like the {modality} embeddings (arrays: {file}); name it "
+            f"with --{modality}-column{file.remedy([modality])}"
         )
-    return Vectors(str(path), tuple(_part(path, opener, name, headers[name]) for name in names))
+    parts = tuple(_part(path, opener, name, headers[name]) for name in names)
+    unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
+    labels = _labels(path, opener, file, parts[0]) if len(parts) == 1 else None
+    return Vectors(str(path), parts, labels, unused=unused, in_table=file.is_table)
 
 
 def join(name: str, arrays: Sequence[Vectors]) -> Vectors:
-    """Concatenate arrays, with the labels that all of them have.
+    """Concatenate arrays and their labels.
 
     Raises:
+        DataError: some of them lack a column of ids, captions or splits that others have.
         ShapeError: their widths differ, or all are empty.
     """
     parts = tuple(part for array in arrays for part in array.parts if len(part))
     first = (parts or arrays[0].parts)[0]
     if not prod(first.shape):
         raise ShapeError(f"{first.name}: has shape {first.shape}: is empty")
-    labels = [array.labels for array in arrays if array.labels is not None]
-    joined = join_labels(name, labels) if len(labels) == len(arrays) else None
-    return Vectors(name, parts, joined)
+    labels = [
+        array.labels or Labels(array.name, len(array), (), _no_column, array.parts[0].where)
+        for array in arrays
+        if len(array)
+    ]
+    unused = frozenset[str]().union(*(array.unused for array in arrays))
+    in_table = arrays[0].in_table
+    return Vectors(name, parts, join_labels(name, labels), unused=unused, in_table=in_table)
 
 
-def join_labels(name: str, labels: Sequence[Labels]) -> Labels:
-    """Concatenate labels; columns that some of them lack are omitted."""
-    common = [known for known in labels[0].columns if all(known in own.columns for own in labels)]
-    columns = {known: [value for own in labels for value in own.columns[known]] for known in common}
+def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
+    """Concatenate labels, with the columns that all have; None if there are none.
+
+    Raises:
+        DataError: some of them lack a column of keys, captions or splits that others have.
+    """
+    if len(labels) == 1:
+        return replace(labels[0], name=name) if labels[0].names else None
+    counts = Counter(column for own in labels for column in own.names)
+    names = [column for column, count in counts.items() if count == len(labels)]
+    for column in counts.keys() - names:
+        if is_label(column):
+            lacking = next(own.name for own in labels if column not in own.names)
+            other = next(own.name for own in labels if column in own.names)
+            raise DataError(
+                f"{lacking}: has no column {column!r}, unlike {other}; add it there, or remove it "
+                "from the other parts"
+            )
     ends = np.cumsum([own.rows for own in labels])
+
+    def read(column: str) -> pa.Array:
+        return pa.chunked_array([own.column(column) for own in labels]).combine_chunks()
 
     def where(row: int) -> str:
         index = int(np.searchsorted(ends, row, side="right"))
         return labels[index].where(row - int(ends[index]) + labels[index].rows)
 
-    return Labels(name, int(ends[-1]), columns, where)
-
-
-def first_of(names: Iterable[str], there: Iterable[str]) -> str | None:
-    """Return the first of some lower-case names that is there, in any case; None if none is."""
-    by_name = {name.lower(): name for name in reversed(list(there))}
-    return next((by_name[name] for name in names if name in by_name), None)
+    return Labels(name, int(ends[-1]), names, read, where) if names else None
 
 
 def check_array(name: str, shape: Sequence[int], dtype: str) -> np.dtype[Any]:
@@ -310,11 +382,29 @@ def _keyed(path: Path, opener: Opener, file: Container) -> Vectors:
                 rows = (file.read(key, shape[1]) for key in keys[start : start + step])
                 yield np.stack([*chain.from_iterable(rows)])
 
-    columns: dict[str, list[str | None]] = {"id": [*keys]}
+    columns = {"id": pa.array(keys, pa.large_string())}
     if file.owners:
-        columns["image_id"] = [file.owners.get(key) for key in keys]
+        owners = [file.owners.get(key) for key in keys]
+        columns["image_id"] = pa.array(owners, pa.large_string())
     part = Part(str(path), shape, check_array(f"{path}:{keys[0]}", shape, first.dtype), read, keys)
-    return Vectors(str(path), (part,), Labels(str(path), len(keys), columns, part.where))
+    return Vectors(str(path), (part,), Labels.of(str(path), columns, part.where))
+
+
+def _labels(path: Path, opener: Opener, file: Container, part: Part) -> Labels | None:
+    """Return the labels of the rows of an array; in a 3-D one, captions have none."""
+    if len(part.shape) == 3:
+        return None
+
+    def read(name: str) -> pa.Array:
+        with opener(path) as again:
+            return again.read_labels(name)
+
+    names = [name for name, count in file.labels.items() if count == len(part)]
+    return (
+        Labels(str(path), len(part), names, read, lambda row: f"{path}, row {row}")
+        if names
+        else None
+    )
 
 
 def _recognised(file: Container, modality: Modality) -> list[str]:
@@ -322,7 +412,7 @@ def _recognised(file: Container, modality: Modality) -> list[str]:
     arrays = [name for name, header in file.headers.items() if len(header.shape) in (2, 3)]
     if len(arrays) == 1:
         other = next(side for side in Modality if side is not modality)
-        return [] if file.is_table and first_of(NAMES[other], arrays) else arrays
+        return [] if file.is_table and of_side(arrays, other) else arrays
     stem = re.sub(r"\d+$", "", min(file.headers, default=""))
     names = [f"{stem}{number}" for number in range(len(file.headers))]
     return names if set(names) == set(arrays) and not file.is_table else []

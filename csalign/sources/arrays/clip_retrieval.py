@@ -2,27 +2,21 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
-from csalign.sources.arrays.base import Labels, Vectors, join, join_labels, read_named
-from csalign.sources.arrays.files import open_npy, read_labels
+from csalign.sources.arrays.base import Vectors, join, join_labels, read_named
+from csalign.sources.arrays.files import open_npy, read_table_labels
 
 FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 METADATA = "metadata"
 NOTE = "aligned.json"
-
-# Labels by their column in the metadata.
-_COLUMNS = {
-    Modality.IMAGE: {"id": "image_id", "source": "image_path", "split": "split"},
-    Modality.TEXT: {name: name for name in ("image_id", "caption", "split")} | {"id": "text_id"},
-}
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +43,7 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
         raise DataError(f"{folder}: has no img_emb_N.npy and no text_emb_N.npy; use another folder")
     tables = _by_number(folder / METADATA, ".parquet")
     _check_numbers(folder, {**parts, METADATA: tables} if tables else parts)
-    ids = ("image_id", "text_id") if _is_aligned(folder) else ()
-    names = ("image_path", "caption", "split", *ids)
-    labels = {n: read_labels(path, {name: (name,) for name in names}) for n, path in tables.items()}
+    labels = {n: read_table_labels(path) for n, path in tables.items()}
     rows = {number: (tables[number], own.rows) for number, own in labels.items()}
     sides = {}
     for side, name in FOLDERS.items():
@@ -71,9 +63,27 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
     if not tables:
         return sides
     metadata = join_labels(str(folder / METADATA), list(labels.values()))
-    if Modality.TEXT not in sides and "caption" in metadata.columns:
+    if metadata is None:
+        return sides
+    if Modality.TEXT not in sides and "caption" in metadata.names:
         log.warning("%s: captions are not imported, they have no embeddings", metadata.name)
-    return {side: _labelled(side, vectors, metadata) for side, vectors in sides.items()}
+    names = ["image_path", "caption", "split"]
+    if _is_aligned(folder):
+        names += ["image_id", "text_id"]
+    found = [name for name in names if name in metadata.names]
+    if "image_path" in found and not {"image_id", "text_id"} & {*found}:
+        paths = metadata.column("image_path")
+        if not paths.null_count and len(paths.unique()) == len(paths):
+            found.append("id")
+
+    def read(name: str) -> pa.Array:
+        return metadata.column("image_path" if name == "id" else name)
+
+    own = replace(metadata, names=found, read=read)
+    return {
+        side: replace(vectors, name=str(folder), labels=own, in_table=True)
+        for side, vectors in sides.items()
+    }
 
 
 def _is_aligned(folder: Path) -> bool:
@@ -83,35 +93,6 @@ def _is_aligned(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(note, dict) and note.get("format") == "csalign-aligned"
-
-
-def _labelled(side: Modality, vectors: Vectors, metadata: Labels) -> Vectors:
-    """Add labels to one side; an image of several rows is kept once, if the metadata has ids."""
-    found = metadata.columns
-    names = dict(_COLUMNS[side])
-    rows: Sequence[int] = range(metadata.rows)
-    kept = None
-    if not {"image_id", "text_id"} & found.keys():
-        paths = found.get("image_path", [])
-        if paths and None not in paths and len(set(paths)) == len(paths):
-            names["id"] = "image_path"
-        elif paths and side is Modality.IMAGE:
-            log.warning(
-                "%s: image_path repeats or is empty, so rows are numbered, each with an image of "
-                "its own",
-                metadata.name,
-            )
-    elif side is Modality.IMAGE and "image_id" in found:
-        first: dict[str | None, int] = {}
-        for row, own in enumerate(found["image_id"]):
-            first.setdefault(own, row)
-        rows = list(first.values())
-        kept = np.isin(np.arange(metadata.rows), rows)
-    columns = {
-        known: [found[name][row] for row in rows] for known, name in names.items() if name in found
-    }
-    labels = Labels(metadata.name, len(rows), columns, lambda row: metadata.where(rows[row]))
-    return replace(vectors, labels=labels, kept=kept)
 
 
 def _by_number(folder: Path, suffix: str) -> dict[int, Path]:

@@ -6,25 +6,26 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import safetensors
-import torch
-from torch import Tensor
 
 from csalign.core.devices import available_bytes
-from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.paths import is_remote
-from csalign.core.records import read_object
+from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
-from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, Labels, first_of
-from csalign.sources.records.tables import CAPTION_NAMES, IMAGE_NAMES
+from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, Labels
+from csalign.sources.arrays.naming import is_id
+
+if TYPE_CHECKING:
+    from torch import Tensor  # loaded for torch's own files alone
 
 _MAX_CHUNK_BYTES = 1 << 30  # of a dataset in HDF5
 _NUMPY_DAMAGE = (
@@ -32,42 +33,36 @@ _NUMPY_DAMAGE = (
     # NumPy parses headers as Python literals.
     *(zlib.error, tokenize.TokenError, SyntaxError, RecursionError, MemoryError),
 )
-_SAFE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_SAFE_DTYPES = {
+    **{"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
+    **{"I32": "int32", "I64": "int64"},
+}
 _OWNERS = "txt2img"  # of the retrieval sets of FuseMix and LAVIS: {text number: image number}
 _LABEL_ROWS = 65_536
+_INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
 _SAVE_AGAIN = "save the dataset again"
-
-# Usual names of the columns beside the embeddings, the likeliest first.
-LABELS: dict[Modality, dict[str, tuple[str, ...]]] = {
-    Modality.IMAGE: {
-        "id": ("image_id", "id", "key"),
-        "source": ("source", *IMAGE_NAMES),
-        "split": ("split",),
-    },
-    Modality.TEXT: {
-        "id": ("text_id", "id", "key"),
-        "image_id": ("image_id",),
-        "caption": CAPTION_NAMES,
-        "split": ("split",),
-    },
-}
 
 
 @contextmanager
 def open_npy(path: Path) -> Iterator[Container]:
-    """Open an .npy, mapped into memory.
+    """Open an .npy, which is read piece by piece; one in Fortran order is mapped into memory.
 
     Raises:
         DataError: it is damaged, cut short, or contains Python objects.
     """
     with _numpy_errors(path), local_copy(path) as local:
         with local.open("rb") as file:
-            header = _read_header(file, local.stat().st_size)
+            header, kind, is_fortran = _read_header(file, local.stat().st_size)
+            start = file.tell()
         if header.dtype == "object":
             raise ValueError("Python objects")
-        yield _sliced(
-            {UNNAMED: header}, lambda _: np.load(local, mmap_mode="r", allow_pickle=False)
-        )
+
+        def get(_: str) -> Any:
+            if is_fortran:
+                return np.load(local, mmap_mode="r", allow_pickle=False)
+            return _RowsOfFile(local, start, header.shape, kind)
+
+        yield _sliced({UNNAMED: header}, get)
 
 
 @contextmanager
@@ -94,27 +89,48 @@ def open_npz(path: Path) -> Iterator[Container]:
             if member.filename.endswith(".npy"):
                 with archive.open(member) as file:
                     name = member.filename.removesuffix(".npy")
-                    headers[name] = _read_header(file, member.file_size)
+                    headers[name], _, _ = _read_header(file, member.file_size)
         yield _sliced(headers, get)
 
 
-def _read_header(file: IO[bytes], size: int) -> Header:
-    """Read the header of an .npy of `size` bytes."""
+def _read_header(file: IO[bytes], size: int) -> tuple[Header, np.dtype[Any], bool]:
+    """Read the header of an .npy of `size` bytes; return its dtype, and if in Fortran order too."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
     else:
         raise ValueError(f"version {version} of the format is for tables, not arrays")
     if dtype.hasobject:
-        return Header(shape, "object")
+        return Header(shape, "object"), dtype, is_fortran
     if min(shape, default=0) < 0:
         raise ValueError(f"its header states shape {shape}")
     expected = file.tell() + prod(shape) * dtype.itemsize
     if size < expected:
         raise ValueError(f"it was cut short: {size} bytes of {expected}")
-    return Header(shape, dtype.newbyteorder("=").name)
+    return Header(shape, dtype.newbyteorder("=").name), dtype, is_fortran
+
+
+class _RowsOfFile:
+    """Rows of an array in C order that is stored from a byte of a file on.
+
+    They are read rather than mapped, so that those that were used do not stay in memory.
+    """
+
+    def __init__(self, path: Path, start: int, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+        self._path, self._start, self._shape, self._dtype = path, start, tuple(shape), dtype
+
+    def __getitem__(self, rows: slice) -> Array:
+        first, stop, _ = rows.indices(self._shape[0])
+        each = prod(self._shape[1:])
+        # From Arrow's pool, which keeps what is freed for the next rows.
+        content = pa.allocate_buffer((stop - first) * each * self._dtype.itemsize)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._start + first * each * self._dtype.itemsize)
+            if file.readinto(memoryview(content)) < content.size:
+                raise OSError(f"{self._path} was cut short while it was read")
+        return np.frombuffer(content, self._dtype).reshape(stop - first, *self._shape[1:])
 
 
 @contextmanager
@@ -139,16 +155,24 @@ def open_safetensors(path: Path) -> Iterator[Container]:
     """
     with local_copy(path) as local:
         try:
-            with safetensors.safe_open(local, framework="pt") as file:
-                headers = {}
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    tensor = file.get_slice(name)
-                    kind = tensor.get_dtype()
-                    shape = tuple(tensor.get_shape())
-                    headers[name] = Header(shape, _SAFE_DTYPES.get(kind, kind))
-                yield _sliced(headers, file.get_slice)
+            with safetensors.safe_open(local, framework="numpy"), local.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")  # checked by safe_open
+                tensors = parse_json(file.read(size))
         except (safetensors.SafetensorError, OSError) as error:
             raise DataError(f"{path}: is not a readable safetensors file ({error})") from None
+        tensors.pop("__metadata__", None)
+        headers = {
+            name: Header(tuple(held["shape"]), _SAFE_DTYPES.get(held["dtype"], held["dtype"]))
+            for name, held in tensors.items()
+        }
+
+        def get(name: str) -> _RowsOfFile:
+            shape, dtype = headers[name]
+            start = 8 + size + tensors[name]["data_offsets"][0]
+            stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+            return _RowsOfFile(local, start, shape, stored.newbyteorder("<"))
+
+        yield _sliced(headers, get)
 
 
 @contextmanager
@@ -158,6 +182,8 @@ def open_torch(path: Path) -> Iterator[Container]:
     Raises:
         DataError: it is damaged, or contains anything but tensors and plain containers.
     """
+    from torch import Tensor
+
     with local_copy(path) as local:
         content = _load(path, local)
         if isinstance(content, Tensor):
@@ -168,13 +194,38 @@ def open_torch(path: Path) -> Iterator[Container]:
             )
         tensors = {str(name): item for name, item in content.items() if isinstance(item, Tensor)}
         headers = {name: _tensor_header(path, tensor) for name, tensor in tensors.items()}
+        lists = {str(name): item for name, item in content.items() if _is_labels(item)}
+        headers |= {name: Header((len(item),), "str") for name, item in lists.items()}
         owners = content.get(_OWNERS)
         owners = owners if isinstance(owners, dict) else {}
         yield _sliced(
             headers,
-            lambda name: tensors[name].detach(),
+            lambda name: np.asarray(lists[name]) if name in lists else _TensorRows(tensors[name]),
             {str(text): str(image) for text, image in owners.items()},
         )
+
+
+def _is_labels(item: object) -> bool:
+    return (
+        isinstance(item, list | tuple)
+        and bool(item)
+        and (all(isinstance(value, str) for value in item) or all(type(v) is int for v in item))
+    )
+
+
+class _TensorRows:
+    """Rows of a tensor as arrays; bfloat16, which NumPy lacks, as its bits."""
+
+    def __init__(self, tensor: "Tensor") -> None:
+        self._tensor = tensor.detach()
+
+    def __getitem__(self, rows: slice) -> Array:
+        import torch
+
+        found = self._tensor[rows]
+        is_brain = found.dtype is torch.bfloat16
+        array: Array = (found.contiguous().view(torch.uint16) if is_brain else found).numpy()
+        return array
 
 
 def _load(path: Path, local: Path) -> Any:
@@ -183,6 +234,8 @@ def _load(path: Path, local: Path) -> Any:
             f"{path}: is not a readable torch file: it is damaged, a plain pickle, or from before "
             "torch 1.6; save the tensor again with torch.save(tensor, path)"
         )
+    import torch
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
@@ -196,7 +249,9 @@ def _load(path: Path, local: Path) -> Any:
         raise DataError(f"{path}: is not a readable torch file ({reason_of(error):.200})") from None
 
 
-def _tensor_header(path: Path, tensor: Tensor) -> Header:
+def _tensor_header(path: Path, tensor: "Tensor") -> Header:
+    import torch
+
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise DataError(f"{path}: does not contain a plain tensor; save tensor.to_dense().float()")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -223,7 +278,9 @@ def open_hdf5(path: Path) -> Iterator[Container]:
             if isinstance(name, bytes):
                 raise DataError(f"{path}: the name {name!r} is not UTF-8; rename it")
             _check_dataset(f"{path}:{name}", item)
-            headers[name] = Header(item.shape, item.dtype.newbyteorder("=").name)
+            is_text = h5py.check_string_dtype(item.dtype) is not None
+            kind = "str" if is_text else item.dtype.newbyteorder("=").name
+            headers[name] = Header(item.shape, kind)
 
     try:
         with path.open("rb") as raw, h5py.File(raw, "r") as file:
@@ -254,16 +311,29 @@ def _sliced(
     get: Callable[[str], Any],
     owners: Mapping[str, str] | None = None,
 ) -> Container:
-    """Build a container of arrays, tensors or anything else that can be sliced."""
+    """Build a container of anything that can be sliced into arrays; 1-D lists may be labels."""
 
     def read(name: str, step: int) -> Iterator[Array]:
         array, (shape, dtype) = get(name), headers[name]
         for start in range(0, shape[0], step):
-            rows = array[start : start + step]
-            # NumPy has no bfloat16.
-            yield rows.float().numpy() if dtype == "bfloat16" else np.asarray(rows)
+            rows = np.asarray(array[start : start + step])
+            # NumPy has no bfloat16: its bits are the upper half of a float32.
+            yield (rows.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else rows
 
-    return Container(headers, read, owners or {})
+    def read_labels(name: str) -> pa.Array:
+        values = np.asarray(get(name)[: headers[name].shape[0]]).tolist()
+        texts = (v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values)
+        return pa.array([text or None for text in texts], pa.large_string())
+
+    labels = {
+        name: shape[0]
+        for name, (shape, dtype) in headers.items()
+        if name != UNNAMED
+        and len(shape) == 1
+        and (dtype in _INTEGERS or dtype.startswith(("str", "bytes")))
+    }
+    rest = {name: header for name, header in headers.items() if name not in labels}
+    return Container(rest, read, labels, read_labels, owners=owners or {})
 
 
 @contextmanager
@@ -280,7 +350,10 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_table(path: Path) -> Iterator[Container]:
-    """Open a .parquet, .arrow or .feather; its arrays are the columns of lists of numbers.
+    """Open a .parquet, .arrow or .feather.
+
+    Its arrays are the columns of lists of numbers, its labels those of texts, numbers, and bytes
+    that are named like keys.
 
     Raises:
         DataError: it is damaged.
@@ -290,9 +363,11 @@ def open_table(path: Path) -> Iterator[Container]:
         for column in file.schema:
             if arrow.kind_of(column.type) == "list":
                 held = column.type.value_type
-                if arrow.kind_of(held) != "text":
+                if arrow.kind_of(held) in ("number", "integer"):
                     shape = (file.rows, arrow.list_width(file, column.name))
                     headers[column.name] = Header(shape, np.dtype(held.to_pandas_dtype()).name)
+        labels = {own.name: file.rows for own in file.schema if _is_plain(own.name, own.type)}
+        others = {own.name: str(own.type) for own in file.schema if own.name not in headers}
 
         def read(name: str, step: int) -> Iterator[Array]:
             start = 0
@@ -300,41 +375,40 @@ def open_table(path: Path) -> Iterator[Container]:
                 yield arrow.to_matrix(batch[name], headers[name].shape[1], f"{path}:{name}", start)
                 start += len(batch)
 
-        yield Container(headers, read, is_table=True)
+        def read_labels(name: str) -> pa.Array:
+            parts: list[pa.Array] = []
+            start = 0
+            for batch in file.batches([name], _LABEL_ROWS):
+                parts.append(arrow.to_strings(batch[name], name, path, start))
+                start += len(batch)
+            return pa.chunked_array(parts, pa.large_string()).combine_chunks()
+
+        yield Container(headers, read, labels, read_labels, others, is_table=True)
 
 
-def read_labels(
-    path: Path, names: Mapping[str, tuple[str, ...]] | None = None, split: str | None = None
-) -> Labels:
-    """Read columns of strings or integers whole, as strings.
-
-    Args:
-        path: a .parquet, .arrow or .feather.
-        names: usual names of the columns by their meaning: ``id``, ``caption``, ...; None to read
-            all columns under their own names.
-        split: of all rows, unless a column states it.
+def read_table_labels(path: Path) -> Labels:
+    """Return the labels in a .parquet, .arrow or .feather.
 
     Raises:
-        DataError: the table is damaged, or a value is not UTF-8, whose row is named.
+        DataError: it is damaged.
     """
-    with arrow.open_arrow(path) as file:
-        plain = [own.name for own in file.schema if arrow.kind_of(own.type) in ("text", "integer")]
-        if names is None:
-            names = {name: (name.lower(),) for name in plain}
-        found = {known: first_of(usual, plain) for known, usual in names.items()}
-        chosen = {known: name for known, name in found.items() if name is not None}
-        columns: dict[str, list[str | None]] = {known: [] for known in chosen}
-        for batch in file.batches(list(dict.fromkeys(chosen.values())), _LABEL_ROWS):
-            for known, name in chosen.items():
-                for value in arrow.column_values(batch[name]):
-                    if isinstance(value, arrow.InvalidText):
-                        raise DataError(
-                            f"{path}, row {len(columns[known])}: {name} is not UTF-8; correct it"
-                        )
-                    columns[known].append(None if value is None else str(value) or None)
-        if split is not None:
-            columns.setdefault("split", [split] * file.rows)
-        return Labels(str(path), file.rows, columns, lambda row: f"{path}, row {row}")
+    with open_table(path) as file:
+        names = tuple(file.labels)
+    with arrow.open_arrow(path) as table:
+        rows = table.rows
+
+    def read(name: str) -> pa.Array:
+        with open_table(path) as file:
+            return file.read_labels(name)
+
+    return Labels(str(path), rows, names, read, lambda row: f"{path}, row {row}")
+
+
+def _is_plain(name: str, held: pa.DataType) -> bool:
+    kind = arrow.kind_of(held)
+    if kind == "struct" and held.num_fields == 1:
+        return is_id(name) and _is_plain(name, held.field(0).type)
+    return kind in ("text", "integer", "number") or (kind == "bytes" and is_id(name))
 
 
 def dataset_files(folder: Path) -> list[tuple[Path, str | None]]:

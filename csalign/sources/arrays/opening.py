@@ -2,17 +2,20 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.sources.arrays import base, files
+from csalign.sources.arrays import base, files, naming
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
-from csalign.sources.arrays.files import LABELS, dataset_files, open_table, read_labels
+from csalign.sources.arrays.files import dataset_files, open_table
 from csalign.sources.arrow import ARROW, PARQUET
+from csalign.sources.records.files import translate_errors
 
 TABLES = (*PARQUET, *ARROW)
 OPENERS: dict[str, base.Opener] = {
@@ -24,6 +27,15 @@ OPENERS: dict[str, base.Opener] = {
     **dict.fromkeys(TABLES, open_table),
 }
 PICKLES = (".pkl", ".pickle", ".joblib")
+_LFS = b"version https://git-lfs.github.com/spec/"
+# How a file begins, with the suffixes of its kind.
+_BEGINNINGS = {
+    b"\x93NUMPY": (".npy",),
+    b"PK\x03\x04": (".npz", ".pt", ".pth", ".dpt"),
+    b"\x89HDF\r\n\x1a\n": (".h5", ".hdf5"),
+    b"PAR1": PARQUET,
+    b"ARROW1": ARROW,
+}
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +81,8 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
         By side; rows of both are pairs unless labels state otherwise.
 
     Raises:
-        ConfigError: its arrays do not have the sides' names.
-        DataError: it is missing or damaged.
+        ConfigError: it contains one array.
+        DataError: it is missing or damaged, or its arrays are not recognised.
         ShapeError: it cannot be embeddings.
     """
     if not source.exists():
@@ -87,19 +99,48 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     if source.is_dir() and (source / "manifest.json").is_file():
         raise ConfigError(f"{source}: is a feature set already")
     first, _ = _files_of(source)[0]
-    sides: Sequence[Modality] = ()
-    if first.suffix.lower() in TABLES:
-        with open_table(first) as table:
-            sides = [
-                s for s in Modality if columns[s] or base.first_of(base.NAMES[s], table.headers)
-            ]
-    elif source.is_file() and source.suffix.lower() != ".npy":
-        sides = tuple(Modality)
-    if sides:
-        return {side: _read_all(source, side, columns[side], guess=False) for side in sides}
-    raise ConfigError(
-        f"{source}: does not state which side it contains; pass --images and --texts instead"
-    )
+    chosen = _both_names(first, columns)
+    return {side: _read_all(source, side, name) for side, name in chosen.items()}
+
+
+def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Modality, str]:
+    """Choose the array of each side in a file, or of the only side that it has."""
+    with _opener(path)(path) as file:
+        pass
+    if base.UNNAMED in file.headers:
+        raise ConfigError(
+            f"{path}: contains one array, which has no name and no side; pass both files: csalign "
+            f"import {path} text.npy --out features"
+        )
+    fitting = {
+        side: [name] if (name := columns[side]) else naming.of_side(file.vectors, side)
+        for side in Modality
+    }
+    chosen = {side: names[0] for side, names in fitting.items() if len(names) == 1}
+    rest = [name for name in file.vectors if name not in chosen.values()]
+    missing = [side for side in Modality if side not in chosen]
+    several = next((side for side in missing if len(fitting[side]) > 1), None)
+    if len(missing) == 1 and len(rest) == 1 and len(file.vectors) == 2:
+        chosen[missing[0]] = rest[0]
+        log.info("%s: %s are the %s embeddings, as the other vectors", path, rest[0], missing[0])
+    elif several is not None:
+        names = fitting[several]
+        raise DataError(
+            f"{path}: {', '.join(names)} are all named like {several} embeddings; choose one, such "
+            f"as --{several}-column {names[0]}"
+        )
+    elif (missing and rest) or not chosen:
+        options = " ".join(f"--{s}-column {n}" for s, n in zip(missing, rest, strict=False))
+        raise DataError(
+            f"{path}: no array looks like the {' or the '.join(missing)} embeddings (arrays: "
+            f"{file}); name {'them' if len(missing) > 1 else 'it'}, such as with "
+            f"{options or '--image-column NAME --text-column NAME'}{file.remedy(missing)}"
+        )
+    for side in missing:
+        if remedy := file.remedy([side]):
+            raise DataError(f"{path}: has no {side} embeddings{remedy}")
+        log.warning("%s: has no %s embeddings, so %ss are not imported", path, side, side)
+    return chosen
 
 
 def split_spec(spec: Path) -> tuple[Path, str | None]:
@@ -114,25 +155,59 @@ def split_spec(spec: Path) -> tuple[Path, str | None]:
     return spec, None
 
 
-def _read_all(
-    path: Path, modality: Modality, wanted: str | None, *, guess: bool = True
-) -> base.Vectors:
-    """Open a file or folder; without `guess` its arrays must have the side's usual name."""
+def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vectors:
     arrays = []
     for file, split in _files_of(path):
-        suffix = file.suffix.lower()
-        if suffix in PICKLES:
-            raise DataError(
-                f"{file}: is a pickle, which is never loaded, since it can run any program; save "
-                "the array with numpy.save(path, array)"
-            )
-        if suffix not in OPENERS:
-            raise DataError(f"{file}: embeddings are one of {', '.join(OPENERS)}")
-        array = base.read_named(file, OPENERS[suffix], modality, wanted, guess=guess)
-        if suffix in TABLES:
-            array = replace(array, labels=read_labels(file, LABELS[modality], split))
+        array = base.read_named(file, _opener(file), modality, wanted)
+        if split is not None:
+            array = replace(array, labels=_with_split(array, split))
         arrays.append(array)
     return base.join(str(path), arrays)
+
+
+def _with_split(array: base.Vectors, split: str) -> base.Labels:
+    """Add a column of one split to the labels of a table, unless it has one."""
+    table = array.labels
+    if table is not None and "split" in table.names:
+        return table
+    column = pa.array([split], pa.large_string()).take(pa.array([0] * len(array)))
+    own = base.Labels.of(array.name, {"split": column}, array.parts[0].where)
+    if table is None:
+        return own
+
+    def read(name: str) -> pa.Array:
+        return column if name == "split" else table.column(name)
+
+    return replace(own, names=(*table.names, "split"), read=read)
+
+
+def _opener(path: Path) -> base.Opener:
+    """Return what opens a file, after a look at how it begins.
+
+    Raises:
+        DataError: it is a pickle, a Git LFS pointer, or of another kind than its suffix.
+    """
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise DataError(
+            f"{path}: is a pickle, which is never loaded, since it can run any program; save "
+            "the array with numpy.save(path, array)"
+        )
+    with translate_errors(path), path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if start == _LFS:
+        raise DataError(f"{path}: is a Git LFS pointer, not the data; run git lfs pull")
+    kinds = next((own for begin, own in _BEGINNINGS.items() if start.startswith(begin)), ())
+    if kinds and suffix not in kinds:
+        names = " or ".join(path.with_suffix(own).name for own in kinds[:2])
+        raise DataError(
+            f"{path}: has the content of another format than its name; rename it {names}"
+        )
+    if suffix not in OPENERS:
+        is_text = suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl")
+        remedy = "; numpy.save(path, array) writes .npy" if is_text else ""
+        raise DataError(f"{path}: embeddings are one of {', '.join(OPENERS)}{remedy}")
+    return OPENERS[suffix]
 
 
 def _files_of(path: Path) -> list[tuple[Path, str | None]]:

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import csv
+import io
 import logging
 import re
 from collections import deque
@@ -34,6 +35,7 @@ CAPTION_NAMES = (
 )
 SPLIT_NAME = "split"
 _DELIMITERS = ",\t;|"
+_PLAIN_BYTES = 1 << 30  # of a table that is read in one piece
 # How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
 _BASE64 = re.compile(r"data:image/[\w.+-]+;base64,|(?=.{100})(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)")
 _URL_SAFE = str.maketrans("-_", "+/", " \n\r")
@@ -244,6 +246,8 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: no such file")
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
+    if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
+        return plain
     table = Table(path, [], {})
     with files.open_file(path) as file:
         for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
@@ -263,6 +267,34 @@ def read_table(path: Path) -> Table:
                 column.append(cells.get(name))
             table.numbers.append(number)
     return table
+
+
+def _read_plain(path: Path, form: str) -> Table | None:
+    """Read a .csv or .tsv in one piece; None if it has an error, which a reader by lines names."""
+    csv.field_size_limit(files.MAX_LINE_BYTES)
+    try:
+        text = files.decode_text(files.read_bounded(path, _PLAIN_BYTES))
+        delimiter = _delimiter(text.partition("\n")[0], form)
+        # As in the reader by lines, a carriage return alone does not end a row.
+        reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
+        names = [cell.strip() for cell in next(reader, [])]
+        rows, numbers = [], []
+        number = reader.line_num + 1
+        for row in reader:
+            if row:
+                rows.append(row)
+                numbers.append(number)
+            number = reader.line_num + 1
+        cells = list(zip(*rows, strict=True)) if rows else [() for _ in names]
+    except (DataError, csv.Error, ValueError):
+        return None
+    if len(set(names)) != len(cells) or len(cells) != len(names):
+        return None
+    columns = {
+        name: [cell.strip() or None for cell in column]
+        for name, column in zip(names, cells, strict=True)
+    }
+    return Table(path, numbers, columns)
 
 
 def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
@@ -324,6 +356,12 @@ def decode_base64(text: str) -> bytes:
         raise DataError("is not valid base64") from None
 
 
+def _delimiter(first: str, form: str) -> str:
+    """Return the separator in the first line of a .csv or .tsv."""
+    usual = "\t" if form == ".tsv" else ","
+    return next((sign for sign in f"{usual}{_DELIMITERS}" if sign in first), usual)
+
+
 @dataclass
 class _Header:
     names: list[str] = field(default_factory=list)
@@ -366,10 +404,8 @@ def _parse_csv(
             yield line.text
 
     if not header.names:
-        usual = "\t" if form == ".tsv" else ","
         again.extend(islice(lines, 1))
-        first = again[0].text if again else usual
-        header.delimiter = next((sign for sign in f"{usual}{_DELIMITERS}" if sign in first), usual)
+        header.delimiter = _delimiter(again[0].text if again else "", form)
     reader = csv.reader(texts(), delimiter=header.delimiter, strict=True)
     while True:
         taken.clear()

@@ -28,7 +28,7 @@ def whole(vectors: Vectors) -> Any:
 
 def labels(vectors: Vectors) -> dict[str, list[str | None]]:
     assert vectors.labels is not None
-    return {name: list(values) for name, values in vectors.labels.columns.items()}
+    return {name: vectors.labels.column(name).to_pylist() for name in vectors.labels.names}
 
 
 def from_pandas(path: Path, x: Any, y: Any, captions: list[str]) -> None:
@@ -90,7 +90,7 @@ def test_both_sides_of_one_table_are_read_whoever_wrote_it(
     np.testing.assert_array_equal(whole(sides[Modality.IMAGE]), x)
     np.testing.assert_array_equal(whole(sides[Modality.TEXT]), y)
     assert labels(sides[Modality.TEXT])["caption"] == captions
-    assert labels(sides[Modality.IMAGE])["source"][7] == "7.jpg"
+    assert labels(sides[Modality.IMAGE])["image_path"][7] == "7.jpg"
 
 
 def test_a_dataset_dict_gives_its_splits(tmp_path: Path) -> None:
@@ -173,7 +173,9 @@ def test_a_column_can_be_named_in_two_ways(tmp_path: Path) -> None:
         read_side(path, Modality.TEXT, "up")
     with pytest.raises(ConfigError, match="pass one"):
         read_side(Path(f"{path}:right"), Modality.TEXT, "left")
-    with pytest.raises(ConfigError, match="does not state which side"):
+    with pytest.raises(
+        DataError, match=r"left, right\); name them, .* --image-column left --text-column right"
+    ):
         read_both(path, NEITHER)
 
 

@@ -12,6 +12,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import Vectors
 from csalign.sources.arrays.opening import read_both, read_side
+from csalign.sources.image_rows import describe_images
 
 NEITHER: dict[Modality, str | None] = {Modality.IMAGE: None, Modality.TEXT: None}
 
@@ -85,21 +86,21 @@ def test_both_sides_come_back_in_the_order_of_parts(tmp_path: Path, rows: tuple[
     assert whole(sides[Modality.TEXT]).tobytes() == y.tobytes()
     assert images is not None
     assert texts is not None
-    assert list(images.columns["id"]) == [f"{row:09d}" for row in range(len(x))]
-    assert images.columns["source"] == images.columns["id"] == texts.columns["id"]
-    assert texts.columns["caption"][-1] == f"caption {len(x) - 1}"
+    assert images.column("id").to_pylist() == [f"{row:09d}" for row in range(len(x))]
+    assert images.column("image_path") == images.column("id") == texts.column("id")
+    assert texts.column("caption")[-1].as_py() == f"caption {len(x) - 1}"
 
 
 def test_paths_that_repeat_are_no_ids_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, (3,), paths=["a.jpg", "b.jpg", "a.jpg"])
+    vectors = read_both(tmp_path, NEITHER)[Modality.IMAGE]
     with caplog.at_level(logging.WARNING, "csalign"):
-        images = read_both(tmp_path, NEITHER)[Modality.IMAGE].labels
+        images = describe_images(3, vectors.labels, lambda: vectors.sketch)
 
-    assert images is not None
-    assert "id" not in images.columns
-    assert list(images.columns["source"]) == ["a.jpg", "b.jpg", "a.jpg"]
+    assert images.ids.to_pylist() == ["0", "1", "2"]
+    assert images.sources.to_pylist() == ["a.jpg", "b.jpg", "a.jpg"]
     assert "image_path repeats" in caplog.text
 
 

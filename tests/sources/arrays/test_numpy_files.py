@@ -73,7 +73,8 @@ def test_the_only_array_is_never_taken_for_both_sides(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", embeddings=numbers(4, 3))
 
     with pytest.raises(
-        DataError, match=r"no array looks like the image embeddings \(arrays: embeddings\)"
+        DataError,
+        match=r"no array looks like the image or the text embeddings \(arrays: embeddings\)",
     ):
         read_both(tmp_path / "one.npz", {Modality.IMAGE: None, Modality.TEXT: None})
     assert len(read_side(tmp_path / "one.npz", Modality.IMAGE)) == 4

@@ -70,7 +70,7 @@ def test_a_source_of_both_sides_cannot_be_one_array(tmp_path: Path) -> None:
     columns: dict[Modality, str | None] = dict.fromkeys(Modality)
     with pytest.raises(ConfigError, match=r"x\.npz:one: is one array, .* --images .*x\.npz:NAME"):
         read_both(tmp_path / "x.npz:one", columns)
-    with pytest.raises(DataError, match=r"one, two\); name it with --image-column"):
+    with pytest.raises(DataError, match=r"one, two\); name them, such as with --image-column one"):
         read_both(tmp_path / "x.npz", columns)
     named = read_both(tmp_path / "x.npz", {Modality.IMAGE: "one", Modality.TEXT: "two"})
 
@@ -92,7 +92,7 @@ def test_shards_with_keys_keep_them(tmp_path: Path) -> None:
     vectors = read_side(tmp_path, Modality.TEXT)
 
     assert vectors.labels is not None
-    assert vectors.labels.columns == {"id": ["0", "2", "1", "3"]}
+    assert vectors.labels.column("id").to_pylist() == ["0", "2", "1", "3"]
     assert vectors.labels.where(2).endswith("rank1.dpt, row 0 (1)")
 
 
@@ -137,7 +137,7 @@ def test_a_source_must_say_which_side_is_which(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "manifest.json").write_text("{}")
     for name, message in (
-        ("x.npy", "does not state which side"),
+        ("x.npy", "no side; pass both files: csalign import"),
         ("x.pt", "which has no name"),
         ("set", "is a feature set already"),
         ("nowhere", "no such file or folder"),

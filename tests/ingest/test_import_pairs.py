@@ -1,0 +1,467 @@
+"""Pairs of every form of input: which image each text gets, and how that is said."""
+
+import decimal
+import json
+import logging
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from csalign.core.errors import ConfigError, CsalignError, DataError
+from csalign.features.reader import FeatureSet
+from csalign.features.schema import read_manifest
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+
+N = 12
+IMAGES = np.random.default_rng(0).normal(size=(N, 6)).astype(np.float32)
+TEXTS = IMAGES[:, :4] + 1  # so that a text can be recognised by its image
+ORDER = np.random.default_rng(1).permutation(N)
+
+
+def imported(out: Path, **values: Any) -> FeatureSet:
+    import_arrays(ImportConfig(**values, out=out, overwrite=True))
+    return FeatureSet.open(out)
+
+
+def right_pairs(features: FeatureSet) -> int:
+    """Number of texts whose image is the one they were made of."""
+    row_of = {key: row for row, key in enumerate(features.images.column("id").to_pylist())}
+    owners = [row_of[key] for key in features.texts.column("image_id").to_pylist()]
+    images = features.images.embeddings()[owners, :4]
+    return int((np.abs(images + 1 - features.texts.embeddings()) < 1e-6).all(axis=1).sum())
+
+
+def column(values: Any) -> Any:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def write_parquet(folder: Path, image_keys: Any, text_keys: Any, name: str, text_name: str) -> None:
+    images = pa.table({name: image_keys, "embedding": column(IMAGES)})
+    pq.write_table(images, folder / "i.parquet")
+    texts = {text_name: text_keys, "embedding": column(TEXTS[ORDER])}
+    pq.write_table(pa.table(texts), folder / "t.parquet")
+
+
+NUMBERS = [100 + row for row in range(N)]
+UUIDS = [uuid.UUID(int=row).bytes for row in range(N)]
+
+
+def picked(values: list[Any]) -> list[Any]:
+    return [values[row] for row in ORDER]
+
+
+KEYS: dict[str, tuple[Any, Any, str, str, str]] = {
+    "integers": (pa.array(NUMBERS), picked(NUMBERS), "image_id", "image_id", "image_id"),
+    "floats": (NUMBERS, picked([float(n) for n in NUMBERS]), "image_id", "image_id", "image_id"),
+    "text": (NUMBERS, picked([str(n) for n in NUMBERS]), "image_id", "image_id", "image_id"),
+    "bytes": (NUMBERS, picked([b"%d" % n for n in NUMBERS]), "id", "image_id", "image_id"),
+    "decimals": (
+        NUMBERS,
+        picked([decimal.Decimal(n) for n in NUMBERS]),
+        "image_id",
+        "image_id",
+        "image_id",
+    ),
+    "uuids": (pa.array(UUIDS, pa.binary(16)), picked(UUIDS), "uuid", "uuid", "uuid"),
+    "categories": (
+        pa.array([f"k{n}" for n in NUMBERS]).dictionary_encode(),
+        pa.array(picked([f"k{n}" for n in NUMBERS])).dictionary_encode(),
+        "key",
+        "key",
+        "key",
+    ),
+    "structs": (
+        [str(n) for n in NUMBERS],
+        picked([{"id": str(n)} for n in NUMBERS]),
+        "image_id",
+        "image_id",
+        "image_id",
+    ),
+    "another name": (
+        [f"{n}.jpg" for n in NUMBERS],
+        picked([f"{n}.jpg" for n in NUMBERS]),
+        "filename",
+        "filename",
+        "filename",
+    ),
+    "camel case": (NUMBERS, picked(NUMBERS), "imageId", "ImageID", "ImageID"),
+    "two names": (
+        [f"{n}.jpg" for n in NUMBERS],
+        picked([f"{n}.jpg" for n in NUMBERS]),
+        "path",
+        "image",
+        "image",
+    ),
+    "leading zeros": (
+        [f"{n:012d}" for n in NUMBERS],
+        picked(NUMBERS),
+        "image_id",
+        "image_id",
+        "image_id, as numbers",
+    ),
+    "paths": (
+        [f"images/train/{n}.jpg" for n in NUMBERS],
+        picked([f".\\images\\train\\{n}.jpg" for n in NUMBERS]),
+        "path",
+        "path",
+        "path, as clean paths",
+    ),
+    "file names": (
+        [f"images/train/a{n}.jpg" for n in NUMBERS],
+        picked([f"a{n}.jpg" for n in NUMBERS]),
+        "path",
+        "path",
+        "path, by file name",
+    ),
+    "extensions": (
+        [f"images/a{n}.jpg" for n in NUMBERS],
+        picked([f"a{n}" for n in NUMBERS]),
+        "path",
+        "image_id",
+        "image_id, without extensions",
+    ),
+    "coco": (
+        [f"val2017/{n:012d}.jpg" for n in NUMBERS],
+        picked(NUMBERS),
+        "file_name",
+        "image_id",
+        "image_id, without extensions, as numbers",
+    ),
+    "unicode": (
+        [f"caf\u00e9 {n}" for n in NUMBERS],
+        picked([f"cafe\u0301 {n}" for n in NUMBERS]),
+        "key",
+        "key",
+        "key, in Unicode form NFC",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_key_pairs_whatever_its_type_name_and_form(tmp_path: Path, kind: str) -> None:
+    *keys, said = KEYS[kind]
+    write_parquet(tmp_path, *keys)
+    config = ImportConfig(
+        source=(tmp_path / "i.parquet", tmp_path / "t.parquet"), out=tmp_path / "out"
+    )
+    result = import_arrays(config)
+
+    assert right_pairs(FeatureSet.open(tmp_path / "out")) == N
+    assert result.pairing == read_manifest(tmp_path / "out").pairing == said
+
+
+def beside_npz(folder: Path, image_ids: list[str], rows: Any, text_ids: list[str]) -> list[Path]:
+    np.savez(folder / "i.npz", features=IMAGES, ids=np.array(image_ids))
+    np.savez(folder / "t.npz", features=TEXTS[rows], image_ids=np.array(text_ids))
+    return [folder / "i.npz", folder / "t.npz"]
+
+
+def beside_hdf5(folder: Path, image_ids: list[str], rows: Any, text_ids: list[str]) -> list[Path]:
+    for name, values, ids in (("i", IMAGES, image_ids), ("t", TEXTS[rows], text_ids)):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["features"] = values
+            file["ids"] = ids
+    return [folder / "i.h5", folder / "t.h5"]
+
+
+def beside_torch(folder: Path, image_ids: list[str], rows: Any, text_ids: list[str]) -> list[Path]:
+    both = {"image_features": torch.from_numpy(IMAGES), "image_ids": image_ids}
+    both |= {"text_features": torch.from_numpy(TEXTS[rows]), "text_image_ids": text_ids}
+    torch.save(both, folder / "both.pt")
+    return [folder / "both.pt"]
+
+
+def in_tables(folder: Path, image_ids: list[str], rows: Any, text_ids: list[str]) -> list[Path]:
+    images, texts = {"key": image_ids, "emb": list(IMAGES)}, {"key": text_ids}
+    pd.DataFrame(images).to_parquet(folder / "i.parquet")
+    pl.DataFrame({**texts, "emb": TEXTS[rows]}).write_parquet(folder / "t.parquet")
+    return [folder / "i.parquet", folder / "t.parquet"]
+
+
+def in_safetensors(
+    folder: Path, image_ids: list[str], rows: Any, text_ids: list[str]
+) -> list[Path]:
+    for name, values, ids in (("i", IMAGES, image_ids), ("t", TEXTS[rows], text_ids)):
+        own = {"x": np.ascontiguousarray(values), "ids": np.array([int(key) for key in ids])}
+        safetensors.numpy.save_file(own, folder / f"{name}.safetensors")
+    return [folder / "i.safetensors", folder / "t.safetensors"]
+
+
+CARRIERS = (beside_npz, beside_hdf5, beside_torch, in_tables, in_safetensors)
+
+
+@pytest.mark.parametrize("write", CARRIERS)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(st.integers(0, N - 1), min_size=1, max_size=2 * N))
+def test_any_order_and_number_of_texts_pairs_by_the_key(
+    tmp_path: Path, write: Callable[..., list[Path]], rows: list[int]
+) -> None:
+    ids = [str(1000 + row) for row in range(N)]
+    sources = write(tmp_path, ids, rows, [ids[row] for row in rows])
+    features = imported(tmp_path / "out", source=tuple(sources))
+
+    assert right_pairs(features) == len(rows)
+
+
+def test_columns_that_share_nothing_are_refused_and_order_is_the_way_to_insist(
+    tmp_path: Path,
+) -> None:
+    write_parquet(tmp_path, [f"a{n}" for n in NUMBERS], [f"b{n}" for n in NUMBERS], "key", "key")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+    shown = "'b100', 'b101', 'b102' of the texts, 'a100', 'a101', 'a102' of the images"
+    with pytest.raises(DataError, match=rf"t\.parquet: key: .*{shown}; .* --pair-by order"):
+        imported(tmp_path / "out", **given)
+    features = imported(tmp_path / "out", **given, pair_by="order")
+
+    assert features.texts.column("image_id").to_pylist() == [f"a{n}" for n in NUMBERS]
+    assert read_manifest(tmp_path / "out").pairing == "row order"
+
+
+def test_an_ambiguous_form_is_not_used(tmp_path: Path) -> None:
+    paths = [f"{row % 2}/{row // 2}.jpg" for row in range(N)]
+    names = [f"{row // 2}.jpg" for row in range(N)]
+    write_parquet(tmp_path, paths, names, "path", "path")
+
+    with pytest.raises(DataError, match=r"t\.parquet: path: image '0.jpg' of text row 0 is unkno"):
+        imported(tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet")
+
+
+def test_a_named_column_pairs_and_must_be_there(tmp_path: Path) -> None:
+    write_parquet(tmp_path, NUMBERS, picked(NUMBERS), "n", "n")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    assert right_pairs(imported(tmp_path / "out", **given, pair_by="n")) == N
+    with pytest.raises(DataError, match=r"has no column 'm' \(columns of the texts: n\); correct"):
+        imported(tmp_path / "out", **given, pair_by="m")
+    with pytest.raises(ConfigError, match="--captions-per-image and --pair-by define the pairs"):
+        imported(
+            tmp_path / "out", **given, pair_by="n", captions_per_image=1, caption_order="blocks"
+        )
+
+
+FRAMES = {
+    "clip-retrieval names": ("img_emb", "txt_emb"),
+    "two words": ("image_embedding", "caption_emb"),
+    "with a model": ("clip_image", "clip_text"),
+    "vision and language": ("vision_features", "language_features"),
+    "numbered": ("imgEmb", "titleEmbedding"),
+    "one is known": ("picture_vector", "v"),
+    "the other is known": ("v", "description_embedding"),
+    "hub": ("image_embeds", "text_embeds"),
+}
+
+
+@pytest.mark.parametrize("names", FRAMES.values(), ids=FRAMES)
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_two_vector_columns_of_a_frame_are_the_sides(
+    tmp_path: Path, names: tuple[str, str], library: str
+) -> None:
+    frame = {"path": [f"{n}.jpg" for n in NUMBERS], "caption": [f"c{n}" for n in NUMBERS]}
+    if library == "pandas":
+        both = dict(zip(names, (list(IMAGES), list(TEXTS)), strict=True))
+        pd.DataFrame(frame | both).to_parquet(tmp_path / "df.parquet")
+    else:
+        pl.DataFrame(frame | dict(zip(names, (IMAGES, TEXTS), strict=True))).write_parquet(
+            tmp_path / "df.parquet"
+        )
+    features = imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+    np.testing.assert_array_equal(features.images.embeddings(), IMAGES)
+    np.testing.assert_array_equal(features.texts.embeddings(), TEXTS)
+    assert right_pairs(features) == N
+    assert features.images.column("source").to_pylist() == frame["path"]
+    assert features.texts.column("caption").to_pylist() == frame["caption"]
+
+
+REFUSED_FRAMES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"a": IMAGES, "b": TEXTS},
+        r"\(arrays: a, b\); name them, .* --image-column a --text-column b",
+    ),
+    ({"img_a": IMAGES, "img_b": IMAGES, "txt": TEXTS}, "img_a, img_b are all named like image"),
+    ({"img_emb": IMAGES, "b": TEXTS, "c": TEXTS}, r"look.* the text .*--text-column b"),
+    (
+        {"img_emb": [str(row.tolist()) for row in IMAGES], "txt_emb": TEXTS},
+        r"no image embeddings; img_emb contains .*string, store one list of floats per row: df",
+    ),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), REFUSED_FRAMES)
+def test_columns_that_do_not_say_their_side_are_named_with_the_options(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    pd.DataFrame({name: list(own) for name, own in columns.items()}).to_parquet(
+        tmp_path / "df.parquet"
+    )
+
+    with pytest.raises(DataError, match=message):
+        imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+
+def test_vectors_that_are_not_imported_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frame = {"image_emb": list(IMAGES), "text_emb": list(TEXTS), "dino": list(IMAGES)}
+    pd.DataFrame(frame).to_parquet(tmp_path / "df.parquet")
+    with caplog.at_level(logging.WARNING, "csalign"):
+        imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+    assert "df.parquet:dino is not imported" in caplog.text
+    assert "text_emb" not in caplog.text
+
+
+def long_table(path: Path, key: str, **changes: Any) -> Any:
+    """Three captions per image, rows shuffled."""
+    rows = np.random.default_rng(2).permutation(np.repeat(np.arange(N), 3))
+    frame = {key: [f"{row}.jpg" for row in rows], "caption": [f"c{k}" for k in range(len(rows))]}
+    frame |= {"img_emb": list(IMAGES[rows]), "txt_emb": list(TEXTS[rows])}
+    pd.DataFrame(frame | changes).to_parquet(path)
+    return rows
+
+
+@pytest.mark.parametrize("key", ["path", "image_id", "url", "filename", "image", "id", "key"])
+def test_rows_of_one_key_are_one_image(
+    tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    long_table(tmp_path / "df.parquet", key)
+    with caplog.at_level(logging.INFO, "csalign"):
+        features = imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+    assert f"df.parquet: 36 rows, 12 images, by {key}" in caplog.text
+    assert (len(features.images), len(features.texts)) == (N, 3 * N)
+    assert right_pairs(features) == 3 * N
+    assert read_manifest(tmp_path / "out").pairing == key
+
+
+def test_any_column_can_be_the_key_if_asked_for(tmp_path: Path) -> None:
+    rows = long_table(tmp_path / "df.parquet", "scene")
+    plain = imported(tmp_path / "out", source=tmp_path / "df.parquet")
+    assert len(plain.images) == 3 * N
+    features = imported(tmp_path / "out", source=tmp_path / "df.parquet", id_column="scene")
+
+    assert right_pairs(features) == 3 * N
+    assert features.images.column("id").to_pylist() == [
+        f"{row}.jpg" for row in dict.fromkeys(rows.tolist())
+    ]
+    with pytest.raises(DataError, match=r"has no column 'film' .*; correct --id-column"):
+        imported(tmp_path / "out", source=tmp_path / "df.parquet", id_column="film")
+
+
+def test_a_key_of_different_embeddings_is_no_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "df.parquet"
+    rows = long_table(path, "path")
+    changed = IMAGES[rows]
+    first, second, *_ = np.flatnonzero(rows == rows[5]).tolist()
+    changed[second] += 1
+    long_table(path, "path", img_emb=list(changed))
+
+    message = rf"row {second}: duplicate path '{rows[5]}\.jpg', also in .*row {first} with another"
+    with pytest.raises(DataError, match=message):
+        imported(tmp_path / "out", source=path, id_column="path")
+    with caplog.at_level(logging.WARNING, "csalign"):
+        assert len(imported(tmp_path / "out", source=path).images) == 3 * N
+    assert "path repeats with different embeddings" in caplog.text
+
+
+def test_an_image_that_was_computed_twice_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "df.parquet"
+    rows = long_table(path, "path")
+    noise = 1 + 1e-4 * np.random.default_rng(3).normal(size=(len(rows), 6)).astype(np.float32)
+    long_table(path, "path", img_emb=list(IMAGES[rows] * noise))
+
+    assert len(imported(tmp_path / "out", source=path).images) == N
+
+
+def test_images_and_texts_of_two_long_tables_are_joined(tmp_path: Path) -> None:
+    rows = np.repeat(np.arange(N), 2)
+    images = {"url": [f"http://x/{row}" for row in rows], "image_embedding": list(IMAGES[rows])}
+    texts = {"url": [f"http://x/{row}" for row in rows[::-1]], "emb": list(TEXTS[rows[::-1]])}
+    pd.DataFrame(images).to_parquet(tmp_path / "i.parquet")
+    pd.DataFrame(texts).to_parquet(tmp_path / "t.parquet")
+    features = imported(
+        tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet"
+    )
+
+    assert (len(features.images), right_pairs(features)) == (N, 2 * N)
+
+
+def test_other_counts_show_the_commands_that_work(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    np.save(tmp_path / "t.npy", np.repeat(TEXTS, 5, axis=0))
+    files = (tmp_path / "i.npy", tmp_path / "t.npy")
+    for values in ({}, {"captions_per_image": 5}, {"caption_order": "blocks"}):
+        with pytest.raises(CsalignError) as caught:
+            import_arrays(ImportConfig(source=files, out=tmp_path / "out", **values))
+        assert (
+            f"csalign import {files[0]} {files[1]} --captions-per-image 5 --caption-order blocks "
+            f"--out {tmp_path / 'out'}\n    (blocks: all captions of the first image, then"
+        ) in str(caught.value)
+    with pytest.raises(
+        DataError, match=r"swapped\? Then run\n  csalign import .*i.npy .*t.npy --o"
+    ):
+        imported(tmp_path / "out", source=files[::-1])
+    features = imported(
+        tmp_path / "out", source=files, captions_per_image=5, caption_order="blocks"
+    )
+    assert right_pairs(features) == 5 * N
+
+
+def test_a_side_is_not_lost_with_a_part_that_lacks_the_key(tmp_path: Path) -> None:
+    for part in range(2):
+        frame = {"image_id": NUMBERS[:6], "score": [0.5] * 6, "embedding": list(IMAGES[:6])}
+        del frame["image_id" if part else "score"]
+        pd.DataFrame(frame).to_parquet(tmp_path / f"{part}.parquet")
+
+    with pytest.raises(DataError, match=r"1\.parquet: has no column 'image_id', unlike .*0\.parq"):
+        imported(tmp_path / "out", images=tmp_path)
+
+
+def test_the_result_says_how_rows_were_paired(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    np.save(tmp_path / "t.npy", TEXTS)
+    (tmp_path / "p.csv").write_text("image_id\n" + "".join(f"{row}\n" for row in range(N)))
+    both = (tmp_path / "i.npy", tmp_path / "t.npy")
+    out = tmp_path / "out"
+    by_order = import_arrays(ImportConfig(source=both, out=out))
+    by_table = import_arrays(
+        ImportConfig(source=both, pairs=tmp_path / "p.csv", out=out, overwrite=True)
+    )
+    alone = import_arrays(ImportConfig(images=both[0], out=out, overwrite=True))
+
+    assert by_order.to_json()["pairing"] == "row order"
+    assert by_table.pairing == str(tmp_path / "p.csv")
+    assert "pairing" not in alone.to_json()
+    assert "pairing" not in json.loads((out / "manifest.json").read_text())
+
+
+def test_import_loads_no_torch(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    safetensors.numpy.save_file({"x": TEXTS}, tmp_path / "t.safetensors")
+    code = (
+        "import sys; from csalign.cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    arguments = ["import", "i.npy", "t.safetensors", "--out", "out"]
+
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=True)
