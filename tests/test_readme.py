@@ -76,20 +76,15 @@ def check(expected: list[str], printed: str) -> None:
         found = found[starts[0] + len(lines) :]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sample data in it, as after a clone."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "sample_data").symlink_to(ROOT / "sample_data")
-    return folder
+@pytest.fixture(autouse=True)
+def as_after_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder but for the sample data."""
+    (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
+    monkeypatch.chdir(tmp_path)
 
 
-@with_fit
 @pytest.mark.parametrize("block", blocks("console"))
-def test_the_commands_print_what_the_readme_says(
-    block: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder)
+def test_the_commands_print_what_the_readme_says(block: str) -> None:
     for words, expected in sessions(block):
         assert words[0] == "csalign"
         environment = {"COLUMNS": "80"}
@@ -99,8 +94,7 @@ def test_the_commands_print_what_the_readme_says(
 
 
 @with_fit
-def test_python_prints_what_the_readme_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_python_prints_what_the_readme_says() -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for block in blocks("python"):
