@@ -1,6 +1,7 @@
 """What several tests stand on: a tiny CLIP model on disk and folders of images."""
 
 import json
+import logging
 import os
 import sys
 import uuid
@@ -52,6 +53,15 @@ def one_thread() -> None:
     Set before each test, since UMAP changes it.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_logger() -> Iterator[None]:
+    """A command keeps its messages from other handlers, such as those of the next test."""
+    yield
+    logger = logging.getLogger("csalign")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -68,12 +68,12 @@ ONLY_DOORS = {
     "torch.distributed": {"core/distributed.py"},
     "transformers": {"generation/unclip.py", "encoders/hf_texts.py"},
     "umap": {"evaluation/page.py"},
-    "typer": {"cli/app.py", "cli/command.py", "cli/options.py"},
+    "typer": {"cli/app.py", "cli/errors.py", "cli/help.py", "cli/options.py"},
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 140  # modules of the package
-MAX_TOTAL_LINES = 27_500
+MAX_TOTAL = 160  # modules of the package
+MAX_TOTAL_LINES = 33_000
 
 
 @cache

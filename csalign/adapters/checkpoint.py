@@ -15,10 +15,11 @@ from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError, reason_of
+from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
 
 WEIGHTS = "adapter.safetensors"
-DESCRIPTION = "adapter.json"
+DESCRIPTION = DOCUMENTS[Kind.RUN]
 BothSides = Field(min_length=len(Modality))
 
 
@@ -125,9 +126,7 @@ def load_adapter_with_info(
 def read_info(folder: Path) -> AdapterInfo:
     """Read ``adapter.json``; raises DataError if there is none, SchemaError if it is damaged."""
     path = folder / DESCRIPTION
-    if not path.is_file():
-        problem = "contains no trained adapter" if folder.exists() else "no such run"
-        raise DataError(f"{folder}: {problem} (no {DESCRIPTION}); train one with csalign train")
+    require_kind(folder, Kind.RUN)
     return read_record(path, AdapterInfo, "train again")
 
 

@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.builtin import Glu, Identity, Linear, LowRank, Mlp, Transformer
 from csalign.adapters.canonical import ClosedForm
+from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, ShapeError, reason_of
 
-GROUP = "csalign.adapters"  # of entry points, whose names are kinds
 DEFAULT_WIDTH = 256  # of the shared space, unless something else decides
 
 KINDS: Final[dict[str, type[SideAdapter]]] = {
@@ -46,14 +46,10 @@ def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
     """
     if kind in KINDS:
         return KINDS[kind]
-    module, colon, name = kind.partition(":")
+    module, _, name = kind.partition(":")
     entry = next(iter(entry_points(group=GROUP, name=kind)), None)
     if entry is None:
-        if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
-            raise ConfigError(
-                f"{kind}: no such kind of adapter; there are {', '.join(KINDS)}, those of "
-                "installed packages, and PACKAGE.MODULE:CLASS"
-            )
+        check_kind(kind)
         if kind not in allow:
             raise ConfigError(
                 f"{kind}: is code from outside csalign, which runs when it is loaded; allow this "

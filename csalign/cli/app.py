@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from csalign.cli import artifact_tables, eval_tables, render, tables
-from csalign.cli.command import command_of, error_exits
-from csalign.cli.options import Json
+from csalign.cli.command import command_of
+from csalign.cli.errors import Commands, error_exits
+from csalign.cli.help import Help, show_help
+from csalign.cli.options import GENERAL, Json
 from csalign.core import __version__, results
 from csalign.evaluation.config import (
     CompareConfig,
@@ -30,40 +32,67 @@ from csalign.training.config import (
     recipe_title,
 )
 
+EXAMPLES = """\
+Examples:
+  csalign import image.npy text.npy --out features
+  csalign train features --out run
+  csalign eval features --adapter run --report eval.html
+
+csalign help COMMAND shows the options of a command."""
+
 app = typer.Typer(
     name="csalign",
+    cls=Commands,
     help="Align two sets of embeddings with InfoNCE and the Cauchy-Schwarz divergence.",
-    epilog="Example: csalign extract photos --encoder open_clip:ViT-B-32/laion2b_s34b_b79k -o "
-    "features",
-    no_args_is_help=True,
+    epilog=EXAMPLES,
+    rich_markup_mode=None,
     pretty_exceptions_show_locals=False,  # a local could be a huge tensor
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
-PIPELINE = "Pipeline"
-ANALYSIS = "Analysis"
+DATA = "Data"
+TRAINING = "Training"
+EVALUATION = "Evaluation"
 USE = "Use"
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"csalign {__version__}")
+        with error_exits(quiet=False, verbose=0), render.to_stdout():
+            typer.echo(f"csalign {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_show_version)
+        bool,
+        typer.Option(
+            "--version",
+            "-V",
+            help="Print the version.",
+            callback=_show_version,
+            is_eager=True,
+            rich_help_panel=GENERAL,
+        ),
     ] = False,
+    help_: Help = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        show_help(context, code=2)
 
 
-@app.command(
-    rich_help_panel=PIPELINE,
-    epilog="Example: csalign extract photos --captions captions.csv --encoder "
-    "open_clip:ViT-B-32/openai --out features",
-)
+@app.command("help", hidden=True)
+def help_(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="Command.")] = None,
+) -> None:
+    """Show the help of a command."""
+    parent = context.parent
+    assert parent is not None
+    parent.command.main([*([command] if command else []), "--help"], prog_name="csalign")
+
+
+@app.command(rich_help_panel=DATA, epilog=f"Example: {ExtractConfig.example}")
 @command_of(ExtractConfig, artifact_tables.features_table)
 def extract(settings: ExtractConfig, progress: results.Progress) -> results.FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
@@ -72,11 +101,7 @@ def extract(settings: ExtractConfig, progress: results.Progress) -> results.Feat
     return extract(settings, progress)
 
 
-@app.command(
-    "import",
-    rich_help_panel=PIPELINE,
-    epilog="Example: csalign import --images image.npy --texts text.npy --out features",
-)
+@app.command("import", rich_help_panel=DATA, epilog=f"Example: {ImportConfig.example}")
 @command_of(ImportConfig, artifact_tables.features_table)
 def import_(settings: ImportConfig, progress: results.Progress) -> results.FeaturesResult:
     """Import arrays of embeddings as a feature set."""
@@ -85,9 +110,7 @@ def import_(settings: ImportConfig, progress: results.Progress) -> results.Featu
     return import_arrays(settings, progress)
 
 
-@app.command(
-    rich_help_panel=PIPELINE, epilog="Example: csalign split features --val 0.1 --test 0.1"
-)
+@app.command(rich_help_panel=DATA, epilog=f"Example: {SplitConfig.example}")
 @command_of(SplitConfig, artifact_tables.split_table)
 def split(settings: SplitConfig, progress: results.Progress) -> results.SplitResult:
     """Divide a feature set into train, val and test, by image."""
@@ -96,10 +119,7 @@ def split(settings: SplitConfig, progress: results.Progress) -> results.SplitRes
     return split(settings, progress)
 
 
-@app.command(
-    rich_help_panel=PIPELINE,
-    epilog="Example: csalign train features --out run --report training.html",
-)
+@app.command(rich_help_panel=TRAINING, epilog=f"Example: {TrainConfig.example}")
 @command_of(TrainConfig, tables.train_table, distributable=True)
 def train(settings: TrainConfig, progress: results.Progress) -> results.TrainResult:
     """Train adapters on a feature set."""
@@ -108,22 +128,16 @@ def train(settings: TrainConfig, progress: results.Progress) -> results.TrainRes
     return train(settings, progress)
 
 
-@app.command(
-    rich_help_panel=PIPELINE, epilog="Example: csalign tune features --out study --minutes 30"
-)
+@app.command(rich_help_panel=TRAINING, epilog=f"Example: {TuneConfig.example}")
 @command_of(TuneConfig, tables.tune_tables)
 def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult:
-    """Tune train's hyperparameters on validation; options you pass stay fixed."""
+    """Search settings of train on validation; options you pass stay fixed."""
     from csalign.training.tuning.tune import tune
 
     return tune(settings, progress)
 
 
-@app.command(
-    "eval",
-    rich_help_panel=PIPELINE,
-    epilog="Example: csalign eval features --adapter run --split test --report eval.html",
-)
+@app.command("eval", rich_help_panel=EVALUATION, epilog=f"Example: {EvalConfig.example}")
 @command_of(EvalConfig, eval_tables.eval_tables, distributable=True)
 def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
@@ -132,10 +146,7 @@ def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
     return evaluate(settings, progress)
 
 
-@app.command(
-    rich_help_panel=ANALYSIS,
-    epilog="Example: csalign compare run-a run-b eval.json --split test",
-)
+@app.command(rich_help_panel=EVALUATION, epilog=f"Example: {CompareConfig.example}")
 @command_of(CompareConfig, eval_tables.compare_table)
 def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
@@ -144,9 +155,7 @@ def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, An
     return compare(settings, progress)
 
 
-@app.command(
-    rich_help_panel=ANALYSIS, epilog="Example: csalign diagnose features --report diagnosis.html"
-)
+@app.command(rich_help_panel=EVALUATION, epilog=f"Example: {DiagnoseConfig.example}")
 @command_of(DiagnoseConfig, eval_tables.diagnosis_tables)
 def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, Any]:
     """Analyse the alignment/uniformity conflict and decompose the gap."""
@@ -155,7 +164,7 @@ def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, 
     return diagnose(settings, progress)
 
 
-@app.command(rich_help_panel=ANALYSIS, epilog="Example: csalign inspect features")
+@app.command(rich_help_panel=DATA, epilog=f"Example: {InspectConfig.example}")
 @command_of(InspectConfig, artifact_tables.inspect_table)
 def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, Any]:
     """Summarise an artifact and verify all of it."""
@@ -165,15 +174,16 @@ def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, An
 
 
 @app.command(
-    rich_help_panel=ANALYSIS,
+    rich_help_panel=TRAINING,
     epilog="Example: csalign recipes few-pairs > few.toml; csalign train features --config "
     "few.toml --out run",
 )
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe whose file to print.", metavar="NAME")
+        str | None, typer.Argument(help="Recipe whose file to print.", metavar="[NAME]")
     ] = None,
     json: Json = False,
+    help_: Help = False,
 ) -> None:
     """List the presets of train, or print one as a file for --config."""
     with error_exits(quiet=False, verbose=0), render.to_stdout():
@@ -185,9 +195,7 @@ def recipes(
             render.print_json(tomllib.loads(text)) if json else typer.echo(text, nl=False)
 
 
-@app.command(
-    rich_help_panel=USE, epilog="Example: csalign apply features --adapter run --out aligned"
-)
+@app.command(rich_help_panel=USE, epilog=f"Example: {ApplyConfig.example}")
 @command_of(ApplyConfig, artifact_tables.features_table, distributable=True)
 def apply(settings: ApplyConfig, progress: results.Progress) -> results.FeaturesResult:
     """Write the aligned embeddings as a new feature set."""
@@ -196,9 +204,7 @@ def apply(settings: ApplyConfig, progress: results.Progress) -> results.Features
     return apply(settings, progress)
 
 
-@app.command(
-    rich_help_panel=USE, epilog="Example: csalign index features --adapter run --out index"
-)
+@app.command(rich_help_panel=USE, epilog=f"Example: {IndexConfig.example}")
 @command_of(IndexConfig, tables.index_table)
 def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
     """Build a search index on disk."""
@@ -207,9 +213,7 @@ def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
     return index(settings, progress)
 
 
-@app.command(
-    rich_help_panel=USE, epilog='Example: csalign search index --text "a red bicycle" --top 5'
-)
+@app.command(rich_help_panel=USE, epilog=f"Example: {SearchConfig.example}")
 @command_of(SearchConfig, tables.found)
 def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
     """Find the nearest items to a text, an image or an embedding."""
@@ -218,7 +222,7 @@ def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
     return find(settings, progress)
 
 
-@app.command(rich_help_panel=USE, epilog="Example: csalign export run --to onnx --out exported")
+@app.command(rich_help_panel=USE, epilog=f"Example: {ExportConfig.example}")
 @command_of(ExportConfig, tables.export_table)
 def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]:
     """Export a run's adapter with a model card."""
@@ -227,11 +231,7 @@ def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]
     return export(settings, progress)
 
 
-@app.command(
-    rich_help_panel=USE,
-    epilog="Example: csalign generate --adapter run --decoder DECODER --prompts prompts.txt "
-    "--out images",
-)
+@app.command(rich_help_panel=USE, epilog=f"Example: {GenerateConfig.example}")
 @command_of(GenerateConfig, tables.generate_table)
 def generate(settings: GenerateConfig, progress: results.Progress) -> results.GenerateResult:
     """Generate images from text with an unCLIP decoder."""

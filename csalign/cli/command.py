@@ -1,30 +1,45 @@
-"""Commands from functions: options, logging, progress, results, and errors as exit codes."""
+"""Commands from functions: options, checks, progress and results.
+
+Wrong paths and options are refused before the libraries of a command take seconds to import.
+"""
 
 import inspect
-import logging
-import os
-import signal
-import sys
-import traceback
-import warnings
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
-import typer
-from rich.console import Console
-
 from csalign.cli import render
+from csalign.cli.errors import error_exits
+from csalign.cli.help import Help, HelpAll
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
 from csalign.cli.progress import shown_progress
-from csalign.core import atomic, distributed
-from csalign.core.config import Config
-from csalign.core.errors import ConfigError, CsalignError, DataError, ElsewhereError, Stopped
-from csalign.core.paths import is_store_error
+from csalign.core import atomic, distributed, outputs
+from csalign.core.config import Config, OutputConfig
+from csalign.core.errors import ConfigError, DataError
+from csalign.core.paths import Kind, is_store_error, require_kind
 from csalign.core.results import Progress
+from csalign.ingest.config import ExtractConfig
+from csalign.training.config import TuneConfig
 
 C = TypeVar("C", bound=Config)
 R = TypeVar("R")
+
+_KINDS = {
+    "features": (Kind.FEATURES,),
+    "unpaired": (Kind.FEATURES,),
+    "zero_shot": (Kind.FEATURES,),
+    "adapter": (Kind.RUN,),
+    "run": (Kind.RUN,),
+    "index": (Kind.INDEX, Kind.FEATURES),
+}
+"""Fields with paths of artifacts, and the kinds that they accept."""
+
+_FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
+"""Fields with paths of other files and folders that are read."""
+
+_PATTERN = re.compile(r"::|://|[{}*?[\0]")  # in a source that is not one local path
 
 
 def command_of(
@@ -45,6 +60,8 @@ def command_of(
             json: Json = False,
             quiet: Quiet = False,
             verbose: Verbose = 0,
+            help_: Help = False,
+            help_all: HelpAll = False,
             **options: Any,
         ) -> None:
             is_follower = distributable and distributed.world_from_environment().rank > 0
@@ -53,13 +70,16 @@ def command_of(
                 error_exits(quiet=quiet, verbose=verbose) as console,
                 distributed.process_group() if distributable else nullcontext(),
             ):
-                settings = config.resolve(config_file, given_values(options))
+                file = None if config_file is None else Path(config_file)
+                settings = config.resolve(file, given_values(options))
                 if json and getattr(settings, "jsonl", False):
                     raise ConfigError("--json and --jsonl: are two formats; pass one of them")
                 with (
                     _naming_urls(value for _, value in settings),
                     shown_progress(console, quiet=quiet) as progress,
                 ):
+                    if not is_follower:
+                        check_settings(settings)
                     result = function(settings, progress)
                 if not is_follower:
                     render.show(result, show, settings, as_json=json, quiet=quiet)
@@ -79,49 +99,6 @@ def command_of(
 
 
 @contextmanager
-def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
-    """Set up logging, and print expected errors as one or two lines with their exit code.
-
-    Anything else is a bug and keeps its traceback.
-
-    Yields:
-        The console on stderr.
-
-    Raises:
-        typer.Exit: with the exit code of an expected error or of a signal.
-    """
-    console = Console(stderr=True, soft_wrap=True, emoji=False)
-    _set_up_logging(console, quiet=quiet, verbose=verbose)
-    try:
-        yield console
-    except ElsewhereError as error:
-        raise typer.Exit(error.exit_code) from None
-    except (CsalignError, Stopped) as error:
-        _print_error(console, str(error), verbose)
-        raise typer.Exit(error.exit_code) from None
-    except BrokenPipeError:
-        # The reader of our stdout went away, as in `| head`; exit as SIGPIPE would.
-        _drop_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
-    except OSError as error:
-        if error.filename == render.STDOUT:
-            _drop_stdout()
-        _print_error(console, atomic.os_error(error), verbose)
-        raise typer.Exit(1) from None
-    except Exception as error:
-        if not is_store_error(error):
-            raise
-        message = f"the object store failed: {error}; check its address and keys"
-        _print_error(console, message, verbose)
-        raise typer.Exit(1) from None
-
-
-def _drop_stdout() -> None:
-    """Discard unwritten output, which Python would try to write once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
 def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
     """Raise an object store's error as a DataError with the URLs among `places`."""
     try:
@@ -136,34 +113,46 @@ def _naming_urls(places: Iterable[Any]) -> Iterator[None]:
         raise DataError(atomic.os_error(error, " or ".join(urls))) from error
 
 
-def _print_error(console: Console, message: str, verbose: int) -> None:
-    if verbose >= 2:
-        console.print(traceback.format_exc(), markup=False, highlight=False)
-    text = f"csalign: {render.escape_controls(message)}"
-    console.print(text, markup=False, highlight=False, style="red")
+def check_settings(settings: Config) -> None:
+    """Check options against each other, and that each path is what a command needs.
 
+    The command checks all of it again, and more; this imports neither torch nor pyarrow.
 
-class _StderrHandler(logging.Handler):
-    def __init__(self, console: Console) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        is_warning = record.levelno >= logging.WARNING
-        label = "warning: " if is_warning else ""
-        self._console.print(
-            f"csalign: {label}{render.escape_controls(record.getMessage())}",
-            style="yellow" if is_warning else None,
-            markup=False,
-            highlight=False,
+    Raises:
+        ConfigError: options do not go together.
+        DataError: an input does not exist or is of another kind.
+        OutputError: an output cannot be written.
+    """
+    settings.check()
+    inputs: list[Path] = []
+    for name, value in settings:
+        for path in value if isinstance(value, tuple) else (value,):
+            # Of a name such as "adapter" or "index" some commands have words, not paths.
+            if isinstance(path, Path):
+                _check_path(settings, name, path)
+                inputs += [path] if name not in ("out", "report") else []
+    searched = None
+    if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
+        searched = Path(settings.source)
+        if settings.source != "-" and not searched.exists():
+            raise DataError(f"{searched}: no such file or folder")
+        inputs.append(searched)
+    # An existing study of tune is continued.
+    if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
+        outputs.check_output(
+            settings.out,
+            None,
+            overwrite=settings.overwrite,
+            inputs=tuple(inputs),
+            searched=searched,
         )
 
 
-def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:
-    level = logging.ERROR if quiet else (logging.INFO, logging.DEBUG)[min(verbose, 1)]
-    logger = logging.getLogger("csalign")
-    logger.handlers = [_StderrHandler(console)]
-    logger.setLevel(level)
-    logger.propagate = False
-    if not verbose:
-        warnings.simplefilter("ignore")  # of libraries; csalign's own go through the logger
+def _check_path(settings: Config, name: str, path: Path) -> None:
+    if name in _KINDS:
+        title = type(settings).model_fields[name].title or ""
+        require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
+    elif name in _FILES and not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    elif name == "report":
+        outputs.check_page(path)

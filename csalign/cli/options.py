@@ -14,43 +14,26 @@ from pydantic_core import PydanticUndefined
 from csalign.core.config import Config
 
 SHORT = {"out": "-o"}
-_COMMON = "General"
+GENERAL = "General"
+COMMON = "Common options"
 _OFF = "no_"  # prefix of the parameter that switches a field off
-_METAVAR_WIDTH = 10
+_METAVAR_WIDTH = 18
 _CHOICE = "CHOICE"
 _TYPES = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
 
+
+def _general(*names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, show_default=False, rich_help_panel=GENERAL, **more)
+
+
 ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="TOML file of options; the command line overrides it.",
-        show_default=False,
-        rich_help_panel=_COMMON,
-    ),
+    str | None,
+    _general("--config", metavar="PATH", help="TOML file; the command line overrides it."),
 ]
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json",
-        help="Print one JSON document to stdout and nothing else.",
-        rich_help_panel=_COMMON,
-    ),
-]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Errors only, no progress.", rich_help_panel=_COMMON),
-]
+Json = Annotated[bool, _general("--json", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, _general("--quiet", "-q", help="Errors only, no progress.")]
 Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose",
-        "-v",
-        count=True,
-        help="More output; -vv shows tracebacks.",
-        show_default=False,
-        rich_help_panel=_COMMON,
-    ),
+    int, _general("--verbose", "-v", count=True, help="More output; -vv shows tracebacks.")
 ]
 
 
@@ -58,28 +41,30 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
     """Build the command-line parameters of a config model's fields, arguments first.
 
     All default to None, which says that the command line did not give them, so that a config file
-    may; see `given_values`. Panels appear in the order of the groups that the config inherits from;
-    that of its own fields comes last.
+    may; see `given_values`. The common fields come first; then panels appear in the order of the
+    groups that the config inherits from; that of its own fields comes last.
     """
     declared = [owner for owner in config.__mro__ if issubclass(owner, Config)]
     groups = [*declared[1:], config]
     # A field is shown with the group that declares it first; a subclass may only change its text.
     owner_of = {name: groups.index(own) for own in declared for name in own.__annotations__}
-    fields = [
-        (name not in config.positional, owner_of[name], name, field)
-        for name, field in config.model_fields.items()
-    ]
-    fields.sort(key=lambda entry: entry[:2])
+    names = [name for name in config.positional if name in config.model_fields]
+    names += [name for name in config.common if name in config.model_fields]
+    rest = [name for name in config.model_fields if name not in names]
     parameters: list[inspect.Parameter] = []
-    for is_option, group, name, field in fields:
-        if not is_option:
-            shown = field.title or name.upper()
+    for name in [*names, *sorted(rest, key=owner_of.__getitem__)]:
+        field = config.model_fields[name]
+        panel = COMMON if name in config.common else groups[owner_of[name]].panel
+        if name in config.positional:
+            shown = config.shown(name) if field.is_required() else f"[{config.shown(name)}]"
             argument = typer.Argument(metavar=shown, help=_help(field), show_default=False)
             parameters.append(_parameter(name, field, argument))
-        elif _plain_type(field.annotation) == (bool, False):
-            parameters += _switches(name, field, groups[group].panel)
+            continue
+        flags = [_flag(own) for own in (name, *config.aliases_of(name))]
+        if _plain_type(field.annotation) == (bool, False):
+            parameters += _switches(name, field, flags, panel)
         else:
-            parameters.append(_option(name, field, groups[group].panel))
+            parameters.append(_option(name, field, flags, panel))
     return parameters
 
 
@@ -90,35 +75,38 @@ def given_values(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not name.startswith(_OFF)} | off
 
 
-def _option(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+def _option(name: str, field: FieldInfo, flags: list[str], panel: str) -> inspect.Parameter:
     choices = _choices(field.annotation)
     info = typer.Option(
-        _flag(name),
+        *flags,
         *([SHORT[name]] if name in SHORT else []),
         metavar=_metavar(field.annotation),
         help=_help(field),
         show_default=False,
         rich_help_panel=panel,
+        hidden=_is_hidden(field),
         autocompletion=(lambda: choices) if choices else None,
     )
     return _parameter(name, field, info)
 
 
-def _switches(name: str, field: FieldInfo, panel: str) -> list[inspect.Parameter]:
+def _switches(name: str, field: FieldInfo, flags: list[str], panel: str) -> list[inspect.Parameter]:
     """Build ``--x`` and ``--no-x``; help shows the one that changes the default."""
+    is_on = field.default is True
+    text = field.description or ""
     on = typer.Option(
-        _flag(name),
-        help=_help(field),
+        *flags,
+        help=text,
         show_default=False,
         rich_help_panel=panel,
-        hidden=field.default is True,
+        hidden=is_on or _is_hidden(field),
     )
     off = typer.Option(
-        _flag(f"no_{name}"),
-        help=f"Disable this default: {field.description}",
+        *(flag.replace("--", "--no-", 1) for flag in flags),
+        help=f"Disable this default: {text}",
         show_default=False,
         rich_help_panel=panel,
-        hidden=field.default is not True,
+        hidden=not is_on,
     )
     return [_parameter(name, field, on), _parameter(_OFF + name, field, off)]
 
@@ -132,6 +120,12 @@ def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
         default=None,
         annotation=Annotated[annotation, info],
     )
+
+
+def _is_hidden(field: FieldInfo) -> bool:
+    """Return whether help omits an option, an older form of another."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("hidden"))
 
 
 def _flag(name: str) -> str:
@@ -155,13 +149,12 @@ def _help(field: FieldInfo) -> str:
 def _plain_type(annotation: Any) -> tuple[Any, bool]:
     """Return the type that Typer parses, and whether the option may be repeated.
 
-    Anything but a number or a switch is a string, which pydantic validates. So are paths: as a
-    Path, a URL would lose one of its slashes.
+    Anything but a switch is a string, which pydantic validates. So are paths: as a Path, a URL
+    would lose one of its slashes.
     """
     members = [*_members(annotation)]
-    for kind in (bool, int, float):
-        if members == [kind]:
-            return kind, False
+    if members == [bool]:
+        return bool, False
     repeated = [get_args(member)[0] for member in members if get_origin(member) is tuple]
     return str, any([*_members(kind)] == [Path] for kind in repeated)
 

@@ -1,113 +1,225 @@
-"""Progress on stderr: a bar on a terminal, a plain line now and then in a log."""
+"""Progress on stderr: the phase that runs, live on a terminal, in lines with the time in a log."""
 
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Event, Lock, Thread
+from types import TracebackType
 
-from rich.box import SIMPLE
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.console import Console
+from rich.live import Live
 from rich.text import Text
 
 from csalign.core import signals
-from csalign.core.results import Progress as Report
+from csalign.core.results import Progress, duration, reported_to
 
+BAR, LEAST_BAR, NAME = 24, 6, 50  # columns
+REFRESHES = 4  # per second
+NAMED_AFTER_S = 1.0  # a shorter phase is not worth a line in a log
 LINE_EVERY_S = 30.0
-SHOWN = (
-    *("loss", "pairwise", "pairwise_others", "divergence", "token"),
-    *("validation/mean_recall", "validation/centroid_distance"),
-)
 
 
 @contextmanager
-def shown_progress(console: Console, *, quiet: bool) -> Iterator[Report]:
-    """Yield a progress callback that writes to the console on stderr, or nothing if `quiet`.
+def shown_progress(console: Console, *, quiet: bool) -> Iterator[Progress]:
+    """Show what is reported in this block on the console, or nothing if `quiet`.
 
-    Every call also raises a signal whose first exception was dropped.
+    Every report also raises a signal whose first exception was dropped.
+
+    Yields:
+        The progress callback, which is the current one in the block.
     """
     if quiet:
-        yield lambda what, done, total: signals.check()
-    elif console.is_terminal:
-        with _bars(console) as bars:
-            yield _BarReporter(bars)
-    else:
-        yield _LineReporter(console)
+        with reported_to(_only_check):
+            yield _only_check
+        return
+    with _Screen(console) if is_live(console) else _Log(console) as shown, reported_to(shown):
+        yield shown
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.4g}/s", style="progress.data.speed")
+def is_live(console: Console) -> bool:
+    """Return whether lines on this console can be replaced."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
-class _Bars(Progress):
-    """Progress bars with the latest metrics below them."""
-
-    shown: dict[str, float] = {}  # noqa: RUF012 - replaced, never changed
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        if self.shown:
-            table = Table(box=SIMPLE)
-            for name in self.shown:
-                table.add_column(name.split("/")[-1].replace("_", " "), justify="right")
-            table.add_row(*(f"{value:.4g}" for value in self.shown.values()))
-            yield table
+def line_start(console: Console) -> str:
+    """Return what a message on the console starts with: in a log, the time."""
+    return "csalign: " if is_live(console) else time.strftime("%H:%M:%S ")
 
 
-def _bars(console: Console) -> _Bars:
-    return _Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _only_check(what: str, done: int, total: int | None) -> None:
+    signals.check()
 
 
-class _BarReporter:
-    def __init__(self, bars: _Bars) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
+@dataclass
+class Phase:
+    """A phase of a command: when it began and at what count, and its latest state."""
 
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        signals.check()
-        if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
+    what: str
+    began: float
+    first: int
+    done: int
+    total: int | None
+    figures: Mapping[str, str] = field(default_factory=dict)
 
-    def figures(self, figures: Mapping[str, float]) -> None:
-        """Show the latest value of each metric."""
-        latest = self._bars.shown | {name: figures[name] for name in SHOWN if name in figures}
-        self._bars.shown = {name: latest[name] for name in SHOWN if name in latest}
+    @property
+    def name(self) -> str:
+        """Return the name without the unit."""
+        return self.what.partition(": ")[0]
+
+    @property
+    def count(self) -> str:
+        """Return how much is done, with the unit; "" if nothing is counted."""
+        unit = self.what.partition(": ")[2]
+        if not unit and self.total is None:
+            return ""
+        done = f"{self.done:,}" + ("" if self.total is None else f"/{self.total:,}")
+        return f"{unit} {done}".strip()
+
+    def pace(self, now: float) -> list[str]:
+        """Return rate and time left as far as they are known, else the time so far."""
+        unit, past, made = self.what.partition(": ")[2], now - self.began, self.done - self.first
+        if made <= 0 or past <= 0:
+            return [duration(past)] if past >= 1 else []
+        shown = [format_rate(made / past, unit)] if unit else []
+        if self.total is not None and self.done < self.total:
+            shown.append(f"{duration((self.total - self.done) * past / made)} left")
+        return shown
+
+    def shown_figures(self) -> list[str]:
+        """Return name and value of each figure."""
+        return [f"{name} {value}".strip() for name, value in self.figures.items()]
 
 
-class _LineReporter:
+def format_rate(rate: float, unit: str) -> str:
+    """Format a rate for people, such as ``0.48 step/s``, ``1,057 rows/s`` or ``25 s/step``."""
+    if rate < 0.1:
+        return f"{1 / rate:,.0f} s/{unit.removesuffix('s')}"
+    digits = 0 if rate >= 10 else 1 if rate >= 1 else 2
+    return f"{rate:,.{digits}f} {unit}/s"
+
+
+class _Reporter:
+    """Keeps the phases; the latest one that reported is shown."""
+
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._began: dict[str, tuple[float, int]] = {}
-        self._last = time.monotonic()
+        self._lock = Lock()
+        self._phases: dict[str, Phase] = {}
+        self._began = time.monotonic()
+        self._phase = Phase("starting", self._began, 0, 0, None)
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         signals.check()
-        now = time.monotonic()
-        began, first = self._began.setdefault(what, (now, done))  # a rerun begins further on
-        if now - self._last < LINE_EVERY_S:
-            return
-        self._last = now
-        rate = (done - first) / (now - began) if now > began else 0.0
-        line = f"{what}: {done}" + (f" of {total}" if total else "") + f", {rate:,.4g}/s"
-        if total and rate:
-            line += f", {(total - done) / rate:,.0f} s left"
-        self._console.print(line, highlight=False)
+        with self._lock:
+            phase, now = self._phases.get(what), time.monotonic()
+            is_other = phase is not self._phase
+            # A phase may be interrupted by others, and it may come again.
+            if phase is None or done < phase.done or (is_other and done <= phase.first):
+                phase = self._phases[what] = Phase(what, now, done, done, total)
+            phase.done, phase.total, self._phase = done, total, phase
+            if is_other:
+                self._enter(now)
+
+    def figures(self, figures: Mapping[str, str], notable: bool) -> None:
+        with self._lock:
+            self._phase.figures = figures
+
+    def _enter(self, now: float) -> None:
+        """Take note that another phase runs."""
+
+
+class _Screen(_Reporter):
+    """A few lines that follow the phase, and vanish."""
+
+    def __enter__(self) -> "_Screen":
+        self._live = Live(
+            get_renderable=self.render,
+            console=self._console,
+            transient=True,
+            refresh_per_second=REFRESHES,
+        )
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def render(self) -> Text:
+        """Return the lines, none wider than the console."""
+        phase, width, now = self._phase, self._console.width, time.monotonic()
+        full, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
+        name = phase.name if len(phase.name) <= NAME else phase.name[: NAME - 1] + "…"
+        first = [name, *filter(None, [phase.count]), *phase.pace(now)]
+        columns = min(BAR, width - len("  ".join([*first, ""])))
+        if phase.total and columns >= LEAST_BAR:
+            made = min(columns, round(columns * phase.done / phase.total))
+            first.insert(1, full * made + rest * (columns - made))
+        lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, indent="  ")]
+        text = Text("\n".join(lines), no_wrap=True)
+        text.highlight_regex(re.escape(full) + "{2,}", "bar.complete")
+        text.highlight_regex(re.escape(rest) + "{2,}", "bar.back")
+        return text
+
+
+def _packed(parts: list[str], width: int, indent: str = "") -> Iterator[str]:
+    """Yield lines of at most `width` columns, breaking between parts only."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else indent + part
+        if line and len(longer) > width:
+            yield line
+            longer = "  " + part
+        line = longer if len(longer) <= width else longer[: width - 1] + "…"
+    if line:
+        yield line
+
+
+class _Log(_Reporter):
+    """Lines when a phase has run for a second, for notable figures, and every half a minute."""
+
+    def __enter__(self) -> "_Log":
+        self._last = self._began
+        self._is_named = True  # "starting" is of no use in a log
+        self._ended = Event()
+        self._clock = Thread(target=self._watch, daemon=True)
+        self._clock.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._clock.join(NAMED_AFTER_S)
+        past = time.monotonic() - self._began
+        if kind is None and past >= NAMED_AFTER_S:
+            self._print(f"done in {duration(past)}")
+
+    def figures(self, figures: Mapping[str, str], notable: bool) -> None:
+        super().figures(figures, notable)
+        if notable:
+            with self._lock:
+                self._print_phase(time.monotonic())
+
+    def _enter(self, now: float) -> None:
+        self._is_named = False
+
+    def _watch(self) -> None:
+        while not self._ended.wait(NAMED_AFTER_S / 2):
+            with self._lock:
+                now = time.monotonic()
+                is_new = not self._is_named and now - self._phase.began >= NAMED_AFTER_S
+                if is_new or now - self._last >= LINE_EVERY_S:
+                    self._print_phase(now)
+
+    def _print_phase(self, now: float) -> None:
+        self._last, self._is_named, phase = now, True, self._phase
+        head = phase.name + (": " if ": " in phase.what else " ") + phase.count
+        self._print("  ".join([head.strip(), *phase.shown_figures(), *phase.pace(now)]))
+
+    def _print(self, text: str) -> None:
+        self._console.print(line_start(self._console) + text, markup=False, highlight=False)

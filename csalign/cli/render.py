@@ -22,7 +22,6 @@ R = TypeVar("R")
 C = TypeVar("C", bound=Config)
 STDOUT = "stdout"
 PIPED_WIDTH = 160  # of tables without a terminal
-PAGES = ("report", "plot", "html", "sheet")  # options that name a page to write
 
 _QUIET = ContextVar("quiet", default=False)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
@@ -142,9 +141,8 @@ def print_closing(settings: Config | None, *following: Sequence[object] | str) -
     """Print which pages were written and what to do next: commands by words, or sentences."""
     if is_quiet():
         return
-    for name in PAGES:
-        if page := getattr(settings, name, None):
-            print_line(f"wrote {page}")
+    if page := getattr(settings, "report", None):
+        print_line(f"wrote {page}")
     for step in following:
         print_line(step if isinstance(step, str) else f"next: {command(*step)}")
 

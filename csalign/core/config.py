@@ -1,7 +1,9 @@
 """Options of any command: TOML files, the command line, and types of values."""
 
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -14,12 +16,35 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    model_validator,
 )
 
 from csalign.core.errors import ConfigError
+from csalign.core.mistakes import did_you_mean, explain, field_of
 from csalign.core.paths import parse_location
 
 C = TypeVar("C", bound="Config")
+
+ALIASES = {
+    "lr": "learning_rate",
+    "pair_loss": "pairwise",
+    "dist_loss": "divergence",
+    "dist_weight": "cs_weight",
+    "chunk_size": "sub_batch",
+    "ema": "average",
+    "dim": "width",
+    "hidden_dim": "hidden",
+    "val_count": "validations",
+    "html": "report",
+    "plot": "report",
+}
+"""Other names of options, on the command line, in ``--config`` and from Python."""
+
+
+def _parse_place(value: Any) -> Path:
+    if value == "":
+        raise ValueError("must not be empty")
+    return parse_location(value)
 
 
 def _parse_number(value: Any) -> Any:
@@ -50,7 +75,7 @@ def _parse_words(value: Any) -> Any:
 Number = BeforeValidator(_parse_number)
 Several = BeforeValidator(_parse_numbers)
 Words = BeforeValidator(_parse_words)
-Location = Annotated[Path, PlainValidator(parse_location), PlainSerializer(str)]
+Location = Annotated[Path, PlainValidator(_parse_place), PlainSerializer(str)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -68,6 +93,12 @@ class Config(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ("source", "features")
     """Fields that are arguments rather than options on the command line."""
 
+    common: ClassVar[tuple[str, ...]] = ()
+    """Fields that the short help shows, in this order; () for all. Unknown names are ignored."""
+
+    example: ClassVar[str] = ""
+    """A command line that works, for the help and for what is missing in another."""
+
     @classmethod
     def resolve(cls, file: Path | None, given: Mapping[str, Any]) -> Self:
         """Combine defaults, a TOML file and the values of the command line.
@@ -79,15 +110,107 @@ class Config(BaseModel):
         Raises:
             ConfigError: the file cannot be read, or keys or values are wrong; one line per error.
         """
-        values = {**(_read_toml(file) if file else {}), **given}
+        written = cls.renamed(_read_toml(file)) if file else {}
         try:
-            return cls.model_validate(values)
+            return cls.model_validate({**written, **given})
         except ValidationError as error:
-            raise ConfigError(_explain(error, file)) from None
+            raise ConfigError("\n".join(cls._mistakes(error, file, given))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_aliases(cls, values: Any) -> Any:
+        return cls.renamed(values) if isinstance(values, Mapping) else values
+
+    @classmethod
+    def renamed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values with aliases (see `ALIASES`) and dashes replaced by the names of fields.
+
+        Raises:
+            ConfigError: a value is given under two names.
+        """
+        found: dict[str, Any] = {}
+        keys: dict[str, str] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in cls.model_fields:
+                name = ALIASES.get(name, name)
+            name = name if name in cls.model_fields else key
+            if name in found:
+                raise ConfigError(f"{keys[name]} and {key} are names of one option; omit one")
+            found[name], keys[name] = value, key
+        return found
+
+    @classmethod
+    def aliases_of(cls, name: str) -> list[str]:
+        """Return the other names of a field."""
+        return [own for own, of in ALIASES.items() if of == name and own not in cls.model_fields]
+
+    @classmethod
+    def shown(cls, name: str) -> str:
+        """Return a field as it is written on the command line: ``--out``, or ``FEATURES``."""
+        if name in cls.positional and name in cls.model_fields:
+            return cls.model_fields[name].title or name.upper()
+        return f"--{name.removesuffix('_').replace('_', '-')}"
+
+    def check(self) -> None:
+        """Raise ConfigError if options are missing or do not go together."""
+
+    @classmethod
+    def _mistakes(
+        cls, error: ValidationError, file: Path | None, given: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Yield a line for all that is missing, and one for each other mistake."""
+        problems = error.errors()
+        missing = [field_of(problem) for problem in problems if problem["type"] == "missing"]
+        missing.sort(key=lambda name: name not in cls.positional)
+        if missing:
+            names = " and ".join(cls.shown(name) for name in missing)
+            wrong = {field_of(problem) for problem in problems}
+            right = {name: value for name, value in given.items() if name not in wrong}
+            yield f"missing {names}{cls._for_instance(file, right, missing)}"
+        known = [*cls.model_fields, *(own for own in ALIASES if own not in cls.model_fields)]
+        for problem in problems:
+            if problem["type"] == "extra_forbidden":
+                key = field_of(problem)
+                where = f"{file}: unknown key {key}" if file else f"{key}: unknown key"
+                yield f"{where}{did_you_mean(key, known)}"
+        yield from explain(
+            error,
+            lambda name: f"{file}: {name}" if file and name not in given else cls.shown(name),
+        )
+
+    @classmethod
+    def _for_instance(
+        cls, file: Path | None, given: Mapping[str, Any], missing: Sequence[str]
+    ) -> str:
+        """Complete what was given with the missing values of the example."""
+        words = shlex.split(cls.example)
+        if not words:
+            return ""
+        line, arguments = words[:2], iter(words[2:])
+        for name in cls.positional:
+            if name in cls.model_fields and (name in given or name in missing):
+                example = next(arguments, name.upper())
+                value = given.get(name, example)
+                line += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+        line += [] if file is None else ["--config", str(file)]
+        for name in [*given, *missing]:
+            if name not in cls.positional and not isinstance(given.get(name), list):
+                line += _written(cls.shown(name), given.get(name, words))
+        return f"; for instance: {shlex.join(line)}"
 
     def to_toml(self) -> str:
         """Return the configuration for ``--config``, without unset keys and ``overwrite``."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude={"overwrite"}))
+
+
+def _written(option: str, value: Any) -> list[str]:
+    """Write an option as on the command line; its value from the words of an example if missing."""
+    if isinstance(value, bool):
+        return [option if value else option.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        value = dict(pairwise(value)).get(option, option.strip("-").upper())
+    return [option, str(value)]
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -99,25 +222,9 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read as TOML: {error}") from None
 
 
-def _explain(error: ValidationError, file: Path | None) -> str:
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
-        # pydantic appends the member of a union to the field; users know the field alone.
-        name = name.split(".")[0].removesuffix("_").replace("_", "-")
-        if problem["type"] == "missing":
-            message = "is required"
-        elif problem["type"] == "extra_forbidden":
-            message = "unknown key" + (f" in {file}" if file else "")
-        else:
-            message = f"{problem['msg']} (got {problem['input']!r:.200})"
-        line = f"{name}: {message}"
-        if line not in lines:
-            lines.append(line)
-    return "\n".join(lines)
-
-
 def _require_local(value: Any) -> Any:
+    if value == "":
+        raise ValueError("must not be empty")
     if "://" in str(value):
         raise ValueError("runs and indexes must be on a local disk; only feature sets can be URLs")
     return value

@@ -30,7 +30,7 @@ def pick_device(name: str) -> "torch.device":
     if world.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         if world.local_size > torch.cuda.device_count():
             raise ConfigError(
-                f"device: {world.local_size} processes on a machine with "
+                f"--device: {world.local_size} processes on a machine with "
                 f"{torch.cuda.device_count()} CUDA devices; start one per device, or use "
                 "--device cpu"
             )
@@ -45,7 +45,7 @@ def pick_device(name: str) -> "torch.device":
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"device: {name!r} is not usable here ({reason_of(error)}); try auto"
+            f"--device: {name!r} is not usable here ({reason_of(error)}); try auto"
         ) from None
     return device
 

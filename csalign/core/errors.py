@@ -19,6 +19,8 @@ A message names the file and row, what is wrong, and the remedy. Any other excep
 keeps its traceback.
 """
 
+import signal
+
 
 class CsalignError(Exception):
     """Base of every expected failure."""
@@ -83,11 +85,22 @@ class Stopped(BaseException):
 
     Args:
         signum: number of the signal; the exit code is 128 more, as shells count.
+
+    Attributes:
+        resumes: whether the same command would resume from what was saved.
     """
 
+    resumes = False
+
     def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}")
+        super().__init__(signum)
+        self.signum = signum
         self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        is_typed = self.signum == signal.SIGINT
+        what = "Interrupted" if is_typed else f"stopped by {signal.Signals(self.signum).name}"
+        return what + ("; run the same command to resume" if self.resumes else "")
 
 
 def reason_of(error: BaseException) -> str:

@@ -27,7 +27,7 @@ _JOBS = {
 
 def check_output(
     out: Path,
-    entries: Collection[str],
+    entries: Collection[str] | None,
     *,
     overwrite: bool,
     inputs: tuple[Path, ...] = (),
@@ -39,7 +39,8 @@ def check_output(
 
     Args:
         out: the output folder.
-        entries: names that the command writes into it; anything else there is the user's.
+        entries: names that the command writes into it; anything else there is the user's. None
+            for any.
         overwrite: whether an artifact there may be replaced.
         inputs: files and folders that are read, and so must not be replaced.
         searched: the input folder that is read recursively; an output in it would be read by
@@ -59,7 +60,7 @@ def check_output(
 
 def _check_local_output(
     out: Path,
-    entries: Collection[str],
+    entries: Collection[str] | None,
     *,
     overwrite: bool,
     inputs: tuple[Path, ...],
@@ -93,15 +94,24 @@ def _check_local_output(
         raise OutputError(f"{out}: is a file; choose another --out")
     if not any(resolved.iterdir()):
         return
-    foreign = {path.name for path in resolved.iterdir()} - {*entries, *_OWN}
+    names = {path.name for path in resolved.iterdir()}
+    foreign = names - {*(names if entries is None else entries), *_OWN}
     if foreign or not _is_artifact(resolved):
-        example = min(foreign or {path.name for path in resolved.iterdir()})
+        example = min(foreign or names)
         raise OutputError(
             f"{out}: contains files that this command did not make ({example}); choose "
             "another --out"
         )
     if not overwrite:
         raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+
+
+def check_page(path: Path) -> None:
+    """Raise OutputError if a page cannot be written there, before the work that fills it."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file such as {path / 'page.html'}")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def _refuse_foreign(partial: Path) -> None:
@@ -111,7 +121,7 @@ def _refuse_foreign(partial: Path) -> None:
 
 
 def _check_remote_output(
-    out: Path, entries: Collection[str], *, overwrite: bool, inputs: tuple[Path, ...]
+    out: Path, entries: Collection[str] | None, *, overwrite: bool, inputs: tuple[Path, ...]
 ) -> None:
     if not out.name:
         raise OutputError(f"{out}: is a bucket; choose a folder in it")
@@ -127,8 +137,9 @@ def _check_remote_output(
     if not names:
         return
     is_half = JOB in names  # a process died on the way
-    if names - {*entries, *_OWN} or not (is_half or _is_artifact(out)):
-        example = min(names - {*entries, *_OWN} or names)
+    foreign = names - {*(names if entries is None else entries), *_OWN}
+    if foreign or not (is_half or _is_artifact(out)):
+        example = min(foreign or names)
         raise OutputError(
             f"{out}: contains files that this command did not make ({example}); choose "
             "another --out"

@@ -41,9 +41,9 @@ def check() -> None:
     """Raise if a signal arrived, even where its first exception was dropped.
 
     Raises:
-        Stopped: a signal arrived.
+        Stopped: a signal arrived, and is neither delayed nor polled.
     """
-    if _arrived and not _polls:
+    if _arrived and not _polls and not _delays:
         raise Stopped(_arrived[0])
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.results import tick
 from csalign.features.schema import EncoderInfo
 
 _OWN = ("open_clip", "timm", "hf")
@@ -144,6 +145,7 @@ def load_encoders(image: str | None, text: str | None, options: EncoderOptions) 
 
 
 def _load(spec: str, sides: Collection[Modality], options: EncoderOptions) -> Encoders:
+    tick(f"loading {spec}")
     # Imported when named, since each family brings a large library.
     family, _, name = spec.partition(":")
     if not name:

@@ -12,7 +12,7 @@ from csalign.adapters.checkpoint import read_info
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
-from csalign.core.results import Progress, silent
+from csalign.core.results import Progress, reported_to, silent, within
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure_loaded
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
@@ -120,16 +120,15 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     """
     entries: list[_Entry] = []
     total, rows = len(config.systems), _Rows()
-    for number, path in enumerate(config.systems):
-        progress("evaluations", number, total)
+    for number, path in enumerate(config.systems, 1):
         try:
-            is_document = not path.is_dir()
-            entries.append(_read_document(path) if is_document else _evaluate(path, config, rows))
+            with reported_to(within(f"{path.name} ({number}/{total})")):
+                is_run = path.is_dir()
+                entries.append(_evaluate(path, config, rows) if is_run else _read_document(path))
         except ShapeError as error:
             if total == 1 or not (path / MANIFEST).is_file():
                 raise
             log.warning("left out, as there is no retrieval without an adapter: %s", error)
-    progress("evaluations", total, total)
     if not entries:
         raise DataError("nothing to compare is left; pass runs")
     warn_of_trained([entry.aligned for entry in entries if entry.aligned is not None])
@@ -214,7 +213,7 @@ def _find_baseline(baseline: str | None, entries: Sequence[_Entry], names: list[
     if baseline.isascii() and baseline.isdigit() and 1 <= int(baseline) <= len(entries):
         return entries[int(baseline) - 1]
     raise ConfigError(
-        f"baseline: {baseline!r} is not one of {', '.join(names)}; name one of them, or pass its "
+        f"--baseline: {baseline!r} is not one of {', '.join(names)}; name one of them, or pass its "
         f"number, 1 to {len(entries)}"
     )
 

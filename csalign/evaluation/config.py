@@ -50,7 +50,7 @@ class SourceOptions(AdaptedOptions):
     def feature_set(self) -> Path:
         """Features; ConfigError if there are none."""
         if self.features is None:
-            raise ConfigError("features: is required")
+            raise ConfigError(f"missing FEATURES; for instance: {self.example}")
         return self.features
 
 
@@ -114,10 +114,16 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
     panel: ClassVar[str] = "Output"
 
+    example: ClassVar[str] = "csalign eval features --adapter run --split test --report eval.html"
+    common: ClassVar[tuple[str, ...]] = (
+        *("adapter", "split", "report", "all_figures", "explain", "by", "correct", "protocol"),
+        *("intervals", "seed", "device"),
+    )
+
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
     report: Path | None = Field(
-        None, description="Also write a page with plots and queries, such as evaluation.html."
+        None, description="Also write a page with plots and queries, as eval.html."
     )
     pictures: Path | None = Field(None, description=PICTURES)
     umap: bool = Field(False, description=UMAP)
@@ -126,10 +132,10 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
         """Raise ConfigError if options are missing or do not go together."""
         if self.images is not None or self.generated is not None:
             if self.images is None or self.generated is None:
-                raise ConfigError("images, generated: are compared with each other; pass both")
+                raise ConfigError("--images and --generated are compared; pass both")
             if others := sorted(self.model_fields_set - _OF_IMAGE_SETS):
-                names = ", ".join(name.replace("_", "-") for name in others)
-                raise ConfigError(f"{names}: cannot be used with --images and --generated; omit")
+                names = ", ".join(self.shown(name) for name in others)
+                raise ConfigError(f"{names}: cannot be used with --images and --generated; omit it")
             return
         _ = self.feature_set
         if (self.zero_shot is None) != (self.labels is None):
@@ -145,6 +151,8 @@ class DiagnoseConfig(SourceOptions):
 
     panel: ClassVar[str] = "Analysis"
 
+    example: ClassVar[str] = "csalign diagnose features --report diagnosis.html"
+
     features: Location = Field(
         title="FEATURES|RUN",
         description="Feature set, or a run with its own features.",
@@ -157,8 +165,8 @@ class DiagnoseConfig(SourceOptions):
     )
     bandwidth: Positive = Field(0.5, description="Kernel bandwidth of the CS divergence.")
     pairs: Annotated[int, Field(ge=2)] = Field(1_000, description="Pairs to sample, at most.")
-    plot: Path | None = Field(
-        None, description="Also write a page with plots, such as diagnosis.html."
+    report: Path | None = Field(
+        None, description="Also write a page with plots, as diagnosis.html."
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampled rows.")
 
@@ -168,6 +176,7 @@ class CompareConfig(AdaptedOptions):
 
     panel: ClassVar[str] = "Comparison"
     positional: ClassVar[tuple[str, ...]] = ("systems",)
+    example: ClassVar[str] = "csalign compare run-a run-b eval.json --split test"
 
     systems: tuple[Location, ...] = Field(
         min_length=1,
@@ -188,6 +197,7 @@ class InspectConfig(Config):
 
     panel: ClassVar[str] = "Completion"
     positional: ClassVar[tuple[str, ...]] = ("path",)
+    example: ClassVar[str] = "csalign inspect features"
 
     path: Location = Field(
         description="A feature set (finished or not), run, index, export, study, document or page."

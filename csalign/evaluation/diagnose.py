@@ -11,7 +11,8 @@ from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
 from csalign.core.enums import DivergenceName
-from csalign.core.results import Progress, silent
+from csalign.core.outputs import check_page
+from csalign.core.results import Progress, silent, tick, track
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
@@ -19,7 +20,6 @@ from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
 from csalign.report.evaluation import write_diagnosis
-from csalign.report.page import check_page
 from csalign.runs.metadata import read_lines, read_settings, run_folder
 
 log = logging.getLogger(__name__)
@@ -65,15 +65,13 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     Raises:
         DataError, ShapeError, SchemaError, OutputError: as `evaluate`.
     """
-    if config.plot is not None:
-        check_page(config.plot)
-    progress("diagnosis stages", 0, 2)
+    if config.report is not None:
+        check_page(config.report)
     config = with_features(config)
     aligned = load_aligned(config)
     scale = config.logit_scale
     if scale is None:
         scale = read_info(config.adapter).logit_scale if config.adapter else CLIP_LOGIT_SCALE
-    progress("diagnosis stages", 1, 2)
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
     sigma = config.bandwidth
     weight = config.cs_weight
@@ -88,7 +86,9 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
             gradient(lambda a, b: alignment_uniformity(a, b, logit_scale=at).uniformity, x, y),
         )
 
-    gradients = {at: infonce_gradients(at) for at in sorted({*SCALES, scale})}
+    scales = sorted({*SCALES, scale})
+    gradients = {at: infonce_gradients(at) for at in track(scales, "gradients", len(scales))}
+    tick("gap")
 
     def conflict(at: float, cs_weight: float) -> float:
         pull, push = gradients[at]
@@ -127,9 +127,8 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
             for at in gradients
         ],
     }
-    if config.plot is not None:
-        write_diagnosis(config.plot, document)
-    progress("diagnosis stages", 2, 2)
+    if config.report is not None:
+        write_diagnosis(config.report, document)
     return document
 
 

@@ -15,6 +15,7 @@ from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
+from csalign.core.outputs import check_page
 from csalign.core.paths import parse_location
 from csalign.core.results import Progress, silent
 from csalign.evaluation import protocols
@@ -43,7 +44,6 @@ from csalign.metrics.bootstrap import Resamples, resample
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import gap_suite, image_distances
 from csalign.metrics.retrieval import DirectionRanks, hubness
-from csalign.report.page import check_page
 
 COLLAPSED_RANK = 1.5  # effective dimensions
 FEWEST_IMAGES = 2  # for a covariance
@@ -112,26 +112,22 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         document = _compare_image_sets(config, config.images, config.generated, progress)
     else:
         with distributed.process_group():
-            document = _evaluate_features(with_features(config), progress)
+            document = _evaluate_features(with_features(config))
     return document | ({"explanations": explain(document)} if config.explain else {})
 
 
-def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]:
+def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
     if config.report is not None:
         check_page(config.report)
         check_umap(wanted=config.umap)
-    progress("evaluation stages", 0, 2)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
         evaluation = measure(config)
-    progress("evaluation stages", 1, 2)
 
     def finish() -> dict[str, Any]:
         report = describe(evaluation)
-        progress("evaluation stages", 2, 2)
         if config.report is not None:
-            progress("report", 0, 1)
             report = with_before(report, config, device=config.device)
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"
@@ -144,7 +140,6 @@ def _evaluate_features(config: EvalConfig, progress: Progress) -> dict[str, Any]
                 pictures=config.pictures,
                 umap=config.umap,
             )
-            progress("report", 1, 1)
         return report.document
 
     return distributed.broadcast(finish)
@@ -330,9 +325,9 @@ def _load_images(name: str, config: EvalConfig, progress: Progress) -> tuple[Fea
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         if place is None or not (place / MANIFEST).is_file():
             if config.encoder is None:
-                raise ConfigError(f"encoder: is required, to encode the images of {name}")
+                raise ConfigError(f"--encoder: is required, to encode the images of {name}")
             if config.split is not None:
-                raise ConfigError(f"split: is for feature sets, which {name} is not")
+                raise ConfigError(f"--split: is for feature sets, which {name} is not")
             place = Path(folder, "features")
             options = ExtractConfig(
                 source=name,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.results import tick
 from csalign.evaluation.protocols import AlignedRows, Ranks
 from csalign.features import schema
 from csalign.metrics.bootstrap import Resamples
@@ -92,6 +93,7 @@ def write_report(
         write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
     aligned, rows = report.aligned, report.aligned.rows
+    tick("drawing the page")
     paired = np.flatnonzero(rows.text_image >= 0)
     texts = np.random.default_rng(seed).permutation(paired)[:SAMPLED]
     owners = rows.text_image[texts]
@@ -105,6 +107,7 @@ def write_report(
         f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
+    tick("choosing queries")
     manifest = aligned.features.manifest
     shown = Pictures(THUMBNAIL, pictures, manifest.source_root)
     queries = _ranked_queries(report, shown, seed)
@@ -155,6 +158,7 @@ def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Float
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # UMAP warns of fixed seeds and of optional packages
+        tick("mapping neighbours (UMAP)")
         from umap import UMAP
 
         mapper = UMAP(metric="cosine", random_state=seed % 2**32, n_jobs=1)

@@ -111,7 +111,7 @@ def link_near_duplicates(
         for count, first, second in _close_pairs(rows, cell, least):
             links.add(kept[first], kept[second])
             done += count
-            progress("images compared", done, total)
+            progress("comparing: images", done, total)
     return threshold
 
 
@@ -121,7 +121,7 @@ def _hash_embeddings(table: FeatureTable, progress: Progress) -> Ints:
         vectors = batch_vectors(batch, schema.EMBEDDING)
         check_directions(vectors, batch.column(schema.ID), f"{table.folder}: images")
         found.append(hash_rows(vectors))
-        progress("images read", first + len(vectors), PASSES * len(table))
+        progress("reading: images", first + len(vectors), PASSES * len(table))
     return np.concatenate(found)
 
 
@@ -138,7 +138,7 @@ def _whole_numbers(table: FeatureTable, rows: Ints, progress: Progress) -> Integ
     for places, unit in _unit_rows(table, rows):
         sums += unit.sum(axis=0)
         squares += np.square(unit).sum(axis=0)
-        progress("images read", len(table) + places.stop, PASSES * len(table))
+        progress("reading: images", len(table) + places.stop, PASSES * len(table))
     mean = sums / len(rows)
     deviation = np.sqrt(np.maximum(0, squares / len(rows) - mean**2))
     varies = deviation > FLATTEST * np.sqrt(np.mean(deviation**2))
@@ -149,7 +149,7 @@ def _whole_numbers(table: FeatureTable, rows: Ints, progress: Progress) -> Integ
         unit = (unit - mean) * scale
         norms = np.linalg.norm(unit, axis=1, keepdims=True)
         found[places] = np.rint(NORM * np.divide(unit, norms, out=unit, where=norms > 0))
-        progress("images read", 2 * len(table) + places.stop, PASSES * len(table))
+        progress("reading: images", 2 * len(table) + places.stop, PASSES * len(table))
     return found
 
 

@@ -17,6 +17,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote
+from csalign.core.results import tick, track
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
 
@@ -133,7 +134,7 @@ class FeatureTable:
 
     def verify(self) -> None:
         """Compare every file with its checksum; raises SchemaError if one does not match."""
-        for shard in self.shards:
+        for shard in track(self.shards, "verifying: files", len(self.shards)):
             self._verify_file(shard, AGAIN)
         if (file := self._split_file) is not None:
             self._verify_file(file, self._divide_again)
@@ -162,6 +163,7 @@ class FeatureTable:
             if whole is None:
                 whole = np.empty((len(self), self.width), values.dtype)
             whole[first : first + len(values)] = values
+            tick("reading: rows", first + len(values), len(self))
         return np.empty((0, self.width), schema.DTYPES[self.dtype]) if whole is None else whole
 
     def read(self, *columns: str, rows: Ints | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -12,10 +12,10 @@ from pydantic import Field
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError
-from csalign.core.paths import is_store_error
+from csalign.core.paths import DOCUMENTS, Kind, is_store_error, require_kind
 from csalign.core.records import Record, read_record
 
-MANIFEST = "manifest.json"
+MANIFEST = DOCUMENTS[Kind.FEATURES]
 FAILURES = "failures.jsonl"
 SPLITS = "splits"
 ENTRIES = frozenset({MANIFEST, FAILURES, SPLITS, "images", "texts", "config.toml"})
@@ -223,12 +223,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        if not folder.exists():
-            raise DataError(
-                f"{folder}: no such feature set; create one with csalign extract or import"
-            )
-        if not path.is_file():
-            raise DataError(f"{folder}: is not a feature set (it contains no {MANIFEST})")
+        require_kind(folder, Kind.FEATURES)
         return read_record(path, Manifest, "create the feature set again")
     except CsalignError:
         raise

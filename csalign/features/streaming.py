@@ -15,6 +15,7 @@ import numpy.typing as npt
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError
+from csalign.core.results import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions
 from csalign.features.join import Joined, PairedRows, Pairs, compact, first_alike, text_keys
@@ -150,6 +151,7 @@ def _fill(table: FeatureTable, targets: Sequence[_Target]) -> None:
     chosen = [target.rows for target in targets if target.rows is not None]
     wanted = np.unique(np.concatenate(chosen)) if len(chosen) == len(targets) else None
     for first, batch in table.read(*columns, rows=wanted):
+        tick("reading: rows", first, len(table))
         vectors = batch_vectors(batch, schema.EMBEDDING)
         for name, rows, out, places, keys in targets:
             positions, local = places_within(rows, first, first + len(batch))

@@ -1,10 +1,12 @@
 """Options of ``csalign generate``."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.core.errors import ConfigError
 from csalign.runs.config import ANY_ENCODER
 
 
@@ -60,8 +62,15 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
 
     panel: ClassVar[str] = "Images"
     positional: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[str] = (
+        "csalign generate --adapter run --decoder DECODER --prompts prompts.txt --out images"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("prompts", "features", "adapter", "decoder", "out", "report", "seed", "steps", "size"),
+        *("device", "overwrite"),
+    )
 
-    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    out: RunFolder = Field(description="Output folder; rerun the same command to resume.")
     overwrite: bool = Field(
         False, description="Replace the folder on success, and discard unfinished images."
     )
@@ -70,4 +79,18 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the first image; the next adds 1.")
     batch_size: Count = Field(4, description="Images per batch.")
-    sheet: bool = Field(False, description="Also draw a contact sheet of the first 100 images.")
+    report: Path | None = Field(
+        None, description="Also write a page of the first 100 images, as images.html."
+    )
+    sheet: bool = Field(  # before --report
+        False,
+        description="Also draw a contact sheet of the first 100 images.",
+        json_schema_extra={"hidden": True},
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError unless there are either prompts or features."""
+        if (self.prompts is None) == (self.features is None):
+            raise ConfigError("--prompts and --features are both texts to draw; pass one of them")
+        if self.text_encoder is not None and self.prompts is None:
+            raise ConfigError("--text-encoder is for --prompts; features are embedded already")

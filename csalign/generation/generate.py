@@ -18,7 +18,7 @@ from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
+from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
 from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult, Progress, silent
 from csalign.encoders.base import EncoderOptions, is_trusted, load_encoders
@@ -27,7 +27,8 @@ from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.unclip import Decoder, find_decoder
-from csalign.report.thumbnails import draw_sheet
+from csalign.report.page import Entry, Section, write_page
+from csalign.report.thumbnails import MOST_IMAGES, Pictures, draw_sheet
 from csalign.runs.load import check_encoder, embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
@@ -37,13 +38,15 @@ log = logging.getLogger(__name__)
 IMAGES = "images"
 LINES = "generated.jsonl"
 SHEET = "sheet.jpg"
+THUMBNAIL = 256  # pixels
 DESCRIPTION = "generation.json"
 ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
 """Names in the output folder."""
 UNIT_TOLERANCE = 0.01  # norms this close to 1 are of rows that were normalised before
 MAX_DEVIATION = 2.0
 # Options that do not change the images, or whose content has a fingerprint.
-_IGNORED = {"out", "overwrite", "batch_size", "sheet", "device", *PromptOptions.model_fields}
+_IGNORED = {"out", "overwrite", "batch_size", "report", "sheet", "device"}
+_IGNORED |= PromptOptions.model_fields.keys()
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,6 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
         DataError: no such run, prompts or features, or a text that cannot be used.
         EncoderError: the text encoder cannot be loaded or run.
     """
-    if (options.prompts is None) == (options.features is None):
-        raise ConfigError("prompts, features: pass one of them")
     run, info = options.adapter, read_info(options.adapter)
     kind = info.adapters[Modality.IMAGE].kind
     if kind != "identity":
@@ -76,8 +77,6 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
     if options.prompts is not None:
         return _embed_prompts(options, options.prompts, info, device), info
     assert options.features is not None
-    if options.text_encoder is not None:
-        raise ConfigError("text-encoder: is for --prompts; features are embedded already")
     features = FeatureSet.open(options.features)
     adapter, _ = load_adapter_for(
         *(features, run, device, options.allow_adapter), any_encoder=options.any_encoder
@@ -171,10 +170,14 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         ShapeError: the widths of decoder, adapter and features do not fit.
     """
     began = time.monotonic()
+    config.check()
+    if config.report is not None:
+        outputs.check_page(config.report)
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
     prompts, info = load_prompts(config, config.device)
+    progress("loading the decoder", 0, None)
     decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width
     if width != decoder.width:
@@ -212,12 +215,15 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic.write_text(folder / LINES, "".join(lines))
         if config.sheet:
+            progress("drawing the contact sheet", 0, None)
             paths = [folder / str(record["file"]) for record in records]
             with atomic.atomic_path(folder / SHEET) as path:
                 draw_sheet(paths, prompts.texts, path)
         atomic.write_text(folder / "config.toml", config.to_toml())
         rest = {"images": len(records), "family": decoder.family, "scale_from": scale_from}
         atomic.write_json(folder / DESCRIPTION, job.model_dump(mode="json") | rest)
+    if config.report is not None:
+        _write_page(config.report, config.out, records)
     return GenerateResult(
         out=config.out,
         images=len(records),
@@ -227,6 +233,21 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         scale_from=scale_from,
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _write_page(page: Path, out: Path, records: list[dict[str, Any]]) -> None:
+    """Write a page of the first images and their prompts."""
+    shown = Pictures(THUMBNAIL)
+    pictures = [
+        Entry(
+            record["prompt"] or record["id"],
+            f"{record['number']}.  seed {record['seed']}",
+            shown.thumbnail(str(out / record["file"])),
+        )
+        for record in records[:MOST_IMAGES]
+    ]
+    note = f"{len(pictures):,} of {len(records):,} images, in {out}."
+    write_page(page, out.name, [Section(out.name, note, pictures=pictures)])
 
 
 def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -> tuple[float, str]:
@@ -239,7 +260,7 @@ def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -
     if trained_on is not None and abs(trained_on - 1) > UNIT_TOLERANCE:
         return trained_on, "the run's training images"
     raise ConfigError(
-        "scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
+        "--scale: neither the decoder nor the run has the norm of its images' embeddings; name the "
         "decoder's --prior, or pass --scale"
     )
 
@@ -268,7 +289,11 @@ def _open_folder(config: GenerateConfig, job: Generation) -> Iterator[Path]:
             outputs.empty_folder(folder)
             write_record(path, job)
         (folder / IMAGES).mkdir(exist_ok=True)
-        yield folder
+        try:
+            yield folder
+        except Stopped as stopped:
+            stopped.resumes = True
+            raise
         outputs.commit(folder, out)
         (out / outputs.JOB).unlink()
 
@@ -284,7 +309,7 @@ def _draw(
     """Draw the images that are missing; returns the number of those that were there."""
     missing = [record for record in records if not _is_complete(folder / record["file"])]
     reused = len(records) - len(missing)
-    progress("images", reused, len(records))
+    progress("generating: images", reused, len(records))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         images = decoder.draw(
@@ -295,7 +320,7 @@ def _draw(
         for record, image in zip(batch, images, strict=True):
             with atomic.atomic_path(folder / record["file"]) as path:
                 image.save(path, format="PNG")
-        progress("images", reused + start + len(batch), len(records))
+        progress("generating: images", reused + start + len(batch), len(records))
     return reused
 
 

@@ -128,14 +128,14 @@ class Decoder:
     def _sizes(self, step: int) -> dict[str, int]:
         size = self.options.size
         if size is not None and size % step:
-            raise ConfigError(f"size: {size} is not a multiple of {step}, as {self.family} needs")
+            raise ConfigError(f"--size: {size} is not a multiple of {step}, as {self.family} needs")
         return {} if size is None else {"height": size, "width": size}
 
     def _refuse(self, *options: str) -> None:
         for option in options:
             if getattr(self.options, option):
                 name = option.replace("_", "-")
-                raise ConfigError(f"{name}: {self.family} does not support it; omit it")
+                raise ConfigError(f"--{name}: {self.family} does not support it; omit it")
 
 
 class StableUnclip(Decoder):
@@ -157,7 +157,7 @@ class StableUnclip(Decoder):
         level = self.options.noise_level
         most = self.pipeline.image_noising_scheduler.config.num_train_timesteps
         if level >= most:
-            raise ConfigError(f"noise-level: {level} is not below {most}; choose a smaller one")
+            raise ConfigError(f"--noise-level: {level} is not below {most}; choose a smaller one")
         arguments = {"image_embeds": embeddings, "prompt": list(prompts), "noise_level": level}
         return arguments | self._sizes(8)
 
@@ -173,7 +173,7 @@ class Karlo(Decoder):
     def _load(self) -> None:
         self._refuse("size", "noise_level")
         if self.options.steps == 1:
-            raise ConfigError("steps: Karlo needs 2 or more")
+            raise ConfigError("--steps: Karlo needs 2 or more")
         super()._load()
         self.width = int(self.pipeline.text_proj.config.clip_embeddings_dim)
         self.statistics = _prior_statistics(_find_folder(self.options.prior or str(self.folder)))
@@ -195,7 +195,7 @@ class Kandinsky(Decoder):
         if self.options.guidance != 1:
             if prior is None:
                 raise ConfigError(
-                    "prior: Kandinsky is guided away from the embedding of an empty image by its "
+                    "--prior: Kandinsky is guided away from the embedding of an empty image by its "
                     "prior; name it, or disable guidance with --guidance 1"
                 )
             encoder = _load_component(prior, "image_encoder", torch.float32)
@@ -207,7 +207,7 @@ class Kandinsky(Decoder):
         self.statistics = None if prior is None else _prior_statistics(prior)
         if self._empty.shape[1] not in (1, self.width):
             raise ConfigError(
-                f"prior: its image encoder gives embeddings of width {self._empty.shape[1]}, the "
+                f"--prior: its image encoder gives embeddings of width {self._empty.shape[1]}, the "
                 f"decoder takes {self.width}; name the prior that belongs to it"
             )
 
@@ -271,7 +271,10 @@ def _find_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DecoderError(f"{name}: no such folder")
+        raise DecoderError(
+            f"{name}: no such folder; pass a decoder in diffusers' format, or a model of the hub, "
+            "OWNER/NAME, such as kandinsky-community/kandinsky-2-2-decoder"
+        )
     from huggingface_hub import snapshot_download
 
     try:

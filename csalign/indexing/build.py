@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
@@ -74,6 +75,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
     features = FeatureSet.open(config.features)
     features.verify()
     built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
+    progress("writing the index", 0, None)
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
@@ -114,10 +116,12 @@ def build_index(
     vectors = VectorIndex.create(factory, width)
     _check_memory(vectors, count, options)
     if sampled := vectors.training_rows(count):
+        progress("training the index", 0, None)
         vectors.train(correction.items(rows.sample(side, sampled)))
     for part in rows.stream(side):
         vectors.add(correction.items(part))
-        progress("rows", len(vectors), count)
+        progress("indexing: rows", len(vectors), count)
+    progress("measuring recall", 0, None)
     recall = None if vectors.is_exact else _measure(vectors, rows, correction, options)
     manifest = IndexManifest(
         side=side,
@@ -183,11 +187,11 @@ class _Rows:
 def _check_memory(vectors: VectorIndex, rows: int, options: VectorOptions) -> None:
     limit = available_bytes() // 2 if options.memory is None else options.memory << 20
     needed = vectors.build_bytes(rows)
-    needs = f"{rows:,} x {vectors.width} need about {needed / 1e9:.2f} GB of memory"
+    needs = f"{rows:,} x {vectors.width} need about {decimal(needed)} of memory"
     log.info("%s: %s to build", vectors.factory, needs)
     if needed > limit:
         raise ConfigError(
-            f"{vectors.factory}: {needs}, {limit / 1e9:.2f} GB may be used; allow more with "
+            f"{vectors.factory}: {needs}, but {decimal(limit)} may be used; allow more with "
             "--memory, or compress the vectors with a --factory such as IVF4096,SQ8"
         )
 

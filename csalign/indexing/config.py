@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, Share
+from csalign.core.errors import ConfigError
 from csalign.runs.config import ANY_ENCODER
 
 
@@ -52,6 +53,8 @@ class IndexConfig(ItemOptions, OutputConfig, VectorOptions):
 
     panel: ClassVar[str] = "Index"
 
+    example: ClassVar[str] = "csalign index features --adapter run --out index"
+
     features: Location = Field(description="Feature set to index.")
     out: RunFolder = Field(description="Output folder.")
     batch_size: Count = Field(8192, description="Rows per batch.")
@@ -81,15 +84,39 @@ class QueryOptions(Config):
     )
 
 
+_QUERIES = ("query", "text", "image", "embedding")
+
+
 class SearchConfig(QueryOptions, ItemOptions):
     """``csalign search``: find the nearest items of an index or a feature set."""
 
     panel: ClassVar[str] = "Results"
     positional: ClassVar[tuple[str, ...]] = ("index", "query")
+    example: ClassVar[str] = 'csalign search index "a red bicycle" --top 5'
+    common: ClassVar[tuple[str, ...]] = (
+        *("text", "image", "embedding", "top", "adapter", "side", "report", "pictures", "device"),
+        "jsonl",
+    )
 
     top: Count = Field(10, description="Items per query.")
     jsonl: bool = Field(False, description="Print one JSON document per query, as it is answered.")
-    html: Path | None = Field(None, description="Also write an HTML page with thumbnails.")
+    report: Path | None = Field(
+        None, description="Also write a page with thumbnails, as found.html."
+    )
     pictures: Path | None = Field(
         None, description="Folder that image sources are relative to, for the page."
     )
+
+    def check(self) -> None:
+        """Raise ConfigError unless there is exactly one kind of query."""
+        given = [name for name in _QUERIES if getattr(self, name) is not None]
+        if not given:
+            raise ConfigError(
+                f'missing a query; for instance: csalign search {self.index} "a red bicycle", or '
+                "--image photo.jpg, or --embedding x.npy"
+            )
+        if len(given) > 1:
+            names = " and ".join(self.shown(name) for name in given)
+            raise ConfigError(f"{names} are {len(given)} queries; pass one of them")
+        if self.query_side is not None and self.embedding is None:
+            raise ConfigError("--query-side is the side of --embedding; omit it")

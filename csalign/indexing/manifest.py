@@ -9,11 +9,12 @@ from pydantic import Field
 
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError, SchemaError
+from csalign.core.errors import SchemaError
+from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
 from csalign.features.schema import EncoderInfo
 
-DESCRIPTION = "index.json"
+DESCRIPTION = DOCUMENTS[Kind.INDEX]
 VECTORS = "vectors.faiss"
 ITEMS = "items.arrow"
 ADAPTER = "adapter"
@@ -72,9 +73,7 @@ def read_index_manifest(folder: Path, *, whole: bool = False) -> IndexManifest:
         SchemaError: it is damaged or of an unsupported format; the file is named.
     """
     path = folder / DESCRIPTION
-    if not path.is_file():
-        kind = f"not an index (no {DESCRIPTION} in it)" if folder.exists() else "no such index"
-        raise DataError(f"{folder}: {kind}; build one with csalign index")
+    require_kind(folder, Kind.INDEX)
     manifest = read_record(path, IndexManifest, REMEDY)
     for name, checksum in manifest.files.items():
         file = folder / name

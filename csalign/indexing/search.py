@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from csalign.core.errors import (
     SchemaError,
     ShapeError,
 )
+from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
 from csalign.core.results import Found, Progress, silent
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
@@ -43,7 +44,7 @@ from csalign.indexing.manifest import (
     take_item,
 )
 from csalign.indexing.vectors import VectorIndex, load_correction
-from csalign.report.page import Entry, Section, check_page, write_page
+from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import Pictures
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
@@ -72,19 +73,9 @@ class QueryEncoder:
 
     @cached_property
     def side(self) -> Modality:
-        """Side of the queries; ConfigError if there is not exactly one kind of query."""
-        flags = {"query": "QUERY", "text": "--text", "image": "--image", "embedding": "--embedding"}
-        given = [name for name in flags if getattr(self.options, name) is not None]
-        if len(given) != 1:
-            names = " and ".join(flags[name] for name in given)
-            raise ConfigError(
-                f"{names or 'no query'}: pass one text query, or one of --text, --image and "
-                "--embedding; --text - reads many from stdin"
-            )
-        if given != ["embedding"]:
-            if self.options.query_side is not None:
-                raise ConfigError("query-side: is for --embedding only; omit it")
-            return Modality.IMAGE if given == ["image"] else Modality.TEXT
+        """Side of the queries."""
+        if self.options.embedding is None:
+            return Modality.IMAGE if self.options.image is not None else Modality.TEXT
         other = Modality.TEXT if self.manifest.side is Modality.IMAGE else Modality.IMAGE
         return Modality(self.options.query_side or other)
 
@@ -126,6 +117,7 @@ class QueryEncoder:
                 token_space=known.token_space or "projected",
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
             )
+            log.info("loading %s", spec)
             specs = {self.side: spec}
             image, text = specs.get(Modality.IMAGE), specs.get(Modality.TEXT)
             encoder: Any = load_encoders(image, text, options).side(self.side)
@@ -184,7 +176,7 @@ class QueryEncoder:
     def _of_array(self, path: Path) -> Iterator[Queries]:
         if self._with_tokens:
             raise ConfigError(
-                "embedding: the adapter of this index needs tokens, which an embedding does not "
+                "--embedding: the adapter of this index needs tokens, which an embedding does not "
                 f"have; query with --{self.side}"
             )
         rows = _read_array(path)
@@ -263,12 +255,13 @@ def search(config: SearchConfig, progress: Progress = silent) -> Document:
 
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
-    if config.html is not None:
-        check_page(config.html)
-    index = _open(config)
+    config.check()
+    if config.report is not None:
+        check_page(config.report)
+    progress("opening the index", 0, None)
+    index = _open(config, progress)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
-    _ = encoder.side  # raises where there is not exactly one kind of query
     head: Document = {
         "index": str(config.index),
         "side": manifest.side.value,
@@ -278,8 +271,10 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
         "recall@10": 1.0 if manifest.recall is None else manifest.recall.value,
         "top": config.top,
     }
-    queries = _find_all(config, index, encoder, progress)
-    if config.html is not None:
+    found = _find_all(config, index, encoder, progress)
+    first = list(islice(found, 1))  # loads the encoder now, while progress is shown
+    queries: Iterator[Document] = chain(first, found)
+    if config.report is not None:
         queries = _with_page(config, manifest, queries)
     return Found(head, queries, config.jsonl)
 
@@ -300,14 +295,14 @@ def _find_all(
             ]
             yield {"query": name, "hits": items}
         done += len(names)
-        progress("queries", done, None)
+        progress("searching: queries", done, None)
 
 
-def _open(config: SearchConfig) -> SearchIndex:
+def _open(config: SearchConfig, progress: Progress) -> SearchIndex:
     folder = config.index
     if is_remote(folder) or (folder / MANIFEST).is_file():
         options = VectorOptions(factory="Flat")
-        return build_index(FeatureSet.open(folder), config, options)
+        return build_index(FeatureSet.open(folder), config, options, progress=progress)
     manifest = read_index_manifest(folder)
     given = (
         ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
@@ -340,7 +335,7 @@ def _with_page(
     config: SearchConfig, manifest: IndexManifest, queries: Iterator[Document]
 ) -> Iterator[Document]:
     """Pass the queries on; write the page after the last of them."""
-    assert config.html is not None
+    assert config.report is not None
     rows = renamed(f"{manifest.rows:,} {manifest.side.plural}", manifest.names)
     sections: list[Section] = []
     count, shown = 0, Pictures(THUMBNAIL, config.pictures, manifest.source_root)
@@ -360,7 +355,8 @@ def _with_page(
     shown.warn()
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"
     summary = f"{config.index.name}: {rows}."
-    write_page(config.html, title, sections, summary=summary)
-    log.info("wrote %s", config.html)
+    write_page(config.report, title, sections, summary=summary)
+    if config.jsonl:  # else the tables end with it
+        log.info("wrote %s", config.report)
     if count > PAGE_QUERIES:
-        log.warning("%s: shows the first %d queries only", config.html, PAGE_QUERIES)
+        log.warning("%s: shows the first %d queries only", config.report, PAGE_QUERIES)

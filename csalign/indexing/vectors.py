@@ -51,7 +51,7 @@ class VectorIndex:
             return cls(factory, faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT))
         except RuntimeError as error:
             raise ConfigError(
-                f"factory: FAISS cannot build {factory!r} for width {width} ({_reason(error)}); "
+                f"--factory: FAISS cannot build {factory!r} for width {width} ({_reason(error)}); "
                 "use Flat, IVF4096,Flat, HNSW32 or another string of its index factory"
             ) from None
 
@@ -212,4 +212,5 @@ def _effort_of(index: Any) -> tuple[str | None, int]:
 
 def _reason(error: RuntimeError) -> str:
     """Extract the reason from an error of FAISS, which begins with its place in the source."""
-    return str(error).splitlines()[-1].rpartition("Error: ")[2]
+    line = str(error).splitlines()[-1].rpartition("Error: ")[2]
+    return re.sub(r"^Error in .*? at \S+:\d+: |^'.*?' failed: ", "", line)

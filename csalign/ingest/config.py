@@ -131,6 +131,7 @@ class SplitConfig(SplitOptions):
     """``csalign split``: splits of a feature set that exists already."""
 
     panel: ClassVar[str] = "Output"
+    example: ClassVar[str] = "csalign split features --val 0.1 --test 0.1"
 
     features: Location = Field(description="Feature set.")
     overwrite: bool = Field(False, description="Replace splits that csalign made before.")
@@ -140,6 +141,15 @@ class ExtractConfig(
     SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
 ):
     """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
+
+    example: ClassVar[str] = (
+        "csalign extract photos --out features --captions captions.csv "
+        "--encoder open_clip:ViT-B-32/openai"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "encoder", "image_encoder", "text_encoder", "captions", "images", "val", "test"),
+        *("device", "batch_size", "overwrite"),
+    )
 
     def to_toml(self) -> str:
         """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
@@ -227,6 +237,12 @@ class RecordOptions(Config):
 
 class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
     """``csalign import``: embeddings computed elsewhere -> the same artifact."""
+
+    example: ClassVar[str] = "csalign import image.npy text.npy --out features"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "images", "texts", "image_column", "text_column", "id_column", "pairs"),
+        *("captions_per_image", "caption_order", "val", "test", "names", "overwrite"),
+    )
 
     def command(self, **changes: Any) -> str:
         """Return the command line of this configuration, with some values replaced."""

@@ -18,7 +18,7 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import is_remote, parse_location
-from csalign.core.results import FeaturesResult, Progress, silent
+from csalign.core.results import FeaturesResult, Progress, reported_to, silent
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.ingest.config import ExtractConfig
@@ -63,7 +63,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         ConfigError: a side of the source has no encoder, or the device does not exist.
     """
     if config.max_tokens is not None and config.tokens == "none":
-        raise ConfigError("max-tokens: no tokens are stored; add --tokens image, text or both")
+        raise ConfigError("--max-tokens: no tokens are stored; add --tokens image, text or both")
     shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
@@ -72,6 +72,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     )
     names = [option.name for option in dataclasses.fields(SourceOptions)]
     options = SourceOptions(**{name: getattr(config, name) for name in names})
+    progress("scanning the source", 0, None)
     source = open_source(config.source, options)
     logger.info("%s: %s", config.source, source.description)
     if shard.count > 1:
@@ -105,6 +106,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 folder = partial.folder
                 logger.info("%s: shard %s is done; waiting for %s", folder, shard, others)
                 return extraction.result()
+    progress("completing the feature set", 0, None)
     with atomic.translate_os_errors(config.out):
         with sole_owner(partial) as is_owner:
             if is_owner:
@@ -112,6 +114,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                     _check_failures(config, partial, partial.part_records())
                 partial.complete_and_commit(progress)
         if not is_owner:
+            progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
         counts = schema.read_manifest(config.out).counts
     return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
@@ -120,13 +123,13 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
     specs = {side: getattr(config, f"{side}_encoder") or config.encoder for side in Modality}
     if all(spec == SKIP for spec in specs.values()):
-        raise ConfigError("image-encoder, text-encoder: at least one must be an encoder")
+        raise ConfigError("--image-encoder, --text-encoder: at least one must be an encoder")
     for side in Modality:
         if side not in source.sides or specs[side] == SKIP:
             specs[side] = None
         elif specs[side] is None:
             raise ConfigError(
-                f"{side}-encoder: is required, since the source contains {side.plural}; pass "
+                f"--{side}-encoder: is required, since the source contains {side.plural}; pass "
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
     options = EncoderOptions(
@@ -170,7 +173,10 @@ class _Extraction:
         # The cores that a container or batch system allows.
         workers = self.config.workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
         shown, dtype = total if is_alone else None, self.config.dtype
-        with closing(Pipeline(self.encoders, dtype, workers, self.progress, shown)) as pipeline:
+        with (
+            reported_to(self.progress),
+            closing(Pipeline(self.encoders, dtype, workers, shown)) as pipeline,
+        ):
             for file in range(files):
                 for record in self._parts(file, pipeline):
                     self.records.append(record)

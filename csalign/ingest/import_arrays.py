@@ -259,7 +259,7 @@ def _write(
             if dtype == "float16":
                 faint += _count_faint(chunk)
             done, start = done + len(chunk), stop
-            progress("rows", done, total)
+            progress("writing: rows", done, total)
     if faint:
         logger.warning(
             "%d embeddings are so small that float16 keeps few of their digits; scale them to "

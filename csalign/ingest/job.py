@@ -140,9 +140,9 @@ def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> Work
         found = WorkShard(int(match[1]), int(match[2]))
         problem = f"does not exist; shards are numbered from 0 to {found.count - 1}"
     else:
-        raise ConfigError(f"shard: must be I/N or auto (got {shard!r})")
+        raise ConfigError(f"--shard: must be I/N or auto (got {shard!r})")
     if not 0 <= found.index < found.count:
-        raise ConfigError(f"shard: {found}: {problem}")
+        raise ConfigError(f"--shard: {found}: {problem}")
     return found
 
 
@@ -162,7 +162,7 @@ def check_array(
         return
     if known and shard.count < max(known):
         raise ConfigError(
-            f"shard: the work began with {max(known)} shards, and this SLURM array has "
+            f"--shard: the work began with {max(known)} shards, and this SLURM array has "
             f"{shard.count}; pass --shard I/{max(known)} for a missing one, or --shard {shard} to "
             "divide the rest again"
         )
@@ -179,7 +179,7 @@ def _array_task(environment: Mapping[str, str]) -> WorkShard:
     # A few tasks of a larger array, resubmitted, would each take a share of too few.
     if first > 1 or (count == 1 and task > 0) or (last - first) // step + 1 != count:
         raise ConfigError(
-            f"shard: this looks like part of a larger SLURM array, resubmitted (task {task} of "
+            f"--shard: this looks like part of a larger SLURM array, resubmitted (task {task} of "
             f"{count} from {first} to {last}); pass --shard I/N, where I counts from 0 and N is "
             "the size of the first array (0/1 does everything)"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from csalign.core import atomic, outputs
-from csalign.core.errors import DataError, OutputError
+from csalign.core.errors import DataError, OutputError, Stopped
 from csalign.core.locks import LOCK, in_use, is_current, try_lock, unlock
 from csalign.core.paths import is_remote
 from csalign.core.records import read_job, write_record
@@ -59,9 +59,11 @@ def open_partial_set(
                 )
             try:
                 yield partial
-            except BaseException:
+            except BaseException as error:
                 if shard.count == 1 and not partial.has_parts:
                     outputs.cleanup(folder)  # there is nothing to resume
+                elif isinstance(error, Stopped):
+                    error.resumes = True
                 raise
 
 

@@ -1,6 +1,6 @@
 """Embed the records of a part: read, decode and preprocess ahead while the network computes."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -13,7 +13,7 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError, reason_of
-from csalign.core.results import Progress
+from csalign.core.results import show_figures, tick
 from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
 from csalign.features.checks import find_unusable
@@ -40,9 +40,10 @@ class Pipeline:
     encoders: Encoders  # without one for images, texts belong to no image
     dtype: str  # "float16" or "float32", as the rows are stored
     workers: int  # threads that decode images
-    progress: Progress  # called with counts of records (once their image is done) and of texts
     total: int | None = None  # records in all, if known
-    done: dict[str, int] = field(default_factory=dict)
+    done: Counter[str] = field(
+        default_factory=Counter
+    )  # records (once their image is), texts, failures
 
     def __post_init__(self) -> None:
         self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -71,11 +72,19 @@ class Pipeline:
 
     def report(self, what: str, count: int) -> None:
         """Add to a count and show it."""
-        self.done[what] = self.done.get(what, 0) + count
-        self.progress(what, self.done[what], self.total if what == "records" else None)
+        self.done[what] += count
+        has_images = self.encoders.image is not None
+        phase = (
+            ("encoding images" if has_images else "reading")
+            if what == "records"
+            else "encoding texts"
+        )
+        tick(f"{phase}: {what}", self.done[what], self.total if what == "records" else None)
+        show_figures({name: f"{n:,}" for name, n in self.done.items() if n and name != what})
 
     def count_again(self, record: PartRecord) -> PartRecord:
         """Report the counts of a part that was finished before."""
+        self.done["failures"] += len(record.failures)
         self.report("records", record.records)
         self.report("texts", record.texts_seen)
         return record
@@ -204,6 +213,7 @@ class _Part:
         self._fail(image.source, None, reason)
 
     def _fail(self, source: str, row: int | None, reason: str) -> None:
+        self.pipeline.done["failures"] += 1
         self.part.failures.append(Failure(source=source, row=row, reason=reason))
 
     def _defects(self, embedded: Embedded) -> dict[int, str]:

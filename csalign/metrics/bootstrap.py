@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from csalign.core.results import tick
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
 
 Ints = npt.NDArray[np.int64]
@@ -108,13 +109,16 @@ def resample(
         _RetrievalSums.of(direction, owners, units)
         for direction, owners in zip(ranks, (units.queried, units.owners), strict=True)
     ]
-    parts = []
+    parts, done = [], 0
+    tick("bootstrap: resamples", 0, resamples)
     for weights in units.draws(resamples, seed, max(1, cells // max(units.count, len(texts)))):
         part = gap.figures(weights)
         for name, direction in zip(DIRECTIONS, directions, strict=True):
             part |= {(name, key): values for key, values in direction.figures(weights).items()}
         recalls = [part[name, f"R@{k}"] for name in DIRECTIONS for k in RECALL_AT]
         parts.append(part | {("mean_recall",): np.mean(recalls, axis=0)})
+        done += len(weights)
+        tick("bootstrap: resamples", done, resamples)
     figures = {place: np.concatenate([part[place] for part in parts]) for place in parts[0]}
     # A resampled mean strays from its mean, which adds to its squared distance from anything; where
     # the gap is narrow, the measured distance would be outside of its own interval.

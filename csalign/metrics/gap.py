@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from csalign.core.results import tick
 from csalign.metrics.landmarks import (
     MeanKernels,
     estimate_mean_kernels,
@@ -62,9 +63,11 @@ def gap_suite(
     )
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
+    tick("covariances")
     roots = _covariance_root(images), _covariance_root(texts)
     (rank_x, spectrum_x), (rank_y, spectrum_y) = map(_spectrum, roots)
     figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
+    tick("gap")
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from csalign.core.results import track
 from csalign.objective import kernels
 
 BASE = 512  # rows per side
@@ -106,7 +107,8 @@ def estimate_mean_kernels(
     means = torch.zeros(len(sigmas), 2, len(points), dtype=torch.float64)
     for side, rows in enumerate((x, y)):
         # Products and sums of a tile in float32; only sums of tiles need more.
-        for tile in torch.split(rows, TILE_ROWS):
+        tiles = torch.split(rows, TILE_ROWS)
+        for tile in track(tiles, "mean kernels: blocks", len(tiles)):
             squares = kernels.squared_distances(tile.float(), points)
             for i, sigma in enumerate(sigmas):
                 means[i, side] += squares.mul(-0.5 / sigma**2).exp_().sum(0)

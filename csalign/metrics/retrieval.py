@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.results import tick, track
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -181,7 +182,8 @@ class _ScoreMatrix:
         workers = threads if self._device.type == "cpu" else 1
         try:
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-                for _ in pool.map(work, tiles):  # an exception cancels what has not started
+                done = pool.map(work, tiles)  # an exception cancels what has not started
+                for _ in track(done, "ranking: blocks", len(tiles)):
                     pass
         finally:
             torch.set_num_threads(threads)  # new threads would inherit the pool's setting
@@ -270,6 +272,7 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
         best, kept = torch.cat([best, values]).topk(nearest, dim=0, sorted=False)
         found = torch.cat([found, rows + start]).gather(0, kept)
         start += len(scores)
+        tick("hubness: rows", start, len(images))
     return {
         "image_to_text": _skewness(occurrence),
         "text_to_image": _skewness(torch.bincount(found.flatten(), minlength=len(images))),

@@ -13,7 +13,6 @@ from markupsafe import Markup
 from csalign.core import __version__, atomic
 from csalign.core.calls import current_call
 from csalign.core.enums import Names, renamed
-from csalign.core.errors import OutputError
 
 _TEMPLATES = Environment(
     loader=PackageLoader("csalign.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -64,14 +63,6 @@ class Section:
     rows: Sequence[Sequence[str | Entry]] = ()  # table, heading first
     prose: bool = False  # whether the table contains words of the user
     pictures: Sequence[Entry] = ()  # shown side by side, as many as fit
-
-
-def check_page(path: Path) -> None:
-    """Raise OutputError if a page cannot be written there, before the work that fills it."""
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; name a file such as {path / 'page.html'}")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
 
 
 def write_page(

@@ -78,7 +78,7 @@ def _write(
             for side, rows in aligned:
                 writer.write(side, rows)
                 done += len(rows.embeddings)
-                progress("rows", done, counts.images + counts.texts)
+                progress("aligning: rows", done, counts.images + counts.texts)
     if isinstance(writer, ClipRetrievalExport):
         unpaired |= writer.omitted
     images, texts = (unpaired[side] for side in Modality)
@@ -156,11 +156,11 @@ def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) ->
     if not config.tokens:
         return []
     if config.format != "parquet":
-        raise ConfigError(f"tokens: {config.format} stores no tokens; use --format parquet")
+        raise ConfigError(f"--tokens: {config.format} stores no tokens; use --format parquet")
     trained = [side for side in Modality if adapter.side(side).shape.token_width is not None]
     if not trained:
         raise ConfigError(
-            f"tokens: {config.adapter} was trained without tokens; train it with --token-weight"
+            f"--tokens: {config.adapter} was trained without tokens; train it with --token-weight"
         )
     found = [side for side in trained if features.table(side).has_tokens]
     check_features(features, config.adapter, adapter, found or trained)

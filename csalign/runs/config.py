@@ -41,6 +41,8 @@ class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
 
     panel: ClassVar[str] = "Execution"
 
+    example: ClassVar[str] = "csalign apply features --adapter run --out aligned"
+
     batch_size: Count = Field(8192, description="Rows per forward pass.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -50,6 +52,7 @@ class ExportConfig(OutputConfig):
 
     panel: ClassVar[str] = "Export"
     positional: ClassVar[tuple[str, ...]] = ("run",)
+    example: ClassVar[str] = "csalign export run --to onnx --out exported"
 
     out: RunFolder = Field(description="Output folder.")
     run: RunFolder = Field(description="Run folder, or a checkpoint in it.")
@@ -62,5 +65,8 @@ class ExportConfig(OutputConfig):
     )
     evaluation: Path | None = Field(
         None, description="Output of csalign eval --json for this run, for the model card."
+    )
+    license: str | None = Field(
+        None, description="Licence of the adapter for the model card, such as apache-2.0."
     )
     allow_adapter: str | None = Field(None, description=ALLOWED)

@@ -16,11 +16,11 @@ from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.records import parse_json
-from csalign.core.results import Progress, silent
+from csalign.core.records import parse_json, write_record
+from csalign.core.results import Progress, silent, track
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import Array, check_features, load_run, stream_aligned
+from csalign.runs.load import Array, check_features, load_run, public_spec, stream_aligned
 from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
@@ -57,6 +57,7 @@ class Card:
     """Content of a model card."""
 
     name: str  # of the adapter
+    license: str | None  # of the adapter, as hubs name it
     form: str  # "onnx", "torch-export" or "safetensors"
     sides: Sequence[Side]  # of the adapter
     width: int  # of the shared space
@@ -87,6 +88,8 @@ def model_card(card: Card) -> str:
         "pipeline_tag": "feature-extraction",
         "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
     }
+    if card.license is not None:
+        front = {"license": card.license} | front
     recalls = []
     if card.evaluation is not None:
         retrieval = card.evaluation["retrieval"]
@@ -139,9 +142,9 @@ def export(
     evaluation = _read_evaluation(config, info)
     samples = list(_samples(config, adapter))
     with outputs.atomic_folder(config.out) as folder:
-        forward = _write(config, folder, adapter, progress)
+        forward = _write(config, folder, adapter, info, progress)
         differences = {}
-        for name, side, rows in samples:
+        for name, side, rows in track(samples, "checking: samples", len(samples)):
             found, expected = forward(side, rows), _embed(adapter, side, rows)
             same_shape = found.shape == expected.shape
             difference = float(np.abs(found - expected).max()) if same_shape else float("inf")
@@ -195,19 +198,25 @@ def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
     return adapter.embed_tokens(side, rows, tokens, np.ones(tokens.shape[:2], np.bool_))[0]
 
 
-def _write(config: ExportConfig, folder: Path, adapter: Adapter, progress: Progress) -> Forward:
+def _write(
+    config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo, progress: Progress
+) -> Forward:
     """Write the form; return a function that computes with what was written."""
-    shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
+    if config.to == "hub-folder":  # which strangers read
+        encoders = {side: public_spec(spec) for side, spec in info.encoders.items()}
+        write_record(folder / DESCRIPTION, info.model_copy(update={"encoders": encoders}))
+    else:
+        shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to == "onnx":
         for done, side in enumerate(Modality, start=1):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
-            progress("sides", done, 2)
+            progress("writing: sides", done, 2)
         return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
     shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
     if config.to == "hub-folder" and (run_folder(config.run) / LINES).is_file():
         shutil.copy(run_folder(config.run) / LINES, folder / LINES)
     again, _ = load_run(folder, config.allow_adapter)
-    progress("sides", 2, 2)
+    progress("writing: sides", 2, 2)
     return lambda side, rows: _embed(again, side, rows)
 
 
@@ -237,7 +246,13 @@ def _card(
 ) -> str:
     counts = adapter.parameter_counts()
     sides = [
-        Side(side.value, shape.kind, info.encoders[side], shape.input_width, counts[side.value])
+        Side(
+            side.value,
+            shape.kind,
+            public_spec(info.encoders[side]),
+            shape.input_width,
+            counts[side.value],
+        )
         for side, shape in info.adapters.items()
     ]
     folder = run_folder(config.run)
@@ -255,6 +270,7 @@ def _card(
     return model_card(
         Card(
             name=config.out.name,
+            license=config.license,
             form=config.to if config.to == "onnx" else "safetensors",
             sides=sides,
             width=info.adapters[Modality.IMAGE].width,

@@ -14,6 +14,7 @@ from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
+from csalign.core.results import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
@@ -177,6 +178,7 @@ def embed_rows(
 
     If the adapter embeds with tokens, they are read from `features`, or omitted if that is None.
     """
+    tick("embedding")
     values = rows.embeddings(side)
     if features is None or not adapter.side(side).embeds_with_tokens:
         return adapter.embed(side, values)

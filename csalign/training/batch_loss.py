@@ -94,23 +94,24 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
     has_other_terms = bool(distribution_weight(options) or options.token_weight)
     if options.pairwise is PairwiseName.NONE and not has_other_terms and rows:
         raise ConfigError(
-            "pairwise none leaves nothing to train on without a distribution term; pass a "
+            "--pairwise none leaves nothing to train on without a distribution term; pass a "
             "--cs-weight and a --divergence, or --steps 0 to keep the initialization"
         )
     if options.label_smoothing and options.pairwise is not PairwiseName.INFONCE:
         raise ConfigError(
-            f"label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
+            f"--label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
             "leave it at 0"
         )
     if options.mixing and captions == "all":
         raise ConfigError(
-            "mixing: mixes an image and one caption with another pair; use --captions first or "
+            "--mixing: mixes an image and one caption with another pair; use --captions first or "
             "sample"
         )
     if compares_sets(options) and 0 < rows < LEAST_ROWS:
         raise ConfigError(
-            f"divergence {options.divergence}: is estimated from the {rows} pairs of a step, which "
-            f"are too few; use a --batch-size and a set of {LEAST_ROWS} or more, or --cs-weight 0"
+            f"--divergence {options.divergence}: is estimated from the {rows} pairs of a step, "
+            f"which are too few; use a --batch-size and a set of {LEAST_ROWS} or more, or "
+            "--cs-weight 0"
         )
 
 

@@ -129,9 +129,6 @@ class UnfinishedRun:
                     "again with --overwrite"
                 ) from error
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
-        else:
-            log.info("start: %s", start)
-        log.info("training on %s", trainer.device)
         features = data.features
         self._trainer = trainer
         self._info = {
@@ -221,11 +218,13 @@ class UnfinishedRun:
                     f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
                 )
                 raise TrainingError(f"{error}; {last}") from None
-            except (Stopped, KeyboardInterrupt):
+            except (Stopped, KeyboardInterrupt) as stopped:
                 if self._trainer.can_be_saved:
                     with signals.delayed():
                         where = self.save()
-                    log.warning("saved in %s; rerun the same command to resume", where)
+                    log.info("saved step %d in %s", self._trainer.step, where)
+                if isinstance(stopped, Stopped):
+                    stopped.resumes = bool(_steps_in(self.path / outputs.RESUME))
                 raise
 
     def finish(self, validation: dict[str, float] | None) -> float:

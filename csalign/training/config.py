@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
 
+from csalign.adapters.kinds import check_kind
 from csalign.core.config import (
     Config,
     Count,
@@ -24,6 +25,7 @@ from csalign.core.config import (
 )
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
+from csalign.core.mistakes import did_you_mean
 from csalign.evaluation.config import PICTURES, UMAP
 
 G = TypeVar("G", bound=Config)
@@ -45,7 +47,10 @@ def recipe_text(name: str) -> str:
         ConfigError: there is no such recipe.
     """
     if name not in recipe_names():
-        raise ConfigError(f"recipe: there is no {name!r}; there are {', '.join(recipe_names())}")
+        hint = did_you_mean(name, recipe_names())
+        raise ConfigError(
+            f"--recipe: there is no {name!r}; there are {', '.join(recipe_names())}{hint}"
+        )
     return (_RECIPES / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -200,6 +205,9 @@ class OptimizerOptions(Config):
     steps: int | None = Field(
         None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
     )
+    epochs: Positive | None = Field(
+        None, description="Passes over the training pairs, instead of --steps."
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(
         None,
@@ -211,7 +219,11 @@ class OptimizerOptions(Config):
     warmup: Share = Field(0.05, description="Warm-up fraction; then cosine decay.")
     average: Fraction = Field(0.0, description="EMA decay of the weights; 0 disables.")
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
-    patience: Count = Field(10, description="Stop after this many validations without improvement.")
+    patience: Count | None = Field(
+        None,
+        description="Stop after this many validations without improvement (default: 10, or at once "
+        "when validation recall is 100 %).",
+    )
     validations: Count = Field(20, description="Number of validations, spread over the steps.")
     precision: Precision = Field(
         Precision.FLOAT32, description="Precision of matrix multiplications."
@@ -226,8 +238,7 @@ class RunOptions(Config):
 
     recipe: str | None = Field(
         None,
-        description="Preset; --config and command-line options override it: close-the-gap, "
-        "few-pairs, retrieval-llm or text-to-image; see csalign recipes.",
+        description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image.",
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."
@@ -236,7 +247,7 @@ class RunOptions(Config):
         None, description="Loggers besides metrics.jsonl, comma-separated."
     )
     report: Path | None = Field(
-        None, description="Also write a page with curves and validation, such as training.html."
+        None, description="Also write a page with curves and results, as training.html."
     )
     pictures: Path | None = Field(None, description=PICTURES)
     umap: bool = Field(False, description=UMAP)
@@ -255,16 +266,22 @@ class TrainConfig(
 ):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-    out: RunFolder = Field(description="Output folder; rerun with the same options to resume.")
+    example: ClassVar[str] = "csalign train features --out run --report training.html"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "recipe", "steps", "epochs", "batch_size", "learning_rate"),
+        *("train_split", "val_split", "seed", "device", "report", "overwrite"),
+    )
+
+    out: RunFolder = Field(description="Output folder; rerun the same command to resume.")
     overwrite: bool = Field(
-        False, description="Replace an existing run, after success, or an unfinished one."
+        False, description="Replace a finished run, after success, or an unfinished one."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _start_from_recipe(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Fill in the recipe's values below the given ones; drop the option that 0.1 had."""
-        given = dict(values)
+        given = cls.renamed(values)
         if given.get("divergence_estimator") == "exact":  # in every config.toml of 0.1
             del given["divergence_estimator"]
         elif "divergence_estimator" in given:
@@ -273,6 +290,13 @@ class TrainConfig(
             )
         name = given.get("recipe")
         return given if name is None else {**tomllib.loads(recipe_text(str(name))), **given}
+
+    def check(self) -> None:
+        """Raise ConfigError if options do not go together."""
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
+        for kind in self.kinds.values():
+            check_kind(kind)
 
     def group(self, kind: type[G]) -> G:
         """Return the options of one group alone."""
@@ -313,6 +337,12 @@ class SearchOptions(Config):
 
 class TuneConfig(SearchOptions, TrainConfig):
     """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
+
+    example: ClassVar[str] = "csalign tune features --out study --minutes 30"
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "trials", "minutes", "search", "recall_slack", "recipe", "steps"),
+        *("train_split", "val_split", "seed", "device", "overwrite"),
+    )
 
     out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
     overwrite: bool = Field(False, description="Replace the study that is there.")

@@ -16,6 +16,7 @@ from csalign.core import distributed
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
+from csalign.core.results import reported_to, silent, tick
 from csalign.features import join
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.reader import FeatureSet
@@ -61,6 +62,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
         ShapeError: a further set has embeddings of other widths.
         OutputError: the rows fit neither into memory nor on the disk.
     """
+    tick("reading")
     features = FeatureSet.open(options.features)
     there = features.splits()
     never_split = set(there) == {None}
@@ -76,6 +78,25 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)
     return TrainingData(features, split, rows, val, unpaired)
+
+
+def announce_rows(data: TrainingData) -> None:
+    """Log what is trained and validated on, and whether a test split is missing."""
+    rows, val, features = data.rows, data.val, data.features
+    log.info("training on %s: %s", _counted(rows), rows.name)
+    if val is not None:
+        source = "held out from these images" if val.name == rows.name else val.name
+        log.info("validating on %s: %s", _counted(val), source)
+    if "test" not in features.splits():
+        log.info(
+            "no test split; to measure the run on rows it has not seen, hold one out first with "
+            "csalign split %s --test 0.1",
+            features.path,
+        )
+
+
+def _counted(rows: join.Pairs | join.PairedRows) -> str:
+    return f"{rows.pairs:,} pairs of {len(rows.images):,} images"
 
 
 def _split(
@@ -289,23 +310,23 @@ def open_tokens(
     mixed = [side for side in Modality if classes[side].mixes_tokens()]
     if not (objective.token_weight or mixed):
         raise ConfigError(
-            f"tokens: neither side embeds with them ({' and '.join(sorted(set(kinds.values())))}); "
+            f"--tokens: neither side embeds with them ({' and '.join(sorted({*kinds.values()}))}); "
             "use --adapter transformer, or add a token term with --token-weight"
         )
     if distributed.world().size > 1:
         raise ConfigError(
-            "tokens: train in a single process; start it without torchrun, or omit --tokens and "
+            "--tokens: train in a single process; start it without torchrun, or omit --tokens and "
             "--token-weight"
         )
     if sub_batch is not None:
         raise ConfigError(
-            "sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
+            "--sub-batch: cannot be combined with tokens, which pass an adapter all at once; omit "
             "it, or use a smaller --batch-size"
         )
     for name, given in (("mixing", objective.mixing), ("unpaired", unpaired)):
         if mixed and given:
             raise ConfigError(
-                f"{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
+                f"--{name}: such rows have no tokens, which {kinds[mixed[0]]} embeds with; omit "
                 f"--{name}, or use another --adapter"
             )
     cache, sources = TokenCache(options.token_memory * MIB), {}
@@ -331,15 +352,25 @@ class Score(NamedTuple):
     mrr: float  # mean reciprocal rank, averaged over the directions, in [0, 1]
     centroid_distance: float  # norm of the difference of the two means, in [0, 2]
 
+    @property
+    def is_perfect(self) -> bool:
+        """Return whether every query finds its match first."""
+        return self.mrr == 1
+
     def better_than(self, other: "Score | None") -> bool:
-        """Compare by mean recall, then by MRR, which still differs where all recalls are 1."""
-        return other is None or (self.mean_recall, self.mrr) > (other.mean_recall, other.mrr)
+        """Compare by mean recall, then by MRR; of equal ones the narrower gap is better."""
+        return other is None or self._order > other._order
+
+    @property
+    def _order(self) -> tuple[float, float, float]:
+        return self.mean_recall, self.mrr, -self.centroid_distance
 
 
 def validate(adapter: Adapter, rows: join.PairedRows, features: FeatureSet | None = None) -> Score:
     """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
-    images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
-    ranks = rank_both_ways(images, texts, rows.text_image)
+    with reported_to(silent):  # part of a phase that counts something else
+        images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
+        ranks = rank_both_ways(images, texts, rows.text_image)
     summaries = [direction.summary() for direction in ranks]
     gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))
     return Score(

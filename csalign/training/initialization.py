@@ -1,9 +1,12 @@
 """Initialization of the adapters: the best closed form on validation, or random weights."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +16,7 @@ from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.results import duration, show_figures, tick
 from csalign.features.join import PairedRows, Pairs
 from csalign.training.config import AdapterOptions
 from csalign.training.data import Score, validate
@@ -29,6 +33,14 @@ Roots = tuple[bool, bool]
 Candidate = tuple[ClosedForm, Roots]
 
 
+class Start(NamedTuple):
+    """Initialized adapters, the name of their closed form or "random", and a summary for people."""
+
+    adapter: Adapter
+    name: str
+    summary: str
+
+
 def initialize(
     options: AdapterOptions,
     rows: Pairs,
@@ -36,7 +48,7 @@ def initialize(
     val: PairedRows | None,
     token_widths: Mapping[Modality, int],
     seed: int,
-) -> tuple[Adapter, str]:
+) -> Start:
     """Build adapters at the closed form that does best on validation, or with random weights.
 
     The candidates depend on what the two kinds can represent. Two kinds with a linear path choose
@@ -52,25 +64,34 @@ def initialize(
         token_widths: of the sides that take tokens.
         seed: of random weights.
 
-    Returns:
-        The adapters, and the name of the closed form or "random".
     """
+    began = time.monotonic()
     builder = _Builder(options, rows, sampler, token_widths, seed)
-    best: tuple[Adapter, str] | None = None
+    best: Start | None = None
     best_score: Score | None = None
     if options.init == "canonical":
         grid = (RIDGES, POWERS) if val is not None else ((SAFE_RIDGE,), (SAFE_POWER,))
-        for form, roots in builder.candidates(*grid):
+        total, candidates = builder.candidates(*grid)
+        tick("closed form", 0, total)
+        for number, (form, roots) in enumerate(candidates, 1):
             adapter = builder.build(len(form.image_weight), roots)
             adapter.start_from(form)
             if val is None:
-                best = adapter, form.name
-                break
+                return Start(adapter, form.name, f"closed form: {form.name}")
             score = validate(adapter, val)
             log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
             if score.better_than(best_score):
-                best, best_score = (adapter, form.name), score
-    return best or (builder.build(None, (False, False)), "random")
+                best_score = score
+                recall = f"{100 * score.mean_recall:.1f} %"
+                best = Start(adapter, form.name, "")
+            tick("closed form", number, total)
+            show_figures({"": form.name, "best R": recall})
+        if best is not None:
+            past = duration(time.monotonic() - began)
+            return best._replace(
+                summary=f"closed form: {total} settings in {past}, best R {recall}: {best.name}"
+            )
+    return Start(builder.build(None, (False, False)), "random", "start: random weights")
 
 
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:
@@ -126,38 +147,44 @@ class _Builder:
 
     def candidates(
         self, ridges: tuple[float, ...], powers: tuple[float, ...]
-    ) -> Iterator[Candidate]:
-        """Yield closed forms, the safest first, and whether each side's square root is taken."""
+    ) -> tuple[int, Iterator[Candidate]]:
+        """Return how many closed forms there are, and yield them, the safest first.
+
+        With each comes whether the square root of either side is taken.
+        """
         classes = {side: find_kind(kind, allow=self._allow) for side, kind in self._kinds.items()}
         kept = [side for side, kind in classes.items() if kind.keeps_width]
         free = [side for side, kind in classes.items() if kind.accepts_closed_form]
         if len(kept) + len(free) < len(Modality):
-            return
+            return 0, iter(())
         width = shared_width(self._kinds, self._widths, self.options.width, allow=self._allow)
         plain = (False, False)
         if not free:
             frozen = [side for side in kept if self._kinds[side] == "identity"]
-            yield self._moments(plain).centred(*frozen), plain
-            return
+            return 1, iter([(self._moments(plain).centred(*frozen), plain)])
         roots = is_non_negative(self.rows.images), is_non_negative(self.rows.texts)
         if kept:
             target = kept[0]
             roots = roots[0] and target is Modality.TEXT, roots[1] and target is Modality.IMAGE
             centre = self._kinds[target] != "identity"
-            for ridge in ridges:
-                yield self._moments(roots).ridge(target, ridge, centre=centre), roots
-            return
+            regressed = (self._moments(roots).ridge(target, r, centre=centre) for r in ridges)
+            return len(ridges), ((form, roots) for form in regressed)
         narrower = min(self._widths.values())
-        if max(self._widths.values()) == narrower and self.options.width in (None, narrower):
-            yield self._moments(plain).centred(), plain
+        is_equal = max(self._widths.values()) == narrower
+        keeps_width = is_equal and self.options.width in (None, narrower)
+        centred = (self._moments(plain).centred() for _ in range(keeps_width))
         if width > narrower:
             raise ConfigError(
-                f"width: {width} is more than the narrower encoder's {narrower}, which the closed "
-                "form cannot give; lower it, or use --init random"
+                f"--width: {width} is more than the narrower encoder's {narrower}, which the "
+                "closed form cannot give; lower it, or use --init random"
             )
-        for ridge in ridges:
-            for form in self._moments(roots).cca(ridge=ridge, powers=powers, width=width):
-                yield form, roots
+        correlated = (
+            form
+            for ridge in ridges
+            for form in self._moments(roots).cca(ridge=ridge, powers=powers, width=width)
+        )
+        forms = chain(((form, plain) for form in centred), ((form, roots) for form in correlated))
+        return keeps_width + len(ridges) * len(powers), forms
 
     def _moments(self, roots: Roots) -> PairMoments:
         if roots not in self._known:

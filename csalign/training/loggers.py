@@ -12,13 +12,13 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import Progress, show_figures, silent
+from csalign.core.outputs import check_page
+from csalign.core.results import tick
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows, with_before
 from csalign.evaluation.page import check_umap, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
-from csalign.report.page import check_page
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
 from csalign.training.data import TrainingData
@@ -53,7 +53,7 @@ def check_logs(names: Sequence[str], page: Path | None, *, umap: bool = False) -
 @contextmanager
 def open_logs(
     names: Sequence[str], folder: Path, run: str, config: Line, step: int = 0
-) -> Iterator[Callable[[Progress, Line], None]]:
+) -> Iterator[Callable[[Line], None]]:
     """Open the logs of a run, and close them after the block.
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
@@ -66,7 +66,7 @@ def open_logs(
         step: that the run resumes from.
 
     Yields:
-        A function that shows the figures of a step or validation and logs them everywhere.
+        A function that logs the figures of a step or validation everywhere.
 
     Raises:
         ConfigError: a library is not installed, or wandb refuses the login.
@@ -82,13 +82,12 @@ def open_logs(
             else:
                 logs.append(_wandb_log(stack, folder, run, config))
 
-        def log(progress: Progress, line: Line) -> None:
+        def log(line: Line) -> None:
             with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             figures = figures_of(line)
             for log_figures in logs:
                 log_figures(line["step"], figures)
-            show_figures(progress, figures)
 
         yield log
 
@@ -102,10 +101,9 @@ def write_page(
     seed: int,
     pictures: Path | None = None,
     umap: bool = False,
-    progress: Progress = silent,
 ) -> None:
     """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
-    progress("report", 0, 1)
+    tick("writing the page")
     shown = None
     if data.val is not None:
         warn_of_queries(data.val, f"{data.features.path} (validation)")
@@ -116,7 +114,6 @@ def write_page(
     title = f"Training of {run.name} on {data.features.path.name}"
     title += ", measured on its validation rows" if shown else ""
     write_report(path, title, shown, run, seed, pictures=pictures, umap=umap, is_training=True)
-    progress("report", 1, 1)
 
 
 def figures_of(line: Line) -> dict[str, float]:
@@ -167,7 +164,7 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            f"--log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
     return lambda step, figures: opened.log(dict(figures), step=step)

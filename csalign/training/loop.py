@@ -23,6 +23,7 @@ from csalign.core import distributed, signals
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import Stopped, TrainingError
+from csalign.core.results import show_figures, tick
 from csalign.objective.loss import LossParts
 from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 40
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
+PATIENCE = 10  # validations
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[dict[str, Any]], None]
@@ -94,8 +96,8 @@ class Trainer:
             mixing=objective.mixing,
             tokens=tokens,
         )
-        epochs = math.ceil(DEFAULT_EPOCHS * len(sampler) / options.batch_size)
-        default = max(MIN_DEFAULT_STEPS, epochs)
+        epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * len(sampler) / options.batch_size)
+        default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
         self.steps = default if options.steps is None else options.steps
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
@@ -106,6 +108,8 @@ class Trainer:
         self._val, self._token_features = data.val, tokens.features if tokens else None
         self._validates = distributed.broadcast(lambda: data.val is not None)
         self._validated: int | None = None
+        self._score: Score | None = None  # of the latest validation
+        self._latest: dict[str, float] = {}  # terms of the latest loss
         self._stale = 0
         self._best: dict[str, Any] | None = None
         self._stopped_by: int | None = None
@@ -145,6 +149,7 @@ class Trainer:
             TrainingError: a term of the loss, or the gradient, is not finite.
             Stopped: one of several processes got a signal; all have made the same steps.
         """
+        tick("training: step", self.step, self.steps)
         every = max(1, round(self.steps / self._options.validations))
         with ExitStack() as stack:
             devices = [self.device] if self.device.type == "cuda" else []
@@ -157,6 +162,8 @@ class Trainer:
                 if validates:
                     self._run_validation(log_line)
                 self.can_be_saved = self.step > 0
+                tick("training: step", self.step, self.steps)
+                show_figures(self._shown_figures(), notable=validates and self._validates)
                 yield validates and self._validates
                 if self.step == self.steps or self._stops_early():
                     break
@@ -221,10 +228,44 @@ class Trainer:
             self.can_be_saved = self.step > 0
 
     def _stops_early(self) -> bool:
-        if not self._validates or self._stale < self._options.patience:
+        best, patience = self.best_score, self._options.patience
+        if best is None:
             return False
-        log.info("early stopping: no improvement in %d validations", self._stale)
+        if best.is_perfect and patience is None:
+            log.info(
+                "validation recall is 100 %% %s, so no step can improve it: stopping (gap %.4f). "
+                "To train on for a smaller gap pass --patience %d; to compare by recall, validate "
+                "on more rows with --val-split",
+                *(self._best_place, best.centroid_distance, PATIENCE),
+            )
+            return True
+        if self._stale < (patience or PATIENCE):
+            return False
+        log.info(
+            "early stopping: no improvement in %d validations (best %.1f %% %s)",
+            *(self._stale, 100 * best.mean_recall, self._best_place),
+        )
         return True
+
+    @property
+    def _best_place(self) -> str:
+        step = self._best["step"] if self._best else 0
+        return f"at step {step}" if step else "at the start"
+
+    def _shown_figures(self) -> dict[str, str]:
+        """Return the terms of the latest loss, and the latest and best validation, for people."""
+        shown = {}
+        if self._latest:
+            terms = {name: f"{v:.{2 if v >= 0.1 else 4}f}" for name, v in self._latest.items()}
+            total = terms.pop("total")
+            parts = ", ".join(f"{name} {value}" for name, value in terms.items())
+            shown["loss"] = f"{total} ({parts})" if parts else total
+        score, best = self._score, self.best_score
+        if score is not None and best is not None:
+            record = f"best {100 * best.mean_recall:.1f} % {self._best_place}"
+            shown["val R"] = f"{100 * score.mean_recall:.1f} % ({record})"
+            shown["gap"] = f"{score.centroid_distance:.2f}"
+        return shown
 
     def _rate_factor(self, step: int) -> float:
         """Return the factor of the learning rate: linear warm-up, then cosine decay."""
@@ -252,6 +293,8 @@ class Trainer:
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
+        used = {"divergence": weight, "token": self._token_weight, "gradient_norm": 0}
+        self._latest = {name: value for name, value in figures.items() if used.get(name, 1)}
         if distributed.is_main_process():
             log_line(
                 {
@@ -311,7 +354,7 @@ class Trainer:
         adapter = self._evaluated_adapter()
         score = distributed.broadcast(lambda: self._measure(adapter))
         with self._consistent():
-            self._validated = self.step
+            self._validated, self._score = self.step, score
             if distributed.is_main_process():
                 log_line({"step": self.step, "validation": score._asdict()})
             if self.best_score is not None:

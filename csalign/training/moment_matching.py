@@ -11,6 +11,7 @@ from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
 from csalign.core.enums import Modality
+from csalign.core.results import tick
 from csalign.features.join import Pairs
 from csalign.training.data import Array, Score, TrainingData, validate
 from csalign.training.sampler import PairSampler
@@ -54,6 +55,7 @@ def match_outputs(
     unpaired = data.unpaired
     if data.val is None or before is None or not any(unpaired.count(side) for side in Modality):
         return None
+    tick("matching")
     counts = adapter.parameter_counts()
     trained = [side for side in Modality if counts[side.value]]
     if not all(adapter.side(side).accepts_output_map for side in trained):

@@ -92,7 +92,7 @@ def order_for(
         groups = [[group.bytes for group in source.groups] for source in tokens.sources.values()]
         if (least := sum(map(max, groups))) > budget:
             raise ConfigError(
-                f"token_memory: a row group of each side takes {-(-least // MIB)} MiB, more than "
+                f"--token-memory: a row group of each side takes {-(-least // MIB)} MiB, more than "
                 f"{budget // MIB}; raise --token-memory"
             )
         # Blocks do not begin where row groups do, so that half of the cache is for the rest.

@@ -1,11 +1,11 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
-from functools import partial
+import logging
 from typing import Any
 
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
-from csalign.core.results import Progress, TrainResult, silent
+from csalign.core.results import Progress, TrainResult, reported_to, silent, tick
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
 from csalign.training.config import (
@@ -16,12 +16,14 @@ from csalign.training.config import (
     TokenOptions,
     TrainConfig,
 )
-from csalign.training.data import StoredTokens, TrainingData, load_data, open_tokens
+from csalign.training.data import StoredTokens, TrainingData, announce_rows, load_data, open_tokens
 from csalign.training.initialization import initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.loop import Trainer, follow
 from csalign.training.moment_matching import match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
@@ -47,7 +49,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         ElsewhereError: another process failed.
     """
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
-    with distributed.process_group():
+    with reported_to(progress), distributed.process_group():
         if distributed.is_main_process():
             check_logs(config.log_to or (), config.report, umap=config.umap)
             inputs = (config.features,)
@@ -57,7 +59,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         options, other_weight = config.group(DataOptions), config.other_captions
         sampler = make_sampler(options, other_weight, data.rows, tokens)
         if distributed.is_main_process():
-            return _train(config, data, tokens, sampler, progress)
+            return _train(config, data, tokens, sampler)
         return _follow(config, data, tokens, sampler)
 
 
@@ -66,7 +68,6 @@ def _train(
     data: TrainingData,
     tokens: StoredTokens | None,
     sampler: PairSampler,
-    progress: Progress,
 ) -> TrainResult:
     """Train, validate and write, in the main process."""
     options = config.model_dump(mode="json", exclude_none=True)
@@ -75,17 +76,22 @@ def _train(
         if run.resumed is None:
             groups = config.group(AdapterOptions)
             widths = tokens.widths if tokens else {}
-            adapter, start = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+            announce_rows(data)
+            found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+            adapter, start = found.adapter, found.name
+            log.info("%s", found.summary)
         else:
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
         state = run.resumed and run.resumed.trainer
         distributed.broadcast(lambda: (adapter.shapes, adapter.state_dict(), state))
+        tick("preparing")
         trainer = build_trainer(config, data, tokens, sampler, adapter)
         run.begin(trainer, data, start, config=config.to_toml(), seed=config.seed)
+        pairs = min(config.batch_size, len(sampler))
+        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
         logs = open_logs(config.log_to or (), run.path, config.out.name, options, trainer.step)
-        with logs as log, run.saved_when_stopped():
-            for validated in trainer.fit(partial(log, progress)):
-                progress("training steps", trainer.step, trainer.steps)
+        with logs as log_line, run.saved_when_stopped():
+            for validated in trainer.fit(log_line):
                 if validated and trainer.step:
                     run.keep()
                 if run.is_due(trainer.step):
@@ -97,12 +103,14 @@ def _train(
                 if matched is not None:
                     scores["matched"] = matched
                     figures = {"validation": matched._asdict(), "matched": True}
-                    log(progress, {"step": trainer.step, **figures})
+                    # Weights & Biases ignores a step before its last one.
+                    log_line({"step": trainer.steps_made, **figures})
         validation = {name: score._asdict() for name, score in scores.items() if score}
+        tick("saving")
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
         shown = config.model_dump(include={"seed", "pictures", "umap"})
-        write_page(config.report, config.out, adapter, data, **shown, progress=progress)
+        write_page(config.report, config.out, adapter, data, **shown)
     result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,

@@ -178,7 +178,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "adapter.json").unlink(), "contains no trained adapter"),
+        (lambda f: (f / "adapter.json").unlink(), "is not a run"),
         (lambda f: (f / "adapter.json").write_text("{"), r"adapter\.json: is damaged"),
         (lambda f: change_json(f, format_version=2), "format version 2, .* upgrade csalign"),
         (lambda f: change_json(f, surprise=1), "surprise"),

@@ -162,7 +162,7 @@ def test_images_of_no_use_are_refused_and_listed(
         ("photos --encoder ENCODER --out out --batch-size 0", 2, "batch-size"),
         ("photos --encoder ENCODER --out out --image-column nope", 1, "nope"),
         ("photos --encoder ENCODER --out out --config none.toml", 2, "none.toml"),
-        ("--encoder ENCODER --out out", 2, "source: is required"),
+        ("--encoder ENCODER --out out", 2, "missing SOURCE"),
     ],
 )
 def test_options_that_are_wrong_are_refused(

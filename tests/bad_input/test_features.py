@@ -268,9 +268,9 @@ def test_evaluations_of_no_use_are_refused(
         ("train f --out out --bandwidth nan", 2, "bandwidth"),
         ("train f --out out --token-weight 1", 1, "tokens"),
         ("apply f --adapter r --out out --format npz", 2, "format"),
-        ("apply f --adapter f --out out", 1, "f: contains no trained adapter"),
+        ("apply f --adapter f --out out", 1, "f: is a feature set, not a run"),
         ("apply f --adapter r --out out --tokens", 2, "trained without tokens"),
-        ("apply r --adapter r --out out", 1, "r: is not a feature set"),
+        ("apply r --adapter r --out out", 1, "r: is a run, not a feature set"),
         ("eval f", 1, "6"),
         ("eval f --adapter r --split nope", 1, "nope"),
         ("eval f --adapter r --report .", 1, ".: is a folder"),
@@ -279,7 +279,7 @@ def test_evaluations_of_no_use_are_refused(
         ("eval f --adapter r --by nope", 1, "nope"),
         ("eval f --adapter r --groups none.csv --by x", 1, "none.csv"),
         ("inspect pairs.csv", 1, "pairs.csv: "),
-        ("compare r f", 1, "f: "),
+        ("compare r nowhere", 1, "nowhere: no such file or folder"),
         ("compare r --baseline 7", 2, "7"),
         ("tune f --out out --trials 0", 2, "trials"),
         ("tune f --out out --search nope", 2, "nope"),
@@ -314,4 +314,4 @@ def test_sets_without_pairs_are_refused(
     values = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
     write_rows(tmp_path / "f", values, values, [None] * rows)
 
-    refused({**READERS, "eval": "eval f"}[command], 1, "f")
+    refused(READERS[command].replace(" --adapter r", ""), 1, "f")

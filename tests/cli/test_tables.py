@@ -230,7 +230,7 @@ def test_commands_say_what_they_wrote_and_what_comes_next(folder: Path, tmp_path
     raw = csalign("eval", out, "--no-intervals").stdout
     trained = csalign("train", folder / "set", "--out", tmp_path / "run", "--steps", 0).stdout
     quiet = csalign("eval", out, "--no-intervals", "-q").stdout
-    diagnosed = csalign("diagnose", out, "--plot", page).stdout
+    diagnosed = csalign("diagnose", out, "--report", page).stdout
     as_json = csalign("eval", out, "--no-intervals", "--json").stdout
 
     assert f"wrote {out}: 300 images, 300 texts, 300 pairs" in imported
@@ -302,7 +302,7 @@ def test_inspect_says_what_other_artifacts_are(folder: Path, tmp_path: Path) -> 
     run, page = folder / "run", tmp_path / "page.html"
     options = ("eval", folder / "set", "--adapter", run, "--resamples", 100)
     (tmp_path / "eval.json").write_text(csalign(*options, "--json").stdout)
-    csalign("diagnose", folder / "set", "--plot", page)
+    csalign("diagnose", folder / "set", "--report", page)
     csalign("export", run, "--to", "onnx", "--out", tmp_path / "onnx")
 
     for path, said in (

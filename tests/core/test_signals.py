@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from csalign.core.errors import Stopped
+
 WAITING = """
 import os, signal, sys, time
 from csalign.core import signals
@@ -49,3 +51,20 @@ def test_a_signal_waits_for_what_must_not_be_left_half_done(
 
     assert done.stdout.split() == said.split(), done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "resumes", "said", "code"),
+    [
+        (2, False, "Interrupted", 130),
+        (2, True, "Interrupted; run the same command to resume", 130),
+        (15, True, "stopped by SIGTERM; run the same command to resume", 143),
+    ],
+)
+def test_a_stop_says_whether_the_command_resumes(
+    number: int, resumes: bool, said: str, code: int
+) -> None:
+    stopped = Stopped(number)
+    stopped.resumes = resumes
+
+    assert (str(stopped), stopped.exit_code) == (said, code)

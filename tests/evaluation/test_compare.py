@@ -355,7 +355,7 @@ def test_a_folder_that_is_neither_a_run_nor_comparable_is_refused(
 ) -> None:
     with pytest.raises(ShapeError, match="they can only be compared through an adapter"):
         rows_of(features)
-    with pytest.raises(DataError, match="contains no trained adapter"):
+    with pytest.raises(DataError, match="is not a run"):
         rows_of(tmp_path)
 
 

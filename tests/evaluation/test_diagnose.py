@@ -86,7 +86,7 @@ def test_the_conflict_is_told_for_soft_and_for_sharp_temperatures(tmp_path: Path
 
 def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    document = told(clouds(tmp_path, 0.5), plot=page)
+    document = told(clouds(tmp_path, 0.5), report=page)
     text = page.read_text(encoding="utf-8")
     own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.S)
 
@@ -101,9 +101,9 @@ def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Pat
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     features = clouds(tmp_path, 0.5)
     with pytest.raises(OutputError, match="there is no folder"):
-        told(features, plot=tmp_path / "missing/page.html")
+        told(features, report=tmp_path / "missing/page.html")
     with pytest.raises(OutputError, match="is a folder; name a file"):
-        told(features, plot=tmp_path)
+        told(features, report=tmp_path)
 
 
 def test_uniformity_is_that_of_a_sample_and_not_of_the_first_rows(tmp_path: Path) -> None:

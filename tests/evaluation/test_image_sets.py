@@ -93,10 +93,13 @@ def test_sets_of_different_encoders_are_refused(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "features: is required"),
-        ({"images": "a"}, "images, generated: are compared with each other; pass both"),
-        ({"images": "a", "generated": "b", "features": "c"}, "features: cannot be used with"),
-        ({"images": "a", "generated": "b", "by": "c", "seed": 1}, "by, seed: cannot be used with"),
+        ({}, "missing FEATURES; for instance: csalign eval"),
+        ({"images": "a"}, "--images and --generated are compared; pass both"),
+        ({"images": "a", "generated": "b", "features": "c"}, "FEATURES: cannot be used with"),
+        (
+            {"images": "a", "generated": "b", "by": "c", "seed": 1},
+            "--by, --seed: cannot be used with",
+        ),
         ({"images": "a", "generated": "b"}, "encoder: is required, to encode the images of a"),
         ({"images": "a", "generated": "b", "encoder": "x", "split": "y"}, "split: is for feature"),
     ],

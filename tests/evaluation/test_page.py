@@ -71,7 +71,7 @@ def test_the_page_of_an_adapter_shows_both_stages_and_its_training(
 ) -> None:
     pages = tmp_path / "train.html", tmp_path / "eval.html"
     config = TrainConfig(
-        features=features, out=tmp_path / "run", steps=4, batch_size=64, report=pages[0]
+        features=features, out=tmp_path / "run", steps=4, patience=9, report=pages[0]
     )
     run = train(config).run
     evaluate(EvalConfig(features=features, adapter=run, report=pages[1]))

@@ -132,7 +132,9 @@ def test_prompts_are_embedded_by_the_encoder_that_the_run_names(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red car\n\na very red car\n")
-    done = made(decoders, clip_run, tmp_path / "out", prompts=prompts, seed=5, sheet=True, scale=3)
+    page = tmp_path / "made.html"
+    given = {"prompts": prompts, "seed": 5, "scale": 3, "sheet": True, "report": page}
+    done = made(decoders, clip_run, tmp_path / "out", "stable", **given)
     stored = made(
         decoders, clip_run, tmp_path / "stored", features=tmp_path / "joined", seed=4, scale=3
     )
@@ -146,13 +148,16 @@ def test_prompts_are_embedded_by_the_encoder_that_the_run_names(
     assert stored.images == 12
     with Image.open(tmp_path / "out/sheet.jpg") as sheet:
         assert sheet.width > sheet.height > 160
+    written = page.read_text(encoding="utf-8")
+    assert written.count("data:image/jpeg") == 2
+    assert "a very red car" in written
 
 
 def test_images_do_not_depend_on_the_batch_and_a_stopped_call_goes_on(
     few: Path, run: Path, decoders: Path, tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "images" and done >= 4:
+        if what == "generating: images" and done >= 4:
             raise Stopped(15)
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -217,7 +222,7 @@ def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
     clip_run: Path, decoders: Path, tiny_clip: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "images" and done:
+        if what == "generating: images" and done:
             raise Stopped(15)
 
     prompts = tmp_path / "prompts.txt"
@@ -280,7 +285,7 @@ def test_what_does_not_go_together_is_refused(
     narrow = tmp_path / "narrow"
     other = {"text_adapter": "identity", "image_adapter": "linear"}
     train(TrainConfig(features=features, out=narrow, **(FROZEN | other)))
-    with pytest.raises(ConfigError, match="prompts, features: pass one of them"):
+    with pytest.raises(ConfigError, match="--prompts and --features are both texts to draw"):
         made(decoders, run, out)
     with pytest.raises(ConfigError, match=r"maps images too \(with glu\), into a space that no"):
         made(decoders, free, out, features=features)

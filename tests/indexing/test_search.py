@@ -203,7 +203,7 @@ def test_many_queries_come_from_stdin(drawn: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_page_shows_pictures_and_runs_nothing(drawn: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    asked(drawn / "index", text="<script>alert(1)</script>", html=page)
+    asked(drawn / "index", text="<script>alert(1)</script>", report=page)
     text = page.read_text(encoding="utf-8")
 
     assert text.count("data:image/jpeg;base64,") == 4
@@ -211,7 +211,7 @@ def test_a_page_shows_pictures_and_runs_nothing(drawn: Path, tmp_path: Path) -> 
     assert "&lt;b&gt;red&lt;/b&gt; square" in text
     assert len(text) < 100_000
     with pytest.raises(OutputError, match="there is no folder"):
-        asked(drawn / "index", text="x", html=tmp_path / "no" / "page.html")
+        asked(drawn / "index", text="x", report=tmp_path / "no" / "page.html")
 
 
 def test_another_encoder_is_refused(
@@ -254,16 +254,16 @@ def test_an_encoder_that_is_unknown_or_runs_code_is_not_loaded(
 @pytest.mark.parametrize(
     ("query", "error", "message"),
     [
-        ({}, ConfigError, "no query: pass one text query"),
-        ({"text": "a", "image": "b"}, ConfigError, "--text and --image: pass one text query"),
-        ({"query": "a", "text": "b"}, ConfigError, "QUERY and --text: pass one text query"),
+        ({}, ConfigError, "missing a query; for instance: csalign search"),
+        ({"text": "a", "image": "b"}, ConfigError, "--text and --image are 2 queries"),
+        ({"query": "a", "text": "b"}, ConfigError, "QUERY and --text are 2 queries"),
         ({"text": " "}, DataError, "the query is empty"),
         ({"image": "nowhere.png"}, DataError, r"nowhere\.png: cannot be read"),
         ({"embedding": "nowhere.npy"}, DataError, r"nowhere\.npy: cannot be read"),
         ({"embedding": "wide.npy"}, ShapeError, "has width 5, the text embeddings of"),
         ({"embedding": "nothing.npy"}, DataError, r"nothing\.npy, row 1: has no direction"),
         ({"embedding": "pickle.npy"}, DataError, "cannot be read as"),
-        ({"text": "a", "query_side": "text"}, ConfigError, "for --embedding only"),
+        ({"text": "a", "query_side": "text"}, ConfigError, "is the side of --embedding"),
     ],
 )
 def test_a_query_that_cannot_be_used_is_named(

@@ -42,6 +42,9 @@ def photos(make_images: MakeImages) -> Path:
     return folder
 
 
+RECORDS = "encoding images: records"
+
+
 @pytest.fixture
 def run(tiny_clip: tuple[Path, Path], photos: Path) -> Callable[..., FeaturesResult]:
     """Extract the photos with the tiny model; options and the name of the output can be given."""
@@ -378,7 +381,7 @@ def test_a_shard_without_a_part_says_so(
 def test_a_token_limit_without_tokens_is_refused(
     run: Callable[..., FeaturesResult],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^max-tokens: no tokens are stored; add --tokens"):
+    with pytest.raises(ConfigError, match=r"^--max-tokens: no tokens are stored; add --tokens"):
         run(max_tokens=4)
 
 
@@ -469,7 +472,7 @@ def test_a_stopped_run_ends_at_once_and_leaves_nothing(
     run: Callable[..., FeaturesResult], photos: Path
 ) -> None:
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "records" and done >= 3:
+        if what == RECORDS and done >= 3:
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -483,12 +486,13 @@ def test_progress_counts_records_then_texts(run: Callable[..., FeaturesResult]) 
 
     run(progress=lambda *call: seen.append(call))
 
-    records = [call for call in seen if call[0] == "records"]
-    assert records[0] == ("records", 0, 9)
-    assert records[-1] == ("records", 9, 9)  # the caption without an image is one too
-    assert [call for call in seen if call[0] == "texts"] == [
-        ("texts", done, None) for done in (0, 9)
-    ]
+    records = [call for call in seen if call[0] == RECORDS]
+    assert records[0] == (RECORDS, 0, 9)
+    assert records[-1] == (RECORDS, 9, 9)  # the caption without an image is one too
+    texts = "encoding texts: texts"
+    assert [call for call in seen if call[0] == texts] == [(texts, done, None) for done in (0, 9)]
+    others = [what for what, _, _ in seen if what not in (RECORDS, texts)]
+    assert others == ["scanning the source", "completing the feature set"]
 
 
 def test_parts_of_several_processes_make_the_same_set(
@@ -509,7 +513,7 @@ def test_a_stopped_run_resumes(run: Callable[..., FeaturesResult]) -> None:
     counts: list[int] = []
 
     def stop(what: str, done: int, total: int | None) -> None:
-        if (what, done) == ("records", 5):
+        if (what, done) == (RECORDS, 5):
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):
@@ -517,7 +521,7 @@ def test_a_stopped_run_resumes(run: Callable[..., FeaturesResult]) -> None:
     parts = {path.name for path in (whole.features.parent / "features.partial").glob("*/*.parquet")}
     assert parts == {"part-00000.parquet", "part-00001.parquet"}
     rest = run(
-        progress=lambda what, done, total: counts.append(done) if what == "records" else None,
+        progress=lambda what, done, total: counts.append(done) if what == RECORDS else None,
         part_rows=2,
         batch_size=1,
     )
@@ -646,7 +650,7 @@ def test_an_error_waits_for_unfinished_writes(
         write(self, modality, rows)
 
     def stop(what: str, done: int, total: int | None) -> None:
-        if what == "records" and begun.wait(300):
+        if what == RECORDS and begun.wait(300):
             Timer(0.2, stopped.set).start()
             raise Stopped(signal.SIGTERM)
 

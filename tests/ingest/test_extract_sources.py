@@ -197,7 +197,7 @@ def test_four_shards_one_of_them_killed_and_rerun_give_what_one_process_gives(
 
     def die(what: str, done: int, total: int | None) -> None:
         """Keep the files as a kill in the middle of the second part leaves them."""
-        if (what, done) == ("records", 4):
+        if (what, done) == ("encoding images: records", 4):
             shutil.copytree(partial, at_death)
             raise Stopped(signal.SIGTERM)
 

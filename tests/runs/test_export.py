@@ -161,6 +161,41 @@ def test_what_embeds_with_tokens_is_refused_where_there_is_no_room_for_them(
     assert "adapter.safetensors" in told["files"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("hf:/home/me/models/minilm", "hf:minilm"),
+        ("hf:user/name", "hf:user/name"),
+        ("open_clip:ViT-B-32/laion2b", "open_clip:ViT-B-32/laion2b"),
+        ("open_clip:/home/me/tiny.json+../me/w.pt", "open_clip:tiny.json+w.pt"),
+        ("hf:user/name | /home/me/run", "hf:user/name | run"),
+    ],
+)
+def test_what_strangers_read_names_local_files_by_their_names_alone(
+    tmp_path: Path, spec: str, name: str
+) -> None:
+    run, out = saved(tmp_path / "run", "linear"), tmp_path / "out"
+    info = json.loads((run / "adapter.json").read_text())
+    info["encoders"]["image"] = spec
+    (run / "adapter.json").write_text(json.dumps(info))
+    export(ExportConfig(run=run, to="hub-folder", out=out, license="mit"))
+    text = (out / "README.md").read_text(encoding="utf-8")
+
+    assert "/home/me" not in text
+    assert f"| {name} |" in text.replace("\\|", "|").replace("name &#124; run", "name | run")
+    assert json.loads((out / "adapter.json").read_text())["encoders"]["image"] == name
+    assert 'license: "mit"' in text
+    assert csalign.load_adapter(out).side(Modality.IMAGE).shape.input_width == 12
+
+
+def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:
+    export(
+        ExportConfig(run=saved(tmp_path / "run", "linear"), to="safetensors", out=tmp_path / "o")
+    )
+
+    assert "Not stated: whoever publishes" in (tmp_path / "o/README.md").read_text(encoding="utf-8")
+
+
 def test_the_card_is_one_that_the_hub_reads(features: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(TrainConfig(features=features, out=run, steps=0))

@@ -60,7 +60,7 @@ def test_a_log_that_is_gone_is_refused_and_an_adapter_that_is_gone_named(own: Pa
     with pytest.raises(SchemaError, match=r"metrics\.jsonl: was changed"):
         read_lines(own)
     (own / "adapter.json").unlink()
-    with pytest.raises(DataError, match="contains no trained adapter"):
+    with pytest.raises(DataError, match="is not a run"):
         load_run(own)
 
 

@@ -92,7 +92,7 @@ def test_a_list_comes_from_stdin(make_images: MakeImages, monkeypatch: pytest.Mo
     assert source.files == ["stdin"]
     assert [r.image and r.image.read() for r in records] == [(folder / "a.png").read_bytes()]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"\n")))
-    with pytest.raises(DataError, match=r"^stdin: names no image and no caption"):
+    with pytest.raises(DataError, match=r"^stdin: has no row with an image or a caption"):
         open_source("-", SourceOptions())
 
 

@@ -405,9 +405,9 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
     [
         ("t.csv", "image,caption".encode("utf-16"), "row 1: is not UTF-8 (byte 0xff at offset 0)"),
         ("t.csv", b"image,image\n", "has the column 'image' twice; rename one"),
-        ("t.csv", b"image,caption\n", "names no image and no caption"),
-        ("t.csv", b"", "names no image and no caption"),
-        ("t.jsonl", b"\n", "names no image and no caption"),
+        ("t.csv", b"image,caption\n", "has no row with an image or a caption"),
+        ("t.csv", b"", "has no row with an image or a caption"),
+        ("t.jsonl", b"\n", "has no row with an image or a caption"),
     ],
 )
 def test_a_table_of_no_use_is_refused(

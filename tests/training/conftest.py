@@ -11,7 +11,13 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
 
-QUICK: dict[str, Any] = {"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4}
+QUICK: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 64,
+    "hidden": 16,
+    "validations": 4,
+    "patience": 99,
+}
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +50,5 @@ def features(arrays: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 def quick_run(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps with 4 validations and all logs but wandb."""
     out = tmp_path_factory.mktemp("runs") / "quick"
-    config = TrainConfig(
-        features=features, out=out, patience=99, log_to=("csv", "tensorboard"), **QUICK
-    )
+    config = TrainConfig(features=features, out=out, log_to=("csv", "tensorboard"), **QUICK)
     return train(config).run

@@ -47,7 +47,7 @@ from csalign.training.config import TrainConfig
 from csalign.training.train import train
 
 def progress(what, done, total):
-    if what == "training steps" and done == int(sys.argv[2]):
+    if what == "training: step" and done == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def stop(features: Path, out: Path, after: int, **values: Any) -> None:
     """Train, and be stopped after a step."""
 
     def progress(what: str, done: int, total: int | None) -> None:
-        if what == "training steps" and done >= after:
+        if what == "training: step" and done >= after:
             raise Stopped(signal.SIGTERM)
 
     with pytest.raises(Stopped):

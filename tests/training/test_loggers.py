@@ -1,13 +1,14 @@
 import csv
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from csalign.core.errors import ConfigError
-from csalign.core.results import show_figures, silent
+from csalign.core.results import reported_to, show_figures, silent
 from csalign.training.config import TrainConfig
 from csalign.training.loggers import open_logs
 from csalign.training.train import train
@@ -33,7 +34,7 @@ def test_csv_and_tensorboard_hold_what_the_lines_hold(quick_run: Path) -> None:
 
 def test_the_token_loss_has_a_column(tmp_path: Path) -> None:
     with open_logs(("csv",), tmp_path, "run", {}) as log:
-        log(silent, {"step": 1, "loss": 3.0, "token": 0.5})
+        log({"step": 1, "loss": 3.0, "token": 0.5})
     with (tmp_path / "metrics.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
 
@@ -57,18 +58,20 @@ def test_an_unknown_log_is_refused(features: Path) -> None:
 
 def test_figures_reach_a_listener_that_shows_them_and_no_other() -> None:
     class Listener:
-        seen: dict[str, float]
+        seen: Mapping[str, str]
 
         def __call__(self, what: str, done: int, total: int | None) -> None: ...
 
-        def figures(self, figures: dict[str, float]) -> None:
+        def figures(self, figures: Mapping[str, str], notable: bool) -> None:
             self.seen = figures
 
     listener = Listener()
-    show_figures(listener, {"loss": 1.0})
-    show_figures(silent, {"loss": 1.0})
+    with reported_to(listener):
+        show_figures({"loss": "1.00"})
+    with reported_to(silent):
+        show_figures({"loss": "2.00"})
 
-    assert listener.seen == {"loss": 1.0}
+    assert listener.seen == {"loss": "1.00"}
 
 
 def test_wandb_gets_the_figures_without_a_network(

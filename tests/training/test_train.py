@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import AdapterOptions, ObjectiveOptions, TrainConfig
 from csalign.training.train import train
 
-QUICK: dict[str, Any] = {"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4}
+QUICK: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 64,
+    "hidden": 16,
+    "validations": 4,
+    "patience": 99,
+}
 # The first steps of the warm-up are harmless, then the weights overflow.
 EXPLODES = {"learning_rate": 1e25, "clip_norm": 1e30, "warmup": 1.0, "steps": 40, "patience": 99}
 
@@ -72,7 +79,7 @@ def test_a_run_folder_holds_what_repeats_it(features: Path, quick_run: Path) -> 
         "metrics.jsonl",
         "tensorboard",
     }
-    given = {"features": features, "out": quick_run, "patience": 99, "log_to": logs}
+    given = {"features": features, "out": quick_run, "log_to": logs}
     assert TrainConfig(**settings) == TrainConfig(**given, **QUICK)
     assert environment["seed"] == 0
     assert environment["device"] == "cpu"
@@ -156,19 +163,66 @@ def test_the_best_weights_are_kept_and_the_closed_form_when_nothing_beats_it(
 
 
 def test_training_stops_early_when_validation_no_longer_improves(
-    features: Path, tmp_path: Path
+    features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = run(
-        features,
-        tmp_path / "run",
-        learning_rate=30.0,
-        clip_norm=1e6,
-        steps=100,
-        patience=2,
-        validations=20,
-    )
+    with caplog.at_level(logging.INFO, "csalign"):
+        result = run(
+            features,
+            tmp_path / "run",
+            learning_rate=30.0,
+            clip_norm=1e6,
+            steps=100,
+            patience=2,
+            validations=20,
+        )
 
     assert result.steps == 10
+    stopped = "early stopping: no improvement in 2 validations (best 100.0 % at the start)"
+    assert stopped in caplog.messages
+
+
+def test_a_perfect_start_ends_training_unless_patience_is_given(
+    features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "csalign"):
+        stopped = run(features, tmp_path / "stopped", patience=None)
+        trained = run(features, tmp_path / "trained", patience=3)
+
+    (message,) = (text for text in caplog.messages if text.startswith("validation recall is 100 %"))
+    assert "at the start, so no step can improve it: stopping" in message
+    assert "pass --patience" in message
+    assert (stopped.steps, stopped.best_step) == (0, 0)
+    assert trained.steps == 12
+    gaps = [own.validation["kept"]["centroid_distance"] for own in (stopped, trained)]
+    assert gaps[1] <= gaps[0]
+    assert trained.validation["kept"]["mrr"] == 1
+
+
+def test_training_names_its_rows_and_its_phases(
+    arrays: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: dict[str, list[tuple[int, int | None]]] = {}
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        seen.setdefault(what, []).append((done, total))
+
+    images, texts = arrays
+    unsplit = import_arrays(ImportConfig(images=images, texts=texts, out=tmp_path / "f")).features
+    with caplog.at_level(logging.INFO, "csalign"):
+        train(TrainConfig(features=unsplit, out=tmp_path / "run", **QUICK), progress)
+
+    phases = ["closed form", "training: step", "saving"]
+    assert [phase for phase in seen if phase in phases] == phases
+    assert "reading: rows" in seen
+    assert seen["closed form"] == [(done, 8) for done in range(9)]
+    assert {step for step, _ in seen["training: step"]} == set(range(13))
+    rows, validated, untested, start, steps = caplog.messages
+    assert rows == f"training on 225 pairs of 225 images: {unsplit}"
+    assert validated == "validating on 75 pairs of 75 images: held out from these images"
+    assert untested.startswith("no test split")
+    assert "csalign split" in untested
+    assert re.match(r"closed form: 8 settings in \d+ s, best R [\d.]+ %: CCA", start)
+    assert steps == "training on cpu: 12 steps of 64 pairs"
 
 
 def test_weight_zero_takes_the_divergence_out(features: Path, tmp_path: Path) -> None:

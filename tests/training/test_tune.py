@@ -20,7 +20,7 @@ from csalign.training.config import TrainConfig, TuneConfig
 from csalign.training.train import train
 from csalign.training.tuning.tune import tune, winner
 
-QUICK = {"steps": 8, "batch_size": 64, "hidden": 8, "validations": 4}
+QUICK = {"steps": 8, "batch_size": 64, "hidden": 8, "validations": 4, "patience": 99}
 # The first steps of the warm-up are harmless, then the weights overflow.
 EXPLODES = {"clip_norm": 1e30, "warmup": 1.0, "steps": 40, "patience": 99}
 
@@ -50,9 +50,10 @@ def captioned(tmp_path: Path, widths: tuple[int, int] = (12, 12)) -> Path:
 
 
 def test_trial_0_is_the_default_and_trial_1_its_closed_form(features: Path, tmp_path: Path) -> None:
-    result = search(features, tmp_path / "study", trials=2)
-    default = train(TrainConfig(features=features, out=tmp_path / "a", **QUICK))
-    closed = train(TrainConfig(features=features, out=tmp_path / "b", **{**QUICK, "steps": 0}))
+    some: dict[str, Any] = {**QUICK, "steps": None, "patience": 1}
+    result = search(features, tmp_path / "study", trials=2, **some)
+    default = train(TrainConfig(features=features, out=tmp_path / "a", **some))
+    closed = train(TrainConfig(features=features, out=tmp_path / "b", **{**some, "steps": 0}))
 
     for trial, run in zip(result.trials, (default, closed), strict=True):
         kept = run.validation["kept"]
@@ -63,6 +64,15 @@ def test_trial_0_is_the_default_and_trial_1_its_closed_form(features: Path, tmp_
     assert result.trials[1].difference["mean_recall"]["value"] == pytest.approx(
         closed.validation["kept"]["mean_recall"] - default.validation["kept"]["mean_recall"]
     )
+
+
+def test_given_steps_stay_fixed_so_no_trial_is_the_closed_form(
+    features: Path, tmp_path: Path
+) -> None:
+    result = search(features, tmp_path / "study", trials=2)
+
+    assert [trial.steps for trial in result.trials] == [8, 8]
+    assert "steps" not in result.trials[1].settings
 
 
 def test_the_written_settings_train_to_what_the_winner_measured(
@@ -217,9 +227,8 @@ def test_settings_that_are_all_given_leave_nothing_to_search(
 
 
 def test_a_failed_trial_is_recorded_and_the_search_goes_on(features: Path, tmp_path: Path) -> None:
-    result = search(
-        features, tmp_path / "study", search="noise", learning_rate=1e25, trials=4, **EXPLODES
-    )
+    given: dict[str, Any] = {**EXPLODES, "steps": None, "learning_rate": 1e25, "search": "noise"}
+    result = search(features, tmp_path / "study", trials=4, **given)
 
     assert [trial.state for trial in result.trials] == ["failed", "complete", "failed", "failed"]
     assert "lower --learning-rate" in (result.trials[2].reason or "")
@@ -391,7 +400,8 @@ def test_a_signal_keeps_the_trials_and_the_winner_so_far(
     )
 
     assert stopped.returncode == 130, stopped.stderr
-    assert "contains 2 trials; rerun to resume" in stopped.stderr
+    assert "contains 2 trials" in stopped.stderr
+    assert stopped.stderr.endswith("csalign: Interrupted; run the same command to resume\n")
     assert "Traceback" not in stopped.stderr
     assert recorded(study) == 2
     assert (study / "config.toml").exists()

@@ -138,7 +138,10 @@ class Catalog:
         """
         name = self._files[0].name
         if not self._entries:
-            raise DataError(f"{name}: names no image and no caption; fill in its columns")
+            raise DataError(
+                f"{name}: has no row with an image or a caption (it is empty, or a heading alone); "
+                "add rows with the columns image and caption"
+            )
         self.description = description
         self.fingerprint = self._digest.hexdigest()
         self._by_id.clear()

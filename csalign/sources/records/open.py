@@ -61,7 +61,7 @@ def open_source(source: Path | str, options: SourceOptions | None = None) -> Sou
     """
     options = options or SourceOptions()
     if options.kind not in get_args(Kind):
-        raise ConfigError(f"kind: {options.kind} is not one of {', '.join(get_args(Kind))}")
+        raise ConfigError(f"--kind: {options.kind} is not one of {', '.join(get_args(Kind))}")
     path = cast(Path, source) if "://" in str(source) else Path(source)
     with files.translate_errors(path):
         return _Opener(options).open(str(source))
@@ -82,7 +82,9 @@ class _Opener:
         if path is not None and path.exists() and path.is_dir():
             return self._folder(path)
         if self._options.captions is not None:
-            raise ConfigError(f"captions: {source} is not a folder; pass the folder of its images")
+            raise ConfigError(
+                f"--captions: {source} is not a folder; pass the folder of its images"
+            )
         if path is not None and path.exists():
             return self._file(path, None, {})
         paths = files.expand_pattern(source)
@@ -110,12 +112,14 @@ class _Opener:
         kind, found = self._kind, files.files_below(folder)
         if self._options.captions is not None:
             if kind not in ("auto", "folder", "table", "coco", "karpathy"):
-                raise ConfigError(f"captions: a source of kind {kind} has its own; omit --captions")
+                raise ConfigError(
+                    f"--captions: a source of kind {kind} has its own; omit --captions"
+                )
             if not self._options.captions.is_file():
                 raise DataError(f"{self._options.captions}: no such file; pass a captions table")
             return self._file(self._options.captions, folder, found)
         if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
-            raise ConfigError(f"kind: {folder} is a folder, not {kind}; pass the file")
+            raise ConfigError(f"--kind: {folder} is a folder, not {kind}; pass the file")
         containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
         has_images = kind != "captions" and bool(images_in(found))
         if kind in ("webdataset", "parquet") or (

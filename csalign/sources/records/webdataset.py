@@ -86,7 +86,7 @@ def open_tars(
         DataError: a file is missing, or none of them is a tar.
     """
     if columns.id_column is not None:
-        raise ConfigError("id_column: tar files have the keys of their samples; omit it")
+        raise ConfigError("--id-column: tar files have the keys of their samples; omit it")
     if len({posixpath.splitext(path)[0] for path in tars}) < len(tars):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
     sizes = [files.size_of(root / path) if size is None else size for path, size in tars.items()]

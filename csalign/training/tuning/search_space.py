@@ -120,14 +120,14 @@ def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
     known = ", ".join(name.replace("_", "-") for name in SEARCHED)
     for name in asked:
         if name not in SEARCHED:
-            raise ConfigError(f"search: {name!r} is not searched; there are {known}")
+            raise ConfigError(f"--search: {name!r} is not searched; there are {known}")
         reason = _no_effect(name, asked, base, rows)
         if reason and config.search is not None:
-            raise ConfigError(f"search: {name.replace('_', '-')} changes nothing here: {reason}")
+            raise ConfigError(f"--search: {name.replace('_', '-')} changes nothing here: {reason}")
     names = tuple(n for n in SEARCHED if n in asked and not _no_effect(n, asked, base, rows))
     if not names:
         raise ConfigError(
-            f"search: no setting is left, since all are given; name some with --search ({known})"
+            f"--search: no setting is left, since all are given; name some with --search ({known})"
         )
     kinds = ["linear", "mlp", "glu"]
     widths = {rows.images.shape[1], rows.texts.shape[1]}

@@ -35,7 +35,16 @@ from csalign.core.errors import (
     TrainingError,
 )
 from csalign.core.records import read_object
-from csalign.core.results import Progress, Trial, TuneResult, silent
+from csalign.core.results import (
+    Progress,
+    Trial,
+    TuneResult,
+    duration,
+    reported_to,
+    silent,
+    tick,
+    within,
+)
 from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
@@ -67,8 +76,9 @@ RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
-    Trial 0 uses the given settings, trial 1 only the closed form that they start from; both can
-    win. Settings that were given stay fixed, the others are searched.
+    Trial 0 uses the given settings, trial 1 only the closed form that they start from, unless
+    `config.steps` is given; both can win. Settings that were given stay fixed, the others are
+    searched.
 
     Raises:
         DataError: the features cannot be trained on, or there are too few rows to validate on.
@@ -87,8 +97,8 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         "base": space.base.model_dump(mode="json", exclude=paths),
         "search": list(space.names),
     }
-    with _open_study(config, identity) as study:
-        trials = _search(config, space, study, data, val, began, progress)
+    with reported_to(progress), _open_study(config, identity) as study:
+        trials = _search(config, space, study, data, val, began)
     best = winner(trials, config.recall_slack)
     if best is None:
         raise TrainingError(f"{config.out}: all trials failed; the first: {trials[0].reason}")
@@ -126,7 +136,6 @@ def _search(
     data: TrainingData,
     val: PairedRows,
     began: float,
-    progress: Progress,
 ) -> list[Trial]:
     """Run trials until there are enough or the time is over; return all of the study."""
     total = config.trials
@@ -138,17 +147,21 @@ def _search(
     try:
         while True:
             _write_best(config, trials)
-            progress("trials", len(trials), total)
+            tick("trials", len(trials), total)
             late = config.minutes is not None and time.monotonic() - began >= 60 * config.minutes
             if (total is not None and len(trials) >= total) or (late and trials):
                 return trials
-            _run_trial(len(trials), config.seed, space, study, data, val)
+            number = len(trials)
+            name = f"trial {number}" + ("" if total is None else f" ({number + 1} of {total})")
+            with reported_to(within(name)):
+                _run_trial(len(trials), config.seed, space, study, data, val)
             trials = _finished(study)
             _log_trial(trials[-1], winner(trials, config.recall_slack))
-    except Stopped:
+    except Stopped as stopped:
         if trials := _finished(study):
             _write_best(config, trials)
-            log.warning("%s: contains %d trials; rerun to resume", config.out, len(trials))
+            log.info("%s: contains %d trials", config.out, len(trials))
+            stopped.resumes = True
         raise
 
 
@@ -176,7 +189,7 @@ def _run_trial(
         sampler = PartialFixedSampler(space.given(), sampler)
     study.sampler = sampler
     trial = study.ask()
-    is_closed_form = number == 1 and base.init == "canonical" and base.steps != 0
+    is_closed_form = number == 1 and base.init == "canonical" and base.steps is None
     # The closed form suggests nothing, so the sampler learns nothing from it.
     settings = {"steps": 0} if is_closed_form else space.suggest(trial)
     if number == 0:
@@ -225,13 +238,12 @@ def _difference(
 
 
 def _log_trial(trial: Trial, best: Trial | None) -> None:
-    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
     result = f" ({trial.reason})"
     if trial.mean_recall is not None:
-        gap = f"centroid distance {trial.centroid_distance:.4f}"
-        result = f", mean recall {100 * trial.mean_recall:.2f} %, {gap}"
-    result += f", {trial.seconds:.0f} s; best: trial {best.number if best else None}"
+        result = f", mean recall {100 * trial.mean_recall:.2f} %, gap {trial.centroid_distance:.4f}"
+    result += f", {duration(trial.seconds)}; best: trial {best.number if best else None}"
     log.info("trial %d: %s%s", trial.number, trial.state, result)
+    settings = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in trial.settings.items())
     log.debug("trial %d: %s", trial.number, settings)
 
 
@@ -260,7 +272,7 @@ def _train(
     sampler = make_sampler(options, config.other_captions, data.rows, tokens)
     widths = tokens.widths if tokens else {}
     groups = config.group(AdapterOptions)
-    adapter, start = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+    adapter, start, _ = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
     trainer = build_trainer(config, data, tokens, sampler, adapter)
     is_pruned, number = False, 0
     with closing(trainer.fit(lambda line: None)) as steps:

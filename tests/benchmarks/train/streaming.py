@@ -174,7 +174,7 @@ def rate(options: argparse.Namespace, features: Path) -> None:
             )
             data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
             sampler = make_sampler(config.group(DataOptions), 0.0, data.rows, None)
-            adapter, _ = initialize(
+            adapter, *_ = initialize(
                 config.group(AdapterOptions), data.rows, sampler, None, {}, config.seed
             )
             trainer = build_trainer(config, data, None, sampler, adapter)
