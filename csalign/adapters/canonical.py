@@ -147,6 +147,7 @@ class PairMoments:
             centre: whether to centre the side `to` too. Otherwise it stays unchanged, as a frozen
                 side must, and the map has a bias.
         """
+        to = Modality.of(to)
         values_x, vectors_x, values_y, vectors_y, _ = self.eigen
         if to is Modality.TEXT:
             values, vectors, cross = values_x, vectors_x, self.cov_xy

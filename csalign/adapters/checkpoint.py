@@ -1,4 +1,4 @@
-"""Adapters on disk and on the hub: weights in safetensors, everything else in ``adapter.json``."""
+"""Adapters on disk: weights in safetensors, everything else in ``adapter.json``."""
 
 import hashlib
 from collections.abc import Collection
@@ -10,11 +10,12 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from csalign.adapters.hub import local_run
 from csalign.adapters.model import KINDS, Adapter
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError, reason_of
+from csalign.core.errors import ConfigError, SchemaError, ShapeError
 from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
 
@@ -43,6 +44,20 @@ class AdapterInfo(Record):
     weights_sha256: str = ""  # set by `save_adapter`
 
 
+def unknown_info(shapes: dict[Modality, SideShape]) -> AdapterInfo:
+    """Describe an adapter of which only the shapes are known."""
+    return AdapterInfo(
+        adapters=shapes,
+        encoders=dict.fromkeys(Modality, "unknown"),
+        start="random",
+        step=0,
+        logit_scale=1.0,
+        bandwidth=None,
+        data_fingerprint="",
+        train_split="",
+    )
+
+
 def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     """Write the weights, then the description with their checksum, into an existing folder."""
     # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
@@ -61,16 +76,16 @@ def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
 def load_adapter(
     folder: Path | str,
     *,
-    hub: bool = False,
+    hub: bool = True,
     revision: str | None = None,
     allow: Collection[str] = (),
 ) -> Adapter:
     """Load a trained adapter from safetensors and JSON; never from a pickle.
 
     Args:
-        folder: a run folder, a checkpoint in it, or an export.
-        hub: if there is no such folder, take it as the name of a repository on the Hugging Face
-            hub, ``user/name``.
+        folder: a run folder, a checkpoint in it, or an export; or a repository on the Hugging Face
+            hub, ``hf://USER/REPO``, or ``USER/REPO`` if there is no such folder here.
+        hub: whether it may be on the hub.
         revision: branch, tag or commit of that repository.
         allow: kinds ``package.module:Class`` that may be imported if the run names them, which
             runs their code; kinds of installed entry points need not be listed.
@@ -79,13 +94,18 @@ def load_adapter(
         The adapter in evaluation mode, on the CPU.
 
     Raises:
-        DataError: there is no adapter at `folder`.
+        DataError: there is no adapter at `folder`, or the hub cannot be reached.
         SchemaError: its files are damaged, contradict each other, have another format version, or
             name a kind that is not installed or not allowed.
+
+    >>> import csalign, numpy, tempfile
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 30, 4))
+    >>> run = tempfile.mkdtemp() + "/run"
+    >>> adapter = csalign.fit(images, texts, out=run, steps=2)
+    >>> csalign.load_adapter(run).embed_images(images).shape
+    (30, 4)
     """
-    path = Path(folder)
-    if hub and not path.exists():
-        path = fetch(str(folder), revision=revision)
+    path = local_run(folder, revision=revision) if hub else Path(folder)
     return load_adapter_with_info(path, allow=allow)[0]
 
 
@@ -120,6 +140,7 @@ def load_adapter_with_info(
     if is_builtin:
         adapter.to_empty(device="cpu")
     adapter.load_state_dict(tensors)
+    adapter.info = info
     return adapter.eval(), info
 
 
@@ -128,30 +149,3 @@ def read_info(folder: Path) -> AdapterInfo:
     path = folder / DESCRIPTION
     require_kind(folder, Kind.RUN)
     return read_record(path, AdapterInfo, "train again")
-
-
-def fetch(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Path:
-    """Download an adapter from the Hugging Face hub, or find it in the cache; returns its folder.
-
-    Args:
-        name: of the repository, ``user/name``.
-        subfolder: in the repository.
-        revision: branch, tag or commit.
-
-    Raises:
-        DataError: there is no such repository, or the hub cannot be reached.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        paths = [
-            Path(hf_hub_download(name, file, subfolder=subfolder, revision=revision))
-            for file in (DESCRIPTION, WEIGHTS)
-        ]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f"{name}: no such run here, and the hub has no adapter of that name "
-            f"({reason_of(error):.200})"
-        ) from error
-    return paths[0].parent

@@ -4,20 +4,26 @@ import importlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from csalign.adapters.builtin import Glu, Identity, Linear, LowRank, Mlp, Transformer
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
+from csalign.core.atomic import translate_os_errors
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, CsalignError, ShapeError, reason_of
+from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError, reason_of
+from csalign.features.arrays import as_rows
+
+if TYPE_CHECKING:
+    from csalign.adapters.checkpoint import AdapterInfo
 
 DEFAULT_WIDTH = 256  # of the shared space, unless something else decides
 
@@ -142,16 +148,27 @@ def _translate_errors(kind: str, action: str) -> Iterator[None]:
 
 
 class Adapter(nn.Module):
-    """Adapters of both sides.
+    """Adapters of both sides; `fit` and `load_adapter` return one.
 
     Args:
         shapes: of each side, with one shared width.
         allow: kinds ``package.module:Class`` that may be imported; see `find_kind`.
 
+    Attributes:
+        info: the content of ``adapter.json``, of one that was loaded or fitted; else None.
+
     Raises:
         ConfigError: there is no such kind, or it may not be imported.
         ShapeError: a kind does not support its shape, or the widths of the sides differ.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 30, 4))
+    >>> adapter = csalign.fit(images, texts, steps=2)
+    >>> bool((adapter.embed_images(images) == adapter.embed("image", images)).all())
+    True
     """
+
+    info: "AdapterInfo | None" = None
 
     def __init__(
         self, shapes: Mapping[Modality, SideShape], *, allow: Collection[str] = ()
@@ -171,9 +188,9 @@ class Adapter(nn.Module):
         """The shapes of both sides, from which an equal adapter can be built."""
         return {side: self.side(side).shape for side in Modality}
 
-    def side(self, modality: Modality) -> SideAdapter:
-        """Return the adapter of one side."""
-        return self.image if modality is Modality.IMAGE else self.text
+    def side(self, modality: Modality | str) -> SideAdapter:
+        """Return the adapter of one side, "image" or "text"; ConfigError for any other name."""
+        return self.image if Modality.of(modality) is Modality.IMAGE else self.text
 
     def start_from(self, form: ClosedForm) -> None:
         """Make both sides compute a closed form.
@@ -192,31 +209,64 @@ class Adapter(nn.Module):
         }
 
     @torch.inference_mode()
-    def embed(self, modality: Modality, embeddings: Array, *, batch_size: int = 8_192) -> Array:
+    def embed(self, modality: Modality | str, embeddings: Any, *, batch_size: int = 8_192) -> Array:
         """Align the embeddings of one side.
 
         Args:
-            modality: which side they come from.
-            embeddings: (n, input_width), any float dtype, finite, no row of norm 0.
+            modality: which side they come from, "image" or "text".
+            embeddings: (n, input_width), any float dtype, finite, no row of norm 0: a NumPy array,
+                a torch tensor, or lists of lists.
             batch_size: rows per forward pass.
 
         Returns:
             (n, width) float32, unit rows.
 
         Raises:
+            ConfigError: there is no such side.
             ShapeError: the width is not the one that the adapter was trained on.
+            DataError: a row has no direction: it is 0 or not finite.
         """
+        embeddings = as_rows(embeddings, f"{Modality.of(modality)} embeddings")
         side = self._side_for(modality, embeddings)
         self.eval()
         out = np.empty((len(embeddings), side.shape.width), np.float32)
         for start in range(0, len(embeddings), batch_size):
             rows = to_tensor(embeddings[start : start + batch_size], side.mean.device)
+            _check_directions(rows, f"{Modality.of(modality)} embeddings", start)
             out[start : start + batch_size] = normalize(side(rows), dim=1).cpu().numpy()
         return out
 
+    def embed_images(self, embeddings: Any, *, batch_size: int = 8_192) -> Array:
+        """Align the embeddings of images: (n, d) -> unit rows (n, width) float32; see `embed`."""
+        return self.embed(Modality.IMAGE, embeddings, batch_size=batch_size)
+
+    def embed_texts(self, embeddings: Any, *, batch_size: int = 8_192) -> Array:
+        """Align the embeddings of texts: (n, d) -> unit rows (n, width) float32; see `embed`."""
+        return self.embed(Modality.TEXT, embeddings, batch_size=batch_size)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the weights and the description into a folder that `load_adapter` reads.
+
+        Args:
+            folder: is made if it does not exist; files of the same names in it are replaced.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        from csalign.adapters.checkpoint import save_adapter, unknown_info
+
+        path = Path(folder)
+        with translate_os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        save_adapter(path, self, self.info or unknown_info(self.shapes))
+
     @torch.inference_mode()
     def embed_tokens(
-        self, modality: Modality, embeddings: Array, tokens: Array, mask: npt.NDArray[np.bool_]
+        self,
+        modality: Modality | str,
+        embeddings: Array,
+        tokens: Array,
+        mask: npt.NDArray[np.bool_],
     ) -> tuple[Array, Array]:
         """Align the embeddings and tokens of one batch of a side.
 
@@ -252,7 +302,7 @@ class Adapter(nn.Module):
         rows, own = (normalize(part, dim=-1).cpu().numpy() for part in aligned)
         return rows, own
 
-    def _side_for(self, modality: Modality, embeddings: Array) -> SideAdapter:
+    def _side_for(self, modality: Modality | str, embeddings: Array) -> SideAdapter:
         side = self.side(modality)
         if embeddings.ndim != 2 or embeddings.shape[1] != side.shape.input_width:
             raise ShapeError(
@@ -260,3 +310,13 @@ class Adapter(nn.Module):
                 f"{side.shape.input_width}; use the encoder that it was trained on"
             )
         return side
+
+
+def _check_directions(rows: Tensor, name: str, start: int) -> None:
+    """Raise DataError if a row (n, d) is 0 or not finite; rows are numbered from `start`."""
+    norms = rows.norm(dim=1)
+    bad = (~(norms.isfinite() & (norms > 0))).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        reason = "has norm 0" if norms[row] == 0 else "is not finite"
+        raise DataError(f"{name}, row {start + row}: {reason}; encode it again or omit it")

@@ -7,7 +7,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.checkpoint import fetch, load_adapter_with_info, save_adapter
+from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
+from csalign.adapters.hub import fetch, local_run
 from csalign.adapters.side import SideAdapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
@@ -30,14 +31,22 @@ class SentenceAdapter(nn.Module):
     sentence-transformers' own. Saved models name this module, so its path must not change.
 
     Args:
-        run: a run folder, or a folder that `save` wrote.
-        side: which side's adapter.
+        run: a run folder, a folder that `save` wrote, or a name on the hub; see `load_adapter`.
+        side: which side's adapter, "image" or "text".
         allow: as for `load_adapter`.
 
     Raises:
-        ConfigError: the adapter embeds with tokens.
+        ConfigError: there is no such side, or the adapter embeds with tokens.
         DataError: there is no adapter at `run`.
         SchemaError: its files are damaged.
+
+    >>> import csalign, numpy, tempfile, torch
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 30, 4))
+    >>> run = tempfile.mkdtemp() + "/run"
+    >>> adapter = csalign.fit(images, texts, out=run, steps=2)
+    >>> module = csalign.SentenceAdapter(run, "text")
+    >>> module({"sentence_embedding": torch.ones(2, 4)})["sentence_embedding"].shape
+    torch.Size([2, 4])
     """
 
     def __init__(
@@ -48,8 +57,8 @@ class SentenceAdapter(nn.Module):
         allow: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self._adapter, self._info = load_adapter_with_info(Path(run), allow=allow)
-        self._modality = Modality(side)
+        self._adapter, self._info = load_adapter_with_info(local_run(run), allow=allow)
+        self._modality = Modality.of(side)
         if self._side.embeds_with_tokens:
             raise ConfigError(
                 f"{run}: embeds {self._modality.plural} with their tokens, which no sentence "

@@ -61,13 +61,21 @@ def wrap(
     Args:
         model: from ``open_clip.create_model``, or any other with ``encode_image`` and
             ``encode_text``.
-        run: a run folder, or the result of `load_adapter`.
+        run: a run folder, a name on the hub, or the result of `load_adapter` or `fit`.
         allow: as for `load_adapter`.
 
     Raises:
         ConfigError: the adapter embeds with tokens.
         DataError: there is no adapter at `run`.
         SchemaError: its files are damaged.
+
+    >>> import csalign, numpy, torch
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 30, 4))
+    >>> model = torch.nn.Module()
+    >>> model.encode_image = model.encode_text = torch.nn.Linear(3, 4)
+    >>> aligned = csalign.wrap(model, csalign.fit(images, texts, steps=2))
+    >>> aligned.encode_image(torch.ones(5, 3)).shape
+    torch.Size([5, 4])
     """
     adapter = run if isinstance(run, Adapter) else load_adapter(run, allow=allow)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -14,6 +14,7 @@ from csalign.cli.errors import Commands, error_exits
 from csalign.cli.help import Help, show_help
 from csalign.cli.options import GENERAL, Json
 from csalign.core import __version__, results
+from csalign.core.progress import Progress
 from csalign.evaluation.config import (
     CompareConfig,
     DiagnoseConfig,
@@ -94,7 +95,7 @@ def help_(
 
 @app.command(rich_help_panel=DATA, epilog=f"Example: {ExtractConfig.example}")
 @command_of(ExtractConfig, artifact_tables.features_table)
-def extract(settings: ExtractConfig, progress: results.Progress) -> results.FeaturesResult:
+def extract(settings: ExtractConfig, progress: Progress) -> results.FeaturesResult:
     """Encode images and captions with frozen encoders into a feature set."""
     from csalign.ingest.extract import extract
 
@@ -103,7 +104,7 @@ def extract(settings: ExtractConfig, progress: results.Progress) -> results.Feat
 
 @app.command("import", rich_help_panel=DATA, epilog=f"Example: {ImportConfig.example}")
 @command_of(ImportConfig, artifact_tables.features_table)
-def import_(settings: ImportConfig, progress: results.Progress) -> results.FeaturesResult:
+def import_(settings: ImportConfig, progress: Progress) -> results.FeaturesResult:
     """Import arrays of embeddings as a feature set."""
     from csalign.ingest.import_arrays import import_arrays
 
@@ -112,7 +113,7 @@ def import_(settings: ImportConfig, progress: results.Progress) -> results.Featu
 
 @app.command(rich_help_panel=DATA, epilog=f"Example: {SplitConfig.example}")
 @command_of(SplitConfig, artifact_tables.split_table)
-def split(settings: SplitConfig, progress: results.Progress) -> results.SplitResult:
+def split(settings: SplitConfig, progress: Progress) -> results.SplitResult:
     """Divide a feature set into train, val and test, by image."""
     from csalign.ingest.split import split
 
@@ -121,7 +122,7 @@ def split(settings: SplitConfig, progress: results.Progress) -> results.SplitRes
 
 @app.command(rich_help_panel=TRAINING, epilog=f"Example: {TrainConfig.example}")
 @command_of(TrainConfig, tables.train_table, distributable=True)
-def train(settings: TrainConfig, progress: results.Progress) -> results.TrainResult:
+def train(settings: TrainConfig, progress: Progress) -> results.TrainResult:
     """Train adapters on a feature set."""
     from csalign.training.train import train
 
@@ -130,7 +131,7 @@ def train(settings: TrainConfig, progress: results.Progress) -> results.TrainRes
 
 @app.command(rich_help_panel=TRAINING, epilog=f"Example: {TuneConfig.example}")
 @command_of(TuneConfig, tables.tune_tables)
-def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult:
+def tune(settings: TuneConfig, progress: Progress) -> results.TuneResult:
     """Search settings of train on validation; options you pass stay fixed."""
     from csalign.training.tuning.tune import tune
 
@@ -139,7 +140,7 @@ def tune(settings: TuneConfig, progress: results.Progress) -> results.TuneResult
 
 @app.command("eval", rich_help_panel=EVALUATION, epilog=f"Example: {EvalConfig.example}")
 @command_of(EvalConfig, eval_tables.eval_tables, distributable=True)
-def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
+def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
     """Measure retrieval and the modality gap."""
     from csalign.evaluation.evaluate import evaluate
 
@@ -148,7 +149,7 @@ def eval_(settings: EvalConfig, progress: results.Progress) -> dict[str, Any]:
 
 @app.command(rich_help_panel=EVALUATION, epilog=f"Example: {CompareConfig.example}")
 @command_of(CompareConfig, eval_tables.compare_table)
-def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, Any]:
+def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
     """Compare runs and evaluations, with paired significance intervals."""
     from csalign.evaluation.compare import compare
 
@@ -157,7 +158,7 @@ def compare(settings: CompareConfig, progress: results.Progress) -> dict[str, An
 
 @app.command(rich_help_panel=EVALUATION, epilog=f"Example: {DiagnoseConfig.example}")
 @command_of(DiagnoseConfig, eval_tables.diagnosis_tables)
-def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, Any]:
+def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
     """Analyse the alignment/uniformity conflict and decompose the gap."""
     from csalign.evaluation.diagnose import diagnose
 
@@ -166,11 +167,11 @@ def diagnose(settings: DiagnoseConfig, progress: results.Progress) -> dict[str, 
 
 @app.command(rich_help_panel=DATA, epilog=f"Example: {InspectConfig.example}")
 @command_of(InspectConfig, artifact_tables.inspect_table)
-def inspect(settings: InspectConfig, progress: results.Progress) -> dict[str, Any]:
+def inspect(settings: InspectConfig, progress: Progress) -> dict[str, Any]:
     """Summarise an artifact and verify all of it."""
     from csalign.evaluation.inspect import inspect
 
-    return inspect(settings.path, merge=settings.merge)
+    return inspect(settings, progress)
 
 
 @app.command(
@@ -197,7 +198,7 @@ def recipes(
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {ApplyConfig.example}")
 @command_of(ApplyConfig, artifact_tables.features_table, distributable=True)
-def apply(settings: ApplyConfig, progress: results.Progress) -> results.FeaturesResult:
+def apply(settings: ApplyConfig, progress: Progress) -> results.FeaturesResult:
     """Write the aligned embeddings as a new feature set."""
     from csalign.runs.apply import apply
 
@@ -206,7 +207,7 @@ def apply(settings: ApplyConfig, progress: results.Progress) -> results.Features
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {IndexConfig.example}")
 @command_of(IndexConfig, tables.index_table)
-def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
+def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
     """Build a search index on disk."""
     from csalign.indexing.build import index
 
@@ -215,7 +216,7 @@ def index(settings: IndexConfig, progress: results.Progress) -> dict[str, Any]:
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {SearchConfig.example}")
 @command_of(SearchConfig, tables.found)
-def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
+def search(settings: SearchConfig, progress: Progress) -> results.Found:
     """Find the nearest items to a text, an image or an embedding."""
     from csalign.indexing.search import find
 
@@ -224,7 +225,7 @@ def search(settings: SearchConfig, progress: results.Progress) -> results.Found:
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {ExportConfig.example}")
 @command_of(ExportConfig, tables.export_table)
-def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]:
+def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
     """Export a run's adapter with a model card."""
     from csalign.runs.export import export
 
@@ -233,7 +234,7 @@ def export(settings: ExportConfig, progress: results.Progress) -> dict[str, Any]
 
 @app.command(rich_help_panel=USE, epilog=f"Example: {GenerateConfig.example}")
 @command_of(GenerateConfig, tables.generate_table)
-def generate(settings: GenerateConfig, progress: results.Progress) -> results.GenerateResult:
+def generate(settings: GenerateConfig, progress: Progress) -> results.GenerateResult:
     """Generate images from text with an unCLIP decoder."""
     from csalign.generation.generate import generate
 

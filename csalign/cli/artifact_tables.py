@@ -241,7 +241,7 @@ def _inspected_unfinished_run(document: Mapping[str, Any]) -> Inspected:
 
 
 def _inspected_document(document: Mapping[str, Any]) -> Inspected:
-    shown = ("features", "adapter", "split", "command", "date", "csalign_version")
+    shown = ("features", "adapter", "split", "written_with", "written_on", "written_by")
     rows = [(name.replace("_", " "), str(document[name])) for name in shown if document.get(name)]
     if "mean_recall" in document:
         rows.append(("mean recall", percent(document["mean_recall"])))

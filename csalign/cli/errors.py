@@ -135,9 +135,11 @@ class _StderrHandler(logging.Handler):
 
 
 def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:
-    level = logging.ERROR if quiet else (logging.INFO, logging.DEBUG)[min(verbose, 1)]
+    level = (logging.INFO, logging.DEBUG)[min(verbose, 1)]
+    handler = _StderrHandler(console)
+    handler.setLevel(logging.ERROR if quiet else level)  # documents have the warnings anyway
     logger = logging.getLogger("csalign")
-    logger.handlers = [_StderrHandler(console)]
+    logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
     if not verbose:

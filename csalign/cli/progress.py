@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from csalign.core import signals
-from csalign.core.results import Progress, duration, reported_to
+from csalign.core.progress import Progress, duration, reported_to
 
 BAR, LEAST_BAR, NAME = 24, 6, 50  # columns
 REFRESHES = 4  # per second

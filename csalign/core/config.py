@@ -233,6 +233,19 @@ def _require_local(value: Any) -> Any:
 RunFolder = Annotated[Path, BeforeValidator(_require_local)]
 
 
+def _local_or_hub(value: Any) -> Any:
+    """Return a name on the hub as it is, which commands replace by a folder; else a path."""
+    if str(value).startswith("hf://"):
+        return str(value)
+    if not isinstance(value, str | Path):
+        raise ValueError("Input should be a folder or a name on the hub")
+    return Path(_require_local(value))
+
+
+RunSource = Annotated[Path, PlainValidator(_local_or_hub), PlainSerializer(str)]
+"""A run: a folder, ``hf://USER/REPO``, or ``USER/REPO`` if there is no such folder."""
+
+
 class OutputConfig(Config):
     """The output folder."""
 

@@ -3,14 +3,35 @@
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
+
+from csalign.core.errors import ConfigError
 
 
 class Modality(StrEnum):
-    """One side of a feature set."""
+    """One side of a feature set; wherever one is taken, its name does as well.
+
+    >>> Modality.IMAGE == "image", Modality.IMAGE.plural
+    (True, 'images')
+    """
 
     IMAGE = "image"
     TEXT = "text"
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """Return the side that is named, in the singular or the plural.
+
+        Raises:
+            ConfigError: there is no such side.
+
+        >>> Modality.of("images")
+        <Modality.IMAGE: 'image'>
+        """
+        for side in cls:
+            if name in (side.value, side.plural):
+                return side
+        raise ConfigError(f"{name!r} is not a side; use 'image' or 'text'")
 
     @property
     def plural(self) -> str:

@@ -1,111 +1,212 @@
-"""Results of the commands as frozen records, and the progress of the command that runs."""
+"""Results of the commands, one family of mappings."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from csalign.core.calls import CALL_KEYS, current_call
 from csalign.core.enums import Names, renamed
+from csalign.core.errors import ConfigError
+from csalign.core.figures import figure_of
 
-T = TypeVar("T")
-
-Progress = Callable[[str, int, int | None], None]
-"""``progress(what, done, total)``: `what` is the phase and, after a colon, the unit of its work,
-as in "matching" or "training: step"; `done` counts from 0, `total` is None while unknown. Called
-often; must return quickly."""
+_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_SHOWN_ITEMS = 8  # of a list
 
 
-def silent(what: str, done: int, total: int | None) -> None:
-    """Ignore progress."""
+class Result(dict[str, Any]):
+    """What a command returns: a dict of plain JSON values, the document that ``--json`` prints.
 
+    Its last keys say how it came about: "csalign_version", "date" (ISO 8601, UTC), "command", and
+    "warnings", a list. Two results are equal if all other keys are.
 
-_CURRENT: ContextVar[Progress] = ContextVar("progress", default=silent)
-
-
-def current_progress() -> Progress:
-    """Return the callback of the command that runs; `silent` outside of any."""
-    return _CURRENT.get()
-
-
-@contextmanager
-def reported_to(progress: Progress) -> Iterator[None]:
-    """Report the progress of all that runs in this block to a callback."""
-    token = _CURRENT.set(progress)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
-
-
-def tick(what: str, done: int = 0, total: int | None = None) -> None:
-    """Report progress to the command that runs; see `Progress`."""
-    current_progress()(what, done, total)
-
-
-def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield items, and report before the first and after each how many are done."""
-    tick(what, 0, total)
-    for done, item in enumerate(items, 1):
-        yield item
-        tick(what, done, total)
-
-
-def show_figures(figures: Mapping[str, str], *, notable: bool = False) -> None:
-    """Show the latest figures of the phase that reported last, if the callback can.
-
-    That is, if it has a method ``figures(figures, notable)``.
-
-    Args:
-        figures: formatted, by name, in order; a value without a name is shown alone.
-        notable: worth a line of its own in a log.
+    >>> result = Result(rows=3, recall={"value": 0.5})
+    >>> result["recall"]["value"]
+    0.5
+    >>> result
+    Result
+      rows          3
+      recall value  0.5
+    >>> result.to_frame()
+       rows  recall.value
+    0     3           0.5
     """
-    show = getattr(current_progress(), "figures", None)
-    if show is not None:
-        show(figures, notable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dict of JSON values."""
+        return dict(self)
+
+    def to_frame(self) -> Any:
+        """Return a `pandas.DataFrame`: one row, or what the class says.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ConfigError(
+                "to_frame: needs pandas; install it with: pip install pandas"
+            ) from None
+        return pd.DataFrame(self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
+        return [{".".join(path): value for path, value in leaves(own)}]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """Return what the repr shows, by name."""
+        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
+        return [
+            (" ".join(path).replace("_", " "), _short(value))
+            for path, value in leaves(own)
+            if value is not None
+        ]
+
+    def __repr__(self) -> str:
+        lines = self._lines()
+        width = max((len(name) for name, _ in lines), default=0)
+        shown = [f"  {name:{width}}  {value}".rstrip() for name, value in lines]
+        warned = [f"  warning: {text}" for text in self.get("warnings", ())]
+        return "\n".join([type(self).__name__, *shown, *warned])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict):
+            return NotImplemented
+        return _without_call(self) == _without_call(other)
+
+    __hash__ = None  # as of every dict
 
 
-def duration(seconds: float) -> str:
-    """Format a time for people, such as ``42 s``, ``1m52s`` or ``2h05m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes}m{rest:02}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02}m"
+def _without_call(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in CALL_KEYS}
 
 
-def within(name: str) -> Progress:
-    """Return a callback that reports phases to the current one as parts of another phase."""
-    return _Part(current_progress(), name)
+def leaves(
+    document: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the path and the value of everything in a nested document."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
-@dataclass(frozen=True)
-class _Part:
-    outer: Progress
-    name: str
-
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        self.outer(f"{self.name}, {what}", done, total)
-
-    def figures(self, figures: Mapping[str, str], notable: bool) -> None:
-        with reported_to(self.outer):
-            show_figures(figures, notable=notable)
+def _short(value: Any) -> str:
+    """Format a value for a line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) > _SHOWN_ITEMS or any(isinstance(own, Mapping) for own in value):
+        return f"{len(value):,} items"
+    return ", ".join(map(_short, value))
 
 
-@dataclass(frozen=True)
-class Result:
-    """Base of the results."""
+class EvalResult(Result):
+    """What `evaluate` measured.
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; "names" and "pairing" only if there are any."""
+    `to_frame` has a row per figure: its "block" ("retrieval", "gap", ...), "part" ("image_to_text",
+    "image", ...; None for both sides), "figure", "value", and the ends "low" and "high" of its 95 %
+    interval, None where there is none.
+    """
+
+    def _figures(self) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for block, content in self.items():
+            if isinstance(content, Mapping) and block not in _NO_FIGURES:
+                found = leaves(content, (block,))
+                yield from (
+                    (path, value) for path, value in found if isinstance(value, int | float)
+                )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "block": path[0],
+                "part": ".".join(path[1:-1]) or None,
+                "figure": path[-1],
+                "value": value,
+                "low": low,
+                "high": high,
+            }
+            for path, value in self._figures()
+            for low, high in [self._interval(path)]
+        ]
+
+    def _interval(self, path: tuple[str, ...]) -> Any:
+        found: Any = self.get("intervals", {})
+        for key in path[1:]:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, list) else (None, None)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        counts = ", ".join(f"{count:,} {name}" for name, count in self["counts"].items())
+        keys = [key for key in ("features", "adapter", "split", "images") if key in self]
+        about = [(key, "none" if self[key] is None else str(self[key])) for key in keys]
+        shown = []
+        for path, value in self._figures():
+            place = ".".join(path)
+            if place in _SHOWN or path[0] not in ("retrieval", "gap", "hubness"):
+                figure = figure_of(place)
+                part = f"{path[1].replace('_', ' ')} " if len(path) > 2 else ""
+                interval = self._interval(path)
+                ends = (
+                    "" if interval[0] is None else " [{}, {}]".format(*map(figure.show, interval))
+                )
+                shown.append((part + figure.heading, figure.show(value) + ends))
+        return [*about, ("counts", counts), *shown]
+
+
+_SHOWN = (
+    *("retrieval.mean_recall", "retrieval.image_to_text.R@1", "retrieval.text_to_image.R@1"),
+    "gap.centroid_distance",
+)
+
+
+class CompareResult(Result):
+    """Systems side by side, from `compare`; `to_frame` has a row per system."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            {".".join(path): value for path, value in leaves(row)} for row in self["evaluations"]
+        ]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [
+            (row["name"], f"mean recall {100 * row['mean_recall']:.2f} %, {row['verdict']}")
+            for row in self["evaluations"]
+        ]
+
+
+class SearchResult(Result):
+    """Items found by `search`; `to_frame` has a row per hit, with its "query"."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"query": one["query"], **hit} for one in self["queries"] for hit in one["hits"]]
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [
+            (one["query"] if hit["rank"] == 1 else "", f"{hit['score']:.4f}  {named}")
+            for one in self["queries"]
+            for hit in one["hits"]
+            for named in [" ".join(filter(None, [hit["id"], hit["caption"]]))]
+        ]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Fields(Result):
+    """A result whose values are attributes as well, there as Python types: a path is a `Path`."""
+
+    def __post_init__(self) -> None:
+        """Fill the mapping; "names" and "pairing" only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
         optional = ("names", "pairing")
-        return {name: value for name, value in values.items() if name not in optional or value}
+        self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
-@dataclass(frozen=True)
-class FeaturesResult(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class FeaturesResult(Fields):
     """A feature set that extract, import or apply wrote.
 
     Attributes:
@@ -168,9 +269,9 @@ class SplitResult(Result):
         return renamed(f"{images} images", self.names) + groups
 
 
-@dataclass(frozen=True)
-class TrainResult(Result):
-    """A finished training run.
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainResult(Fields):
+    """A finished training run; `to_frame` has a row per entry of "validation".
 
     Attributes:
         run: its folder.
@@ -194,9 +295,12 @@ class TrainResult(Result):
     seconds: float
     names: Names | None = None
 
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"weights": name, **score} for name, score in self.validation.items()]
 
-@dataclass(frozen=True)
-class GenerateResult(Result):
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GenerateResult(Fields):
     """Images generated from text.
 
     Attributes:
@@ -218,8 +322,8 @@ class GenerateResult(Result):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Trial(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class Trial(Fields):
     """One training run of a search.
 
     Attributes:
@@ -254,9 +358,9 @@ class Trial(Result):
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class TuneResult(Result):
-    """The state of a search.
+@dataclass(frozen=True, eq=False, repr=False)
+class TuneResult(Fields):
+    """The state of a search; `to_frame` has a row per trial.
 
     Attributes:
         study: its folder.
@@ -276,6 +380,9 @@ class TuneResult(Result):
     trials: list[Trial]
     seconds: float
 
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for trial in self.trials for row in trial._rows()]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -294,4 +401,4 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as one document."""
-        return {**self.head, "queries": list(self.queries)}
+        return {**self.head, "queries": list(self.queries), **current_call().to_json()}

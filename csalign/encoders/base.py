@@ -20,7 +20,7 @@ from PIL import Image
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.features.schema import EncoderInfo
 
 _OWN = ("open_clip", "timm", "hf")
@@ -111,7 +111,7 @@ class Encoders(NamedTuple):
 
     def side(self, modality: Modality) -> ImageEncoder | TextEncoder | None:
         """Return the encoder of one side."""
-        return self.image if modality is Modality.IMAGE else self.text
+        return self.image if Modality.of(modality) is Modality.IMAGE else self.text
 
 
 def is_trusted(spec: str) -> bool:

@@ -64,7 +64,7 @@ def load_third_party(
     """
     with _one_line_errors(spec, "load"):
         inner = factory(argument, side, options)
-    if side is Modality.IMAGE:
+    if Modality.of(side) is Modality.IMAGE:
         return base.Encoders(_Images(inner, spec, options), None)
     return base.Encoders(None, _Texts(inner, spec, options))
 

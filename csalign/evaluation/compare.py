@@ -9,10 +9,12 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
+from csalign.adapters.inputs import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
+from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.records import parse_json
-from csalign.core.results import Progress, reported_to, silent, within
+from csalign.core.results import CompareResult
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import describe, measure_loaded
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
@@ -94,7 +96,12 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    CompareConfig,
+    "*systems",
+    example='csalign.compare("run-a", "run-b", split="test")',
+)
+def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 
     A feature set is evaluated without an adapter, which shows what a run has gained; a set whose
@@ -117,6 +124,15 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
             the features of a run are not found.
         ShapeError: the sides of the only feature set have different widths.
         ConfigError: the baseline is not one of them.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.compare("run", "run").to_frame()["verdict"].tolist()
+    ['baseline', 'cannot tell']
     """
     entries: list[_Entry] = []
     total, rows = len(config.systems), _Rows()
@@ -142,7 +158,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> dict[str, Any
     found = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
     sides = entries[0].document.names
     is_common = sides is not None and all(entry.document.names == sides for entry in entries)
-    return {"evaluations": found} | ({"names": sides} if is_common else {})
+    return CompareResult({"evaluations": found} | ({"names": sides} if is_common else {}))
 
 
 class _Rows(dict[tuple[Path, str | None], Loaded]):

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Location, NotNegative, Positive, RunFolder, Words
+from csalign.core.config import Config, Location, NotNegative, Positive, RunSource, Words
 from csalign.core.errors import ConfigError
 from csalign.runs.config import ANY_ENCODER
 
@@ -42,7 +42,7 @@ class SourceOptions(AdaptedOptions):
         description="Feature set, or a run, which is evaluated on the features it was trained on. "
         "Required unless --images is given.",
     )
-    adapter: RunFolder | None = Field(
+    adapter: RunSource | None = Field(
         None, description="Run folder (default: evaluate the features as they are)."
     )
 
@@ -110,7 +110,11 @@ class MeasureOptions(Config):
 
 
 class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
-    """``csalign eval``: retrieval and modality gap, or the distance of two image sets."""
+    """``csalign eval``: retrieval and modality gap, or the distance of two image sets.
+
+    >>> EvalConfig(features="features", split="test").resamples
+    1000
+    """
 
     panel: ClassVar[str] = "Output"
 
@@ -147,7 +151,11 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
 
 class DiagnoseConfig(SourceOptions):
-    """``csalign diagnose``: the conflict between alignment and uniformity."""
+    """``csalign diagnose``: the conflict between alignment and uniformity.
+
+    >>> DiagnoseConfig(features="features").pairs
+    1000
+    """
 
     panel: ClassVar[str] = "Analysis"
 
@@ -172,7 +180,11 @@ class DiagnoseConfig(SourceOptions):
 
 
 class CompareConfig(AdaptedOptions):
-    """``csalign compare``: runs and evaluations, each against a baseline."""
+    """``csalign compare``: runs and evaluations, each against a baseline.
+
+    >>> CompareConfig(systems=["run-a", "run-b"]).device
+    'auto'
+    """
 
     panel: ClassVar[str] = "Comparison"
     positional: ClassVar[tuple[str, ...]] = ("systems",)
@@ -193,7 +205,11 @@ class CompareConfig(AdaptedOptions):
 
 
 class InspectConfig(Config):
-    """``csalign inspect``: the content of an artifact."""
+    """``csalign inspect``: the content of an artifact.
+
+    >>> InspectConfig(path="features").merge
+    False
+    """
 
     panel: ClassVar[str] = "Completion"
     positional: ClassVar[tuple[str, ...]] = ("path",)

@@ -3,16 +3,17 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
+from csalign.adapters.inputs import command
 from csalign.core.enums import DivergenceName
 from csalign.core.outputs import check_page
-from csalign.core.results import Progress, silent, tick, track
+from csalign.core.progress import Progress, silent, tick, track
+from csalign.core.results import Result
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
@@ -51,7 +52,12 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
-def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    DiagnoseConfig,
+    "features",
+    example='csalign.diagnose("features")',
+)
+def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Decompose InfoNCE and the full objective on given embeddings.
 
     InfoNCE is alignment, which pulls pairs together, plus uniformity, which pushes everything
@@ -64,6 +70,11 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
 
     Raises:
         DataError, ShapeError, SchemaError, OutputError: as `evaluate`.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.diagnose(features=(images, texts))["pairs"]
+    60
     """
     if config.report is not None:
         check_page(config.report)
@@ -129,7 +140,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> dict[str, A
     }
     if config.report is not None:
         write_diagnosis(config.report, document)
-    return document
+    return Result(document)
 
 
 def _trained_weight(adapter: Path) -> float:

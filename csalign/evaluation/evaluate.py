@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from csalign.adapters.inputs import command
 from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.outputs import check_page
 from csalign.core.paths import parse_location
-from csalign.core.results import Progress, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import EvalResult
 from csalign.evaluation import protocols
 from csalign.evaluation.config import EvalConfig, MeasureOptions
 from csalign.evaluation.extra_metrics import Extras, prepare_extras
@@ -88,7 +90,12 @@ class Evaluation:
         return replace(found, figures=kept)
 
 
-def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    EvalConfig,
+    "features",
+    example='csalign.evaluate("features", adapter="run")',
+)
+def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.
 
     Under torchrun the processes share the exact ranking, and each returns the document.
@@ -106,6 +113,21 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
         ShapeError: the widths of the sides, or of the adapter, do not match.
         SchemaError: the features or the adapter are damaged.
         OutputError: the page cannot be written.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.evaluate(images, images)["retrieval"]["mean_recall"]
+    1.0
+    >>> print(csalign.evaluate(images, texts, intervals=False))
+    EvalResult
+      features               arrays
+      adapter                none
+      split                  all
+      counts                 60 images, 60 texts, 60 pairs
+      image to text R@1 % ↑  0.00
+      text to image R@1 % ↑  1.67
+      mean recall % ↑        10.28
+      centroid distance ↓    0.1740
     """
     config.check()
     if config.images is not None and config.generated is not None:
@@ -113,7 +135,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> dict[str, Any]:
     else:
         with distributed.process_group():
             document = _evaluate_features(with_features(config))
-    return document | ({"explanations": explain(document)} if config.explain else {})
+    return EvalResult(document | ({"explanations": explain(document)} if config.explain else {}))
 
 
 def _evaluate_features(config: EvalConfig) -> dict[str, Any]:

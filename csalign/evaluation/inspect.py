@@ -5,10 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csalign.core.calls import command
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.outputs import JOB, partial_path
-from csalign.core.paths import is_remote, parse_location
+from csalign.core.paths import is_remote
+from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json, read_job, read_object
+from csalign.core.results import Result
+from csalign.evaluation.config import InspectConfig
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
@@ -42,7 +46,12 @@ INPUTS = {".npy", ".npz", ".npt", ".parquet", ".h5", ".pt"}
 PAGE_START = 4096  # bytes of a page that have its title
 
 
-def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
+@command(
+    InspectConfig,
+    "path",
+    example='csalign.inspect("features")',
+)
+def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     """Verify a feature set, a run, an index or another artifact, and summarise it.
 
     The path is the folder, or a file in it. With `merge` the feature set is first built from the
@@ -56,11 +65,18 @@ def inspect(path: Path | str, *, merge: bool = False) -> dict[str, Any]:
     Raises:
         DataError: there is no such artifact, or parts of it are missing.
         SchemaError: it is damaged; the file is named.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.inspect("features")["counts"]
+    {'images': 60, 'texts': 60, 'pairs': 60, 'failures': 0}
     """
-    path = parse_location(path)
-    if merge:
+    path = config.path
+    if config.merge:
         merge_parts(path)
-    return _inspect(path)
+    return Result(_inspect(path))
 
 
 def _inspect(path: Path) -> dict[str, Any]:
@@ -237,8 +253,10 @@ def _inspect_file(path: Path) -> dict[str, Any] | None:
     kind = next((kind for key, kind in DOCUMENTS.items() if key in keys), None)
     if kind is None:
         return None
-    about = ("features", "adapter", "split", "counts", "csalign_version", "date", "command")
-    found = {key: document[key] for key in about if key in document}
+    about = ("features", "adapter", "split", "counts")
+    # Under other names, as a document has keys of its own call.
+    origin = {"csalign_version": "written_by", "date": "written_on", "command": "written_with"}
+    found = {origin.get(key, key): document[key] for key in (*about, *origin) if key in document}
     recall = document.get("retrieval", {}).get("mean_recall") if kind == "evaluation" else None
     return {"kind": kind, "path": str(path), **found} | (
         {} if recall is None else {"mean_recall": recall}

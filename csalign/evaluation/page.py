@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.evaluation.protocols import AlignedRows, Ranks
 from csalign.features import schema
 from csalign.metrics.bootstrap import Resamples

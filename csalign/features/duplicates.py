@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core.results import Progress, silent
+from csalign.core.progress import Progress, silent
 from csalign.features import schema
 from csalign.features.checks import check_directions
 from csalign.features.join import first_alike, hash_rows

@@ -54,6 +54,7 @@ class NpyExport:
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side, images before texts; raises DataError if one is unusable."""
+        modality = Modality.of(modality)
         stored = rows.stored(modality, self._dtype)
         self._written[modality] += len(stored)
         self._write(modality, rows, stored)

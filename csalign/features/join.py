@@ -41,11 +41,11 @@ class Pairs:
 
     def embeddings(self, side: Modality) -> Array:
         """Return the embeddings of one side."""
-        return self.images if side is Modality.IMAGE else self.texts
+        return self.images if Modality.of(side) is Modality.IMAGE else self.texts
 
     def table_rows(self, side: Modality) -> Ints:
         """Return the rows of one side's table, int64."""
-        rows = self.image_rows if side is Modality.IMAGE else self.text_rows
+        rows = self.image_rows if Modality.of(side) is Modality.IMAGE else self.text_rows
         return np.arange(len(self.embeddings(side))) if rows is None else rows
 
     @property
@@ -116,7 +116,7 @@ class Joined:
 
     def side(self, side: Modality) -> tuple[Ints | None, int]:
         """Return the selected rows of one side's table (None for all), and how many."""
-        if side is Modality.IMAGE:
+        if Modality.of(side) is Modality.IMAGE:
             return self.image_rows, self.n_images
         return self.text_rows, self.n_texts
 
@@ -174,7 +174,7 @@ def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
     joined = join_ids(features, split)
     none = np.empty(0, np.int64)
     values = _take(features.table(side).embeddings(), joined.side(side)[0])
-    if side is Modality.IMAGE:
+    if Modality.of(side) is Modality.IMAGE:
         own = replace(joined, text_image=none, text_rows=none)
         return own.with_embeddings(features, values, values[:0])
     own = replace(joined, n_images=0, image_rows=none, text_image=np.full(len(values), -1))
@@ -291,7 +291,7 @@ def item_columns(features: FeatureSet, joined: Joined, side: Modality) -> dict[s
     captions = features.texts.strings(schema.CAPTION, joined.text_rows)
     rows = joined.side(side)[0]
     found = {schema.ID: features.table(side).strings(schema.ID, rows)}
-    if side is Modality.IMAGE:
+    if Modality.of(side) is Modality.IMAGE:
         first = np.full(joined.n_images, -1, np.int64)
         paired = np.flatnonzero(joined.text_image >= 0)[::-1]
         first[joined.text_image[paired]] = paired

@@ -17,7 +17,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote
-from csalign.core.results import tick, track
+from csalign.core.progress import tick, track
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
 
@@ -300,7 +300,7 @@ class FeatureSet:
 
     def table(self, modality: Modality) -> FeatureTable:
         """Return the table of one side."""
-        return self.images if modality is Modality.IMAGE else self.texts
+        return self.images if Modality.of(modality) is Modality.IMAGE else self.texts
 
     def verify(self) -> None:
         """Compare every shard with its checksum."""

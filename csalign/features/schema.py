@@ -105,7 +105,7 @@ class Shards(Record):
 
     def side(self, modality: Modality) -> list[Shard]:
         """Return the files of one side."""
-        return self.images if modality is Modality.IMAGE else self.texts
+        return self.images if Modality.of(modality) is Modality.IMAGE else self.texts
 
 
 class Encoders(Record):
@@ -116,7 +116,7 @@ class Encoders(Record):
 
     def side(self, modality: Modality) -> EncoderInfo | None:
         """Return the encoder of one side; None if the side is not stored."""
-        return self.image if modality is Modality.IMAGE else self.text
+        return self.image if Modality.of(modality) is Modality.IMAGE else self.text
 
 
 class SplitSettings(Record):

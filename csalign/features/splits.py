@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from csalign.core import atomic
 from csalign.core.errors import DataError
-from csalign.core.results import Progress, SplitResult, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import SplitResult
 from csalign.features import schema
 from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
 from csalign.features.join import ALL, Joined, first_alike, join_ids, text_keys

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions
 from csalign.features.join import Joined, PairedRows, Pairs, compact, first_alike, text_keys

@@ -210,6 +210,7 @@ class FeatureWriter:
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
+        modality = Modality.of(modality)
         ids = rows.column(schema.ID)
         if (row := pc.fill_null(pc.equal(ids, ""), True).index(True).as_py()) >= 0:
             raise DataError(f"{modality} {row}: has no id")

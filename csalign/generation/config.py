@@ -5,7 +5,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, Number, OutputConfig, Positive, RunFolder
+from csalign.core.config import (
+    Config,
+    Count,
+    Location,
+    Number,
+    OutputConfig,
+    Positive,
+    RunFolder,
+    RunSource,
+)
 from csalign.core.errors import ConfigError
 from csalign.runs.config import ANY_ENCODER
 
@@ -22,7 +31,7 @@ class PromptOptions(Config):
         None, description="Feature set whose texts are used, instead of --prompts."
     )
     split: str = Field("all", description="Split(s) of --features, comma-separated.")
-    adapter: RunFolder = Field(
+    adapter: RunSource = Field(
         description="Run trained with --image-adapter identity on the decoder's image encoder."
     )
     allow_adapter: str | None = Field(
@@ -58,7 +67,11 @@ class DecoderOptions(Config):
 
 
 class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
-    """``csalign generate``: images from text with an unCLIP decoder."""
+    """``csalign generate``: images from text with an unCLIP decoder.
+
+    >>> GenerateConfig(adapter="run", decoder="folder", out="images").batch_size
+    4
+    """
 
     panel: ClassVar[str] = "Images"
     positional: ClassVar[tuple[str, ...]] = ()

@@ -15,12 +15,14 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
+from csalign.adapters.inputs import command
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
+from csalign.core.progress import Progress, silent
 from csalign.core.records import Record, read_job, write_record
-from csalign.core.results import GenerateResult, Progress, silent
+from csalign.core.results import GenerateResult
 from csalign.encoders.base import EncoderOptions, is_trusted, load_encoders
 from csalign.features.checks import check_directions
 from csalign.features.join import load_side
@@ -156,6 +158,10 @@ class Generation(Record):
     scale: float
 
 
+@command(
+    GenerateConfig,
+    example='csalign.generate(prompts="p.txt", adapter="run", decoder="FOLDER", out="images")',
+)
 def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateResult:
     """Map texts into the space of a decoder's images and draw an image of each.
 
@@ -168,6 +174,11 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         DecoderError, EncoderError: a network cannot be loaded or run.
         OutputError: ``config.out`` or ``OUT.partial`` exists and is not to be replaced.
         ShapeError: the widths of decoder, adapter and features do not fit.
+
+    >>> import csalign
+    >>> csalign.generate(prompts="p.txt", adapter="run", decoder="nowhere", out="images")
+    Traceback (most recent call last):
+    csalign.core.errors.DecoderError: ...
     """
     began = time.monotonic()
     config.check()

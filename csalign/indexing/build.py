@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +12,14 @@ from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.results import Progress, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import Result
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.indexing.config import IndexConfig, ItemOptions, VectorOptions
@@ -61,7 +62,13 @@ class SearchIndex:
     adapter: Adapter | None
 
 
-def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
+@command(
+    IndexConfig,
+    "features",
+    "out",
+    example='csalign.index("features", "index", adapter="run")',
+)
+def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.
 
     Raises:
@@ -69,6 +76,13 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
         DataError: no such feature set or run; no rows, or too few for the index; a row without a
             direction; widths that do not fit; or an input is damaged.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.index("features", "index")["rows"]
+    60
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
@@ -86,7 +100,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> dict[str, Any]:
             for name in (ADAPTER_DESCRIPTION, WEIGHTS):
                 shutil.copy(config.adapter / name, folder / ADAPTER / name)
         manifest = write_index_manifest(folder, built.manifest)
-    return describe_index(config.out, manifest)
+    return Result(describe_index(config.out, manifest))
 
 
 def build_index(

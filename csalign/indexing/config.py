@@ -1,13 +1,21 @@
 """Options of ``csalign index`` and ``csalign search``."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, Share
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource, Share
+from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.runs.config import ANY_ENCODER
+
+
+def _singular(value: Any) -> Any:
+    return {side.plural: side.value for side in Modality}.get(value, value)
+
+
+Side = Annotated[Literal["image", "text"], BeforeValidator(_singular)]
 
 
 class ItemOptions(Config):
@@ -15,14 +23,14 @@ class ItemOptions(Config):
 
     panel: ClassVar[str] = "Items"
 
-    adapter: RunFolder | None = Field(
+    adapter: RunSource | None = Field(
         None, description="Run that maps the features; without it they are used as stored."
     )
     allow_adapter: str | None = Field(
         None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
     )
     any_encoder: bool = Field(False, description=ANY_ENCODER)
-    side: Literal["image", "text"] = Field("image", description="Side to find.")
+    side: Side = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
     device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
 
@@ -49,7 +57,11 @@ class VectorOptions(Config):
 
 
 class IndexConfig(ItemOptions, OutputConfig, VectorOptions):
-    """``csalign index``: build a search index on disk."""
+    """``csalign index``: build a search index on disk.
+
+    >>> IndexConfig(features="features", out="index").side
+    'image'
+    """
 
     panel: ClassVar[str] = "Index"
 
@@ -76,7 +88,7 @@ class QueryOptions(Config):
     embedding: Location | None = Field(
         None, description="Encoder output as query: .npy of shape (d,) or (n, d)."
     )
-    query_side: Literal["image", "text"] | None = Field(
+    query_side: Side | None = Field(
         None, description="Side of --embedding (default: the side that is not indexed)."
     )
     encoder: str | None = Field(
@@ -88,7 +100,11 @@ _QUERIES = ("query", "text", "image", "embedding")
 
 
 class SearchConfig(QueryOptions, ItemOptions):
-    """``csalign search``: find the nearest items of an index or a feature set."""
+    """``csalign search``: find the nearest items of an index or a feature set.
+
+    >>> SearchConfig(index="index", query="a red flower").top
+    10
+    """
 
     panel: ClassVar[str] = "Results"
     positional: ClassVar[tuple[str, ...]] = ("index", "query")

@@ -104,11 +104,13 @@ def write_index_manifest(folder: Path, manifest: IndexManifest) -> IndexManifest
 
 def describe_index(folder: Path, manifest: IndexManifest) -> dict[str, Any]:
     """Describe an index as plain JSON values: its manifest without the list of files."""
-    document = manifest.model_dump(mode="json", exclude={"format", "files", "source_root"})
+    hidden = {"format", "files", "source_root", "csalign_version"}
+    document = manifest.model_dump(mode="json", exclude=hidden)
     if document["names"] is None:
         del document["names"]
     size = sum((folder / name).stat().st_size for name in manifest.files)
-    return {"kind": "index", "path": str(folder)} | document | {"bytes": size}
+    document = {"kind": "index", "path": str(folder), **document}
+    return document | {"written_by": manifest.csalign_version, "bytes": size}
 
 
 def items_table(columns: Mapping[str, pa.Array]) -> pa.Table:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
@@ -27,7 +28,8 @@ from csalign.core.errors import (
 )
 from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
-from csalign.core.results import Found, Progress, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import Found, SearchResult
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
@@ -238,7 +240,13 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return found
 
 
-def search(config: SearchConfig, progress: Progress = silent) -> Document:
+@command(
+    SearchConfig,
+    "index",
+    "query",
+    example='csalign.search("index", "a red flower")',
+)
+def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
 
     Returns:
@@ -249,10 +257,27 @@ def search(config: SearchConfig, progress: Progress = silent) -> Document:
         DataError: no such index or feature set, it is damaged, or a query cannot be used.
         EncoderError: the query's encoder cannot be loaded, or is not that of the items.
         OutputError: the page cannot be written.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.search("features", embedding=images[:1], query_side="image", top=1)
+    SearchResult
+      0  1.0000  0
+    >>> csalign.search("features", "a red flower")
+    Traceback (most recent call last):
+    csalign.core.errors.EncoderError: features: its texts were encoded with 'unknown', ...
     """
-    return find(config, progress).to_json()
+    return SearchResult(find(config, progress).to_json())
 
 
+@command(
+    SearchConfig,
+    "index",
+    "query",
+    example='csalign.search("index", "a red flower")',
+)
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     config.check()

@@ -140,7 +140,11 @@ class SplitConfig(SplitOptions):
 class ExtractConfig(
     SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
 ):
-    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet."""
+    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet.
+
+    >>> ExtractConfig(source="photos", out="features").dtype
+    'float16'
+    """
 
     example: ClassVar[str] = (
         "csalign extract photos --out features --captions captions.csv "
@@ -236,7 +240,11 @@ class RecordOptions(Config):
 
 
 class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, RecordOptions):
-    """``csalign import``: embeddings computed elsewhere -> the same artifact."""
+    """``csalign import``: embeddings computed elsewhere -> the same artifact.
+
+    >>> ImportConfig(source=("a.npy", "b.npy"), out="features").image_encoder
+    'unknown'
+    """
 
     example: ClassVar[str] = "csalign import image.npy text.npy --out features"
     common: ClassVar[tuple[str, ...]] = (

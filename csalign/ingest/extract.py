@@ -14,11 +14,13 @@ from PIL import Image
 from rich.filesize import decimal
 
 from csalign.core import atomic, outputs
+from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import is_remote, parse_location
-from csalign.core.results import FeaturesResult, Progress, reported_to, silent
+from csalign.core.progress import Progress, reported_to, silent
+from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.ingest.config import ExtractConfig
@@ -49,6 +51,12 @@ _ENOUGH_RECORDS = 10_000
 _TOKENS_PER_CAPTION = 16  # estimate
 
 
+@command(
+    ExtractConfig,
+    "source",
+    "out",
+    example='csalign.extract("photos", "features", encoder="open_clip:ViT-B-32/openai")',
+)
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source, write a feature set and return its counts.
 
@@ -61,6 +69,14 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         DataError: the source cannot be used, or too much of it is unusable.
         EncoderError: an encoder cannot be loaded or does not return the requested tokens.
         ConfigError: a side of the source has no encoder, or the device does not exist.
+
+    >>> import csalign
+    >>> csalign.extract("photos", "features")
+    Traceback (most recent call last):
+    csalign.core.errors.DataError: photos: no such file or folder
+    >>> csalign.extract(
+    ...     "photos", "features", captions="captions.csv", encoder="open_clip:ViT-B-32/openai"
+    ... )  # doctest: +SKIP
     """
     if config.max_tokens is not None and config.tokens == "none":
         raise ConfigError("--max-tokens: no tokens are stored; add --tokens image, text or both")

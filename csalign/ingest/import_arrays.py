@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from csalign.adapters.inputs import command
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.results import FeaturesResult, Progress, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide
@@ -30,6 +32,11 @@ logger = logging.getLogger(__name__)
 _FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more in float16
 
 
+@command(
+    ImportConfig,
+    "*source",
+    example='csalign.import_arrays("image.npy", "text.npy", out="features")',
+)
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
     """Write embeddings and the labels of their rows as a feature set.
 
@@ -45,6 +52,17 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             or has norm 0.
         ShapeError: an array is not (rows, width) of floats.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images=images, texts=texts, out="features")
+    FeaturesResult
+      features  features
+      images    60
+      texts     60
+      pairs     60
+      failures  0
+      complete  True
     """
     splits = split_settings(config)
     specs = _specs(config)

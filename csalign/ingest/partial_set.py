@@ -22,8 +22,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
+from csalign.core.progress import Progress, silent
 from csalign.core.records import write_record
-from csalign.core.results import Progress, silent
 from csalign.features import schema
 from csalign.features.splits import divide
 from csalign.features.writer import Rows, ShardWriter

@@ -13,7 +13,7 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError, reason_of
-from csalign.core.results import show_figures, tick
+from csalign.core.progress import show_figures, tick
 from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
 from csalign.features.checks import find_unusable

@@ -1,13 +1,16 @@
 """``csalign split``: divide a feature set into splits without writing its vectors again."""
 
 from csalign.core import outputs
+from csalign.core.calls import command
 from csalign.core.errors import ConfigError
-from csalign.core.results import Progress, SplitResult, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import SplitResult
 from csalign.features.schema import SplitSettings, read_manifest
 from csalign.features.splits import divide
 from csalign.ingest.config import SplitConfig, SplitOptions
 
 
+@command(SplitConfig, "features", example='csalign.split("features", val=0.1, test=0.1)')
 def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
     """Divide the images of a feature set into train, val and test, with their texts.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
 
 Ints = npt.NDArray[np.int64]

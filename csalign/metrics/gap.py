@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.metrics.landmarks import (
     MeanKernels,
     estimate_mean_kernels,

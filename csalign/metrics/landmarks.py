@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.core.results import track
+from csalign.core.progress import track
 from csalign.objective import kernels
 
 BASE = 512  # rows per side

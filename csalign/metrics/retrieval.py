@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from csalign.core import distributed
-from csalign.core.results import tick, track
+from csalign.core.progress import tick, track
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import FeaturesResult, Progress, silent
+from csalign.core.progress import Progress, silent
+from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.export import ENTRIES, ClipRetrievalExport, NpyExport, RowWriter
 from csalign.features.reader import FeatureSet
@@ -25,6 +27,13 @@ from csalign.runs.load import ALIGNED, check_features, load_adapter_for, stream_
 logger = logging.getLogger(__name__)
 
 
+@command(
+    ApplyConfig,
+    "features",
+    "adapter",
+    "out",
+    example='csalign.apply("features", "run", "aligned")',
+)
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.
 
@@ -38,6 +47,15 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
         DataError: no such feature set or run; or there are no pairs and the format needs them.
         ShapeError: the widths of the features differ from those of training.
         OutputError: ``config.out`` exists and is not to be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.apply("features", "run", "aligned")["pairs"]
+    60
     """
     with distributed.process_group():
         if distributed.is_main_process():
@@ -57,7 +75,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             received: dict[str, Any] = distributed.broadcast(dict)
             return FeaturesResult(**{**received, "features": config.out})
         result = _write(config, features, info, token_sides, rows, progress)
-        distributed.broadcast(result.to_json)
+        distributed.broadcast(result.to_dict)
         return result
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder
+from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
 ANY_ENCODER = "Accept features of other encoders than the adapter was trained on."
@@ -17,7 +17,7 @@ class ApplyInput(Config):
     panel: ClassVar[str] = "Input"
 
     features: Location = Field(description="Feature set to align.")
-    adapter: RunFolder = Field(description="Run folder, or a checkpoint in it.")
+    adapter: RunSource = Field(description="Run folder, or a checkpoint in it.")
     allow_adapter: str | None = Field(None, description=ALLOWED)
     any_encoder: bool = Field(False, description=ANY_ENCODER)
 
@@ -37,7 +37,11 @@ class ApplyFormat(Config):
 
 
 class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
-    """``csalign apply``: write the aligned embeddings as a new feature set."""
+    """``csalign apply``: write the aligned embeddings as a new feature set.
+
+    >>> ApplyConfig(features="features", adapter="run", out="aligned").format
+    'parquet'
+    """
 
     panel: ClassVar[str] = "Execution"
 
@@ -48,14 +52,18 @@ class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
 
 
 class ExportConfig(OutputConfig):
-    """``csalign export``: write the adapter of a run for other programs, with a model card."""
+    """``csalign export``: write the adapter of a run for other programs, with a model card.
+
+    >>> ExportConfig(run="run", out="exported", to="onnx").to
+    'onnx'
+    """
 
     panel: ClassVar[str] = "Export"
     positional: ClassVar[tuple[str, ...]] = ("run",)
     example: ClassVar[str] = "csalign export run --to onnx --out exported"
 
     out: RunFolder = Field(description="Output folder.")
-    run: RunFolder = Field(description="Run folder, or a checkpoint in it.")
+    run: RunSource = Field(description="Run folder, or a checkpoint in it.")
     to: Literal["onnx", "safetensors", "hub-folder"] = Field(
         description="image.onnx and text.onnx; the weights with adapter.json; or those with the "
         "training log, ready to upload."

@@ -11,13 +11,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
+from csalign.core.progress import Progress, silent, track
 from csalign.core.records import parse_json, write_record
-from csalign.core.results import Progress, silent, track
+from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
 from csalign.runs.load import Array, check_features, load_run, public_spec, stream_aligned
@@ -116,9 +118,13 @@ def _escape_line(text: str) -> str:
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def export(
-    config: ExportConfig, progress: Progress = silent, *, tolerance: float = TOLERANCE
-) -> dict[str, Any]:
+@command(
+    ExportConfig,
+    "run",
+    "out",
+    example='csalign.export("run", "exported", to="onnx")',
+)
+def export(config: ExportConfig, progress: Progress = silent) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
     Returns:
@@ -129,7 +135,21 @@ def export(
         ConfigError: a library is not installed, or the form does not support tokens.
         DataError: no such run or features, or an evaluation of another adapter.
         OutputError: a difference exceeds the tolerance; or ``config.out`` must not be replaced.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
+    'run'
+    >>> csalign.export("run", "exported", to="safetensors")["files"]
+    ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
+    return write_checked(config, progress, TOLERANCE)
+
+
+def write_checked(config: ExportConfig, progress: Progress, tolerance: float) -> Result:
+    """Export like `export`, with another tolerance of components of unit rows."""
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     adapter, info = load_run(config.run, config.allow_adapter)
@@ -160,12 +180,12 @@ def export(
         files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
         for path in files:
             atomic.fsync_path(path)
-    return {
-        "out": str(config.out),
-        "to": config.to,
-        "files": [path.name for path in files],
-        "differences": differences,
-    }
+    return Result(
+        out=str(config.out),
+        to=config.to,
+        files=[path.name for path in files],
+        differences=differences,
+    )
 
 
 def _samples(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[str, Modality, Array]]:

@@ -14,7 +14,7 @@ from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
@@ -179,7 +179,7 @@ def embed_rows(
     If the adapter embeds with tokens, they are read from `features`, or omitted if that is None.
     """
     tick("embedding")
-    values = rows.embeddings(side)
+    side, values = Modality.of(side), rows.embeddings(side)
     if features is None or not adapter.side(side).embeds_with_tokens:
         return adapter.embed(side, values)
     source = TokenRows(features.table(side), TokenCache(STREAMED_BYTES))
@@ -212,7 +212,7 @@ def stream_aligned(
         strings: columns to read too.
         keep_tokens: whether to align the tokens too.
     """
-    table = features.table(side)
+    side, table = Modality.of(side), features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size
     columns = {schema.ID, schema.EMBEDDING, *strings, *([schema.TOKENS] if with_tokens else [])}

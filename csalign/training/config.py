@@ -264,7 +264,11 @@ class TrainConfig(
     OptimizerOptions,
     TokenOptions,
 ):
-    """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
+    """``csalign train``: adapters on cached features, with the CS-Aligner objective.
+
+    >>> TrainConfig(features="features", out="run").learning_rate
+    0.001
+    """
 
     example: ClassVar[str] = "csalign train features --out run --report training.html"
     common: ClassVar[tuple[str, ...]] = (
@@ -336,7 +340,11 @@ class SearchOptions(Config):
 
 
 class TuneConfig(SearchOptions, TrainConfig):
-    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed."""
+    """``csalign tune``: a search for settings of ``csalign train``; given ones stay fixed.
+
+    >>> TuneConfig(features="features", out="study", trials=5).trials
+    5
+    """
 
     example: ClassVar[str] = "csalign tune features --out study --minutes 30"
     common: ClassVar[tuple[str, ...]] = (

@@ -16,7 +16,7 @@ from csalign.core import distributed
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
-from csalign.core.results import reported_to, silent, tick
+from csalign.core.progress import reported_to, silent, tick
 from csalign.features import join
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.reader import FeatureSet

@@ -16,7 +16,7 @@ from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.results import duration, show_figures, tick
+from csalign.core.progress import duration, show_figures, tick
 from csalign.features.join import PairedRows, Pairs
 from csalign.training.config import AdapterOptions
 from csalign.training.data import Score, validate

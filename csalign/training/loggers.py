@@ -13,7 +13,7 @@ from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.outputs import check_page
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.evaluation.config import MeasureOptions
 from csalign.evaluation.evaluate import describe, measure_rows, with_before
 from csalign.evaluation.page import check_umap, write_report

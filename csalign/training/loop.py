@@ -23,7 +23,7 @@ from csalign.core import distributed, signals
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import Stopped, TrainingError
-from csalign.core.results import show_figures, tick
+from csalign.core.progress import show_figures, tick
 from csalign.objective.loss import LossParts
 from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions

@@ -11,7 +11,7 @@ from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
 from csalign.core.enums import Modality
-from csalign.core.results import tick
+from csalign.core.progress import tick
 from csalign.features.join import Pairs
 from csalign.training.data import Array, Score, TrainingData, validate
 from csalign.training.sampler import PairSampler

@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed, outputs
-from csalign.core.results import Progress, TrainResult, reported_to, silent, tick
+from csalign.core.progress import Progress, reported_to, silent, tick
+from csalign.core.results import TrainResult
 from csalign.runs.metadata import ENTRIES
 from csalign.training.checkpoints import TrainingJob, open_run
 from csalign.training.config import (
@@ -26,6 +28,12 @@ from csalign.training.sampler import PairSampler, make_sampler
 log = logging.getLogger(__name__)
 
 
+@command(
+    TrainConfig,
+    "features",
+    "out",
+    example='csalign.train("features", "run", steps=200)',
+)
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
 
@@ -47,6 +55,16 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             other options, or the page cannot be written.
         TrainingError: the loss is not finite any more; names the last good checkpoint.
         ElsewhereError: another process failed.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> result = csalign.train("features", "run", steps=2, hidden=8)
+    >>> result.run, result["pairs"]
+    (PosixPath('run'), {'train': 45, 'validation': 15})
+    >>> list(result.to_frame().columns)
+    ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with reported_to(progress), distributed.process_group():

@@ -357,3 +357,18 @@ def test_an_eval_of_collapsed_embeddings_is_chance_and_not_perfect(tmp_path: Pat
     document = json.loads(csalign("eval", tmp_path / "set", "--json").stdout)
 
     assert document["retrieval"]["mean_recall"] == 0
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_documents_hold_the_warnings_that_quiet_does_not_print(
+    quiet: bool, features: Path, tmp_path: Path
+) -> None:
+    csalign("train", features, "--out", tmp_path / "run", "--steps", 1, "--hidden", 8)
+    options = ("--adapter", tmp_path / "run", "--split", "train", "--no-intervals", "--json")
+    done = csalign("eval", features, *options, *(["-q"] if quiet else []))
+
+    document = json.loads(done.stdout)
+    assert list(document)[-4:] == ["csalign_version", "date", "command", "warnings"]
+    assert document["command"].startswith("csalign ")
+    assert "the adapter was trained on rows of this split" in document["warnings"][0]
+    assert ("warning" in done.stderr) is not quiet

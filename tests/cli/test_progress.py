@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from csalign.cli.progress import Phase, format_rate, shown_progress
-from csalign.core.results import duration, reported_to, show_figures, tick, track, within
+from csalign.core.progress import duration, reported_to, show_figures, tick, track, within
 
 FIGURES = {
     "loss": "1.98 (pairwise 1.79, others 1.80, divergence 0.0034)",

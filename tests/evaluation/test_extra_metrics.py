@@ -227,7 +227,7 @@ def test_images_without_texts_are_classified_raw_and_through_an_adapter(
         ({"zero_shot": "x"}, "--labels COLUMN go together"),
         ({"class_of": "x.csv"}, "pass both"),
         ({"groups": "x.csv"}, "name its column"),
-        ({"correct": "csls,other"}, "correct: .*'other'"),
+        ({"correct": "csls,other"}, "--correct must be .*'other'"),
     ],
 )
 def test_options_that_say_nothing_are_refused(

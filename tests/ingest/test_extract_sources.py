@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from csalign.cli.app import app
 from csalign.core.errors import DataError, Stopped
-from csalign.core.results import Progress, silent
+from csalign.core.progress import Progress, silent
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract

@@ -447,9 +447,9 @@ def test_the_result_says_how_rows_were_paired(tmp_path: Path) -> None:
     )
     alone = import_arrays(ImportConfig(images=both[0], out=out, overwrite=True))
 
-    assert by_order.to_json()["pairing"] == "row order"
+    assert by_order.to_dict()["pairing"] == "row order"
     assert by_table.pairing == str(tmp_path / "p.csv")
-    assert "pairing" not in alone.to_json()
+    assert "pairing" not in alone.to_dict()
     assert "pairing" not in json.loads((out / "manifest.json").read_text())
 
 

@@ -17,6 +17,7 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
+from csalign.core.progress import silent
 from csalign.encoders.openclip_models import build_network, find_model, load_weights
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -26,7 +27,7 @@ from csalign.ingest.config import ExtractConfig
 from csalign.ingest.extract import extract
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig, ExportConfig
-from csalign.runs.export import export
+from csalign.runs.export import export, write_checked
 from csalign.sources.images import read_image
 from csalign.training.config import TrainConfig
 from csalign.training.train import train
@@ -240,7 +241,7 @@ def test_what_computes_something_else_is_not_written(
     run = saved(tmp_path / "run", kind, token_width=token_width)
     config = ExportConfig(run=run, to="safetensors", out=tmp_path / "out")
     with pytest.raises(OutputError, match="random rows, more than -1; nothing was written"):
-        export(config, tolerance=-1.0)
+        write_checked(config, silent, -1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from csalign.core.errors import ConfigError
-from csalign.core.results import reported_to, show_figures, silent
+from csalign.core.progress import reported_to, show_figures, silent
 from csalign.training.config import TrainConfig
 from csalign.training.loggers import open_logs
 from csalign.training.train import train

@@ -110,7 +110,7 @@ def test_a_study_holds_its_trials_in_optunas_journal_and_no_weights(
         "study.json",
     }
     assert [trial.user_attrs["record"] for trial in study.trials] == [
-        trial.to_json() for trial in result.trials
+        dict(trial) for trial in result.trials
     ]
     assert study.best_trial.user_attrs["record"]["number"] == result.best
 

@@ -24,6 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from csalign.adapters.inputs import command
 from csalign.core import __version__, atomic, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import (
@@ -34,17 +35,9 @@ from csalign.core.errors import (
     Stopped,
     TrainingError,
 )
+from csalign.core.progress import Progress, duration, reported_to, silent, tick, within
 from csalign.core.records import read_object
-from csalign.core.results import (
-    Progress,
-    Trial,
-    TuneResult,
-    duration,
-    reported_to,
-    silent,
-    tick,
-    within,
-)
+from csalign.core.results import Trial, TuneResult
 from csalign.features.join import PairedRows
 from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
@@ -73,6 +66,12 @@ FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign
 RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
+@command(
+    TuneConfig,
+    "features",
+    "out",
+    example='csalign.tune("features", "study", minutes=30)',
+)
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
@@ -85,6 +84,14 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         ConfigError: the settings are wrong, or there is nothing to search.
         OutputError: the folder is not a study, is another study, or is in use.
         TrainingError: all trials failed.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> csalign.import_arrays(images, texts, out="features").pairs
+    60
+    >>> result = csalign.tune("features", "study", trials=2, steps=2, search="noise")
+    >>> [trial.state for trial in result.trials]
+    ['complete', 'complete']
     """
     began = time.monotonic()
     _check_folder(config.out, config.features)
@@ -211,7 +218,7 @@ def _run_trial(
         reason = str(error)
     seconds = round(time.monotonic() - began, 3)
     record = Trial(number, state, settings, seconds, **figures, reason=reason)
-    trial.set_user_attr(RECORD, record.to_json())
+    trial.set_user_attr(RECORD, dict(record))
     _finish(study, trial.number, record)
 
 
