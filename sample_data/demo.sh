@@ -12,10 +12,10 @@ say "1. extract: embed 1,420 drawings and their captions with a tiny CLIP model"
 csalign extract "$data/drawings" --out drawings --overwrite \
     --encoder "open_clip:$data/tiny-clip/tiny-clip.json+$data/tiny-clip/tiny-clip.safetensors"
 
-say "2. train: adapters on these embeddings, with the rows that captions.csv calls train"
+say "2. train: adapters for these embeddings, on the split train of captions.csv"
 csalign train drawings --out run --overwrite
 
-say "3. eval: 300 drawings and titles of the split test, which training did not see"
+say "3. eval: 300 drawings and titles of the split test, unseen in training"
 csalign eval run --report report.html
 
 say "4. compare: before and after on the same drawings"
@@ -27,7 +27,7 @@ csalign train "$data/features" --out infonce --overwrite --init random --steps 1
     --logit-scale 14.3 --learn-scale --noise 0 --captions sample --other-captions 0
 csalign train "$data/features" --out csalign --overwrite --steps 100
 
-say "6. compare: untrained adapters, InfoNCE alone and csalign on 300 held-out drawings"
+say "6. compare: untrained, InfoNCE alone and csalign, on 300 held-out drawings"
 csalign compare start infonce csalign
 
 say "7. apply: write the aligned embeddings as a feature set"

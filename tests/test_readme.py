@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import csalign
 from csalign.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-with_fit = pytest.mark.skipif(not hasattr(csalign, "fit"), reason="needs csalign.fit")
 
 
 def blocks(language: str) -> list[str]:
@@ -93,7 +90,6 @@ def test_the_commands_print_what_the_readme_says(block: str) -> None:
         check(expected, result.output)
 
 
-@with_fit
 def test_python_prints_what_the_readme_says() -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
