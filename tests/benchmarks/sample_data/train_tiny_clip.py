@@ -253,7 +253,8 @@ def evaluate(work: Path) -> dict[str, dict[str, float]]:
         work: Folder of the corpus.
 
     Returns:
-        Recalls on the split "val" and, if they are there, on the drawings shipped as samples.
+        Recalls on the split "val" and, if they are there, on the split "test" of the drawings
+        shipped as samples.
     """
     parts = load_model()
     rows = [row for row in read_table(work / "texts.csv") if row["split"] == "val"]
@@ -261,11 +262,9 @@ def evaluate(work: Path) -> dict[str, dict[str, float]]:
     result = {"val": retrieval(*parts, paths, [row["caption"] for row in rows])}
     table = DRAWINGS_FOLDER / "captions.csv"
     if table.exists():
-        first: dict[str, str] = {}
-        for row in read_table(table):
-            first.setdefault(row["image"], row["caption"])
-        paths = [DRAWINGS_FOLDER / name for name in first]
-        result["sample drawings"] = retrieval(*parts, paths, list(first.values()))
+        rows = [row for row in read_table(table) if row["split"] == "test"]
+        paths = [DRAWINGS_FOLDER / row["image"] for row in rows]
+        result["sample drawings"] = retrieval(*parts, paths, [row["caption"] for row in rows])
     return result
 
 
