@@ -222,7 +222,7 @@ class OptimizerOptions(Config):
     patience: Count | None = Field(
         None,
         description="Stop after this many validations without improvement (default: 10, or at once "
-        "when validation recall is 100 %).",
+        "at a recall of 100 % on 100 or more validation images).",
     )
     validations: Count = Field(20, description="Number of validations, spread over the steps.")
     precision: Precision = Field(
@@ -297,7 +297,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
-        if self.steps and self.epochs is not None:  # 0 is the closed form, as tune may write it
+        if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
             check_kind(kind)

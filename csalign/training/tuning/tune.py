@@ -255,7 +255,8 @@ def _log_trial(trial: Trial, best: Trial | None) -> None:
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.model_validate({**base.model_dump(), **settings})
+    length = {"epochs": None} if "steps" in settings else {}
+    return TrainConfig.model_validate({**base.model_dump(), **length, **settings})
 
 
 def _load(config: TrainConfig) -> tuple[TrainingData, PairedRows]:
