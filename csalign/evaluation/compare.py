@@ -96,11 +96,7 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-@command(
-    CompareConfig,
-    "*systems",
-    example='csalign.compare("run-a", "run-b", split="test")',
-)
+@command(CompareConfig, "*systems", example='csalign.compare("run-a", "run-b", split="test")')
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 

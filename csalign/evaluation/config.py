@@ -162,8 +162,7 @@ class DiagnoseConfig(SourceOptions):
     example: ClassVar[str] = "csalign diagnose features --report diagnosis.html"
 
     features: Location = Field(
-        title="FEATURES|RUN",
-        description="Feature set, or a run with its own features.",
+        title="FEATURES|RUN", description="Feature set, or a run with its own features."
     )
     logit_scale: Positive | None = Field(
         None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."

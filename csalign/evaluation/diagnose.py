@@ -52,11 +52,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
-@command(
-    DiagnoseConfig,
-    "features",
-    example='csalign.diagnose("features")',
-)
+@command(DiagnoseConfig, "features", example='csalign.diagnose("features")')
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Decompose InfoNCE and the full objective on given embeddings.
 

@@ -90,11 +90,7 @@ class Evaluation:
         return replace(found, figures=kept)
 
 
-@command(
-    EvalConfig,
-    "features",
-    example='csalign.evaluate("features", adapter="run")',
-)
+@command(EvalConfig, "features", example='csalign.evaluate("features", adapter="run")')
 def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.
 

@@ -46,11 +46,7 @@ INPUTS = {".npy", ".npz", ".npt", ".parquet", ".h5", ".pt"}
 PAGE_START = 4096  # bytes of a page that have its title
 
 
-@command(
-    InspectConfig,
-    "path",
-    example='csalign.inspect("features")',
-)
+@command(InspectConfig, "path", example='csalign.inspect("features")')
 def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     """Verify a feature set, a run, an index or another artifact, and summarise it.
 

@@ -34,12 +34,7 @@ from csalign.indexing.manifest import (
     write_index_manifest,
     write_items,
 )
-from csalign.indexing.vectors import (
-    HubCorrection,
-    VectorIndex,
-    choose_factory,
-    exact_neighbours,
-)
+from csalign.indexing.vectors import HubCorrection, VectorIndex, choose_factory, exact_neighbours
 from csalign.runs.load import load_adapter_for, stream_aligned
 
 RECALL_AT = 10
@@ -63,10 +58,7 @@ class SearchIndex:
 
 
 @command(
-    IndexConfig,
-    "features",
-    "out",
-    example='csalign.index("features", "index", adapter="run")',
+    IndexConfig, "features", "out", example='csalign.index("features", "index", adapter="run")'
 )
 def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.

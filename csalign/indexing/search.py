@@ -240,12 +240,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return found
 
 
-@command(
-    SearchConfig,
-    "index",
-    "query",
-    example='csalign.search("index", "a red flower")',
-)
+@command(SearchConfig, "index", "query", example='csalign.search("index", "a red flower")')
 def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
 
@@ -272,12 +267,7 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     return SearchResult(find(config, progress).to_json())
 
 
-@command(
-    SearchConfig,
-    "index",
-    "query",
-    example='csalign.search("index", "a red flower")',
-)
+@command(SearchConfig, "index", "query", example='csalign.search("index", "a red flower")')
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     config.check()

@@ -28,11 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @command(
-    ApplyConfig,
-    "features",
-    "adapter",
-    "out",
-    example='csalign.apply("features", "run", "aligned")',
+    ApplyConfig, "features", "adapter", "out", example='csalign.apply("features", "run", "aligned")'
 )
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.

@@ -118,12 +118,7 @@ def _escape_line(text: str) -> str:
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
-@command(
-    ExportConfig,
-    "run",
-    "out",
-    example='csalign.export("run", "exported", to="onnx")',
-)
+@command(ExportConfig, "run", "out", example='csalign.export("run", "exported", to="onnx")')
 def export(config: ExportConfig, progress: Progress = silent) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 

@@ -237,8 +237,7 @@ class RunOptions(Config):
     panel: ClassVar[str] = "Run"
 
     recipe: str | None = Field(
-        None,
-        description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image.",
+        None, description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image."
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."

@@ -28,12 +28,7 @@ from csalign.training.sampler import PairSampler, make_sampler
 log = logging.getLogger(__name__)
 
 
-@command(
-    TrainConfig,
-    "features",
-    "out",
-    example='csalign.train("features", "run", steps=200)',
-)
+@command(TrainConfig, "features", "out", example='csalign.train("features", "run", steps=200)')
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
 
@@ -82,10 +77,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
 
 def _train(
-    config: TrainConfig,
-    data: TrainingData,
-    tokens: StoredTokens | None,
-    sampler: PairSampler,
+    config: TrainConfig, data: TrainingData, tokens: StoredTokens | None, sampler: PairSampler
 ) -> TrainResult:
     """Train, validate and write, in the main process."""
     options = config.model_dump(mode="json", exclude_none=True)

@@ -66,12 +66,7 @@ FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign
 RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
-@command(
-    TuneConfig,
-    "features",
-    "out",
-    example='csalign.tune("features", "study", minutes=30)',
-)
+@command(TuneConfig, "features", "out", example='csalign.tune("features", "study", minutes=30)')
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
