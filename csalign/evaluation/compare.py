@@ -16,8 +16,8 @@ from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.records import parse_json
 from csalign.core.results import CompareResult
 from csalign.evaluation.config import CompareConfig, EvalConfig
-from csalign.evaluation.evaluate import describe, measure_loaded
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
+from csalign.evaluation.measure import describe, measure_loaded
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
 from csalign.features.schema import MANIFEST
@@ -179,9 +179,8 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
     shared = config.model_dump(include={"allow_adapter", "any_encoder", "split", "device"})
     options = EvalConfig(features=features, adapter=run, **shared)
     evaluation = measure_loaded(options, rows.of(options))
-    report = describe(evaluation)
-    document = _Document.model_validate(report.document)
-    return _Entry(path, document, report.resamples, aligned=evaluation.aligned)
+    document = _Document.model_validate(describe(evaluation))
+    return _Entry(path, document, evaluation.resamples, aligned=evaluation.aligned)
 
 
 def _read_document(path: Path) -> _Entry:
@@ -282,7 +281,7 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
         if fingerprint != getattr(document.fingerprints, part):
             entry.unpaired = f"{getattr(document, part)} changed since its evaluation"
             return
-    entry.resamples = evaluation.resample()
+    entry.resamples = evaluation.resamples
 
 
 def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import tick
-from csalign.evaluation.protocols import AlignedRows, Ranks
+from csalign.evaluation.measure import Evaluation
 from csalign.features import schema
-from csalign.metrics.bootstrap import Resamples
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import Pictures
@@ -44,22 +43,12 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
-    """The measured rows, their ranks, resamples if there are intervals, and the JSON document."""
-
-    aligned: AlignedRows
-    ranks: Ranks
-    resamples: Resamples | None
-    document: dict[str, Any]
-
-
 def write_report(
     path: Path,
     title: str,
-    report: EvaluationReport | None,
+    evaluation: Evaluation | None,
+    document: dict[str, Any] | None,
     run: Path | None,
-    seed: int,
     *,
     pictures: Path | None = None,
     umap: bool = False,
@@ -71,9 +60,9 @@ def write_report(
     Args:
         path: of the page.
         title: of the page.
-        report: of the evaluation.
+        evaluation: with the rows to show, and the seed of their sample.
+        document: of the evaluation.
         run: whose training to show.
-        seed: of the sampled pairs.
         pictures: folder of the images; see `Pictures`.
         umap: whether to draw the pairs by UMAP too, which takes long.
         is_training: whether the page is that of the training.
@@ -89,10 +78,10 @@ def write_report(
         for private in (SUMS, FEATURES):
             environment.pop(private, None)
         record = RunRecord(read_lines(folder), read_settings(folder), environment)
-    if report is None:
+    if evaluation is None:
         write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
-    aligned, rows = report.aligned, report.aligned.rows
+    aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
     tick("drawing the page")
     paired = np.flatnonzero(rows.text_image >= 0)
     texts = np.random.default_rng(seed).permutation(paired)[:SAMPLED]
@@ -108,14 +97,10 @@ def write_report(
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
     tick("choosing queries")
-    manifest = aligned.features.manifest
-    shown = Pictures(THUMBNAIL, pictures, manifest.source_root)
-    queries = _ranked_queries(report, shown, seed)
+    shown = Pictures(THUMBNAIL, pictures, aligned.features.manifest.source_root)
+    queries = _ranked_queries(evaluation, shown)
     shown.warn()
-    names = manifest.names
-    write_evaluation(
-        path, title, report.document, views, labels, queries, record, names, is_training=is_training
-    )
+    write_evaluation(path, title, document, views, labels, queries, record, is_training=is_training)
     log.info("wrote %s", path)
 
 
@@ -196,15 +181,13 @@ class _Side:
     first: Ints  # (q,) rank of the best match of each
 
 
-def _ranked_queries(
-    report: EvaluationReport, pictures: Pictures, seed: int
-) -> dict[str, list[RankedQuery]]:
+def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[RankedQuery]]:
     """Find the queries with the worst ranks and the most confident mistakes, both ways.
 
     Those are the mistakes with the highest cosine, the widest margin over the match first.
     """
-    aligned, rows = report.aligned, report.aligned.rows
-    to_text, to_image = (ranks.first for ranks in report.ranks)
+    aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
+    to_text, to_image = (ranks.first for ranks in evaluation.ranks)
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 
     def text(row: int, note: str) -> Entry:

@@ -15,7 +15,7 @@ from csalign.core.errors import ConfigError
 from csalign.core.outputs import check_page
 from csalign.core.progress import tick
 from csalign.evaluation.config import MeasureOptions
-from csalign.evaluation.evaluate import describe, measure_rows, with_before
+from csalign.evaluation.measure import describe, measure_rows
 from csalign.evaluation.page import check_umap, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
@@ -104,16 +104,17 @@ def write_page(
 ) -> None:
     """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
     tick("writing the page")
-    shown = None
+    measured = document = None
     if data.val is not None:
         warn_of_queries(data.val, f"{data.features.path} (validation)")
         images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
         rows = AlignedRows(data.features, "validation", data.val, images, texts, run)
-        options = MeasureOptions(seed=seed)
-        shown = with_before(describe(measure_rows(rows, options)), options)
+        measured = measure_rows(rows, MeasureOptions(seed=seed))
+        document = describe(measured, with_before=True)
     title = f"Training of {run.name} on {data.features.path.name}"
-    title += ", measured on its validation rows" if shown else ""
-    write_report(path, title, shown, run, seed, pictures=pictures, umap=umap, is_training=True)
+    title += ", measured on its validation rows" if measured else ""
+    shown: dict[str, Any] = {"pictures": pictures, "umap": umap, "is_training": True}
+    write_report(path, title, measured, document, run, **shown)
 
 
 def figures_of(line: Line) -> dict[str, float]:

@@ -13,7 +13,8 @@ from csalign.core import __version__
 from csalign.core.calls import recorded_call
 from csalign.core.errors import OutputError, SchemaError
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import describe, evaluate, measure
+from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.measure import describe, measure
 from csalign.evaluation.page import _ranked_queries, write_report
 from csalign.features.schema import read_manifest
 from csalign.ingest.config import ExtractConfig, ImportConfig
@@ -123,11 +124,11 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
 
 
 def test_confident_mistakes_are_wrong_and_the_widest_margin_comes_first(tmp_path: Path) -> None:
-    report = describe(measure(EvalConfig(features=square_set(tmp_path), intervals=False)))
-    cosines = report.aligned.images @ report.aligned.texts.T
+    measured = measure(EvalConfig(features=square_set(tmp_path), intervals=False))
+    cosines = measured.aligned.images @ measured.aligned.texts.T
     (found,) = [
         queries
-        for heading, queries in _ranked_queries(report, Pictures(8), 0).items()
+        for heading, queries in _ranked_queries(measured, Pictures(8)).items()
         if heading == "Most confident mistakes, image to text"
     ]
     own = cosines.diagonal().copy()
@@ -182,10 +183,10 @@ def test_pictures_are_found_from_any_directory_or_their_absence_is_said(
 
 def test_the_page_maps_neighbours_on_request(features: Path, tmp_path: Path) -> None:
     run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
-    report = describe(measure(EvalConfig(features=features, adapter=run, intervals=False)))
+    measured = measure(EvalConfig(features=features, adapter=run, intervals=False))
     page = tmp_path / "page.html"
     # UMAP takes long without its compiler; see conftest.
-    write_report(page, "neighbours", report, run, 0, umap=True, drawn=20)
+    write_report(page, "neighbours", measured, describe(measured), run, umap=True, drawn=20)
 
     assert page.read_text(encoding="utf-8").count("the adapter: neighbours") == 2
 
