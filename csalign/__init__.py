@@ -7,7 +7,7 @@ Where things live; imports point down this list only::
     evaluation               eval, compare, diagnose, inspect
     indexing                 index and search
     ingest, runs             extract and import; load, apply and export
-    report                   pages with plots, model cards, contact sheets
+    report                   pages with plots, model cards
     encoders                 frozen encoders behind one interface
     features                 feature sets on disk: schema, manifest, writer, reader, join by id
     sources                  what users bring: image folders, caption tables, arrays

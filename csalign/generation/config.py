@@ -97,7 +97,7 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
     )
     sheet: bool = Field(  # before --report
         False,
-        description="Also draw a contact sheet of the first 100 images.",
+        description="Also write that page as OUT/sheet.html.",
         json_schema_extra={"hidden": True},
     )
 

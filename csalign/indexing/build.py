@@ -18,7 +18,7 @@ from csalign.core import atomic, outputs
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Result
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
@@ -80,8 +80,8 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     features = FeatureSet.open(config.features)
     features.verify()
-    built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
-    progress("writing the index", 0, None)
+    built = build_index(features, config, config, batch_size=config.batch_size)
+    tick("writing the index")
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
@@ -101,7 +101,6 @@ def build_index(
     options: VectorOptions,
     *,
     batch_size: int = 8_192,
-    progress: Progress = silent,
 ) -> SearchIndex:
     """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
     side = Modality(items.side)
@@ -122,12 +121,12 @@ def build_index(
     vectors = VectorIndex.create(factory, width)
     _check_memory(vectors, count, options)
     if sampled := vectors.training_rows(count):
-        progress("training the index", 0, None)
+        tick("training the index")
         vectors.train(correction.items(rows.sample(side, sampled)))
     for part in rows.stream(side):
         vectors.add(correction.items(part))
-        progress("indexing: rows", len(vectors), count)
-    progress("measuring recall", 0, None)
+        tick("indexing: rows", len(vectors), count)
+    tick("measuring recall")
     recall = None if vectors.is_exact else _measure(vectors, rows, correction, options)
     manifest = IndexManifest(
         side=side,

@@ -28,7 +28,7 @@ from csalign.core.errors import (
 )
 from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Found, SearchResult
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.reader import FeatureSet
@@ -273,8 +273,8 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     config.check()
     if config.report is not None:
         check_page(config.report)
-    progress("opening the index", 0, None)
-    index = _open(config, progress)
+    tick("opening the index")
+    index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
     head: Document = {
@@ -313,11 +313,11 @@ def _find_all(
         progress("searching: queries", done, None)
 
 
-def _open(config: SearchConfig, progress: Progress) -> SearchIndex:
+def _open(config: SearchConfig) -> SearchIndex:
     folder = config.index
     if is_remote(folder) or (folder / MANIFEST).is_file():
         options = VectorOptions(factory="Flat")
-        return build_index(FeatureSet.open(folder), config, options, progress=progress)
+        return build_index(FeatureSet.open(folder), config, options)
     manifest = read_index_manifest(folder)
     given = (
         ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
@@ -365,7 +365,9 @@ def _with_page(
                 for hit in found["hits"]
             ]
             note = f"The {len(pictures)} nearest of {rows}."
-            sections.append(Section(found["query"], note, pictures=pictures))
+            array = config.embedding and config.embedding.name
+            query = found["query"] if array is None else f"{array}, row {found['query']}"
+            sections.append(Section(query, note, pictures=pictures))
         yield found
     shown.warn()
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"

@@ -14,7 +14,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.export import ENTRIES, ClipRetrievalExport, NpyExport, RowWriter
@@ -70,7 +70,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
                 pass  # the main process writes them
             received: dict[str, Any] = distributed.broadcast(dict)
             return FeaturesResult(**{**received, "features": config.out})
-        result = _write(config, features, info, token_sides, rows, progress)
+        result = _write(config, features, info, token_sides, rows)
         distributed.broadcast(result.to_dict)
         return result
 
@@ -81,7 +81,6 @@ def _write(
     info: AdapterInfo,
     token_sides: Sequence[Modality],
     aligned: Iterator[tuple[Modality, Rows]],
-    progress: Progress,
 ) -> FeaturesResult:
     features.verify()
     counts = features.manifest.counts
@@ -92,7 +91,7 @@ def _write(
             for side, rows in aligned:
                 writer.write(side, rows)
                 done += len(rows.embeddings)
-                progress("aligning: rows", done, counts.images + counts.texts)
+                tick("aligning: rows", done, counts.images + counts.texts)
     if isinstance(writer, ClipRetrievalExport):
         unpaired |= writer.omitted
     images, texts = (unpaired[side] for side in Modality)

@@ -17,7 +17,7 @@ from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.progress import Progress, silent, track
+from csalign.core.progress import Progress, silent, tick, track
 from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
@@ -140,10 +140,10 @@ def export(config: ExportConfig, progress: Progress = silent) -> Result:
     >>> csalign.export("run", "exported", to="safetensors")["files"]
     ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
-    return write_checked(config, progress, TOLERANCE)
+    return write_checked(config, TOLERANCE)
 
 
-def write_checked(config: ExportConfig, progress: Progress, tolerance: float) -> Result:
+def write_checked(config: ExportConfig, tolerance: float) -> Result:
     """Export like `export`, with another tolerance of components of unit rows."""
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
@@ -157,7 +157,7 @@ def write_checked(config: ExportConfig, progress: Progress, tolerance: float) ->
     evaluation = _read_evaluation(config, info)
     samples = list(_samples(config, adapter))
     with outputs.atomic_folder(config.out) as folder:
-        forward = _write(config, folder, adapter, info, progress)
+        forward = _write(config, folder, adapter, info)
         differences = {}
         for name, side, rows in track(samples, "checking: samples", len(samples)):
             found, expected = forward(side, rows), _embed(adapter, side, rows)
@@ -213,9 +213,7 @@ def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
     return adapter.embed_tokens(side, rows, tokens, np.ones(tokens.shape[:2], np.bool_))[0]
 
 
-def _write(
-    config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo, progress: Progress
-) -> Forward:
+def _write(config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo) -> Forward:
     """Write the form; return a function that computes with what was written."""
     if config.to == "hub-folder":  # which strangers read
         encoders = {side: public_spec(spec) for side, spec in info.encoders.items()}
@@ -223,15 +221,14 @@ def _write(
     else:
         shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to == "onnx":
-        for done, side in enumerate(Modality, start=1):
+        for side in track(Modality, "writing: sides", len(Modality)):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
-            progress("writing: sides", done, 2)
         return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
+    tick("writing")
     shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
     if config.to == "hub-folder" and (run_folder(config.run) / LINES).is_file():
         shutil.copy(run_folder(config.run) / LINES, folder / LINES)
     again, _ = load_run(folder, config.allow_adapter)
-    progress("writing: sides", 2, 2)
     return lambda side, rows: _embed(again, side, rows)
 
 

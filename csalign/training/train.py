@@ -5,11 +5,10 @@ from typing import Any
 
 from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
-from csalign.core import devices, distributed, outputs
-from csalign.core.progress import Progress, reported_to, silent, tick
+from csalign.core import devices, distributed
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import TrainResult
-from csalign.runs.metadata import ENTRIES
-from csalign.training.checkpoints import TrainingJob, open_run
+from csalign.training.checkpoints import TrainingJob, check_out, open_run
 from csalign.training.config import (
     AdapterOptions,
     DataOptions,
@@ -38,10 +37,6 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     Under torchrun all processes train together, each on its share of every batch, with the losses
     of one process up to rounding. The main process alone writes, validates and reports progress.
 
-    Args:
-        config: options.
-        progress: progress callback.
-
     Raises:
         ConfigError: options that cannot be combined, or a logger's library is not installed.
         DataError: the features cannot be trained on: no pairs in the split, damaged files, rows
@@ -62,11 +57,10 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
-    with reported_to(progress), distributed.process_group():
+    with distributed.process_group():
         if distributed.is_main_process():
             check_logs(config.log_to or (), config.report, umap=config.umap)
-            inputs = (config.features,)
-            outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
+            check_out(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         options, other_weight = config.group(DataOptions), config.other_captions

@@ -99,7 +99,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         "base": space.base.model_dump(mode="json", exclude=paths),
         "search": list(space.names),
     }
-    with reported_to(progress), _open_study(config, identity) as study:
+    with _open_study(config, identity) as study:
         trials = _search(config, space, study, data, val, began)
     best = winner(trials, config.recall_slack)
     if best is None:
