@@ -7,7 +7,7 @@ from pydantic import Field
 
 from csalign.core.config import Config, Location, NotNegative, Positive, RunSource, Words
 from csalign.core.errors import ConfigError
-from csalign.runs.config import ANY_ENCODER
+from csalign.runs.config import LoadOptions
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
 
@@ -18,7 +18,7 @@ UMAP = "Draw the page's pairs by UMAP too, which takes half a minute; needs csal
 _OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
 
 
-class AdaptedOptions(Config):
+class AdaptedOptions(LoadOptions):
     """Rows to measure, and how they are embedded."""
 
     panel: ClassVar[str] = "Source"
@@ -26,11 +26,6 @@ class AdaptedOptions(Config):
     split: str | None = Field(
         None, description="Split(s), comma-separated, or all (default: test if any, else all)."
     )
-    allow_adapter: str | None = Field(
-        None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
-    )
-    any_encoder: bool = Field(False, description=ANY_ENCODER)
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
 class SourceOptions(AdaptedOptions):

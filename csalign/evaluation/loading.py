@@ -110,12 +110,7 @@ def warn_of_trained(systems: Sequence[AlignedRows]) -> None:
 
 def load_adapter(source: SourceOptions, features: FeatureSet) -> tuple[Adapter, AdapterInfo] | None:
     """Load the adapter of the options for some features; None without one."""
-    if source.adapter is None:
-        return None
-    return load_adapter_for(
-        *(features, source.adapter, source.device, source.allow_adapter),
-        any_encoder=source.any_encoder,
-    )
+    return None if source.adapter is None else load_adapter_for(features, source.adapter, source)
 
 
 def embed(

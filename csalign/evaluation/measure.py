@@ -148,7 +148,8 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
                 "all %s embeddings are nearly the same, so a small gap means nothing here", side
             )
     intervals = evaluation.resamples.intervals() if options.intervals else {}
-    extras, folds, extra = evaluation.extras, evaluation.folds, {}
+    extras, folds = evaluation.extras, evaluation.folds
+    extra: dict[str, Any] = {}
     if extras is not None:
         extra, extra_intervals = extras(images, folds, evaluation.ranks, options)
         intervals |= extra_intervals

@@ -62,7 +62,7 @@ class Prompts:
     fingerprint: str  # of the texts and of the encoder that embedded them
 
 
-def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterInfo]:
+def load_prompts(options: PromptOptions) -> tuple[Prompts, AdapterInfo]:
     """Load the texts, and the description of the run that maps them.
 
     Raises:
@@ -78,12 +78,10 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
             "--image-adapter identity, or with --recipe text-to-image"
         )
     if options.prompts is not None:
-        return _embed_prompts(options, options.prompts, info, device), info
+        return _embed_prompts(options, options.prompts, info), info
     assert options.features is not None
     features = FeatureSet.open(options.features)
-    adapter, _ = load_adapter_for(
-        *(features, run, device, options.allow_adapter), any_encoder=options.any_encoder
-    )
+    adapter, _ = load_adapter_for(features, run, options)
     rows = load_side(features, options.split, Modality.TEXT)
     if not len(rows.texts):
         raise DataError(f"{rows.name}: has no texts; name another --split")
@@ -94,10 +92,10 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
     return Prompts(rows.text_ids.to_pylist(), texts, embeddings, fingerprint), info
 
 
-def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device: str) -> Prompts:
-    run, shape = options.adapter, info.adapters[Modality.TEXT]
+def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo) -> Prompts:
+    run, shape, device = options.adapter, info.adapters[Modality.TEXT], pick_device(options.device)
     allow = () if options.allow_adapter is None else (options.allow_adapter,)
-    adapter = load_adapter(run, allow=allow).to(pick_device(device))
+    adapter = load_adapter(run, allow=allow).to(device)
     if adapter.side(Modality.TEXT).embeds_with_tokens:
         raise ConfigError(
             f"{run}: embeds texts with their tokens; extract features of the prompts with "
@@ -110,7 +108,7 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device
             "csalign; allow it with --text-encoder if you trust it, or pass --features"
         )
     ids, texts = _read_prompts(file)
-    encoder: Any = load_encoders(None, spec, EncoderOptions(device=pick_device(device))).text
+    encoder: Any = load_encoders(None, spec, EncoderOptions(device=device)).text
     if encoder.info.width != shape.input_width:
         raise ShapeError(
             f"{spec}: gives embeddings of width {encoder.info.width}, the adapter {run} takes "
@@ -188,7 +186,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
-    prompts, info = load_prompts(config, config.device)
+    prompts, info = load_prompts(config)
     tick("loading the decoder")
     decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width

@@ -71,9 +71,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.index("features", "index")["rows"]
+    >>> csalign.index((images, texts), "index")["rows"]
     60
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
@@ -106,10 +104,7 @@ def build_index(
     side = Modality(items.side)
     adapter, info = None, None
     if items.adapter is not None:
-        adapter, info = load_adapter_for(
-            *(features, items.adapter, items.device, items.allow_adapter),
-            any_encoder=items.any_encoder,
-        )
+        adapter, info = load_adapter_for(features, items.adapter, items)
     _ = features.table(side).encoder  # raises where there is no such side
     rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
     count = len(rows.numbers(side))

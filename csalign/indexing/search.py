@@ -255,14 +255,12 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.search("features", embedding=images[:1], query_side="image", top=1)
+    >>> csalign.search((images, texts), embedding=images[:1], query_side="image", top=1)
     SearchResult
       0  1.0000  0
-    >>> csalign.search("features", "a red flower")
+    >>> csalign.search((images, texts), "a red flower")
     Traceback (most recent call last):
-    csalign.core.errors.EncoderError: features: its texts were encoded with 'unknown', ...
+    csalign.core.errors.EncoderError: arrays: its texts were encoded with 'unknown', ...
     """
     return SearchResult(find(config, progress).to_json())
 

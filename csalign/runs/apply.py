@@ -46,11 +46,8 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
-    'run'
-    >>> csalign.apply("features", "run", "aligned")["pairs"]
+    >>> run = csalign.train((images, texts), "run", steps=2, hidden=8).run
+    >>> csalign.apply((images, texts), run, "aligned")["pairs"]
     60
     """
     with distributed.process_group():
@@ -59,10 +56,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             entries = schema.ENTRIES | ENTRIES
             outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
         features = FeatureSet.open(config.features)
-        run = config.adapter
-        adapter, info = load_adapter_for(
-            *(features, run, config.device, config.allow_adapter), any_encoder=config.any_encoder
-        )
+        adapter, info = load_adapter_for(features, config.adapter, config)
         token_sides = _token_sides(config, features, adapter)
         rows = _aligned(config, features, adapter, token_sides)
         if not distributed.is_main_process():

@@ -133,11 +133,8 @@ def export(config: ExportConfig, progress: Progress = silent) -> Result:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
-    'run'
-    >>> csalign.export("run", "exported", to="safetensors")["files"]
+    >>> run = csalign.train((images, texts), "run", steps=2, hidden=8).run
+    >>> csalign.export(run, "exported", to="safetensors")["files"]
     ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
     return write_checked(config, TOLERANCE)

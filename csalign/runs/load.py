@@ -22,6 +22,7 @@ from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
 from csalign.features.writer import Rows
+from csalign.runs.config import LoadOptions
 from csalign.runs.metadata import ADAPTER, check_unchanged
 
 ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
@@ -52,21 +53,16 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
 
 
 def load_adapter_for(
-    features: FeatureSet,
-    run: Path,
-    device: str,
-    allow: str | None = None,
-    *,
-    any_encoder: bool = False,
+    features: FeatureSet, run: Path, options: LoadOptions
 ) -> tuple[Adapter, AdapterInfo]:
-    """Load the adapter of a run onto a device, for features of the encoders it was trained on.
+    """Load the adapter of a run, for features of the encoders it was trained on.
 
     Raises as `load_run`, `check_features` and `check_encoders` do.
     """
-    adapter, info = load_run(run, allow)
+    adapter, info = load_run(run, options.allow_adapter)
     check_features(features, run, adapter)
-    check_encoders(features, run, info, any_encoder=any_encoder)
-    return adapter.to(pick_device(device)), info
+    check_encoders(features, run, info, any_encoder=options.any_encoder)
+    return adapter.to(pick_device(options.device)), info
 
 
 def check_features(

@@ -48,9 +48,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> result = csalign.train("features", "run", steps=2, hidden=8)
+    >>> result = csalign.train((images, texts), "run", steps=2, hidden=8)
     >>> result.run, result["pairs"]
     (PosixPath('run'), {'train': 45, 'validation': 15})
     >>> list(result.to_frame().columns)

@@ -82,9 +82,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> result = csalign.tune("features", "study", trials=2, steps=2, search="noise")
+    >>> result = csalign.tune((images, texts), "study", trials=2, steps=2, search="noise")
     >>> [trial.state for trial in result.trials]
     ['complete', 'complete']
     """
