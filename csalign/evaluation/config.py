@@ -11,9 +11,6 @@ from csalign.runs.config import LoadOptions
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
 
-PICTURES = "Folder of the images, for the page (default: where they were when extracted)."
-UMAP = "Draw the page's pairs by UMAP too, which takes half a minute; needs csalign[umap]."
-
 # What `eval --images --generated` accepts.
 _OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
 
@@ -104,7 +101,26 @@ class MeasureOptions(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of resampling and sampled metrics.")
 
 
-class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
+class PageOptions(Config):
+    """The page of a result."""
+
+    panel: ClassVar[str] = "Page"
+
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, as report.html."
+    )
+    pictures: Path | None = Field(
+        None,
+        description="Folder of the images, for the page (default: where they were when extracted).",
+    )
+    umap: bool = Field(
+        False,
+        description="Draw the page's pairs by UMAP too, which takes half a minute; needs "
+        "csalign[umap].",
+    )
+
+
+class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, PageOptions):
     """``csalign eval``: retrieval and modality gap, or the distance of two image sets.
 
     >>> EvalConfig(features="features", split="test").resamples
@@ -121,11 +137,6 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
-    report: Path | None = Field(
-        None, description="Also write a page with plots and queries, as eval.html."
-    )
-    pictures: Path | None = Field(None, description=PICTURES)
-    umap: bool = Field(False, description=UMAP)
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""

@@ -14,14 +14,13 @@ from csalign.adapters.inputs import command
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.outputs import check_page
 from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, current_progress, silent
 from csalign.core.results import EvalResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.measure import describe, extras_of, measure
-from csalign.evaluation.page import check_umap, write_report
+from csalign.evaluation.page import check_report, write_report
 from csalign.features import join
 from csalign.features.checks import check_directions
 from csalign.features.reader import FeatureSet
@@ -83,9 +82,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
 
 
 def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
-    if config.report is not None:
-        check_page(config.report)
-        check_umap(wanted=config.umap)
+    check_report(config)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":
@@ -96,15 +93,8 @@ def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
         if config.report is not None:
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"
-            write_report(
-                config.report,
-                f"Evaluation of {what}, split {evaluation.aligned.split}",
-                evaluation,
-                document,
-                config.adapter,
-                pictures=config.pictures,
-                umap=config.umap,
-            )
+            title = f"Evaluation of {what}, split {evaluation.aligned.split}"
+            write_report(config, title, evaluation, document, config.adapter)
         return document
 
     return distributed.broadcast(finish)

@@ -112,7 +112,6 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
     manifest = features.manifest
     shards = [*manifest.shards.images, *manifest.shards.texts]
     splits = features.splits()
-    pairing = getattr(manifest, "pairing", None)
     return {
         "kind": "features",
         "path": str(features.path),
@@ -121,7 +120,7 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "encoders": manifest.encoders.model_dump(mode="json"),
         "counts": manifest.counts.model_dump(),
-        **({} if pairing is None else {"pairing": pairing}),
+        **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
         "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
         "bytes": sum(shard.bytes for shard in shards),
         "shards": len(shards),

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.outputs import check_page
 from csalign.core.progress import tick
+from csalign.evaluation.config import PageOptions
 from csalign.evaluation.measure import Evaluation
 from csalign.features import schema
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
@@ -44,34 +46,31 @@ Ints = npt.NDArray[np.int64]
 
 
 def write_report(
-    path: Path,
+    page: PageOptions,
     title: str,
     evaluation: Evaluation | None,
     document: dict[str, Any] | None,
     run: Path | None,
     *,
-    pictures: Path | None = None,
-    umap: bool = False,
     is_training: bool = False,
     drawn: int = DRAWN,
 ) -> None:
     """Write the page of an evaluation and a run, either of which may be None.
 
     Args:
-        path: of the page.
+        page: where to write it, and what it shows.
         title: of the page.
         evaluation: with the rows to show, and the seed of their sample.
         document: of the evaluation.
         run: whose training to show.
-        pictures: folder of the images; see `Pictures`.
-        umap: whether to draw the pairs by UMAP too, which takes long.
         is_training: whether the page is that of the training.
         drawn: pairs in a projection, at most.
 
     Raises:
         SchemaError: the record of the run is damaged.
     """
-    record = None
+    path, record = page.report, None
+    assert path is not None
     if run is not None:
         folder = run_folder(run)
         environment = read_environment(folder)
@@ -90,23 +89,25 @@ def write_report(
     if aligned.adapter is not None:
         before = ("before", _unit(rows.images[owners]), _unit(rows.texts[texts]))
         stages = [before, ("after", *stages[0][1:])]
-    views = [_view(*stage, owners, drawn, seed if umap else None) for stage in stages]
+    views = [_view(*stage, owners, drawn, seed if page.umap else None) for stage in stages]
     captions = zip(rows.captions.take(texts[:drawn]), rows.text_ids.take(texts), strict=False)
     labels = [
         f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
     tick("choosing queries")
-    shown = Pictures(THUMBNAIL, pictures, aligned.features.manifest.source_root)
+    shown = Pictures(THUMBNAIL, page.pictures, aligned.features.manifest.source_root)
     queries = _ranked_queries(evaluation, shown)
     shown.warn()
     write_evaluation(path, title, document, views, labels, queries, record, is_training=is_training)
     log.info("wrote %s", path)
 
 
-def check_umap(*, wanted: bool) -> None:
-    """Raise ConfigError if UMAP is wanted but not installed."""
-    if wanted and find_spec("umap") is None:
+def check_report(page: PageOptions) -> None:
+    """Raise OutputError if a page cannot be written, ConfigError if UMAP is not installed."""
+    if page.report is not None:
+        check_page(page.report)
+    if page.umap and find_spec("umap") is None:
         raise ConfigError("umap: umap-learn is not installed; pip install 'csalign[umap]'")
 
 

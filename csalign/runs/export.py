@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,79 +42,24 @@ PRIVATE = {
 Forward = Callable[[Modality, Array], Array]
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of an adapter: its kind, the encoder and width of its inputs, its parameters."""
-
-    name: str
-    kind: str
-    encoder: str
-    width: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Card:
-    """Content of a model card."""
-
-    name: str  # of the adapter
-    license: str | None  # of the adapter, as hubs name it
-    form: str  # "onnx", "torch-export" or "safetensors"
-    sides: Sequence[Side]  # of the adapter
-    width: int  # of the shared space
-    facts: Mapping[str, str]  # of the training, by name
-    settings: Mapping[str, Any]  # of the training
-    validation: Mapping[str, float]  # results on the validation split during training
-    evaluation: Mapping[str, Any] | None  # a document of ``csalign eval --json``, or None
-    checks: Mapping[str, float]  # largest difference to the run, by the data compared on
-
-
-def model_card(card: Card) -> str:
-    """Render a card."""
-    # Markdown, where autoescaping would show; `line` escapes what a user named.
-    templates = Environment(
-        loader=PackageLoader("csalign.report"),
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    # JSON is YAML, so that no name can break the front matter.
-    templates.filters |= {
-        "json": json.dumps,
-        "line": _escape_line,
-        "cell": lambda text: _escape_line(text).replace("|", "\\|"),
-    }
-    front: dict[str, Any] = {
-        "library_name": "csalign",
-        "pipeline_tag": "feature-extraction",
-        "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
-    }
-    if card.license is not None:
-        front = {"license": card.license} | front
-    recalls = []
-    if card.evaluation is not None:
-        retrieval = card.evaluation["retrieval"]
-        recalls = [
-            (direction, name, retrieval[direction][name])
-            for direction in ("image_to_text", "text_to_image")
-            for name in ("R@1", "R@5", "R@10", "mrr")
-        ]
-        result = {
-            "task": {"type": "cross-modal-retrieval"},
-            "dataset": {"name": Path(card.evaluation["features"]).name, "type": "features"},
-            "metrics": [
-                {"type": f"{direction}_{name}", "value": value}
-                for direction, name, value in recalls
-            ],
-        }
-        front["model-index"] = [{"name": card.name, "results": [result]}]
-    template = templates.get_template("model_card.md")
-    return template.render(card=card, front=front, recalls=recalls)
-
-
 def _escape_line(text: str) -> str:
     """Escape text for one line of Markdown, which may contain HTML."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
+# Markdown, where autoescaping would show; `line` escapes what a user named.
+_TEMPLATES = Environment(
+    loader=PackageLoader("csalign.report"),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
+)
+# JSON is YAML, so that no name can break the front matter.
+_TEMPLATES.filters |= {
+    "json": json.dumps,
+    "line": _escape_line,
+    "cell": lambda text: _escape_line(text).replace("|", "\\|"),
+}
 
 
 @command(ExportConfig, "run", "out", example='csalign.export("run", "exported", to="onnx")')
@@ -253,19 +197,41 @@ def _card(
     evaluation: Mapping[str, Any] | None,
     differences: Mapping[str, float],
 ) -> str:
-    counts = adapter.parameter_counts()
+    """Write the model card: what the adapter is, its training and results, and the checks."""
+    front: dict[str, Any] = {
+        **({} if config.license is None else {"license": config.license}),
+        "library_name": "csalign",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
+    }
+    recalls = []
+    if evaluation is not None:
+        retrieval = evaluation["retrieval"]
+        recalls = [
+            (direction, name, retrieval[direction][name])
+            for direction in ("image_to_text", "text_to_image")
+            for name in ("R@1", "R@5", "R@10", "mrr")
+        ]
+        result = {
+            "task": {"type": "cross-modal-retrieval"},
+            "dataset": {"name": Path(evaluation["features"]).name, "type": "features"},
+            "metrics": [
+                {"type": f"{direction}_{name}", "value": value}
+                for direction, name, value in recalls
+            ],
+        }
+        front["model-index"] = [{"name": config.out.name, "results": [result]}]
+    counts, folder = adapter.parameter_counts(), run_folder(config.run)
     sides = [
-        Side(
-            side.value,
-            shape.kind,
-            public_spec(info.encoders[side]),
-            shape.input_width,
-            counts[side.value],
-        )
+        {
+            "name": side.value,
+            "kind": shape.kind,
+            "encoder": public_spec(info.encoders[side]),
+            "width": shape.input_width,
+            "parameters": counts[side.value],
+        }
         for side, shape in info.adapters.items()
     ]
-    folder = run_folder(config.run)
-    settings = {key: value for key, value in read_settings(folder).items() if key not in PRIVATE}
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
@@ -276,20 +242,20 @@ def _card(
         "kernel bandwidth": str(info.bandwidth),
         "csalign": info.csalign_version,
     }
-    return model_card(
-        Card(
-            name=config.out.name,
-            license=config.license,
-            form=config.to if config.to == "onnx" else "safetensors",
-            sides=sides,
-            width=info.adapters[Modality.IMAGE].width,
-            facts=facts,
-            settings=settings,
-            validation=info.validation or _validation(folder, info.step),
-            evaluation=evaluation,
-            checks=differences,
-        )
-    )
+    card = {
+        "name": config.out.name,
+        "license": config.license,
+        "form": config.to,
+        "sides": sides,
+        "width": info.adapters[Modality.IMAGE].width,
+        "facts": facts,
+        "settings": {k: v for k, v in read_settings(folder).items() if k not in PRIVATE},
+        "validation": info.validation or _validation(folder, info.step),
+        "evaluation": evaluation,
+        "checks": differences,
+    }
+    template = _TEMPLATES.get_template("model_card.md")
+    return template.render(card=card, front=front, recalls=recalls)
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from csalign.core.config import (
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
 from csalign.core.mistakes import did_you_mean
-from csalign.evaluation.config import PICTURES, UMAP
+from csalign.evaluation.config import PageOptions
 
 G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -245,11 +245,6 @@ class RunOptions(Config):
     log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
         None, description="Loggers besides metrics.jsonl, comma-separated."
     )
-    report: Path | None = Field(
-        None, description="Also write a page with curves and results, as training.html."
-    )
-    pictures: Path | None = Field(None, description=PICTURES)
-    umap: bool = Field(False, description=UMAP)
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -262,6 +257,7 @@ class TrainConfig(
     ObjectiveOptions,
     OptimizerOptions,
     TokenOptions,
+    PageOptions,
 ):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective.
 

@@ -57,7 +57,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with distributed.process_group():
         if distributed.is_main_process():
-            check_logs(config.log_to or (), config.report, umap=config.umap)
+            check_logs(config.log_to or (), config)
             check_out(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
@@ -111,8 +111,7 @@ def _train(
         tick("saving")
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
-        shown = config.model_dump(include={"seed", "pictures", "umap"})
-        write_page(config.report, config.out, adapter, data, **shown)
+        write_page(config, config.out, adapter, data, config.seed)
     result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,

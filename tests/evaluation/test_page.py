@@ -12,7 +12,7 @@ import pytest
 from csalign.core import __version__
 from csalign.core.calls import recorded_call
 from csalign.core.errors import OutputError, SchemaError
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import EvalConfig, PageOptions
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.measure import describe, measure
 from csalign.evaluation.page import _ranked_queries, write_report
@@ -186,7 +186,8 @@ def test_the_page_maps_neighbours_on_request(features: Path, tmp_path: Path) -> 
     measured = measure(EvalConfig(features=features, adapter=run, intervals=False))
     page = tmp_path / "page.html"
     # UMAP takes long without its compiler; see conftest.
-    write_report(page, "neighbours", measured, describe(measured), run, umap=True, drawn=20)
+    options = PageOptions(report=page, umap=True)
+    write_report(options, "neighbours", measured, describe(measured), run, drawn=20)
 
     assert page.read_text(encoding="utf-8").count("the adapter: neighbours") == 2
 
