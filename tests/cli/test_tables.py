@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = root / name
         train(TrainConfig(features=root / "set", out=out, steps=5, hidden=8, seed=seed))
     index(IndexConfig(features=root / "set", side="text", out=root / "index"))
-    tune(TuneConfig(features=root / "set", out=root / "study", steps=5, trials=4, hidden=8))
+    tune(TuneConfig(features=root / "set", out=root / "study", epochs=1, trials=4, hidden=8))
     return root
 
 
@@ -110,7 +110,7 @@ def shown(folder: Path) -> dict[str, Shown]:
     known += [f"{100 * row['mean_recall']:.2f}" for row in rows]
     known += [eval_tables.difference(rows[1]["difference"]["mean_recall"]), "baseline", LONG]
     alone = CompareConfig(systems=(run,))
-    searching = TuneConfig(features=features, out=folder / "study", steps=5, trials=4, hidden=8)
+    searching = TuneConfig(features=features, out=folder / "study", epochs=1, trials=4, hidden=8)
     study = tune(searching)
     settings = {key.replace("_", "-") for trial in study.trials for key in trial.settings}
     trained = TrainConfig(features=features, out=folder / "again", steps=2, hidden=8)
