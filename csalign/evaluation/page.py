@@ -1,6 +1,5 @@
 """Select what the page of an evaluation shows: sampled pairs, projections, and ranked queries."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ QUERIES_AT_A_TIME = 256
 THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
-
-log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -116,7 +113,6 @@ def write_report(
     write_evaluation(
         path, title, report.document, views, labels, queries, record, names, is_training=is_training
     )
-    log.info("wrote %s", path)
 
 
 def check_umap(*, wanted: bool) -> None:
