@@ -231,7 +231,7 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
     }
     if len(rows) > 1:
         differences = [row["difference"].get("mean_recall") for row in rows]
-        columns["difference"] = [difference(own) if own else "" for own in differences]
+        columns["difference"] = [MEAN.show_difference(**own) if own else "" for own in differences]
         columns["verdict"] = [row["verdict"] for row in rows]
     print_table(labels, columns)
     columns = {}
@@ -252,12 +252,6 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
         notes.append("differences in points, paired, with their 95 % interval")
     print_wrapped("; ".join(notes))
     print_closing(settings, *_after_compare(rows, settings.systems))
-
-
-def difference(found: Document, scale: float = 100, digits: int = 2) -> str:
-    """Format a difference with its interval."""
-    value, low, high = (scale * number for number in (found["value"], *found["interval"]))
-    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _distinct(names: Sequence[str], paths: Sequence[object]) -> list[str]:

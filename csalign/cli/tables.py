@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from csalign.cli.eval_tables import difference
 from csalign.cli.next_steps import Step, first_free, no_test_split, splits_of
 from csalign.cli.render import (
     print_closing,
@@ -135,7 +134,8 @@ def _trial_name(trial: results.Trial) -> str:
 
 
 def _to_default(trial: results.Trial) -> str:
-    return difference(trial.difference["mean_recall"]) if trial.difference else "-"
+    found = trial.difference.get("mean_recall")
+    return RECALL.show_difference(**found) if found else "-"
 
 
 def _setting(value: Any) -> str:
@@ -150,7 +150,7 @@ def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[s
     if best.difference:
         low, high = best.difference["mean_recall"]["interval"]
         judged = "within chance" if low <= 0 <= high else "more than chance"
-        gap = difference(best.difference["centroid_distance"], scale=1, digits=4)
+        gap = CENTROID.show_difference(**best.difference["centroid_distance"])
         yield (
             f"Versus the default: mean recall {_to_default(best)} points, {judged} on these "
             f"images; centroid distance {gap}."

@@ -108,7 +108,11 @@ def shown(folder: Path) -> dict[str, Shown]:
     rows = compared["evaluations"]
     known = [f"{row[key]:.4f}" for row in rows for key in ("centroid_distance", "frechet")]
     known += [f"{100 * row['mean_recall']:.2f}" for row in rows]
-    known += [eval_tables.difference(rows[1]["difference"]["mean_recall"]), "baseline", LONG]
+    known += [
+        eval_tables.MEAN.show_difference(**rows[1]["difference"]["mean_recall"]),
+        "baseline",
+        LONG,
+    ]
     alone = CompareConfig(systems=(run,))
     searching = TuneConfig(features=features, out=folder / "study", epochs=1, trials=4, hidden=8)
     study = tune(searching)
