@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from csalign.cli.errors import error_exits
-from csalign.cli.layout import term_lines, wrap
+from csalign.cli.layout import JOINT, term_lines, wrap
 from csalign.cli.options import COMMON, GENERAL
 from csalign.cli.render import to_stdout
 
@@ -17,7 +17,6 @@ MOST_COLUMNS = 120
 NAMES = 30  # columns of names; text beside a longer name begins on the next line
 _NOTE = re.compile(r"\((?:default: [^()]*|required)\)$")
 _NAME = re.compile(r"^ {2,6}\S.*?(?=   |$)")
-_JOINT = "\ue000"  # a blank at which no line is broken
 
 
 def show_help(context: typer.Context, *, everything: bool = False, code: int = 0) -> None:
@@ -97,9 +96,9 @@ def _names(param: Any) -> str:
 
 def _rows(rows: Iterable[tuple[str, str]], width: int) -> Iterator[Text]:
     """Lay out names and texts in two columns."""
-    joined = [(name, _NOTE.sub(lambda n: n[0].replace(" ", _JOINT), own)) for name, own in rows]
+    joined = [(name, _NOTE.sub(lambda n: n[0].replace(" ", JOINT), own)) for name, own in rows]
     for line in term_lines(joined, width, NAMES):
-        text = Text(line.replace(_JOINT, " "))
+        text = Text(line)
         text.highlight_regex(_NAME, "cyan")
         text.highlight_regex(_NOTE, "dim")
         yield text

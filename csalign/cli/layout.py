@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 INDENT, GAP = "  ", "   "
+JOINT = "\ue000"  # a blank at which `wrap` breaks no line
 LEAST_TEXT = 24  # cells beside a name; with fewer, text is put on a line of its own
 
 Columns = Mapping[str, Sequence[str]]
@@ -68,11 +69,11 @@ def term_lines(
 
 def wrap(text: str, width: int | None, indent: str = "") -> list[str]:
     """Wrap text at words, and words that are longer than a line anywhere; then indent it."""
-    if width is None or not text:
-        return [indent + text]
-    room = max(1, width)
-    lines = Text(text).wrap(Console(width=room, emoji=False), room)
-    return [indent + line.plain.rstrip() for line in lines]
+    lines = [Text(text)]
+    if width is not None and text:
+        room = max(1, width)
+        lines = [*Text(text).wrap(Console(width=room, emoji=False), room)]
+    return [indent + line.plain.rstrip().replace(JOINT, " ") for line in lines]
 
 
 def _column(heading: str, cells: Sequence[str], *, stacked: bool) -> _Column:

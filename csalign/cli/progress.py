@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from csalign.cli.layout import JOINT, wrap
 from csalign.core import signals
 from csalign.core.progress import Progress, duration, reported_to
 
-BAR, LEAST_BAR, NAME = 24, 6, 50  # columns
+BAR, LEAST_BAR = 24, 6  # columns
 REFRESHES = 4  # per second
 NAMED_AFTER_S = 1.0  # a shorter phase is not worth a line in a log
 LINE_EVERY_S = 30.0
@@ -162,30 +163,22 @@ class _Screen(_Reporter):
         """Return the lines, none wider than the console."""
         phase, width, now = self._phase, self._console.width, time.monotonic()
         full, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
-        name = phase.name if len(phase.name) <= NAME else phase.name[: NAME - 1] + "…"
-        first = [name, *filter(None, [phase.count]), *phase.pace(now)]
+        first = [phase.name, *filter(None, [phase.count]), *phase.pace(now)]
         columns = min(BAR, width - len("  ".join([*first, ""])))
         if phase.total and columns >= LEAST_BAR:
             made = min(columns, round(columns * phase.done / phase.total))
             first.insert(1, full * made + rest * (columns - made))
-        lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, indent="  ")]
+        lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, "  ")]
         text = Text("\n".join(lines), no_wrap=True)
         text.highlight_regex(re.escape(full) + "{2,}", "bar.complete")
         text.highlight_regex(re.escape(rest) + "{2,}", "bar.back")
         return text
 
 
-def _packed(parts: list[str], width: int, indent: str = "") -> Iterator[str]:
-    """Yield lines of at most `width` columns, breaking between parts only."""
-    line = ""
-    for part in parts:
-        longer = f"{line}  {part}" if line else indent + part
-        if line and len(longer) > width:
-            yield line
-            longer = "  " + part
-        line = longer if len(longer) <= width else longer[: width - 1] + "…"
-    if line:
-        yield line
+def _packed(parts: list[str], width: int, indent: str = "") -> list[str]:
+    """Return lines of at most `width` columns, broken between parts if they fit."""
+    joined = "  ".join(part.replace(" ", JOINT) for part in parts)
+    return wrap(joined, width - len(indent), indent) if joined else []
 
 
 class _Log(_Reporter):

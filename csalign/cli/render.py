@@ -1,6 +1,5 @@
 """Print to stdout: JSON, lines and tables; nothing else prints there."""
 
-import codecs
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ PIPED_WIDTH = 160  # of tables without a terminal
 
 _QUIET = ContextVar("quiet", default=False)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
-_ASCII = {"↑": "^", "↓": "v", "±": "+/-", "─": "-", "…": "...", "é": "e"}
+_ASCII = str.maketrans({"↑": "^", "↓": "v", "±": "+/-", "─": "-", "…": "...", "é": "e"})
 
 
 def escape_controls(text: str) -> str:
@@ -38,24 +37,14 @@ def printable(text: str) -> str:
 
     Tabs and line feeds become spaces.
     """
-    line = escape_controls(re.sub(r"\s", " ", text))
-    return line.encode(_encoding(), "csalign").decode(_encoding())
+    line, encoding = escape_controls(re.sub(r"\s", " ", text)), _encoding()
+    if not encoding.lower().startswith("utf"):
+        line = line.translate(_ASCII)
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _encoding() -> str:
     return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    escaped = (
-        _ASCII.get(one) or one.encode("ascii", "backslashreplace").decode() for one in letters
-    )
-    return "".join(escaped), error.end
-
-
-codecs.register_error("csalign", _in_ascii)
 
 
 @contextmanager

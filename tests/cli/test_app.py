@@ -55,7 +55,7 @@ def test_the_pipeline_passes_artifacts_on_disk_and_json_on_stdout(
     assert "image to text" in plain.stdout
     assert "centroid distance" in plain.stdout
     rows = [line.split() for line in compared.stdout.splitlines() if " run " in line]
-    assert [row[:2] for row in rows] == [["run", "#1"], ["run", "#2"]]
+    assert [row[:2] for row in rows] == [["run", "#1"], ["run", "#2"]] * 2
     assert "baseline" in rows[0]
     assert "cannot tell" in compared.stdout
     assert "±" in plain.stdout
