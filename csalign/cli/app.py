@@ -144,8 +144,8 @@ def help_(
 for _panel, _commands in COMMANDS.items():
     for _name, (_config, _function, _show) in _commands.items():
         _run = command_of(_config, _function, _show, distributable=_name in DISTRIBUTABLE)
-        _more = {"help": HELP[_name], "epilog": f"Example: {_config.example}"}
-        app.command(_name, rich_help_panel=_panel, **_more)(_run)
+        _example = f"Example: {_config.example}"
+        app.command(_name, help=HELP[_name], epilog=_example, rich_help_panel=_panel)(_run)
 
 
 @app.command(

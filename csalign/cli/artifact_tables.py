@@ -63,7 +63,8 @@ def _splits(summary: Mapping[str, Any]) -> str:
     splits = summary["splits"]
     if set(splits) <= {NO_SPLIT}:
         return "none"
-    counts = [f"{name} {own['images']:,} + {own['texts']:,}" for name, own in splits.items()]
+    order = sorted(splits, key=lambda name: ("train", "val", "test", name).index(name))
+    counts = [f"{name} {splits[name]['images']:,} + {splits[name]['texts']:,}" for name in order]
     return f"{', '.join(counts)} ({renamed('images + texts', summary.get('names'))})"
 
 

@@ -87,12 +87,8 @@ def _retrieval_and_gap(
     print_title("modality gap")
     _figures(document, "gap", () if every else GAP)
     if every:
-        hubness = figure_of("hubness.image_to_text")
-        print_title(hubness.heading)
-        values = document["hubness"]
-        print_table(
-            [_direction(way, names) for way in values], {"": [*map(hubness.show, values.values())]}
-        )
+        print_line()
+        _figures(document, "hubness")
 
 
 def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None:
@@ -101,14 +97,14 @@ def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None
     With half an interval or an error, and beside those from before the adapter if there are any.
     """
     before, names = document.get("before", {}).get(block), document.get("names")
-    intervals, errors = document.get("intervals", {}), document[block].get("standard_errors", {})
+    errors, intervals = document[block].get("standard_errors"), document.get("intervals", {})
+    around = intervals if block == "gap" else intervals.get(block)
     labels, first, last = [], [], []
     for path, value in leaves(document[block]):
         is_wanted = path[0] in wanted if wanted else path[0] != "standard_errors"
         if is_wanted and isinstance(value, int | float):
             figure, error = figure_of(".".join((block, *path))), _at(errors, path)
-            interval = _at(intervals, path) or _at(intervals.get(block), path)
-            plain = figure.show_between(value, interval)
+            plain = figure.show_between(value, _at(around, path))
             labels.append(renamed(figure.heading, names))
             first.append(figure.show(_at(before, path)))
             last.append(plain if error is None else figure.show(value, error))
@@ -256,16 +252,14 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
 
 def _distinct(names: Sequence[str], paths: Sequence[object]) -> list[str]:
     """Return names that differ: equal ones with the path they are from, or else their number."""
-    places = paths if len(paths) == len(names) else [""] * len(names)
-    located = [f"{name} ({path})" for name, path in zip(names, places, strict=True)]
-    found = []
-    for number, name in enumerate(names):
-        is_unique = located.count(located[number]) == 1
-        found.append(located[number] if names.count(name) > 1 and is_unique else name)
-    return [
-        f"{name} #{number}" if found.count(name) > 1 else name
-        for number, name in enumerate(found, 1)
-    ]
+    found = list(names)
+    for more in ([f" ({path})" for path in paths], [f" #{n + 1}" for n in range(len(names))]):
+        longer = [name + own for name, own in zip(found, more, strict=False)] or found
+        found = [
+            own if found.count(name) > 1 and longer.count(own) == 1 else name
+            for name, own in zip(found, longer, strict=False)
+        ]
+    return found
 
 
 def _after_compare(rows: Sequence[Document], systems: Sequence[Any]) -> Iterator[Step]:

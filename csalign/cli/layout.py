@@ -33,7 +33,7 @@ def table_lines(labels: Sequence[str], columns: Columns, width: int) -> list[str
         width: cells of a line. Single words that are longer stay complete all the same.
     """
     beside = _padded([("", ""), *((label, "") for label in labels)])
-    ways = [(beside, [""] * len(labels))]
+    ways: list[tuple[_Column, Sequence[str]]] = [(beside, [""] * len(labels))]
     if cell_len(beside[0][0]) > width // 3:
         ways.append(([("", "")] * (len(labels) + 1), labels))
     for left, titles in ways:
@@ -61,7 +61,7 @@ def term_lines(
     for name, text in rows:
         lines = wrap(text, None if width is None else width - left, " " * left)
         if cell_len(name) <= column:
-            lines[0] = (INDENT + _pad(name, column) + GAP + lines[0].lstrip()).rstrip()
+            lines[0] = (INDENT + _pad(name, column) + GAP + lines[0][left:]).rstrip()
         else:
             yield from wrap(name, width, INDENT)
         yield from filter(None, lines)

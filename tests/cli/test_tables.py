@@ -198,6 +198,48 @@ def test_one_system_has_no_difference(
     assert "baseline" not in printed
 
 
+def test_what_decides_is_in_one_table_of_compare(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result, table, settings, _ = shown["compare"]
+    first, second, _ = result()["evaluations"]
+    renamed = [{**first, "name": "features (no adapter)"}, {**second, "name": "run"}]
+    table({"evaluations": renamed}, settings)
+    first_table, *others = capsys.readouterr().out.split("\n\n")
+
+    for word in ("mean recall %", "difference", "verdict", "baseline", second["verdict"]):
+        assert word in first_table
+    assert "i2t R@1" in others[0]
+    assert "verdict" not in "".join(others)
+
+
+def test_figures_from_before_the_adapter_are_beside_those_after_it(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, table, settings, _ = shown["eval"]
+    document = result()
+    before = {"retrieval": {**document["retrieval"], "mean_recall": 0.125}, "gap": document["gap"]}
+    table({**document, "before": before}, settings)
+    printed = capsys.readouterr().out
+    distance = f"{document['gap']['centroid_distance']:.4f}"
+    row = next(line for line in printed.splitlines() if "centroid distance" in line)
+
+    assert "(before: 12.50)" in printed
+    assert "image to text, before" in printed
+    assert re.search(r"before +after\n", printed)
+    assert row.count(distance) == 2
+
+
+def test_only_the_trial_of_the_closed_form_is_named_so(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, table, settings, _ = shown["tune"]
+    table(result(), settings)
+
+    assert re.findall(r"(\d) \(closed form\)", capsys.readouterr().out) == ["1", "1"]
+
+
 def test_systems_of_one_name_are_told_apart(
     shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
 ) -> None:
