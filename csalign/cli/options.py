@@ -62,10 +62,18 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
             parameters.append(_parameter(name, field, argument))
             continue
         flags = [_flag(own) for own in (name, *config.aliases_of(name))]
+        extra = field.json_schema_extra
+        hidden = isinstance(extra, dict) and bool(extra.get("hidden"))  # an older form
         if _plain_type(field.annotation) == (bool, False):
-            parameters += _switches(name, field, flags, panel)
+            # Help shows the one of --x and --no-x that changes the default.
+            is_on, text = field.default is True, field.description or ""
+            off = [flag.replace("--", "--no-", 1) for flag in flags]
+            parameters.append(_option(name, field, flags, panel, text, hidden=hidden or is_on))
+            text = f"Disable this default: {text}"
+            parameters.append(_option(_OFF + name, field, off, panel, text, hidden=not is_on))
         else:
-            parameters.append(_option(name, field, flags, panel))
+            flags += [SHORT[name]] if name in SHORT else []
+            parameters.append(_option(name, field, flags, panel, _help(field), hidden=hidden))
     return parameters
 
 
@@ -76,40 +84,20 @@ def given_values(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not name.startswith(_OFF)} | off
 
 
-def _option(name: str, field: FieldInfo, flags: list[str], panel: str) -> inspect.Parameter:
+def _option(
+    name: str, field: FieldInfo, flags: list[str], panel: str, text: str, *, hidden: bool
+) -> inspect.Parameter:
     choices = _choices(field.annotation)
     info = typer.Option(
         *flags,
-        *([SHORT[name]] if name in SHORT else []),
-        metavar=_metavar(field.annotation),
-        help=_help(field),
-        show_default=False,
-        rich_help_panel=panel,
-        hidden=_is_hidden(field),
-        autocompletion=(lambda: choices) if choices else None,
-    )
-    return _parameter(name, field, info)
-
-
-def _switches(name: str, field: FieldInfo, flags: list[str], panel: str) -> list[inspect.Parameter]:
-    """Build ``--x`` and ``--no-x``; help shows the one that changes the default."""
-    is_on = field.default is True
-    text = field.description or ""
-    on = typer.Option(
-        *flags,
+        metavar=_metavar(field.annotation) or None,
         help=text,
         show_default=False,
         rich_help_panel=panel,
-        hidden=is_on or _is_hidden(field),
+        hidden=hidden,
+        autocompletion=(lambda: choices) if choices else None,
     )
-    off = typer.Option(
-        *(flag.replace("--", "--no-", 1) for flag in flags),
-        help=f"Disable this default: {text}",
-        show_default=False,
-        rich_help_panel=panel,
-        hidden=not is_on,
-    )
-    return [_parameter(name, field, on), _parameter(_OFF + name, field, off)]
+    return _parameter(name, field, info)
 
 
 def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
@@ -121,12 +109,6 @@ def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
         default=None,
         annotation=Annotated[annotation, info],
     )
-
-
-def _is_hidden(field: FieldInfo) -> bool:
-    """Return whether help omits an option, an older form of another."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("hidden"))
 
 
 def _flag(name: str) -> str:

@@ -87,4 +87,4 @@ class _Part:
 
     def figures(self, figures: Mapping[str, str], notable: bool) -> None:
         with reported_to(self.outer):
-            show_figures(figures, notable=notable)
+            show_figures(figures)  # a log has a line per part at most

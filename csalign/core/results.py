@@ -231,8 +231,8 @@ class FeaturesResult(Fields):
     pairing: str | None = None
 
 
-@dataclass(frozen=True)
-class SplitResult(Result):
+@dataclass(frozen=True, eq=False, repr=False)
+class SplitResult(Fields):
     """Splits of a feature set.
 
     Attributes:

@@ -1,6 +1,5 @@
 """Select what the page of an evaluation shows: sampled pairs, projections, and ranked queries."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +37,6 @@ QUERIES_AT_A_TIME = 256
 THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
-
-log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -100,7 +97,6 @@ def write_report(
     queries = _ranked_queries(evaluation, shown)
     shown.warn()
     write_evaluation(path, title, document, views, labels, queries, record, is_training=is_training)
-    log.info("wrote %s", path)
 
 
 def check_report(page: PageOptions) -> None:
