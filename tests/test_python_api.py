@@ -30,6 +30,7 @@ COMMANDS = {
     "index": csalign.IndexConfig,
     "inspect": csalign.InspectConfig,
     "search": csalign.SearchConfig,
+    "split": csalign.SplitConfig,
     "train": csalign.TrainConfig,
     "tune": csalign.TuneConfig,
 }
@@ -70,7 +71,7 @@ def test_the_examples_of_every_public_name_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    module = import_module(csalign._HOMES[name])
+    module = import_module(f"csalign.{(csalign._HOMES | csalign._COMMANDS)[name]}")
     found = doctest.DocTestFinder(recurse=False).find(
         getattr(csalign, name), name, module, globs=vars(module).copy()
     )
@@ -93,7 +94,8 @@ def test_help_lists_every_option_with_its_description(name: str, config: type[Co
     assert set(parameters) == {*config.model_fields, "progress"}
     for option, field in config.model_fields.items():
         assert f"\n    {option} (" in text
-        if not field.is_required() and parameters[option].kind is not inspect.Parameter.VAR_KEYWORD:
+        is_rest = parameters[option].kind is inspect.Parameter.VAR_POSITIONAL
+        if not field.is_required() and not is_rest:
             assert parameters[option].default == field.get_default(call_default_factory=True)
     assert "--" not in text.partition("Options, as keywords")[2]
 
@@ -112,7 +114,7 @@ def test_a_wrong_keyword_is_named_with_the_right_call(name: str) -> None:
     ("call", "message"),
     [
         (lambda: csalign.train("f", "r", step=3), "no option step; did you mean steps"),
-        (lambda: csalign.train("f"), "out: required; for instance csalign.train"),
+        (lambda: csalign.train("f"), "missing out; for instance csalign.train"),
         (lambda: csalign.train("f", "r", 3), "takes at most 2 values by position, got 3"),
         (lambda: csalign.train("f", "r", features="g"), "features is given twice"),
         (lambda: csalign.train("f", "r", cs_weight=-1), "csalign.train: cs_weight"),
@@ -189,7 +191,7 @@ def test_warnings_are_part_of_the_result(pair: Pair, fitted: csalign.Adapter) ->
     result = csalign.evaluate(*pair, adapter=fitted, intervals=False)
 
     assert [text.partition(",")[0] for text in result["warnings"]] == [
-        "arrays: the adapter was trained on rows of this split"
+        "adapter: trained on rows that are measured here (split all of arrays)"
     ]
     assert f"warning: {result['warnings'][0]}" in repr(result)
 

@@ -31,7 +31,7 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
         print_line(f"{line} by this process")
-        _inspected(inspect(folder), settings)
+        _inspected(inspect(InspectConfig(path=folder)), settings)
         return
     is_set = (folder / MANIFEST).is_file()  # else apply wrote another format
     summary = summarise_features(FeatureSet.open(folder)) if is_set else None

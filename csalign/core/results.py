@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import CALL_KEYS, current_call
 from csalign.core.enums import Names, renamed
 from csalign.core.errors import ConfigError
 from csalign.core.figures import figure_of
+from csalign.core.progress import CALL_KEYS, current_call
 
 _NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
 _SHOWN_ITEMS = 8  # of a list
@@ -231,9 +231,9 @@ class FeaturesResult(Fields):
     pairing: str | None = None
 
 
-@dataclass(frozen=True)
-class SplitResult(Result):
-    """Splits of a feature set.
+@dataclass(frozen=True, eq=False, repr=False)
+class SplitResult(Fields):
+    """Splits of a feature set; `to_frame` has a row per split.
 
     Attributes:
         features: its folder.
@@ -252,6 +252,9 @@ class SplitResult(Result):
     grouped: int
     threshold: float | None
     names: Names | None = None
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"split": name, **counts} for name, counts in self.splits.items()]
 
     @property
     def kept_together(self) -> str:

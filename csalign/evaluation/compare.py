@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
@@ -96,11 +95,6 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-@command(
-    CompareConfig,
-    "*systems",
-    example='csalign.compare("run-a", "run-b", split="test")',
-)
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.adapters.inputs import command
 from csalign.core import distributed
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
@@ -90,11 +89,6 @@ class Evaluation:
         return replace(found, figures=kept)
 
 
-@command(
-    EvalConfig,
-    "features",
-    example='csalign.evaluate("features", adapter="run")',
-)
 def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.
 

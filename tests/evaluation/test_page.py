@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from csalign.core import __version__
-from csalign.core.calls import recorded_call
 from csalign.core.errors import OutputError, SchemaError
+from csalign.core.progress import recorded_call
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import describe, evaluate, measure
 from csalign.evaluation.page import _ranked_queries, write_report
