@@ -31,6 +31,7 @@ using a name does.
 """
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name from the module that owns it, on first use."""
     home = _COMMANDS.get(name) or _HOMES.get(name)
     if home is None:
-        raise AttributeError(f"module 'csalign' has no attribute {name!r}")
+        message = f"module 'csalign' has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
     found = getattr(import_module(f"csalign.{home}"), name)
     if name in _COMMANDS:
         from csalign.calls import as_function

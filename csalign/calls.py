@@ -47,7 +47,7 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
 
     @wraps(work)
     def call(*args: Any, progress: Progress | None = None, **options: Any) -> R:
-        with recorded_call("") as current, _Inputs(current) as inputs, _noted(config):
+        with recorded_call("") as current, _Inputs(current) as inputs, _noted(name, config):
             if args and isinstance(args[0], Config):
                 settings, *more = args
                 if not isinstance(settings, config):
@@ -61,8 +61,12 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
                 progress = more[0] if more else progress
             else:
                 given = _named(name, config, args, options)
-                placed = {key: inputs.place(key, value) for key, value in given.items()}
-                settings = _resolved(name, config, placed)
+                given = {key: inputs.place(key, value) for key, value in given.items()}
+                arrays = [own for own in given.get("systems", ()) if str(own) in current.names]
+                arrays = [own for own in arrays if own.name == IN_MEMORY]
+                if len(arrays) == 1:
+                    given.setdefault("features", arrays[0])  # what the runs are measured on
+                settings = _resolved(name, config, given)
             current.command = current.renamed(_call_text(name, settings))
             settings = with_local_runs(settings, current.names)
             shown = _progress_for_people() if progress is None else nullcontext(progress)
@@ -92,11 +96,11 @@ class _Inputs(ExitStack):
         Raises:
             DataError, ShapeError: as `write_arrays` does.
         """
-        if option != "source" and is_pair_of_arrays(value):
+        if is_pair_of_arrays(value):
             folder = self._new(IN_MEMORY, "arrays")
             write_arrays(folder, *value)
             return folder
-        if is_array(value):
+        if is_array(value) or (option == "embedding" and isinstance(value, list)):
             import numpy as np
 
             path = self._new(f"{option}.npy", option)
@@ -146,8 +150,7 @@ def _named(
         values[:size] = [tuple(values[:size])]
     if values and places and _is_several(config.model_fields[places[0]]):
         is_list = len(values) == 1 and isinstance(values[0], list | tuple)
-        values = values if not is_list or is_pair_of_arrays(values[0]) else list(values[0])
-        values = [tuple(values)]
+        values = [tuple(values[0] if is_list and not is_pair_of_arrays(values[0]) else values)]
     if len(values) > len(places):
         takes = f"at most {len(places)} values by position" if places else "keywords only"
         example = _example(name, config)
@@ -158,6 +161,9 @@ def _named(
         if option in given:
             raise ConfigError(f"csalign.{name}: {option} is given twice")
         given[option] = value
+    if is_pair_of_arrays(sides := given.get("source")) or is_pair_of_arrays((sides or [0])[0]):
+        sides = given.pop("source")
+        given |= zip(("images", "texts"), sides[0] if len(sides) == 1 else sides, strict=True)
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -215,11 +221,14 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _noted(config: type[Config]) -> Iterator[None]:
+def _noted(name: str, config: type[Config]) -> Iterator[None]:
     """Note on an expected error how Python spells the options that it names."""
     try:
         yield
     except CsalignError as error:
+        error.args = tuple(
+            arg.replace(config.example, _example(name, config)) for arg in map(str, error.args)
+        )
         named = dict.fromkeys(_spelled(flag[0]) for flag in _FLAG.finditer(str(error)))
         spelled = [
             f"{option}={'True' if config.model_fields[option].annotation is bool else '...'}"
@@ -227,7 +236,7 @@ def _noted(config: type[Config]) -> Iterator[None]:
             if option in config.model_fields
         ]
         if spelled:
-            error.add_note(f"In Python options are keywords: {', '.join(spelled)}.")
+            error.add_note(f"In Python options are keywords: {', '.join(spelled)}")
         raise
 
 
@@ -338,7 +347,8 @@ def fit(
     from csalign.adapters.checkpoint import load_adapter
     from csalign.training.train import train
 
-    pairs = (images, texts) if image_of_text is None else (images, texts, image_of_text)
+    pairs = [as_array(images, "images"), as_array(texts, "texts")]
+    pairs += [] if image_of_text is None else [image_of_text]
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         run = Path(folder, "run") if out is None else Path(out)
         as_function(train)(features=pairs, out=run, **options)

@@ -245,7 +245,7 @@ def test_several_texts_of_an_image_are_given_by_row_or_by_shape(pair: Pair) -> N
         (lambda x, y: (x, y, np.arange(119)), ShapeError, r"image_of_text: has shape \(119,\)"),
         (lambda x, y: (x, np.where(np.arange(12) == 3, np.nan, y)), DataError, "text '0'.*finite"),
         (lambda x, y: (np.where(np.arange(120)[:, None] == 7, 0, x), y), DataError, "image '7'"),
-        (lambda x, y: (x, y.astype(str)), ShapeError, "texts: has dtype"),
+        (lambda x, y: (x, y.astype(str)), ShapeError, "texts: contains text"),
         (lambda x, y: (x.reshape(-1, 4, 3), y), ShapeError, "images: has shape"),
     ],
 )

@@ -100,7 +100,8 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
 
     A feature set is evaluated without an adapter, which shows what a run has gained; a set whose
     sides have different widths has no such figures, and is left out with a warning. A run is
-    evaluated on ``config.features``, by default on the features that it was trained on. A document
+    evaluated on ``config.features``, by default on the features that it was trained on, or from
+    Python on the two arrays that it is compared with. A document
     of ``csalign eval --json`` keeps its metrics; its queries are ranked again if it has the
     baseline's features, split and counts, both are exact, and its inputs are unchanged. The
     difference is then resampled in pairs.

@@ -32,7 +32,8 @@ def as_rows(values: Any, name: str) -> Array:
     """
     found = as_array(values, name)
     if found.ndim != 2:
-        raise ShapeError(f"{name}: has shape {found.shape}, not (rows, width)")
+        one = "; pass one row as [row]" if found.ndim == 1 else ""
+        raise ShapeError(f"{name}: has shape {found.shape}, not (rows, width){one}")
     return found
 
 
@@ -48,7 +49,8 @@ def as_array(values: Any, name: str) -> Array:
     except ValueError as error:  # rows of several lengths
         raise ShapeError(f"{name}: cannot be an array ({error}); give rows of one length") from None
     if not np.issubdtype(found.dtype, np.number) or np.issubdtype(found.dtype, np.complexfloating):
-        raise ShapeError(f"{name}: has dtype {found.dtype}; give an array of floats")
+        what = "text" if found.dtype.kind == "U" else f"values of dtype {found.dtype}"
+        raise ShapeError(f"{name}: contains {what}, not embeddings; give an array of floats")
     return found
 
 
