@@ -2,6 +2,7 @@
 
 Where things live; imports point down this list only::
 
+    calls                    the commands as Python functions, of keywords and of arrays
     cli                      the commands: options, progress, tables, exit codes
     training, generation     train and tune; images from text
     evaluation               eval, compare, diagnose, inspect
@@ -19,8 +20,7 @@ Where things live; imports point down this list only::
 From Python, two arrays, or what the commands wrote::
 
     adapter = csalign.fit(images, texts)                    # NumPy arrays or torch tensors
-    print(csalign.evaluate(images, texts))                  # before
-    print(csalign.evaluate(images, texts, adapter=adapter))  # after
+    print(csalign.compare((images, texts), adapter))        # before and after
     csalign.train("features", "run", steps=200)             # or train(TrainConfig(...))
 
 Every command is a function that takes its options as keywords: `extract`, `import_arrays`,

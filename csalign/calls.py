@@ -62,8 +62,8 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
             else:
                 given = _named(name, config, args, options)
                 given = {key: inputs.place(key, value) for key, value in given.items()}
-                arrays = [own for own in given.get("systems", ()) if str(own) in current.names]
-                arrays = [own for own in arrays if own.name == IN_MEMORY]
+                systems = given.get("systems", ())
+                arrays = [own for own in systems if getattr(own, "name", "") == IN_MEMORY]
                 if len(arrays) == 1:
                     given.setdefault("features", arrays[0])  # what the runs are measured on
                 settings = _resolved(name, config, given)
@@ -130,6 +130,13 @@ def _positional(config: type[Config]) -> list[str]:
             name for name in ("adapter", "out") if name in fields and fields[name].is_required()
         ]
     return names
+
+
+def _ordered(config: type[Config]) -> list[str]:
+    """Return all options: those by position, then those that are required, then the others."""
+    places, fields = _positional(config), config.model_fields
+    others = [name for name in fields if name not in places]
+    return [*places, *sorted(others, key=lambda name: not fields[name].is_required())]
 
 
 def _is_several(field: FieldInfo) -> bool:
@@ -205,12 +212,8 @@ def _example(name: str, config: type[Config]) -> str:
 
 def _call_text(name: str, settings: Config) -> str:
     """Return a call as it could be typed: the options that were given, those by position first."""
-    places = _positional(type(settings))
-    names = [
-        option for option in type(settings).model_fields if option in settings.model_fields_set
-    ]
-    names.sort(key=lambda option: option not in places)
-    shown = (f"{option}={_plain(getattr(settings, option))!r}" for option in names)
+    given = [own for own in _ordered(type(settings)) if own in settings.model_fields_set]
+    shown = (f"{option}={_plain(getattr(settings, option))!r}" for option in given)
     return f"csalign.{name}({', '.join(shown)})"
 
 
@@ -246,23 +249,14 @@ def _spelled(text: str) -> str:
 
 
 def _signature(config: type[Config], of: inspect.Signature) -> inspect.Signature:
-    own, places = inspect.Parameter, _positional(config)
-    parameters = []
-    for name, field in config.model_fields.items():
+    own, places, parameters = inspect.Parameter, _positional(config), []
+    for name in _ordered(config):
+        field, kind = config.model_fields[name], own.KEYWORD_ONLY
         default = own.empty if field.is_required() else field.get_default(call_default_factory=True)
-        if name not in places:
-            parameters.append(own(name, own.KEYWORD_ONLY, default=default))
-        elif _is_several(field):
-            parameters.append(own(name, own.VAR_POSITIONAL))
-        else:
-            parameters.append(own(name, own.POSITIONAL_OR_KEYWORD, default=default))
-    parameters.sort(
-        key=lambda one: (
-            one.kind,
-            places.index(one.name) if one.name in places else 0,
-            one.default is not own.empty,
-        )
-    )
+        if name in places:
+            kind = own.VAR_POSITIONAL if _is_several(field) else own.POSITIONAL_OR_KEYWORD
+            default = own.empty if _is_several(field) else default
+        parameters.append(own(name, kind, default=default))
     parameters.append(own("progress", own.KEYWORD_ONLY, default=None))
     return inspect.Signature(parameters, return_annotation=of.return_annotation)
 
@@ -324,7 +318,7 @@ def fit(
         texts: (m, e), likewise, or (n, k, e) for k texts of each image.
         image_of_text: (m,) integers, the row of the image of each text, -1 for none. By default
             row i of one side belongs to row i of the other.
-        out: folder of the run to keep; by default none is.
+        out: folder of the run to keep, without the arrays; by default none is.
         options: of `train`, such as ``steps=200``.
 
     Returns:

@@ -3,12 +3,14 @@
 import doctest
 import inspect
 import json
+import pickle
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -187,13 +189,16 @@ def test_every_result_says_how_it_came_about(stored: Path) -> None:
     assert result["warnings"] == []
 
 
-def test_warnings_are_part_of_the_result(pair: Pair, fitted: csalign.Adapter) -> None:
+def test_warnings_are_part_of_the_result(
+    pair: Pair, fitted: csalign.Adapter, caplog: pytest.LogCaptureFixture
+) -> None:
     result = csalign.evaluate(*pair, adapter=fitted, intervals=False)
 
     assert [text.partition(",")[0] for text in result["warnings"]] == [
         "adapter: trained on rows that are measured here (split all of arrays)"
     ]
     assert f"warning: {result['warnings'][0]}" in repr(result)
+    assert "csalign-" not in caplog.text  # the name of a temporary folder
 
 
 def test_two_arrays_give_recall_before_and_after(pair: Pair, fitted: csalign.Adapter) -> None:
@@ -208,7 +213,21 @@ def test_two_arrays_give_recall_before_and_after(pair: Pair, fitted: csalign.Ada
     assert "image to text R@1 %" in repr(after)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch", "half", "bfloat16", "lists", "float64"])
+def test_compare_measures_adapters_on_the_arrays_beside_them(
+    pair: Pair, fitted: csalign.Adapter
+) -> None:
+    held_out = (pair[0][:50], pair[1][:50])
+    result = csalign.compare(held_out, fitted)
+
+    assert result.to_frame()["name"].tolist() == ["arrays (no adapter)", "adapter"]
+    assert [row["verdict"] for row in result["evaluations"]] == ["baseline", "better"]
+    assert not [text for text in result["warnings"] if "encoder" in text]  # arrays name none
+    assert csalign.compare([held_out, fitted]) == result
+
+
+@pytest.mark.parametrize(
+    "kind", ["numpy", "torch", "half", "bfloat16", "lists", "float64", "vectors", "frame", "column"]
+)
 def test_arrays_of_any_kind_are_the_same_rows(kind: str, pair: Pair) -> None:
     whole = tuple(np.round(rows * 4) / 4 + 0.125 for rows in pair)  # exact in every format
     convert: dict[str, Callable[[Any], Any]] = {
@@ -218,10 +237,14 @@ def test_arrays_of_any_kind_are_the_same_rows(kind: str, pair: Pair) -> None:
         "bfloat16": lambda rows: torch.from_numpy(rows).to(torch.bfloat16).requires_grad_(),
         "lists": lambda rows: rows.tolist(),
         "float64": lambda rows: rows.astype(np.float64),
+        "vectors": lambda rows: list(torch.from_numpy(rows)),
+        "frame": lambda rows: pd.DataFrame(rows, index=range(1, 121)),
+        "column": lambda rows: pd.DataFrame({"v": list(rows)}, index=range(1, 121))["v"],
     }
     found = csalign.evaluate(*map(convert[kind], whole), intervals=False)
 
     assert found == csalign.evaluate(*whole, intervals=False)
+    assert found == csalign.evaluate(images=whole[0], texts=whole[1], intervals=False)
 
 
 def test_several_texts_of_an_image_are_given_by_row_or_by_shape(pair: Pair) -> None:
@@ -269,6 +292,7 @@ def test_arrays_stand_for_paths_in_every_command(
     assert built["rows"] == 120
     assert [one["hits"][0]["id"] for one in found["queries"]] == ["0", "1"]
     assert csalign.search(tmp_path / "index", embedding=pair[1][0])["rows"] == 120
+    assert csalign.search(tmp_path / "index", embedding=pair[1][0].tolist())["rows"] == 120
     assert csalign.diagnose(pair, adapter=fitted)["pairs"] == 120
 
 
@@ -279,6 +303,24 @@ def test_fit_keeps_the_run_where_one_is_named(pair: Pair, tmp_path: Path) -> Non
     np.testing.assert_array_equal(adapter.embed_images(pair[0]), expected)
     with pytest.raises(ConfigError, match="no option step"):
         csalign.fit(*pair, step=3)
+    with pytest.raises(ShapeError, match="images: contains text, not embeddings"):
+        csalign.fit("image.npy", "text.npy")
+
+
+def test_a_run_of_arrays_says_how_to_measure_it(pair: Pair, tmp_path: Path) -> None:
+    csalign.fit(*pair, out=tmp_path / "run", **SHORT)
+    for call in (csalign.evaluate, csalign.compare):
+        with pytest.raises(DataError, match=r"arrays in memory.*csalign\.compare\(\(images, text"):
+            call(tmp_path / "run")
+
+    assert csalign.evaluate(*pair, adapter=tmp_path / "run")["counts"]["pairs"] == 120
+
+
+def test_a_command_is_one_function_that_can_be_pickled() -> None:
+    assert csalign.train is csalign.train
+    assert pickle.loads(pickle.dumps(csalign.evaluate)) is csalign.evaluate
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        _ = csalign.evalute  # type: ignore[attr-defined]
 
 
 def test_results_are_tables_too(stored: Path, pair: Pair, tmp_path: Path) -> None:
