@@ -251,12 +251,13 @@ def _spelled(text: str) -> str:
 def _signature(config: type[Config], of: inspect.Signature) -> inspect.Signature:
     own, places, parameters = inspect.Parameter, _positional(config), []
     for name in _ordered(config):
-        field, kind = config.model_fields[name], own.KEYWORD_ONLY
+        field = config.model_fields[name]
         default = own.empty if field.is_required() else field.get_default(call_default_factory=True)
-        if name in places:
-            kind = own.VAR_POSITIONAL if _is_several(field) else own.POSITIONAL_OR_KEYWORD
-            default = own.empty if _is_several(field) else default
-        parameters.append(own(name, kind, default=default))
+        if name in places and _is_several(field):
+            parameters.append(own(name, own.VAR_POSITIONAL))
+        else:
+            kind = own.POSITIONAL_OR_KEYWORD if name in places else own.KEYWORD_ONLY
+            parameters.append(own(name, kind, default=default))
     parameters.append(own("progress", own.KEYWORD_ONLY, default=None))
     return inspect.Signature(parameters, return_annotation=of.return_annotation)
 

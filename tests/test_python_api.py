@@ -320,7 +320,7 @@ def test_a_command_is_one_function_that_can_be_pickled() -> None:
     assert csalign.train is csalign.train
     assert pickle.loads(pickle.dumps(csalign.evaluate)) is csalign.evaluate
     with pytest.raises(AttributeError, match="no attribute 'evalute'"):
-        _ = csalign.evalute  # type: ignore[attr-defined]
+        getattr(csalign, "evalute")  # noqa: B009
 
 
 def test_results_are_tables_too(stored: Path, pair: Pair, tmp_path: Path) -> None:
