@@ -22,6 +22,7 @@ FINGERPRINT = 16  # letters shown, of many; --json has all
 
 def features_table(result: results.FeaturesResult, settings: Config) -> None:
     """Print the counts, splits and size of a feature set, and what was skipped."""
+    from csalign.evaluation.config import InspectConfig
     from csalign.evaluation.inspect import inspect, summarise_features
     from csalign.features.reader import FeatureSet
 
@@ -31,7 +32,7 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
         print_line(f"{line} by this process")
-        inspect_table(inspect(folder), settings)
+        inspect_table(inspect(InspectConfig(path=folder)), settings)
         return
     if not (folder / MANIFEST).is_file():  # apply wrote another format
         print_wrote(line)

@@ -13,17 +13,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from csalign.adapters.hub import is_on_hub
+from csalign.adapters.hub import RUNS, is_on_hub, with_local_runs
 from csalign.cli import render
 from csalign.cli.errors import error_exits
 from csalign.cli.help import Help, HelpAll
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed, outputs
-from csalign.core.calls import recorded_call
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import Kind, is_store_error, require_kind
+from csalign.core.progress import recorded_call
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig
 
@@ -36,9 +36,6 @@ _KINDS = {
     "index": (Kind.INDEX, Kind.FEATURES),
 }
 """Fields with paths of artifacts, and the kinds that they accept."""
-
-_RUNS = ("adapter", "run")
-"""Fields with runs, which may also be on the hub."""
 
 _FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
 """Fields with paths of other files and folders that are read."""
@@ -76,7 +73,7 @@ def command_of(
         quiet = quiet or is_follower
         with (
             error_exits(quiet=quiet, verbose=verbose) as console,
-            recorded_call(shlex.join(["csalign", *sys.argv[1:]])),
+            recorded_call(shlex.join(["csalign", *sys.argv[1:]])) as call,
             distributed.process_group() if distributable else nullcontext(),
         ):
             file = None if config_file is None else Path(config_file)
@@ -91,7 +88,8 @@ def command_of(
                     check_settings(settings)
                 module, _, name = function.partition(":")
                 work = getattr(import_module(f"csalign.{module}"), name)
-                result = work(settings, progress)
+                local = with_local_runs(settings, call.names)
+                result = call.complete(work(local, progress))
             if not is_follower:
                 render.show(result, show, settings, as_json=json, quiet=quiet)
 
@@ -157,7 +155,7 @@ def check_settings(settings: Config) -> None:
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
-    if name in _RUNS and is_on_hub(path):
+    if name in RUNS and is_on_hub(path):
         return
     if name in _KINDS:
         title = type(settings).model_fields[name].title or ""

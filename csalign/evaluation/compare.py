@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
@@ -98,13 +97,13 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-@command(CompareConfig, "*systems", example='csalign.compare("run-a", "run-b", split="test")')
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 
     A feature set is evaluated without an adapter, which shows what a run has gained; a set whose
     sides have different widths has no such figures, and is left out with a warning. A run is
-    evaluated on ``config.features``, by default on the features that it was trained on. A document
+    evaluated on ``config.features``, by default on the features that it was trained on, or from
+    Python on the two arrays that it is compared with. A document
     of ``csalign eval --json`` keeps its metrics; its queries are ranked again if it has the
     baseline's features, split and counts, both are exact, and its inputs are unchanged. The
     difference is then resampled in pairs.

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.adapters.inputs import command
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -37,7 +36,6 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 
 
-@command(EvalConfig, "features", example='csalign.evaluate("features", adapter="run")')
 def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     """Measure retrieval and modality gap, classify images, or compare two sets of images.
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import command
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.outputs import JOB, partial_path
 from csalign.core.paths import is_remote
@@ -46,7 +45,6 @@ INPUTS = {".npy", ".npz", ".npt", ".parquet", ".h5", ".pt"}
 PAGE_START = 4096  # bytes of a page that have its title
 
 
-@command(InspectConfig, "path", example='csalign.inspect("features")')
 def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     """Verify a feature set, a run, an index or another artifact, and summarise it.
 

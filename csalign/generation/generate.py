@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
-from csalign.adapters.inputs import command
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
@@ -157,10 +156,6 @@ class Generation(Record):
     scale: float
 
 
-@command(
-    GenerateConfig,
-    example='csalign.generate(prompts="p.txt", adapter="run", decoder="FOLDER", out="images")',
-)
 def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateResult:
     """Map texts into the space of a decoder's images and draw an image of each.
 

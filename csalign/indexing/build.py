@@ -12,7 +12,6 @@ from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
 from csalign.core.devices import available_bytes
@@ -57,9 +56,6 @@ class SearchIndex:
     adapter: Adapter | None
 
 
-@command(
-    IndexConfig, "features", "out", example='csalign.index("features", "index", adapter="run")'
-)
 def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.
 

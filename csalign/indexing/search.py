@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
@@ -240,7 +239,6 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return found
 
 
-@command(SearchConfig, "index", "query", example='csalign.search("index", "a red flower")')
 def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
 
@@ -265,7 +263,6 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     return SearchResult(find(config, progress).to_json())
 
 
-@command(SearchConfig, "index", "query", example='csalign.search("index", "a red flower")')
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     config.check()

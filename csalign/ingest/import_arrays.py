@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from csalign.adapters.inputs import command
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -32,11 +31,6 @@ logger = logging.getLogger(__name__)
 _FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more in float16
 
 
-@command(
-    ImportConfig,
-    "*source",
-    example='csalign.import_arrays("image.npy", "text.npy", out="features")',
-)
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
     """Write embeddings and the labels of their rows as a feature set.
 
@@ -55,7 +49,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images=images, texts=texts, out="features")
+    >>> csalign.import_arrays(images, texts, out="features")
     FeaturesResult
       features  features
       images    60
@@ -63,6 +57,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
       pairs     60
       failures  0
       complete  True
+      pairing   row order
     """
     splits = split_settings(config)
     specs = _specs(config)

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from csalign.core import __version__, atomic
-from csalign.core.calls import current_call
 from csalign.core.enums import Names, renamed
+from csalign.core.progress import current_call
 
 _TEMPLATES = Environment(
     loader=PackageLoader("csalign.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
 from csalign.core.enums import Modality
@@ -27,9 +26,6 @@ from csalign.runs.load import ALIGNED, check_features, load_adapter_for, stream_
 logger = logging.getLogger(__name__)
 
 
-@command(
-    ApplyConfig, "features", "adapter", "out", example='csalign.apply("features", "run", "aligned")'
-)
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.
 

@@ -10,7 +10,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
@@ -62,7 +61,6 @@ _TEMPLATES.filters |= {
 }
 
 
-@command(ExportConfig, "run", "out", example='csalign.export("run", "exported", to="onnx")')
 def export(config: ExportConfig, progress: Progress = silent) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 

@@ -16,6 +16,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
+from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
@@ -101,9 +102,10 @@ def check_encoders(
 ) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
-    The features that it was trained on need no check.
+    The features that it was trained on need no check, and arrays in memory cannot name an encoder.
     """
-    if schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint):
+    is_trained = schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint)
+    if is_trained or features.path.name == IN_MEMORY:
         return
     for side in Modality:
         if (found := features.table(side).info) is not None:

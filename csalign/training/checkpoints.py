@@ -32,14 +32,7 @@ from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.paths import is_remote
 from csalign.core.records import Record, parse_json, read_job, write_record
 from csalign.features.reader import FeatureSet
-from csalign.runs.metadata import (
-    CONFIG,
-    ENTRIES,
-    ENVIRONMENT,
-    FEATURES,
-    LINES,
-    write_environment,
-)
+from csalign.runs.metadata import CONFIG, ENTRIES, ENVIRONMENT, FEATURES, LINES, write_environment
 from csalign.training.data import TrainingData
 from csalign.training.loop import Trainer
 
@@ -254,8 +247,8 @@ class UnfinishedRun:
         save_adapter(folder, adapter, info)
 
 
-def check_out(out: Path, features: Path, *, overwrite: bool) -> None:
-    """Raise OutputError if a run must not be written to `out`."""
+def check_run_folder(out: Path, features: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if a run must not be written there; see `outputs.check_output`."""
     outputs.check_output(out, ENTRIES, overwrite=overwrite, inputs=(features,))
 
 

@@ -3,12 +3,11 @@
 import logging
 from typing import Any
 
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
-from csalign.core.progress import Progress, silent, tick
+from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
-from csalign.training.checkpoints import TrainingJob, check_out, open_run
+from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import (
     AdapterOptions,
     DataOptions,
@@ -27,7 +26,6 @@ from csalign.training.sampler import PairSampler, make_sampler
 log = logging.getLogger(__name__)
 
 
-@command(TrainConfig, "features", "out", example='csalign.train("features", "run", steps=200)')
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
 
@@ -54,11 +52,12 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     >>> list(result.to_frame().columns)
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
+    config.check()
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
-    with distributed.process_group():
+    with reported_to(progress), distributed.process_group():
         if distributed.is_main_process():
             check_logs(config.log_to or (), config)
-            check_out(config.out, config.features, overwrite=config.overwrite)
+            check_run_folder(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         options, other_weight = config.group(DataOptions), config.other_captions

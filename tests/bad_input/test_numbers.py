@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from csalign import inspect
 from csalign.adapters.checkpoint import load_adapter_with_info, save_adapter
 from csalign.cli.app import app
-from csalign.evaluation.inspect import inspect
 from tests.bad_input.conftest import Refused
 
 RNG = np.random.default_rng(0)

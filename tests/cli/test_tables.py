@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
+from csalign import inspect
 from csalign.cli import artifact_tables, eval_tables, tables
 from csalign.cli.app import app
 from csalign.core.figures import FIGURES, figure_of
@@ -16,7 +17,6 @@ from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
 from csalign.evaluation.diagnose import diagnose
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.indexing.build import index
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.indexing.search import find

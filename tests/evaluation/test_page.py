@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from csalign.core import __version__
-from csalign.core.calls import recorded_call
 from csalign.core.errors import OutputError, SchemaError
+from csalign.core.progress import recorded_call
 from csalign.evaluation.config import EvalConfig, PageOptions
 from csalign.evaluation.evaluate import evaluate
 from csalign.evaluation.measure import describe, measure

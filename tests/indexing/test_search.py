@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from csalign import inspect
 from csalign.core.errors import (
     ConfigError,
     CsalignError,
@@ -20,7 +21,6 @@ from csalign.core.errors import (
     ShapeError,
 )
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.inspect import inspect
 from csalign.evaluation.measure import measure
 from csalign.evaluation.protocols import Gallery
 from csalign.features.join import load_rows

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from csalign import import_arrays
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
 from csalign.core.errors import (
@@ -23,7 +24,6 @@ from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.ingest.config import ImportConfig
-from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import AdapterOptions, ObjectiveOptions, TrainConfig
 from csalign.training.train import train
 

@@ -24,7 +24,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.adapters.inputs import command
 from csalign.core import __version__, atomic, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import (
@@ -66,7 +65,6 @@ FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign
 RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
-@command(TuneConfig, "features", "out", example='csalign.tune("features", "study", minutes=30)')
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
