@@ -40,10 +40,10 @@ def make_splits(
     """Divide images without a split, or in "train", and store the splits of all rows.
 
     Texts go with their image. Near-duplicate images and images that share a caption form a group,
-    which stays on one side, see `group_images`; texts without an image follow their caption. Only images
-    with texts are counted and chosen, unless the set has no texts; all other rows are for training,
-    and so are groups of which a part is in another split, or that are too large. Rows in other
-    splits keep them. The result follows from ids, embeddings and captions, not from the row order.
+    which stays on one side, see `group_images`; texts without an image follow their caption. Only
+    images with texts are counted and chosen, unless the set has no texts; all other rows are for
+    training, and so are groups of which a part is in another split, or that are too large. Rows in
+    other splits keep them. The result follows from ids, embeddings and captions, not from the row order.
 
     Args:
         features: opened with `stored_splits`.
