@@ -1,8 +1,13 @@
-"""Find near-duplicate images by their embeddings, alike on every machine and in any row order."""
+"""Find near-duplicate images by their embeddings, alike on every machine and in any row order.
+
+Groups grow the closest pair first, and two of them become one only if at least half of the pairs
+between them are near, so that a series in which each picture is like the next does not become one
+group.
+"""
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +39,7 @@ ROUNDS = 4  # of cells, since a pair may fall into different cells
 SAMPLE_ROWS = 2_048
 PASSES = 3  # over the embeddings
 BLOCK = 1 << 24  # products at a time
+MOST_PAIRS = 10_000_000  # of near rows; only the closest of more are used
 BATCH = 8_192
 MEMORY = 2_048 * MIB  # of the rows; more are mapped from a file in TMPDIR
 
@@ -98,20 +104,17 @@ def link_near_duplicates(
     copies = first_alike(_hash_embeddings(table, progress))
     links.add(np.arange(len(table)), copies)
     kept = np.unique(copies)
-    rows = _whole_numbers(table, kept, progress)
     np.minimum.at(least_hashes := hashes.copy(), copies, hashes)  # whichever copy is first
-    hashes = least_hashes[kept]
-    threshold = _threshold(rows[np.argsort(hashes)[:SAMPLE_ROWS]], len(kept))
+    order = np.argsort(least_hashes[kept])  # in which nothing depends on that of the rows
+    rows = _whole_numbers(table, kept, np.argsort(order), progress)
+    kept, hashes = kept[order], least_hashes[kept[order]]
+    threshold = _threshold(rows[:SAMPLE_ROWS], len(kept))
     if threshold is None:
         return None
-    least = threshold * NORM**2
     cells = [np.arange(len(kept))] if len(kept) <= exact_rows else _cells(rows, hashes)
-    done, total = 0, len(kept) * (1 if len(kept) <= exact_rows else ROUNDS)
-    for cell in cells:
-        for count, first, second in _close_pairs(rows, cell, least):
-            links.add(kept[first], kept[second])
-            done += count
-            progress("comparing: images", done, total)
+    total = len(kept) * (1 if len(kept) <= exact_rows else ROUNDS)
+    groups = merge_pairs(len(kept), *_near_pairs(rows, cells, threshold * NORM**2, total, progress))
+    links.add(kept, kept[groups])
     return threshold
 
 
@@ -132,8 +135,8 @@ def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Floats]
         yield places, wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
-def _whole_numbers(table: FeatureTable, rows: Ints, progress: Progress) -> Integers:
-    """Standardise rows (n, d), scale them to `NORM`, and round."""
+def _whole_numbers(table: FeatureTable, rows: Ints, at: Ints, progress: Progress) -> Integers:
+    """Standardise rows (n, d), scale them to `NORM`, round, and put row k at place ``at[k]``."""
     sums, squares = np.zeros((2, table.width))
     for places, unit in _unit_rows(table, rows):
         sums += unit.sum(axis=0)
@@ -148,7 +151,7 @@ def _whole_numbers(table: FeatureTable, rows: Ints, progress: Progress) -> Integ
     for places, unit in _unit_rows(table, rows):
         unit = (unit - mean) * scale
         norms = np.linalg.norm(unit, axis=1, keepdims=True)
-        found[places] = np.rint(NORM * np.divide(unit, norms, out=unit, where=norms > 0))
+        found[at[places]] = np.rint(NORM * np.divide(unit, norms, out=unit, where=norms > 0))
         progress("reading: images", 2 * len(table) + places.stop, PASSES * len(table))
     return found
 
@@ -184,15 +187,76 @@ def _cells(rows: Integers, hashes: Hashes) -> Iterator[Ints]:
         yield from np.split(order, np.cumsum(np.bincount(nearest, minlength=len(chosen)))[:-1])
 
 
-def _close_pairs(rows: Integers, cell: Ints, least: float) -> Iterator[tuple[int, Ints, Ints]]:
-    """Yield how many rows of a cell were compared, and pairs whose products are above `least`."""
-    values = rows[cell].astype(np.float32)
-    step = max(1, BLOCK // max(1, len(cell)))
-    for start in range(0, len(cell), step):
-        products = values[start : start + step] @ values[start:].T
-        first, second = np.nonzero(products > least)
-        later = second > first
-        yield len(products), cell[start + first[later]], cell[start + second[later]]
+def _near_pairs(
+    rows: Integers, cells: Iterable[Ints], least: float, total: int, progress: Progress
+) -> tuple[Ints, Ints]:
+    """Return pairs of rows (k,) of one cell whose product is above `least`, the largest first.
+
+    Of pairs beyond `MOST_PAIRS` the smaller products are left out. Ties are in the order of rows.
+    """
+    found, count, done = [(np.empty(0, np.int64), np.empty(0, np.float32))], 0, 0
+
+    def gathered() -> tuple[Ints, Floats]:
+        pairs, products = map(np.concatenate, zip(*found, strict=True))
+        pairs, places = np.unique(pairs, return_index=True)  # several cells may have a pair
+        order = np.argsort(-products[places], kind="stable")
+        return pairs[order], products[places][order]
+
+    for cell in cells:
+        values = rows[cell].astype(np.float32)
+        step = max(1, BLOCK // max(1, len(cell)))
+        for start in range(0, len(cell), step):
+            block = values[start : start + step] @ values[start:].T
+            first, second = np.nonzero(np.triu(block > least, 1))
+            pairs = np.sort(cell[np.stack([start + first, start + second])], axis=0)
+            found.append((pairs[0] * len(rows) + pairs[1], block[first, second]))
+            count += len(first)
+            if count > MOST_PAIRS:
+                pairs, products = gathered()
+                least = float(products[: MOST_PAIRS // 2].min())
+                count = int((products > least).sum())
+                found = [(pairs[:count], products[:count])]
+            done += len(block)
+            progress("comparing: images", done, total)
+    keys = gathered()[0]
+    return keys // len(rows), keys % len(rows)
+
+
+def merge_pairs(n: int, first: Ints, second: Ints) -> Ints:
+    """Merge `n` rows into groups, by pairs (k,) of near rows, the closest first.
+
+    Two groups become one once at least half of the pairs between them have come.
+
+    Returns:
+        A row of each row's group, (n,).
+    """
+    parents, sizes = list(range(n)), [1] * n
+    shared: dict[int, dict[int, int]] = {}  # pairs between two groups so far
+
+    def group(row: int) -> int:
+        while (above := parents[row]) != row:
+            parents[row] = row = parents[above]
+        return row
+
+    for left, right in zip(map(group, first.tolist()), second.tolist(), strict=True):
+        right = group(right)
+        if left == right:
+            continue
+        counts = shared.setdefault(left, {})
+        counts[right] = counts.get(right, 0) + 1
+        others = shared.setdefault(right, {})
+        others[left] = counts[right]
+        if 2 * counts[right] < sizes[left] * sizes[right]:
+            continue
+        if len(counts) < len(others):
+            left, right, counts, others = right, left, others, counts
+        parents[right] = left
+        sizes[left] += sizes[right]
+        del counts[right], others[left], shared[right]
+        for other, count in others.items():
+            del shared[other][right]
+            counts[other] = shared[other][left] = counts.get(other, 0) + count
+    return np.array([group(row) for row in range(n)], np.int64)
 
 
 def hash_ids(images: FeatureTable) -> Hashes:

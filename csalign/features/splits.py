@@ -31,6 +31,7 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 TRAIN = "train"
+MOST_SHARING = 5  # images of a caption that keeps them together
 
 
 def make_splits(
@@ -39,10 +40,10 @@ def make_splits(
     """Divide images without a split, or in "train", and store the splits of all rows.
 
     Texts go with their image. Near-duplicate images and images that share a caption form a group,
-    which stays on one side; texts without an image follow the group of their caption. Only images
-    with texts are counted and chosen, unless the set has no texts; all other rows are for training,
-    and so are groups of which a part is in another split, or that are too large. Rows in other
-    splits keep them. The result follows from ids, embeddings and captions, not from the row order.
+    which stays on one side, see `group_images`; texts without an image follow their caption. Only
+    images with texts are counted and chosen, unless the set has no texts; all other rows are for
+    training, and so are groups of which a part is in another split, or that are too large. Rows in
+    other splits keep them. The result follows from ids, embeddings and captions, not from the row order.
 
     Args:
         features: opened with `stored_splits`.
@@ -63,20 +64,21 @@ def make_splits(
     is_free = _is_free(stored)
     is_candidate = is_free & (joined.caption_counts > 0) if len(texts) else is_free
     sizes = _sizes(features, settings, int(is_candidate.sum()))
-    threshold, keys, grouped = None, None, Grouped(np.arange(len(images)), hash_ids(images))
     if settings.group:
-        grouped, threshold, keys = group_images(features, joined, progress)
+        grouped = group_images(features, joined, progress)
+    else:
+        grouped = Grouped(np.arange(len(images)), hash_ids(images))
     placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
     groups = grouped.groups
     _check_placed(features, groups, is_candidate, placed, sizes)
     names = pa.array([TRAIN, *sizes])
     split = pc.if_else(pa.array(is_free), names.take(pa.array(placed)), stored)
-    of_texts = _split_texts(features, joined, placed, names, split, keys)
+    of_texts = _split_texts(features, joined, placed, names, split, grouped.keys)
     several = np.bincount(groups, minlength=1)
     several = several[several > 1]
     made = Splits(
         settings=settings,
-        threshold=threshold,
+        threshold=grouped.threshold,
         groups=len(several),
         grouped=int(several.sum()),
         images=_write(images, split),
@@ -111,6 +113,8 @@ class Grouped:
 
     groups: Ints  # (n,), the number of each image's group, below n
     hashes: Hashes  # (n,), of their ids, which order the groups
+    threshold: float | None = None  # of `link_near_duplicates`
+    keys: Ints | None = None  # caption keys of the texts, (m,)
 
     def place(self, is_free: Mask, is_candidate: Mask, sizes: Mapping[str, int], seed: int) -> Ints:
         """Choose a split for each image, (n,): 0 to train, else one more than its place in `sizes`.
@@ -144,12 +148,10 @@ class Grouped:
 
 def group_images(
     features: FeatureSet, joined: Joined, progress: Progress = silent, *, near: bool = True
-) -> tuple[Grouped, float | None, Ints]:
+) -> Grouped:
     """Group images that are near-duplicates, unless `near` is false, or share a caption.
 
-    Returns:
-        The groups of the images of `joined`, the threshold of `link_near_duplicates`, and the
-        caption keys of its texts.
+    Captions of more than `MOST_SHARING` images, such as keywords, are ignored.
     """
     images = features.images
     hashes, links, threshold = hash_ids(images), Links(len(images)), None
@@ -159,9 +161,14 @@ def group_images(
     keys = _caption_keys(features.texts)
     keys = keys if joined.text_rows is None else keys[joined.text_rows]
     paired = np.flatnonzero(joined.text_image >= 0)
-    owners = rows[joined.text_image[paired]]
-    links.add(owners, owners[first_alike(keys[paired])])
-    return Grouped(first_alike(links.groups()[rows]), hashes[rows]), threshold, keys
+    # Each caption once per image, so that counts are of images.
+    shares = np.unique(first_alike(keys[paired]) * len(images) + rows[joined.text_image[paired]])
+    captions, owners = np.divmod(shares, len(images))
+    counts = np.bincount(captions, minlength=1)[captions]
+    is_shared = (counts > 1) & (counts <= MOST_SHARING)
+    captions, owners = captions[is_shared], owners[is_shared]
+    links.add(owners, owners[first_alike(captions)])
+    return Grouped(first_alike(links.groups()[rows]), hashes[rows], threshold, keys)
 
 
 def _is_free(stored: pa.Array) -> Mask:
@@ -246,11 +253,10 @@ def _split_texts(
     stored = features.texts.column(schema.SPLIT).combine_chunks()
     own = np.zeros(len(owners), np.int64)
     if keys is not None and len(owners):
-        # Equal captions are in one split, so any of those with an image will do.
-        first = first_alike(keys)
-        of_key = np.zeros(len(owners), np.int64)
-        np.maximum.at(of_key, first[is_paired], placed[owners[is_paired]])
-        own = of_key[first]
+        first, unknown = first_alike(keys), len(names)
+        of_key = np.full(len(owners), unknown)
+        np.minimum.at(of_key, first[is_paired], placed[owners[is_paired]])
+        own = of_key[first] % unknown
     alone = pc.if_else(pa.array(_is_free(stored)), names.take(pa.array(own)), stored)
     with_image = of_images.take(pa.array(owners, mask=~is_paired))
     return pc.if_else(pa.array(is_paired), with_image, alone)

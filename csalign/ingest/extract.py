@@ -326,13 +326,15 @@ def _check_disk_space(
         for side in Modality
         if (encoder := encoders.side(side)) is not None
     }
-    each = ", ".join(f"about {decimal(size)} per {side}" for side, size in sizes.items())
+    rows = [f"{decimal(size)} per {side}" for side, size in sizes.items()]
+    if len(set(sizes.values())) == 1:
+        rows = [f"{decimal(size)} per {' and per '.join(sizes)}" for size in set(sizes.values())]
     images = source.total_images
-    if images is None or Modality.IMAGE not in sizes:
-        logger.info("size on disk: %s", each)
+    needed = (images or 0) * sizes.get(Modality.IMAGE, 0)
+    of_images = f", {decimal(needed)} for the {images:,} images" if images and needed else ""
+    logger.info("size on disk: about %s%s", " and ".join(rows), of_images)
+    if not needed:
         return
-    needed = images * sizes[Modality.IMAGE]
-    logger.info("size on disk: %s; %s in total for images", each, decimal(needed))
     if is_remote(partial.folder) or partial.has_parts:
         return
     free = shutil.disk_usage(partial.folder).free

@@ -19,10 +19,11 @@ from csalign.features.splits import divide
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
-from csalign.sources.arrays.base import Array, Labels, Vectors
+from csalign.sources.arrays.base import Array, Vectors
+from csalign.sources.arrays.files import read_label_table
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
 from csalign.sources.image_rows import ImageRows, describe_images
-from csalign.sources.labels import read_label_table
+from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
 from csalign.sources.pairing import Rules, describe_texts, share_splits
 

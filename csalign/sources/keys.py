@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-Ints = npt.NDArray[np.int64]
+from csalign.sources.labels import Ints
 
 _EXAMPLES = 3
 _NUMBER = r"^0*(\d+)(\.0+)?$"
@@ -38,6 +37,14 @@ class Match:
     def found(self) -> int:
         """Number of rows whose key is known."""
         return int((self.rows >= 0).sum())
+
+    def among(self, owners: Ints | None) -> Ints:
+        """Return the item of each row's key, -1 for none; `owners` are those of the known keys."""
+        return self.rows if owners is None else np.where(self.rows >= 0, owners[self.rows], -1)
+
+    def worded(self, name: str) -> str:
+        """Name the keys and the form in which they were compared, for people."""
+        return f"{name}, {self.form}" if self.form else name
 
 
 def match(wanted: pa.Array, known: pa.Array) -> Match:

@@ -1,57 +1,87 @@
-"""Tables of labels: strings of each row of an array, of pairs, or of counts."""
+"""Columns of strings that describe rows: those of an array, of pairs, or of counts."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.base import Labels
-from csalign.sources.arrays.files import read_table_labels
 from csalign.sources.arrays.naming import first_of
-from csalign.sources.arrow import ARROW, PARQUET
-from csalign.sources.records.tables import read_table
+
+Ints = npt.NDArray[np.int64]
 
 
-def read_label_table(path: Path) -> Labels:
-    """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
+@dataclass(frozen=True)
+class Labels:
+    """Columns of strings of some rows, read when they are asked for.
 
-    Raises:
-        DataError: it is missing, of another kind, or damaged.
+    Attributes:
+        name: the file, for messages.
+        rows: number of rows.
+        where: returns file and row of a 0-based row.
+        names: of the columns, in the file's own spelling.
+        read: returns the `rows` values of a column, large_string, null where missing.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix.lower() in (*PARQUET, *ARROW):
-        return read_table_labels(path)
-    table = read_table(path)
-    columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
-    return Labels(str(path), len(table), tuple(columns), columns.__getitem__, table.where)
+
+    name: str
+    rows: int
+    where: Callable[[int], str]
+    names: Sequence[str] = ()
+    read: Callable[[str], pa.Array] | None = None
+    _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
+
+    def column(self, name: str) -> pa.Array:
+        """Return the values of a column."""
+        if name not in self._known and self.read is not None:
+            self._known[name] = self.read(name)
+        return self._known[name]
+
+    def find(self, names: Sequence[str], otherwise: pa.Array = None) -> pa.Array:
+        """Return the first column of some names, in any spelling, or else `otherwise`."""
+        name = first_of(names, self.names)
+        return otherwise if name is None else self.column(name)
+
+    def require(self, *names: str) -> pa.Array:
+        """Return the first column of some names; raises DataError if there is none."""
+        if (column := self.find(names)) is None:
+            listed = ", ".join(self.names) or "none"
+            raise DataError(f"{self.name}: has no column {names[0]!r} (columns: {listed}); add it")
+        return column
+
+    def check_rows(self, count: int, what: str) -> None:
+        """Raise DataError unless there is one row for each of `count` rows of an array."""
+        if self.rows != count:
+            header = "only a header" if not self.rows else f"{self.rows} rows"
+            raise DataError(
+                f"{self.name}: has {header} and there are {count} {what}; the table needs "
+                "one row per row of the array"
+            )
+
+    def with_columns(self, columns: Mapping[str, pa.Array]) -> "Labels":
+        """Add columns, or replace them."""
+        names = dict.fromkeys([*self.names, *columns])
+        return replace(self, names=tuple(names), _known=self._known | columns)
 
 
-def find_column(labels: Labels, names: Sequence[str]) -> pa.Array | None:
-    """Return the first column of some names, in any spelling; None if there is none."""
-    name = first_of(names, labels.names)
-    return None if name is None else labels.column(name)
+def first_rows(keys: pa.Array) -> Ints:
+    """Return the first row with the key of each row, (n,)."""
+    codes = keys.dictionary_encode().indices.to_numpy()
+    return np.unique(codes, return_index=True)[1][codes]
 
 
-def require_column(labels: Labels, names: Sequence[str]) -> pa.Array:
-    """Return the first column of some names.
-
-    Raises:
-        DataError: there is none.
-    """
-    column = find_column(labels, names)
-    if column is None:
-        listed = ", ".join(labels.names) or "none"
-        raise DataError(f"{labels.name}: has no column {names[0]!r} (columns: {listed}); add it")
-    return column
+def first_repeated(keys: pa.Array) -> tuple[int, int] | None:
+    """Return the first row whose key an earlier row has, and that row; None if all differ."""
+    first = first_rows(keys)
+    repeated = np.flatnonzero(first != np.arange(len(first)))
+    return (int(repeated[0]), int(first[repeated[0]])) if len(repeated) else None
 
 
-def check_rows(labels: Labels, count: int, what: str) -> None:
-    """Raise DataError unless a table has one row for each of `count` rows of an array."""
-    if labels.rows != count:
-        header = "only a header" if not labels.rows else f"{labels.rows} rows"
-        raise DataError(
-            f"{labels.name}: has {header} and there are {count} {what}; the table needs "
-            "one row per row of the array"
-        )
+def check_no_null(labels: Labels, name: str, what: str) -> pa.Array:
+    """Return a column; raises DataError where it has a null."""
+    keys = labels.column(name)
+    if keys.null_count:
+        row = keys.is_null().index(True).as_py()
+        raise DataError(f"{labels.where(row)}: has no {what}; give every row one, or none")
+    return keys

@@ -7,11 +7,8 @@ import numpy as np
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED
-from csalign.sources.arrays.files import open_npy
-from csalign.sources.keys import Ints
-from csalign.sources.labels import read_label_table, require_column
-
-COUNT_NAMES = ("count", "counts", "captions", "texts")
+from csalign.sources.arrays.files import open_npy, read_label_table
+from csalign.sources.labels import Ints
 
 
 def owners_by_layout(
@@ -75,7 +72,7 @@ def _read_counts(path: Path) -> Ints:
         return np.concatenate(chunks).astype(np.int64) if chunks else np.empty(0, np.int64)
     table = read_label_table(path)
     counts = np.empty(table.rows, np.int64)
-    for row, value in enumerate(require_column(table, COUNT_NAMES).to_pylist()):
+    for row, value in enumerate(table.require("count", "counts", "captions", "texts").to_pylist()):
         try:
             counts[row] = int(value or "")
         except (ValueError, OverflowError):

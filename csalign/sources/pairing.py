@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.base import Labels
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
     PATHS,
@@ -20,15 +19,9 @@ from csalign.sources.arrays.naming import (
     is_label,
     plain_name,
 )
-from csalign.sources.image_rows import (
-    ImageRows,
-    column_or,
-    first_repeated,
-    keys_of_images,
-    row_numbers,
-)
-from csalign.sources.keys import Ints, Match, examples, match
-from csalign.sources.labels import check_rows, find_column, require_column
+from csalign.sources.image_rows import ImageRows, keys_of_images, row_numbers
+from csalign.sources.keys import Match, examples, match
+from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
 ORDER = "order"  # of --pair-by: by the order of the rows
@@ -87,20 +80,22 @@ def describe_texts(
     """
     rules = rules or Rules()
     none = pa.nulls(count, pa.large_string())
-    ids, captions, splits = row_numbers(count), none, none
+    texts, wanted = TextRows(row_numbers(count), np.full(count, -1), none, none), None
     if labels is not None:
-        check_rows(labels, count, "texts")
-        ids = _text_ids(labels, images)
-        captions = column_or(find_column(labels, CAPTION_NAMES), none)
-        splits = column_or(find_column(labels, (SPLIT_NAME,)), none)
-    wanted = None
-    if rules.pairs is not None:
-        named = require_column(rules.pairs, _PAIR_IMAGES)
-        rows = _paired_rows(rules.pairs, ids)
-        wanted = named.take(rows)
-        captions = column_or(find_column(rules.pairs, CAPTION_NAMES[:1]), captions, rows)
-        splits = column_or(find_column(rules.pairs, (SPLIT_NAME,)), splits, rows)
-    texts = TextRows(ids, np.full(count, -1), captions, splits)
+        labels.check_rows(count, "texts")
+        texts = replace(
+            texts,
+            ids=_text_ids(labels, images),
+            captions=labels.find(CAPTION_NAMES, none),
+            splits=labels.find((SPLIT_NAME,), none),
+        )
+    if (pairs := rules.pairs) is not None:
+        wanted, rows = pairs.require(*_PAIR_IMAGES), _paired_rows(pairs, texts.ids)
+        wanted = wanted.take(rows)
+        if (captions := pairs.find(CAPTION_NAMES[:1])) is not None:
+            texts = replace(texts, captions=captions.take(rows))
+        if (splits := pairs.find((SPLIT_NAME,))) is not None:
+            texts = replace(texts, splits=splits.take(rows))
     if images is None:
         if wanted is not None or (labels and first_of(REFERENCES, labels.names)):
             log.warning("image ids of the texts are ignored: there are no images")
@@ -124,9 +119,9 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
     )
     owners = texts.owners
     has_both = (owners >= 0) & (own >= 0)
-    for rows in (np.flatnonzero(has_both)[::-1],):  # the first text of an image wins
-        given = rows[known[owners[rows]] < 0]
-        known[owners[given]] = own[given]
+    given = np.flatnonzero(has_both)[::-1]  # the first text of an image wins
+    given = given[known[owners[given]] < 0]
+    known[owners[given]] = own[given]
     bad = np.flatnonzero(has_both & (own != known[owners]))
     if len(bad):
         text, image = int(bad[0]), int(owners[bad[0]])
@@ -150,15 +145,11 @@ def _text_ids(labels: Labels, images: ImageRows | None) -> pa.Array:
     name = first_of(TEXT_IDS, labels.names) or first_of(ITEM_IDS, labels.names)
     if name is None:
         return row_numbers(labels.rows)
-    ids = labels.column(name)
-    if ids.null_count:
-        row = ids.is_null().index(True).as_py()
-        raise DataError(f"{labels.where(row)}: has no id; give every row one, or none")
-    coded = ids.dictionary_encode()
-    if len(coded.dictionary) < len(ids):
+    ids = check_no_null(labels, name, "id")
+    if (repeated := first_repeated(ids)) is not None:
         if images is not None and images.key is not None and plain_name(name) in ITEM_IDS:
             return row_numbers(labels.rows)
-        row, first = first_repeated(coded)
+        row, first = repeated
         raise DataError(
             f"{labels.where(row)}: duplicate id {ids[row].as_py()!r:.200}, also in "
             f"{labels.where(first)}; for several captions per image, give each text its own id "
@@ -174,7 +165,7 @@ def _owners(
     if rules.pairs is not None and wanted is not None:
         found = match(wanted, images.ids)
         _check_found(found, wanted, images.ids, rules.pairs.name, "by the image table's id column")
-        return found.rows, _worded(rules.pairs.name, found)
+        return found.rows, found.worded(rules.pairs.name)
     if rules.owners is not None:
         if labels is not None and first_of(REFERENCES, labels.names):
             raise DataError(
@@ -215,7 +206,7 @@ def _by_column(images: ImageRows, labels: Labels | None, name: str) -> tuple[Int
     wanted = labels.column(name)
     found = match(wanted, known)
     _check_found(found, wanted, known, labels.name, f"by {name}")
-    return _positions(found, rows), _worded(name, found)
+    return found.among(rows), found.worded(name)
 
 
 def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Ints, str] | None:
@@ -240,7 +231,7 @@ def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Int
             continue
         found = match(wanted, known)
         if found.is_complete and (found.found or plain in REFERENCES):
-            return _positions(found, rows), _worded(name, found)
+            return found.among(rows), found.worded(name)
         shared = found.found if plain in TEXT_IDS else 0
         if is_strong or shared:
             refused.append((found, wanted, known, name, image_name or "row number"))
@@ -291,10 +282,6 @@ def _is_content(name: str) -> bool:
     return plain_name(name) in (*CAPTION_NAMES, SPLIT_NAME)
 
 
-def _positions(found: Match, rows: Ints | None) -> Ints:
-    return found.rows if rows is None else np.where(found.rows >= 0, rows[found.rows], -1)
-
-
 def _check_found(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> None:
     """Raise DataError unless all keys are known."""
     if not len(found.missing):
@@ -312,33 +299,26 @@ def _check_found(found: Match, wanted: pa.Array, known: pa.Array, where: str, na
     )
 
 
-def _worded(name: str, found: Match) -> str:
-    return f"{name}, {found.form}" if found.form else name
-
-
 def _paired_rows(pairs: Labels, text_ids: pa.Array) -> pa.Array:
     """Return the row of the pairs table of each text, null for none."""
-    named = find_column(pairs, _PAIR_TEXTS)
-    if named is None:
-        check_rows(pairs, len(text_ids), "texts")
+    if (named := pairs.find(_PAIR_TEXTS)) is None:
+        pairs.check_rows(len(text_ids), "texts")
         return pa.array(np.arange(len(text_ids)))
     found = match(named, text_ids)
-    unknown = np.flatnonzero(found.rows < 0)
-    if len(unknown):
+    if len(unknown := np.flatnonzero(found.rows < 0)):
         row = int(unknown[0])
         raise DataError(
             f"{pairs.where(row)}: text {named[row].as_py()!r:.200} is unknown; texts are named by "
             "the text table's id column, or else by row number from 0"
         )
-    texts, first = np.unique(found.rows, return_index=True)
-    if len(texts) < len(named):
-        row, other = first_repeated(pa.array(found.rows).dictionary_encode())
+    if (repeated := first_repeated(pa.array(found.rows))) is not None:
+        row, other = repeated
         raise DataError(
             f"{pairs.where(row)}: text {named[row].as_py()!r:.200} is also paired in "
             f"{pairs.where(other)}; a text has one image, repeat its row in the array"
         )
     rows = np.full(len(text_ids), -1)
-    rows[texts] = first
+    rows[found.rows] = np.arange(len(named))
     return pa.array(rows, mask=rows < 0)
 
 

@@ -147,7 +147,7 @@ def hold_out(
     held_out = np.zeros(rows.n_images, np.bool_)
     if distributed.is_main_process():
         near = len(features.images) <= MOST_TO_COMPARE
-        grouped = group_images(features, rows, near=near)[0]
+        grouped = group_images(features, rows, near=near)
         everything = np.ones_like(held_out)
         held_out = grouped.place(everything, is_captioned, {"val": count}, seed) > 0
         if 2 * (held_out & is_captioned).sum() < count:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from csalign.core import locks, outputs
+from csalign.core.calls import CALL_KEYS
 from tests.faults.disk import Done, Machine, Mode, Plan
 
 COMMANDS = ("extract", "import", "train", "apply", "eval")
@@ -40,6 +42,7 @@ ERRORS = {
 VANISHED = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 # What says when and where a run was, rather than what it made.
 VOLATILE = "environment.json"
+_DATE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC")  # in the head of a page
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,8 @@ class Trials:
 
     def _content(self, done: Done) -> dict[str, Any]:
         is_document = self.command == "eval" and done.code == 0 and done.out.startswith("{")
-        printed = json.loads(done.out) if is_document else None
+        printed = json.loads(done.out) if is_document else {}
+        printed = {key: value for key, value in printed.items() if key not in CALL_KEYS}
         return {"files": _files(self.out, self.root), "printed": printed}
 
 
@@ -332,7 +336,9 @@ def _files(out: Path, root: Path) -> dict[str, bytes]:
     """Content of each file, without what tells times and with all outputs under one name."""
     paths = [out] if out.is_file() else sorted(out.rglob("*"))
     return {
-        path.relative_to(root).as_posix().partition("/")[2] or "page": path.read_bytes()
+        path.relative_to(root).as_posix().partition("/")[2] or "page": _DATE.sub(
+            b"", path.read_bytes()
+        )
         for path in paths
         if path.is_file() and path.name != VOLATILE
     }

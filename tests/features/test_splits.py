@@ -18,10 +18,11 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.features.duplicates import Links, hash_ids, link_near_duplicates
+from csalign.features.duplicates import Links, hash_ids, link_near_duplicates, merge_pairs
 from csalign.features.join import ALL, join_ids, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo
+from csalign.features.splits import group_images
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import SplitConfig
 from csalign.ingest.split import split
@@ -209,6 +210,43 @@ def test_cells_find_the_pairs_that_comparing_all_rows_finds(make: Make) -> None:
     assert (found[1] == found[0]).mean() > 0.99
 
 
+def test_a_series_does_not_become_one_group_and_copies_stay_together(make: Make) -> None:
+    turns = np.linspace(0, 3, 150)[:, None]  # each row is near about twelve others
+    first, second = np.random.default_rng(0).normal(size=(2, WIDTH))
+    values = np.random.default_rng(1).normal(size=(N, WIDTH))
+    values[:150] = np.cos(turns) * first + np.sin(turns) * second
+    values[100:150] = values[:50] + 0.01 * np.random.default_rng(2).normal(size=(50, WIDTH))
+    texts = [str(row) for row in range(2 * N)]
+    tables = [
+        FeatureSet.open(make(str(order), images=values, texts=list(texts), order=order))
+        for order in (1, 2)
+    ]
+    found = []
+    for features in tables:
+        ids = features.images.column("id").to_pylist()
+        groups = group_images(features, join_ids(features, ALL)).groups
+        found.append(
+            {
+                name: {ids[k] for k in np.flatnonzero(groups == groups[row])}
+                for row, name in enumerate(ids)
+            }
+        )
+
+    sizes = [len(found[0][f"image-{row}"]) for row in range(150)]
+    assert 2 <= min(sizes) <= max(sizes) <= 50
+    assert all(f"image-{row + 100}" in found[0][f"image-{row}"] for row in range(50))
+    assert found[0] == found[1]
+
+
+def test_groups_merge_if_half_of_their_pairs_are_near() -> None:
+    chain = [(0, 1), (2, 3), (1, 2), (4, 5), (0, 5)]
+    pairs = np.array([*chain, (0, 2), (6, 7)]).T
+
+    assert [len(set(merge_pairs(8, *pairs[:, :k]).tolist())) for k in range(1, 8)] == [
+        *(7, 6, 6, 5, 5, 4, 3)
+    ]
+
+
 def test_links_make_groups() -> None:
     links = Links(7)
     links.add(np.array([5, 1]), np.array([6, 2]))
@@ -260,7 +298,9 @@ def test_what_cannot_be_divided_is_refused(make: Make) -> None:
     with pytest.raises(DataError, match="no such feature set"):
         divided(make("there").with_name("nowhere"))
     for part in ("0", "-1", "1.5", "nan", "some", True):
-        with pytest.raises(ConfigError, match=r"val: .*fraction below 1, such as .* or a number"):
+        with pytest.raises(
+            ConfigError, match=r"--val must be a fraction below 1, such as .* or a number"
+        ):
             SplitConfig.resolve(None, {"features": "set", "val": part})
 
 
@@ -270,11 +310,22 @@ def test_images_alone_are_divided(make: Make) -> None:
     assert count(found, "") == {"test": 62, "train": 217, "val": 31}
 
 
-def test_a_caption_of_all_images_leaves_nothing_to_divide_but_by_image(
+def test_captions_of_many_images_do_not_keep_them_together(make: Make) -> None:
+    lines = ["a photo", "another"] * (N - 40) + captions()[2 * (N - 40) :]
+    lines[-8:] = ["of four"] * 8
+    folder = make(texts=list(lines))
+    made = split(SplitConfig(features=folder, val=0.1, test=0.2))
+
+    assert count(read(folder)) == {"test": 60, "train": 210, "val": 30}
+    assert (made.groups, made.grouped) == (20 + 1, 40 + 4)
+    assert len({read(folder)[f"image-{row}"] for row in range(N - 4, N)}) == 1
+
+
+def test_a_group_that_is_too_large_stays_in_train(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "csalign")
-    folder = make(texts=["a photo"] * (2 * N))
+    folder = make(images=np.ones((N, WIDTH)))
     with pytest.raises(DataError, match=r"test has 0 of 60 images.* largest has 300; .*-group"):
         divided(folder)
     assert read(folder)["image-0"] is None
@@ -403,7 +454,7 @@ def test_training_holds_out_whole_groups(make: Make, caplog: pytest.LogCaptureFi
             assert (one in held_out["image"]) == (two in held_out["image"])
     assert "most images" not in caplog.text
 
-    same = FeatureSet.open(make("same", texts=["a photo"] * (2 * N)))
+    same = FeatureSet.open(make("same", images=np.ones((N, WIDTH))))
     _, rows = hold_out(same, join_ids(same, ALL), 0)
     assert rows is not None
     assert rows.n_images == 75

@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.base import Labels
+from csalign.sources.arrays.files import read_label_table
 from csalign.sources.image_rows import ImageRows, describe_images
-from csalign.sources.labels import read_label_table
+from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
 from csalign.sources.pairing import Rules, TextRows, describe_texts
 
 
 def labels(name: str = "table", **columns: list[Any]) -> Labels:
     arrays = {key: pa.array(own, pa.large_string()) for key, own in columns.items()}
-    return Labels.of(name, arrays, lambda row: f"{name}, row {row}")
+    rows = len(next(iter(arrays.values())))
+    return Labels(name, rows, lambda row: f"{name}, row {row}").with_columns(arrays)
 
 
 def paired(images: ImageRows, found: tuple[TextRows, str | None]) -> list[str | None]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.sources.arrays.naming import EITHER_NAMES, are_vectors, first_of, is_label, of_side
+from csalign.sources.labels import Labels
 
 Array = npt.NDArray[Any]
 
@@ -47,40 +48,6 @@ class Part:
         if len(self.shape) == 3:
             return f"{self.name}, row {row // self.shape[1]}, caption {row % self.shape[1]}"
         return f"{self.name}, row {row}" + (f" ({self.keys[row]})" if self.keys else "")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Columns of strings that describe the rows of an array, read when they are asked for.
-
-    Attributes:
-        name: the file, for messages.
-        rows: number of rows.
-        names: of the columns, in the file's own spelling.
-        read: returns the `rows` values of a column, large_string, null where missing.
-        where: returns file and row of a 0-based row.
-    """
-
-    name: str
-    rows: int
-    names: Sequence[str]
-    read: Callable[[str], pa.Array]
-    where: Callable[[int], str]
-    _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def of(
-        cls, name: str, columns: Mapping[str, pa.Array], where: Callable[[int], str]
-    ) -> "Labels":
-        """Make labels of columns in memory, at least one."""
-        rows = len(next(iter(columns.values())))
-        return cls(name, rows, tuple(columns), columns.__getitem__, where)
-
-    def column(self, name: str) -> pa.Array:
-        """Return the values of a column."""
-        if name not in self._known:
-            self._known[name] = self.read(name)
-        return self._known[name]
 
 
 @dataclass(frozen=True)
@@ -272,7 +239,9 @@ def read_named(
         )
     parts = tuple(_part(path, opener, name, headers[name]) for name in names)
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
-    labels = _labels(path, opener, file, parts[0]) if len(parts) == 1 else None
+    rows = len(parts[0]) if len(parts) == 1 and len(parts[0].shape) == 2 else -1
+    labels = labels_of(path, opener, file, rows)  # captions in a 3-D array have none
+    labels = labels if labels.names else None
     return Vectors(str(path), parts, labels, unused=unused, in_table=file.is_table)
 
 
@@ -288,7 +257,7 @@ def join(name: str, arrays: Sequence[Vectors]) -> Vectors:
     if not prod(first.shape):
         raise ShapeError(f"{first.name}: has shape {first.shape}: is empty")
     labels = [
-        array.labels or Labels(array.name, len(array), (), _no_column, array.parts[0].where)
+        array.labels or Labels(array.name, len(array), array.parts[0].where)
         for array in arrays
         if len(array)
     ]
@@ -324,7 +293,7 @@ def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
         index = int(np.searchsorted(ends, row, side="right"))
         return labels[index].where(row - int(ends[index]) + labels[index].rows)
 
-    return Labels(name, int(ends[-1]), names, read, where) if names else None
+    return Labels(name, int(ends[-1]), where, names, read) if names else None
 
 
 def check_array(name: str, shape: Sequence[int], dtype: str) -> np.dtype[Any]:
@@ -387,24 +356,19 @@ def _keyed(path: Path, opener: Opener, file: Container) -> Vectors:
         owners = [file.owners.get(key) for key in keys]
         columns["image_id"] = pa.array(owners, pa.large_string())
     part = Part(str(path), shape, check_array(f"{path}:{keys[0]}", shape, first.dtype), read, keys)
-    return Vectors(str(path), (part,), Labels.of(str(path), columns, part.where))
+    labels = Labels(str(path), len(keys), part.where).with_columns(columns)
+    return Vectors(str(path), (part,), labels)
 
 
-def _labels(path: Path, opener: Opener, file: Container, part: Part) -> Labels | None:
-    """Return the labels of the rows of an array; in a 3-D one, captions have none."""
-    if len(part.shape) == 3:
-        return None
+def labels_of(path: Path, opener: Opener, file: Container, rows: int) -> Labels:
+    """Return the labels of `rows` rows in an open file, which is opened again to read them."""
 
     def read(name: str) -> pa.Array:
         with opener(path) as again:
             return again.read_labels(name)
 
-    names = [name for name, count in file.labels.items() if count == len(part)]
-    return (
-        Labels(str(path), len(part), names, read, lambda row: f"{path}, row {row}")
-        if names
-        else None
-    )
+    names = [name for name, count in file.labels.items() if count == rows]
+    return Labels(str(path), rows, lambda row: f"{path}, row {row}", names, read)
 
 
 def _recognised(file: Container, modality: Modality) -> list[str]:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.arrays.base import Vectors, join, join_labels, read_named
-from csalign.sources.arrays.files import open_npy, read_table_labels
+from csalign.sources.arrays.files import open_npy, read_label_table
 
 FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 METADATA = "metadata"
@@ -43,7 +41,7 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
         raise DataError(f"{folder}: has no img_emb_N.npy and no text_emb_N.npy; use another folder")
     tables = _by_number(folder / METADATA, ".parquet")
     _check_numbers(folder, {**parts, METADATA: tables} if tables else parts)
-    labels = {n: read_table_labels(path) for n, path in tables.items()}
+    labels = {n: read_label_table(path) for n, path in tables.items()}
     rows = {number: (tables[number], own.rows) for number, own in labels.items()}
     sides = {}
     for side, name in FOLDERS.items():
@@ -70,16 +68,11 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
     names = ["image_path", "caption", "split"]
     if _is_aligned(folder):
         names += ["image_id", "text_id"]
-    found = [name for name in names if name in metadata.names]
-    if "image_path" in found and not {"image_id", "text_id"} & {*found}:
+    own = replace(metadata, names=[name for name in names if name in metadata.names])
+    if "image_path" in own.names and not {"image_id", "text_id"} & {*own.names}:
         paths = metadata.column("image_path")
         if not paths.null_count and len(paths.unique()) == len(paths):
-            found.append("id")
-
-    def read(name: str) -> pa.Array:
-        return metadata.column("image_path" if name == "id" else name)
-
-    own = replace(metadata, names=found, read=read)
+            own = own.with_columns({"id": paths})
     return {
         side: replace(vectors, name=str(folder), labels=own, in_table=True)
         for side, vectors in sides.items()

@@ -21,8 +21,10 @@ from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
-from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, Labels
+from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
 from csalign.sources.arrays.naming import is_id
+from csalign.sources.labels import Labels
+from csalign.sources.records.tables import read_table
 
 if TYPE_CHECKING:
     from torch import Tensor  # loaded for torch's own files alone
@@ -386,22 +388,20 @@ def open_table(path: Path) -> Iterator[Container]:
         yield Container(headers, read, labels, read_labels, others, is_table=True)
 
 
-def read_table_labels(path: Path) -> Labels:
-    """Return the labels in a .parquet, .arrow or .feather.
+def read_label_table(path: Path) -> Labels:
+    """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
 
     Raises:
-        DataError: it is damaged.
+        DataError: it is missing, of another kind, or damaged.
     """
-    with open_table(path) as file:
-        names = tuple(file.labels)
-    with arrow.open_arrow(path) as table:
-        rows = table.rows
-
-    def read(name: str) -> pa.Array:
-        with open_table(path) as file:
-            return file.read_labels(name)
-
-    return Labels(str(path), rows, names, read, lambda row: f"{path}, row {row}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix.lower() in (*arrow.PARQUET, *arrow.ARROW):
+        with arrow.open_arrow(path) as held, open_table(path) as file:
+            return labels_of(path, open_table, file, held.rows)
+    table = read_table(path)
+    columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
+    return Labels(str(path), len(table), table.where).with_columns(columns)
 
 
 def _is_plain(name: str, held: pa.DataType) -> bool:

@@ -15,6 +15,7 @@ from csalign.sources.arrays import base, files, naming
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
 from csalign.sources.arrays.files import dataset_files, open_table
 from csalign.sources.arrow import ARROW, PARQUET
+from csalign.sources.labels import Labels
 from csalign.sources.records.files import translate_errors
 
 TABLES = (*PARQUET, *ARROW)
@@ -160,25 +161,13 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
     for file, split in _files_of(path):
         array = base.read_named(file, _opener(file), modality, wanted)
         if split is not None:
-            array = replace(array, labels=_with_split(array, split))
+            labels = array.labels or Labels(array.name, len(array), array.parts[0].where)
+            if "split" not in labels.names:
+                column = pa.array([split], pa.large_string()).take(pa.array([0] * len(array)))
+                labels = labels.with_columns({"split": column})
+            array = replace(array, labels=labels)
         arrays.append(array)
     return base.join(str(path), arrays)
-
-
-def _with_split(array: base.Vectors, split: str) -> base.Labels:
-    """Add a column of one split to the labels of a table, unless it has one."""
-    table = array.labels
-    if table is not None and "split" in table.names:
-        return table
-    column = pa.array([split], pa.large_string()).take(pa.array([0] * len(array)))
-    own = base.Labels.of(array.name, {"split": column}, array.parts[0].where)
-    if table is None:
-        return own
-
-    def read(name: str) -> pa.Array:
-        return column if name == "split" else table.column(name)
-
-    return replace(own, names=(*table.names, "split"), read=read)
 
 
 def _opener(path: Path) -> base.Opener:
