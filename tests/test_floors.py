@@ -41,7 +41,6 @@ ONLY_DOORS = {
         "indexing/manifest.py",
         "ingest/import_arrays.py",
         "sources/arrays/base.py",
-        "sources/arrays/clip_retrieval.py",
         "sources/arrays/files.py",
         "sources/arrays/opening.py",
         "sources/arrow.py",

@@ -21,6 +21,7 @@ from csalign.features.reader import FeatureTable, batch_vectors
 from csalign.features.streaming import MIB, MemoryBudget
 
 Floats = npt.NDArray[np.float64]
+Products = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int16]
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -194,9 +195,10 @@ def _near_pairs(
 
     Of pairs beyond `MOST_PAIRS` the smaller products are left out. Ties are in the order of rows.
     """
-    found, count, done = [(np.empty(0, np.int64), np.empty(0, np.float32))], 0, 0
+    found: list[tuple[Ints, Products]] = [(np.empty(0, np.int64), np.empty(0, np.float32))]
+    count = done = 0
 
-    def gathered() -> tuple[Ints, Floats]:
+    def gathered() -> tuple[Ints, Products]:
         pairs, products = map(np.concatenate, zip(*found, strict=True))
         pairs, places = np.unique(pairs, return_index=True)  # several cells may have a pair
         order = np.argsort(-products[places], kind="stable")

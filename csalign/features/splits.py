@@ -43,7 +43,8 @@ def make_splits(
     which stays on one side, see `group_images`; texts without an image follow their caption. Only
     images with texts are counted and chosen, unless the set has no texts; all other rows are for
     training, and so are groups of which a part is in another split, or that are too large. Rows in
-    other splits keep them. The result follows from ids, embeddings and captions, not from the row order.
+    other splits keep them. The result follows from ids, embeddings and captions, not from the row
+    order.
 
     Args:
         features: opened with `stored_splits`.

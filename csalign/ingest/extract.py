@@ -17,6 +17,7 @@ from csalign.core import atomic, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.progress import Progress, reported_to, silent
 from csalign.core.results import FeaturesResult
@@ -331,7 +332,7 @@ def _check_disk_space(
         rows = [f"{decimal(size)} per {' and per '.join(sizes)}" for size in set(sizes.values())]
     images = source.total_images
     needed = (images or 0) * sizes.get(Modality.IMAGE, 0)
-    of_images = f", {decimal(needed)} for the {images:,} images" if images and needed else ""
+    of_images = f", {decimal(needed)} for {counted(images, 'image')}" if images and needed else ""
     logger.info("size on disk: about %s%s", " and ".join(rows), of_images)
     if not needed:
         return

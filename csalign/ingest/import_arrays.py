@@ -77,7 +77,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         images = columns.get(Modality.IMAGE, {}).get(schema.SOURCE)
-        root = schema.source_root([] if images is None else images)
+        root = schema.source_root([] if images is None else images.drop_null()[:1])
         with FeatureWriter(folder, encoders, dtype, names, root, pairing) as writer:
             _write(sides, columns, writer, dtype, progress)
         if splits is not None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic, outputs
@@ -25,6 +24,7 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent
 from csalign.core.records import write_record
 from csalign.features import schema
+from csalign.features.join import repeated_ids
 from csalign.features.splits import divide
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
@@ -337,8 +337,7 @@ def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None
     for shard in shards:
         with (folder / shard.path).open("rb") as file:
             chunks += pq.read_table(file, columns=[schema.ID]).column(0).chunks
-    counted = pa.chunked_array(chunks, pa.string()).cast(pa.large_string()).value_counts()
-    repeated = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+    repeated = repeated_ids(pa.chunked_array(chunks, pa.string()))
     if len(repeated):
         raise DataError(
             f"{folder}: {side} id {repeated[0].as_py()!r} appears twice ({len(repeated)} such ids "

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import is_remote
-from csalign.sources.records.files import local_file, translate_errors
+from csalign.sources.records.files import local_copy, open_file, translate_errors
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -91,7 +91,8 @@ def open_arrow(path: Path) -> Iterator[ArrowFile]:
         damage = () if is_remote(path) else (OSError, ValueError)
         with _named_errors(path, pa.ArrowException, *damage):
             if path.suffix.lower() in ARROW:
-                file = _open_ipc(path, stack.enter_context(local_file(path)).fileno())
+                local = stack.enter_context(local_copy(path))
+                file = _open_ipc(path, stack.enter_context(open_file(local)).fileno())
             else:
                 content = stack.enter_context(path.open("rb")) if is_remote(path) else path
                 file = _open_parquet(path, stack, content)

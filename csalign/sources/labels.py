@@ -62,13 +62,14 @@ class Labels:
     def with_columns(self, columns: Mapping[str, pa.Array]) -> "Labels":
         """Add columns, or replace them."""
         names = dict.fromkeys([*self.names, *columns])
-        return replace(self, names=tuple(names), _known=self._known | columns)
+        return replace(self, names=tuple(names), _known={**self._known, **columns})
 
 
 def first_rows(keys: pa.Array) -> Ints:
     """Return the first row with the key of each row, (n,)."""
     codes = keys.dictionary_encode().indices.to_numpy()
-    return np.unique(codes, return_index=True)[1][codes]
+    found: Ints = np.unique(codes, return_index=True)[1][codes]
+    return found
 
 
 def first_repeated(keys: pa.Array) -> tuple[int, int] | None:

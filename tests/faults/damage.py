@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from csalign.core.calls import CALL_KEYS
 from tests.faults.disk import Done, Mode, Plan
 from tests.faults.trials import Trials
 
@@ -117,7 +118,7 @@ class Damage:
             out = self.trials.root / "read"
             return {path.relative_to(out): path.read_bytes() for path in out.rglob("*.parquet")}
         document = json.loads(done.out)
-        return {key: document[key] for key in document if key not in ("path", *_PATHS)}
+        return {key: document[key] for key in document if key not in _PATHS}
 
     def _judge(self, done: Done, path: Path) -> list[str]:
         if done.code != 0:
@@ -148,7 +149,7 @@ class Damage:
         self.trials._tell("damage", name, done, wrong, [])
 
 
-_PATHS = ("features", "adapter")
+_PATHS = ("path", "features", "adapter", *CALL_KEYS)
 
 
 def _message(done: Done, path: Path) -> list[str]:

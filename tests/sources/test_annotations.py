@@ -74,6 +74,17 @@ def test_coco_captions_of_a_folder_and_with_their_ids(coco: Path, outline: Outli
     )
 
 
+@pytest.mark.parametrize("change", [str, float])
+def test_ids_of_coco_are_the_same_as_numbers_and_as_text(
+    coco: Path, outline: Outline, change: type
+) -> None:
+    expected, document = outline(coco), json.loads(coco.read_text())
+    for annotation in document["annotations"]:
+        annotation["image_id"] = change(annotation["image_id"])
+
+    assert outline(write(coco, document)) == expected
+
+
 def test_bad_entries_of_coco_are_flaws(coco: Path, outline: Outline) -> None:
     document = json.loads(coco.read_text())
     document["images"] += [
@@ -108,7 +119,7 @@ def test_bad_entries_of_coco_are_flaws(coco: Path, outline: Outline) -> None:
         f"image '../train2017/000001.jpg' is outside of {folder}; move it inside",
         f"unknown image 'gone.jpg'; correct the path, which starts from {folder}, or remove the "
         "row",
-        "annotation 4: no image has the id 99",
+        "annotation 4: no image has the id '99'",
     ]
 
 

@@ -1,7 +1,5 @@
 """Files of arrays: NumPy, safetensors, torch, HDF5, and tables with vector columns."""
 
-import shutil
-import tempfile
 import tokenize
 import warnings
 import zipfile
@@ -18,12 +16,12 @@ import safetensors
 
 from csalign.core.devices import available_bytes
 from csalign.core.errors import ConfigError, DataError, reason_of
-from csalign.core.paths import is_remote
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
 from csalign.sources.arrays.naming import is_id
 from csalign.sources.labels import Labels
+from csalign.sources.records.files import local_copy
 from csalign.sources.records.tables import read_table
 
 if TYPE_CHECKING:
@@ -336,18 +334,6 @@ def _sliced(
     }
     rest = {name: header for name, header in headers.items() if name not in labels}
     return Container(rest, read, labels, read_labels, owners=owners or {})
-
-
-@contextmanager
-def local_copy(path: Path) -> Iterator[Path]:
-    """Copy a remote file to a temporary one; a local file is used as it is."""
-    if not is_remote(path):
-        yield path
-        return
-    with path.open("rb") as source, tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
-        copy.flush()
-        yield Path(copy.name)
 
 
 @contextmanager

@@ -98,10 +98,10 @@ def _table_rows(path: Path, document: Sequence[Any], options: SourceOptions) -> 
 
 
 def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) -> Iterator[Row]:
-    captions: dict[int | str, list[tuple[int, Any]]] = {}
+    captions: dict[str, list[tuple[int, Any]]] = {}
     for number, entry in enumerate(document["annotations"], 1):
-        if isinstance(entry, dict) and isinstance(entry.get("image_id"), int | str):
-            captions.setdefault(entry["image_id"], []).append((number, entry.get("caption")))
+        if isinstance(entry, dict) and (key := _coco_id(entry.get("image_id"))) is not None:
+            captions.setdefault(key, []).append((number, entry.get("caption")))
         else:
             yield Row(number, error=f"annotation {number}: has no image_id")
     split = split_of(path.name)
@@ -111,13 +111,13 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
         split = None
     elif split:
         logger.info(f"{path}: all images are in split {split}, according to its name")
-    ids: set[int | str] = set()
+    ids: set[str] = set()
     for number, entry in enumerate(document["images"], 1):
         try:
             row = _image_row(number, entry, "file_name", options)
-            key = entry.get("id")
-            if not isinstance(key, int | str) or key in ids:
-                raise ValueError(f"has no id of its own ({key!r:.200})")
+            key = _coco_id(entry.get("id"))
+            if key is None or key in ids:
+                raise ValueError(f"has no id of its own ({entry.get('id')!r:.200})")
         except ValueError as error:
             yield Row(number, error=f"image {number}: {error}")
             continue
@@ -135,6 +135,13 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
     for key, orphans in captions.items():
         for number, _ in orphans:
             yield Row(number, error=f"annotation {number}: no image has the id {key!r:.200}")
+
+
+def _coco_id(value: Any) -> str | None:
+    """Return the same text for 7, 7.0 and "7"; None if it is no id."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | str) else None
 
 
 def _karpathy_rows(

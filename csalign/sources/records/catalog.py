@@ -4,6 +4,7 @@ import hashlib
 import logging
 import posixpath
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,6 +211,14 @@ class Catalog:
                     f"unknown image {entry.place!r:.200}; correct the path, which starts from "
                     f"{start}, or remove the row"
                 )
+                for form in ("NFC", "NFD"):
+                    if files.is_file(
+                        Path(self._root or "", unicodedata.normalize(form, entry.place))
+                    ):
+                        error = (
+                            f"image {entry.place!r:.200} has its name in another Unicode form on "
+                            f"the disk ({form}); write it so in the table"
+                        )
                 return Record(None, row=row, error=error)
             image = ImageInput(entry.label, path.as_posix(), partial(files.read_bounded, path))
         captions = entry.captions
@@ -310,6 +319,11 @@ def read_folder(folder: Path, found: Mapping[str, int | None], *, caption_lines:
         raise DataError(
             f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
             "pass a folder or file that does"
+        )
+    if others := sorted(found.keys() - {*images, *by_stem.values()}):
+        logger.info(
+            f"{folder}: {counted(len(others), 'file')} of other kinds not read, such as "
+            f"{', '.join(others[:3])}"
         )
     stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
     captioned = sum(stem in by_stem for stem in stems)

@@ -9,7 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -185,16 +185,16 @@ def read_lines(
 
 
 @contextmanager
-def local_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that has a descriptor: a remote one is copied to a temporary file first."""
-    with open_file(path) as file, ExitStack() as stack:
-        if is_remote(path):
-            copy = stack.enter_context(tempfile.TemporaryFile())
-            with translate_errors(path):
-                shutil.copyfileobj(file, copy, 8 << 20)
+def local_copy(path: Path) -> Iterator[Path]:
+    """Copy a remote file to a temporary one; a local file is used as it is."""
+    if not is_remote(path):
+        yield path
+        return
+    with open_file(path) as file, tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
+        with translate_errors(path):
+            shutil.copyfileobj(file, copy, 8 << 20)
             copy.flush()
-            file = cast(BinaryIO, copy)
-        yield file
+        yield Path(copy.name)
 
 
 def check_size(size: int, limit: int = MAX_IMAGE_BYTES) -> None:
@@ -214,7 +214,7 @@ def decode_text(data: bytes, start: int = 0) -> str:
 
 def captions_in(content: str, *, lines: bool) -> list[str]:
     """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
-    parts = content.splitlines() if lines else [content]
+    parts = re.split(r"[\r\n]", content) if lines else [content]
     return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
 
 

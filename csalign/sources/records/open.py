@@ -2,6 +2,7 @@
 
 import logging
 import posixpath
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -256,6 +257,12 @@ def recognise(file: Path) -> str:
             return ".jsonl" if isinstance(parse_json(first), dict) else ".json"
         except ValueError:
             return ".json"
+    if re.match(r"[^\t]+\.\w{2,5}(#\d+)?\t", first):
+        raise DataError(
+            f"{file}: its lines begin with file names, such as {first.split(chr(9))[0]!r:.80}, and "
+            "it has no header; write image<TAB>caption as its first line, remove a #0 behind the "
+            "names, and name it .tsv"
+        )
     # A header with the names of images and captions; a caption hardly looks like one.
     for delimiter, form in (("\t", ".tsv"), (",", ".csv"), ("|", ".csv")):
         names = {name.strip().lower() for name in first.split(delimiter)}

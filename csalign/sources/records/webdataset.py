@@ -66,7 +66,8 @@ class TarSource:
         if position in self.errors:
             yield UnreadableFile(self.files[position], self.errors[position])
             return
-        with files.local_file(self.root / self.paths[position]) as file:
+        path = self.root / self.paths[position]
+        with files.local_copy(path) as local, files.open_file(local) as file:
             yield _TarFile(self, position, file)
 
 

@@ -24,11 +24,13 @@ def write_arrays(work: Path, rows: int, width: int) -> None:
     """Random images and texts, and a table of captions in another order than the texts."""
     rng = np.random.default_rng(0)
     for name in ("image", "text"):
-        path = work / f"{name}.npy"
-        array = np.lib.format.open_memmap(path, "w+", np.float16, (rows, width))
-        for start in range(0, rows, CHUNK):
-            part = array[start : start + CHUNK]
-            part[:] = rng.standard_normal(part.shape, dtype=np.float32) * width**-0.5
+        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+        with (work / f"{name}.npy").open("wb") as file:  # a map would count as memory of children
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, rows, CHUNK):
+                shape = min(CHUNK, rows - start), width
+                part = rng.standard_normal(shape, dtype=np.float32) * width**-0.5
+                file.write(part.astype(np.float16).data)
     with (work / "pairs.csv").open("w") as table:
         table.write("text_id,image_id,caption\n")
         for row in rng.permutation(rows).tolist():
