@@ -135,42 +135,35 @@ def _plain_type(annotation: Any) -> tuple[Any, bool]:
     Anything but a switch is a string, which pydantic validates. So are paths: as a Path, a URL
     would lose one of its slashes.
     """
-    members = [*_members(annotation)]
-    if members == [bool]:
-        return bool, False
-    repeated = [get_args(member)[0] for member in members if get_origin(member) is tuple]
-    return str, any([*_members(kind)] == [Path] for kind in repeated)
+    kinds = [*_kinds(annotation)]
+    return bool if kinds == [bool] else str, kinds == [Path] and "tuple" in str(annotation)
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    """Yield the types of a field without None, unions flattened and annotations dropped."""
-    if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types of a field, without None; those of values, of which it may take several."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin in (Annotated, tuple):
+        yield from _kinds(members[0])
+    elif origin in (Union, UnionType):
+        for member in members:
+            yield from _kinds(member)
     elif annotation is not NoneType:
         yield annotation
 
 
 def _choices(annotation: Any) -> list[str]:
     """Return the words that a field accepts, where it names them."""
-    words: list[str] = []
-    for member in _members(annotation):
-        if get_origin(member) is Literal:
-            words += [str(word) for word in get_args(member)]
-        elif get_origin(member) is tuple:
-            words += _choices(get_args(member)[0])
-        elif isinstance(member, type) and issubclass(member, Enum):
-            words += [str(word.value) for word in member]
-    return words
+    words: list[Any] = []
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            words += get_args(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            words += [word.value for word in kind]
+    return [str(word) for word in words]
 
 
 def _metavar(annotation: Any) -> str:
     """Return short choices and types as help shows them, such as ``auto|NUMBER``."""
-    words = _choices(annotation)
-    for member in _members(annotation):
-        parts = _members(get_args(member)[0]) if get_origin(member) is tuple else (member,)
-        words += [_TYPES[part] for part in parts if part in _TYPES]
+    words = [*_choices(annotation), *(_TYPES[k] for k in _kinds(annotation) if k in _TYPES)]
     metavar = "|".join(dict.fromkeys(words))
     return metavar if len(metavar) <= _METAVAR_WIDTH else _CHOICE
