@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import CALL_KEYS
+from csalign.core.progress import CALL_KEYS
 from tests.faults.disk import Done, Mode, Plan
 from tests.faults.trials import Trials
 
