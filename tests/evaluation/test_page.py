@@ -105,12 +105,13 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
     run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
     plain = evaluate(EvalConfig(features=features))
     with recorded_call("csalign eval <i> --report page.html"):
-        document = evaluate(EvalConfig(features=features, adapter=run, report=page))
+        document = evaluate(EvalConfig(features=features, adapter=run, report=page, explain=True))
     text = page.read_text(encoding="utf-8")
     head, rest = text.split("</header>")
     recalls = [f"{100 * each['retrieval']['mean_recall']:.2f}" for each in (plain, document)]
 
     assert document["before"] == {key: plain[key] for key in ("retrieval", "gap")}
+    assert "gap.centroid_distance" in document["explanations"]
     assert "before" not in evaluate(EvalConfig(features=features, adapter=run))
     assert "<h1>Evaluation of run on square, split all</h1>" in head
     assert f"Mean recall {recalls[0]} % → {recalls[1]} %, centroid distance" in head

@@ -181,6 +181,12 @@ def test_training_stops_early_when_validation_no_longer_improves(
     assert stopped in caplog.messages
 
 
+@pytest.mark.parametrize("steps", [0, 5])
+def test_steps_and_epochs_are_refused_together(features: Path, tmp_path: Path, steps: int) -> None:
+    with pytest.raises(ConfigError, match="--steps and --epochs both say how long"):
+        run(features, tmp_path / "run", steps=steps, epochs=2)
+
+
 def equal_sides(path: Path, pairs: int) -> Path:
     """A feature set whose texts are its images, so that every start finds all matches."""
     rows = np.random.default_rng(0).normal(size=(pairs, 16))
