@@ -369,6 +369,6 @@ def test_documents_hold_the_warnings_that_quiet_does_not_print(
 
     document = json.loads(done.stdout)
     assert list(document)[-4:] == ["csalign_version", "date", "command", "warnings"]
-    assert document["command"].startswith("csalign ")
+    assert document["command"].startswith("csalign")
     assert "trained on rows that are measured here (split train of " in document["warnings"][0]
     assert ("warning" in done.stderr) is not quiet

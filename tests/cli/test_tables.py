@@ -237,7 +237,7 @@ def test_only_the_trial_of_the_closed_form_is_named_so(
     result, table, settings, _ = shown["tune"]
     table(result(), settings)
 
-    assert re.findall(r"(\d) \(closed form\)", capsys.readouterr().out) == ["1", "1"]
+    assert set(re.findall(r"(\d) \(closed form\)", capsys.readouterr().out)) == {"1"}
 
 
 def test_systems_of_one_name_are_told_apart(
@@ -313,9 +313,9 @@ def test_a_set_says_its_splits_and_the_first_failures(
 def test_inspect_of_a_run_has_the_lines_that_matter(folder: Path) -> None:
     done = csalign("inspect", folder / "run")
     lines = done.stdout.splitlines()
-    names = [line.split("  ")[1] for line in lines[1:-1]]
+    names = [name for line in lines[1:-1] if (name := line.split("  ")[1])]
 
-    assert len(lines) <= 14
+    assert len(names) <= 12
     assert lines[0] == f"{folder / 'run'}: run, valid"
     assert names[:6] == [
         *("trained on", "encoders", "adapters", "widths", "parameters", "closed form"),

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from csalign import generate
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core import outputs
 from csalign.core.enums import Modality
@@ -17,7 +18,6 @@ from csalign.core.results import GenerateResult
 from csalign.features.join import load_side
 from csalign.features.reader import FeatureSet
 from csalign.generation.config import DecoderOptions, GenerateConfig
-from csalign.generation.generate import generate
 from csalign.generation.unclip import Decoder, find_decoder
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.extract import extract
