@@ -7,31 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words
-
-
-class SourceOptions(Config):
-    """Source of images and captions."""
-
-    panel: ClassVar[str] = "Source"
-
-    source: Annotated[str, BeforeValidator(str)] = Field(
-        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, .txt of "
-        "captions, or - for image paths on stdin; local or a URL."
-    )
-    kind: Literal[
-        "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
-    ] = Field("auto", description="Form of SOURCE.")
-    captions: Location | None = Field(None, description="Captions table outside of the source.")
-    images: Location | None = Field(None, description="Folder that image paths are relative to.")
-    image_column: str | None = Field(None, description="Column of image paths, bytes or base64.")
-    caption_column: str | None = Field(None, description="Column of captions.")
-    id_column: str | None = Field(
-        None, description="Column of image ids (default: paths, keys or row numbers)."
-    )
-    split_column: str = Field("split", description="Column of splits, if the source has it.")
-    caption_lines: bool | None = Field(
-        None, description="Each line of a .txt is a caption (default: in folders, not in tars)."
-    )
+from csalign.sources.records.tables import SourceOptions
 
 
 class EncoderOptions(Config):
@@ -150,6 +126,10 @@ class ExtractConfig(
     'float16'
     """
 
+    source: Annotated[str, BeforeValidator(str)] = Field(
+        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, .txt of "
+        "captions, or - for image paths on stdin; local or a URL."
+    )
     example: ClassVar[str] = (
         "csalign extract photos --out features --captions captions.csv "
         "--encoder open_clip:ViT-B-32/openai"

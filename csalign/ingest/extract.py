@@ -1,6 +1,5 @@
 """``csalign extract``: images and captions into a feature set, through frozen encoders."""
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -38,7 +37,7 @@ from csalign.ingest.partial_set import PartialSet
 from csalign.ingest.pipeline import Pipeline
 from csalign.ingest.split import split_settings
 from csalign.sources.records import Source, SourceFile, UnreadableFile
-from csalign.sources.records.open import STDIN, SourceOptions, open_source
+from csalign.sources.records.open import STDIN, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +79,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     outputs.check_output(
         config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs, searched=searched
     )
-    names = [option.name for option in dataclasses.fields(SourceOptions)]
-    options = SourceOptions(**{name: getattr(config, name) for name in names})
     progress("scanning the source", 0, None)
-    source = open_source(config.source, options)
+    source = open_source(config.source, config)
     logger.info("%s: %s", config.source, source.description)
     if shard.count > 1:
         logger.info("processing shard %s", shard)

@@ -175,23 +175,14 @@ def _pair(
         labels = _labels(config.text_table, vectors)
         rules = _rules(config, images, sides)
         texts, pairing = describe_texts(len(vectors), images, labels, rules)
-    if images is not None and texts is not None:
-        images, texts = share_splits(images, texts)
     if images is not None:
-        columns[Modality.IMAGE] = {
-            schema.ID: images.ids,
-            schema.SOURCE: images.sources,
-            schema.SPLIT: images.splits,
-        }
+        columns[Modality.IMAGE] = images.columns
     if texts is not None:
+        columns[Modality.TEXT] = texts.columns
+    if images is not None and texts is not None:
+        share_splits(images, texts)
         owners = pa.array(texts.owners, mask=texts.owners < 0)
-        columns[Modality.TEXT] = {
-            schema.ID: texts.ids,
-            schema.CAPTION: texts.captions,
-            schema.SPLIT: texts.splits,
-        }
-        if images is not None:
-            columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
+        columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
     return found, columns, pairing
 
 

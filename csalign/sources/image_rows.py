@@ -26,22 +26,23 @@ class ImageRows:
     """The images of an array's rows.
 
     Attributes:
-        ids: (n,) large_string, unique, as all columns.
-        sources: null where unknown.
-        splits: null where unknown.
+        columns: id, which is unique, source and split, (n,) large_string; null where unknown.
         owners: (r,) image of each row of the array.
         labels: of the rows of the array, or None.
         key: column of `labels` that the ids are, None if they are row numbers.
         kept: (r,) mask of the first row of each image, None if no image repeats.
     """
 
-    ids: pa.Array
-    sources: pa.Array
-    splits: pa.Array
+    columns: dict[str, pa.Array]
     owners: Ints
     labels: Labels | None = None
     key: str | None = None
     kept: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def ids(self) -> pa.Array:
+        """Ids of the images, (n,)."""
+        return self.columns["id"]
 
 
 def describe_images(
@@ -67,7 +68,8 @@ def describe_images(
             embedding.
     """
     none = pa.nulls(count, pa.large_string())
-    rows = ImageRows(row_numbers(count), none, none, np.arange(count), labels)
+    columns = {"id": row_numbers(count), "source": none, "split": none}
+    rows = ImageRows(columns, np.arange(count), labels)
     if labels is None:
         if id_column is not None:
             raise DataError(
@@ -75,8 +77,8 @@ def describe_images(
             )
         return rows
     labels.check_rows(count, "images")
-    sources = labels.find(("source", *IMAGE_NAMES), none)
-    rows = replace(rows, sources=sources, splits=labels.find((SPLIT_NAME,), none))
+    columns["source"] = labels.find(("source", *IMAGE_NAMES), none)
+    columns["split"] = labels.find((SPLIT_NAME,), none)
     if id_column is not None and id_column not in labels.names:
         listed = ", ".join(labels.names) or "none"
         raise DataError(
@@ -122,9 +124,10 @@ def _repeated_path(labels: Labels, sketch: Sketch | None) -> str | None:
 def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -> ImageRows:
     """Make the values of a column the ids of images; rows of one value are one image."""
     keys = check_no_null(labels, name, name)
+    columns = rows.columns | {"id": keys}
     repeated = first_repeated(keys)
     if repeated is None:
-        return replace(rows, ids=keys, key=name)
+        return replace(rows, columns=columns, key=name)
     if sketch is not None:
         repeated = _first_unlike(keys, sketch())
     if repeated is not None:
@@ -141,9 +144,7 @@ def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -
     )
     return replace(
         rows,
-        ids=keys.take(first_row),
-        sources=rows.sources.take(first_row),
-        splits=rows.splits.take(first_row),
+        columns={name: column.take(first_row) for name, column in columns.items()},
         key=name,
         owners=owners,
         kept=np.isin(rows.owners, first_row),

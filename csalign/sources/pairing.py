@@ -34,12 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextRows:
-    """The texts of an array's rows, (m,) each; ids are unique, all else is null where unknown."""
+    """The texts of an array's rows."""
 
-    ids: pa.Array
-    owners: Ints  # image of each text, -1 for none
-    captions: pa.Array
-    splits: pa.Array
+    columns: dict[str, pa.Array]  # id, which is unique, caption and split, (m,); null where unknown
+    owners: Ints  # (m,) image of each text, -1 for none
 
 
 @dataclass(frozen=True)
@@ -80,22 +78,19 @@ def describe_texts(
     """
     rules = rules or Rules()
     none = pa.nulls(count, pa.large_string())
-    texts, wanted = TextRows(row_numbers(count), np.full(count, -1), none, none), None
+    columns, wanted = {"id": row_numbers(count), "caption": none, "split": none}, None
     if labels is not None:
         labels.check_rows(count, "texts")
-        texts = replace(
-            texts,
-            ids=_text_ids(labels, images),
-            captions=labels.find(CAPTION_NAMES, none),
-            splits=labels.find((SPLIT_NAME,), none),
-        )
+        columns["id"] = _text_ids(labels, images)
+        columns["caption"] = labels.find(CAPTION_NAMES, none)
+        columns["split"] = labels.find((SPLIT_NAME,), none)
     if (pairs := rules.pairs) is not None:
-        wanted, rows = pairs.require(*_PAIR_IMAGES), _paired_rows(pairs, texts.ids)
+        wanted, rows = pairs.require(*_PAIR_IMAGES), _paired_rows(pairs, columns["id"])
         wanted = wanted.take(rows)
-        if (captions := pairs.find(CAPTION_NAMES[:1])) is not None:
-            texts = replace(texts, captions=captions.take(rows))
-        if (splits := pairs.find((SPLIT_NAME,))) is not None:
-            texts = replace(texts, splits=splits.take(rows))
+        for name in ("caption", "split"):
+            if (column := pairs.find((name,))) is not None:
+                columns[name] = column.take(rows)
+    texts = TextRows(columns, np.full(count, -1))
     if images is None:
         if wanted is not None or (labels and first_of(REFERENCES, labels.names)):
             log.warning("image ids of the texts are ignored: there are no images")
@@ -104,18 +99,17 @@ def describe_texts(
     return replace(texts, owners=owners), how
 
 
-def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRows]:
+def share_splits(images: ImageRows, texts: TextRows) -> None:
     """Give the split of an image to its texts without one, and vice versa.
 
     Raises:
         DataError: an image and one of its texts, or two of its texts, are in different splits.
     """
-    names = pa.chunked_array([images.splits, texts.splits]).unique().drop_null()
-    if not len(names):
-        return images, texts
+    columns = [images.columns["split"], texts.columns["split"]]
+    names = pa.chunked_array(columns).unique().drop_null()
     known, own = (
         pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy(zero_copy_only=False).copy()
-        for column in (images.splits, texts.splits)
+        for column in columns
     )
     owners = texts.owners
     has_both = (owners >= 0) & (own >= 0)
@@ -126,15 +120,13 @@ def share_splits(images: ImageRows, texts: TextRows) -> tuple[ImageRows, TextRow
     if len(bad):
         text, image = int(bad[0]), int(owners[bad[0]])
         raise DataError(
-            f"text {texts.ids[text].as_py()!r:.200} is in split {names[int(own[text])].as_py()!r} "
-            f"and its image {images.ids[image].as_py()!r:.200} in "
-            f"{names[int(known[image])].as_py()!r}; an image and its texts belong in one split"
+            f"text {texts.columns['id'][text].as_py()!r:.200} is in split "
+            f"{names[int(own[text])].as_py()!r} and its image {images.ids[image].as_py()!r:.200} "
+            f"in {names[int(known[image])].as_py()!r}; an image and its texts belong in one split"
         )
     own = np.where(owners >= 0, known[owners], own)
-    return (
-        replace(images, splits=_taken(names, known)),
-        replace(texts, splits=_taken(names, own)),
-    )
+    for rows, codes in ((images, known), (texts, own)):
+        rows.columns["split"] = names.take(pa.array(codes, mask=codes < 0))
 
 
 def _text_ids(labels: Labels, images: ImageRows | None) -> pa.Array:
@@ -320,7 +312,3 @@ def _paired_rows(pairs: Labels, text_ids: pa.Array) -> pa.Array:
     rows = np.full(len(text_ids), -1)
     rows[found.rows] = np.arange(len(named))
     return pa.array(rows, mask=rows < 0)
-
-
-def _taken(names: pa.Array, codes: Ints) -> pa.Array:
-    return names.take(pa.array(codes, mask=codes < 0))

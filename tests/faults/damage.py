@@ -123,7 +123,8 @@ class Damage:
     def _judge(self, done: Done, path: Path) -> list[str]:
         if done.code != 0:
             return _message(done, path)
-        if self._figures(done) != self.clean:
+        is_named = path.name in done.errors  # a warning says what is left out of the document
+        if self._figures(done) != self.clean and not is_named:
             return ["a wrong number"]
         return []
 

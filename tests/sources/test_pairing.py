@@ -130,7 +130,7 @@ def test_texts_without_images_keep_what_else_is_known() -> None:
     texts, pairing = describe_texts(2, None, labels(image_id=["0", "1"], caption=["a", "b"]))
 
     assert (texts.owners.tolist(), pairing) == ([-1, -1], None)
-    assert texts.captions.to_pylist() == ["a", "b"]
+    assert texts.columns["caption"].to_pylist() == ["a", "b"]
 
 
 def test_repeated_ids_are_named_twice() -> None:

@@ -241,8 +241,8 @@ def read_named(
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
     rows = len(parts[0]) if len(parts) == 1 and len(parts[0].shape) == 2 else -1
     labels = labels_of(path, opener, file, rows)  # captions in a 3-D array have none
-    own = labels if labels.names else None
-    return Vectors(str(path), parts, own, unused=unused, in_table=file.is_table)
+    known = labels if labels.names else None
+    return Vectors(str(path), parts, known, unused=unused, in_table=file.is_table)
 
 
 def join(name: str, arrays: Sequence[Vectors]) -> Vectors:

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,9 @@ def _image_row(number: int, entry: Any, name_key: str, options: SourceOptions) -
     row = row_of(
         number,
         entry,
-        replace(options, kind="auto", image_column=name_key, caption_column="").pick(entry),
+        options.model_copy(
+            update={"kind": "auto", "image_column": name_key, "caption_column": ""}
+        ).pick(entry),
     )
     if row.error or not row.image:
         raise ValueError(row.error or f"has no {name_key}")

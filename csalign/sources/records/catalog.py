@@ -212,9 +212,8 @@ class Catalog:
                     f"{start}, or remove the row"
                 )
                 for form in ("NFC", "NFD"):
-                    if files.is_file(
-                        Path(self._root or "", unicodedata.normalize(form, entry.place))
-                    ):
+                    other = Path(self._root or "", unicodedata.normalize(form, entry.place))
+                    if files.is_file(other):
                         error = (
                             f"image {entry.place!r:.200} has its name in another Unicode form on "
                             f"the disk ({form}); write it so in the table"

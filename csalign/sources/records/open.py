@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, parse_location
@@ -60,9 +60,8 @@ def open_source(source: Path | str, options: SourceOptions | None = None) -> Sou
         ConfigError: the options contradict each other or the source.
         DataError: the whole source is unusable; the message names the file and the remedy.
     """
-    options = options or SourceOptions()
-    if options.kind not in get_args(Kind):
-        raise ConfigError(f"--kind: {options.kind} is not one of {', '.join(get_args(Kind))}")
+    given = options or SourceOptions()  # maybe with options of a command, which decide no record
+    options = SourceOptions(**{name: getattr(given, name) for name in SourceOptions.model_fields})
     path = cast(Path, source) if "://" in str(source) else Path(source)
     with files.translate_errors(path):
         return _Opener(options).open(str(source))

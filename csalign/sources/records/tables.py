@@ -11,8 +11,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
+
+from csalign.core.config import Config, Location
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.records import files
@@ -77,31 +80,23 @@ class TableColumns(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """Options of a SOURCE; None is to be recognised.
+class SourceOptions(Config):
+    """Form and columns of a SOURCE; None is to be recognised."""
 
-    Attributes:
-        kind: the form, where its content is ambiguous; "folder" ignores a table among images,
-            "captions" reads texts alone, "list" reads a text file as a list of image paths.
-        captions: a table or JSON document with the captions of a folder of images.
-        images: folder that image paths start from (default: that of the table, or one near it).
-        image_column: of paths, bytes or base64; in a tar the extension of images.
-        caption_column: of captions; in a tar a json key or an extension.
-        split_column: of splits; required only if it is not the usual one.
-        id_column: of image ids (default: paths, keys or rows are the ids).
-        caption_lines: each line of a .txt is a caption, rather than the whole text. Default: true
-            in a folder; in a tar only if a ``dataset_type.txt`` of CLIP_benchmark says "retrieval".
-    """
+    panel: ClassVar[str] = "Source"
 
-    kind: Kind = "auto"
-    captions: Path | None = None
-    images: Path | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    split_column: str = SPLIT_NAME
-    id_column: str | None = None
-    caption_lines: bool | None = None
+    kind: Kind = Field("auto", description="Form of SOURCE.")
+    captions: Location | None = Field(None, description="Captions table outside of the source.")
+    images: Location | None = Field(None, description="Folder that image paths are relative to.")
+    image_column: str | None = Field(None, description="Column of image paths, bytes or base64.")
+    caption_column: str | None = Field(None, description="Column of captions.")
+    split_column: str = Field("split", description="Column of splits, if the source has it.")
+    id_column: str | None = Field(
+        None, description="Column of image ids (default: paths, keys or row numbers)."
+    )
+    caption_lines: bool | None = Field(
+        None, description="Each line of a .txt is a caption (default: in folders, not in tars)."
+    )
 
     def find(self, names: Collection[str], table: Path) -> TableColumns:
         """Recognise the columns of a table.

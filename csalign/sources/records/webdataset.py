@@ -268,7 +268,7 @@ class _TarFile:
         if extension in sample.members and extension != "json":
             content = self._text(sample, extension)
             return files.captions_in(content, lines=self._source.caption_lines)
-        key = SourceOptions("captions", caption_column=wanted).pick(values).caption
+        key = SourceOptions(kind="captions", caption_column=wanted).pick(values).caption
         try:
             return [] if key is None else list(dict.fromkeys(json_captions(values[key], key)))
         except ValueError as error:

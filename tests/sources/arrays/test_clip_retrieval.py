@@ -100,7 +100,7 @@ def test_paths_that_repeat_are_no_ids_and_that_is_said(
         images = describe_images(3, vectors.labels, lambda: vectors.sketch)
 
     assert images.ids.to_pylist() == ["0", "1", "2"]
-    assert images.sources.to_pylist() == ["a.jpg", "b.jpg", "a.jpg"]
+    assert images.columns["source"].to_pylist() == ["a.jpg", "b.jpg", "a.jpg"]
     assert "image_path repeats" in caplog.text
 
 
