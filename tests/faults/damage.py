@@ -150,7 +150,7 @@ class Damage:
         self.trials._tell("damage", name, done, wrong, [])
 
 
-_PATHS = ("path", "features", "adapter", *CALL_KEYS)
+_PATHS = ("path", "features", "adapter", "seconds", "bytes", *CALL_KEYS)  # of a run, not of its work
 
 
 def _message(done: Done, path: Path) -> list[str]:
