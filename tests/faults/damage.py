@@ -150,7 +150,8 @@ class Damage:
         self.trials._tell("damage", name, done, wrong, [])
 
 
-_PATHS = ("path", "features", "adapter", "seconds", "bytes", *CALL_KEYS)  # of a run, not of its work
+# Paths, and what differs from run to run.
+_PATHS = ("path", "features", "adapter", "seconds", "bytes", *CALL_KEYS)
 
 
 def _message(done: Done, path: Path) -> list[str]:
