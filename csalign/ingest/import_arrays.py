@@ -21,6 +21,7 @@ from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Array, Vectors
 from csalign.sources.arrays.files import read_label_table
+from csalign.sources.arrays.naming import label_side
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
@@ -166,13 +167,13 @@ def _pair(
             raise DataError(
                 f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
-        labels = _labels(config.image_table, vectors)
+        labels = _labels(config.image_table, sides, Modality.IMAGE)
         images = describe_images(
             len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
         )
         found[Modality.IMAGE] = replace(vectors, kept=images.kept)
     if (vectors := sides.get(Modality.TEXT)) is not None:
-        labels = _labels(config.text_table, vectors)
+        labels = _labels(config.text_table, sides, Modality.TEXT)
         rules = _rules(config, images, sides)
         texts, pairing = describe_texts(len(vectors), images, labels, rules)
     if images is not None and texts is not None:
@@ -195,8 +196,15 @@ def _pair(
     return found, columns, pairing
 
 
-def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
-    return vectors.labels if table is None else read_label_table(table)
+def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels | None:
+    if table is not None:
+        return read_label_table(table)
+    labels, others = sides[side].labels, [own for key, own in sides.items() if key != side]
+    if labels is None or not others or labels.name != others[0].name or others[0].in_table:
+        return labels
+    # Lists in a file of both sides are of each side of their length, unless named like the other.
+    names = [name for name in labels.names if label_side(name) in (None, side)]
+    return replace(labels, names=names) if len(sides[side]) == len(others[0]) else labels
 
 
 def _rules(

@@ -94,9 +94,12 @@ def describe_images(
 def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array | None, Ints | None]:
     """Return the keys of images in a column, and the image of each; None if they are no keys.
 
-    A key that repeats is one only if the images with it are one image.
+    A key that repeats is one only if the images with it are one image. Without a name, keys are
+    the numbers of the rows.
     """
-    if name is None or name == images.key:
+    if name is None:
+        return row_numbers(len(images.owners)), images.owners
+    if name == images.key:
         return images.ids, None
     assert images.labels is not None
     keys = images.labels.column(name)

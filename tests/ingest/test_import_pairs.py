@@ -465,3 +465,146 @@ def test_import_loads_no_torch(tmp_path: Path) -> None:
     arguments = ["import", "i.npy", "t.safetensors", "--out", "out"]
 
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=True)
+
+
+K = [f"k{row}" for row in range(N)]
+
+
+def changed(values: list[Any], row: int, value: Any) -> list[Any]:
+    return [*values[:row], value, *values[row + 1 :]]
+
+
+ONE_FILE: dict[str, dict[str, Any]] = {
+    "ids": {"image_ids": K, "text_ids": picked(K)},
+    "integers": {"image_ids": NUMBERS, "text_ids": picked(NUMBERS)},
+    "caption_image_ids": {"image_ids": K, "caption_image_ids": picked(K)},
+    "paths": {"image_paths": K, "text_ids": picked(K)},
+    "paths of both": {"image_paths": K, "text_paths": picked(K)},
+}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "pt"])
+@pytest.mark.parametrize("kind", ONE_FILE)
+def test_two_lists_of_ids_in_one_file_are_those_of_each_side(
+    tmp_path: Path, kind: str, suffix: str
+) -> None:
+    path, lists = tmp_path / f"b.{suffix}", ONE_FILE[kind]
+    if suffix == "npz":
+        np.savez(path, images=IMAGES, texts=TEXTS[ORDER], **lists)
+    else:
+        vectors = {"images": torch.from_numpy(IMAGES), "texts": torch.from_numpy(TEXTS[ORDER])}
+        torch.save({**vectors, **lists}, path)
+
+    assert right_pairs(imported(tmp_path / "out", source=path)) == N
+
+
+def test_one_list_of_image_ids_names_the_image_of_each_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "b.npz", images=IMAGES, texts=TEXTS, image_ids=K)
+    features = imported(tmp_path / "out", source=tmp_path / "b.npz")
+
+    assert right_pairs(features) == N
+    assert features.images.column("id").to_pylist() == K
+
+
+FILES = [f"{key}.jpg" for key in K]
+BAD_KEYS: dict[str, tuple[Any, Any, str, str, str]] = {
+    "null image": (
+        changed(FILES, 3, None),
+        picked(FILES),
+        "filename",
+        "filename",
+        "row 3: has no",
+    ),
+    "twice": (changed(FILES, 3, "k1.jpg"), picked(FILES), "filename", "filename", "row 3: dupli"),
+    "unknown": (FILES, changed(picked(FILES), 2, "x.jpg"), "image", "image", "text row 2 is unk"),
+    "null in image": (changed(FILES, 3, None), picked(FILES), "image", "image", "row 3: has no"),
+    "other folders": (
+        [f"train/{name}" for name in FILES],
+        picked([f"val/{name}" for name in FILES]),
+        "path",
+        "path",
+        "is unknown",
+    ),
+    "ends that are no suffix": (
+        [f"v{n}.a" for n in NUMBERS],
+        picked([f"v{n}.b" for n in NUMBERS]),
+        "key",
+        "key",
+        "is unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_KEYS)
+def test_one_bad_key_is_refused(tmp_path: Path, kind: str) -> None:
+    *keys, message = BAD_KEYS[kind]
+    write_parquet(tmp_path, *keys)
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    with pytest.raises(DataError, match=rf"{message}[\s\S]*--pair-by order"):
+        imported(tmp_path / "out", **given)
+    assert len(imported(tmp_path / "out", **given, pair_by="order").texts) == N
+
+
+def test_a_text_without_a_key_has_no_image(tmp_path: Path) -> None:
+    for missing in (None, float("nan")):
+        keys = changed([float(n) for n in picked(NUMBERS)], 2, missing)
+        write_parquet(tmp_path, NUMBERS, keys, "image_id", "image_id")
+        features = imported(
+            tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet"
+        )
+        owners = features.texts.column("image_id").to_pylist()
+        assert owners == changed([str(n) for n in picked(NUMBERS)], 2, None)
+
+
+def test_negative_numbers_pair_as_numbers(tmp_path: Path) -> None:
+    numbers = [row - 6 for row in range(N)]
+    texts = [f"{n}.0" for n in picked(numbers)]
+    write_parquet(tmp_path, numbers, texts, "image_id", "image_id")
+    sides = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    assert right_pairs(imported(tmp_path / "out", **sides)) == N
+
+
+def test_a_path_that_ends_in_the_other_pairs(tmp_path: Path) -> None:
+    paths = [f"/data/train/{name}" for name in FILES]
+    write_parquet(tmp_path, paths, picked([f"train/{name}" for name in FILES]), "path", "path")
+    sides = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    assert right_pairs(imported(tmp_path / "out", **sides)) == N
+
+
+@pytest.mark.parametrize("ids", [NUMBERS, [str(row) for row in ORDER]])
+def test_image_row_is_a_row_number_whatever_the_ids(tmp_path: Path, ids: list[Any]) -> None:
+    write_parquet(tmp_path, NUMBERS, ORDER, "unused", "image_row")
+    images = pa.table({"image_id": ids, "embedding": column(IMAGES)})
+    pq.write_table(images, tmp_path / "i.parquet")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+    lines = "".join(f"{row},{place}\n" for place, row in enumerate(ORDER))
+    (tmp_path / "p.csv").write_text("image_row,text_row\n" + lines)
+
+    assert right_pairs(imported(tmp_path / "out", **given)) == N
+    assert right_pairs(imported(tmp_path / "out", **given, pairs=tmp_path / "p.csv")) == N
+
+
+@pytest.mark.parametrize("name", ["rank", "label", "kk"])
+def test_a_column_that_is_not_named_like_a_key_does_not_pair(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_parquet(tmp_path, K, changed(picked(K), 2, None), name, name)
+    config = ImportConfig(
+        source=(tmp_path / "i.parquet", tmp_path / "t.parquet"), out=tmp_path / "out"
+    )
+
+    assert import_arrays(config).pairing == "row order"
+    assert f"--pair-by {name}" in caplog.text
+
+
+def test_classes_of_both_sides_are_not_keys(tmp_path: Path) -> None:
+    classes = [row % 3 for row in range(N)]
+    write_parquet(tmp_path, classes, picked(classes), "class_id", "class_id")
+    config = ImportConfig(
+        source=(tmp_path / "i.parquet", tmp_path / "t.parquet"), out=tmp_path / "out"
+    )
+
+    assert import_arrays(config).pairing == "row order"
