@@ -185,6 +185,13 @@ def _owners(
         found_by_key = _by_any_key(images, labels, texts)
         if found_by_key is not None:
             return found_by_key
+    if rules.by is None and not rules.same_rows:
+        for own in (labels, images.labels):
+            for name, reason in own.unread.items() if own else ():
+                raise DataError(
+                    f"{own and own.name}: {name} looks like keys but {reason}, or pair rows in "
+                    "order with --pair-by order"
+                )
     if len(texts.owners) != len(images.owners):
         raise DataError(
             f"{len(images.owners)} images and {len(texts.owners)} texts: counts differ, so rows "

@@ -608,3 +608,57 @@ def test_classes_of_both_sides_are_not_keys(tmp_path: Path) -> None:
     )
 
     assert import_arrays(config).pairing == "row order"
+
+
+def as_npz(folder: Path, keys: Any) -> None:
+    np.savez(folder / "i.npz", features=IMAGES, image_id=np.array(NUMBERS))
+    np.savez(folder / "t.npz", features=TEXTS[ORDER], image_id=keys)
+
+
+NUMPY_KEYS = np.array(NUMBERS)[ORDER]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [NUMPY_KEYS.astype("f8"), NUMPY_KEYS.astype("f4")[:, None], NUMPY_KEYS.astype("u1")],
+    ids=["float", "column", "uint8"],
+)
+def test_keys_of_any_number_type_pair(tmp_path: Path, keys: Any) -> None:
+    as_npz(tmp_path, keys)
+    given = {"images": tmp_path / "i.npz", "texts": tmp_path / "t.npz"}
+
+    assert right_pairs(imported(tmp_path / "out", **given)) == N
+
+
+@pytest.mark.parametrize("key", [float, lambda n: None if n == NUMBERS[2] else n])
+def test_lists_of_floats_and_none_are_keys(tmp_path: Path, key: Callable[[int], Any]) -> None:
+    np.savez(tmp_path / "i.npz", features=IMAGES, image_id=NUMBERS)
+    keys = [key(n) for n in picked(NUMBERS)]
+    torch.save({"x": torch.from_numpy(TEXTS[ORDER]), "image_id": keys}, tmp_path / "t.pt")
+    features = imported(tmp_path / "out", images=tmp_path / "i.npz", texts=tmp_path / "t.pt")
+
+    owners = features.texts.column("image_id").to_pylist()
+    assert owners == [None if k is None else str(int(k)) for k in keys]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [(NUMPY_KEYS.astype(object), "contains Python objects"), (NUMPY_KEYS[1:], "has 11 values")],
+)
+def test_keys_that_cannot_be_read_are_refused(tmp_path: Path, keys: Any, message: str) -> None:
+    as_npz(tmp_path, keys)
+    given = {"images": tmp_path / "i.npz", "texts": tmp_path / "t.npz"}
+
+    with pytest.raises(DataError, match=rf"t\.npz: image_id looks like keys but {message}"):
+        imported(tmp_path / "out", **given)
+    assert len(imported(tmp_path / "out", **given, pair_by="order").texts) == N
+
+
+@pytest.mark.parametrize("held", [pa.timestamp("s"), pa.bool_(), pa.list_(pa.int64())])
+def test_columns_of_other_types_that_look_like_keys_are_refused(tmp_path: Path, held: Any) -> None:
+    keys = [[n] for n in picked(NUMBERS)] if pa.types.is_list(held) else picked(NUMBERS)
+    keys = [bool(n) for n in keys] if pa.types.is_boolean(held) else keys
+    write_parquet(tmp_path, NUMBERS, pa.array(keys, held), "image_id", "image_id")
+
+    with pytest.raises(DataError, match=r"t\.parquet: image_id looks like keys but contains"):
+        imported(tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet")

@@ -71,6 +71,12 @@ def is_label(name: str) -> bool:
     return is_key(name) or plain_name(name) in (*CAPTION_NAMES, SPLIT_NAME)
 
 
+def is_usual_key(name: str) -> bool:
+    """Return whether a column has a usual name of ids or paths, not of pictures."""
+    plain = plain_name(name)
+    return plain in (*REFERENCES, *TEXT_IDS, *ITEM_IDS) or (plain in PATHS and is_id(name))
+
+
 def label_side(name: str) -> Modality | None:
     """Return the side that a list of keys, paths or captions is named like, None for either."""
     words = words_of(name)
