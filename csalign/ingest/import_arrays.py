@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from csalign.sources.arrays.opening import read_both, read_side, split_spec
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
-from csalign.sources.pairing import Rules, describe_texts, share_splits
+from csalign.sources.pairing import ORDER, Rules, describe_texts, share_splits
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,10 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
         if None in specs
         else {side: read_side(spec, side, columns[side]) for side, spec in specs.items() if side}
     )
+    both = [{part.name for part in vectors.parts} for vectors in sides.values()]
+    if len(both) > 1 and both[0] & both[1]:
+        name = min(both[0] & both[1])
+        logger.warning("%s: is used as images and as texts; pass the other side's file", name)
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
     for name in sorted(unused):
@@ -218,12 +223,19 @@ def _rules(
     rows, texts = len(image), len(text)
     each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
     if config.text_counts is not None:
-        owners = owners_by_counts(config.text_counts, rows, texts)
+        owners = owners_by_counts(
+            config.text_counts, rows, texts, None if images.key is None else images.ids
+        )
         layout = str(config.text_counts)
     elif each is not None and order is not None:
         owners = owners_by_layout(rows, texts, each, order)
         layout = f"{each} captions per image, in {order}"
     elif text.captions_each is not None and pairs is None:
+        if config.pair_by not in (None, ORDER):
+            raise DataError(
+                f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
+                f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"
+            )
         owners = owners_by_layout(rows, texts, text.captions_each, "blocks")
         layout = f"the {text.captions_each} captions of each image in a 3-D array"
     is_one_table = image.in_table and text.in_table and image.name == text.name
@@ -245,19 +257,21 @@ def _advice(config: ImportConfig, images: int, texts: int) -> str:
     if texts and images > texts and images % texts == 0:
         specs = _specs(config)
         if None not in specs:
-            swapped = config.command(source=[*specs.values()][::-1], images=None, texts=None)
-            return f"are images and texts swapped? Then run\n  {swapped}\nor {general}"
+            swapped = {"source": [*specs.values()][::-1], "images": None, "texts": None}
+            advice = _layout_advice(config, images // texts, None, **swapped)
+            return f"are images and texts swapped? Then, {advice}\nor {general}"
     return general
 
 
-def _layout_advice(config: ImportConfig, each: int, order: str | None) -> str:
+def _layout_advice(config: ImportConfig, each: int, order: str | None, **values: Any) -> str:
     """Return the commands for `each` captions per image, in both orders or one."""
     meanings = {
         "blocks": "all captions of the first image, then of the second",
         "copies": "one caption of every image, then the next of every image",
     }
     lines = [
-        f"  {config.command(captions_per_image=each, caption_order=name)}\n    ({name}: {text})"
+        f"  {config.command(**values, captions_per_image=each, caption_order=name)}\n"
+        f"    ({name}: {text})"
         for name, text in meanings.items()
         if order in (None, name)
     ]

@@ -146,11 +146,27 @@ def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -
         rows,
         ids=keys.take(first_row),
         sources=rows.sources.take(first_row),
-        splits=rows.splits.take(first_row),
+        splits=_splits(rows.splits, owners, labels),
         key=name,
         owners=owners,
         kept=np.isin(rows.owners, first_row),
     )
+
+
+def _splits(splits: pa.Array, owners: Ints, labels: Labels) -> pa.Array:
+    """Return the first split of each image that has one; refuse two of one image."""
+    known = np.flatnonzero(splits.is_valid().to_numpy(zero_copy_only=False))
+    with_split, first = np.unique(owners[known], return_index=True)
+    rows = np.full(owners.max(initial=-1) + 1, -1)
+    rows[with_split] = known[first]
+    found = splits.take(pa.array(rows, mask=rows < 0))
+    if (bad := pc.not_equal(splits, found.take(pa.array(owners))).index(True).as_py()) >= 0:
+        raise DataError(
+            f"{labels.where(bad)}: is in split {splits[bad].as_py()!r} and the same image in "
+            f"{labels.where(int(rows[owners[bad]]))} in {found[int(owners[bad])].as_py()!r}; give "
+            "an image one split"
+        )
+    return found
 
 
 def _first_unlike(keys: pa.Array, sketch: npt.NDArray[np.float32]) -> tuple[int, int] | None:

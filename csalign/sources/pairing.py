@@ -178,7 +178,9 @@ def _owners(
                 f"{labels.name}: names the image of each text; omit --captions-per-image and "
                 "--text-counts"
             )
-        return images.owners[rules.owners], rules.layout
+        owners = images.owners[rules.owners]
+        _check_layout(images, texts, labels, owners, rules.layout)
+        return owners, rules.layout
     if rules.by not in (None, ORDER):
         return _by_column(images, labels, str(rules.by))
     if rules.by is None and not rules.same_rows and labels is not None:
@@ -199,6 +201,22 @@ def _owners(
         )
     is_repeated = images.kept is not None
     return images.owners, f"{images.key}" if rules.same_rows and is_repeated else BY_ROW
+
+
+def _check_layout(
+    images: ImageRows, texts: TextRows, labels: Labels | None, owners: Ints, layout: str
+) -> None:
+    """Raise DataError where a key of both sides pairs the rows in another way."""
+    try:
+        found = labels and _by_any_key(images, labels, texts)
+    except DataError:  # keys that do not fit decide nothing
+        found = None
+    if labels and found and len(wrong := np.flatnonzero(found[0] != owners)):
+        row = int(wrong[0])
+        raise DataError(
+            f"{labels.where(row)}: belongs to image {images.ids[int(owners[row])].as_py()!r:.200} "
+            f"by {layout}, and to another by {found[1]}; pair by it with --pair-by instead"
+        )
 
 
 def _by_column(images: ImageRows, labels: Labels | None, name: str) -> tuple[Ints, str]:

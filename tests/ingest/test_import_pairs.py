@@ -416,7 +416,8 @@ def test_other_counts_show_the_commands_that_work(tmp_path: Path) -> None:
             f"--out {tmp_path / 'out'}\n    (blocks: all captions of the first image, then"
         ) in str(caught.value)
     with pytest.raises(
-        DataError, match=r"swapped\? Then run\n  csalign import .*i.npy .*t.npy --o"
+        DataError,
+        match=r"swapped\? Then, with 5 .*run\n  csalign import .*i.npy .*t.npy --captions-per",
     ):
         imported(tmp_path / "out", source=files[::-1])
     features = imported(
@@ -662,3 +663,55 @@ def test_columns_of_other_types_that_look_like_keys_are_refused(tmp_path: Path, 
 
     with pytest.raises(DataError, match=r"t\.parquet: image_id looks like keys but contains"):
         imported(tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet")
+
+
+def test_counts_and_layouts_that_contradict_keys_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path, K, picked(K), "key", "key")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+    with pytest.raises(DataError, match="to another by key; pair by it with --pair-by"):
+        imported(tmp_path / "out", **given, captions_per_image=1, caption_order="blocks")
+
+    np.save(tmp_path / "t.npy", TEXTS)
+    for keys in (K, picked(K)):
+        (tmp_path / "c.csv").write_text("id,count\n" + "".join(f"{key},1\n" for key in keys))
+        counted = {**given, "texts": tmp_path / "t.npy", "text_counts": tmp_path / "c.csv"}
+        if keys == K:
+            assert right_pairs(imported(tmp_path / "out", **counted)) == N
+        else:
+            with pytest.raises(DataError, match=r"put the counts in the order of the images"):
+                imported(tmp_path / "out", **counted)
+
+
+def test_a_3d_array_is_not_paired_by_a_column(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    np.save(tmp_path / "t.npy", TEXTS[:, None])
+    with pytest.raises(DataError, match=r"t\.npy: is 3-D, .* --pair-by key cannot be used"):
+        imported(tmp_path / "out", source=(tmp_path / "i.npy", tmp_path / "t.npy"), pair_by="key")
+
+
+def test_one_file_twice_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    imported(tmp_path / "out", source=(tmp_path / "i.npy", tmp_path / "i.npy"))
+    assert "i.npy: is used as images and as texts" in caplog.text
+
+
+def test_a_recognised_side_is_not_said_to_be_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.savez(tmp_path / "b.npz", image_emb=IMAGES, weird=TEXTS)
+    assert right_pairs(imported(tmp_path / "out", source=tmp_path / "b.npz")) == N
+    assert "not imported" not in caplog.text
+
+
+def test_the_splits_of_a_repeated_image_agree(tmp_path: Path) -> None:
+    path, count = tmp_path / "df.parquet", 3 * N
+    rows = long_table(path, "path")
+    first = {int(row): place for place, row in reversed([*enumerate(rows)])}
+    splits = [None if first[int(row)] == place else "test" for place, row in enumerate(rows)]
+    long_table(path, "path", split=splits)
+    features = imported(tmp_path / "out", source=path)
+    assert features.images.column("split").to_pylist() == ["test"] * N
+
+    long_table(path, "path", split=["train", "test"] * (count // 2))
+    with pytest.raises(DataError, match="give an image one split"):
+        imported(tmp_path / "out", source=path)
