@@ -16,7 +16,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, read_manifest
-from csalign.features.splits import divide
+from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
@@ -176,11 +176,13 @@ def _pair(
         images = describe_images(
             len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
         )
+        images = replace(images, splits=usual_splits(images.splits))
         found[Modality.IMAGE] = replace(vectors, kept=images.kept)
     if (vectors := sides.get(Modality.TEXT)) is not None:
         labels = _labels(config.text_table, sides, Modality.TEXT)
         rules = _rules(config, images, sides)
         texts, pairing = describe_texts(len(vectors), images, labels, rules)
+        texts = replace(texts, splits=usual_splits(texts.splits))
     if images is not None and texts is not None:
         images, texts = share_splits(images, texts)
     if images is not None:

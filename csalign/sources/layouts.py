@@ -1,10 +1,9 @@
 """Pairs that the order of the rows gives: equal counts, several captions per image, or a list."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED
@@ -37,7 +36,7 @@ def owners_by_layout(
     return np.tile(rows, each) if order == "copies" else np.repeat(rows, each)
 
 
-def owners_by_counts(path: Path, images: int, texts: int, ids: pa.Array = None) -> Ints:
+def owners_by_counts(path: Path, images: int, texts: int, ids: Any = None) -> Ints:
     """Return the image row of each text row, (m,), by the number of captions of each image.
 
     Args:
@@ -45,7 +44,7 @@ def owners_by_counts(path: Path, images: int, texts: int, ids: pa.Array = None) 
             that begin at 0.
         images: n.
         texts: number of text rows.
-        ids: of the images, (n,), if they have some; those in the table must be in their order.
+        ids: of the images, an Arrow array (n,), if they have some; a table's must be in that order.
 
     Raises:
         DataError: the file cannot be used or does not add up to `texts`; its row is named.
@@ -66,7 +65,7 @@ def owners_by_counts(path: Path, images: int, texts: int, ids: pa.Array = None) 
     return np.repeat(np.arange(images), counts)
 
 
-def _read_counts(path: Path, ids: pa.Array) -> Ints:
+def _read_counts(path: Path, ids: Any) -> Ints:
     if path.suffix.lower() == ".npy":
         with open_npy(path) as file:
             shape, dtype = file.headers[UNNAMED]

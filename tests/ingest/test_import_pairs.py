@@ -715,3 +715,18 @@ def test_the_splits_of_a_repeated_image_agree(tmp_path: Path) -> None:
     long_table(path, "path", split=["train", "test"] * (count // 2))
     with pytest.raises(DataError, match="give an image one split"):
         imported(tmp_path / "out", source=path)
+
+
+def test_splits_are_stored_by_their_usual_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["Train", "training", "valid", "dev", "Validation", "TEST", "testing", "mine"]
+    frame = {"image_emb": list(IMAGES[:8]), "text_emb": list(TEXTS[:8]), "split": names}
+    pd.DataFrame(frame).to_parquet(tmp_path / "df.parquet")
+    with caplog.at_level(logging.INFO, "csalign"):
+        features = imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+    usual = [*["train"] * 2, *["val"] * 3, *["test"] * 2, "mine"]
+    assert features.images.column("split").to_pylist() == usual
+    assert features.texts.column("split").to_pylist() == usual
+    assert "'valid' as 'val'" in caplog.text
