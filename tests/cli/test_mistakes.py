@@ -176,13 +176,16 @@ def test_aliases_mean_the_same_on_the_command_line_in_a_file_and_from_python(
         SearchConfig.model_validate({"index": "i", "html": "a.html", "report": "b.html"})
 
 
-def test_epochs_are_passes_over_the_training_pairs(place: Path, run: Run) -> None:
-    words = ("--epochs", 3, "--batch-size", 50, "--hidden", 8, "--patience", 99)
-    code, _, errors = run("train", "f", "--out", "q", *words)
+@pytest.mark.parametrize(("batch", "steps"), [(50, 12), (512, 3)])  # 200 pairs
+def test_epochs_are_passes_over_the_training_pairs(
+    place: Path, run: Run, batch: int, steps: int
+) -> None:
+    words = ("--epochs", 3, "--batch-size", batch, "--hidden", 8, "--patience", 99)
+    code, _, errors = run("train", "f", "--out", "q", *words, "--overwrite")
 
     assert code == 0, errors
-    assert '"step": 12,' in Path("q/metrics.jsonl").read_text()  # 200 pairs, 4 steps an epoch
-    assert '"step": 13,' not in Path("q/metrics.jsonl").read_text()
+    assert f'"step": {steps},' in Path("q/metrics.jsonl").read_text()
+    assert f'"step": {steps + 1},' not in Path("q/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
