@@ -78,6 +78,11 @@ class EncoderInfo(Record):
     # Everything else that affects the numbers: image size, tokenizer, precision.
     preprocessing: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 of the weights that gave the rows: of an encoder, or of a run's adapter."""
+        return self.fingerprint or self.preprocessing.get("adapter_sha256")
+
 
 class Shard(Record):
     """One Parquet file: its path relative to the feature set, size and SHA-256."""
