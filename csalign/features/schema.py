@@ -198,6 +198,14 @@ class Manifest(Record):
         files = (self.splits.side(side) for side in Modality)
         return f"{found}-{_sha256_of(*(file for file in files if file is not None))}"
 
+    @property
+    def test_split_options(self) -> str:
+        """Options of ``csalign split`` that hold out a test split, beside the splits there are."""
+        if self.splits is None:
+            return "--val 0.1 --test 0.1"
+        settings = self.splits.settings.model_copy(update={"test": 0.1})
+        return f"{settings.options} --overwrite"
+
 
 def _sha256_of(*files: Shard) -> str:
     return hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()

@@ -9,7 +9,8 @@ import pytest
 from csalign.adapters.checkpoint import DESCRIPTION
 from csalign.core.errors import DataError, SchemaError
 from csalign.features.schema import read_manifest
-from csalign.ingest.config import SplitConfig
+from csalign.ingest.config import ImportConfig, SplitConfig
+from csalign.ingest.import_arrays import import_arrays
 from csalign.ingest.split import split
 from csalign.runs.load import load_run
 from csalign.runs.metadata import (
@@ -20,6 +21,8 @@ from csalign.runs.metadata import (
     read_settings,
     run_folder,
 )
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 
 V1 = Path(__file__).parents[1] / "features/v1/run"
 
@@ -114,10 +117,12 @@ def test_the_features_of_a_run_are_found_by_their_content(
 
 
 def test_features_divided_otherwise_are_taken_only_where_the_very_set_is_gone(
-    features: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arrays: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    features, run, other = tmp_path / "features", tmp_path / "run", tmp_path / "other"
+    import_arrays(ImportConfig(source=arrays, out=features))
+    train(TrainConfig(features=features, out=run, steps=0))
     fingerprint = read_manifest(features).fingerprint()
-    other = tmp_path / "other"
     divided = copytree(features, other / features.name)
     split(SplitConfig(features=divided, test=0.5))
     assert read_manifest(divided).fingerprint() != fingerprint
