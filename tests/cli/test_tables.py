@@ -305,6 +305,19 @@ def test_a_set_with_validation_names_the_call_that_adds_a_test_split_once(
     assert "train 210, val 60, test 30" in csalign(*how.split()[1:]).stdout
 
 
+def test_lines_on_a_terminal_break_between_words() -> None:
+    path = "nowhere/" * 6
+    message = csalign("eval", path, FORCE_COLOR="1", TERM="xterm", COLUMNS="40").stderr
+    message = re.sub(r"\x1b\[[?\d;]*\w", "", message)
+    lines = message[message.index("csalign:") :].splitlines()
+
+    assert len(lines) > 1
+    assert any(path.rstrip("/") in line for line in lines)
+    assert all(len(line) <= 40 for line in lines if "nowhere" not in line)
+    whole = csalign("eval", path).stderr
+    assert " ".join(line.strip() for line in lines) == whole.strip()
+
+
 def test_a_set_says_its_splits_and_the_first_failures(
     make_images: Callable[..., Path], tiny_clip: tuple[Path, Path], tmp_path: Path
 ) -> None:

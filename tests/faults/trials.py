@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-from csalign.core.calls import CALL_KEYS
+from csalign.core.progress import CALL_KEYS
 from PIL import Image
 
 from csalign.core import locks, outputs
