@@ -13,10 +13,10 @@ import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-from csalign.core.progress import CALL_KEYS
 from PIL import Image
 
 from csalign.core import locks, outputs
+from csalign.core.progress import CALL_KEYS
 from tests.faults.disk import Done, Machine, Mode, Plan
 
 COMMANDS = ("extract", "import", "train", "apply", "eval")
