@@ -21,7 +21,7 @@ from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, 
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed, outputs
 from csalign.core.config import Config, OutputConfig
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import Kind, is_store_error, require_kind
 from csalign.core.progress import recorded_call
 from csalign.ingest.config import ExtractConfig
@@ -89,9 +89,18 @@ def command_of(
                 module, _, name = function.partition(":")
                 work = getattr(import_module(f"csalign.{module}"), name)
                 local = with_local_runs(settings, call.names)
-                result = call.complete(work(local, progress))
+                failed = None
+                try:
+                    result = call.complete(work(local, progress))
+                except OutputError as error:
+                    if error.result is None:
+                        raise
+                    failed, result = error, call.complete(error.result)
+                    settings = settings.model_copy(update={"report": None})
             if not is_follower:
                 render.show(result, show, settings, as_json=json, quiet=quiet)
+            if failed is not None:
+                raise failed
 
     common = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

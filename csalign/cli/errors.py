@@ -3,12 +3,14 @@
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any
 
 import typer
@@ -57,6 +59,9 @@ def _usage(error: Any) -> str:
         return f"{found[1]}: no such command{hint}"
     if found := re.match(r"Got unexpected extra argument\S* \((.*)\)$", message):
         arguments = [p.metavar for p in command.params if p.param_type_name == "argument"]
+        if query := error.ctx.params.get("query"):
+            quoted = shlex.join([*path.split(), error.ctx.params["index"], f"{query} {found[1]}"])
+            return f"{found[1]}: unexpected argument; quote the query: {quoted}"
         usage = " ".join([path, *arguments, "[OPTIONS]"])
         return f"{found[1]}: unexpected argument; the usage is {usage}"
     return message
@@ -94,6 +99,7 @@ def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
         if isinstance(error, OSError):
             message = atomic.os_error(error)
             if error.filename == render.STDOUT:
+                message = message.partition(", or choose another --out")[0]
                 _drop_stdout()
         elif is_store_error(error):
             message = f"the object store failed: {error}; check its address and keys"
@@ -112,8 +118,16 @@ def _print_error(console: Console, message: str, verbose: int) -> None:
     if verbose >= 2:
         console.print(traceback.format_exc(), markup=False, highlight=False)
     for line in message.splitlines():
-        text = f"csalign: {render.escape_controls(line)}"
-        console.print(text, markup=False, highlight=False, style="red")
+        _print_line(console, f"csalign: {render.escape_controls(line)}", "red")
+
+
+def _print_line(console: Console, text: str, style: str | None) -> None:
+    """Print a line; on a terminal it is wrapped between words, of which none is broken."""
+    lines = [text]
+    if console.is_terminal:
+        lines = wrap(text, console.width, break_long_words=False, break_on_hyphens=False)
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False)
 
 
 class _StderrHandler(logging.Handler):
@@ -124,12 +138,8 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_warning = record.levelno >= logging.WARNING
         label = line_start(self._console) + ("warning: " if is_warning else "")
-        self._console.print(
-            label + render.escape_controls(record.getMessage()),
-            style="yellow" if is_warning else None,
-            markup=False,
-            highlight=False,
-        )
+        text = label + render.escape_controls(record.getMessage())
+        _print_line(self._console, text, "yellow" if is_warning else None)
 
 
 def _set_up_logging(console: Console, *, quiet: bool, verbose: int) -> None:

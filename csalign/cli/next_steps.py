@@ -58,7 +58,10 @@ def after_features(summary: Mapping[str, Any]) -> Iterator[Step]:
         yield ("index", path, *side, "--out", first_free("index"))
 
 
-def no_test_split(features: object) -> str:
+def no_test_split(features: Path | str) -> str:
     """Word that no rows are held out for a test, and how to hold some out."""
-    how = command("split", features, "--val", "0.1", "--test", "0.1")
+    from csalign.features.schema import read_manifest
+
+    options = read_manifest(parse_location(features)).test_split_options
+    how = command("split", features, *options.split())
     return f"no test split; make one with: {how}"

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from csalign.core.config import Config
 
-SHORT = {"out": "-o"}
+SHORT = {"out": "-o", "top": "-k"}
 GENERAL = "General"
 COMMON = "Common options"
 _OFF = "no_"  # prefix of the parameter that switches a field off

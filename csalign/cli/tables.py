@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from csalign.cli.next_steps import Step, first_free, no_test_split, splits_of
+from csalign.cli.next_steps import Step, first_free, splits_of
 from csalign.cli.render import (
     print_closing,
     print_json,
@@ -58,8 +58,7 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     features = settings.features
     splits = splits_of(features)
     split = ["--split", "test"] if "test" in splits else []
-    hint = [] if split else [no_test_split(features)]
-    print_closing(settings, *hint, ("eval", features, "--adapter", result.run, *split))
+    print_closing(settings, ("eval", features, "--adapter", result.run, *split))
 
 
 def best_words(step: int, start: str) -> str:

@@ -20,6 +20,7 @@ keeps its traceback.
 """
 
 import signal
+from typing import Any
 
 
 class CsalignError(Exception):
@@ -55,7 +56,13 @@ class DecoderError(CsalignError):
 
 
 class OutputError(CsalignError):
-    """An output cannot be written to the requested place."""
+    """An output cannot be written to the requested place.
+
+    Attributes:
+        result: what was computed, if only its page cannot be written.
+    """
+
+    result: Any = None
 
 
 class TrainingError(CsalignError):

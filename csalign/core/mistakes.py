@@ -39,9 +39,12 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
     ['glu']
     >>> closest("split", ["val-split", "train-split", "steps"])
     ['val-split', 'train-split']
+    >>> closest("evaluate", ["eval", "train"])
+    ['eval']
     """
     known = list(known)
     parts = [other for other in known if len(word) > 2 and word in other.split("-")]
+    parts += [other for other in known if len(other) > 3 and word.startswith(other)]
     # Of three letters, two that are swapped leave a similarity of 2/3.
     cutoff = LIKE if len(word) > 3 else 0.6
     return list(dict.fromkeys([*parts, *get_close_matches(word, known, 2, cutoff)]))[:2]

@@ -68,6 +68,13 @@ def find_model(name: str) -> tuple[Architecture, Weights | None]:
         return _find_in_folder(name, Path(place))
     if scheme == "hf-hub":
         return _find_on_hub(name, place)
+    if (
+        Path(name).is_dir()
+        and name.rpartition("/")[0].replace("/", "-") not in open_clip.list_models()
+    ):
+        has_config = (Path(name) / _CONFIG).is_file()
+        form = f"local-dir:{name}" if has_config else f"{name}/CONFIG.json+{name}/WEIGHTS"
+        raise ConfigError(f"open_clip:{name}: is a folder; write open_clip:{form}")
     model, pretrained = _split(name)
     architecture = find_architecture(model)
     return architecture, None if pretrained == RANDOM else find_weights(architecture, pretrained)

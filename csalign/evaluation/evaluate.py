@@ -12,7 +12,7 @@ import torch
 
 from csalign.core import distributed
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, current_progress, silent
 from csalign.core.results import EvalResult
@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
         EncoderError: the encoder of image sets cannot be loaded or run.
         ShapeError: the widths of the sides, or of the adapter, do not match.
         SchemaError: the features or the adapter are damaged.
-        OutputError: the page cannot be written.
+        OutputError: the page cannot be written; its `result` is the evaluation.
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
@@ -71,15 +71,21 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
       centroid distance ↓    0.1740
     """
     config.check()
+    unwritten: list[OutputError] = []
     if config.images is not None and config.generated is not None:
         document = _compare_image_sets(config, config.images, config.generated)
     else:
         with distributed.process_group():
-            document = _evaluate_features(with_features(config))
-    return EvalResult(document | ({"explanations": explain(document)} if config.explain else {}))
+            document = _evaluate_features(with_features(config), unwritten)
+    result = EvalResult(document | ({"explanations": explain(document)} if config.explain else {}))
+    for error in unwritten:
+        error.result = result
+        raise error
+    return result
 
 
-def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
+def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict[str, Any]:
+    """Measure features; append to `unwritten` why the page could not be written."""
     check_report(config)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
@@ -92,7 +98,10 @@ def _evaluate_features(config: EvalConfig) -> dict[str, Any]:
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"
             title = f"Evaluation of {what}, split {evaluation.aligned.split}"
-            write_report(config, title, evaluation, document, config.adapter)
+            try:
+                write_report(config, title, evaluation, document, config.adapter)
+            except OutputError as error:
+                unwritten.append(error)
         return document
 
     return distributed.broadcast(finish)
@@ -156,7 +165,7 @@ def _load_images(name: str, config: EvalConfig) -> tuple[FeatureSet, Floats]:
     with tempfile.TemporaryDirectory(prefix="csalign-") as folder:
         if place is None or not (place / MANIFEST).is_file():
             if config.encoder is None:
-                raise ConfigError(f"--encoder: is required, to encode the images of {name}")
+                raise ConfigError(f"--encoder is required, to encode the images of {name}")
             if config.split is not None:
                 raise ConfigError(f"--split: is for feature sets, which {name} is not")
             place = Path(folder, "features")

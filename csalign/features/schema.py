@@ -78,6 +78,11 @@ class EncoderInfo(Record):
     # Everything else that affects the numbers: image size, tokenizer, precision.
     preprocessing: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 of the weights that gave the rows: of an encoder, or of a run's adapter."""
+        return self.fingerprint or self.preprocessing.get("adapter_sha256")
+
 
 class Shard(Record):
     """One Parquet file: its path relative to the feature set, size and SHA-256."""
@@ -192,6 +197,14 @@ class Manifest(Record):
             return found
         files = (self.splits.side(side) for side in Modality)
         return f"{found}-{_sha256_of(*(file for file in files if file is not None))}"
+
+    @property
+    def test_split_options(self) -> str:
+        """Options of ``csalign split`` that hold out a test split, beside the splits there are."""
+        if self.splits is None:
+            return "--val 0.1 --test 0.1"
+        settings = self.splits.settings.model_copy(update={"test": 0.1})
+        return f"{settings.options} --overwrite"
 
 
 def _sha256_of(*files: Shard) -> str:

@@ -136,7 +136,7 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
             specs[side] = None
         elif specs[side] is None:
             raise ConfigError(
-                f"--{side}-encoder: is required, since the source contains {side.plural}; pass "
+                f"--{side}-encoder is required, since the source contains {side.plural}; pass "
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
     options = EncoderOptions(
@@ -287,7 +287,14 @@ def _check_failures(
         problem = f"{failed_texts} of {texts} texts are unusable"
     if problem is not None:
         problem += f" (limit: {100 * limit:g} %)"
-        raise _too_many(partial, records, problem, ", or with a higher --max-failures")
+        advice = ", or with a higher --max-failures"
+        is_table = Path(config.source).suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet")
+        if failed == seen and is_table and config.images is None:
+            advice += (
+                "; if the images are in another folder, run csalign extract FOLDER --captions "
+                f"{config.source}"
+            )
+        raise _too_many(partial, records, problem, advice)
     if not is_all:
         return
     skipped = sum(len(record.failures) for record in records)

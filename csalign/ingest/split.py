@@ -49,5 +49,7 @@ def split_settings(options: SplitOptions) -> SplitSettings | None:
     if val is None and test is None:
         return None
     if max(val or 0, test or 0) < 1 <= (val or 0) + (test or 0):
-        raise ConfigError(f"val, test: {val:g} and {test:g} leave nothing to train on; lower one")
+        raise ConfigError(
+            f"--val, --test: {val:g} and {test:g} leave nothing to train on; lower one"
+        )
     return SplitSettings(val=val, test=test, seed=options.seed, group=options.group)

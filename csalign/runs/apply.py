@@ -135,7 +135,11 @@ def _writer(
                 width=width,
                 token_width=width if side in token_sides else None,
                 token_space="projected" if side in token_sides else None,
-                preprocessing={"adapter_trained_on": info.data_fingerprint, "normalized": True},
+                preprocessing={
+                    "adapter_sha256": info.weights_sha256,
+                    "adapter_trained_on": info.data_fingerprint,
+                    "normalized": True,
+                },
             )
             for side, width in widths.items()
         }

@@ -124,7 +124,7 @@ def check_encoder(
 ) -> None:
     """Compare the encoder of some embeddings with the one that a run was trained on.
 
-    A warning says where they cannot be compared, or where only their names differ.
+    Weights are compared where both are known, else names; a warning says where one has neither.
 
     Args:
         found: the encoder of the embeddings.
@@ -135,29 +135,33 @@ def check_encoder(
         any_encoder: whether to warn of another encoder instead of refusing it.
 
     Raises:
-        DataError: the weights of the encoders differ, or the embeddings are aligned already.
+        DataError: the encoders differ, or the embeddings are aligned already.
     """
     known, own = info.encoders[side], (info.encoder_fingerprints or {}).get(side)
-    spec, known_spec = public_spec(found.spec), public_spec(known)
+    spec, known_spec, weights = public_spec(found.spec), public_spec(known), found.weights
     problem = unsure = None
-    if ALIGNED in found.spec and found.spec != known:
+    if ALIGNED in found.spec and ALIGNED not in known:
         problem = f"are aligned already ({spec}); use the features they come from"
-    elif own is not None and found.fingerprint is not None:
-        if own != found.fingerprint:
+    elif own is not None and weights is not None:
+        if own != weights:
             problem = (
-                f"come from the encoder {spec} (weights {found.fingerprint[:12]}), the run {run} "
+                f"come from the encoder {spec} (weights {weights[:12]}), the run {run} "
                 f"was trained on {known_spec} (weights {own[:12]}); use that encoder"
             )
+    elif UNKNOWN in (spec, known_spec):
+        names = ["no encoder recorded" if name == UNKNOWN else name for name in (spec, known_spec)]
+        unsure = f"({names[0]}) may differ from those that {run} was trained on ({names[1]})"
     elif spec != known_spec:
-        unsure = f"are of the encoder {spec}, the run {run} was trained on {known_spec}"
-    elif spec == UNKNOWN:
-        unsure = f"do not name their encoder, nor do those that the run {run} was trained on"
+        problem = (
+            f"come from the encoder {spec}, the run {run} was trained on {known_spec}; use that "
+            "encoder"
+        )
     if problem is not None and not any_encoder:
         raise DataError(f"{name} {problem}, or insist with --any-encoder")
     if problem is not None:
         log.warning("%s %s", name, problem)
     elif unsure is not None:
-        log.warning("%s %s; results mean little if they differ", name, unsure)
+        log.warning("%s %s; results mean little if they do", name, unsure)
 
 
 def public_spec(spec: str) -> str:

@@ -77,7 +77,8 @@ def find_features(run: Path, fingerprint: str) -> Path:
     """Find the feature set that a run was trained on.
 
     Searched are the path that the run recorded, absolute and as it was typed, the folder of the
-    run, and the working directory; a set with another fingerprint does not count.
+    run, and the working directory; a set with another fingerprint does not count, one with
+    other splits does if there is no other.
 
     Args:
         run: of the run, or a checkpoint in it.
@@ -106,17 +107,19 @@ def find_features(run: Path, fingerprint: str) -> Path:
     local = [place for place in places if not is_remote(place)]
     places += [folder.absolute().parent / place for place in local if not place.is_absolute()]
     places += [near / place.name for place in local for near in (folder.absolute().parent, Path())]
-    changed = None
-    for place in dict.fromkeys(places):
-        if (place / MANIFEST).is_file():
-            found = read_manifest(place).fingerprint()
-            if same_rows(found, fingerprint):
+    found = {
+        place: read_manifest(place).fingerprint()
+        for place in dict.fromkeys(places)
+        if (place / MANIFEST).is_file()
+    }
+    for is_found in (str.__eq__, same_rows):  # a set with other splits is the second choice
+        for place, own in found.items():
+            if is_found(own, fingerprint):
                 return place
-            changed = changed or (place, found)
-    if changed is not None:
+    for place, own in found.items():
         raise DataError(
             f"{run}: was trained on features with the fingerprint {fingerprint[:12]}, but "
-            f"{changed[0]} has {changed[1][:12]}, so it was changed or is another set; {remedy}"
+            f"{place} has {own[:12]}, so it was changed or is another set; {remedy}"
         )
     raise DataError(
         f"{run}: its features are not at {places[0]}, nor beside the run or in this folder; "

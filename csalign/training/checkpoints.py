@@ -134,7 +134,7 @@ class UnfinishedRun:
         self._info = {
             "encoders": {side: features.table(side).encoder.spec for side in Modality},
             "encoder_fingerprints": {
-                side: features.table(side).encoder.fingerprint for side in Modality
+                side: features.table(side).encoder.weights for side in Modality
             },
             "start": start,
             "data_fingerprint": features.manifest.fingerprint(),

@@ -206,7 +206,7 @@ class OptimizerOptions(Config):
         None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
     )
     epochs: Positive | None = Field(
-        None, description="Passes over the training pairs, instead of --steps."
+        None, description="Passes over the captioned training images, instead of --steps."
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(

@@ -90,8 +90,9 @@ def announce_rows(data: TrainingData) -> None:
     if "test" not in features.splits():
         log.info(
             "no test split; to measure the run on rows it has not seen, hold one out first with "
-            "csalign split %s --test 0.1",
+            "csalign split %s %s",
             features.path,
+            features.manifest.test_split_options,
         )
 
 

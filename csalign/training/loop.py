@@ -97,7 +97,8 @@ class Trainer:
             mixing=objective.mixing,
             tokens=tokens,
         )
-        epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * len(sampler) / options.batch_size)
+        per_epoch = len(sampler) / min(options.batch_size, len(sampler))
+        epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * per_epoch)
         default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
         self.steps = default if options.steps is None else options.steps
         self.step = self.steps_made = 0

@@ -144,7 +144,7 @@ def test_images_of_no_use_are_refused_and_listed(
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ("photos --out out", 2, "encoder: is required"),
+        ("photos --out out", 2, "encoder is required"),
         ("photos --encoder none --out out", 2, "at least one must be an encoder"),
         ("photos --encoder nope:x --out out", 2, "nope:x: no encoder"),
         ("photos --encoder open_clip:nope/none --out out", 1, "nope"),
@@ -217,3 +217,15 @@ def test_repeated_ids_of_different_images_are_left_out(
     (photos / "captions.csv").write_text("image,caption,id\na.png,one,x\nb.png,two,x\n")
 
     refused(f"extract photos --encoder {encoder} --id-column id --out out", 1, "ids are unique")
+
+
+def test_a_table_whose_images_are_elsewhere_says_how_to_name_their_folder(
+    photos: Path, refused: Refused, encoder: str
+) -> None:
+    (photos / "captions.csv").rename(photos.parent / "t.csv")
+
+    refused(
+        f"extract t.csv --encoder {encoder} --out out",
+        1,
+        "run csalign extract FOLDER --captions t.csv",
+    )

@@ -209,6 +209,20 @@ def test_a_file_that_cannot_grow_is_named_with_the_remedy(
     )
 
 
+def test_an_evaluation_is_printed_though_its_page_cannot_be_written(
+    arrays: tuple[Path, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    features, page = tmp_path / "features", tmp_path / "page.html"
+    csalign("import", arrays[0], arrays[0], "--out", features)
+    request.getfixturevalue("small_files")
+    done = csalign("eval", features, "--no-intervals", "--report", page, "--json")
+
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["counts"]["pairs"] == 300
+    assert f"csalign: {page}" in done.stderr
+    assert not page.exists()
+
+
 def test_a_signal_stops_a_run_which_the_same_command_resumes(
     features: Path, tmp_path: Path
 ) -> None:

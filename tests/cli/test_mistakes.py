@@ -39,6 +39,9 @@ MISTAKES = [
     ("train f --split val", 2, "; did you mean --train-split or --val-split?"),
     ("train f --overwrit", 2, "--overwrit: no such option; did you mean --overwrite?"),
     ("eval f --gpus 3", 2, "--gpus: no such option; see csalign eval --help-all"),
+    ("evaluate f", 2, "evaluate: no such command; did you mean eval?"),
+    ("search f a red flower", 2, "; quote the query: csalign search f 'a red flower'"),
+    ("import x.npy --out q --val 0.6 --test 0.6", 2, "--val, --test: 0.6 and 0.6 leave nothing"),
     ("trian f", 2, "trian: no such command; did you mean train?"),
     ("xyz", 2, "xyz: no such command; see csalign --help"),
     ("help trian", 2, "trian: no such command; did you mean train?"),
@@ -176,13 +179,16 @@ def test_aliases_mean_the_same_on_the_command_line_in_a_file_and_from_python(
         SearchConfig.model_validate({"index": "i", "html": "a.html", "report": "b.html"})
 
 
-def test_epochs_are_passes_over_the_training_pairs(place: Path, run: Run) -> None:
-    words = ("--epochs", 3, "--batch-size", 50, "--hidden", 8, "--patience", 99)
-    code, _, errors = run("train", "f", "--out", "q", *words)
+@pytest.mark.parametrize(("batch", "steps"), [(50, 12), (512, 3)])  # 200 pairs
+def test_epochs_are_passes_over_the_training_pairs(
+    place: Path, run: Run, batch: int, steps: int
+) -> None:
+    words = ("--epochs", 3, "--batch-size", batch, "--hidden", 8, "--patience", 99)
+    code, _, errors = run("train", "f", "--out", "q", *words, "--overwrite")
 
     assert code == 0, errors
-    assert '"step": 12,' in Path("q/metrics.jsonl").read_text()  # 200 pairs, 4 steps an epoch
-    assert '"step": 13,' not in Path("q/metrics.jsonl").read_text()
+    assert f'"step": {steps},' in Path("q/metrics.jsonl").read_text()
+    assert f'"step": {steps + 1},' not in Path("q/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

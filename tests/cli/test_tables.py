@@ -280,7 +280,7 @@ def test_commands_say_what_they_wrote_and_what_comes_next(folder: Path, tmp_path
     as_json = csalign("eval", out, "--no-intervals", "--json").stdout
 
     assert f"wrote {out}: 300 images, 300 texts, 300 pairs" in imported
-    assert f"csalign split {out} --val 0.1 --test 0.1" in imported
+    assert f"csalign split {out} --val 0.1 --test 0.1\n" in imported
     assert imported.splitlines()[-1] == f"next: csalign train {out} --out run"
     assert raw.splitlines()[-1] == f"next: csalign train {out} --out run"
     assert f"wrote {tmp_path / 'run'}" in trained
@@ -289,6 +289,33 @@ def test_commands_say_what_they_wrote_and_what_comes_next(folder: Path, tmp_path
     assert "next:" not in quiet
     assert f"wrote {page}" in diagnosed
     json.loads(as_json)
+
+
+def test_a_set_with_validation_names_the_call_that_adds_a_test_split_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    out, arrays = tmp_path / "out", (folder / "images.npy", folder / "texts.npy")
+    imported = csalign("import", *arrays, "--out", out, "--val", 0.2, "--seed", 3).stdout
+    how = f"csalign split {out} --val 0.2 --test 0.1 --seed 3 --overwrite"
+    assert f"{how}\n" in imported
+    trained = csalign("train", out, "--out", tmp_path / "run", "--steps", 0)
+    assert (trained.stdout + trained.stderr).count("no test split") == 1
+    assert how in trained.stderr
+
+    assert "train 210, val 60, test 30" in csalign(*how.split()[1:]).stdout
+
+
+def test_lines_on_a_terminal_break_between_words() -> None:
+    path = "nowhere/" * 6
+    message = csalign("eval", path, FORCE_COLOR="1", TERM="xterm", COLUMNS="40").stderr
+    message = re.sub(r"\x1b\[[?\d;]*\w", "", message)
+    lines = message[message.index("csalign:") :].splitlines()
+
+    assert len(lines) > 1
+    assert any(path.rstrip("/") in line for line in lines)
+    assert all(len(line) <= 40 for line in lines if "nowhere" not in line)
+    whole = csalign("eval", path).stderr
+    assert " ".join(line.strip() for line in lines) == whole.strip()
 
 
 def test_a_set_says_its_splits_and_the_first_failures(

@@ -516,6 +516,14 @@ def test_a_folder_holds_config_weights_and_tokenizer(
         load_spec(f"{spec}/nowhere")
 
 
+def test_a_folder_in_place_of_a_name_says_how_to_name_its_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"is a folder; .*{tmp_path}/CONFIG.json\+.*/WEIGHTS"):
+        load_spec(f"open_clip:{tmp_path}")
+    (tmp_path / "open_clip_config.json").touch()
+    with pytest.raises(ConfigError, match=f"is a folder; write open_clip:local-dir:{tmp_path}"):
+        load_spec(f"open_clip:{tmp_path}")
+
+
 def test_a_name_without_weights_shows_the_forms() -> None:
     for name, bare in [
         ("ViT-B-32", "ViT-B-32"),

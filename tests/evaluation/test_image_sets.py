@@ -100,7 +100,7 @@ def test_sets_of_different_encoders_are_refused(
             {"images": "a", "generated": "b", "by": "c", "seed": 1},
             "--by, --seed: cannot be used with",
         ),
-        ({"images": "a", "generated": "b"}, "encoder: is required, to encode the images of a"),
+        ({"images": "a", "generated": "b"}, "encoder is required, to encode the images of a"),
         ({"images": "a", "generated": "b", "encoder": "x", "split": "y"}, "split: is for feature"),
     ],
 )

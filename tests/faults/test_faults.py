@@ -150,7 +150,7 @@ def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path: Path) -> None:
         )
 
     assert done.returncode == 1
-    assert "csalign: stdout: No space left on device; free some space" in done.stderr
+    assert "csalign: stdout: No space left on device; free some space\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

@@ -556,7 +556,7 @@ def test_one_side_can_be_skipped(run: Callable[..., FeaturesResult], photos: Pat
     assert (texts.images, texts.texts, texts.pairs) == (0, 9, 0)
     assert FeatureSet.open(texts.features).manifest.encoders.image is None
     assert column(texts, Modality.TEXT, "image_id") == [None] * 9
-    with pytest.raises(ConfigError, match="text-encoder: is required, since the source"):
+    with pytest.raises(ConfigError, match="text-encoder is required, since the source"):
         run("x", encoder=None, image_encoder="open_clip:RN50/none")
 
 

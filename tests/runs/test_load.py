@@ -1,5 +1,6 @@
 """The encoders of features, compared with those of a run."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,10 +98,10 @@ def test_the_commands_that_map_features_refuse_other_encoders_unless_insisted(
         ("A", "a" * 64, None),
         ("renamed", "a" * 64, None),  # the same weights
         ("A", None, None),
-        ("B", None, "are of the encoder B, the run run was trained on A"),
+        ("unknown", None, r"text embeddings (no encoder recorded) may differ .* run was .* (A)"),
     ],
 )
-def test_names_decide_a_warning_where_fingerprints_are_unknown(
+def test_an_unknown_encoder_is_warned_of_and_the_same_is_not(
     make: Make,
     caplog: pytest.LogCaptureFixture,
     spec: str,
@@ -109,18 +110,27 @@ def test_names_decide_a_warning_where_fingerprints_are_unknown(
 ) -> None:
     check(make("other", spec=spec, fingerprint=fingerprint), trained(make("features")))
 
-    assert (said in caplog.text) if said else not caplog.records
+    if said:
+        assert re.search(said.replace("(", r"\(").replace(")", r"\)"), caplog.text)
+    else:
+        assert not caplog.records
 
 
-def test_a_run_of_an_older_version_compares_names_and_only_warns(
+def test_encoders_of_other_names_are_refused_where_fingerprints_are_unknown(make: Make) -> None:
+    info, other = trained(make("features")), make("other", spec="B", fingerprint=None)
+    with pytest.raises(DataError, match=r"encoder B, the run run was trained on A; .*--any-enc"):
+        check(other, info)
+    check(other, info, any_encoder=True)
+
+
+def test_a_run_of_an_older_version_compares_names(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     info = trained(make("features"), encoder_fingerprints=None)
     check(make("same", fingerprint="b" * 64), info)
     assert not caplog.records
-    check(make("another", spec="B", fingerprint="b" * 64), info)
-
-    assert "are of the encoder B" in caplog.text
+    with pytest.raises(DataError, match="come from the encoder B"):
+        check(make("another", spec="B", fingerprint="b" * 64), info)
 
 
 def test_encoders_that_nobody_named_are_warned_of_in_other_features_only(
@@ -132,7 +142,8 @@ def test_encoders_that_nobody_named_are_warned_of_in_other_features_only(
     assert not caplog.records
     check(make("other", spec="unknown", fingerprint=None), info)
 
-    assert "the text embeddings do not name their encoder" in caplog.text
+    said = "(no encoder recorded) may differ from those that run was trained on (no encoder rec"
+    assert f"the text embeddings {said}" in caplog.text
 
 
 def test_an_adapter_is_not_applied_twice(make: Make, tmp_path: Path) -> None:
@@ -145,6 +156,25 @@ def test_an_adapter_is_not_applied_twice(make: Make, tmp_path: Path) -> None:
     again = train(TrainConfig(features=out, out=tmp_path / "again", steps=0)).run
 
     assert evaluate(EvalConfig(features=out, adapter=again))["counts"]["pairs"] == 40
+
+
+def test_a_second_stage_takes_what_its_own_first_stage_aligned(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, other, aligned = make("features"), make("other"), []
+    for number, (rows, seed) in enumerate([(features, 0), (features, 1), (other, 0)]):
+        run = tmp_path / f"{min(number, 1)}/run"
+        if number < 2:
+            train(TrainConfig(features=rows, out=run, steps=2, hidden=8, seed=seed))
+        out = tmp_path / f"aligned-{number}"
+        aligned.append(apply(ApplyConfig(features=rows, adapter=run, out=out)).features)
+    second = train(TrainConfig(features=aligned[1], out=tmp_path / "second", steps=0)).run
+    caplog.clear()
+
+    assert evaluate(EvalConfig(features=aligned[2], adapter=second))["counts"]["pairs"] == 40
+    assert not caplog.records
+    with pytest.raises(DataError, match=r"encoder I \| run \(weights .* was trained on I \| run"):
+        evaluate(EvalConfig(features=aligned[0], adapter=second))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ import pytest
 from csalign.adapters.checkpoint import DESCRIPTION
 from csalign.core.errors import DataError, SchemaError
 from csalign.features.schema import read_manifest
+from csalign.ingest.config import ImportConfig, SplitConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.ingest.split import split
 from csalign.runs.load import load_run
 from csalign.runs.metadata import (
     ADAPTER,
@@ -18,6 +21,8 @@ from csalign.runs.metadata import (
     read_settings,
     run_folder,
 )
+from csalign.training.config import TrainConfig
+from csalign.training.train import train
 
 V1 = Path(__file__).parents[1] / "features/v1/run"
 
@@ -109,6 +114,24 @@ def test_the_features_of_a_run_are_found_by_their_content(
     assert find_features(copytree(run, other / "run"), fingerprint) == other / "features"
     with pytest.raises(DataError, match=r"fingerprint 0000, but .* has .*--features"):
         find_features(other / "run", "0000")
+
+
+def test_features_divided_otherwise_are_taken_only_where_the_very_set_is_gone(
+    arrays: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, run, other = tmp_path / "features", tmp_path / "run", tmp_path / "other"
+    import_arrays(ImportConfig(source=arrays, out=features))
+    train(TrainConfig(features=features, out=run, steps=0))
+    fingerprint = read_manifest(features).fingerprint()
+    divided = copytree(features, other / features.name)
+    split(SplitConfig(features=divided, test=0.5))
+    assert read_manifest(divided).fingerprint() != fingerprint
+    monkeypatch.chdir(other)
+    change(run / "config.toml", str(features), features.name)  # typed there, so found first
+
+    assert find_features(run, fingerprint) == features
+    features.rename(tmp_path / "moved")
+    assert find_features(run, fingerprint).resolve() == divided
 
 
 def test_a_run_of_version_0_1_0_names_its_features_as_they_were_typed(tmp_path: Path) -> None:

@@ -471,3 +471,21 @@ def test_a_table_in_one_piece_is_what_its_lines_are(tmp_path: Path, content: byt
     for row, (_, _, values, error) in enumerate(rows):
         assert error is None
         assert {name: column[row] or "" for name, column in table.columns.items()} == values
+
+
+@pytest.mark.parametrize("lines", [["image,caption"], ["image,caption", "a.png,", "b.png,"]])
+def test_captions_that_contain_none_are_refused(
+    photos: Path, tmp_path: Path, lines: list[str]
+) -> None:
+    table = write(tmp_path / "none.csv", *lines)
+
+    assert f"{table}: contains no captions; " in error_of(photos, captions=table)
+
+
+def test_rows_without_a_caption_are_counted(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write(tmp_path / "half.csv", "image,caption", "a.png,a thing", "sub/b.c.PNG,")
+    open_source(photos, SourceOptions(captions=table))
+
+    assert f"{table}: 1 of 2 rows have no caption" in caplog.text

@@ -86,7 +86,7 @@ class Catalog:
         self._files: list[_File] = []
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
-        self._blank_rows = 0
+        self._blank_rows = self._rows = self._rows_without_caption = 0
 
     def begin_file(self, name: str, prefix: str = "") -> None:
         """Start a file; `prefix` makes ids from its row numbers unique among several files."""
@@ -111,6 +111,8 @@ class Catalog:
             else:
                 self._blank_rows += 1
                 return
+            self._rows += 1
+            self._rows_without_caption += not row.captions
         except DataError as error:
             self._entries.append(_Entry("", row.number, error=str(error)))
             return
@@ -152,6 +154,9 @@ class Catalog:
                 repeated += len(entry.captions) - len({text for text, _ in entry.captions})
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
+        if 0 < self._rows_without_caption < self._rows:
+            rows = self._rows_without_caption, self._rows
+            logger.warning("%s: %d of %d rows have no caption", name, *rows)
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)
         return self

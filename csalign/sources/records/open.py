@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
+from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json
@@ -117,7 +118,13 @@ class _Opener:
                 )
             if not self._options.captions.is_file():
                 raise DataError(f"{self._options.captions}: no such file; pass a captions table")
-            return self._file(self._options.captions, folder, found)
+            source = self._file(self._options.captions, folder, found)
+            if Modality.TEXT not in source.sides:
+                raise DataError(
+                    f"{self._options.captions}: contains no captions; fill in its column of "
+                    "captions, or omit --captions to embed images alone"
+                )
+            return source
         if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
             raise ConfigError(f"--kind: {folder} is a folder, not {kind}; pass the file")
         containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
