@@ -25,8 +25,6 @@ def main() -> None:
     """Run the command line; signals are handled before anything heavy is imported."""
     catch_signals()
     open_closed_streams()
-    # Threads that spin at every barrier make a step several times slower on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from csalign.cli.app import app
 

@@ -20,7 +20,7 @@ FLOORS = (
     {"cli"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FRONT_DOORS = {"__init__.py", "__main__.py"}
+FRONT_DOORS = {"__init__.py", "__main__.py", "calls.py"}
 # Each heavy library is imported by these modules alone.
 ONLY_DOORS = {
     "diffusers": {"generation/unclip.py"},
@@ -71,8 +71,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 160  # modules of the package
-MAX_TOTAL_LINES = 33_000
+MAX_TOTAL = 154  # modules of the package
+MAX_TOTAL_LINES = 30_500
 
 
 @cache
@@ -114,7 +114,7 @@ def test_the_training_command_knows_few_modules() -> None:
     tree = ast.parse((PACKAGE / "training/train.py").read_text(encoding="utf-8"))
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
 
-    assert len([name for name in modules if name and name.startswith("csalign.")]) <= 13
+    assert len([name for name in modules if name and name.startswith("csalign.")]) <= 12
 
 
 def test_modules_and_folders_stay_small() -> None:

@@ -3,12 +3,14 @@
 import doctest
 import inspect
 import json
+import pickle
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "index": csalign.IndexConfig,
     "inspect": csalign.InspectConfig,
     "search": csalign.SearchConfig,
+    "split": csalign.SplitConfig,
     "train": csalign.TrainConfig,
     "tune": csalign.TuneConfig,
 }
@@ -70,7 +73,7 @@ def test_the_examples_of_every_public_name_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    module = import_module(csalign._HOMES[name])
+    module = import_module(f"csalign.{(csalign._HOMES | csalign._COMMANDS)[name]}")
     found = doctest.DocTestFinder(recurse=False).find(
         getattr(csalign, name), name, module, globs=vars(module).copy()
     )
@@ -93,7 +96,8 @@ def test_help_lists_every_option_with_its_description(name: str, config: type[Co
     assert set(parameters) == {*config.model_fields, "progress"}
     for option, field in config.model_fields.items():
         assert f"\n    {option} (" in text
-        if not field.is_required() and parameters[option].kind is not inspect.Parameter.VAR_KEYWORD:
+        is_rest = parameters[option].kind is inspect.Parameter.VAR_POSITIONAL
+        if not field.is_required() and not is_rest:
             assert parameters[option].default == field.get_default(call_default_factory=True)
     assert "--" not in text.partition("Options, as keywords")[2]
 
@@ -112,7 +116,7 @@ def test_a_wrong_keyword_is_named_with_the_right_call(name: str) -> None:
     ("call", "message"),
     [
         (lambda: csalign.train("f", "r", step=3), "no option step; did you mean steps"),
-        (lambda: csalign.train("f"), "out: required; for instance csalign.train"),
+        (lambda: csalign.train("f"), "missing out; for instance csalign.train"),
         (lambda: csalign.train("f", "r", 3), "takes at most 2 values by position, got 3"),
         (lambda: csalign.train("f", "r", features="g"), "features is given twice"),
         (lambda: csalign.train("f", "r", cs_weight=-1), "csalign.train: cs_weight"),
@@ -185,13 +189,16 @@ def test_every_result_says_how_it_came_about(stored: Path) -> None:
     assert result["warnings"] == []
 
 
-def test_warnings_are_part_of_the_result(pair: Pair, fitted: csalign.Adapter) -> None:
+def test_warnings_are_part_of_the_result(
+    pair: Pair, fitted: csalign.Adapter, caplog: pytest.LogCaptureFixture
+) -> None:
     result = csalign.evaluate(*pair, adapter=fitted, intervals=False)
 
     assert [text.partition(",")[0] for text in result["warnings"]] == [
-        "arrays: the adapter was trained on rows of this split"
+        "adapter: trained on rows that are measured here (split all of arrays)"
     ]
     assert f"warning: {result['warnings'][0]}" in repr(result)
+    assert "csalign-" not in caplog.text  # the name of a temporary folder
 
 
 def test_two_arrays_give_recall_before_and_after(pair: Pair, fitted: csalign.Adapter) -> None:
@@ -206,7 +213,21 @@ def test_two_arrays_give_recall_before_and_after(pair: Pair, fitted: csalign.Ada
     assert "image to text R@1 %" in repr(after)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch", "half", "bfloat16", "lists", "float64"])
+def test_compare_measures_adapters_on_the_arrays_beside_them(
+    pair: Pair, fitted: csalign.Adapter
+) -> None:
+    held_out = (pair[0][:50], pair[1][:50])
+    result = csalign.compare(held_out, fitted)
+
+    assert result.to_frame()["name"].tolist() == ["arrays (no adapter)", "adapter"]
+    assert [row["verdict"] for row in result["evaluations"]] == ["baseline", "better"]
+    assert not [text for text in result["warnings"] if "encoder" in text]  # arrays name none
+    assert csalign.compare([held_out, fitted]) == result
+
+
+@pytest.mark.parametrize(
+    "kind", ["numpy", "torch", "half", "bfloat16", "lists", "float64", "vectors", "frame", "column"]
+)
 def test_arrays_of_any_kind_are_the_same_rows(kind: str, pair: Pair) -> None:
     whole = tuple(np.round(rows * 4) / 4 + 0.125 for rows in pair)  # exact in every format
     convert: dict[str, Callable[[Any], Any]] = {
@@ -216,10 +237,14 @@ def test_arrays_of_any_kind_are_the_same_rows(kind: str, pair: Pair) -> None:
         "bfloat16": lambda rows: torch.from_numpy(rows).to(torch.bfloat16).requires_grad_(),
         "lists": lambda rows: rows.tolist(),
         "float64": lambda rows: rows.astype(np.float64),
+        "vectors": lambda rows: list(torch.from_numpy(rows)),
+        "frame": lambda rows: pd.DataFrame(rows, index=range(1, 121)),
+        "column": lambda rows: pd.DataFrame({"v": list(rows)}, index=range(1, 121))["v"],
     }
     found = csalign.evaluate(*map(convert[kind], whole), intervals=False)
 
     assert found == csalign.evaluate(*whole, intervals=False)
+    assert found == csalign.evaluate(images=whole[0], texts=whole[1], intervals=False)
 
 
 def test_several_texts_of_an_image_are_given_by_row_or_by_shape(pair: Pair) -> None:
@@ -243,7 +268,7 @@ def test_several_texts_of_an_image_are_given_by_row_or_by_shape(pair: Pair) -> N
         (lambda x, y: (x, y, np.arange(119)), ShapeError, r"image_of_text: has shape \(119,\)"),
         (lambda x, y: (x, np.where(np.arange(12) == 3, np.nan, y)), DataError, "text '0'.*finite"),
         (lambda x, y: (np.where(np.arange(120)[:, None] == 7, 0, x), y), DataError, "image '7'"),
-        (lambda x, y: (x, y.astype(str)), ShapeError, "texts: has dtype"),
+        (lambda x, y: (x, y.astype(str)), ShapeError, "texts: contains text"),
         (lambda x, y: (x.reshape(-1, 4, 3), y), ShapeError, "images: has shape"),
     ],
 )
@@ -267,6 +292,7 @@ def test_arrays_stand_for_paths_in_every_command(
     assert built["rows"] == 120
     assert [one["hits"][0]["id"] for one in found["queries"]] == ["0", "1"]
     assert csalign.search(tmp_path / "index", embedding=pair[1][0])["rows"] == 120
+    assert csalign.search(tmp_path / "index", embedding=pair[1][0].tolist())["rows"] == 120
     assert csalign.diagnose(pair, adapter=fitted)["pairs"] == 120
 
 
@@ -277,6 +303,24 @@ def test_fit_keeps_the_run_where_one_is_named(pair: Pair, tmp_path: Path) -> Non
     np.testing.assert_array_equal(adapter.embed_images(pair[0]), expected)
     with pytest.raises(ConfigError, match="no option step"):
         csalign.fit(*pair, step=3)
+    with pytest.raises(ShapeError, match="images: contains text, not embeddings"):
+        csalign.fit("image.npy", "text.npy")
+
+
+def test_a_run_of_arrays_says_how_to_measure_it(pair: Pair, tmp_path: Path) -> None:
+    csalign.fit(*pair, out=tmp_path / "run", **SHORT)
+    for call in (csalign.evaluate, csalign.compare):
+        with pytest.raises(DataError, match=r"arrays in memory.*csalign\.compare\(\(images, text"):
+            call(tmp_path / "run")
+
+    assert csalign.evaluate(*pair, adapter=tmp_path / "run")["counts"]["pairs"] == 120
+
+
+def test_a_command_is_one_function_that_can_be_pickled() -> None:
+    assert csalign.train is csalign.train
+    assert pickle.loads(pickle.dumps(csalign.evaluate)) is csalign.evaluate
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        getattr(csalign, "evalute")  # noqa: B009
 
 
 def test_results_are_tables_too(stored: Path, pair: Pair, tmp_path: Path) -> None:

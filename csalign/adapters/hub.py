@@ -3,10 +3,17 @@
 import logging
 import re
 from pathlib import Path
+from typing import TypeVar
 
+from csalign.core.config import Config
 from csalign.core.errors import DataError, reason_of
 
 log = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=Config)
+
+RUNS = ("adapter", "run")
+"""Options that name a run, which may be on the hub."""
 
 _NAME = re.compile(r"(?P<scheme>hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
 
@@ -26,6 +33,19 @@ def local_run(run: Path | str, *, revision: str | None = None) -> Path:
     if found is None:
         return Path(run)
     return fetch(found["name"], revision=revision or found["revision"])
+
+
+def with_local_runs(settings: C, names: dict[str, str]) -> C:
+    """Return a config with the folders of the runs that it names on the hub; see `local_run`.
+
+    Args:
+        settings: the config.
+        names: gets the name on the hub by the folder.
+    """
+    named = {option: getattr(settings, option, None) for option in RUNS}
+    found = {option: local_run(run) for option, run in named.items() if run and is_on_hub(run)}
+    names |= {str(folder): str(named[option]) for option, folder in found.items()}
+    return settings.model_copy(update=found) if found else settings
 
 
 def is_on_hub(run: Path | str) -> bool:

@@ -1,20 +1,22 @@
-"""The ``csalign`` command: one function per subcommand, each a thin skin over its room.
+"""The ``csalign`` command: a table of subcommands, each a thin skin over a function of its room.
 
-A command's work is imported when it runs, so that ``--help`` loads nothing heavy.
+A function is imported when its command runs, so that ``--help`` loads nothing heavy.
 """
 
 import tomllib
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from csalign.cli import artifact_tables, eval_tables, render, tables
+from csalign.cli import eval_tables, render, tables
+from csalign.cli.artifact_tables import features_table, inspect_table, split_table
 from csalign.cli.command import command_of
 from csalign.cli.errors import Commands, error_exits
 from csalign.cli.help import Help, show_help
 from csalign.cli.options import GENERAL, Json
-from csalign.core import __version__, results
-from csalign.core.progress import Progress
+from csalign.core import __version__
+from csalign.core.config import Config
 from csalign.evaluation.config import (
     CompareConfig,
     DiagnoseConfig,
@@ -41,6 +43,56 @@ Examples:
 
 csalign help COMMAND shows the options of a command."""
 
+COMMANDS: dict[str, dict[str, tuple[type[Config], str, Callable[..., None]]]] = {
+    "Data": {
+        "extract": (ExtractConfig, "ingest.extract:extract", features_table),
+        "import": (
+            ImportConfig,
+            "ingest.import_arrays:import_arrays",
+            features_table,
+        ),
+        "split": (SplitConfig, "ingest.split:split", split_table),
+        "inspect": (InspectConfig, "evaluation.inspect:inspect", inspect_table),
+    },
+    "Training": {
+        "train": (TrainConfig, "training.train:train", tables.train_table),
+        "tune": (TuneConfig, "training.tuning.tune:tune", tables.tune_tables),
+    },
+    "Evaluation": {
+        "eval": (EvalConfig, "evaluation.evaluate:evaluate", eval_tables.eval_tables),
+        "compare": (CompareConfig, "evaluation.compare:compare", eval_tables.compare_table),
+        "diagnose": (DiagnoseConfig, "evaluation.diagnose:diagnose", eval_tables.diagnosis_tables),
+    },
+    "Use": {
+        "apply": (ApplyConfig, "runs.apply:apply", features_table),
+        "index": (IndexConfig, "indexing.build:index", tables.index_table),
+        "search": (SearchConfig, "indexing.search:find", tables.found),
+        "export": (ExportConfig, "runs.export:export", tables.export_table),
+        "generate": (GenerateConfig, "generation.generate:generate", tables.generate_table),
+    },
+}
+"""By help panel and name: the options, the function, and what prints its result."""
+
+HELP = {
+    "extract": "Encode images and captions with frozen encoders into a feature set.",
+    "import": "Import arrays of embeddings as a feature set.",
+    "split": "Divide a feature set into train, val and test, by image.",
+    "inspect": "Summarise an artifact and verify all of it.",
+    "train": "Train adapters on a feature set.",
+    "tune": "Search settings of train on validation; options you pass stay fixed.",
+    "eval": "Measure retrieval and the modality gap.",
+    "compare": "Compare runs and evaluations, with paired significance intervals.",
+    "diagnose": "Analyse the alignment/uniformity conflict and decompose the gap.",
+    "apply": "Write the aligned embeddings as a new feature set.",
+    "index": "Build a search index on disk.",
+    "search": "Find the nearest items to a text, an image or an embedding.",
+    "export": "Export a run's adapter with a model card.",
+    "generate": "Generate images from text with an unCLIP decoder.",
+}
+
+DISTRIBUTABLE = ("train", "eval", "apply")
+"""Commands that processes which torchrun starts run together."""
+
 app = typer.Typer(
     name="csalign",
     cls=Commands,
@@ -49,10 +101,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,  # a local could be a huge tensor
 )
-DATA = "Data"
-TRAINING = "Training"
-EVALUATION = "Evaluation"
-USE = "Use"
 
 
 def _show_version(wanted: bool) -> None:
@@ -93,89 +141,15 @@ def help_(
     parent.command.main([*([command] if command else []), "--help"], prog_name="csalign")
 
 
-@app.command(rich_help_panel=DATA, epilog=f"Example: {ExtractConfig.example}")
-@command_of(ExtractConfig, artifact_tables.features_table)
-def extract(settings: ExtractConfig, progress: Progress) -> results.FeaturesResult:
-    """Encode images and captions with frozen encoders into a feature set."""
-    from csalign.ingest.extract import extract
-
-    return extract(settings, progress)
-
-
-@app.command("import", rich_help_panel=DATA, epilog=f"Example: {ImportConfig.example}")
-@command_of(ImportConfig, artifact_tables.features_table)
-def import_(settings: ImportConfig, progress: Progress) -> results.FeaturesResult:
-    """Import arrays of embeddings as a feature set."""
-    from csalign.ingest.import_arrays import import_arrays
-
-    return import_arrays(settings, progress)
-
-
-@app.command(rich_help_panel=DATA, epilog=f"Example: {SplitConfig.example}")
-@command_of(SplitConfig, artifact_tables.split_table)
-def split(settings: SplitConfig, progress: Progress) -> results.SplitResult:
-    """Divide a feature set into train, val and test, by image."""
-    from csalign.ingest.split import split
-
-    return split(settings, progress)
-
-
-@app.command(rich_help_panel=TRAINING, epilog=f"Example: {TrainConfig.example}")
-@command_of(TrainConfig, tables.train_table, distributable=True)
-def train(settings: TrainConfig, progress: Progress) -> results.TrainResult:
-    """Train adapters on a feature set."""
-    from csalign.training.train import train
-
-    return train(settings, progress)
-
-
-@app.command(rich_help_panel=TRAINING, epilog=f"Example: {TuneConfig.example}")
-@command_of(TuneConfig, tables.tune_tables)
-def tune(settings: TuneConfig, progress: Progress) -> results.TuneResult:
-    """Search settings of train on validation; options you pass stay fixed."""
-    from csalign.training.tuning.tune import tune
-
-    return tune(settings, progress)
-
-
-@app.command("eval", rich_help_panel=EVALUATION, epilog=f"Example: {EvalConfig.example}")
-@command_of(EvalConfig, eval_tables.eval_tables, distributable=True)
-def eval_(settings: EvalConfig, progress: Progress) -> dict[str, Any]:
-    """Measure retrieval and the modality gap."""
-    from csalign.evaluation.evaluate import evaluate
-
-    return evaluate(settings, progress)
-
-
-@app.command(rich_help_panel=EVALUATION, epilog=f"Example: {CompareConfig.example}")
-@command_of(CompareConfig, eval_tables.compare_table)
-def compare(settings: CompareConfig, progress: Progress) -> dict[str, Any]:
-    """Compare runs and evaluations, with paired significance intervals."""
-    from csalign.evaluation.compare import compare
-
-    return compare(settings, progress)
-
-
-@app.command(rich_help_panel=EVALUATION, epilog=f"Example: {DiagnoseConfig.example}")
-@command_of(DiagnoseConfig, eval_tables.diagnosis_tables)
-def diagnose(settings: DiagnoseConfig, progress: Progress) -> dict[str, Any]:
-    """Analyse the alignment/uniformity conflict and decompose the gap."""
-    from csalign.evaluation.diagnose import diagnose
-
-    return diagnose(settings, progress)
-
-
-@app.command(rich_help_panel=DATA, epilog=f"Example: {InspectConfig.example}")
-@command_of(InspectConfig, artifact_tables.inspect_table)
-def inspect(settings: InspectConfig, progress: Progress) -> dict[str, Any]:
-    """Summarise an artifact and verify all of it."""
-    from csalign.evaluation.inspect import inspect
-
-    return inspect(settings, progress)
+for _panel, _commands in COMMANDS.items():
+    for _name, (_config, _function, _show) in _commands.items():
+        _run = command_of(_config, _function, _show, distributable=_name in DISTRIBUTABLE)
+        _example = f"Example: {_config.example}"
+        app.command(_name, help=HELP[_name], epilog=_example, rich_help_panel=_panel)(_run)
 
 
 @app.command(
-    rich_help_panel=TRAINING,
+    rich_help_panel="Training",
     epilog="Example: csalign recipes few-pairs > few.toml; csalign train features --config "
     "few.toml --out run",
 )
@@ -194,48 +168,3 @@ def recipes(
         else:
             text = recipe_text(name)
             render.print_json(tomllib.loads(text)) if json else typer.echo(text, nl=False)
-
-
-@app.command(rich_help_panel=USE, epilog=f"Example: {ApplyConfig.example}")
-@command_of(ApplyConfig, artifact_tables.features_table, distributable=True)
-def apply(settings: ApplyConfig, progress: Progress) -> results.FeaturesResult:
-    """Write the aligned embeddings as a new feature set."""
-    from csalign.runs.apply import apply
-
-    return apply(settings, progress)
-
-
-@app.command(rich_help_panel=USE, epilog=f"Example: {IndexConfig.example}")
-@command_of(IndexConfig, tables.index_table)
-def index(settings: IndexConfig, progress: Progress) -> dict[str, Any]:
-    """Build a search index on disk."""
-    from csalign.indexing.build import index
-
-    return index(settings, progress)
-
-
-@app.command(rich_help_panel=USE, epilog=f"Example: {SearchConfig.example}")
-@command_of(SearchConfig, tables.found)
-def search(settings: SearchConfig, progress: Progress) -> results.Found:
-    """Find the nearest items to a text, an image or an embedding."""
-    from csalign.indexing.search import find
-
-    return find(settings, progress)
-
-
-@app.command(rich_help_panel=USE, epilog=f"Example: {ExportConfig.example}")
-@command_of(ExportConfig, tables.export_table)
-def export(settings: ExportConfig, progress: Progress) -> dict[str, Any]:
-    """Export a run's adapter with a model card."""
-    from csalign.runs.export import export
-
-    return export(settings, progress)
-
-
-@app.command(rich_help_panel=USE, epilog=f"Example: {GenerateConfig.example}")
-@command_of(GenerateConfig, tables.generate_table)
-def generate(settings: GenerateConfig, progress: Progress) -> results.GenerateResult:
-    """Generate images from text with an unCLIP decoder."""
-    from csalign.generation.generate import generate
-
-    return generate(settings, progress)

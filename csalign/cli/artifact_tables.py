@@ -13,15 +13,16 @@ from csalign.core import results
 from csalign.core.config import Config
 from csalign.core.enums import renamed
 from csalign.core.figures import counted, percent
-from csalign.evaluation.config import InspectConfig
 from csalign.runs.config import ApplyConfig
 
 FAILURES_SHOWN = 3
 SHARDS_SHOWN = 5
+FINGERPRINT = 16  # letters shown, of many; --json has all
 
 
 def features_table(result: results.FeaturesResult, settings: Config) -> None:
     """Print the counts, splits and size of a feature set, and what was skipped."""
+    from csalign.evaluation.config import InspectConfig
     from csalign.evaluation.inspect import inspect, summarise_features
     from csalign.features.reader import FeatureSet
 
@@ -31,24 +32,22 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
         print_line(f"{line} by this process")
-        _inspected(inspect(folder), settings)
+        inspect_table(inspect(InspectConfig(path=folder)), settings)
         return
-    is_set = (folder / MANIFEST).is_file()  # else apply wrote another format
-    summary = summarise_features(FeatureSet.open(folder)) if is_set else None
-    print_wrote(line + (f", {decimal(summary['bytes'])}" if summary else ""))
-    if summary is None:
+    if not (folder / MANIFEST).is_file():  # apply wrote another format
+        print_wrote(line)
         print_closing(settings)
         return
+    summary = summarise_features(FeatureSet.open(folder))
+    print_wrote(f"{line}, {decimal(summary['bytes'])}")
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
         print_line(f"  pairs: {summary['pairing']}")
     for text in _failures(result):
         print_line(f"  {text}")
-    aligned = isinstance(settings, ApplyConfig)
-    after = (
-        [("index", folder, "--out", first_free("index"))] if aligned else after_features(summary)
-    )
-    print_closing(settings, *after)
+    aligned = ("index", folder, "--out", first_free("index"))
+    is_aligned = isinstance(settings, ApplyConfig)
+    print_closing(settings, *([aligned] if is_aligned else after_features(summary)))
 
 
 def split_table(result: results.SplitResult, settings: Config) -> None:
@@ -65,7 +64,8 @@ def _splits(summary: Mapping[str, Any]) -> str:
     splits = summary["splits"]
     if set(splits) <= {NO_SPLIT}:
         return "none"
-    counts = [f"{name} {own['images']:,} + {own['texts']:,}" for name, own in splits.items()]
+    order = sorted(splits, key=lambda name: ("train", "val", "test", name).index(name))
+    counts = [f"{name} {splits[name]['images']:,} + {splits[name]['texts']:,}" for name in order]
     return f"{', '.join(counts)} ({renamed('images + texts', summary.get('names'))})"
 
 
@@ -83,39 +83,32 @@ def _failures(result: results.FeaturesResult) -> Iterator[str]:
         yield f"  and {result.failures - FAILURES_SHOWN:,} more"
 
 
-def inspect_table(document: Mapping[str, Any], settings: InspectConfig) -> None:
+Inspected = tuple[str, dict[str, str], list[Step]]
+"""What an artifact is, the values that matter by name, "" if unknown, and what to do with it."""
+
+
+def inspect_table(document: Mapping[str, Any], settings: Config) -> None:
     """Print what an artifact is, the values that matter, and what to do with it."""
-    _inspected(document, settings)
-
-
-def _inspected(document: Mapping[str, Any], settings: Config) -> None:
-    kind, path = document["kind"], document["path"]
-    title, rows, following = INSPECTED[kind](document)
-    print_rows(f"{path}: {title}", rows)
+    title, rows, following = INSPECTED[document["kind"]](document)
+    print_line(f"{document['path']}: {title}", "bold")
+    print_rows((name, value) for name, value in rows.items() if value)
     print_closing(settings, *following)
-
-
-Inspected = tuple[str, list[tuple[str, str]], list[Step]]
 
 
 def _inspected_features(document: Mapping[str, Any]) -> Inspected:
     counts, names = document["counts"], document.get("names")
-    encoders = {side: own for side, own in document["encoders"].items() if own}
     listed = ", ".join(counted(counts[f"{noun}s"], noun) for noun in ("image", "text", "pair"))
-    failures = counts["failures"]
-    rows = [
-        ("rows", renamed(listed, names)),
-        ("splits", _splits(document)),
-        *([("pairs", str(document["pairing"]))] if "pairing" in document else []),
-        *((renamed(f"{side} encoder", names), _encoder(own)) for side, own in encoders.items()),
-        ("skipped inputs", f"{failures:,}" + (f" ({FAILURES})" if failures else "")),
-        (
-            "size",
-            f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "
-            f"{document['dtype']}",
-        ),
-        ("fingerprint", document["fingerprint"]),
-    ]
+    encoders = document["encoders"].items()
+    rows = {
+        "rows": renamed(listed, names),
+        "splits": _splits(document),
+        "pairs": str(document.get("pairing", "")),
+        **{renamed(f"{side} encoder", names): _encoder(own) for side, own in encoders if own},
+        "skipped inputs": f"{counts['failures']:,}" + f" ({FAILURES})" * bool(counts["failures"]),
+        "size": f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "
+        f"{document['dtype']}",
+        "fingerprint": document["fingerprint"][:FINGERPRINT],
+    }
     return "feature set, valid", rows, list(after_features(document))
 
 
@@ -126,49 +119,35 @@ def _encoder(encoder: Mapping[str, Any]) -> str:
 
 
 def _inspected_run(document: Mapping[str, Any]) -> Inspected:
-    features = document["features"]
-    lines = document["validation"]
-    ends = [line["validation"] for line in lines[:1]]
-    ends += [best] if (best := _best_validation(document)) else []
+    features, start = document["features"], document["start"]
     took = "" if document["seconds"] is None else f" in {document['seconds']:,.1f} s"
-    rows = [
-        ("trained on", f"{features or 'unknown features'}, split {document['train_split']}"),
-        *_adapter_rows(document),
-        ("parameters", _sides(document["parameters"])),
-        ("closed form", "none" if document["start"] == "random" else document["start"]),
-        (
-            "steps",
-            f"{document['steps']:,}{took}; best: {best_words(document['step'], document['start'])}",
-        ),
-    ]
+    best = best_words(document["step"], start)
+    lines = document["validation"]
+    ends = [*lines[:1], *(line for line in lines if line.get("step") == document["step"])]
+    rows = {
+        "trained on": f"{features or 'unknown features'}, split {document['train_split']}",
+        **_adapter_rows(document),
+        "parameters": _sides(document["parameters"]),
+        "closed form": "none" if start == "random" else start,
+        "steps": f"{document['steps']:,}{took}; best: {best}",
+    }
     for name, figure in (("mean_recall", RECALL), ("centroid_distance", CENTROID)):
-        if values := [figure.show(end[name]) for end in ends if name in end]:
-            rows.append((figure.heading, f"{values[-1]} on validation (start {values[0]})"))
-    rows.append(("size", decimal(document["bytes"])))
-    following: list[Step] = []
-    if features is not None:
-        following.append(("eval", features, "--adapter", document["path"]))
-    return "run, valid", rows, following
+        scores = [end["validation"] for end in ends]
+        if values := [figure.show(score[name]) for score in scores if name in score]:
+            rows[figure.heading] = f"{values[-1]} on validation (start {values[0]})"
+    rows["size"] = decimal(document["bytes"])
+    following = [("eval", features, "--adapter", document["path"])] if features else []
+    return "run, valid", rows, [*following]
 
 
-def _best_validation(document: Mapping[str, Any]) -> Mapping[str, float] | None:
-    """Return the validation metrics of the saved weights of a run."""
-    at_best = [
-        line["validation"]
-        for line in document["validation"]
-        if line.get("step") == document["step"]
-    ]
-    return at_best[-1] if at_best else None
-
-
-def _adapter_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _adapter_rows(document: Mapping[str, Any]) -> dict[str, str]:
     shapes = document["adapters"]
     widths = ", ".join(f"{side} {shape['input_width']}" for side, shape in shapes.items())
-    return [
-        ("encoders", _sides(document["encoders"])),
-        ("adapters", _sides({side: shape["kind"] for side, shape in shapes.items()})),
-        ("widths", f"{widths}; shared space {shapes['image']['width']}"),
-    ]
+    return {
+        "encoders": _sides(document["encoders"]),
+        "adapters": _sides({side: shape["kind"] for side, shape in shapes.items()}),
+        "widths": f"{widths}; shared space {shapes['image']['width']}",
+    }
 
 
 def _sides(values: Mapping[str, Any]) -> str:
@@ -179,81 +158,74 @@ def _sides(values: Mapping[str, Any]) -> str:
 
 
 def _inspected_index(document: Mapping[str, Any]) -> Inspected:
-    effort = ", ".join(f"{name} {value}" for name, value in document["effort"].items())
     encoders = {side: (own or {}).get("spec", "none") for side, own in document["encoders"].items()}
-    rows = [
-        ("content", index_words(document)),
-        ("width", f"{document['width']:,}"),
-        *([("search effort", effort)] if effort else []),
-        *([("correction", document["correct"])] if document["correct"] else []),
-        ("adapter", "stored with it" if document["adapter_sha256"] else "none"),
-        ("encoders", _sides(encoders)),
-        ("built from", f"{document['features']}, split {document['split']}"),
-    ]
+    rows = {
+        "content": index_words(document),
+        "width": f"{document['width']:,}",
+        "search effort": ", ".join(f"{name} {own}" for name, own in document["effort"].items()),
+        "correction": document["correct"] or "",
+        "adapter": "stored with it" if document["adapter_sha256"] else "none",
+        "encoders": _sides(encoders),
+        "built from": f"{document['features']}, split {document['split']}",
+    }
     return "index, valid", rows, [search_step(document)]
 
 
 def _inspected_export(document: Mapping[str, Any]) -> Inspected:
-    rows = [
-        ("files", ", ".join(document["files"])),
-        *_adapter_rows(document),
-        ("size", decimal(document["bytes"])),
-    ]
+    files, size = ", ".join(document["files"]), decimal(document["bytes"])
     card = f"next: {document['path']}/README.md shows how to use it"
+    rows = {"files": files, **_adapter_rows(document), "size": size}
     return f"export of an adapter ({document['form']})", rows, [card]
 
 
 def _inspected_study(document: Mapping[str, Any]) -> Inspected:
-    best = document["best"]
-    rows = [
-        ("searched", ", ".join(document["search"]).replace("_", "-")),
-        ("trials", f"{document['trials']:,}"),
-    ]
-    if best is not None:
-        recall = percent(best["mean_recall"])
-        rows.append(("highest recall", f"trial {best['number']}, mean recall {recall}"))
-        rows.append(("settings", document["config"]))
-    step = ("train", "--config", document["config"], "--out", first_free("run"))
-    return "study of csalign tune", rows, [step] if best is not None else []
+    best, config = document["best"], document["config"]
+    rows = {
+        "searched": ", ".join(document["search"]).replace("_", "-"),
+        "trials": f"{document['trials']:,}",
+    }
+    if best is None:
+        return "study of csalign tune", rows, []
+    rows["highest recall"] = f"trial {best['number']}, mean recall {percent(best['mean_recall'])}"
+    rows["settings"] = config
+    step = ("train", "--config", config, "--out", first_free("run"))
+    return "study of csalign tune", rows, [step]
 
 
 def _inspected_unfinished_features(document: Mapping[str, Any]) -> Inspected:
-    counts, missing = document["counts"], document["missing_shards"]
-    done = document["shards"] - len(missing)
-    listed = ", ".join(missing[:SHARDS_SHOWN]) + (", ..." if missing[SHARDS_SHOWN:] else "")
-    state = f"{done} of {counted(document['shards'], 'shard')} done"
-    rows = [
-        ("source", document["source"]),
-        ("shards", state + (f", missing {listed}" if missing else "")),
-        ("finished parts", f"{document['parts']:,}"),
-        ("rows so far", ", ".join(f"{count:,} {name}" for name, count in counts.items())),
-    ]
-    if not missing:
-        return "unfinished feature set", rows, [("inspect", "--merge", document["out"])]
-    shard = [] if document["shards"] == 1 else ["--shard", missing[0]]
-    step = ("extract", "--config", document["config"], *shard)
+    shards, missing = document["shards"], document["missing_shards"]
+    listed = ", ".join(missing[:SHARDS_SHOWN]) + ", ..." * bool(missing[SHARDS_SHOWN:])
+    state = f"{shards - len(missing)} of {counted(shards, 'shard')} done"
+    rows = {
+        "source": document["source"],
+        "shards": state + (f", missing {listed}" if missing else ""),
+        "finished parts": f"{document['parts']:,}",
+        "rows so far": ", ".join(f"{own:,} {name}" for name, own in document["counts"].items()),
+    }
+    step: Step = ("inspect", "--merge", document["out"])
+    if missing:
+        shard = [] if shards == 1 else ["--shard", missing[0]]
+        step = ("extract", "--config", document["config"], *shard)
     return "unfinished feature set", rows, [step]
 
 
 def _inspected_unfinished_run(document: Mapping[str, Any]) -> Inspected:
-    rows = [("progress", f"step {document['step']:,}")]
+    rows = {"progress": f"step {document['step']:,}"}
     return "unfinished run", rows, [("train", "--config", document["config"])]
 
 
 def _inspected_document(document: Mapping[str, Any]) -> Inspected:
     shown = ("features", "adapter", "split", "written_with", "written_on", "written_by")
-    rows = [(name.replace("_", " "), str(document[name])) for name in shown if document.get(name)]
-    if "mean_recall" in document:
-        rows.append(("mean recall", percent(document["mean_recall"])))
+    rows = {name.replace("_", " "): str(document.get(name) or "") for name in shown}
     steps: list[Step] = []
     if "mean_recall" in document:
+        rows["mean recall"] = percent(document["mean_recall"])
         steps.append(("compare", document["path"], document.get("adapter") or "RUN"))
     return f"{document['kind']}, a document of --json", rows, steps
 
 
 def _inspected_page(document: Mapping[str, Any]) -> Inspected:
-    rows = [("title", document["title"])] if document["title"] else []
-    return "page", rows, ["next: open it in a browser"]
+    return "page", {"title": document["title"] or ""}, ["next: open it in a browser"]
 
 
 INSPECTED: dict[str, Callable[[Mapping[str, Any]], Inspected]] = {
@@ -264,9 +236,8 @@ INSPECTED: dict[str, Callable[[Mapping[str, Any]], Inspected]] = {
     "study": _inspected_study,
     "unfinished features": _inspected_unfinished_features,
     "unfinished run": _inspected_unfinished_run,
-    "evaluation": _inspected_document,
-    "comparison": _inspected_document,
-    "diagnosis": _inspected_document,
-    "search result": _inspected_document,
     "page": _inspected_page,
+    **dict.fromkeys(
+        ("evaluation", "comparison", "diagnosis", "search result"), _inspected_document
+    ),
 }

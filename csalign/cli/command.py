@@ -9,26 +9,23 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from csalign.adapters.hub import is_on_hub
+from csalign.adapters.hub import RUNS, is_on_hub, with_local_runs
 from csalign.cli import render
 from csalign.cli.errors import error_exits
 from csalign.cli.help import Help, HelpAll
 from csalign.cli.options import ConfigFile, Json, Quiet, Verbose, given_values, parameters_of
 from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed, outputs
-from csalign.core.calls import recorded_call
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import Kind, is_store_error, require_kind
-from csalign.core.progress import Progress
+from csalign.core.progress import recorded_call
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig
-
-C = TypeVar("C", bound=Config)
-R = TypeVar("R")
 
 _KINDS = {
     "features": (Kind.FEATURES,),
@@ -40,9 +37,6 @@ _KINDS = {
 }
 """Fields with paths of artifacts, and the kinds that they accept."""
 
-_RUNS = ("adapter", "run")
-"""Fields with runs, which may also be on the hub."""
-
 _FILES = ("captions", "embedding", "evaluation", "groups", "pictures", "prompts", "systems")
 """Fields with paths of other files and folders that are read."""
 
@@ -50,60 +44,64 @@ _PATTERN = re.compile(r"::|://|[{}*?[\0]")  # in a source that is not one local 
 
 
 def command_of(
-    config: type[C], show: Callable[[R, C], None], *, distributable: bool = False
-) -> Callable[[Callable[[C, Progress], R]], Callable[..., None]]:
-    """Decorate a function of a config and a progress callback, making it a command.
+    config: type[Config],
+    function: str,
+    show: Callable[[Any, Any], None],
+    *,
+    distributable: bool = False,
+) -> Callable[..., None]:
+    """Return the command that calls a function of a config and a progress callback.
 
     Args:
         config: its fields become options, beside ``--config``, ``--json``, ``-q`` and ``-v``.
+        function: ``MODULE:NAME`` within csalign, imported when the command runs.
         show: prints a result, got with some settings, for people.
         distributable: whether processes that torchrun starts run the command together; the main
             one alone prints.
     """
 
-    def decorate(function: Callable[[C, Progress], R]) -> Callable[..., None]:
-        def run(
-            config_file: ConfigFile = None,
-            json: Json = False,
-            quiet: Quiet = False,
-            verbose: Verbose = 0,
-            help_: Help = False,
-            help_all: HelpAll = False,
-            **options: Any,
-        ) -> None:
-            is_follower = distributable and distributed.world_from_environment().rank > 0
-            quiet = quiet or is_follower
+    def run(
+        config_file: ConfigFile = None,
+        json: Json = False,
+        quiet: Quiet = False,
+        verbose: Verbose = 0,
+        help_: Help = False,
+        help_all: HelpAll = False,
+        **options: Any,
+    ) -> None:
+        is_follower = distributable and distributed.world_from_environment().rank > 0
+        quiet = quiet or is_follower
+        with (
+            error_exits(quiet=quiet, verbose=verbose) as console,
+            recorded_call(shlex.join(["csalign", *sys.argv[1:]])) as call,
+            distributed.process_group() if distributable else nullcontext(),
+        ):
+            file = None if config_file is None else Path(config_file)
+            settings = config.resolve(file, given_values(options))
+            if json and getattr(settings, "jsonl", False):
+                raise ConfigError("--json and --jsonl: are two formats; pass one of them")
             with (
-                error_exits(quiet=quiet, verbose=verbose) as console,
-                recorded_call(shlex.join(["csalign", *sys.argv[1:]])),
-                distributed.process_group() if distributable else nullcontext(),
+                _naming_urls(value for _, value in settings),
+                shown_progress(console, quiet=quiet) as progress,
             ):
-                file = None if config_file is None else Path(config_file)
-                settings = config.resolve(file, given_values(options))
-                if json and getattr(settings, "jsonl", False):
-                    raise ConfigError("--json and --jsonl: are two formats; pass one of them")
-                with (
-                    _naming_urls(value for _, value in settings),
-                    shown_progress(console, quiet=quiet) as progress,
-                ):
-                    if not is_follower:
-                        check_settings(settings)
-                    result = function(settings, progress)
                 if not is_follower:
-                    render.show(result, show, settings, as_json=json, quiet=quiet)
+                    check_settings(settings)
+                module, _, name = function.partition(":")
+                work = getattr(import_module(f"csalign.{module}"), name)
+                local = with_local_runs(settings, call.names)
+                result = call.complete(work(local, progress))
+            if not is_follower:
+                render.show(result, show, settings, as_json=json, quiet=quiet)
 
-        common = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(run).parameters.items()
-            if name != "options"
-        ]
-        parameters = [*parameters_of(config), *common]
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
-
-    return decorate
+    common = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(run).parameters.items()
+        if name != "options"
+    ]
+    parameters = [*parameters_of(config), *common]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 @contextmanager
@@ -157,7 +155,7 @@ def check_settings(settings: Config) -> None:
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
-    if name in _RUNS and is_on_hub(path):
+    if name in RUNS and is_on_hub(path):
         return
     if name in _KINDS:
         title = type(settings).model_fields[name].title or ""

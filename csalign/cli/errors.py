@@ -83,24 +83,22 @@ def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
     except (CsalignError, Stopped) as error:
         _print_error(console, str(error), verbose)
         raise typer.Exit(error.exit_code) from None
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        is_broken = isinstance(error, BrokenPipeError)
+        if not is_broken and not isinstance(error.__context__, BrokenPipeError):
+            raise  # Rich leaves with 1 at a broken pipe
         # The reader of our stdout went away, as in `| head`; exit as SIGPIPE would.
         _drop_stdout()
         raise typer.Exit(128 + signal.SIGPIPE) from None
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, BrokenPipeError):  # at which Rich leaves with 1
-            raise
-        _drop_stdout()
-        raise typer.Exit(128 + signal.SIGPIPE) from None
-    except OSError as error:
-        if error.filename == render.STDOUT:
-            _drop_stdout()
-        _print_error(console, atomic.os_error(error), verbose)
-        raise typer.Exit(1) from None
     except Exception as error:
-        if not is_store_error(error):
+        if isinstance(error, OSError):
+            message = atomic.os_error(error)
+            if error.filename == render.STDOUT:
+                _drop_stdout()
+        elif is_store_error(error):
+            message = f"the object store failed: {error}; check its address and keys"
+        else:
             raise
-        message = f"the object store failed: {error}; check its address and keys"
         _print_error(console, message, verbose)
         raise typer.Exit(1) from None
 

@@ -62,10 +62,18 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
             parameters.append(_parameter(name, field, argument))
             continue
         flags = [_flag(own) for own in (name, *config.aliases_of(name))]
+        extra = field.json_schema_extra
+        hidden = isinstance(extra, dict) and bool(extra.get("hidden"))  # an older form
         if _plain_type(field.annotation) == (bool, False):
-            parameters += _switches(name, field, flags, panel)
+            # Help shows the one of --x and --no-x that changes the default.
+            is_on, text = field.default is True, field.description or ""
+            off = [flag.replace("--", "--no-", 1) for flag in flags]
+            parameters.append(_option(name, field, flags, panel, text, hidden=hidden or is_on))
+            text = f"Disable this default: {text}"
+            parameters.append(_option(_OFF + name, field, off, panel, text, hidden=not is_on))
         else:
-            parameters.append(_option(name, field, flags, panel))
+            flags += [SHORT[name]] if name in SHORT else []
+            parameters.append(_option(name, field, flags, panel, _help(field), hidden=hidden))
     return parameters
 
 
@@ -76,40 +84,20 @@ def given_values(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not name.startswith(_OFF)} | off
 
 
-def _option(name: str, field: FieldInfo, flags: list[str], panel: str) -> inspect.Parameter:
+def _option(
+    name: str, field: FieldInfo, flags: list[str], panel: str, text: str, *, hidden: bool
+) -> inspect.Parameter:
     choices = _choices(field.annotation)
     info = typer.Option(
         *flags,
-        *([SHORT[name]] if name in SHORT else []),
-        metavar=_metavar(field.annotation),
-        help=_help(field),
-        show_default=False,
-        rich_help_panel=panel,
-        hidden=_is_hidden(field),
-        autocompletion=(lambda: choices) if choices else None,
-    )
-    return _parameter(name, field, info)
-
-
-def _switches(name: str, field: FieldInfo, flags: list[str], panel: str) -> list[inspect.Parameter]:
-    """Build ``--x`` and ``--no-x``; help shows the one that changes the default."""
-    is_on = field.default is True
-    text = field.description or ""
-    on = typer.Option(
-        *flags,
+        metavar=_metavar(field.annotation) or None,
         help=text,
         show_default=False,
         rich_help_panel=panel,
-        hidden=is_on or _is_hidden(field),
+        hidden=hidden,
+        autocompletion=(lambda: choices) if choices else None,
     )
-    off = typer.Option(
-        *(flag.replace("--", "--no-", 1) for flag in flags),
-        help=f"Disable this default: {text}",
-        show_default=False,
-        rich_help_panel=panel,
-        hidden=not is_on,
-    )
-    return [_parameter(name, field, on), _parameter(_OFF + name, field, off)]
+    return _parameter(name, field, info)
 
 
 def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
@@ -121,12 +109,6 @@ def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
         default=None,
         annotation=Annotated[annotation, info],
     )
-
-
-def _is_hidden(field: FieldInfo) -> bool:
-    """Return whether help omits an option, an older form of another."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("hidden"))
 
 
 def _flag(name: str) -> str:
@@ -153,42 +135,35 @@ def _plain_type(annotation: Any) -> tuple[Any, bool]:
     Anything but a switch is a string, which pydantic validates. So are paths: as a Path, a URL
     would lose one of its slashes.
     """
-    members = [*_members(annotation)]
-    if members == [bool]:
-        return bool, False
-    repeated = [get_args(member)[0] for member in members if get_origin(member) is tuple]
-    return str, any([*_members(kind)] == [Path] for kind in repeated)
+    kinds = [*_kinds(annotation)]
+    return bool if kinds == [bool] else str, kinds == [Path] and "tuple" in str(annotation)
 
 
-def _members(annotation: Any) -> Iterator[Any]:
-    """Yield the types of a field without None, unions flattened and annotations dropped."""
-    if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types of a field, without None; those of values, of which it may take several."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin in (Annotated, tuple):
+        yield from _kinds(members[0])
+    elif origin in (Union, UnionType):
+        for member in members:
+            yield from _kinds(member)
     elif annotation is not NoneType:
         yield annotation
 
 
 def _choices(annotation: Any) -> list[str]:
     """Return the words that a field accepts, where it names them."""
-    words: list[str] = []
-    for member in _members(annotation):
-        if get_origin(member) is Literal:
-            words += [str(word) for word in get_args(member)]
-        elif get_origin(member) is tuple:
-            words += _choices(get_args(member)[0])
-        elif isinstance(member, type) and issubclass(member, Enum):
-            words += [str(word.value) for word in member]
-    return words
+    words: list[Any] = []
+    for kind in _kinds(annotation):
+        if get_origin(kind) is Literal:
+            words += get_args(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            words += [word.value for word in kind]
+    return [str(word) for word in words]
 
 
 def _metavar(annotation: Any) -> str:
     """Return short choices and types as help shows them, such as ``auto|NUMBER``."""
-    words = _choices(annotation)
-    for member in _members(annotation):
-        parts = _members(get_args(member)[0]) if get_origin(member) is tuple else (member,)
-        words += [_TYPES[part] for part in parts if part in _TYPES]
+    words = [*_choices(annotation), *(_TYPES[k] for k in _kinds(annotation) if k in _TYPES)]
     metavar = "|".join(dict.fromkeys(words))
     return metavar if len(metavar) <= _METAVAR_WIDTH else _CHOICE

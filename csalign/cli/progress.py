@@ -6,19 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from csalign.cli.layout import JOINT, wrap
 from csalign.core import signals
 from csalign.core.progress import Progress, duration, reported_to
 
-BAR, LEAST_BAR, NAME = 24, 6, 50  # columns
+BAR, LEAST_BAR = 24, 6  # columns
 REFRESHES = 4  # per second
 NAMED_AFTER_S = 1.0  # a shorter phase is not worth a line in a log
 LINE_EVERY_S = 30.0
+LINES = 10  # of notable figures in a log, at most about, per phase
+LOG_WIDTH = 100
+_DETAIL = re.compile(r" \(.*\)$")
 
 
 @contextmanager
@@ -62,27 +65,26 @@ class Phase:
     done: int
     total: int | None
     figures: Mapping[str, str] = field(default_factory=dict)
+    lines: int = 0  # tenths of the work that have a line in the log
 
-    @property
-    def name(self) -> str:
-        """Return the name without the unit."""
-        return self.what.partition(": ")[0]
+    def __post_init__(self) -> None:
+        """Divide what is done into the name of the phase and the unit of its work."""
+        self.name, _, self.unit = self.what.partition(": ")
 
     @property
     def count(self) -> str:
         """Return how much is done, with the unit; "" if nothing is counted."""
-        unit = self.what.partition(": ")[2]
-        if not unit and self.total is None:
+        if not self.unit and self.total is None:
             return ""
         done = f"{self.done:,}" + ("" if self.total is None else f"/{self.total:,}")
-        return f"{unit} {done}".strip()
+        return f"{self.unit} {done}".strip()
 
     def pace(self, now: float) -> list[str]:
         """Return rate and time left as far as they are known, else the time so far."""
-        unit, past, made = self.what.partition(": ")[2], now - self.began, self.done - self.first
+        past, made = now - self.began, self.done - self.first
         if made <= 0 or past <= 0:
             return [duration(past)] if past >= 1 else []
-        shown = [format_rate(made / past, unit)] if unit else []
+        shown = [format_rate(made / past, self.unit)] if self.unit else []
         if self.total is not None and self.done < self.total:
             shown.append(f"{duration((self.total - self.done) * past / made)} left")
         return shown
@@ -90,6 +92,20 @@ class Phase:
     def shown_figures(self) -> list[str]:
         """Return name and value of each figure."""
         return [f"{name} {value}".strip() for name, value in self.figures.items()]
+
+    def log_line(self, now: float, width: int) -> str:
+        """Return the state on one line, shortened to fit.
+
+        Figures lose what is in parentheses, the first one first; then the pace is dropped.
+        """
+        head = self.name + (": " if self.unit else " ") + self.count
+        parts, pace = [head.strip(), *self.shown_figures()], self.pace(now)
+        for place in range(1, len(parts)):
+            if len("  ".join([*parts, *pace])) > width:
+                parts[place] = _DETAIL.sub("", parts[place])
+            while pace and len("  ".join([*parts, *pace])) > width:
+                del pace[0]
+        return "  ".join([*parts, *pace])
 
 
 def format_rate(rate: float, unit: str) -> str:
@@ -109,6 +125,7 @@ class _Reporter:
         self._phases: dict[str, Phase] = {}
         self._began = time.monotonic()
         self._phase = Phase("starting", self._began, 0, 0, None)
+        self._is_named = True  # in a log, where "starting" is of no use
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         signals.check()
@@ -119,15 +136,11 @@ class _Reporter:
             if phase is None or done < phase.done or (is_other and done <= phase.first):
                 phase = self._phases[what] = Phase(what, now, done, done, total)
             phase.done, phase.total, self._phase = done, total, phase
-            if is_other:
-                self._enter(now)
+            self._is_named &= not is_other
 
     def figures(self, figures: Mapping[str, str], notable: bool) -> None:
         with self._lock:
             self._phase.figures = figures
-
-    def _enter(self, now: float) -> None:
-        """Take note that another phase runs."""
 
 
 class _Screen(_Reporter):
@@ -150,30 +163,22 @@ class _Screen(_Reporter):
         """Return the lines, none wider than the console."""
         phase, width, now = self._phase, self._console.width, time.monotonic()
         full, rest = "━─" if self._console.encoding.startswith("utf") else "=-"
-        name = phase.name if len(phase.name) <= NAME else phase.name[: NAME - 1] + "…"
-        first = [name, *filter(None, [phase.count]), *phase.pace(now)]
+        first = [phase.name, *filter(None, [phase.count]), *phase.pace(now)]
         columns = min(BAR, width - len("  ".join([*first, ""])))
         if phase.total and columns >= LEAST_BAR:
             made = min(columns, round(columns * phase.done / phase.total))
             first.insert(1, full * made + rest * (columns - made))
-        lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, indent="  ")]
+        lines = [*_packed(first, width), *_packed(phase.shown_figures(), width, "  ")]
         text = Text("\n".join(lines), no_wrap=True)
         text.highlight_regex(re.escape(full) + "{2,}", "bar.complete")
         text.highlight_regex(re.escape(rest) + "{2,}", "bar.back")
         return text
 
 
-def _packed(parts: list[str], width: int, indent: str = "") -> Iterator[str]:
-    """Yield lines of at most `width` columns, breaking between parts only."""
-    line = ""
-    for part in parts:
-        longer = f"{line}  {part}" if line else indent + part
-        if line and len(longer) > width:
-            yield line
-            longer = "  " + part
-        line = longer if len(longer) <= width else longer[: width - 1] + "…"
-    if line:
-        yield line
+def _packed(parts: list[str], width: int, indent: str = "") -> list[str]:
+    """Return lines of at most `width` columns, broken between parts if they fit."""
+    joined = "  ".join(part.replace(" ", JOINT) for part in parts)
+    return wrap(joined, width - len(indent), indent) if joined else []
 
 
 class _Log(_Reporter):
@@ -181,18 +186,12 @@ class _Log(_Reporter):
 
     def __enter__(self) -> "_Log":
         self._last = self._began
-        self._is_named = True  # "starting" is of no use in a log
         self._ended = Event()
         self._clock = Thread(target=self._watch, daemon=True)
         self._clock.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         self._clock.join(NAMED_AFTER_S)
         past = time.monotonic() - self._began
@@ -201,12 +200,12 @@ class _Log(_Reporter):
 
     def figures(self, figures: Mapping[str, str], notable: bool) -> None:
         super().figures(figures, notable)
-        if notable:
-            with self._lock:
+        with self._lock:
+            phase = self._phase
+            made = phase.done * LINES // phase.total + 1 if phase.total else phase.lines + 1
+            if notable and made > phase.lines:
+                phase.lines = made
                 self._print_phase(time.monotonic())
-
-    def _enter(self, now: float) -> None:
-        self._is_named = False
 
     def _watch(self) -> None:
         while not self._ended.wait(NAMED_AFTER_S / 2):
@@ -217,9 +216,9 @@ class _Log(_Reporter):
                     self._print_phase(now)
 
     def _print_phase(self, now: float) -> None:
-        self._last, self._is_named, phase = now, True, self._phase
-        head = phase.name + (": " if ": " in phase.what else " ") + phase.count
-        self._print("  ".join([head.strip(), *phase.shown_figures(), *phase.pace(now)]))
+        self._last, self._is_named = now, True
+        start = line_start(self._console)
+        self._print(self._phase.log_line(now, LOG_WIDTH - len(start)))
 
     def _print(self, text: str) -> None:
         self._console.print(line_start(self._console) + text, markup=False, highlight=False)

@@ -1,6 +1,5 @@
 """Print to stdout: JSON, lines and tables; nothing else prints there."""
 
-import codecs
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from csalign.cli.layout import Row, table_lines, term_lines, wrap
+from csalign.cli.layout import Columns, table_lines, term_lines, wrap
 from csalign.core.config import Config
 
 R = TypeVar("R")
@@ -25,7 +24,7 @@ PIPED_WIDTH = 160  # of tables without a terminal
 
 _QUIET = ContextVar("quiet", default=False)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
-_ASCII = {"↑": "^", "↓": "v", "±": "+/-", "─": "-", "…": "...", "é": "e"}
+_ASCII = str.maketrans({"↑": "^", "↓": "v", "±": "+/-", "─": "-", "…": "...", "é": "e"})
 
 
 def escape_controls(text: str) -> str:
@@ -38,24 +37,14 @@ def printable(text: str) -> str:
 
     Tabs and line feeds become spaces.
     """
-    line = escape_controls(re.sub(r"\s", " ", text))
-    return line.encode(_encoding(), "csalign").decode(_encoding())
+    line, encoding = escape_controls(re.sub(r"\s", " ", text)), _encoding()
+    if not encoding.lower().startswith("utf"):
+        line = line.translate(_ASCII)
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _encoding() -> str:
     return getattr(sys.stdout, "encoding", None) or "utf-8"
-
-
-def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    escaped = (
-        _ASCII.get(one) or one.encode("ascii", "backslashreplace").decode() for one in letters
-    )
-    return "".join(escaped), error.end
-
-
-codecs.register_error("csalign", _in_ascii)
 
 
 @contextmanager
@@ -108,19 +97,21 @@ def print_line(line: str = "", style: str = "") -> None:
     Console(soft_wrap=True, emoji=False, highlight=False).print(Text(printable(line), style=style))
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Row], notes: Sequence[str] = ()) -> None:
+def print_title(title: str) -> None:
+    """Print a title after an empty line."""
+    print_line()
+    print_line(title, "bold")
+
+
+def print_table(labels: Sequence[str], columns: Columns) -> None:
     """Print a table of figures, fitted to the screen; see `layout.table_lines`."""
-    cleaned = [(printable(label), [printable(cell) for cell in cells]) for label, cells in rows]
-    width = screen_width() or PIPED_WIDTH
-    texts = [printable(note) for note in notes]
-    for line in table_lines([printable(heading) for heading in headings], cleaned, width, texts):
+    cleaned = {printable(title): [*map(printable, cells)] for title, cells in columns.items()}
+    for line in table_lines([*map(printable, labels)], cleaned, screen_width() or PIPED_WIDTH):
         print_line(line)
 
 
-def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print a title and names with texts, which are wrapped on a screen."""
-    if title:
-        print_line(title, "bold")
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Print names with texts, which are wrapped on a screen."""
     cleaned = [(printable(name), printable(text)) for name, text in rows]
     for line in term_lines(cleaned, screen_width()):
         print_line(line)
@@ -134,27 +125,21 @@ def print_wrapped(text: str) -> None:
 
 def print_wrote(what: str) -> None:
     """Print what was written and what is in it."""
-    print_line(what if is_quiet() else f"wrote {what}", "bold")
+    print_line(what if _QUIET.get() else f"wrote {what}", "bold")
 
 
 def print_closing(settings: Config | None, *following: Sequence[object] | str) -> None:
     """Print which pages were written and what to do next: commands by words, or sentences."""
-    if is_quiet():
-        return
-    if page := getattr(settings, "report", None):
-        print_line(f"wrote {page}")
-    for step in following:
-        print_line(step if isinstance(step, str) else f"next: {command(*step)}")
+    if not _QUIET.get():
+        steps = [step if isinstance(step, str) else f"next: {command(*step)}" for step in following]
+        page = getattr(settings, "report", None)
+        for line in [*([f"wrote {page}"] if page else []), *steps]:
+            print_line(line)
 
 
 def command(*words: object) -> str:
     """Word a command of csalign as one types it."""
     return shlex.join(["csalign", *(str(word) for word in words)])
-
-
-def is_quiet() -> bool:
-    """Return whether only results are to be printed (-q)."""
-    return _QUIET.get()
 
 
 def is_verbose() -> bool:

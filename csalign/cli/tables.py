@@ -1,14 +1,11 @@
 """Tables of the commands that make something: train, tune, index, search, export, generate."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.cells import cell_len
 from rich.filesize import decimal
 
-from csalign.cli.eval_tables import difference
-from csalign.cli.layout import LEAST_TEXT, Row, wrap
 from csalign.cli.next_steps import Step, first_free, no_test_split, splits_of
 from csalign.cli.render import (
     print_closing,
@@ -16,10 +13,9 @@ from csalign.cli.render import (
     print_line,
     print_rows,
     print_table,
+    print_title,
     print_wrapped,
     print_wrote,
-    printable,
-    screen_width,
 )
 from csalign.core import results
 from csalign.core.enums import renamed
@@ -43,19 +39,22 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     )
     print_wrote(f"{result.run}")
     print_rows(
-        "",
         [
             ("start", result.start),
             ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
             ("parameters", parameters),
             ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
             ("best", best_words(result.best_step, result.start)),
-        ],
+        ]
     )
     if result.validation:
-        print_line()
-        print_line("validation", "bold")
-        print_table([RECALL.heading, CENTROID.heading], _scores(result.validation))
+        print_title("validation")
+        scores = result.validation.values()
+        shown = {"mean_recall": RECALL, "centroid_distance": CENTROID}
+        print_table(
+            [VALIDATED.get(name, name) for name in result.validation],
+            {one.heading: [one.show(own[name]) for own in scores] for name, one in shown.items()},
+        )
     features = settings.features
     splits = splits_of(features)
     split = ["--split", "test"] if "test" in splits else []
@@ -68,16 +67,6 @@ def best_words(step: int, start: str) -> str:
     if step:
         return f"step {step:,}"
     return ("random weights" if start == "random" else "closed form") + " (no step beat it)"
-
-
-def _scores(validation: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    return [
-        (
-            VALIDATED.get(name, name),
-            [RECALL.show(score["mean_recall"]), CENTROID.show(score["centroid_distance"])],
-        )
-        for name, score in validation.items()
-    ]
 
 
 def generate_table(result: results.GenerateResult, settings: GenerateConfig) -> None:
@@ -107,54 +96,46 @@ def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
     shown = [t for i, t in enumerate(complete) if i < TRIALS_SHOWN or t.number == 0]
     names = [_trial_name(trial) for trial in shown]
     divergence = figure_of("gap.cs_divergence")
-    figures = {
-        RECALL.heading: [RECALL.show(trial.mean_recall) for trial in shown],
-        "vs default": [_to_default(trial) for trial in shown],
-        CENTROID.heading: [CENTROID.show(trial.centroid_distance) for trial in shown],
-        divergence.heading: [divergence.show(trial.cs_divergence) for trial in shown],
-        "best step": [_best_step(trial) for trial in shown],
-        "seconds": [f"{trial.seconds:.1f}" for trial in shown],
-    }
     print_line()
-    _columns(names, figures)
+    print_table(
+        names,
+        {
+            RECALL.heading: [RECALL.show(trial.mean_recall) for trial in shown],
+            "vs default": [_to_default(trial) for trial in shown],
+            CENTROID.heading: [CENTROID.show(trial.centroid_distance) for trial in shown],
+            divergence.heading: [divergence.show(trial.cs_divergence) for trial in shown],
+            "best step": [str(trial.best_step or "start") for trial in shown],
+            "seconds": [f"{trial.seconds:.1f}" for trial in shown],
+        },
+    )
     # The name of the closed form says its steps.
     searched = dict.fromkeys(name for trial in shown for name in trial.settings if name != "steps")
     values = {
         name.replace("_", "-"): [_setting(trial.settings.get(name)) for trial in shown]
         for name in searched
     }
-    same = {name: own for name, own in values.items() if len({*own} - {"-"}) == 1}
+    same = {name: {*own} - {"-"} for name, own in values.items() if len({*own} - {"-"}) == 1}
     print_line()
     if same:
-        common = ", ".join(
-            f"{name} {next(value for value in own if value != '-')}" for name, own in same.items()
-        )
+        common = ", ".join(f"{name} {value}" for name, (value,) in same.items())
         print_wrapped(f"settings of all these trials: {common}")
     if differing := {name: own for name, own in values.items() if name not in same}:
-        _columns(names, differing)
+        print_table(names, differing)
     print_line()
     for line in _tune_verdict(result, best):
         print_wrapped(line)
     print_closing(settings, ("train", "--config", result.config, "--out", first_free("run")))
 
 
-def _columns(names: Sequence[str], columns: Mapping[str, Sequence[str]]) -> None:
-    cells = zip(*columns.values(), strict=True)
-    print_table(list(columns), list(zip(names, cells, strict=True)))
-
-
 def _trial_name(trial: results.Trial) -> str:
     if trial.number == 0:
         return "0 (default)"
-    return f"{trial.number} (closed form)" if trial.steps == 0 else str(trial.number)
-
-
-def _best_step(trial: results.Trial) -> str:
-    return f"{trial.best_step}" if trial.best_step else "start"
+    return f"{trial.number}" + (" (closed form)" if trial.settings.get("steps") == 0 else "")
 
 
 def _to_default(trial: results.Trial) -> str:
-    return difference(trial.difference["mean_recall"]) if trial.difference else "-"
+    found = trial.difference.get("mean_recall")
+    return RECALL.show_difference(**found) if found else "-"
 
 
 def _setting(value: Any) -> str:
@@ -169,7 +150,7 @@ def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[s
     if best.difference:
         low, high = best.difference["mean_recall"]["interval"]
         judged = "within chance" if low <= 0 <= high else "more than chance"
-        gap = difference(best.difference["centroid_distance"], scale=1, digits=4)
+        gap = CENTROID.show_difference(**best.difference["centroid_distance"])
         yield (
             f"Versus the default: mean recall {_to_default(best)} points, {judged} on these "
             f"images; centroid distance {gap}."
@@ -182,7 +163,8 @@ def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[s
 
 def recipes_table(titles: Mapping[str, str]) -> None:
     """Print the recipes and their purpose."""
-    print_rows("csalign train --recipe NAME; csalign recipes NAME prints it", list(titles.items()))
+    print_line("csalign train --recipe NAME; csalign recipes NAME prints it", "bold")
+    print_rows(titles.items())
 
 
 def index_table(document: Mapping[str, Any], settings: IndexConfig) -> None:
@@ -232,32 +214,15 @@ def found(result: results.Found, settings: SearchConfig) -> None:
             sys.stdout.flush()
             continue
         print_line(one["query"], "bold")
-        _hits(one["hits"])
+        hits = one["hits"]
+        digits = len(str(len(hits)))
+        print_rows(
+            (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {hit['id']}", _words(hit))
+            for hit in hits
+        )
         print_line()
     if not result.jsonl:
         print_closing(settings)
-
-
-def _hits(hits: Sequence[Mapping[str, Any]]) -> None:
-    """Print hits with their scores; on a screen captions are wrapped, below long ids if needed."""
-    number = max((len(str(hit["rank"])) for hit in hits), default=1)
-    rows = [(printable(hit["id"]), printable(_words(hit))) for hit in hits]
-    width, widest = screen_width(), max((cell_len(name) for name, _ in rows), default=0)
-    for hit, (name, words) in zip(hits, rows, strict=True):
-        start = f"  {hit['rank']:>{number}}   {hit['score']:.4f}   "
-        beside = " " * (widest - cell_len(name) + 3)
-        left = len(start) + widest + 3
-        if not words:
-            print_line(start + name)
-        elif width is None or left + LEAST_TEXT <= width:
-            first, *others = wrap(words, None if width is None else width - left)
-            print_line(start + name + beside + first)
-            for line in others:
-                print_line(" " * left + line)
-        else:
-            print_line(start + name)
-            for line in wrap(words, width, " " * len(start)):
-                print_line(line)
 
 
 def _words(hit: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def _parse_place(value: Any) -> Path:
     return parse_location(value)
 
 
-def _parse_number(value: Any) -> Any:
+def parse_number(value: Any) -> Any:
     """Parse a string from the command line as a number if it is one."""
     if isinstance(value, str):
         for kind in (int, float):
@@ -61,7 +61,7 @@ def _parse_number(value: Any) -> Any:
 def _parse_numbers(value: Any) -> Any:
     """Parse a comma-separated string as numbers."""
     if isinstance(value, str) and "," in value:
-        return tuple(_parse_number(part.strip()) for part in value.split(","))
+        return tuple(parse_number(part.strip()) for part in value.split(","))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -72,7 +72,7 @@ def _parse_words(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Number = BeforeValidator(_parse_number)
+Number = BeforeValidator(parse_number)
 Several = BeforeValidator(_parse_numbers)
 Words = BeforeValidator(_parse_words)
 Location = Annotated[Path, PlainValidator(_parse_place), PlainSerializer(str)]

@@ -39,9 +39,15 @@ class Figure(NamedTuple):
         """Format a value with ± half the width of an interval, if there is one."""
         return self.show(value, (interval[1] - interval[0]) / 2 if interval else None)
 
-    def _number(self, value: float) -> str:
+    def show_difference(self, value: float, interval: Sequence[float]) -> str:
+        """Format a difference with its interval, such as ``+1.20 [+0.10, +2.30]``."""
+        own, low, high = (self._number(number, "+") for number in (value, *interval))
+        return f"{own} [{low}, {high}]"
+
+    def _number(self, value: float, sign: str = "") -> str:
         scaled = self.scale * value
-        return f"{scaled:.{self.digits}f}" if abs(scaled) < MOST_PLAIN else f"{scaled:.4g}"
+        digits = f".{self.digits}f" if abs(scaled) < MOST_PLAIN else ".4g"
+        return f"{scaled:{sign}{digits}}"
 
 
 # By the place in the document of ``csalign eval``; the first pattern that fits applies.
@@ -70,7 +76,8 @@ FIGURES = {
     "distribution.frechet": Figure("Fréchet distance", LOWER),
     "distribution.frechet_unit": Figure("Fréchet distance of unit rows", LOWER),
     "distribution.cmmd": Figure("CMMD", LOWER),
-    "hubness.*": Figure("hubness (skewness of 10-NN counts)", LOWER, 1, 2),
+    "hubness.image_to_text": Figure("hubness, image to text", LOWER, 1, 2),
+    "hubness.text_to_image": Figure("hubness, text to image", LOWER, 1, 2),
     "zero_shot.top1": Figure("top-1", HIGHER, 100, 2),
     "zero_shot.top5": Figure("top-5", HIGHER, 100, 2),
     "zero_shot.mean_per_class_recall": Figure("mean per-class recall", HIGHER, 100, 2),

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 LIKE = 0.7  # similarity, 0 to 1, from which a word may have been meant
 
-_NUMBERS = {
+_REQUIRED = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -22,8 +22,6 @@ _NUMBERS = {
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
-}
-_WORDS = {
     "literal_error": "{expected}",
     "enum": "{expected}",
     "bool_parsing": "true or false",
@@ -31,7 +29,7 @@ _WORDS = {
     "string_type": "text",
     "path_type": "a path",
 }
-_REQUIRED = _NUMBERS | _WORDS
+"""What a value must be, by the kind of error; those of numbers are named first."""
 
 
 def closest(word: str, known: Iterable[str]) -> list[str]:
@@ -81,17 +79,16 @@ def _explain_field(name: str, problems: list[ErrorDetails]) -> str:
             got = f" (got {_shown(given)})" if given != "" else ""
             reason = str(problem["ctx"]["error"])
             return f"{name}{'' if reason.startswith('must') else ':'} {reason}{got}"
-    order = [*_REQUIRED]
-    known = sorted(
-        (problem for problem in problems if problem["type"] in _REQUIRED),
-        key=lambda problem: order.index(problem["type"]),
-    )
+    kinds = [*_REQUIRED]
+    known = [problem for problem in problems if problem["type"] in kinds]
     if not known:
         return f"{name}: {problems[0]['msg']} (got {_shown(given)})"
+    known.sort(key=lambda problem: kinds.index(problem["type"]))
     parts = [_requirement(problem["type"], problem.get("ctx", {})) for problem in known]
-    meant = closest(str(given), [word for problem in known for word in _words(problem)])
+    words = list(dict.fromkeys(word for part in parts for word in re.split(", | or ", part)))
+    meant = closest(str(given), words)
     hint = f"; did you mean {meant[0]}?" if len(meant) == 1 else ""
-    *first, last = dict.fromkeys(word for part in parts for word in re.split(", | or ", part))
+    *first, last = words
     needed = f"{', '.join(first)} or {last}" if first else last
     return f"{name} must be {needed} (got {_shown(given)}){hint}"
 
@@ -99,11 +96,6 @@ def _explain_field(name: str, problems: list[ErrorDetails]) -> str:
 def _requirement(kind: str, context: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in context.items() if name != "error"}
     return _REQUIRED[kind].format(**numbers).replace("'", "")
-
-
-def _words(problem: ErrorDetails) -> list[str]:
-    expected = str(problem.get("ctx", {}).get("expected", ""))
-    return [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(",") if word]
 
 
 def _shown(value: Any) -> str:

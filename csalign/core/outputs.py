@@ -92,18 +92,7 @@ def _check_local_output(
         return
     if not resolved.is_dir():
         raise OutputError(f"{out}: is a file; choose another --out")
-    if not any(resolved.iterdir()):
-        return
-    names = {path.name for path in resolved.iterdir()}
-    foreign = names - {*(names if entries is None else entries), *_OWN}
-    if foreign or not _is_artifact(resolved):
-        example = min(foreign or names)
-        raise OutputError(
-            f"{out}: contains files that this command did not make ({example}); choose "
-            "another --out"
-        )
-    if not overwrite:
-        raise OutputError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+    _refuse_existing(out, entries, overwrite=overwrite)
 
 
 def check_page(path: Path) -> None:
@@ -115,8 +104,8 @@ def check_page(path: Path) -> None:
 
 
 def _refuse_foreign(partial: Path) -> None:
-    marked = (partial / LOCK).exists() or (partial / JOB).exists()
-    if partial.exists() and any(partial.iterdir()) and not marked:
+    names = _names(partial)
+    if names and not names & {LOCK, JOB}:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
 
 
@@ -133,10 +122,15 @@ def _check_remote_output(
     foreign = _names(partial) - {"config.toml"}  # which is written first
     if foreign and JOB not in foreign:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
+    _refuse_existing(out, entries, overwrite=overwrite)
+
+
+def _refuse_existing(out: Path, entries: Collection[str] | None, *, overwrite: bool) -> None:
+    """Refuse a folder with files of others, or with an artifact that is not to be replaced."""
     names = _names(out)
     if not names:
         return
-    is_half = JOB in names  # a process died on the way
+    is_half = is_remote(out) and JOB in names  # a process died on the way
     foreign = names - {*(names if entries is None else entries), *_OWN}
     if foreign or not (is_half or _is_artifact(out)):
         example = min(foreign or names)

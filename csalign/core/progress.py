@@ -1,12 +1,112 @@
-"""The progress of the command that runs."""
+"""The command that runs: how it was called, its warnings and its progress."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from csalign.core import __version__
+from csalign.core.errors import CsalignError
 
 T = TypeVar("T")
+
+CALL_KEYS = ("csalign_version", "date", "command", "warnings")
+"""Keys of `Call.to_json`, the last ones of every JSON document."""
+
+
+@dataclass
+class Call:
+    """One call of a command, from the shell or from Python.
+
+    Attributes:
+        command: the command line, or the call in Python.
+        names: what messages and results show in place of paths, such as those of temporary files.
+        date: when it began.
+        warnings: messages logged as warnings so far, each once.
+    """
+
+    command: str
+    names: dict[str, str] = field(default_factory=dict)
+    date: datetime = field(default_factory=lambda: datetime.now(UTC))
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys that every JSON document has, plain values."""
+        return {
+            "csalign_version": __version__,
+            "date": self.date.isoformat(timespec="seconds"),
+            "command": self.command,
+            "warnings": list(self.warnings),
+        }
+
+    def complete(self, result: T) -> T:
+        """Add these keys at the end of a result that is a document, and replace paths in it."""
+        if isinstance(result, dict):
+            result.update(self.renamed(dict(result)))
+            result.update({key: result.pop(key, None) for key in CALL_KEYS} | self.to_json())
+        return result
+
+    def renamed(self, value: Any) -> Any:
+        """Return a text or a document with `names` in place of paths."""
+        if isinstance(value, str):
+            for path, name in self.names.items():
+                value = value.replace(path, name)
+            return value
+        if not self.names or not isinstance(value, dict | list):
+            return value
+        if isinstance(value, list):
+            return [self.renamed(own) for own in value]
+        return {key: self.renamed(own) for key, own in value.items()}
+
+
+_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+
+
+def current_call() -> Call:
+    """Return the call that is running; an empty one outside of any."""
+    return _CALL.get() or Call("")
+
+
+@contextmanager
+def recorded_call(command: str) -> Iterator[Call]:
+    """Record a call, and the warnings of csalign's loggers while it runs.
+
+    Its `names` apply to those warnings and to expected errors. Where no logging is set up warnings
+    are printed to stderr, as Python does.
+    """
+    call = Call(command)
+    logger = logging.getLogger("csalign")
+    handlers: list[logging.Handler] = [_Collector(call)]
+    if not logger.hasHandlers() and logging.lastResort is not None:
+        handlers.append(logging.lastResort)  # which Python uses only where there is no handler
+    for handler in handlers:
+        logger.addHandler(handler)
+    token = _CALL.set(call)
+    try:
+        yield call
+    except CsalignError as error:
+        error.args = tuple(map(call.renamed, error.args))
+        raise
+    finally:
+        _CALL.reset(token)
+        for handler in handlers:
+            logger.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = self._call.renamed(record.getMessage())
+        record.msg, record.args = message, ()  # for the handlers after this one
+        if record.levelno >= logging.WARNING and message not in self._call.warnings:
+            self._call.warnings.append(message)
+
 
 Progress = Callable[[str, int, int | None], None]
 """``progress(what, done, total)``: `what` is the phase and, after a colon, the unit of its work,
@@ -18,22 +118,22 @@ def silent(what: str, done: int, total: int | None) -> None:
     """Ignore progress."""
 
 
-_CURRENT: ContextVar[Progress] = ContextVar("progress", default=silent)
+_PROGRESS: ContextVar[Progress] = ContextVar("progress", default=silent)
 
 
 def current_progress() -> Progress:
     """Return the callback of the command that runs; `silent` outside of any."""
-    return _CURRENT.get()
+    return _PROGRESS.get()
 
 
 @contextmanager
 def reported_to(progress: Progress) -> Iterator[None]:
     """Report the progress of all that runs in this block to a callback."""
-    token = _CURRENT.set(progress)
+    token = _PROGRESS.set(progress)
     try:
         yield
     finally:
-        _CURRENT.reset(token)
+        _PROGRESS.reset(token)
 
 
 def tick(what: str, done: int = 0, total: int | None = None) -> None:
@@ -87,4 +187,4 @@ class _Part:
 
     def figures(self, figures: Mapping[str, str], notable: bool) -> None:
         with reported_to(self.outer):
-            show_figures(figures, notable=notable)
+            show_figures(figures)  # a log has a line per part at most

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import CALL_KEYS, current_call
 from csalign.core.enums import Names, renamed
 from csalign.core.errors import ConfigError
-from csalign.core.figures import figure_of
+from csalign.core.figures import counted, figure_of
+from csalign.core.progress import CALL_KEYS, current_call
 
 _NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_SHOWN = ("mean_recall", "R@1", "centroid_distance")  # figures of retrieval and gap
 _SHOWN_ITEMS = 8  # of a list
 
 
@@ -51,15 +52,14 @@ class Result(dict[str, Any]):
         return pd.DataFrame(self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:
-        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
-        return [{".".join(path): value for path, value in leaves(own)}]
+        return [_flat(_without_call(self))]
 
     def _lines(self) -> list[tuple[str, str]]:
         """Return what the repr shows, by name."""
-        own = {key: value for key, value in self.items() if key not in CALL_KEYS}
+        own = _flat(_without_call(self), " ")
         return [
-            (" ".join(path).replace("_", " "), _short(value))
-            for path, value in leaves(own)
+            (name.replace("_", " "), _short(value))
+            for name, value in own.items()
             if value is not None
         ]
 
@@ -93,6 +93,10 @@ def leaves(
             yield (*path, key), value
 
 
+def _flat(document: Mapping[str, Any], between: str = ".") -> dict[str, Any]:
+    return {between.join(path): value for path, value in leaves(document)}
+
+
 def _short(value: Any) -> str:
     """Format a value for a line."""
     if isinstance(value, float):
@@ -112,65 +116,43 @@ class EvalResult(Result):
     interval, None where there is none.
     """
 
-    def _figures(self) -> Iterator[tuple[tuple[str, ...], Any]]:
-        for block, content in self.items():
-            if isinstance(content, Mapping) and block not in _NO_FIGURES:
-                found = leaves(content, (block,))
-                yield from (
-                    (path, value) for path, value in found if isinstance(value, int | float)
-                )
-
     def _rows(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "block": path[0],
-                "part": ".".join(path[1:-1]) or None,
-                "figure": path[-1],
-                "value": value,
-                "low": low,
-                "high": high,
-            }
-            for path, value in self._figures()
-            for low, high in [self._interval(path)]
-        ]
-
-    def _interval(self, path: tuple[str, ...]) -> Any:
-        found: Any = self.get("intervals", {})
-        for key in path[1:]:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, list) else (None, None)
+        blocks = {
+            block: content
+            for block, content in self.items()
+            if isinstance(content, Mapping) and block not in _NO_FIGURES
+        }
+        ends = dict(leaves(self.get("intervals", {})))
+        rows = []
+        for (block, *parts, figure), value in leaves(blocks):
+            if isinstance(value, int | float):
+                low, high = ends.get((*parts, figure)) or (None, None)
+                part = ".".join(parts) or None
+                row = {"block": block, "part": part, "figure": figure, "value": value}
+                rows.append({**row, "low": low, "high": high})
+        return rows
 
     def _lines(self) -> list[tuple[str, str]]:
         counts = ", ".join(f"{count:,} {name}" for name, count in self["counts"].items())
         keys = [key for key in ("features", "adapter", "split", "images") if key in self]
-        about = [(key, "none" if self[key] is None else str(self[key])) for key in keys]
-        shown = []
-        for path, value in self._figures():
-            place = ".".join(path)
-            if place in _SHOWN or path[0] not in ("retrieval", "gap", "hubness"):
-                figure = figure_of(place)
-                part = f"{path[1].replace('_', ' ')} " if len(path) > 2 else ""
-                interval = self._interval(path)
-                ends = (
-                    "" if interval[0] is None else " [{}, {}]".format(*map(figure.show, interval))
-                )
-                shown.append((part + figure.heading, figure.show(value) + ends))
-        return [*about, ("counts", counts), *shown]
-
-
-_SHOWN = (
-    *("retrieval.mean_recall", "retrieval.image_to_text.R@1", "retrieval.text_to_image.R@1"),
-    "gap.centroid_distance",
-)
+        lines = [(key, "none" if self[key] is None else str(self[key])) for key in keys]
+        lines.append(("counts", counts))
+        for row in self._rows():
+            block, part, name = row["block"], row["part"], row["figure"]
+            if name in _SHOWN or block not in ("retrieval", "gap", "hubness"):
+                figure = figure_of(".".join(filter(None, [block, part, name])))
+                interval = None if row["low"] is None else (row["low"], row["high"])
+                label = f"{part} {figure.heading}" if part else figure.heading
+                shown = figure.show_between(row["value"], interval)
+                lines.append((label.replace("_", " "), shown))
+        return lines
 
 
 class CompareResult(Result):
     """Systems side by side, from `compare`; `to_frame` has a row per system."""
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [
-            {".".join(path): value for path, value in leaves(row)} for row in self["evaluations"]
-        ]
+        return [_flat(row) for row in self["evaluations"]]
 
     def _lines(self) -> list[tuple[str, str]]:
         return [
@@ -187,10 +169,11 @@ class SearchResult(Result):
 
     def _lines(self) -> list[tuple[str, str]]:
         return [
-            (one["query"] if hit["rank"] == 1 else "", f"{hit['score']:.4f}  {named}")
-            for one in self["queries"]
-            for hit in one["hits"]
-            for named in [" ".join(filter(None, [hit["id"], hit["caption"]]))]
+            (
+                row["query"] if row["rank"] == 1 else "",
+                f"{row['score']:.4f}  {row['id']} {row['caption'] or ''}",
+            )
+            for row in self._rows()
         ]
 
 
@@ -207,51 +190,31 @@ class Fields(Result):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeaturesResult(Fields):
-    """A feature set that extract, import or apply wrote.
+    """A feature set that extract, import or apply wrote."""
 
-    Attributes:
-        features: its folder.
-        images: image rows.
-        texts: text rows.
-        pairs: texts that belong to an image.
-        failures: skipped inputs, listed in ``failures.jsonl``.
-        complete: false if other processes have not finished; the counts are then those of this
-            process, and `features` is the unfinished folder.
-        names: of the sides, None for image and text.
-        pairing: what paired imported rows, such as "row order" or "image_id"; None if unknown.
-    """
-
-    features: Path
-    images: int
-    texts: int
-    pairs: int
-    failures: int
-    complete: bool = True
-    names: Names | None = None
-    pairing: str | None = None
+    features: Path  # its folder; the unfinished one if not complete
+    images: int  # image rows; the counts are those of this process if not complete
+    texts: int  # text rows
+    pairs: int  # texts that belong to an image
+    failures: int  # skipped inputs, listed in failures.jsonl
+    complete: bool = True  # false if other processes have not finished
+    names: Names | None = None  # of the sides, None for image and text
+    pairing: str | None = None  # of imported rows, such as "row order"; None if unknown
 
 
-@dataclass(frozen=True)
-class SplitResult(Result):
-    """Splits of a feature set.
+@dataclass(frozen=True, eq=False, repr=False)
+class SplitResult(Fields):
+    """Splits of a feature set; `to_frame` has a row per split."""
 
-    Attributes:
-        features: its folder.
-        splits: rows by split, ``{"train": {"images": n, "texts": m}, ...}``.
-        groups: groups of near-duplicate images, or images that share a caption, each of which is
-            in one split.
-        grouped: images in them.
-        threshold: least cosine of near-duplicates, between standardised embeddings; None if only
-            equal embeddings were grouped.
-        names: of the sides, None for image and text.
-    """
+    features: Path  # its folder
+    splits: dict[str, dict[str, int]]  # rows: {"train": {"images": n, "texts": m}, ...}
+    groups: int  # of near-duplicate images, or images that share a caption: each in one split
+    grouped: int  # images in them
+    threshold: float | None  # least cosine of near-duplicates, standardised; None: equal ones only
+    names: Names | None = None  # of the sides, None for image and text
 
-    features: Path
-    splits: dict[str, dict[str, int]]
-    groups: int
-    grouped: int
-    threshold: float | None
-    names: Names | None = None
+    def _rows(self) -> list[dict[str, Any]]:
+        return [{"split": name, **counts} for name, counts in self.splits.items()]
 
     @property
     def kept_together(self) -> str:
@@ -259,7 +222,7 @@ class SplitResult(Result):
         if not self.groups:
             return ""
         images = renamed(f"{self.grouped:,} images", self.names)
-        groups = f"{self.groups:,} group" + "s" * (self.groups > 1)
+        groups = counted(self.groups, "group")
         return f"{images} in {groups} kept together: near-duplicates and shared captions"
 
     def __str__(self) -> str:
@@ -271,29 +234,17 @@ class SplitResult(Result):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainResult(Fields):
-    """A finished training run; `to_frame` has a row per entry of "validation".
+    """A finished training run; `to_frame` has a row per entry of "validation"."""
 
-    Attributes:
-        run: its folder.
-        steps: optimizer steps made.
-        best_step: step of the saved weights; 0 is the initialization, if no step beat it.
-        start: closed form of the initialization with its settings, or "random".
-        pairs: texts with an image, in training and validation.
-        parameters: trainable parameters by side.
-        validation: scores of the initialization and of the saved weights; {} without validation.
-        seconds: wall time.
-        names: of the sides, None for image and text.
-    """
-
-    run: Path
-    steps: int
-    best_step: int
-    start: str
-    pairs: dict[str, int]
-    parameters: dict[str, int]
-    validation: dict[str, dict[str, float]]
-    seconds: float
-    names: Names | None = None
+    run: Path  # its folder
+    steps: int  # optimizer steps made
+    best_step: int  # of the saved weights; 0 is the initialization, if no step beat it
+    start: str  # closed form of the initialization with its settings, or "random"
+    pairs: dict[str, int]  # texts with an image, in training and validation
+    parameters: dict[str, int]  # trainable ones, by side
+    validation: dict[str, dict[str, float]]  # of the initialization and the saved weights, or {}
+    seconds: float  # wall time
+    names: Names | None = None  # of the sides, None for image and text
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"weights": name, **score} for name, score in self.validation.items()]
@@ -301,84 +252,49 @@ class TrainResult(Fields):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GenerateResult(Fields):
-    """Images generated from text.
+    """Images generated from text."""
 
-    Attributes:
-        out: their folder.
-        images: number of images.
-        reused: of them, those that an interrupted call had finished.
-        decoder: family of the decoder.
-        scale: norm of the embeddings given to the decoder.
-        scale_from: source of that norm.
-        seconds: wall time of this call.
-    """
-
-    out: Path
+    out: Path  # their folder
     images: int
-    reused: int
-    decoder: str
-    scale: float
-    scale_from: str
-    seconds: float
+    reused: int  # of them, those that an interrupted call had finished
+    decoder: str  # its family
+    scale: float  # norm of the embeddings given to the decoder
+    scale_from: str  # source of that norm
+    seconds: float  # wall time of this call
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trial(Fields):
-    """One training run of a search.
+    """One training run of a search; what follows the wall time is None if unknown."""
 
-    Attributes:
-        number: from 0, the run with the given settings.
-        state: "complete"; "pruned", stopped early as it was behind; or "failed".
-        settings: searched settings by name, and "steps" if they differ.
-        seconds: wall time.
-        mean_recall: on validation, in [0, 1]; this and all that follows is None if unknown.
-        mrr: on validation, in [0, 1].
-        centroid_distance: on validation, in [0, 2].
-        cs_divergence: on validation, at bandwidth 0.5.
-        difference: from trial 0, ``{metric: {"value", "interval"}}`` with a paired 95 % bootstrap
-            interval over images; {} for trial 0 and incomplete trials.
-        start: closed form of the initialization, or "random".
-        steps: optimizer steps made.
-        best_step: step of the measured weights.
-        reason: of a failure.
-    """
-
-    number: int
-    state: str
-    settings: dict[str, Any]
-    seconds: float
-    mean_recall: float | None = None
-    mrr: float | None = None
-    centroid_distance: float | None = None
-    cs_divergence: float | None = None
+    number: int  # from 0, the run with the given settings
+    state: str  # "complete"; "pruned", stopped early as it was behind; or "failed"
+    settings: dict[str, Any]  # searched settings by name, and "steps" if they differ
+    seconds: float  # wall time
+    mean_recall: float | None = None  # on validation, in [0, 1]
+    mrr: float | None = None  # on validation, in [0, 1]
+    centroid_distance: float | None = None  # on validation, in [0, 2]
+    cs_divergence: float | None = None  # on validation, at bandwidth 0.5
+    # From trial 0, {metric: {"value", "interval"}} with a paired 95 % bootstrap interval over
+    # images; {} for trial 0 and incomplete trials.
     difference: dict[str, dict[str, Any]] = field(default_factory=dict)
-    start: str | None = None
-    steps: int | None = None
-    best_step: int | None = None
-    reason: str | None = None
+    start: str | None = None  # closed form of the initialization, or "random"
+    steps: int | None = None  # optimizer steps made
+    best_step: int | None = None  # of the measured weights
+    reason: str | None = None  # of a failure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TuneResult(Fields):
-    """The state of a search; `to_frame` has a row per trial.
+    """The state of a search; `to_frame` has a row per trial."""
 
-    Attributes:
-        study: its folder.
-        config: settings of the best trial, for ``csalign train --config``.
-        validation: name, images and texts of the validation rows.
-        best: number of the best trial.
-        recall_slack: recall that may be traded for a smaller gap.
-        trials: in the order of their numbers.
-        seconds: wall time of this call.
-    """
-
-    study: Path
-    config: Path
-    validation: dict[str, Any]
-    best: int
-    recall_slack: float
-    trials: list[Trial]
-    seconds: float
+    study: Path  # its folder
+    config: Path  # settings of the best trial, for csalign train --config
+    validation: dict[str, Any]  # name, images and texts of the validation rows
+    best: int  # number of the best trial
+    recall_slack: float  # recall that may be traded for a smaller gap
+    trials: list[Trial]  # in the order of their numbers
+    seconds: float  # wall time of this call
 
     def _rows(self) -> list[dict[str, Any]]:
         return [row for trial in self.trials for row in trial._rows()]
@@ -386,18 +302,13 @@ class TuneResult(Fields):
 
 @dataclass(frozen=True)
 class Found:
-    """Results of a search, streamed.
+    """Results of a search, streamed."""
 
-    Attributes:
-        head: the index and how it was searched.
-        queries: ``{"query", "hits": [{"rank", "score", "id", "image_id", "caption", "source"}]}``
-            per query; can be iterated once.
-        jsonl: whether each is to be printed as a JSON document of its own.
-    """
-
-    head: dict[str, Any]
+    head: dict[str, Any]  # the index and how it was searched
+    # Can be iterated once; {"query", "hits": [{"rank", "score", "id", "image_id", "caption",
+    # "source"}]} per query.
     queries: Iterator[dict[str, Any]]
-    jsonl: bool = False
+    jsonl: bool = False  # whether each is to be printed as a JSON document of its own
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as one document."""

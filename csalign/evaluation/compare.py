@@ -9,15 +9,14 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import command
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.records import parse_json
 from csalign.core.results import CompareResult
 from csalign.evaluation.config import CompareConfig, EvalConfig
-from csalign.evaluation.evaluate import describe, measure_loaded
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
+from csalign.evaluation.measure import describe, measure_loaded
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
 from csalign.features.schema import MANIFEST
@@ -51,14 +50,6 @@ class _Fingerprints(BaseModel):
     adapter: str | None
 
 
-class _Protocol(BaseModel):
-    name: str = "all"
-
-
-class _Index(BaseModel):
-    kind: str = "exact"
-
-
 class _Document(BaseModel):
     """The parts of a document of ``csalign eval --json`` that are needed, older ones included."""
 
@@ -69,12 +60,22 @@ class _Document(BaseModel):
     counts: dict[str, int]
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
     gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
-    protocol: _Protocol = _Protocol()
-    index: _Index = _Index()
+    protocol: dict[str, Any] = {}
+    index: dict[str, Any] = {}
     fingerprints: _Fingerprints | None = None
     parameters: int | None = None
     bandwidth: FiniteFloat | None = None
     intervals: dict[str, Limits | dict[str, Limits]] = {}
+
+    @property
+    def rule(self) -> str:
+        """Name of the protocol."""
+        return str(self.protocol.get("name", "all"))
+
+    @property
+    def kind(self) -> str:
+        """Kind of the index."""
+        return str(self.index.get("kind", "exact"))
 
     def figures(self) -> dict[str, float]:
         """Return the compared metrics; TypeError if one is missing."""
@@ -96,17 +97,13 @@ class _Entry:
         return Path(self.document.adapter or self.document.features)
 
 
-@command(
-    CompareConfig,
-    "*systems",
-    example='csalign.compare("run-a", "run-b", split="test")',
-)
 def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult:
     """Line up the metrics of runs and evaluations, each against a baseline.
 
     A feature set is evaluated without an adapter, which shows what a run has gained; a set whose
     sides have different widths has no such figures, and is left out with a warning. A run is
-    evaluated on ``config.features``, by default on the features that it was trained on. A document
+    evaluated on ``config.features``, by default on the features that it was trained on, or from
+    Python on the two arrays that it is compared with. A document
     of ``csalign eval --json`` keeps its metrics; its queries are ranked again if it has the
     baseline's features, split and counts, both are exact, and its inputs are unchanged. The
     difference is then resampled in pairs.
@@ -127,11 +124,8 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
-    'run'
-    >>> csalign.compare("run", "run").to_frame()["verdict"].tolist()
+    >>> run = csalign.train((images, texts), "run", steps=2, hidden=8).run
+    >>> csalign.compare(run, run, features=(images, texts)).to_frame()["verdict"].tolist()
     ['baseline', 'cannot tell']
     """
     entries: list[_Entry] = []
@@ -183,9 +177,8 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
     shared = config.model_dump(include={"allow_adapter", "any_encoder", "split", "device"})
     options = EvalConfig(features=features, adapter=run, **shared)
     evaluation = measure_loaded(options, rows.of(options))
-    report = describe(evaluation)
-    document = _Document.model_validate(report.document)
-    return _Entry(path, document, report.resamples, aligned=evaluation.aligned)
+    document = _Document.model_validate(describe(evaluation))
+    return _Entry(path, document, evaluation.resamples, aligned=evaluation.aligned)
 
 
 def _read_document(path: Path) -> _Entry:
@@ -259,13 +252,13 @@ def _reason_against_pairing(document: _Document, baseline: _Document) -> str | N
         return "written by an older csalign eval without fingerprints"
     if own.features != other.features:
         return "other features"
-    if document.protocol != baseline.protocol:
-        return f"protocol {document.protocol.name}, the baseline {baseline.protocol.name}"
+    if document.rule != baseline.rule:
+        return f"protocol {document.rule}, the baseline {baseline.rule}"
     if document.split != baseline.split:
         return f"split {document.split}, the baseline {baseline.split}"
     if document.counts != baseline.counts:
         return "another number of queries"
-    kinds = document.index.kind, baseline.index.kind
+    kinds = document.kind, baseline.kind
     return None if kinds == ("exact", "exact") else "ranks {}, the baseline {}".format(*kinds)
 
 
@@ -277,7 +270,7 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
     given = document.model_dump(include={"features", "adapter", "split"})
     given |= config.model_dump(include={"allow_adapter", "any_encoder", "device"})
     try:
-        options = EvalConfig.resolve(None, given | {"protocol": document.protocol.name})
+        options = EvalConfig.resolve(None, given | {"protocol": document.rule})
         evaluation = measure_loaded(options, load(options, options.protocol))
     except CsalignError as error:
         entry.unpaired = str(error)
@@ -286,7 +279,7 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
         if fingerprint != getattr(document.fingerprints, part):
             entry.unpaired = f"{getattr(document, part)} changed since its evaluation"
             return
-    entry.resamples = evaluation.resample()
+    entry.resamples = evaluation.resamples
 
 
 def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
@@ -294,7 +287,7 @@ def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
     known = entry.resamples.intervals() if entry.resamples else document.intervals
     intervals = {name: _at(known, place[1:]) for name, place in FIGURES.items()}
     difference: dict[str, Any] = {}
-    is_exact = {document.index.kind, baseline.document.index.kind} == {"exact"}
+    is_exact = {document.kind, baseline.document.kind} == {"exact"}
     verdict = NOT_PAIRED if is_exact else APPROXIMATE
     own, others = entry.resamples, baseline.resamples
     if entry is baseline:
@@ -308,7 +301,7 @@ def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
     return {
         "name": name,
         "split": document.split,
-        "index": document.index.kind,
+        "index": document.kind,
         **figures,
         "intervals": {name: list(found) for name, found in intervals.items() if found},
         "difference": difference,

@@ -7,18 +7,15 @@ from pydantic import Field
 
 from csalign.core.config import Config, Location, NotNegative, Positive, RunSource, Words
 from csalign.core.errors import ConfigError
-from csalign.runs.config import ANY_ENCODER
+from csalign.runs.config import LoadOptions
 
 Protocol = Literal["all", "coco-5k", "coco-1k", "flickr-1k"]
-
-PICTURES = "Folder of the images, for the page (default: where they were when extracted)."
-UMAP = "Draw the page's pairs by UMAP too, which takes half a minute; needs csalign[umap]."
 
 # What `eval --images --generated` accepts.
 _OF_IMAGE_SETS = {"all_figures", "images", "generated", "encoder", "split", "explain", "device"}
 
 
-class AdaptedOptions(Config):
+class AdaptedOptions(LoadOptions):
     """Rows to measure, and how they are embedded."""
 
     panel: ClassVar[str] = "Source"
@@ -26,11 +23,6 @@ class AdaptedOptions(Config):
     split: str | None = Field(
         None, description="Split(s), comma-separated, or all (default: test if any, else all)."
     )
-    allow_adapter: str | None = Field(
-        None, description="Adapter class PACKAGE.MODULE:CLASS that a run may import."
-    )
-    any_encoder: bool = Field(False, description=ANY_ENCODER)
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
 
 
 class SourceOptions(AdaptedOptions):
@@ -109,7 +101,26 @@ class MeasureOptions(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of resampling and sampled metrics.")
 
 
-class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
+class PageOptions(Config):
+    """The page of a result."""
+
+    panel: ClassVar[str] = "Page"
+
+    report: Path | None = Field(
+        None, description="Also write a page with plots and queries, as report.html."
+    )
+    pictures: Path | None = Field(
+        None,
+        description="Folder of the images, for the page (default: where they were when extracted).",
+    )
+    umap: bool = Field(
+        False,
+        description="Draw the page's pairs by UMAP too, which takes half a minute; needs "
+        "csalign[umap].",
+    )
+
+
+class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, PageOptions):
     """``csalign eval``: retrieval and modality gap, or the distance of two image sets.
 
     >>> EvalConfig(features="features", split="test").resamples
@@ -126,11 +137,6 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions):
 
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
-    report: Path | None = Field(
-        None, description="Also write a page with plots and queries, as eval.html."
-    )
-    pictures: Path | None = Field(None, description=PICTURES)
-    umap: bool = Field(False, description=UMAP)
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""
@@ -162,8 +168,7 @@ class DiagnoseConfig(SourceOptions):
     example: ClassVar[str] = "csalign diagnose features --report diagnosis.html"
 
     features: Location = Field(
-        title="FEATURES|RUN",
-        description="Feature set, or a run with its own features.",
+        title="FEATURES|RUN", description="Feature set, or a run with its own features."
     )
     logit_scale: Positive | None = Field(
         None, description="Scale of cosines in InfoNCE (default: the run's, else CLIP's 100)."

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
-from csalign.adapters.inputs import command
 from csalign.core.enums import DivergenceName
 from csalign.core.outputs import check_page
 from csalign.core.progress import Progress, silent, tick, track
@@ -52,11 +51,6 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
-@command(
-    DiagnoseConfig,
-    "features",
-    example='csalign.diagnose("features")',
-)
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Decompose InfoNCE and the full objective on given embeddings.
 

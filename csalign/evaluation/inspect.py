@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import command
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.outputs import JOB, partial_path
 from csalign.core.paths import is_remote
@@ -46,11 +45,6 @@ INPUTS = {".npy", ".npz", ".npt", ".parquet", ".h5", ".pt"}
 PAGE_START = 4096  # bytes of a page that have its title
 
 
-@command(
-    InspectConfig,
-    "path",
-    example='csalign.inspect("features")',
-)
 def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     """Verify a feature set, a run, an index or another artifact, and summarise it.
 
@@ -116,7 +110,6 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
     manifest = features.manifest
     shards = [*manifest.shards.images, *manifest.shards.texts]
     splits = features.splits()
-    pairing = getattr(manifest, "pairing", None)
     return {
         "kind": "features",
         "path": str(features.path),
@@ -125,7 +118,7 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "dtype": manifest.dtype,
         "encoders": manifest.encoders.model_dump(mode="json"),
         "counts": manifest.counts.model_dump(),
-        **({} if pairing is None else {"pairing": pairing}),
+        **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
         "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
         "bytes": sum(shard.bytes for shard in shards),
         "shards": len(shards),

@@ -27,6 +27,13 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 S = TypeVar("S", bound=SourceOptions)
 
+_TRAINED = {
+    True: "%s: trained on rows that are measured here (split %s of %s), so the results say little "
+    "about new data; hold out a test split before training",
+    None: "%s: may have been trained on some of the rows that are measured here (split %s): %s was "
+    "divided into other splits since the adapter was trained; train it again",
+}
+
 
 def with_features(source: S) -> S:
     """Return options whose `features` may be a run with the features of that run."""
@@ -64,7 +71,7 @@ def load(source: SourceOptions, protocol: Protocol = "all", *, images_only: bool
     return Loaded(features, split, rows)
 
 
-def align(source: SourceOptions, loaded: Loaded, *, images_only: bool = False) -> AlignedRows:
+def align(source: SourceOptions, loaded: Loaded) -> AlignedRows:
     """Embed rows in the shared space; raises as `evaluate`."""
     features, split, rows = loaded
     found = load_adapter(source, features)
@@ -74,49 +81,36 @@ def align(source: SourceOptions, loaded: Loaded, *, images_only: bool = False) -
         return AlignedRows(features, split, rows, images, texts)
     adapter, info = found
     images = embed(adapter, features, rows, Modality.IMAGE)
-    texts = images[:0] if images_only else embed(adapter, features, rows, Modality.TEXT)
-    count = sum(adapter.parameter_counts().values())
+    texts = embed(adapter, features, rows, Modality.TEXT) if len(rows.texts) else images[:0]
     return AlignedRows(
-        features,
-        split,
-        rows,
-        images,
-        texts,
-        source.adapter,
-        info.weights_sha256,
-        count,
-        _is_trained(features, info, split),
+        *(features, split, rows, images, texts, source.adapter, info.weights_sha256),
+        parameters=sum(adapter.parameter_counts().values()),
+        is_trained=_is_trained(features, info, split),
     )
 
 
 def load_aligned(source: SourceOptions, *, images_only: bool = False) -> AlignedRows:
     """Load rows, or images only, embed them in the shared space, and warn of trained ones."""
-    aligned = align(source, load(source, images_only=images_only), images_only=images_only)
+    aligned = align(source, load(source, images_only=images_only))
     warn_of_trained([aligned])
     return aligned
 
 
 def warn_of_trained(systems: Sequence[AlignedRows]) -> None:
-    """Warn once of the adapters that were trained on rows they are measured on."""
-    trained = [system for system in systems if system.is_trained]
-    if trained:
-        log.warning(
-            "%s: trained on rows that are measured here (split %s of %s), so the results say "
-            "little about new data; hold out a test split before training",
-            ", ".join(dict.fromkeys(str(system.adapter) for system in trained)),
-            ", ".join(dict.fromkeys(system.split for system in trained)),
-            ", ".join(dict.fromkeys(str(system.features.path) for system in trained)),
-        )
+    """Warn once of the adapters that were trained on rows they are measured on, or may have been.
+
+    That is unknown where the features were divided into other splits after the training.
+    """
+    for is_trained, message in _TRAINED.items():
+        found = [s for s in systems if s.adapter is not None and s.is_trained is is_trained]
+        if found:
+            named = zip(*((s.adapter, s.split, s.features.path) for s in found), strict=True)
+            log.warning(message, *(", ".join(dict.fromkeys(map(str, own))) for own in named))
 
 
 def load_adapter(source: SourceOptions, features: FeatureSet) -> tuple[Adapter, AdapterInfo] | None:
     """Load the adapter of the options for some features; None without one."""
-    if source.adapter is None:
-        return None
-    return load_adapter_for(
-        *(features, source.adapter, source.device, source.allow_adapter),
-        any_encoder=source.any_encoder,
-    )
+    return None if source.adapter is None else load_adapter_for(features, source.adapter, source)
 
 
 def embed(
@@ -131,18 +125,13 @@ def embed(
     return embed_rows(adapter, side, rows, features)
 
 
-def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool:
-    """Return whether an adapter was trained on rows of a split, or may have been."""
+def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:
+    """Return whether an adapter was trained on rows of a split; None if that is unknown."""
     fingerprint = features.manifest.fingerprint()
     if not same_rows(info.data_fingerprint, fingerprint):
         return False
     if info.data_fingerprint != fingerprint and info.train_split != join.ALL:
-        log.warning(
-            "%s: was divided into other splits since the adapter was trained, so some of these "
-            "rows may have been trained on; train it again",
-            features.path,
-        )
-        return False
+        return None
     splits = features.splits()
     measured, trained = (join.split_names(names, splits) for names in (split, info.train_split))
     return bool(measured & trained)

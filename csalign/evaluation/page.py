@@ -1,6 +1,5 @@
 """Select what the page of an evaluation shows: sampled pairs, projections, and ranked queries."""
 
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
+from csalign.core.outputs import check_page
 from csalign.core.progress import tick
-from csalign.evaluation.protocols import AlignedRows, Ranks
+from csalign.evaluation.config import PageOptions
+from csalign.evaluation.measure import Evaluation
 from csalign.features import schema
-from csalign.metrics.bootstrap import Resamples
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import Pictures
@@ -38,61 +38,46 @@ THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
 
-log = logging.getLogger(__name__)
-
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class EvaluationReport:
-    """The measured rows, their ranks, resamples if there are intervals, and the JSON document."""
-
-    aligned: AlignedRows
-    ranks: Ranks
-    resamples: Resamples | None
-    document: dict[str, Any]
-
-
 def write_report(
-    path: Path,
+    page: PageOptions,
     title: str,
-    report: EvaluationReport | None,
+    evaluation: Evaluation | None,
+    document: dict[str, Any] | None,
     run: Path | None,
-    seed: int,
     *,
-    pictures: Path | None = None,
-    umap: bool = False,
     is_training: bool = False,
     drawn: int = DRAWN,
 ) -> None:
     """Write the page of an evaluation and a run, either of which may be None.
 
     Args:
-        path: of the page.
+        page: where to write it, and what it shows.
         title: of the page.
-        report: of the evaluation.
+        evaluation: with the rows to show, and the seed of their sample.
+        document: of the evaluation.
         run: whose training to show.
-        seed: of the sampled pairs.
-        pictures: folder of the images; see `Pictures`.
-        umap: whether to draw the pairs by UMAP too, which takes long.
         is_training: whether the page is that of the training.
         drawn: pairs in a projection, at most.
 
     Raises:
         SchemaError: the record of the run is damaged.
     """
-    record = None
+    path, record = page.report, None
+    assert path is not None
     if run is not None:
         folder = run_folder(run)
         environment = read_environment(folder)
         for private in (SUMS, FEATURES):
             environment.pop(private, None)
         record = RunRecord(read_lines(folder), read_settings(folder), environment)
-    if report is None:
+    if evaluation is None:
         write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
-    aligned, rows = report.aligned, report.aligned.rows
+    aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
     tick("drawing the page")
     paired = np.flatnonzero(rows.text_image >= 0)
     texts = np.random.default_rng(seed).permutation(paired)[:SAMPLED]
@@ -101,27 +86,24 @@ def write_report(
     if aligned.adapter is not None:
         before = ("before", _unit(rows.images[owners]), _unit(rows.texts[texts]))
         stages = [before, ("after", *stages[0][1:])]
-    views = [_view(*stage, owners, drawn, seed if umap else None) for stage in stages]
+    views = [_view(*stage, owners, drawn, seed if page.umap else None) for stage in stages]
     captions = zip(rows.captions.take(texts[:drawn]), rows.text_ids.take(texts), strict=False)
     labels = [
         f"{caption.as_py() or text.as_py()} ({rows.image_ids[int(owner)].as_py()})"
         for (caption, text), owner in zip(captions, owners, strict=False)
     ]
     tick("choosing queries")
-    manifest = aligned.features.manifest
-    shown = Pictures(THUMBNAIL, pictures, manifest.source_root)
-    queries = _ranked_queries(report, shown, seed)
+    shown = Pictures(THUMBNAIL, page.pictures, aligned.features.manifest.source_root)
+    queries = _ranked_queries(evaluation, shown)
     shown.warn()
-    names = manifest.names
-    write_evaluation(
-        path, title, report.document, views, labels, queries, record, names, is_training=is_training
-    )
-    log.info("wrote %s", path)
+    write_evaluation(path, title, document, views, labels, queries, record, is_training=is_training)
 
 
-def check_umap(*, wanted: bool) -> None:
-    """Raise ConfigError if UMAP is wanted but not installed."""
-    if wanted and find_spec("umap") is None:
+def check_report(page: PageOptions) -> None:
+    """Raise OutputError if a page cannot be written, ConfigError if UMAP is not installed."""
+    if page.report is not None:
+        check_page(page.report)
+    if page.umap and find_spec("umap") is None:
         raise ConfigError("umap: umap-learn is not installed; pip install 'csalign[umap]'")
 
 
@@ -196,15 +178,13 @@ class _Side:
     first: Ints  # (q,) rank of the best match of each
 
 
-def _ranked_queries(
-    report: EvaluationReport, pictures: Pictures, seed: int
-) -> dict[str, list[RankedQuery]]:
+def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[RankedQuery]]:
     """Find the queries with the worst ranks and the most confident mistakes, both ways.
 
     Those are the mistakes with the highest cosine, the widest margin over the match first.
     """
-    aligned, rows = report.aligned, report.aligned.rows
-    to_text, to_image = (ranks.first for ranks in report.ranks)
+    aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
+    to_text, to_image = (ranks.first for ranks in evaluation.ranks)
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 
     def text(row: int, note: str) -> Entry:

@@ -35,7 +35,7 @@ class AlignedRows:
     adapter: Path | None = None  # the run folder, or None
     weights_sha256: str | None = None  # of the adapter; None also while it is trained
     parameters: int | None = None  # of the adapter, their number; None also while it is trained
-    is_trained: bool = False  # whether the adapter was trained on some of the rows
+    is_trained: bool | None = False  # on some of the rows; None if that is unknown
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the rows, as the first keys of a JSON document."""

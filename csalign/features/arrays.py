@@ -10,6 +10,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 
 CHUNK_ROWS = 65_536
+IN_MEMORY = "arrays-in-memory"
+"""Name of the folder of a temporary feature set."""
 
 Array = npt.NDArray[Any]
 
@@ -18,7 +20,8 @@ def as_rows(values: Any, name: str) -> Array:
     """Return rows as a NumPy array (n, d) of numbers, without a copy where that is possible.
 
     Args:
-        values: a NumPy array, a torch tensor on any device, a DataFrame, or lists of lists.
+        values: a NumPy array, a torch tensor on any device, a DataFrame or its column of vectors,
+            or a list of vectors.
         name: what they are, for messages.
 
     Raises:
@@ -29,7 +32,8 @@ def as_rows(values: Any, name: str) -> Array:
     """
     found = as_array(values, name)
     if found.ndim != 2:
-        raise ShapeError(f"{name}: has shape {found.shape}, not (rows, width)")
+        one = "; pass one row as [row]" if found.ndim == 1 else ""
+        raise ShapeError(f"{name}: has shape {found.shape}, not (rows, width){one}")
     return found
 
 
@@ -40,11 +44,34 @@ def as_array(values: Any, name: str) -> Array:
         values = values.float() if values.is_floating_point() else values
     try:
         found: Array = np.asarray(values)
+        if found.dtype == object and found.ndim == 1:  # a DataFrame's column of vectors
+            found = np.asarray([np.asarray(row) for row in found])
     except ValueError as error:  # rows of several lengths
         raise ShapeError(f"{name}: cannot be an array ({error}); give rows of one length") from None
     if not np.issubdtype(found.dtype, np.number) or np.issubdtype(found.dtype, np.complexfloating):
-        raise ShapeError(f"{name}: has dtype {found.dtype}; give an array of floats")
+        what = "text" if found.dtype.kind == "U" else f"values of dtype {found.dtype}"
+        raise ShapeError(f"{name}: contains {what}, not embeddings; give an array of floats")
     return found
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is an array or tensor of at least one dimension, or a list of rows."""
+    if isinstance(value, list):
+        return bool(value) and _is_row(value[0])
+    return hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0
+
+
+def _is_row(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(own, int | float) for own in value)
+    return hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1
+
+
+def is_pair_of_arrays(value: Any) -> bool:
+    """Return whether a value is ``(images, texts)`` or ``(images, texts, image_of_text)``."""
+    return (
+        isinstance(value, list | tuple) and len(value) in (2, 3) and all(map(is_array, value[:2]))
+    )
 
 
 def write_arrays(folder: Path, images: Any, texts: Any, image_of_text: Any = None) -> None:

@@ -31,7 +31,24 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 TRAIN = "train"
+_SPELLINGS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 MOST_SHARING = 5  # images of a caption that keeps them together
+
+
+def usual_splits(column: pa.Array) -> pa.Array:
+    """Spell the splits of rows, (n,), as train, val and test where they are named so otherwise."""
+    coded = column.dictionary_encode()
+    names = coded.dictionary.to_pylist()
+    usual = [_SPELLINGS.get(name.strip().lower(), name) for name in names]
+    changes = [f"{a!r} as {b!r}" for a, b in zip(names, usual, strict=True) if a != b]
+    if not changes:
+        return column
+    log.info("splits are stored by their usual names: %s", ", ".join(changes))
+    return pa.array(usual, column.type).take(coded.indices)
 
 
 def make_splits(

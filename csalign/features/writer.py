@@ -157,6 +157,7 @@ class ShardWriter:
                     use_dictionary=[n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
                     write_statistics=strings,
                     write_page_checksum=True,  # of use where one column is read
+                    write_batch_size=1 << 16,  # values, of which a vector has hundreds
                 )
                 self._file = self._stack.enter_context(file)
             self._file.write_table(table[:written], row_group_size=limit)

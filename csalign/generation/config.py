@@ -16,10 +16,10 @@ from csalign.core.config import (
     RunSource,
 )
 from csalign.core.errors import ConfigError
-from csalign.runs.config import ANY_ENCODER
+from csalign.runs.config import LoadOptions
 
 
-class PromptOptions(Config):
+class PromptOptions(LoadOptions):
     """Texts, and the run that maps them."""
 
     panel: ClassVar[str] = "Prompts"
@@ -34,10 +34,6 @@ class PromptOptions(Config):
     adapter: RunSource = Field(
         description="Run trained with --image-adapter identity on the decoder's image encoder."
     )
-    allow_adapter: str | None = Field(
-        None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
-    )
-    any_encoder: bool = Field(False, description=ANY_ENCODER)
     text_encoder: str | None = Field(
         None, description="Encoder of --prompts (default: the one that the run names)."
     )
@@ -97,7 +93,7 @@ class GenerateConfig(PromptOptions, DecoderOptions, OutputConfig):
     )
     sheet: bool = Field(  # before --report
         False,
-        description="Also draw a contact sheet of the first 100 images.",
+        description="Also write that page as OUT/sheet.html.",
         json_schema_extra={"hidden": True},
     )
 

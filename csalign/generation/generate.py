@@ -15,12 +15,11 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
-from csalign.adapters.inputs import command
 from csalign.core import atomic, locks, outputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.records import Record, read_job, write_record
 from csalign.core.results import GenerateResult
 from csalign.encoders.base import EncoderOptions, is_trusted, load_encoders
@@ -30,7 +29,7 @@ from csalign.features.reader import FeatureSet
 from csalign.generation.config import GenerateConfig, PromptOptions
 from csalign.generation.unclip import Decoder, find_decoder
 from csalign.report.page import Entry, Section, write_page
-from csalign.report.thumbnails import MOST_IMAGES, Pictures, draw_sheet
+from csalign.report.thumbnails import Pictures
 from csalign.runs.load import check_encoder, embed_rows, load_adapter_for
 from csalign.sources.images import read_image
 from csalign.sources.records.open import SourceOptions, open_source
@@ -39,8 +38,9 @@ log = logging.getLogger(__name__)
 
 IMAGES = "images"
 LINES = "generated.jsonl"
-SHEET = "sheet.jpg"
+SHEET = "sheet.html"
 THUMBNAIL = 256  # pixels
+MOST_IMAGES = 100  # on a page
 DESCRIPTION = "generation.json"
 ENTRIES = frozenset({IMAGES, LINES, SHEET, DESCRIPTION, "config.toml"})
 """Names in the output folder."""
@@ -61,7 +61,7 @@ class Prompts:
     fingerprint: str  # of the texts and of the encoder that embedded them
 
 
-def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterInfo]:
+def load_prompts(options: PromptOptions) -> tuple[Prompts, AdapterInfo]:
     """Load the texts, and the description of the run that maps them.
 
     Raises:
@@ -77,12 +77,10 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
             "--image-adapter identity, or with --recipe text-to-image"
         )
     if options.prompts is not None:
-        return _embed_prompts(options, options.prompts, info, device), info
+        return _embed_prompts(options, options.prompts, info), info
     assert options.features is not None
     features = FeatureSet.open(options.features)
-    adapter, _ = load_adapter_for(
-        *(features, run, device, options.allow_adapter), any_encoder=options.any_encoder
-    )
+    adapter, _ = load_adapter_for(features, run, options)
     rows = load_side(features, options.split, Modality.TEXT)
     if not len(rows.texts):
         raise DataError(f"{rows.name}: has no texts; name another --split")
@@ -93,10 +91,10 @@ def load_prompts(options: PromptOptions, device: str) -> tuple[Prompts, AdapterI
     return Prompts(rows.text_ids.to_pylist(), texts, embeddings, fingerprint), info
 
 
-def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device: str) -> Prompts:
-    run, shape = options.adapter, info.adapters[Modality.TEXT]
+def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo) -> Prompts:
+    run, shape, device = options.adapter, info.adapters[Modality.TEXT], pick_device(options.device)
     allow = () if options.allow_adapter is None else (options.allow_adapter,)
-    adapter = load_adapter(run, allow=allow).to(pick_device(device))
+    adapter = load_adapter(run, allow=allow).to(device)
     if adapter.side(Modality.TEXT).embeds_with_tokens:
         raise ConfigError(
             f"{run}: embeds texts with their tokens; extract features of the prompts with "
@@ -109,7 +107,7 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo, device
             "csalign; allow it with --text-encoder if you trust it, or pass --features"
         )
     ids, texts = _read_prompts(file)
-    encoder: Any = load_encoders(None, spec, EncoderOptions(device=pick_device(device))).text
+    encoder: Any = load_encoders(None, spec, EncoderOptions(device=device)).text
     if encoder.info.width != shape.input_width:
         raise ShapeError(
             f"{spec}: gives embeddings of width {encoder.info.width}, the adapter {run} takes "
@@ -158,10 +156,6 @@ class Generation(Record):
     scale: float
 
 
-@command(
-    GenerateConfig,
-    example='csalign.generate(prompts="p.txt", adapter="run", decoder="FOLDER", out="images")',
-)
 def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateResult:
     """Map texts into the space of a decoder's images and draw an image of each.
 
@@ -187,8 +181,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     inputs = tuple(path for path in (config.adapter, config.prompts, config.features) if path)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     folder, family = find_decoder(config.decoder)  # fails before the prompts are embedded
-    prompts, info = load_prompts(config, config.device)
-    progress("loading the decoder", 0, None)
+    prompts, info = load_prompts(config)
+    tick("loading the decoder")
     decoder = family(folder, config)
     width = info.adapters[Modality.IMAGE].width
     if width != decoder.width:
@@ -222,19 +216,16 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
         for number, text in enumerate(prompts.texts)
     ]
     with _open_folder(config, job) as folder:
-        reused = _draw(records, embeddings, decoder, folder, config.batch_size, progress)
+        reused = _draw(records, embeddings, decoder, folder, config.batch_size)
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         atomic.write_text(folder / LINES, "".join(lines))
         if config.sheet:
-            progress("drawing the contact sheet", 0, None)
-            paths = [folder / str(record["file"]) for record in records]
-            with atomic.atomic_path(folder / SHEET) as path:
-                draw_sheet(paths, prompts.texts, path)
+            _write_page(folder / SHEET, config.out.name, folder, records)
         atomic.write_text(folder / "config.toml", config.to_toml())
         rest = {"images": len(records), "family": decoder.family, "scale_from": scale_from}
         atomic.write_json(folder / DESCRIPTION, job.model_dump(mode="json") | rest)
     if config.report is not None:
-        _write_page(config.report, config.out, records)
+        _write_page(config.report, config.out.name, config.out, records)
     return GenerateResult(
         out=config.out,
         images=len(records),
@@ -246,19 +237,19 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> GenerateRes
     )
 
 
-def _write_page(page: Path, out: Path, records: list[dict[str, Any]]) -> None:
-    """Write a page of the first images and their prompts."""
+def _write_page(page: Path, title: str, folder: Path, records: list[dict[str, Any]]) -> None:
+    """Write a page of the first images in a folder and their prompts."""
     shown = Pictures(THUMBNAIL)
     pictures = [
         Entry(
             record["prompt"] or record["id"],
             f"{record['number']}.  seed {record['seed']}",
-            shown.thumbnail(str(out / record["file"])),
+            shown.thumbnail(str(folder / record["file"])),
         )
         for record in records[:MOST_IMAGES]
     ]
-    note = f"{len(pictures):,} of {len(records):,} images, in {out}."
-    write_page(page, out.name, [Section(out.name, note, pictures=pictures)])
+    note = f"{len(pictures):,} of {len(records):,} images."
+    write_page(page, title, [Section(title, note, pictures=pictures)])
 
 
 def _choose_scale(config: GenerateConfig, decoder: Decoder, info: AdapterInfo) -> tuple[float, str]:
@@ -315,12 +306,11 @@ def _draw(
     decoder: Decoder,
     folder: Path,
     batch_size: int,
-    progress: Progress,
 ) -> int:
     """Draw the images that are missing; returns the number of those that were there."""
     missing = [record for record in records if not _is_complete(folder / record["file"])]
     reused = len(records) - len(missing)
-    progress("generating: images", reused, len(records))
+    tick("generating: images", reused, len(records))
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         images = decoder.draw(
@@ -331,7 +321,7 @@ def _draw(
         for record, image in zip(batch, images, strict=True):
             with atomic.atomic_path(folder / record["file"]) as path:
                 image.save(path, format="PNG")
-        progress("generating: images", reused + start + len(batch), len(records))
+        tick("generating: images", reused + start + len(batch), len(records))
     return reused
 
 

@@ -12,13 +12,12 @@ from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Result
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
@@ -34,12 +33,7 @@ from csalign.indexing.manifest import (
     write_index_manifest,
     write_items,
 )
-from csalign.indexing.vectors import (
-    HubCorrection,
-    VectorIndex,
-    choose_factory,
-    exact_neighbours,
-)
+from csalign.indexing.vectors import HubCorrection, VectorIndex, choose_factory, exact_neighbours
 from csalign.runs.load import load_adapter_for, stream_aligned
 
 RECALL_AT = 10
@@ -62,12 +56,6 @@ class SearchIndex:
     adapter: Adapter | None
 
 
-@command(
-    IndexConfig,
-    "features",
-    "out",
-    example='csalign.index("features", "index", adapter="run")',
-)
 def index(config: IndexConfig, progress: Progress = silent) -> Result:
     """Build an index on disk, and describe it as plain JSON values.
 
@@ -79,17 +67,15 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.index("features", "index")["rows"]
+    >>> csalign.index((images, texts), "index")["rows"]
     60
     """
     inputs = tuple(path for path in (config.features, config.adapter) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
     features = FeatureSet.open(config.features)
     features.verify()
-    built = build_index(features, config, config, batch_size=config.batch_size, progress=progress)
-    progress("writing the index", 0, None)
+    built = build_index(features, config, config, batch_size=config.batch_size)
+    tick("writing the index")
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
         built.vectors.save(folder / VECTORS)
@@ -109,16 +95,12 @@ def build_index(
     options: VectorOptions,
     *,
     batch_size: int = 8_192,
-    progress: Progress = silent,
 ) -> SearchIndex:
     """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
     side = Modality(items.side)
     adapter, info = None, None
     if items.adapter is not None:
-        adapter, info = load_adapter_for(
-            *(features, items.adapter, items.device, items.allow_adapter),
-            any_encoder=items.any_encoder,
-        )
+        adapter, info = load_adapter_for(features, items.adapter, items)
     _ = features.table(side).encoder  # raises where there is no such side
     rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
     count = len(rows.numbers(side))
@@ -130,12 +112,12 @@ def build_index(
     vectors = VectorIndex.create(factory, width)
     _check_memory(vectors, count, options)
     if sampled := vectors.training_rows(count):
-        progress("training the index", 0, None)
+        tick("training the index")
         vectors.train(correction.items(rows.sample(side, sampled)))
     for part in rows.stream(side):
         vectors.add(correction.items(part))
-        progress("indexing: rows", len(vectors), count)
-    progress("measuring recall", 0, None)
+        tick("indexing: rows", len(vectors), count)
+    tick("measuring recall")
     recall = None if vectors.is_exact else _measure(vectors, rows, correction, options)
     manifest = IndexManifest(
         side=side,

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource, Share
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.runs.config import ANY_ENCODER
+from csalign.runs.config import LoadOptions
 
 
 def _singular(value: Any) -> Any:
@@ -18,7 +18,7 @@ def _singular(value: Any) -> Any:
 Side = Annotated[Literal["image", "text"], BeforeValidator(_singular)]
 
 
-class ItemOptions(Config):
+class ItemOptions(LoadOptions):
     """Rows of a feature set that can be found, and the adapter that maps them."""
 
     panel: ClassVar[str] = "Items"
@@ -26,13 +26,8 @@ class ItemOptions(Config):
     adapter: RunSource | None = Field(
         None, description="Run that maps the features; without it they are used as stored."
     )
-    allow_adapter: str | None = Field(
-        None, description="Adapter class PACKAGE.MODULE:CLASS that may be imported."
-    )
-    any_encoder: bool = Field(False, description=ANY_ENCODER)
     side: Side = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")
-    device: str = Field("auto", description="Device of networks: auto, cpu, cuda, cuda:1, mps.")
 
 
 class VectorOptions(Config):

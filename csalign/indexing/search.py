@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
@@ -28,7 +27,7 @@ from csalign.core.errors import (
 )
 from csalign.core.outputs import check_page
 from csalign.core.paths import is_remote
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Found, SearchResult
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
 from csalign.features.reader import FeatureSet
@@ -240,12 +239,6 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return found
 
 
-@command(
-    SearchConfig,
-    "index",
-    "query",
-    example='csalign.search("index", "a red flower")',
-)
 def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     """Find the items nearest to some queries.
 
@@ -260,31 +253,23 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.search("features", embedding=images[:1], query_side="image", top=1)
+    >>> csalign.search((images, texts), embedding=images[:1], query_side="image", top=1)
     SearchResult
       0  1.0000  0
-    >>> csalign.search("features", "a red flower")
+    >>> csalign.search((images, texts), "a red flower")
     Traceback (most recent call last):
-    csalign.core.errors.EncoderError: features: its texts were encoded with 'unknown', ...
+    csalign.core.errors.EncoderError: arrays: its texts were encoded with 'unknown', ...
     """
     return SearchResult(find(config, progress).to_json())
 
 
-@command(
-    SearchConfig,
-    "index",
-    "query",
-    example='csalign.search("index", "a red flower")',
-)
 def find(config: SearchConfig, progress: Progress = silent) -> Found:
     """Search like `search`, but yield each query's items as soon as they are found."""
     config.check()
     if config.report is not None:
         check_page(config.report)
-    progress("opening the index", 0, None)
-    index = _open(config, progress)
+    tick("opening the index")
+    index = _open(config)
     manifest = index.manifest
     encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
     head: Document = {
@@ -323,11 +308,11 @@ def _find_all(
         progress("searching: queries", done, None)
 
 
-def _open(config: SearchConfig, progress: Progress) -> SearchIndex:
+def _open(config: SearchConfig) -> SearchIndex:
     folder = config.index
     if is_remote(folder) or (folder / MANIFEST).is_file():
         options = VectorOptions(factory="Flat")
-        return build_index(FeatureSet.open(folder), config, options, progress=progress)
+        return build_index(FeatureSet.open(folder), config, options)
     manifest = read_index_manifest(folder)
     given = (
         ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
@@ -375,7 +360,9 @@ def _with_page(
                 for hit in found["hits"]
             ]
             note = f"The {len(pictures)} nearest of {rows}."
-            sections.append(Section(found["query"], note, pictures=pictures))
+            array = config.embedding and config.embedding.name
+            query = found["query"] if array is None else f"{array}, row {found['query']}"
+            sections.append(Section(query, note, pictures=pictures))
         yield found
     shown.warn()
     title = sections[0].title if len(sections) == 1 else f"{len(sections)} searches"

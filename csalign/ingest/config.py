@@ -104,7 +104,11 @@ class SplitOptions(Config):
 
 
 class SplitConfig(SplitOptions):
-    """``csalign split``: splits of a feature set that exists already."""
+    """``csalign split``: splits of a feature set that exists already.
+
+    >>> SplitConfig(features="features", test=0.1).group
+    True
+    """
 
     panel: ClassVar[str] = "Output"
     example: ClassVar[str] = "csalign split features --val 0.1 --test 0.1"

@@ -13,7 +13,6 @@ from PIL import Image
 from rich.filesize import decimal
 
 from csalign.core import atomic, outputs
-from csalign.core.calls import command
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
@@ -51,12 +50,6 @@ _ENOUGH_RECORDS = 10_000
 _TOKENS_PER_CAPTION = 16  # estimate
 
 
-@command(
-    ExtractConfig,
-    "source",
-    "out",
-    example='csalign.extract("photos", "features", encoder="open_clip:ViT-B-32/openai")',
-)
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source, write a feature set and return its counts.
 

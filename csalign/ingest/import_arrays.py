@@ -4,11 +4,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from csalign.adapters.inputs import command
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -16,28 +16,24 @@ from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, read_manifest
-from csalign.features.splits import divide
+from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Array, Vectors
 from csalign.sources.arrays.files import read_label_table
+from csalign.sources.arrays.naming import label_side
 from csalign.sources.arrays.opening import read_both, read_side, split_spec
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
-from csalign.sources.pairing import Rules, describe_texts, share_splits
+from csalign.sources.pairing import ORDER, Rules, describe_texts, share_splits
 
 logger = logging.getLogger(__name__)
 
 _FAINT = 1e-4  # a largest value below this is rounded by a thousandth or more in float16
 
 
-@command(
-    ImportConfig,
-    "*source",
-    example='csalign.import_arrays("image.npy", "text.npy", out="features")',
-)
 def import_arrays(config: ImportConfig, progress: Progress = silent) -> FeaturesResult:
     """Write embeddings and the labels of their rows as a feature set.
 
@@ -56,7 +52,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images=images, texts=texts, out="features")
+    >>> csalign.import_arrays(images, texts, out="features")
     FeaturesResult
       features  features
       images    60
@@ -64,6 +60,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
       pairs     60
       failures  0
       complete  True
+      pairing   row order
     """
     splits = split_settings(config)
     specs = _specs(config)
@@ -148,6 +145,10 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
         if None in specs
         else {side: read_side(spec, side, columns[side]) for side, spec in specs.items() if side}
     )
+    both = [{part.name for part in vectors.parts} for vectors in sides.values()]
+    if len(both) > 1 and both[0] & both[1]:
+        name = min(both[0] & both[1])
+        logger.warning("%s: is used as images and as texts; pass the other side's file", name)
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
     for name in sorted(unused):
@@ -171,15 +172,17 @@ def _pair(
             raise DataError(
                 f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
             )
-        labels = _labels(config.image_table, vectors)
+        labels = _labels(config.image_table, sides, Modality.IMAGE)
         images = describe_images(
             len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
         )
+        images.columns[schema.SPLIT] = usual_splits(images.columns[schema.SPLIT])
         found[Modality.IMAGE] = replace(vectors, kept=images.kept)
     if (vectors := sides.get(Modality.TEXT)) is not None:
-        labels = _labels(config.text_table, vectors)
+        labels = _labels(config.text_table, sides, Modality.TEXT)
         rules = _rules(config, images, sides)
         texts, pairing = describe_texts(len(vectors), images, labels, rules)
+        texts.columns[schema.SPLIT] = usual_splits(texts.columns[schema.SPLIT])
     if images is not None:
         columns[Modality.IMAGE] = images.columns
     if texts is not None:
@@ -191,8 +194,15 @@ def _pair(
     return found, columns, pairing
 
 
-def _labels(table: Path | None, vectors: Vectors) -> Labels | None:
-    return vectors.labels if table is None else read_label_table(table)
+def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels | None:
+    if table is not None:
+        return read_label_table(table)
+    labels, others = sides[side].labels, [own for key, own in sides.items() if key != side]
+    if labels is None or not others or labels.name != others[0].name or others[0].in_table:
+        return labels
+    # Lists in a file of both sides are of each side of their length, unless named like the other.
+    names = [name for name in labels.names if label_side(name) in (None, side)]
+    return replace(labels, names=names) if len(sides[side]) == len(others[0]) else labels
 
 
 def _rules(
@@ -206,12 +216,19 @@ def _rules(
     rows, texts = len(image), len(text)
     each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
     if config.text_counts is not None:
-        owners = owners_by_counts(config.text_counts, rows, texts)
+        owners = owners_by_counts(
+            config.text_counts, rows, texts, None if images.key is None else images.ids
+        )
         layout = str(config.text_counts)
     elif each is not None and order is not None:
         owners = owners_by_layout(rows, texts, each, order)
         layout = f"{each} captions per image, in {order}"
     elif text.captions_each is not None and pairs is None:
+        if config.pair_by not in (None, ORDER):
+            raise DataError(
+                f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
+                f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"
+            )
         owners = owners_by_layout(rows, texts, text.captions_each, "blocks")
         layout = f"the {text.captions_each} captions of each image in a 3-D array"
     is_one_table = image.in_table and text.in_table and image.name == text.name
@@ -233,19 +250,21 @@ def _advice(config: ImportConfig, images: int, texts: int) -> str:
     if texts and images > texts and images % texts == 0:
         specs = _specs(config)
         if None not in specs:
-            swapped = config.command(source=[*specs.values()][::-1], images=None, texts=None)
-            return f"are images and texts swapped? Then run\n  {swapped}\nor {general}"
+            swapped = {"source": [*specs.values()][::-1], "images": None, "texts": None}
+            advice = _layout_advice(config, images // texts, None, **swapped)
+            return f"are images and texts swapped? Then, {advice}\nor {general}"
     return general
 
 
-def _layout_advice(config: ImportConfig, each: int, order: str | None) -> str:
+def _layout_advice(config: ImportConfig, each: int, order: str | None, **values: Any) -> str:
     """Return the commands for `each` captions per image, in both orders or one."""
     meanings = {
         "blocks": "all captions of the first image, then of the second",
         "copies": "one caption of every image, then the next of every image",
     }
     lines = [
-        f"  {config.command(captions_per_image=each, caption_order=name)}\n    ({name}: {text})"
+        f"  {config.command(**values, captions_per_image=each, caption_order=name)}\n"
+        f"    ({name}: {text})"
         for name, text in meanings.items()
         if order in (None, name)
     ]

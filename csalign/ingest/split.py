@@ -1,7 +1,6 @@
 """``csalign split``: divide a feature set into splits without writing its vectors again."""
 
 from csalign.core import outputs
-from csalign.core.calls import command
 from csalign.core.errors import ConfigError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import SplitResult
@@ -10,7 +9,6 @@ from csalign.features.splits import divide
 from csalign.ingest.config import SplitConfig, SplitOptions
 
 
-@command(SplitConfig, "features", example='csalign.split("features", val=0.1, test=0.1)')
 def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
     """Divide the images of a feature set into train, val and test, with their texts.
 
@@ -24,6 +22,14 @@ def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
             not to be replaced.
         SchemaError: it is damaged.
         OutputError: its folder cannot be written, or another process is writing there.
+
+    >>> import csalign, numpy
+    >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
+    >>> _ = csalign.import_arrays(images, texts, out="features")
+    >>> csalign.split("features", test=0.2).to_frame()
+       split  images  texts
+    0  train      48     48
+    1   test      12     12
     """
     settings = split_settings(config)
     if settings is None:

@@ -50,10 +50,7 @@ def rank_both_ways_by_index(
         _rank(of_texts, images[queried], text_image, queried, counts, listed),
         _rank(of_images, texts[paired], every, own, np.ones_like(paired), listed),
     )
-    recalls = (
-        _recall(of_texts, images[queried], texts),
-        _recall(of_images, texts[paired], images),
-    )
+    recalls = (_recall(of_texts, images[queried], texts), _recall(of_images, texts[paired], images))
     return ranks, recalls
 
 

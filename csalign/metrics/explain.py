@@ -134,7 +134,7 @@ def _name(place: str, pattern: str) -> str | None:
 
 def pattern_of(place: str) -> str:
     """Find the key of `EXPLANATIONS` for a place in a document, or raise KeyError."""
-    plain = re.sub(r"@\d+$", "@K", place)
+    plain = re.sub(r"@\d+$", "@K", place.removeprefix("before."))
     for pattern in EXPLANATIONS:
         if fnmatchcase(plain, pattern):
             return pattern

@@ -120,12 +120,7 @@ class GradedRanks:
 
 
 def graded_both_ways(
-    images: Floats,
-    texts: Floats,
-    text_image: Ints,
-    groups: Ints,
-    *,
-    strip_bytes: int = STRIP_BYTES,
+    images: Floats, texts: Floats, text_image: Ints, groups: Ints, *, strip_bytes: int = STRIP_BYTES
 ) -> tuple[GradedRanks, GradedRanks]:
     """Find all captions of a group's images for each of its images, and the other way round.
 

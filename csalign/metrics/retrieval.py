@@ -261,22 +261,22 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
     queries. Of items that tie for the tenth place any may be counted. "image_to_text" is that of
     texts as items. Tables of scores have about `strip_bytes`.
     """
-    occurrence = torch.zeros(len(texts), dtype=torch.int64)
-    nearest = min(NEIGHBOURS, len(images))
-    best = torch.full((nearest, len(texts)), -torch.inf)  # scores of each text's nearest images
-    found, start = torch.zeros_like(best, dtype=torch.int64), 0
-    for scores in score_strips(images, texts, strip_bytes):
-        listed = scores.topk(min(NEIGHBOURS, len(texts)), dim=1, sorted=False).indices
-        occurrence += torch.bincount(listed.flatten(), minlength=len(texts))
-        values, rows = scores.topk(min(nearest, len(scores)), dim=0, sorted=False)
-        best, kept = torch.cat([best, values]).topk(nearest, dim=0, sorted=False)
-        found = torch.cat([found, rows + start]).gather(0, kept)
-        start += len(scores)
-        tick("hubness: rows", start, len(images))
+    total = len(images) + len(texts)
     return {
-        "image_to_text": _skewness(occurrence),
-        "text_to_image": _skewness(torch.bincount(found.flatten(), minlength=len(images))),
+        "image_to_text": _skewness(_occurrence(images, texts, strip_bytes, 0, total)),
+        "text_to_image": _skewness(_occurrence(texts, images, strip_bytes, len(images), total)),
     }
+
+
+def _occurrence(queries: Floats, items: Floats, strip_bytes: int, done: int, total: int) -> Tensor:
+    """Count the queries that have each item among their nearest, (items,); report the progress."""
+    counts = torch.zeros(len(items), dtype=torch.int64)
+    for scores in score_strips(queries, items, strip_bytes):
+        listed = scores.topk(min(NEIGHBOURS, len(items)), dim=1, sorted=False).indices
+        counts += torch.bincount(listed.flatten(), minlength=len(items))
+        done += len(scores)
+        tick("hubness: rows", done, total)
+    return counts
 
 
 def _skewness(counts: Tensor) -> float:

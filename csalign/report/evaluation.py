@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.enums import Names
 from csalign.core.figures import figure_of
 from csalign.report.page import Entry, Section, escape_label, write_page
 
@@ -64,7 +63,6 @@ def write_evaluation(
     labels: Sequence[str],
     queries: Mapping[str, Sequence[RankedQuery]],
     run: RunRecord | None,
-    names: Names | None = None,
     *,
     is_training: bool = False,
 ) -> None:
@@ -79,7 +77,6 @@ def write_evaluation(
         labels: caption and id of each pair in the views.
         queries: by heading, such as "Worst from image to text".
         run: record of the adapter's training, or None.
-        names: of the two sides (default: image and text).
         is_training: whether the curves of the run come first.
     """
     curves = [] if run is None else list(_curves(run.metrics))
@@ -103,7 +100,7 @@ def write_evaluation(
             if values:
                 leaves = [["key", "value"], *_leaves(values)]
                 sections.append(Section(heading, rows=leaves, prose=True))
-    summary = "" if document is None else _summary(document)
+    names, summary = (None, "") if document is None else (document.get("names"), _summary(document))
     write_page(path, title, sections, names, summary=summary)
 
 

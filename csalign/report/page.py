@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from csalign.core import __version__, atomic
-from csalign.core.calls import current_call
 from csalign.core.enums import Names, renamed
+from csalign.core.progress import current_call
 
 _TEMPLATES = Environment(
     loader=PackageLoader("csalign.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -25,7 +25,7 @@ _AXIS = {"gridcolor": _GRID, "zerolinecolor": _GRID, "linecolor": _GRID, "automa
 _THEME = go.layout.Template(
     layout={
         "height": 350,
-        "margin": {"t": 20, "b": 45, "r": 50},
+        "margin": {"t": 32, "b": 45, "l": 20, "r": 20},  # axes take what more they need
         # Below the plot, however tall it is; the margin grows by as many lines as it takes.
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "paper_bgcolor": _CLEAR,

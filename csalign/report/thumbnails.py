@@ -1,21 +1,14 @@
-"""Small images: of a stored image for a page, and many as a contact sheet."""
+"""Thumbnails of stored images, for a page."""
 
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
 
 from csalign.core.errors import DataError
 from csalign.sources.images import SUFFIXES, read_image
 
 LARGEST_FILE = 64 << 20  # bytes; larger files get no thumbnail
-SIDE, MARGIN = 160, 8  # pixels, in a contact sheet
-LINE, LINES = 14, 2  # height of a line in pixels, and lines below each image
-MOST_IMAGES = 100
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +59,9 @@ class Pictures:
         """Warn if pictures are missing."""
         if self.missing:
             log.warning(
-                "%d of %d pictures not found under %s (such as %s); pass their folder with "
-                "--pictures FOLDER",
+                "%d of %d pictures not found under %s (such as %s); pass %s folder with --pictures",
                 *(len(self.missing), self.wanted, self.folder or self.root or Path.cwd()),
-                self.missing[0],
+                *(self.missing[0], "another" if self.folder else "their"),
             )
 
     def _find(self, source: str, name: str | None) -> Path | None:
@@ -81,25 +73,6 @@ class Pictures:
         return next((path for path in places if path is not None and path.is_file()), None)
 
 
-def draw_sheet(images: Sequence[Path], texts: Sequence[str], path: Path) -> None:
-    """Draw n >= 1 images, up to `MOST_IMAGES`, each above two lines of its text, as a JPEG."""
-    count = min(len(images), MOST_IMAGES)
-    columns = min(10, math.ceil(math.sqrt(count)))
-    width, height = SIDE + MARGIN, SIDE + LINES * LINE + MARGIN
-    size = columns * width + MARGIN, math.ceil(count / columns) * height + MARGIN
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
-    for number in range(count):
-        left = MARGIN + number % columns * width
-        top = MARGIN + number // columns * height
-        with Image.open(images[number]) as image:
-            image.thumbnail((SIDE, SIDE))
-            sheet.paste(image, (left, top))
-        for line, words in enumerate(_wrap(texts[number], font)):
-            draw.text((left, top + SIDE + line * LINE), words, fill="black", font=font)
-    sheet.save(path, format="JPEG", quality=90)
-
-
 def _find_below(root: Path, path: Path) -> Path | None:
     """Return the file of that name below a folder, or its one image of another suffix."""
     whole = (root / path).resolve()
@@ -109,17 +82,3 @@ def _find_below(root: Path, path: Path) -> Path | None:
         return whole
     others = (whole.with_suffix(suffix) for suffix in sorted(SUFFIXES))
     return next((other for other in others if other.is_file()), None)
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    lines: list[str] = []
-    rest = " ".join(text.split())
-    while rest and len(lines) < LINES:
-        end = len(rest)
-        while end > 1 and font.getlength(rest[:end]) > SIDE:
-            # Break between words if possible, and cut the last line anywhere.
-            space = rest.rfind(" ", 0, end - 1)
-            end = space if space > 0 and len(lines) + 1 < LINES else end - 1
-        lines.append(rest[:end].strip())
-        rest = rest[end:].strip()
-    return lines

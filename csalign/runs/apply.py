@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from csalign.adapters.checkpoint import AdapterInfo
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, distributed, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.export import ENTRIES, ClipRetrievalExport, NpyExport, RowWriter
@@ -27,13 +26,6 @@ from csalign.runs.load import ALIGNED, check_features, load_adapter_for, stream_
 logger = logging.getLogger(__name__)
 
 
-@command(
-    ApplyConfig,
-    "features",
-    "adapter",
-    "out",
-    example='csalign.apply("features", "run", "aligned")',
-)
 def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
     """Map every row, paired or not, into the shared space, one row group at a time.
 
@@ -50,11 +42,8 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
-    'run'
-    >>> csalign.apply("features", "run", "aligned")["pairs"]
+    >>> run = csalign.train((images, texts), "run", steps=2, hidden=8).run
+    >>> csalign.apply((images, texts), run, "aligned")["pairs"]
     60
     """
     with distributed.process_group():
@@ -63,10 +52,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
             entries = schema.ENTRIES | ENTRIES
             outputs.check_output(config.out, entries, overwrite=config.overwrite, inputs=inputs)
         features = FeatureSet.open(config.features)
-        run = config.adapter
-        adapter, info = load_adapter_for(
-            *(features, run, config.device, config.allow_adapter), any_encoder=config.any_encoder
-        )
+        adapter, info = load_adapter_for(features, config.adapter, config)
         token_sides = _token_sides(config, features, adapter)
         rows = _aligned(config, features, adapter, token_sides)
         if not distributed.is_main_process():
@@ -74,7 +60,7 @@ def apply(config: ApplyConfig, progress: Progress = silent) -> FeaturesResult:
                 pass  # the main process writes them
             received: dict[str, Any] = distributed.broadcast(dict)
             return FeaturesResult(**{**received, "features": config.out})
-        result = _write(config, features, info, token_sides, rows, progress)
+        result = _write(config, features, info, token_sides, rows)
         distributed.broadcast(result.to_dict)
         return result
 
@@ -85,7 +71,6 @@ def _write(
     info: AdapterInfo,
     token_sides: Sequence[Modality],
     aligned: Iterator[tuple[Modality, Rows]],
-    progress: Progress,
 ) -> FeaturesResult:
     features.verify()
     counts = features.manifest.counts
@@ -96,7 +81,7 @@ def _write(
             for side, rows in aligned:
                 writer.write(side, rows)
                 done += len(rows.embeddings)
-                progress("aligning: rows", done, counts.images + counts.texts)
+                tick("aligning: rows", done, counts.images + counts.texts)
     if isinstance(writer, ClipRetrievalExport):
         unpaired |= writer.omitted
     images, texts = (unpaired[side] for side in Modality)

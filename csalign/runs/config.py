@@ -8,7 +8,18 @@ from pydantic import Field
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
-ANY_ENCODER = "Accept features of other encoders than the adapter was trained on."
+
+
+class LoadOptions(Config):
+    """How an adapter is loaded."""
+
+    panel: ClassVar[str] = "Adapter"
+
+    allow_adapter: str | None = Field(None, description=ALLOWED)
+    any_encoder: bool = Field(
+        False, description="Accept features of other encoders than the adapter was trained on."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 
 class ApplyInput(Config):
@@ -18,8 +29,6 @@ class ApplyInput(Config):
 
     features: Location = Field(description="Feature set to align.")
     adapter: RunSource = Field(description="Run folder, or a checkpoint in it.")
-    allow_adapter: str | None = Field(None, description=ALLOWED)
-    any_encoder: bool = Field(False, description=ANY_ENCODER)
 
 
 class ApplyFormat(Config):
@@ -36,7 +45,7 @@ class ApplyFormat(Config):
     dtype: Literal["float16", "float32"] = Field("float16", description="Stored number format.")
 
 
-class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
+class ApplyConfig(ApplyInput, LoadOptions, OutputConfig, ApplyFormat):
     """``csalign apply``: write the aligned embeddings as a new feature set.
 
     >>> ApplyConfig(features="features", adapter="run", out="aligned").format
@@ -48,7 +57,6 @@ class ApplyConfig(ApplyInput, OutputConfig, ApplyFormat):
     example: ClassVar[str] = "csalign apply features --adapter run --out aligned"
 
     batch_size: Count = Field(8192, description="Rows per forward pass.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 
 class ExportConfig(OutputConfig):

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.progress import Progress, silent, track
+from csalign.core.progress import Progress, silent, tick, track
 from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
@@ -43,87 +41,26 @@ PRIVATE = {
 Forward = Callable[[Modality, Array], Array]
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of an adapter: its kind, the encoder and width of its inputs, its parameters."""
-
-    name: str
-    kind: str
-    encoder: str
-    width: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Card:
-    """Content of a model card."""
-
-    name: str  # of the adapter
-    license: str | None  # of the adapter, as hubs name it
-    form: str  # "onnx", "torch-export" or "safetensors"
-    sides: Sequence[Side]  # of the adapter
-    width: int  # of the shared space
-    facts: Mapping[str, str]  # of the training, by name
-    settings: Mapping[str, Any]  # of the training
-    validation: Mapping[str, float]  # results on the validation split during training
-    evaluation: Mapping[str, Any] | None  # a document of ``csalign eval --json``, or None
-    checks: Mapping[str, float]  # largest difference to the run, by the data compared on
-
-
-def model_card(card: Card) -> str:
-    """Render a card."""
-    # Markdown, where autoescaping would show; `line` escapes what a user named.
-    templates = Environment(
-        loader=PackageLoader("csalign.report"),
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-    )
-    # JSON is YAML, so that no name can break the front matter.
-    templates.filters |= {
-        "json": json.dumps,
-        "line": _escape_line,
-        "cell": lambda text: _escape_line(text).replace("|", "\\|"),
-    }
-    front: dict[str, Any] = {
-        "library_name": "csalign",
-        "pipeline_tag": "feature-extraction",
-        "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
-    }
-    if card.license is not None:
-        front = {"license": card.license} | front
-    recalls = []
-    if card.evaluation is not None:
-        retrieval = card.evaluation["retrieval"]
-        recalls = [
-            (direction, name, retrieval[direction][name])
-            for direction in ("image_to_text", "text_to_image")
-            for name in ("R@1", "R@5", "R@10", "mrr")
-        ]
-        result = {
-            "task": {"type": "cross-modal-retrieval"},
-            "dataset": {"name": Path(card.evaluation["features"]).name, "type": "features"},
-            "metrics": [
-                {"type": f"{direction}_{name}", "value": value}
-                for direction, name, value in recalls
-            ],
-        }
-        front["model-index"] = [{"name": card.name, "results": [result]}]
-    template = templates.get_template("model_card.md")
-    return template.render(card=card, front=front, recalls=recalls)
-
-
 def _escape_line(text: str) -> str:
     """Escape text for one line of Markdown, which may contain HTML."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 
-@command(
-    ExportConfig,
-    "run",
-    "out",
-    example='csalign.export("run", "exported", to="onnx")',
+# Markdown, where autoescaping would show; `line` escapes what a user named.
+_TEMPLATES = Environment(
+    loader=PackageLoader("csalign.report"),
+    trim_blocks=True,
+    keep_trailing_newline=True,
+    undefined=StrictUndefined,
 )
+# JSON is YAML, so that no name can break the front matter.
+_TEMPLATES.filters |= {
+    "json": json.dumps,
+    "line": _escape_line,
+    "cell": lambda text: _escape_line(text).replace("|", "\\|"),
+}
+
+
 def export(config: ExportConfig, progress: Progress = silent) -> Result:
     """Write the adapter of a run in another form; nothing is kept if it differs from the run.
 
@@ -138,17 +75,14 @@ def export(config: ExportConfig, progress: Progress = silent) -> Result:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> csalign.train("features", "run", steps=2, hidden=8).run.name
-    'run'
-    >>> csalign.export("run", "exported", to="safetensors")["files"]
+    >>> run = csalign.train((images, texts), "run", steps=2, hidden=8).run
+    >>> csalign.export(run, "exported", to="safetensors")["files"]
     ['README.md', 'adapter.json', 'adapter.safetensors', 'config.toml']
     """
-    return write_checked(config, progress, TOLERANCE)
+    return write_checked(config, TOLERANCE)
 
 
-def write_checked(config: ExportConfig, progress: Progress, tolerance: float) -> Result:
+def write_checked(config: ExportConfig, tolerance: float) -> Result:
     """Export like `export`, with another tolerance of components of unit rows."""
     inputs = tuple(path for path in (config.run, config.features) if path is not None)
     outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
@@ -162,7 +96,7 @@ def write_checked(config: ExportConfig, progress: Progress, tolerance: float) ->
     evaluation = _read_evaluation(config, info)
     samples = list(_samples(config, adapter))
     with outputs.atomic_folder(config.out) as folder:
-        forward = _write(config, folder, adapter, info, progress)
+        forward = _write(config, folder, adapter, info)
         differences = {}
         for name, side, rows in track(samples, "checking: samples", len(samples)):
             found, expected = forward(side, rows), _embed(adapter, side, rows)
@@ -218,9 +152,7 @@ def _embed(adapter: Adapter, side: Modality, rows: Array) -> Array:
     return adapter.embed_tokens(side, rows, tokens, np.ones(tokens.shape[:2], np.bool_))[0]
 
 
-def _write(
-    config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo, progress: Progress
-) -> Forward:
+def _write(config: ExportConfig, folder: Path, adapter: Adapter, info: AdapterInfo) -> Forward:
     """Write the form; return a function that computes with what was written."""
     if config.to == "hub-folder":  # which strangers read
         encoders = {side: public_spec(spec) for side, spec in info.encoders.items()}
@@ -228,15 +160,14 @@ def _write(
     else:
         shutil.copy(config.run / DESCRIPTION, folder / DESCRIPTION)
     if config.to == "onnx":
-        for done, side in enumerate(Modality, start=1):
+        for side in track(Modality, "writing: sides", len(Modality)):
             write_onnx(adapter.side(side), folder / f"{side}.onnx")
-            progress("writing: sides", done, 2)
         return lambda side, rows: run_onnx(folder / f"{side}.onnx", rows)
+    tick("writing")
     shutil.copy(config.run / WEIGHTS, folder / WEIGHTS)
     if config.to == "hub-folder" and (run_folder(config.run) / LINES).is_file():
         shutil.copy(run_folder(config.run) / LINES, folder / LINES)
     again, _ = load_run(folder, config.allow_adapter)
-    progress("writing: sides", 2, 2)
     return lambda side, rows: _embed(again, side, rows)
 
 
@@ -264,19 +195,41 @@ def _card(
     evaluation: Mapping[str, Any] | None,
     differences: Mapping[str, float],
 ) -> str:
-    counts = adapter.parameter_counts()
+    """Write the model card: what the adapter is, its training and results, and the checks."""
+    front: dict[str, Any] = {
+        **({} if config.license is None else {"license": config.license}),
+        "library_name": "csalign",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["csalign", "cross-modal-retrieval", "embeddings", "alignment", "cs-aligner"],
+    }
+    recalls = []
+    if evaluation is not None:
+        retrieval = evaluation["retrieval"]
+        recalls = [
+            (direction, name, retrieval[direction][name])
+            for direction in ("image_to_text", "text_to_image")
+            for name in ("R@1", "R@5", "R@10", "mrr")
+        ]
+        result = {
+            "task": {"type": "cross-modal-retrieval"},
+            "dataset": {"name": Path(evaluation["features"]).name, "type": "features"},
+            "metrics": [
+                {"type": f"{direction}_{name}", "value": value}
+                for direction, name, value in recalls
+            ],
+        }
+        front["model-index"] = [{"name": config.out.name, "results": [result]}]
+    counts, folder = adapter.parameter_counts(), run_folder(config.run)
     sides = [
-        Side(
-            side.value,
-            shape.kind,
-            public_spec(info.encoders[side]),
-            shape.input_width,
-            counts[side.value],
-        )
+        {
+            "name": side.value,
+            "kind": shape.kind,
+            "encoder": public_spec(info.encoders[side]),
+            "width": shape.input_width,
+            "parameters": counts[side.value],
+        }
         for side, shape in info.adapters.items()
     ]
-    folder = run_folder(config.run)
-    settings = {key: value for key, value in read_settings(folder).items() if key not in PRIVATE}
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
@@ -287,20 +240,20 @@ def _card(
         "kernel bandwidth": str(info.bandwidth),
         "csalign": info.csalign_version,
     }
-    return model_card(
-        Card(
-            name=config.out.name,
-            license=config.license,
-            form=config.to if config.to == "onnx" else "safetensors",
-            sides=sides,
-            width=info.adapters[Modality.IMAGE].width,
-            facts=facts,
-            settings=settings,
-            validation=info.validation or _validation(folder, info.step),
-            evaluation=evaluation,
-            checks=differences,
-        )
-    )
+    card = {
+        "name": config.out.name,
+        "license": config.license,
+        "form": config.to,
+        "sides": sides,
+        "width": info.adapters[Modality.IMAGE].width,
+        "facts": facts,
+        "settings": {k: v for k, v in read_settings(folder).items() if k not in PRIVATE},
+        "validation": info.validation or _validation(folder, info.step),
+        "evaluation": evaluation,
+        "checks": differences,
+    }
+    template = _TEMPLATES.get_template("model_card.md")
+    return template.render(card=card, front=front, recalls=recalls)
 
 
 def _validation(folder: Path, step: int) -> dict[str, float]:

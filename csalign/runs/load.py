@@ -16,12 +16,14 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
+from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
 from csalign.features.writer import Rows
+from csalign.runs.config import LoadOptions
 from csalign.runs.metadata import ADAPTER, check_unchanged
 
 ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
@@ -52,21 +54,16 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
 
 
 def load_adapter_for(
-    features: FeatureSet,
-    run: Path,
-    device: str,
-    allow: str | None = None,
-    *,
-    any_encoder: bool = False,
+    features: FeatureSet, run: Path, options: LoadOptions
 ) -> tuple[Adapter, AdapterInfo]:
-    """Load the adapter of a run onto a device, for features of the encoders it was trained on.
+    """Load the adapter of a run, for features of the encoders it was trained on.
 
     Raises as `load_run`, `check_features` and `check_encoders` do.
     """
-    adapter, info = load_run(run, allow)
+    adapter, info = load_run(run, options.allow_adapter)
     check_features(features, run, adapter)
-    check_encoders(features, run, info, any_encoder=any_encoder)
-    return adapter.to(pick_device(device)), info
+    check_encoders(features, run, info, any_encoder=options.any_encoder)
+    return adapter.to(pick_device(options.device)), info
 
 
 def check_features(
@@ -105,9 +102,10 @@ def check_encoders(
 ) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
-    The features that it was trained on need no check.
+    The features that it was trained on need no check, and arrays in memory cannot name an encoder.
     """
-    if schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint):
+    is_trained = schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint)
+    if is_trained or features.path.name == IN_MEMORY:
         return
     for side in Modality:
         if (found := features.table(side).info) is not None:

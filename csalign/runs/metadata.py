@@ -14,6 +14,7 @@ from csalign.core import atomic
 from csalign.core.errors import DataError, SchemaError
 from csalign.core.paths import is_remote, parse_location
 from csalign.core.records import parse_json, read_object
+from csalign.features.arrays import IN_MEMORY
 from csalign.features.schema import MANIFEST, read_manifest, same_rows
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,12 @@ def find_features(run: Path, fingerprint: str) -> Path:
     if not known:
         raise SchemaError(f"{folder / CONFIG}: names no features; {remedy}")
     places = [parse_location(place) for place in known]
+    if places[0].name == IN_MEMORY:
+        raise DataError(
+            f"{run}: was trained on arrays in memory, which are not stored with it; pass arrays: "
+            f"csalign.evaluate(images, texts, adapter={str(run)!r}) or "
+            f"csalign.compare((images, texts), {str(run)!r})"
+        )
     local = [place for place in places if not is_remote(place)]
     places += [folder.absolute().parent / place for place in local if not place.is_absolute()]
     places += [near / place.name for place in local for near in (folder.absolute().parent, Path())]

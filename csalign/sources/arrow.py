@@ -174,7 +174,7 @@ def _value(scalar: Any) -> Any:
 
 
 def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Array:
-    """Convert n texts, numbers, bytes or structs of one field to large_string, and "" to null.
+    """Convert n texts, numbers, bytes or structs of one field to large_string, "" and NaN to null.
 
     Equal values of different types become equal strings: 7, 7.0, Decimal("7.00") and b"7" are "7".
 
@@ -197,6 +197,8 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
     if kind == "bytes":
         strings = _decoded(column)
     elif kind == "number":
+        if pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
         with suppress(pa.ArrowInvalid):  # a fraction remains what it is
             column = column.cast(pa.int64())
         strings = pc.replace_substring_regex(column.cast(pa.large_string()), r"\.0*$", "")

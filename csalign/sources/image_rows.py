@@ -96,9 +96,12 @@ def describe_images(
 def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array | None, Ints | None]:
     """Return the keys of images in a column, and the image of each; None if they are no keys.
 
-    A key that repeats is one only if the images with it are one image.
+    A key that repeats is one only if the images with it are one image. Without a name, keys are
+    the numbers of the rows.
     """
-    if name is None or name == images.key:
+    if name is None:
+        return row_numbers(len(images.owners)), images.owners
+    if name == images.key:
         return images.ids, None
     assert images.labels is not None
     keys = images.labels.column(name)
@@ -144,11 +147,31 @@ def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -
     )
     return replace(
         rows,
-        columns={name: column.take(first_row) for name, column in columns.items()},
+        columns={
+            "id": keys.take(first_row),
+            "source": columns["source"].take(first_row),
+            "split": _splits(columns["split"], owners, labels),
+        },
         key=name,
         owners=owners,
         kept=np.isin(rows.owners, first_row),
     )
+
+
+def _splits(splits: pa.Array, owners: Ints, labels: Labels) -> pa.Array:
+    """Return the first split of each image that has one; refuse two of one image."""
+    known = np.flatnonzero(splits.is_valid().to_numpy(zero_copy_only=False))
+    with_split, first = np.unique(owners[known], return_index=True)
+    rows = np.full(owners.max(initial=-1) + 1, -1)
+    rows[with_split] = known[first]
+    found = splits.take(pa.array(rows, mask=rows < 0))
+    if (bad := pc.not_equal(splits, found.take(pa.array(owners))).index(True).as_py()) >= 0:
+        raise DataError(
+            f"{labels.where(bad)}: is in split {splits[bad].as_py()!r} and the same image in "
+            f"{labels.where(int(rows[owners[bad]]))} in {found[int(owners[bad])].as_py()!r}; give "
+            "an image one split"
+        )
+    return found
 
 
 def _first_unlike(keys: pa.Array, sketch: npt.NDArray[np.float32]) -> tuple[int, int] | None:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from csalign.sources.labels import Ints
 
 _EXAMPLES = 3
-_NUMBER = r"^0*(\d+)(\.0+)?$"
+_NUMBER = r"^(-?)0*(\d+)(\.0+)?$"
+_SUFFIX = r"(?i)(.)\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|heic|txt|caption|json|npy|pt)$"
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ def match(wanted: pa.Array, known: pa.Array) -> Match:
     """Find keys (m,) among known ones (n,), all large_string.
 
     Where they are not all found as they are, both are compared in Unicode's composed form, as
-    clean paths, by file name, and without extension, each of them also as numbers ("007" and
+    clean paths, by file name, and without image extension, each of them also as numbers ("007" and
     "7.0" are "7" if all keys are numbers). A form counts only if it keeps different keys of one
-    side different. The form that finds most is used, the first if several do.
+    side different, and folders of both sides must end alike. The form that finds most is used,
+    the first if several do.
 
     Returns:
         Positions of the first equal key.
@@ -68,7 +70,9 @@ def match(wanted: pa.Array, known: pa.Array) -> Match:
                 continue
             number = "as numbers" if is_number else ""
             further = _find(own, other, ", ".join(filter(None, (form, number))))
-            if len(further.missing) < len(found.missing):
+            if len(further.missing) < len(found.missing) and (
+                change not in (_file_names, _stems) or _are_nested(wanted, known, further.rows)
+            ):
                 found = further
     return found
 
@@ -94,7 +98,7 @@ def _changed(
     if is_number:
         if not pc.all(pc.match_substring_regex(changed, _NUMBER)).as_py():
             return None
-        changed = pc.replace_substring_regex(changed, _NUMBER, r"\1")
+        changed = pc.replace_substring_regex(changed, _NUMBER, r"\1\2")
     kept = pc.count_distinct(changed).as_py() == pc.count_distinct(keys).as_py()
     return changed if kept else None
 
@@ -115,8 +119,26 @@ def _file_names(keys: pa.Array) -> pa.Array:
     return pc.replace_substring_regex(_paths(keys), r"^.*/", "")
 
 
+def _are_nested(wanted: pa.Array, known: pa.Array, rows: Ints) -> bool:
+    """Return whether the folders of equal file names end alike, or one side has none."""
+    own, other = (
+        [
+            "/" + path.strip("/").rpartition("/")[0]
+            for path in _paths(keys).fill_null("").to_pylist()
+        ]
+        for keys in (wanted, known)
+    )
+    return all(
+        row < 0
+        or len(min(folder, other[row])) == 1
+        or folder.endswith(other[row])
+        or other[row].endswith(folder)
+        for folder, row in zip(own, rows.tolist(), strict=True)
+    )
+
+
 def _stems(keys: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(_file_names(keys), r"(.)\.[A-Za-z]\w{0,4}$", r"\1")
+    return pc.replace_substring_regex(_file_names(keys), _SUFFIX, r"\1")
 
 
 _FORMS: dict[str, Callable[[pa.Array], pa.Array]] = {

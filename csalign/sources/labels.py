@@ -22,6 +22,7 @@ class Labels:
         rows: number of rows.
         where: returns file and row of a 0-based row.
         names: of the columns, in the file's own spelling.
+        unread: columns named like keys that cannot be read, with the reason.
         read: returns the `rows` values of a column, large_string, null where missing.
     """
 
@@ -30,6 +31,7 @@ class Labels:
     where: Callable[[int], str]
     names: Sequence[str] = ()
     read: Callable[[str], pa.Array] | None = None
+    unread: Mapping[str, str] = field(default_factory=dict)
     _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
 
     def column(self, name: str) -> pa.Array:

@@ -1,13 +1,15 @@
 """Pairs that the order of the rows gives: equal counts, several captions per image, or a list."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED
 from csalign.sources.arrays.files import open_npy, read_label_table
+from csalign.sources.arrays.naming import IMAGE_IDS, ITEM_IDS
+from csalign.sources.keys import match
 from csalign.sources.labels import Ints
 
 
@@ -34,7 +36,7 @@ def owners_by_layout(
     return np.tile(rows, each) if order == "copies" else np.repeat(rows, each)
 
 
-def owners_by_counts(path: Path, images: int, texts: int) -> Ints:
+def owners_by_counts(path: Path, images: int, texts: int, ids: Any = None) -> Ints:
     """Return the image row of each text row, (m,), by the number of captions of each image.
 
     Args:
@@ -42,11 +44,12 @@ def owners_by_counts(path: Path, images: int, texts: int) -> Ints:
             that begin at 0.
         images: n.
         texts: number of text rows.
+        ids: of the images, an Arrow array (n,), if they have some; a table's must be in that order.
 
     Raises:
         DataError: the file cannot be used or does not add up to `texts`; its row is named.
     """
-    counts = _read_counts(path)
+    counts = _read_counts(path, ids)
     if len(counts) == images + 1 and counts[0] == 0:
         counts = np.diff(counts)
     if len(counts) != images:
@@ -62,7 +65,7 @@ def owners_by_counts(path: Path, images: int, texts: int) -> Ints:
     return np.repeat(np.arange(images), counts)
 
 
-def _read_counts(path: Path) -> Ints:
+def _read_counts(path: Path, ids: Any) -> Ints:
     if path.suffix.lower() == ".npy":
         with open_npy(path) as file:
             shape, dtype = file.headers[UNNAMED]
@@ -71,6 +74,15 @@ def _read_counts(path: Path) -> Ints:
             chunks = list(file.read(UNNAMED, CHUNK_ROWS))
         return np.concatenate(chunks).astype(np.int64) if chunks else np.empty(0, np.int64)
     table = read_label_table(path)
+    named = table.find((*IMAGE_IDS, *ITEM_IDS))
+    if ids is not None and named is not None and len(ids) == len(named):
+        wrong = np.flatnonzero(match(named, ids).rows != np.arange(len(ids)))
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{table.where(row)}: is of image {named[row].as_py()!r:.200} and image row {row} "
+                f"is {ids[row].as_py()!r:.200}; put the counts in the order of the images"
+            )
     counts = np.empty(table.rows, np.int64)
     for row, value in enumerate(table.require("count", "counts", "captions", "texts").to_pylist()):
         try:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
@@ -16,7 +17,8 @@ from csalign.sources.arrays.naming import (
     TEXT_IDS,
     first_of,
     is_id,
-    is_label,
+    is_key,
+    label_side,
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images, row_numbers
@@ -26,6 +28,7 @@ from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
 ORDER = "order"  # of --pair-by: by the order of the rows
 BY_ROW = "row order"
+_ROW = "image_row"  # always a row number from 0, as text_row
 _PAIR_IMAGES = ("image_id", "image", "image_row")  # columns of --pairs
 _PAIR_TEXTS = ("text_id", "text", "text_row")
 
@@ -155,22 +158,34 @@ def _owners(
 ) -> tuple[Ints, str]:
     """Return the image of each text, -1 for none, and how it was found."""
     if rules.pairs is not None and wanted is not None:
-        found = match(wanted, images.ids)
-        _check_found(found, wanted, images.ids, rules.pairs.name, "by the image table's id column")
-        return found.rows, found.worded(rules.pairs.name)
+        is_row = first_of(_PAIR_IMAGES, rules.pairs.names) == first_of([_ROW], rules.pairs.names)
+        known, rows = keys_of_images(images, None if is_row else images.key)
+        found = match(wanted, known)
+        named = "by row number from 0" if is_row else "by the image table's id column"
+        _check_found(found, wanted, known, rules.pairs.name, named)
+        return found.among(rows), found.worded(rules.pairs.name)
     if rules.owners is not None:
         if labels is not None and first_of(REFERENCES, labels.names):
             raise DataError(
                 f"{labels.name}: names the image of each text; omit --captions-per-image and "
                 "--text-counts"
             )
-        return images.owners[rules.owners], rules.layout
+        owners = images.owners[rules.owners]
+        _check_layout(images, texts, labels, owners, rules.layout)
+        return owners, rules.layout
     if rules.by not in (None, ORDER):
         return _by_column(images, labels, str(rules.by))
     if rules.by is None and not rules.same_rows and labels is not None:
         found_by_key = _by_any_key(images, labels, texts)
         if found_by_key is not None:
             return found_by_key
+    if rules.by is None and not rules.same_rows:
+        for own in (labels, images.labels):
+            for name, reason in own.unread.items() if own else ():
+                raise DataError(
+                    f"{own and own.name}: {name} looks like keys but {reason}, or pair rows in "
+                    "order with --pair-by order"
+                )
     if len(texts.owners) != len(images.owners):
         raise DataError(
             f"{len(images.owners)} images and {len(texts.owners)} texts: counts differ, so rows "
@@ -178,6 +193,22 @@ def _owners(
         )
     is_repeated = images.kept is not None
     return images.owners, f"{images.key}" if rules.same_rows and is_repeated else BY_ROW
+
+
+def _check_layout(
+    images: ImageRows, texts: TextRows, labels: Labels | None, owners: Ints, layout: str
+) -> None:
+    """Raise DataError where a key of both sides pairs the rows in another way."""
+    try:
+        found = labels and _by_any_key(images, labels, texts)
+    except DataError:  # keys that do not fit decide nothing
+        found = None
+    if labels and found and len(wrong := np.flatnonzero(found[0] != owners)):
+        row = int(wrong[0])
+        raise DataError(
+            f"{labels.where(row)}: belongs to image {images.ids[int(owners[row])].as_py()!r:.200} "
+            f"by {layout}, and to another by {found[1]}; pair by it with --pair-by instead"
+        )
 
 
 def _by_column(images: ImageRows, labels: Labels | None, name: str) -> tuple[Ints, str]:
@@ -207,30 +238,77 @@ def _by_any_key(images: ImageRows, labels: Labels, texts: TextRows) -> tuple[Int
     Raises:
         DataError: columns that look like keys of one another do not fit.
     """
-    refused: list[tuple[Match, pa.Array, pa.Array, str, str]] = []
+    refused: list[tuple[int, str, str]] = []  # matches, name and problem
     own = images.labels and images.labels.name
     for name, image_name, is_strong in _candidates(images, labels):
         plain = plain_name(name)
         if name == image_name and labels.name == own:  # one column of one file fits in any case
             continue
+        wanted = labels.column(name)
+        is_most = wanted.null_count * 2 < len(wanted)
         if plain in (*TEXT_IDS, *ITEM_IDS) and any(
-            plain_name(entry[3]) in REFERENCES for entry in refused
+            plain_name(key) in REFERENCES or matches * 2 > len(wanted)
+            for matches, key, _ in refused
         ):  # ids may be equal by chance, as numbers
             break
         known, rows = keys_of_images(images, image_name)
-        wanted = labels.column(name)
-        if known is None or (not is_strong and wanted.null_count):
+        if known is None:
+            assert images.labels is not None
+            keys = images.labels.column(str(image_name))
+            matches = match(wanted, keys).found
+            is_few = pc.count_distinct(keys).as_py() * 2 <= len(keys)  # such as classes or users
+            is_same = is_strong and plain == plain_name(str(image_name))
+            if not is_few and matches * 2 > (0 if is_same else len(wanted)):
+                refused.append((matches, name, _unusable(images.labels, str(image_name))))
             continue
         found = match(wanted, known)
-        if found.is_complete and (found.found or plain in REFERENCES):
+        is_fit = found.is_complete and (found.found or plain in REFERENCES)
+        if is_fit and (is_strong or is_most):
             return found.among(rows), found.worded(name)
-        shared = found.found if plain in TEXT_IDS else 0
-        if is_strong or shared:
-            refused.append((found, wanted, known, name, image_name or "row number"))
-    for found, wanted, known, name, image_name in sorted(refused, key=lambda r: -r[0].found)[:1]:
-        where = f"{labels.name}: {name}"
-        _check_found(found, wanted, known, where, f"by {image_name}, or else by row number from 0")
+        shared = found.found if plain in TEXT_IDS or found.found * 2 > len(wanted) else 0
+        if (is_strong or shared) and not found.is_complete:
+            where, named = f"{labels.name}: {name}", image_name or "row number"
+            named = f"by {named}, or else by row number from 0"
+            refused.append((found.found, name, _unknown(found, wanted, known, where, named)))
+    if refused:
+        raise DataError(max(refused, key=lambda entry: entry[0])[2])
+    _warn_of_other_columns(images, labels)
     return None
+
+
+def _unusable(labels: Labels, name: str) -> str:
+    """Say which row of the images makes a column unusable as their key."""
+    keys = labels.column(name)
+    if keys.null_count:
+        problem = f"{labels.where(keys.is_null().index(True).as_py())}: has no {name}"
+    else:
+        row, first = first_repeated(keys) or (0, 0)
+        problem = (
+            f"{labels.where(row)}: duplicate {name} {keys[row].as_py()!r:.200}, also in "
+            f"{labels.where(first)}"
+        )
+    return (
+        f"{problem}, and texts name their images by it; correct the keys, pass --pairs TABLE, or "
+        "ignore them with --pair-by order"
+    )
+
+
+def _warn_of_other_columns(images: ImageRows, labels: Labels) -> None:
+    """Warn of a column that would pair the rows in another order, but is not named like a key."""
+    if images.labels is None or images.labels.name == labels.name:
+        return
+    for name in labels.names:
+        if name not in images.labels.names or is_key(name) or _is_content(name):
+            continue
+        own, other = labels.column(name), images.labels.column(name)
+        if pc.count_distinct(own).as_py() * 2 > len(own) and len(own) == len(other):
+            rows = match(own, other).rows
+            if (rows >= 0).sum() * 2 > len(rows) and (rows != np.arange(len(rows))).any():
+                log.warning(
+                    "%s: %s has the values of %s in another order; is it their key? Then pass "
+                    "--pair-by %s",
+                    *(labels.name, name, images.labels.name, name),
+                )
 
 
 def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | None, bool]]:
@@ -241,11 +319,14 @@ def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | 
     own = {
         plain_name(name): name for name in reversed(images.labels.names if images.labels else ())
     }
-    keys = [name for name in own.values() if is_label(name) and not _is_content(name)]
+    keys = [name for name in own.values() if is_key(name) and not _is_content(name)]
     if images.key in keys:
         keys = [images.key, *(name for name in keys if name != images.key)]
     references = [name for plain in REFERENCES if (name := first_of([plain], labels.names))]
     for name in references:
+        if plain_name(name) == _ROW:
+            yield name, None, True
+            continue
         same = own.get(plain_name(name))
         others = [key for key in keys if key != same]
         for image_name in ([same] if same else []) + others:
@@ -256,7 +337,7 @@ def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | 
         plain = plain_name(name)
         if name in references or _is_content(name) or plain in (*TEXT_IDS, *ITEM_IDS):
             continue
-        if plain in own:
+        if plain in own and is_key(name):
             yield name, own[plain], is_id(name)
     paths = [name for name in labels.names if plain_name(name) in PATHS]
     for name in paths:
@@ -266,8 +347,9 @@ def _candidates(images: ImageRows, labels: Labels) -> Iterator[tuple[str, str | 
         plain = plain_name(name)
         if plain in ITEM_IDS and images.key is not None:
             yield name, images.key, plain_name(images.key) in ITEM_IDS
-        elif plain in TEXT_IDS and images.key is not None:
-            yield name, images.key, False
+        elif is_key(name) and label_side(name) is Modality.TEXT and name not in references:
+            for image_name in keys if images.key is None else [images.key]:
+                yield name, image_name, False
 
 
 def _is_content(name: str) -> bool:
@@ -276,15 +358,19 @@ def _is_content(name: str) -> bool:
 
 def _check_found(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> None:
     """Raise DataError unless all keys are known."""
-    if not len(found.missing):
-        return
+    if len(found.missing):
+        raise DataError(_unknown(found, wanted, known, where, named))
+
+
+def _unknown(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> str:
+    """Name the first text whose key is unknown."""
     row = int(found.missing[0])
     shown = (
         f"{examples(wanted)} of the texts, {examples(known)} of the images"
         if not found.found
         else f"images are named {named}"
     )
-    raise DataError(
+    return (
         f"{where}: image {wanted[row].as_py()!r:.200} of text row {row} is unknown "
         f"({len(found.missing)} texts name unknown images); {shown}; correct the keys, pass "
         "--pairs TABLE, or ignore them with --pair-by order"
@@ -296,7 +382,8 @@ def _paired_rows(pairs: Labels, text_ids: pa.Array) -> pa.Array:
     if (named := pairs.find(_PAIR_TEXTS)) is None:
         pairs.check_rows(len(text_ids), "texts")
         return pa.array(np.arange(len(text_ids)))
-    found = match(named, text_ids)
+    is_row = first_of(_PAIR_TEXTS, pairs.names) == first_of(_PAIR_TEXTS[2:], pairs.names)
+    found = match(named, row_numbers(len(text_ids)) if is_row else text_ids)
     if len(unknown := np.flatnonzero(found.rows < 0)):
         row = int(unknown[0])
         raise DataError(

@@ -32,7 +32,7 @@ from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.paths import is_remote
 from csalign.core.records import Record, parse_json, read_job, write_record
 from csalign.features.reader import FeatureSet
-from csalign.runs.metadata import CONFIG, ENVIRONMENT, FEATURES, LINES, write_environment
+from csalign.runs.metadata import CONFIG, ENTRIES, ENVIRONMENT, FEATURES, LINES, write_environment
 from csalign.training.data import TrainingData
 from csalign.training.loop import Trainer
 
@@ -247,6 +247,11 @@ class UnfinishedRun:
         save_adapter(folder, adapter, info)
 
 
+def check_run_folder(out: Path, features: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if a run must not be written there; see `outputs.check_output`."""
+    outputs.check_output(out, ENTRIES, overwrite=overwrite, inputs=(features,))
+
+
 @contextmanager
 def open_run(
     out: Path, job: TrainingJob, *, restart: bool, every: int | None
@@ -257,7 +262,7 @@ def open_run(
     repeat, those to resume from are removed.
 
     Args:
-        out: final folder, after `outputs.check_output`.
+        out: final folder, after `check_out`.
         job: description of the run.
         restart: discard an unfinished run with other options, or a damaged one.
         every: see `UnfinishedRun`.

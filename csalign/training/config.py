@@ -26,7 +26,7 @@ from csalign.core.config import (
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
 from csalign.core.mistakes import did_you_mean
-from csalign.evaluation.config import PICTURES, UMAP
+from csalign.evaluation.config import PageOptions
 
 G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -222,7 +222,7 @@ class OptimizerOptions(Config):
     patience: Count | None = Field(
         None,
         description="Stop after this many validations without improvement (default: 10, or at once "
-        "when validation recall is 100 %).",
+        "at a recall of 100 % on 100 or more validation images).",
     )
     validations: Count = Field(20, description="Number of validations, spread over the steps.")
     precision: Precision = Field(
@@ -237,8 +237,7 @@ class RunOptions(Config):
     panel: ClassVar[str] = "Run"
 
     recipe: str | None = Field(
-        None,
-        description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image.",
+        None, description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image."
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."
@@ -246,11 +245,6 @@ class RunOptions(Config):
     log_to: Annotated[tuple[Literal["csv", "tensorboard", "wandb"], ...] | None, Words] = Field(
         None, description="Loggers besides metrics.jsonl, comma-separated."
     )
-    report: Path | None = Field(
-        None, description="Also write a page with curves and results, as training.html."
-    )
-    pictures: Path | None = Field(None, description=PICTURES)
-    umap: bool = Field(False, description=UMAP)
     seed: int = Field(0, ge=0, lt=2**63, description="Random seed.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
@@ -263,6 +257,7 @@ class TrainConfig(
     ObjectiveOptions,
     OptimizerOptions,
     TokenOptions,
+    PageOptions,
 ):
     """``csalign train``: adapters on cached features, with the CS-Aligner objective.
 
@@ -297,7 +292,7 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
-        if self.steps and self.epochs is not None:  # 0 is the closed form, as tune may write it
+        if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
             check_kind(kind)

@@ -12,11 +12,10 @@ from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.outputs import check_page
 from csalign.core.progress import tick
-from csalign.evaluation.config import MeasureOptions
-from csalign.evaluation.evaluate import describe, measure_rows, with_before
-from csalign.evaluation.page import check_umap, write_report
+from csalign.evaluation.config import MeasureOptions, PageOptions
+from csalign.evaluation.measure import describe, measure_rows
+from csalign.evaluation.page import check_report, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
 from csalign.runs.load import embed_rows
@@ -36,16 +35,14 @@ Line = Mapping[str, Any]
 LogFigures = Callable[[int, Mapping[str, float]], None]
 
 
-def check_logs(names: Sequence[str], page: Path | None, *, umap: bool = False) -> None:
+def check_logs(names: Sequence[str], page: PageOptions) -> None:
     """Check that the logs and the page of a run can be written, before training.
 
     Raises:
         ConfigError: a library that a log or UMAP needs is not installed.
         OutputError: the page cannot be written where it is wanted.
     """
-    if page is not None:
-        check_page(page)
-        check_umap(wanted=umap)
+    check_report(page)
     for name in {"tensorboard", "wandb"} & set(names):
         _library(name)
 
@@ -93,27 +90,20 @@ def open_logs(
 
 
 def write_page(
-    path: Path,
-    run: Path,
-    adapter: Adapter,
-    data: TrainingData,
-    *,
-    seed: int,
-    pictures: Path | None = None,
-    umap: bool = False,
+    page: PageOptions, run: Path, adapter: Adapter, data: TrainingData, seed: int
 ) -> None:
     """Write a page of the run's curves, and of its adapter measured on the held-out rows."""
     tick("writing the page")
-    shown = None
+    measured = document = None
     if data.val is not None:
         warn_of_queries(data.val, f"{data.features.path} (validation)")
         images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
         rows = AlignedRows(data.features, "validation", data.val, images, texts, run)
-        options = MeasureOptions(seed=seed)
-        shown = with_before(describe(measure_rows(rows, options)), options)
+        measured = measure_rows(rows, MeasureOptions(seed=seed))
+        document = describe(measured, with_before=True)
     title = f"Training of {run.name} on {data.features.path.name}"
-    title += ", measured on its validation rows" if shown else ""
-    write_report(path, title, shown, run, seed, pictures=pictures, umap=umap, is_training=True)
+    title += ", measured on its validation rows" if measured else ""
+    write_report(page, title, measured, document, run, is_training=True)
 
 
 def figures_of(line: Line) -> dict[str, float]:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 DEFAULT_EPOCHS = 40
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 PATIENCE = 10  # validations
+ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[dict[str, Any]], None]
@@ -103,10 +104,11 @@ class Trainer:
         self.start_score: Score | None = None
         self.best_score: Score | None = None
         self.can_be_saved = False
-        self._options, self._seed = options, seed
-        self._token_weight = objective.token_weight
+        self._options, self._objective, self._seed = options, objective, seed
         self._val, self._token_features = data.val, tokens.features if tokens else None
-        self._validates = distributed.broadcast(lambda: data.val is not None)
+        self._held_out = distributed.broadcast(
+            lambda: 0 if data.val is None else int((data.val.caption_counts > 0).sum())
+        )
         self._validated: int | None = None
         self._score: Score | None = None  # of the latest validation
         self._latest: dict[str, float] = {}  # terms of the latest loss
@@ -158,13 +160,13 @@ class Trainer:
                 stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
             while True:
                 is_due = self.step % every == 0 or self.step == self.steps
-                validates = is_due and self.step != self._validated
+                validates = is_due and self.step != self._validated and self._held_out > 0
                 if validates:
                     self._run_validation(log_line)
                 self.can_be_saved = self.step > 0
                 tick("training: step", self.step, self.steps)
-                show_figures(self._shown_figures(), notable=validates and self._validates)
-                yield validates and self._validates
+                show_figures(self._shown_figures(), notable=validates)
+                yield validates
                 if self.step == self.steps or self._stops_early():
                     break
                 with self._consistent():
@@ -231,7 +233,9 @@ class Trainer:
         best, patience = self.best_score, self._options.patience
         if best is None:
             return False
-        if best.is_perfect and patience is None:
+        # An automatic weight narrows the gap for as long as recall holds.
+        may_stop = patience is None and self._objective.cs_weight != "auto"
+        if best.is_perfect and may_stop and self._held_out >= ENOUGH_IMAGES:
             log.info(
                 "validation recall is 100 %% %s, so no step can improve it: stopping (gap %.4f). "
                 "To train on for a smaller gap pass --patience %d; to compare by recall, validate "
@@ -293,7 +297,7 @@ class Trainer:
         self.loss.clamp()
         if self._average is not None:
             self._average.update_parameters(self.adapter)
-        used = {"divergence": weight, "token": self._token_weight, "gradient_norm": 0}
+        used = {"divergence": weight, "token": self._objective.token_weight, "gradient_norm": 0}
         self._latest = {name: value for name, value in figures.items() if used.get(name, 1)}
         if distributed.is_main_process():
             log_line(
@@ -304,7 +308,7 @@ class Trainer:
                     "pairwise_others": figures.get("others"),
                     "divergence": figures["divergence"] if weight else None,
                     "cs_weight": weight,
-                    "token": figures["token"] if self._token_weight else None,
+                    "token": figures["token"] if self._objective.token_weight else None,
                     "logit_scale": self.loss.logit_scale,
                     "bandwidth": self.loss.sigma,
                     "gradient_norm": figures["gradient_norm"],
@@ -348,9 +352,6 @@ class Trainer:
 
     def _run_validation(self, log_line: Log) -> None:
         """Measure, log, and keep the weights if they are the best so far."""
-        if not self._validates:
-            self._validated = self.step
-            return
         adapter = self._evaluated_adapter()
         score = distributed.broadcast(lambda: self._measure(adapter))
         with self._consistent():

@@ -119,13 +119,7 @@ class PairSampler:
     """
 
     def __init__(
-        self,
-        rows: Pairs,
-        captions: str,
-        *,
-        other_weight: float,
-        once: bool,
-        order: Order = uniform,
+        self, rows: Pairs, captions: str, *, other_weight: float, once: bool, order: Order = uniform
     ) -> None:
         self._images = compact(np.flatnonzero(rows.caption_counts))
         self._counts = rows.caption_counts[self._images]

@@ -3,13 +3,11 @@
 import logging
 from typing import Any
 
-from csalign.adapters.inputs import command
 from csalign.adapters.model import Adapter
-from csalign.core import devices, distributed, outputs
+from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
-from csalign.runs.metadata import ENTRIES
-from csalign.training.checkpoints import TrainingJob, open_run
+from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import (
     AdapterOptions,
     DataOptions,
@@ -28,12 +26,6 @@ from csalign.training.sampler import PairSampler, make_sampler
 log = logging.getLogger(__name__)
 
 
-@command(
-    TrainConfig,
-    "features",
-    "out",
-    example='csalign.train("features", "run", steps=200)',
-)
 def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     """Train adapters on a feature set and write a run folder.
 
@@ -42,10 +34,6 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
     Under torchrun all processes train together, each on its share of every batch, with the losses
     of one process up to rounding. The main process alone writes, validates and reports progress.
-
-    Args:
-        config: options.
-        progress: progress callback.
 
     Raises:
         ConfigError: options that cannot be combined, or a logger's library is not installed.
@@ -58,20 +46,18 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> result = csalign.train("features", "run", steps=2, hidden=8)
+    >>> result = csalign.train((images, texts), "run", steps=2, hidden=8)
     >>> result.run, result["pairs"]
     (PosixPath('run'), {'train': 45, 'validation': 15})
     >>> list(result.to_frame().columns)
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
+    config.check()
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with reported_to(progress), distributed.process_group():
         if distributed.is_main_process():
-            check_logs(config.log_to or (), config.report, umap=config.umap)
-            inputs = (config.features,)
-            outputs.check_output(config.out, ENTRIES, overwrite=config.overwrite, inputs=inputs)
+            check_logs(config.log_to or (), config)
+            check_run_folder(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         options, other_weight = config.group(DataOptions), config.other_captions
@@ -82,10 +68,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
 
 
 def _train(
-    config: TrainConfig,
-    data: TrainingData,
-    tokens: StoredTokens | None,
-    sampler: PairSampler,
+    config: TrainConfig, data: TrainingData, tokens: StoredTokens | None, sampler: PairSampler
 ) -> TrainResult:
     """Train, validate and write, in the main process."""
     options = config.model_dump(mode="json", exclude_none=True)
@@ -127,8 +110,7 @@ def _train(
         tick("saving")
         seconds = run.finish([*validation.values()][-1] if validation else None)
     if config.report is not None:
-        shown = config.model_dump(include={"seed", "pictures", "umap"})
-        write_page(config.report, config.out, adapter, data, **shown)
+        write_page(config, config.out, adapter, data, config.seed)
     result = TrainResult(
         run=config.out,
         steps=trainer.steps_made,

@@ -153,7 +153,7 @@ def test_a_wrong_name_in_a_folder_that_exists_is_not_looked_for_on_the_hub(cache
         ([[1, 2, 3]], ShapeError, "takes width 4"),
         ([1, 2, 3, 4], ShapeError, r"shape \(4,\), not \(rows, width\)"),
         ([[1, 2, 3, 4], [1, 2]], ShapeError, "give rows of one length"),
-        ([["a", "b", "c", "d"]], ShapeError, "has dtype"),
+        ([["a", "b", "c", "d"]], ShapeError, "contains text"),
     ],
 )
 def test_rows_without_a_direction_are_refused_by_number(

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from csalign import inspect
 from csalign.adapters.checkpoint import load_adapter
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError
@@ -35,7 +36,6 @@ from csalign.core.records import read_job
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig

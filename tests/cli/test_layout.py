@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from csalign.cli.layout import INDENT, Row, table_lines, term_lines
+from csalign.cli.layout import INDENT, table_lines, term_lines
 
 WIDTHS = (80, 100, 120)
 HEADINGS = ["R@1 % ↑", "R@5 % ↑", "R@10 % ↑", "median rank ↓", "mAP % ↑"]
@@ -15,48 +15,47 @@ LABELS = {
 }
 
 
-def rows_of(labels: list[str], columns: int, *, around: bool) -> list[Row]:
+def columns_of(labels: list[str], count: int, *, around: bool) -> dict[str, list[str]]:
     """Values of all sizes, some of them negative, with or without what is around them."""
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(len(labels), columns)) * 10.0 ** rng.integers(-3, 7, columns)
+    values = rng.normal(size=(count, len(labels))) * 10.0 ** rng.integers(-3, 7, (count, 1))
+    headings = [*HEADINGS, *(f"{name}, {part}" for part in "xy" for name in HEADINGS)]
     suffix = " ± 12345.67" if around else ""
-    return [
-        (label, [f"{value:.2f}{suffix}" for value in row])
-        for label, row in zip(labels, values, strict=True)
-    ]
+    cells = [[f"{value:.2f}{suffix}" for value in column] for column in values]
+    return dict(zip(headings, cells, strict=False))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("columns", [1, 5, 15])
+@pytest.mark.parametrize("count", [1, 5, 15])
 def test_every_label_and_number_is_whole_and_no_line_too_long(
-    width: int, kind: str, around: bool, columns: int
+    width: int, kind: str, around: bool, count: int
 ) -> None:
-    headings, rows = (HEADINGS * 3)[:columns], rows_of(LABELS[kind], columns, around=around)
-    lines = table_lines(headings, rows, width)
+    labels, columns = LABELS[kind], columns_of(LABELS[kind], count, around=around)
+    lines = table_lines(labels, columns, width)
     words = " ".join(lines).split()
 
     assert max(map(cell_len, lines)) <= width
     assert all(line == line.rstrip() for line in lines)
-    for heading in headings:
-        assert any(heading in line for line in lines)
-    for label, cells in rows:
+    for label in labels:
         assert any(line.startswith(INDENT + label) for line in lines)
-        for cell in cells:
-            assert set(cell.split()) <= set(words)
+    for heading, cells in columns.items():
+        assert any(heading in line for line in lines)
+        assert {word for cell in cells for word in cell.split()} <= set(words)
 
 
 def test_what_is_around_a_value_stands_beside_it_or_below() -> None:
-    rows = [("run", ["1.00 ± 0.50", "22.00 ± 0.10"]), ("other", ["3.00", "-4.00 ± 10.00"])]
+    labels = ["run", "other"]
+    columns = {"R": ["1.00 ± 0.50", "3.00"], "gap": ["22.00 ± 0.10", "-4.00 ± 10.00"]}
 
-    assert table_lines(["R", "gap"], rows, 80) == [
+    assert table_lines(labels, columns, 80) == [
         "                    R             gap",
         "  ───────────────────────────────────",
         "  run     1.00 ± 0.50   22.00 ± 0.10",
         "  other   3.00          -4.00 ± 10.00",
     ]
-    assert table_lines(["R", "gap"], rows, 30) == [
+    assert table_lines(labels, columns, 30) == [
         "               R       gap",
         "  ────────────────────────",
         "  run       1.00     22.00",
@@ -67,7 +66,7 @@ def test_what_is_around_a_value_stands_beside_it_or_below() -> None:
 
 
 def test_a_label_longer_than_a_line_is_folded_and_its_figures_stay() -> None:
-    lines = table_lines(["R@1"], [("x" * 200, ["12.34"])], 80)
+    lines = table_lines(["x" * 200], {"R@1": ["12.34"]}, 80)
 
     assert "".join(lines).count("x") == 200
     assert max(map(cell_len, lines)) <= 80
@@ -83,9 +82,9 @@ def test_texts_are_wrapped_at_words_beside_their_names() -> None:
     assert list(term_lines([("name", "one " * 50)], None)) == [("  name   " + "one " * 50).rstrip()]
 
 
-def test_notes_are_wrapped_beside_the_figures() -> None:
-    lines = table_lines(["R"], [("a", ["1.0"]), ("b", ["2.0"])], 44, ["first note " * 4, "second"])
+def test_the_text_of_a_long_name_begins_on_the_next_line() -> None:
+    lines = list(term_lines([("--a", "one"), ("--long-name", "two " * 20)], 40, most=6))
 
-    assert max(map(len, lines)) <= 44
-    assert lines[2].startswith("  a   1.0   first note")
-    assert lines[-1] == "  b   2.0   second"
+    assert lines[:2] == ["  --a   one", "  --long-name"]
+    assert all(line.startswith(" " * 8 + "two") for line in lines[2:])
+    assert max(map(len, lines)) <= 40

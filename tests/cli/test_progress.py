@@ -128,10 +128,24 @@ def test_a_log_has_a_line_per_notable_figure_and_long_phase_with_the_time() -> N
         time.sleep(2)
 
     validated, matching, done = lines_of(console)
-    figures = "  ".join(f"{name} {value}" for name, value in FIGURES.items())
+    figures = "loss 1.98  val R 22.3 % (best 22.8 % at step 30)  gap 0.12"
     assert validated == f"training: step 66/120  {figures}"
     assert matching.startswith("matching  ")
     assert done == "done in 2 s"
+
+
+def test_a_log_has_about_ten_lines_of_a_phase_each_within_100_columns() -> None:
+    console = log()
+    with shown_progress(console, quiet=False):
+        for step in range(101):
+            tick("training: step", step, 100)
+            show_figures(FIGURES, notable=True)
+
+    lines = lines_of(console)
+    assert len(lines) == 11
+    assert lines[0].startswith("training: step 0/100  loss 1.98  val R 22.3 % (best")
+    assert lines[-1].startswith("training: step 100/100  ")
+    assert max(map(len, written(console).splitlines())) <= 100
 
 
 def test_a_short_or_failed_command_leaves_nothing_in_a_log() -> None:
@@ -147,14 +161,15 @@ def test_a_short_or_failed_command_leaves_nothing_in_a_log() -> None:
 
 
 def test_parts_of_a_phase_are_named_after_it_and_keep_their_figures() -> None:
-    console = log()
-    with shown_progress(console, quiet=False), reported_to(within("trial 3 of 50")):
+    console = terminal()
+    with shown_progress(console, quiet=False) as progress, reported_to(within("trial 3 of 50")):
         assert list(track("ab", "training: step", 2)) == ["a", "b"]
         show_figures({"loss": "1.98"}, notable=True)
+        shown = progress.render().plain  # type: ignore[attr-defined]
 
-    (line,) = lines_of(console)
-    assert line.startswith("trial 3 of 50, training: step 2/2  loss 1.98")
-    assert " s left" not in line
+    assert shown.startswith("trial 3 of 50, training  ")
+    assert "step 2/2" in shown
+    assert "loss 1.98" in shown
 
 
 def test_nothing_is_reported_outside_of_a_command() -> None:

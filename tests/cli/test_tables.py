@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
+from csalign import inspect
 from csalign.cli import artifact_tables, eval_tables, tables
 from csalign.cli.app import app
 from csalign.core.figures import FIGURES, figure_of
@@ -16,7 +17,6 @@ from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
 from csalign.evaluation.diagnose import diagnose
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.indexing.build import index
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.indexing.search import find
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = root / name
         train(TrainConfig(features=root / "set", out=out, steps=5, hidden=8, seed=seed))
     index(IndexConfig(features=root / "set", side="text", out=root / "index"))
-    tune(TuneConfig(features=root / "set", out=root / "study", steps=5, trials=4, hidden=8))
+    tune(TuneConfig(features=root / "set", out=root / "study", epochs=1, trials=4, hidden=8))
     return root
 
 
@@ -108,9 +108,13 @@ def shown(folder: Path) -> dict[str, Shown]:
     rows = compared["evaluations"]
     known = [f"{row[key]:.4f}" for row in rows for key in ("centroid_distance", "frechet")]
     known += [f"{100 * row['mean_recall']:.2f}" for row in rows]
-    known += [eval_tables.difference(rows[1]["difference"]["mean_recall"]), "baseline", LONG]
+    known += [
+        eval_tables.MEAN.show_difference(**rows[1]["difference"]["mean_recall"]),
+        "baseline",
+        LONG,
+    ]
     alone = CompareConfig(systems=(run,))
-    searching = TuneConfig(features=features, out=folder / "study", steps=5, trials=4, hidden=8)
+    searching = TuneConfig(features=features, out=folder / "study", epochs=1, trials=4, hidden=8)
     study = tune(searching)
     settings = {key.replace("_", "-") for trial in study.trials for key in trial.settings}
     trained = TrainConfig(features=features, out=folder / "again", steps=2, hidden=8)
@@ -194,6 +198,48 @@ def test_one_system_has_no_difference(
     assert "baseline" not in printed
 
 
+def test_what_decides_is_in_one_table_of_compare(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result, table, settings, _ = shown["compare"]
+    first, second, _ = result()["evaluations"]
+    renamed = [{**first, "name": "features (no adapter)"}, {**second, "name": "run"}]
+    table({"evaluations": renamed}, settings)
+    first_table, *others = capsys.readouterr().out.split("\n\n")
+
+    for word in ("mean recall %", "difference", "verdict", "baseline", second["verdict"]):
+        assert word in first_table
+    assert "i2t R@1" in others[0]
+    assert "verdict" not in "".join(others)
+
+
+def test_figures_from_before_the_adapter_are_beside_those_after_it(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, table, settings, _ = shown["eval"]
+    document = result()
+    before = {"retrieval": {**document["retrieval"], "mean_recall": 0.125}, "gap": document["gap"]}
+    table({**document, "before": before}, settings)
+    printed = capsys.readouterr().out
+    distance = f"{document['gap']['centroid_distance']:.4f}"
+    row = next(line for line in printed.splitlines() if "centroid distance" in line)
+
+    assert "(before: 12.50)" in printed
+    assert "image to text, before" in printed
+    assert re.search(r"before +after\n", printed)
+    assert row.count(distance) == 2
+
+
+def test_only_the_trial_of_the_closed_form_is_named_so(
+    shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, table, settings, _ = shown["tune"]
+    table(result(), settings)
+
+    assert set(re.findall(r"(\d) \(closed form\)", capsys.readouterr().out)) == {"1"}
+
+
 def test_systems_of_one_name_are_told_apart(
     shown: dict[str, Shown], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,9 +313,9 @@ def test_a_set_says_its_splits_and_the_first_failures(
 def test_inspect_of_a_run_has_the_lines_that_matter(folder: Path) -> None:
     done = csalign("inspect", folder / "run")
     lines = done.stdout.splitlines()
-    names = [line.split("  ")[1] for line in lines[1:-1]]
+    names = [name for line in lines[1:-1] if (name := line.split("  ")[1])]
 
-    assert len(lines) <= 14
+    assert len(names) <= 12
     assert lines[0] == f"{folder / 'run'}: run, valid"
     assert names[:6] == [
         *("trained on", "encoders", "adapters", "widths", "parameters", "closed form"),

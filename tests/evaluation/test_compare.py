@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from csalign import inspect
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
 from csalign.evaluation.compare import FIGURES, compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig

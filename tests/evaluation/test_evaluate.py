@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from csalign import inspect
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from csalign.core import __version__
-from csalign.core.calls import recorded_call
 from csalign.core.errors import OutputError, SchemaError
-from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import describe, evaluate, measure
+from csalign.core.progress import recorded_call
+from csalign.evaluation.config import EvalConfig, PageOptions
+from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.measure import describe, measure
 from csalign.evaluation.page import _ranked_queries, write_report
 from csalign.features.schema import read_manifest
 from csalign.ingest.config import ExtractConfig, ImportConfig
@@ -104,12 +105,13 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
     run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
     plain = evaluate(EvalConfig(features=features))
     with recorded_call("csalign eval <i> --report page.html"):
-        document = evaluate(EvalConfig(features=features, adapter=run, report=page))
+        document = evaluate(EvalConfig(features=features, adapter=run, report=page, explain=True))
     text = page.read_text(encoding="utf-8")
     head, rest = text.split("</header>")
     recalls = [f"{100 * each['retrieval']['mean_recall']:.2f}" for each in (plain, document)]
 
     assert document["before"] == {key: plain[key] for key in ("retrieval", "gap")}
+    assert "gap.centroid_distance" in document["explanations"]
     assert "before" not in evaluate(EvalConfig(features=features, adapter=run))
     assert "<h1>Evaluation of run on square, split all</h1>" in head
     assert f"Mean recall {recalls[0]} % → {recalls[1]} %, centroid distance" in head
@@ -123,11 +125,11 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
 
 
 def test_confident_mistakes_are_wrong_and_the_widest_margin_comes_first(tmp_path: Path) -> None:
-    report = describe(measure(EvalConfig(features=square_set(tmp_path), intervals=False)))
-    cosines = report.aligned.images @ report.aligned.texts.T
+    measured = measure(EvalConfig(features=square_set(tmp_path), intervals=False))
+    cosines = measured.aligned.images @ measured.aligned.texts.T
     (found,) = [
         queries
-        for heading, queries in _ranked_queries(report, Pictures(8), 0).items()
+        for heading, queries in _ranked_queries(measured, Pictures(8)).items()
         if heading == "Most confident mistakes, image to text"
     ]
     own = cosines.diagonal().copy()
@@ -182,10 +184,11 @@ def test_pictures_are_found_from_any_directory_or_their_absence_is_said(
 
 def test_the_page_maps_neighbours_on_request(features: Path, tmp_path: Path) -> None:
     run = train(TrainConfig(features=features, out=tmp_path / "run", steps=0)).run
-    report = describe(measure(EvalConfig(features=features, adapter=run, intervals=False)))
+    measured = measure(EvalConfig(features=features, adapter=run, intervals=False))
     page = tmp_path / "page.html"
     # UMAP takes long without its compiler; see conftest.
-    write_report(page, "neighbours", report, run, 0, umap=True, drawn=20)
+    options = PageOptions(report=page, umap=True)
+    write_report(options, "neighbours", measured, describe(measured), run, drawn=20)
 
     assert page.read_text(encoding="utf-8").count("the adapter: neighbours") == 2
 

@@ -11,7 +11,8 @@ from csalign.core.errors import DataError
 from csalign.evaluation import protocols
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, EvalConfig, Protocol
-from csalign.evaluation.evaluate import describe, evaluate, measure
+from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.measure import describe, measure
 from csalign.evaluation.protocols import retrieval_block
 from csalign.features.join import PairedRows
 from csalign.ingest.config import ImportConfig
@@ -74,9 +75,9 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
     folder = captioned_set(tmp_path, 100, counts)
     measured = measure(EvalConfig(features=folder, protocol="coco-1k", resamples=100))
     block = retrieval_block(measured.fold_ranks)
-    report = describe(measured)
+    document = describe(measured)
     assert measured.aligned.texts.shape == (500, 8)
-    assert report.document["protocol"] == {
+    assert document["protocol"] == {
         "name": "coco-1k",
         "folds": 5,
         "images": 100,
@@ -100,7 +101,7 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
 
     for name, figures in karpathy_folds(measured.aligned.images, texts).items():
         assert {key: block[name][key] for key in figures} == pytest.approx(figures)
-    intervals = report.document["intervals"]
+    intervals = document["intervals"]
     low, high = intervals["text_to_image"]["true_recall@10"]
     assert low < block["text_to_image"]["true_recall@10"] < high
     assert "median_rank" not in intervals["text_to_image"]

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from csalign.core.calls import CALL_KEYS
+from csalign.core.progress import CALL_KEYS
 from tests.faults.disk import Done, Mode, Plan
 from tests.faults.trials import Trials
 
@@ -150,7 +150,8 @@ class Damage:
         self.trials._tell("damage", name, done, wrong, [])
 
 
-_PATHS = ("path", "features", "adapter", *CALL_KEYS)
+# Paths, and what differs from run to run.
+_PATHS = ("path", "features", "adapter", "seconds", "bytes", *CALL_KEYS)
 
 
 def _message(done: Done, path: Path) -> list[str]:

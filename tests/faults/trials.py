@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from csalign.core import locks, outputs
-from csalign.core.calls import CALL_KEYS
+from csalign.core.progress import CALL_KEYS
 from tests.faults.disk import Done, Machine, Mode, Plan
 
 COMMANDS = ("extract", "import", "train", "apply", "eval")

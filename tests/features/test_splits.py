@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 
 import csalign
+from csalign import inspect
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.features.duplicates import Links, hash_ids, link_near_duplicates, merge_pairs
 from csalign.features.join import ALL, join_ids, load_rows
 from csalign.features.reader import FeatureSet

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from csalign import inspect
 from csalign.adapters.checkpoint import load_adapter
 from csalign.core.enums import Modality
 from csalign.core.errors import SchemaError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.runs.apply import apply

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from csalign import inspect
 from csalign.core.errors import (
     ConfigError,
     CsalignError,
@@ -20,8 +21,7 @@ from csalign.core.errors import (
     ShapeError,
 )
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import measure
-from csalign.evaluation.inspect import inspect
+from csalign.evaluation.measure import measure
 from csalign.evaluation.protocols import Gallery
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet

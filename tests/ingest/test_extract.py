@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from csalign import extract
 from csalign.core import outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, EncoderError, OutputError, Stopped
@@ -24,7 +25,6 @@ from csalign.core.results import FeaturesResult
 from csalign.encoders.running import TowerImages
 from csalign.features.reader import FeatureSet, batch_tokens
 from csalign.ingest.config import ExtractConfig, SplitConfig
-from csalign.ingest.extract import extract
 from csalign.ingest.partial_set import PartWriter
 from csalign.ingest.split import split
 

@@ -416,7 +416,8 @@ def test_other_counts_show_the_commands_that_work(tmp_path: Path) -> None:
             f"--out {tmp_path / 'out'}\n    (blocks: all captions of the first image, then"
         ) in str(caught.value)
     with pytest.raises(
-        DataError, match=r"swapped\? Then run\n  csalign import .*i.npy .*t.npy --o"
+        DataError,
+        match=r"swapped\? Then, with 5 .*run\n  csalign import .*i.npy .*t.npy --captions-per",
     ):
         imported(tmp_path / "out", source=files[::-1])
     features = imported(
@@ -465,3 +466,267 @@ def test_import_loads_no_torch(tmp_path: Path) -> None:
     arguments = ["import", "i.npy", "t.safetensors", "--out", "out"]
 
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=True)
+
+
+K = [f"k{row}" for row in range(N)]
+
+
+def changed(values: list[Any], row: int, value: Any) -> list[Any]:
+    return [*values[:row], value, *values[row + 1 :]]
+
+
+ONE_FILE: dict[str, dict[str, Any]] = {
+    "ids": {"image_ids": K, "text_ids": picked(K)},
+    "integers": {"image_ids": NUMBERS, "text_ids": picked(NUMBERS)},
+    "caption_image_ids": {"image_ids": K, "caption_image_ids": picked(K)},
+    "paths": {"image_paths": K, "text_ids": picked(K)},
+    "paths of both": {"image_paths": K, "text_paths": picked(K)},
+}
+
+
+@pytest.mark.parametrize("suffix", ["npz", "pt"])
+@pytest.mark.parametrize("kind", ONE_FILE)
+def test_two_lists_of_ids_in_one_file_are_those_of_each_side(
+    tmp_path: Path, kind: str, suffix: str
+) -> None:
+    path, lists = tmp_path / f"b.{suffix}", ONE_FILE[kind]
+    if suffix == "npz":
+        np.savez(path, images=IMAGES, texts=TEXTS[ORDER], **lists)
+    else:
+        vectors = {"images": torch.from_numpy(IMAGES), "texts": torch.from_numpy(TEXTS[ORDER])}
+        torch.save({**vectors, **lists}, path)
+
+    assert right_pairs(imported(tmp_path / "out", source=path)) == N
+
+
+def test_one_list_of_image_ids_names_the_image_of_each_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "b.npz", images=IMAGES, texts=TEXTS, image_ids=K)
+    features = imported(tmp_path / "out", source=tmp_path / "b.npz")
+
+    assert right_pairs(features) == N
+    assert features.images.column("id").to_pylist() == K
+
+
+FILES = [f"{key}.jpg" for key in K]
+BAD_KEYS: dict[str, tuple[Any, Any, str, str, str]] = {
+    "null image": (
+        changed(FILES, 3, None),
+        picked(FILES),
+        "filename",
+        "filename",
+        "row 3: has no",
+    ),
+    "twice": (changed(FILES, 3, "k1.jpg"), picked(FILES), "filename", "filename", "row 3: dupli"),
+    "unknown": (FILES, changed(picked(FILES), 2, "x.jpg"), "image", "image", "text row 2 is unk"),
+    "null in image": (changed(FILES, 3, None), picked(FILES), "image", "image", "row 3: has no"),
+    "other folders": (
+        [f"train/{name}" for name in FILES],
+        picked([f"val/{name}" for name in FILES]),
+        "path",
+        "path",
+        "is unknown",
+    ),
+    "ends that are no suffix": (
+        [f"v{n}.a" for n in NUMBERS],
+        picked([f"v{n}.b" for n in NUMBERS]),
+        "key",
+        "key",
+        "is unknown",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_KEYS)
+def test_one_bad_key_is_refused(tmp_path: Path, kind: str) -> None:
+    *keys, message = BAD_KEYS[kind]
+    write_parquet(tmp_path, *keys)
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    with pytest.raises(DataError, match=rf"{message}[\s\S]*--pair-by order"):
+        imported(tmp_path / "out", **given)
+    assert len(imported(tmp_path / "out", **given, pair_by="order").texts) == N
+
+
+def test_a_text_without_a_key_has_no_image(tmp_path: Path) -> None:
+    for missing in (None, float("nan")):
+        keys = changed([float(n) for n in picked(NUMBERS)], 2, missing)
+        write_parquet(tmp_path, NUMBERS, keys, "image_id", "image_id")
+        features = imported(
+            tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet"
+        )
+        owners = features.texts.column("image_id").to_pylist()
+        assert owners == changed([str(n) for n in picked(NUMBERS)], 2, None)
+
+
+def test_negative_numbers_pair_as_numbers(tmp_path: Path) -> None:
+    numbers = [row - 6 for row in range(N)]
+    texts = [f"{n}.0" for n in picked(numbers)]
+    write_parquet(tmp_path, numbers, texts, "image_id", "image_id")
+    sides = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    assert right_pairs(imported(tmp_path / "out", **sides)) == N
+
+
+def test_a_path_that_ends_in_the_other_pairs(tmp_path: Path) -> None:
+    paths = [f"/data/train/{name}" for name in FILES]
+    write_parquet(tmp_path, paths, picked([f"train/{name}" for name in FILES]), "path", "path")
+    sides = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+
+    assert right_pairs(imported(tmp_path / "out", **sides)) == N
+
+
+@pytest.mark.parametrize("ids", [NUMBERS, [str(row) for row in ORDER]])
+def test_image_row_is_a_row_number_whatever_the_ids(tmp_path: Path, ids: list[Any]) -> None:
+    write_parquet(tmp_path, NUMBERS, ORDER, "unused", "image_row")
+    images = pa.table({"image_id": ids, "embedding": column(IMAGES)})
+    pq.write_table(images, tmp_path / "i.parquet")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+    lines = "".join(f"{row},{place}\n" for place, row in enumerate(ORDER))
+    (tmp_path / "p.csv").write_text("image_row,text_row\n" + lines)
+
+    assert right_pairs(imported(tmp_path / "out", **given)) == N
+    assert right_pairs(imported(tmp_path / "out", **given, pairs=tmp_path / "p.csv")) == N
+
+
+@pytest.mark.parametrize("name", ["rank", "label", "kk"])
+def test_a_column_that_is_not_named_like_a_key_does_not_pair(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_parquet(tmp_path, K, changed(picked(K), 2, None), name, name)
+    config = ImportConfig(
+        source=(tmp_path / "i.parquet", tmp_path / "t.parquet"), out=tmp_path / "out"
+    )
+
+    assert import_arrays(config).pairing == "row order"
+    assert f"--pair-by {name}" in caplog.text
+
+
+def test_classes_of_both_sides_are_not_keys(tmp_path: Path) -> None:
+    classes = [row % 3 for row in range(N)]
+    write_parquet(tmp_path, classes, picked(classes), "class_id", "class_id")
+    config = ImportConfig(
+        source=(tmp_path / "i.parquet", tmp_path / "t.parquet"), out=tmp_path / "out"
+    )
+
+    assert import_arrays(config).pairing == "row order"
+
+
+def as_npz(folder: Path, keys: Any) -> None:
+    np.savez(folder / "i.npz", features=IMAGES, image_id=np.array(NUMBERS))
+    np.savez(folder / "t.npz", features=TEXTS[ORDER], image_id=keys)
+
+
+NUMPY_KEYS = np.array(NUMBERS)[ORDER]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [NUMPY_KEYS.astype("f8"), NUMPY_KEYS.astype("f4")[:, None], NUMPY_KEYS.astype("u1")],
+    ids=["float", "column", "uint8"],
+)
+def test_keys_of_any_number_type_pair(tmp_path: Path, keys: Any) -> None:
+    as_npz(tmp_path, keys)
+    given = {"images": tmp_path / "i.npz", "texts": tmp_path / "t.npz"}
+
+    assert right_pairs(imported(tmp_path / "out", **given)) == N
+
+
+@pytest.mark.parametrize("key", [float, lambda n: None if n == NUMBERS[2] else n])
+def test_lists_of_floats_and_none_are_keys(tmp_path: Path, key: Callable[[int], Any]) -> None:
+    np.savez(tmp_path / "i.npz", features=IMAGES, image_id=NUMBERS)
+    keys = [key(n) for n in picked(NUMBERS)]
+    torch.save({"x": torch.from_numpy(TEXTS[ORDER]), "image_id": keys}, tmp_path / "t.pt")
+    features = imported(tmp_path / "out", images=tmp_path / "i.npz", texts=tmp_path / "t.pt")
+
+    owners = features.texts.column("image_id").to_pylist()
+    assert owners == [None if k is None else str(int(k)) for k in keys]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [(NUMPY_KEYS.astype(object), "contains Python objects"), (NUMPY_KEYS[1:], "has 11 values")],
+)
+def test_keys_that_cannot_be_read_are_refused(tmp_path: Path, keys: Any, message: str) -> None:
+    as_npz(tmp_path, keys)
+    given = {"images": tmp_path / "i.npz", "texts": tmp_path / "t.npz"}
+
+    with pytest.raises(DataError, match=rf"t\.npz: image_id looks like keys but {message}"):
+        imported(tmp_path / "out", **given)
+    assert len(imported(tmp_path / "out", **given, pair_by="order").texts) == N
+
+
+@pytest.mark.parametrize("held", [pa.timestamp("s"), pa.bool_(), pa.list_(pa.int64())])
+def test_columns_of_other_types_that_look_like_keys_are_refused(tmp_path: Path, held: Any) -> None:
+    keys = [[n] for n in picked(NUMBERS)] if pa.types.is_list(held) else picked(NUMBERS)
+    keys = [bool(n) for n in keys] if pa.types.is_boolean(held) else keys
+    write_parquet(tmp_path, NUMBERS, pa.array(keys, held), "image_id", "image_id")
+
+    with pytest.raises(DataError, match=r"t\.parquet: image_id looks like keys but contains"):
+        imported(tmp_path / "out", images=tmp_path / "i.parquet", texts=tmp_path / "t.parquet")
+
+
+def test_counts_and_layouts_that_contradict_keys_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path, K, picked(K), "key", "key")
+    given = {"images": tmp_path / "i.parquet", "texts": tmp_path / "t.parquet"}
+    with pytest.raises(DataError, match="to another by key; pair by it with --pair-by"):
+        imported(tmp_path / "out", **given, captions_per_image=1, caption_order="blocks")
+
+    np.save(tmp_path / "t.npy", TEXTS)
+    for keys in (K, picked(K)):
+        (tmp_path / "c.csv").write_text("id,count\n" + "".join(f"{key},1\n" for key in keys))
+        counted = {**given, "texts": tmp_path / "t.npy", "text_counts": tmp_path / "c.csv"}
+        if keys == K:
+            assert right_pairs(imported(tmp_path / "out", **counted)) == N
+        else:
+            with pytest.raises(DataError, match=r"put the counts in the order of the images"):
+                imported(tmp_path / "out", **counted)
+
+
+def test_a_3d_array_is_not_paired_by_a_column(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    np.save(tmp_path / "t.npy", TEXTS[:, None])
+    with pytest.raises(DataError, match=r"t\.npy: is 3-D, .* --pair-by key cannot be used"):
+        imported(tmp_path / "out", source=(tmp_path / "i.npy", tmp_path / "t.npy"), pair_by="key")
+
+
+def test_one_file_twice_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    np.save(tmp_path / "i.npy", IMAGES)
+    imported(tmp_path / "out", source=(tmp_path / "i.npy", tmp_path / "i.npy"))
+    assert "i.npy: is used as images and as texts" in caplog.text
+
+
+def test_a_recognised_side_is_not_said_to_be_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.savez(tmp_path / "b.npz", image_emb=IMAGES, weird=TEXTS)
+    assert right_pairs(imported(tmp_path / "out", source=tmp_path / "b.npz")) == N
+    assert "not imported" not in caplog.text
+
+
+def test_the_splits_of_a_repeated_image_agree(tmp_path: Path) -> None:
+    path, count = tmp_path / "df.parquet", 3 * N
+    rows = long_table(path, "path")
+    first = {int(row): place for place, row in reversed([*enumerate(rows)])}
+    splits = [None if first[int(row)] == place else "test" for place, row in enumerate(rows)]
+    long_table(path, "path", split=splits)
+    features = imported(tmp_path / "out", source=path)
+    assert features.images.column("split").to_pylist() == ["test"] * N
+
+    long_table(path, "path", split=["train", "test"] * (count // 2))
+    with pytest.raises(DataError, match="give an image one split"):
+        imported(tmp_path / "out", source=path)
+
+
+def test_splits_are_stored_by_their_usual_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["Train", "training", "valid", "dev", "Validation", "TEST", "testing", "mine"]
+    frame = {"image_emb": list(IMAGES[:8]), "text_emb": list(TEXTS[:8]), "split": names}
+    pd.DataFrame(frame).to_parquet(tmp_path / "df.parquet")
+    with caplog.at_level(logging.INFO, "csalign"):
+        features = imported(tmp_path / "out", source=tmp_path / "df.parquet")
+
+    usual = [*["train"] * 2, *["val"] * 3, *["test"] * 2, "mine"]
+    assert features.images.column("split").to_pylist() == usual
+    assert features.texts.column("split").to_pylist() == usual
+    assert "'valid' as 'val'" in caplog.text

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from csalign.core.calls import recorded_call
+from csalign.core.progress import recorded_call
 from csalign.report.page import Entry, Section, write_page
 
 HOSTILE = "</script><script>alert(1)</script>"

@@ -17,7 +17,6 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
-from csalign.core.progress import silent
 from csalign.encoders.openclip_models import build_network, find_model, load_weights
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -241,7 +240,7 @@ def test_what_computes_something_else_is_not_written(
     run = saved(tmp_path / "run", kind, token_width=token_width)
     config = ExportConfig(run=run, to="safetensors", out=tmp_path / "out")
     with pytest.raises(OutputError, match="random rows, more than -1; nothing was written"):
-        write_checked(config, silent, -1.0)
+        write_checked(config, -1.0)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from csalign.core.calls import CALL_KEYS
 from csalign.core.errors import Stopped
+from csalign.core.progress import CALL_KEYS
 from csalign.core.results import FeaturesResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -51,7 +51,7 @@ from typer.testing import CliRunner
 from csalign.cli.app import app
 from csalign.cli.command import error_exits
 from csalign.core import distributed
-from csalign.core.calls import CALL_KEYS
+from csalign.core.progress import CALL_KEYS
 from csalign.runs.config import ApplyConfig
 from csalign.evaluation.config import EvalConfig
 from csalign.training.config import TrainConfig

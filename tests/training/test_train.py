@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from csalign import import_arrays
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
 from csalign.core.errors import (
@@ -23,7 +24,6 @@ from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.ingest.config import ImportConfig
-from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import AdapterOptions, ObjectiveOptions, TrainConfig
 from csalign.training.train import train
 
@@ -181,9 +181,23 @@ def test_training_stops_early_when_validation_no_longer_improves(
     assert stopped in caplog.messages
 
 
+@pytest.mark.parametrize("steps", [0, 5])
+def test_steps_and_epochs_are_refused_together(features: Path, tmp_path: Path, steps: int) -> None:
+    with pytest.raises(ConfigError, match="--steps and --epochs both say how long"):
+        run(features, tmp_path / "run", steps=steps, epochs=2)
+
+
+def equal_sides(path: Path, pairs: int) -> Path:
+    """A feature set whose texts are its images, so that every start finds all matches."""
+    rows = np.random.default_rng(0).normal(size=(pairs, 16))
+    import_arrays(images=rows, texts=rows, out=path)
+    return path
+
+
 def test_a_perfect_start_ends_training_unless_patience_is_given(
-    features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    features = equal_sides(tmp_path / "equal", 400)  # 100 of them to validate on
     with caplog.at_level(logging.INFO, "csalign"):
         stopped = run(features, tmp_path / "stopped", patience=None)
         trained = run(features, tmp_path / "trained", patience=3)
@@ -192,10 +206,18 @@ def test_a_perfect_start_ends_training_unless_patience_is_given(
     assert "at the start, so no step can improve it: stopping" in message
     assert "pass --patience" in message
     assert (stopped.steps, stopped.best_step) == (0, 0)
-    assert trained.steps == 12
-    gaps = [own.validation["kept"]["centroid_distance"] for own in (stopped, trained)]
-    assert gaps[1] <= gaps[0]
-    assert trained.validation["kept"]["mrr"] == 1
+    assert trained.steps == 9  # 3 validations, none of a gap below 0
+
+
+@pytest.mark.parametrize(("pairs", "options"), [(200, {}), (400, {"cs_weight": "auto"})])
+def test_few_validation_rows_or_an_automatic_weight_train_on_at_full_recall(
+    tmp_path: Path, pairs: int, options: dict[str, Any]
+) -> None:
+    features = equal_sides(tmp_path / "equal", pairs)
+    result = run(features, tmp_path / "run", steps=3, patience=None, **options)
+
+    assert result.validation["start"]["mrr"] == 1
+    assert result.steps == 3
 
 
 def test_training_names_its_rows_and_its_phases(

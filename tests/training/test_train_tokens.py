@@ -12,7 +12,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import evaluate, measure
+from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.measure import measure
 from csalign.features import writer
 from csalign.features.join import PairedRows, load_rows
 from csalign.features.reader import FeatureSet, batch_tokens

@@ -75,6 +75,17 @@ def test_given_steps_stay_fixed_so_no_trial_is_the_closed_form(
     assert "steps" not in result.trials[1].settings
 
 
+def test_given_epochs_compete_with_the_closed_form_and_are_not_written_with_it(
+    features: Path, tmp_path: Path
+) -> None:
+    result = search(features, tmp_path / "study", trials=2, steps=None, epochs=2, seed=1)
+    written = tomllib.loads(result.config.read_text())
+
+    assert [trial.steps for trial in result.trials] == [7, 0]
+    assert (written.get("epochs"), written.get("steps")) == ((2, None), (None, 0))[result.best]
+    TrainConfig.resolve(result.config, {"out": tmp_path / "run"}).check()
+
+
 def test_the_written_settings_train_to_what_the_winner_measured(
     features: Path, tmp_path: Path
 ) -> None:

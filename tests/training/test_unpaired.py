@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from csalign import inspect
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
-from csalign.evaluation.inspect import inspect
 from csalign.features.join import join_ids
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig

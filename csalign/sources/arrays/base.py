@@ -17,7 +17,14 @@ import pyarrow as pa
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.sources.arrays.naming import EITHER_NAMES, are_vectors, first_of, is_label, of_side
+from csalign.sources.arrays.naming import (
+    EITHER_NAMES,
+    are_vectors,
+    first_of,
+    is_label,
+    is_usual_key,
+    of_side,
+)
 from csalign.sources.labels import Labels
 
 Array = npt.NDArray[Any]
@@ -241,7 +248,7 @@ def read_named(
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
     rows = len(parts[0]) if len(parts) == 1 and len(parts[0].shape) == 2 else -1
     labels = labels_of(path, opener, file, rows)  # captions in a 3-D array have none
-    known = labels if labels.names else None
+    known = labels if labels.names or labels.unread else None
     return Vectors(str(path), parts, known, unused=unused, in_table=file.is_table)
 
 
@@ -273,9 +280,10 @@ def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
         DataError: some of them lack a column of keys, captions or splits that others have.
     """
     if len(labels) == 1:
-        return replace(labels[0], name=name) if labels[0].names else None
+        return replace(labels[0], name=name) if labels[0].names or labels[0].unread else None
     counts = Counter(column for own in labels for column in own.names)
     names = [column for column, count in counts.items() if count == len(labels)]
+    unread = {column: reason for own in labels for column, reason in own.unread.items()}
     for column in counts.keys() - names:
         if is_label(column):
             lacking = next(own.name for own in labels if column not in own.names)
@@ -293,7 +301,7 @@ def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
         index = int(np.searchsorted(ends, row, side="right"))
         return labels[index].where(row - int(ends[index]) + labels[index].rows)
 
-    return Labels(name, int(ends[-1]), where, names, read) if names else None
+    return Labels(name, int(ends[-1]), where, names, read, unread) if names or unread else None
 
 
 def check_array(name: str, shape: Sequence[int], dtype: str) -> np.dtype[Any]:
@@ -368,7 +376,29 @@ def labels_of(path: Path, opener: Opener, file: Container, rows: int) -> Labels:
             return again.read_labels(name)
 
     names = [name for name, count in file.labels.items() if count == rows]
-    return Labels(str(path), rows, lambda row: f"{path}, row {row}", names, read)
+    unread = {} if rows < 0 else _unread(file, rows)
+    return Labels(str(path), rows, lambda row: f"{path}, row {row}", names, read, unread)
+
+
+def _unread(file: Container, rows: int) -> dict[str, str]:
+    """Return the lists that look like keys but are of another type or length, with the reason."""
+    counts = {rows, *(file.headers[name].shape[0] for name in file.vectors)}
+    kinds = {
+        name: header.dtype for name, header in file.headers.items() if name not in file.vectors
+    }
+    kinds |= {name: kind for name, kind in file.others.items() if name not in file.labels}
+    plain = "; store one text or integer per row, as array.astype(str) does"
+    found = {
+        name: f"contains {'Python objects' if kind == 'object' else kind}, which cannot be read as "
+        f"keys{plain}"
+        for name, kind in kinds.items()
+    }
+    found |= {
+        name: f"has {count} values and there are {rows} rows; give every row one"
+        for name, count in file.labels.items()
+        if count not in counts
+    }
+    return {name: reason for name, reason in found.items() if is_usual_key(name)}
 
 
 def _recognised(file: Container, modality: Modality) -> list[str]:

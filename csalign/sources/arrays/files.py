@@ -19,7 +19,7 @@ from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
-from csalign.sources.arrays.naming import is_id
+from csalign.sources.arrays.naming import is_id, is_usual_key
 from csalign.sources.labels import Labels
 from csalign.sources.records.files import local_copy
 from csalign.sources.records.tables import read_table
@@ -40,6 +40,7 @@ _SAFE_DTYPES = {
 _OWNERS = "txt2img"  # of the retrieval sets of FuseMix and LAVIS: {text number: image number}
 _LABEL_ROWS = 65_536
 _INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
+_OTHER_NUMBERS = ("int8", "uint8", "float16", "float32", "float64")  # of keys alone
 _SAVE_AGAIN = "save the dataset again"
 
 
@@ -200,7 +201,9 @@ def open_torch(path: Path) -> Iterator[Container]:
         owners = owners if isinstance(owners, dict) else {}
         yield _sliced(
             headers,
-            lambda name: np.asarray(lists[name]) if name in lists else _TensorRows(tensors[name]),
+            lambda name: (
+                np.asarray(lists[name], object) if name in lists else _TensorRows(tensors[name])
+            ),
             {str(text): str(image) for text, image in owners.items()},
         )
 
@@ -209,8 +212,21 @@ def _is_labels(item: object) -> bool:
     return (
         isinstance(item, list | tuple)
         and bool(item)
-        and (all(isinstance(value, str) for value in item) or all(type(v) is int for v in item))
+        and any(value is not None for value in item)
+        and (
+            all(value is None or isinstance(value, str) for value in item)
+            or all(value is None or type(value) in (int, float) for value in item)
+        )
     )
+
+
+def _key_text(value: Any) -> str:
+    """Write a key as text: whole floats as integers, and None and NaN as ""."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 class _TensorRows:
@@ -321,16 +337,20 @@ def _sliced(
             yield (rows.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else rows
 
     def read_labels(name: str) -> pa.Array:
-        values = np.asarray(get(name)[: headers[name].shape[0]]).tolist()
-        texts = (v.decode(errors="replace") if isinstance(v, bytes) else str(v) for v in values)
-        return pa.array([text or None for text in texts], pa.large_string())
+        values = np.asarray(get(name)[: headers[name].shape[0]]).reshape(-1).tolist()
+        return pa.array([_key_text(value) or None for value in values], pa.large_string())
 
+    has_rows = any(len(shape) > 1 and shape[-1] > 1 for shape, _ in headers.values())
     labels = {
         name: shape[0]
         for name, (shape, dtype) in headers.items()
         if name != UNNAMED
-        and len(shape) == 1
-        and (dtype in _INTEGERS or dtype.startswith(("str", "bytes")))
+        and (len(shape) == 1 or (shape[1:] == (1,) and has_rows and is_usual_key(name)))
+        and (
+            dtype in _INTEGERS
+            or dtype.startswith(("str", "bytes"))
+            or (dtype in _OTHER_NUMBERS and has_rows and is_usual_key(name))
+        )
     }
     rest = {name: header for name, header in headers.items() if name not in labels}
     return Container(rest, read, labels, read_labels, owners=owners or {})

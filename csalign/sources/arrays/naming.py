@@ -37,7 +37,10 @@ IMAGE_IDS = (
     *("image_id", "image_ids", "img_id", "img_ids", "imageid", "image_key", "image_keys"),
     *("cocoid", "coco_id"),
 )
-REFERENCES = ("text_image_id", "text_image_ids", *IMAGE_IDS, "image_row")  # of texts, to images
+REFERENCES = (  # of texts, to images
+    *("text_image_id", "text_image_ids", "caption_image_id", "caption_image_ids", *IMAGE_IDS),
+    "image_row",
+)
 TEXT_IDS = ("text_id", "text_ids", "caption_id", "caption_ids", "text_key", "text_keys")
 ITEM_IDS = ("id", "ids", "key", "keys", "uid", "uuid")  # of either side
 PATHS = (*IMAGE_NAMES, "url", "image_url", "img_url", "uri", "image_uri", "sha256", "md5")
@@ -66,6 +69,21 @@ def is_id(name: str) -> bool:
 def is_label(name: str) -> bool:
     """Return whether a column is named like keys, captions or splits."""
     return is_key(name) or plain_name(name) in (*CAPTION_NAMES, SPLIT_NAME)
+
+
+def is_usual_key(name: str) -> bool:
+    """Return whether a column has a usual name of ids or paths, not of pictures."""
+    plain = plain_name(name)
+    return plain in (*REFERENCES, *TEXT_IDS, *ITEM_IDS) or (plain in PATHS and is_id(name))
+
+
+def label_side(name: str) -> Modality | None:
+    """Return the side that a list of keys, paths or captions is named like, None for either."""
+    words = words_of(name)
+    if words & _WORDS[Modality.TEXT]:
+        return Modality.TEXT
+    is_image = words & _WORDS[Modality.IMAGE] or plain_name(name) in IMAGE_IDS
+    return Modality.IMAGE if is_image else None
 
 
 def plain_name(name: str) -> str:

@@ -122,8 +122,9 @@ def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     missing = [side for side in Modality if side not in chosen]
     several = next((side for side in missing if len(fitting[side]) > 1), None)
     if len(missing) == 1 and len(rest) == 1 and len(file.vectors) == 2:
-        chosen[missing[0]] = rest[0]
-        log.info("%s: %s are the %s embeddings, as the other vectors", path, rest[0], missing[0])
+        side = missing.pop()
+        chosen[side] = rest[0]
+        log.info("%s: %s are the %s embeddings, as the other vectors", path, rest[0], side)
     elif several is not None:
         names = fitting[several]
         raise DataError(

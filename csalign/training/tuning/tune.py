@@ -24,7 +24,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from csalign.adapters.inputs import command
 from csalign.core import __version__, atomic, locks, outputs, signals
 from csalign.core.enums import Modality
 from csalign.core.errors import (
@@ -66,12 +65,6 @@ FILES = (CONFIG, "trials.jsonl", JOURNAL, STUDY)  # trials.jsonl is from csalign
 RECORD, RESAMPLED = "record", "resamples"  # attributes of trials in the journal
 
 
-@command(
-    TuneConfig,
-    "features",
-    "out",
-    example='csalign.tune("features", "study", minutes=30)',
-)
 def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
     """Search for settings that train better than the given ones; rerun to resume.
 
@@ -87,9 +80,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
 
     >>> import csalign, numpy
     >>> images, texts = numpy.random.default_rng(0).normal(size=(2, 60, 8))
-    >>> csalign.import_arrays(images, texts, out="features").pairs
-    60
-    >>> result = csalign.tune("features", "study", trials=2, steps=2, search="noise")
+    >>> result = csalign.tune((images, texts), "study", trials=2, steps=2, search="noise")
     >>> [trial.state for trial in result.trials]
     ['complete', 'complete']
     """
@@ -104,7 +95,7 @@ def tune(config: TuneConfig, progress: Progress = silent) -> TuneResult:
         "base": space.base.model_dump(mode="json", exclude=paths),
         "search": list(space.names),
     }
-    with reported_to(progress), _open_study(config, identity) as study:
+    with _open_study(config, identity) as study:
         trials = _search(config, space, study, data, val, began)
     best = winner(trials, config.recall_slack)
     if best is None:
@@ -255,7 +246,8 @@ def _log_trial(trial: Trial, best: Trial | None) -> None:
 
 
 def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.model_validate({**base.model_dump(), **settings})
+    length = {"epochs": None} if "steps" in settings else {}
+    return TrainConfig.model_validate({**base.model_dump(), **length, **settings})
 
 
 def _load(config: TrainConfig) -> tuple[TrainingData, PairedRows]:

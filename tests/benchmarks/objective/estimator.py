@@ -24,6 +24,7 @@ from csalign.features.reader import FeatureSet
 from csalign.metrics.landmarks import Estimate, estimate_mean_kernels
 from csalign.objective.divergences import cs_divergence
 from csalign.objective.kernels import tiled_log_mean_kernels
+from csalign.runs.config import LoadOptions
 from csalign.runs.load import embed_rows, load_adapter_for
 
 WIDTH = 512
@@ -56,7 +57,7 @@ def aligned(features: Path, run: Path) -> Sets:
     """All rows of a feature set, through an adapter."""
     opened = FeatureSet.open(features)
     rows = load_rows(opened, ALL)
-    adapter, _ = load_adapter_for(opened, run, "cpu", None)
+    adapter, _ = load_adapter_for(opened, run, LoadOptions(device="cpu"))
     images, texts = (embed_rows(adapter, side, rows, opened) for side in Modality)
     return torch.from_numpy(images), torch.from_numpy(texts)
 

@@ -18,7 +18,7 @@ from csalign.adapters.canonical import ClosedForm, PairMoments
 from csalign.adapters.side import to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.evaluation.config import MeasureOptions
-from csalign.evaluation.evaluate import Evaluation, measure_rows
+from csalign.evaluation.measure import Evaluation, measure_rows
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.join import PairedRows, load_rows
 from csalign.features.reader import FeatureSet

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from csalign.evaluation.config import EvalConfig
-from csalign.evaluation.evaluate import Evaluation, describe, measure
+from csalign.evaluation.measure import Evaluation, describe, measure
 from csalign.features.reader import FeatureSet
 from csalign.metrics.bootstrap import Floats, Place, Resamples
 from csalign.training.config import TrainConfig
@@ -180,7 +180,7 @@ def products(precision: str) -> Iterator[None]:
 
 def as_record(measured: Evaluation, seconds: float | None) -> Record:
     """What the tables need of a measurement, as plain JSON values."""
-    document, resamples = describe(measured).document, measured.resample()
+    document, resamples = describe(measured), measured.resamples
     return {
         "seconds": seconds,
         "parameters": measured.aligned.parameters,

@@ -22,7 +22,7 @@ from typing import Any
 from closed import Fitted, moments_of
 from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 
-from csalign.evaluation.evaluate import Evaluation
+from csalign.evaluation.measure import Evaluation
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.training.initialization import POWERS, RIDGES

@@ -1,0 +1,191 @@
+"""Rank rows, and describe what was measured as the document of ``csalign eval``."""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from csalign.core import distributed
+from csalign.core.devices import pick_device
+from csalign.core.enums import Modality
+from csalign.evaluation import protocols
+from csalign.evaluation.config import EvalConfig, MeasureOptions
+from csalign.evaluation.extra_metrics import Extras, prepare_extras
+from csalign.evaluation.loading import Loaded, align, embed, load, load_adapter, warn_of_trained
+from csalign.evaluation.protocols import AlignedRows, Floats
+from csalign.features import join
+from csalign.features.checks import warn_of_queries
+from csalign.features.reader import FeatureSet
+from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
+from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.gap import gap_suite
+from csalign.metrics.retrieval import DirectionRanks, hubness
+
+COLLAPSED_RANK = 1.5  # effective dimensions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Ranked rows: the galleries that are searched separately, one without folds, and their ranks.
+
+    `index` is a block of the document, and `extras` computes the extra metrics.
+    """
+
+    aligned: AlignedRows
+    options: MeasureOptions
+    folds: tuple[protocols.Gallery, ...]
+    fold_ranks: tuple[protocols.Ranks, ...]
+    index: dict[str, Any]
+    extras: Extras | None
+
+    device: str = "auto"
+
+    @cached_property
+    def ranks(self) -> protocols.Ranks:
+        """Image to text, and text to image, over all folds."""
+        forth, back = zip(*self.fold_ranks, strict=True)
+        return DirectionRanks.joined(forth), DirectionRanks.joined(back)
+
+    @cached_property
+    def resamples(self) -> Resamples:
+        """The metrics on bootstrap resamples.
+
+        Folds have one size, so that a mean over queries is the mean over folds; a median is not,
+        and has no interval if there are several folds.
+        """
+        aligned, options = self.aligned, self.options
+        rows = aligned.images, aligned.texts, aligned.rows.text_image
+        found = resample(self.ranks, *rows, resamples=options.resamples, seed=options.seed)
+        if len(self.folds) == 1:
+            return found
+        kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
+        return replace(found, figures=kept)
+
+    def without_adapter(self) -> "Evaluation | None":
+        """Rank the rows as they are stored; None without an adapter, or if widths differ."""
+        aligned, rows = self.aligned, self.aligned.rows
+        if aligned.adapter is None or rows.images.shape[1] != rows.texts.shape[1]:
+            return None
+        images, texts = (embed(None, aligned.features, rows, side) for side in Modality)
+        plain = replace(aligned, images=images, texts=texts, adapter=None)
+        return measure_rows(plain, self.options, device=self.device)
+
+
+def measure(config: EvalConfig) -> Evaluation:
+    """Embed and rank the rows of a split; arguments and errors are those of `evaluate`.
+
+    In a process group all processes have to call it.
+    """
+    loaded = load(config, config.protocol)
+    warn_of_queries(loaded.rows, loaded.rows.name)
+    evaluation = measure_loaded(config, loaded)
+    warn_of_trained([evaluation.aligned])
+    return evaluation
+
+
+def measure_loaded(config: EvalConfig, loaded: Loaded) -> Evaluation:
+    """Embed and rank loaded rows; see `measure`."""
+    aligned = align(config, loaded)
+    divided = distributed.world().size > 1
+    extras = extras_of(config, aligned)
+    return measure_rows(aligned, config, extras, device=config.device, divided=divided)
+
+
+def measure_rows(
+    aligned: AlignedRows,
+    options: MeasureOptions,
+    extras: Extras | None = None,
+    *,
+    device: str = "auto",
+    divided: bool = False,
+) -> Evaluation:
+    """Rank rows that are embedded already.
+
+    Args:
+        aligned: the rows, those of the protocol.
+        options: of the measurement.
+        extras: computes the extra metrics.
+        device: of the exact ranking, if it is CUDA.
+        divided: whether all processes of the group call this, and share the ranking.
+    """
+    whole = protocols.Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
+    folds = protocols.split_folds(options.protocol, whole)
+    if options.index == "exact":
+        chosen = pick_device(device)
+        chosen = chosen if chosen.type == "cuda" else torch.device("cpu")
+        index: dict[str, Any] = {"kind": "exact", "device": chosen.type}
+        ranks = tuple(fold.rank(chosen, divided=divided) for fold in folds)
+    else:
+        found = [
+            rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, options.index)
+            for fold in folds
+        ]
+        ranks = tuple(own for own, _ in found)
+        recalls = np.mean([recall for _, recall in found], axis=0).tolist()
+        index = {
+            "kind": options.index,
+            "listed": LISTED,
+            f"recall@{JUDGED_BY}": dict(zip(protocols.DIRECTIONS, recalls, strict=True)),
+        }
+    return Evaluation(aligned, options, folds, ranks, index, extras, device)
+
+
+def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, Any]:
+    """Compute all metrics, with their intervals if the options want them.
+
+    With `with_before`, "before" has the retrieval and the gap without the adapter, if widths allow.
+    """
+    aligned, options = evaluation.aligned, evaluation.options
+    images, texts, figures = aligned.images, aligned.texts, _figures(evaluation)
+    for side, rank in figures["gap"]["effective_rank"].items():
+        if rank < COLLAPSED_RANK:
+            log.warning(
+                "all %s embeddings are nearly the same, so a small gap means nothing here", side
+            )
+    intervals = evaluation.resamples.intervals() if options.intervals else {}
+    extras, folds = evaluation.extras, evaluation.folds
+    extra: dict[str, Any] = {}
+    if extras is not None:
+        extra, extra_intervals = extras(images, folds, evaluation.ranks, options)
+        intervals |= extra_intervals
+    before = evaluation.without_adapter() if with_before else None
+    return {
+        **aligned.describe(),
+        "fingerprints": aligned.fingerprints(),
+        "parameters": aligned.parameters,
+        "bandwidth": options.bandwidth,
+        "counts": {"images": len(images), "texts": len(texts), "pairs": aligned.rows.pairs},
+        "index": evaluation.index,
+        "protocol": protocols.protocol_block(options.protocol, aligned.split, aligned.rows),
+        **figures,
+        "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
+        **extra,
+        "intervals": intervals,
+        **({} if before is None else {"before": _figures(before)}),
+    }
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    """Compute the blocks "retrieval" and "gap" of a document."""
+    aligned, options = evaluation.aligned, evaluation.options
+    rows = aligned.images, aligned.texts, aligned.rows.text_image
+    return {
+        "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
+        "gap": gap_suite(*rows, sigma=options.bandwidth, seed=options.seed),
+    }
+
+
+def extras_of(config: EvalConfig, aligned: AlignedRows) -> Extras:
+    """Read what the extra metrics of the options need; see `prepare_extras`."""
+
+    def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
+        loaded = load_adapter(config, features)  # again, which checks these features' widths
+        return embed(loaded and loaded[0], features, rows, Modality.TEXT)
+
+    ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
+    return prepare_extras(config, aligned.features, ids, width, embed_texts)
