@@ -467,7 +467,7 @@ def test_a_table_in_one_piece_is_what_its_lines_are(tmp_path: Path, content: byt
     with open_file(tmp_path / "t.csv") as file:
         rows = list(TableReader(tmp_path / "t.csv", SourceOptions(), ".csv").values(file))
 
-    assert table.numbers == [row.number for row in rows]
+    assert table.numbers.tolist() == [row.number for row in rows]
     for row, (_, _, values, error) in enumerate(rows):
         assert error is None
         assert {name: column[row] or "" for name, column in table.columns.items()} == values

@@ -407,7 +407,9 @@ def read_label_table(path: Path) -> Labels:
             return labels_of(path, open_table, file, held.rows)
     table = read_table(path)
     columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
-    return Labels(str(path), len(table), table.where).with_columns(columns)
+    numbers = table.numbers  # all that is kept of it
+    labels = Labels(str(path), len(numbers), lambda row: f"{path}, row {numbers[row]}")
+    return labels.with_columns(columns)
 
 
 def _is_plain(name: str, held: pa.DataType) -> bool:

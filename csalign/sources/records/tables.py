@@ -3,9 +3,9 @@
 import base64
 import binascii
 import csv
-import io
 import logging
 import re
+from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ CAPTION_NAMES = (
 )
 SPLIT_NAME = "split"
 _DELIMITERS = ",\t;|"
-_PLAIN_BYTES = 1 << 30  # of a table that is read in one piece
+_CHUNK_ROWS = 65_536
 # How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
 _BASE64 = re.compile(r"data:image/[\w.+-]+;base64,|(?=.{100})(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)")
 _URL_SAFE = str.maketrans("-_", "+/", " \n\r")
@@ -210,7 +210,7 @@ class Table:
     """A whole table of strings: line number of each row, and values or None by column."""
 
     path: Path
-    numbers: list[int]
+    numbers: "array[int]"
     columns: dict[str, list[str | None]]
 
     def __len__(self) -> int:
@@ -243,7 +243,7 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
     if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
         return plain
-    table = Table(path, [], {})
+    table = Table(path, array("q"), {})
     with files.open_file(path) as file:
         for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
             try:
@@ -265,31 +265,35 @@ def read_table(path: Path) -> Table:
 
 
 def _read_plain(path: Path, form: str) -> Table | None:
-    """Read a .csv or .tsv in one piece; None if it has an error, which a reader by lines names."""
+    """Read a .csv or .tsv at once; None if it has an error, which a reader by lines names."""
     csv.field_size_limit(files.MAX_LINE_BYTES)
+    numbers = array("q")
     try:
-        text = files.decode_text(files.read_bounded(path, _PLAIN_BYTES))
-        delimiter = _delimiter(text.partition("\n")[0], form)
         # As in the reader by lines, a carriage return alone does not end a row.
-        reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=delimiter, strict=True)
-        names = [cell.strip() for cell in next(reader, [])]
-        rows, numbers = [], []
-        number = reader.line_num + 1
-        for row in reader:
-            if row:
-                rows.append(row)
-                numbers.append(number)
-            number = reader.line_num + 1
-        cells = list(zip(*rows, strict=True)) if rows else [() for _ in names]
-    except (DataError, csv.Error, ValueError):
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            delimiter = _delimiter(file.readline(), form)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            names = [cell.strip() for cell in next(reader, [])]
+            if len(set(names)) != len(names):
+                return None
+            columns: list[list[str | None]] = [[] for _ in names]
+
+            def rows() -> Iterator[list[str]]:
+                number = reader.line_num + 1
+                for row in reader:
+                    if row:
+                        numbers.append(number)
+                        yield row
+                    number = reader.line_num + 1
+
+            rest = rows()
+            while chunk := list(islice(rest, _CHUNK_ROWS)):
+                for column, cells in zip(columns, zip(*chunk, strict=True), strict=True):
+                    column += [cell.strip() or None for cell in cells]
+    except (csv.Error, ValueError, OSError):
         return None
-    if len(set(names)) != len(cells) or len(cells) != len(names):
-        return None
-    columns = {
-        name: [cell.strip() or None for cell in column]
-        for name, column in zip(names, cells, strict=True)
-    }
-    return Table(path, numbers, columns)
+    return Table(path, numbers, dict(zip(names, columns, strict=True)))
 
 
 def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
