@@ -244,7 +244,7 @@ def test_prompts_of_another_encoder_do_not_continue_a_stopped_call(
     with pytest.raises(
         OutputError, match=r"generated with prompts [0-9a-f]{12}, not [0-9a-f]{12}:"
     ):
-        generate(config.model_copy(update={"text_encoder": other}))
+        generate(config.model_copy(update={"text_encoder": other, "any_encoder": True}))
     assert generate(config).reused == 1
 
 
