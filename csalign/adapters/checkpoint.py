@@ -84,7 +84,7 @@ def load_adapter(
 
     Args:
         folder: a run folder, a checkpoint in it, or an export; or a repository on the Hugging Face
-            hub, ``hf://USER/REPO``, or ``USER/REPO`` if there is no such folder here.
+            hub, ``hf://USER/REPO``, or ``USER/REPO`` if no local folder has that name.
         hub: whether it may be on the hub.
         revision: branch, tag or commit of that repository.
         allow: kinds ``package.module:Class`` that may be imported if the run names them, which
@@ -94,7 +94,7 @@ def load_adapter(
         The adapter in evaluation mode, on the CPU.
 
     Raises:
-        DataError: there is no adapter at `folder`, or the hub cannot be reached.
+        DataError: no adapter at `folder`, or the hub cannot be reached.
         SchemaError: its files are damaged, contradict each other, have another format version, or
             name a kind that is not installed or not allowed.
 

@@ -27,7 +27,7 @@ def local_run(run: Path | str, *, revision: str | None = None) -> Path:
         revision: branch, tag or commit of the repository.
 
     Raises:
-        DataError: there is no such repository, or the hub cannot be reached.
+        DataError: no such repository, or the hub cannot be reached.
     """
     found = _named(run)
     if found is None:
@@ -69,7 +69,7 @@ def fetch(name: str, *, subfolder: str | None = None, revision: str | None = Non
         revision: branch, tag or commit.
 
     Raises:
-        DataError: there is no such repository, or the hub cannot be reached.
+        DataError: no such repository, or the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -48,7 +48,7 @@ def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
         allow: kinds ``package.module:Class`` that the user asked for.
 
     Raises:
-        ConfigError: there is no such kind, it is not allowed, or it is not a `SideAdapter`.
+        ConfigError: no such kind, it is not allowed, or it is not a `SideAdapter`.
     """
     if kind in KINDS:
         return KINDS[kind]
@@ -72,7 +72,7 @@ def build_side(shape: SideShape, *, allow: Collection[str] = ()) -> SideAdapter:
     """Build the adapter of one side, with random or zero weights; `allow` as in `find_kind`.
 
     Raises:
-        ConfigError: there is no such kind, or a custom one does not keep to the interface.
+        ConfigError: no such kind, or a custom one does not keep to the interface.
         ShapeError: the kind does not support that shape.
     """
     kind = find_kind(shape.kind, allow=allow)
@@ -108,7 +108,7 @@ def shared_width(
         allow: as in `find_kind`.
 
     Raises:
-        ConfigError: there is no such kind, or neither side has anything to learn.
+        ConfigError: no such kind, or neither side has anything to learn.
         ShapeError: the sides, or one of them and the given width, contradict each other.
     """
     classes = {side: find_kind(kinds[side], allow=allow) for side in Modality}
@@ -158,7 +158,7 @@ class Adapter(nn.Module):
         info: the content of ``adapter.json``, of one that was loaded or fitted; else None.
 
     Raises:
-        ConfigError: there is no such kind, or it may not be imported.
+        ConfigError: no such kind, or it may not be imported.
         ShapeError: a kind does not support its shape, or the widths of the sides differ.
 
     >>> import csalign, numpy
@@ -222,7 +222,7 @@ class Adapter(nn.Module):
             (n, width) float32, unit rows.
 
         Raises:
-            ConfigError: there is no such side.
+            ConfigError: no such side.
             ShapeError: the width is not the one that the adapter was trained on.
             DataError: a row has no direction: it is 0 or not finite.
         """

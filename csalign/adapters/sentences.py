@@ -36,8 +36,8 @@ class SentenceAdapter(nn.Module):
         allow: as for `load_adapter`.
 
     Raises:
-        ConfigError: there is no such side, or the adapter embeds with tokens.
-        DataError: there is no adapter at `run`.
+        ConfigError: no such side, or the adapter embeds with tokens.
+        DataError: no adapter at `run`.
         SchemaError: its files are damaged.
 
     >>> import csalign, numpy, tempfile, torch

@@ -66,7 +66,7 @@ def wrap(
 
     Raises:
         ConfigError: the adapter embeds with tokens.
-        DataError: there is no adapter at `run`.
+        DataError: no adapter at `run`.
         SchemaError: its files are damaged.
 
     >>> import csalign, numpy, torch

@@ -243,7 +243,7 @@ def _local_or_hub(value: Any) -> Any:
 
 
 RunSource = Annotated[Path, PlainValidator(_local_or_hub), PlainSerializer(str)]
-"""A run: a folder, ``hf://USER/REPO``, or ``USER/REPO`` if there is no such folder."""
+"""A run: a folder, ``hf://USER/REPO``, or ``USER/REPO`` if no local folder has that name."""
 
 
 class OutputConfig(Config):

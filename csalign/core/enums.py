@@ -23,7 +23,7 @@ class Modality(StrEnum):
         """Return the side that is named, in the singular or the plural.
 
         Raises:
-            ConfigError: there is no such side.
+            ConfigError: no such side.
 
         >>> Modality.of("images")
         <Modality.IMAGE: 'image'>

@@ -100,7 +100,7 @@ def check_page(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file such as {path / 'page.html'}")
     if not path.parent.is_dir():
-        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+        raise OutputError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def _refuse_foreign(partial: Path) -> None:

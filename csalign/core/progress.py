@@ -81,7 +81,7 @@ def recorded_call(command: str) -> Iterator[Call]:
     logger = logging.getLogger("csalign")
     handlers: list[logging.Handler] = [_Collector(call)]
     if not logger.hasHandlers() and logging.lastResort is not None:
-        handlers.append(logging.lastResort)  # which Python uses only where there is no handler
+        handlers.append(logging.lastResort)  # Python uses it only without any other handler
     for handler in handlers:
         logger.addHandler(handler)
     token = _CALL.set(call)

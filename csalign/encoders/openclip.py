@@ -33,7 +33,7 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
 
     Raises:
         ConfigError: the name has no known form.
-        EncoderError: there is no such architecture or tag; the weights cannot be loaded or are of
+        EncoderError: no such architecture or tag; the weights cannot be loaded or are of
             another model; or the architecture has no such tokens.
     """
     architecture, weights = openclip_models.find_model(name)

@@ -61,7 +61,7 @@ def find_model(name: str) -> tuple[Architecture, Weights | None]:
 
     Raises:
         ConfigError: the name has none of these forms.
-        EncoderError: there is no such architecture, tag or file; or the hub cannot be reached.
+        EncoderError: no such architecture, tag or file; or the hub cannot be reached.
     """
     scheme, _, place = name.partition(":")
     if scheme == "local-dir":
@@ -169,7 +169,7 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
     """Find the weights of a tag, downloading them if needed, or of a local checkpoint.
 
     Raises:
-        EncoderError: there is no such tag or file, or the hub cannot be reached.
+        EncoderError: no such tag or file, or the hub cannot be reached.
     """
     tag = open_clip.get_pretrained_cfg(architecture.name, pretrained)
     if not tag:

@@ -32,7 +32,7 @@ def load_timm(name: str, options: EncoderOptions) -> running.TowerImages:
         options: how to run it. Without a projection the tokens of both spaces are the same.
 
     Raises:
-        EncoderError: there is no such model; the weights cannot be loaded or are of another model;
+        EncoderError: no such model; the weights cannot be loaded or are of another model;
             or it has no tokens that share a space with its embedding.
     """
     model, _, weights = name.partition("+")

@@ -57,7 +57,7 @@ def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
         "page".
 
     Raises:
-        DataError: there is no such artifact, or parts of it are missing.
+        DataError: no such artifact, or parts of it are missing.
         SchemaError: it is damaged; the file is named.
 
     >>> import csalign, numpy

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from csalign.core.progress import Progress, silent
+from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions
 from csalign.features.join import first_alike, hash_rows
@@ -78,7 +78,6 @@ def link_near_duplicates(
     hashes: Hashes,
     links: Links,
     *,
-    progress: Progress = silent,
     exact_rows: int = EXACT_ROWS,
 ) -> float | None:
     """Link the images that are copies or near-duplicates of each other.
@@ -91,7 +90,6 @@ def link_near_duplicates(
         table: of the images, n rows.
         hashes: of their ids, (n,), which choose samples and cells.
         links: receives the pairs.
-        progress: called with the number of rows read, and compared.
         exact_rows: up to so many rows all pairs are compared; more are compared within `ROUNDS`
             divisions into cells around some of the rows, which find nearly all pairs.
 
@@ -102,30 +100,30 @@ def link_near_duplicates(
         DataError: an embedding has no direction.
         SchemaError: a file is damaged.
     """
-    copies = first_alike(_hash_embeddings(table, progress))
+    copies = first_alike(_hash_embeddings(table))
     links.add(np.arange(len(table)), copies)
     kept = np.unique(copies)
     np.minimum.at(least_hashes := hashes.copy(), copies, hashes)  # whichever copy is first
     order = np.argsort(least_hashes[kept])  # in which nothing depends on that of the rows
-    rows = _whole_numbers(table, kept, np.argsort(order), progress)
+    rows = _whole_numbers(table, kept, np.argsort(order))
     kept, hashes = kept[order], least_hashes[kept[order]]
     threshold = _threshold(rows[:SAMPLE_ROWS], len(kept))
     if threshold is None:
         return None
     cells = [np.arange(len(kept))] if len(kept) <= exact_rows else _cells(rows, hashes)
     total = len(kept) * (1 if len(kept) <= exact_rows else ROUNDS)
-    groups = merge_pairs(len(kept), *_near_pairs(rows, cells, threshold * NORM**2, total, progress))
+    groups = merge_pairs(len(kept), *_near_pairs(rows, cells, threshold * NORM**2, total))
     links.add(kept, kept[groups])
     return threshold
 
 
-def _hash_embeddings(table: FeatureTable, progress: Progress) -> Ints:
+def _hash_embeddings(table: FeatureTable) -> Ints:
     found = [np.empty(0, np.int64)]
     for first, batch in table.read(schema.ID, schema.EMBEDDING):
         vectors = batch_vectors(batch, schema.EMBEDDING)
         check_directions(vectors, batch.column(schema.ID), f"{table.folder}: images")
         found.append(hash_rows(vectors))
-        progress("reading: images", first + len(vectors), PASSES * len(table))
+        tick("reading: images", first + len(vectors), PASSES * len(table))
     return np.concatenate(found)
 
 
@@ -136,13 +134,13 @@ def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Floats]
         yield places, wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
-def _whole_numbers(table: FeatureTable, rows: Ints, at: Ints, progress: Progress) -> Integers:
+def _whole_numbers(table: FeatureTable, rows: Ints, at: Ints) -> Integers:
     """Standardise rows (n, d), scale them to `NORM`, round, and put row k at place ``at[k]``."""
     sums, squares = np.zeros((2, table.width))
     for places, unit in _unit_rows(table, rows):
         sums += unit.sum(axis=0)
         squares += np.square(unit).sum(axis=0)
-        progress("reading: images", len(table) + places.stop, PASSES * len(table))
+        tick("reading: images", len(table) + places.stop, PASSES * len(table))
     mean = sums / len(rows)
     deviation = np.sqrt(np.maximum(0, squares / len(rows) - mean**2))
     varies = deviation > FLATTEST * np.sqrt(np.mean(deviation**2))
@@ -153,7 +151,7 @@ def _whole_numbers(table: FeatureTable, rows: Ints, at: Ints, progress: Progress
         unit = (unit - mean) * scale
         norms = np.linalg.norm(unit, axis=1, keepdims=True)
         found[at[places]] = np.rint(NORM * np.divide(unit, norms, out=unit, where=norms > 0))
-        progress("reading: images", 2 * len(table) + places.stop, PASSES * len(table))
+        tick("reading: images", 2 * len(table) + places.stop, PASSES * len(table))
     return found
 
 
@@ -189,7 +187,7 @@ def _cells(rows: Integers, hashes: Hashes) -> Iterator[Ints]:
 
 
 def _near_pairs(
-    rows: Integers, cells: Iterable[Ints], least: float, total: int, progress: Progress
+    rows: Integers, cells: Iterable[Ints], least: float, total: int
 ) -> tuple[Ints, Ints]:
     """Return pairs of rows (k,) of one cell whose product is above `least`, the largest first.
 
@@ -219,7 +217,7 @@ def _near_pairs(
                 count = int((products > least).sum())
                 found = [(pairs[:count], products[:count])]
             done += len(block)
-            progress("comparing: images", done, total)
+            tick("comparing: images", done, total)
     keys = gathered()[0]
     return keys // len(rows), keys % len(rows)
 

@@ -157,7 +157,7 @@ def load_rows(features: FeatureSet, split: str) -> PairedRows:
     """Read the embeddings of some splits and join texts to images by id.
 
     Raises:
-        DataError: there is no such split, or it has no pairs.
+        DataError: no such split, or it has no pairs.
         SchemaError: an id repeats, the image of a text is missing or in another split, or a shard
             is damaged.
     """
@@ -182,7 +182,7 @@ def load_side(features: FeatureSet, split: str, side: Modality) -> PairedRows:
 
 
 def join_pairs(features: FeatureSet, split: str) -> Joined:
-    """Call `join_ids`; raises DataError if there is no such split, or it has no pairs."""
+    """Call `join_ids`; raises DataError if the split does not exist, or it has no pairs."""
     joined = join_ids(features, split)
     if not (joined.text_image >= 0).any():
         raise DataError(_no_pairs(features, split, joined))

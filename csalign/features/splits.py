@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from csalign.core import atomic
 from csalign.core.errors import DataError
-from csalign.core.progress import Progress, silent
 from csalign.core.results import SplitResult
 from csalign.features import schema
 from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
@@ -51,9 +50,7 @@ def usual_splits(column: pa.Array) -> pa.Array:
     return pa.array(usual, column.type).take(coded.indices)
 
 
-def make_splits(
-    features: FeatureSet, settings: SplitSettings, progress: Progress = silent
-) -> SplitResult:
+def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
     """Divide images without a split, or in "train", and store the splits of all rows.
 
     Texts go with their image. Near-duplicate images and images that share a caption form a group,
@@ -66,7 +63,6 @@ def make_splits(
     Args:
         features: opened with `stored_splits`.
         settings: the splits to make.
-        progress: called with the number of images compared.
 
     Raises:
         DataError: there are no images or pairs, too few of them, or nothing to divide.
@@ -83,7 +79,7 @@ def make_splits(
     is_candidate = is_free & (joined.caption_counts > 0) if len(texts) else is_free
     sizes = _sizes(features, settings, int(is_candidate.sum()))
     if settings.group:
-        grouped = group_images(features, joined, progress)
+        grouped = group_images(features, joined)
     else:
         grouped = Grouped(np.arange(len(images)), hash_ids(images))
     placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
@@ -164,9 +160,7 @@ class Grouped:
         return np.where(is_free, of_group[self.groups], 0)
 
 
-def group_images(
-    features: FeatureSet, joined: Joined, progress: Progress = silent, *, near: bool = True
-) -> Grouped:
+def group_images(features: FeatureSet, joined: Joined, *, near: bool = True) -> Grouped:
     """Group images that are near-duplicates, unless `near` is false, or share a caption.
 
     Captions of more than `MOST_SHARING` images, such as keywords, are ignored.
@@ -174,7 +168,7 @@ def group_images(
     images = features.images
     hashes, links, threshold = hash_ids(images), Links(len(images)), None
     if near:
-        threshold = link_near_duplicates(images, hashes, links, progress=progress)
+        threshold = link_near_duplicates(images, hashes, links)
     rows = np.arange(len(images)) if joined.image_rows is None else joined.image_rows
     keys = _caption_keys(features.texts)
     keys = keys if joined.text_rows is None else keys[joined.text_rows]
@@ -297,9 +291,7 @@ def _write(table: FeatureTable, split: pa.Array) -> schema.Shard:
     return schema.Shard(path=name, rows=len(rows), bytes=size, sha256=sha256)
 
 
-def divide(
-    folder: Path, settings: SplitSettings, *, overwrite: bool = False, progress: Progress = silent
-) -> SplitResult:
+def divide(folder: Path, settings: SplitSettings, *, overwrite: bool = False) -> SplitResult:
     """Call `make_splits` for a finished set, unless it has these very splits.
 
     Raises:
@@ -313,4 +305,4 @@ def divide(
                 "the splits with --overwrite"
             )
         return describe_splits(FeatureSet.open(folder))
-    return make_splits(FeatureSet.open(folder, stored_splits=True), settings, progress)
+    return make_splits(FeatureSet.open(folder, stored_splits=True), settings)

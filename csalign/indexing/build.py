@@ -101,7 +101,7 @@ def build_index(
     adapter, info = None, None
     if items.adapter is not None:
         adapter, info = load_adapter_for(features, items.adapter, items)
-    _ = features.table(side).encoder  # raises where there is no such side
+    _ = features.table(side).encoder  # raises if the side is missing
     rows = _Rows(features, join_ids(features, items.split), side, adapter, batch_size)
     count = len(rows.numbers(side))
     if not count:

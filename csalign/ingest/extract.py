@@ -119,7 +119,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
             if is_owner:
                 if not partial.is_complete:
                     _check_failures(config, partial, partial.part_records())
-                partial.complete_and_commit(progress)
+                partial.complete_and_commit()
         if not is_owner:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()

@@ -84,7 +84,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
             _write(sides, columns, writer, dtype, progress)
         if splits is not None:
             try:
-                made = divide(folder, splits, progress=progress)
+                made = divide(folder, splits)
             except DataError as error:  # which names the unfinished folder
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
             if made.groups:

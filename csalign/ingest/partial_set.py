@@ -21,7 +21,6 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
 from csalign.core.locks import LOCK
 from csalign.core.paths import is_remote
-from csalign.core.progress import Progress, silent
 from csalign.core.records import write_record
 from csalign.features import schema
 from csalign.features.join import repeated_ids
@@ -262,7 +261,7 @@ class PartialSet:
             time.sleep(0.2)
             self._refresh()
 
-    def complete_and_commit(self, progress: Progress = silent) -> None:
+    def complete_and_commit(self) -> None:
         """Complete the feature set, if its ids are unique; see `locks.sole_owner`.
 
         Raises:
@@ -270,7 +269,7 @@ class PartialSet:
         """
         if not self.is_complete:
             self._write_manifest()
-        problem = self._divide(progress)
+        problem = self._divide()
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
             outputs.remove_folder(self.folder / name)
@@ -282,12 +281,12 @@ class PartialSet:
         if problem is not None:
             raise problem
 
-    def _divide(self, progress: Progress) -> DataError | None:
+    def _divide(self) -> DataError | None:
         """Make the splits of the job; return what prevents it, which must not cost the set."""
         if self._job.splits is None:
             return None
         try:
-            made = divide(self.folder, self._job.splits, progress=progress)
+            made = divide(self.folder, self._job.splits)
         except DataError as error:
             reason = str(error).removeprefix(f"{self.folder}: ")
             return DataError(

@@ -36,7 +36,7 @@ def split(config: SplitConfig, progress: Progress = silent) -> SplitResult:
         raise ConfigError("pass --val or --test, such as --val 0.1 --test 0.1")
     read_manifest(config.features)  # before a lock is made beside it
     with outputs.changing(config.features):
-        return divide(config.features, settings, overwrite=config.overwrite, progress=progress)
+        return divide(config.features, settings, overwrite=config.overwrite)
 
 
 def split_settings(options: SplitOptions) -> SplitSettings | None:

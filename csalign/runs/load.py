@@ -41,7 +41,7 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
     """Load the adapter of a run or checkpoint, on the CPU, and verify its files.
 
     Raises:
-        DataError: there is no adapter at `run`.
+        DataError: no adapter at `run`.
         SchemaError: its files are damaged, or it has a custom kind other than `allow`.
     """
     if not (run / ADAPTER).is_file() and (run / schema.MANIFEST).is_file():

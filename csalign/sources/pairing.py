@@ -201,7 +201,8 @@ def _check_layout(
     """Raise DataError where a key of both sides pairs the rows in another way."""
     try:
         found = labels and _by_any_key(images, labels, texts)
-    except DataError:  # keys that do not fit decide nothing
+    except DataError as error:
+        log.warning("paired by %s, though there are keys that do not fit: %s", layout, error)
         found = None
     if labels and found and len(wrong := np.flatnonzero(found[0] != owners)):
         row = int(wrong[0])

@@ -44,7 +44,7 @@ def recipe_text(name: str) -> str:
     """Return a recipe's TOML file, whose comments explain each setting.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: no such recipe.
     """
     if name not in recipe_names():
         hint = did_you_mean(name, recipe_names())

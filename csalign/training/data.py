@@ -220,7 +220,7 @@ def gather_unpaired(
     not trained on, such as val and test.
 
     Raises:
-        DataError: there is no such feature set, it has no rows to use, or a row has no direction.
+        DataError: no such feature set, it has no rows to use, or a row has no direction.
         ShapeError: a set has embeddings of other widths.
         OutputError: the rows fit neither into memory nor on the disk.
     """

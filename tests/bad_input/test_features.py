@@ -256,7 +256,7 @@ def test_evaluations_of_no_use_are_refused(
     [
         ("train f --out out --train-split nope", 1, "nope"),
         ("train f --out out --val-split nope", 1, "nope"),
-        ("train f --out out --report none/page.html", 1, "there is no folder none"),
+        ("train f --out out --report none/page.html", 1, "the folder none does not exist"),
         ("train f --out s3://bucket/run", 2, "must be on a local disk"),
         ("train f --out f", 1, "f: this is where f is read from"),
         ("train f --out f/run", 1, "is inside f"),

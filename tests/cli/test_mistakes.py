@@ -85,7 +85,7 @@ MISTAKES = [
     ("train f --out f", 1, "f: this is where f is read from; choose another --out"),
     ("train f --out g", 1, "g: exists; choose another --out, or replace it with --overwrite"),
     ("train f --out x.npy", 1, "x.npy: is a file; choose another --out"),
-    ("train f --out q --report no/x.html", 1, "no/x.html: there is no folder no; make it first"),
+    ("train f --out q --report no/x.html", 1, "no/x.html: the folder no does not exist; create it"),
     ("train f --unpaired nowhere --out q", 1, "nowhere: no such feature set"),
     ("tune nowhere --out q", 1, "nowhere: no such feature set"),
     ("eval f --adapter f", 1, "f: is a feature set, not a run; train one with csalign train f"),

@@ -233,7 +233,7 @@ def read_table(path: Path) -> Table:
     """Read a whole .csv, .tsv or .jsonl of strings.
 
     Raises:
-        DataError: there is no such file, it has another suffix, or a line is not UTF-8 or
+        DataError: no such file, it has another suffix, or a line is not UTF-8 or
             malformed; the message names the row.
     """
     suffix = path.suffix.lower()
