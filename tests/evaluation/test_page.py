@@ -214,7 +214,7 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     with pytest.raises(OutputError, match="name a file"):
         evaluate(EvalConfig(features=features, report=tmp_path))
-    with pytest.raises(OutputError, match="make it first"):
+    with pytest.raises(OutputError, match="create it first"):
         train(TrainConfig(features=features, out=tmp_path / "run", report=tmp_path / "no" / "p"))
 
     assert not (tmp_path / "run").exists()
