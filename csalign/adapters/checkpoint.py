@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, SchemaError, ShapeError
 from csalign.core.paths import DOCUMENTS, Kind, require_kind
 from csalign.core.records import Record, read_record, write_record
+from csalign.features.schema import EncoderInfo
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = DOCUMENTS[Kind.RUN]
@@ -33,6 +34,7 @@ class AdapterInfo(Record):
     adapters: Annotated[dict[Modality, SideShape], BothSides]
     encoders: Annotated[dict[Modality, str], BothSides]  # specs of those it was trained on
     encoder_fingerprints: dict[Modality, str | None] | None = None  # None in old runs
+    encoder_settings: dict[Modality, dict[str, Any]] | None = None  # preprocessing, pooling
     start: str  # the closed form that training started from, or "random"
     step: int  # optimiser step of these weights
     logit_scale: float  # 1 / temperature of InfoNCE at that step
@@ -42,6 +44,15 @@ class AdapterInfo(Record):
     image_norm: float | None = None  # root mean square of those embeddings; None in old runs
     validation: dict[str, float] | None = None  # metrics of these weights
     weights_sha256: str = ""  # set by `save_adapter`
+
+    def encoder(self, side: Modality) -> EncoderInfo:
+        """Return what is known of the encoder that one side was trained on."""
+        return EncoderInfo(
+            spec=self.encoders[side],
+            fingerprint=(self.encoder_fingerprints or {}).get(side),
+            width=self.adapters[side].input_width,
+            preprocessing=(self.encoder_settings or {}).get(side, {}),
+        )
 
 
 def unknown_info(shapes: dict[Modality, SideShape]) -> AdapterInfo:

@@ -34,6 +34,11 @@ class Modality(StrEnum):
         raise ConfigError(f"{name!r} is not a side; use 'image' or 'text'")
 
     @property
+    def other(self) -> "Modality":
+        """The other side."""
+        return Modality.TEXT if self is Modality.IMAGE else Modality.IMAGE
+
+    @property
     def plural(self) -> str:
         """Name of this side's folder in a feature set and of its counts."""
         return f"{self.value}s"

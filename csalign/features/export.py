@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Self
@@ -13,19 +13,49 @@ import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError, SchemaError, ShapeError
+from csalign.core.errors import CsalignError, DataError, SchemaError, ShapeError
+from csalign.core.records import read_object
 from csalign.features import schema
 from csalign.features.reader import AGAIN
+from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
 from csalign.features.writer import Array, FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
+NOTE = "aligned.json"
+FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 ENTRIES = frozenset(
-    {"aligned.json", "config.toml", "img_emb", "text_emb", "metadata"}
+    {NOTE, "config.toml", *FOLDERS.values(), "metadata"}
     | {f"{side.plural}{suffix}" for side in Modality for suffix in (".npy", ".csv")}
 )
 """Names in the folders of both forms."""
 
 Shapes = Mapping[Modality, tuple[int, int]]
+
+
+def recorded_encoder(file: Path) -> EncoderInfo | None:
+    """Return the encoder of rows that csalign wrote: in a feature set, or by ``csalign apply``.
+
+    It is in ``manifest.json`` or ``aligned.json``, beside or above the file; None if there is none.
+    """
+    for folder in list(file.parents)[:2]:
+        name = file.relative_to(folder)
+        with suppress(CsalignError, KeyError, ValueError):  # another tool's documents
+            if (folder / schema.MANIFEST).is_file():
+                manifest = schema.read_manifest(folder)
+                for side in Modality:
+                    if name.as_posix() in {shard.path for shard in manifest.shards.side(side)}:
+                        return manifest.encoders.side(side)
+            if (folder / NOTE).is_file():
+                files = {f"{side.plural}.npy": side for side in Modality}
+                side = (files | {own: side for side, own in FOLDERS.items()})[name.parts[0]]
+                note = read_object(folder / NOTE, AGAIN)
+                return EncoderInfo(
+                    spec=f"{note.get('encoders', {}).get(side, UNKNOWN)}{ALIGNED}"
+                    + Path(note["adapter"]).name,
+                    width=note["widths"][side],
+                    preprocessing={"adapter_sha256": note["adapter_sha256"]},
+                )
+    return None
 
 
 class NpyExport:
@@ -83,7 +113,7 @@ class NpyExport:
             "rows": counts,
             **self._note,
         }
-        atomic.write_json(self._folder / "aligned.json", note)
+        atomic.write_json(self._folder / NOTE, note)
 
     def _open_npy(self, path: Path, side: Modality, rows: int) -> IO[bytes]:
         """Open an .npy file of a known shape, to which rows are appended."""
@@ -215,7 +245,7 @@ class ClipRetrievalExport(NpyExport):
         number = str(self._done // PART_ROWS).zfill(len(str(-(-self._total // PART_ROWS))))
         rows = min(PART_ROWS, self._total - self._done)
         for side in self._shapes:
-            name = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}[side]
+            name = FOLDERS[side]
             path = self._folder / name / f"{name}_{number}.npy"
             self._arrays[side] = self._open_npy(path, side, rows)
         path = self._folder / "metadata" / f"metadata_{number}.parquet"

@@ -67,6 +67,13 @@ def _vector(number: pa.DataType, width: int) -> pa.DataType:
     return pa.list_(pa.field("element", number, nullable=False), width)
 
 
+ALIGNED = " | "  # in the spec of what `apply` wrote: the encoder, then the run
+UNKNOWN = "unknown"  # spec of imported arrays whose encoder was not named
+# Places of files, rounding, tokens, and the record of `apply`.
+_MAY_DIFFER = {"tokenizer", "precision", "max_tokens", "normalized"}
+_MAY_DIFFER |= {"adapter_sha256", "adapter_trained_on"}
+
+
 class EncoderInfo(Record):
     """The encoder of one side."""
 
@@ -82,6 +89,11 @@ class EncoderInfo(Record):
     def weights(self) -> str | None:
         """SHA-256 of the weights that gave the rows: of an encoder, or of a run's adapter."""
         return self.fingerprint or self.preprocessing.get("adapter_sha256")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What besides the weights must agree between rows of one encoder, as image size."""
+        return {key: own for key, own in self.preprocessing.items() if key not in _MAY_DIFFER}
 
 
 class Shard(Record):

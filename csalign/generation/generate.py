@@ -113,8 +113,9 @@ def _embed_prompts(options: PromptOptions, file: Path, info: AdapterInfo) -> Pro
             f"{spec}: gives embeddings of width {encoder.info.width}, the adapter {run} takes "
             f"{shape.input_width}; name the encoder that it was trained on with --text-encoder"
         )
-    name, insist = f"{file}: the text embeddings", options.any_encoder
-    check_encoder(encoder.info, Modality.TEXT, run, info, name, any_encoder=insist)
+    pairs = {Modality.TEXT: (encoder.info, info.encoder(Modality.TEXT))}
+    remedy, insist = "name that encoder with --text-encoder", options.any_encoder
+    check_encoder(pairs, str(file), f"{run} was trained on", remedy, any_encoder=insist)
     raw = encoder.embed(texts).embeddings
     bad = np.flatnonzero(~(np.isfinite(raw).all(1) & raw.any(1)))
     if len(bad):

@@ -34,7 +34,7 @@ from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
 from csalign.features.tokens import pad_tokens
 from csalign.indexing.build import SearchIndex, build_index
-from csalign.indexing.config import ItemOptions, QueryOptions, SearchConfig, VectorOptions
+from csalign.indexing.config import ItemOptions, SearchConfig, VectorOptions
 from csalign.indexing.manifest import (
     ADAPTER,
     REMEDY,
@@ -47,6 +47,7 @@ from csalign.indexing.manifest import (
 from csalign.indexing.vectors import VectorIndex, load_correction
 from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import Pictures
+from csalign.runs.load import check_encoder
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
 
@@ -69,16 +70,14 @@ class QueryEncoder:
     index: Path  # for messages
     manifest: IndexManifest
     adapter: Adapter | None
-    options: QueryOptions
-    device: str
+    options: SearchConfig
 
     @cached_property
     def side(self) -> Modality:
         """Side of the queries."""
         if self.options.embedding is None:
             return Modality.IMAGE if self.options.image is not None else Modality.TEXT
-        other = Modality.TEXT if self.manifest.side is Modality.IMAGE else Modality.IMAGE
-        return Modality(self.options.query_side or other)
+        return Modality(self.options.query_side or self.manifest.side.other)
 
     def queries(self) -> Iterator[Queries]:
         """Encode all queries, in batches.
@@ -113,7 +112,7 @@ class QueryEncoder:
             if self.options.encoder is None and not is_trusted(spec):
                 raise ConfigError("not an encoder of open_clip, timm or hf")
             options = EncoderOptions(
-                pick_device(self.device),
+                pick_device(self.options.device),
                 tokens=(self.side,) if with_tokens else (),
                 token_space=known.token_space or "projected",
                 max_tokens=known.preprocessing.get("max_tokens") if with_tokens else None,
@@ -154,15 +153,13 @@ class QueryEncoder:
                 f"{found.spec}: gives embeddings of width {found.width}, those of {self.index} "
                 f"have {known.width}; name their encoder with --encoder ({known.spec})"
             )
-        if known.fingerprint is None or found.fingerprint is None:
-            missing = "%s: cannot be verified as the encoder of %s, since a fingerprint is missing"
-            log.warning(missing, found.spec, self.index)
-        elif found.fingerprint != known.fingerprint:
-            raise EncoderError(
-                f"{found.spec}: has other weights (fingerprint {found.fingerprint[:12]}) than the "
-                f"encoder of the features ({known.fingerprint[:12]}); name their encoder with "
-                "--encoder, or extract them again"
-            )
+        remedy = "name that encoder with --encoder, build the index again from its features"
+        reference, insist = f"{self.index} was built from", self.options.any_encoder
+        pairs = {self.side: (found, known)}
+        try:
+            check_encoder(pairs, "the query", reference, remedy, any_encoder=insist)
+        except DataError as error:
+            raise EncoderError(str(error)) from None
 
     def _align(self, embedded: Embedded) -> Floats:
         rows = embedded.embeddings.astype(np.float32)
@@ -271,7 +268,7 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
     tick("opening the index")
     index = _open(config)
     manifest = index.manifest
-    encoder = QueryEncoder(config.index, manifest, index.adapter, config, config.device)
+    encoder = QueryEncoder(config.index, manifest, index.adapter, config)
     head: Document = {
         "index": str(config.index),
         "side": manifest.side.value,
@@ -315,7 +312,7 @@ def _open(config: SearchConfig) -> SearchIndex:
         return build_index(FeatureSet.open(folder), config, options)
     manifest = read_index_manifest(folder)
     given = (
-        ItemOptions.model_fields.keys() - {"allow_adapter", "device"}
+        ItemOptions.model_fields.keys() - {"allow_adapter", "any_encoder", "device"}
     ) & config.model_fields_set
     if given:
         raise ConfigError(

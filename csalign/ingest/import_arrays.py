@@ -15,6 +15,7 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
+from csalign.features.export import recorded_encoder
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
@@ -71,10 +72,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     sides, columns, pairing = _pair(config, sides)
     is_half = all(vectors.is_half for vectors in sides.values())
     dtype = config.dtype or ("float16" if is_half else "float32")
-    encoders = {
-        side: EncoderInfo(spec=getattr(config, f"{side}_encoder"), width=vectors.width)
-        for side, vectors in sides.items()
-    }
+    encoders = {side: _encoder(config, side, vectors) for side, vectors in sides.items()}
     names = None if config.names is None else dict(zip(Modality, config.names, strict=True))
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())
@@ -93,6 +91,16 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )
+
+
+def _encoder(config: ImportConfig, side: Modality, vectors: Vectors) -> EncoderInfo:
+    """Return the encoder that csalign recorded if it wrote the files, else as named."""
+    own = EncoderInfo(spec=getattr(config, f"{side}_encoder"), width=vectors.width)
+    found = recorded_encoder(split_spec(Path(vectors.parts[0].name))[0])
+    if found is None or found.width != own.width:
+        return own
+    logger.info("%s: written by csalign, with the encoder %s", vectors.name, found.spec)
+    return found.model_copy(update={"token_width": None, "token_space": None})
 
 
 def _specs(config: ImportConfig) -> dict[Modality | None, Path]:

@@ -18,10 +18,10 @@ from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.export import ENTRIES, ClipRetrievalExport, NpyExport, RowWriter
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import EncoderInfo
+from csalign.features.schema import ALIGNED, EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.runs.config import ApplyConfig
-from csalign.runs.load import ALIGNED, check_features, load_adapter_for, stream_aligned
+from csalign.runs.load import check_features, load_adapter_for, stream_aligned
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ def _writer(
     note = {
         "adapter": str(config.adapter),
         "adapter_sha256": info.weights_sha256,
+        "encoders": {side: features.table(side).encoder.spec for side in there},
         "features": str(config.features),
         "features_fingerprint": features.manifest.fingerprint(),
         "normalized": True,

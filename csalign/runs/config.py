@@ -8,6 +8,7 @@ from pydantic import Field
 from csalign.core.config import Config, Count, Location, OutputConfig, RunFolder, RunSource
 
 ALLOWED = "Custom kind of adapter, PACKAGE.MODULE:CLASS, that the run may import."
+ANY_ENCODER = "Accept features of other encoders than the adapter was trained on."
 
 
 class LoadOptions(Config):
@@ -16,9 +17,7 @@ class LoadOptions(Config):
     panel: ClassVar[str] = "Adapter"
 
     allow_adapter: str | None = Field(None, description=ALLOWED)
-    any_encoder: bool = Field(
-        False, description="Accept features of other encoders than the adapter was trained on."
-    )
+    any_encoder: bool = Field(False, description=ANY_ENCODER)
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
 
 
@@ -86,3 +85,4 @@ class ExportConfig(OutputConfig):
         None, description="Licence of the adapter for the model card, such as apache-2.0."
     )
     allow_adapter: str | None = Field(None, description=ALLOWED)
+    any_encoder: bool = Field(False, description=ANY_ENCODER)

@@ -20,7 +20,7 @@ from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import Array, check_features, load_run, public_spec, stream_aligned
+from csalign.runs.load import Array, check_fit, load_run, public_spec, stream_aligned
 from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
@@ -35,7 +35,7 @@ ENTRIES = frozenset(
 # Settings of a run that are not published: paths, and those that do not influence the weights.
 PRIVATE = {
     *("features", "out", "overwrite", "report", "pictures", "umap"),
-    *("unpaired", "log_to", "device", "memory"),
+    *("unpaired", "any_encoder", "log_to", "device", "memory"),
 }
 
 Forward = Callable[[Modality, Array], Array]
@@ -94,7 +94,7 @@ def write_checked(config: ExportConfig, tolerance: float) -> Result:
                 "does not accept; use --to safetensors or hub-folder"
             )
     evaluation = _read_evaluation(config, info)
-    samples = list(_samples(config, adapter))
+    samples = list(_samples(config, adapter, info))
     with outputs.atomic_folder(config.out) as folder:
         forward = _write(config, folder, adapter, info)
         differences = {}
@@ -122,7 +122,9 @@ def write_checked(config: ExportConfig, tolerance: float) -> Result:
     )
 
 
-def _samples(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[str, Modality, Array]]:
+def _samples(
+    config: ExportConfig, adapter: Adapter, info: AdapterInfo
+) -> Iterator[tuple[str, Modality, Array]]:
     """Draw rows to compare on: random ones, a single one, and real ones if features are given."""
     rng = np.random.default_rng(0)
     for side in Modality:
@@ -132,7 +134,7 @@ def _samples(config: ExportConfig, adapter: Adapter) -> Iterator[tuple[str, Moda
     if config.features is None:
         return
     features = FeatureSet.open(config.features)
-    check_features(features, config.run, adapter)
+    check_fit(features, config.run, adapter, info, any_encoder=config.any_encoder)
     for side in Modality:
         table = features.table(side)
         if table.info is not None and len(table):

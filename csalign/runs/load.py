@@ -1,16 +1,19 @@
 """Load a run for the features that go through it, and align their rows."""
 
+import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.model import Adapter
+from csalign.adapters.side import unit_inputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
@@ -20,7 +23,7 @@ from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
-from csalign.features.schema import EncoderInfo
+from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
 from csalign.features.writer import Rows
 from csalign.runs.config import LoadOptions
@@ -29,8 +32,9 @@ from csalign.runs.metadata import ADAPTER, check_unchanged
 ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
 
-ALIGNED = " | "  # in the spec of what `apply` wrote: the encoder, then the run
-UNKNOWN = "unknown"  # spec of imported arrays whose encoder was not named
+SAMPLED_ROWS = 2_000  # the first ones, whose mean is compared with that of training
+CLEAR_MEAN = 0.3  # norm of a mean of unit rows; CLIP has 0.7, the mean of 100 random rows 0.1
+LEAST_SHARE = 0.25  # of the mean of training in another one; 0 for unrelated encoders
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +62,23 @@ def load_adapter_for(
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    Raises as `load_run`, `check_features` and `check_encoders` do.
+    Raises as `load_run` and `check_fit` do.
     """
     adapter, info = load_run(run, options.allow_adapter)
-    check_features(features, run, adapter)
-    check_encoders(features, run, info, any_encoder=options.any_encoder)
+    check_fit(features, run, adapter, info, any_encoder=options.any_encoder)
     return adapter.to(pick_device(options.device)), info
+
+
+def check_fit(
+    features: FeatureSet, run: Path, adapter: Adapter, info: AdapterInfo, *, any_encoder: bool
+) -> None:
+    """Raise DataError unless features fit an adapter; warn where they may not.
+
+    As `check_encoders`, `check_features` and, of unverified encoders, `warn_of_means` do.
+    """
+    unverified = check_encoders(features, run, info, any_encoder=any_encoder)
+    check_features(features, run, adapter)
+    warn_of_means(features, run, adapter, unverified)
 
 
 def check_features(
@@ -99,69 +114,126 @@ def check_features(
 
 def check_encoders(
     features: FeatureSet, run: Path, info: AdapterInfo, *, any_encoder: bool = False
-) -> None:
+) -> list[Modality]:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
     The features that it was trained on need no check, and arrays in memory cannot name an encoder.
     """
-    is_trained = schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint)
-    if is_trained or features.path.name == IN_MEMORY:
-        return
-    for side in Modality:
-        if (found := features.table(side).info) is not None:
-            name = f"{features.path}: the {side} embeddings"
-            check_encoder(found, side, run, info, name, any_encoder=any_encoder)
+    if schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint):
+        return []
+    there = {side: own for side in Modality if (own := features.table(side).info) is not None}
+    if features.path.name == IN_MEMORY:
+        return list(there)
+    pairs = {side: (own, info.encoder(side)) for side, own in there.items()}
+    name, reference = str(features.path), f"{run} was trained on"
+    return check_encoder(pairs, name, reference, any_encoder=any_encoder)
 
 
 def check_encoder(
-    found: EncoderInfo,
-    side: Modality,
-    run: Path,
-    info: AdapterInfo,
+    pairs: Mapping[Modality, tuple[EncoderInfo, EncoderInfo]],
     name: str,
+    reference: str,
+    remedy: str = "extract again with --{side}-encoder {spec}, train on these features",
     *,
     any_encoder: bool = False,
-) -> None:
-    """Compare the encoder of some embeddings with the one that a run was trained on.
+) -> list[Modality]:
+    """Decide whether embeddings fit what was made from others: an adapter, an index, a set.
 
-    Weights are compared where both are known, else names; a warning says where one has neither.
+    Encoders must agree in weights, or in name where weights are unknown, and in those
+    `EncoderInfo.settings` that both record; neither may be aligned more often. All else may differ.
+    One warning lists what cannot be compared.
 
     Args:
-        found: the encoder of the embeddings.
-        side: of the embeddings.
-        run: for messages.
-        info: of its adapter.
-        name: of the embeddings.
+        pairs: of each side, the encoder of the embeddings and the one that they must agree with.
+        name: of the embeddings, for messages.
+        reference: what the other encoder is, for messages, as "RUN was trained on".
+        remedy: what to do, for messages, with the side and the encoder that is needed.
         any_encoder: whether to warn of another encoder instead of refusing it.
+
+    Returns:
+        The sides whose weights could not be compared, or were insisted on.
 
     Raises:
         DataError: the encoders differ, or the embeddings are aligned already.
     """
-    known, own = info.encoders[side], (info.encoder_fingerprints or {}).get(side)
-    spec, known_spec, weights = public_spec(found.spec), public_spec(known), found.weights
-    problem = unsure = None
-    if ALIGNED in found.spec and ALIGNED not in known:
-        problem = f"are aligned already ({spec}); use the features they come from"
-    elif own is not None and weights is not None:
-        if own != weights:
-            problem = (
-                f"come from the encoder {spec} (weights {weights[:12]}), the run {run} "
-                f"was trained on {known_spec} (weights {own[:12]}); use that encoder"
+    unverified, doubts = [], []
+    for side, (found, known) in pairs.items():
+        needed = remedy.format(side=side, spec=public_spec(known.spec))
+        problem, doubt = _differences(found, known, reference, needed)
+        if problem and not any_encoder:
+            raise DataError(
+                f"{name}: the {side} embeddings {problem}, or insist with --any-encoder"
             )
-    elif UNKNOWN in (spec, known_spec):
-        names = ["no encoder recorded" if name == UNKNOWN else name for name in (spec, known_spec)]
-        unsure = f"({names[0]}) may differ from those that {run} was trained on ({names[1]})"
-    elif spec != known_spec:
-        problem = (
-            f"come from the encoder {spec}, the run {run} was trained on {known_spec}; use that "
-            "encoder"
+        if problem:
+            log.warning("%s: the %s embeddings %s", name, side, problem.partition(";")[0])
+        if problem or not (found.weights and known.weights):
+            unverified.append(side)
+        if doubt:
+            doubts.append(f"{side}: {doubt}")
+    if doubts:
+        log.warning(
+            "%s: may come from other encoders than %s (%s); results mean little if so",
+            *(name, reference, "; ".join(doubts)),
         )
-    if problem is not None and not any_encoder:
-        raise DataError(f"{name} {problem}, or insist with --any-encoder")
-    if problem is not None:
-        log.warning("%s %s", name, problem)
-    elif unsure is not None:
-        log.warning("%s %s; results mean little if they do", name, unsure)
+    return unverified
+
+
+def _differences(
+    found: EncoderInfo, known: EncoderInfo, reference: str, remedy: str
+) -> tuple[str, str]:
+    """Return how two encoders differ and the remedy, and what is unknown of them; "" if nothing."""
+    spec, own = public_spec(found.spec), public_spec(known.spec)
+    is_unknown, have_weights = UNKNOWN in (spec, own), bool(found.weights and known.weights)
+    if found.spec.count(ALIGNED) > known.spec.count(ALIGNED):
+        return f"are aligned already ({spec}); use the features they come from", ""
+    if spec != UNKNOWN and found.spec.count(ALIGNED) < known.spec.count(ALIGNED):
+        run = own.rpartition(ALIGNED)[2]
+        return f"come from {spec}, {reference} {own}; align them with csalign apply and {run}", ""
+    if is_unknown and not have_weights:
+        names = ("no encoder recorded" if one == UNKNOWN else one for one in (spec, own))
+        return "", "{}, there {}".format(*names)
+    keys = found.settings.keys() & known.settings.keys()
+    values = [
+        {key: json.dumps(one.settings[key]) for key in sorted(keys)} for one in (found, known)
+    ]
+    if have_weights:
+        for one, shown in zip((found, known), values, strict=True):
+            shown["weights"] = str(one.weights)[:12]
+    differing = [key for key in values[0] if values[0][key] != values[1][key]]
+    if differing or not (have_weights or spec == own):
+        there = (", ".join(f"{key} {shown[key]}" for key in differing) for shown in values)
+        here, needed = (f" ({some})" if some else "" for some in there)
+        return f"come from {spec}{here}, {reference} {own}{needed}; {remedy}", ""
+    is_named = bool(found.weights) != bool(known.weights)
+    return "", f"{spec} by its name, weights unknown" if is_named else ""
+
+
+def warn_of_means(
+    features: FeatureSet, run: Path, adapter: Adapter, sides: Collection[Modality]
+) -> None:
+    """Warn of sides whose rows clearly point elsewhere than those that an adapter was trained on.
+
+    The mean of the first unit rows is compared with that of training, which is far from 0 and from
+    that of the other side for most encoders; where it is near 0, nothing can be seen.
+    """
+    means = {side: adapter.side(side).mean.cpu() for side in Modality}
+    for side in sides:
+        own, other, table = means[side], means[side.other], features.table(side)
+        if float(own.norm()) < CLEAR_MEAN or not len(table):
+            continue
+        parts = table.parts([schema.EMBEDDING], np.arange(min(len(table), SAMPLED_ROWS)))
+        rows = [batch_vectors(batch, schema.EMBEDDING)[local] for _, local, batch in parts]
+        roots = adapter.side(side).shape.signed_sqrt
+        mean = unit_inputs(torch.from_numpy(np.concatenate(rows)), signed_sqrt=roots).mean(0)
+        if own.shape == other.shape and (mean - own).norm() > 2 * (mean - other).norm():
+            looks = (
+                f"they look like the {side.other} embeddings of its training; swap the two sides"
+            )
+        elif float(mean @ own / own.square().sum()) < LEAST_SHARE:
+            looks = "they look unlike its training rows; use rows as its own encoders gave them"
+        else:
+            continue
+        log.warning("%s: the %s embeddings do not fit %s: %s", features.path, side, run, looks)
 
 
 def public_spec(spec: str) -> str:
@@ -170,7 +242,7 @@ def public_spec(spec: str) -> str:
     >>> public_spec("open_clip:/home/me/tiny.json+/home/me/tiny.safetensors")
     'open_clip:tiny.json+tiny.safetensors'
     """
-    return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:[^/+|]*/)*", r"\1", spec)
+    return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:(?![^/+|]*\.json/)[^/+|]*/)*", r"\1", spec)
 
 
 def embed_rows(

@@ -51,7 +51,7 @@ _TENSOR = "tensor:"  # prefix of a tensor's name in the JSON
 
 # Options that do not change the result, or are compared by the fingerprint of their content.
 NOT_COMPARED = {
-    *("out", "overwrite", "recipe", "features", "unpaired"),
+    *("out", "overwrite", "recipe", "features", "unpaired", "any_encoder"),
     *("report", "pictures", "umap", "device", "log_to", "save_every", "memory"),
 }
 
@@ -130,12 +130,12 @@ class UnfinishedRun:
                 ) from error
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
         features = data.features
+        encoders = {side: features.table(side).encoder for side in Modality}
         self._trainer = trainer
         self._info = {
-            "encoders": {side: features.table(side).encoder.spec for side in Modality},
-            "encoder_fingerprints": {
-                side: features.table(side).encoder.weights for side in Modality
-            },
+            "encoders": {side: own.spec for side, own in encoders.items()},
+            "encoder_fingerprints": {side: own.weights for side, own in encoders.items()},
+            "encoder_settings": {side: own.settings for side, own in encoders.items()},
             "start": start,
             "data_fingerprint": features.manifest.fingerprint(),
             "train_split": data.split,

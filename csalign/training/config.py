@@ -91,6 +91,9 @@ class DataOptions(Config):
     unpaired: Annotated[tuple[Location, ...], BeforeValidator(_split_locations)] = Field(
         (), description="Feature set whose rows the distribution term also uses; repeatable."
     )
+    any_encoder: bool = Field(
+        False, description="Accept --unpaired sets of other encoders than those of FEATURES."
+    )
     memory: int | None = Field(
         None,
         ge=0,

@@ -18,13 +18,14 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features import join
+from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import warn_of_training_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.runs.load import embed_rows
+from csalign.runs.load import check_encoder, embed_rows
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     """
     tick("reading")
     features = FeatureSet.open(options.features)
+    for path in options.unpaired:
+        _check_unpaired(FeatureSet.open(path), features, any_encoder=options.any_encoder)
     there = features.splits()
     never_split = set(there) == {None}
     split = join.ALL if options.train_split == "train" and never_split else options.train_split
@@ -209,6 +212,16 @@ class Unpaired:
             found.append(values[rows[own]].astype(np.float32))
             start += len(rows)
         return np.concatenate(found)
+
+
+def _check_unpaired(other: FeatureSet, features: FeatureSet, *, any_encoder: bool) -> None:
+    """Raise DataError unless a further set has the encoders of the features."""
+    if IN_MEMORY in (other.path.name, features.path.name):
+        return
+    there = {side: own for side in Modality if (own := other.table(side).info) is not None}
+    pairs = {side: (own, features.table(side).encoder) for side, own in there.items()}
+    reference, remedy = f"{features.path} come from", "extract again with --{side}-encoder {spec}"
+    check_encoder(pairs, str(other.path), reference, remedy, any_encoder=any_encoder)
 
 
 def gather_unpaired(

@@ -70,13 +70,13 @@ def test_features_of_another_encoder_of_the_same_width_are_refused(
 ) -> None:
     info, other = trained(make("features")), make("other", spec="B", fingerprint="b" * 64)
     said = (
-        r"other: the text embeddings come from the encoder B \(weights bbbb.* run was trained on A"
+        r"other: the text embeddings come from B \(weights bbbb.* run was trained on A"
     )
     with pytest.raises(DataError, match=rf"{said}.*--any-encoder"):
         check(other, info)
     check(other, info, any_encoder=True)
 
-    assert "come from the encoder B" in caplog.text
+    assert "come from B (weights" in caplog.text
 
 
 def test_the_commands_that_map_features_refuse_other_encoders_unless_insisted(
@@ -97,8 +97,8 @@ def test_the_commands_that_map_features_refuse_other_encoders_unless_insisted(
     [
         ("A", "a" * 64, None),
         ("renamed", "a" * 64, None),  # the same weights
-        ("A", None, None),
-        ("unknown", None, r"text embeddings (no encoder recorded) may differ .* run was .* (A)"),
+        ("A", None, "run was trained on (text: A by its name, weights unknown)"),
+        ("unknown", None, "other: may .* run was trained on (text: no encoder recorded, there A)"),
     ],
 )
 def test_an_unknown_encoder_is_warned_of_and_the_same_is_not(
@@ -118,7 +118,7 @@ def test_an_unknown_encoder_is_warned_of_and_the_same_is_not(
 
 def test_encoders_of_other_names_are_refused_where_fingerprints_are_unknown(make: Make) -> None:
     info, other = trained(make("features")), make("other", spec="B", fingerprint=None)
-    with pytest.raises(DataError, match=r"encoder B, the run run was trained on A; .*--any-enc"):
+    with pytest.raises(DataError, match=r"come from B, run was trained on A; .*--any-enc"):
         check(other, info)
     check(other, info, any_encoder=True)
 
@@ -128,8 +128,8 @@ def test_a_run_of_an_older_version_compares_names(
 ) -> None:
     info = trained(make("features"), encoder_fingerprints=None)
     check(make("same", fingerprint="b" * 64), info)
-    assert not caplog.records
-    with pytest.raises(DataError, match="come from the encoder B"):
+    assert "text: A by its name, weights unknown" in caplog.text
+    with pytest.raises(DataError, match="come from B"):
         check(make("another", spec="B", fingerprint="b" * 64), info)
 
 
@@ -142,8 +142,7 @@ def test_encoders_that_nobody_named_are_warned_of_in_other_features_only(
     assert not caplog.records
     check(make("other", spec="unknown", fingerprint=None), info)
 
-    said = "(no encoder recorded) may differ from those that run was trained on (no encoder rec"
-    assert f"the text embeddings {said}" in caplog.text
+    assert "(text: no encoder recorded, there no encoder recorded)" in caplog.text
 
 
 def test_an_adapter_is_not_applied_twice(make: Make, tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_a_second_stage_takes_what_its_own_first_stage_aligned(
 
     assert evaluate(EvalConfig(features=aligned[2], adapter=second))["counts"]["pairs"] == 40
     assert not caplog.records
-    with pytest.raises(DataError, match=r"encoder I \| run \(weights .* was trained on I \| run"):
+    with pytest.raises(DataError, match=r"come from I \| run \(weights .* was trained on I \| run"):
         evaluate(EvalConfig(features=aligned[0], adapter=second))
 
 
@@ -182,6 +181,7 @@ def test_a_second_stage_takes_what_its_own_first_stage_aligned(
     [
         ("open_clip:ViT-B-32/laion2b", "open_clip:ViT-B-32/laion2b"),
         ("open_clip:/home/me/a b/c.json+/home/me/c.safetensors", "open_clip:c.json+c.safetensors"),
+        ("open_clip:/home/me/c.json/none", "open_clip:c.json/none"),
         ("hf:~/models/mini | run", "hf:mini | run"),
         ("timm:vit+weights/x.safetensors", "timm:vit+weights/x.safetensors"),
     ],
