@@ -34,7 +34,7 @@ class AdapterInfo(Record):
     adapters: Annotated[dict[Modality, SideShape], BothSides]
     encoders: Annotated[dict[Modality, str], BothSides]  # specs of those it was trained on
     encoder_fingerprints: dict[Modality, str | None] | None = None  # None in old runs
-    encoder_settings: dict[Modality, dict[str, Any]] | None = None  # preprocessing, pooling
+    encoder_settings: dict[Modality, dict[str, Any]] | None = None  # of `EncoderInfo.settings`
     start: str  # the closed form that training started from, or "random"
     step: int  # optimiser step of these weights
     logit_scale: float  # 1 / temperature of InfoNCE at that step

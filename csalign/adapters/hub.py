@@ -3,7 +3,7 @@
 import logging
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from csalign.core.config import Config
 from csalign.core.errors import DataError, reason_of
@@ -14,8 +14,6 @@ C = TypeVar("C", bound=Config)
 
 RUNS = ("adapter", "run")
 """Options that name a run, which may be on the hub."""
-ARTIFACTS = ("systems", "path")
-"""Options that name anything, and a run on the hub with ``hf://``."""
 
 _NAME = re.compile(r"(?P<scheme>hf:/{1,2})?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
 
@@ -37,6 +35,11 @@ def local_run(run: Path | str, *, revision: str | None = None) -> Path:
     return fetch(found["name"], revision=revision or found["revision"])
 
 
+def local_path(path: Path) -> Path:
+    """Return a path, or for ``hf://USER/REPO`` the folder of that run; see `local_run`."""
+    return local_run(path) if str(path).startswith("hf:") else path
+
+
 def with_local_runs(settings: C, names: dict[str, str]) -> C:
     """Return a config with the folders of the runs that it names on the hub; see `local_run`.
 
@@ -44,24 +47,15 @@ def with_local_runs(settings: C, names: dict[str, str]) -> C:
         settings: the config.
         names: gets the name on the hub by the folder.
     """
-
-    def local(option: str, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(local(option, own) for own in value)
-        if not value or not is_on_hub(option, value):
-            return value
-        folder = local_run(value)
-        names[str(folder)] = str(value)
-        return folder
-
-    options = [option for option in (*RUNS, *ARTIFACTS) if hasattr(settings, option)]
-    return settings.model_copy(update={own: local(own, getattr(settings, own)) for own in options})
+    named = {option: getattr(settings, option, None) for option in RUNS}
+    found = {option: local_run(run) for option, run in named.items() if run and is_on_hub(run)}
+    names |= {str(folder): str(named[option]) for option, folder in found.items()}
+    return settings.model_copy(update=found) if found else settings
 
 
-def is_on_hub(option: str, value: Path | str) -> bool:
-    """Return whether an option names a run on the hub; those of `ARTIFACTS` with ``hf://``."""
-    is_run = option in RUNS or (option in ARTIFACTS and str(value).startswith("hf:"))
-    return is_run and _named(value) is not None
+def is_on_hub(run: Path | str) -> bool:
+    """Return whether `local_run` would look for a run on the hub."""
+    return _named(run) is not None
 
 
 def _named(run: Path | str) -> re.Match[str] | None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from csalign.adapters.hub import is_on_hub, with_local_runs
+from csalign.adapters.hub import RUNS, is_on_hub, with_local_runs
 from csalign.cli import render
 from csalign.cli.errors import error_exits
 from csalign.cli.help import Help, HelpAll
@@ -164,7 +164,7 @@ def check_settings(settings: Config) -> None:
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
-    if is_on_hub(name, path):
+    if name in RUNS and is_on_hub(path):
         return
     if name in _KINDS:
         title = type(settings).model_fields[name].title or ""

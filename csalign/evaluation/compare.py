@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
+from csalign.adapters.hub import local_path
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
@@ -130,7 +131,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     """
     entries: list[_Entry] = []
     total, rows = len(config.systems), _Rows()
-    for number, path in enumerate(config.systems, 1):
+    for number, path in enumerate(map(local_path, config.systems), 1):
         try:
             with reported_to(within(f"{path.name} ({number}/{total})")):
                 is_run = path.is_dir()

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csalign.adapters.hub import local_path
 from csalign.core.errors import DataError, OutputError, SchemaError
 from csalign.core.outputs import JOB, partial_path
 from csalign.core.paths import is_remote
@@ -67,7 +68,7 @@ def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
     >>> csalign.inspect("features")["counts"]
     {'images': 60, 'texts': 60, 'pairs': 60, 'failures': 0}
     """
-    path = config.path
+    path = local_path(config.path)
     if config.merge:
         merge_parts(path)
     return Result(_inspect(path))

@@ -38,23 +38,21 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
     It is in ``manifest.json`` or ``aligned.json``, beside or above the file; None if there is none.
     """
     for folder in list(file.parents)[:2]:
-        name = file.relative_to(folder)
-        with suppress(CsalignError, KeyError, ValueError):  # another tool's documents
+        name = file.relative_to(folder).as_posix()
+        with suppress(CsalignError, OSError, LookupError, TypeError, ValueError):  # none of ours
             if (folder / schema.MANIFEST).is_file():
-                manifest = schema.read_manifest(folder)
-                for side in Modality:
-                    if name.as_posix() in {shard.path for shard in manifest.shards.side(side)}:
-                        return manifest.encoders.side(side)
-            if (folder / NOTE).is_file():
-                files = {f"{side.plural}.npy": side for side in Modality}
-                side = (files | {own: side for side, own in FOLDERS.items()})[name.parts[0]]
-                note = read_object(folder / NOTE, AGAIN)
-                return EncoderInfo(
-                    spec=f"{note.get('encoders', {}).get(side, UNKNOWN)}{ALIGNED}"
-                    + Path(note["adapter"]).name,
-                    width=note["widths"][side],
-                    preprocessing={"adapter_sha256": note["adapter_sha256"]},
-                )
+                found = schema.read_manifest(folder)
+                paths = {own.path: side for side in Modality for own in found.shards.side(side)}
+                return found.encoders.side(paths[name])
+            note = read_object(folder / NOTE, AGAIN)
+            files = {f"{side.plural}.npy": side for side in Modality}
+            side = (files | {own: side for side, own in FOLDERS.items()})[name.split("/")[0]]
+            spec, run = (note.get("encoders") or {side: UNKNOWN})[side], Path(note["adapter"]).name
+            return EncoderInfo(
+                spec=f"{spec}{ALIGNED}{run}",
+                width=note["widths"][side],
+                preprocessing={"adapter_sha256": note["adapter_sha256"]},
+            )
     return None
 
 

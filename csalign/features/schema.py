@@ -69,9 +69,8 @@ def _vector(number: pa.DataType, width: int) -> pa.DataType:
 
 ALIGNED = " | "  # in the spec of what `apply` wrote: the encoder, then the run
 UNKNOWN = "unknown"  # spec of imported arrays whose encoder was not named
-# Places of files, rounding, tokens, and the record of `apply`.
-_MAY_DIFFER = {"tokenizer", "precision", "max_tokens", "normalized"}
-_MAY_DIFFER |= {"adapter_sha256", "adapter_trained_on"}
+_MAY_DIFFER = {"tokenizer", "precision", "max_tokens"}  # a place, rounding, tokens
+_MAY_DIFFER |= {"normalized", "adapter_sha256", "adapter_trained_on"}  # of `apply`
 
 
 class EncoderInfo(Record):
@@ -93,7 +92,8 @@ class EncoderInfo(Record):
     @property
     def settings(self) -> dict[str, Any]:
         """What besides the weights must agree between rows of one encoder, as image size."""
-        return {key: own for key, own in self.preprocessing.items() if key not in _MAY_DIFFER}
+        known = {key: own for key, own in self.preprocessing.items() if key not in _MAY_DIFFER}
+        return {key: list(own) if isinstance(own, tuple) else own for key, own in known.items()}
 
 
 class Shard(Record):

@@ -151,14 +151,10 @@ class _Rows:
     batch_size: int
 
     @property
-    def other(self) -> Modality:
-        return Modality.TEXT if self.side is Modality.IMAGE else Modality.IMAGE
-
-    @property
     def has_other(self) -> bool:
         """True if the other side has rows in the same space."""
-        own, other = self.features.table(self.side), self.features.table(self.other)
-        if other.info is None or not len(self.numbers(self.other)):
+        own, other = self.features.table(self.side), self.features.table(self.side.other)
+        if other.info is None or not len(self.numbers(self.side.other)):
             return False
         return self.adapter is not None or other.width == own.width
 
@@ -198,23 +194,23 @@ def _correction(rows: _Rows, options: VectorOptions) -> HubCorrection:
         return HubCorrection(None)
     if not rows.has_other:
         raise DataError(
-            f"{rows.joined.name}: hubs are estimated from the {rows.other.plural}, but there are "
-            "none in the same space; omit --correct"
+            f"{rows.joined.name}: hubs are estimated from the {rows.side.other.plural}, but there "
+            "are none in the same space; omit --correct"
         )
     if name == "centre":
         means = []
-        for side in (rows.side, rows.other):
+        for side in (rows.side, rows.side.other):
             total = sum(part.sum(axis=0, dtype=np.float64) for part in rows.stream(side))
             means.append(total / len(rows.numbers(side)))
         return HubCorrection(name, means=np.stack(means))
-    return HubCorrection(name, references=rows.sample(rows.other, REFERENCES))
+    return HubCorrection(name, references=rows.sample(rows.side.other, REFERENCES))
 
 
 def _measure(
     vectors: VectorIndex, rows: _Rows, correction: HubCorrection, options: VectorOptions
 ) -> Recall:
     """Set the search effort, and measure the recall with queries of the other side, if any."""
-    side = rows.other if rows.has_other else rows.side
+    side = rows.side.other if rows.has_other else rows.side
     queries = correction.queries(rows.sample(side, QUERIES), of_items_side=side is rows.side)
     parts = (correction.items(part) for part in rows.stream(rows.side))
     nearest = exact_neighbours(queries, parts, min(RECALL_AT, len(vectors)))

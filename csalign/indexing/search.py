@@ -30,6 +30,7 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Found, SearchResult
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
+from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
 from csalign.features.tokens import pad_tokens
@@ -184,6 +185,8 @@ class QueryEncoder:
                 f"{path}: has width {rows.shape[1]}, the {self.side} embeddings of {self.index} "
                 f"have {width}; use their encoder, or name the side with --query-side"
             )
+        if (found := recorded_encoder(path.absolute())) is not None:
+            self._check(found, self._known)
         for start in range(0, len(rows), QUERIES_PER_BATCH):
             part = np.asarray(rows[start : start + QUERIES_PER_BATCH], np.float32)
             norms = np.linalg.norm(part, axis=1)

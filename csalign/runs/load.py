@@ -1,6 +1,5 @@
 """Load a run for the features that go through it, and align their rows."""
 
-import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -72,10 +71,7 @@ def load_adapter_for(
 def check_fit(
     features: FeatureSet, run: Path, adapter: Adapter, info: AdapterInfo, *, any_encoder: bool
 ) -> None:
-    """Raise DataError unless features fit an adapter; warn where they may not.
-
-    As `check_encoders`, `check_features` and, of unverified encoders, `warn_of_means` do.
-    """
+    """Run `check_encoders`, `check_features` and, for unverified encoders, `warn_of_means`."""
     unverified = check_encoders(features, run, info, any_encoder=any_encoder)
     check_features(features, run, adapter)
     warn_of_means(features, run, adapter, unverified)
@@ -183,38 +179,36 @@ def _differences(
 ) -> tuple[str, str]:
     """Return how two encoders differ and the remedy, and what is unknown of them; "" if nothing."""
     spec, own = public_spec(found.spec), public_spec(known.spec)
-    is_unknown, have_weights = UNKNOWN in (spec, own), bool(found.weights and known.weights)
+    is_known = [bool(found.weights), bool(known.weights)]
     if found.spec.count(ALIGNED) > known.spec.count(ALIGNED):
         return f"are aligned already ({spec}); use the features they come from", ""
     if spec != UNKNOWN and found.spec.count(ALIGNED) < known.spec.count(ALIGNED):
         run = own.rpartition(ALIGNED)[2]
         return f"come from {spec}, {reference} {own}; align them with csalign apply and {run}", ""
-    if is_unknown and not have_weights:
+    if UNKNOWN in (spec, own) and not all(is_known):
         names = ("no encoder recorded" if one == UNKNOWN else one for one in (spec, own))
         return "", "{}, there {}".format(*names)
-    keys = found.settings.keys() & known.settings.keys()
-    values = [
-        {key: json.dumps(one.settings[key]) for key in sorted(keys)} for one in (found, known)
-    ]
-    if have_weights:
-        for one, shown in zip((found, known), values, strict=True):
-            shown["weights"] = str(one.weights)[:12]
-    differing = [key for key in values[0] if values[0][key] != values[1][key]]
-    if differing or not (have_weights or spec == own):
-        there = (", ".join(f"{key} {shown[key]}" for key in differing) for shown in values)
-        here, needed = (f" ({some})" if some else "" for some in there)
-        return f"come from {spec}{here}, {reference} {own}{needed}; {remedy}", ""
-    is_named = bool(found.weights) != bool(known.weights)
-    return "", f"{spec} by its name, weights unknown" if is_named else ""
+    here, there = (
+        one.settings | ({"weights": one.weights[:12]} if one.weights else {})
+        for one in (found, known)
+    )
+    differing = sorted(key for key in here.keys() & there.keys() if here[key] != there[key])
+    if differing or not (all(is_known) or spec == own):
+        listed = (
+            ", ".join(f"{key} {str(one[key]) or repr('')}" for key in differing)
+            for one in (here, there)
+        )
+        shown = [f" ({some})" if some else "" for some in listed]
+        return f"come from {spec}{shown[0]}, {reference} {own}{shown[1]}; {remedy}", ""
+    return "", f"{spec} by its name, weights unknown" if any(is_known) and not all(is_known) else ""
 
 
 def warn_of_means(
     features: FeatureSet, run: Path, adapter: Adapter, sides: Collection[Modality]
 ) -> None:
-    """Warn of sides whose rows clearly point elsewhere than those that an adapter was trained on.
+    """Warn of sides whose first rows clearly point elsewhere than those of an adapter's training.
 
-    The mean of the first unit rows is compared with that of training, which is far from 0 and from
-    that of the other side for most encoders; where it is near 0, nothing can be seen.
+    Compared are means of unit rows, which most encoders have far from 0 and apart by side.
     """
     means = {side: adapter.side(side).mean.cpu() for side in Modality}
     for side in sides:

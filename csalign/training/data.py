@@ -215,13 +215,15 @@ class Unpaired:
 
 
 def _check_unpaired(other: FeatureSet, features: FeatureSet, *, any_encoder: bool) -> None:
-    """Raise DataError unless a further set has the encoders of the features."""
-    if IN_MEMORY in (other.path.name, features.path.name):
-        return
-    there = {side: own for side in Modality if (own := other.table(side).info) is not None}
-    pairs = {side: (own, features.table(side).encoder) for side, own in there.items()}
-    reference, remedy = f"{features.path} come from", "extract again with --{side}-encoder {spec}"
-    check_encoder(pairs, str(other.path), reference, remedy, any_encoder=any_encoder)
+    """Raise DataError unless a further set has the encoders of the features, if both name some."""
+    if IN_MEMORY not in (other.path.name, features.path.name):
+        there = {side: own for side in Modality if (own := other.table(side).info) is not None}
+        pairs = {side: (own, features.table(side).encoder) for side, own in there.items()}
+        reference, remedy = (
+            f"{features.path} come from",
+            "extract again with --{side}-encoder {spec}",
+        )
+        check_encoder(pairs, str(other.path), reference, remedy, any_encoder=any_encoder)
 
 
 def gather_unpaired(

@@ -69,9 +69,7 @@ def test_features_of_another_encoder_of_the_same_width_are_refused(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     info, other = trained(make("features")), make("other", spec="B", fingerprint="b" * 64)
-    said = (
-        r"other: the text embeddings come from B \(weights bbbb.* run was trained on A"
-    )
+    said = r"other: the text embeddings come from B \(weights bbbb.* run was trained on A"
     with pytest.raises(DataError, match=rf"{said}.*--any-encoder"):
         check(other, info)
     check(other, info, any_encoder=True)
