@@ -364,10 +364,11 @@ def test_an_index_is_searched_with_its_own_encoder(
     manifest = read_manifest(Path("f"))
     assert manifest.encoders.text is not None
     assert cli("index f --side text --out same")[0] == 0
-    for name, change in {
+    changes: dict[str, dict[str, Any]] = {
         "cut": {"preprocessing": {**manifest.encoders.text.preprocessing, "context_length": 5}},
         "adapted": {"spec": f"{spec} | run"},
-    }.items():
+    }
+    for name, change in changes.items():
         own = manifest.encoders.text.model_copy(update=change)
         encoders = manifest.encoders.model_copy(update={"text": own})
         write_manifest(Path("f"), manifest.model_copy(update={"encoders": encoders}))
