@@ -10,7 +10,7 @@ import pyarrow as pa
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.features import schema
-from csalign.features.join import PairedRows, Pairs, hash_rows
+from csalign.features.join import PairedRows, Pairs, first_alike, hash_rows
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,17 @@ def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float3
     return wide
 
 
+def alike(vectors: Array) -> Ints:
+    """Return for each row (n, d) the first one of its direction, in float16's precision, (n,)."""
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(vectors), CHECKED_ROWS):
+        wide = vectors[start : start + CHECKED_ROWS].astype(np.float32)
+        norms = np.linalg.norm(wide, axis=1, keepdims=True)
+        np.divide(wide, norms, out=wide, where=norms > 0)
+        found.append(hash_rows(wide.astype(np.float16) + np.float16(0)))  # -0 becomes 0
+    return first_alike(np.concatenate(found))
+
+
 def warn_of_training_rows(rows: Pairs, name: str) -> None:
     """Warn of constant sides, and of repeated rows, which contradict InfoNCE."""
     for side, vectors in (("image", rows.images), ("text", rows.texts)):
@@ -116,8 +127,8 @@ def warn_of_training_rows(rows: Pairs, name: str) -> None:
         log.warning("%s: %s", name, problem)
 
 
-def warn_of_queries(rows: PairedRows, name: str) -> None:
-    """Warn of galleries that are too small, or in which many rows equal a wrong answer."""
+def warn_of_queries(rows: PairedRows, name: str, *, ties: bool = True) -> None:
+    """Warn of galleries that are too small, or (`ties`) where many rows equal a wrong answer."""
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
     if 0 < queries < FEW_QUERIES:
         log.warning(
@@ -126,6 +137,8 @@ def warn_of_queries(rows: PairedRows, name: str) -> None:
             queries,
             100 / queries,
         )
+        return
+    if not ties:
         return
     owners = {Modality.IMAGE: np.arange(len(rows.images)), Modality.TEXT: rows.text_image}
     for side, own in owners.items():
