@@ -15,7 +15,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted, percent
 from csalign.evaluation.config import Protocol
-from csalign.features.checks import alike
+from csalign.features.checks import COLLAPSE, alike
 from csalign.features.duplicates import Links
 from csalign.features.join import PairedRows, first_alike, hash_rows
 from csalign.features.reader import FeatureSet
@@ -27,9 +27,7 @@ Ints = npt.NDArray[np.int64]
 Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-LARGEST_TWINS = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}
-"""Share of a side in one group of twins, beyond which it is a collapse, in which all is wrong."""
-FEW_TWINS = 10  # are no collapse, unless they are all rows
+FEW_TWINS = 10  # are not a collapse, unless they are all rows
 NOTED = 0.01  # of R@1; twins that cost more are warned of
 
 log = logging.getLogger(__name__)
@@ -150,7 +148,7 @@ def group_twins(rows: PairedRows) -> tuple[Ints, Ints]:
             links.add(each, rows.caption_keys)
         groups = links.groups()
         largest = int(np.bincount(groups).max(initial=1))
-        is_collapse = largest > max(FEW_TWINS, LARGEST_TWINS[side] * len(same))
+        is_collapse = largest > max(FEW_TWINS, COLLAPSE[side] * len(same))
         found.append(each if is_collapse or 1 < largest == len(same) else groups)
     return found[0], found[1]
 

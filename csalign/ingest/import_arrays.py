@@ -15,7 +15,9 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
-from csalign.features.schema import EncoderInfo, read_manifest
+from csalign.features.checks import warn_of_rows
+from csalign.features.reader import FeatureSet
+from csalign.features.schema import EncoderInfo
 from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
@@ -89,7 +91,9 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
             if made.groups:
                 logger.info("%s", made.kept_together)
-    counts = read_manifest(config.out).counts
+    features = FeatureSet.open(config.out)
+    warn_of_rows(features, str(config.out))
+    counts = features.manifest.counts
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )

@@ -7,6 +7,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from csalign.features.checks import is_shared
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -35,9 +37,7 @@ class Twins:
     def shared(self) -> tuple[Mask, Mask]:
         """Images (n,) that are not alone in their group, and texts (m,) in one of other images."""
         images, texts = self.groups
-        _, first, group = np.unique(texts, return_index=True, return_inverse=True)
-        is_mixed = np.bincount(group, self.text_image != self.text_image[first][group]) > 0
-        return np.bincount(images)[images] > 1, is_mixed[group]
+        return np.bincount(images)[images] > 1, is_shared(texts, self.text_image)
 
     def limits(self) -> tuple[float, float]:
         """Return the largest possible R@1 both ways if twins tie, and ties count as misses."""
