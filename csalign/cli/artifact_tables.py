@@ -109,7 +109,7 @@ def _inspected_features(document: Mapping[str, Any]) -> Inspected:
             f"dimensions {own['effective_dimensions']:.1f}, {percent(own['equal_rows'], 0)} equal"
             for side, own in document["health"].items()
         },
-        **{f"warning {number}": line for number, line in enumerate(document["warnings"], 1)},
+        "findings": "; ".join(document["findings"]),
         "skipped inputs": f"{counts['failures']:,}" + f" ({FAILURES})" * bool(counts["failures"]),
         "size": f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "
         f"{document['dtype']}",

@@ -4,7 +4,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,14 +157,37 @@ def _load_classes(
     rows = load_side(prompts, ALL, Modality.TEXT)
     classes = _prompt_classes(rows, options.class_of)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(classes))}  # as given
-    known = _match_labels(labels, list(numbers))
-    unknown = sorted({label for label in labels if label is not None} - known.keys())
+    plain = {_plain(name): name for name in numbers}
+    if len(plain) < len(numbers):  # some differ by their spelling only
+        plain = {}
+    found = {
+        label: label if label in numbers else plain.get(_plain(label))
+        for label in labels
+        if label is not None
+    }
+    known = {label: name for label, name in found.items() if name is not None}
+    unknown = sorted(found.keys() - known.keys())
     if unknown:
         raise DataError(
             f"{options.labels}: names {unknown[0]!r} and {len(unknown) - 1} other labels that are "
             f"not classes of {prompts.path}, such as {next(iter(numbers))!r}; use the same names"
         )
-    _warn_of_prompts(prompts.path, classes, rows.captions.to_pylist())
+    if guessed := [label for label in known if label not in numbers]:
+        first = guessed[0]
+        log.info(
+            "%d labels are read as classes spelt otherwise, as %r for %r",
+            len(guessed),
+            known[first],
+            first,
+        )
+    counts = Counter(classes)
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    if several := [name for name, count in counts.items() if count > usual and not count % usual]:
+        log.warning(
+            "%s: class %r has %d prompts, most have %d; if it is several classes of one name (%d "
+            "such), give each a name of its own",
+            *(prompts.path, several[0], counts[several[0]], usual, len(several)),
+        )
     if not any(labels):
         raise DataError(f"{features.path}: no image has a class in {options.labels}; fill it in")
     own, other = features.texts.info, prompts.texts.info
@@ -185,45 +207,14 @@ def _load_classes(
             "text encoder that belongs to the image encoder, or an --adapter"
         )
     vectors = class_vectors(embeddings, np.array([numbers[name] for name in classes]))
-    found = [-1 if label is None else numbers[known[label]] for label in labels]
-    return list(numbers), vectors, len(rows.texts), np.array(found, np.int64)
-
-
-def _match_labels(labels: Values, classes: Sequence[str]) -> dict[str, str]:
-    """Map labels to classes: by name, else up to case, space, underscores and 3.0 for 3."""
-    known, plain = dict(zip(classes, classes, strict=True)), dict[str, set[str]]()
-    for name in classes:
-        plain.setdefault(_plain(name), set()).add(name)
-    for label in set(labels) - {None} - known.keys():
-        if label is not None and len(same := plain.get(_plain(label), set())) == 1:
-            (known[label],) = same
-    if guessed := sorted(known.keys() - set(classes)):
-        label = guessed[0]
-        log.info(
-            "%d labels are spelt as classes, such as %r as %r", len(guessed), label, known[label]
-        )
-    return known
+    rights = [-1 if label is None else numbers[known[label]] for label in labels]
+    return list(numbers), vectors, len(rows.texts), np.array(rights, np.int64)
 
 
 def _plain(name: str) -> str:
-    return re.sub(
-        r"^0+(?=\d+$)|(?<=\d)\.0+$", "", " ".join(re.split(r"[\s_]+", name.strip().casefold()))
-    )
-
-
-def _warn_of_prompts(path: Path, classes: Sequence[str], captions: Values) -> None:
-    """Log repeated prompts of a class, and classes with a multiple of the usual number of them."""
-    counts = Counter(classes)
-    usual = Counter(counts.values()).most_common(1)[0][0]
-    for name in [name for name, count in counts.items() if count > usual and not count % usual][:3]:
-        log.warning(
-            "%s: class %r has %d prompts, most have %d; if it is several classes of one name, give "
-            "each a name of its own",
-            *(path, name, counts[name], usual),
-        )
-    prompts = [pair for pair in zip(classes, captions, strict=True) if pair[1] is not None]
-    if repeated := len(prompts) - len(set(prompts)):
-        log.info("%s: %d prompts repeat one of their class, and weigh again", path, repeated)
+    """Fold case, space, underscores, leading zeros and the .0 of numbers."""
+    plain = " ".join(re.split(r"[\s_]+", name.strip().casefold()))
+    return re.sub(r"^0+(?=\d+$)|(?<=\d)\.0+$", "", plain)
 
 
 def _warn_of_twins(
@@ -235,10 +226,10 @@ def _warn_of_twins(
         twins.setdefault(first, []).append(repr(name))
     listed = [" and ".join(group) for group in twins.values() if len(group) > 1]
     log.warning(
-        "the prompts of classes %s are the same; as in CLIP's papers the first of them wins: top-1 "
-        "is %s, with such classes as one it is %s",
-        *(", ".join(listed[:3]) + ", ..." * (len(listed) > 3), percent(plain["top1"])),
-        percent(one["top1"]),
+        "classes %s have equal prompts; the first of them wins, as in CLIP's papers: top-1 is %s, "
+        "with such classes as one %s",
+        ", ".join(listed[:3]) + ", ..." * (len(listed) > 3),
+        *(percent(figures["top1"]) for figures in (plain, one)),
     )
 
 

@@ -131,8 +131,8 @@ def _inspect_features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
     join_ids(features, ALL)  # finds repeated ids and texts without their image
-    health, warnings = examine(features)
-    return summarise_features(features) | {"health": health, "warnings": warnings}
+    health, findings = examine(features)
+    return summarise_features(features) | {"health": health, "findings": findings}
 
 
 def _inspect_unfinished(folder: Path) -> dict[str, Any]:

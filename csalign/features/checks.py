@@ -1,6 +1,7 @@
 """Rows that cannot be used (no direction), and warnings of rows from which little can be learnt."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,39 +187,36 @@ def is_shared(groups: Ints, owners: Ints) -> npt.NDArray[np.bool_]:
 
 
 def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Measure how the rows of each side are spread, in a sample, and word what is unusual.
+    """Measure how a sample of each side's rows is spread, and word what is unusual.
 
     Returns:
-        Per side "rows" of the sample; "equal_rows", share of the largest group of equal rows; and
-        of the others "mean_cosine" of two rows; "top3_share", that of three dimensions in the
-        squared norm or the variance; "effective_dimensions", (sum v)^2 / sum v^2 of the variances v
-        along principal axes; "norm_ratio", 99th over 1st percentile; "values", distinct numbers in
-        256 rows. "shared_rows" is the share of texts that equal images. And one line per finding.
+        Per side "rows" sampled; "equal_rows", share of the largest group of equal ones; of the
+        others "mean_cosine"; "top3_share", that of three dimensions in the squared norm or the
+        variance; "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
+        axes; "norm_ratio", 99th over 1st percentile; "values", different numbers in 256 rows.
     """
-    tables = [t for t in (features.images, features.texts) if t.info is not None and len(t)]
+    tables = [table for table in (features.images, features.texts) if len(table)]
     samples = [_sample(table) for table in tables]
     found, lines = {}, []
     for table, rows in zip(tables, samples, strict=True):
         found[table.modality.value], words = _examine(rows, COLLAPSE[table.modality])
         lines += [f"{table.modality.plural}: {line}" for line in words]
     if len(samples) == 2 and samples[0].shape[1] == samples[1].shape[1]:
-        images, texts = samples
-        same = alike(np.concatenate([images, texts.astype(images.dtype)]))
-        equal = int((same[len(images) :] < len(images)).sum())
+        first, total = len(samples[0]), sum(map(len, samples))
+        equal = int((alike(np.concatenate(samples))[first:] < first).sum())
         # Of equal sides in different order, samples share few rows.
-        if equal >= max(2, len(texts) * len(images) / len(features.images) / 2):
+        if equal >= max(2, (total - first) * first / len(features.images) / 2):
             lines.append(
-                f"{equal:,} of {len(texts):,} texts have the embedding of an image, as in one file "
-                "used twice, scaled or in other order; import the other side's embeddings"
+                f"{equal:,} of {total - first:,} texts have the embedding of an image, as of one "
+                "file used twice, scaled or in other order; import the other side's embeddings"
             )
-        found["text"]["shared_rows"] = equal / len(texts)
     return found, lines
 
 
-def warn_of_rows(features: FeatureSet, name: str) -> None:
-    """Log what `examine` finds unusual, as warnings."""
-    for line in examine(features)[1]:
-        log.warning("%s: %s", name, line)
+def warn_of_rows(path: Path) -> None:
+    """Log what `examine` finds unusual in a feature set, as warnings."""
+    for line in examine(FeatureSet.open(path))[1]:
+        log.warning("%s: %s", path, line)
 
 
 def _sample(table: FeatureTable) -> Array:

@@ -23,7 +23,6 @@ from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
-from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import (
     Job,
@@ -123,7 +122,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                     _check_failures(config, partial, partial.part_records())
                 partial.complete_and_commit()
         if is_owner:
-            warn_of_rows(FeatureSet.open(config.out), str(config.out))
+            warn_of_rows(config.out)
         else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()

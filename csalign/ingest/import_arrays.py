@@ -16,8 +16,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
-from csalign.features.reader import FeatureSet
-from csalign.features.schema import EncoderInfo
+from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
@@ -91,9 +90,8 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
             if made.groups:
                 logger.info("%s", made.kept_together)
-    features = FeatureSet.open(config.out)
-    warn_of_rows(features, str(config.out))
-    counts = features.manifest.counts
+    warn_of_rows(config.out)
+    counts = read_manifest(config.out).counts
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )
