@@ -173,13 +173,8 @@ def _load_classes(
             f"not classes of {prompts.path}, such as {next(iter(numbers))!r}; use the same names"
         )
     if guessed := [label for label in known if label not in numbers]:
-        first = guessed[0]
-        log.info(
-            "%d labels are read as classes spelt otherwise, as %r for %r",
-            len(guessed),
-            known[first],
-            first,
-        )
+        shown = len(guessed), guessed[0], known[guessed[0]]
+        log.info("%d labels are read as classes spelt otherwise, such as %r as %r", *shown)
     counts = Counter(classes)
     usual = Counter(counts.values()).most_common(1)[0][0]
     if several := [name for name, count in counts.items() if count > usual and not count % usual]:

@@ -29,6 +29,7 @@ REPEATED = 0.1  # share of rows that equal another one
 FEW_QUERIES = 30
 COLLAPSE = {Modality.IMAGE: REPEATED, Modality.TEXT: 0.5}  # share of a side in equal rows
 WINDOW, WINDOWS = 512, 4  # of rows in a sample
+LARGEST_GROUP = 8_192  # rows that are stored, and read, as one
 # Beyond these `examine` warns. CLIP, MiniLM, EfficientNet and a tiny CLIP, on photos, drawings and
 # captions, have mean cosines of 0.05 to 0.55 (a random ViT 0.79), top3 shares of 0.03 to 0.45,
 # 12 to 70 effective dimensions (18 where a tenth of the captions are equal), norm ratios up to 3
@@ -221,8 +222,11 @@ def warn_of_rows(path: Path) -> None:
 
 def _sample(table: FeatureTable) -> Array:
     """Read some windows of rows, spread evenly, (k, d); all of a small table."""
-    starts = np.linspace(0, max(0, len(table) - WINDOW), 1 if len(table) <= WINDOW else WINDOWS)
-    rows = np.unique(starts.astype(np.int64)[:, None] + np.arange(min(WINDOW, len(table))))
+    count = 1 if len(table) <= WINDOW else WINDOWS
+    starts = np.linspace(0, max(0, len(table) - WINDOW), count).astype(np.int64)
+    if len(table) > CHECKED_ROWS:
+        starts -= starts % LARGEST_GROUP  # a window is then in one row group
+    rows = np.unique(starts[:, None] + np.arange(min(WINDOW, len(table))))
     parts = table.parts([schema.EMBEDDING], rows)
     return np.concatenate([batch_vectors(b, schema.EMBEDDING)[local] for _, local, b in parts])
 

@@ -106,17 +106,21 @@ def classify(
     distinct, group, sizes = np.unique(alike(vectors), return_inverse=True, return_counts=True)
     order, before = np.argsort(group, kind="stable"), np.empty(len(group), np.int64)
     before[order] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    has_no_twins = len(distinct) == len(group)
     if len(distinct) == 1:
         before[:] = len(group) - 1
-    own, weights = group[labels], torch.from_numpy(sizes).double()
+    own, weights = group[labels], torch.from_numpy(sizes).float()
     rights, parts = torch.from_numpy(own)[:, None], [torch.empty(2, 0, dtype=torch.int64)]
-    for scores in score_strips(images, vectors[distinct], strip_bytes):
+    for scores in score_strips(images, vectors if has_no_twins else vectors[distinct], strip_bytes):
         right, rights = rights[: len(scores)], rights[len(scores) :]
         is_ahead = scores >= scores.gather(1, right)
-        parts.append(torch.stack([(is_ahead.double() @ weights).long(), is_ahead.sum(1)]))
+        ahead = is_ahead.sum(1)
+        weighed = ahead if has_no_twins else (is_ahead.float() @ weights).long()
+        parts.append(torch.stack([weighed, ahead]))
     ranks, merged = torch.cat(parts, 1).numpy()
     ranks += 1 - sizes[own] + before[labels]
-    one = Classified(merged, own, len(distinct)) if 1 < len(distinct) < len(group) else None
+    has_both = not has_no_twins and len(distinct) > 1
+    one = Classified(merged, own, len(distinct)) if has_both else None
     return Classified(ranks, labels, len(group), one)
 
 
