@@ -104,6 +104,12 @@ def _inspected_features(document: Mapping[str, Any]) -> Inspected:
         "splits": _splits(document),
         "pairs": str(document.get("pairing", "")),
         **{renamed(f"{side} encoder", names): _encoder(own) for side, own in encoders if own},
+        **{
+            renamed(f"{side} rows", names): f"mean cosine {own['mean_cosine']:.2f}, effective "
+            f"dimensions {own['effective_dimensions']:.1f}, {percent(own['equal_rows'], 0)} equal"
+            for side, own in document["health"].items()
+        },
+        "findings": "; ".join(document["findings"]),
         "skipped inputs": f"{counts['failures']:,}" + f" ({FAILURES})" * bool(counts["failures"]),
         "size": f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "
         f"{document['dtype']}",

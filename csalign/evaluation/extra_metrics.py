@@ -1,6 +1,8 @@
 """Metrics of ``csalign eval`` beside retrieval and the gap, and the columns they need."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
+from csalign.core.figures import percent
 from csalign.core.paths import parse_location
 from csalign.evaluation.config import ExtraOptions, MeasureOptions
 from csalign.evaluation.protocols import DIRECTIONS, Gallery, Ranks, mean_of, retrieval_block
 from csalign.features import schema
+from csalign.features.checks import alike
 from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
 from csalign.metrics.labels import class_vectors, classify, graded_both_ways
@@ -81,11 +85,14 @@ def prepare_extras(
         if options.correct:
             found["corrected"] = {name: _corrected(folds, name) for name in options.correct}
         if zero_shot is not None:
-            classes, prompts, labels = zero_shot
+            names, classes, prompts, labels = zero_shot
             labelled = np.flatnonzero(labels >= 0)
             classified = classify(images[labelled], classes, labels[labelled])
             counts = {"classes": len(classes), "prompts": prompts, "images": len(labelled)}
             found["zero_shot"] = counts | classified.summary()
+            if (one := classified.as_one) is not None:
+                found["zero_shot"]["twins_as_one"] = {"classes": one.classes} | one.summary()
+                _warn_of_twins(names, classes, classified.summary(), one.summary())
             if measured.intervals:
                 intervals["zero_shot"] = classified.intervals(
                     resamples=measured.resamples, seed=measured.seed
@@ -138,20 +145,43 @@ def _by(folds: Sequence[Gallery], ranks: Ranks, values: Values) -> dict[str, Any
 
 def _load_classes(
     options: ExtraOptions, features: FeatureSet, labels: Values, width: int, embed: Embed
-) -> tuple[Floats, int, Ints]:
-    """Return the vector of each class, the number of prompts, and the class of each image or -1."""
+) -> tuple[list[str], Floats, int, Ints]:
+    """Return the name and vector of each class, the number of prompts, and images' classes or -1.
+
+    Classes are in the order of their first prompts.
+    """
     assert options.zero_shot is not None
     prompts = FeatureSet.open(options.zero_shot)
     if prompts.texts.info is None or not len(prompts.texts):
         raise DataError(f"{prompts.path}: contains no texts; extract it from class prompts")
     rows = load_side(prompts, ALL, Modality.TEXT)
     classes = _prompt_classes(rows, options.class_of)
-    numbers = {name: number for number, name in enumerate(sorted(set(classes)))}
-    unknown = sorted({label for label in labels if label is not None} - numbers.keys())
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(classes))}  # as given
+    plain = {_plain(name): name for name in numbers}
+    if len(plain) < len(numbers):  # some differ by their spelling only
+        plain = {}
+    found = {
+        label: label if label in numbers else plain.get(_plain(label))
+        for label in labels
+        if label is not None
+    }
+    known = {label: name for label, name in found.items() if name is not None}
+    unknown = sorted(found.keys() - known.keys())
     if unknown:
         raise DataError(
             f"{options.labels}: names {unknown[0]!r} and {len(unknown) - 1} other labels that are "
             f"not classes of {prompts.path}, such as {next(iter(numbers))!r}; use the same names"
+        )
+    if guessed := [label for label in known if label not in numbers]:
+        shown = len(guessed), guessed[0], known[guessed[0]]
+        log.info("%d labels are read as classes spelt otherwise, such as %r as %r", *shown)
+    counts = Counter(classes)
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    if several := [name for name, count in counts.items() if count > usual and not count % usual]:
+        log.warning(
+            "%s: class %r has %d prompts, most have %d; if it is several classes of one name (%d "
+            "such), give each a name of its own",
+            *(prompts.path, several[0], counts[several[0]], usual, len(several)),
         )
     if not any(labels):
         raise DataError(f"{features.path}: no image has a class in {options.labels}; fill it in")
@@ -172,8 +202,30 @@ def _load_classes(
             "text encoder that belongs to the image encoder, or an --adapter"
         )
     vectors = class_vectors(embeddings, np.array([numbers[name] for name in classes]))
-    known = [-1 if label is None else numbers[label] for label in labels]
-    return vectors, len(rows.texts), np.array(known, np.int64)
+    rights = [-1 if label is None else numbers[known[label]] for label in labels]
+    return list(numbers), vectors, len(rows.texts), np.array(rights, np.int64)
+
+
+def _plain(name: str) -> str:
+    """Fold case, space, underscores, leading zeros and the .0 of numbers."""
+    plain = " ".join(re.split(r"[\s_]+", name.strip().casefold()))
+    return re.sub(r"^0+(?=\d+$)|(?<=\d)\.0+$", "", plain)
+
+
+def _warn_of_twins(
+    names: Sequence[str], vectors: Floats, plain: Mapping[str, Any], one: Mapping[str, Any]
+) -> None:
+    """Warn of classes of one vector, by name."""
+    twins: dict[int, list[str]] = {}
+    for name, first in zip(names, alike(vectors).tolist(), strict=True):
+        twins.setdefault(first, []).append(repr(name))
+    listed = [" and ".join(group) for group in twins.values() if len(group) > 1]
+    log.warning(
+        "classes %s have equal prompts; the first of them wins, as in CLIP's papers: top-1 is %s, "
+        "with such classes as one %s",
+        ", ".join(listed[:3]) + ", ..." * (len(listed) > 3),
+        *(percent(figures["top1"]) for figures in (plain, one)),
+    )
 
 
 def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
@@ -192,7 +244,7 @@ def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
         column = next((name for name in CLASS_COLUMNS if name in table.columns), "class")
     key_column = schema.ID if schema.ID in table.columns else schema.CAPTION
     keys = ids if key_column == schema.ID else prompts.captions.to_pylist()
-    known = _values_by_key(table, (key_column,), column)
+    known = _values_by_key(table, (key_column,), column, "add a column id, by which they differ")
     for key, text in zip(keys, ids, strict=True):
         if key not in known:
             raise DataError(
@@ -236,7 +288,9 @@ def _parse_column(name: str, table: Table | None) -> tuple[Table | None, str]:
     return table, name
 
 
-def _values_by_key(table: Table, keys: Sequence[str], column: str) -> Mapping[str, str]:
+def _values_by_key(
+    table: Table, keys: Sequence[str], column: str, remedy: str = "keep one of them"
+) -> Mapping[str, str]:
     """Return a column by key; rows with the same key must agree."""
     known: dict[str, str] = {}
     pairs = zip(table.require(keys), table.require([column]), strict=True)
@@ -244,6 +298,6 @@ def _values_by_key(table: Table, keys: Sequence[str], column: str) -> Mapping[st
         if key is not None and value is not None and known.setdefault(key, value) != value:
             raise DataError(
                 f"{table.where(row)}: has {value!r} of {key!r}, an earlier row has "
-                f"{known[key]!r}; keep one of them"
+                f"{known[key]!r}; {remedy}"
             )
     return known

@@ -13,6 +13,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json, read_job, read_object
 from csalign.core.results import Result
 from csalign.evaluation.config import InspectConfig
+from csalign.features.checks import examine
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
@@ -131,7 +132,8 @@ def _inspect_features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
     join_ids(features, ALL)  # finds repeated ids and texts without their image
-    return summarise_features(features)
+    health, findings = examine(features)
+    return summarise_features(features) | {"health": health, "findings": findings}
 
 
 def _inspect_unfinished(folder: Path) -> dict[str, Any]:

@@ -52,6 +52,20 @@ class Evaluation:
         return DirectionRanks.joined(forth), DirectionRanks.joined(back)
 
     @cached_property
+    def first_ranks(self) -> list[list[protocols.Ints]]:
+        """Rank of each query's best match, both ways per fold, where twins of matches are right."""
+        return [
+            fold.twins.first_ranks(fold.images, fold.texts, [own.first for own in ranks])
+            for fold, ranks in zip(self.folds, self.fold_ranks, strict=True)
+        ]
+
+    @cached_property
+    def twins(self) -> dict[str, Any]:
+        """Block "twins" of the document, {} without twins or with an approximate index."""
+        is_exact = self.options.index == "exact"
+        return protocols.twins_block(self.folds, self.first_ranks) if is_exact else {}
+
+    @cached_property
     def resamples(self) -> Resamples:
         """The metrics on bootstrap resamples.
 
@@ -82,8 +96,11 @@ def measure(config: EvalConfig) -> Evaluation:
     In a process group all processes have to call it.
     """
     loaded = load(config, config.protocol)
-    warn_of_queries(loaded.rows, loaded.rows.name)
+    warn_of_queries(loaded.rows, loaded.rows.name, ties=config.index != "exact")
     evaluation = measure_loaded(config, loaded)
+    if twins := evaluation.twins.get("twins"):
+        retrieval = protocols.retrieval_block(evaluation.fold_ranks)
+        protocols.warn_of_twins(loaded.rows.name, twins, retrieval)
     warn_of_trained([evaluation.aligned])
     return evaluation
 
@@ -113,7 +130,8 @@ def measure_rows(
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
     """
-    whole = protocols.Gallery(aligned.images, aligned.texts, aligned.rows.text_image)
+    groups = protocols.group_twins(aligned.rows) if options.index == "exact" else None
+    whole = protocols.Gallery(aligned.images, aligned.texts, aligned.rows.text_image, groups)
     folds = protocols.split_folds(options.protocol, whole)
     if options.index == "exact":
         chosen = pick_device(device)
@@ -163,6 +181,7 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
         "index": evaluation.index,
         "protocol": protocols.protocol_block(options.protocol, aligned.split, aligned.rows),
         **figures,
+        **evaluation.twins,
         "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
         **extra,
         "intervals": intervals,

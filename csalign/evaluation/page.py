@@ -15,9 +15,11 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.outputs import check_page
 from csalign.core.progress import tick
+from csalign.evaluation import protocols
 from csalign.evaluation.config import PageOptions
 from csalign.evaluation.measure import Evaluation
 from csalign.features import schema
+from csalign.metrics.twins import Twins
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import Pictures
@@ -173,9 +175,9 @@ class _Side:
 
     show: Callable[[int, str], Entry]  # a row, with a small note
     vectors: Floats  # (n, d) unit rows
-    owners: Ints  # (n,) image row of each, -1 for none
+    way: int  # 0 if its queries are images
     queries: Ints  # (q,) rows that have a match
-    first: Ints  # (q,) rank of the best match of each
+    first: Ints  # (q,) rank of the best match of each, twins being matches too
 
 
 def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, list[RankedQuery]]:
@@ -184,7 +186,9 @@ def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, lis
     Those are the mistakes with the highest cosine, the widest margin over the match first.
     """
     aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
-    to_text, to_image = (ranks.first for ranks in evaluation.ranks)
+    groups = evaluation.folds[0].groups and protocols.group_twins(rows)
+    twins = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, groups).twins
+    to_text, to_image = map(np.concatenate, zip(*evaluation.first_ranks, strict=True))
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 
     def text(row: int, note: str) -> Entry:
@@ -198,16 +202,15 @@ def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, lis
     def image(row: int, note: str) -> Entry:
         return Entry("", f"{rows.image_ids[row].as_py()} {note}", thumbnail(row))
 
-    paired, numbers = np.flatnonzero(rows.text_image >= 0), np.arange(len(rows.images))
-    asked = np.unique(rows.text_image[paired])
-    images = _Side(image, aligned.images, numbers, asked, to_text)
-    texts = _Side(text, aligned.texts, rows.text_image, paired, to_image)
+    asked, paired = twins.queries
+    images = _Side(image, aligned.images, 0, asked, to_text)
+    texts = _Side(text, aligned.texts, 1, paired, to_image)
     found: dict[str, list[RankedQuery]] = {}
     for way, side, gallery in (("image to text", images, texts), ("text to image", texts, images)):
         missed = np.flatnonzero(side.first > 1)
         missed = np.sort(np.random.default_rng(seed).permutation(missed)[:SAMPLED])
         worst = np.argsort(-side.first[missed], kind="stable")[:QUERIES]
-        (match, true), (wrong, taken) = _best(side, gallery, side.queries[missed])
+        (match, true), (wrong, taken) = _best(twins, side, gallery, side.queries[missed])
         confident = np.argsort(-taken, kind="stable")[:QUERIES]
         confident = confident[np.argsort((true - taken)[confident], kind="stable")]
         for heading, order in (("Worst ranks", worst), ("Most confident mistakes", confident)):
@@ -223,13 +226,13 @@ def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, lis
     return found
 
 
-def _best(side: _Side, gallery: _Side, queries: Ints) -> list[tuple[Ints, Floats]]:
+def _best(twins: Twins, side: _Side, gallery: _Side, queries: Ints) -> list[tuple[Ints, Floats]]:
     """Find the best match and the best wrong item of each query: rows (q,), cosines (q,)."""
     items, scores = np.zeros((2, len(queries)), np.int64), np.zeros((2, len(queries)), np.float32)
     for start in range(0, len(queries), QUERIES_AT_A_TIME):
         part = slice(start, start + QUERIES_AT_A_TIME)
         cosines = side.vectors[queries[part]] @ gallery.vectors.T
-        is_match = gallery.owners == side.owners[queries[part], None]
+        is_match = twins.right(side.way, queries[part])
         for kind, wanted in enumerate((is_match, ~is_match)):
             kept = np.where(wanted, cosines, -np.inf)
             items[kind, part] = kept.argmax(axis=1)

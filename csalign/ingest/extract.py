@@ -22,6 +22,7 @@ from csalign.core.progress import Progress, reported_to, silent
 from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
+from csalign.features.checks import warn_of_rows
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import (
     Job,
@@ -120,7 +121,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 if not partial.is_complete:
                     _check_failures(config, partial, partial.part_records())
                 partial.complete_and_commit()
-        if not is_owner:
+        if is_owner:
+            warn_of_rows(config.out)
+        else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
         counts = schema.read_manifest(config.out).counts

@@ -15,6 +15,7 @@ from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
 from csalign.core.results import FeaturesResult
 from csalign.features import schema
+from csalign.features.checks import warn_of_rows
 from csalign.features.export import recorded_encoder
 from csalign.features.schema import EncoderInfo, read_manifest
 from csalign.features.splits import divide, usual_splits
@@ -87,6 +88,7 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
             if made.groups:
                 logger.info("%s", made.kept_together)
+    warn_of_rows(config.out)
     counts = read_manifest(config.out).counts
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing

@@ -25,6 +25,11 @@ hubness.* :: skewness E[(N - mean N)^3] / std(N)^3 of N(g), the number of querie
     among their 10 nearest; over all rows; 0 is no hubs :: Radovanovic et al. 2010
 by.values.*.images :: images with captions that have this value
 by.values.*.texts :: captions of images that have this value
+twins.*.R@1_limit :: largest possible R@1 where equal embeddings tie and ties count as misses
+twins.*.R@K :: share of queries with an item among the first K that is a match, or a twin of one:
+    images of one embedding, texts of one embedding or caption, in float16's precision; wrong items
+    that tie rank ahead
+twins.*s :: rows that are twins of another pair's
 *.mean_recall :: mean of R@1, R@5 and R@10 in both directions
 *.true_recall@K :: mean over queries of the share of the matches that are among the first K ::
     Manning et al. 2008; mteb's recall_at_k
@@ -74,6 +79,7 @@ zero_shot.top5 :: share of images whose class is among the five nearest; null be
     Radford et al. 2021; as CLIP_benchmark
 zero_shot.mean_per_class_recall :: mean over classes with images of their top-1 :: Radford et al.
     2021; as CLIP_benchmark
+zero_shot.twins_as_one.* :: the same with classes of one vector, in float16's precision, as one
 zero_shot.* :: counts
 *.column :: column of the images that the figures use
 features :: evaluated feature set
