@@ -53,6 +53,8 @@ _TOKENS_PER_CAPTION = 16  # estimate
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source, write a feature set and return its counts.
 
+    A set that the same extraction has written already is left as it is.
+
     Finished parts stay in ``OUT.partial``, and the same call resumes after them; several processes
     share the parts, and the last of them completes the feature set, while the others return the
     counts of their share.
@@ -76,14 +78,13 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
-    outputs.check_output(
-        config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs, searched=searched
-    )
+    out, may_exist = config.out, config.overwrite or config.is_repeated()
+    outputs.check_output(out, schema.ENTRIES, overwrite=may_exist, inputs=inputs, searched=searched)
     progress("scanning the source", 0, None)
     source = open_source(config.source, config)
     logger.info("%s: %s", config.source, source.description)
     if shard.count > 1:
-        logger.info("processing shard %s", shard)
+        logger.info("processing shard %s (%s)", shard, shard.origin)
     encoders = _load_encoders(config, source)
     job = Job(
         location=_location(config),
@@ -97,6 +98,15 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         splits=splits,
     )
     restart, retry = config.overwrite, config.retry_failures
+    if not restart and (out / schema.MANIFEST).is_file():
+        done = schema.read_manifest(out)
+        is_lacking = (retry and done.counts.failures) or (splits and done.splits is None)
+        if is_lacking or done.job != job.digest():
+            raise OutputError(
+                f"{out}: exists, but its source or encoders have changed, or failures or splits "
+                "are left to do; choose another --out, or replace it with --overwrite"
+            )
+        return _result(out, done.counts, existed=True)
     with (
         atomic.translate_os_errors(config.out),
         open_partial_set(
@@ -123,8 +133,12 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         if not is_owner:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
-        counts = schema.read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
+        return _result(config.out, schema.read_manifest(config.out).counts)
+
+
+def _result(out: Path, counts: schema.Counts, *, existed: bool = False) -> FeaturesResult:
+    values = (counts.images, counts.texts, counts.pairs, counts.failures)
+    return FeaturesResult(out, *values, existed=existed)
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
@@ -316,8 +330,8 @@ def _too_many(
         for failure in failures[:_REASONS_SHOWN]
     )
     return DataError(
-        f"{problem}: {examples}; {partial.folder / schema.FAILURES} lists those so far: repair "
-        f"them and resume with --retry-failures{alternative}"
+        f"{problem}: {examples}. Repair what {partial.folder / schema.FAILURES} lists, then "
+        f"resume with --retry-failures{alternative}"
     )
 
 

@@ -240,8 +240,8 @@ def test_too_many_failures_end_the_run_and_a_rerun_resumes(
     assert message.startswith(
         f"2 of 4 records are unusable (limit: 20 %): {photos}/b.png cannot be read ("
     )
-    assert f"; {photos}/d.png is not an image of a known format; " in message
-    assert f"; {partial}/failures.jsonl lists those so far: repair them" in message
+    assert f"; {photos}/d.png is not an image of a known format. Repair" in message
+    assert f" Repair what {partial}/failures.jsonl lists, then resume with --retry" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
