@@ -106,8 +106,8 @@ def process_group() -> Iterator[None]:
     nothing.
 
     Raises:
-        ProcessesError: the others cannot be reached, or one of them was killed; or not torchrun but
-            srun or mpirun started them.
+        ProcessesError: the others cannot be reached, one of them was killed, or it was not torchrun
+            that started them.
         ElsewhereError: another process failed.
     """
     global _world, _store
@@ -119,7 +119,7 @@ def process_group() -> Iterator[None]:
     if not is_torchrun or found.local_rank >= found.local_size:
         raise ProcessesError(
             f"this is one of {found.size} processes ({found.origin}) that cannot find each other; "
-            "start one, or start them with torchrun --no-python csalign ..., which sets "
+            "start a single one, or all with torchrun --no-python csalign ..., which sets "
             "MASTER_ADDR, LOCAL_RANK and LOCAL_WORLD_SIZE"
         )
     import torch

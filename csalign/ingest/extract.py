@@ -29,7 +29,6 @@ from csalign.ingest.job import (
     WorkShard,
     assigned_parts,
     check_array,
-    device_of_rank,
     parse_shard,
 )
 from csalign.ingest.locks import open_partial_set, sole_owner
@@ -106,11 +105,11 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 f"{out}: exists, but its source or encoders have changed, or failures or splits "
                 "are left to do; choose another --out, or replace it with --overwrite"
             )
-        return _result(out, done.counts, existed=True)
+        return FeaturesResult(out, **dict(done.counts), existed=True)
     with (
-        atomic.translate_os_errors(config.out),
+        atomic.translate_os_errors(out),
         open_partial_set(
-            config.out, job, shard, config=config.to_toml(), restart=restart, retry=retry
+            out, job, shard, config=config.to_toml(), restart=restart, retry=retry
         ) as partial,
     ):
         check_array(shard, config.shard, partial.shard_counts())
@@ -124,7 +123,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 logger.info("%s: shard %s is done; waiting for %s", folder, shard, others)
                 return extraction.result()
     progress("completing the feature set", 0, None)
-    with atomic.translate_os_errors(config.out):
+    with atomic.translate_os_errors(out):
         with sole_owner(partial) as is_owner:
             if is_owner:
                 if not partial.is_complete:
@@ -133,12 +132,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         if not is_owner:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
-        return _result(config.out, schema.read_manifest(config.out).counts)
-
-
-def _result(out: Path, counts: schema.Counts, *, existed: bool = False) -> FeaturesResult:
-    values = (counts.images, counts.texts, counts.pairs, counts.failures)
-    return FeaturesResult(out, *values, existed=existed)
+        return FeaturesResult(out, **dict(schema.read_manifest(out).counts))
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
@@ -154,7 +148,7 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
     options = EncoderOptions(
-        device=pick_device(device_of_rank(config.device)),
+        device=pick_device(config.device),
         precision=config.precision,
         batch_size=None if config.batch_size == "auto" else config.batch_size,
         tokens=[side for side in Modality if config.tokens in (side.value, "both")],

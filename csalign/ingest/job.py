@@ -200,16 +200,6 @@ def _array_task(environment: Mapping[str, str]) -> WorkShard:
     return WorkShard(index, count, f"{names[0]} {task} of {first} to {last}")
 
 
-def device_of_rank(device: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Resolve ``--device auto``, for one of several processes on a machine, to a CUDA device."""
-    import torch
-
-    if device != "auto" or (count := torch.cuda.device_count()) < 2:
-        return device
-    world = world_from_environment(environment)
-    return device if world.size == 1 else f"cuda:{world.local_rank % count}"
-
-
 def assigned_parts(shard: WorkShard, files: int, file: int, parts: int) -> range:
     """Return which of the parts of a source file belong to a shard.
 

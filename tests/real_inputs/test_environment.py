@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 import csalign
 from csalign.cli.app import app
 from csalign.core.distributed import World, world_from_environment
-from csalign.core.errors import ConfigError, CsalignError, OutputError
+from csalign.core.errors import ConfigError, CsalignError
 from csalign.features.reader import FeatureSet
 from csalign.ingest.job import parse_shard
 
@@ -37,12 +36,22 @@ def step(rank: int, size: int) -> Environment:
     }
 
 
-TORCHRUN = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 1}
-ALLOCATION = {"SLURM_JOB_ID": 12, "SLURM_NTASKS": 4, "SLURM_NPROCS": 4}
+TORCHRUN: Environment = {
+    "RANK": 1,
+    "WORLD_SIZE": 2,
+    "LOCAL_RANK": 1,
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": 1,
+}
+ALLOCATION: Environment = {"SLURM_JOB_ID": 12, "SLURM_NTASKS": 4, "SLURM_NPROCS": 4}
 
 SHARES: list[tuple[str, Environment, str]] = [
     ("nothing", {}, "0/1"),
-    ("blank variables", {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", **array(0, 0, 0, 1)}, "0/1"),
+    (
+        "blank variables",
+        {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""},
+        "0/1",
+    ),
     ("blank array", dict.fromkeys(array(0, 0, 0, 1), ""), "0/1"),
     ("spaces", {"RANK": " ", "WORLD_SIZE": " 4 "}, "0/1"),
     ("numbers with spaces", {"RANK": " 1", "WORLD_SIZE": "4 "}, "1/4"),
@@ -132,7 +141,9 @@ def test_a_single_process_trains_alone(environment: Environment) -> None:
 
 
 @pytest.fixture
-def extract(make_images: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+def extract(
+    make_images: Callable[..., Path], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
     """A function that extracts five photos; returns exit code, stdout and stderr."""
     photos = make_images(*(f"{name}.png" for name in "abcde"))
 
@@ -159,7 +170,7 @@ def test_tasks_share_an_extraction_that_may_be_submitted_again(
         assert code == 0
         assert f"processing shard {task}/3 (SLURM_" in messages
         assert "--shard" not in printed  # which the other tasks do on their own
-    ids = FeatureSet.open(tmp_path / "features").images.ids().to_pylist()
+    ids = FeatureSet.open(tmp_path / "features").images.strings("id").to_pylist()
     assert ids == [f"{name}.png" for name in "abcde"]
     written = (tmp_path / "features/manifest.json").stat().st_mtime_ns
 
@@ -185,29 +196,100 @@ def test_a_finished_extraction_of_something_else_is_not_taken_for_the_same(
     assert len(FeatureSet.open(tmp_path / "features").images) == 5
 
 
-NAMES = ("été", "一只熊")
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a feature set whose name and captions are not ASCII."""
+    """A folder with a feature set and an index of it; names and captions are not ASCII."""
     place = tmp_path_factory.mktemp("environment")
-    vectors = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
-    np.save(place / "q.npy", vectors[:1])
-    (place / "c.csv").write_text(
-        "image_id,caption\n0,un café\n1,一只熊\n2,a dog\n3,a bear\n", encoding="utf-8"
-    )
-    csalign.import_arrays(
-        images=place / "q.npy", out=place / "one", **{}
-    ) if False else csalign.import_arrays(
-        images=_saved(place / "x.npy", vectors),
-        texts=_saved(place / "y.npy", vectors),
-        pairs=place / "c.csv",
-        out=place / NAMES[0],
-    )
+    np.save(place / "x.npy", np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32))
+    captions = ["un café", "一只熊", "a dog", "a bear"]
+    lines = ["image_id,caption", *(f"{row},{text}" for row, text in enumerate(captions))]
+    (place / "c.csv").write_text("\n".join(lines), encoding="utf-8")
+    features = place / "été"
+    csalign.import_arrays(place / "x.npy", place / "x.npy", pairs=place / "c.csv", out=features)
+    csalign.index(features, side="text", out=place / "一")
     return place
 
 
-def _saved(path: Path, values: Any) -> Path:
-    np.save(path, values)
-    return path
+INSPECT = "csalign inspect été"
+SEARCH = "csalign search 一 --embedding x.npy"
+
+COMMANDS: list[tuple[str, int, str, str]] = [
+    # command, exit code, what stdout contains, what stderr contains
+    (f"PYTHONIOENCODING=ascii:strict {SEARCH} -q --json", 0, r'"un caf\u00e9"', ""),
+    (f"PYTHONIOENCODING=latin-1 {SEARCH} --jsonl -q", 0, r"\u4e00\u53ea\u718a", ""),
+    (f"PYTHONIOENCODING=cp1252 {SEARCH} -q", 0, "a dog", ""),
+    ("PYTHONIOENCODING=ascii:strict csalign inspect 熊", 1, "", r"\u718a: no such file"),
+    (f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {INSPECT} --json", 0, '"images": 4', ""),
+    (f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {SEARCH} --json", 0, r"\u718a", ""),
+    (f"{INSPECT} >&- 2>&- <&-", 0, "", ""),
+    ("csalign search 熊 - <&-", 1, "", "熊: no such index"),
+    (f"{INSPECT} > /dev/full", 1, "", "stdout: No space left on device; free some space"),
+    ("csalign --help > /dev/full", 1, "", "stdout: No space left on device; free some space"),
+    (f"{INSPECT} 2> /dev/full", 0, "4 images, 4 texts, 4 pairs", ""),
+    ("csalign inspect 熊 2> /dev/full", 1, "", ""),
+    ("csalign inspec 2>&1 | true; exit ${PIPESTATUS[0]}", 2, "", ""),
+    (f"{INSPECT} --json | true; exit ${{PIPESTATUS[0]}}", 141, "", ""),
+    ("csalign --help | true; exit ${PIPESTATUS[0]}", 141, "", ""),
+    (f"COLUMNS=0 LINES=0 {INSPECT}", 0, "4 images, 4 texts, 4 pairs", ""),
+    (f"COLUMNS=² {INSPECT}", 0, "4 images, 4 texts, 4 pairs", ""),
+    (f"COLUMNS= TERM=dumb NO_COLOR=1 {INSPECT}", 0, "4 images, 4 texts, 4 pairs", ""),
+    ("PYTHONOPTIMIZE=2 csalign train --help", 0, "Train adapters on a feature set.", ""),
+    (f"PYTHONWARNINGS=error OMP_NUM_THREADS= {INSPECT}", 0, "4 images, 4 texts", ""),
+    ("TMPDIR=/nowhere HOME=/nowhere csalign eval été --json", 0, '"pairs": 4', ""),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "printed", "messages"), COMMANDS)
+def test_streams_and_variables_of_every_kind_are_no_reason_to_fail(
+    command: str, code: int, printed: str, messages: str, place: Path
+) -> None:
+    words = command.replace("csalign ", f"{sys.executable} -m csalign ", 1)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=place, capture_output=True, text=True, encoding="utf-8"
+    )
+
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert printed in done.stdout
+    assert messages in done.stderr
+    if command.endswith("--json"):
+        assert json.loads(done.stdout)
+
+
+def test_a_working_directory_that_was_removed_is_named(place: Path) -> None:
+    script = 'mkdir gone; cd gone; rmdir ../gone; "$0" -m csalign train "$1" --out "$2"'
+    words = ["bash", "-c", script, sys.executable, str(place / "été"), str(place / "run")]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stderr == "csalign: the working directory was removed; change to another one\n"
+
+
+def test_images_with_names_in_utf8_are_found_in_any_locale(
+    make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos = make_images("été.png", "一.png")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "csalign", "extract", str(photos)]
+    words += ["--image-encoder", "timm:test_vit+none", "--out", str(tmp_path / "features")]
+    done = subprocess.run(words, env={**os.environ, **locale}, capture_output=True)
+
+    assert done.returncode == 0
+    ids = FeatureSet.open(tmp_path / "features").images.strings("id").to_pylist()
+    assert ids == ["été.png", "一.png"]
+
+
+def test_a_tree_that_is_not_installed_has_a_version(tmp_path: Path) -> None:
+    package = Path(csalign.__file__).parent
+    (tmp_path / "csalign").symlink_to(package)
+    code = "import csalign, importlib.metadata as m; print(csalign.__version__)"
+    hidden = "import importlib.metadata as m\nm.version = lambda n: m.distribution('no-' + n)\n"
+    words = [sys.executable, "-c", hidden + code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (0, "0+source\n")
+
+
+def test_a_config_with_a_wrong_name_says_which_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"^stp: unknown key; did you mean steps\?$"):
+        csalign.TrainConfig(features="features", out="run", stp=3)  # type: ignore[call-arg]
