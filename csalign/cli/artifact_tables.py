@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.filesize import decimal
@@ -12,6 +13,7 @@ from csalign.cli.tables import CENTROID, RECALL, best_words, index_words, search
 from csalign.core import results
 from csalign.core.config import Config
 from csalign.core.enums import renamed
+from csalign.core.errors import CsalignError
 from csalign.core.figures import counted, percent
 from csalign.runs.config import ApplyConfig
 
@@ -31,15 +33,18 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     listed = ", ".join(counted(number, noun) for noun, number in counts.items())
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
-        print_line(f"{line} by this process")
-        inspect_table(inspect(InspectConfig(path=folder)), settings)
+        print_line(f"{line} by this process; the last one completes the set")
+        with suppress(CsalignError):  # which another process may do right now
+            if getattr(settings, "shard", "auto") != "auto":  # else the others run on their own
+                inspect_table(inspect(InspectConfig(path=folder)), settings)
         return
     if not (folder / MANIFEST).is_file():  # apply wrote another format
         print_wrote(line)
         print_closing(settings)
         return
     summary = summarise_features(FeatureSet.open(folder))
-    print_wrote(f"{line}, {decimal(summary['bytes'])}")
+    size = f"{line}, {decimal(summary['bytes'])}"
+    print_line(f"{size}, already complete") if result.existed else print_wrote(size)
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
         print_line(f"  pairs: {summary['pairing']}")
@@ -216,7 +221,8 @@ def _inspected_unfinished_features(document: Mapping[str, Any]) -> Inspected:
 
 
 def _inspected_unfinished_run(document: Mapping[str, Any]) -> Inspected:
-    rows = {"progress": f"step {document['step']:,}"}
+    of = f" of {document['steps']:,}" if document["steps"] else ""
+    rows = {"progress": f"step {document['step']:,}{of}"}
     return "unfinished run", rows, [("train", "--config", document["config"])]
 
 

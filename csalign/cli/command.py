@@ -69,7 +69,8 @@ def command_of(
         help_all: HelpAll = False,
         **options: Any,
     ) -> None:
-        is_follower = distributable and distributed.world_from_environment().rank > 0
+        with error_exits(quiet=quiet, verbose=verbose):
+            is_follower = distributable and distributed.world_from_environment().rank > 0
         quiet = quiet or is_follower
         with (
             error_exits(quiet=quiet, verbose=verbose) as console,
@@ -146,7 +147,7 @@ def check_settings(settings: Config) -> None:
             if isinstance(path, Path):
                 _check_path(settings, name, path)
                 inputs += [path] if name not in ("out", "report") else []
-    searched = None
+    searched, is_extraction = None, isinstance(settings, ExtractConfig)
     if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
         searched = Path(settings.source)
         if settings.source != "-" and not searched.exists():
@@ -157,7 +158,8 @@ def check_settings(settings: Config) -> None:
         outputs.check_output(
             settings.out,
             None,
-            overwrite=settings.overwrite,
+            # A finished extraction may be started again, which changes nothing.
+            overwrite=settings.overwrite or (is_extraction and settings.is_repeated()),
             inputs=tuple(inputs),
             searched=searched,
         )

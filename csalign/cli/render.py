@@ -86,10 +86,7 @@ def print_json(result: Any, indent: int | None = 2) -> None:
 
 def screen_width() -> int | None:
     """Return the width of the terminal, or $COLUMNS; None if stdout goes elsewhere."""
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdecimal() and int(columns):
-        return int(columns)
-    return Console().width if sys.stdout.isatty() else None
+    return Console().width if "COLUMNS" in os.environ or sys.stdout.isatty() else None
 
 
 def print_line(line: str = "", style: str = "") -> None:

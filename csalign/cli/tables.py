@@ -38,13 +38,14 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
         f"{renamed(side, result.names)} {count:,}" for side, count in result.parameters.items()
     )
     print_wrote(f"{result.run}")
+    steps = f"{result.steps:,} in" if result.steps else "none,"
     print_rows(
         [
             ("start", result.start),
             ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
             ("parameters", parameters),
-            ("steps", f"{result.steps:,} in {result.seconds:.1f} s"),
-            ("best", best_words(result.best_step, result.start)),
+            ("steps", f"{steps} {result.seconds:.1f} s"),
+            *[("best", best_words(result.best_step, result.start))] * bool(result.steps),
         ]
     )
     if result.validation:

@@ -1,5 +1,8 @@
 """The ground floor: errors, paths, atomic files, locks, signals, processes; knows no domain."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("csalign")
+try:
+    __version__ = version("csalign")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+source"

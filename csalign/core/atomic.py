@@ -46,6 +46,8 @@ def os_error(error: Exception, path: Path | str | None = None) -> str:
     # Some libraries replace the system's message by a vaguer one but keep its number.
     quoted = re.search(r"\(os error (\d+)\)", str(error))
     number = int(quoted[1]) if quoted else number
+    if name is None and isinstance(error, FileNotFoundError) and number:
+        return "the working directory was removed; change to another one"
     reason = os.strerror(number) if number else str(error) or type(error).__name__
     remedy = _REMEDIES.get(number or 0)
     return f"{name}: " * (name is not None) + reason + (f"; {remedy}" if remedy else "")

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 import tomli_w
 from pydantic import (
@@ -98,6 +98,17 @@ class Config(BaseModel):
 
     example: ClassVar[str] = ""
     """A command line that works, for the help and for what is missing in another."""
+
+    if not TYPE_CHECKING:  # for which the signature follows from the fields
+
+        def __init__(self, /, **values: Any) -> None:
+            """Validate the values; raises ConfigError, a line per error."""
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError("\n".join(self._mistakes(error, None, values))) from None
+
+        __init__.__pydantic_base_init__ = True  # model_validate raises pydantic's own error
 
     @classmethod
     def resolve(cls, file: Path | None, given: Mapping[str, Any]) -> Self:
@@ -255,3 +266,10 @@ class OutputConfig(Config):
     overwrite: bool = Field(
         False, description="Replace the folder if it exists, only after success."
     )
+
+    def is_repeated(self) -> bool:
+        """Return whether the output exists and was written with the same options."""
+        try:
+            return (self.out / "config.toml").read_text(encoding="utf-8") == self.to_toml()
+        except Exception:  # of any store; whoever writes there says what is wrong
+            return False

@@ -38,7 +38,9 @@ def pick_device(name: str) -> "torch.device":
         return torch.device("cuda", world.local_rank)
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            count = torch.cuda.device_count()
+            own = distributed.world_from_environment().local_rank % count if count > 1 else 0
+            return torch.device("cuda", own) if own else torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -1,4 +1,4 @@
-"""The processes of one job, as torchrun starts them, and their collectives.
+"""The processes of one job, as torchrun, srun or mpirun start them, and their collectives.
 
 Outside of `process_group`, and in a single process, every collective is the identity and
 torch.distributed is not imported.
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,15 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
 _FAILED, _LEFT = "csalign/failed", "csalign/left"
 _SECONDS_TO_READ = 30.0  # for the others to read why one failed, where it keeps what they read
+# Numbers of a process and of all, and the number on its machine. The first pair that is set counts:
+# torchrun may be started by any of the others, and mpirun starts its own helpers with srun.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class World:
     size: int = 1  # how many there are
     local_rank: int = 0  # its number among those on this machine
     local_size: int = 1  # how many those are
+    origin: str = field(default="", compare=False)  # the variables that say so
 
 
 _world = World()
@@ -50,25 +60,54 @@ def is_main_process() -> bool:
     return _world.rank == 0
 
 
+def number_from(environment: Mapping[str, str], name: str) -> int | None:
+    """Return a variable as a number, None if it is not set or blank.
+
+    Raises:
+        ProcessesError: it is not a number from 0.
+    """
+    text = environment.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise ProcessesError(f"{name} is {text!r} in the environment, not a number; unset it")
+    return int(text)
+
+
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the world from torchrun's variables, joined or not."""
-    if "MASTER_ADDR" not in environment or int(environment.get("WORLD_SIZE", "1")) < 2:
-        return World()
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    return World(rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    """Read the world from the variables of torchrun, mpirun or a step of srun, joined or not.
+
+    Raises:
+        ProcessesError: the variables are not numbers, or contradict each other.
+    """
+    for names in _LAUNCHERS:
+        if not all(environment.get(name, "").strip() for name in names[:2]):
+            continue
+        rank, size, local_rank = (number_from(environment, name) or 0 for name in names)
+        is_step = rank or environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID")
+        if names[1] == "SLURM_NTASKS" and not is_step:
+            continue  # the script or shell of an allocation, one process for all its tasks
+        origin = f"{names[0]} {rank} of {names[1]} {size}"
+        if rank >= size:
+            raise ProcessesError(
+                f"the environment has {origin}, but processes count from 0; unset both variables"
+            )
+        local_size = number_from(environment, "LOCAL_WORLD_SIZE") or 1
+        return World(rank, size, local_rank, local_size, origin) if size > 1 else World()
+    return World()
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group of the job, if torchrun started one, and leave it after the block.
+    """Join the process group of the job, if there are others, and leave it after the block.
 
     No process leaves before all are done. An exception in one of them ends them all: the first to
     fail raises its own, the others `ElsewhereError` at their next collective. Nested calls do
     nothing.
 
     Raises:
-        ProcessesError: the others cannot be reached, or one of them was killed.
+        ProcessesError: the others cannot be reached, one of them was killed, or it was not torchrun
+            that started them.
         ElsewhereError: another process failed.
     """
     global _world, _store
@@ -76,6 +115,13 @@ def process_group() -> Iterator[None]:
     if _world.size > 1 or found.size == 1:
         yield
         return
+    is_torchrun = found.origin.startswith("RANK") and os.environ.get("MASTER_ADDR")
+    if not is_torchrun or found.local_rank >= found.local_size:
+        raise ProcessesError(
+            f"this is one of {found.size} processes ({found.origin}) that cannot find each other; "
+            "start a single one, or all with torchrun --no-python csalign ..., which sets "
+            "MASTER_ADDR, LOCAL_RANK and LOCAL_WORLD_SIZE"
+        )
     import torch
     import torch.distributed.nn  # imported later, it would keep the group open after its end
     from torch import distributed

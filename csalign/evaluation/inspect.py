@@ -140,9 +140,10 @@ def _inspect_unfinished(folder: Path) -> dict[str, Any]:
     """Summarise the folder that a stopped command left, or one that is still running."""
     out = str(folder).removesuffix(PARTIAL)
     try:
-        kind = read_object(folder / JOB, "start again with --overwrite").get("format")
+        document = read_object(folder / JOB, "start again with --overwrite")
     except SchemaError:
-        kind = None
+        document = {}
+    kind = document.get("format")
     found = {"path": str(folder), "out": out, "config": str(folder / CONFIG)}
     if kind == Job.FORMAT:
         job = read_job(folder / JOB, Job)
@@ -151,7 +152,8 @@ def _inspect_unfinished(folder: Path) -> dict[str, Any]:
         return {"kind": "unfinished features", **found, **partial.describe()}
     if kind == "csalign-training":
         lines = list(_complete_lines(folder / LINES))
-        return {"kind": "unfinished run", **found, "step": _last_step(lines)}
+        steps = document["options"].get("steps")
+        return {"kind": "unfinished run", **found, "step": _last_step(lines), "steps": steps}
     raise OutputError(f"{folder}: was left by an unfinished command; rerun it to resume")
 
 

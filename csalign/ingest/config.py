@@ -58,7 +58,7 @@ class ShardOptions(Config):
     panel: ClassVar[str] = "Sharding and failures"
 
     shard: str = Field(
-        "auto", description="Process shard I/N, I from 0; auto asks torchrun and SLURM."
+        "auto", description="Process shard I/N, I from 0; auto asks SLURM, torchrun and mpirun."
     )
     part_rows: Count = Field(
         4096, description="Records per part; finished parts are skipped on a rerun."

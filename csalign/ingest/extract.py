@@ -30,7 +30,6 @@ from csalign.ingest.job import (
     WorkShard,
     assigned_parts,
     check_array,
-    device_of_rank,
     parse_shard,
 )
 from csalign.ingest.locks import open_partial_set, sole_owner
@@ -53,6 +52,8 @@ _TOKENS_PER_CAPTION = 16  # estimate
 
 def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResult:
     """Embed the images and texts of a source, write a feature set and return its counts.
+
+    A set that the same extraction has written already is left as it is.
 
     Finished parts stay in ``OUT.partial``, and the same call resumes after them; several processes
     share the parts, and the last of them completes the feature set, while the others return the
@@ -77,14 +78,13 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
-    outputs.check_output(
-        config.out, schema.ENTRIES, overwrite=config.overwrite, inputs=inputs, searched=searched
-    )
+    out, may_exist = config.out, config.overwrite or config.is_repeated()
+    outputs.check_output(out, schema.ENTRIES, overwrite=may_exist, inputs=inputs, searched=searched)
     progress("scanning the source", 0, None)
     source = open_source(config.source, config)
     logger.info("%s: %s", config.source, source.description)
     if shard.count > 1:
-        logger.info("processing shard %s", shard)
+        logger.info("processing shard %s (%s)", shard, shard.origin)
     encoders = _load_encoders(config, source)
     job = Job(
         location=_location(config),
@@ -98,10 +98,19 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         splits=splits,
     )
     restart, retry = config.overwrite, config.retry_failures
+    if not restart and (out / schema.MANIFEST).is_file():
+        done = schema.read_manifest(out)
+        is_lacking = (retry and done.counts.failures) or (splits and done.splits is None)
+        if is_lacking or done.job != job.digest():
+            raise OutputError(
+                f"{out}: exists, but its source or encoders have changed, or failures or splits "
+                "are left to do; choose another --out, or replace it with --overwrite"
+            )
+        return FeaturesResult(out, **dict(done.counts), existed=True)
     with (
-        atomic.translate_os_errors(config.out),
+        atomic.translate_os_errors(out),
         open_partial_set(
-            config.out, job, shard, config=config.to_toml(), restart=restart, retry=retry
+            out, job, shard, config=config.to_toml(), restart=restart, retry=retry
         ) as partial,
     ):
         check_array(shard, config.shard, partial.shard_counts())
@@ -115,7 +124,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 logger.info("%s: shard %s is done; waiting for %s", folder, shard, others)
                 return extraction.result()
     progress("completing the feature set", 0, None)
-    with atomic.translate_os_errors(config.out):
+    with atomic.translate_os_errors(out):
         with sole_owner(partial) as is_owner:
             if is_owner:
                 if not partial.is_complete:
@@ -126,8 +135,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
-        counts = schema.read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
+        return FeaturesResult(out, **dict(schema.read_manifest(out).counts))
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
@@ -143,7 +151,7 @@ def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
                 f"--encoder for both sides, or --{side}-encoder {SKIP} to skip them"
             )
     options = EncoderOptions(
-        device=pick_device(device_of_rank(config.device)),
+        device=pick_device(config.device),
         precision=config.precision,
         batch_size=None if config.batch_size == "auto" else config.batch_size,
         tokens=[side for side in Modality if config.tokens in (side.value, "both")],
@@ -319,8 +327,8 @@ def _too_many(
         for failure in failures[:_REASONS_SHOWN]
     )
     return DataError(
-        f"{problem}: {examples}; {partial.folder / schema.FAILURES} lists those so far: repair "
-        f"them and resume with --retry-failures{alternative}"
+        f"{problem}: {examples}. Repair what {partial.folder / schema.FAILURES} lists, then "
+        f"resume with --retry-failures{alternative}"
     )
 
 

@@ -5,12 +5,13 @@ import logging
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field
 
+from csalign.core.distributed import number_from, world_from_environment
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.records import Record, read_record
 from csalign.features.schema import Encoders, Shard, SplitSettings
@@ -26,6 +27,7 @@ class WorkShard:
 
     index: int
     count: int
+    origin: str = field(default="--shard", compare=False)  # the variables that say so
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -46,7 +48,11 @@ class Job(Record):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of what determines parts besides their records."""
-        content = self.model_dump_json(exclude={"location", "source", "splits"})
+        return self.digest("location", "source", "splits")
+
+    def digest(self, *excluded: str) -> str:
+        """Return the SHA-256 of all fields but some."""
+        content = self.model_dump_json(exclude={*excluded})
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -127,22 +133,25 @@ def read_or_rebuild(path: Path, kind: type[R]) -> R | None:
 def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> WorkShard:
     """Parse ``--shard``: "I/N" with I from 0, or "auto".
 
-    "auto" multiplies the tasks of a SLURM array and torchrun's ranks within each, if there are any.
+    "auto" multiplies the tasks of a SLURM array and the processes within each that torchrun, srun
+    or mpirun started, if there are any.
 
     Raises:
         ConfigError: it is neither, or the index is not below the count.
+        ProcessesError: the variables of a launcher are not numbers, or contradict each other.
     """
     if shard == "auto":
-        array, rank = _array_task(environment), _rank(environment)
-        found = WorkShard(array.index * rank.count + rank.index, array.count * rank.count)
-        problem = "the variables of SLURM or torchrun do not number the shards; pass --shard I/N"
-    elif match := re.fullmatch(r"(\d+)/(\d+)", shard):
-        found = WorkShard(int(match[1]), int(match[2]))
-        problem = f"does not exist; shards are numbered from 0 to {found.count - 1}"
-    else:
+        array, world = _array_task(environment), world_from_environment(environment)
+        origin = " and ".join(filter(None, (array.origin, world.origin)))
+        index, count = array.index * world.size + world.rank, array.count * world.size
+        return WorkShard(index, count, origin)
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", shard)):
         raise ConfigError(f"--shard: must be I/N or auto (got {shard!r})")
-    if not 0 <= found.index < found.count:
-        raise ConfigError(f"--shard: {found}: {problem}")
+    found = WorkShard(int(match[1]), int(match[2]))
+    if found.index >= found.count:
+        raise ConfigError(
+            f"--shard: {found}: does not exist; shards are numbered from 0 to {found.count - 1}"
+        )
     return found
 
 
@@ -158,48 +167,37 @@ def check_array(
         ConfigError: `shard`, which is not an explicit `option`, is one of fewer than some of the
             `known` counts, as in an array of the failed tasks.
     """
-    if option != "auto" or "SLURM_ARRAY_TASK_ID" not in environment:
+    if option != "auto" or number_from(environment, "SLURM_ARRAY_TASK_ID") is None:
         return
     if known and shard.count < max(known):
         raise ConfigError(
             f"--shard: the work began with {max(known)} shards, and this SLURM array has "
-            f"{shard.count}; pass --shard I/{max(known)} for a missing one, or --shard {shard} to "
-            "divide the rest again"
+            f"{shard.count}; pass --shard I/{max(known)} for a missing one, where I is "
+            f"$SLURM_ARRAY_TASK_ID if the first array began at 0, or --shard {shard} to divide the "
+            "rest again"
         )
 
 
 def _array_task(environment: Mapping[str, str]) -> WorkShard:
     # SLURM_ARRAY_TASK_COUNT is the number of tasks, whatever their first index and their step.
-    names = ("ID", "MIN", "STEP", "COUNT")
-    values = [environment.get(f"SLURM_ARRAY_TASK_{name}") for name in names]
-    if values[0] is None or values[3] is None:
-        return WorkShard(0, 1)
-    task, first, step, count = (int(value) if value else 1 for value in values)
-    last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + (count - 1) * step)
+    names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "STEP", "COUNT")]
+    task, first, last, step, count = (number_from(environment, name) for name in names)
+    if task is None:
+        return WorkShard(0, 1, "")
+    if count is None:
+        raise ConfigError(f"--shard: {names[0]} is set, {names[-1]} is not; pass --shard I/N")
+    first, step = 1 if first is None else first, step or 1
+    last = first + (count - 1) * step if last is None else last
+    index, rest = divmod(task - first, step)
     # A few tasks of a larger array, resubmitted, would each take a share of too few.
-    if first > 1 or (count == 1 and task > 0) or (last - first) // step + 1 != count:
+    is_part = first > 1 or (count == 1 and task > 0) or (last - first) // step + 1 != count
+    if is_part or rest or not 0 <= index < count:
         raise ConfigError(
             f"--shard: this looks like part of a larger SLURM array, resubmitted (task {task} of "
-            f"{count} from {first} to {last}); pass --shard I/N, where I counts from 0 and N is "
-            "the size of the first array (0/1 does everything)"
+            f"{count} from {first} to {last}); pass --shard $SLURM_ARRAY_TASK_ID/N, where N is the "
+            "size of the first array, less 1 if that began at 1 (0/1 does everything)"
         )
-    return WorkShard((task - first) // step, count)
-
-
-def _rank(environment: Mapping[str, str]) -> WorkShard:
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return WorkShard(0, 1)
-    return WorkShard(int(environment["RANK"]), int(environment["WORLD_SIZE"]))
-
-
-def device_of_rank(device: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Resolve ``--device auto`` under torchrun to the CUDA device of this rank."""
-    if device != "auto" or "LOCAL_RANK" not in environment:
-        return device
-    import torch
-
-    count = torch.cuda.device_count()
-    return f"cuda:{int(environment['LOCAL_RANK']) % count}" if count else device
+    return WorkShard(index, count, f"{names[0]} {task} of {first} to {last}")
 
 
 def assigned_parts(shard: WorkShard, files: int, file: int, parts: int) -> range:

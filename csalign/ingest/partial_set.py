@@ -307,6 +307,7 @@ class PartialSet:
         manifest = schema.Manifest(
             csalign_version=__version__,
             source_root=next((r.source_root for r in records if r.source_root), None),
+            job=self._job.digest(),
             dtype=self._job.dtype,
             encoders=self._job.encoders,
             counts=schema.Counts(

@@ -241,7 +241,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_resumes(
         f"2 of 4 records are unusable (limit: 20 %): {photos}/b.png cannot be read ("
     )
     assert f"; {photos}/d.png is not an image of a known format; " in message
-    assert f"; {partial}/failures.jsonl lists those so far: repair them" in message
+    assert f" Repair what {partial}/failures.jsonl lists, then resume with --retry" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
     began = (partial / "images" / "part-00000.parquet").stat().st_mtime_ns
@@ -449,7 +449,7 @@ def test_an_output_that_must_not_be_written_is_refused_first(
 ) -> None:
     first = shards(run())
     with pytest.raises(OutputError, match="--overwrite"):
-        run()
+        run(dtype="float16")
     with pytest.raises(OutputError, match="is read from"):
         run(out=photos.name, overwrite=True)
 
