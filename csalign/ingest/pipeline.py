@@ -5,6 +5,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
 from csalign.ingest.job import Failure, PartRecord
 from csalign.ingest.partial_set import PartWriter
-from csalign.sources.images import read_image
+from csalign.sources.images import Notes, read_image
 from csalign.sources.records import ImageInput, Record, TextInput
 
 # Batches of texts that are sorted by length together: enough to fill batches of similar length,
@@ -44,6 +45,7 @@ class Pipeline:
     done: Counter[str] = field(
         default_factory=Counter
     )  # records (once their image is), texts, failures
+    notes: Notes = field(default_factory=Notes)  # of the pixels
 
     def __post_init__(self) -> None:
         self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -54,9 +56,10 @@ class Pipeline:
             self.report("texts", 0)
 
     def close(self) -> None:
-        """Stop the threads; waiting work is dropped."""
+        """Stop the threads; waiting work is dropped. Warn of what was noticed in the pixels."""
         for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
+        self.notes.log()
 
     def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
         """Embed and write the records of a part, images first; failures name their `file`."""
@@ -194,7 +197,8 @@ class _Part:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
-            return encoder.preprocess(read_image(image.read()))
+            note = partial(self.pipeline.notes.add, image.source)
+            return encoder.preprocess(read_image(image.read(), note))
         except DataError as error:
             return str(error)
 

@@ -5,7 +5,7 @@ import logging
 import posixpath
 import sys
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.core.figures import counted
 from csalign.core.paths import is_remote
-from csalign.sources.images import SUFFIXES
+from csalign.core.records import parse_json
 from csalign.sources.records import (
     ImageInput,
     IndexedFile,
@@ -26,7 +25,7 @@ from csalign.sources.records import (
     UnreadableFile,
     files,
 )
-from csalign.sources.records.tables import BASE64_NAMES, Row
+from csalign.sources.records.tables import BASE64_NAMES, Row, SourceOptions, json_captions
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class _File(NamedTuple):
     name: str
     prefix: str
     start: int  # its first record
+    load: Callable[[int], bytes] | None = None
     is_unreadable: bool = False
 
 
@@ -65,22 +65,13 @@ class Catalog:
     Args:
         root: folder that image paths start from; None for the working directory, which paths may
             leave.
-        load: return the bytes of a base64 image by the offset of its row; None where the rows
-            cannot be read again.
         caption_lines: each line of a .txt is a caption, rather than the whole text.
     """
 
-    def __init__(
-        self,
-        root: Path | None,
-        load: Callable[[int], bytes] | None = None,
-        *,
-        caption_lines: bool = True,
-    ) -> None:
+    def __init__(self, root: Path | None, *, caption_lines: bool = True) -> None:
         self.description = ""
         self.fingerprint = ""
         self._root = root
-        self._load = load
         self._caption_lines = caption_lines
         self._digest = hashlib.sha256(repr(caption_lines).encode())
         self._files: list[_File] = []
@@ -88,10 +79,19 @@ class Catalog:
         self._by_id: dict[str, _Entry] = {}
         self._blank_rows = self._rows = self._rows_without_caption = 0
 
-    def begin_file(self, name: str, prefix: str = "") -> None:
-        """Start a file; `prefix` makes ids from its row numbers unique among several files."""
+    def begin_file(
+        self, name: str, prefix: str = "", load: Callable[[int], bytes] | None = None
+    ) -> None:
+        """Start a file.
+
+        Args:
+            name: of the file, for messages.
+            prefix: makes ids from its row numbers unique among several files.
+            load: return the bytes of a base64 image by the offset of its row (default: none may
+                have one, as the rows cannot be read again).
+        """
         self._digest.update(prefix.encode())
-        self._files.append(_File(name, prefix, len(self._entries)))
+        self._files.append(_File(name, prefix, len(self._entries), load))
 
     def add_unreadable_file(self, name: str, reason: str) -> None:
         """Add a file that cannot be read at all."""
@@ -152,6 +152,8 @@ class Catalog:
         for entry in self._entries:
             if entry.place is not None and len(entry.captions) > 1:
                 repeated += len(entry.captions) - len({text for text, _ in entry.captions})
+        if not any(entry.split for entry in self._entries):
+            self._split_by_folder()
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
         if 0 < self._rows_without_caption < self._rows:
@@ -196,17 +198,28 @@ class Catalog:
         if file.is_unreadable:
             yield UnreadableFile(file.name, str(self._entries[start].error))
         else:
-            yield IndexedFile(file.name, partial(self._record, file.name), start, stop)
+            yield IndexedFile(file.name, partial(self._record, file), start, stop)
 
-    def _record(self, file: str, position: int) -> Record:
+    def _split_by_folder(self) -> None:
+        """Take the splits from the folders if all images lie in those of two or more splits."""
+        places = [entry for entry in self._entries if entry.place and entry.offset is None]
+        splits = {posixpath.dirname(str(entry.place)): "" for entry in places}
+        for folder in splits:
+            splits[folder] = files.split_of_folder(folder) or ""
+        if len(names := sorted(set(splits.values()))) > 1 and all(names):
+            logger.info("%s: splits are those of the folders (%s)", self._root, ", ".join(names))
+            for entry in places:
+                entry.split = splits[posixpath.dirname(str(entry.place))]
+
+    def _record(self, file: _File, position: int) -> Record:
         entry = self._entries[position]
         row = entry.row or None
         if entry.error is not None:
             return Record(None, row=row, error=entry.error)
         image = None
         if entry.offset is not None:
-            assert self._load is not None
-            image = ImageInput(entry.label, f"{file}/{row}", partial(self._load, entry.offset))
+            assert file.load is not None
+            image = ImageInput(entry.label, f"{file.name}/{row}", partial(file.load, entry.offset))
         elif entry.place is not None:
             path = Path(entry.place) if self._root is None else self._root / entry.place
             # A remote file is looked up when it is read, which saves a request.
@@ -231,11 +244,13 @@ class Catalog:
                 content = files.decode_text(
                     files.read_bounded(self._root / entry.text, files.MAX_TEXT_BYTES)
                 )
+                if entry.text.lower().endswith(".json"):
+                    found: Sequence[str] = captions_in_json(content)
+                else:
+                    found = files.captions_in(content, lines=self._caption_lines)
             except DataError as reason:
                 return Record(None, error=f"its captions {entry.text}: {reason}")
-            captions = [
-                (text, None) for text in files.captions_in(content, lines=self._caption_lines)
-            ]
+            captions = [(text, None) for text in found]
             if not captions and image is None:
                 return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}
@@ -249,13 +264,14 @@ class Catalog:
         return starts[0], starts[1] if len(starts) > 1 else len(self._entries)
 
     def _image(self, row: Row) -> _Entry:
-        if row.offset is not None and self._load is None:
+        if row.offset is not None and self._files[-1].load is None:
             raise DataError("has an image in base64, which only .csv, .tsv and .jsonl may have")
         if row.offset is None:
             place = self._path(row)
         else:
             place = hashlib.sha256(row.image.encode()).hexdigest()
-        key = row.id or (place if row.offset is None else f"row:{row.number}")
+        prefix = self._files[-1].prefix
+        key = row.id or (place if row.offset is None else f"{prefix}row:{row.number}")
         entry = self._by_id.get(key)
         if entry is None:
             split = row.split and sys.intern(row.split)
@@ -298,74 +314,11 @@ class Catalog:
         return posixpath.normpath(row.image)
 
 
-def images_in(names: Collection[str]) -> list[str]:
-    """Select the files that are images by their suffix, whatever its case."""
-    return [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]
-
-
-def read_folder(folder: Path, found: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
-    """Find the images of a folder and the .txt of the same stem; or its .txt alone.
-
-    Images of the same stem share their captions, since a stem cannot say which one is meant. The
-    .txt are read together with their images.
-
-    Args:
-        folder: where the files are.
-        found: the result of `files_below`.
-        caption_lines: each line of a .txt is a caption, rather than the whole text.
-
-    Raises:
-        DataError: there is neither an image nor a .txt.
-    """
-    by_stem = {posixpath.splitext(name)[0]: name for name in found if name.lower().endswith(".txt")}
-    images = images_in(found)
-    if not images and not by_stem:
-        raise DataError(
-            f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
-            "pass a folder or file that does"
-        )
-    if others := sorted(found.keys() - {*images, *by_stem.values()}):
-        logger.info(
-            f"{folder}: {counted(len(others), 'file')} of other kinds not read, such as "
-            f"{', '.join(others[:3])}"
-        )
-    stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
-    captioned = sum(stem in by_stem for stem in stems)
-    description = f"folder of {captioned} .txt files with captions"
-    if images:
-        _warn_of_stems(folder, images, stems, by_stem)
-        count = counted(len(images), "image")
-        description = f"folder of {count}, {captioned} of them with a .txt of captions"
-    catalog = Catalog(folder, caption_lines=caption_lines)
-    catalog.begin_file(str(folder))
-    for label, stem in zip(images or stems, stems, strict=True):
-        text = by_stem.get(stem)
-        size = None if text is None else _size(folder / text, found[text])
-        catalog.add_text(label, label if images else None, text, size)
-    return catalog.finish(description)
-
-
-def _warn_of_stems(
-    folder: Path, found: Sequence[str], stems: Sequence[str], texts: Mapping[str, str]
-) -> None:
-    unused = [texts[stem] for stem in texts.keys() - set(stems)]
-    if unused:
-        logger.warning(
-            f"{folder}: {len(unused)} .txt files are omitted, as no image has their stem "
-            f"({min(unused)})"
-        )
-    first: dict[str, str] = {}
-    for name, stem in zip(found, stems, strict=True):
-        if first.setdefault(stem, name) != name and stem in texts:
-            logger.warning(
-                f"{folder}: images of the same stem share its captions, as {first[stem]} and "
-                f"{name} do; rename them if they differ"
-            )
-            return
-
-
-def _size(path: Path, known: int | None) -> int:
+def captions_in_json(content: str) -> tuple[str, ...]:
+    """Return the captions of a JSON object under a usual name, none if it is another document."""
     try:
-        return path.stat().st_size if known is None else known
-    except OSError:
-        return -1  # its record has the reason
+        values = parse_json(content)
+        name = isinstance(values, dict) and SourceOptions(kind="captions").pick(values).caption
+        return json_captions(values[name], name) if name else ()
+    except ValueError as error:
+        raise DataError(f"is not valid JSON of captions ({error})") from None

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from csalign.core.enums import usual_split
 from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
 from csalign.core.paths import is_remote, parse_location
 
@@ -21,14 +23,16 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 _MAX_FILES = 100_000
 _BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
-_SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
-}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _BRACE_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?[]")
+_NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+)[^/]*|[^\d/]*)")
+_LONGEST_NUMBER = 7  # of digits; longer ones are dates
+_OF_IMAGES = ("image", "images", "img", "imgs", "data", "set", "split", "jpg", "jpeg", "png")
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # of file managers
+
+logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path) -> dict[str, int | None]:
@@ -255,10 +259,44 @@ def split_of(name: str) -> str | None:
     ``train-00000-of-00002.parquet``, ``validation/0.tar`` and ``captions_val2017.json`` have one.
     """
     for part in reversed(name.split("/")[-2:]):
-        for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
-            if word in _SPLITS:
-                return _SPLITS[word]
+        for word in re.findall(r"[a-z]+", part.lower()):
+            if (split := usual_split(word)) is not None:
+                return split
     return None
+
+
+def split_of_folder(folder: str) -> str | None:
+    """Recognise the split of images by their folder: ``train/cat`` or ``images/val2017``."""
+    for part in folder.lower().split("/"):
+        words = [word for word in re.findall(r"[a-z]+", part) if word not in _OF_IMAGES]
+        if len(words) == 1 and (split := usual_split(words[0])) is not None:
+            return split
+    return None
+
+
+def warn_of_gaps(root: Path, names: Iterable[str]) -> None:
+    """Warn of files that are missing in a numbered series, such as 0.tar, 1.tar and 3.tar."""
+    series: dict[tuple[str, str], dict[int, int]] = {}  # lengths of the numbers
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            start, number, total = match.groups("")
+            series.setdefault((start, total), {})[int(number)] = len(number)
+    missing = []
+    for (start, total), own in series.items():
+        first, last = min(own), max(own)
+        if total:
+            first, last = (0, int(total) - 1) if last < int(total) else (1, int(total))
+        elif last - first > 3 * len(own) or max(own.values()) > _LONGEST_NUMBER:
+            continue  # numbers that are not of a series, such as dates
+        end = f"-of-{total}" if total else ""
+        gaps = (number for number in range(first, min(last, _MAX_FILES) + 1) if number not in own)
+        missing += [f"{start}{number:0{own[min(own)]}d}{end}" for number in gaps]
+    if missing:
+        logger.warning(
+            "%s: the numbers of its files have gaps (%d missing, such as %s); add the files, or "
+            "work with a part of the source",
+            *(root, len(missing), missing[0]),
+        )
 
 
 def fingerprint(parts: Iterable[object]) -> str:
@@ -270,19 +308,61 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, int | None]:
+    """List files; links to folders outside, or to those that are read anyway, are not followed."""
     found: dict[str, int | None] = {}
-    prefix = len(os.path.join(folder, ""))  # noqa: PTH118
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
-        # Editors and file managers leave hidden entries behind, such as ._photo.jpg.
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in names:
-            if name[0] != ".":
-                found[os.path.join(parent, name)[prefix:].replace(os.sep, "/")] = None  # noqa: PTH118
+    folders, linked, seen = [""], [], set()
+    outside: list[str] = []
+    refused: list[str] = []
+    root = os.path.realpath(folder)
+    while folders or linked:
+        # Links come last, so that a folder is read under its own name.
+        parent = folders.pop() if folders else linked.pop()
+        path = os.path.join(folder, parent)  # noqa: PTH118
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            if (key := (status.st_dev, status.st_ino)) in seen:
+                continue
+            seen.add(key)
+            with os.scandir(path) as listed:
+                entries = list(listed)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        for entry in entries:
+            name = parent + entry.name
+            if entry.name[0] == "." or entry.name in _CLUTTER:
+                continue
+            is_link = entry.is_symlink()
+            is_outside = is_link and _leads_out(root, path, entry.path)
+            if not _is_folder(entry):
+                found[name] = None
+                outside += [name] * is_outside
+            elif is_outside:
+                refused.append(name)
+            else:
+                (linked if is_link else folders).append(f"{name}/")
+    if refused:
+        logger.warning(
+            f"{folder}: {len(refused)} links to folders outside of it are not followed, such as "
+            f"{refused[0]}; pass the folder that is meant, or copy it"
+        )
+    if outside:
+        logger.info(
+            f"{folder}: {len(outside)} files are links out of the folder, such as {outside[0]}, "
+            f"which is {os.path.realpath(os.path.join(folder, outside[0]))}"  # noqa: PTH118
+        )
     return found
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _leads_out(root: str, parent: str, link: str) -> bool:
+    target = os.path.join(os.path.realpath(parent), os.readlink(link))  # noqa: PTH115, PTH118
+    return not f"{os.path.normpath(target)}/".startswith(f"{root}/")
 
 
 def _remote_files(folder: Any) -> dict[str, int | None]:
@@ -290,7 +370,9 @@ def _remote_files(folder: Any) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for path, entry in folder.fs.find(base, detail=True).items():
         name = path[len(base) :].strip("/")
-        if name and not path.endswith("/") and not any(p[0] == "." for p in name.split("/") if p):
+        parts = [part for part in name.split("/") if part]
+        hidden = any(part[0] == "." or part in _CLUTTER for part in parts)
+        if name and not path.endswith("/") and not hidden:
             found[name] = entry.get("size")
     return found
 

@@ -4,7 +4,7 @@ import logging
 import posixpath
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -16,12 +16,22 @@ from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
-from csalign.sources.records.catalog import Catalog, images_in, read_folder
+from csalign.sources.records.catalog import Catalog
+from csalign.sources.records.folder import (
+    COLUMNAR,
+    TABLE_STEMS,
+    Sizes,
+    images_in,
+    read_folder,
+    report_unread,
+    tables_in,
+)
 from csalign.sources.records.tables import (
     CAPTION_NAMES,
     IMAGE_NAMES,
     SUFFIXES,
     Kind,
+    Row,
     SourceOptions,
     TableReader,
 )
@@ -31,11 +41,8 @@ __all__ = ["SourceOptions", "open_source"]
 
 logger = logging.getLogger(__name__)
 
-Sizes = Mapping[str, int | None]
 STDIN = "-"
-_COLUMNAR = (".parquet", ".arrow")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
-_TABLE_STEMS = ("captions", "metadata")  # the second is the hub's name for the table of a folder
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -87,7 +94,7 @@ class _Opener:
                 f"--captions: {source} is not a folder; pass the folder of its images"
             )
         if path is not None and path.exists():
-            return self._file(path, None, {})
+            return self._file(path, None)
         paths = files.expand_pattern(source)
         if paths is None:
             raise DataError(f"{source}: no such file or folder")
@@ -102,9 +109,11 @@ class _Opener:
             str(path)[start:].lstrip("/") if start else str(path): None for path in paths
         }
         suffixes = {path.suffix.lower() for path in paths}
+        if re.search(r"[*?[]", source):
+            files.warn_of_gaps(root, sizes)
         if suffixes == {".tar"}:
             return self._tars(root, sizes)
-        if len(suffixes) == 1 and suffixes <= set(_COLUMNAR):
+        if len(suffixes) == 1 and suffixes <= set(COLUMNAR):
             return self._columnar(root, sizes)
         listed = ", ".join(sorted(suffixes))
         raise DataError(f"{source}: several files must all be .tar or all .parquet, not {listed}")
@@ -118,7 +127,7 @@ class _Opener:
                 )
             if not self._options.captions.is_file():
                 raise DataError(f"{self._options.captions}: no such file; pass a captions table")
-            source = self._file(self._options.captions, folder, found)
+            source = self._file(self._options.captions, folder, images_in(folder, found))
             if Modality.TEXT not in source.sides:
                 raise DataError(
                     f"{self._options.captions}: contains no captions; fill in its column of "
@@ -127,48 +136,86 @@ class _Opener:
             return source
         if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
             raise ConfigError(f"--kind: {folder} is a folder, not {kind}; pass the file")
-        containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
-        has_images = kind != "captions" and bool(images_in(found))
-        if kind in ("webdataset", "parquet") or (
-            containers and kind != "folder" and not has_images
-        ):
+        images = [] if kind == "captions" else images_in(folder, found)
+        # img2dataset writes a .parquet beside each folder of images.
+        parents = {posixpath.dirname(name) for name in images}
+        containers = {
+            name
+            for name in found
+            if name.lower().endswith((".tar", *COLUMNAR))
+            and posixpath.splitext(name)[0] not in parents
+        }
+        if kind in ("webdataset", "parquet") or (containers and kind != "folder" and not images):
             return self._containers(folder, found)
-        table = None if kind == "folder" else _table_in(folder, found)
-        if table is not None:
-            return self._file(table, *((folder, found) if kind == "auto" else (None, {})))
+        tables = [] if kind == "folder" else self._tables(folder, found)
+        if tables:
+            read = {*tables, *images}
+            report_unread(folder, (name for name in found if name not in read), read)
+            if tables == [posixpath.basename(tables[0])]:
+                root = folder if kind == "auto" else None
+                return self._file(folder / tables[0], root, images if root else ())
+            return self._several_tables(folder, tables, images if kind == "auto" else ())
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
                 "--kind folder, webdataset or parquet"
             )
-        documents = [name for name in found if "/" not in name and name.lower().endswith(".json")]
-        if kind == "auto" and documents:
-            logger.warning(
-                f"{folder}: {documents[0]} is not read; if it contains the captions, pass it with "
-                "--captions"
-            )
         if kind == "captions":
-            found = {name: size for name, size in found.items() if name.lower().endswith(".txt")}
-        return read_folder(folder, found, caption_lines=self._options.caption_lines is not False)
+            found = {
+                k: size for k, size in found.items() if k.lower().endswith((".txt", ".caption"))
+            }
+        lines = self._options.caption_lines is not False
+        return read_folder(folder, found, images, caption_lines=lines)
+
+    def _tables(self, folder: Path, found: Sizes) -> list[str]:
+        """List the captions tables of a folder."""
+        if tables := tables_in(folder, found):
+            return tables
+        # The Kaggle copy of Flickr8k keeps its table in captions.txt.
+        texts = (f"{stem}.txt" for stem in TABLE_STEMS)
+        names = [name for name in found if name.lower() in texts]
+        return [name for name in names if recognise(folder / name) == ".csv"][:1]
+
+    def _several_tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
+        """Read tables whose paths start from their own folders, such as train/metadata.csv."""
+        catalog = Catalog(self._options.images or folder)
+        for name in tables:
+            stem, parent = posixpath.splitext(name)[0], posixpath.dirname(name)
+            if self._options.images is not None:
+                parent = ""
+            rows, load = self._rows_of(folder / name)
+            catalog.begin_file((folder / name).as_posix(), f"{stem}/", load)
+            split, before = files.split_of(name), catalog.total
+            for row in rows:
+                image = row.image
+                if image and row.offset is None and "://" not in image:
+                    image = posixpath.join(parent, image)
+                catalog.add(row._replace(image=image, split=row.split or split))
+            if catalog.total == before:
+                logger.warning(f"{folder / name}: adds no image or caption")
+        catalog.add_found(images)
+        return catalog.finish(f"{len(tables)} tables, such as {tables[0]}")
 
     def _containers(self, folder: Path, found: Sizes) -> Source:
         """Open the tars of a folder, else its Parquet files, else its Arrow files."""
         tars, parquet, arrow = (
             {name: size for name, size in found.items() if name.lower().endswith(suffix)}
-            for suffix in (".tar", *_COLUMNAR)
+            for suffix in (".tar", *COLUMNAR)
         )
-        if tars and self._kind != "parquet":
-            return self._tars(folder, tars)  # img2dataset writes a .parquet beside each .tar
-        if self._kind != "webdataset" and (parquet or arrow):
-            # `datasets` keeps results of its computations beside its data.
-            data = {
-                k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")
-            }
-            return self._columnar(folder, parquet or data or arrow)
+        # `datasets` keeps results of its computations beside its data.
+        data = {k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")}
+        read = tars if tars and self._kind != "parquet" else parquet or data or arrow
+        if read and not (self._kind == "webdataset" and read is not tars):
+            files.warn_of_gaps(folder, read)
+            rest = [name for name in found if not (name in read or name.endswith(".json"))]
+            report_unread(
+                folder, (name for name in rest if name in data or name not in arrow), read
+            )
+            return (self._tars if read is tars else self._columnar)(folder, read)
         form = "tar" if self._kind == "webdataset" else "Parquet"
         raise DataError(f"{folder}: contains no {form} files; correct --kind")
 
-    def _file(self, file: Path, folder: Path | None, found: Sizes) -> Source:
+    def _file(self, file: Path, folder: Path | None, images: Sequence[str] = ()) -> Source:
         """Open a file that is the source, or that has the captions of a folder's images."""
         if (error := files.name_error(str(file))) is not None:
             raise DataError(error)
@@ -181,7 +228,6 @@ class _Opener:
             form, document = read_document(file)
         if self._kind not in ("auto", *_KINDS[form]):
             raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
-        images = images_in(found)
         if form == "tar":
             return self._tars(file.parent, {file.name: None})
         if form == "parquet":
@@ -195,8 +241,9 @@ class _Opener:
         is_stdin = str(table) == STDIN
         table = Path("stdin") if is_stdin else table
         reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
-        catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
-        catalog.begin_file(table.as_posix())
+        catalog = Catalog(root)
+        load = reader.read_image if form in SUFFIXES else None
+        catalog.begin_file(table.as_posix(), load=load)
         with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
             for row in reader.rows(file):
                 catalog.add(row)
@@ -205,6 +252,20 @@ class _Opener:
         if form in SUFFIXES:
             description = f"{form[1:].upper()} table with {reader.found}"
         return catalog.finish(description)
+
+    def _rows_of(self, table: Path) -> tuple[Iterator[Row], Callable[[int], bytes] | None]:
+        """Stream the rows of a table; also return how the base64 images in it are read."""
+        if (form := recognise(table)) == "parquet":
+            from csalign.sources.records.parquet import path_rows
+
+            return path_rows(table, self._options), None
+        reader = TableReader(table, self._options, form)
+
+        def rows() -> Iterator[Row]:
+            with files.open_file(table) as file:
+                yield from reader.rows(file)
+
+        return rows(), reader.read_image
 
     def _tars(self, root: Path, sizes: Sizes) -> Source:
         lines = self._options.caption_lines
@@ -241,7 +302,7 @@ def recognise(file: Path) -> str:
     with files.open_file(file) as opened:
         start = opened.read(1 << 16)
     suffix = file.suffix.lower()
-    if start.startswith((b"PAR1", b"ARROW1")) or suffix in _COLUMNAR:
+    if start.startswith((b"PAR1", b"ARROW1")) or suffix in COLUMNAR:
         return "parquet"
     if suffix == ".tar" or start[257:262] == b"ustar":
         return "tar"
@@ -275,25 +336,6 @@ def recognise(file: Path) -> str:
         if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES):
             return form
     return ".txt"
-
-
-def _table_in(folder: Path, found: Sizes) -> Path | None:
-    """Find the captions table directly in a folder; DataError if there are several."""
-    names = {name: posixpath.splitext(name.lower()) for name in found if "/" not in name}
-    tables = [name for name, (_, suffix) in names.items() if suffix in (*SUFFIXES, ".parquet")]
-    for stem in _TABLE_STEMS:
-        named = [name for name in tables if names[name][0] == stem]
-        if len(named) == 1:
-            return folder / named[0]
-    if len(tables) > 1:
-        listed = ", ".join(tables[:5]) + (", ..." if len(tables) > 5 else "")
-        raise DataError(f"{folder}: contains several tables ({listed}); choose one with --captions")
-    # The Kaggle copy of Flickr8k keeps its table in captions.txt.
-    for name, (stem, suffix) in names.items():
-        is_candidate = not tables and suffix == ".txt" and stem in _TABLE_STEMS
-        if is_candidate and recognise(folder / name) == ".csv":
-            return folder / name
-    return folder / tables[0] if tables else None
 
 
 def _is_clip_benchmark(root: Path) -> bool:

@@ -107,6 +107,16 @@ def open_parquet(
     return ParquetSource(root, paths, known, layout, images or root, count, digest, lost)
 
 
+def path_rows(table: Path, options: SourceOptions) -> Iterator[Row]:
+    """Stream the rows of a Parquet file of image paths; raises `DataError` for another."""
+    layout, _, _ = _inspect(table.parent, [table.name], options)
+    if layout.kind != "path":
+        raise DataError(f"{table}: contains no image paths; pass it as a source of its own")
+    with open_arrow(table) as file:
+        for number, values in enumerate(layout.rows(file), 1):
+            yield layout.row(number, values, None)
+
+
 def _inspect(
     root: Path, paths: Sequence[str], options: SourceOptions
 ) -> tuple[Layout, int, dict[int, str]]:
