@@ -1,11 +1,11 @@
 """Embed the records of a part: read, decode and preprocess ahead while the network computes."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError, reason_of
+from csalign.core.figures import counted
 from csalign.core.progress import show_figures, tick
 from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
@@ -21,13 +22,15 @@ from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
 from csalign.ingest.job import Failure, PartRecord
 from csalign.ingest.partial_set import PartWriter
-from csalign.sources.images import Notes, read_image
+from csalign.sources.images import read_image
 from csalign.sources.records import ImageInput, Record, TextInput
 
 # Batches of texts that are sorted by length together: enough to fill batches of similar length,
 # few enough to hold their tokens.
 _BATCHES_PER_WINDOW = 16
 _WRITES_AHEAD = 4
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Columns = Mapping[str, Sequence[str | None]]
@@ -45,7 +48,7 @@ class Pipeline:
     done: Counter[str] = field(
         default_factory=Counter
     )  # records (once their image is), texts, failures
-    notes: Notes = field(default_factory=Notes)  # of the pixels
+    notes: dict[str, list[str]] = field(default_factory=dict)  # on pixels, with their images
 
     def __post_init__(self) -> None:
         self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -59,7 +62,8 @@ class Pipeline:
         """Stop the threads; waiting work is dropped. Warn of what was noticed in the pixels."""
         for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
-        self.notes.log()
+        for what, images in self.notes.items():
+            logger.warning("%s %s (such as %s)", counted(len(images), "image"), what, images[0])
 
     def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
         """Embed and write the records of a part, images first; failures name their `file`."""
@@ -197,7 +201,10 @@ class _Part:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
-            note = partial(self.pipeline.notes.add, image.source)
+
+            def note(what: str) -> None:
+                self.pipeline.notes.setdefault(what, []).append(image.source)
+
             return encoder.preprocess(read_image(image.read(), note))
         except DataError as error:
             return str(error)

@@ -1,13 +1,12 @@
 """Decode an image to what encoders expect: upright, opaque, 8-bit RGB."""
 
-import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from io import BytesIO
-from threading import Lock
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from csalign.core.errors import DataError, reason_of
-from csalign.core.figures import counted
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
@@ -32,42 +30,8 @@ _DEPTHS = (8, 10, 12, 14, 16)  # bits per value in use
 _ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # of MPO, the other frames are previews
 _FLAT, _DARK, _LIGHT = 2, 32, 223  # largest difference, largest and smallest value
 
-# What else a file is, by its first bytes.
-_OTHERS = {
-    b"version https://git-lfs": "is a pointer of Git LFS; fetch the file with git lfs pull",
-    b"<": "is HTML, XML or SVG rather than an image; download it again",
-    b"%PDF": "is a PDF; save it as an image",
-    b"\xff\x0a": "is JPEG XL; install pillow-jxl-plugin to read it",
-    b"\0\0\0\x0cJXL ": "is JPEG XL; install pillow-jxl-plugin to read it",
-    **dict.fromkeys(
-        (b"ftypheic", b"ftypheix", b"ftypmif1"), "is HEIC; install pillow-heif to read it"
-    ),
-}
-
 Pixels = npt.NDArray[Any]
 Note = Callable[[str], None]
-
-logger = logging.getLogger(__name__)
-
-
-class Notes:
-    """Count what is noticed in images, with an example of each; any thread may add to it."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
-        self._lock = Lock()
-
-    def add(self, example: str, what: str) -> None:
-        """Count an image of which something was noticed."""
-        with self._lock:
-            count, first = self._found.get(what, (0, example))
-            self._found[what] = count + 1, first
-
-    def log(self) -> None:
-        """Warn of all that was noticed, one line each, and forget it."""
-        found, self._found = self._found, {}
-        for what, (count, example) in found.items():
-            logger.warning("%s %s, such as %s", counted(count, "image"), what, example)
 
 
 def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
@@ -88,23 +52,18 @@ def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
     try:
         if not data:
             raise DataError("is empty")
-        with Image.open(BytesIO(data), formats=_formats(data)) as image:
+        # Version 2 of TGA is recognised by its end; version 1 has no sign of its own.
+        tga = ("TGA",) if b"TRUEVISION-XFILE" in data[-26:] else ()
+        with Image.open(BytesIO(data), formats=(*_formats(), *tga)) as image:
             _check_size(*image.size)
-            mode = _raw_mode(image)
+            args = image.tile[0].args if image.tile else ""
+            stored = str(args[0] if isinstance(args, tuple) else args)  # such as RGB;16B
             image.load()
-            wide = image.mode == "F" or image.mode.startswith("I")
-            pixels = np.asarray(_upright(image)) if wide else None
-            if ";16" in mode and image.mode.startswith("RGB") and _is_dark(image):
-                if image.mode == "RGB":
-                    pixels = _wide_pixels(data, image, mode)
-                else:
-                    note(
-                        "with alpha, dark as their 16 bits are not all used; save them with 8 bits"
-                    )
-            if pixels is not None:
-                decoded = Image.fromarray(_to_8_bit(pixels, image, data, note)).convert("RGB")
-            else:
+            pixels = _wide_pixels(data, image, stored, note)
+            if pixels is None:
                 decoded = _to_rgb(_upright(image))
+            else:
+                decoded = Image.fromarray(_to_8_bit(pixels, image, data, note)).convert("RGB")
             if image.format in _ANIMATED and getattr(image, "is_animated", False):
                 note("with several frames or pages, of which the first is read")
         _note_if_flat(decoded, note)
@@ -112,43 +71,31 @@ def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(_what_else(data)) from None
+        raise DataError("is not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large()) from None
     except Exception as error:  # decoders raise anything on damaged bytes
         raise DataError(f"cannot be read ({reason_of(error)})") from error
 
 
-def is_image(start: bytes) -> bool:
-    """Recognise an image that can be read by the first 16 bytes of its file."""
-    accepts = (Image.OPEN[name][1] for name in _known_formats())
+def is_image(path: Path) -> bool:
+    """Recognise an image that can be read by the first bytes of its file."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    accepts = (Image.OPEN[name][1] for name in _formats())
     return len(start) == 16 and any(own is not None and own(start) is True for own in accepts)
 
 
-def _formats(data: bytes) -> tuple[str, ...]:
-    # Version 2 of TGA is recognised by its end; version 1 has no sign of its own.
-    return (*_known_formats(), *(["TGA"] if b"TRUEVISION-XFILE" in data[-26:] else ()))
-
-
 @cache
-def _known_formats() -> tuple[str, ...]:
+def _formats() -> tuple[str, ...]:
     # Pillow knows more formats; some run other programs or are not pictures.
     Image.init()
-    for plugin, register in (("pillow_heif", "register_heif_opener"), ("pillow_jxl", "__name__")):
-        with suppress(ImportError):
-            opener = getattr(import_module(plugin), register)
-            if callable(opener):
-                opener()
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        import_module("pillow_jxl")
     wanted = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL")
     return tuple(name for name in wanted if name in Image.OPEN)
-
-
-def _what_else(data: bytes) -> str:
-    start = data[:512].lstrip()
-    for sign, reason in _OTHERS.items():
-        if start.startswith(sign) or (sign.startswith(b"ftyp") and data[4:12] == sign):
-            return reason
-    return "is not an image of a known format"
 
 
 def _check_size(width: int, height: int) -> None:
@@ -179,45 +126,40 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _note_if_flat(image: Image.Image, note: Note) -> None:
     # A few of the pixels suffice for almost all pictures.
-    if _flatness(image.resize((32, 32), Image.Resampling.NEAREST)) is not None:
-        width, height = (min(side, 256) for side in image.size)
-        what = _flatness(image.resize((width, height), Image.Resampling.BOX))
-        if what is not None:
-            note(f"{what}; see whether they are pictures, rather than masks or measurements")
+    what = None
+    for side, choose in ((32, Image.Resampling.NEAREST), (256, Image.Resampling.BOX)):
+        small = image.resize((min(side, image.width), min(side, image.height)), choose)
+        bands = cast(tuple[tuple[int, int], ...], small.getextrema())
+        lows, highs = zip(*bands, strict=True)
+        if all(high - low <= _FLAT for low, high in bands):
+            what = "of one colour"
+        elif max(highs) < _DARK or min(lows) > _LIGHT:
+            what = f"nearly {'black' if max(highs) < _DARK else 'white'}"
+        else:
+            return
+    note(f"{what}; see whether they are pictures, rather than masks or measurements")
 
 
-def _flatness(image: Image.Image) -> str | None:
-    bands = cast(tuple[tuple[int, int], ...], image.getextrema())
-    if all(high - low <= _FLAT for low, high in bands):
-        return "of one colour"
-    if max(high for _, high in bands) < _DARK:
-        return "nearly black"
-    return "nearly white" if min(low for low, _ in bands) > _LIGHT else None
-
-
-def _raw_mode(image: Image.Image) -> str:
-    """Return Pillow's name of how the pixels are stored, such as ``RGB;16B``."""
-    args = image.tile[0].args if image.tile else ""
-    return str(args[0] if isinstance(args, tuple) else args)
-
-
-def _is_dark(image: Image.Image) -> bool:
-    """Check whether the upper 8 bits of 16 use at most 6 in all colours."""
-    bands = cast(tuple[tuple[int, int], ...], image.getextrema())
-    return max(high for _, high in bands[:3]) < 64
-
-
-def _wide_pixels(data: bytes, image: Image.Image, mode: str) -> Pixels:
-    """Return all 16 bits of RGB, (h, w, 3), of which Pillow keeps the upper 8."""
-    is_big = mode[-1] == "B" or (mode[-1] == "N" and sys.byteorder == "big")
-    swapped = f"{mode[:-1]}{'L' if is_big else 'B'}"  # in which the lower come first
+def _wide_pixels(data: bytes, image: Image.Image, stored: str, note: Note) -> Pixels | None:
+    """Return values of more than 8 bits; None for 8 bits, or colours that use the upper 8 of 16."""
+    is_grey = image.mode[0] in "FI"
+    if not (is_grey or ";16" in stored):
+        return None
+    pixels: Pixels = np.asarray(_upright(image))
+    if is_grey or pixels[..., :3].max() > 63:
+        return pixels if is_grey else None
+    if image.mode != "RGB":
+        note("with alpha, dark as their 16 bits are not all used; save them with 8 bits")
+        return None
+    # Pillow keeps the upper 8 bits: the lower in the other order of bytes.
+    is_big = stored[-1] == "B" or (stored[-1] == "N" and sys.byteorder == "big")
+    swapped = f"{stored[:-1]}{'L' if is_big else 'B'}"
     with Image.open(BytesIO(data), formats=(str(image.format),)) as again:
-        again.tile = [
-            tile._replace(args=(swapped, *tile.args[1:]) if mode != tile.args else swapped)
-            for tile in again.tile
-        ]
-        lower = np.asarray(_upright(again))
-    return np.asarray(_upright(image)).astype(np.uint16) << 8 | lower
+        for k, tile in enumerate(again.tile):
+            args = (swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped
+            again.tile[k] = tile._replace(args=args)
+        lower: Pixels = np.asarray(_upright(again))
+    return pixels.astype(np.uint16) << 8 | lower
 
 
 def _to_8_bit(pixels: Pixels, image: Image.Image, data: bytes, note: Note) -> Pixels:
@@ -242,8 +184,8 @@ def _to_8_bit(pixels: Pixels, image: Image.Image, data: bytes, note: Note) -> Pi
         scaled = np.rint(pixels * (255 if high <= 1 else 1))
     else:
         scaled = pixels >> (_depth(pixels, image, data, note) - 8)
-    grey = scaled.astype(np.uint8)
-    return 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey
+    grey: Pixels = scaled.astype(np.uint8)
+    return np.invert(grey) if tags.get(_PHOTOMETRIC) == 0 else grey
 
 
 def _depth(pixels: Pixels, image: Image.Image, data: bytes, note: Note) -> int:
@@ -257,13 +199,13 @@ def _depth(pixels: Pixels, image: Image.Image, data: bytes, note: Note) -> int:
         return start[0] if start[0] >= 8 and high < 1 << start[0] else 16
     largest = tags.get(_S_MAX_SAMPLE) or tags.get(_MAX_SAMPLE)
     bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 16)))
-    stated = max(8, int(np.max(largest)).bit_length()) if largest else bits
+    stated = min(16, max(8, int(np.max(largest)).bit_length())) if largest else bits
     if (largest or 8 <= bits < 16) and high < 1 << stated:
         return stated
     depth = next(bits for bits in _DEPTHS if high < 1 << bits)
     if depth < 16 and high:
-        if not (pixels % 257).any():
-            return 16  # 8 bits that were scaled to 16
+        if not (pixels % 257).any():  # 8 bits that were scaled to 16
+            return 16
         note(
             "with values of 16 or 32 bits that use a part of them, scaled by the bits in use; "
             "save them with 8 bits if their range is larger"

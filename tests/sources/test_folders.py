@@ -161,8 +161,8 @@ def test_a_document_beside_images_is_pointed_out(
     open_source(folder)
 
     assert (
-        "1 file not read (1 .json), such as dataset.json; if it contains the captions, pass it "
-        "with --captions"
+        "1 file not read (1 .json), such as dataset.json; pass it with --captions if it contains "
+        "the captions"
     ) in caplog.text
 
 

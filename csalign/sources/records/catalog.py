@@ -15,7 +15,6 @@ from typing import NamedTuple
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
-from csalign.core.records import parse_json
 from csalign.sources.records import (
     ImageInput,
     IndexedFile,
@@ -25,7 +24,7 @@ from csalign.sources.records import (
     UnreadableFile,
     files,
 )
-from csalign.sources.records.tables import BASE64_NAMES, Row, SourceOptions, json_captions
+from csalign.sources.records.tables import BASE64_NAMES, Row
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ class _File(NamedTuple):
     prefix: str
     start: int  # its first record
     load: Callable[[int], bytes] | None = None
+    parent: str = ""
     is_unreadable: bool = False
 
 
@@ -80,18 +80,19 @@ class Catalog:
         self._blank_rows = self._rows = self._rows_without_caption = 0
 
     def begin_file(
-        self, name: str, prefix: str = "", load: Callable[[int], bytes] | None = None
+        self,
+        name: str,
+        prefix: str = "",
+        load: Callable[[int], bytes] | None = None,
+        parent: str = "",
     ) -> None:
         """Start a file.
 
-        Args:
-            name: of the file, for messages.
-            prefix: makes ids from its row numbers unique among several files.
-            load: return the bytes of a base64 image by the offset of its row (default: none may
-                have one, as the rows cannot be read again).
+        `prefix` makes ids from its row numbers unique among several files, `load` returns a base64
+        image by the offset of its row, and `parent` is where its image paths start below the root.
         """
         self._digest.update(prefix.encode())
-        self._files.append(_File(name, prefix, len(self._entries), load))
+        self._files.append(_File(name, prefix, len(self._entries), load, parent))
 
     def add_unreadable_file(self, name: str, reason: str) -> None:
         """Add a file that cannot be read at all."""
@@ -202,13 +203,13 @@ class Catalog:
 
     def _split_by_folder(self) -> None:
         """Take the splits from the folders if all images lie in those of two or more splits."""
-        places = [entry for entry in self._entries if entry.place and entry.offset is None]
-        splits = {posixpath.dirname(str(entry.place)): "" for entry in places}
-        for folder in splits:
-            splits[folder] = files.split_of_folder(folder) or ""
-        if len(names := sorted(set(splits.values()))) > 1 and all(names):
-            logger.info("%s: splits are those of the folders (%s)", self._root, ", ".join(names))
-            for entry in places:
+        entries = [entry for entry in self._entries if entry.place and entry.offset is None]
+        folders = {posixpath.dirname(str(entry.place)) for entry in entries}
+        # The outermost, since a class may be called train too.
+        splits = {folder: files.split_of(folder, inwards=True) for folder in folders}
+        if len(names := set(splits.values())) > 1 and None not in names:
+            logger.info("%s: splits are taken from folder names", self._root)
+            for entry in entries:
                 entry.split = splits[posixpath.dirname(str(entry.place))]
 
     def _record(self, file: _File, position: int) -> Record:
@@ -244,13 +245,11 @@ class Catalog:
                 content = files.decode_text(
                     files.read_bounded(self._root / entry.text, files.MAX_TEXT_BYTES)
                 )
-                if entry.text.lower().endswith(".json"):
-                    found: Sequence[str] = captions_in_json(content)
-                else:
-                    found = files.captions_in(content, lines=self._caption_lines)
             except DataError as reason:
                 return Record(None, error=f"its captions {entry.text}: {reason}")
-            captions = [(text, None) for text in found]
+            captions = [
+                (text, None) for text in files.captions_in(content, lines=self._caption_lines)
+            ]
             if not captions and image is None:
                 return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}
@@ -305,6 +304,8 @@ class Catalog:
                 f"has an image path of {len(row.image)} characters; if it is an image in base64, "
                 f"call its column {BASE64_NAMES[0]}"
             )
+        if (parent := self._files[-1].parent) and "://" not in row.image:
+            row = row._replace(image=posixpath.join(parent, row.image))
         if row.image in self._by_id and row.id is None:
             return row.image  # an earlier row was checked
         if self._root is not None:
@@ -312,13 +313,3 @@ class Catalog:
         if "://" in row.image or "\0" in row.image:
             raise DataError(f"image {row.image!r:.200} is not a file; URLs are not fetched")
         return posixpath.normpath(row.image)
-
-
-def captions_in_json(content: str) -> tuple[str, ...]:
-    """Return the captions of a JSON object under a usual name, none if it is another document."""
-    try:
-        values = parse_json(content)
-        name = isinstance(values, dict) and SourceOptions(kind="captions").pick(values).caption
-        return json_captions(values[name], name) if name else ()
-    except ValueError as error:
-        raise DataError(f"is not valid JSON of captions ({error})") from None

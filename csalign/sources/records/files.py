@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from csalign.core.enums import usual_split
 from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote, parse_location
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -28,8 +29,7 @@ _BRACE_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?[]")
 _NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+)[^/]*|[^\d/]*)")
-_LONGEST_NUMBER = 7  # of digits; longer ones are dates
-_OF_IMAGES = ("image", "images", "img", "imgs", "data", "set", "split", "jpg", "jpeg", "png")
+_DATE = 8  # digits, which are no series
 _CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # of file managers
 
 logger = logging.getLogger(__name__)
@@ -253,49 +253,37 @@ def path_below(root: Path, path: str) -> str:
     return normal
 
 
-def split_of(name: str) -> str | None:
-    """Recognise the split in the name of a file, or else of its folder.
+def split_of(name: str, *, inwards: bool = False) -> str | None:
+    """Recognise the split in the name of a file, or else of its folder; or of any, from outside.
 
     ``train-00000-of-00002.parquet``, ``validation/0.tar`` and ``captions_val2017.json`` have one.
     """
-    for part in reversed(name.split("/")[-2:]):
+    for part in name.split("/") if inwards else reversed(name.split("/")[-2:]):
         for word in re.findall(r"[a-z]+", part.lower()):
             if (split := usual_split(word)) is not None:
                 return split
     return None
 
 
-def split_of_folder(folder: str) -> str | None:
-    """Recognise the split of images by their folder: ``train/cat`` or ``images/val2017``."""
-    for part in folder.lower().split("/"):
-        words = [word for word in re.findall(r"[a-z]+", part) if word not in _OF_IMAGES]
-        if len(words) == 1 and (split := usual_split(words[0])) is not None:
-            return split
-    return None
-
-
 def warn_of_gaps(root: Path, names: Iterable[str]) -> None:
     """Warn of files that are missing in a numbered series, such as 0.tar, 1.tar and 3.tar."""
-    series: dict[tuple[str, str], dict[int, int]] = {}  # lengths of the numbers
+    series: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
             start, number, total = match.groups("")
-            series.setdefault((start, total), {})[int(number)] = len(number)
+            series.setdefault((start, total), {})[int(number)] = number
     missing = []
     for (start, total), own in series.items():
-        first, last = min(own), max(own)
+        first, last, width = min(own), max(own), len(own[min(own)])
         if total:
             first, last = (0, int(total) - 1) if last < int(total) else (1, int(total))
-        elif last - first > 3 * len(own) or max(own.values()) > _LONGEST_NUMBER:
-            continue  # numbers that are not of a series, such as dates
-        end = f"-of-{total}" if total else ""
-        gaps = (number for number in range(first, min(last, _MAX_FILES) + 1) if number not in own)
-        missing += [f"{start}{number:0{own[min(own)]}d}{end}" for number in gaps]
+        if total or (last - first <= 3 * len(own) and width < _DATE):
+            gaps = set(range(first, min(last, _MAX_FILES) + 1)) - own.keys()
+            missing += [f"{start}{number:0{width}d}" for number in sorted(gaps)]
     if missing:
         logger.warning(
-            "%s: the numbers of its files have gaps (%d missing, such as %s); add the files, or "
-            "work with a part of the source",
-            *(root, len(missing), missing[0]),
+            f"{root}: {counted(len(missing), 'file')} of a numbered series not found, such as "
+            f"{missing[0]}; add them, or read the rest alone"
         )
 
 
@@ -308,61 +296,52 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, int | None]:
-    """List files; links to folders outside, or to those that are read anyway, are not followed."""
+    root, seen = os.path.realpath(folder), set()
     found: dict[str, int | None] = {}
-    folders, linked, seen = [""], [], set()
+    folders: list[str] = [""]
+    links: list[str] = []
     outside: list[str] = []
     refused: list[str] = []
-    root = os.path.realpath(folder)
-    while folders or linked:
-        # Links come last, so that a folder is read under its own name.
-        parent = folders.pop() if folders else linked.pop()
-        path = os.path.join(folder, parent)  # noqa: PTH118
+    while folders or links:
+        # Links come last, so that a folder is read once, under its own name.
+        parent = folders.pop() if folders else links.pop()
+        real = os.path.realpath(os.path.join(root, parent))  # noqa: PTH118
+        if real in seen:
+            continue
+        seen.add(real)
         try:
-            status = os.stat(path)  # noqa: PTH116
-            if (key := (status.st_dev, status.st_ino)) in seen:
-                continue
-            seen.add(key)
-            with os.scandir(path) as listed:
-                entries = list(listed)
+            entries = list(os.scandir(real))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{folder / parent}: cannot be read ({error.strerror})") from None
         for entry in entries:
             name = parent + entry.name
-            if entry.name[0] == "." or entry.name in _CLUTTER:
+            if _is_clutter(entry.name):
                 continue
             is_link = entry.is_symlink()
-            is_outside = is_link and _leads_out(root, path, entry.path)
-            if not _is_folder(entry):
+            is_folder = os.path.isdir(entry) if is_link else entry.is_dir()  # noqa: PTH112
+            if is_link and _leads_out(root, real, entry):
+                (refused if is_folder else outside).append(name)
+            if not is_folder:
                 found[name] = None
-                outside += [name] * is_outside
-            elif is_outside:
-                refused.append(name)
-            else:
-                (linked if is_link else folders).append(f"{name}/")
-    if refused:
-        logger.warning(
-            f"{folder}: {len(refused)} links to folders outside of it are not followed, such as "
-            f"{refused[0]}; pass the folder that is meant, or copy it"
-        )
-    if outside:
-        logger.info(
-            f"{folder}: {len(outside)} files are links out of the folder, such as {outside[0]}, "
-            f"which is {os.path.realpath(os.path.join(folder, outside[0]))}"  # noqa: PTH118
-        )
+            elif name not in refused[-1:]:
+                (links if is_link else folders).append(f"{name}/")
+    for names, what in ((refused, "folder"), (outside, "file")):
+        if names:
+            logger.warning(
+                f"{folder}: {counted(len(names), what)} behind links out of it "
+                f"{'not ' * (names is refused)}read, such as {names[0]}"
+            )
     return found
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _leads_out(root: str, folder: str, link: os.DirEntry[str]) -> bool:
+    target = os.path.normpath(os.path.join(folder, os.readlink(link)))  # noqa: PTH115, PTH118
+    return not f"{target}/".startswith(f"{root}/")
 
 
-def _leads_out(root: str, parent: str, link: str) -> bool:
-    target = os.path.join(os.path.realpath(parent), os.readlink(link))  # noqa: PTH115, PTH118
-    return not f"{os.path.normpath(target)}/".startswith(f"{root}/")
+def _is_clutter(name: str) -> bool:
+    """Recognise what editors and file managers leave behind, such as ._photo.jpg."""
+    return name[0] == "." or name in _CLUTTER
 
 
 def _remote_files(folder: Any) -> dict[str, int | None]:
@@ -370,8 +349,7 @@ def _remote_files(folder: Any) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for path, entry in folder.fs.find(base, detail=True).items():
         name = path[len(base) :].strip("/")
-        parts = [part for part in name.split("/") if part]
-        hidden = any(part[0] == "." or part in _CLUTTER for part in parts)
+        hidden = any(_is_clutter(part) for part in name.split("/") if part)
         if name and not path.endswith("/") and not hidden:
             found[name] = entry.get("size")
     return found

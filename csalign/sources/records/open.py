@@ -4,7 +4,7 @@ import logging
 import posixpath
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -18,20 +18,19 @@ from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.folder import (
-    COLUMNAR,
     TABLE_STEMS,
+    TEXTS,
     Sizes,
     images_in,
     read_folder,
-    report_unread,
     tables_in,
+    warn_of_unread,
 )
 from csalign.sources.records.tables import (
     CAPTION_NAMES,
     IMAGE_NAMES,
     SUFFIXES,
     Kind,
-    Row,
     SourceOptions,
     TableReader,
 )
@@ -42,6 +41,7 @@ __all__ = ["SourceOptions", "open_source"]
 logger = logging.getLogger(__name__)
 
 STDIN = "-"
+_COLUMNAR = (".parquet", ".arrow")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
@@ -113,7 +113,7 @@ class _Opener:
             files.warn_of_gaps(root, sizes)
         if suffixes == {".tar"}:
             return self._tars(root, sizes)
-        if len(suffixes) == 1 and suffixes <= set(COLUMNAR):
+        if len(suffixes) == 1 and suffixes <= set(_COLUMNAR):
             return self._columnar(root, sizes)
         listed = ", ".join(sorted(suffixes))
         raise DataError(f"{source}: several files must all be .tar or all .parquet, not {listed}")
@@ -137,62 +137,43 @@ class _Opener:
         if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
             raise ConfigError(f"--kind: {folder} is a folder, not {kind}; pass the file")
         images = [] if kind == "captions" else images_in(folder, found)
-        # img2dataset writes a .parquet beside each folder of images.
-        parents = {posixpath.dirname(name) for name in images}
-        containers = {
-            name
-            for name in found
-            if name.lower().endswith((".tar", *COLUMNAR))
-            and posixpath.splitext(name)[0] not in parents
-        }
+        if kind != "parquet":  # img2dataset writes these beside each tar or folder of images
+            shards = {posixpath.dirname(name) for name in images}
+            shards |= {name[: -len(".tar")] for name in found if name.lower().endswith(".tar")}
+            beside = {f"{own}{end}" for own in shards for end in (".parquet", "_stats.json")}
+            found = {name: size for name, size in found.items() if name not in beside}
+        containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
         if kind in ("webdataset", "parquet") or (containers and kind != "folder" and not images):
             return self._containers(folder, found)
-        tables = [] if kind == "folder" else self._tables(folder, found)
-        if tables:
-            read = {*tables, *images}
-            report_unread(folder, (name for name in found if name not in read), read)
-            if tables == [posixpath.basename(tables[0])]:
-                root = folder if kind == "auto" else None
-                return self._file(folder / tables[0], root, images if root else ())
-            return self._several_tables(folder, tables, images if kind == "auto" else ())
+        if tables := [] if kind == "folder" else _tables_in(folder, found):
+            warn_of_unread(folder, found, {*tables, *images})
+            return self._tables(folder, tables, images)
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
                 "--kind folder, webdataset or parquet"
             )
         if kind == "captions":
-            found = {
-                k: size for k, size in found.items() if k.lower().endswith((".txt", ".caption"))
-            }
+            found = {name: found[name] for name in found if name.lower().endswith(TEXTS)}
         lines = self._options.caption_lines is not False
         return read_folder(folder, found, images, caption_lines=lines)
 
-    def _tables(self, folder: Path, found: Sizes) -> list[str]:
-        """List the captions tables of a folder."""
-        if tables := tables_in(folder, found):
-            return tables
-        # The Kaggle copy of Flickr8k keeps its table in captions.txt.
-        texts = (f"{stem}.txt" for stem in TABLE_STEMS)
-        names = [name for name in found if name.lower() in texts]
-        return [name for name in names if recognise(folder / name) == ".csv"][:1]
-
-    def _several_tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
-        """Read tables whose paths start from their own folders, such as train/metadata.csv."""
+    def _tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
+        """Open the captions tables of a folder; their paths start from their own folders."""
+        if tables == [posixpath.basename(tables[0])]:
+            is_auto = self._kind == "auto"
+            return self._file(folder / tables[0], folder if is_auto else None, images)
+        is_given = self._options.images is not None
+        parents = {} if is_given else {name: posixpath.dirname(name) for name in tables}
+        forms = {name: recognise(folder / name) for name in tables}
+        if set(forms.values()) == {"parquet"}:
+            sizes = dict.fromkeys(tables)
+            return self._columnar(folder, sizes, folder, found=images, parents=parents.values())
+        if "parquet" in forms.values():
+            raise DataError(f"{folder}: contains Parquet and other tables; choose with --captions")
         catalog = Catalog(self._options.images or folder)
-        for name in tables:
-            stem, parent = posixpath.splitext(name)[0], posixpath.dirname(name)
-            if self._options.images is not None:
-                parent = ""
-            rows, load = self._rows_of(folder / name)
-            catalog.begin_file((folder / name).as_posix(), f"{stem}/", load)
-            split, before = files.split_of(name), catalog.total
-            for row in rows:
-                image = row.image
-                if image and row.offset is None and "://" not in image:
-                    image = posixpath.join(parent, image)
-                catalog.add(row._replace(image=image, split=row.split or split))
-            if catalog.total == before:
-                logger.warning(f"{folder / name}: adds no image or caption")
+        for name, form in forms.items():
+            self._add_rows(catalog, folder / name, form, name, parents.get(name, ""))
         catalog.add_found(images)
         return catalog.finish(f"{len(tables)} tables, such as {tables[0]}")
 
@@ -200,17 +181,16 @@ class _Opener:
         """Open the tars of a folder, else its Parquet files, else its Arrow files."""
         tars, parquet, arrow = (
             {name: size for name, size in found.items() if name.lower().endswith(suffix)}
-            for suffix in (".tar", *COLUMNAR)
+            for suffix in (".tar", *_COLUMNAR)
         )
         # `datasets` keeps results of its computations beside its data.
         data = {k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")}
         read = tars if tars and self._kind != "parquet" else parquet or data or arrow
         if read and not (self._kind == "webdataset" and read is not tars):
             files.warn_of_gaps(folder, read)
-            rest = [name for name in found if not (name in read or name.endswith(".json"))]
-            report_unread(
-                folder, (name for name in rest if name in data or name not in arrow), read
-            )
+            rest = (name for name in found if not name.lower().endswith((".json", ".txt")))
+            rest = (name for name in rest if not posixpath.basename(name).startswith("cache-"))
+            warn_of_unread(folder, rest, read)
             return (self._tars if read is tars else self._columnar)(folder, read)
         form = "tar" if self._kind == "webdataset" else "Parquet"
         raise DataError(f"{folder}: contains no {form} files; correct --kind")
@@ -231,41 +211,38 @@ class _Opener:
         if form == "tar":
             return self._tars(file.parent, {file.name: None})
         if form == "parquet":
-            return self._columnar(file.parent, {file.name: None}, root, images)
+            return self._columnar(file.parent, {file.name: None}, root, found=images)
         if document is not None:
             return read_annotations(file, form, document, root, self._options, images)
         return self._rows(file, form, root or file.parent, images)
 
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
-        is_stdin = str(table) == STDIN
-        table = Path("stdin") if is_stdin else table
-        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
         catalog = Catalog(root)
-        load = reader.read_image if form in SUFFIXES else None
-        catalog.begin_file(table.as_posix(), load=load)
-        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
-            for row in reader.rows(file):
-                catalog.add(row)
+        columns = self._add_rows(catalog, table, form)
         catalog.add_found(found)
         description = "list of images" if form == "list" else "text file with one caption per line"
         if form in SUFFIXES:
-            description = f"{form[1:].upper()} table with {reader.found}"
+            description = f"{form[1:].upper()} table with {columns or 'no rows'}"
         return catalog.finish(description)
 
-    def _rows_of(self, table: Path) -> tuple[Iterator[Row], Callable[[int], bytes] | None]:
-        """Stream the rows of a table; also return how the base64 images in it are read."""
-        if (form := recognise(table)) == "parquet":
-            from csalign.sources.records.parquet import path_rows
-
-            return path_rows(table, self._options), None
-        reader = TableReader(table, self._options, form)
-
-        def rows() -> Iterator[Row]:
-            with files.open_file(table) as file:
-                yield from reader.rows(file)
-
-        return rows(), reader.read_image
+    def _add_rows(
+        self, catalog: Catalog, table: Path, form: str, name: str = "", parent: str = ""
+    ) -> str:
+        """Add the rows of a text file, with the split in its `name` if it is one of several."""
+        is_stdin = str(table) == STDIN
+        table = Path("stdin") if is_stdin else table
+        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
+        load = reader.read_image if form in SUFFIXES else None
+        prefix = name and f"{posixpath.splitext(name)[0]}/"
+        catalog.begin_file(table.as_posix(), prefix, load, parent)
+        split, before = files.split_of(name), catalog.total
+        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
+            for row in reader.rows(file):
+                catalog.add(row._replace(split=split) if split and not row.split else row)
+        if catalog.total == before:
+            logger.warning(f"{table}: adds no image or caption")
+        return str(reader.found)
 
     def _tars(self, root: Path, sizes: Sizes) -> Source:
         lines = self._options.caption_lines
@@ -274,18 +251,13 @@ class _Opener:
         return open_tars(root, sizes, self._options, caption_lines=lines)
 
     def _columnar(
-        self, root: Path, sizes: Sizes, images: Path | None = None, found: Sequence[str] = ()
+        self, root: Path, sizes: Sizes, images: Path | None = None, **given: Collection[str]
     ) -> Source:
         from csalign.sources.records.parquet import open_parquet
 
-        return open_parquet(
-            root,
-            list(sizes),
-            self._options,
-            images=self._options.images or images,
-            found=found,
-            sizes=list(sizes.values()),
-        )
+        images = self._options.images or images
+        known = list(sizes.values())
+        return open_parquet(root, list(sizes), self._options, images=images, sizes=known, **given)
 
 
 def recognise(file: Path) -> str:
@@ -302,7 +274,7 @@ def recognise(file: Path) -> str:
     with files.open_file(file) as opened:
         start = opened.read(1 << 16)
     suffix = file.suffix.lower()
-    if start.startswith((b"PAR1", b"ARROW1")) or suffix in COLUMNAR:
+    if start.startswith((b"PAR1", b"ARROW1")) or suffix in _COLUMNAR:
         return "parquet"
     if suffix == ".tar" or start[257:262] == b"ustar":
         return "tar"
@@ -336,6 +308,16 @@ def recognise(file: Path) -> str:
         if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES):
             return form
     return ".txt"
+
+
+def _tables_in(folder: Path, found: Sizes) -> list[str]:
+    """Find the captions tables of a folder."""
+    if tables := tables_in(folder, found):
+        return tables
+    # The Kaggle copy of Flickr8k keeps its table in captions.txt.
+    texts = [f"{stem}.txt" for stem in TABLE_STEMS]
+    names = (name for name in found if name.lower() in texts)
+    return [name for name in names if recognise(folder / name) == ".csv"][:1]
 
 
 def _is_clip_benchmark(root: Path) -> bool:
