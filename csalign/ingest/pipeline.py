@@ -1,5 +1,6 @@
 """Embed the records of a part: read, decode and preprocess ahead while the network computes."""
 
+import logging
 from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,6 +14,7 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, EncoderError, reason_of
+from csalign.core.figures import counted
 from csalign.core.progress import show_figures, tick
 from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
@@ -27,6 +29,8 @@ from csalign.sources.records import ImageInput, Record, TextInput
 # few enough to hold their tokens.
 _BATCHES_PER_WINDOW = 16
 _WRITES_AHEAD = 4
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Columns = Mapping[str, Sequence[str | None]]
@@ -44,6 +48,7 @@ class Pipeline:
     done: Counter[str] = field(
         default_factory=Counter
     )  # records (once their image is), texts, failures
+    notes: dict[str, list[str]] = field(default_factory=dict)  # on pixels, with their images
 
     def __post_init__(self) -> None:
         self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -54,9 +59,11 @@ class Pipeline:
             self.report("texts", 0)
 
     def close(self) -> None:
-        """Stop the threads; waiting work is dropped."""
+        """Stop the threads; waiting work is dropped. Warn of what was noticed in the pixels."""
         for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
+        for what, images in self.notes.items():
+            logger.warning("%s %s (such as %s)", counted(len(images), "image"), what, images[0])
 
     def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
         """Embed and write the records of a part, images first; failures name their `file`."""
@@ -194,7 +201,11 @@ class _Part:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
-            return encoder.preprocess(read_image(image.read()))
+
+            def note(what: str) -> None:
+                self.pipeline.notes.setdefault(what, []).append(image.source)
+
+            return encoder.preprocess(read_image(image.read(), note))
         except DataError as error:
             return str(error)
 

@@ -160,9 +160,10 @@ def test_a_document_beside_images_is_pointed_out(
     (folder / "dataset.json").write_text("{}")
     open_source(folder)
 
-    assert "dataset.json is not read; if it contains the captions, pass it with --captions" in (
-        caplog.text
-    )
+    assert (
+        "1 file not read (1 .json), such as dataset.json; pass it with --captions if it contains "
+        "the captions"
+    ) in caplog.text
 
 
 def test_images_among_tars_must_be_chosen(make_images: MakeImages, outline: Outline) -> None:

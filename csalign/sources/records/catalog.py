@@ -5,7 +5,7 @@ import logging
 import posixpath
 import sys
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.core.figures import counted
 from csalign.core.paths import is_remote
-from csalign.sources.images import SUFFIXES
 from csalign.sources.records import (
     ImageInput,
     IndexedFile,
@@ -37,6 +35,8 @@ class _File(NamedTuple):
     name: str
     prefix: str
     start: int  # its first record
+    load: Callable[[int], bytes] | None = None
+    parent: str = ""
     is_unreadable: bool = False
 
 
@@ -65,22 +65,13 @@ class Catalog:
     Args:
         root: folder that image paths start from; None for the working directory, which paths may
             leave.
-        load: return the bytes of a base64 image by the offset of its row; None where the rows
-            cannot be read again.
         caption_lines: each line of a .txt is a caption, rather than the whole text.
     """
 
-    def __init__(
-        self,
-        root: Path | None,
-        load: Callable[[int], bytes] | None = None,
-        *,
-        caption_lines: bool = True,
-    ) -> None:
+    def __init__(self, root: Path | None, *, caption_lines: bool = True) -> None:
         self.description = ""
         self.fingerprint = ""
         self._root = root
-        self._load = load
         self._caption_lines = caption_lines
         self._digest = hashlib.sha256(repr(caption_lines).encode())
         self._files: list[_File] = []
@@ -88,10 +79,20 @@ class Catalog:
         self._by_id: dict[str, _Entry] = {}
         self._blank_rows = self._rows = self._rows_without_caption = 0
 
-    def begin_file(self, name: str, prefix: str = "") -> None:
-        """Start a file; `prefix` makes ids from its row numbers unique among several files."""
+    def begin_file(
+        self,
+        name: str,
+        prefix: str = "",
+        load: Callable[[int], bytes] | None = None,
+        parent: str = "",
+    ) -> None:
+        """Start a file.
+
+        `prefix` makes ids from its row numbers unique among several files, `load` returns a base64
+        image by the offset of its row, and `parent` is where its image paths start below the root.
+        """
         self._digest.update(prefix.encode())
-        self._files.append(_File(name, prefix, len(self._entries)))
+        self._files.append(_File(name, prefix, len(self._entries), load, parent))
 
     def add_unreadable_file(self, name: str, reason: str) -> None:
         """Add a file that cannot be read at all."""
@@ -152,6 +153,8 @@ class Catalog:
         for entry in self._entries:
             if entry.place is not None and len(entry.captions) > 1:
                 repeated += len(entry.captions) - len({text for text, _ in entry.captions})
+        if not any(entry.split for entry in self._entries):
+            self._split_by_folder()
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
         if 0 < self._rows_without_caption < self._rows:
@@ -196,17 +199,28 @@ class Catalog:
         if file.is_unreadable:
             yield UnreadableFile(file.name, str(self._entries[start].error))
         else:
-            yield IndexedFile(file.name, partial(self._record, file.name), start, stop)
+            yield IndexedFile(file.name, partial(self._record, file), start, stop)
 
-    def _record(self, file: str, position: int) -> Record:
+    def _split_by_folder(self) -> None:
+        """Take the splits from the folders if all images lie in those of two or more splits."""
+        entries = [entry for entry in self._entries if entry.place and entry.offset is None]
+        folders = {posixpath.dirname(str(entry.place)) for entry in entries}
+        # The outermost, since a class may be called train too.
+        splits = {folder: files.split_of(folder, inwards=True) for folder in folders}
+        if len(names := set(splits.values())) > 1 and None not in names:
+            logger.info("%s: splits are taken from folder names", self._root)
+            for entry in entries:
+                entry.split = splits[posixpath.dirname(str(entry.place))]
+
+    def _record(self, file: _File, position: int) -> Record:
         entry = self._entries[position]
         row = entry.row or None
         if entry.error is not None:
             return Record(None, row=row, error=entry.error)
         image = None
         if entry.offset is not None:
-            assert self._load is not None
-            image = ImageInput(entry.label, f"{file}/{row}", partial(self._load, entry.offset))
+            assert file.load is not None
+            image = ImageInput(entry.label, f"{file.name}/{row}", partial(file.load, entry.offset))
         elif entry.place is not None:
             path = Path(entry.place) if self._root is None else self._root / entry.place
             # A remote file is looked up when it is read, which saves a request.
@@ -249,13 +263,14 @@ class Catalog:
         return starts[0], starts[1] if len(starts) > 1 else len(self._entries)
 
     def _image(self, row: Row) -> _Entry:
-        if row.offset is not None and self._load is None:
+        if row.offset is not None and self._files[-1].load is None:
             raise DataError("has an image in base64, which only .csv, .tsv and .jsonl may have")
         if row.offset is None:
             place = self._path(row)
         else:
             place = hashlib.sha256(row.image.encode()).hexdigest()
-        key = row.id or (place if row.offset is None else f"row:{row.number}")
+        prefix = self._files[-1].prefix
+        key = row.id or (place if row.offset is None else f"{prefix}row:{row.number}")
         entry = self._by_id.get(key)
         if entry is None:
             split = row.split and sys.intern(row.split)
@@ -289,6 +304,8 @@ class Catalog:
                 f"has an image path of {len(row.image)} characters; if it is an image in base64, "
                 f"call its column {BASE64_NAMES[0]}"
             )
+        if (parent := self._files[-1].parent) and "://" not in row.image:
+            row = row._replace(image=posixpath.join(parent, row.image))
         if row.image in self._by_id and row.id is None:
             return row.image  # an earlier row was checked
         if self._root is not None:
@@ -296,76 +313,3 @@ class Catalog:
         if "://" in row.image or "\0" in row.image:
             raise DataError(f"image {row.image!r:.200} is not a file; URLs are not fetched")
         return posixpath.normpath(row.image)
-
-
-def images_in(names: Collection[str]) -> list[str]:
-    """Select the files that are images by their suffix, whatever its case."""
-    return [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]
-
-
-def read_folder(folder: Path, found: Mapping[str, int | None], *, caption_lines: bool) -> Catalog:
-    """Find the images of a folder and the .txt of the same stem; or its .txt alone.
-
-    Images of the same stem share their captions, since a stem cannot say which one is meant. The
-    .txt are read together with their images.
-
-    Args:
-        folder: where the files are.
-        found: the result of `files_below`.
-        caption_lines: each line of a .txt is a caption, rather than the whole text.
-
-    Raises:
-        DataError: there is neither an image nor a .txt.
-    """
-    by_stem = {posixpath.splitext(name)[0]: name for name in found if name.lower().endswith(".txt")}
-    images = images_in(found)
-    if not images and not by_stem:
-        raise DataError(
-            f"{folder}: contains no images, captions (.txt), uncompressed tar or Parquet files; "
-            "pass a folder or file that does"
-        )
-    if others := sorted(found.keys() - {*images, *by_stem.values()}):
-        logger.info(
-            f"{folder}: {counted(len(others), 'file')} of other kinds not read, such as "
-            f"{', '.join(others[:3])}"
-        )
-    stems = [posixpath.splitext(name)[0] for name in images] or list(by_stem)
-    captioned = sum(stem in by_stem for stem in stems)
-    description = f"folder of {captioned} .txt files with captions"
-    if images:
-        _warn_of_stems(folder, images, stems, by_stem)
-        count = counted(len(images), "image")
-        description = f"folder of {count}, {captioned} of them with a .txt of captions"
-    catalog = Catalog(folder, caption_lines=caption_lines)
-    catalog.begin_file(str(folder))
-    for label, stem in zip(images or stems, stems, strict=True):
-        text = by_stem.get(stem)
-        size = None if text is None else _size(folder / text, found[text])
-        catalog.add_text(label, label if images else None, text, size)
-    return catalog.finish(description)
-
-
-def _warn_of_stems(
-    folder: Path, found: Sequence[str], stems: Sequence[str], texts: Mapping[str, str]
-) -> None:
-    unused = [texts[stem] for stem in texts.keys() - set(stems)]
-    if unused:
-        logger.warning(
-            f"{folder}: {len(unused)} .txt files are omitted, as no image has their stem "
-            f"({min(unused)})"
-        )
-    first: dict[str, str] = {}
-    for name, stem in zip(found, stems, strict=True):
-        if first.setdefault(stem, name) != name and stem in texts:
-            logger.warning(
-                f"{folder}: images of the same stem share its captions, as {first[stem]} and "
-                f"{name} do; rename them if they differ"
-            )
-            return
-
-
-def _size(path: Path, known: int | None) -> int:
-    try:
-        return path.stat().st_size if known is None else known
-    except OSError:
-        return -1  # its record has the reason

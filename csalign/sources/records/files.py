@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import posixpath
 import re
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from csalign.core.enums import usual_split
 from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote, parse_location
 
 MAX_IMAGE_BYTES = 1 << 30
@@ -21,14 +24,15 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 _MAX_FILES = 100_000
 _BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
-_SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
-}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _BRACE_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WILDCARD = re.compile(r"[*?[]")
+_NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+)[^/]*|[^\d/]*)")
+_DATE = 8  # digits, which are no series
+_CLUTTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")  # of file managers
+
+logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path) -> dict[str, int | None]:
@@ -249,16 +253,38 @@ def path_below(root: Path, path: str) -> str:
     return normal
 
 
-def split_of(name: str) -> str | None:
-    """Recognise the split in the name of a file, or else of its folder.
+def split_of(name: str, *, inwards: bool = False) -> str | None:
+    """Recognise the split in the name of a file, or else of its folder; or of any, from outside.
 
     ``train-00000-of-00002.parquet``, ``validation/0.tar`` and ``captions_val2017.json`` have one.
     """
-    for part in reversed(name.split("/")[-2:]):
-        for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
-            if word in _SPLITS:
-                return _SPLITS[word]
+    for part in name.split("/") if inwards else reversed(name.split("/")[-2:]):
+        for word in re.findall(r"[a-z]+", part.lower()):
+            if (split := usual_split(word)) is not None:
+                return split
     return None
+
+
+def warn_of_gaps(root: Path, names: Iterable[str]) -> None:
+    """Warn of files that are missing in a numbered series, such as 0.tar, 1.tar and 3.tar."""
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            start, number, total = match.groups("")
+            series.setdefault((start, total), {})[int(number)] = number
+    missing = []
+    for (start, total), own in series.items():
+        first, last, width = min(own), max(own), len(own[min(own)])
+        if total:
+            first, last = (0, int(total) - 1) if last < int(total) else (1, int(total))
+        if total or (last - first <= 3 * len(own) and width < _DATE):
+            gaps = set(range(first, min(last, _MAX_FILES) + 1)) - own.keys()
+            missing += [f"{start}{number:0{width}d}" for number in sorted(gaps)]
+    if missing:
+        logger.warning(
+            f"{root}: {counted(len(missing), 'file')} of a numbered series not found, such as "
+            f"{missing[0]}; add them, or read the rest alone"
+        )
 
 
 def fingerprint(parts: Iterable[object]) -> str:
@@ -270,19 +296,52 @@ def fingerprint(parts: Iterable[object]) -> str:
 
 
 def _local_files(folder: Path) -> dict[str, int | None]:
+    root, seen = os.path.realpath(folder), set()
     found: dict[str, int | None] = {}
-    prefix = len(os.path.join(folder, ""))  # noqa: PTH118
-    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable):
-        # Editors and file managers leave hidden entries behind, such as ._photo.jpg.
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in names:
-            if name[0] != ".":
-                found[os.path.join(parent, name)[prefix:].replace(os.sep, "/")] = None  # noqa: PTH118
+    folders: list[str] = [""]
+    links: list[str] = []
+    outside: list[str] = []
+    refused: list[str] = []
+    while folders or links:
+        # Links come last, so that a folder is read once, under its own name.
+        parent = folders.pop() if folders else links.pop()
+        real = os.path.realpath(os.path.join(root, parent))  # noqa: PTH118
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(real))
+        except OSError as error:
+            raise DataError(f"{folder / parent}: cannot be read ({error.strerror})") from None
+        for entry in entries:
+            name = parent + entry.name
+            if _is_clutter(entry.name):
+                continue
+            is_link = entry.is_symlink()
+            is_folder = os.path.isdir(entry) if is_link else entry.is_dir()  # noqa: PTH112
+            if is_link and _leads_out(root, real, entry):
+                (refused if is_folder else outside).append(name)
+            if not is_folder:
+                found[name] = None
+            elif name not in refused[-1:]:
+                (links if is_link else folders).append(f"{name}/")
+    for names, what in ((refused, "folder"), (outside, "file")):
+        if names:
+            logger.warning(
+                f"{folder}: {counted(len(names), what)} behind links out of it "
+                f"{'not ' * (names is refused)}read, such as {names[0]}"
+            )
     return found
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
+def _leads_out(root: str, folder: str, link: os.DirEntry[str]) -> bool:
+    target = os.path.normpath(os.path.join(folder, os.readlink(link)))  # noqa: PTH115, PTH118
+    return not f"{target}/".startswith(f"{root}/")
+
+
+def _is_clutter(name: str) -> bool:
+    """Recognise what editors and file managers leave behind, such as ._photo.jpg."""
+    return name[0] == "." or name in _CLUTTER
 
 
 def _remote_files(folder: Any) -> dict[str, int | None]:
@@ -290,7 +349,8 @@ def _remote_files(folder: Any) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     for path, entry in folder.fs.find(base, detail=True).items():
         name = path[len(base) :].strip("/")
-        if name and not path.endswith("/") and not any(p[0] == "." for p in name.split("/") if p):
+        hidden = any(_is_clutter(part) for part in name.split("/") if part)
+        if name and not path.endswith("/") and not hidden:
             found[name] = entry.get("size")
     return found
 

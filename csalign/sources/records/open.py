@@ -4,7 +4,7 @@ import logging
 import posixpath
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,16 @@ from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
-from csalign.sources.records.catalog import Catalog, images_in, read_folder
+from csalign.sources.records.catalog import Catalog
+from csalign.sources.records.folder import (
+    TABLE_STEMS,
+    TEXTS,
+    Sizes,
+    images_in,
+    read_folder,
+    tables_in,
+    warn_of_unread,
+)
 from csalign.sources.records.tables import (
     CAPTION_NAMES,
     IMAGE_NAMES,
@@ -31,11 +40,9 @@ __all__ = ["SourceOptions", "open_source"]
 
 logger = logging.getLogger(__name__)
 
-Sizes = Mapping[str, int | None]
 STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
-_TABLE_STEMS = ("captions", "metadata")  # the second is the hub's name for the table of a folder
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -87,7 +94,7 @@ class _Opener:
                 f"--captions: {source} is not a folder; pass the folder of its images"
             )
         if path is not None and path.exists():
-            return self._file(path, None, {})
+            return self._file(path, None)
         paths = files.expand_pattern(source)
         if paths is None:
             raise DataError(f"{source}: no such file or folder")
@@ -102,6 +109,8 @@ class _Opener:
             str(path)[start:].lstrip("/") if start else str(path): None for path in paths
         }
         suffixes = {path.suffix.lower() for path in paths}
+        if re.search(r"[*?[]", source):
+            files.warn_of_gaps(root, sizes)
         if suffixes == {".tar"}:
             return self._tars(root, sizes)
         if len(suffixes) == 1 and suffixes <= set(_COLUMNAR):
@@ -118,7 +127,7 @@ class _Opener:
                 )
             if not self._options.captions.is_file():
                 raise DataError(f"{self._options.captions}: no such file; pass a captions table")
-            source = self._file(self._options.captions, folder, found)
+            source = self._file(self._options.captions, folder, images_in(folder, found))
             if Modality.TEXT not in source.sides:
                 raise DataError(
                     f"{self._options.captions}: contains no captions; fill in its column of "
@@ -127,29 +136,46 @@ class _Opener:
             return source
         if kind not in ("auto", "folder", "captions", "webdataset", "parquet"):
             raise ConfigError(f"--kind: {folder} is a folder, not {kind}; pass the file")
+        images = [] if kind == "captions" else images_in(folder, found)
+        if kind != "parquet":  # img2dataset writes these beside each tar or folder of images
+            shards = {posixpath.dirname(name) for name in images}
+            shards |= {name[: -len(".tar")] for name in found if name.lower().endswith(".tar")}
+            beside = {f"{own}{end}" for own in shards for end in (".parquet", "_stats.json")}
+            found = {name: size for name, size in found.items() if name not in beside}
         containers = any(name.lower().endswith((".tar", *_COLUMNAR)) for name in found)
-        has_images = kind != "captions" and bool(images_in(found))
-        if kind in ("webdataset", "parquet") or (
-            containers and kind != "folder" and not has_images
-        ):
+        if kind in ("webdataset", "parquet") or (containers and kind != "folder" and not images):
             return self._containers(folder, found)
-        table = None if kind == "folder" else _table_in(folder, found)
-        if table is not None:
-            return self._file(table, *((folder, found) if kind == "auto" else (None, {})))
+        if tables := [] if kind == "folder" else _tables_in(folder, found):
+            warn_of_unread(folder, found, {*tables, *images})
+            return self._tables(folder, tables, images)
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
                 "--kind folder, webdataset or parquet"
             )
-        documents = [name for name in found if "/" not in name and name.lower().endswith(".json")]
-        if kind == "auto" and documents:
-            logger.warning(
-                f"{folder}: {documents[0]} is not read; if it contains the captions, pass it with "
-                "--captions"
-            )
         if kind == "captions":
-            found = {name: size for name, size in found.items() if name.lower().endswith(".txt")}
-        return read_folder(folder, found, caption_lines=self._options.caption_lines is not False)
+            found = {name: found[name] for name in found if name.lower().endswith(TEXTS)}
+        lines = self._options.caption_lines is not False
+        return read_folder(folder, found, images, caption_lines=lines)
+
+    def _tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
+        """Open the captions tables of a folder; their paths start from their own folders."""
+        if tables == [posixpath.basename(tables[0])]:
+            is_auto = self._kind == "auto"
+            return self._file(folder / tables[0], folder if is_auto else None, images)
+        is_given = self._options.images is not None
+        parents = {} if is_given else {name: posixpath.dirname(name) for name in tables}
+        forms = {name: recognise(folder / name) for name in tables}
+        if set(forms.values()) == {"parquet"}:
+            sizes = dict.fromkeys(tables)
+            return self._columnar(folder, sizes, folder, found=images, parents=parents.values())
+        if "parquet" in forms.values():
+            raise DataError(f"{folder}: contains Parquet and other tables; choose with --captions")
+        catalog = Catalog(self._options.images or folder)
+        for name, form in forms.items():
+            self._add_rows(catalog, folder / name, form, name, parents.get(name, ""))
+        catalog.add_found(images)
+        return catalog.finish(f"{len(tables)} tables, such as {tables[0]}")
 
     def _containers(self, folder: Path, found: Sizes) -> Source:
         """Open the tars of a folder, else its Parquet files, else its Arrow files."""
@@ -157,18 +183,19 @@ class _Opener:
             {name: size for name, size in found.items() if name.lower().endswith(suffix)}
             for suffix in (".tar", *_COLUMNAR)
         )
-        if tars and self._kind != "parquet":
-            return self._tars(folder, tars)  # img2dataset writes a .parquet beside each .tar
-        if self._kind != "webdataset" and (parquet or arrow):
-            # `datasets` keeps results of its computations beside its data.
-            data = {
-                k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")
-            }
-            return self._columnar(folder, parquet or data or arrow)
+        # `datasets` keeps results of its computations beside its data.
+        data = {k: v for k, v in arrow.items() if not posixpath.basename(k).startswith("cache-")}
+        read = tars if tars and self._kind != "parquet" else parquet or data or arrow
+        if read and not (self._kind == "webdataset" and read is not tars):
+            files.warn_of_gaps(folder, read)
+            rest = (name for name in found if not name.lower().endswith((".json", ".txt")))
+            rest = (name for name in rest if not posixpath.basename(name).startswith("cache-"))
+            warn_of_unread(folder, rest, read)
+            return (self._tars if read is tars else self._columnar)(folder, read)
         form = "tar" if self._kind == "webdataset" else "Parquet"
         raise DataError(f"{folder}: contains no {form} files; correct --kind")
 
-    def _file(self, file: Path, folder: Path | None, found: Sizes) -> Source:
+    def _file(self, file: Path, folder: Path | None, images: Sequence[str] = ()) -> Source:
         """Open a file that is the source, or that has the captions of a folder's images."""
         if (error := files.name_error(str(file))) is not None:
             raise DataError(error)
@@ -181,30 +208,41 @@ class _Opener:
             form, document = read_document(file)
         if self._kind not in ("auto", *_KINDS[form]):
             raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
-        images = images_in(found)
         if form == "tar":
             return self._tars(file.parent, {file.name: None})
         if form == "parquet":
-            return self._columnar(file.parent, {file.name: None}, root, images)
+            return self._columnar(file.parent, {file.name: None}, root, found=images)
         if document is not None:
             return read_annotations(file, form, document, root, self._options, images)
         return self._rows(file, form, root or file.parent, images)
 
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
-        is_stdin = str(table) == STDIN
-        table = Path("stdin") if is_stdin else table
-        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
-        catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
-        catalog.begin_file(table.as_posix())
-        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
-            for row in reader.rows(file):
-                catalog.add(row)
+        catalog = Catalog(root)
+        columns = self._add_rows(catalog, table, form)
         catalog.add_found(found)
         description = "list of images" if form == "list" else "text file with one caption per line"
         if form in SUFFIXES:
-            description = f"{form[1:].upper()} table with {reader.found}"
+            description = f"{form[1:].upper()} table with {columns or 'no rows'}"
         return catalog.finish(description)
+
+    def _add_rows(
+        self, catalog: Catalog, table: Path, form: str, name: str = "", parent: str = ""
+    ) -> str:
+        """Add the rows of a text file, with the split in its `name` if it is one of several."""
+        is_stdin = str(table) == STDIN
+        table = Path("stdin") if is_stdin else table
+        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
+        load = reader.read_image if form in SUFFIXES else None
+        prefix = name and f"{posixpath.splitext(name)[0]}/"
+        catalog.begin_file(table.as_posix(), prefix, load, parent)
+        split, before = files.split_of(name), catalog.total
+        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
+            for row in reader.rows(file):
+                catalog.add(row._replace(split=split) if split and not row.split else row)
+        if catalog.total == before:
+            logger.warning(f"{table}: adds no image or caption")
+        return str(reader.found)
 
     def _tars(self, root: Path, sizes: Sizes) -> Source:
         lines = self._options.caption_lines
@@ -213,18 +251,13 @@ class _Opener:
         return open_tars(root, sizes, self._options, caption_lines=lines)
 
     def _columnar(
-        self, root: Path, sizes: Sizes, images: Path | None = None, found: Sequence[str] = ()
+        self, root: Path, sizes: Sizes, images: Path | None = None, **given: Collection[str]
     ) -> Source:
         from csalign.sources.records.parquet import open_parquet
 
-        return open_parquet(
-            root,
-            list(sizes),
-            self._options,
-            images=self._options.images or images,
-            found=found,
-            sizes=list(sizes.values()),
-        )
+        images = self._options.images or images
+        known = list(sizes.values())
+        return open_parquet(root, list(sizes), self._options, images=images, sizes=known, **given)
 
 
 def recognise(file: Path) -> str:
@@ -277,23 +310,14 @@ def recognise(file: Path) -> str:
     return ".txt"
 
 
-def _table_in(folder: Path, found: Sizes) -> Path | None:
-    """Find the captions table directly in a folder; DataError if there are several."""
-    names = {name: posixpath.splitext(name.lower()) for name in found if "/" not in name}
-    tables = [name for name, (_, suffix) in names.items() if suffix in (*SUFFIXES, ".parquet")]
-    for stem in _TABLE_STEMS:
-        named = [name for name in tables if names[name][0] == stem]
-        if len(named) == 1:
-            return folder / named[0]
-    if len(tables) > 1:
-        listed = ", ".join(tables[:5]) + (", ..." if len(tables) > 5 else "")
-        raise DataError(f"{folder}: contains several tables ({listed}); choose one with --captions")
+def _tables_in(folder: Path, found: Sizes) -> list[str]:
+    """Find the captions tables of a folder."""
+    if tables := tables_in(folder, found):
+        return tables
     # The Kaggle copy of Flickr8k keeps its table in captions.txt.
-    for name, (stem, suffix) in names.items():
-        is_candidate = not tables and suffix == ".txt" and stem in _TABLE_STEMS
-        if is_candidate and recognise(folder / name) == ".csv":
-            return folder / name
-    return folder / tables[0] if tables else None
+    texts = [f"{stem}.txt" for stem in TABLE_STEMS]
+    names = (name for name in found if name.lower() in texts)
+    return [name for name in names if recognise(folder / name) == ".csv"][:1]
 
 
 def _is_clip_benchmark(root: Path) -> bool:

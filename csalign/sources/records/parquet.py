@@ -62,8 +62,9 @@ def open_parquet(
     options: SourceOptions,
     *,
     images: Path | None = None,
-    found: Sequence[str] = (),
+    found: Collection[str] = (),
     sizes: Sequence[int | None] | None = None,
+    parents: Collection[str] = (),
 ) -> "ParquetSource | Catalog":
     """Open Parquet or Arrow files as a source.
 
@@ -77,6 +78,7 @@ def open_parquet(
         images: folder that image paths are relative to (default: `root`).
         found: images below `images` to be added where no row names them.
         sizes: bytes of each file where known.
+        parents: folders whose files have image paths that start from the folder itself.
 
     Raises:
         DataError: no file can be read, or one lacks a column or differs from the others.
@@ -94,7 +96,9 @@ def open_parquet(
             if position in lost:
                 catalog.add_unreadable_file(files.printable(name), lost[position])
                 continue
-            catalog.begin_file(name, f"{posixpath.splitext(path)[0]}/" if len(paths) > 1 else "")
+            prefix = f"{posixpath.splitext(path)[0]}/" if len(paths) > 1 else ""
+            folder = posixpath.dirname(path)
+            catalog.begin_file(name, prefix, None, folder if folder in parents else "")
             with open_arrow(root / path) as file:
                 for number, values in enumerate(layout.rows(file), 1):
                     catalog.add(layout.row(number, values, files.split_of(path)))
@@ -112,6 +116,7 @@ def _inspect(
 ) -> tuple[Layout, int, dict[int, str]]:
     """Return the layout of all files, their number of rows, and why some cannot be read."""
     layouts: dict[Path, Layout] = {}
+    empty: dict[Path, Layout] = {}  # whose images may be of any kind
     total = 0
     lost: dict[int, str] = {}
     for position, path in enumerate(root / path for path in paths):
@@ -119,11 +124,14 @@ def _inspect(
             if (reason := files.name_error(str(path))) is not None:
                 raise DamagedError(reason)
             with open_arrow(path) as file:
-                layouts[path] = _layout_of(file, options)
+                (layouts if file.rows else empty)[path] = _layout_of(file, options)
                 total += file.rows
         except DamagedError as error:
             lost[position] = str(error)
     warn_of_unreadable(root, lost, len(paths))
+    if empty and layouts:
+        logger.warning("%s: %d of %d files have no rows", root, len(empty), len(paths))
+    layouts = layouts or empty
     first, layout = next(iter(layouts.items()))
     layout.found.warn_of_one_side(layout.names, first)
     for path, own in layouts.items():
