@@ -103,6 +103,7 @@ def _inspected_features(document: Mapping[str, Any]) -> Inspected:
         "rows": renamed(listed, names),
         "splits": _splits(document),
         "pairs": str(document.get("pairing", "")),
+        "joined images": f"{document['joined']:,} repeated" if "joined" in document else "",
         **{renamed(f"{side} encoder", names): _encoder(own) for side, own in encoders if own},
         "skipped inputs": f"{counts['failures']:,}" + f" ({FAILURES})" * bool(counts["failures"]),
         "size": f"{decimal(document['bytes'])} in {counted(document['shards'], 'file')}, "

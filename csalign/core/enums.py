@@ -1,4 +1,4 @@
-"""Names of sides, losses and precisions, and their display under the user's own names."""
+"""Names of sides, losses, precisions and splits, and their display under the user's own names."""
 
 import re
 from collections.abc import Mapping
@@ -63,6 +63,22 @@ class Precision(StrEnum):
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def usual_split(name: str) -> str | None:
+    """Spell a split as train, val or test; None if it is another.
+
+    >>> usual_split("Validation"), usual_split("restval")
+    ('val', None)
+    """
+    return _SPLITS.get(name.strip().lower())
 
 
 Names = Mapping[Any, str]

@@ -182,9 +182,9 @@ class Fields(Result):
     """A result whose values are attributes as well, there as Python types: a path is a `Path`."""
 
     def __post_init__(self) -> None:
-        """Fill the mapping; "names" and "pairing" only if there are any."""
+        """Fill the mapping; "names", "pairing" and "joined" only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        optional = ("names", "pairing")
+        optional = ("names", "pairing", "joined")
         self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
@@ -200,6 +200,7 @@ class FeaturesResult(Fields):
     complete: bool = True  # false if other processes have not finished
     names: Names | None = None  # of the sides, None for image and text
     pairing: str | None = None  # of imported rows, such as "row order"; None if unknown
+    joined: int | None = None  # images that repeated an earlier one, and have no row; None if none
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -170,7 +170,8 @@ class Manifest(Record):
 
     "names" are the names of the sides if they are not images and texts; "source_root" is the folder
     that relative sources of images start from; "pairing" is what paired imported rows, such as
-    "row order" or "image_id". Each is omitted if unknown.
+    "row order" or "image_id"; "joined" counts the images that repeated an earlier one, and have no
+    row. Each is omitted if unknown.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
@@ -179,6 +180,7 @@ class Manifest(Record):
     names: dict[Modality, str] | None = None
     source_root: str | None = None
     pairing: str | None = None
+    joined: int | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -249,7 +251,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    for name in ("names", "source_root", "pairing", "splits"):
+    for name in ("names", "source_root", "pairing", "joined", "splits"):
         if document[name] is None:
             del document[name]
     document["format_version"] = FORMAT_VERSION if manifest.splits else 1

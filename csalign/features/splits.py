@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core import atomic
+from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
 from csalign.core.results import SplitResult
 from csalign.features import schema
@@ -30,11 +31,6 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 TRAIN = "train"
-_SPELLINGS = {
-    **dict.fromkeys(("train", "training"), TRAIN),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 MOST_SHARING = 5  # images of a caption that keeps them together
 
 
@@ -42,7 +38,7 @@ def usual_splits(column: pa.Array) -> pa.Array:
     """Spell the splits of rows, (n,), as train, val and test where they are named so otherwise."""
     coded = column.dictionary_encode()
     names = coded.dictionary.to_pylist()
-    usual = [_SPELLINGS.get(name.strip().lower(), name) for name in names]
+    usual = [usual_split(name) or name for name in names]
     changes = [f"{a!r} as {b!r}" for a, b in zip(names, usual, strict=True) if a != b]
     if not changes:
         return column

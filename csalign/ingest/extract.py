@@ -123,8 +123,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         if not is_owner:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
-        counts = schema.read_manifest(config.out).counts
-    return FeaturesResult(config.out, counts.images, counts.texts, counts.pairs, counts.failures)
+        manifest = schema.read_manifest(config.out)
+    return FeaturesResult(config.out, **manifest.counts.model_dump(), joined=manifest.joined)
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:
@@ -252,13 +252,16 @@ class _Extraction:
         stop = min(len(opened), start + self.config.part_rows)
         name = self._name(file, number)
         with self.partial.part(name) as part:
-            pipeline.embed(opened.records(start, stop), opened.name, part)
+            has_names = self.source.has_names
+            records = opened.records(start, stop)
+            pipeline.embed(records, opened.name, part, has_names=has_names)
             record = PartRecord(
                 name=name,
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
                 is_unreadable=isinstance(opened, UnreadableFile),
                 records=part.records,
+                has_names=has_names,
             )
             return self.partial.finish_part(part, record)
 

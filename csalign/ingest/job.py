@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import Base64Bytes, Field
 
 from csalign.core.errors import ConfigError, SchemaError
 from csalign.core.records import Record, read_record
@@ -18,6 +18,7 @@ from csalign.features.schema import Encoders, Shard, SplitSettings
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
+DIGEST_BYTES = 16  # of what images are recognised by
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class PartRecord(Record):
     images: Shard | None = None
     texts: Shard | None = None
     failures: list[Failure] = Field(default_factory=list)
+    has_names: bool = False  # see `sources.records.Source`
+    digests: Base64Bytes = b""  # of the bytes of each image row, `DIGEST_BYTES` each
+    keys: Base64Bytes = b""  # likewise of `ImageInput.key`, or of the image where it has none
+    joined: int = 0  # images that are an earlier one of the part, and have no row
+    repeated_captions: int = 0  # of them
 
 
 class Finished(Record):

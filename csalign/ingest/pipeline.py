@@ -5,6 +5,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
-from csalign.ingest.job import Failure, PartRecord
+from csalign.ingest.job import DIGEST_BYTES, Failure, PartRecord
 from csalign.ingest.partial_set import PartWriter
 from csalign.sources.images import read_image
 from csalign.sources.records import ImageInput, Record, TextInput
@@ -58,9 +59,14 @@ class Pipeline:
         for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
 
-    def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
-        """Embed and write the records of a part, images first; failures name their `file`."""
-        work = _Part(self, file, part)
+    def embed(
+        self, records: Iterable[Record], file: str, part: PartWriter, *, has_names: bool
+    ) -> None:
+        """Embed and write the records of a part, images first; failures name their `file`.
+
+        Images that repeat an earlier one have no row, unless the source `has_names`; see `Source`.
+        """
+        work = _Part(self, file, part, has_names)
         try:
             with closing(self._read_ahead(iter(records))) as ahead:
                 work.embed_images(ahead)
@@ -106,7 +112,13 @@ class _Decoding(NamedTuple):
     id: str
     source: str
     split: str | None
-    pixels: Future[torch.Tensor | str]  # or why there are none; holds the only image bytes
+    pixels: Future["_Pixels | str"]  # or why there are none; holds the only image bytes
+
+
+class _Pixels(NamedTuple):
+    values: torch.Tensor
+    digest: bytes  # see `PartRecord`
+    key: bytes
 
 
 class _OwnedText(NamedTuple):
@@ -122,8 +134,11 @@ class _Part:
     pipeline: Pipeline
     file: str
     part: PartWriter
+    has_names: bool
     _texts: list[_OwnedText] = field(default_factory=list)
     _skipped: dict[str, str] = field(default_factory=dict)  # reasons by image id
+    _known: dict[Any, str] = field(default_factory=dict)  # id of each image, by what makes it one
+    _first: dict[str, str] = field(default_factory=dict)  # id of the image that a copy repeats
     writes: deque[Future[None]] = field(default_factory=deque)
 
     def embed_images(self, records: Iterable[Record]) -> None:
@@ -131,10 +146,15 @@ class _Part:
         for batch in _groups(self._decoded(records), encoder.batch_size if encoder else 1):
             assert encoder is not None
             images = [image for image, _ in batch]
-            embedded = embed_in_halves(encoder.embed, torch.stack([pixels for _, pixels in batch]))
+            values = torch.stack([pixels.values for _, pixels in batch])
+            embedded = embed_in_halves(encoder.embed, values)
             defects = self._defects(embedded)
-            for row, reason in defects.items():
-                self._skip(images[row], reason)
+            for row, (image, pixels) in enumerate(batch):
+                if row in defects:
+                    self._skip(image, defects[row])
+                else:
+                    self.part.digests += pixels.digest
+                    self.part.keys += pixels.key
             columns: Columns = {
                 schema.ID: [image.id for image in images],
                 schema.SOURCE: [image.source for image in images],
@@ -162,8 +182,11 @@ class _Part:
             self._write(Modality.TEXT, columns, embedded, defects)
             self.pipeline.report("texts", len(window))
 
-    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, torch.Tensor]]:
-        """Yield the usable images in order, decoded ahead: the next batch during this one."""
+    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, _Pixels]]:
+        """Yield the usable images in order, decoded ahead: the next batch during this one.
+
+        Images that repeat an earlier one of the same split are joined to it.
+        """
         encoder = self.pipeline.encoders.image
         ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
         for image in _run_ahead(self._decoding(records), ahead):
@@ -171,8 +194,14 @@ class _Part:
             if isinstance(result, str):
                 self._skip(image, result)
                 self.pipeline.report("records", 1)
-            else:
+                continue
+            first = self._known.setdefault((*result[1:], image.split), image.id)
+            if first == image.id or self.has_names:
                 yield image, result
+            else:
+                self._first[image.id] = first
+                self.part.joined += 1
+                self.pipeline.report("records", 1)
 
     def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
         """Count records and start decoding their images."""
@@ -190,16 +219,28 @@ class _Part:
                 pixels = self.pipeline.decoders.submit(self._decode, image)
                 yield _Decoding(image.id, image.source, record.split, pixels)
 
-    def _decode(self, image: ImageInput) -> torch.Tensor | str:
+    def _decode(self, image: ImageInput) -> _Pixels | str:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
-            return encoder.preprocess(read_image(image.read()))
+            data = image.read()
+            values = encoder.preprocess(read_image(data))
         except DataError as error:
             return str(error)
+        digest = _digest(data)
+        key = digest if image.key is None else _digest(image.key.encode("utf-8", "surrogatepass"))
+        return _Pixels(values, digest, key)
 
     def _kept_texts(self) -> Iterator[_OwnedText]:
+        seen: set[tuple[str, str]] = set()
         for owned in self._texts:
+            if self._first and owned.image_id is not None:
+                owner = self._first.get(owned.image_id, owned.image_id)
+                if (owner, owned.text.caption) in seen:
+                    self.part.repeated_captions += 1
+                    continue
+                seen.add((owner, owned.text.caption))
+                owned = owned._replace(image_id=owner)
             reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
             if reason is None:
                 self.part.texts_seen += 1
@@ -245,6 +286,10 @@ class _Part:
         """Wait until at most `ahead` calls are unfinished."""
         while len(self.writes) > ahead:
             self.writes.popleft().result()
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def _cancel(futures: Collection[Future[Any]]) -> None:

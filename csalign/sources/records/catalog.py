@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +182,11 @@ class Catalog:
     def total_images(self) -> int:
         """See `Source`."""
         return sum(entry.place is not None and entry.error is None for entry in self._entries)
+
+    @cached_property
+    def has_names(self) -> bool:
+        """See `Source`; images in base64 have row numbers."""
+        return any(entry.place is not None and entry.offset is None for entry in self._entries)
 
     def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: all that is known of the records."""
