@@ -112,6 +112,7 @@ class _Decoding(NamedTuple):
     id: str
     source: str
     split: str | None
+    has_texts: bool
     pixels: Future["_Pixels | str"]  # or why there are none; holds the only image bytes
 
 
@@ -185,7 +186,7 @@ class _Part:
     def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, _Pixels]]:
         """Yield the usable images in order, decoded ahead: the next batch during this one.
 
-        Images that repeat an earlier one of the same split are joined to it.
+        Images with captions that repeat an earlier one of their split are joined to it.
         """
         encoder = self.pipeline.encoders.image
         ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
@@ -196,7 +197,7 @@ class _Part:
                 self.pipeline.report("records", 1)
                 continue
             first = self._known.setdefault((*result[1:], image.split), image.id)
-            if first == image.id or self.has_names:
+            if first == image.id or self.has_names or not image.has_texts:
                 yield image, result
             else:
                 self._first[image.id] = first
@@ -217,7 +218,8 @@ class _Part:
                 self.pipeline.report("records", 1)
             else:
                 pixels = self.pipeline.decoders.submit(self._decode, image)
-                yield _Decoding(image.id, image.source, record.split, pixels)
+                has_texts = bool(record.texts) and self.pipeline.encoders.text is not None
+                yield _Decoding(image.id, image.source, record.split, has_texts, pixels)
 
     def _decode(self, image: ImageInput) -> _Pixels | str:
         encoder = self.pipeline.encoders.image

@@ -47,8 +47,8 @@ def join_repeats(
     """Join images that are equal by their bytes, or by the key that the source gives them.
 
     The first of equal images has a row. The captions of all belong to it, each once, and are in its
-    split: of several splits the one that is not for training. Images with names of their own stay
-    as they are, with a warning.
+    split: of several splits the one that is not for training. Images with names of their own, and
+    those of a source without captions, stay as they are and are reported.
 
     Returns:
         The records of the parts as they are now, and how many images were joined.
@@ -64,8 +64,9 @@ def join_repeats(
         ids = columns[schema.ID].cast(pa.large_string()).combine_chunks()
         splits, is_moved = _held_out(columns[schema.SPLIT], first)
         disputed = np.unique(first[is_moved])
-        if any(record.has_names for record in parts):
-            _warn_of_copies(ids, first, is_copy, len(disputed))
+        has_texts = any(record.texts for record in records)
+        if not has_texts or any(record.has_names for record in parts):
+            _report_copies(ids, first, is_copy, len(disputed), has_texts=has_texts)
             return found, joined
         if len(disputed):
             name, split = (values[int(disputed[0])].as_py() for values in (ids, splits))
@@ -130,15 +131,21 @@ def _held_out(splits: pa.ChunkedArray, first: Ints) -> tuple[pa.Array, Mask]:
     return found, ranks != best[first]
 
 
-def _warn_of_copies(ids: pa.Array, first: Ints, is_copy: Mask, disputed: int) -> None:
+def _report_copies(
+    ids: pa.Array, first: Ints, is_copy: Mask, disputed: int, *, has_texts: bool
+) -> None:
     copy = int(np.flatnonzero(is_copy)[0])
-    names = (ids[row].as_py() for row in (int(first[copy]), copy))
-    log.warning(
-        "%s the bytes of an image of another name, such as %r and %r; each stays an image of its "
-        "own, which evaluation counts as a wrong answer for the other: keep one file of each, with "
-        "all captions%s",
-        counted(count := int(is_copy.sum()), "image") + (" has" if count == 1 else " have"),
-        *names,
+    count = int(is_copy.sum())
+    advice = (
+        ", which evaluation counts as a wrong answer for the other: keep one of each, with all "
+        "captions"
+    )
+    log.log(
+        logging.WARNING if has_texts else logging.INFO,
+        "%s the bytes of another one, such as %r and %r; each stays an image of its own%s%s",
+        counted(count, "image") + (" has" if count == 1 else " have"),
+        *(ids[row].as_py() for row in (int(first[copy]), copy)),
+        advice if has_texts else "",
         f" ({counted(disputed, 'such picture')} in several splits)" if disputed else "",
     )
 
