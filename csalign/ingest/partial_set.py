@@ -132,6 +132,8 @@ class PartialSet:
             if shard is None:  # an earlier attempt may have had rows
                 (self.folder / side / f"{record.name}.parquet").unlink(missing_ok=True)
         counts = {name: value for name, value in vars(part).items() if name != "sides"}
+        if part.keys == part.digests:
+            counts["keys"] = b""
         job = self._job.fingerprint()
         record = record.model_copy(update={"job": job, **counts, **shards})
         write_record(self.folder / PARTS / f"{record.name}.json", record)
