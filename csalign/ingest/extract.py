@@ -252,16 +252,13 @@ class _Extraction:
         stop = min(len(opened), start + self.config.part_rows)
         name = self._name(file, number)
         with self.partial.part(name) as part:
-            has_names = self.source.has_names
-            records = opened.records(start, stop)
-            pipeline.embed(records, opened.name, part, has_names=has_names)
+            pipeline.embed(opened.records(start, stop), opened.name, part)
             record = PartRecord(
                 name=name,
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
                 is_unreadable=isinstance(opened, UnreadableFile),
                 records=part.records,
-                has_names=has_names,
             )
             return self.partial.finish_part(part, record)
 

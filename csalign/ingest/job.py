@@ -76,13 +76,9 @@ class PartRecord(Record):
     images: Shard | None = None
     texts: Shard | None = None
     failures: list[Failure] = Field(default_factory=list)
-    has_names: bool = False  # see `sources.records.Source`
-    digests: Base64Bytes = b""  # of the bytes of each image row, `DIGEST_BYTES` each
-    keys: Base64Bytes = (
-        b""  # likewise of `ImageInput.key`, or of the bytes without one; b"" if equal
-    )
-    joined: int = 0  # images that are an earlier one of the part, and have no row
-    repeated_captions: int = 0  # of them
+    digests: Base64Bytes = b""  # of what makes each image row equal to others, see `ImageInput`
+    is_named: bool = False  # equal images stay apart
+    joined: int = 0  # images without a row, as they equal an earlier one of the part
 
 
 class Finished(Record):

@@ -48,9 +48,8 @@ class PartWriter:
     source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)
     digests: bytes = b""
-    keys: bytes = b""
+    is_named: bool = False
     joined: int = 0
-    repeated_captions: int = 0
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
@@ -132,8 +131,6 @@ class PartialSet:
             if shard is None:  # an earlier attempt may have had rows
                 (self.folder / side / f"{record.name}.parquet").unlink(missing_ok=True)
         counts = {name: value for name, value in vars(part).items() if name != "sides"}
-        if part.keys == part.digests:
-            counts["keys"] = b""
         job = self._job.fingerprint()
         record = record.model_copy(update={"job": job, **counts, **shards})
         write_record(self.folder / PARTS / f"{record.name}.json", record)

@@ -59,14 +59,9 @@ class Pipeline:
         for executor in (self.reader, self.decoders, self.writer):
             executor.shutdown(cancel_futures=True)
 
-    def embed(
-        self, records: Iterable[Record], file: str, part: PartWriter, *, has_names: bool
-    ) -> None:
-        """Embed and write the records of a part, images first; failures name their `file`.
-
-        Images that repeat an earlier one have no row, unless the source `has_names`; see `Source`.
-        """
-        work = _Part(self, file, part, has_names)
+    def embed(self, records: Iterable[Record], file: str, part: PartWriter) -> None:
+        """Embed and write the records of a part, images first; failures name their `file`."""
+        work = _Part(self, file, part)
         try:
             with closing(self._read_ahead(iter(records))) as ahead:
                 work.embed_images(ahead)
@@ -112,14 +107,9 @@ class _Decoding(NamedTuple):
     id: str
     source: str
     split: str | None
-    has_texts: bool
-    pixels: Future["_Pixels | str"]  # or why there are none; holds the only image bytes
-
-
-class _Pixels(NamedTuple):
-    values: torch.Tensor
-    digest: bytes  # see `PartRecord`
-    key: bytes
+    may_join: bool  # an earlier image that equals it
+    # The pixels and the digest of `PartRecord`, or why there are none; holds the only image bytes.
+    pixels: Future[tuple[torch.Tensor, bytes] | str]
 
 
 class _OwnedText(NamedTuple):
@@ -135,27 +125,24 @@ class _Part:
     pipeline: Pipeline
     file: str
     part: PartWriter
-    has_names: bool
     _texts: list[_OwnedText] = field(default_factory=list)
     _skipped: dict[str, str] = field(default_factory=dict)  # reasons by image id
-    _known: dict[Any, str] = field(default_factory=dict)  # id of each image, by what makes it one
-    _first: dict[str, str] = field(default_factory=dict)  # id of the image that a copy repeats
+    _known: dict[Any, str] = field(default_factory=dict)  # image ids by digest and split
+    _joined: dict[str, str] = field(default_factory=dict)  # id of the image that another equals
     writes: deque[Future[None]] = field(default_factory=deque)
 
     def embed_images(self, records: Iterable[Record]) -> None:
         encoder = self.pipeline.encoders.image
         for batch in _groups(self._decoded(records), encoder.batch_size if encoder else 1):
             assert encoder is not None
-            images = [image for image, _ in batch]
-            values = torch.stack([pixels.values for _, pixels in batch])
-            embedded = embed_in_halves(encoder.embed, values)
+            images, pixels, digests = zip(*batch, strict=True)
+            embedded = embed_in_halves(encoder.embed, torch.stack(pixels))
             defects = self._defects(embedded)
-            for row, (image, pixels) in enumerate(batch):
-                if row in defects:
-                    self._skip(image, defects[row])
-                else:
-                    self.part.digests += pixels.digest
-                    self.part.keys += pixels.key
+            for row, reason in defects.items():
+                self._skip(images[row], reason)
+            self.part.digests += b"".join(
+                digest for row, digest in enumerate(digests) if row not in defects
+            )
             columns: Columns = {
                 schema.ID: [image.id for image in images],
                 schema.SOURCE: [image.source for image in images],
@@ -183,26 +170,22 @@ class _Part:
             self._write(Modality.TEXT, columns, embedded, defects)
             self.pipeline.report("texts", len(window))
 
-    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, _Pixels]]:
-        """Yield the usable images in order, decoded ahead: the next batch during this one.
-
-        Images with captions that repeat an earlier one of their split are joined to it.
-        """
+    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, Any, bytes]]:
+        """Yield the usable images in order, decoded ahead: the next batch during this one."""
         encoder = self.pipeline.encoders.image
         ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
         for image in _run_ahead(self._decoding(records), ahead):
             result = image.pixels.result()
             if isinstance(result, str):
                 self._skip(image, result)
-                self.pipeline.report("records", 1)
-                continue
-            first = self._known.setdefault((*result[1:], image.split), image.id)
-            if first == image.id or self.has_names or not image.has_texts:
-                yield image, result
-            else:
-                self._first[image.id] = first
+            elif image.may_join and (key := (result[1], image.split)) in self._known:
+                self._joined[image.id] = self._known[key]
                 self.part.joined += 1
-                self.pipeline.report("records", 1)
+            else:
+                self._known.setdefault((result[1], image.split), image.id)
+                yield image, *result
+                continue
+            self.pipeline.report("records", 1)
 
     def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
         """Count records and start decoding their images."""
@@ -218,31 +201,26 @@ class _Part:
                 self.pipeline.report("records", 1)
             else:
                 pixels = self.pipeline.decoders.submit(self._decode, image)
-                has_texts = bool(record.texts) and self.pipeline.encoders.text is not None
-                yield _Decoding(image.id, image.source, record.split, has_texts, pixels)
+                self.part.is_named |= image.is_named
+                may_join = not image.is_named and self.pipeline.encoders.text is not None
+                may_join = may_join and bool(record.texts)
+                yield _Decoding(image.id, image.source, record.split, may_join, pixels)
 
-    def _decode(self, image: ImageInput) -> _Pixels | str:
+    def _decode(self, image: ImageInput) -> tuple[torch.Tensor, bytes] | str:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
             data = image.read()
-            values = encoder.preprocess(read_image(data))
+            pixels = encoder.preprocess(read_image(data))
         except DataError as error:
             return str(error)
-        digest = _digest(data)
-        key = digest if image.key is None else _digest(image.key.encode("utf-8", "surrogatepass"))
-        return _Pixels(values, digest, key)
+        key = data if image.key is None else image.key.encode(errors="surrogatepass")
+        return pixels, blake2b(key, digest_size=DIGEST_BYTES).digest()
 
     def _kept_texts(self) -> Iterator[_OwnedText]:
-        seen: set[tuple[str, str]] = set()
-        for owned in self._texts:
-            if self._first and owned.image_id is not None:
-                owner = self._first.get(owned.image_id, owned.image_id)
-                if (owner, owned.text.caption) in seen:
-                    self.part.repeated_captions += 1
-                    continue
-                seen.add((owner, owned.text.caption))
-                owned = owned._replace(image_id=owner)
+        for text in self._texts:
+            owner = self._joined.get(text.image_id or "")
+            owned = text if owner is None else text._replace(image_id=owner)
             reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
             if reason is None:
                 self.part.texts_seen += 1
@@ -288,10 +266,6 @@ class _Part:
         """Wait until at most `ahead` calls are unfinished."""
         while len(self.writes) > ahead:
             self.writes.popleft().result()
-
-
-def _digest(data: bytes) -> bytes:
-    return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def _cancel(futures: Collection[Future[Any]]) -> None:

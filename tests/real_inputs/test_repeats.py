@@ -107,8 +107,11 @@ def write_tar(path: Path, samples: Sequence[Mapping[str, bytes]]) -> Path:
 
 
 def sample(k: int, n: int, quality: int = 90, **values: Any) -> dict[str, bytes]:
-    made = {"jpg": picture(k, quality), "txt": caption(k, n).encode()}
-    return made | ({"json": json.dumps(values).encode()} if values else {})
+    return {
+        "jpg": picture(k, quality),
+        "txt": caption(k, n).encode(),
+        "json": json.dumps(values).encode(),
+    }
 
 
 def once(folder: Path) -> Path:
@@ -149,7 +152,9 @@ def samples_of_img2dataset(folder: Path) -> Path:
             }
             for row, (k, n) in enumerate(MIXED[shard::2])
         ]
-        samples = [sample(k, n, **row) for (k, n), row in zip(MIXED[shard::2], rows, strict=True)]
+        samples = [
+            sample(k, n, 90, **row) for (k, n), row in zip(MIXED[shard::2], rows, strict=True)
+        ]
         write_tar(folder / "laion" / f"{shard:05d}.tar", samples)
         pd.DataFrame(rows).to_parquet(folder / "laion" / f"{shard:05d}.parquet")
     return folder / "laion"
@@ -294,7 +299,10 @@ def test_processes_and_a_resumed_one_join_alike(
     caplog.set_level("INFO", "csalign")
     source = samples_of_several_shards(tmp_path)
     alone = extract(source, "alone")
-    assert "18 samples are 6 images: repeated images, by equal bytes, were joined" in caplog.text
+    assert (
+        "18 samples are 6 images: repeated images, by equal bytes or --id-column, were joined"
+        in caplog.text
+    )
     share = extract(source, shard="1/2", part_rows=4)
     assert (share.complete, share.joined) == (False, None)
     shared = extract(source, shard="0/2", part_rows=4)
@@ -347,7 +355,7 @@ def test_copies_in_several_splits_are_held_out_together(
             EXPECTED[k][:2] for k in range(2, PICTURES)
         ]
         assert "2 images in several splits, such as 't/1'" in caplog.text
-        assert "not for training (here 'test')" in caplog.text
+        assert "held out of training, here in 'test'" in caplog.text
 
 
 def test_files_of_equal_bytes_keep_their_names(
@@ -362,7 +370,7 @@ def test_files_of_equal_bytes_keep_their_names(
     found = captions_by_image(result)
     assert (found["2.jpg"], found["7.jpg"]) == (EXPECTED[2], ["of a copy"])
     assert (len(found), result.joined) == (7, None)
-    assert "1 image has the bytes of another one, such as '2.jpg' and '7.jpg'" in caplog.text
+    assert "1 image with the bytes of another one, such as '2.jpg' and '7.jpg'" in caplog.text
 
     (root / "captions.csv").unlink()
     caplog.clear()
@@ -477,5 +485,5 @@ def test_splits_are_stored_by_their_usual_names(
 
 def test_a_number_is_not_the_name_of_a_split(extract: Extract, tmp_path: Path) -> None:
     source = write_tar(tmp_path / "t.tar", [sample(0, 0, split=1)])
-    with pytest.raises(DataError, match="split must be the name of a split, not 1; name another"):
+    with pytest.raises(DataError, match="its json: split must be text, not 1; name another with"):
         extract(source)

@@ -23,13 +23,15 @@ class ImageInput(NamedTuple):
             (``00000.tar/000001.jpg``).
         read: return the encoded bytes. Any thread may call it while the file is open; raises
             `DataError` with the reason alone, without the path.
-        key: shared by images that are one although their bytes may differ; None if unknown.
+        key: what images with the same one are equal by; None for their bytes.
+        is_named: a user chose its id, so that a copy with another id is an image of its own.
     """
 
     id: str
     source: str
     read: Callable[[], bytes]
     key: str | None = None
+    is_named: bool = False
 
 
 class TextInput(NamedTuple):
@@ -103,10 +105,6 @@ class Source(Protocol):
     @property
     def total_images(self) -> int | None:
         """Images in all files, None where counting them means reading the source."""
-
-    @property
-    def has_names(self) -> bool:
-        """True if images are named by their users: copies under other names are kept apart."""
 
     @property
     def fingerprint(self) -> str:

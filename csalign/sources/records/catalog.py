@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,11 +183,6 @@ class Catalog:
         """See `Source`."""
         return sum(entry.place is not None and entry.error is None for entry in self._entries)
 
-    @cached_property
-    def has_names(self) -> bool:
-        """See `Source`; images in base64 have row numbers."""
-        return any(entry.place is not None and entry.offset is None for entry in self._entries)
-
     def fingerprint_of(self, position: int, start: int, stop: int) -> str:
         """See `Source`: all that is known of the records."""
         first, last = self._range(position)
@@ -229,7 +224,8 @@ class Catalog:
                             f"the disk ({form}); write it so in the table"
                         )
                 return Record(None, row=row, error=error)
-            image = ImageInput(entry.label, path.as_posix(), partial(files.read_bounded, path))
+            read = partial(files.read_bounded, path)
+            image = ImageInput(entry.label, path.as_posix(), read, is_named=True)
         captions = entry.captions
         if entry.text is not None and self._root is not None:
             try:

@@ -209,7 +209,6 @@ class ParquetSource:
     total: int | None
     fingerprint: str
     lost: Mapping[int, str]
-    has_names: bool = False
 
     @property
     def description(self) -> str:

@@ -9,7 +9,6 @@ from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
@@ -315,17 +314,8 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    split = stored_split(split) if split else None
-    return Row(number, image, captions, split, own, None, offset if in_base64 else None)
-
-
-@lru_cache(1024)
-def stored_split(name: str) -> str:
-    """Return how a split of the source is spelled in a feature set; logs what differs."""
-    found = usual_split(name) or name
-    if found != name:
-        logger.info("split %r is stored as %r", name, found)
-    return found
+    split = usual_split(split) or split
+    return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
 
 
 def json_captions(value: Any, name: str) -> tuple[str, ...]:

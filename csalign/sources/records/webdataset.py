@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from csalign.core.enums import Modality
+from csalign.core.enums import Modality, usual_split
 from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
@@ -25,7 +25,7 @@ from csalign.sources.records import (
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.tables import SourceOptions, json_captions, stored_split
+from csalign.sources.records.tables import SourceOptions, json_captions, text_of
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -49,7 +49,6 @@ class TarSource:
     sides: Collection[Modality]
     total: None = None  # not known before the tars are read
     total_images: None = None
-    has_names: bool = False
 
     @property
     def fingerprint(self) -> str:
@@ -243,15 +242,13 @@ class _TarFile:
 
     def _split_in(self, values: dict[str, Any]) -> str | None:
         key = SourceOptions(split_column=self._source.columns.split_column).pick(values).split
-        split = None if key is None else values[key]
-        if split is None:
+        if key is None or values[key] is None:
             return self._split
-        if not isinstance(split, str):
-            raise DataError(
-                f"its json: {key} must be the name of a split, not {split!r:.40}; name another key "
-                "with --split-column"
-            )
-        return stored_split(split.strip()) if split.strip() else None
+        try:
+            split = text_of(values[key], key)
+        except ValueError as error:
+            raise DataError(f"its json: {error}; name another with --split-column") from None
+        return usual_split(split) or split or None
 
     def _image(self, sample: _Sample, values: dict[str, Any]) -> ImageInput | None:
         if self._source.columns.kind == "captions":
