@@ -55,7 +55,7 @@ ONLY_DOORS = {
         "features/schema.py",
         "features/splits.py",
         "features/writer.py",
-        "ingest/partial_set.py",
+        "ingest/repeats.py",
     },
     "safetensors": {
         "adapters/checkpoint.py",

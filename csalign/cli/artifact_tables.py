@@ -108,6 +108,7 @@ def _inspected_features(document: Mapping[str, Any]) -> Inspected:
         "rows": renamed(listed, names),
         "splits": _splits(document),
         "pairs": str(document.get("pairing", "")),
+        "joined images": f"{document['joined']:,} repeated" if "joined" in document else "",
         **{renamed(f"{side} encoder", names): _encoder(own) for side, own in encoders if own},
         **{
             renamed(f"{side} rows", names): f"mean cosine {own['mean_cosine']:.2f}, effective "

@@ -182,9 +182,9 @@ class Fields(Result):
     """A result whose values are attributes as well, there as Python types: a path is a `Path`."""
 
     def __post_init__(self) -> None:
-        """Fill the mapping; "names", "pairing" and "existed" only if there are any."""
+        """Fill the mapping; optional values only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        optional = ("names", "pairing", "existed")
+        optional = ("names", "pairing", "existed", "joined")
         self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
@@ -201,6 +201,7 @@ class FeaturesResult(Fields):
     names: Names | None = None  # of the sides, None for image and text
     pairing: str | None = None  # of imported rows, such as "row order"; None if unknown
     existed: bool = False  # whether the same extraction had written it before
+    joined: int | None = None  # images that repeated an earlier one, and have no row; None if none
 
 
 @dataclass(frozen=True, eq=False, repr=False)

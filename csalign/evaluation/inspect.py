@@ -121,6 +121,7 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "encoders": manifest.encoders.model_dump(mode="json"),
         "counts": manifest.counts.model_dump(),
         **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
+        **({} if manifest.joined is None else {"joined": manifest.joined}),
         "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
         "bytes": sum(shard.bytes for shard in shards),
         "shards": len(shards),

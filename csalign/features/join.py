@@ -316,11 +316,13 @@ def check_same_width(rows: PairedRows) -> None:
 
 
 def text_keys(captions: pa.Array, embeddings: Array) -> Ints:
-    """Hash each text, (m,) int64: its caption up to case and outer space, else its embedding.
+    """Hash each text, (m,) int64: its caption, else its embedding.
+
+    Captions are equal up to case, outer space and Unicode form.
 
     Two of ten million different texts share a hash with a probability of three in a million.
     """
-    plain = pc.utf8_lower(pc.utf8_trim_whitespace(captions)).to_pylist()
+    plain = pc.utf8_lower(pc.utf8_trim_whitespace(pc.utf8_normalize(captions, "NFC"))).to_pylist()
     found = np.fromiter(map(hash, plain), np.int64, len(plain))
     unknown = np.flatnonzero(captions.is_null().to_numpy(zero_copy_only=False))
     found[unknown] = hash_rows(embeddings[unknown])

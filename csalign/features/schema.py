@@ -182,8 +182,8 @@ class Manifest(Record):
 
     "names" are the names of the sides if they are not images and texts; "source_root" is the folder
     that relative sources of images start from; "pairing" is what paired imported rows, such as
-    "row order" or "image_id"; "job" is the SHA-256 of the extraction that wrote the set. Each is
-    omitted if unknown.
+    "row order" or "image_id"; "job" is the SHA-256 of the extraction that wrote the set; "joined"
+    counts the images that repeated an earlier one, and have no row. Each is omitted if unknown.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
@@ -193,6 +193,7 @@ class Manifest(Record):
     source_root: str | None = None
     pairing: str | None = None
     job: str | None = None
+    joined: int | None = None
     dtype: Literal["float16", "float32"]
     encoders: Encoders
     counts: Counts
@@ -263,7 +264,7 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, which completes the feature set."""
     document = manifest.model_dump(mode="json")
-    for name in ("names", "source_root", "pairing", "job", "splits"):
+    for name in ("names", "source_root", "pairing", "job", "joined", "splits"):
         if document[name] is None:
             del document[name]
     document["format_version"] = FORMAT_VERSION if manifest.splits else 1

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from csalign.core import atomic
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.core.results import SplitResult
 from csalign.features import schema
 from csalign.features.duplicates import Hashes, Links, hash_ids, link_near_duplicates, mix
@@ -83,6 +84,7 @@ def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
     _check_placed(features, groups, is_candidate, placed, sizes)
     names = pa.array([TRAIN, *sizes])
     split = pc.if_else(pa.array(is_free), names.take(pa.array(placed)), stored)
+    _warn_of_stored(path, groups, is_free, stored)
     of_texts = _split_texts(features, joined, placed, names, split, grouped.keys)
     several = np.bincount(groups, minlength=1)
     several = several[several > 1]
@@ -247,6 +249,18 @@ def _check_placed(
             log.warning("%s", problem)
 
 
+def _warn_of_stored(path: Path, groups: Ints, is_free: Mask, stored: pa.Array) -> None:
+    """Warn of images for training whose group is also in a split that is stored."""
+    in_stored, in_train = (np.isin(groups, groups[own]) & ~own for own in (~is_free, is_free))
+    if in_stored.any():
+        names = stored.filter(pa.array(in_train)).unique().to_pylist()
+        log.warning(
+            "%s: %s in train, where copies, near-duplicates or captions of them are in %s, as "
+            "stored; remove these from train, or make the splits from a set without stored ones",
+            *(path, counted(int(in_stored.sum()), "image"), " and ".join(sorted(names))),
+        )
+
+
 def _split_texts(
     features: FeatureSet,
     joined: Joined,
@@ -255,7 +269,10 @@ def _split_texts(
     of_images: pa.Array,
     keys: Ints | None,
 ) -> pa.Array:
-    """Return the split of each text, (m,): that of its image, or of its caption, or its own."""
+    """Return the split of each text, (m,): that of its image, or of its caption, or its own.
+
+    A text without an image and a split takes the split that is stored with its caption.
+    """
     owners = joined.text_image
     is_paired = owners >= 0
     stored = features.texts.column(schema.SPLIT).combine_chunks()
@@ -267,7 +284,15 @@ def _split_texts(
         own = of_key[first] % unknown
     alone = pc.if_else(pa.array(_is_free(stored)), names.take(pa.array(own)), stored)
     with_image = of_images.take(pa.array(owners, mask=~is_paired))
-    return pc.if_else(pa.array(is_paired), with_image, alone)
+    found = pc.if_else(pa.array(is_paired), with_image, alone)
+    if keys is None or not len(owners):
+        return found
+    is_free, held = _is_free(stored), np.full(len(owners), -1)
+    rows = np.flatnonzero(~is_free)
+    rows = rows[pc.sort_indices(stored.take(pa.array(rows))).to_numpy()[::-1]]
+    held[first[rows]] = rows  # with each caption, of the split that comes first
+    follows = is_free & ~is_paired & (held[first] >= 0)
+    return found.take(pa.array(np.where(follows, held[first], np.arange(len(owners)))))
 
 
 def _write(table: FeatureTable, split: pa.Array) -> schema.Shard:

@@ -102,7 +102,11 @@ class ShardWriter:
         arrays.append(_fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
         if self._info.token_width is not None:
             arrays.append(self._tokens(rows))
-        self._pending.append(pa.record_batch(arrays, schema=self._schema))
+        self.append(pa.record_batch(arrays, schema=self._schema))
+
+    def append(self, batch: pa.RecordBatch) -> None:
+        """Append rows as they are stored."""
+        self._pending.append(batch)
         self._flush(complete=False)
 
     def close(self) -> Shard | None:

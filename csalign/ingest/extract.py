@@ -106,7 +106,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                 f"{out}: exists, but its source or encoders have changed, or failures or splits "
                 "are left to do; choose another --out, or replace it with --overwrite"
             )
-        return FeaturesResult(out, **dict(done.counts), existed=True)
+        return FeaturesResult(out, **dict(done.counts), joined=done.joined, existed=True)
     with (
         atomic.translate_os_errors(out),
         open_partial_set(
@@ -135,7 +135,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
-        return FeaturesResult(out, **dict(schema.read_manifest(out).counts))
+        manifest = schema.read_manifest(out)
+        return FeaturesResult(out, **manifest.counts.model_dump(), joined=manifest.joined)
 
 
 def _load_encoders(config: ExtractConfig, source: Source) -> Encoders:

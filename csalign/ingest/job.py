@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import Field
+from pydantic import Base64Bytes, Field
 
 from csalign.core.distributed import number_from, world_from_environment
 from csalign.core.errors import ConfigError, SchemaError
@@ -19,6 +19,7 @@ from csalign.features.schema import Encoders, Shard, SplitSettings
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
+DIGEST_BYTES = 16  # of what images are recognised by
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class PartRecord(Record):
     images: Shard | None = None
     texts: Shard | None = None
     failures: list[Failure] = Field(default_factory=list)
+    digests: Base64Bytes = b""  # of what makes each image row equal to others, see `ImageInput`
+    is_named: bool = False  # equal images stay apart
+    joined: int = 0  # images without a row, as they equal an earlier one of the part
 
 
 class Finished(Record):

@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from csalign.core import __version__, atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, OutputError
@@ -27,6 +24,7 @@ from csalign.features.join import repeated_ids
 from csalign.features.splits import divide
 from csalign.features.writer import Rows, ShardWriter
 from csalign.ingest.job import Failure, Finished, Job, PartRecord, WorkShard, read_or_rebuild
+from csalign.ingest.repeats import join_repeats, read_columns
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +47,9 @@ class PartWriter:
     pairs: int = 0
     source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)
+    digests: bytes = b""
+    is_named: bool = False
+    joined: int = 0
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
@@ -269,6 +270,9 @@ class PartialSet:
         """
         if not self.is_complete:
             self._write_manifest()
+        shards = schema.read_manifest(self.folder).shards
+        for side in Modality:
+            _remove_stale_files(self.folder / side.plural, shards.side(side))
         problem = self._divide()
         # A later process may have to repeat this, so the job goes last.
         for name in (PARTS, FINISHED):
@@ -298,16 +302,16 @@ class PartialSet:
         return None
 
     def _write_manifest(self) -> None:
-        records = self.part_records()
+        records, joined = join_repeats(self.folder, self._job, self.part_records())
         images = [record.images for record in records if record.images is not None]
         texts = [record.texts for record in records if record.texts is not None]
         for side, shards in ((Modality.IMAGE, images), (Modality.TEXT, texts)):
             _check_ids(self.folder, side, shards)
-            _remove_stale_files(self.folder / side.plural, shards)
         manifest = schema.Manifest(
             csalign_version=__version__,
             source_root=next((r.source_root for r in records if r.source_root), None),
             job=self._job.digest(),
+            joined=joined or None,
             dtype=self._job.dtype,
             encoders=self._job.encoders,
             counts=schema.Counts(
@@ -333,11 +337,7 @@ def _remove_stale_files(folder: Path, shards: list[schema.Shard]) -> None:
 
 
 def _check_ids(folder: Path, side: Modality, shards: list[schema.Shard]) -> None:
-    chunks: list[pa.Array] = []
-    for shard in shards:
-        with (folder / shard.path).open("rb") as file:
-            chunks += pq.read_table(file, columns=[schema.ID]).column(0).chunks
-    repeated = repeated_ids(pa.chunked_array(chunks, pa.string()))
+    repeated = repeated_ids(read_columns(folder, side, shards, schema.ID)[schema.ID])
     if len(repeated):
         raise DataError(
             f"{folder}: {side} id {repeated[0].as_py()!r} appears twice ({len(repeated)} such ids "

@@ -6,6 +6,7 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +21,7 @@ from csalign.encoders.base import Embedded, Encoders
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.writer import Rows
-from csalign.ingest.job import Failure, PartRecord
+from csalign.ingest.job import DIGEST_BYTES, Failure, PartRecord
 from csalign.ingest.partial_set import PartWriter
 from csalign.sources.images import read_image
 from csalign.sources.records import ImageInput, Record, TextInput
@@ -113,7 +114,9 @@ class _Decoding(NamedTuple):
     id: str
     source: str
     split: str | None
-    pixels: Future[torch.Tensor | str]  # or why there are none; holds the only image bytes
+    may_join: bool  # an earlier image that equals it
+    # The pixels and the digest of `PartRecord`, or why there are none; holds the only image bytes.
+    pixels: Future[tuple[torch.Tensor, bytes] | str]
 
 
 class _OwnedText(NamedTuple):
@@ -131,17 +134,22 @@ class _Part:
     part: PartWriter
     _texts: list[_OwnedText] = field(default_factory=list)
     _skipped: dict[str, str] = field(default_factory=dict)  # reasons by image id
+    _known: dict[Any, str] = field(default_factory=dict)  # image ids by digest and split
+    _joined: dict[str, str] = field(default_factory=dict)  # id of the image that another equals
     writes: deque[Future[None]] = field(default_factory=deque)
 
     def embed_images(self, records: Iterable[Record]) -> None:
         encoder = self.pipeline.encoders.image
         for batch in _groups(self._decoded(records), encoder.batch_size if encoder else 1):
             assert encoder is not None
-            images = [image for image, _ in batch]
-            embedded = embed_in_halves(encoder.embed, torch.stack([pixels for _, pixels in batch]))
+            images, pixels, digests = zip(*batch, strict=True)
+            embedded = embed_in_halves(encoder.embed, torch.stack(pixels))
             defects = self._defects(embedded)
             for row, reason in defects.items():
                 self._skip(images[row], reason)
+            self.part.digests += b"".join(
+                digest for row, digest in enumerate(digests) if row not in defects
+            )
             columns: Columns = {
                 schema.ID: [image.id for image in images],
                 schema.SOURCE: [image.source for image in images],
@@ -169,7 +177,7 @@ class _Part:
             self._write(Modality.TEXT, columns, embedded, defects)
             self.pipeline.report("texts", len(window))
 
-    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, torch.Tensor]]:
+    def _decoded(self, records: Iterable[Record]) -> Iterator[tuple[_Decoding, Any, bytes]]:
         """Yield the usable images in order, decoded ahead: the next batch during this one."""
         encoder = self.pipeline.encoders.image
         ahead = 2 * self.pipeline.workers + (encoder.batch_size if encoder else 1)
@@ -177,9 +185,14 @@ class _Part:
             result = image.pixels.result()
             if isinstance(result, str):
                 self._skip(image, result)
-                self.pipeline.report("records", 1)
+            elif image.may_join and (key := (result[1], image.split)) in self._known:
+                self._joined[image.id] = self._known[key]
+                self.part.joined += 1
             else:
-                yield image, result
+                self._known.setdefault((result[1], image.split), image.id)
+                yield image, *result
+                continue
+            self.pipeline.report("records", 1)
 
     def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
         """Count records and start decoding their images."""
@@ -195,9 +208,12 @@ class _Part:
                 self.pipeline.report("records", 1)
             else:
                 pixels = self.pipeline.decoders.submit(self._decode, image)
-                yield _Decoding(image.id, image.source, record.split, pixels)
+                self.part.is_named |= image.is_named
+                may_join = not image.is_named and self.pipeline.encoders.text is not None
+                may_join = may_join and bool(record.texts)
+                yield _Decoding(image.id, image.source, record.split, may_join, pixels)
 
-    def _decode(self, image: ImageInput) -> torch.Tensor | str:
+    def _decode(self, image: ImageInput) -> tuple[torch.Tensor, bytes] | str:
         encoder = self.pipeline.encoders.image
         assert encoder is not None
         try:
@@ -205,12 +221,17 @@ class _Part:
             def note(what: str) -> None:
                 self.pipeline.notes.setdefault(what, []).append(image.source)
 
-            return encoder.preprocess(read_image(image.read(), note))
+            data = image.read()
+            pixels = encoder.preprocess(read_image(data, note))
         except DataError as error:
             return str(error)
+        key = data if image.key is None else image.key.encode(errors="surrogatepass")
+        return pixels, blake2b(key, digest_size=DIGEST_BYTES).digest()
 
     def _kept_texts(self) -> Iterator[_OwnedText]:
-        for owned in self._texts:
+        for text in self._texts:
+            owner = self._joined.get(text.image_id or "")
+            owned = text if owner is None else text._replace(image_id=owner)
             reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
             if reason is None:
                 self.part.texts_seen += 1

@@ -286,6 +286,28 @@ def test_rows_in_other_splits_keep_them(make: Make, caplog: pytest.LogCaptureFix
         divided(make("again", stored=stored | {200: "other"}), test=None)
 
 
+def test_what_repeats_a_stored_split_is_reported_and_texts_follow_it(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 20 equals 0 and 30 is close to 10; image 42 has the caption of a text without an image.
+    folder = make(stored={0: "test", 10: "test", 42: "test"})
+    found = divided(folder, val=0.1)
+
+    assert "3 images in train, where copies, near-duplicates or captions of them" in caplog.text
+    assert "are in test, as stored; remove these from train" in caplog.text
+    assert [found[f"image-{row}"] for row in (20, 30, 52)] == ["train"] * 3
+    assert (found["text-600"], found["text-601"]) == ("test", "train")
+
+
+def test_captions_in_two_unicode_forms_are_one(make: Make) -> None:
+    lines: list[str | None] = [*captions()]
+    lines[400], lines[500] = "Un caf\u00e9", "un cafe\u0301"  # of the images 200 and 250
+    features = FeatureSet.open(make(texts=lines))
+    groups = group_images(features, join_ids(features, ALL), near=False).groups
+
+    assert groups[200] == groups[250]
+
+
 def test_what_cannot_be_divided_is_refused(make: Make) -> None:
     with pytest.raises(DataError, match="contains texts only; splits are made by image"):
         divided(make("texts", sides=(Modality.TEXT,)))

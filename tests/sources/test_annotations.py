@@ -88,7 +88,7 @@ def test_ids_of_coco_are_the_same_as_numbers_and_as_text(
 def test_bad_entries_of_coco_are_flaws(coco: Path, outline: Outline) -> None:
     document = json.loads(coco.read_text())
     document["images"] += [
-        {"id": 7, "file_name": "000007.jpg"},
+        {"id": 7, "file_name": "000009.jpg"},
         {"id": 8},
         {"file_name": "000009.jpg"},
         "no object",

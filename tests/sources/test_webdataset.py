@@ -152,8 +152,10 @@ def test_which_caption_to_read_can_be_named(tmp_path: Path, outline: Outline) ->
         (None, [], "b: has neither an image nor a caption (members: .alt.txt, .jpg, .json)"),
     ]
     assert open_source(tar, SourceOptions(kind="captions")).sides == (Modality.TEXT,)
-    with pytest.raises(ConfigError, match="tar files have the keys of their samples"):
-        open_source(tar, SourceOptions(id_column="key"))
+    assert outline(tar, id_column="long") == [
+        ("t/a", ["plain"], None),
+        (None, [], "b: its json has no 'long' (keys: caption); correct --id-column"),
+    ]
 
 
 def test_the_key_ends_at_the_first_dot(tmp_path: Path, outline: Outline) -> None:

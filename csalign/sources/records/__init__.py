@@ -23,11 +23,15 @@ class ImageInput(NamedTuple):
             (``00000.tar/000001.jpg``).
         read: return the encoded bytes. Any thread may call it while the file is open; raises
             `DataError` with the reason alone, without the path.
+        key: what images with the same one are equal by; None for their bytes.
+        is_named: a user chose its id, so that a copy with another id is an image of its own.
     """
 
     id: str
     source: str
     read: Callable[[], bytes]
+    key: str | None = None
+    is_named: bool = False
 
 
 class TextInput(NamedTuple):

@@ -110,17 +110,16 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
         split = None
     elif split:
         logger.info(f"{path}: all images are in split {split}, according to its name")
-    ids: set[str] = set()
+    ids: dict[str, str] = {}  # with the image, which may be listed twice
     for number, entry in enumerate(document["images"], 1):
         try:
             row = _image_row(number, entry, "file_name", options)
             key = _coco_id(entry.get("id"))
-            if key is None or key in ids:
+            if key is None or ids.setdefault(key, row.image) != row.image:
                 raise ValueError(f"has no id of its own ({entry.get('id')!r:.200})")
         except ValueError as error:
             yield Row(number, error=f"image {number}: {error}")
             continue
-        ids.add(key)
         row = row._replace(split=row.split or split)
         yield row
         for annotation, caption in captions.pop(key, ()):

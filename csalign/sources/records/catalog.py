@@ -238,7 +238,8 @@ class Catalog:
                             f"the disk ({form}); write it so in the table"
                         )
                 return Record(None, row=row, error=error)
-            image = ImageInput(entry.label, path.as_posix(), partial(files.read_bounded, path))
+            read = partial(files.read_bounded, path)
+            image = ImageInput(entry.label, path.as_posix(), read, is_named=True)
         captions = entry.captions
         if entry.text is not None and self._root is not None:
             try:

@@ -1,5 +1,6 @@
 """Parquet and Arrow files as a source of records, as on the Hugging Face hub."""
 
+import json
 import logging
 import posixpath
 from array import array
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.sources import arrow
 from csalign.sources.arrow import ArrowFile, DamagedError, InvalidText, column_values, open_arrow
 from csalign.sources.records import (
@@ -35,11 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 class Layout(NamedTuple):
-    """Meaning of the columns; `kind` of the image column: bytes, struct, base64 or path."""
+    """Meaning of the columns.
+
+    `kind` is that of the image column: bytes, struct, base64 or path; `splits` are the names that
+    `datasets` stores for a split column of numbers.
+    """
 
     found: TableColumns
     kind: str | None
     names: tuple[str, ...]
+    splits: tuple[str, ...] = ()
 
     def rows(self, file: ArrowFile, start: int = 0) -> Iterator[dict[str, Any]]:
         """Stream the rows of a file from `start` on, as values by column."""
@@ -52,6 +59,9 @@ class Layout(NamedTuple):
     def row(self, number: int, values: dict[str, Any], split: str | None) -> Row:
         """Read image path, captions, split and id of a row; `split` is that of its file."""
         found = self.found if self.kind == "path" else self.found._replace(image=None)
+        label = values.get(found.split or "")
+        if isinstance(label, int) and 0 <= label < len(self.splits):
+            values = {**values, str(found.split): self.splits[label]}
         row = row_of(number, values, found)
         return row if found.split else row._replace(split=split)
 
@@ -155,7 +165,16 @@ def _layout_of(file: ArrowFile, options: SourceOptions) -> Layout:
                 f"{file.path}: column {found.caption!r} contains {held}, not text or lists of "
                 "text; name another with --caption-column"
             )
-    return Layout(found, kind, file.names)
+    return Layout(found, kind, file.names, _label_names(file, found.split))
+
+
+def _label_names(file: ArrowFile, column: str | None) -> tuple[str, ...]:
+    """Return the names of a column of class labels, which `datasets` stores as numbers."""
+    try:
+        stored = json.loads((file.schema.metadata or {})[b"huggingface"])
+        return tuple(map(str, stored["info"]["features"][column]["names"]))
+    except (LookupError, TypeError, ValueError):
+        return ()
 
 
 def _image_kind(file: ArrowFile, name: str) -> str:
@@ -184,7 +203,8 @@ def _form(paths: Sequence[str]) -> str:
 class ParquetSource:
     """Parquet or Arrow files as a `Source`: each row a record.
 
-    With an id column, adjacent rows of one id are one record, with the image of the first.
+    With an id column, adjacent rows of one id are one record, with the image of the first; further
+    rows of the id are named by their number.
 
     See `open_parquet`; `lost` is the reason per file that cannot be read, by position.
     """
@@ -262,9 +282,7 @@ class ParquetFile:
             first = int(starts[record])
             try:
                 rows = self._read(first, int(starts[record + 1]))
-                if record in repeated:
-                    raise ValueError("its id was there before; rows of one id must be adjacent")
-                yield self._record(first + 1, rows)
+                yield self._record(first + 1, rows, is_repeated=record in repeated)
             except (ValueError, DataError) as error:
                 reason = str(error).removeprefix(f"{self.name}: ")
                 yield Record(None, row=first + 1, error=reason)
@@ -291,6 +309,12 @@ class ParquetFile:
                 previous = key
                 row += 1
         starts.append(self._file.rows)
+        if repeated:
+            logger.info(
+                "%s: %s have the id of an earlier row that is not adjacent; their images are "
+                "joined where the bytes are equal, and else named by row, such as '%s%d'",
+                *(self.name, counted(len(repeated), "row"), self._stem, starts[min(repeated)] + 1),
+            )
         return starts, repeated
 
     def _read(self, first: int, stop: int) -> list[dict[str, Any]]:
@@ -311,11 +335,13 @@ class ParquetFile:
         self._next = (stop, rows)
         return read
 
-    def _record(self, number: int, values: Sequence[dict[str, Any]]) -> Record:
+    def _record(
+        self, number: int, values: Sequence[dict[str, Any]], *, is_repeated: bool
+    ) -> Record:
         rows = [self._layout.row(number, own, self._split) for own in values]
         if any((error := row.error) is not None for row in rows):
             raise ValueError(error)
-        own, split = rows[0].id, rows[0].split
+        own, split = None if is_repeated else rows[0].id, rows[0].split
         if any(row.split != split for row in rows):
             raise ValueError(f"its rows are in several splits, one of them {split or 'none'}")
         image = None

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 from pydantic import Field
 
 from csalign.core.config import Config, Location
+from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.records import files
@@ -313,6 +314,7 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
+    split = usual_split(split) or split
     return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
 
 

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.enums import Modality, usual_split
+from csalign.core.errors import DataError
 from csalign.core.paths import is_remote
 from csalign.core.records import parse_json
 from csalign.sources import images
@@ -25,7 +25,7 @@ from csalign.sources.records import (
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.tables import SourceOptions, json_captions
+from csalign.sources.records.tables import SourceOptions, json_captions, text_of
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -83,11 +83,8 @@ def open_tars(
         caption_lines: each line of a txt is a caption, rather than the whole text.
 
     Raises:
-        ConfigError: an id column is named.
         DataError: a file is missing, or none of them is a tar.
     """
-    if columns.id_column is not None:
-        raise ConfigError("--id-column: tar files have the keys of their samples; omit it")
     if len({posixpath.splitext(path)[0] for path in tars}) < len(tars):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
     sizes = [files.size_of(root / path) if size is None else size for path, size in tars.items()]
@@ -225,12 +222,13 @@ class _TarFile:
         try:
             if sample.error is not None:
                 raise DataError(sample.error)
-            image = self._image(sample)
             values = self._json(sample)
+            image = self._image(sample, values)
             texts = tuple(
                 TextInput(f"{self._prefix}/{sample.key}#{k}", caption, row)
                 for k, caption in enumerate(self._captions(sample, values))
             )
+            split = self._split_in(values)
             if image is None and not texts:
                 listed = [f".{extension}" for extension in sample.members]
                 listed[5:] = ["..."] if len(listed) > 5 else []
@@ -240,19 +238,26 @@ class _TarFile:
         except DataError as error:
             reason = f"{sample.key:.200}: {error}" if sample.key else str(error)
             return Record(None, row=row, error=reason)
-        key = SourceOptions(split_column=self._source.columns.split_column).pick(values).split
-        split = None if key is None else values[key]
-        split = (split.strip() or None) if isinstance(split, str) else self._split
         return Record(image, texts, split, row)
 
-    def _image(self, sample: _Sample) -> ImageInput | None:
+    def _split_in(self, values: dict[str, Any]) -> str | None:
+        key = SourceOptions(split_column=self._source.columns.split_column).pick(values).split
+        if key is None or values[key] is None:
+            return self._split
+        try:
+            split = text_of(values[key], key)
+        except ValueError as error:
+            raise DataError(f"its json: {error}; name another with --split-column") from None
+        return usual_split(split) or split or None
+
+    def _image(self, sample: _Sample, values: dict[str, Any]) -> ImageInput | None:
         if self._source.columns.kind == "captions":
             return None
         for extension in (self._source.columns.image_column, *_EXTENSIONS):
             if extension in sample.members:
                 read = partial(_read_member, self._file, sample.members[extension])
                 path = f"{self.name}/{sample.key}.{extension}"
-                return ImageInput(f"{self._prefix}/{sample.key}", path, read)
+                return ImageInput(f"{self._prefix}/{sample.key}", path, read, self._key(values))
         for extension in sample.members:
             last = extension.rpartition(".")[2]
             if f".{last}" in images.SUFFIXES:
@@ -261,6 +266,15 @@ class _TarFile:
                     f"dot; name it .{last}, or choose it with --image-column"
                 )
         return None
+
+    def _key(self, values: dict[str, Any]) -> str | None:
+        name = self._source.columns.id_column
+        if name is None:
+            return None
+        if name not in values:
+            listed = ", ".join(values) or "none"
+            raise DataError(f"its json has no {name!r} (keys: {listed:.200}); correct --id-column")
+        return None if values[name] in (None, "") else str(values[name])
 
     def _captions(self, sample: _Sample, values: dict[str, Any]) -> Sequence[str]:
         wanted = self._source.columns.caption_column
