@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core.errors import DataError, reason_of
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, stand_in
 from csalign.sources.records.files import local_copy, open_file, translate_errors
 
 PARQUET = (".parquet", ".pq")
@@ -143,7 +143,8 @@ def _named_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
             yield
         except damage as error:
             reason = getattr(error, "strerror", None) or reason_of(error)
-            raise DamagedError(f"{path}: cannot be read ({reason}); {_REMEDY}") from None
+            problem = stand_in(path) or f"cannot be read ({reason}); {_REMEDY}"
+            raise DamagedError(f"{path}: {problem}") from None
 
 
 def kind_of(held: pa.DataType) -> str:
