@@ -149,7 +149,7 @@ def _spelling(name: str) -> str:
 
 def likely_meant(path: Path, root: Path | None = None) -> str:
     """Say which files a missing path may mean, to append to a message; "" if that is unknown."""
-    if is_remote(path):
+    if is_remote(path) or path.exists():
         return ""
     found = respelled(str(path), root)
     if re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)):

@@ -21,6 +21,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
+from csalign.core.paths import likely_meant
 from csalign.core.records import parse_json
 from csalign.encoders.checkpoints import find_state, load_state, read_tensors
 from csalign.encoders.running import first_line, quiet, suggest
@@ -193,8 +194,8 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
     """
     tag = open_clip.get_pretrained_cfg(architecture.name, pretrained)
     if not tag:
-        path = Path(pretrained)
-        if path.is_file():
+        path = Path(pretrained).expanduser()
+        if path.exists():
             return Weights(path, {})
         raise EncoderError(_unknown_weights(architecture, pretrained))
     try:
@@ -209,7 +210,7 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
 
 def _unknown_weights(architecture: Architecture, pretrained: str) -> str:
     if len(Path(pretrained).parts) > 1 or Path(pretrained).suffix:
-        return f"{pretrained}: no such checkpoint"
+        return f"{pretrained}: no such checkpoint{likely_meant(Path(pretrained))}"
     known = open_clip.list_pretrained_tags_by_model(architecture.name)
     hint = suggest(pretrained, known) if known else "none is known for it"
     return (

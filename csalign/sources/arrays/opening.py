@@ -194,8 +194,12 @@ def _opener(path: Path) -> base.Opener:
             f"{path}: has the content of another format than its name; rename it {names}"
         )
     if suffix not in OPENERS:
-        is_text = suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl")
-        remedy = "; numpy.save(path, array) writes .npy" if is_text else ""
+        remedy = {
+            **dict.fromkeys(
+                (".csv", ".tsv"), "; pandas.read_csv(path).to_parquet('x.parquet') does"
+            ),
+            **dict.fromkeys((".txt", ".json", ".jsonl"), "; numpy.save(path, array) writes .npy"),
+        }.get(suffix, "")
         raise DataError(f"{path}: embeddings are one of {', '.join(OPENERS)}{remedy}")
     return OPENERS[suffix]
 
