@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 _NESTED = "/"  # between the key of a dict and the names in it
+_LEAST = 0.1  # of the names, below which they are there by chance
 _ALIKE = 0.9  # of the names found under the best prefix, from which another is as good
 # What names say of a checkpoint that is not plain weights of the wanted layout.
 _LAYOUTS = {
@@ -103,6 +104,8 @@ def find_state(tensors: Tensors, names: Collection[str], path: Path) -> Tensors:
             if name[start:] in names:
                 places.setdefault(name[:start], set()).add(name)
     best, held = max(places.items(), key=lambda item: len(item[1]))
+    if len(held) < _LEAST * len(names):
+        return tensors
     state = _behind(best, tensors)
     for prefix, others in places.items():
         is_alike = len(others) >= _ALIKE * len(held) > 0 and not others & held

@@ -302,7 +302,7 @@ def lists_from(name: str, described: str) -> str:
         r"binary": "[numpy.frombuffer(v, 'float32') for v in df[{0!r}]]",
         r"string \[[^ ]*, ?": "df[{0!r}].map(json.loads)",
         r"string \[": "[numpy.fromstring(v.strip('[]'), sep=' ') for v in df[{0!r}]]",
-        r"string [\w+/]{32}": "[numpy.frombuffer(base64.b64decode(v), 'float32') for v in df[{0!r}]]",
+        r"string [\w+/]{32}": "[numpy.frombuffer(b64decode(v), 'float32') for v in df[{0!r}]]",
     }
     form = next((form for pattern, form in forms.items() if re.search(pattern, described)), "")
     how = f": df[{name!r}] = {form.format(name)}" if form else ""
