@@ -149,8 +149,10 @@ def _spelling(name: str) -> str:
 
 def likely_meant(path: Path, root: Path | None = None) -> str:
     """Say which files a missing path may mean, to append to a message; "" if that is unknown."""
-    if is_remote(path) or path.exists():
+    if is_remote(path) or os.path.exists(path):  # noqa: PTH110 - names of any length
         return ""
+    if os.path.islink(path):  # noqa: PTH114
+        return f"; it is a link to {path.readlink()}, which is missing (try git annex get)"
     found = respelled(str(path), root)
     if re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)):
         parts = str(path).replace("\\", "/").split("/")
@@ -161,6 +163,7 @@ def likely_meant(path: Path, root: Path | None = None) -> str:
     return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
 
 
+_COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"
 _STAND_INS = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git lfs pull",
     rb"\S*/annex/objects/": "is a git-annex pointer, not the file itself; run git annex get",
@@ -168,17 +171,11 @@ _STAND_INS = {
     "download it again",
     rb"\s*<(\?xml[^>]*>\s*<)?Error>": "is the error message of a server, not the file itself; "
     "download it again",
-    **{
-        re.escape(
-            magic
-        ): f"is compressed, so parts of it cannot be read; unpack it with {tool} first"
-        for magic, tool in (
-            *((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz")),
-            (b"\x28\xb5\x2f\xfd", "unzstd"),
-        )
-    },
+    rb"\x1f\x8b": _COMPRESSED.format("gunzip"),
+    rb"BZh\d1AY": _COMPRESSED.format("bunzip2"),
+    rb"\xfd7zXZ": _COMPRESSED.format("unxz"),
+    rb"\x28\xb5\x2f\xfd": _COMPRESSED.format("unzstd"),
     rb"\0{512}": "begins with zeros alone, as an unfinished download does; download it again",
-    rb"\Z": "is empty; write or download it again",
 }
 _UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
 
@@ -189,7 +186,9 @@ def stand_in(content: Path | bytes) -> str | None:
     Args:
         content: the file, local or a URL, or its first bytes (512 or more).
     """
-    start = content if isinstance(content, bytes) else b"?"
+    if content == b"":
+        return "is empty; write or download it again"
+    start = content if isinstance(content, bytes) else b""
     if not isinstance(content, bytes):
         if content.suffix.lower() in _UNFINISHED:
             return "is an unfinished download, by its name; download it again"

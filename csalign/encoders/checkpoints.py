@@ -44,13 +44,15 @@ def read_tensors(path: Path) -> Tensors:
     if not path.is_file():
         what = "is a folder; pass the file in it" if path.is_dir() else "no such checkpoint"
         raise EncoderError(f"{path}: {what}{likely_meant(path)}")
+    start = b"?"
     try:
         if path.name.endswith(".index.json"):
             files = sorted(set(parse_json(path.read_bytes())["weight_map"].values()))
             parts = [read_tensors(path.with_name(Path(file).name)) for file in files]
             return {name: tensor for part in parts for name, tensor in part.items()}
         with path.open("rb") as file:
-            is_safe = file.read(9)[8:] == b"{" or path.suffix == ".safetensors"
+            start = file.read(1024)
+        is_safe = start[8:9] == b"{" or path.suffix == ".safetensors"
         content = (
             load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
         )
@@ -63,7 +65,7 @@ def read_tensors(path: Path) -> Tensors:
                 "it, save its weights alone: "
                 f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
             ) from None
-        if found := stand_in(path):
+        if found := stand_in(start) or stand_in(path):
             raise EncoderError(f"{path}: {found}") from None
         raise EncoderError(
             f"{path} cannot be read as plain weights ({first_line(error)}); convert it to "
@@ -149,17 +151,10 @@ def load_state(
     missing = [name for name in own if name in required and name not in state]
     unknown = [name for name in state if name not in own]
     wrong = [name for name in own if name in state and own[name].shape != state[name].shape]
-    layout = next(
-        (
-            said
-            for pattern, said in _LAYOUTS.items()
-            if any(re.search(pattern, k) for k in state) and not re.search(pattern, "\n".join(own))
-        ),
-        None,
-    )
     problem, remedy = "", "choose the architecture that it was trained with"
-    if (missing or unknown) and layout:
-        raise EncoderError(f"{path}: {layout}")
+    for pattern, said in _LAYOUTS.items() if missing or unknown else ():
+        if any(re.search(pattern, k) for k in state) and not re.search(pattern, " ".join(own)):
+            raise EncoderError(f"{path}: {said}")
     if missing and (shard := re.search(r"-\d+-of-0*(\d+)\.", path.name)):
         remedy = f"it is one of {shard[1]} files, pass the .index.json beside them"
         problem = f"it lacks {missing[0]}"

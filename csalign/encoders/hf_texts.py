@@ -22,6 +22,7 @@ from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
 
+Ids = list[list[int]]
 Pooling = Literal["mean", "cls", "last", "eos"]
 
 _SAMPLE = ("a", "two people on bicycles wait at a crossing in the rain")
@@ -136,11 +137,8 @@ class HfTexts(running.RunningEncoder):
         """
         ids, special = self._tokenize(texts)
 
-        def embed_batch(positions: list[int]) -> Embedded:
-            return self._embed_ids(
-                [ids[position] for position in positions],
-                [special[position] for position in positions],
-            )
+        def embed_batch(rows: list[int]) -> Embedded:
+            return self._embed_ids([ids[row] for row in rows], [special[row] for row in rows])
 
         embedded = running.embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
         # Only those that fill the context are tokenised again.
@@ -149,9 +147,7 @@ class HfTexts(running.RunningEncoder):
         self.cut += [length for length in lengths if length > self._max_length]
         return embedded
 
-    def _tokenize(
-        self, texts: Sequence[str], *, truncation: bool = True
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    def _tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> tuple[Ids, Ids]:
         """Return the ids of each text, and a mask that is 1 for special tokens."""
         encoded = self._tokenizer(
             [self._settings.prefix + text for text in texts],
@@ -173,7 +169,7 @@ class HfTexts(running.RunningEncoder):
                 marks.append(1)
         return ids, special
 
-    def _embed_ids(self, ids: list[list[int]], special: list[list[int]]) -> Embedded:
+    def _embed_ids(self, ids: Ids, special: Ids) -> Embedded:
         """Embed texts in one batch, padded on the right whatever side the tokenizer pads.
 
         Under the mask this is the same for encoders, and keeps the positions of a causal model.
@@ -271,19 +267,18 @@ def _check_folder(model: str) -> None:
     """Refuse a folder whose model is elsewhere, or is not all that is needed."""
     from transformers.utils import is_peft_available
 
-    folder = Path(model)
-    if (folder / "adapter_config.json").is_file() and not is_peft_available():
-        base = _beside(model, "adapter_config.json").get("base_model_name_or_path")
+    if not Path(model).is_dir():
+        return
+    if (adapter := _beside(model, "adapter_config.json")) and not is_peft_available():
         raise EncoderError(
-            f"hf:{model}: is a PEFT adapter of {base}; pip install peft, or save the merged model: "
-            "model.merge_and_unload().save_pretrained(FOLDER)"
+            f"hf:{model}: is a PEFT adapter of {adapter.get('base_model_name_or_path')}; pip "
+            "install peft, or save model.merge_and_unload()"
         )
-    is_elsewhere = folder.is_dir() and not (folder / "config.json").is_file()
-    if is_elsewhere and (modules := _beside(model, "modules.json")):
-        inner = folder / str(modules[0].get("path"))
+    modules = _beside(model, "modules.json")
+    if modules and not _beside(model, "config.json"):
+        inner = Path(model, str(modules[0].get("path")))
         raise EncoderError(
-            f"hf:{model}: its transformer is in {inner.name}; pass hf:{inner}?pooling=... with the "
-            f"pooling of {folder / '1_Pooling' / 'config.json'}"
+            f"hf:{model}: its transformer is in {inner.name}; pass hf:{inner}?pooling=POOLING"
         )
 
 
@@ -419,14 +414,14 @@ def _check_modules(model: str, settings: Settings, pooling: Pooling, spec: str) 
             "supported; omit prefix"
         )
     for module in _beside(model, "modules.json") or ():
-        if str(module.get("type")).rpartition(".")[2] in _FOLLOWED:
-            continue
-        if settings.pooling is None:
+        is_followed = str(module.get("type")).rpartition(".")[2] in _FOLLOWED
+        if not is_followed and settings.pooling is None:
             raise EncoderError(
                 f"{spec}: its modules.json has {module.get('path')} ({module.get('type')}), which "
                 f"is not supported; take the embeddings without it with pooling={pooling}"
             )
-        logger.warning("%s: embeddings are taken without its %s", spec, module.get("path"))
+        if not is_followed:
+            logger.warning("%s: embeddings are taken without its %s", spec, module.get("path"))
 
 
 def _default_pooling(network: Any) -> Pooling:

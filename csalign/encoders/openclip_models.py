@@ -118,12 +118,10 @@ def _split(name: str) -> tuple[str, str]:
 
 def _find_in_folder(name: str, folder: Path) -> tuple[Architecture, Weights]:
     if folder.is_dir() and not (folder / _CONFIG).is_file():
-        remedy = "save the model with open_clip.push_to_hf_hub.save_for_hf, or name it in open_clip"
-        if (folder / "config.json").is_file():
-            remedy = (
-                "it looks saved by transformers, whose text encoders hf:FOLDER reads; " + remedy
-            )
-        raise EncoderError(f"{folder}: has no {_CONFIG} of open_clip; {remedy}")
+        raise EncoderError(
+            f"{folder}: has no {_CONFIG}, so open_clip did not save it; name the model in "
+            "open_clip, or with hf:FOLDER if transformers saved a text encoder there"
+        )
     architecture = _register(folder / _CONFIG, tokenizer=name)
     for file in _FOLDER_WEIGHTS:
         if (folder / file).is_file():

@@ -216,7 +216,7 @@ def test_what_stands_where_a_file_should_be_is_named(
     with pytest.raises(CsalignError) as caught:
         use.get(name, lambda: import_arrays(ImportConfig(images=path, out=out)))()
 
-    assert said in str(caught.value) or (name, said) == ("t.csv", "is empty")
+    assert said in str(caught.value) or (said == "is empty" and name in ("t.csv", "adapter.json"))
     assert name in str(caught.value)
 
 
@@ -400,7 +400,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "CNN": (lambda f: st_modules(f, ("", "Transformer"), ("1_CNN", "CNN")), "has 1_CNN"),
     "adapter": (
         lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "roberta"}'),
-        "is a PEFT adapter of roberta; pip install peft, or save the merged model",
+        "is a PEFT adapter of roberta; pip install peft, or save model.merge_and_unload()",
     ),
 }
 

@@ -120,7 +120,7 @@ def _tar_error(path: Path) -> str | None:
     except DataError as reason:
         return str(reason)
     except tarfile.HeaderError:
-        return f"{path}: {stand_in(path) or 'is not a tar file; write or download it again'}"
+        return f"{path}: {stand_in(start) or 'is not a tar file; write or download it again'}"
     return None
 
 
