@@ -59,6 +59,7 @@ ONLY_DOORS = {
     },
     "safetensors": {
         "adapters/checkpoint.py",
+        "encoders/checkpoints.py",
         "generation/unclip.py",
         "sources/arrays/files.py",
         "training/checkpoints.py",

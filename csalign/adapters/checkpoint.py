@@ -16,7 +16,7 @@ from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, SchemaError, ShapeError
-from csalign.core.paths import DOCUMENTS, Kind, require_kind
+from csalign.core.paths import DOCUMENTS, Kind, require_kind, stand_in
 from csalign.core.records import Record, read_record, write_record
 from csalign.features.schema import EncoderInfo
 
@@ -137,7 +137,8 @@ def load_adapter_with_info(
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise SchemaError(f"{path}: cannot be read ({error}); train again") from None
+        problem = stand_in(path) or f"cannot be read ({error}); train again"
+        raise SchemaError(f"{path}: {problem}") from None
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     needed = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
     wrong = sorted(name for name in found | needed if found.get(name) != needed.get(name))

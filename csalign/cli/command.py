@@ -22,7 +22,7 @@ from csalign.cli.progress import shown_progress
 from csalign.core import atomic, distributed, outputs
 from csalign.core.config import Config, OutputConfig
 from csalign.core.errors import ConfigError, DataError, OutputError
-from csalign.core.paths import Kind, is_store_error, require_kind
+from csalign.core.paths import Kind, is_store_error, likely_meant, require_kind
 from csalign.core.progress import recorded_call
 from csalign.ingest.config import ExtractConfig
 from csalign.training.config import TuneConfig
@@ -151,7 +151,7 @@ def check_settings(settings: Config) -> None:
     if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
         searched = Path(settings.source)
         if settings.source != "-" and not searched.exists():
-            raise DataError(f"{searched}: no such file or folder")
+            raise DataError(f"{searched}: no such file or folder{likely_meant(searched)}")
         inputs.append(searched)
     # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
@@ -172,6 +172,6 @@ def _check_path(settings: Config, name: str, path: Path) -> None:
         title = type(settings).model_fields[name].title or ""
         require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
     elif name in _FILES and not path.exists():
-        raise DataError(f"{path}: no such file or folder")
+        raise DataError(f"{path}: no such file or folder{likely_meant(path)}")
     elif name == "report":
         outputs.check_page(path)

@@ -1,12 +1,17 @@
 """Locations: a local path or an object-store URL, and which artifact is there."""
 
 import asyncio
+import os
+import re
 import tomllib
+import unicodedata
 from contextlib import suppress
 from enum import StrEnum
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 from csalign.core.errors import ConfigError, DataError
 
@@ -39,8 +44,10 @@ def parse_location(value: Any) -> Path:
         if isinstance(value, Path) or hasattr(value, "fs"):
             return cast(Path, value)
         raise ValueError("Input should be a path or a URL")
+    if value.startswith("file://"):
+        value = unquote(value.removeprefix("file://"))
     if "://" not in value:
-        return Path(value)
+        return Path(value).expanduser()
     from upath import UPath
 
     try:
@@ -91,6 +98,105 @@ def is_remote(location: Path) -> bool:
     return not isinstance(location, Path)
 
 
+def respelled(name: str, root: Path | None = None) -> list[str]:
+    """Find the files that a missing name may mean, which differ from it in spelling alone.
+
+    Case, Unicode form, ``%20``, backslashes, quotes around it and spaces at its ends are spelling.
+
+    Args:
+        name: path, relative to `root`.
+        root: local folder (default: the working directory, or the root of an absolute path).
+
+    Returns:
+        Their paths relative to `root`; of an absolute path absolute ones.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if root is not None and ".." in parts:
+        return []
+    found = ["/"] if root is None and not parts[0] else [""]
+    for part in parts:
+        found = [
+            os.path.join(above, other)  # noqa: PTH118 - Path takes ten times as long
+            for above in found
+            for other in _spelled_alike(Path(root or "", above), part)
+        ]
+    return found
+
+
+def _spelled_alike(folder: Path, part: str) -> list[str]:
+    if part in ("", ".", ".."):
+        return [part]
+    try:
+        if "\0" not in part and (folder / part).exists():
+            return [part]
+        return _spellings(folder, folder.stat().st_mtime_ns).get(_spelling(part), [])
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=256)
+def _spellings(folder: Path, _: int) -> dict[str, list[str]]:
+    """List a folder's names by their spelling, again once it has changed."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 - names are all that is wanted
+        found.setdefault(_spelling(name), []).append(name)
+    return found
+
+
+def _spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", unquote(name)).casefold().strip(" \t\r\n'\"")
+
+
+def likely_meant(path: Path, root: Path | None = None) -> str:
+    """Say which files a missing path may mean, to append to a message; "" if that is unknown."""
+    if is_remote(path) or os.path.exists(path):  # noqa: PTH110 - names of any length
+        return ""
+    if os.path.islink(path):  # noqa: PTH114
+        return f"; it is a link to {path.readlink()}, which is missing (try git annex get)"
+    found = respelled(str(path), root)
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)):
+        parts = str(path).replace("\\", "/").split("/")
+        ends = ("/".join(parts[k:]) for k in range(1, len(parts)))
+        found = next((own for end in ends if end and (own := respelled(end, root))), [])
+        meant = f", such as {found[0]!r}" if found else ""
+        return f"; it is a path of Windows, write where the file is here{meant}"
+    return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+
+
+_COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"
+_STAND_INS = {
+    rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git lfs pull",
+    rb"\S*/annex/objects/": "is a git-annex pointer, not the file itself; run git annex get",
+    rb"\s*<(!doctype html|html)": "is a web page, which a server sent instead of the file; "
+    "download it again",
+    rb"\s*<(\?xml[^>]*>\s*<)?Error>": "is the error message of a server, not the file itself; "
+    "download it again",
+    rb"\x1f\x8b": _COMPRESSED.format("gunzip"),
+    rb"BZh\d1AY": _COMPRESSED.format("bunzip2"),
+    rb"\xfd7zXZ": _COMPRESSED.format("unxz"),
+    rb"\x28\xb5\x2f\xfd": _COMPRESSED.format("unzstd"),
+    rb"\0{512}": "begins with zeros alone, as an unfinished download does; download it again",
+}
+_UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
+
+
+def stand_in(content: Path | bytes) -> str | None:
+    """Recognise what often stands where a file should be, with the remedy; None if unknown.
+
+    Args:
+        content: the file, local or a URL, or its first bytes (512 or more).
+    """
+    if content == b"":
+        return "is empty; write or download it again"
+    start = content if isinstance(content, bytes) else b""
+    if not isinstance(content, bytes):
+        if content.suffix.lower() in _UNFINISHED:
+            return "is an unfinished download, by its name; download it again"
+        with suppress(Exception), content.open("rb") as file:  # also errors of object stores
+            start = file.read(1024)
+    return next((said for begin, said in _STAND_INS.items() if re.match(begin, start, re.I)), None)
+
+
 class Kind(StrEnum):
     """A kind of artifact; its value names it in messages."""
 
@@ -134,6 +240,7 @@ def require_kind(path: Path, *wanted: Kind) -> None:
         unfinished = path.with_name(f"{path.name}.partial")
         if path.name and unfinished.exists():
             remedy = f"{unfinished} is unfinished work; rerun its command to resume"
+        remedy = likely_meant(path).removeprefix("; ") or remedy
         raise DataError(f"{path}: no such {usual.value.split(' ', 1)[1]}; {remedy}")
     found = kind_of(path)
     if found is not None:

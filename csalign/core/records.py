@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from csalign.core import atomic
 from csalign.core.errors import SchemaError
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, stand_in
 
 _CHECKSUM = "checksum"  # csalign 0.1.0 wrote one of the document into the document itself
 
@@ -47,7 +47,8 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         document = parse_json(path.read_bytes())
     except ValueError as error:
-        raise SchemaError(f"{path}: is damaged ({error}); {remedy}") from None
+        problem = stand_in(path) or f"is damaged ({error}); {remedy}"
+        raise SchemaError(f"{path}: {problem}") from None
     if not isinstance(document, dict):
         raise SchemaError(f"{path}: is damaged (not a JSON object); {remedy}")
     document.pop(_CHECKSUM, None)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
+from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json
 from csalign.encoders import running
 from csalign.encoders.base import Embedded, EncoderOptions
@@ -21,6 +22,7 @@ from csalign.features.schema import EncoderInfo
 
 logger = logging.getLogger(__name__)
 
+Ids = list[list[int]]
 Pooling = Literal["mean", "cls", "last", "eos"]
 
 _SAMPLE = ("a", "two people on bicycles wait at a crossing in the rain")
@@ -36,6 +38,8 @@ _POOLINGS: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+# Modules of sentence-transformers that are followed, or that do nothing to directions.
+_FOLLOWED = ("Transformer", "Pooling", "Normalize", "Dropout")
 
 
 class Settings(BaseModel):
@@ -78,6 +82,7 @@ def load_hf(name: str, options: EncoderOptions) -> "HfTexts":
     model, _, query = name.partition("?")
     settings = _parse(name, query)
     _require_transformers(name)
+    _check_folder(model)
     network = _load_network(model, settings)
     tokenizer = _load_tokenizer(model, settings)
     if options.precision == "auto" and options.device.type != "cpu":
@@ -132,20 +137,23 @@ class HfTexts(running.RunningEncoder):
         """
         ids, special = self._tokenize(texts)
 
-        def embed_batch(positions: list[int]) -> Embedded:
-            return self._embed_ids(
-                [ids[position] for position in positions],
-                [special[position] for position in positions],
-            )
+        def embed_batch(rows: list[int]) -> Embedded:
+            return self._embed_ids([ids[row] for row in rows], [special[row] for row in rows])
 
-        return running.embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
+        embedded = running.embed_by_length([len(own) for own in ids], self.batch_size, embed_batch)
+        # Only those that fill the context are tokenised again.
+        full = [text for text, own in zip(texts, ids, strict=True) if len(own) >= self._max_length]
+        lengths = [len(own) for own in self._tokenize(full, truncation=False)[0]] if full else []
+        self.cut += [length for length in lengths if length > self._max_length]
+        return embedded
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    def _tokenize(self, texts: Sequence[str], *, truncation: bool = True) -> tuple[Ids, Ids]:
         """Return the ids of each text, and a mask that is 1 for special tokens."""
         encoded = self._tokenizer(
             [self._settings.prefix + text for text in texts],
-            truncation=True,
-            max_length=self._max_length - (self._eos is not None),
+            truncation=truncation,
+            max_length=self._max_length - (self._eos is not None) if truncation else None,
+            verbose=False,
             padding=False,
             return_attention_mask=False,
             return_special_tokens_mask=True,
@@ -161,7 +169,7 @@ class HfTexts(running.RunningEncoder):
                 marks.append(1)
         return ids, special
 
-    def _embed_ids(self, ids: list[list[int]], special: list[list[int]]) -> Embedded:
+    def _embed_ids(self, ids: Ids, special: Ids) -> Embedded:
         """Embed texts in one batch, padded on the right whatever side the tokenizer pads.
 
         Under the mask this is the same for encoders, and keeps the positions of a causal model.
@@ -255,6 +263,25 @@ def _require_transformers(name: str) -> None:
         ) from None
 
 
+def _check_folder(model: str) -> None:
+    """Refuse a folder whose model is elsewhere, or is not all that is needed."""
+    from transformers.utils import is_peft_available
+
+    if not Path(model).is_dir():
+        return
+    if (adapter := _beside(model, "adapter_config.json")) and not is_peft_available():
+        raise EncoderError(
+            f"hf:{model}: is a PEFT adapter of {adapter.get('base_model_name_or_path')}; pip "
+            "install peft, or save model.merge_and_unload()"
+        )
+    modules = _beside(model, "modules.json")
+    if modules and not _beside(model, "config.json"):
+        inner = Path(model, str(modules[0].get("path")))
+        raise EncoderError(
+            f"hf:{model}: its transformer is in {inner.name}; pass hf:{inner}?pooling=POOLING"
+        )
+
+
 def _load_network(model: str, settings: Settings) -> Any:
     from transformers import AutoModel
 
@@ -293,11 +320,18 @@ def _load_tokenizer(model: str, settings: Settings) -> Any:
 
     try:
         with running.quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 model, trust_remote_code=settings.trust_remote_code
             )
+            known = set(tokenizer(_SAMPLE[1])["input_ids"]) - {*tokenizer.all_special_ids}
     except Exception as error:  # damaged files and downloads fail in many ways
         raise _not_loaded(model, error) from error
+    if not known:  # transformers makes an empty one where there is none
+        raise EncoderError(
+            f"hf:{model}: has no tokenizer, or one that knows no word; save that of its base model "
+            "there: AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+        )
+    return tokenizer
 
 
 def _not_loaded(model: str, error: Exception) -> EncoderError:
@@ -307,7 +341,11 @@ def _not_loaded(model: str, error: Exception) -> EncoderError:
         )
     is_path = Path(model).exists() or model.startswith(("/", ".", "~"))
     if is_path and not Path(model).is_dir():
-        return EncoderError(f"hf:{model}: no such folder; pass the folder of a saved model")
+        meant = likely_meant(Path(model)) or "; pass the folder of a saved model"
+        return EncoderError(f"hf:{model}: no such folder{meant}")
+    for file in sorted(Path(model).glob("*.*")) if is_path else ():
+        if file.suffix in (".safetensors", ".bin", ".json", ".model") and (said := stand_in(file)):
+            return EncoderError(f"{file}: {said}")
     remedy = "pass the folder of a saved model"
     if not is_path:
         remedy = f"connect once, or {remedy}"
@@ -376,8 +414,14 @@ def _check_modules(model: str, settings: Settings, pooling: Pooling, spec: str) 
             "supported; omit prefix"
         )
     for module in _beside(model, "modules.json") or ():
-        if str(module.get("type")).endswith(".Dense"):
-            logger.warning("%s: embeddings are taken before its %s", spec, module.get("path"))
+        is_followed = str(module.get("type")).rpartition(".")[2] in _FOLLOWED
+        if not is_followed and settings.pooling is None:
+            raise EncoderError(
+                f"{spec}: its modules.json has {module.get('path')} ({module.get('type')}), which "
+                f"is not supported; take the embeddings without it with pooling={pooling}"
+            )
+        if not is_followed:
+            logger.warning("%s: embeddings are taken without its %s", spec, module.get("path"))
 
 
 def _default_pooling(network: Any) -> Pooling:

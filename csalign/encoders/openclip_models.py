@@ -4,16 +4,26 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import (
+    convert_to_custom_text_state_dict,
+    resize_pos_embed,
+    resize_text_pos_embed,
+)
 from open_clip.pretrained import download_pretrained_from_hf
 
+from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, EncoderError
+from csalign.core.paths import likely_meant
 from csalign.core.records import parse_json
+from csalign.encoders.checkpoints import find_state, load_state, read_tensors
 from csalign.encoders.running import first_line, quiet, suggest
 
 logger = logging.getLogger(__name__)
@@ -27,6 +37,10 @@ _FOLDER_WEIGHTS = (
     "model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+_IMAGE = "visual."  # before the names of the image tower
+_SCALES = ("logit_scale", "logit_bias")  # of the loss, which embeddings do not need
+_POSITION_IDS = "text.transformer.embeddings.position_ids"  # of old versions of transformers
+_OPENAI = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's own state dicts
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,11 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _find_in_folder(name: str, folder: Path) -> tuple[Architecture, Weights]:
+    if folder.is_dir() and not (folder / _CONFIG).is_file():
+        raise EncoderError(
+            f"{folder}: has no {_CONFIG}, so open_clip did not save it; name the model in "
+            "open_clip, or with hf:FOLDER if transformers saved a text encoder there"
+        )
     architecture = _register(folder / _CONFIG, tokenizer=name)
     for file in _FOLDER_WEIGHTS:
         if (folder / file).is_file():
@@ -173,8 +192,8 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
     """
     tag = open_clip.get_pretrained_cfg(architecture.name, pretrained)
     if not tag:
-        path = Path(pretrained)
-        if path.is_file():
+        path = Path(pretrained).expanduser()
+        if path.exists():
             return Weights(path, {})
         raise EncoderError(_unknown_weights(architecture, pretrained))
     try:
@@ -189,7 +208,7 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
 
 def _unknown_weights(architecture: Architecture, pretrained: str) -> str:
     if len(Path(pretrained).parts) > 1 or Path(pretrained).suffix:
-        return f"{pretrained}: no such checkpoint"
+        return f"{pretrained}: no such checkpoint{likely_meant(Path(pretrained))}"
     known = open_clip.list_pretrained_tags_by_model(architecture.name)
     hint = suggest(pretrained, known) if known else "none is known for it"
     return (
@@ -232,35 +251,76 @@ def _unreachable(architecture: Architecture, part: str, error: Exception) -> str
     )
 
 
-def load_weights(network: Any, weights: Weights, model: str) -> None:
-    """Load weights into a network, tensors only: pickled code is refused."""
-    path = weights.path
-    try:
-        if path.suffix != ".safetensors":
-            # On a TypeError open_clip falls back to full unpickling, which runs code of the file;
-            # a file that passes here does not get there.
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is not a checkpoint fails in many ways
-        raise EncoderError(
-            f"{path} cannot be read as plain weights ({first_line(error)}); convert "
-            "it to .safetensors, or save its state dict alone"
-        ) from error
+def load_weights(
+    network: Any, weights: Weights, model: str, sides: Collection[Modality] = tuple(Modality)
+) -> bool:
+    """Load weights into a network, tensors only: pickled code is refused.
+
+    Args:
+        network: built by `build_network`.
+        weights: of the same architecture.
+        model: its name, for messages.
+        sides: towers that must be there; what is missing of the other stays random.
+
+    Returns:
+        Whether the checkpoint is one of OpenAI's own, which were trained with QuickGELU.
+
+    Raises:
+        EncoderError: the checkpoint cannot be read, or is not of this architecture.
+    """
+    path, own = weights.path, network.state_dict()
+    tensors = read_tensors(path)
+    text, image = (
+        {name for name in own if name.startswith(_IMAGE) == is_image and name not in _SCALES}
+        for is_image in (False, True)
+    )
+    state = find_state(tensors, own, path)
+    if not image & state.keys():  # maybe the state dict of the image tower itself
+        bare = find_state(tensors, {name.removeprefix(_IMAGE) for name in image}, path)
+        named = {f"{_IMAGE}{name}": tensor for name, tensor in bare.items()}
+        state = max(named, state, key=lambda names: len(names.keys() & own.keys()))
+    is_openai = any(state.pop(name, None) is not None for name in _OPENAI)
     try:
         with quiet():
-            open_clip.load_checkpoint(network, str(path), strict=True, weights_only=True)
-    except Exception as error:  # so do weights of another network
+            state = _converted(network, state)
+    except Exception as error:  # weights of another network fail in many ways
         reason = first_line(error)
         if "not implemented for" in reason:  # open_clip resizes positions, but not in float16
             reason = "its position embeddings have another size"
         raise EncoderError(
-            f"{path} does not fit {model} ({reason}); choose the "
-            "architecture that it was trained with"
+            f"{path} does not fit {model} ({reason}); choose the architecture that it was trained "
+            "with"
         ) from error
+    towers = {Modality.IMAGE: image, Modality.TEXT: text}
+    found = [side for side, names in towers.items() if names & state.keys()]
+    if len(found) == 1 and found != list(sides):
+        raise EncoderError(
+            f"{path}: contains the {found[0]} tower alone; pass it as --{found[0]}-encoder, and "
+            "another encoder, or none, for the other side"
+        )
+    load_state(network, state, set().union(*(towers[side] for side in sides)), path, model)
+    return is_openai
 
 
-def warn_of_activation(architecture: Architecture, weights: Weights) -> None:
+def _converted(network: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convert other layouts that open_clip knows, and resize position embeddings, as it does."""
+    state = convert_state_dict(network, state)
+    if "positional_embedding" in state and not hasattr(network, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in _SCALES:
+        if name in state and (scale := getattr(network, name, None)) is not None:
+            state[name] = state[name].reshape(scale.shape)
+    if not hasattr(network, _POSITION_IDS):
+        state.pop(_POSITION_IDS, None)
+    resize_pos_embed(state, network)
+    resize_text_pos_embed(state, network)
+    return state
+
+
+def warn_of_activation(architecture: Architecture, weights: Weights, *, is_openai: bool) -> None:
     """Warn of weights trained with QuickGELU in a model without it, which costs accuracy."""
-    quick = weights.tag.get("quick_gelu", "openai" in str(weights.path).lower())
+    is_openai = is_openai or "openai" in str(weights.path).lower()
+    quick = weights.tag.get("quick_gelu", is_openai)
     if quick and not architecture.quick_gelu:
         logger.warning(
             "%s: these weights look trained with QuickGELU, %s has GELU; use its -quickgelu "

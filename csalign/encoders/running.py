@@ -7,6 +7,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from math import isqrt
 from typing import Any, Protocol, TypeVar
 
@@ -295,6 +296,11 @@ class RunningEncoder:
 
     _options: EncoderOptions
     _info: EncoderInfo
+
+    @cached_property
+    def cut(self) -> list[int]:
+        """Lengths in tokens of the texts that exceeded the context and were cut, once embedded."""
+        return []
 
     @property
     def batch_size(self) -> int:

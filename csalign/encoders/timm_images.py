@@ -1,7 +1,6 @@
 """Frozen timm models as image encoders."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import EncoderError
 from csalign.encoders import running
 from csalign.encoders.base import EncoderOptions
+from csalign.encoders.checkpoints import find_state, load_state, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -133,24 +133,9 @@ def _build(model: str, *, pretrained: bool) -> Any:
 
 def _load_weights(network: Any, path: Path, model: str) -> None:
     """Load a checkpoint without its classifier, tensors only: pickled code is refused."""
-    if not path.is_file():
-        raise EncoderError(f"{path}: no such checkpoint")
-    try:
-        state: Mapping[str, Any] = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # a file that is not a checkpoint fails in many ways
-        raise EncoderError(
-            f"{path} cannot be read as plain weights ({running.first_line(error)}); convert it to "
-            ".safetensors, or save its state dict alone"
-        ) from error
+    names = network.state_dict().keys()
+    state = find_state(read_tensors(path), names, path)
     heads = network.pretrained_cfg.get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    try:
-        network.load_state_dict(
-            {name: values for name, values in state.items() if not name.startswith(prefixes)},
-            strict=True,
-        )
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise EncoderError(
-            f"{path} does not fit {model} ({running.first_line(error)}); choose the model that it "
-            "was trained with"
-        ) from error
+    state = {name: values for name, values in state.items() if not name.startswith(prefixes)}
+    load_state(network, state, names, path, model)

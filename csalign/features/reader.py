@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, stand_in
 from csalign.core.progress import tick, track
 from csalign.features import schema
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
@@ -256,7 +256,8 @@ class FeatureTable:
                 file = pq.ParquetFile(opened, pre_buffer=remote, page_checksum_verification=True)
                 yield stack.enter_context(file)
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise SchemaError(f"{path}: cannot be read ({reason_of(error)}); {remedy}") from error
+            problem = stand_in(path) or f"cannot be read ({reason_of(error)}); {remedy}"
+            raise SchemaError(f"{path}: {problem}") from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
+from csalign.core.paths import stand_in
 from csalign.indexing.manifest import REMEDY, Correction
 from csalign.metrics.retrieval import SCALES, centred, penalty
 
@@ -62,7 +63,8 @@ class VectorIndex:
         try:
             return cls(factory, faiss.read_index(str(path), flags))
         except RuntimeError as error:
-            raise SchemaError(f"{path}: cannot be read ({_reason(error)}); {REMEDY}") from None
+            problem = stand_in(path) or f"cannot be read ({_reason(error)}); {REMEDY}"
+            raise SchemaError(f"{path}: {problem}") from None
 
     def __len__(self) -> int:
         return int(self._index.ntotal)

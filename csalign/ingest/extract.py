@@ -128,7 +128,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
         with sole_owner(partial) as is_owner:
             if is_owner:
                 if not partial.is_complete:
-                    _check_failures(config, partial, partial.part_records())
+                    records = partial.part_records()
+                    _check_failures(config, partial, records)
+                    _warn_of_cut_texts(records, encoders.text)
                 partial.complete_and_commit()
         if is_owner:
             warn_of_rows(config.out)
@@ -317,6 +319,20 @@ def _check_failures(
         raise DataError(f"{config.source}: contains nothing to embed")
     if not any(record.images or record.texts for record in records):
         raise _too_many(partial, records, "none of the records is usable")
+
+
+def _warn_of_cut_texts(records: list[PartRecord], encoder: TextEncoder | None) -> None:
+    cut, texts = (sum(getattr(r, name) for r in records) for name in ("cut_texts", "texts_seen"))
+    if cut and encoder is not None:
+        known = encoder.info.preprocessing
+        logger.warning(
+            "%s of %s captions (%.1f %%) are longer than the %s tokens that %s encodes, and were "
+            "cut there (the longest has %s tokens); shorten them, or choose an encoder with a "
+            "longer context",
+            *(f"{cut:,}", f"{texts:,}", 100 * cut / texts),
+            *(known.get("context_length") or known.get("max_length"), encoder.info.spec),
+            max(record.longest_text for record in records),
+        )
 
 
 def _too_many(

@@ -78,6 +78,8 @@ class PartRecord(Record):
     failed_records: int = 0  # skipped as a whole
     failed_texts: int = 0  # skipped although their record was not
     texts_seen: int = 0  # of the records that were not skipped
+    cut_texts: int = 0  # longer than the context of their encoder
+    longest_text: int = 0  # tokens of the longest of those
     pairs: int = 0  # texts that belong to an image
     images: Shard | None = None
     texts: Shard | None = None

@@ -44,6 +44,8 @@ class PartWriter:
     failed_records: int = 0
     failed_texts: int = 0
     texts_seen: int = 0
+    cut_texts: int = 0
+    longest_text: int = 0
     pairs: int = 0
     source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)

@@ -162,8 +162,12 @@ class _Part:
         encoder = self.pipeline.encoders.text
         if encoder is None:
             return
+        cut: list[int] = getattr(encoder, "cut", [])
         for window in _groups(self._kept_texts(), encoder.batch_size * _BATCHES_PER_WINDOW):
+            cut.clear()
             embedded = embed_in_halves(encoder.embed, [owned.text.caption for owned in window])
+            self.part.cut_texts += len(cut)
+            self.part.longest_text = max(self.part.longest_text, *cut, 0)
             defects = self._defects(embedded)
             for row, reason in defects.items():
                 self.part.failed_texts += 1

@@ -1,10 +1,14 @@
 """Read Parquet, Arrow and Feather files in batches of bounded size; every error names the file."""
 
+import logging
 import mmap
+import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core.errors import DataError, reason_of
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, stand_in
 from csalign.sources.records.files import local_copy, open_file, translate_errors
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
 
+log = logging.getLogger(__name__)
+
+_LEAST_WIDTH = 8  # columns that are one vector
+_SHORTENED = r"\.\.\.|\u2026"  # by NumPy or torch, by polars
 _REMEDY = "write or download it again"
 _KINDS = {
     "text": ("string", "large_string", "string_view"),
@@ -143,7 +151,8 @@ def _named_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
             yield
         except damage as error:
             reason = getattr(error, "strerror", None) or reason_of(error)
-            raise DamagedError(f"{path}: cannot be read ({reason}); {_REMEDY}") from None
+            problem = stand_in(path) or f"cannot be read ({reason}); {_REMEDY}"
+            raise DamagedError(f"{path}: {problem}") from None
 
 
 def kind_of(held: pa.DataType) -> str:
@@ -223,6 +232,81 @@ def _decoded(column: pa.Array) -> pa.Array:
         is_uuid = all(value is None or len(value) == 16 for value in values)
         write = (lambda value: str(uuid.UUID(bytes=value))) if is_uuid else bytes.hex
         return pa.array([None if v is None else write(v) for v in values], pa.large_string())
+
+
+def gather_columns(file: ArrowFile) -> ArrowFile:
+    """Present series of columns of floats, such as e0 to e511, as one column of lists each.
+
+    Nothing changes in a file that has columns of lists.
+    """
+    series: dict[str, dict[int, str]] = {}
+    for field in file.schema:
+        if kind_of(field.type) == "list":
+            return file
+        if pa.types.is_floating(field.type) and (name := re.fullmatch(r"(.*?)(\d+)", field.name)):
+            series.setdefault(name[1].rstrip("_-. ") or "embedding", {})[int(name[2])] = field.name
+    columns = {
+        stem: [own[number] for number in sorted(own)]
+        for stem, own in series.items()
+        if len(own) >= _LEAST_WIDTH and min(own) in (0, 1) and max(own) - min(own) < len(own)
+    }
+    used = {name for own in columns.values() for name in own}
+    schema = pa.schema([field for field in file.schema if field.name not in used])
+    for stem, own in columns.items():
+        _inform(file.path, own[0], own[-1])
+        schema = schema.append(pa.field(stem, pa.list_(pa.float32(), len(own))))
+
+    def read(group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
+        stored = [own for name in names for own in columns.get(name, [name])]
+        for batch in file._read(group, stored, size):
+            arrays = [
+                _rows_of(batch.select(columns[name])) if name in columns else batch[name]
+                for name in names
+            ]
+            yield pa.record_batch(arrays, names)
+
+    return replace(file, schema=schema, names=tuple(schema.names), _read=read) if used else file
+
+
+@cache
+def _inform(path: Path, first: str, last: str) -> None:
+    """Say once that columns are vectors, as a file is opened several times."""
+    log.info("%s: columns %s to %s are read as vectors", path, first, last)
+
+
+def _rows_of(batch: pa.RecordBatch) -> pa.Array:
+    columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+    rows = np.column_stack(columns).astype(np.float32)
+    return pa.FixedSizeListArray.from_arrays(rows.ravel(), len(columns))
+
+
+def describe(
+    file: ArrowFile, known: Collection[str], are_vectors: Callable[[str], bool]
+) -> dict[str, str]:
+    """Return the types of all columns but the known ones; of texts named as vectors the start."""
+    found = {name: str(file.schema.field(name).type) for name in file.names if name not in known}
+    for name in filter(are_vectors, found):
+        if kind_of(file.schema.field(name).type) == "text":
+            for batch in islice(file.batches([name], 1), 1):
+                first = batch[0][0].as_py() or ""
+                found[name] += f" {first[:32]}{'...' if re.search(_SHORTENED, first) else ''}"
+    return found
+
+
+def lists_from(name: str, described: str) -> str:
+    """Say how to convert a column to lists of floats, by its description from `describe`."""
+    if described.endswith("..."):
+        return "it was shortened when it was printed, and numbers are lost; write the vectors again"
+    forms = {
+        r"list": "df[{0!r}].str[0]",
+        r"binary": "[numpy.frombuffer(v, 'float32') for v in df[{0!r}]]",
+        r"string \[[^ ]*, ?": "df[{0!r}].map(json.loads)",
+        r"string \[": "[numpy.fromstring(v.strip('[]'), sep=' ') for v in df[{0!r}]]",
+        r"string [\w+/]{32}": "[numpy.frombuffer(b64decode(v), 'float32') for v in df[{0!r}]]",
+    }
+    form = next((form for pattern, form in forms.items() if re.search(pattern, described)), "")
+    how = f": df[{name!r}] = {form.format(name)}" if form else ""
+    return f"store one list of floats per row{how}"
 
 
 def list_width(file: ArrowFile, column: str) -> int:

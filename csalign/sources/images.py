@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from csalign.core.errors import DataError, reason_of
+from csalign.core.paths import stand_in
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
@@ -71,7 +72,7 @@ def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError("is not an image of a known format") from None
+        raise DataError(stand_in(data[:1024]) or "is not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(_too_large()) from None
     except Exception as error:  # decoders raise anything on damaged bytes

@@ -84,7 +84,7 @@ SOURCES: list[tuple[str, bytes | None, str]] = [
     ("x.json", b'{"images": {}, "annotations": 5}', "x.json: "),
     ("x.json", b"[" * 100_000, "x.json: "),
     ("x.json", b'{"images": [{"id": NaN}]}', "x.json: "),
-    ("x.tar", b"", "x.tar: is not a tar file"),
+    ("x.tar", b"", "x.tar: is empty"),
     ("x.tar", b"\xff" * 2000, "x.tar: is not a tar file"),
     ("x.tar", tar(("a.png", png()), ("a.txt", b"one"))[:700], "is cut short"),
     ("x.tar", tar(("a.png", b"x"), ("a.txt", b"one")), "is not an image of a known format"),
@@ -121,7 +121,7 @@ def test_sources_of_no_use_are_refused(
 IMAGES = [
     (b"", "is empty"),
     (b"GIF89a", "a.png"),
-    (b"<html></html>", "is not an image of a known format"),
+    (b"<html></html>", "is a web page"),
     (png()[:400], "a.png"),
     (png((1, 900)), "an aspect ratio above 200"),
     (b"%PDF-1.4", "is not an image of a known format"),

@@ -273,8 +273,12 @@ def test_what_is_not_done_as_sentence_transformers_would_is_told(
 ) -> None:
     folder = make_model("bert")
     write_json(folder / "modules.json", [{"path": "2_Dense", "type": "some.models.Dense"}])
-    load(folder)
-    assert caplog.messages == [f"hf:{folder}: embeddings are taken before its 2_Dense"]
+    assert "has 2_Dense (some.models.Dense), which is not supported" in error_of(folder)
+    load(f"{folder}?pooling=mean")
+    assert caplog.messages == [
+        f"hf:{folder}?pooling=mean: embeddings are taken without its 2_Dense"
+    ]
+    (folder / "modules.json").unlink()
 
     write_json(folder / "1_Pooling" / "config.json", {"pooling_mode": ["mean", "max"]})
     assert "asks for mean, max, which is not supported" in error_of(folder)

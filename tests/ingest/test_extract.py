@@ -31,6 +31,8 @@ from csalign.ingest.split import split
 MakeImages = Callable[..., Path]
 NAMES = [f"{letter}.png" for letter in "abcdefgh"]
 
+PAGE = "is a web page, which a server sent instead of the file; download it again"
+
 
 @pytest.fixture
 def photos(make_images: MakeImages) -> Path:
@@ -210,10 +212,10 @@ def test_unreadable_images_are_skipped_with_their_captions_and_listed(
     assert reason.startswith("cannot be read (")
     assert listed == [
         {"source": f"{photos}/b.png", "row": None},
-        {"source": f"{photos}/d.png", "row": None, "reason": "is not an image of a known format"},
+        {"source": f"{photos}/d.png", "row": None, "reason": PAGE},
         {"source": f"{photos}/e.png", "row": None, "reason": "is empty"},
         {"source": table, "row": 3, "reason": f"its image b.png {reason}"},
-        {"source": table, "row": 5, "reason": "its image d.png is not an image of a known format"},
+        {"source": table, "row": 5, "reason": f"its image d.png {PAGE}"},
         {"source": table, "row": 6, "reason": "its image e.png is empty"},
     ]
 
@@ -240,7 +242,7 @@ def test_too_many_failures_end_the_run_and_a_rerun_resumes(
     assert message.startswith(
         f"2 of 4 records are unusable (limit: 20 %): {photos}/b.png cannot be read ("
     )
-    assert f"; {photos}/d.png is not an image of a known format; " in message
+    assert f"; {photos}/d.png {PAGE}; " in message
     assert f" Repair what {partial}/failures.jsonl lists, then resume with --retry" in message
     assert len(failures(partial)) == 4
     assert not (photos.parent / "features").exists()
@@ -364,7 +366,7 @@ def test_unreadable_files_count_among_files(
         {
             "source": f"{tars}/1.tar",
             "row": None,
-            "reason": "is not a tar file; write or download it again",
+            "reason": PAGE,
         }
     ]
     assert shards(mended) == shards(run("whole", source=tars))

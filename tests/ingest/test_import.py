@@ -196,7 +196,7 @@ def test_a_truncated_npy_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.npy: is not a readable NumPy file"):
         import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
     path.write_text("<html>not found</html>")
-    with pytest.raises(DataError, match=r"x\.npy: is not a readable NumPy file"):
+    with pytest.raises(DataError, match=r"x\.npy: is a web page"):
         import_arrays(ImportConfig(images=path, texts=path, out=tmp_path / "out"))
 
 

@@ -298,7 +298,7 @@ REFUSED_FRAMES: list[tuple[dict[str, Any], str]] = [
     ({"img_emb": IMAGES, "b": TEXTS, "c": TEXTS}, r"look.* the text .*--text-column b"),
     (
         {"img_emb": [str(row.tolist()) for row in IMAGES], "txt_emb": TEXTS},
-        r"no image embeddings; img_emb contains .*string, store one list of floats per row: df",
+        r"no image embeddings; img_emb contains .*string .*: store one list of floats per row: df",
     ),
 ]
 

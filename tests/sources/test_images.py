@@ -120,7 +120,7 @@ def test_what_is_no_image_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
 
-    assert error_of(tmp_path / "page.jpg") == "is not an image of a known format"
+    assert error_of(tmp_path / "page.jpg").startswith("is a web page, which a server sent")
     assert error_of(tmp_path / "empty.jpg") == "is empty"
     assert error_of(tmp_path / "script.jpg") == "is not an image of a known format"
 

@@ -25,6 +25,7 @@ from csalign.sources.arrays.naming import (
     is_usual_key,
     of_side,
 )
+from csalign.sources.arrow import lists_from
 from csalign.sources.labels import Labels
 
 Array = npt.NDArray[Any]
@@ -186,8 +187,7 @@ class Container:
             if are_vectors(name) and any(
                 of_side([name], side) or first_of(EITHER_NAMES, [name]) for side in sides
             ):
-                how = f": df[{name!r}] = df[{name!r}].map(json.loads)" if "string" in kind else ""
-                return f"; {name} contains {kind}, store one list of floats per row{how}"
+                return f"; {name} contains {kind}: {lists_from(name, kind)}"
         return ""
 
     def __str__(self) -> str:

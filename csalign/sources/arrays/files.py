@@ -19,7 +19,7 @@ from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
-from csalign.sources.arrays.naming import is_id, is_usual_key
+from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key
 from csalign.sources.labels import Labels
 from csalign.sources.records.files import local_copy
 from csalign.sources.records.tables import read_table
@@ -366,8 +366,8 @@ def open_table(path: Path) -> Iterator[Container]:
     Raises:
         DataError: it is damaged.
     """
-    with arrow.open_arrow(path) as file:
-        headers = {}
+    with arrow.open_arrow(path) as opened:
+        file, headers = arrow.gather_columns(opened), {}
         for column in file.schema:
             if arrow.kind_of(column.type) == "list":
                 held = column.type.value_type
@@ -375,7 +375,7 @@ def open_table(path: Path) -> Iterator[Container]:
                     shape = (file.rows, arrow.list_width(file, column.name))
                     headers[column.name] = Header(shape, np.dtype(held.to_pandas_dtype()).name)
         labels = {own.name: file.rows for own in file.schema if _is_plain(own.name, own.type)}
-        others = {own.name: str(own.type) for own in file.schema if own.name not in headers}
+        others = arrow.describe(file, headers, are_vectors)
 
         def read(name: str, step: int) -> Iterator[Array]:
             start = 0

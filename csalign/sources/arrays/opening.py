@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
+from csalign.core.paths import likely_meant, stand_in
 from csalign.sources.arrays import base, files, naming
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
 from csalign.sources.arrays.files import dataset_files, open_table
@@ -28,7 +29,6 @@ OPENERS: dict[str, base.Opener] = {
     **dict.fromkeys(TABLES, open_table),
 }
 PICKLES = (".pkl", ".pickle", ".joblib")
-_LFS = b"version https://git-lfs.github.com/spec/"
 # How a file begins, with the suffixes of its kind.
 _BEGINNINGS = {
     b"\x93NUMPY": (".npy",),
@@ -66,7 +66,7 @@ def read_side(spec: Path, modality: Modality, column: str | None = None) -> base
             raise DataError(f"{path}: has no {FOLDERS[modality]}; run clip-retrieval for that side")
         return sides[modality]
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file{likely_meant(path)}")
     return _read_all(path, modality, wanted)
 
 
@@ -94,7 +94,7 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
                 f"{file}:NAME and --texts {file}:NAME, or {file} with --image-column and "
                 "--text-column"
             )
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such file or folder{likely_meant(source)}")
     if source.is_dir() and is_clip_retrieval(source):
         return read_clip_retrieval(source)
     if source.is_dir() and (source / "manifest.json").is_file():
@@ -184,9 +184,9 @@ def _opener(path: Path) -> base.Opener:
             "the array with numpy.save(path, array)"
         )
     with translate_errors(path), path.open("rb") as file:
-        start = file.read(len(_LFS))
-    if start == _LFS:
-        raise DataError(f"{path}: is a Git LFS pointer, not the data; run git lfs pull")
+        start = file.read(1024)
+    if (problem := stand_in(start)) is not None:
+        raise DataError(f"{path}: {problem}")
     kinds = next((own for begin, own in _BEGINNINGS.items() if start.startswith(begin)), ())
     if kinds and suffix not in kinds:
         names = " or ".join(path.with_suffix(own).name for own in kinds[:2])
@@ -194,8 +194,12 @@ def _opener(path: Path) -> base.Opener:
             f"{path}: has the content of another format than its name; rename it {names}"
         )
     if suffix not in OPENERS:
-        is_text = suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl")
-        remedy = "; numpy.save(path, array) writes .npy" if is_text else ""
+        remedy = {
+            **dict.fromkeys(
+                (".csv", ".tsv"), "; pandas.read_csv(path).to_parquet('x.parquet') does"
+            ),
+            **dict.fromkeys((".txt", ".json", ".jsonl"), "; numpy.save(path, array) writes .npy"),
+        }.get(suffix, "")
         raise DataError(f"{path}: embeddings are one of {', '.join(OPENERS)}{remedy}")
     return OPENERS[suffix]
 

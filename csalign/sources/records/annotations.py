@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csalign.core.errors import DataError
+from csalign.core.paths import is_remote, respelled
 from csalign.core.records import parse_json
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.files import is_file, open_file, path_below, split_of
@@ -202,9 +203,14 @@ def _find_images(path: Path, names: Sequence[str]) -> Path:
     probes = names[:: max(1, len(names) // _PROBES)][:_PROBES]
     # COCO keeps captions_val2017.json in annotations/ and the images in val2017/ beside it.
     stem = path.name.partition(".")[0].rpartition("_")[2]
-    for parent in dict.fromkeys((path.parent, path.parent.parent)):
-        for folder in (parent, parent / stem, *_folders_in(parent), parent / "images" / stem):
-            if any(_is_below(folder, probe) for probe in probes):
+    folders = [
+        folder
+        for parent in dict.fromkeys((path.parent, path.parent.parent))
+        for folder in (parent, parent / stem, *_folders_in(parent), parent / "images" / stem)
+    ]
+    for is_below in (_is_below, _is_alike_below):
+        for folder in folders:
+            if any(is_below(folder, probe) for probe in probes):
                 return folder
     raise DataError(
         f"{path}: its images, such as {probes[0]!r:.200}, are neither beside it nor in the "
@@ -218,6 +224,10 @@ def _folders_in(parent: Path) -> list[Path]:
         return sorted(islice(folders, _MAX_FOLDERS))
     except OSError:
         return []
+
+
+def _is_alike_below(folder: Path, name: str) -> bool:
+    return not is_remote(folder) and bool(respelled(name, folder))
 
 
 def _is_below(folder: Path, name: str) -> bool:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import posixpath
 import sys
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, likely_meant, respelled
 from csalign.sources.records import (
     ImageInput,
     IndexedFile,
@@ -77,6 +76,7 @@ class Catalog:
         self._files: list[_File] = []
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
+        self._was_respelled = False
         self._blank_rows = self._rows = self._rows_without_caption = 0
 
     def begin_file(
@@ -121,7 +121,15 @@ class Catalog:
 
     def add_found(self, image_ids: Iterable[str]) -> None:
         """Add the images of a folder that no row names."""
-        for image_id in image_ids:
+        found = list(image_ids)
+        known, named = set(found), {entry.place for entry in self._entries}
+        for entry in self._entries if known else ():
+            if entry.place is not None and entry.offset is None and entry.place not in known:
+                place = self._respelled(entry.place)
+                if place is not None and place not in named:
+                    entry.place = place
+                    self._by_id.setdefault(place, entry)
+        for image_id in found:
             self._digest.update(repr(image_id).encode())
             if image_id not in self._by_id:
                 error = files.name_error(image_id)
@@ -225,19 +233,15 @@ class Catalog:
             path = Path(entry.place) if self._root is None else self._root / entry.place
             # A remote file is looked up when it is read, which saves a request.
             if row is not None and not is_remote(path) and not files.is_file(path):
-                start = "the working directory" if self._root is None else self._root
-                error = (
-                    f"unknown image {entry.place!r:.200}; correct the path, which starts from "
-                    f"{start}, or remove the row"
-                )
-                for form in ("NFC", "NFD"):
-                    other = Path(self._root or "", unicodedata.normalize(form, entry.place))
-                    if files.is_file(other):
-                        error = (
-                            f"image {entry.place!r:.200} has its name in another Unicode form on "
-                            f"the disk ({form}); write it so in the table"
-                        )
-                return Record(None, row=row, error=error)
+                place = self._respelled(entry.place)
+                if place is None:
+                    start = "the working directory" if self._root is None else self._root
+                    remedy = likely_meant(Path(entry.place), self._root) or (
+                        f"; correct the path, which starts from {start}, or remove the row"
+                    )
+                    error = f"unknown image {entry.place!r:.200}{remedy}"
+                    return Record(None, row=row, error=error)
+                path = Path(self._root or "", place)
             read = partial(files.read_bounded, path)
             image = ImageInput(entry.label, path.as_posix(), read, is_named=True)
         captions = entry.captions
@@ -258,6 +262,23 @@ class Catalog:
             suffix = f"#{len(texts)}" if texts or image or entry.text else ""
             texts.setdefault(caption, TextInput(f"{entry.label}{suffix}", caption, number))
         return Record(image, tuple(texts.values()), entry.split, row)
+
+    def _respelled(self, place: str) -> str | None:
+        """Find the only file that differs from a missing one in spelling alone; warn once."""
+        if self._root is not None and is_remote(self._root):
+            return None
+        found = respelled(place, self._root)
+        found = [own for own in found if files.is_file(Path(self._root or "", own))]
+        if len(found) != 1:
+            return None
+        if found[0] != place and not self._was_respelled:
+            self._was_respelled = True
+            logger.warning(
+                "%s: image paths are spelled otherwise on the disk, and are read as there: %a is "
+                "%a, and so on",
+                *(self._files[0].name, place, found[0]),
+            )
+        return found[0]
 
     def _range(self, position: int) -> tuple[int, int]:
         starts = [file.start for file in self._files[position : position + 2]]

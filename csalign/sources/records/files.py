@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import unquote
 
 from csalign.core.enums import usual_split
 from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
 from csalign.core.figures import counted
-from csalign.core.paths import is_remote, parse_location
+from csalign.core.paths import is_remote, parse_location, stand_in
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 16 << 20
@@ -209,6 +210,8 @@ def check_size(size: int, limit: int = MAX_IMAGE_BYTES) -> None:
 
 def decode_text(data: bytes, start: int = 0) -> str:
     """Decode the UTF-8 at byte `start` of a file, without byte order mark, or raise `DataError`."""
+    if data.startswith(b"version https://git-lfs") and not start:
+        raise DataError(stand_in(data))
     try:
         return data.decode().removeprefix("" if start else "\ufeff")
     except UnicodeDecodeError as error:
@@ -236,6 +239,8 @@ def name_error(name: str) -> str | None:
 def path_below(root: Path, path: str) -> str:
     """Make an image path of a table relative to `root`; one outside of it raises `DataError`."""
     given = path
+    if path.startswith("file://"):
+        path = unquote(path.removeprefix("file://"))
     if "://" in path:
         if not (is_remote(root) and path.startswith(f"{root}/")):
             raise DataError(

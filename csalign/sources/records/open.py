@@ -11,7 +11,7 @@ from typing import cast
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
-from csalign.core.paths import is_remote, parse_location
+from csalign.core.paths import is_remote, likely_meant, parse_location, stand_in
 from csalign.core.records import parse_json
 from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
@@ -97,7 +97,7 @@ class _Opener:
             return self._file(path, None)
         paths = files.expand_pattern(source)
         if paths is None:
-            raise DataError(f"{source}: no such file or folder")
+            raise DataError(f"{source}: no such file or folder{likely_meant(Path(source))}")
         return self._several(source, paths)
 
     def _several(self, source: str, paths: Sequence[Path]) -> Source:
@@ -126,7 +126,8 @@ class _Opener:
                     f"--captions: a source of kind {kind} has its own; omit --captions"
                 )
             if not self._options.captions.is_file():
-                raise DataError(f"{self._options.captions}: no such file; pass a captions table")
+                meant = likely_meant(self._options.captions) or "; pass a captions table"
+                raise DataError(f"{self._options.captions}: no such file{meant}")
             source = self._file(self._options.captions, folder, images_in(folder, found))
             if Modality.TEXT not in source.sides:
                 raise DataError(
@@ -278,11 +279,8 @@ def recognise(file: Path) -> str:
         return "parquet"
     if suffix == ".tar" or start[257:262] == b"ustar":
         return "tar"
-    for magic, tool in _COMPRESSED.items():
-        if start.startswith(magic):
-            raise DataError(
-                f"{file}: is compressed, so parts of it cannot be read; unpack it with {tool} first"
-            )
+    if start and (problem := stand_in(start)) is not None:
+        raise DataError(f"{file}: {problem}")
     if suffix in (*SUFFIXES, ".json", ".ndjson"):
         return ".jsonl" if suffix == ".ndjson" else suffix
     if suffix in IMAGE_SUFFIXES or b"\0" in start:

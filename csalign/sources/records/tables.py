@@ -18,6 +18,7 @@ from pydantic import Field
 from csalign.core.config import Config, Location
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
+from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json
 from csalign.sources.records import files
 
@@ -239,9 +240,11 @@ def read_table(path: Path) -> Table:
     """
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file{likely_meant(path)}")
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size and (problem := stand_in(path)) is not None:
+        raise DataError(f"{path}: {problem}")
     if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
         return plain
     table = Table(path, array("q"), {})

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from csalign.core.enums import Modality, usual_split
 from csalign.core.errors import DataError
-from csalign.core.paths import is_remote
+from csalign.core.paths import is_remote, stand_in
 from csalign.core.records import parse_json
 from csalign.sources import images
 from csalign.sources.records import (
@@ -117,7 +117,7 @@ def _tar_error(path: Path) -> str | None:
     except DataError as reason:
         return str(reason)
     except tarfile.HeaderError:
-        return f"{path}: is not a tar file; write or download it again"
+        return f"{path}: {stand_in(start) or 'is not a tar file; write or download it again'}"
     return None
 
 

@@ -96,7 +96,9 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
         good = path.read_bytes()
         for cut in (0, 3, 60, len(good) // 2, len(good) - 1):
             path.write_bytes(good[:cut])
-            with pytest.raises(DataError, match=rf"{path.name}: is not a readable NumPy file"):
+            with pytest.raises(
+                DataError, match=rf"{path.name}: is (not a readable NumPy file|empty)"
+            ):
                 read_side(path, Modality.IMAGE)
 
 

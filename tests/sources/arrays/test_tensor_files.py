@@ -155,7 +155,9 @@ def test_old_and_damaged_files_are_refused(tmp_path: Path) -> None:
     good = path.read_bytes()
     for damaged in (b"", good[:100], good[: len(good) // 2], b"<html>" + good[6:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"x\.pt: is not a readable torch file"):
+        with pytest.raises(
+            DataError, match=r"x\.pt: is (not a readable torch file|empty|a web page)"
+        ):
             read_side(path, Modality.IMAGE)
     st = tmp_path / "x.safetensors"
     safetensors.torch.save_file({"images": tensor(50, 8)}, st)
