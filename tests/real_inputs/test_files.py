@@ -4,7 +4,7 @@ import base64
 import io
 import logging
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ PNG, JPEG, WEBP, TGA = (picture(form) for form in ("PNG", "JPEG", "WEBP", "TGA")
 HEIC = b"\0\0\0\x18ftypheic" + bytes(40)
 
 
-def write(folder: Path, **contents: bytes | str) -> None:
+def write(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     for name, content in contents.items():
         put(folder / name, content)
 
@@ -115,16 +115,16 @@ def kohya(folder: Path) -> None:
 
 
 def left_by_systems(folder: Path) -> None:
-    write(folder, **dict.fromkeys(("a.png", "._a.png", ".DS_Store"), PNG))
-    write(folder, **{"Thumbs.db": PNG, "desktop.ini": PNG, "__MACOSX/._a.png": PNG})
+    write(folder, dict.fromkeys(("a.png", "._a.png", ".DS_Store"), PNG))
+    write(folder, {"Thumbs.db": PNG, "desktop.ini": PNG, "__MACOSX/._a.png": PNG})
 
 
 def wrong_suffixes(folder: Path) -> None:
-    write(folder, **{"a.jpg": PNG, "b.PNG": WEBP, "c.jpe": JPEG, "d.JFIF": JPEG, "e.tga": TGA})
+    write(folder, {"a.jpg": PNG, "b.PNG": WEBP, "c.jpe": JPEG, "d.JFIF": JPEG, "e.tga": TGA})
 
 
 def without_suffixes(folder: Path) -> None:
-    write(folder, **{"3f5a0c": PNG, "b.jpg?size=large": JPEG, "c.HEIC": JPEG, "LICENSE": "MIT" * 9})
+    write(folder, {"3f5a0c": PNG, "b.jpg?size=large": JPEG, "c.HEIC": JPEG, "LICENSE": "MIT" * 9})
 
 
 def links(folder: Path) -> None:
@@ -252,7 +252,7 @@ def beside_tars(folder: Path) -> None:
 
 
 def unreadable_kinds(folder: Path) -> None:
-    write(folder, **{"a.png": PNG, "b.HEIC": HEIC, "c.nef": b"II*\0" + bytes(40), "notes.md": "x"})
+    write(folder, {"a.png": PNG, "b.HEIC": HEIC, "c.nef": b"II*\0" + bytes(40), "notes.md": "x"})
 
 
 def header_alone(folder: Path) -> None:

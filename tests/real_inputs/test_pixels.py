@@ -194,7 +194,10 @@ def test_a_picture_has_the_pixels_of_its_8_bit_version(name: str) -> None:
 FLAT: dict[str, tuple[Image.Image, str | None]] = {
     "mask of 0 and 1": (Image.fromarray(GREY // 128), "of one colour"),
     "class numbers": (Image.fromarray(GREY // 13), "nearly black"),
-    "class numbers in colours": (Image.fromarray(GREY // 13).convert("P", dither=0), "nearly bl"),
+    "class numbers in colours": (
+        Image.fromarray(GREY // 13).convert("P", dither=Image.Dither.NONE),
+        "nearly bl",
+    ),
     "a colour": (Image.new("RGB", (40, 30), (9, 90, 200)), "of one colour"),
     "transparent": (Image.new("RGBA", (40, 30), (9, 90, 200, 0)), "of one colour"),
     "faint": (Image.fromarray(255 - GREY // 10), "nearly white"),
