@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
@@ -21,9 +22,9 @@ from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Array, Vectors
-from csalign.sources.arrays.files import read_label_table
 from csalign.sources.arrays.naming import label_side
-from csalign.sources.arrays.opening import read_both, read_side, split_spec
+from csalign.sources.arrays.opening import labels_beside, read_both, read_side, split_spec
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
@@ -164,6 +165,12 @@ def _pair(
 ) -> tuple[dict[Modality, Vectors], dict[Modality, dict[str, pa.Array]], str | None]:
     """Pair the rows; return the sides without repeated images, their columns, and how."""
     found = dict(sides)
+    given = (config.image_table, config.text_table, config.pairs, config.text_counts)
+    if config.captions_per_image is None and config.pair_by != ORDER and not any(given):
+        beside = labels_beside(sides)
+        sides = {
+            side: replace(own, labels=beside.get(side, own.labels)) for side, own in sides.items()
+        }
     columns: dict[Modality, dict[str, pa.Array]] = {}
     images = texts = None
     pairing = None
@@ -174,7 +181,11 @@ def _pair(
             )
         labels = _labels(config.image_table, sides, Modality.IMAGE)
         images = describe_images(
-            len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
+            len(vectors),
+            labels,
+            lambda: sides[Modality.IMAGE].sketch,
+            config.id_column,
+            (lambda: _digests(config, sides)) if _are_by_row(config, sides) else None,
         )
         images.columns[schema.SPLIT] = usual_splits(images.columns[schema.SPLIT])
         found[Modality.IMAGE] = replace(vectors, kept=images.kept)
@@ -192,6 +203,29 @@ def _pair(
         owners = pa.array(texts.owners, mask=texts.owners < 0)
         columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
     return found, columns, pairing
+
+
+def _are_by_row(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> bool:
+    """Return whether, without other keys, row i of the images belongs to row i of the texts."""
+    options = (config.pairs, config.captions_per_image, config.text_counts)
+    return (
+        len(sides) == 2
+        and not any(option is not None for option in options)
+        and len({len(vectors) for vectors in sides.values()}) == 1
+        and sides[Modality.TEXT].captions_each is None
+    )
+
+
+def _digests(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> Any:
+    """Return numbers that are equal where embeddings of images, and the splits of rows, are."""
+    found = sides[Modality.IMAGE].digests()
+    for side, table in zip(Modality, (config.image_table, config.text_table), strict=True):
+        labels = _labels(table, sides, side)
+        splits = None if labels is None else labels.find((schema.SPLIT,))
+        if splits is not None and len(splits) == len(found):
+            codes = pc.fill_null(splits.dictionary_encode().indices, -1).to_numpy()
+            found = found + (codes + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return found
 
 
 def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels | None:
@@ -224,7 +258,7 @@ def _rules(
         owners = owners_by_layout(rows, texts, each, order)
         layout = f"{each} captions per image, in {order}"
     elif text.captions_each is not None and pairs is None:
-        if config.pair_by not in (None, ORDER):
+        if config.pair_by not in (None, ORDER) and text.labels is None:
             raise DataError(
                 f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
                 f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"
@@ -236,10 +270,27 @@ def _rules(
         pairs=pairs,
         owners=owners,
         layout=layout,
+        is_shape=each is None and config.text_counts is None,
         by=config.pair_by,
         same_rows=is_one_table and config.image_table is None and config.text_table is None,
+        doubt=_doubt(image, text),
         remedy=_advice(config, rows, texts),
     )
+
+
+def _doubt(image: Vectors, text: Vectors) -> str:
+    """Say why row i of the images may not belong to row i of the texts, "" if nothing speaks so."""
+    for own, other in ((image, text), (text, image)):
+        if own.gap and own.gap != other.gap:
+            return f"{own.name}: {own.gap} Add it"
+    if len(image.parts) == len(text.parts) and len(image) == len(text):
+        for one, two in zip(image.parts, text.parts, strict=True):
+            if len(one) != len(two):
+                return (
+                    f"{one.name}: has {len(one)} rows and {two.name} has {len(two)}, so parts do "
+                    "not belong together; give both sides keys"
+                )
+    return ""
 
 
 def _advice(config: ImportConfig, images: int, texts: int) -> str:
