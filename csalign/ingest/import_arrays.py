@@ -149,6 +149,11 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
     both = [{part.name for part in vectors.parts} for vectors in sides.values()]
     if len(both) > 1 and both[0] & both[1]:
         name = min(both[0] & both[1])
+        if len(both[0] & both[1]) > 1:
+            raise DataError(
+                f"{name} and {len(both[0]) - 1} more are read as one array, of images and of texts; "
+                "name the array of each side with --image-column and --text-column"
+            )
         logger.warning("%s: is used as images and as texts; pass the other side's file", name)
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
@@ -283,6 +288,14 @@ def _doubt(image: Vectors, text: Vectors) -> str:
     for own, other in ((image, text), (text, image)):
         if own.gap and own.gap != other.gap:
             return f"{own.name}: {own.gap} Add it"
+        if len({part.name.partition(":")[0] for part in own.parts}) < len(own.parts) and len(
+            own
+        ) != len(other):
+            return (
+                f"{own.parts[0].name} and {len(own.parts) - 1} more arrays are read as one of "
+                f"{len(own)} rows, and {other.name} has {len(other)}; name one of them with "
+                "--image-column or --text-column"
+            )
     if len(image.parts) == len(text.parts) and len(image) == len(text):
         for one, two in zip(image.parts, text.parts, strict=True):
             if len(one) != len(two):

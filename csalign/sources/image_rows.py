@@ -133,7 +133,7 @@ def _repeated_path(labels: Labels, sketch: Sketch | None) -> str | None:
         if _first_unlike(keys, sketch()) is None:
             return path
         log.warning(
-            "%s: %s repeats with different embeddings, so each row is an image of its own",
+            "%s: %s repeats with different embeddings, so it does not name images",
             *(labels.name, path),
         )
     return None

@@ -290,8 +290,8 @@ def _check_agreement(
         row = int(wrong[0])
         one, two = (images.ids[int(own[row])].as_py() for own in (first[0], owners))
         raise DataError(
-            f"{labels.where(row)}: belongs to image {one!r:.200} by {first[1]}, and to another, "
-            f"{two!r:.200}, by {name}; pair by it with --pair-by {name} instead"
+            f"{labels.where(row)}: belongs to image {one!r:.200} by {first[1]}, and to {two!r:.200} "
+            f"by {name}; choose with --pair-by {name}, or ignore it with --pair-by order"
         )
 
 

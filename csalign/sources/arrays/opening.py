@@ -188,7 +188,7 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
         if sides[side].labels is not None or not path.exists() or is_remote(path):
             continue
         others = [own for key, own in paths.items() if key is not side]
-        for file in sorted((path if path.is_dir() else path.parent).iterdir()):
+        for file in sorted(_folder_of(path).iterdir()):
             is_own = _is_beside(file, side, path, others)
             if file in paths.values() or is_own is False:
                 continue
@@ -216,12 +216,16 @@ def _is_beside(file: Path, side: Modality, array: Path, others: list[Path]) -> b
     """Return whether a file may contain keys of an array of one side, None if of either side."""
     if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet"):
         return False
-    near = [path for path in (array, *others) if path.parent == array.parent]
-    owners = [path for path in near if file.stem.startswith(path.stem)]
+    near = [path for path in (array, *others) if _folder_of(path) == _folder_of(array)]
+    owners = [own for own in near if re.match(rf"{re.escape(own.stem)}([_.-]|$)", file.stem)]
     if owners:
         return max(owners, key=lambda path: len(path.stem)) == array
     named = naming.label_side(file.stem)
     return named is side if named is not None else (None if len(near) > 1 else True)
+
+
+def _folder_of(array: Path) -> Path:
+    return array if array.is_dir() else array.parent
 
 
 def _read_beside(file: Path, rows: int, most_bytes: int) -> Labels | None:
