@@ -149,10 +149,11 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
     both = [{part.name for part in vectors.parts} for vectors in sides.values()]
     if len(both) > 1 and both[0] & both[1]:
         name = min(both[0] & both[1])
-        if len(both[0] & both[1]) > 1:
+        vectors = sides[Modality.IMAGE]
+        if vectors.is_in_one_file:
             raise DataError(
-                f"{name} and {len(both[0]) - 1} more are read as one array, of images and of texts; "
-                "name the array of each side with --image-column and --text-column"
+                f"{name} and {len(vectors.parts) - 1} more are read as one array, of images and of "
+                "texts; name the array of each side with --image-column and --text-column"
             )
         logger.warning("%s: is used as images and as texts; pass the other side's file", name)
     used = {part.name for vectors in sides.values() for part in vectors.parts}
@@ -254,6 +255,7 @@ def _rules(
     image, text = sides[Modality.IMAGE], sides[Modality.TEXT]
     rows, texts = len(image), len(text)
     each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
+    is_shape = text.captions_each is not None and not any((pairs, each, config.text_counts))
     if config.text_counts is not None:
         owners = owners_by_counts(
             config.text_counts, rows, texts, None if images.key is None else images.ids
@@ -262,7 +264,8 @@ def _rules(
     elif each is not None and order is not None:
         owners = owners_by_layout(rows, texts, each, order)
         layout = f"{each} captions per image, in {order}"
-    elif text.captions_each is not None and pairs is None:
+    elif is_shape:
+        assert text.captions_each is not None
         if config.pair_by not in (None, ORDER) and text.labels is None:
             raise DataError(
                 f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
@@ -275,7 +278,7 @@ def _rules(
         pairs=pairs,
         owners=owners,
         layout=layout,
-        is_shape=each is None and config.text_counts is None,
+        is_shape=is_shape,
         by=config.pair_by,
         same_rows=is_one_table and config.image_table is None and config.text_table is None,
         doubt=_doubt(image, text),
@@ -288,9 +291,7 @@ def _doubt(image: Vectors, text: Vectors) -> str:
     for own, other in ((image, text), (text, image)):
         if own.gap and own.gap != other.gap:
             return f"{own.name}: {own.gap} Add it"
-        if len({part.name.partition(":")[0] for part in own.parts}) < len(own.parts) and len(
-            own
-        ) != len(other):
+        if own.is_in_one_file and len(own) != len(other):
             return (
                 f"{own.parts[0].name} and {len(own.parts) - 1} more arrays are read as one of "
                 f"{len(own)} rows, and {other.name} has {len(other)}; name one of them with "

@@ -16,8 +16,7 @@ from csalign.sources.arrays.naming import (
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images, row_numbers
-from csalign.sources.key_pairs import OWN, REFERENCE, ROW, KeyPair, key_pairs, unknown_key
-from csalign.sources.keys import Keys, match
+from csalign.sources.keys import OWN, REFERENCE, ROW, KeyPair, Keys, key_pairs, match, unknown_key
 from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
@@ -290,8 +289,8 @@ def _check_agreement(
         row = int(wrong[0])
         one, two = (images.ids[int(own[row])].as_py() for own in (first[0], owners))
         raise DataError(
-            f"{labels.where(row)}: belongs to image {one!r:.200} by {first[1]}, and to {two!r:.200} "
-            f"by {name}; choose with --pair-by {name}, or ignore it with --pair-by order"
+            f"{labels.where(row)}: belongs to image {one!r:.200} by {first[1]}, and to "
+            f"{two!r:.200} by {name}; choose with --pair-by {name}, or --pair-by order"
         )
 
 

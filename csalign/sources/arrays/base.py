@@ -98,6 +98,11 @@ class Vectors:
         return shape[1] if len(shape) == 3 else None
 
     @property
+    def is_in_one_file(self) -> bool:
+        """True if several arrays of one file are read as one."""
+        return len({part.name.partition(":")[0] for part in self.parts}) < len(self.parts)
+
+    @property
     def is_half(self) -> bool:
         """True if all parts are float16."""
         return all(part.dtype.itemsize == 2 for part in self.parts)
@@ -113,21 +118,17 @@ class Vectors:
                 found.append(wide @ axes / np.linalg.norm(wide, axis=1, keepdims=True))
         return np.concatenate(found)
 
-    def digests(self) -> npt.NDArray[np.uint64]:
-        """Return numbers (n,) that are equal where rows are."""
-        found = self._digests(_AXES)
-        return found if len(np.unique(found)) == len(found) else self._digests(self.width)
-
-    def _digests(self, values: int) -> npt.NDArray[np.uint64]:
-        """Return a number per row of so many of its values."""
+    def digests(self, values: int = _AXES) -> npt.NDArray[np.uint64]:
+        """Return numbers (n,) that are equal where rows are, of some values if these differ."""
         places = np.linspace(0, self.width - 1, min(values, self.width)).astype(int)
         odd = np.random.default_rng(0).integers(0, 1 << 63, len(places), np.uint64) * 2 + 1
         found = []
         for rows, _ in self.chunks():
-            some = np.ascontiguousarray(rows if values >= self.width else rows[:, places])
-            bits = some.view(f"u{some.dtype.itemsize}")
+            bits = np.ascontiguousarray(rows[:, places]).view(f"u{rows.dtype.itemsize}")
             found.append(sum(bits[:, k] * odd[k] for k in range(len(odd))))
-        return np.concatenate(found)
+        all_rows = np.concatenate(found)
+        is_clear = values >= self.width or len(np.unique(all_rows)) == len(all_rows)
+        return all_rows if is_clear else self.digests(self.width)
 
     def chunks(self) -> Iterator[tuple[Array, Callable[[int], str]]]:
         """Stream all rows in order.

@@ -183,28 +183,25 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
     """
     paths = {side: Path(vectors.name) for side, vectors in sides.items()}
     found: dict[Modality, list[Labels]] = {}
-    shared: dict[str, Labels] = {}
+    unread: dict[str, Labels] = {}
     for side, path in paths.items():
         if sides[side].labels is not None or not path.exists() or is_remote(path):
             continue
-        others = [own for key, own in paths.items() if key is not side]
-        for file in sorted(_folder_of(path).iterdir()):
-            is_own = _is_beside(file, side, path, others)
-            if file in paths.values() or is_own is False:
-                continue
-            if labels := _read_beside(file, len(sides[side]), _MAX_BESIDE_BYTES[is_own is None]):
-                shared[labels.name] = labels
-                if is_own:
-                    found.setdefault(side, []).append(labels)
-    is_used = len(found) == len(sides) == 2
+        near = [own for own in paths.values() if _folder_of(own) == _folder_of(path)]
+        for file in sorted({*_folder_of(path).iterdir()} - {*near}):
+            is_own = _is_beside(file, side, path, near)
+            if is_own is not False and (labels := _read_beside(file, len(sides[side]), is_own)):
+                unread[labels.name] = labels
+                found.setdefault(side, []).extend([labels] if is_own else [])
     used: dict[Modality, Labels] = {}
-    for side, named in found.items() if is_used else ():
-        columns = {name: own.column(name) for own in reversed(named) for name in own.names}
-        used[side] = named[0].with_columns(columns)
-        for own in named:
-            log.info("%s: is read as keys of %s", own.name, paths[side])
-            shared.pop(own.name)
-    for name in shared:
+    if len(sides) == 2 and all(found.get(side) for side in sides):
+        for side, named in found.items():
+            columns = {name: own.column(name) for own in reversed(named) for name in own.names}
+            used[side] = named[0].with_columns(columns)
+            for own in named:
+                log.info("%s: is read as keys of %s", own.name, paths[side])
+                del unread[own.name]
+    for name in unread:
         log.warning(
             "%s: has one value per row and is not read; pass it with --image-table or --text-table",
             name,
@@ -212,11 +209,10 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
     return used
 
 
-def _is_beside(file: Path, side: Modality, array: Path, others: list[Path]) -> bool | None:
+def _is_beside(file: Path, side: Modality, array: Path, near: list[Path]) -> bool | None:
     """Return whether a file may contain keys of an array of one side, None if of either side."""
     if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet"):
         return False
-    near = [path for path in (array, *others) if _folder_of(path) == _folder_of(array)]
     owners = [own for own in near if re.match(rf"{re.escape(own.stem)}([_.-]|$)", file.stem)]
     if owners:
         return max(owners, key=lambda path: len(path.stem)) == array
@@ -228,12 +224,12 @@ def _folder_of(array: Path) -> Path:
     return array if array.is_dir() else array.parent
 
 
-def _read_beside(file: Path, rows: int, most_bytes: int) -> Labels | None:
+def _read_beside(file: Path, rows: int, is_own: bool | None) -> Labels | None:
     with suppress(CsalignError, OSError):
+        most_bytes = _MAX_BESIDE_BYTES[is_own is None]
         if file.is_file() and (file.suffix == ".parquet" or file.stat().st_size <= most_bytes):
             labels = read_label_table(file)
-            if labels.rows == rows and labels.names:
-                return labels
+            return labels if labels.rows == rows and labels.names else None
     return None
 
 

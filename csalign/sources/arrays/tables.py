@@ -118,7 +118,7 @@ def _read_list(path: Path) -> dict[str, list[Any]]:
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({reason_of(error)}); write it again") from None
     if isinstance(found, dict) and {*found.values()} == {*range(len(found))}:
-        return {name: sorted(found, key=found.get)}
+        return {name: sorted(found, key=lambda key: found[key])}
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
         found = {key: [row.get(key) for row in found] for key in dict.fromkeys(chain(*found))}
     columns = found if isinstance(found, dict) else {name: found}
