@@ -43,6 +43,7 @@ ONLY_DOORS = {
         "sources/arrays/base.py",
         "sources/arrays/files.py",
         "sources/arrays/opening.py",
+        "sources/arrays/tables.py",
         "sources/arrow.py",
         "sources/image_rows.py",
         "sources/keys.py",

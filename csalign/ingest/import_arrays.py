@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
@@ -23,9 +24,9 @@ from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Array, Vectors
-from csalign.sources.arrays.files import read_label_table
 from csalign.sources.arrays.naming import label_side
-from csalign.sources.arrays.opening import read_both, read_side, split_spec
+from csalign.sources.arrays.opening import labels_beside, read_both, read_side, split_spec
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout
@@ -158,6 +159,12 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
     both = [{part.name for part in vectors.parts} for vectors in sides.values()]
     if len(both) > 1 and both[0] & both[1]:
         name = min(both[0] & both[1])
+        vectors = sides[Modality.IMAGE]
+        if vectors.is_in_one_file:
+            raise DataError(
+                f"{name} and {len(vectors.parts) - 1} more are read as one array, of images and of "
+                "texts; name the array of each side with --image-column and --text-column"
+            )
         logger.warning("%s: is used as images and as texts; pass the other side's file", name)
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
@@ -174,6 +181,12 @@ def _pair(
 ) -> tuple[dict[Modality, Vectors], dict[Modality, dict[str, pa.Array]], str | None]:
     """Pair the rows; return the sides without repeated images, their columns, and how."""
     found = dict(sides)
+    given = (config.image_table, config.text_table, config.pairs, config.text_counts)
+    if config.captions_per_image is None and config.pair_by != ORDER and not any(given):
+        beside = labels_beside(sides)
+        sides = {
+            side: replace(own, labels=beside.get(side, own.labels)) for side, own in sides.items()
+        }
     columns: dict[Modality, dict[str, pa.Array]] = {}
     images = texts = None
     pairing = None
@@ -184,7 +197,11 @@ def _pair(
             )
         labels = _labels(config.image_table, sides, Modality.IMAGE)
         images = describe_images(
-            len(vectors), labels, lambda: sides[Modality.IMAGE].sketch, config.id_column
+            len(vectors),
+            labels,
+            lambda: sides[Modality.IMAGE].sketch,
+            config.id_column,
+            (lambda: _digests(config, sides)) if _are_by_row(config, sides) else None,
         )
         images.columns[schema.SPLIT] = usual_splits(images.columns[schema.SPLIT])
         found[Modality.IMAGE] = replace(vectors, kept=images.kept)
@@ -202,6 +219,29 @@ def _pair(
         owners = pa.array(texts.owners, mask=texts.owners < 0)
         columns[Modality.TEXT][schema.IMAGE_ID] = images.ids.take(owners)
     return found, columns, pairing
+
+
+def _are_by_row(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> bool:
+    """Return whether, without other keys, row i of the images belongs to row i of the texts."""
+    options = (config.pairs, config.captions_per_image, config.text_counts)
+    return (
+        len(sides) == 2
+        and not any(option is not None for option in options)
+        and len({len(vectors) for vectors in sides.values()}) == 1
+        and sides[Modality.TEXT].captions_each is None
+    )
+
+
+def _digests(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> Any:
+    """Return numbers that are equal where embeddings of images, and the splits of rows, are."""
+    found = sides[Modality.IMAGE].digests()
+    for side, table in zip(Modality, (config.image_table, config.text_table), strict=True):
+        labels = _labels(table, sides, side)
+        splits = None if labels is None else labels.find((schema.SPLIT,))
+        if splits is not None and len(splits) == len(found):
+            codes = pc.fill_null(splits.dictionary_encode().indices, -1).to_numpy()
+            found = found + (codes + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return found
 
 
 def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels | None:
@@ -225,6 +265,7 @@ def _rules(
     image, text = sides[Modality.IMAGE], sides[Modality.TEXT]
     rows, texts = len(image), len(text)
     each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
+    is_shape = text.captions_each is not None and not any((pairs, each, config.text_counts))
     if config.text_counts is not None:
         owners = owners_by_counts(
             config.text_counts, rows, texts, None if images.key is None else images.ids
@@ -233,8 +274,9 @@ def _rules(
     elif each is not None and order is not None:
         owners = owners_by_layout(rows, texts, each, order)
         layout = f"{each} captions per image, in {order}"
-    elif text.captions_each is not None and pairs is None:
-        if config.pair_by not in (None, ORDER):
+    elif is_shape:
+        assert text.captions_each is not None
+        if config.pair_by not in (None, ORDER) and text.labels is None:
             raise DataError(
                 f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
                 f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"
@@ -246,10 +288,33 @@ def _rules(
         pairs=pairs,
         owners=owners,
         layout=layout,
+        is_shape=is_shape,
         by=config.pair_by,
         same_rows=is_one_table and config.image_table is None and config.text_table is None,
+        doubt=_doubt(image, text),
         remedy=_advice(config, rows, texts),
     )
+
+
+def _doubt(image: Vectors, text: Vectors) -> str:
+    """Say why row i of the images may not belong to row i of the texts, "" if nothing speaks so."""
+    for own, other in ((image, text), (text, image)):
+        if own.gap and own.gap != other.gap:
+            return f"{own.name}: {own.gap} Add it"
+        if own.is_in_one_file and len(own) != len(other):
+            return (
+                f"{own.parts[0].name} and {len(own.parts) - 1} more arrays are read as one of "
+                f"{len(own)} rows, and {other.name} has {len(other)}; name one of them with "
+                "--image-column or --text-column"
+            )
+    if len(image.parts) == len(text.parts) and len(image) == len(text):
+        for one, two in zip(image.parts, text.parts, strict=True):
+            if len(one) != len(two):
+                return (
+                    f"{one.name}: has {len(one)} rows and {two.name} has {len(two)}, so parts do "
+                    "not belong together; give both sides keys"
+                )
+    return ""
 
 
 def _advice(config: ImportConfig, images: int, texts: int) -> str:

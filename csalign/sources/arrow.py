@@ -183,7 +183,9 @@ def _value(scalar: Any) -> Any:
 
 
 def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Array:
-    """Convert n texts, numbers, bytes or structs of one field to large_string, "" and NaN to null.
+    """Convert n texts, numbers, times, bytes, or structs or lists of one of them to large_string.
+
+    "" and NaN become null.
 
     Equal values of different types become equal strings: 7, 7.0, Decimal("7.00") and b"7" are "7".
 
@@ -194,7 +196,7 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
         start: row of the first value in the file.
 
     Raises:
-        DataError: a text is not UTF-8.
+        DataError: a text is not UTF-8, or a list has several values.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
@@ -203,6 +205,15 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
     kind = kind_of(column.type)
     if kind == "struct":
         return to_strings(pc.struct_field(column, [0]), name, path, start)
+    if kind == "list":
+        lengths = pc.list_value_length(column)
+        if (row := pc.greater(lengths, 1).index(True).as_py()) >= 0:
+            raise DataError(
+                f"{path}, row {start + row}: {name} has {lengths[row]} values; give every row one"
+            )
+        values = to_strings(column.flatten(), name, path, start)
+        has_one = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False) > 0
+        return values.take(pa.array(np.cumsum(has_one) - 1, mask=~has_one))
     if kind == "bytes":
         strings = _decoded(column)
     elif kind == "number":
@@ -225,13 +236,14 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
 
 def _decoded(column: pa.Array) -> pa.Array:
     """Decode bytes as UTF-8, or write all of them as UUIDs or hexadecimal numbers."""
-    try:
-        return column.cast(pa.large_binary()).cast(pa.large_string())
-    except pa.ArrowInvalid:
-        values = column.to_pylist()
-        is_uuid = all(value is None or len(value) == 16 for value in values)
-        write = (lambda value: str(uuid.UUID(bytes=value))) if is_uuid else bytes.hex
-        return pa.array([None if v is None else write(v) for v in values], pa.large_string())
+    with suppress(pa.ArrowInvalid):
+        text = column.cast(pa.large_binary()).cast(pa.large_string())
+        if not pc.any(pc.match_substring_regex(text, r"[\x00-\x08\x0e-\x1f]")).as_py():
+            return text
+    values = column.to_pylist()
+    is_uuid = all(value is None or len(value) == 16 for value in values)
+    write = (lambda value: str(uuid.UUID(bytes=value))) if is_uuid else bytes.hex
+    return pa.array([None if v is None else write(v) for v in values], pa.large_string())
 
 
 def gather_columns(file: ArrowFile) -> ArrowFile:

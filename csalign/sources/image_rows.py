@@ -9,14 +9,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.enums import Modality
 from csalign.core.errors import DataError
-from csalign.sources.arrays.naming import IMAGE_IDS, ITEM_IDS, PATHS, first_of, plain_name
+from csalign.sources.arrays.naming import (
+    IMAGE_IDS,
+    ITEM_IDS,
+    PATHS,
+    first_of,
+    is_key,
+    label_side,
+    plain_name,
+)
 from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated, first_rows
 from csalign.sources.records.tables import IMAGE_NAMES, SPLIT_NAME
 
 _SAME = 1e-2  # distance of the sketches of one embedding that was computed twice
 
 Sketch = Callable[[], npt.NDArray[np.float32]]
+Digests = Callable[[], Ints]
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +60,13 @@ def describe_images(
     labels: Labels | None,
     sketch: Sketch | None = None,
     id_column: str | None = None,
+    digests: Digests | None = None,
 ) -> ImageRows:
     """Find the images of `count` rows: rows of one key are one image.
 
     The key is `id_column`, or an image id, or the first path or URL that repeats with equal
-    embeddings, or another id; otherwise rows are images, and are numbered.
+    embeddings, or another id. Otherwise rows are numbered, and those of equal embeddings are one
+    image if `digests` is given, unless a column names each row.
 
     Args:
         count: number of rows.
@@ -62,6 +74,8 @@ def describe_images(
         sketch: returns a few coordinates per row, (count, k), that show equal embeddings; None
             if no key may repeat.
         id_column: name of the key.
+        digests: returns integers (count,) that are equal where embeddings are; None if equal
+            embeddings may be several images.
 
     Raises:
         DataError: `labels` has another number of rows; an id is missing, or repeats with another
@@ -75,7 +89,7 @@ def describe_images(
             raise DataError(
                 f"--id-column {id_column}: the images have no columns; pass --image-table TABLE"
             )
-        return rows
+        return _by_digest(rows, digests)
     labels.check_rows(count, "images")
     columns["source"] = labels.find(("source", *IMAGE_NAMES), none)
     columns["split"] = labels.find((SPLIT_NAME,), none)
@@ -90,7 +104,8 @@ def describe_images(
         or _repeated_path(labels, sketch)
         or first_of(ITEM_IDS, labels.names)
     )
-    return rows if key is None else _by_key(rows, labels, key, sketch)
+    found = rows if key is None else _by_key(rows, labels, key, sketch)
+    return found if found.kept is not None else _by_digest(found, digests)
 
 
 def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array | None, Ints | None]:
@@ -118,7 +133,7 @@ def _repeated_path(labels: Labels, sketch: Sketch | None) -> str | None:
         if _first_unlike(keys, sketch()) is None:
             return path
         log.warning(
-            "%s: %s repeats with different embeddings, so each row is an image of its own",
+            "%s: %s repeats with different embeddings, so it does not name images",
             *(labels.name, path),
         )
     return None
@@ -140,19 +155,55 @@ def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -
             f"{labels.where(first)} with another embedding; for several captions per image, give "
             "each text its own id and an image_id"
         )
-    first_row, owners = np.unique(first_rows(keys), return_inverse=True)
-    log.info(
-        "%s: %s rows, %s images, by %s",
-        *(labels.name, f"{len(keys):,}", f"{len(first_row):,}", name),
+    return _merged(rows, keys, first_rows(keys), name)
+
+
+def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
+    """Make rows of equal embeddings one image, unless a column gives each row a name of its own."""
+    if digests is None:
+        return rows
+    _, first, codes = np.unique(digests(), return_index=True, return_inverse=True)
+    if len(first) == len(codes):
+        return rows
+    labels = rows.labels
+    own = next(
+        (
+            name
+            for name in (labels.names if labels else ())
+            if labels
+            and is_key(name)
+            and label_side(name) is not Modality.TEXT
+            and first_repeated(labels.column(name)) is None
+        ),
+        None,
     )
+    if own is not None:
+        log.warning(
+            "%s: %s image rows have %s embeddings, but each its own %s, so equal images compete in "
+            "evaluation; name the column that images share with --id-column",
+            *(labels and labels.name, f"{len(codes):,}", f"{len(first):,}", own),
+        )
+        return rows
+    return _merged(rows, rows.ids, first[codes], None)
+
+
+def _merged(rows: ImageRows, ids: pa.Array, first: Ints, key: str | None) -> ImageRows:
+    """Make rows with the same first row one image."""
+    first_row, owners = np.unique(first, return_inverse=True)
+    counts, labels = (f"{len(ids):,}", f"{len(first_row):,}"), rows.labels
+    if key is None:
+        log.info("%s image rows are %s images, by equal embeddings", *counts)
+    else:
+        log.info("%s: %s rows, %s images, by %s", labels and labels.name, *counts, key)
+    splits = rows.columns["split"]
     return replace(
         rows,
         columns={
-            "id": keys.take(first_row),
-            "source": columns["source"].take(first_row),
-            "split": _splits(columns["split"], owners, labels),
+            "id": ids.take(first_row),
+            "source": rows.columns["source"].take(first_row),
+            "split": splits.take(first_row) if labels is None else _splits(splits, owners, labels),
         },
-        key=name,
+        key=key,
         owners=owners,
         kept=np.isin(rows.owners, first_row),
     )

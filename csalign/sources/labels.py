@@ -61,6 +61,17 @@ class Labels:
                 "one row per row of the array"
             )
 
+    def repeated(self, each: int) -> "Labels":
+        """Repeat each row."""
+        if each == 1:
+            return self
+        return replace(
+            self,
+            rows=self.rows * each,
+            where=lambda row: self.where(row // each),
+            read=lambda name: self.column(name).take(pa.array(np.arange(self.rows * each) // each)),
+        )
+
     def with_columns(self, columns: Mapping[str, pa.Array]) -> "Labels":
         """Add columns, or replace them."""
         names = dict.fromkeys([*self.names, *columns])

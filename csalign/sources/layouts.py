@@ -7,9 +7,10 @@ import numpy as np
 
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED
-from csalign.sources.arrays.files import open_npy, read_label_table
+from csalign.sources.arrays.files import open_npy
 from csalign.sources.arrays.naming import IMAGE_IDS, ITEM_IDS
-from csalign.sources.keys import match
+from csalign.sources.arrays.tables import read_label_table
+from csalign.sources.keys import Keys, match
 from csalign.sources.labels import Ints
 
 
@@ -76,7 +77,7 @@ def _read_counts(path: Path, ids: Any) -> Ints:
     table = read_label_table(path)
     named = table.find((*IMAGE_IDS, *ITEM_IDS))
     if ids is not None and named is not None and len(ids) == len(named):
-        wrong = np.flatnonzero(match(named, ids).rows != np.arange(len(ids)))
+        wrong = np.flatnonzero(match(Keys(named), Keys(ids)).rows != np.arange(len(ids)))
         if len(wrong):
             row = int(wrong[0])
             raise DataError(

@@ -41,8 +41,8 @@ from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig, ImportConfig
 from csalign.ingest.job import Job, PartRecord
 from csalign.runs.metadata import read_lines, read_settings
-from csalign.sources.arrays.files import read_label_table
 from csalign.sources.arrays.opening import read_both, read_side
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.records.open import open_source
 from csalign.training.config import TrainConfig
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.files import read_label_table
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.image_rows import ImageRows, describe_images
 from csalign.sources.labels import Labels
 from csalign.sources.layouts import owners_by_counts, owners_by_layout

@@ -1,5 +1,6 @@
 """Arrays of embeddings from any file format: selected by name, streamed in parts."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from csalign.sources.arrays.naming import (
     first_of,
     is_label,
     is_usual_key,
+    label_side,
     of_side,
 )
 from csalign.sources.arrow import lists_from
@@ -36,6 +38,8 @@ UNNAMED = ""  # key of the array in a file of one array
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LISTED = 8  # names in a message
 _AXES = 8
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Vectors:
     kept: npt.NDArray[np.bool_] | None = None  # mask of the rows to use, None for all
     unused: frozenset[str] = frozenset()  # other arrays of vectors in the files, named as parts
     in_table: bool = False  # whether other arrays of the file describe the same rows
+    gap: str = ""  # which numbered parts have another between them that is missing
 
     def __post_init__(self) -> None:
         """Check that the parts have one width."""
@@ -94,6 +99,11 @@ class Vectors:
         return shape[1] if len(shape) == 3 else None
 
     @property
+    def is_in_one_file(self) -> bool:
+        """True if several arrays of one file are read as one."""
+        return len({part.name.partition(":")[0] for part in self.parts}) < len(self.parts)
+
+    @property
     def is_half(self) -> bool:
         """True if all parts are float16."""
         return all(part.dtype.itemsize == 2 for part in self.parts)
@@ -108,6 +118,18 @@ class Vectors:
             with np.errstate(all="ignore"):  # rows of norm 0 are refused elsewhere
                 found.append(wide @ axes / np.linalg.norm(wide, axis=1, keepdims=True))
         return np.concatenate(found)
+
+    def digests(self, values: int = _AXES) -> npt.NDArray[np.uint64]:
+        """Return numbers (n,) that are equal where rows are, of some values if these differ."""
+        places = np.linspace(0, self.width - 1, min(values, self.width)).astype(int)
+        odd = np.random.default_rng(0).integers(0, 1 << 63, len(places), np.uint64) * 2 + 1
+        found = []
+        for rows, _ in self.chunks():
+            bits = np.ascontiguousarray(rows[:, places]).view(f"u{rows.dtype.itemsize}")
+            found.append(sum(bits[:, k] * odd[k] for k in range(len(odd))))
+        all_rows = np.concatenate(found)
+        is_clear = values >= self.width or len(np.unique(all_rows)) == len(all_rows)
+        return all_rows if is_clear else self.digests(self.width)
 
     def chunks(self) -> Iterator[tuple[Array, Callable[[int], str]]]:
         """Stream all rows in order.
@@ -246,8 +268,8 @@ def read_named(
         )
     parts = tuple(_part(path, opener, name, headers[name]) for name in names)
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
-    rows = len(parts[0]) if len(parts) == 1 and len(parts[0].shape) == 2 else -1
-    labels = labels_of(path, opener, file, rows)  # captions in a 3-D array have none
+    rows, each = sum(part.shape[0] for part in parts), len(parts[0]) // max(1, parts[0].shape[0])
+    labels = labels_of(path, opener, file, rows).repeated(max(1, each))
     known = labels if labels.names or labels.unread else None
     return Vectors(str(path), parts, known, unused=unused, in_table=file.is_table)
 
@@ -284,10 +306,14 @@ def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
     counts = Counter(column for own in labels for column in own.names)
     names = [column for column, count in counts.items() if count == len(labels)]
     unread = {column: reason for own in labels for column, reason in own.unread.items()}
-    for column in counts.keys() - names:
-        if is_label(column):
-            lacking = next(own.name for own in labels if column not in own.names)
-            other = next(own.name for own in labels if column in own.names)
+    for column in sorted(counts.keys() - names):
+        lacking = next(own.name for own in labels if column not in own.names)
+        other = next(own.name for own in labels if column in own.names)
+        if not is_label(column):
+            log.warning(
+                "%s: has no column %r, unlike %s, so it is not used", lacking, column, other
+            )
+        else:
             raise DataError(
                 f"{lacking}: has no column {column!r}, unlike {other}; add it there, or remove it "
                 "from the other parts"
@@ -375,9 +401,18 @@ def labels_of(path: Path, opener: Opener, file: Container, rows: int) -> Labels:
         with opener(path) as again:
             return again.read_labels(name)
 
-    names = [name for name, count in file.labels.items() if count == rows]
-    unread = {} if rows < 0 else _unread(file, rows)
-    return Labels(str(path), rows, lambda row: f"{path}, row {row}", names, read, unread)
+    names = {_short(name, file.labels): name for name, n in file.labels.items() if n == rows}
+    return Labels(
+        *(str(path), rows, lambda row: f"{path}, row {row}", [*names]),
+        *(lambda name: read(names[name]), _unread(file, rows)),
+    )
+
+
+def _short(name: str, names: Iterable[str]) -> str:
+    """Return the name of a list without the groups around it, if no other one has it."""
+    short = name.rpartition("/")[2]
+    is_own = [other.rpartition("/")[2] for other in names].count(short) == 1
+    return short if is_own and label_side(name) is None else name
 
 
 def _unread(file: Container, rows: int) -> dict[str, str]:

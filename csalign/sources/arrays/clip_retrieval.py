@@ -10,7 +10,8 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.arrays.base import Vectors, join, join_labels, read_named
-from csalign.sources.arrays.files import open_npy, read_label_table
+from csalign.sources.arrays.files import open_npy
+from csalign.sources.arrays.tables import read_label_table
 
 FOLDERS = {Modality.IMAGE: "img_emb", Modality.TEXT: "text_emb"}
 METADATA = "metadata"

@@ -16,13 +16,11 @@ import safetensors
 
 from csalign.core.devices import available_bytes
 from csalign.core.errors import ConfigError, DataError, reason_of
-from csalign.core.records import parse_json, read_object
+from csalign.core.records import parse_json
 from csalign.sources import arrow
-from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
-from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key
-from csalign.sources.labels import Labels
+from csalign.sources.arrays.base import UNNAMED, Array, Container, Header
+from csalign.sources.arrays.naming import is_usual_key
 from csalign.sources.records.files import local_copy
-from csalign.sources.records.tables import read_table
 
 if TYPE_CHECKING:
     from torch import Tensor  # loaded for torch's own files alone
@@ -38,10 +36,8 @@ _SAFE_DTYPES = {
     **{"I32": "int32", "I64": "int64"},
 }
 _OWNERS = "txt2img"  # of the retrieval sets of FuseMix and LAVIS: {text number: image number}
-_LABEL_ROWS = 65_536
 _INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
 _OTHER_NUMBERS = ("int8", "uint8", "float16", "float32", "float64")  # of keys alone
-_SAVE_AGAIN = "save the dataset again"
 
 
 @contextmanager
@@ -193,9 +189,10 @@ def open_torch(path: Path) -> Iterator[Container]:
             raise DataError(
                 f"{path}: contains a {type(content).__name__}; save a tensor or a dict of tensors"
             )
-        tensors = {str(name): item for name, item in content.items() if isinstance(item, Tensor)}
+        items = dict(_flat(content))
+        tensors = {name: item for name, item in items.items() if isinstance(item, Tensor)}
         headers = {name: _tensor_header(path, tensor) for name, tensor in tensors.items()}
-        lists = {str(name): item for name, item in content.items() if _is_labels(item)}
+        lists = {n: own for n, item in items.items() if (own := label_list(item)) is not None}
         headers |= {name: Header((len(item),), "str") for name, item in lists.items()}
         owners = content.get(_OWNERS)
         owners = owners if isinstance(owners, dict) else {}
@@ -208,24 +205,35 @@ def open_torch(path: Path) -> Iterator[Container]:
         )
 
 
-def _is_labels(item: object) -> bool:
-    return (
-        isinstance(item, list | tuple)
-        and bool(item)
-        and any(value is not None for value in item)
-        and (
-            all(value is None or isinstance(value, str) for value in item)
-            or all(value is None or type(value) in (int, float) for value in item)
+def _flat(content: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the items of a dict and of the dicts in it that contain lists or arrays."""
+    for key, item in content.items():
+        is_group = isinstance(item, dict) and any(
+            isinstance(own, list | tuple) or getattr(own, "ndim", 0) > 1 for own in item.values()
         )
-    )
+        if is_group:
+            yield from _flat(item, f"{above}{key}/")
+        else:
+            yield f"{above}{key}", item
 
 
-def _key_text(value: Any) -> str:
+def label_list(item: object) -> list[Any] | None:
+    """Return a list of texts, numbers and None, also in tensors of one; None if it is not one."""
+    if not isinstance(item, list | tuple):
+        return None
+    plain = (str, bytes, int, float)
+    values = [
+        own.item() if hasattr(own, "item") and getattr(own, "ndim", 1) == 0 else own for own in item
+    ]
+    is_list = all(own is None or isinstance(own, plain) for own in values)
+    is_known = any(own is not None and not isinstance(own, bool) for own in values)
+    return values if is_list and is_known else None
+
+
+def key_text(value: Any) -> str:
     """Write a key as text: whole floats as integers, and None and NaN as ""."""
     if value is None or value != value:
         return ""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
     return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
@@ -288,6 +296,13 @@ def open_hdf5(path: Path) -> Iterator[Container]:
     except ImportError:
         raise ConfigError(f"{path}: needs h5py to be read; pip install 'csalign[hdf5]'") from None
     headers: dict[str, Header] = {}
+    attributes: dict[str, Any] = {}
+
+    def visit_attributes(name: str, item: Any) -> None:
+        for key, value in item.attrs.items():
+            own = np.asarray(value)
+            if own.ndim == 1 and len(own) > 1:
+                attributes[f"{name}/{key}".lstrip("/")] = own
 
     def visit(name: str | bytes, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.shape:
@@ -297,11 +312,19 @@ def open_hdf5(path: Path) -> Iterator[Container]:
             is_text = h5py.check_string_dtype(item.dtype) is not None
             kind = "str" if is_text else item.dtype.newbyteorder("=").name
             headers[name] = Header(item.shape, kind)
+        visit_attributes(str(name), item)
 
     try:
         with path.open("rb") as raw, h5py.File(raw, "r") as file:
             file.visititems(visit)
-            yield _sliced(headers, lambda name: file[name])
+            visit_attributes("", file)
+            for name in attributes.keys() - headers.keys():
+                own = attributes[name]
+                kind = "str" if own.dtype.kind in "OSU" else own.dtype.newbyteorder("=").name
+                headers[name] = Header(own.shape, kind)
+            yield _sliced(
+                headers, lambda name: attributes[name] if name not in file else file[name]
+            )
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: is not a readable HDF5 file ({error})") from None
 
@@ -337,8 +360,12 @@ def _sliced(
             yield (rows.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else rows
 
     def read_labels(name: str) -> pa.Array:
-        values = np.asarray(get(name)[: headers[name].shape[0]]).reshape(-1).tolist()
-        return pa.array([_key_text(value) or None for value in values], pa.large_string())
+        array = np.asarray(get(name)[: headers[name].shape[0]]).reshape(-1)
+        values = (array.astype(str) if array.dtype.kind == "M" else array).tolist()
+        if any(isinstance(value, bytes) for value in values):
+            own = [v if v is None or isinstance(v, bytes) else str(v).encode() for v in values]
+            return arrow.to_strings(pa.array(own, pa.large_binary()), name, Path(name))
+        return pa.array([key_text(value) or None for value in values], pa.large_string())
 
     has_rows = any(len(shape) > 1 and shape[-1] > 1 for shape, _ in headers.values())
     labels = {
@@ -348,100 +375,9 @@ def _sliced(
         and (len(shape) == 1 or (shape[1:] == (1,) and has_rows and is_usual_key(name)))
         and (
             dtype in _INTEGERS
-            or dtype.startswith(("str", "bytes"))
+            or dtype.startswith(("str", "bytes", "void", "datetime"))
             or (dtype in _OTHER_NUMBERS and has_rows and is_usual_key(name))
         )
     }
     rest = {name: header for name, header in headers.items() if name not in labels}
     return Container(rest, read, labels, read_labels, owners=owners or {})
-
-
-@contextmanager
-def open_table(path: Path) -> Iterator[Container]:
-    """Open a .parquet, .arrow or .feather.
-
-    Its arrays are the columns of lists of numbers, its labels those of texts, numbers, and bytes
-    that are named like keys.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    with arrow.open_arrow(path) as opened:
-        file, headers = arrow.gather_columns(opened), {}
-        for column in file.schema:
-            if arrow.kind_of(column.type) == "list":
-                held = column.type.value_type
-                if arrow.kind_of(held) in ("number", "integer"):
-                    shape = (file.rows, arrow.list_width(file, column.name))
-                    headers[column.name] = Header(shape, np.dtype(held.to_pandas_dtype()).name)
-        labels = {own.name: file.rows for own in file.schema if _is_plain(own.name, own.type)}
-        others = arrow.describe(file, headers, are_vectors)
-
-        def read(name: str, step: int) -> Iterator[Array]:
-            start = 0
-            for batch in file.batches([name], step):
-                yield arrow.to_matrix(batch[name], headers[name].shape[1], f"{path}:{name}", start)
-                start += len(batch)
-
-        def read_labels(name: str) -> pa.Array:
-            parts: list[pa.Array] = []
-            start = 0
-            for batch in file.batches([name], _LABEL_ROWS):
-                parts.append(arrow.to_strings(batch[name], name, path, start))
-                start += len(batch)
-            return pa.chunked_array(parts, pa.large_string()).combine_chunks()
-
-        yield Container(headers, read, labels, read_labels, others, is_table=True)
-
-
-def read_label_table(path: Path) -> Labels:
-    """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels.
-
-    Raises:
-        DataError: it is missing, of another kind, or damaged.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix.lower() in (*arrow.PARQUET, *arrow.ARROW):
-        with arrow.open_arrow(path) as held, open_table(path) as file:
-            return labels_of(path, open_table, file, held.rows)
-    table = read_table(path)
-    columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
-    numbers = table.numbers  # all that is kept of it
-    labels = Labels(str(path), len(numbers), lambda row: f"{path}, row {numbers[row]}")
-    return labels.with_columns(columns)
-
-
-def _is_plain(name: str, held: pa.DataType) -> bool:
-    kind = arrow.kind_of(held)
-    if kind == "struct" and held.num_fields == 1:
-        return is_id(name) and _is_plain(name, held.field(0).type)
-    return kind in ("text", "integer", "number") or (kind == "bytes" and is_id(name))
-
-
-def dataset_files(folder: Path) -> list[tuple[Path, str | None]]:
-    """Return the files of a folder written by ``datasets.save_to_disk``, each with its split.
-
-    Raises:
-        DataError: the folder is damaged, or its rows are a selection that was never written out.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        splits = read_object(folder / "dataset_dict.json", _SAVE_AGAIN).get("splits")
-        names = [str(split) for split in splits] if isinstance(splits, list) else []
-        found: list[tuple[Path, str | None]] = [
-            (file, name) for name in names for file, _ in dataset_files(folder / name)
-        ]
-    else:
-        state = read_object(folder / "state.json", _SAVE_AGAIN)
-        if state.get("_indices_data_files"):
-            raise DataError(
-                f"{folder}: is a selection of a dataset; write it out with "
-                "dataset.flatten_indices().save_to_disk(...)"
-            )
-        entries = state.get("_data_files")
-        entries = entries if isinstance(entries, list) else []
-        named = [Path(str(entry["filename"])).name for entry in entries if "filename" in entry]
-        found = [(folder / name, None) for name in named]
-    if not found:
-        raise DataError(f"{folder}: names no data files; {_SAVE_AGAIN}")
-    return found

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,11 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, DataError
-from csalign.core.paths import likely_meant, stand_in
+from csalign.core.errors import ConfigError, CsalignError, DataError
+from csalign.core.paths import is_remote, likely_meant, stand_in
 from csalign.sources.arrays import base, files, naming
 from csalign.sources.arrays.clip_retrieval import FOLDERS, is_clip_retrieval, read_clip_retrieval
-from csalign.sources.arrays.files import dataset_files, open_table
+from csalign.sources.arrays.tables import LISTS, dataset_files, open_table, read_label_table
 from csalign.sources.arrow import ARROW, PARQUET
 from csalign.sources.labels import Labels
 from csalign.sources.records.files import translate_errors
@@ -29,6 +30,7 @@ OPENERS: dict[str, base.Opener] = {
     **dict.fromkeys(TABLES, open_table),
 }
 PICKLES = (".pkl", ".pickle", ".joblib")
+_MAX_BESIDE_BYTES = (256 << 20, 16 << 20)  # of files of one array, and of others near it
 # How a file begins, with the suffixes of its kind.
 _BEGINNINGS = {
     b"\x93NUMPY": (".npy",),
@@ -99,7 +101,7 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
         return read_clip_retrieval(source)
     if source.is_dir() and (source / "manifest.json").is_file():
         raise ConfigError(f"{source}: is a feature set already")
-    first, _ = _files_of(source)[0]
+    first, _ = _files_of(source)[0][0]
     chosen = _both_names(first, columns)
     return {side: _read_all(source, side, name) for side, name in chosen.items()}
 
@@ -159,7 +161,8 @@ def split_spec(spec: Path) -> tuple[Path, str | None]:
 
 def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vectors:
     arrays = []
-    for file, split in _files_of(path):
+    found, gap = _files_of(path)
+    for file, split in found:
         array = base.read_named(file, _opener(file), modality, wanted)
         if split is not None:
             labels = array.labels or Labels(array.name, len(array), array.parts[0].where)
@@ -168,7 +171,65 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
                 labels = labels.with_columns({"split": column})
             array = replace(array, labels=labels)
         arrays.append(array)
-    return base.join(str(path), arrays)
+    return replace(base.join(str(path), arrays), gap=gap)
+
+
+def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labels]:
+    """Return the lists and tables of keys beside arrays without labels, if both sides have some.
+
+    They have one value per row, and begin with the array's name, name its side, as
+    ``image_ids.json`` does, or are in a folder of their own with it. Others are warned about.
+    """
+    paths = {side: Path(vectors.name) for side, vectors in sides.items()}
+    found: dict[Modality, list[Labels]] = {}
+    unread: dict[str, Labels] = {}
+    for side, path in paths.items():
+        if sides[side].labels is not None or not path.exists() or is_remote(path):
+            continue
+        near = [own for own in paths.values() if _folder_of(own) == _folder_of(path)]
+        for file in sorted({*_folder_of(path).iterdir()} - {*near}):
+            is_own = _is_beside(file, side, path, near)
+            if is_own is not False and (labels := _read_beside(file, len(sides[side]), is_own)):
+                unread[labels.name] = labels
+                found.setdefault(side, []).extend([labels] if is_own else [])
+    used: dict[Modality, Labels] = {}
+    if len(sides) == 2 and all(found.get(side) for side in sides):
+        for side, named in found.items():
+            columns = {name: own.column(name) for own in reversed(named) for name in own.names}
+            used[side] = named[0].with_columns(columns)
+            for own in named:
+                log.info("%s: is read as keys of %s", own.name, paths[side])
+                del unread[own.name]
+    for name in unread:
+        log.warning(
+            "%s: has one value per row and is not read; pass it with --image-table or --text-table",
+            name,
+        )
+    return used
+
+
+def _is_beside(file: Path, side: Modality, array: Path, near: list[Path]) -> bool | None:
+    """Return whether a file may contain keys of an array of one side, None if of either side."""
+    if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet"):
+        return False
+    owners = [own for own in near if re.match(rf"{re.escape(own.stem)}([_.-]|$)", file.stem)]
+    if owners:
+        return max(owners, key=lambda path: len(path.stem)) == array
+    named = naming.label_side(file.stem)
+    return named is side if named is not None else (None if len(near) > 1 else True)
+
+
+def _folder_of(array: Path) -> Path:
+    return array if array.is_dir() else array.parent
+
+
+def _read_beside(file: Path, rows: int, is_own: bool | None) -> Labels | None:
+    with suppress(CsalignError, OSError):
+        most_bytes = _MAX_BESIDE_BYTES[is_own is None]
+        if file.is_file() and (file.suffix == ".parquet" or file.stat().st_size <= most_bytes):
+            labels = read_label_table(file)
+            return labels if labels.rows == rows and labels.names else None
+    return None
 
 
 def _opener(path: Path) -> base.Opener:
@@ -204,21 +265,26 @@ def _opener(path: Path) -> base.Opener:
     return OPENERS[suffix]
 
 
-def _files_of(path: Path) -> list[tuple[Path, str | None]]:
-    """Return the files to read, each with the split of its rows if known."""
+def _files_of(path: Path) -> tuple[list[tuple[Path, str | None]], str]:
+    """Return the files to read, each with the split of its rows if known, and what is missing."""
     if path.is_file():
-        return [(path, None)]
+        return [(path, None)], ""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return dataset_files(path)
-    return [(file, None) for file in _files_in(path)]
+        return dataset_files(path), ""
+    found, gap = _files_in(path)
+    return [(file, None) for file in found], gap
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the files of embeddings in a folder, all of one kind, in natural order."""
+def _files_in(folder: Path) -> tuple[list[Path], str]:
+    """Return the files of embeddings in a folder, all of one kind, in natural order.
+
+    With them, which ones are followed by a gap in their numbers, "" if none is.
+    """
     found = [
         path
         for path in folder.iterdir()
         if path.suffix.lower() in OPENERS and not path.name.startswith((".", "_"))
+        if not _is_list(path)
     ]
     if not found:
         raise DataError(f"{folder}: has no file of embeddings ({', '.join(OPENERS)})")
@@ -228,12 +294,19 @@ def _files_in(folder: Path) -> list[Path]:
             f"{folder}: contains {' and '.join(kinds)} files; pass one of them, or move the others"
         )
     found.sort(key=lambda path: base.natural_key(path.stem))
+    gap = ""
     for before, after in pairwise(found):  # a missing file would shift all later rows
         low, high = (re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem) for path in (before, after))
         if low and high and low[1] == high[1] and int(high[2]) > int(low[2]) + 1:
-            log.warning(
-                "%s: %s is followed by %s; is a file between them missing?",
-                *(folder, before.name, after.name),
-            )
+            gap = f"{before.name} is followed by {after.name}; is a file between them missing?"
+            log.warning("%s: %s", folder, gap)
             break
-    return found
+    return found, gap
+
+
+def _is_list(path: Path) -> bool:
+    """Return whether a file in a folder of arrays contains their keys."""
+    if path.suffix.lower() != ".npy" or not naming.is_key(path.stem):
+        return False
+    with files.open_npy(path) as file:
+        return len(file.headers[base.UNNAMED].shape) == 1
