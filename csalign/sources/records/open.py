@@ -17,9 +17,9 @@ from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog, images_in, read_folder
+from csalign.sources.records.delimited import HEAD_LINES, open_text, text_form, to_utf8
 from csalign.sources.records.tables import (
-    CAPTION_NAMES,
-    IMAGE_NAMES,
+    KNOWN_NAMES,
     SUFFIXES,
     Kind,
     SourceOptions,
@@ -35,6 +35,7 @@ Sizes = Mapping[str, int | None]
 STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _TABLE_STEMS = ("captions", "metadata")  # the second is the hub's name for the table of a folder
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
@@ -178,7 +179,7 @@ class _Opener:
             return self._rows(file, "list", self._options.images)
         document = None
         if form == ".json":
-            form, document = read_document(file)
+            form, document = read_document(file, self._options)
         if self._kind not in ("auto", *_KINDS[form]):
             raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
         images = images_in(found)
@@ -197,13 +198,13 @@ class _Opener:
         reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
         catalog = Catalog(root, reader.read_image if form in SUFFIXES else None)
         catalog.begin_file(table.as_posix())
-        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
+        with nullcontext(sys.stdin.buffer) if is_stdin else open_text(table) as file:
             for row in reader.rows(file):
                 catalog.add(row)
         catalog.add_found(found)
         description = "list of images" if form == "list" else "text file with one caption per line"
         if form in SUFFIXES:
-            description = f"{form[1:].upper()} table with {reader.found}"
+            description = reader.description
         return catalog.finish(description)
 
     def _tars(self, root: Path, sizes: Sizes) -> Source:
@@ -250,31 +251,28 @@ def recognise(file: Path) -> str:
             raise DataError(
                 f"{file}: is compressed, so parts of it cannot be read; unpack it with {tool} first"
             )
-    if suffix in (*SUFFIXES, ".json", ".ndjson"):
-        return ".jsonl" if suffix == ".ndjson" else suffix
+    if suffix in (".csv", ".tsv"):
+        return suffix
+    start = to_utf8(start)
     if suffix in IMAGE_SUFFIXES or b"\0" in start:
         raise DataError(
             f"{file}: is not a source; pass a folder of images, a table (.csv, .tsv, .jsonl, "
             ".parquet), a .json of COCO or Karpathy, a .tar, or a .txt of captions"
         )
-    first = start.decode("utf-8-sig", errors="replace").partition("\n")[0].strip()
-    if first.startswith(("{", "[")):
-        try:
-            return ".jsonl" if isinstance(parse_json(first), dict) else ".json"
-        except ValueError:
-            return ".json"
-    if re.match(r"[^\t]+\.\w{2,5}(#\d+)?\t", first):
-        raise DataError(
-            f"{file}: its lines begin with file names, such as {first.split(chr(9))[0]!r:.80}, and "
-            "it has no header; write image<TAB>caption as its first line, remove a #0 behind the "
-            "names, and name it .tsv"
-        )
-    # A header with the names of images and captions; a caption hardly looks like one.
-    for delimiter, form in (("\t", ".tsv"), (",", ".csv"), ("|", ".csv")):
-        names = {name.strip().lower() for name in first.split(delimiter)}
-        if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES):
-            return form
-    return ".txt"
+    head = start.decode("utf-8-sig", errors="replace").strip().split("\n")
+    if suffix in _JSON_SUFFIXES or head[0].startswith(("{", "[")):
+        return _json_form(head, suffix)
+    return text_form(head[: min(HEAD_LINES, max(1, len(head) - 1))], KNOWN_NAMES)
+
+
+def _json_form(head: Sequence[str], suffix: str) -> str:
+    """Return ".jsonl" for one object per line, ".json" for a document, maybe of many lines."""
+    is_lines = suffix in (".jsonl", ".ndjson")
+    try:
+        is_object = isinstance(parse_json(head[0].strip().rstrip(",")), dict)
+    except ValueError:
+        is_object = is_lines and re.match(r"(\{|\[)\s*$|\[\s*\{", head[0]) is None
+    return ".jsonl" if is_object and (suffix != ".json" or len(head) > 1) else ".json"
 
 
 def _table_in(folder: Path, found: Sizes) -> Path | None:
