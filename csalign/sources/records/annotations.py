@@ -208,8 +208,8 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
     name = "caption" if "caption" in names else options.pick(names).caption
     if names and name is None:
         raise DataError(
-            f"{path}: its annotations have no captions (keys: {', '.join(names):.200}), as those of "
-            "boxes and keypoints; pass the document of captions, such as captions_val2017.json"
+            f"{path}: its annotations have no captions (keys: {', '.join(names):.200}), as those "
+            "of boxes and keypoints; pass the document of captions, such as captions_val2017.json"
         )
     others = 0
     for number, entry in enumerate(annotations, 1):

@@ -12,8 +12,10 @@ from csalign.sources.records import files
 
 # What pandas, numpy, databases and spreadsheets write for a missing value.
 MISSING = frozenset(
-    ("nan", "NaN", "NAN", "-nan", "None", "NONE", "none", "null", "NULL", "Null", "<NA>", "\\N")
-    + ("NA", "N/A", "n/a", "#N/A", "undefined")
+    [
+        *("nan", "NaN", "NAN", "-nan", "None", "NONE", "none", "null", "NULL", "Null", "<NA>"),
+        *("NA", "N/A", "n/a", "#N/A", "\\N", "undefined"),
+    ]
 )
 BASE64_NAMES = ("image_base64", "img_base64", "image_b64", "base64")
 # How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
@@ -39,10 +41,8 @@ def captions_of(value: Any, name: str) -> tuple[str, ...]:
     """
     if isinstance(value, str):
         text = text_of(value, name)
-        if text[:1] not in "[(al" or not (_LIST.match(text) or _TUPLE.fullmatch(text)):
+        if text[-1:] not in ("]", ")") or not (_LIST.match(text) or _TUPLE.match(text)):
             return () if not text or text in MISSING else (text,)
-        if text[-1] not in ")]":
-            return (text,)
         value = _parse_list(text, name)
     items = value if isinstance(value, list) else [value]
     texts = (text_of(_sentence(item), name) for item in items if not is_missing(item))

@@ -5,7 +5,7 @@ import io
 import logging
 import re
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,6 +41,7 @@ class Dialect(NamedTuple):
         start: number of lines before the first row.
         guess: how a list without a header is read, for people; "" where the header decides.
         free: index of the column whose cells may contain unquoted delimiters, if any.
+        skips_space: cells have a space before their quotes.
     """
 
     delimiter: str
@@ -48,6 +49,7 @@ class Dialect(NamedTuple):
     start: int
     guess: str = ""
     free: int | None = None
+    skips_space: bool = False
 
 
 class Values(NamedTuple):
@@ -118,6 +120,17 @@ def read_dialect(table: Path, head: Sequence[str], form: str, known: Collection[
     except csv.Error as error:
         raise DataError(f"{table}, row {start + 1}: is malformed ({error}); {_QUOTES}") from None
     return Dialect(delimiter, names, start + reader.line_num)
+
+
+def skips_space(lines: Sequence[str], dialect: Dialect) -> bool:
+    """Check whether all quotes behind a separator and a space enclose a cell."""
+    sign, skipping = dialect.delimiter, dialect._replace(skips_space=True)
+    spaced = [line for line in lines if sign in ",;" and f'{sign} "' in line]
+    try:
+        widths = {len(next(reader_of([line], skipping))) for line in spaced}
+    except csv.Error:
+        return False
+    return widths == {len(dialect.names)}
 
 
 def text_form(head: Sequence[str], known: Collection[str]) -> str:
@@ -267,12 +280,7 @@ def parse_rows(table: Path, lines: Iterator[files.Line], dialect: Dialect) -> It
             taken.append(line)
             yield line.text
 
-    def new_reader() -> Iterator[list[str]]:
-        if dialect.delimiter == " ":
-            return (line.split(None, 1) for line in texts())
-        return csv.reader(texts(), delimiter=dialect.delimiter, strict=True)
-
-    reader, joined = new_reader(), 0
+    reader, joined = reader_of(texts(), dialect), 0
     while True:
         taken.clear()
         error, cells = None, []
@@ -283,7 +291,7 @@ def parse_rows(table: Path, lines: Iterator[files.Line], dialect: Dialect) -> It
         except csv.Error as caught:
             error = f"is malformed ({caught}); {_QUOTES}"
         number, offset = taken[0][:2]
-        if cells and not "".join(cells).strip() and len(cells) < width:
+        if 0 < len(cells) < width and not "".join(cells).strip():
             continue
         if error is None and len(taken) > 1 and contains_row(cells, dialect):
             error = f"has a quote that is not closed in its line; {_QUOTES}"
@@ -295,7 +303,7 @@ def parse_rows(table: Path, lines: Iterator[files.Line], dialect: Dialect) -> It
         undecoded = next((line.error for line in taken if line.error), None)
         if error is not None:  # bad is the first line alone: its quote may be unclosed
             again.extendleft(reversed(taken[1:]))
-            reader, undecoded = new_reader(), taken[0].error
+            reader, undecoded = reader_of(texts(), dialect), taken[0].error
             if (other := _read_otherwise(taken[0].text.rstrip("\r\n"), dialect)) is not None:
                 error, (cells, is_joined) = None, other
                 joined += is_joined
@@ -307,6 +315,14 @@ def parse_rows(table: Path, lines: Iterator[files.Line], dialect: Dialect) -> It
         logger.info(
             f"{table}: {joined} rows have more separators than columns, read as part of captions"
         )
+
+
+def reader_of(lines: Iterable[str], dialect: Dialect) -> Any:
+    """Return a reader of the cells of each row; its `line_num` is the number of lines read."""
+    if dialect.delimiter == " ":
+        return (line.split(None, 1) for line in lines)
+    sign, skips = dialect.delimiter, dialect.skips_space
+    return csv.reader(lines, delimiter=sign, strict=True, skipinitialspace=skips)
 
 
 def contains_row(cells: Sequence[str], dialect: Dialect) -> bool:
@@ -327,8 +343,6 @@ def _read_otherwise(line: str, dialect: Dialect) -> tuple[list[str], bool] | Non
     readings: list[dict[str, Any]] = [{}]  # one by one: more cells, all empty
     if "\\" in line:
         readings.append({"escapechar": "\\", "doublequote": False})
-    if '"' in line:
-        readings.append({"skipinitialspace": True})
     if sign in "\t|":
         readings.append({"quoting": csv.QUOTE_NONE})
     cells: list[str] = []

@@ -93,8 +93,12 @@ class TableColumns(NamedTuple):
 
     def captions_in(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the captions of a row, or raise `ValueError`."""
-        names = () if self.caption is None else (self.caption, *self.more)
-        return tuple(text for name in names for text in captions_of(values.get(name), name))
+        if self.caption is None:
+            return ()
+        found = captions_of(values.get(self.caption), self.caption)
+        for name in self.more:
+            found += captions_of(values.get(name), name)
+        return found
 
     def has_missing(self, values: Mapping[str, Any]) -> bool:
         """Check whether a caption of a row is a word for a missing value."""
@@ -343,7 +347,7 @@ def _read_plain(path: Path, form: str) -> Table | None:
             dialect = _dialect_of(path, head, form, SourceOptions())
             file.seek(0)
             before = sum(1 for _ in islice(file, dialect.start))
-            reader = csv.reader(file, delimiter=dialect.delimiter, strict=True)
+            reader = delimited.reader_of(file, dialect)
             columns: list[list[str | None]] = [[] for _ in dialect.names]
 
             def rows() -> Iterator[list[str]]:
@@ -392,7 +396,9 @@ def _dialect_of(
         free = None
     if dialect.guess:
         logger.info(f"{table}: read as a {dialect.guess}")
-    return dialect._replace(names=names, free=free)
+    dialect = dialect._replace(names=names, free=free)
+    skips = delimited.skips_space([line.text for line in head[dialect.start :]], dialect)
+    return dialect._replace(skips_space=skips)
 
 
 def _clean(table: Table) -> None:
@@ -402,10 +408,10 @@ def _clean(table: Table) -> None:
         if plain in IMAGE_NAMES and any("#" in cell for cell in cells[:_PROBED] if cell):
             cells[:] = [cell and delimited.without_number(cell) for cell in cells]
         elif plain in CAPTION_NAMES:
-            for row, cell in enumerate(cells):
-                if cell in MISSING:
-                    cells[row] = None
-                elif cell and cell[0] in "[(" and captions_of(cell, name) != (cell,):
+            if not MISSING.isdisjoint(cells):
+                cells[:] = [None if cell in MISSING else cell for cell in cells]
+            for row in [row for row, cell in enumerate(cells) if cell and cell[-1] in "])"]:
+                if captions_of(cells[row], name) != (cells[row],):
                     raise DataError(
                         f"{table.where(row)}: has a list of captions in column {name!r}; write a "
                         "row for each"
