@@ -18,7 +18,10 @@ from csalign.sources.records.open import SourceOptions, open_source
 
 Found = list[tuple[str | None, list[str]]]
 PLAIN: Found = [("a.jpg", ["A dog runs.", "Two dogs"]), ("b.jpg", ["A cat, sleeping"])]
-LISTS = {"image": ["a.jpg", "b.jpg"], "caption": [["A dog runs.", "Two dogs"], ["A cat, sleeping"]]}
+LISTS: dict[str, list[Any]] = {
+    "image": ["a.jpg", "b.jpg"],
+    "caption": [["A dog runs.", "Two dogs"], ["A cat, sleeping"]],
+}
 ROWS = [("a.jpg", "A dog runs."), ("a.jpg", "Two dogs"), ("b.jpg", "A cat, sleeping")]
 FRAME = pd.DataFrame(ROWS, columns=["image", "caption"])
 
@@ -72,6 +75,10 @@ CAPTIONED: dict[str, tuple[str, str | bytes]] = {
     "list-with-commas.csv": ("list.csv", lines(",")),
     "list-with-quoted-commas": ("list.csv", quoted(lines(","))),
     "list-with-spaces-after-commas": ("list.csv", lines(", ")),
+    "list-with-captions-in-front": (
+        "list.csv",
+        "A dog runs.,a.jpg\nTwo dogs,a.jpg\nA cat, sleeping,b.jpg\n",
+    ),
     "list-with-bars": ("list.lst", lines("|")),
     "list-with-tabs": ("list.tsv", lines("\t")),
     "list-with-spaces": ("list.txt", lines(" ")),
@@ -331,6 +338,20 @@ TEXTS: dict[str, tuple[str, str, list[str]]] = {
         "A dog, running\n#sunset at the beach\nimage of a cat\n",
         ["A dog, running", "#sunset at the beach", "image of a cat"],
     ),
+    "captions-that-name-a-file": (
+        "t.txt",
+        "a photo of a.jpg\na dog\n",
+        ["a photo of a.jpg", "a dog"],
+    ),
+    "empty-lists": ("t.csv", 'id,caption\n1,[]\n2,"[\'a\']"\n3,"[None, nan]"\n', ["a"]),
+    "lists-of-postgres": ("t.csv", 'id,caption\n1,"{""a dog"",""two""}"\n', ["a dog", "two"]),
+    "objects-in-cells": (
+        "t.csv",
+        pd.DataFrame(
+            {"sentences": [[{"raw": "a's", "sentid": 1}, {"tokens": ["b", "c"]}]]}
+        ).to_csv(),
+        ["a's", "b c"],
+    ),
     "json-list-of-captions": ("t.json", '["A dog.", "A cat."]', ["A dog.", "A cat."]),
 }
 
@@ -357,6 +378,7 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         "a.jpg,A dog,a cat is\nb.jpg,A man is,a plan\n",
         "write a header",
     ),
+    "mxnet": ("t.lst", "0\t12\ta.jpg\n1\t5\tb.jpg\n", "write a header such as"),
     "class-list": ("t.txt", "a.jpg\t0\nb.jpg\t1\n", "write a header such as"),
     "two-images": ("t.csv", "image,image\na.jpg,b.jpg\n", "has the column 'image' twice"),
     "boxes": (

@@ -57,7 +57,7 @@ def read_document(path: Path, options: SourceOptions) -> tuple[str, Any]:
         raise DataError(
             f"{path}: has neither images and annotations (COCO) nor images with sentences "
             "(Karpathy), and is not a list of objects (keys: "
-            f"{', '.join(list(content)[:10]) or 'none'})"
+            f"{', '.join(list(content)[:10]) or 'none'}){form}"
         )
     if form:
         logger.info(f"{path}: read as {form}")
@@ -97,14 +97,16 @@ def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, s
     """Make a list of objects of a document, None if it is none; and its form if that is a guess."""
     image, caption = options.image_column or "image", options.caption_column or "caption"
     if isinstance(document, list):
-        if all(isinstance(entry, str) for entry in document):
+        if document and all(isinstance(entry, str) for entry in document):
             kind = image if columns_of([[entry] for entry in document]) == ["image"] else caption
             return [{kind: entry} for entry in document], f"a list of {kind}s"
         if not all(isinstance(entry, list) for entry in document):
             return document, ""
         names = columns_of([[str(cell) for cell in entry] for entry in document])
-        rows = None if names is None else [dict(zip(names, e, strict=False)) for e in document]
-        return rows, f"a list of {', '.join(names or ())}"
+        if not document or names is None:
+            return None, ""
+        rows = [dict(zip(names, entry, strict=False)) for entry in document]
+        return rows, f"a list of {', '.join(names)}"
     if not isinstance(document, dict) or not document:
         return None, ""
     names, data = document.get("columns"), document.get("data")
@@ -124,7 +126,10 @@ def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, s
         columns = {name: v for name, v in document.items() if isinstance(v, list | dict)}
         keys = [list(v) if isinstance(v, dict) else list(range(len(v))) for v in columns.values()]
         if any(own != keys[0] for own in keys):
-            return None, ""
+            lengths = ", ".join(
+                f"{len(own)} in {name!r}" for own, name in zip(keys, columns, strict=True)
+            )
+            return None, f"; its columns must have the same rows ({lengths})"
         cells = [v.values() if isinstance(v, dict) else v for v in columns.values()]
         return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)], "columns"
     if _all_of(document, dict, dict) and _has_columns(next(iter(document.values())), options):

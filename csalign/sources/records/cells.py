@@ -24,7 +24,10 @@ _URL_SAFE = str.maketrans("-_", "+/", " \n\r")
 _SENTENCES = ("raw", "caption", "text", "sentence")  # keys of a caption that is an object
 _LITERAL = r"""[bu]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|None|null|nan|NaN"""
 _LITERALS = re.compile(rf"(?:{_LITERAL})(?:[\s,]+(?:{_LITERAL}))*[\s,]*", re.DOTALL)
-_LIST = re.compile(r"(?:array\(|list\()?\[\s*(?:[bu]?['\"{\[\]]|None|null|nan).*\]", re.DOTALL)
+_LIST = re.compile(
+    r"\[\s*\]$|(?:array\(|list\()?\[\s*(?:[bu]?['\"{\[]|None|null|nan).*\]|\{\s*['\"].*\}$",
+    re.DOTALL,
+)
 _TUPLE = re.compile(rf"\(\s*(?:{_LITERAL})\s*,.*\)", re.DOTALL)
 
 
@@ -41,7 +44,7 @@ def captions_of(value: Any, name: str) -> tuple[str, ...]:
     """
     if isinstance(value, str):
         text = text_of(value, name)
-        if text[-1:] not in ("]", ")") or not (_LIST.match(text) or _TUPLE.match(text)):
+        if text[-1:] not in ("]", ")", "}") or not (_LIST.match(text) or _TUPLE.match(text)):
             return () if not text or text in MISSING else (text,)
         value = _parse_list(text, name)
     items = value if isinstance(value, list) else [value]
@@ -65,14 +68,18 @@ def _parse_list(text: str, name: str) -> list[Any]:
     try:
         value = parse_json(text)
     except ValueError:
-        opening, closing = "()" if text[0] == "(" else "[]"
+        opening, closing = {"(": ("(", ")"), "{": ("{", "}")}.get(text[0], ("[", "]"))
         body = text[text.index(opening) + 1 : text.rindex(closing)].strip()
+        value = None
         try:
             if _LITERALS.fullmatch(body):
                 return [_literal(token) for token in re.findall(_LITERAL, body, re.DOTALL)]
-            value = ast.literal_eval(text) if "{" in body else None
+            if "{" in body:
+                value = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            value = None
+            pass
+    if isinstance(value, dict):
+        return [value]
     if not isinstance(value, list):
         raise ValueError(
             f"{name} looks like a list and cannot be read as one ({text:.40}); write a JSON list"

@@ -29,6 +29,7 @@ _KINDS = {
     "url": r"https?://\S+",
     "split": "train|val|valid|validation|dev|test|restval",
 }
+_QUOTES = "quote cells with double quotes and double a quote inside them"
 _NUMBERED = re.compile(r"(\.\w{2,5})#\d+$")
 
 
@@ -178,11 +179,14 @@ def read_list(lines: Sequence[str], signs: Collection[str]) -> Dialect | None:
     rows = [line.strip("\r\n") for line in lines if line.strip()]
     for sign in (*signs, " "):
         cells = [_cells(row, sign) for row in rows]
+        if max(map(len, cells)) == 1 and re.search(r"[\t,;|]", "".join(rows)):
+            continue  # it is hardly a list of names alone
         # pandas writes the numbers of the columns where they have no names.
         numbers = [str(column) for column in range(len(cells[0]))]
         start = int(cells[0] in (numbers, ["", *numbers[:-1]]) and len(cells) > 1)
         are_even = len({len(row) for row in cells}) == 1 and any('"' in row for row in rows)
-        if names := columns_of(cells[start:], can_cut=sign in "\t|" or are_even):
+        names = columns_of(cells[start:], can_cut=sign in "\t|" or are_even)
+        if names and (sign != " " or names[0] in ("image", "url")):
             listed = ", ".join(names)
             how = f", separated by {_SEPARATORS.get(sign, repr(sign))}" if len(names) > 1 else ""
             return Dialect(sign, names, start, f"list without header of {listed}{how}")
@@ -213,6 +217,9 @@ def columns_of(rows: Sequence[Sequence[str]], *, can_cut: bool = True) -> list[s
     """
     counts = sorted(len(row) for row in rows)
     width = counts[int(len(rows) * (1 - _MOST))] if rows else 0
+    if counts and 1 < width < counts[-1] and not can_cut:
+        if _kind_of([row[-1] for row in rows]) in ("image", "url"):  # behind its caption
+            width, rows = 2, [(" ".join(row[:-1]), row[-1]) for row in rows]
     rows = [row for row in rows if len(row) >= width]
     kinds = [_kind_of([row[column] for row in rows]) for column in range(width)]
     if not {"image", "url"} & {*kinds} and "id" in kinds:
@@ -261,9 +268,6 @@ def is_image_name(cell: str) -> bool:
 def without_number(image: str) -> str:
     """Remove the number of the caption behind the name of an image: ``a.jpg#0`` is a.jpg."""
     return _NUMBERED.sub(r"\1", image) if "#" in image else image
-
-
-_QUOTES = "quote cells with double quotes and double a quote inside them"
 
 
 def parse_rows(table: Path, lines: Iterator[files.Line], dialect: Dialect) -> Iterator[Values]:

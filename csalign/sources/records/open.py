@@ -262,14 +262,18 @@ def recognise(file: Path) -> str:
     head = start.decode("utf-8-sig", errors="replace").strip().split("\n")
     if suffix in _JSON_SUFFIXES or head[0].startswith(("{", "[")):
         return _json_form(head, suffix)
-    return text_form(head[: min(HEAD_LINES, max(1, len(head) - 1))], KNOWN_NAMES)
+    is_cut = len(start) >= 1 << 15 and len(head) > 1  # in its last line
+    return text_form(head[: len(head) - is_cut][:HEAD_LINES], KNOWN_NAMES)
 
 
 def _json_form(head: Sequence[str], suffix: str) -> str:
     """Return ".jsonl" for one object per line, ".json" for a document, maybe of many lines."""
     is_lines = suffix in (".jsonl", ".ndjson")
     try:
-        is_object = isinstance(parse_json(head[0].strip().rstrip(",")), dict)
+        first = parse_json(head[0].strip().rstrip(","))
+        is_object = isinstance(first, dict) or (
+            is_lines and not (isinstance(first, list) and first and isinstance(first[0], dict))
+        )
     except ValueError:
         is_object = is_lines and re.match(r"(\{|\[)\s*$|\[\s*\{", head[0]) is None
     return ".jsonl" if is_object and (suffix != ".json" or len(head) > 1) else ".json"

@@ -345,6 +345,10 @@ def _read_plain(path: Path, form: str) -> Table | None:
         with io.TextIOWrapper(delimited.open_text(path), "utf-8-sig", newline="\n") as file:
             head = [files.Line(0, 0, line, None) for line in islice(file, delimited.HEAD_LINES)]
             dialect = _dialect_of(path, head, form, SourceOptions())
+            if dialect.guess:
+                logger.info(f"{path}: read as a {dialect.guess}")
+            if dialect.delimiter == " ":
+                return None
             file.seek(0)
             before = sum(1 for _ in islice(file, dialect.start))
             reader = delimited.reader_of(file, dialect)
@@ -394,8 +398,6 @@ def _dialect_of(
     free = None if caption is None else names.index(caption)
     if free != len(names) - 1 and not (free == 0 and dialect.guess):
         free = None
-    if dialect.guess:
-        logger.info(f"{table}: read as a {dialect.guess}")
     dialect = dialect._replace(names=names, free=free)
     skips = delimited.skips_space([line.text for line in head[dialect.start :]], dialect)
     return dialect._replace(skips_space=skips)
