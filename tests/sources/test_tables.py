@@ -390,8 +390,8 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
 
     assert error_of(table) == (
         f"{table}: no column looks like images or captions (columns: photo, words); name them "
-        "with --image-column and --caption-column, or read a folder's images without the table "
-        "with --kind folder"
+        "with --image-column and --caption-column, write a header such as image,caption above the "
+        "first row if there is none, or read a folder's images without the table with --kind folder"
     )
     assert "has no column 'word' (columns: photo, words)" in error_of(table, caption_column="word")
     message = error_of(table, image_column="photo", split_column="fold")
@@ -403,7 +403,8 @@ def test_a_missing_column_lists_those_that_are_there(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("t.csv", "image,caption".encode("utf-16"), "row 1: is not UTF-8 (byte 0xff at offset 0)"),
+        ("t.csv", b"caf\xe9,image\n", "row 1: is not UTF-8 (byte 0xe9 at offset 3)"),
+        ("t.csv", "image,caption".encode("utf-16"), "has no row with an image or a caption"),
         ("t.csv", b"image,image\n", "has the column 'image' twice; rename one"),
         ("t.csv", b"image,caption\n", "has no row with an image or a caption"),
         ("t.csv", b"", "has no row with an image or a caption"),

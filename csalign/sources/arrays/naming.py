@@ -1,9 +1,9 @@
 """Names of arrays and columns: which side's embeddings they are."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 from csalign.core.enums import Modality
+from csalign.sources.records.cells import plain_name as plain_name
 from csalign.sources.records.tables import CAPTION_NAMES, IMAGE_NAMES, SPLIT_NAME
 
 # Usual names of an array, dataset or column: of a side, and in a file of one side only.
@@ -84,12 +84,6 @@ def label_side(name: str) -> Modality | None:
         return Modality.TEXT
     is_image = words & _WORDS[Modality.IMAGE] or plain_name(name) in IMAGE_IDS
     return Modality.IMAGE if is_image else None
-
-
-def plain_name(name: str) -> str:
-    """Spell a name in lower case with underscores: ``imageId`` and ``Image-ID`` as image_id."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-    return re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
 
 
 def words_of(name: str) -> set[str]:

@@ -1,6 +1,8 @@
 """Captions in one JSON document: COCO's, Karpathy's, or a plain list of objects."""
 
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,40 +13,143 @@ from csalign.core.errors import DataError
 from csalign.core.paths import is_remote, respelled
 from csalign.core.records import parse_json
 from csalign.sources.records.catalog import Catalog
-from csalign.sources.records.files import is_file, open_file, path_below, split_of
-from csalign.sources.records.tables import Row, SourceOptions, json_captions, row_of
+from csalign.sources.records.cells import captions_of, id_of
+from csalign.sources.records.delimited import columns_of, open_text
+from csalign.sources.records.files import is_file, path_below, split_of
+from csalign.sources.records.tables import (
+    SPLIT_NAME,
+    Row,
+    SourceOptions,
+    row_of,
+    warn_of_missing,
+)
 
 logger = logging.getLogger(__name__)
 
 _PROBES = 20
 _MAX_FOLDERS = 100
+_BETWEEN = re.compile(r"[\s,]*")
 
 
-def read_document(path: Path) -> tuple[str, Any]:
+def read_document(path: Path, options: SourceOptions) -> tuple[str, Any]:
     """Load a JSON document and recognise its form: "coco", "karpathy" or "table".
+
+    The content of a "table" is a list of objects, whatever form the document gives it: columns,
+    rows below another key or below their split, captions by image, or one object after another.
 
     Raises:
         DataError: it cannot be read, is not JSON, or has another form.
     """
     try:
-        with open_file(path) as file:
-            document = parse_json(file.read())
+        with open_text(path) as file:
+            document = _parse(file.read())
     except ValueError as error:
         raise DataError(
             f"{path}: is not valid JSON ({error}); name a table with one object per line .jsonl"
         ) from None
-    if isinstance(document, list):
-        return "table", document
     content = document if isinstance(document, dict) else {}
     if isinstance(entries := content.get("images"), list):
-        if isinstance(content.get("annotations"), list):
+        if _annotations_of(content) is not None:
             return "coco", document
         if any(isinstance(entry, dict) and "sentences" in entry for entry in entries):
             return "karpathy", document
-    raise DataError(
-        f"{path}: has neither images and annotations (COCO) nor images with sentences (Karpathy), "
-        f"and is not a list of objects (keys: {', '.join(list(content)[:10]) or 'none'})"
-    )
+    rows, form = _rows_of(document, options)
+    if rows is None:
+        raise DataError(
+            f"{path}: has neither images and annotations (COCO) nor images with sentences "
+            "(Karpathy), and is not a list of objects (keys: "
+            f"{', '.join(list(content)[:10]) or 'none'}){form}"
+        )
+    if form:
+        logger.info(f"{path}: read as {form}")
+    return "table", rows
+
+
+def _parse(text: bytes) -> Any:
+    """Parse JSON, or objects behind each other, with or without commas and brackets."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        rest = text.decode("utf-8-sig").strip()
+        if rest.startswith("[") != rest.endswith("]"):  # it is cut
+            raise
+        rest = rest.removeprefix("[").removesuffix("]")
+        decoder, position, found = json.JSONDecoder(), 0, []
+        while (position := _BETWEEN.match(rest, position).end()) < len(rest):  # type: ignore[union-attr]
+            entry, position = decoder.raw_decode(rest, position)
+            found.append(entry)
+        if not found or not all(isinstance(entry, dict) for entry in found):
+            raise
+        return found
+
+
+def _annotations_of(content: Mapping[str, Any]) -> list[Any] | None:
+    """Return the annotations of a COCO document, which some call captions."""
+    for key in ("annotations", "captions", "sentences"):
+        entries = content.get(key)
+        if isinstance(entries, list) and (
+            key == "annotations" or any(isinstance(e, dict) and "image_id" in e for e in entries)
+        ):
+            return entries
+    return None
+
+
+def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, str]:
+    """Make a list of objects of a document, None if it is none; and its form if that is a guess."""
+    image, caption = options.image_column or "image", options.caption_column or "caption"
+    if isinstance(document, list):
+        if document and all(isinstance(entry, str) for entry in document):
+            kind = image if columns_of([[entry] for entry in document]) == ["image"] else caption
+            return [{kind: entry} for entry in document], f"a list of {kind}s"
+        if not all(isinstance(entry, list) for entry in document):
+            return document, ""
+        names = columns_of([[str(cell) for cell in entry] for entry in document])
+        if not document or names is None:
+            return None, ""
+        rows = [dict(zip(names, entry, strict=False)) for entry in document]
+        return rows, f"a list of {', '.join(names)}"
+    if not isinstance(document, dict) or not document:
+        return None, ""
+    names, data = document.get("columns"), document.get("data")
+    if isinstance(names, list) and isinstance(data, list):  # orient="split" of pandas
+        return [dict(zip(names, entry, strict=False)) for entry in data], ""
+    tables = {k: v for k, v in document.items() if v and _all_of(v, list, dict)}
+    splits = {key: split_of(key) for key in tables}
+    if len(tables) > 1 and len(tables) == len(document) and all(splits.values()):
+        rows = [{SPLIT_NAME: splits[k]} | entry for k, own in tables.items() for entry in own]
+        return rows, f"rows below their splits ({', '.join(tables)})"
+    if len(tables) == 1:
+        [(key, rows)] = tables.items()
+        return (rows, f"the list {key!r}") if _has_columns(rows[0], options) else (None, "")
+    if _has_columns(document, options):
+        if all(isinstance(value, str) for value in document.values()):
+            return [document], ""
+        columns = {name: v for name, v in document.items() if isinstance(v, list | dict)}
+        keys = [list(v) if isinstance(v, dict) else list(range(len(v))) for v in columns.values()]
+        if any(own != keys[0] for own in keys):
+            lengths = ", ".join(
+                f"{len(own)} in {name!r}" for own, name in zip(keys, columns, strict=True)
+            )
+            return None, f"; its columns must have the same rows ({lengths})"
+        cells = [v.values() if isinstance(v, dict) else v for v in columns.values()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)], "columns"
+    if _all_of(document, dict, dict) and _has_columns(next(iter(document.values())), options):
+        if options.pick(next(iter(document.values()))).image is not None:
+            return list(document.values()), ""
+        return [{image: key} | entry for key, entry in document.items()], "captions by image"
+    if columns_of([[key, "a caption"] for key in document]):
+        return [{image: k, caption: v} for k, v in document.items()], "captions by image"
+    return None, ""
+
+
+def _all_of(values: Any, outer: type, inner: type) -> bool:
+    own = values.values() if isinstance(values, dict) else values
+    return isinstance(values, outer) and all(isinstance(value, inner) for value in own)
+
+
+def _has_columns(entry: Mapping[str, Any], options: SourceOptions) -> bool:
+    found = options.pick(entry)
+    return found.image is not None or found.caption is not None
 
 
 def read_annotations(
@@ -90,20 +195,39 @@ def _table_rows(path: Path, document: Sequence[Any], options: SourceOptions) -> 
     names = dict.fromkeys(key for entry in document if isinstance(entry, dict) for key in entry)
     found = options.find(names, path)
     found.warn_of_one_side(names, path)
+    missing = 0
     for number, entry in enumerate(document, 1):
         if isinstance(entry, dict):
-            yield row_of(number, entry, options.pick(entry))
+            columns = options.pick(entry)
+            row = row_of(number, entry, columns)
+            missing += len(row.captions) <= len(columns.more) and columns.has_missing(entry)
+            yield row
         else:
             yield Row(number, error="is not a JSON object; each entry must be one")
+    warn_of_missing(path, missing)
 
 
 def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) -> Iterator[Row]:
     captions: dict[str, list[tuple[int, Any]]] = {}
-    for number, entry in enumerate(document["annotations"], 1):
-        if isinstance(entry, dict) and (key := _coco_id(entry.get("image_id"))) is not None:
-            captions.setdefault(key, []).append((number, entry.get("caption")))
+    annotations = _annotations_of(document) or []
+    names = dict.fromkeys(key for entry in annotations if isinstance(entry, dict) for key in entry)
+    name = "caption" if "caption" in names else options.pick(names).caption
+    if names and name is None:
+        raise DataError(
+            f"{path}: its annotations have no captions (keys: {', '.join(names):.200}), as those "
+            "of boxes and keypoints; pass the document of captions, such as captions_val2017.json"
+        )
+    others = 0
+    for number, entry in enumerate(annotations, 1):
+        if isinstance(entry, dict) and (key := id_of(entry.get("image_id"))) is not None:
+            if name in entry or "bbox" not in entry:
+                captions.setdefault(key, []).append((number, entry.get(str(name))))
+            else:
+                others += 1
         else:
             yield Row(number, error=f"annotation {number}: has no image_id")
+    if others:
+        logger.warning(f"{path}: {others} annotations of boxes without a caption are not read")
     split = split_of(path.name)
     if any(
         options.split_column in entry for entry in document["images"] if isinstance(entry, dict)
@@ -112,10 +236,11 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
     elif split:
         logger.info(f"{path}: all images are in split {split}, according to its name")
     ids: dict[str, str] = {}  # with the image, which may be listed twice
+    missing = 0
     for number, entry in enumerate(document["images"], 1):
         try:
             row = _image_row(number, entry, "file_name", options)
-            key = _coco_id(entry.get("id"))
+            key = id_of(entry.get("id"))
             if key is None or ids.setdefault(key, row.image) != row.image:
                 raise ValueError(f"has no id of its own ({entry.get('id')!r:.200})")
         except ValueError as error:
@@ -125,22 +250,17 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
         yield row
         for annotation, caption in captions.pop(key, ()):
             try:
-                if not isinstance(caption, str):
-                    raise ValueError(f"caption must be text, not {caption!r:.40}")
-                texts = json_captions(caption, "caption")
+                if caption is None:
+                    raise ValueError("caption must be text, not None")
+                texts = captions_of(caption, "caption")
+                missing += not texts
                 yield row._replace(number=annotation, captions=texts)
             except ValueError as error:
                 yield Row(annotation, error=f"annotation {annotation}: {error}")
     for key, orphans in captions.items():
         for number, _ in orphans:
             yield Row(number, error=f"annotation {number}: no image has the id {key!r:.200}")
-
-
-def _coco_id(value: Any) -> str | None:
-    """Return the same text for 7, 7.0 and "7"; None if it is no id."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value) if isinstance(value, int | str) else None
+    warn_of_missing(path, missing)
 
 
 def _karpathy_rows(
@@ -154,8 +274,7 @@ def _karpathy_rows(
             sentences = entry.get("sentences")
             if not isinstance(sentences, list):
                 raise ValueError("has no list of sentences")
-            texts = (json_captions(_sentence(sentence), "raw") for sentence in sentences)
-            row = row._replace(captions=tuple(text for own in texts for text in own))
+            row = row._replace(captions=captions_of(sentences, "raw"))
         except ValueError as error:
             yield Row(number, error=f"image {number}: {error}")
             continue
@@ -165,17 +284,6 @@ def _karpathy_rows(
             f"{path}: {splits['restval']} images of split restval are stored as train, as papers "
             "train on both"
         )
-
-
-def _sentence(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        raise ValueError("has a sentence that is not an object")
-    tokens = entry.get("tokens")
-    if "raw" in entry:
-        return entry["raw"]
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("has a sentence without raw text")
-    return " ".join(tokens)
 
 
 def _image_row(number: int, entry: Any, name_key: str, options: SourceOptions) -> Row:

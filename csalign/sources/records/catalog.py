@@ -23,7 +23,8 @@ from csalign.sources.records import (
     UnreadableFile,
     files,
 )
-from csalign.sources.records.tables import BASE64_NAMES, Row
+from csalign.sources.records.cells import BASE64_NAMES
+from csalign.sources.records.tables import Row
 
 logger = logging.getLogger(__name__)
 

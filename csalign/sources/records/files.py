@@ -182,7 +182,7 @@ def read_lines(
             try:
                 text = decode_text(data, offset)
             except DataError as reason:
-                error = f"{reason}; save the table as UTF-8"
+                error = f"{reason}; save the table as UTF-8, as by iconv -f cp1252 -t utf-8"
                 text = data.decode(errors="surrogateescape")
             yield Line(number, offset, text, error)
             number += 1

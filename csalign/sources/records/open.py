@@ -17,6 +17,7 @@ from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog
+from csalign.sources.records.delimited import HEAD_LINES, open_text, text_form, to_utf8
 from csalign.sources.records.folder import (
     TABLE_STEMS,
     TEXTS,
@@ -27,8 +28,7 @@ from csalign.sources.records.folder import (
     warn_of_unread,
 )
 from csalign.sources.records.tables import (
-    CAPTION_NAMES,
-    IMAGE_NAMES,
+    KNOWN_NAMES,
     SUFFIXES,
     Kind,
     SourceOptions,
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
-_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5": "unzstd"}
+_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -206,7 +206,7 @@ class _Opener:
             return self._rows(file, "list", self._options.images)
         document = None
         if form == ".json":
-            form, document = read_document(file)
+            form, document = read_document(file, self._options)
         if self._kind not in ("auto", *_KINDS[form]):
             raise DataError(f"{file}: is {_KINDS[form][0]}, not {self._kind}; omit --kind")
         if form == "tar":
@@ -220,11 +220,11 @@ class _Opener:
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
         catalog = Catalog(root)
-        columns = self._add_rows(catalog, table, form)
+        read_as = self._add_rows(catalog, table, form)
         catalog.add_found(found)
         description = "list of images" if form == "list" else "text file with one caption per line"
         if form in SUFFIXES:
-            description = f"{form[1:].upper()} table with {columns or 'no rows'}"
+            description = read_as
         return catalog.finish(description)
 
     def _add_rows(
@@ -238,12 +238,12 @@ class _Opener:
         prefix = name and f"{posixpath.splitext(name)[0]}/"
         catalog.begin_file(table.as_posix(), prefix, load, parent)
         split, before = files.split_of(name), catalog.total
-        with nullcontext(sys.stdin.buffer) if is_stdin else files.open_file(table) as file:
+        with nullcontext(sys.stdin.buffer) if is_stdin else open_text(table) as file:
             for row in reader.rows(file):
                 catalog.add(row._replace(split=split) if split and not row.split else row)
         if catalog.total == before:
             logger.warning(f"{table}: adds no image or caption")
-        return str(reader.found)
+        return reader.description
 
     def _tars(self, root: Path, sizes: Sizes) -> Source:
         lines = self._options.caption_lines
@@ -281,31 +281,32 @@ def recognise(file: Path) -> str:
         return "tar"
     if start and (problem := stand_in(start)) is not None:
         raise DataError(f"{file}: {problem}")
-    if suffix in (*SUFFIXES, ".json", ".ndjson"):
-        return ".jsonl" if suffix == ".ndjson" else suffix
+    if suffix in (".csv", ".tsv"):
+        return suffix
+    start = to_utf8(start)
     if suffix in IMAGE_SUFFIXES or b"\0" in start:
         raise DataError(
             f"{file}: is not a source; pass a folder of images, a table (.csv, .tsv, .jsonl, "
             ".parquet), a .json of COCO or Karpathy, a .tar, or a .txt of captions"
         )
-    first = start.decode("utf-8-sig", errors="replace").partition("\n")[0].strip()
-    if first.startswith(("{", "[")):
-        try:
-            return ".jsonl" if isinstance(parse_json(first), dict) else ".json"
-        except ValueError:
-            return ".json"
-    if re.match(r"[^\t]+\.\w{2,5}(#\d+)?\t", first):
-        raise DataError(
-            f"{file}: its lines begin with file names, such as {first.split(chr(9))[0]!r:.80}, and "
-            "it has no header; write image<TAB>caption as its first line, remove a #0 behind the "
-            "names, and name it .tsv"
+    head = start.decode("utf-8-sig", errors="replace").strip().split("\n")
+    if suffix in _JSON_SUFFIXES or head[0].startswith(("{", "[")):
+        return _json_form(head, suffix)
+    is_cut = len(start) >= 1 << 15 and len(head) > 1  # in its last line
+    return text_form(head[: len(head) - is_cut][:HEAD_LINES], KNOWN_NAMES)
+
+
+def _json_form(head: Sequence[str], suffix: str) -> str:
+    """Return ".jsonl" for one object per line, ".json" for a document, maybe of many lines."""
+    is_lines = suffix in (".jsonl", ".ndjson")
+    try:
+        first = parse_json(head[0].strip().rstrip(","))
+        is_object = isinstance(first, dict) or (
+            is_lines and not (isinstance(first, list) and first and isinstance(first[0], dict))
         )
-    # A header with the names of images and captions; a caption hardly looks like one.
-    for delimiter, form in (("\t", ".tsv"), (",", ".csv"), ("|", ".csv")):
-        names = {name.strip().lower() for name in first.split(delimiter)}
-        if names & set(IMAGE_NAMES) and names & set(CAPTION_NAMES):
-            return form
-    return ".txt"
+    except ValueError:
+        is_object = is_lines and re.match(r"(\{|\[)\s*$|\[\s*\{", head[0]) is None
+    return ".jsonl" if is_object and (suffix != ".json" or len(head) > 1) else ".json"
 
 
 def _tables_in(folder: Path, found: Sizes) -> list[str]:

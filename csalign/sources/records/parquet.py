@@ -23,8 +23,8 @@ from csalign.sources.records import (
     SourceFile,
     TextInput,
     UnreadableFile,
+    cells,
     files,
-    tables,
     warn_of_unreadable,
 )
 from csalign.sources.records.catalog import Catalog
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
     def rows(self, file: ArrowFile, start: int = 0) -> Iterator[dict[str, Any]]:
         """Stream the rows of a file from `start` on, as values by column."""
-        wanted = list(dict.fromkeys(name for name in self.found if name is not None))
+        wanted = self.found.used
         size = _TEXT_ROWS if self.kind in (None, "path") else _IMAGE_ROWS
         for batch in file.batches(wanted, size, start):
             for values in zip(*(column_values(batch[name]) for name in wanted), strict=True):
@@ -187,11 +187,11 @@ def _image_kind(file: ArrowFile, name: str) -> str:
             f"{file.path}: column {name!r:.200} contains {held}, not images or paths; name another "
             "with --image-column"
         )
-    for batch in islice(file.batches([name], 1), 0 if tables.is_base64_name(name) else 10):
+    for batch in islice(file.batches([name], 1), 0 if cells.is_base64_name(name) else 10):
         value = column_values(batch[name])[0]
         if isinstance(value, str) and value:
-            return "base64" if tables.is_base64(value) else "path"
-    return "base64" if tables.is_base64_name(name) else "path"
+            return "base64" if cells.is_base64(value) else "path"
+    return "base64" if cells.is_base64_name(name) else "path"
 
 
 def _form(paths: Sequence[str]) -> str:
@@ -380,6 +380,6 @@ class ParquetFile:
 
 def _image_bytes(value: bytes | str) -> bytes:
     if isinstance(value, str):
-        return tables.decode_base64(value)
+        return cells.decode_base64(value)
     files.check_size(len(value))
     return value

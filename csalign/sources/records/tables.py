@@ -1,15 +1,13 @@
 """Read captions tables row by row, or tables of strings whole: .csv, .tsv, .jsonl, plain text."""
 
-import base64
-import binascii
 import csv
+import io
 import logging
 import re
 from array import array
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
@@ -20,7 +18,20 @@ from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
 from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json
-from csalign.sources.records import files
+from csalign.sources.records import delimited, files
+from csalign.sources.records.cells import (
+    BASE64_NAMES,
+    MISSING,
+    captions_of,
+    decode_base64,
+    id_of,
+    is_base64,
+    is_base64_name,
+    is_missing,
+    plain_name,
+    text_of,
+)
+from csalign.sources.records.delimited import Dialect, Values
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +39,6 @@ Kind = Literal[
     "auto", "folder", "table", "coco", "karpathy", "webdataset", "parquet", "captions", "list"
 ]
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-BASE64_NAMES = ("image_base64", "img_base64", "image_b64", "base64")
 IMAGE_NAMES = (
     *("image", "image_path", "image path", "image_file", "image_name", "img", "img_path"),
     *("filepath", "file_path", "file_name", "filename", "path", "file", "jpg", "jpeg", "png"),
@@ -39,11 +49,16 @@ CAPTION_NAMES = (
     *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
 )
 SPLIT_NAME = "split"
-_DELIMITERS = ",\t;|"
 _CHUNK_ROWS = 65_536
-# How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
-_BASE64 = re.compile(r"data:image/[\w.+-]+;base64,|(?=.{100})(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)")
-_URL_SAFE = str.maketrans("-_", "+/", " \n\r")
+_PROBED = 1_000
+# Usual names of columns, by which a header is recognised.
+KNOWN_NAMES = frozenset(
+    [
+        *(plain_name(name) for name in (*IMAGE_NAMES, *CAPTION_NAMES, SPLIT_NAME)),
+        *("id", "image_id", "img_id", "imgid", "cocoid", "caption_id", "text_id", "sentid"),
+        *("sent", "comment_number", "url", "image_url"),
+    ]
+)
 
 
 class Row(NamedTuple):
@@ -65,14 +80,36 @@ class TableColumns(NamedTuple):
     caption: str | None = None
     split: str | None = None
     id: str | None = None
+    more: tuple[str, ...] = ()  # further columns of captions: caption_2 and so on
 
     def __str__(self) -> str:
         sides = (("images", self.image), ("captions", self.caption))
-        return ", ".join(f"{what} in column {name!r}" for what, name in sides if name is not None)
+        parts = [f"{what} in column {name!r}" for what, name in sides if name is not None]
+        return ", ".join(parts) + (f" and {len(self.more)} more" if self.more else "")
+
+    @property
+    def used(self) -> list[str]:
+        """The names of all of them."""
+        names = dict.fromkeys((self.image, self.caption, self.split, self.id, *self.more))
+        return [name for name in names if name is not None]
+
+    def captions_in(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the captions of a row, or raise `ValueError`."""
+        if self.caption is None:
+            return ()
+        found = captions_of(values.get(self.caption), self.caption)
+        for name in self.more:
+            found += captions_of(values.get(name), name)
+        return found
+
+    def has_missing(self, values: Mapping[str, Any]) -> bool:
+        """Check whether a caption of a row is a word for a missing value."""
+        names = () if self.caption is None else (self.caption, *self.more)
+        return any(values.get(name) is not None and is_missing(values[name]) for name in names)
 
     def warn_of_one_side(self, names: Collection[str], table: Path) -> None:
         """Warn if one side is missing where another column may have been meant."""
-        others = [name for name in names if name not in self]
+        others = [name for name in names if name not in self.used]
         if not others or (self.image is not None and self.caption is not None):
             return
         missing, kept = ("captions", "images") if self.image else ("images", "captions")
@@ -118,14 +155,18 @@ class SourceOptions(Config):
         if found.image is None and found.caption is None:
             raise DataError(
                 f"{table}: no column looks like images or captions (columns: {listed:.300}); name "
-                "them with --image-column and --caption-column, or read a folder's images without "
-                "the table with --kind folder"
+                "them with --image-column and --caption-column, write a header such as "
+                "image,caption above the first row if there is none, or read a folder's images "
+                "without the table with --kind folder"
             )
         return found
 
     def pick(self, names: Collection[str]) -> TableColumns:
         """Recognise those of the columns that are among `names`."""
-        by_name = {name.lower(): name for name in reversed(list(names))}
+        by_name: dict[str, str] = {}
+        for spell in (str.lower, plain_name, lambda name: plain_name(name).rstrip("s")):
+            for name in names:
+                by_name.setdefault(spell(name), name)
 
         def choose(given: str | None, known: Collection[str]) -> str | None:
             if given is not None:
@@ -134,12 +175,24 @@ class SourceOptions(Config):
 
         image = None if self.kind == "captions" else choose(self.image_column, IMAGE_NAMES)
         # An image column named "text" is not the caption column too.
-        captions = [name for name in CAPTION_NAMES if image is None or name != image.lower()]
-        caption = choose(self.caption_column, captions)
+        known = [name for name in CAPTION_NAMES if name in by_name and by_name[name] != image]
+        numbered = [] if self.caption_column else _numbered(names, known)
+        caption = choose(self.caption_column, known) or next(iter(numbered), None)
         split = choose(
             None if self.split_column == SPLIT_NAME else self.split_column, (SPLIT_NAME,)
         )
-        return TableColumns(image, caption, split, choose(self.id_column, ()))
+        more = tuple(name for name in numbered if name != caption)
+        return TableColumns(image, caption, split, choose(self.id_column, ()), more)
+
+
+def _numbered(names: Collection[str], known: Sequence[str]) -> list[str]:
+    """Return the columns such as caption_1 and caption_2 by number, of the usual name found."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        if match := re.fullmatch(r"([a-z_]+?)_?(\d+)", plain_name(name)):
+            found.setdefault(match[1], []).append((int(match[2]), name))
+    base = next((base for base in known or (*CAPTION_NAMES, "sent", "cap") if base in found), None)
+    return [] if base is None else [name for _, name in sorted(found[base])]
 
 
 class TableReader:
@@ -156,8 +209,15 @@ class TableReader:
         self._table = table
         self._options = options
         self._form = form
-        self._header = _Header()
+        self._dialect: Dialect | None = None
         self.found = TableColumns()
+
+    @property
+    def description(self) -> str:
+        """How the table is read, for people."""
+        if self._dialect is not None and self._dialect.guess:
+            return self._dialect.guess
+        return f"{self._form[1:].upper()} table with {str(self.found) or 'no rows'}"
 
     def rows(self, file: BinaryIO) -> Iterator[Row]:
         """Stream the rows of the open file; blank lines are skipped.
@@ -167,6 +227,7 @@ class TableReader:
         """
         picked: dict[tuple[str, ...], TableColumns] = {}
         seen: dict[str, None] = {}
+        missing = 0
         for number, offset, values, error in self.values(file):
             if error is not None:
                 yield Row(number, error=error)
@@ -175,34 +236,44 @@ class TableReader:
             if names not in picked:
                 picked[names] = self._options.pick(names)
                 seen |= dict.fromkeys(names)
-                if self._header.names:
+                if self._dialect is not None:
                     self._options.find(names, self._table)
-            yield row_of(number, values, picked[names], offset)
+            row = row_of(number, values, found := picked[names], offset)
+            missing += len(row.captions) <= len(found.more) and found.has_missing(values)
+            yield row
+        warn_of_missing(self._table, missing)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
             self.found = self._options.find(seen, self._table)
             self.found.warn_of_one_side(seen, self._table)
 
     def read_image(self, offset: int) -> bytes:
         """Read the base64 image of the row that starts at a byte; any thread may call it."""
-        with files.translate_errors(self._table, named=False), files.open_file(self._table) as file:
+        with (
+            files.translate_errors(self._table, named=False),
+            delimited.open_text(self._table) as file,
+        ):
             file.seek(offset)
             row = next(self.rows(file), None)
         if row is None or row.error is not None:
             raise DataError("cannot be read, as its table has changed")
         return decode_base64(row.image)
 
-    def values(self, file: BinaryIO) -> Iterator["_Values"]:
+    def values(self, file: BinaryIO) -> Iterator[Values]:
         """Yield number, offset, values by column, and error of each row of the open file."""
         is_text = self._form not in SUFFIXES
         lines = files.read_lines(self._table, file, refuse_nul=is_text)
         if self._form in (".csv", ".tsv"):
-            yield from _parse_csv(self._table, lines, self._form, self._header)
+            if self._dialect is None:
+                head = list(islice(lines, delimited.HEAD_LINES))
+                self._dialect = _dialect_of(self._table, head, self._form, self._options)
+                lines = chain(head[self._dialect.start :], lines)
+            yield from delimited.parse_rows(self._table, lines, self._dialect)
             return
         name = "caption" if self._form == ".txt" else self._options.image_column or "image"
         for line in lines:
             text = line.text.strip()
             if is_text and text and (self._form == ".txt" or not text.startswith("{")):
-                yield _Values(line.number, line.offset, {name: text}, line.error)
+                yield Values(line.number, line.offset, {name: text}, line.error)
             elif text:
                 yield _parse_json(line)
 
@@ -248,7 +319,7 @@ def read_table(path: Path) -> Table:
     if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
         return plain
     table = Table(path, array("q"), {})
-    with files.open_file(path) as file:
+    with delimited.open_text(path) as file:
         for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
             try:
                 if error is not None:
@@ -265,6 +336,7 @@ def read_table(path: Path) -> Table:
             for name, column in table.columns.items():
                 column.append(cells.get(name))
             table.numbers.append(number)
+    _clean(table)
     return table
 
 
@@ -274,20 +346,25 @@ def _read_plain(path: Path, form: str) -> Table | None:
     numbers = array("q")
     try:
         # As in the reader by lines, a carriage return alone does not end a row.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            delimiter = _delimiter(file.readline(), form)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            names = [cell.strip() for cell in next(reader, [])]
-            if len(set(names)) != len(names):
+        with io.TextIOWrapper(delimited.open_text(path), "utf-8-sig", newline="\n") as file:
+            head = [files.Line(0, 0, line, None) for line in islice(file, delimited.HEAD_LINES)]
+            dialect = _dialect_of(path, head, form, SourceOptions())
+            if dialect.guess:
+                logger.info(f"{path}: read as a {dialect.guess}")
+            if dialect.delimiter == " ":
                 return None
-            columns: list[list[str | None]] = [[] for _ in names]
+            file.seek(0)
+            before = sum(1 for _ in islice(file, dialect.start))
+            reader = delimited.reader_of(file, dialect)
+            columns: list[list[str | None]] = [[] for _ in dialect.names]
 
             def rows() -> Iterator[list[str]]:
                 number = reader.line_num + 1
                 for row in reader:
                     if row:
-                        numbers.append(number)
+                        if reader.line_num > number and delimited.contains_row(row, dialect):
+                            raise ValueError("unclosed quote")
+                        numbers.append(before + number)
                         yield row
                     number = reader.line_num + 1
 
@@ -297,7 +374,54 @@ def _read_plain(path: Path, form: str) -> Table | None:
                     column += [cell.strip() or None for cell in cells]
     except (csv.Error, ValueError, OSError):
         return None
-    return Table(path, numbers, dict(zip(names, columns, strict=True)))
+    table = Table(path, numbers, dict(zip(dialect.names, columns, strict=True)))
+    _clean(table)
+    return table
+
+
+def _dialect_of(
+    table: Path, head: Sequence[files.Line], form: str, options: SourceOptions
+) -> Dialect:
+    """Recognise how a table is written, with unique names of columns, or raise `DataError`."""
+    given = (options.image_column, options.caption_column, options.split_column, options.id_column)
+    known = KNOWN_NAMES | {plain_name(name) for name in given if name}
+    dialect = delimited.read_dialect(table, [line.text for line in head], form, known)
+    for line in head[: dialect.start]:
+        if line.error is not None:
+            raise DataError(f"{table}, row {line.number}: {line.error}")
+    names: list[str] = []
+    for number, name in enumerate(dialect.names, 1):
+        if name in names and plain_name(name) in CAPTION_NAMES:
+            name = f"{name}.{number}"  # as pandas does
+        elif not name:
+            name = f"column {number}"
+        if name in names:
+            raise DataError(f"{table}: has the column {name!r:.200} twice; rename one")
+        names.append(name)
+    caption = options.pick(names).caption
+    free = None if caption is None else names.index(caption)
+    if free != len(names) - 1 and not (free == 0 and dialect.guess):
+        free = None
+    dialect = dialect._replace(names=names, free=free)
+    skips = delimited.skips_space([line.text for line in head[dialect.start :]], dialect)
+    return dialect._replace(skips_space=skips)
+
+
+def _clean(table: Table) -> None:
+    """Remove the number of a caption from names of images, and words for missing captions."""
+    for name, cells in table.columns.items():
+        plain = plain_name(name)
+        if plain in IMAGE_NAMES and any("#" in cell for cell in cells[:_PROBED] if cell):
+            cells[:] = [cell and delimited.without_number(cell) for cell in cells]
+        elif plain in CAPTION_NAMES:
+            if not MISSING.isdisjoint(cells):
+                cells[:] = [None if cell in MISSING else cell for cell in cells]
+            for row in [row for row, cell in enumerate(cells) if cell and cell[-1] in "])"]:
+                if captions_of(cells[row], name) != (cells[row],):
+                    raise DataError(
+                        f"{table.where(row)}: has a list of captions in column {name!r}; write a "
+                        "row for each"
+                    )
 
 
 def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
@@ -307,145 +431,31 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
             "" if name is None or values.get(name) is None else text_of(values[name], name)
             for name in (found.image, found.split)
         )
-        captions = (
-            () if found.caption is None else json_captions(values.get(found.caption), found.caption)
-        )
+        captions = found.captions_in(values)
         own = None if found.id is None else values.get(found.id)
-        if isinstance(own, int) and not isinstance(own, bool):
-            own = str(own)
-        own = None if own is None else text_of(own, str(found.id)) or None
+        own = None if own is None else text_of(id_of(own) or own, str(found.id)) or None
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
     split = usual_split(split) or split
+    image = image if in_base64 else delimited.without_number(image)
     return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
 
 
-def json_captions(value: Any, name: str) -> tuple[str, ...]:
-    """Return the captions in a JSON value, text or a list of texts, or raise `ValueError`."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(text for text in (text_of(item, name) for item in values) if text)
+def warn_of_missing(path: Path, count: int) -> None:
+    """Warn of rows that have a word such as nan in place of a caption."""
+    if count:
+        logger.warning(f"{path}: {count} captions are missing values, such as nan or None")
 
 
-def text_of(value: object, name: str) -> str:
-    """Strip a text; raises `ValueError` if it is not text or not valid Unicode."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {value!r:.40}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{name} contains half of a surrogate pair; write the whole character"
-        ) from None
-    return value.strip()
-
-
-def is_base64_name(name: str | None) -> bool:
-    """Check whether all cells of a column by that name are base64."""
-    return name is not None and name.lower() in BASE64_NAMES
-
-
-def is_base64(cell: str) -> bool:
-    """Recognise an image in base64, rather than a path, by its first characters."""
-    return len(cell) > 20 and _BASE64.match(cell) is not None
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64, plain or URL-safe, perhaps with a ``data:`` header, or raise `DataError`."""
-    body = text.partition(",")[2] if text.startswith("data:") else text
-    files.check_size(len(body) * 3 // 4)
-    try:
-        return base64.b64decode(body.translate(_URL_SAFE), validate=True)
-    except (binascii.Error, ValueError):
-        raise DataError("is not valid base64") from None
-
-
-def _delimiter(first: str, form: str) -> str:
-    """Return the separator in the first line of a .csv or .tsv."""
-    usual = "\t" if form == ".tsv" else ","
-    return next((sign for sign in f"{usual}{_DELIMITERS}" if sign in first), usual)
-
-
-@dataclass
-class _Header:
-    names: list[str] = field(default_factory=list)
-    delimiter: str = ""
-
-
-class _Values(NamedTuple):
-    number: int
-    offset: int
-    values: dict[str, Any]
-    error: str | None = None
-
-
-def _parse_json(line: files.Line) -> _Values:
+def _parse_json(line: files.Line) -> Values:
     error = line.error
     if error is None:
         try:
-            values = parse_json(line.text.strip())
+            values = parse_json(line.text.strip().rstrip(","))
             if isinstance(values, dict):
-                return _Values(line.number, line.offset, values)
+                return Values(line.number, line.offset, values)
             error = "is not a JSON object; each line must be one object"
         except ValueError as caught:
             error = f"is not valid JSON ({caught}); each line must be one object"
-    return _Values(line.number, line.offset, {}, error)
-
-
-def _parse_csv(
-    table: Path, lines: Iterator[files.Line], form: str, header: _Header
-) -> Iterator[_Values]:
-    """Yield the records behind the header, which is read first unless it is known already."""
-    # The limit holds for the process, as a reader has none of its own. Captions and images in
-    # base64 exceed its default of 128 KiB; an unclosed quote must still not fill the memory.
-    csv.field_size_limit(files.MAX_LINE_BYTES)
-    taken: list[files.Line] = []
-    again: deque[files.Line] = deque()
-
-    def texts() -> Iterator[str]:
-        while (line := again.popleft() if again else next(lines, None)) is not None:
-            taken.append(line)
-            yield line.text
-
-    if not header.names:
-        again.extend(islice(lines, 1))
-        header.delimiter = _delimiter(again[0].text if again else "", form)
-    reader = csv.reader(texts(), delimiter=header.delimiter, strict=True)
-    while True:
-        taken.clear()
-        error, cells = None, []
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as caught:
-            error = (
-                f"is malformed ({caught}); quote cells with double quotes and double a quote "
-                "inside them"
-            )
-        number, offset = taken[0][:2]
-        undecoded = next((line.error for line in taken if line.error), None)
-        if not (error or undecoded) and cells and header.names and len(cells) != len(header.names):
-            error = (
-                f"has {len(cells)} cells, the header has {len(header.names)}; put double quotes "
-                "around a cell that contains the separator"
-            )
-        if error is not None:  # bad is the first line alone: its quote may be unclosed
-            again.extendleft(reversed(taken[1:]))
-            reader = csv.reader(texts(), delimiter=header.delimiter, strict=True)
-            plain = taken[0].text.rstrip("\r\n").split("\t")
-            if form == ".tsv" and header.delimiter == "\t" and len(plain) == len(header.names):
-                error, cells = None, plain  # of a file without quoting
-        error = error or undecoded
-        cells = [cell.strip() for cell in cells]
-        if error is None and not cells:
-            continue
-        if header.names:
-            yield _Values(number, offset, dict(zip(header.names, cells, strict=False)), error)
-        elif error is not None:
-            raise DataError(f"{table}, row {number}: {error}")
-        elif len(set(cells)) < len(cells):
-            repeated = next(name for name in cells if cells.count(name) > 1)
-            raise DataError(f"{table}: has the column {repeated!r:.200} twice; rename one")
-        else:
-            header.names = cells
+    return Values(line.number, line.offset, {}, error)

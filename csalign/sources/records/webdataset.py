@@ -25,7 +25,8 @@ from csalign.sources.records import (
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.tables import SourceOptions, json_captions, text_of
+from csalign.sources.records.cells import text_of
+from csalign.sources.records.tables import SourceOptions
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -282,9 +283,9 @@ class _TarFile:
         if extension in sample.members and extension != "json":
             content = self._text(sample, extension)
             return files.captions_in(content, lines=self._source.caption_lines)
-        key = SourceOptions(kind="captions", caption_column=wanted).pick(values).caption
+        found = SourceOptions(kind="captions", caption_column=wanted).pick(values)
         try:
-            return [] if key is None else list(dict.fromkeys(json_captions(values[key], key)))
+            return list(dict.fromkeys(found.captions_in(values)))
         except ValueError as error:
             raise DataError(f"its json: {error}") from None
 
