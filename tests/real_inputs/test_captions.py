@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from csalign.core.errors import DataError
-from csalign.sources.arrays.files import read_label_table
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.records.open import SourceOptions, open_source
 
 Found = list[tuple[str | None, list[str]]]
