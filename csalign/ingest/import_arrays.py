@@ -187,33 +187,36 @@ def _pair(
         sides = {
             side: replace(own, labels=beside.get(side, own.labels)) for side, own in sides.items()
         }
+    tables = {Modality.IMAGE: config.image_table, Modality.TEXT: config.text_table}
+    labels = {side: _labels(tables[side], sides, side) for side in sides}
     columns: dict[Modality, dict[str, pa.Array]] = {}
-    images = texts = None
-    pairing = None
-    if (vectors := sides.get(Modality.IMAGE)) is not None:
-        if vectors.captions_each is not None:
+    images = texts = pairing = None
+    image, text = sides.get(Modality.IMAGE), sides.get(Modality.TEXT)
+    if image is not None:
+        if image.captions_each is not None:
             raise DataError(
-                f"{vectors.name}: is 3-D, but images need one embedding each: (images, width)"
+                f"{image.name}: is 3-D, but images need one embedding each: (images, width)"
             )
-        labels = _labels(config.image_table, sides, Modality.IMAGE)
-        images = describe_images(
-            len(vectors),
-            labels,
-            lambda: sides[Modality.IMAGE].sketch,
-            config.id_column,
-            (lambda: _digests(config, sides)) if _are_by_row(config, sides) else None,
+        # Rows of equal embeddings are one image where row i belongs to row i of the texts.
+        are_by_row = not any((config.pairs, config.captions_per_image, config.text_counts)) and (
+            [own.captions_each for own in sides.values()] == [None, None]
+            and len({len(own) for own in sides.values()}) == 1
         )
-        images.columns[schema.SPLIT] = usual_splits(images.columns[schema.SPLIT])
-        found[Modality.IMAGE] = replace(vectors, kept=images.kept)
-    if (vectors := sides.get(Modality.TEXT)) is not None:
-        labels = _labels(config.text_table, sides, Modality.TEXT)
-        rules = _rules(config, images, sides)
-        texts, pairing = describe_texts(len(vectors), images, labels, rules)
-        texts.columns[schema.SPLIT] = usual_splits(texts.columns[schema.SPLIT])
-    if images is not None:
+        images = describe_images(
+            len(image),
+            labels[Modality.IMAGE],
+            lambda: image.sketch,
+            config.id_column,
+            (lambda: _digests(image, labels)) if are_by_row else None,
+        )
         columns[Modality.IMAGE] = images.columns
-    if texts is not None:
+        found[Modality.IMAGE] = replace(image, kept=images.kept)
+    if text is not None:
+        rules = _rules(config, images, sides)
+        texts, pairing = describe_texts(len(text), images, labels[Modality.TEXT], rules)
         columns[Modality.TEXT] = texts.columns
+    for own in columns.values():
+        own[schema.SPLIT] = usual_splits(own[schema.SPLIT])
     if images is not None and texts is not None:
         share_splits(images, texts)
         owners = pa.array(texts.owners, mask=texts.owners < 0)
@@ -221,34 +224,22 @@ def _pair(
     return found, columns, pairing
 
 
-def _are_by_row(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> bool:
-    """Return whether, without other keys, row i of the images belongs to row i of the texts."""
-    options = (config.pairs, config.captions_per_image, config.text_counts)
-    return (
-        len(sides) == 2
-        and not any(option is not None for option in options)
-        and len({len(vectors) for vectors in sides.values()}) == 1
-        and sides[Modality.TEXT].captions_each is None
-    )
-
-
-def _digests(config: ImportConfig, sides: Mapping[Modality, Vectors]) -> Any:
+def _digests(images: Vectors, labels: Mapping[Modality, Labels]) -> Any:
     """Return numbers that are equal where embeddings of images, and the splits of rows, are."""
-    found = sides[Modality.IMAGE].digests()
-    for side, table in zip(Modality, (config.image_table, config.text_table), strict=True):
-        labels = _labels(table, sides, side)
-        splits = None if labels is None else labels.find((schema.SPLIT,))
+    found = images.digests()
+    for own in labels.values():
+        splits = own.find((schema.SPLIT,))
         if splits is not None and len(splits) == len(found):
             codes = pc.fill_null(splits.dictionary_encode().indices, -1).to_numpy()
             found = found + (codes + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return found
 
 
-def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels | None:
+def _labels(table: Path | None, sides: Mapping[Modality, Vectors], side: Modality) -> Labels:
     if table is not None:
         return read_label_table(table)
     labels, others = sides[side].labels, [own for key, own in sides.items() if key != side]
-    if labels is None or not others or labels.name != others[0].name or others[0].in_table:
+    if not others or labels.name != others[0].name or others[0].in_table:
         return labels
     # Lists in a file of both sides are of each side of their length, unless named like the other.
     names = [name for name in labels.names if label_side(name) in (None, side)]
@@ -276,7 +267,7 @@ def _rules(
         layout = f"{each} captions per image, in {order}"
     elif is_shape:
         assert text.captions_each is not None
-        if config.pair_by not in (None, ORDER) and text.labels is None:
+        if config.pair_by not in (None, ORDER) and not text.labels:
             raise DataError(
                 f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
                 f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"

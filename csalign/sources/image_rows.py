@@ -38,14 +38,14 @@ class ImageRows:
     Attributes:
         columns: id, which is unique, source and split, (n,) large_string; null where unknown.
         owners: (r,) image of each row of the array.
-        labels: of the rows of the array, or None.
+        labels: of the rows of the array.
         key: column of `labels` that the ids are, None if they are row numbers.
         kept: (r,) mask of the first row of each image, None if no image repeats.
     """
 
     columns: dict[str, pa.Array]
     owners: Ints
-    labels: Labels | None = None
+    labels: Labels
     key: str | None = None
     kept: npt.NDArray[np.bool_] | None = None
 
@@ -82,21 +82,19 @@ def describe_images(
             embedding.
     """
     none = pa.nulls(count, pa.large_string())
-    columns = {"id": row_numbers(count), "source": none, "split": none}
-    rows = ImageRows(columns, np.arange(count), labels)
-    if labels is None:
-        if id_column is not None:
-            raise DataError(
-                f"--id-column {id_column}: the images have no columns; pass --image-table TABLE"
-            )
-        return _by_digest(rows, digests)
+    labels = Labels("the images", count, str) if labels is None else labels
     labels.check_rows(count, "images")
-    columns["source"] = labels.find(("source", *IMAGE_NAMES), none)
-    columns["split"] = labels.find((SPLIT_NAME,), none)
+    columns = {
+        "id": row_numbers(count),
+        "source": labels.find(("source", *IMAGE_NAMES), none),
+        "split": labels.find((SPLIT_NAME,), none),
+    }
+    rows = ImageRows(columns, np.arange(count), labels)
     if id_column is not None and id_column not in labels.names:
-        listed = ", ".join(labels.names) or "none"
+        remedy = "correct --id-column" if labels.names else "pass --image-table TABLE"
         raise DataError(
-            f"{labels.name}: has no column {id_column!r} (columns: {listed}); correct --id-column"
+            f"{labels.name}: has no column {id_column!r} (columns: "
+            f"{', '.join(labels.names) or 'none'}); {remedy}"
         )
     key = (
         id_column
@@ -104,25 +102,23 @@ def describe_images(
         or _repeated_path(labels, sketch)
         or first_of(ITEM_IDS, labels.names)
     )
-    found = rows if key is None else _by_key(rows, labels, key, sketch)
+    found = rows if key is None else _by_key(rows, key, sketch)
     return found if found.kept is not None else _by_digest(found, digests)
 
 
-def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array | None, Ints | None]:
-    """Return the keys of images in a column, and the image of each; None if they are no keys.
+def keys_of_images(images: ImageRows, name: str | None) -> tuple[pa.Array, Ints | None]:
+    """Return the values of a column, and the image of each; None if they are not keys.
 
-    A key that repeats is one only if the images with it are one image. Without a name, keys are
-    the numbers of the rows.
+    A value that repeats is a key only if the images with it are one image. Without a name, keys
+    are the numbers of the rows.
     """
     if name is None:
         return row_numbers(len(images.owners)), images.owners
     if name == images.key:
-        return images.ids, None
-    assert images.labels is not None
+        return images.ids, np.arange(len(images.ids))
     keys = images.labels.column(name)
-    if keys.null_count or not (images.owners[first_rows(keys)] == images.owners).all():
-        return None, None
-    return keys, images.owners
+    is_key = not keys.null_count and (images.owners[first_rows(keys)] == images.owners).all()
+    return keys, images.owners if is_key else None
 
 
 def _repeated_path(labels: Labels, sketch: Sketch | None) -> str | None:
@@ -139,23 +135,23 @@ def _repeated_path(labels: Labels, sketch: Sketch | None) -> str | None:
     return None
 
 
-def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -> ImageRows:
+def _by_key(rows: ImageRows, name: str, sketch: Sketch | None) -> ImageRows:
     """Make the values of a column the ids of images; rows of one value are one image."""
-    keys = check_no_null(labels, name, name)
-    columns = rows.columns | {"id": keys}
+    keys = check_no_null(rows.labels, name, name)
+    named = replace(rows, columns=rows.columns | {"id": keys}, key=name)
     repeated = first_repeated(keys)
     if repeated is None:
-        return replace(rows, columns=columns, key=name)
+        return named
     if sketch is not None:
         repeated = _first_unlike(keys, sketch())
     if repeated is not None:
-        row, first = repeated
+        row, first = map(rows.labels.where, repeated)
         raise DataError(
-            f"{labels.where(row)}: duplicate {name} {keys[row].as_py()!r:.200}, also in "
-            f"{labels.where(first)} with another embedding; for several captions per image, give "
-            "each text its own id and an image_id"
+            f"{row}: duplicate {name} {keys[repeated[0]].as_py()!r:.200}, also in {first} with "
+            "another embedding; for several captions per image, give each text its own id and an "
+            "image_id"
         )
-    return _merged(rows, keys, first_rows(keys), name)
+    return _merged(named, first_rows(keys))
 
 
 def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
@@ -165,64 +161,59 @@ def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
     _, first, codes = np.unique(digests(), return_index=True, return_inverse=True)
     if len(first) == len(codes):
         return rows
-    labels = rows.labels
-    own = next(
-        (
-            name
-            for name in (labels.names if labels else ())
-            if labels
-            and is_key(name)
-            and label_side(name) is not Modality.TEXT
-            and first_repeated(labels.column(name)) is None
-        ),
-        None,
+    unique = (
+        name
+        for name in rows.labels.names
+        if is_key(name)
+        and label_side(name) is not Modality.TEXT
+        and first_repeated(rows.labels.column(name)) is None
     )
-    if own is not None:
+    if (own := rows.key or next(unique, None)) is not None:
         log.warning(
             "%s: %s image rows have %s embeddings, but each its own %s, so equal images compete in "
             "evaluation; name the column that images share with --id-column",
-            *(labels and labels.name, f"{len(codes):,}", f"{len(first):,}", own),
+            *(rows.labels.name, f"{len(codes):,}", f"{len(first):,}", own),
         )
         return rows
-    return _merged(rows, rows.ids, first[codes], None)
+    return _merged(rows, first[codes])
 
 
-def _merged(rows: ImageRows, ids: pa.Array, first: Ints, key: str | None) -> ImageRows:
+def _merged(rows: ImageRows, first: Ints) -> ImageRows:
     """Make rows with the same first row one image."""
     first_row, owners = np.unique(first, return_inverse=True)
-    counts, labels = (f"{len(ids):,}", f"{len(first_row):,}"), rows.labels
-    if key is None:
+    counts, labels = (f"{len(first):,}", f"{len(first_row):,}"), rows.labels
+    if rows.key is None:
         log.info("%s image rows are %s images, by equal embeddings", *counts)
     else:
-        log.info("%s: %s rows, %s images, by %s", labels and labels.name, *counts, key)
+        log.info("%s: %s rows, %s images, by %s", labels.name, *counts, rows.key)
+    columns = {name: column.take(first_row) for name, column in rows.columns.items()}
     splits = rows.columns["split"]
-    return replace(
-        rows,
-        columns={
-            "id": ids.take(first_row),
-            "source": rows.columns["source"].take(first_row),
-            "split": splits.take(first_row) if labels is None else _splits(splits, owners, labels),
-        },
-        key=key,
-        owners=owners,
-        kept=np.isin(rows.owners, first_row),
-    )
-
-
-def _splits(splits: pa.Array, owners: Ints, labels: Labels) -> pa.Array:
-    """Return the first split of each image that has one; refuse two of one image."""
-    known = np.flatnonzero(splits.is_valid().to_numpy(zero_copy_only=False))
-    with_split, first = np.unique(owners[known], return_index=True)
-    rows = np.full(owners.max(initial=-1) + 1, -1)
-    rows[with_split] = known[first]
-    found = splits.take(pa.array(rows, mask=rows < 0))
-    if (bad := pc.not_equal(splits, found.take(pa.array(owners))).index(True).as_py()) >= 0:
+    columns["split"], of_rows, bad = fill_splits(columns["split"], splits, owners)
+    if bad is not None:
         raise DataError(
-            f"{labels.where(bad)}: is in split {splits[bad].as_py()!r} and the same image in "
-            f"{labels.where(int(rows[owners[bad]]))} in {found[int(owners[bad])].as_py()!r}; give "
-            "an image one split"
+            f"{labels.where(bad)}: is in split {splits[bad].as_py()!r}, and another row of the "
+            f"same image in {of_rows[bad].as_py()!r}; give an image one split"
         )
-    return found
+    kept = np.isin(rows.owners, first_row)
+    return replace(rows, columns=columns, owners=owners, kept=kept)
+
+
+def fill_splits(
+    known: pa.Array, splits: pa.Array, owners: Ints
+) -> tuple[pa.Array, pa.Array, int | None]:
+    """Give images (n,) without a split the first one of their rows (m,), and vice versa.
+
+    Returns:
+        The splits of images, those of rows, and the first row whose image has another one.
+    """
+    rows = np.flatnonzero((owners >= 0) & splits.is_valid().to_numpy(zero_copy_only=False))
+    images, first = np.unique(owners[rows], return_index=True)
+    places = np.full(len(known), -1)
+    places[images] = rows[first]
+    known = pc.coalesce(known, splits.take(pa.array(places, mask=places < 0)))
+    of_rows = pc.coalesce(known.take(pa.array(owners, mask=owners < 0)), splits)
+    bad = pc.not_equal(splits, of_rows).index(True).as_py()
+    return known, of_rows, None if bad < 0 else bad
 
 
 def _first_unlike(keys: pa.Array, sketch: npt.NDArray[np.float32]) -> tuple[int, int] | None:

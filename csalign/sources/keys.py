@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from enum import IntEnum, auto
+from functools import cache, cached_property
 from typing import cast
 from urllib.parse import unquote
 
@@ -22,15 +23,14 @@ from csalign.sources.arrays.naming import (
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images
-from csalign.sources.labels import Ints, Labels
+from csalign.sources.labels import Ints, Labels, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
-REFERENCE, OWN, VALUES, CAPTION, SKIPPED = 3, 6, 7, 9, 10  # ranks of `KeyPair`
 ROW = "image_row"  # always a row number from 0, as text_row
 _EXAMPLES = 3
 _SAMPLE = 256
-_NUMBER = r"^(-?)0*(\d+)(\.0*)?$"
-_LAST_NUMBER = r"^.*?0*(\d+)$"
+_NUMBER = r"^(-?)0*(\d+)(?:\.0*)?$"
+_LAST_NUMBER = r"^.*?()0*(\d+)$"
 _SUFFIX = (
     r"(?i)(.)\.(jpe?g|jfif|png|gif|bmp|webp|tiff?|avif|hei[cf]|jxl|jp2|tga|ppm|txt|caption|json"
     r"|npy|npz|pt)$"
@@ -40,7 +40,8 @@ _QUOTED = r"^(?:b|tensor|np\.str_)?(?:'([^']*)'|\"([^\"]*)\"|\((-?\d+)\))$"  # b
 _NULLS = pa.array(["nan", "NaN", "None", "none", "null", "NULL", "<NA>", "NaT"], pa.large_string())
 _SPLITS = re.compile(r"train|val|dev|test", re.IGNORECASE)
 _LAST = "by the last number of their names"
-_MAX_FOLDERS = 3  # that are compared along with a file's name
+
+Change = Callable[[pa.Array], pa.Array | None]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Match:
         """Number of rows whose key is known."""
         return int((self.rows >= 0).sum())
 
-    def among(self, owners: Ints | None) -> Ints:
+    def among(self, owners: Ints) -> Ints:
         """Return the item of each row's key, -1 for none; `owners` are those of the known keys."""
-        return self.rows if owners is None else np.where(self.rows >= 0, owners[self.rows], -1)
+        return np.where(self.rows >= 0, owners[self.rows], -1)
 
     def worded(self, name: str) -> str:
         """Name the keys and the form in which they were compared, for people."""
@@ -173,17 +174,22 @@ def _find(wanted: Keys, known: Keys, form: str) -> Match:
     missing = pc.and_(found.is_null(), wanted.values.is_valid())
     rows = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
     unknown = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
-    if len(unknown):
-        is_null = pc.is_in(wanted.values.take(pa.array(unknown)), value_set=_NULLS)
-        unknown = unknown[~is_null.to_numpy(zero_copy_only=False)]
-    return Match(rows, unknown, form)
+    is_key = _trimmed(wanted.values.take(pa.array(unknown))).is_valid()
+    return Match(rows, unknown[is_key.to_numpy(zero_copy_only=False)], form)
 
 
-def _numbers(keys: pa.Array) -> pa.Array | None:
-    for some in (keys[:16], keys):
-        if not pc.all(pc.match_substring_regex(some, _NUMBER)).as_py():
-            return None
-    return pc.replace_substring_regex(keys, _NUMBER, r"\1\2")
+def _replacing(pattern: str, new: str) -> Change:
+    return lambda keys: pc.replace_substring_regex(keys, pattern, new)
+
+
+def _as_numbers(pattern: str) -> Change:
+    def change(keys: pa.Array) -> pa.Array | None:
+        for some in (keys[:16], keys):
+            if not pc.all(pc.match_substring_regex(some, pattern)).as_py():
+                return None
+        return pc.replace_substring_regex(keys, pattern, r"\1\2")
+
+    return change
 
 
 def _trimmed(keys: pa.Array) -> pa.Array:
@@ -205,18 +211,6 @@ def _paths(keys: pa.Array) -> pa.Array:
     for pattern, new in (("/+", "/"), (r"^(\./)+", ""), (r"(.)#(?:enc:)?\d+$", r"\1")):
         clean = pc.replace_substring_regex(clean, pattern, new)  # 1.jpg#0 is a caption of 1.jpg
     return clean
-
-
-def _tails(folders: int) -> Callable[[pa.Array], pa.Array]:
-    """Return what keeps the names of files and so many folders above them."""
-    pattern = rf"^.*?((?:[^/]+/){{0,{folders}}}[^/]+/?)$"
-    return lambda paths: pc.replace_substring_regex(paths, pattern, r"\1")
-
-
-def _last_numbers(stems: pa.Array) -> pa.Array | None:
-    if not pc.all(pc.match_substring_regex(stems, _LAST_NUMBER)).as_py():
-        return None
-    return pc.replace_substring_regex(stems, _LAST_NUMBER, r"\1")
 
 
 def _folders_agree(wanted: Keys, known: Keys, rows: Ints) -> bool:
@@ -241,34 +235,28 @@ def _folders_agree(wanted: Keys, known: Keys, rows: Ints) -> bool:
     return not roots or (len(roots) == 1 and (not all(splits) or splits[0] == splits[1]))
 
 
-_EXACT = {
+_EXACT: dict[str, tuple[str, Change]] = {
     "without spaces": ("", _trimmed),
-    "as numbers": ("without spaces", _numbers),
+    "as numbers": ("without spaces", _as_numbers(_NUMBER)),
     "in Unicode form NFC": ("without spaces", _composed),
     "as clean paths": ("in Unicode form NFC", _paths),
     "ignoring case": ("as clean paths", pc.utf8_lower),
-    "as UUIDs": (
-        "ignoring case",
-        lambda keys: pc.replace_substring_regex(keys, _UUID, r"\1\2\3\4\5"),
-    ),
+    "as UUIDs": ("ignoring case", _replacing(_UUID, r"\1\2\3\4\5")),
 }
-_FORMS: dict[str, tuple[str, Callable[[pa.Array], pa.Array | None]]] = {
-    **_EXACT,
-    "by file name": (
+_TAILS: dict[str, tuple[str, Change]] = {
+    f"by file name{folders}": (
         "as clean paths",
-        lambda paths: pc.replace_substring_regex(paths, "^.*/(.)", r"\1"),
-    ),
-    **{
-        f"by file name and {count} folder{'s' * (count > 1)}": ("as clean paths", _tails(count))
-        for count in range(1, _MAX_FOLDERS + 1)
-    },
-    "without extensions": (
-        "by file name",
-        lambda names: pc.replace_substring_regex(names, _SUFFIX, r"\1"),
-    ),
-    "without extensions, as numbers": ("without extensions", _numbers),
+        _replacing(rf"^.*?((?:[^/]+/){{0,{count}}}[^/]+/?)$", r"\1"),
+    )
+    for count, folders in enumerate(("", " and 1 folder", " and 2 folders", " and 3 folders"))
+}
+_FORMS: dict[str, tuple[str, Change]] = {
+    **_EXACT,
+    **_TAILS,
+    "without extensions": ("by file name", _replacing(_SUFFIX, r"\1")),
+    "without extensions, as numbers": ("without extensions", _as_numbers(_NUMBER)),
     "without extensions, ignoring case": ("without extensions", pc.utf8_lower),
-    _LAST: ("without extensions", _last_numbers),
+    _LAST: ("without extensions", _as_numbers(_LAST_NUMBER)),
 }
 _LOOSEST = (
     *("without extensions, ignoring case", "without extensions, as numbers"),
@@ -276,22 +264,34 @@ _LOOSEST = (
 )
 
 
+class Rank(IntEnum):
+    """What the names of a column of the texts and one of the images say, the likeliest first."""
+
+    ROW = auto()  # a row number
+    REFERENCE = auto()  # the image of each text
+    KEYS = auto()  # keys of either
+    OWN = auto()  # ids that may be the texts' own
+    VALUES = auto()  # nothing: only values can decide
+    CAPTION = auto()
+    SKIPPED = auto()
+
+
 @dataclass(frozen=True)
 class KeyPair:
     """A column of the texts and one of the images, None for row numbers, and where they match."""
 
-    rank: int  # how likely their names make them one key, the likeliest first
+    rank: Rank
     name: str
     other: str | None
     wanted: Keys
     known: Keys
-    owners: Ints | None  # (n,) image of each known key
-    is_key: bool  # whether the images' column is one key per image
+    owners: Ints | None  # (n,) image of each known key, None if it is not one key per image
     found: Match
 
-    @property
+    @cached_property
     def images(self) -> Ints:
-        """Image of each text, -1 for none, (m,)."""
+        """Image of each text, -1 for none, (m,), if the images' column is their key."""
+        assert self.owners is not None
         return self.found.among(self.owners)
 
     @property
@@ -300,97 +300,121 @@ class KeyPair:
         return plain_name(self.name) == plain_name(self.other or "")
 
     @property
-    def is_strong(self) -> bool:
+    def must_fit(self) -> bool:
         """Whether the names say that each text's key is that of an image."""
         is_named = (self.is_same and is_id(self.name)) or plain_name(self.name) in PATHS
-        return self.rank <= REFERENCE or (self.rank <= OWN and is_named)
+        return self.rank <= Rank.REFERENCE or (self.rank <= Rank.OWN and is_named)
 
     @property
-    def is_most(self) -> bool:
-        """Whether most keys of the texts are known."""
-        return bool(self.found.found * 2 > len(self.wanted.values) - self.wanted.values.null_count)
+    def is_evident(self) -> bool:
+        """Whether most keys of the texts are known, and not as numbers that count in any table."""
+        given = len(self.wanted.values) - self.wanted.values.null_count
+        return self.found.found * 2 > given and not self.known.are_counted
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the columns are one key by name or by values, and do not fit."""
+        if self.owners is None:
+            is_likely = self.is_evident or (self.must_fit and self.found.found > 0)
+        else:
+            is_likely = not self.found.is_complete and (self.must_fit or self.is_evident)
+        return is_likely and self.rank < Rank.CAPTION
 
     @cached_property
-    def is_chance(self) -> bool:
-        """Whether the images' keys are numbers that count, as those of any table may do."""
-        return self.known.are_counted
-
-    def is_fit(self, images: int) -> bool:
-        """Return whether a complete match pairs texts with rows of images, and not by chance."""
+    def fits(self) -> bool:
+        """Whether the keys of all texts are known, and not by chance."""
         wanted = self.wanted.values
-        if not (self.is_strong or wanted.null_count * 2 < len(wanted)):
+        if self.owners is None or not self.found.is_complete or not self.found.found:
             return False
-        if self.rank <= REFERENCE or not self.is_chance:
+        if not self.must_fit and wanted.null_count * 2 >= len(wanted):
+            return False
+        if self.rank <= Rank.REFERENCE or not self.known.are_counted:
             return True
-        is_counter = len(wanted) != images and np.array_equal(self.images, np.arange(len(wanted)))
-        return self.is_same and self.rank <= OWN and not bool(is_counter)
+        is_counter = len(wanted) != len(self.known.values) and _are_in_order(self.images)
+        return self.is_same and self.rank <= Rank.OWN and not is_counter
 
     @property
-    def is_reordered(self) -> bool:
-        """Whether both columns have the same values, in another order."""
-        rows = self.images
-        is_one_to_one = len({len(np.unique(rows)), len(rows), self.known.distinct}) == 1
-        return is_one_to_one and not np.array_equal(rows, np.arange(len(rows)))
+    def is_ambiguous(self) -> bool:
+        """Whether numbers that count are there on both sides, in another order."""
+        rows, is_counted = self.images, self.known.are_counted and self.found.is_complete
+        is_one_to_one = self.wanted.distinct == len(rows) == self.known.distinct
+        return is_counted and is_one_to_one and not _are_in_order(rows)
 
-    def unknown(self, where: str) -> str:
-        """Name the first text whose key is unknown."""
-        named = f"by {self.other or 'row number'}, or else by row number from 0"
-        where = f"{where}: {self.name}"
-        return unknown_key(self.found, self.wanted.values, self.known.values, where, named)
+    def problem(self, images: Labels, texts: Labels) -> str:
+        """Say why columns that are one key do not fit."""
+        if self.owners is not None:
+            named = f"by {self.other or 'row number'}, or else by row number from 0"
+            where = f"{texts.name}: {self.name}"
+            return unknown_key(self.found, self.wanted.values, self.known.values, where, named)
+        keys = self.known.values
+        if keys.null_count:
+            problem = f"{images.where(keys.is_null().index(True).as_py())}: has no {self.other}"
+        else:
+            row, first = first_repeated(keys) or (0, 0)
+            problem = (
+                f"{images.where(row)}: duplicate {self.other} {keys[row].as_py()!r:.200}, also in "
+                f"{images.where(first)}"
+            )
+        return (
+            f"{problem}, and texts name their images by it; correct the keys, pass --pairs TABLE, "
+            "or ignore them with --pair-by order"
+        )
+
+
+def _are_in_order(rows: Ints) -> bool:
+    return np.array_equal(rows, np.arange(len(rows)))
 
 
 def key_pairs(images: ImageRows, labels: Labels, only: str | None = None) -> Iterator[KeyPair]:
     """Compare the columns of texts and images, the likeliest pairs first.
 
-    Ranks are at most `REFERENCE` for columns that refer to images by name, `OWN` for ids that may
-    be the texts' own, and more where only values can decide; captions come last. Columns of images
-    most of whose values repeat, such as classes, are left out; so are all without the name `only`,
-    if given.
+    Columns of images most of whose values repeat, such as classes, are left out. With the name
+    `only`, all pairs with a column of that name are compared.
     """
+    texts = cache(lambda name: Keys(labels.column(name)))
+    known = cache(lambda other: (Keys((own := keys_of_images(images, other))[0]), own[1]))
+    for rank, *_, name, other in sorted(_ranked(images, labels), key=lambda entry: entry[:3]):
+        if only not in (None, name, other) or (rank is Rank.SKIPPED and only is None):
+            continue
+        wanted, (keys, owners) = texts(name), known(other)
+        if owners is None and keys.are_few and only is None:
+            continue
+        if rank < Rank.VALUES or wanted.may_be_among(keys):
+            yield KeyPair(rank, name, other, wanted, keys, owners, match(wanted, keys))
+
+
+def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int, str, str | None]]:
+    """Yield each column of the texts with each of the images, after three numbers to sort by."""
     own = images.labels
-    is_shared = own is not None and own.name == labels.name  # lists of both sides in one file
-    ranked: list[tuple[int, int, str, str | None]] = []
+    is_shared = own.name == labels.name  # lists of both sides in one file
     for name in labels.names:
         plain = plain_name(name)
         order = REFERENCES.index(plain) if plain in REFERENCES else len(REFERENCES)
-        if plain == ROW or (plain in REFERENCES and images.key is None):
-            ranked.append((0 if plain == ROW else REFERENCE, order, name, None))
-        for key in own.names if own and plain != ROW else ():
+        if plain == ROW:
+            yield Rank.ROW, 0, 0, name, None
+            continue
+        if plain in REFERENCES and images.key is None:
+            yield Rank.REFERENCE, 2, order, name, None
+        for key in own.names:
             rank = _rank(name, key, images.key)
-            if is_shared and own and name in own.names and only is None:
-                rank = SKIPPED if key in labels.names else max(rank, VALUES)
-            ranked.append((rank, order, name, key))
-    texts: dict[str, Keys] = {}
-    known: dict[str | None, tuple[Keys, Ints | None, bool]] = {}
-    for rank, _, name, other in sorted(ranked, key=lambda entry: entry[:2]):
-        if only not in (None, name, other) or (rank == SKIPPED and only is None):
-            continue
-        wanted = texts.setdefault(name, Keys(labels.column(name)))
-        if other not in known:
-            values, owners = keys_of_images(images, other)
-            is_key = values is not None
-            raw = values if is_key or own is None else own.column(str(other))
-            known[other] = Keys(raw), owners, is_key
-        keys, owners, is_key = known[other]
-        if keys.are_few and not is_key and only is None:
-            continue
-        if rank < VALUES or wanted.may_be_among(keys):
-            yield KeyPair(rank, name, other, wanted, keys, owners, is_key, match(wanted, keys))
+            if is_shared and name in own.names:
+                rank = Rank.SKIPPED if key in labels.names else max(rank, Rank.VALUES)
+            yield rank, plain != plain_name(key), order, name, key
 
 
-def _rank(name: str, other: str, key: str | None) -> int:
+def _rank(name: str, other: str, key: str | None) -> Rank:
     plain, is_same = plain_name(name), plain_name(name) == plain_name(other)
     if not {plain, plain_name(other)}.isdisjoint((*CAPTION_NAMES, SPLIT_NAME)):
-        return CAPTION if is_same and plain != SPLIT_NAME else SKIPPED
-    side = label_side(name)
+        return Rank.CAPTION if is_same and plain != SPLIT_NAME else Rank.SKIPPED
+    side, rank = label_side(name), Rank.VALUES
     if plain in REFERENCES or (is_id(name) and side is Modality.IMAGE):
-        return (1 if is_same else 2) if is_key(other) else VALUES
-    if plain in ITEM_IDS or (is_key(name) and side is Modality.TEXT):
-        is_likely = is_key(other) if key is None else other == key
-        return OWN if is_same or is_likely else VALUES
-    if is_key(name) and is_key(other):
-        return 4 if is_same else 5
-    return VALUES if is_same else VALUES + 1
+        rank = Rank.REFERENCE if is_key(other) else rank
+    elif plain in ITEM_IDS or (is_key(name) and side is Modality.TEXT):
+        is_likely = is_same or (is_key(other) if key is None else other == key)
+        rank = Rank.OWN if is_likely else rank
+    elif is_key(name) and is_key(other):
+        rank = Rank.KEYS
+    return rank
 
 
 def unknown_key(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> str:

@@ -15,7 +15,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Labels:
-    """Columns of strings of some rows, read when they are asked for.
+    """Columns of strings of some rows, read when they are asked for; there may be none.
 
     Attributes:
         name: the file, for messages.
@@ -33,6 +33,9 @@ class Labels:
     read: Callable[[str], pa.Array] | None = None
     unread: Mapping[str, str] = field(default_factory=dict)
     _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.names or self.unread)
 
     def column(self, name: str) -> pa.Array:
         """Return the values of a column."""

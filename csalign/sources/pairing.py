@@ -1,7 +1,7 @@
 """Ids of embeddings, and the pairs of images and texts."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,8 @@ from csalign.sources.arrays.naming import (
     is_counter,
     plain_name,
 )
-from csalign.sources.image_rows import ImageRows, keys_of_images, row_numbers
-from csalign.sources.keys import (
-    CAPTION,
-    OWN,
-    REFERENCE,
-    ROW,
-    KeyPair,
-    Keys,
-    key_pairs,
-    match,
-    unknown_key,
-)
+from csalign.sources.image_rows import ImageRows, fill_splits, keys_of_images, row_numbers
+from csalign.sources.keys import ROW, Keys, Rank, key_pairs, match, unknown_key
 from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
@@ -89,25 +79,25 @@ def describe_texts(
     """
     rules = rules or Rules()
     none = pa.nulls(count, pa.large_string())
-    columns, wanted = {"id": row_numbers(count), "caption": none, "split": none}, None
-    if labels is not None:
-        labels.check_rows(count, "texts")
-        columns["id"] = _text_ids(labels, images, rules.is_shape)
-        columns["caption"] = labels.find(CAPTION_NAMES, none)
-        columns["split"] = labels.find((SPLIT_NAME,), none)
+    labels, wanted = Labels("the texts", count, str) if labels is None else labels, None
+    labels.check_rows(count, "texts")
+    columns = {
+        "id": _text_ids(labels, images, rules.is_shape),
+        "caption": labels.find(CAPTION_NAMES, none),
+        "split": labels.find((SPLIT_NAME,), none),
+    }
     if (pairs := rules.pairs) is not None:
         wanted, rows = pairs.require(*_PAIR_IMAGES), _paired_rows(pairs, columns["id"])
         wanted = wanted.take(rows)
         for name in ("caption", "split"):
             if (column := pairs.find((name,))) is not None:
                 columns[name] = column.take(rows)
-    texts = TextRows(columns, np.full(count, -1))
     if images is None:
-        if wanted is not None or (labels and first_of(REFERENCES, labels.names)):
+        if wanted is not None or first_of(REFERENCES, labels.names):
             log.warning("image ids of the texts are ignored: there are no images")
-        return texts, None
-    owners, how = _owners(images, texts, labels, wanted, rules)
-    return replace(texts, owners=owners), how
+        return TextRows(columns, np.full(count, -1)), None
+    owners, how = _owners(images, count, labels, wanted, rules)
+    return TextRows(columns, owners), how
 
 
 def share_splits(images: ImageRows, texts: TextRows) -> None:
@@ -116,28 +106,15 @@ def share_splits(images: ImageRows, texts: TextRows) -> None:
     Raises:
         DataError: an image and one of its texts, or two of its texts, are in different splits.
     """
-    columns = [images.columns["split"], texts.columns["split"]]
-    names = pa.chunked_array(columns).unique().drop_null()
-    known, own = (
-        pc.fill_null(pc.index_in(column, value_set=names), -1).to_numpy(zero_copy_only=False).copy()
-        for column in columns
-    )
-    owners = texts.owners
-    has_both = (owners >= 0) & (own >= 0)
-    given = np.flatnonzero(has_both)[::-1]  # the first text of an image wins
-    given = given[known[owners[given]] < 0]
-    known[owners[given]] = own[given]
-    bad = np.flatnonzero(has_both & (own != known[owners]))
-    if len(bad):
-        text, image = int(bad[0]), int(owners[bad[0]])
+    own = texts.columns["split"]
+    known, of_texts, bad = fill_splits(images.columns["split"], own, texts.owners)
+    if bad is not None:
         raise DataError(
-            f"text {texts.columns['id'][text].as_py()!r:.200} is in split "
-            f"{names[int(own[text])].as_py()!r} and its image {images.ids[image].as_py()!r:.200} "
-            f"in {names[int(known[image])].as_py()!r}; an image and its texts belong in one split"
+            f"text {texts.columns['id'][bad].as_py()!r:.200} is in split {own[bad].as_py()!r} and "
+            f"its image {images.ids[int(texts.owners[bad])].as_py()!r:.200} in "
+            f"{of_texts[bad].as_py()!r}; an image and its texts belong in one split"
         )
-    own = np.where(owners >= 0, known[owners], own)
-    for rows, codes in ((images, known), (texts, own)):
-        rows.columns["split"] = names.take(pa.array(codes, mask=codes < 0))
+    images.columns["split"], texts.columns["split"] = known, of_texts
 
 
 def _text_ids(labels: Labels, images: ImageRows | None, is_shape: bool) -> pa.Array:
@@ -163,77 +140,56 @@ def _text_ids(labels: Labels, images: ImageRows | None, is_shape: bool) -> pa.Ar
 
 
 def _owners(
-    images: ImageRows, texts: TextRows, labels: Labels | None, wanted: pa.Array | None, rules: Rules
+    images: ImageRows, count: int, labels: Labels, wanted: pa.Array | None, rules: Rules
 ) -> tuple[Ints, str]:
     """Return the image of each text, -1 for none, and how it was found."""
     if rules.pairs is not None and wanted is not None:
-        is_row = first_of(_PAIR_IMAGES, rules.pairs.names) == first_of([ROW], rules.pairs.names)
-        known, rows = keys_of_images(images, None if is_row else images.key)
+        is_row = plain_name(str(first_of(_PAIR_IMAGES, rules.pairs.names))) == ROW
+        known, owners = keys_of_images(images, None if is_row else images.key)
+        assert owners is not None  # a key, or row numbers
         found = match(Keys(wanted), Keys(known))
         named = "by row number from 0" if is_row else "by the image table's id column"
         if not found.is_complete:
             raise DataError(unknown_key(found, wanted, known, rules.pairs.name, named))
-        return found.among(rows), found.worded(rules.pairs.name)
+        return found.among(owners), found.worded(rules.pairs.name)
     owners, how = images.owners, BY_ROW
     if rules.owners is not None:
         owners, how = images.owners[rules.owners], rules.layout
     if rules.owners is not None and not rules.is_shape:
-        if labels is not None and first_of(REFERENCES, labels.names):
-            raise DataError(
-                f"{labels.name}: names the image of each text; omit --captions-per-image and "
-                "--text-counts"
-            )
         _check_layout(images, labels, owners, how)
         return owners, how
     if rules.by not in (None, ORDER):
         return _by_column(images, labels, str(rules.by))
     if rules.by is None and not rules.same_rows:
-        by_key = None if labels is None else _by_any_key(images, labels)
-        if by_key is not None:
+        if (by_key := _by_any_key(images, labels)) is not None:
             return by_key
-        for own in (labels, images.labels):
-            for name, reason in own.unread.items() if own else ():
-                raise DataError(
-                    f"{own and own.name}: {name} looks like keys but {reason}, or pair rows in "
-                    "order with --pair-by order"
-                )
-        _check_counters(labels, images.labels)
-        _check_counters(images.labels, labels)
-        if rules.doubt:
-            raise DataError(f"{rules.doubt}, or pair rows in order with --pair-by order")
-    if len(texts.owners) != len(owners):
+        if doubt := _unread_key(labels, images.labels) or rules.doubt:
+            raise DataError(f"{doubt}, or pair rows in order with --pair-by order")
+    if count != len(owners):
         raise DataError(
-            f"{len(owners)} images and {len(texts.owners)} texts: counts differ, so rows "
-            f"cannot be paired one to one; {rules.remedy}"
+            f"{len(owners)} images and {count} texts: counts differ, so rows cannot be paired one "
+            f"to one; {rules.remedy}"
         )
     is_repeated = rules.same_rows and images.kept is not None and images.key is not None
     return owners, str(images.key) if is_repeated else how
 
 
-def _by_column(images: ImageRows, labels: Labels | None, name: str) -> tuple[Ints, str]:
+def _by_column(images: ImageRows, labels: Labels, name: str) -> tuple[Ints, str]:
     """Pair by a column that is given: of both sides, or of one and any that fits of the other."""
-    own = labels.names if labels else ()
-    other = images.labels.names if images.labels else ()
-    if labels is None or (name not in own and name not in other):
+    if name not in (*labels.names, *images.labels.names):
         raise DataError(
-            f"{labels.name if labels else 'the texts'}: has no column {name!r} (columns of the "
-            f"texts: {', '.join(own) or 'none'}); correct --pair-by"
+            f"{labels.name}: has no column {name!r} (columns of the texts: "
+            f"{', '.join(labels.names) or 'none'}); correct --pair-by"
         )
-    problem = f"{labels.name}: no column of the other side fits {name}; correct --pair-by"
-    is_both = name in own and name in other
+    is_both = name in labels.names and name in images.labels.names
     for pair in key_pairs(images, labels, name):
         if is_both and (pair.name, pair.other) != (name, name):
             continue
-        if not pair.is_key:
-            problem = (
-                f"{images.labels and images.labels.name}: {pair.other} is not one key per image; "
-                "use another column with --pair-by"
-            )
-        elif pair.found.is_complete and pair.found.found:
+        if pair.owners is not None and pair.found.is_complete and pair.found.found:
             return pair.images, pair.found.worded(name)
-        elif is_both:
-            problem = pair.unknown(labels.name)
-    raise DataError(problem)
+        if is_both and (pair.owners is None or not pair.found.is_complete):
+            raise DataError(pair.problem(images.labels, labels))
+    raise DataError(f"{labels.name}: no column of the other side fits {name}; correct --pair-by")
 
 
 def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
@@ -245,65 +201,74 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
     Raises:
         DataError: columns that look like keys of one another do not fit, or contradict each other.
     """
-    refused: list[tuple[int, str]] = []  # matches and problem
     best: tuple[Ints, str] | None = None
     unpaired: tuple[Ints, str] | None = None
+    refused: list[tuple[int, str]] = []  # matches and problem
     is_bound = False  # whether a column refers to images, though it does not fit
     for pair in key_pairs(images, labels):
-        if pair.rank >= OWN and (best or is_bound):
+        if pair.rank >= Rank.OWN and (best or is_bound):
             break
-        found, is_most = pair.found, pair.is_most
-        if pair.rank == CAPTION and not (pair.is_key and found.is_complete):
-            continue
-        if not pair.is_key:
-            if is_most or (found.found and pair.is_strong and pair.is_same):
-                refused.append((found.found, _unusable(images.labels, str(pair.other))))
-                is_bound |= is_most
+        found, is_reference = pair.found, pair.rank <= Rank.REFERENCE
+        if pair.is_broken:
+            refused.append((found.found, pair.problem(images.labels, labels)))
+            is_bound |= pair.is_evident or is_reference
+        if pair.owners is None:
             continue
         how = pair.images, found.worded(pair.name)
-        if best and is_most and not pair.is_chance:
+        if best and pair.is_evident:
             _check_agreement(images, labels, best, *how)
-        if found.is_complete and not found.found:
-            if pair.rank <= REFERENCE:
-                unpaired, is_bound = unpaired or how, True
-        elif found.is_complete:
-            if pair.is_fit(len(images.owners)):
-                best = best or how
-                if not pair.is_chance:
-                    break
-            elif pair.is_chance and pair.is_reordered:
-                refused.append((found.found, _ambiguous(pair, labels, images.labels)))
-        elif pair.is_strong or (is_most and not pair.is_chance):
-            refused.append((found.found, pair.unknown(labels.name)))
-            is_bound |= is_most or plain_name(pair.name) in REFERENCES
+        if pair.fits:
+            best = best or how
+            if not pair.known.are_counted:
+                break
+        elif found.is_complete and not found.found and is_reference:
+            unpaired, is_bound = unpaired or how, True
+        elif pair.is_ambiguous:
+            problem = (
+                f"{labels.name}: {pair.name} has the numbers of {pair.other} of "
+                f"{images.labels.name} in another order, which may be chance; pair by it with "
+                f"--pair-by {pair.name}, or ignore it with --pair-by order"
+            )
+            refused.append((found.found, problem))
     if best is None and refused:
         raise DataError(max(refused, key=lambda entry: entry[0])[1])
     return best or unpaired
 
 
-def _check_counters(labels: Labels | None, other: Labels | None) -> None:
-    """Raise DataError where a column numbers the rows in another order, as a table's old index."""
-    if labels is None:
-        return
-    shared = other.names if other and other.name == labels.name else ()
-    for name in labels.names:
-        if not is_counter(name) or name in shared:
-            continue
-        keys = Keys(labels.column(name))
-        is_index = keys.are_counted and keys.distinct == len(keys.values)
-        if is_index and (np.diff(pc.cast(keys.form("as numbers"), pa.int64())) < 0).any():
-            raise DataError(
-                f"{labels.name}: {name} numbers the rows in another order, and the other side has "
-                "no such column; sort the rows by it, or keep them with --pair-by order"
-            )
+def _unread_key(*sides: Labels) -> str:
+    """Say which column looks like a key that cannot be used, "" if none does.
+
+    That is one of another type or length, or that numbers the rows of one side in another order,
+    as the index of a table does.
+    """
+    for own in sides:
+        for name, reason in own.unread.items():
+            return f"{own.name}: {name} looks like keys but {reason}"
+    shared = {*sides[0].names} & {*sides[1].names} if sides[0].name == sides[1].name else {*()}
+    for own in sides:
+        for name in own.names:
+            keys = Keys(own.column(name)) if is_counter(name) and name not in shared else None
+            if keys is None or not keys.are_counted or keys.distinct < len(keys.values):
+                continue
+            if (np.diff(pc.cast(keys.form("as numbers"), pa.int64())) < 0).any():
+                return (
+                    f"{own.name}: {name} numbers the rows in another order, and the other side has "
+                    "no such column; sort the rows by it"
+                )
+    return ""
 
 
-def _check_layout(images: ImageRows, labels: Labels | None, owners: Ints, layout: str) -> None:
+def _check_layout(images: ImageRows, labels: Labels, owners: Ints, layout: str) -> None:
     """Raise DataError where keys pair rows in another way; warn where they are unknown."""
-    for pair in key_pairs(images, labels) if labels else ():
-        if pair.rank > OWN:
+    if first_of(REFERENCES, labels.names):
+        raise DataError(
+            f"{labels.name}: names the image of each text; omit --captions-per-image and "
+            "--text-counts"
+        )
+    for pair in key_pairs(images, labels):
+        if pair.rank > Rank.OWN:
             break
-        if labels and pair.is_key and pair.is_most and not pair.is_chance:
+        if pair.owners is not None and pair.is_evident:
             _check_agreement(images, labels, (owners, layout), pair.images, pair.name)
             if not pair.found.is_complete:
                 log.warning(
@@ -326,40 +291,13 @@ def _check_agreement(
         )
 
 
-def _ambiguous(pair: KeyPair, labels: Labels, own: Labels | None) -> str:
-    return (
-        f"{labels.name}: {pair.name} has the numbers of {pair.other} of {own and own.name} in "
-        f"another order, which may be chance; pair by it with --pair-by {pair.name}, or ignore it "
-        "with --pair-by order"
-    )
-
-
-def _unusable(labels: Labels | None, name: str) -> str:
-    """Say which row of the images makes a column unusable as their key."""
-    assert labels is not None
-    keys = labels.column(name)
-    if keys.null_count:
-        problem = f"{labels.where(keys.is_null().index(True).as_py())}: has no {name}"
-    else:
-        row, first = first_repeated(keys) or (0, 0)
-        problem = (
-            f"{labels.where(row)}: duplicate {name} {keys[row].as_py()!r:.200}, also in "
-            f"{labels.where(first)}"
-        )
-    return (
-        f"{problem}, and texts name their images by it; correct the keys, pass --pairs TABLE, or "
-        "ignore them with --pair-by order"
-    )
-
-
 def _paired_rows(pairs: Labels, text_ids: pa.Array) -> pa.Array:
     """Return the row of the pairs table of each text, null for none."""
     if (named := pairs.find(_PAIR_TEXTS)) is None:
         pairs.check_rows(len(text_ids), "texts")
         return pa.array(np.arange(len(text_ids)))
-    is_row = first_of(_PAIR_TEXTS, pairs.names) == first_of(_PAIR_TEXTS[2:], pairs.names)
-    known = row_numbers(len(text_ids)) if is_row else text_ids
-    found = match(Keys(named), Keys(known))
+    is_row = plain_name(str(first_of(_PAIR_TEXTS, pairs.names))) == "text_row"
+    found = match(Keys(named), Keys(row_numbers(len(text_ids)) if is_row else text_ids))
     if len(unknown := np.flatnonzero(found.rows < 0)):
         row = int(unknown[0])
         raise DataError(

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from math import prod
@@ -68,7 +68,7 @@ class Vectors:
 
     name: str  # as given by the user
     parts: tuple[Part, ...]  # at least one, all of one width
-    labels: Labels | None = None  # of the rows, None where the files contain embeddings alone
+    labels: Labels  # of the rows, without columns where the files contain embeddings alone
     kept: npt.NDArray[np.bool_] | None = None  # mask of the rows to use, None for all
     unused: frozenset[str] = frozenset()  # other arrays of vectors in the files, named as parts
     in_table: bool = False  # whether other arrays of the file describe the same rows
@@ -268,10 +268,9 @@ def read_named(
         )
     parts = tuple(_part(path, opener, name, headers[name]) for name in names)
     unused = frozenset(f"{path}:{name}" for name in file.vectors if name not in names)
-    rows, each = sum(part.shape[0] for part in parts), len(parts[0]) // max(1, parts[0].shape[0])
-    labels = labels_of(path, opener, file, rows).repeated(max(1, each))
-    known = labels if labels.names or labels.unread else None
-    return Vectors(str(path), parts, known, unused=unused, in_table=file.is_table)
+    labels = labels_of(path, opener, file, sum(part.shape[0] for part in parts))
+    labels = labels.repeated(prod(parts[0].shape[1:-1]))
+    return Vectors(str(path), parts, labels, unused=unused, in_table=file.is_table)
 
 
 def join(name: str, arrays: Sequence[Vectors]) -> Vectors:
@@ -285,39 +284,28 @@ def join(name: str, arrays: Sequence[Vectors]) -> Vectors:
     first = (parts or arrays[0].parts)[0]
     if not prod(first.shape):
         raise ShapeError(f"{first.name}: has shape {first.shape}: is empty")
-    labels = [
-        array.labels or Labels(array.name, len(array), array.parts[0].where)
-        for array in arrays
-        if len(array)
-    ]
+    labels = [array.labels for array in arrays if len(array)]
     unused = frozenset[str]().union(*(array.unused for array in arrays))
     in_table = arrays[0].in_table
     return Vectors(name, parts, join_labels(name, labels), unused=unused, in_table=in_table)
 
 
-def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
-    """Concatenate labels, with the columns that all have; None if there are none.
+def join_labels(name: str, labels: Sequence[Labels]) -> Labels:
+    """Concatenate labels, with the columns that all have.
 
     Raises:
         DataError: some of them lack a column of keys, captions or splits that others have.
     """
-    if len(labels) == 1:
-        return replace(labels[0], name=name) if labels[0].names or labels[0].unread else None
     counts = Counter(column for own in labels for column in own.names)
     names = [column for column, count in counts.items() if count == len(labels)]
     unread = {column: reason for own in labels for column, reason in own.unread.items()}
     for column in sorted(counts.keys() - names):
         lacking = next(own.name for own in labels if column not in own.names)
         other = next(own.name for own in labels if column in own.names)
-        if not is_label(column):
-            log.warning(
-                "%s: has no column %r, unlike %s, so it is not used", lacking, column, other
-            )
-        else:
-            raise DataError(
-                f"{lacking}: has no column {column!r}, unlike {other}; add it there, or remove it "
-                "from the other parts"
-            )
+        problem = f"{lacking}: has no column {column!r}, unlike {other}"
+        if is_label(column):
+            raise DataError(f"{problem}; add it there, or remove it from the other parts")
+        log.warning("%s, so it is not used", problem)
     ends = np.cumsum([own.rows for own in labels])
 
     def read(column: str) -> pa.Array:
@@ -327,7 +315,7 @@ def join_labels(name: str, labels: Sequence[Labels]) -> Labels | None:
         index = int(np.searchsorted(ends, row, side="right"))
         return labels[index].where(row - int(ends[index]) + labels[index].rows)
 
-    return Labels(name, int(ends[-1]), where, names, read, unread) if names or unread else None
+    return Labels(name, int(ends[-1]), where, names, read, unread)
 
 
 def check_array(name: str, shape: Sequence[int], dtype: str) -> np.dtype[Any]:
@@ -401,38 +389,30 @@ def labels_of(path: Path, opener: Opener, file: Container, rows: int) -> Labels:
         with opener(path) as again:
             return again.read_labels(name)
 
-    names = {_short(name, file.labels): name for name, n in file.labels.items() if n == rows}
-    return Labels(
-        *(str(path), rows, lambda row: f"{path}, row {row}", [*names]),
-        *(lambda name: read(names[name]), _unread(file, rows)),
-    )
-
-
-def _short(name: str, names: Iterable[str]) -> str:
-    """Return the name of a list without the groups around it, if no other one has it."""
-    short = name.rpartition("/")[2]
-    is_own = [other.rpartition("/")[2] for other in names].count(short) == 1
-    return short if is_own and label_side(name) is None else name
+    counts = Counter(name.rpartition("/")[2] for name in file.labels)
+    names = {}  # without the groups around them, where these do not tell them apart
+    for name in (name for name, count in file.labels.items() if count == rows):
+        short = name.rpartition("/")[2]
+        names[short if counts[short] == 1 and label_side(name) is None else name] = name
+    unread = _unread(file, rows)
+    where = partial("{}, row {}".format, path)
+    return Labels(str(path), rows, where, [*names], lambda name: read(names[name]), unread)
 
 
 def _unread(file: Container, rows: int) -> dict[str, str]:
     """Return the lists that look like keys but are of another type or length, with the reason."""
     counts = {rows, *(file.headers[name].shape[0] for name in file.vectors)}
-    kinds = {
-        name: header.dtype for name, header in file.headers.items() if name not in file.vectors
-    }
-    kinds |= {name: kind for name, kind in file.others.items() if name not in file.labels}
-    plain = "; store one text or integer per row, as array.astype(str) does"
+    kinds = {name: header.dtype for name, header in file.headers.items()} | dict(file.others)
+    known = {*file.vectors, *file.labels}
     found = {
         name: f"contains {'Python objects' if kind == 'object' else kind}, which cannot be read as "
-        f"keys{plain}"
+        "keys; store one text or integer per row, as array.astype(str) does"
         for name, kind in kinds.items()
+        if name not in known
     }
-    found |= {
-        name: f"has {count} values and there are {rows} rows; give every row one"
-        for name, count in file.labels.items()
-        if count not in counts
-    }
+    for name, count in file.labels.items():
+        if count not in counts:
+            found[name] = f"has {count} values and there are {rows} rows; give every row one"
     return {name: reason for name, reason in found.items() if is_usual_key(name)}
 
 

@@ -62,8 +62,6 @@ def read_clip_retrieval(folder: Path) -> dict[Modality, Vectors]:
     if not tables:
         return sides
     metadata = join_labels(str(folder / METADATA), list(labels.values()))
-    if metadata is None:
-        return sides
     if Modality.TEXT not in sides and "caption" in metadata.names:
         log.warning("%s: captions are not imported, they have no embeddings", metadata.name)
     names = ["image_path", "caption", "split"]

@@ -59,7 +59,7 @@ def open_npy(path: Path) -> Iterator[Container]:
                 return np.load(local, mmap_mode="r", allow_pickle=False)
             return _RowsOfFile(local, start, header.shape, kind)
 
-        yield _sliced({UNNAMED: header}, get)
+        yield _sliced(path, {UNNAMED: header}, get)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def open_npz(path: Path) -> Iterator[Container]:
                 with archive.open(member) as file:
                     name = member.filename.removesuffix(".npy")
                     headers[name], _, _ = _read_header(file, member.file_size)
-        yield _sliced(headers, get)
+        yield _sliced(path, headers, get)
 
 
 def _read_header(file: IO[bytes], size: int) -> tuple[Header, np.dtype[Any], bool]:
@@ -169,7 +169,7 @@ def open_safetensors(path: Path) -> Iterator[Container]:
             stored = np.dtype("uint16" if dtype == "bfloat16" else dtype)
             return _RowsOfFile(local, start, shape, stored.newbyteorder("<"))
 
-        yield _sliced(headers, get)
+        yield _sliced(path, headers, get)
 
 
 @contextmanager
@@ -197,6 +197,7 @@ def open_torch(path: Path) -> Iterator[Container]:
         owners = content.get(_OWNERS)
         owners = owners if isinstance(owners, dict) else {}
         yield _sliced(
+            path,
             headers,
             lambda name: (
                 np.asarray(lists[name], object) if name in lists else _TensorRows(tensors[name])
@@ -230,11 +231,19 @@ def label_list(item: object) -> list[Any] | None:
     return values if is_list and is_known else None
 
 
-def key_text(value: Any) -> str:
-    """Write a key as text: whole floats as integers, and None and NaN as ""."""
-    if value is None or value != value:
-        return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+def to_keys(values: list[Any], name: str, path: Path) -> pa.Array:
+    """Write texts, bytes and numbers as large_string, null where they are missing.
+
+    Raises:
+        DataError: a text is not UTF-8.
+    """
+    try:
+        found = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # of several types
+        found = pa.array([None if own is None or own != own else str(own) for own in values])
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: {name} is not UTF-8 ({error}); correct it") from None
+    return arrow.to_strings(found, name, path)
 
 
 class _TensorRows:
@@ -323,7 +332,7 @@ def open_hdf5(path: Path) -> Iterator[Container]:
                 kind = "str" if own.dtype.kind in "OSU" else own.dtype.newbyteorder("=").name
                 headers[name] = Header(own.shape, kind)
             yield _sliced(
-                headers, lambda name: attributes[name] if name not in file else file[name]
+                path, headers, lambda name: attributes[name] if name not in file else file[name]
             )
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: is not a readable HDF5 file ({error})") from None
@@ -346,6 +355,7 @@ def _check_dataset(name: str, data: Any) -> None:
 
 
 def _sliced(
+    path: Path,
     headers: Mapping[str, Header],
     get: Callable[[str], Any],
     owners: Mapping[str, str] | None = None,
@@ -362,10 +372,7 @@ def _sliced(
     def read_labels(name: str) -> pa.Array:
         array = np.asarray(get(name)[: headers[name].shape[0]]).reshape(-1)
         values = (array.astype(str) if array.dtype.kind == "M" else array).tolist()
-        if any(isinstance(value, bytes) for value in values):
-            own = [v if v is None or isinstance(v, bytes) else str(v).encode() for v in values]
-            return arrow.to_strings(pa.array(own, pa.large_binary()), name, Path(name))
-        return pa.array([key_text(value) or None for value in values], pa.large_string())
+        return to_keys(values, name, path)
 
     has_rows = any(len(shape) > 1 and shape[-1] > 1 for shape, _ in headers.values())
     labels = {

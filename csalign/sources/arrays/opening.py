@@ -30,7 +30,7 @@ OPENERS: dict[str, base.Opener] = {
     **dict.fromkeys(TABLES, open_table),
 }
 PICKLES = (".pkl", ".pickle", ".joblib")
-_MAX_BESIDE_BYTES = (256 << 20, 16 << 20)  # of files of one array, and of others near it
+_MAX_BYTES = 256 << 20  # of files beside arrays, except Parquet
 # How a file begins, with the suffixes of its kind.
 _BEGINNINGS = {
     b"\x93NUMPY": (".npy",),
@@ -164,12 +164,9 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
     found, gap = _files_of(path)
     for file, split in found:
         array = base.read_named(file, _opener(file), modality, wanted)
-        if split is not None:
-            labels = array.labels or Labels(array.name, len(array), array.parts[0].where)
-            if "split" not in labels.names:
-                column = pa.array([split], pa.large_string()).take(pa.array([0] * len(array)))
-                labels = labels.with_columns({"split": column})
-            array = replace(array, labels=labels)
+        if split is not None and "split" not in array.labels.names:
+            column = pa.repeat(pa.scalar(split, pa.large_string()), len(array))
+            array = replace(array, labels=array.labels.with_columns({"split": column}))
         arrays.append(array)
     return replace(base.join(str(path), arrays), gap=gap)
 
@@ -178,55 +175,59 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
     """Return the lists and tables of keys beside arrays without labels, if both sides have some.
 
     They have one value per row, and begin with the array's name, name its side, as
-    ``image_ids.json`` does, or are in a folder of their own with it. Others are warned about.
+    ``image_ids.json`` does, or are named like keys in a folder of their own with it. Others with
+    such names are warned about.
     """
-    paths = {side: Path(vectors.name) for side, vectors in sides.items()}
-    found: dict[Modality, list[Labels]] = {}
-    unread: dict[str, Labels] = {}
-    for side, path in paths.items():
-        if sides[side].labels is not None or not path.exists() or is_remote(path):
+    arrays = {side: Path(vectors.name) for side, vectors in sides.items()}
+    folders = {side: path if path.is_dir() else path.parent for side, path in arrays.items()}
+    found: dict[Modality, list[Labels]] = {side: [] for side in sides}
+    unread: dict[str, None] = {}
+    for side, folder in folders.items():
+        if sides[side].labels or is_remote(folder) or not folder.is_dir():
             continue
-        near = [own for own in paths.values() if _folder_of(own) == _folder_of(path)]
-        for file in sorted({*_folder_of(path).iterdir()} - {*near}):
-            is_own = _is_beside(file, side, path, near)
-            if is_own is not False and (labels := _read_beside(file, len(sides[side]), is_own)):
-                unread[labels.name] = labels
-                found.setdefault(side, []).extend([labels] if is_own else [])
+        near = {own: arrays[own] for own, other in folders.items() if other == folder}
+        for file in sorted({*folder.iterdir()} - {*near.values()}):
+            owners = _owners_of(file, near)
+            if side in owners and (labels := _read_beside(file, len(sides[side]))):
+                unread[labels.name] = None
+                found[side] += [labels] if len(owners) == 1 else []
     used: dict[Modality, Labels] = {}
-    if len(sides) == 2 and all(found.get(side) for side in sides):
-        for side, named in found.items():
-            columns = {name: own.column(name) for own in reversed(named) for name in own.names}
-            used[side] = named[0].with_columns(columns)
-            for own in named:
-                log.info("%s: is read as keys of %s", own.name, paths[side])
-                del unread[own.name]
-    for name in unread:
+    for side, named in found.items() if len(sides) == 2 and all(found.values()) else ():
+        columns = {name: own.column(name) for own in reversed(named) for name in own.names}
+        used[side] = named[0].with_columns(columns)
+        for own in named:
+            log.info("%s: is read as keys of %s", own.name, arrays[side])
+            unread.pop(own.name, None)
+    if unread:
+        first, *others = unread
         log.warning(
-            "%s: has one value per row and is not read; pass it with --image-table or --text-table",
-            name,
+            "%s: has one value per row and is not read; pass it with --image-table or "
+            "--text-table%s",
+            *(first, f" ({len(others)} more files are like it)" if others else ""),
         )
     return used
 
 
-def _is_beside(file: Path, side: Modality, array: Path, near: list[Path]) -> bool | None:
-    """Return whether a file may contain keys of an array of one side, None if of either side."""
+def _owners_of(file: Path, arrays: Mapping[Modality, Path]) -> list[Modality]:
+    """Return the sides whose array in the folder a file may contain the keys of, by its name."""
     if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet"):
-        return False
-    owners = [own for own in near if re.match(rf"{re.escape(own.stem)}([_.-]|$)", file.stem)]
-    if owners:
-        return max(owners, key=lambda path: len(path.stem)) == array
-    named = naming.label_side(file.stem)
-    return named is side if named is not None else (None if len(near) > 1 else True)
+        return []
+    named = {
+        side: len(path.stem)
+        for side, path in arrays.items()
+        if re.match(rf"{re.escape(path.stem)}([_.-]|$)", file.stem)
+    }
+    if named:
+        return [side for side, length in named.items() if length == max(named.values())]
+    if (side := naming.label_side(file.stem)) is not None:
+        return [side]
+    is_of_ids = naming.is_key(file.stem) or naming.words_of(file.stem) & {"metadata", "meta"}
+    return [*arrays] if is_of_ids else []
 
 
-def _folder_of(array: Path) -> Path:
-    return array if array.is_dir() else array.parent
-
-
-def _read_beside(file: Path, rows: int, is_own: bool | None) -> Labels | None:
+def _read_beside(file: Path, rows: int) -> Labels | None:
     with suppress(CsalignError, OSError):
-        most_bytes = _MAX_BESIDE_BYTES[is_own is None]
-        if file.is_file() and (file.suffix == ".parquet" or file.stat().st_size <= most_bytes):
+        if file.is_file() and (file.suffix == ".parquet" or file.stat().st_size <= _MAX_BYTES):
             labels = read_label_table(file)
             return labels if labels.rows == rows and labels.names else None
     return None

@@ -1,19 +1,19 @@
 """Tables with columns of vectors, and tables and lists of labels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from csalign.core.errors import DataError, reason_of
+from csalign.core.paths import likely_meant
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
-from csalign.sources.arrays.files import key_text, label_list, open_npy
+from csalign.sources.arrays.files import label_list, open_npy, to_keys
 from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key
 from csalign.sources.labels import Labels
 from csalign.sources.records.files import translate_errors
@@ -79,25 +79,22 @@ def read_label_table(path: Path) -> Labels:
         DataError: it is missing, of another kind, or damaged.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file{likely_meant(path)}")
     if path.suffix.lower() in (*arrow.PARQUET, *arrow.ARROW):
         with arrow.open_arrow(path) as held, open_table(path) as file:
             return labels_of(path, open_table, file, held.rows)
     if path.suffix.lower() in LISTS:
-        listed = {
-            name: pa.array([key_text(value) or None for value in own], pa.large_string())
-            for name, own in _read_list(path).items()
-        }
-        count = max(map(len, listed.values()), default=0)
-        return Labels(str(path), count, lambda row: f"{path}, row {row}").with_columns(listed)
-    table = read_table(path)
-    columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
-    numbers = table.numbers  # all that is kept of it
-    labels = Labels(str(path), len(numbers), lambda row: f"{path}, row {numbers[row]}")
+        columns = _read_list(path)
+        rows: Sequence[int] = range(len(next(iter(columns.values()))))
+    else:
+        table = read_table(path)
+        columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
+        rows = table.numbers  # all that is kept of it
+    labels = Labels(str(path), len(rows), lambda row: f"{path}, row {rows[row]}")
     return labels.with_columns(columns)
 
 
-def _read_list(path: Path) -> dict[str, list[Any]]:
+def _read_list(path: Path) -> dict[str, pa.Array]:
     """Read the columns of a list of keys, by name."""
     name = path.stem
     if path.suffix.lower() == ".npy":
@@ -105,26 +102,26 @@ def _read_list(path: Path) -> dict[str, list[Any]]:
             shape, _ = file.headers[UNNAMED]
             if len(shape) != 1:
                 raise DataError(f"{path}: has shape {shape}; a list of keys has one dimension")
-            values = [v for chunk in file.read(UNNAMED, _LABEL_ROWS) for v in chunk.tolist()]
-        return {name: [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values]}
+            return {name: file.read_labels(UNNAMED)}
     with translate_errors(path):
         content = path.read_bytes()
     try:
         if path.suffix.lower() == ".txt":
             lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
-            return {name: [line.strip() for line in lines]}
+            return {name: to_keys([line.strip() for line in lines], name, path)}
         found = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({reason_of(error)}); write it again") from None
-    if isinstance(found, dict) and {*found.values()} == {*range(len(found))}:
-        return {name: sorted(found, key=lambda key: found[key])}
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
         found = {key: [row.get(key) for row in found] for key in dict.fromkeys(chain(*found))}
     columns = found if isinstance(found, dict) else {name: found}
-    columns = {str(key): own for key, own in columns.items() if label_list(own) is not None}
-    if not columns or len({*map(len, columns.values())}) != 1:
+    rows = {own: key for key, own in columns.items() if isinstance(own, int)}
+    if isinstance(found, dict) and rows.keys() == {*range(len(found))}:
+        columns = {name: [rows[row] for row in range(len(found))]}
+    lists = {key: own for key, own in columns.items() if label_list(own) is not None}
+    if len({*map(len, lists.values())}) != 1:
         raise DataError(f"{path}: is not a list of keys, one per row; write it as a .csv")
-    return columns
+    return {key: to_keys(own, key, path) for key, own in lists.items()}
 
 
 def _is_plain(file: arrow.ArrowFile, name: str, held: pa.DataType) -> bool:

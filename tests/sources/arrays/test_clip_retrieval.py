@@ -122,7 +122,7 @@ def test_embeddings_without_metadata_are_numbered(tmp_path: Path) -> None:
     write(tmp_path, (3,))
     (tmp_path / "metadata" / "metadata_0.parquet").unlink()
 
-    assert read_both(tmp_path, NEITHER)[Modality.IMAGE].labels is None
+    assert not read_both(tmp_path, NEITHER)[Modality.IMAGE].labels.names
 
 
 def test_a_part_of_another_length_or_without_its_fellows_is_refused(tmp_path: Path) -> None:
