@@ -5,7 +5,7 @@ import io
 import logging
 import re
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -27,7 +27,6 @@ from csalign.sources.records.cells import (
     id_of,
     is_base64,
     is_base64_name,
-    is_missing,
     plain_name,
     text_of,
 )
@@ -71,6 +70,7 @@ class Row(NamedTuple):
     id: str | None = None
     error: str | None = None  # why the row cannot be used; everything but its number is then absent
     offset: int | None = None  # byte where the row starts, if `image` is base64 rather than a path
+    lacks_caption: bool = False  # although there is a column of captions
 
 
 class TableColumns(NamedTuple):
@@ -101,11 +101,6 @@ class TableColumns(NamedTuple):
         for name in self.more:
             found += captions_of(values.get(name), name)
         return found
-
-    def has_missing(self, values: Mapping[str, Any]) -> bool:
-        """Check whether a caption of a row is a word for a missing value."""
-        names = () if self.caption is None else (self.caption, *self.more)
-        return any(values.get(name) is not None and is_missing(values[name]) for name in names)
 
     def warn_of_one_side(self, names: Collection[str], table: Path) -> None:
         """Warn if one side is missing where another column may have been meant."""
@@ -225,10 +220,13 @@ class TableReader:
         Raises:
             DataError: the whole table is unusable; the message names the table and the row.
         """
+        yield from self.rows_of(self.values(file))
+
+    def rows_of(self, parsed: Iterable[Values]) -> Iterator[Row]:
+        """Make rows of values by column."""
         picked: dict[tuple[str, ...], TableColumns] = {}
         seen: dict[str, None] = {}
-        missing = 0
-        for number, offset, values, error in self.values(file):
+        for number, offset, values, error in parsed:
             if error is not None:
                 yield Row(number, error=error)
                 continue
@@ -238,10 +236,7 @@ class TableReader:
                 seen |= dict.fromkeys(names)
                 if self._dialect is not None:
                     self._options.find(names, self._table)
-            row = row_of(number, values, found := picked[names], offset)
-            missing += len(row.captions) <= len(found.more) and found.has_missing(values)
-            yield row
-        warn_of_missing(self._table, missing)
+            yield row_of(number, values, picked[names], offset)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
             self.found = self._options.find(seen, self._table)
             self.found.warn_of_one_side(seen, self._table)
@@ -439,13 +434,9 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
     split = usual_split(split) or split
     image = image if in_base64 else delimited.without_number(image)
-    return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
-
-
-def warn_of_missing(path: Path, count: int) -> None:
-    """Warn of rows that have a word such as nan in place of a caption."""
-    if count:
-        logger.warning(f"{path}: {count} captions are missing values, such as nan or None")
+    lacks = found.caption is not None and not captions
+    at = offset if in_base64 else None
+    return Row(number, image, captions, split or None, own, offset=at, lacks_caption=lacks)
 
 
 def _parse_json(line: files.Line) -> Values:
