@@ -89,10 +89,10 @@ def common_folder(paths: Sequence[Path]) -> Path:
     return folder
 
 
-def size_of(path: Path) -> int:
-    """Return the size of a file in bytes; raises `DataError` if there is none."""
+def size_of(path: Path, known: int | None = None) -> int:
+    """Return the size of a file in bytes, unless `known`; raises `DataError` if there is none."""
     with translate_errors(path):
-        return path.stat().st_size
+        return path.stat().st_size if known is None else known
 
 
 def is_file(path: Path) -> bool:

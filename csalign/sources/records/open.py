@@ -257,8 +257,7 @@ class _Opener:
         from csalign.sources.records.parquet import open_parquet
 
         images = self._options.images or images
-        known = list(sizes.values())
-        return open_parquet(root, list(sizes), self._options, images=images, sizes=known, **given)
+        return open_parquet(root, sizes, self._options, images=images, **given)
 
 
 def recognise(file: Path) -> str:

@@ -3,7 +3,7 @@
 import os
 import posixpath
 import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,16 +12,17 @@ from typing import Any, BinaryIO
 
 from csalign.core.enums import Modality, usual_split
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote, stand_in
 from csalign.core.records import parse_json
 from csalign.sources import images
 from csalign.sources.records import (
+    FileSource,
     ImageInput,
     IndexedFile,
     Record,
     SourceFile,
     TextInput,
-    UnreadableFile,
     files,
     warn_of_unreadable,
 )
@@ -36,38 +37,15 @@ _EXTENSIONS = tuple(
 
 
 @dataclass(frozen=True)
-class TarSource:
-    """Tar files below `root` as a `Source`; `errors` has why some cannot be read at all."""
+class TarSource(FileSource):
+    """Tar files as a `Source`."""
 
-    root: Path
-    paths: Sequence[str]
-    sizes: Sequence[int]
-    errors: Mapping[int, str]
     columns: SourceOptions
     caption_lines: bool
-    description: str
-    files: Sequence[str]
-    sides: Collection[Modality]
-    total: None = None  # not known before the tars are read
-    total_images: None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """See `Source`."""
-        return files.fingerprint(self.fingerprint_of(k, 0, 0) for k in range(len(self.paths)))
-
-    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
-        """See `Source`: name and size of the tar."""
-        own = (self.paths[position], self.sizes[position], self.errors.get(position))
-        return files.fingerprint([self.columns, self.caption_lines, *own])
 
     @contextmanager
-    def open(self, position: int) -> Iterator[SourceFile]:
-        """See `Source`; a remote tar is copied to a temporary file first."""
-        if position in self.errors:
-            yield UnreadableFile(self.files[position], self.errors[position])
-            return
-        path = self.root / self.paths[position]
+    def open_readable(self, path: Path, position: int) -> Iterator[SourceFile]:
+        """See `FileSource`; a remote tar is copied to a temporary file first."""
         with files.local_copy(path) as local, files.open_file(local) as file:
             yield _TarFile(self, position, file)
 
@@ -88,21 +66,15 @@ def open_tars(
     """
     if len({posixpath.splitext(path)[0] for path in tars}) < len(tars):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
-    sizes = [files.size_of(root / path) if size is None else size for path, size in tars.items()]
+    sizes = [files.size_of(root / path, size) for path, size in tars.items()]
     found = {position: _tar_error(root / path) for position, path in enumerate(tars)}
     errors = {position: error for position, error in found.items() if error is not None}
     warn_of_unreadable(root, errors, len(tars))
-    return TarSource(
-        root,
-        list(tars),
-        sizes,
-        errors,
-        columns,
-        caption_lines,
-        description=f"WebDataset of {len(tars)} tar file{'s' if len(tars) > 1 else ''}",
-        files=[files.printable((root / path).as_posix()) for path in tars],
-        sides=(Modality.TEXT,) if columns.kind == "captions" else tuple(Modality),
-    )
+    description = f"WebDataset of {counted(len(tars), 'tar file')}"
+    sides = (Modality.TEXT,) if columns.kind == "captions" else tuple(Modality)
+    settings = (columns, caption_lines)
+    # How many records there are is not known before the tars are read.
+    return TarSource(description, root, list(tars), sizes, errors, settings, sides, None, *settings)
 
 
 def _tar_error(path: Path) -> str | None:
