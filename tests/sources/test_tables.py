@@ -333,7 +333,10 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
             f"unknown image 'gone.png'; correct the path, which starts from {photos}, or remove "
             "the row",
         ),
-        (4, f"image 'nul\\x00.png' is outside of {photos}; move it inside"),
+        (
+            4,
+            "contains NUL bytes, as of find -print0 or UTF-16; write one entry per line, in UTF-8",
+        ),
         (
             5,
             f"unknown image '{'x' * 199}; correct the path, which starts from {photos}, or remove "

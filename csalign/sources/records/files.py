@@ -25,6 +25,7 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 _MAX_FILES = 100_000
 _BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
+_NUL = "contains NUL bytes, as of find -print0 or UTF-16; write one entry per line, in UTF-8"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _BRACE_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -143,7 +144,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 class Line(NamedTuple):
-    """A line of a text file: 1-based number, byte offset, text, and why it is not UTF-8."""
+    """A line of a text file: 1-based number, byte offset, text, and why it is not text in UTF-8."""
 
     number: int
     offset: int
@@ -151,16 +152,13 @@ class Line(NamedTuple):
     error: str | None
 
 
-def read_lines(
-    name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES, refuse_nul: bool = False
-) -> Iterator[Line]:
+def read_lines(name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Yield the lines of a UTF-8 file with their line ends.
 
     Args:
         name: of the file, for messages.
         file: from its start, or from the start of a line.
         max_bytes: of a line.
-        refuse_nul: raise for NUL bytes rather than pass them on.
 
     Raises:
         DataError: the file cannot be read, or a line is too long; the message names the row.
@@ -173,12 +171,7 @@ def read_lines(
                     f"{name}, row {number}: is longer than {max_bytes >> 20} MiB; end each row "
                     "with a line break"
                 )
-            if refuse_nul and b"\0" in data:
-                raise DataError(
-                    f"{name}: contains NUL bytes, as find -print0 writes them; use one line per "
-                    "entry, as find -print does"
-                )
-            error = None
+            error = _NUL if b"\0" in data else None
             try:
                 text = decode_text(data, offset)
             except DataError as reason:

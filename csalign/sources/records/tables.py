@@ -256,7 +256,7 @@ class TableReader:
     def values(self, file: BinaryIO) -> Iterator[Values]:
         """Yield number, offset, values by column, and error of each row of the open file."""
         is_text = self._form not in SUFFIXES
-        lines = files.read_lines(self._table, file, refuse_nul=is_text)
+        lines = files.read_lines(self._table, file)
         if self._form in (".csv", ".tsv"):
             if self._dialect is None:
                 head = list(islice(lines, delimited.HEAD_LINES))
@@ -397,9 +397,7 @@ def _dialect_of(
     free = None if caption is None else names.index(caption)
     if free != len(names) - 1 and not (free == 0 and dialect.guess):
         free = None
-    dialect = dialect._replace(names=names, free=free)
-    skips = delimited.skips_space([line.text for line in head[dialect.start :]], dialect)
-    return dialect._replace(skips_space=skips)
+    return dialect._replace(names=names, free=free)
 
 
 def _clean(table: Table) -> None:
