@@ -296,10 +296,8 @@ def fingerprint(parts: Iterable[object]) -> str:
 def _local_files(folder: Path) -> dict[str, int | None]:
     root, seen = os.path.realpath(folder), set()
     found: dict[str, int | None] = {}
-    folders: list[str] = [""]
-    links: list[str] = []
-    outside: list[str] = []
-    refused: list[str] = []
+    folders, links = [""], list[str]()
+    outside: dict[str, list[str]] = {"folder": [], "file": []}
     while folders or links:
         # Links come last, so that a folder is read once, under its own name.
         parent = folders.pop() if folders else links.pop()
@@ -317,24 +315,20 @@ def _local_files(folder: Path) -> dict[str, int | None]:
                 continue
             is_link = entry.is_symlink()
             is_folder = os.path.isdir(entry) if is_link else entry.is_dir()  # noqa: PTH112
-            if is_link and _leads_out(root, real, entry):
-                (refused if is_folder else outside).append(name)
+            leads_out = is_link and not f"{os.path.realpath(entry)}/".startswith(f"{root}/")
+            if leads_out:
+                outside["folder" if is_folder else "file"].append(name)
             if not is_folder:
                 found[name] = None
-            elif name not in refused[-1:]:
+            elif not leads_out:
                 (links if is_link else folders).append(f"{name}/")
-    for names, what in ((refused, "folder"), (outside, "file")):
+    for what, names in outside.items():
         if names:
             logger.warning(
                 f"{folder}: {counted(len(names), what)} behind links out of it "
-                f"{'not ' * (names is refused)}read, such as {names[0]}"
+                f"{'not ' if what == 'folder' else ''}read, such as {names[0]}"
             )
     return found
-
-
-def _leads_out(root: str, folder: str, link: os.DirEntry[str]) -> bool:
-    target = os.path.normpath(os.path.join(folder, os.readlink(link)))  # noqa: PTH115, PTH118
-    return not f"{target}/".startswith(f"{root}/")
 
 
 def _is_clutter(name: str) -> bool:

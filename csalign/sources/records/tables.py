@@ -48,6 +48,7 @@ CAPTION_NAMES = (
     *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
 )
 SPLIT_NAME = "split"
+_FORMS = {"list": "list of images", ".txt": "text file with one caption per line"}
 _CHUNK_ROWS = 65_536
 _PROBED = 1_000
 # Usual names of columns, by which a header is recognised.
@@ -210,6 +211,8 @@ class TableReader:
     @property
     def description(self) -> str:
         """How the table is read, for people."""
+        if self._form not in SUFFIXES:
+            return _FORMS[self._form]
         if self._dialect is not None and self._dialect.guess:
             return self._dialect.guess
         return f"{self._form[1:].upper()} table with {str(self.found) or 'no rows'}"
