@@ -1,12 +1,8 @@
 """Read captions tables row by row, or tables of strings whole: .csv, .tsv, .jsonl, plain text."""
 
-import csv
-import io
 import logging
 import re
-from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
@@ -16,12 +12,10 @@ from pydantic import Field
 from csalign.core.config import Config, Location
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
-from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json
 from csalign.sources.records import delimited, files
 from csalign.sources.records.cells import (
     BASE64_NAMES,
-    MISSING,
     captions_of,
     decode_base64,
     id_of,
@@ -49,8 +43,6 @@ CAPTION_NAMES = (
 )
 SPLIT_NAME = "split"
 _FORMS = {"list": "list of images", ".txt": "text file with one caption per line"}
-_CHUNK_ROWS = 65_536
-_PROBED = 1_000
 # Usual names of columns, by which a header is recognised.
 KNOWN_NAMES = frozenset(
     [
@@ -263,7 +255,7 @@ class TableReader:
         if self._form in (".csv", ".tsv"):
             if self._dialect is None:
                 head = list(islice(lines, delimited.HEAD_LINES))
-                self._dialect = _dialect_of(self._table, head, self._form, self._options)
+                self._dialect = dialect_of(self._table, head, self._form, self._options)
                 lines = chain(head[self._dialect.start :], lines)
             yield from delimited.parse_rows(self._table, lines, self._dialect)
             return
@@ -276,108 +268,7 @@ class TableReader:
                 yield _parse_json(line)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A whole table of strings: line number of each row, and values or None by column."""
-
-    path: Path
-    numbers: "array[int]"
-    columns: dict[str, list[str | None]]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def require(self, names: Sequence[str]) -> list[str | None]:
-        """Return the first of these columns that the table has, or raise `DataError`."""
-        for name in names:
-            if name in self.columns:
-                return self.columns[name]
-        listed = ", ".join(self.columns) or "none"
-        raise DataError(f"{self.path}: has no column {names[0]!r} (columns: {listed}); add it")
-
-    def where(self, row: int) -> str:
-        """Name the file and line of a row counted from 0, for messages."""
-        return f"{self.path}, row {self.numbers[row]}"
-
-
-def read_table(path: Path) -> Table:
-    """Read a whole .csv, .tsv or .jsonl of strings.
-
-    Raises:
-        DataError: no such file, it has another suffix, or a line is not UTF-8 or
-            malformed; the message names the row.
-    """
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise DataError(f"{path}: no such file{likely_meant(path)}")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size and (problem := stand_in(path)) is not None:
-        raise DataError(f"{path}: {problem}")
-    if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
-        return plain
-    table = Table(path, array("q"), {})
-    with delimited.open_text(path) as file:
-        for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
-            try:
-                if error is not None:
-                    raise ValueError(error)
-                # An id may be a number in JSON; as a string it is the same id.
-                cells = {
-                    name: None if value is None else text_of(str(value), "a cell") or None
-                    for name, value in values.items()
-                }
-            except ValueError as reason:
-                raise DataError(f"{path}, row {number}: {reason}") from None
-            for name in cells:
-                table.columns.setdefault(name, [None] * len(table))
-            for name, column in table.columns.items():
-                column.append(cells.get(name))
-            table.numbers.append(number)
-    _clean(table)
-    return table
-
-
-def _read_plain(path: Path, form: str) -> Table | None:
-    """Read a .csv or .tsv at once; None if it has an error, which a reader by lines names."""
-    csv.field_size_limit(files.MAX_LINE_BYTES)
-    numbers = array("q")
-    try:
-        # As in the reader by lines, a carriage return alone does not end a row.
-        with io.TextIOWrapper(delimited.open_text(path), "utf-8-sig", newline="\n") as file:
-            head = [files.Line(0, 0, line, None) for line in islice(file, delimited.HEAD_LINES)]
-            dialect = _dialect_of(path, head, form, SourceOptions())
-            if dialect.guess:
-                logger.info(f"{path}: read as a {dialect.guess}")
-            if dialect.delimiter == " ":
-                return None
-            file.seek(0)
-            before = sum(1 for _ in islice(file, dialect.start))
-            reader = delimited.reader_of(file, dialect)
-            columns: list[list[str | None]] = [[] for _ in dialect.names]
-
-            def rows() -> Iterator[list[str]]:
-                number = reader.line_num + 1
-                for row in reader:
-                    if row:
-                        if reader.line_num > number and delimited.contains_row(row, dialect):
-                            raise ValueError("unclosed quote")
-                        numbers.append(before + number)
-                        yield row
-                    number = reader.line_num + 1
-
-            rest = rows()
-            while chunk := list(islice(rest, _CHUNK_ROWS)):
-                for column, cells in zip(columns, zip(*chunk, strict=True), strict=True):
-                    column += [cell.strip() or None for cell in cells]
-    except (csv.Error, ValueError, OSError):
-        return None
-    table = Table(path, numbers, dict(zip(dialect.names, columns, strict=True)))
-    _clean(table)
-    return table
-
-
-def _dialect_of(
+def dialect_of(
     table: Path, head: Sequence[files.Line], form: str, options: SourceOptions
 ) -> Dialect:
     """Recognise how a table is written, with unique names of columns, or raise `DataError`."""
@@ -401,23 +292,6 @@ def _dialect_of(
     if free != len(names) - 1 and not (free == 0 and dialect.guess):
         free = None
     return dialect._replace(names=names, free=free)
-
-
-def _clean(table: Table) -> None:
-    """Remove the number of a caption from names of images, and words for missing captions."""
-    for name, cells in table.columns.items():
-        plain = plain_name(name)
-        if plain in IMAGE_NAMES and any("#" in cell for cell in cells[:_PROBED] if cell):
-            cells[:] = [cell and delimited.without_number(cell) for cell in cells]
-        elif plain in CAPTION_NAMES:
-            if not MISSING.isdisjoint(cells):
-                cells[:] = [None if cell in MISSING else cell for cell in cells]
-            for row in [row for row, cell in enumerate(cells) if cell and cell[-1] in "])"]:
-                if captions_of(cells[row], name) != (cells[row],):
-                    raise DataError(
-                        f"{table.where(row)}: has a list of captions in column {name!r}; write a "
-                        "row for each"
-                    )
 
 
 def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
