@@ -114,7 +114,7 @@ class Catalog:
                 self._blank_rows += 1
                 return
             self._rows += 1
-            self._rows_without_caption += not row.captions
+            self._rows_without_caption += row.lacks_caption
         except DataError as error:
             self._entries.append(_Entry("", row.number, error=str(error)))
             return
@@ -166,9 +166,11 @@ class Catalog:
             self._split_by_folder()
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
-        if 0 < self._rows_without_caption < self._rows:
-            rows = self._rows_without_caption, self._rows
-            logger.warning("%s: %d of %d rows have no caption", name, *rows)
+        if self._rows_without_caption:
+            logger.warning(
+                "%s: %d of %d rows have no caption, or a missing value such as nan",
+                *(name, self._rows_without_caption, self._rows),
+            )
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)
         return self
