@@ -23,7 +23,7 @@ from csalign.sources.records import (
     UnreadableFile,
     files,
 )
-from csalign.sources.records.cells import BASE64_NAMES
+from csalign.sources.records.cells import BASE64_NAMES, captions_in_text
 from csalign.sources.records.tables import Row
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Catalog:
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
         self._was_respelled = False
-        self._blank_rows = self._rows = self._rows_without_caption = 0
+        self._blank_rows = 0
 
     def begin_file(
         self,
@@ -113,8 +113,6 @@ class Catalog:
             else:
                 self._blank_rows += 1
                 return
-            self._rows += 1
-            self._rows_without_caption += not row.captions
         except DataError as error:
             self._entries.append(_Entry("", row.number, error=str(error)))
             return
@@ -166,9 +164,9 @@ class Catalog:
             self._split_by_folder()
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
-        if 0 < self._rows_without_caption < self._rows:
-            rows = self._rows_without_caption, self._rows
-            logger.warning("%s: %d of %d rows have no caption", name, *rows)
+        rows = [entry for entry in self._entries if entry.row and entry.error is None]
+        if 0 < (bare := sum(not entry.captions for entry in rows)) < len(rows):
+            logger.warning("%s: %d of %d images have no caption", name, bare, len(rows))
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)
         return self
@@ -251,11 +249,10 @@ class Catalog:
                 content = files.decode_text(
                     files.read_bounded(self._root / entry.text, files.MAX_TEXT_BYTES)
                 )
+                found = captions_in_text(content, lines=self._caption_lines)
             except DataError as reason:
                 return Record(None, error=f"its captions {entry.text}: {reason}")
-            captions = [
-                (text, None) for text in files.captions_in(content, lines=self._caption_lines)
-            ]
+            captions = [(text, None) for text in found]
             if not captions and image is None:
                 return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}

@@ -25,8 +25,8 @@ from csalign.sources.records import (
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.cells import text_of
-from csalign.sources.records.tables import SourceOptions
+from csalign.sources.records.cells import captions_in_text, text_of
+from csalign.sources.records.tables import CAPTION_NAMES, SourceOptions
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -279,11 +279,12 @@ class _TarFile:
 
     def _captions(self, sample: _Sample, values: dict[str, Any]) -> Sequence[str]:
         wanted = self._source.columns.caption_column
-        extension = wanted or "txt"
-        if extension in sample.members and extension != "json":
-            content = self._text(sample, extension)
-            return files.captions_in(content, lines=self._source.caption_lines)
         found = SourceOptions(kind="captions", caption_column=wanted).pick(values)
+        others = () if found.caption else CAPTION_NAMES
+        for extension in (wanted,) if wanted else ("txt", *others):
+            if extension in sample.members and extension != "json":
+                content = self._text(sample, extension)
+                return captions_in_text(content, lines=self._source.caption_lines)
         try:
             return list(dict.fromkeys(found.captions_in(values)))
         except ValueError as error:
