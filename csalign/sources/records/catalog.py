@@ -147,8 +147,8 @@ class Catalog:
             errors[0]
             if errors
             else (
-                ": names no image; write image,caption with the file name of each image, or name the "
-                "column of file names with --image-column"
+                ": names no image; write image,caption with the file name of each image, or name "
+                "the column of file names with --image-column"
             )
         )
         raise DataError(f"{self._files[0].name}{reason}")
