@@ -212,12 +212,6 @@ def decode_text(data: bytes, start: int = 0) -> str:
         raise DataError(f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})") from None
 
 
-def captions_in(content: str, *, lines: bool) -> list[str]:
-    """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
-    parts = re.split(r"[\r\n]", content) if lines else [content]
-    return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
-
-
 def printable(name: str) -> str:
     """Escape what is not UTF-8 in a file name."""
     return name.encode(errors="backslashreplace").decode()

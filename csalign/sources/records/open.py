@@ -128,7 +128,10 @@ class _Opener:
             if not self._options.captions.is_file():
                 meant = likely_meant(self._options.captions) or "; pass a captions table"
                 raise DataError(f"{self._options.captions}: no such file{meant}")
-            source = self._file(self._options.captions, folder, images_in(folder, found))
+            images = images_in(folder, found)
+            source = self._file(self._options.captions, folder, self._below_images(folder, images))
+            if isinstance(source, Catalog):
+                source.check_pairs()
             if Modality.TEXT not in source.sides:
                 raise DataError(
                     f"{self._options.captions}: contains no captions; fill in its column of "
@@ -148,7 +151,7 @@ class _Opener:
             return self._containers(folder, found)
         if tables := [] if kind == "folder" else _tables_in(folder, found):
             warn_of_unread(folder, found, {*tables, *images})
-            return self._tables(folder, tables, images)
+            return self._tables(folder, tables, self._below_images(folder, images))
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
@@ -158,6 +161,11 @@ class _Opener:
             found = {name: found[name] for name in found if name.lower().endswith(TEXTS)}
         lines = self._options.caption_lines is not False
         return read_folder(folder, found, images, caption_lines=lines)
+
+    def _below_images(self, folder: Path, images: list[str]) -> list[str]:
+        """List images relative to --images, where that is given."""
+        root = self._options.images
+        return images if root in (None, folder) else images_in(root, files.files_below(root))
 
     def _tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
         """Open the captions tables of a folder; their paths start from their own folders."""

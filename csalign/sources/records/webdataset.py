@@ -26,7 +26,8 @@ from csalign.sources.records import (
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.tables import Row, SourceOptions, row_of
+from csalign.sources.records.cells import captions_in_text
+from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, row_of
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -219,18 +220,20 @@ class _TarFile:
             listed = ", ".join(values) or "none"
             raise DataError(f"its json has no {name!r} (keys: {listed:.200}); correct --id-column")
         found = columns.model_copy(update={"kind": "captions"}).pick(values)
-        extension = columns.caption_column or "txt"
-        has_own = extension in sample.members and extension != "json"
-        if has_own:
+        others = () if found.caption else CAPTION_NAMES
+        names = (columns.caption_column,) if columns.caption_column else ("txt", *others)
+        own = next((name for name in names if name in sample.members and name != "json"), None)
+        if own is not None:
             found = found._replace(caption=None, more=())
         row = row_of(number, values, found)
         if row.error is not None:
             raise DataError(f"its json: {row.error}")
-        if not has_own:
+        if own is None:
             return row
-        content = self._text(sample, extension)
-        own = files.captions_in(content, lines=self._source.caption_lines)
-        return row._replace(captions=tuple(own))
+        content = self._text(sample, own)
+        return row._replace(
+            captions=tuple(captions_in_text(content, lines=self._source.caption_lines))
+        )
 
     def _image(self, sample: _Sample, key: str | None) -> ImageInput | None:
         if self._source.columns.kind == "captions":
