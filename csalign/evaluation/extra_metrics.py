@@ -21,7 +21,9 @@ from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
 from csalign.metrics.labels import class_vectors, classify, graded_both_ways
 from csalign.metrics.retrieval import corrected
-from csalign.sources.records.tables import SUFFIXES, Table, read_table
+from csalign.sources.arrays.tables import read_label_table
+from csalign.sources.labels import Labels
+from csalign.sources.records.tables import SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def prepare_extras(
         DataError: a table, a column or the classes do not fit the images.
         ShapeError: the prompts have another width.
     """
-    table = None if options.groups is None else read_table(options.groups)
+    table = None if options.groups is None else read_label_table(options.groups)
     wanted = {
         name: _column(name, features, image_ids, table)
         for name in (options.relevance, options.by, options.labels)
@@ -240,60 +242,60 @@ def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
         return [key.rpartition("/")[0] for key in ids]
     table, column = _parse_column(class_of, None)
     if table is None:
-        table = read_table(parse_location(class_of))
-        column = next((name for name in CLASS_COLUMNS if name in table.columns), "class")
-    key_column = schema.ID if schema.ID in table.columns else schema.CAPTION
+        table = read_label_table(parse_location(class_of))
+        column = next((name for name in CLASS_COLUMNS if name in table.names), "class")
+    key_column = schema.ID if schema.ID in table.names else schema.CAPTION
     keys = ids if key_column == schema.ID else prompts.captions.to_pylist()
     known = _values_by_key(table, (key_column,), column, "add a column id, by which they differ")
     for key, text in zip(keys, ids, strict=True):
         if key not in known:
             raise DataError(
-                f"{table.path}: has no {column!r} of the text {text!r} ({key!r}) of "
+                f"{table.name}: has no {column!r} of the text {text!r} ({key!r}) of "
                 f"{prompts.name}; add it"
             )
     return [known[key] for key in keys]
 
 
-def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Table | None) -> Values:
+def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels | None) -> Values:
     """Return the values of images in COLUMN of a table or the features, or TABLE.csv:COLUMN."""
     table, column = _parse_column(name, groups)
     images = features.images
     stored = [n for n in schema.STRING_COLUMNS[images.modality] if n != schema.ID]
-    if table is not None and column in table.columns:
+    if table is not None and column in table.names:
         known = _values_by_key(table, IMAGE_KEYS, column)
         if not (count := sum(key in known for key in ids)):
             raise DataError(
-                f"{table.path}: has {column!r} of none of the images of {features.path}, whose "
+                f"{table.name}: has {column!r} of none of the images of {features.path}, whose "
                 f"ids are such as {ids[0]!r}; put their ids into its column {IMAGE_KEYS[0]!r}"
             )
         if count < len(ids):
-            log.warning("%s: has %r of %d of %d images", table.path, column, count, len(ids))
+            log.warning("%s: has %r of %d of %d images", table.name, column, count, len(ids))
         return [known.get(key) for key in ids]
     if table is groups and column in stored:
         keys = images.column(schema.ID).to_pylist()
         values = dict(zip(keys, images.column(column).to_pylist(), strict=True))
         return [values[key] for key in ids]
-    there = "" if table is None else f"{table.path} has {', '.join(table.columns)}; "
+    there = "" if table is None else f"{table.name} has {', '.join(table.names)}; "
     raise DataError(
         f"{features.path}: images have no column {column!r}; {there}the features have "
         f"{', '.join(stored)}; name one of them, or pass a table"
     )
 
 
-def _parse_column(name: str, table: Table | None) -> tuple[Table | None, str]:
+def _parse_column(name: str, table: Labels | None) -> tuple[Labels | None, str]:
     """Return the table and column of TABLE.csv:COLUMN, or the given table and COLUMN."""
     path, colon, column = name.rpartition(":")
     if colon and path.lower().endswith(SUFFIXES):
-        return read_table(parse_location(path)), column
+        return read_label_table(parse_location(path)), column
     return table, name
 
 
 def _values_by_key(
-    table: Table, keys: Sequence[str], column: str, remedy: str = "keep one of them"
+    table: Labels, keys: Sequence[str], column: str, remedy: str = "keep one of them"
 ) -> Mapping[str, str]:
     """Return a column by key; rows with the same key must agree."""
     known: dict[str, str] = {}
-    pairs = zip(table.require(keys), table.require([column]), strict=True)
+    pairs = zip(table.require(*keys).to_pylist(), table.require(column).to_pylist(), strict=True)
     for row, (key, value) in enumerate(pairs):
         if key is not None and value is not None and known.setdefault(key, value) != value:
             raise DataError(

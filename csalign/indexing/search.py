@@ -207,7 +207,7 @@ def _lines(given: str) -> Iterator[str]:
             raise DataError("the query is empty; pass a text")
         yield given
         return
-    for line in read_lines(Path("stdin"), sys.stdin.buffer, refuse_nul=True):
+    for line in read_lines(Path("stdin"), sys.stdin.buffer):
         if line.error is not None:
             raise DataError(f"stdin, row {line.number}: {line.error}; correct or remove it")
         if line.text.strip():

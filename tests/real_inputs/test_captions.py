@@ -90,7 +90,6 @@ CAPTIONED: dict[str, tuple[str, str | bytes]] = {
     ),
     "list-below-a-comment": ("list.txt", "# name and caption\n\n" + lines("\t")),
     "pandas-without-header": ("list.csv", FRAME.to_csv(header=False)),
-    "pandas-without-names": ("t.csv", pd.DataFrame(ROWS).to_csv()),
     "pandas-with-index": ("t.csv", FRAME.to_csv()),
     "numbers-in-a-table": ("t.csv", quoted(lines(",", header="image,caption\n", number=True))),
     "unquoted-commas": ("t.csv", lines(",", header="image,caption\n")),
@@ -167,7 +166,6 @@ CAPTIONED: dict[str, tuple[str, str | bytes]] = {
         "[\n" + "".join(json.dumps({"image": i, "caption": c}) + ",\n" for i, c in ROWS) + "]",
     ),
     "json-columns": ("t.json", FRAME.to_json()),
-    "json-split": ("t.json", FRAME.to_json(orient="split")),
     "json-table": ("t.json", FRAME.to_json(orient="table")),
     "json-index": ("t.json", FRAME.to_json(orient="index")),
     "json-values": ("t.json", FRAME.to_json(orient="values")),
@@ -387,6 +385,13 @@ REFUSED: dict[str, tuple[str, str | bytes, str]] = {
         ' "annotations": [{"image_id": 1, "bbox": 0}]}',
         r"annotations have no captions \(keys: image_id, bbox\).*captions_val2017.json",
     ),
+    "pandas-without-names": (
+        "t.csv",
+        pd.DataFrame(ROWS).to_csv(),
+        r"\(columns: column 1, 0, 1\); name them with --image-column",
+    ),
+    "utf-16-without-mark": ("t.csv", "caption\na\n".encode("utf-16-le"), "row 1: contains NUL"),
+    "json-split": ("t.json", FRAME.to_json(orient="split"), "keys: columns, index, data"),
     "settings": ("t.json", '{"name": "x", "version": "1"}', r"keys: name, version"),
     "columns-of-two-lengths": (
         "t.json",
@@ -461,7 +466,7 @@ def test_how_a_list_is_read_and_what_is_missing_are_said(
     path.unlink()
 
     assert source.description == "list without header of image, caption, separated by tabs"
-    assert "1 captions are missing values, such as nan or None" in caplog.text
+    assert "1 of 4 rows have no caption, or a missing value such as nan" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import tarfile
 from collections.abc import Callable, Mapping
@@ -166,7 +167,55 @@ def a_class_called_train(folder: Path) -> None:
         put(folder / name)
 
 
+def texts_as_lists_and_missing(folder: Path) -> None:
+    for name, text in (("a", '["one", "two"]'), ("b", "nan\n['three']\nfour"), ("c", "None")):
+        put(folder / f"{name}.png")
+        put(folder / f"{name}.txt", text)
+
+
+def tar_of_captions(folder: Path) -> None:
+    with tarfile.open(folder / "0.tar", "w") as file:
+        for key, suffix, text in (
+            ("a", "caption", "one"),
+            ("b", "text", "two"),
+            ("c", "txt", "nan"),
+        ):
+            for own, content in (("png", PNG), (suffix, text.encode())):
+                member = tarfile.TarInfo(f"{key}.{own}")
+                member.size = len(content)
+                file.addfile(member, io.BytesIO(content))
+
+
+def flickr8k_of_kaggle(folder: Path) -> None:
+    put(folder / "Images/1.png")
+    put(folder / "Images/2.png")
+    put(folder / "captions.txt", "image,caption\n1.png,one\n2.png,two\n")
+
+
+def tables_of_splits_beside_images(folder: Path) -> None:
+    for split in ("train", "val"):
+        put(folder / f"images/{split}1.png")
+        put(
+            folder / f"annotations_{split}.csv",
+            f"image,caption,split\n{split}1.png,of {split},nan\n",
+        )
+
+
 READ: list[tuple[Make, list[Row]]] = [
+    (
+        texts_as_lists_and_missing,
+        [
+            ("a.png", ["one", "two"], None),
+            ("b.png", ["three", "four"], None),
+            ("c.png", [], None),
+        ],
+    ),
+    (tar_of_captions, [("0/a", ["one"], None), ("0/b", ["two"], None), ("0/c", [], None)]),
+    (flickr8k_of_kaggle, [("1.png", ["one"], None), ("2.png", ["two"], None)]),
+    (
+        tables_of_splits_beside_images,
+        [("train1.png", ["of train"], "train"), ("val1.png", ["of val"], "val")],
+    ),
     (
         image_folder,
         [
@@ -313,6 +362,67 @@ def test_what_is_passed_over_is_counted_and_named(
         assert read(folder)
 
     assert message in caplog.text
+
+
+def test_the_images_of_tables_are_below_the_folder_that_is_given(tmp_path: Path) -> None:
+    flickr8k_of_kaggle(tmp_path)
+    put(tmp_path / "Images/3.png")
+
+    assert read(tmp_path, images=tmp_path / "Images") == [
+        ("1.png", ["one"], None),
+        ("2.png", ["two"], None),
+        ("3.png", [], None),
+    ]
+
+
+def test_a_name_in_several_folders_is_not_guessed(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        put(tmp_path / name)
+    put(tmp_path / "captions.csv", "image,caption\n1.png,one\n")
+    source = open_source(tmp_path)
+    with source.open(0) as file:
+        errors = [record.error for record in file.records(0, 3)]
+
+    assert "unknown image '1.png'" in str(errors[0])
+    assert errors[1:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("image_id,caption\n1,one\n", r"t.csv: names no image; .* --image-column"),
+        ("image,caption\n/data/1.png,one\n", r"t.csv, row 2 image '/data/1.png' is outside of"),
+        ("1.png: a dog\n2.png: a cat\n", "t.csv"),
+    ],
+)
+def test_captions_of_no_image_are_refused(tmp_path: Path, table: str, message: str) -> None:
+    put(tmp_path / "images/1.png")
+    put(tmp_path / "t.csv", table)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "images", SourceOptions(captions=tmp_path / "t.csv"))
+
+
+def test_the_split_of_a_document_is_that_of_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"image": f"{folder}2014/1.png", "caption": folder} for folder in ("train", "val")]
+    for row in rows:
+        put(tmp_path / row["image"])
+    put(tmp_path / "coco_karpathy_train.json", json.dumps(rows))
+    coco = {
+        "images": [{"id": 1, "file_name": "1.png"}],
+        "annotations": [{"image_id": 1, "caption": "one"}],
+    }
+    put(tmp_path / "annotations/captions_val2014.json", json.dumps(coco))
+
+    assert read(tmp_path / "coco_karpathy_train.json") == [
+        ("train2014/1.png", ["train"], "train"),
+        ("val2014/1.png", ["val"], "train"),
+    ]
+    assert read(tmp_path / "annotations/captions_val2014.json", images=tmp_path / "val2014") == [
+        ("1.png", ["one"], "val")
+    ]
+    assert "have no caption" not in caplog.text
 
 
 def test_captions_in_the_parent_are_pointed_out(

@@ -12,11 +12,12 @@ import pytest
 
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
+from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.images import read_image
 from csalign.sources.records import Record, TextInput
 from csalign.sources.records.files import open_file, read_lines
 from csalign.sources.records.open import SourceOptions, open_source
-from csalign.sources.records.tables import TableReader, read_table
+from csalign.sources.records.tables import TableReader
 
 MakeImages = Callable[..., Path]
 Records = Callable[..., list[Record]]
@@ -333,7 +334,10 @@ def test_an_image_without_its_file_is_listed_by_row(photos: Path, flaws: Flaws) 
             f"unknown image 'gone.png'; correct the path, which starts from {photos}, or remove "
             "the row",
         ),
-        (4, f"image 'nul\\x00.png' is outside of {photos}; move it inside"),
+        (
+            4,
+            "contains NUL bytes, as of find -print0 or UTF-16; write one entry per line, in UTF-8",
+        ),
         (
             5,
             f"unknown image '{'x' * 199}; correct the path, which starts from {photos}, or remove "
@@ -464,14 +468,16 @@ def test_captions_are_for_folders(photos: Path) -> None:
 )
 def test_a_table_in_one_piece_is_what_its_lines_are(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.csv").write_bytes(content)
-    table = read_table(tmp_path / "t.csv")
+    table = read_label_table(tmp_path / "t.csv")
     with open_file(tmp_path / "t.csv") as file:
         rows = list(TableReader(tmp_path / "t.csv", SourceOptions(), ".csv").values(file))
 
-    assert table.numbers.tolist() == [row.number for row in rows]
-    for row, (_, _, values, error) in enumerate(rows):
+    columns = {name: table.column(name).to_pylist() for name in table.names}
+    assert table.rows == len(rows)
+    for row, (number, _, values, error) in enumerate(rows):
         assert error is None
-        assert {name: column[row] or "" for name, column in table.columns.items()} == values
+        assert table.where(row) == f"{tmp_path}/t.csv, row {number}"
+        assert {name: column[row] or "" for name, column in columns.items()} == values
 
 
 @pytest.mark.parametrize("lines", [["image,caption"], ["image,caption", "a.png,", "b.png,"]])
@@ -489,4 +495,4 @@ def test_rows_without_a_caption_are_counted(
     table = write(tmp_path / "half.csv", "image,caption", "a.png,a thing", "sub/b.c.PNG,")
     open_source(photos, SourceOptions(captions=table))
 
-    assert f"{table}: 1 of 2 rows have no caption" in caplog.text
+    assert f"{table}: 1 of 2 images have no caption" in caplog.text

@@ -1,28 +1,46 @@
 """Tables with columns of vectors, and tables and lists of labels."""
 
+import csv
+import io
+import logging
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from csalign.core.errors import DataError, reason_of
-from csalign.core.paths import likely_meant
+from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
 from csalign.sources.arrays.files import label_list, open_npy, to_keys
-from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key
+from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key, plain_name
 from csalign.sources.labels import Labels
-from csalign.sources.records.files import translate_errors
-from csalign.sources.records.tables import read_table
+from csalign.sources.records import delimited
+from csalign.sources.records.cells import MISSING, captions_of, text_of
+from csalign.sources.records.files import MAX_LINE_BYTES, Line, translate_errors
+from csalign.sources.records.tables import (
+    CAPTION_NAMES,
+    IMAGE_NAMES,
+    SUFFIXES,
+    SourceOptions,
+    TableReader,
+    dialect_of,
+)
+
+logger = logging.getLogger(__name__)
 
 LISTS = (".npy", ".txt", ".json")
-_LABEL_ROWS = 65_536
 _MAX_KEY_BYTES = 64
 _SAVE_AGAIN = "save the dataset again"
+_CHUNK_ROWS = 65_536
+_PROBED = 1_000
+
+Columns = dict[str, list[str | None]]
 
 
 @contextmanager
@@ -61,7 +79,7 @@ def open_table(path: Path) -> Iterator[Container]:
         def read_labels(name: str) -> pa.Array:
             parts: list[pa.Array] = []
             start = 0
-            for batch in file.batches([name], _LABEL_ROWS):
+            for batch in file.batches([name], _CHUNK_ROWS):
                 parts.append(arrow.to_strings(batch[name], name, path, start))
                 start += len(batch)
             return pa.chunked_array(parts, pa.large_string()).combine_chunks()
@@ -85,13 +103,100 @@ def read_label_table(path: Path) -> Labels:
             return labels_of(path, open_table, file, held.rows)
     if path.suffix.lower() in LISTS:
         columns = _read_list(path)
-        rows: Sequence[int] = range(len(next(iter(columns.values()))))
-    else:
-        table = read_table(path)
-        columns = {name: pa.array(own, pa.large_string()) for name, own in table.columns.items()}
-        rows = table.numbers  # all that is kept of it
-    labels = Labels(str(path), len(rows), lambda row: f"{path}, row {rows[row]}")
-    return labels.with_columns(columns)
+        count = len(next(iter(columns.values())))
+        return Labels(str(path), count, lambda row: f"{path}, row {row}").with_columns(columns)
+    return _read_text(path)
+
+
+def _read_text(path: Path) -> Labels:
+    """Read a .csv, .tsv or .jsonl."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size and (problem := stand_in(path)) is not None:
+        raise DataError(f"{path}: {problem}")
+    plain = None if suffix == ".jsonl" else _read_plain(path, suffix)
+    numbers, columns = _read_rows(path, suffix) if plain is None else plain
+    labels = Labels(str(path), len(numbers), lambda row: f"{path}, row {numbers[row]}")
+    for name, cells in columns.items():
+        _clean(labels, name, cells)
+    return labels.with_columns({k: pa.array(v, pa.large_string()) for k, v in columns.items()})
+
+
+def _read_rows(path: Path, suffix: str) -> tuple[Sequence[int], Columns]:
+    """Return the line number of each row, and its values by column."""
+    numbers, columns = array("q"), Columns()
+    with delimited.open_text(path) as file:
+        for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
+            try:
+                if error is not None:
+                    raise ValueError(error)
+                # An id may be a number in JSON; as a string it is the same id.
+                cells = {
+                    name: None if value is None else text_of(str(value), "a cell") or None
+                    for name, value in values.items()
+                }
+            except ValueError as reason:
+                raise DataError(f"{path}, row {number}: {reason}") from None
+            for name in cells:
+                columns.setdefault(name, [None] * len(numbers))
+            for name, column in columns.items():
+                column.append(cells.get(name))
+            numbers.append(number)
+    return numbers, columns
+
+
+def _read_plain(path: Path, form: str) -> tuple[Sequence[int], Columns] | None:
+    """Read a .csv or .tsv at once; None if it has an error, which a reader by lines names."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    numbers = array("q")
+    try:
+        # As in the reader by lines, a carriage return alone does not end a row.
+        with io.TextIOWrapper(delimited.open_text(path), "utf-8-sig", newline="\n") as file:
+            head = [Line(0, 0, line, None) for line in islice(file, delimited.HEAD_LINES)]
+            dialect = dialect_of(path, head, form, SourceOptions())
+            if dialect.guess:
+                logger.info(f"{path}: read as a {dialect.guess}")
+            if dialect.delimiter == " ":
+                return None
+            file.seek(0)
+            before = sum(1 for _ in islice(file, dialect.start))
+            reader = delimited.reader_of(file, dialect)
+            columns: list[list[str | None]] = [[] for _ in dialect.names]
+
+            def rows() -> Iterator[list[str]]:
+                number = reader.line_num + 1
+                for row in reader:
+                    if row:
+                        if reader.line_num > number and delimited.contains_row(row, dialect):
+                            raise ValueError("unclosed quote")
+                        numbers.append(before + number)
+                        yield row
+                    number = reader.line_num + 1
+
+            rest = rows()
+            while chunk := list(islice(rest, _CHUNK_ROWS)):
+                for column, cells in zip(columns, zip(*chunk, strict=True), strict=True):
+                    column += [cell.strip() or None for cell in cells]
+    except (csv.Error, ValueError, OSError):
+        return None
+    return numbers, dict(zip(dialect.names, columns, strict=True))
+
+
+def _clean(labels: Labels, name: str, cells: list[str | None]) -> None:
+    """Remove the number of a caption from names of images, and words for missing captions."""
+    plain = plain_name(name)
+    if plain in IMAGE_NAMES and any("#" in cell for cell in cells[:_PROBED] if cell):
+        cells[:] = [cell and delimited.without_number(cell) for cell in cells]
+    elif plain in CAPTION_NAMES:
+        if not MISSING.isdisjoint(cells):
+            cells[:] = [None if cell in MISSING else cell for cell in cells]
+        for row in [row for row, cell in enumerate(cells) if cell and cell[-1] in "])"]:
+            if captions_of(cells[row], name) != (cells[row],):
+                raise DataError(
+                    f"{labels.where(row)}: has a list of captions in column {name!r}; write a row "
+                    "for each"
+                )
 
 
 def _read_list(path: Path) -> dict[str, pa.Array]:

@@ -1,14 +1,16 @@
 """Sources of image-text data, whatever their form, as streams of records; see `records.open`."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.sources.records import files
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +136,61 @@ class UnreadableFile:
         """See `SourceFile`."""
         if start < 1 <= stop:
             yield Record(None, error=self._reason)
+
+
+@dataclass(frozen=True)
+class FileSource(ABC):
+    """Files as a `Source` that are read while they are open.
+
+    Attributes:
+        root: folder that all of them are below.
+        paths: of the files, relative to it.
+        sizes: of the files in bytes.
+        lost: why files cannot be read, by position.
+        settings: what decides the records besides the files.
+    """
+
+    description: str
+    root: Path
+    paths: Sequence[str]
+    sizes: Sequence[int]
+    lost: Mapping[int, str]
+    settings: tuple[object, ...]
+    sides: Collection[Modality]
+    total: int | None
+
+    @property
+    def total_images(self) -> int | None:
+        """See `Source`; a record may lack its image."""
+        return self.total if Modality.IMAGE in self.sides else 0
+
+    @property
+    def files(self) -> Sequence[str]:
+        """See `Source`."""
+        return [files.printable((self.root / path).as_posix()) for path in self.paths]
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        return files.fingerprint(self.fingerprint_of(k, 0, 0) for k in range(len(self.paths)))
+
+    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
+        """See `Source`: of the name and size of the file."""
+        own = (self.paths[position], self.sizes[position], self.lost.get(position))
+        return files.fingerprint([*self.settings, *own])
+
+    @contextmanager
+    def open(self, position: int) -> Iterator[SourceFile]:
+        """See `Source`."""
+        if position in self.lost:
+            yield UnreadableFile(self.files[position], self.lost[position])
+            return
+        with self.open_readable(self.root / self.paths[position], position) as file:
+            yield file
+
+    @abstractmethod
+    def open_readable(self, path: Path, position: int) -> AbstractContextManager[SourceFile]:
+        """Open a file that is not lost."""
 
 
 def warn_of_unreadable(root: Path, lost: Mapping[int, str], count: int) -> None:

@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,9 @@ from csalign.core.paths import is_remote, respelled
 from csalign.core.records import parse_json
 from csalign.sources.records.catalog import Catalog
 from csalign.sources.records.cells import captions_of, id_of
-from csalign.sources.records.delimited import columns_of, open_text
+from csalign.sources.records.delimited import Values, columns_of, open_text
 from csalign.sources.records.files import is_file, path_below, split_of
-from csalign.sources.records.tables import (
-    SPLIT_NAME,
-    Row,
-    SourceOptions,
-    row_of,
-    warn_of_missing,
-)
+from csalign.sources.records.tables import SPLIT_NAME, Row, SourceOptions, TableReader, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,23 +90,20 @@ def _annotations_of(content: Mapping[str, Any]) -> list[Any] | None:
 
 def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, str]:
     """Make a list of objects of a document, None if it is none; and its form if that is a guess."""
-    image, caption = options.image_column or "image", options.caption_column or "caption"
     if isinstance(document, list):
-        if document and all(isinstance(entry, str) for entry in document):
-            kind = image if columns_of([[entry] for entry in document]) == ["image"] else caption
-            return [{kind: entry} for entry in document], f"a list of {kind}s"
-        if not all(isinstance(entry, list) for entry in document):
+        if not document or not _all_of(document, list, str | list):
             return document, ""
-        names = columns_of([[str(cell) for cell in entry] for entry in document])
-        if not document or names is None:
+        cells = [[entry] if isinstance(entry, str) else entry for entry in document]
+        names = columns_of([[str(cell) for cell in row] for row in cells])
+        if names is None and _all_of(document, list, str):
+            names = ["caption"]
+        if names is None:
             return None, ""
-        rows = [dict(zip(names, entry, strict=False)) for entry in document]
-        return rows, f"a list of {', '.join(names)}"
+        return [
+            dict(zip(names, row, strict=False)) for row in cells
+        ], f"a list of {', '.join(names)}"
     if not isinstance(document, dict) or not document:
         return None, ""
-    names, data = document.get("columns"), document.get("data")
-    if isinstance(names, list) and isinstance(data, list):  # orient="split" of pandas
-        return [dict(zip(names, entry, strict=False)) for entry in data], ""
     tables = {k: v for k, v in document.items() if v and _all_of(v, list, dict)}
     splits = {key: split_of(key) for key in tables}
     if len(tables) > 1 and len(tables) == len(document) and all(splits.values()):
@@ -120,25 +111,23 @@ def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, s
         return rows, f"rows below their splits ({', '.join(tables)})"
     if len(tables) == 1:
         [(key, rows)] = tables.items()
-        return (rows, f"the list {key!r}") if _has_columns(rows[0], options) else (None, "")
-    if _has_columns(document, options):
-        if all(isinstance(value, str) for value in document.values()):
+        return (rows, f"the list {key!r}") if _columns_in(rows[0], options) else (None, "")
+    if found := _columns_in(document, options):
+        if not all(isinstance(document[name], list | dict) for name in found):
             return [document], ""
         columns = {name: v for name, v in document.items() if isinstance(v, list | dict)}
         keys = [list(v) if isinstance(v, dict) else list(range(len(v))) for v in columns.values()]
         if any(own != keys[0] for own in keys):
-            lengths = ", ".join(
-                f"{len(own)} in {name!r}" for own, name in zip(keys, columns, strict=True)
-            )
-            return None, f"; its columns must have the same rows ({lengths})"
+            return None, "; its columns have different rows"
         cells = [v.values() if isinstance(v, dict) else v for v in columns.values()]
         return [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)], "columns"
-    if _all_of(document, dict, dict) and _has_columns(next(iter(document.values())), options):
-        if options.pick(next(iter(document.values()))).image is not None:
+    first = next(iter(document.values()))
+    if _all_of(document, dict, dict) and (found := _columns_in(first, options)):
+        if options.pick(first).image in found:
             return list(document.values()), ""
-        return [{image: key} | entry for key, entry in document.items()], "captions by image"
+        return [{"image": key} | entry for key, entry in document.items()], "captions by image"
     if columns_of([[key, "a caption"] for key in document]):
-        return [{image: k, caption: v} for k, v in document.items()], "captions by image"
+        return [{"image": k, "caption": v} for k, v in document.items()], "captions by image"
     return None, ""
 
 
@@ -147,9 +136,10 @@ def _all_of(values: Any, outer: type, inner: type) -> bool:
     return isinstance(values, outer) and all(isinstance(value, inner) for value in own)
 
 
-def _has_columns(entry: Mapping[str, Any], options: SourceOptions) -> bool:
+def _columns_in(entry: Mapping[str, Any], options: SourceOptions) -> list[str]:
+    """List the columns of images and captions that an object has."""
     found = options.pick(entry)
-    return found.image is not None or found.caption is not None
+    return [name for name in (found.image, found.caption) if name is not None]
 
 
 def read_annotations(
@@ -192,23 +182,14 @@ def read_annotations(
 
 
 def _table_rows(path: Path, document: Sequence[Any], options: SourceOptions) -> Iterator[Row]:
-    names = dict.fromkeys(key for entry in document if isinstance(entry, dict) for key in entry)
-    found = options.find(names, path)
-    found.warn_of_one_side(names, path)
-    missing = 0
-    for number, entry in enumerate(document, 1):
-        if isinstance(entry, dict):
-            columns = options.pick(entry)
-            row = row_of(number, entry, columns)
-            missing += len(row.captions) <= len(columns.more) and columns.has_missing(entry)
-            yield row
-        else:
-            yield Row(number, error="is not a JSON object; each entry must be one")
-    warn_of_missing(path, missing)
+    error = "is not a JSON object; each entry must be one"
+    return TableReader(path, options, ".jsonl").rows_of(
+        Values(k, 0, entry) if isinstance(entry, dict) else Values(k, 0, {}, error)
+        for k, entry in enumerate(document, 1)
+    )
 
 
 def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) -> Iterator[Row]:
-    captions: dict[str, list[tuple[int, Any]]] = {}
     annotations = _annotations_of(document) or []
     names = dict.fromkeys(key for entry in annotations if isinstance(entry, dict) for key in entry)
     name = "caption" if "caption" in names else options.pick(names).caption
@@ -217,26 +198,30 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
             f"{path}: its annotations have no captions (keys: {', '.join(names):.200}), as those "
             "of boxes and keypoints; pass the document of captions, such as captions_val2017.json"
         )
-    others = 0
+    captions: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
+    boxes = 0
     for number, entry in enumerate(annotations, 1):
-        if isinstance(entry, dict) and (key := id_of(entry.get("image_id"))) is not None:
-            if name in entry or "bbox" not in entry:
-                captions.setdefault(key, []).append((number, entry.get(str(name))))
-            else:
-                others += 1
-        else:
-            yield Row(number, error=f"annotation {number}: has no image_id")
-    if others:
-        logger.warning(f"{path}: {others} annotations of boxes without a caption are not read")
-    split = split_of(path.name)
-    if any(
-        options.split_column in entry for entry in document["images"] if isinstance(entry, dict)
-    ):
-        split = None
-    elif split:
+        try:
+            key = id_of(entry.get("image_id")) if isinstance(entry, dict) else None
+            if key is None:
+                raise ValueError("has no image_id")
+            caption = entry.get(str(name))
+            if caption is None and "bbox" in entry:
+                boxes += 1
+                continue
+            if caption is None:
+                raise ValueError("caption must be text, not None")
+            captions.setdefault(key, []).append((number, captions_of(caption, "caption")))
+        except ValueError as error:
+            yield Row(number, error=f"annotation {number}: {error}")
+    if boxes:
+        logger.warning(f"{path}: {boxes} annotations of boxes without a caption are not read")
+    listed = [entry for entry in document["images"] if isinstance(entry, dict)]
+    has_splits = any(options.split_column in entry for entry in listed)
+    split = None if has_splits else split_of(path.name)
+    if split:
         logger.info(f"{path}: all images are in split {split}, according to its name")
     ids: dict[str, str] = {}  # with the image, which may be listed twice
-    missing = 0
     for number, entry in enumerate(document["images"], 1):
         try:
             row = _image_row(number, entry, "file_name", options)
@@ -246,21 +231,15 @@ def _coco_rows(path: Path, document: Mapping[str, Any], options: SourceOptions) 
         except ValueError as error:
             yield Row(number, error=f"image {number}: {error}")
             continue
-        row = row._replace(split=row.split or split)
-        yield row
-        for annotation, caption in captions.pop(key, ()):
-            try:
-                if caption is None:
-                    raise ValueError("caption must be text, not None")
-                texts = captions_of(caption, "caption")
-                missing += not texts
-                yield row._replace(number=annotation, captions=texts)
-            except ValueError as error:
-                yield Row(annotation, error=f"annotation {annotation}: {error}")
+        own = [texts for _, texts in captions.pop(key, ())]
+        yield row._replace(
+            split=row.split or split,
+            captions=tuple(chain.from_iterable(own)),
+            lacks_caption=() in own,
+        )
     for key, orphans in captions.items():
         for number, _ in orphans:
             yield Row(number, error=f"annotation {number}: no image has the id {key!r:.200}")
-    warn_of_missing(path, missing)
 
 
 def _karpathy_rows(
@@ -316,10 +295,9 @@ def _find_images(path: Path, names: Sequence[str]) -> Path:
         for parent in dict.fromkeys((path.parent, path.parent.parent))
         for folder in (parent, parent / stem, *_folders_in(parent), parent / "images" / stem)
     ]
-    for is_below in (_is_below, _is_alike_below):
-        for folder in folders:
-            if any(is_below(folder, probe) for probe in probes):
-                return folder
+    for folder in folders:
+        if any(_is_below(folder, probe) for probe in probes):
+            return folder
     raise DataError(
         f"{path}: its images, such as {probes[0]!r:.200}, are neither beside it nor in the "
         f"folders next to it; name their folder with --images"
@@ -334,12 +312,10 @@ def _folders_in(parent: Path) -> list[Path]:
         return []
 
 
-def _is_alike_below(folder: Path, name: str) -> bool:
-    return not is_remote(folder) and bool(respelled(name, folder))
-
-
 def _is_below(folder: Path, name: str) -> bool:
     try:
-        return is_file(folder / path_below(folder, name))
+        return is_file(folder / path_below(folder, name)) or (
+            not is_remote(folder) and bool(respelled(name, folder))
+        )
     except DataError:
         return False

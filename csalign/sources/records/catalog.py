@@ -23,7 +23,7 @@ from csalign.sources.records import (
     UnreadableFile,
     files,
 )
-from csalign.sources.records.cells import BASE64_NAMES
+from csalign.sources.records.cells import BASE64_NAMES, captions_in_text
 from csalign.sources.records.tables import Row
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Catalog:
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
         self._was_respelled = False
-        self._blank_rows = self._rows = self._rows_without_caption = 0
+        self._blank_rows = 0
 
     def begin_file(
         self,
@@ -114,7 +114,7 @@ class Catalog:
                 self._blank_rows += 1
                 return
             self._rows += 1
-            self._rows_without_caption += not row.captions
+            self._rows_without_caption += row.lacks_caption
         except DataError as error:
             self._entries.append(_Entry("", row.number, error=str(error)))
             return
@@ -124,9 +124,12 @@ class Catalog:
         """Add the images of a folder that no row names."""
         found = list(image_ids)
         known, named = set(found), {entry.place for entry in self._entries}
+        inside = self._folder_inside(known, named) if known and known.isdisjoint(named) else None
         for entry in self._entries if known else ():
             if entry.place is not None and entry.offset is None and entry.place not in known:
                 place = self._respelled(entry.place)
+                if place is None and inside is not None and f"{inside}{entry.place}" in known:
+                    place = f"{inside}{entry.place}"
                 if place is not None and place not in named:
                     entry.place = place
                     self._by_id.setdefault(place, entry)
@@ -135,6 +138,22 @@ class Catalog:
             if image_id not in self._by_id:
                 error = files.name_error(image_id)
                 self._entries.append(_Entry(image_id, place=image_id, error=error))
+
+    def check_pairs(self) -> None:
+        """Raise `DataError` if there are captions and images, and no caption has an image."""
+        entries = [entry for entry in self._entries if entry.row]
+        errors = [f", row {entry.row} {entry.error}" for entry in entries if entry.error]
+        if any(entry.place for entry in entries) or not entries:
+            return
+        reason = (
+            errors[0]
+            if errors
+            else (
+                ": names no image; write image,caption with the file name of each image, or name "
+                "the column of file names with --image-column"
+            )
+        )
+        raise DataError(f"{self._files[0].name}{reason}")
 
     def add_text(self, label: str, place: str | None, text: str | None, size: int | None) -> None:
         """Add a record of an image, of a .txt of captions of some bytes, or of both."""
@@ -166,9 +185,11 @@ class Catalog:
             self._split_by_folder()
         if self._blank_rows:
             logger.warning("%s: %d rows without image and caption", name, self._blank_rows)
-        if 0 < self._rows_without_caption < self._rows:
-            rows = self._rows_without_caption, self._rows
-            logger.warning("%s: %d of %d rows have no caption", name, *rows)
+        if self._rows_without_caption:
+            logger.warning(
+                "%s: %d of %d rows have no caption, or a missing value such as nan",
+                *(name, self._rows_without_caption, self._rows),
+            )
         if repeated:
             logger.warning("%s: %d repeated captions were kept once", name, repeated)
         return self
@@ -217,9 +238,13 @@ class Catalog:
         # The outermost, since a class may be called train too.
         splits = {folder: files.split_of(folder, inwards=True) for folder in folders}
         if len(names := set(splits.values())) > 1 and None not in names:
-            logger.info("%s: splits are taken from folder names", self._root)
+            # Images of the training split may lie in val2014, as those of Karpathy do.
+            own = files.split_of(posixpath.basename(self._files[0].name))
+            own = own if len(self._files) == 1 and any(entry.row for entry in entries) else None
+            where = f"the name {self._files[0].name}" if own else "folder names"
+            logger.info("%s: splits are taken from %s", self._root, where)
             for entry in entries:
-                entry.split = splits[posixpath.dirname(str(entry.place))]
+                entry.split = (entry.row and own) or splits[posixpath.dirname(str(entry.place))]
 
     def _record(self, file: _File, position: int) -> Record:
         entry = self._entries[position]
@@ -251,11 +276,10 @@ class Catalog:
                 content = files.decode_text(
                     files.read_bounded(self._root / entry.text, files.MAX_TEXT_BYTES)
                 )
+                found = captions_in_text(content, lines=self._caption_lines)
             except DataError as reason:
                 return Record(None, error=f"its captions {entry.text}: {reason}")
-            captions = [
-                (text, None) for text in files.captions_in(content, lines=self._caption_lines)
-            ]
+            captions = [(text, None) for text in found]
             if not captions and image is None:
                 return Record(None, error=f"{entry.text}: contains no caption")
         texts: dict[str, TextInput] = {}
@@ -280,6 +304,21 @@ class Catalog:
                 *(self._files[0].name, place, found[0]),
             )
         return found[0]
+
+    def _folder_inside(self, known: Collection[str], named: Collection[str | None]) -> str | None:
+        """Find the only folder of images that the paths of all rows may start from; say so."""
+        starts = {
+            name[: -len(end)]
+            for name in known
+            for cut in range(1, name.count("/") + 1)
+            if (end := name.split("/", cut)[-1]) in named
+        }
+        if len(starts) != 1:
+            return None
+        logger.info(
+            "%s: image paths start from %s", self._files[0].name, f"{self._root}/{min(starts)}"
+        )
+        return min(starts)
 
     def _range(self, position: int) -> tuple[int, int]:
         starts = [file.start for file in self._files[position : position + 2]]

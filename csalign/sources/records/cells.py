@@ -52,6 +52,19 @@ def captions_of(value: Any, name: str) -> tuple[str, ...]:
     return tuple(text for text in texts if text and text not in MISSING)
 
 
+def captions_in_text(content: str, *, lines: bool) -> list[str]:
+    """Split a text into the captions of its lines, or of the text itself; each once.
+
+    Raises:
+        DataError: it looks like a list and cannot be read as one.
+    """
+    parts = re.split(r"[\r\n]", content) if lines else [content]
+    try:
+        return list(dict.fromkeys(own for part in parts for own in captions_of(part, "text")))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
 def _sentence(item: Any) -> Any:
     if not isinstance(item, dict):
         return item

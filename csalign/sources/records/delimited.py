@@ -42,7 +42,6 @@ class Dialect(NamedTuple):
         start: number of lines before the first row.
         guess: how a list without a header is read, for people; "" where the header decides.
         free: index of the column whose cells may contain unquoted delimiters, if any.
-        skips_space: cells have a space before their quotes.
     """
 
     delimiter: str
@@ -50,7 +49,6 @@ class Dialect(NamedTuple):
     start: int
     guess: str = ""
     free: int | None = None
-    skips_space: bool = False
 
 
 class Values(NamedTuple):
@@ -76,13 +74,8 @@ def open_text(path: Path) -> BinaryIO:
 
 def to_utf8(data: bytes, errors: str = "replace") -> bytes:
     """Recode UTF-16 as UTF-8, and carriage returns as newlines if a text has no others."""
-    encoding = None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        encoding = "utf-16"
-    elif data[1:4:2] == b"\0\0" or data[0:3:2] == b"\0\0":
-        encoding = "utf-16-le" if data[1:4:2] == b"\0\0" else "utf-16-be"
-    if encoding is not None:
-        data = data.decode(encoding, errors).encode()
+        data = data.decode("utf-16", errors).encode()
     is_macintosh = b"\r" in data[:_HEAD_BYTES] and b"\n" not in data[:_HEAD_BYTES]
     return data.replace(b"\r", b"\n") if is_macintosh else data
 
@@ -113,7 +106,7 @@ def read_dialect(table: Path, head: Sequence[str], form: str, known: Collection[
     delimiter = max(signs, key=lambda sign: counts[sign])
     if not counts[delimiter]:
         if (found := read_list(lines, signs)) is not None:
-            return found._replace(start=start + found.start)
+            return found._replace(start=start)
         delimiter = next((sign for sign in signs if sign in lines[0]), delimiter)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
@@ -121,17 +114,6 @@ def read_dialect(table: Path, head: Sequence[str], form: str, known: Collection[
     except csv.Error as error:
         raise DataError(f"{table}, row {start + 1}: is malformed ({error}); {_QUOTES}") from None
     return Dialect(delimiter, names, start + reader.line_num)
-
-
-def skips_space(lines: Sequence[str], dialect: Dialect) -> bool:
-    """Check whether all quotes behind a separator and a space enclose a cell."""
-    sign, skipping = dialect.delimiter, dialect._replace(skips_space=True)
-    spaced = [line for line in lines if sign in ",;" and f'{sign} "' in line]
-    try:
-        widths = {len(next(reader_of([line], skipping))) for line in spaced}
-    except csv.Error:
-        return False
-    return widths == {len(dialect.names)}
 
 
 def text_form(head: Sequence[str], known: Collection[str]) -> str:
@@ -181,15 +163,12 @@ def read_list(lines: Sequence[str], signs: Collection[str]) -> Dialect | None:
         cells = [_cells(row, sign) for row in rows]
         if max(map(len, cells)) == 1 and re.search(r"[\t,;|]", "".join(rows)):
             continue  # it is hardly a list of names alone
-        # pandas writes the numbers of the columns where they have no names.
-        numbers = [str(column) for column in range(len(cells[0]))]
-        start = int(cells[0] in (numbers, ["", *numbers[:-1]]) and len(cells) > 1)
         are_even = len({len(row) for row in cells}) == 1 and any('"' in row for row in rows)
-        names = columns_of(cells[start:], can_cut=sign in "\t|" or are_even)
+        names = columns_of(cells, can_cut=sign in "\t|" or are_even)
         if names and (sign != " " or names[0] in ("image", "url")):
             listed = ", ".join(names)
             how = f", separated by {_SEPARATORS.get(sign, repr(sign))}" if len(names) > 1 else ""
-            return Dialect(sign, names, start, f"list without header of {listed}{how}")
+            return Dialect(sign, names, 0, f"list without header of {listed}{how}")
     return None
 
 
@@ -325,8 +304,8 @@ def reader_of(lines: Iterable[str], dialect: Dialect) -> Any:
     """Return a reader of the cells of each row; its `line_num` is the number of lines read."""
     if dialect.delimiter == " ":
         return (line.split(None, 1) for line in lines)
-    sign, skips = dialect.delimiter, dialect.skips_space
-    return csv.reader(lines, delimiter=sign, strict=True, skipinitialspace=skips)
+    sign = dialect.delimiter
+    return csv.reader(lines, delimiter=sign, strict=True, skipinitialspace=sign in ",;")
 
 
 def contains_row(cells: Sequence[str], dialect: Dialect) -> bool:

@@ -25,6 +25,7 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 _MAX_FILES = 100_000
 _BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
+_NUL = "contains NUL bytes, as of find -print0 or UTF-16; write one entry per line, in UTF-8"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _BRACE_FORMS = "write {00000..00012}, or {a,b}"
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -89,10 +90,10 @@ def common_folder(paths: Sequence[Path]) -> Path:
     return folder
 
 
-def size_of(path: Path) -> int:
-    """Return the size of a file in bytes; raises `DataError` if there is none."""
+def size_of(path: Path, known: int | None = None) -> int:
+    """Return the size of a file in bytes, unless `known`; raises `DataError` if there is none."""
     with translate_errors(path):
-        return path.stat().st_size
+        return path.stat().st_size if known is None else known
 
 
 def is_file(path: Path) -> bool:
@@ -143,7 +144,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 class Line(NamedTuple):
-    """A line of a text file: 1-based number, byte offset, text, and why it is not UTF-8."""
+    """A line of a text file: 1-based number, byte offset, text, and why it is not text in UTF-8."""
 
     number: int
     offset: int
@@ -151,16 +152,13 @@ class Line(NamedTuple):
     error: str | None
 
 
-def read_lines(
-    name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES, refuse_nul: bool = False
-) -> Iterator[Line]:
+def read_lines(name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Yield the lines of a UTF-8 file with their line ends.
 
     Args:
         name: of the file, for messages.
         file: from its start, or from the start of a line.
         max_bytes: of a line.
-        refuse_nul: raise for NUL bytes rather than pass them on.
 
     Raises:
         DataError: the file cannot be read, or a line is too long; the message names the row.
@@ -173,12 +171,7 @@ def read_lines(
                     f"{name}, row {number}: is longer than {max_bytes >> 20} MiB; end each row "
                     "with a line break"
                 )
-            if refuse_nul and b"\0" in data:
-                raise DataError(
-                    f"{name}: contains NUL bytes, as find -print0 writes them; use one line per "
-                    "entry, as find -print does"
-                )
-            error = None
+            error = _NUL if b"\0" in data else None
             try:
                 text = decode_text(data, offset)
             except DataError as reason:
@@ -217,12 +210,6 @@ def decode_text(data: bytes, start: int = 0) -> str:
     except UnicodeDecodeError as error:
         byte, offset = data[error.start], start + error.start
         raise DataError(f"is not UTF-8 (byte 0x{byte:02x} at offset {offset})") from None
-
-
-def captions_in(content: str, *, lines: bool) -> list[str]:
-    """Split a text into its captions, its lines or the whole text: stripped, once, not empty."""
-    parts = re.split(r"[\r\n]", content) if lines else [content]
-    return list(dict.fromkeys(text for text in (part.strip() for part in parts) if text))
 
 
 def printable(name: str) -> str:
@@ -303,10 +290,8 @@ def fingerprint(parts: Iterable[object]) -> str:
 def _local_files(folder: Path) -> dict[str, int | None]:
     root, seen = os.path.realpath(folder), set()
     found: dict[str, int | None] = {}
-    folders: list[str] = [""]
-    links: list[str] = []
-    outside: list[str] = []
-    refused: list[str] = []
+    folders, links = [""], list[str]()
+    outside: dict[str, list[str]] = {"folder": [], "file": []}
     while folders or links:
         # Links come last, so that a folder is read once, under its own name.
         parent = folders.pop() if folders else links.pop()
@@ -324,24 +309,20 @@ def _local_files(folder: Path) -> dict[str, int | None]:
                 continue
             is_link = entry.is_symlink()
             is_folder = os.path.isdir(entry) if is_link else entry.is_dir()  # noqa: PTH112
-            if is_link and _leads_out(root, real, entry):
-                (refused if is_folder else outside).append(name)
+            leads_out = is_link and not f"{os.path.realpath(entry)}/".startswith(f"{root}/")
+            if leads_out:
+                outside["folder" if is_folder else "file"].append(name)
             if not is_folder:
                 found[name] = None
-            elif name not in refused[-1:]:
+            elif not leads_out:
                 (links if is_link else folders).append(f"{name}/")
-    for names, what in ((refused, "folder"), (outside, "file")):
+    for what, names in outside.items():
         if names:
             logger.warning(
                 f"{folder}: {counted(len(names), what)} behind links out of it "
-                f"{'not ' * (names is refused)}read, such as {names[0]}"
+                f"{'not ' if what == 'folder' else ''}read, such as {names[0]}"
             )
     return found
-
-
-def _leads_out(root: str, folder: str, link: os.DirEntry[str]) -> bool:
-    target = os.path.normpath(os.path.join(folder, os.readlink(link)))  # noqa: PTH115, PTH118
-    return not f"{target}/".startswith(f"{root}/")
 
 
 def _is_clutter(name: str) -> bool:

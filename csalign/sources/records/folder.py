@@ -85,7 +85,7 @@ def warn_of_unread(folder: Path, found: Iterable[str], read: Collection[str]) ->
             remedy = "for HEIC install pillow-heif, for JPEG XL pillow-jxl-plugin"
         logger.warning(
             f"{folder}: {counted(len(rest), 'file')} not read ({listed}), such as "
-            f"{', '.join(rest[:3])}; {remedy}"
+            f"{', '.join(map(files.printable, rest[:3]))}; {remedy}"
         )
 
 

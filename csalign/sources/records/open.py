@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 STDIN = "-"
 _COLUMNAR = (".parquet", ".arrow")
-_JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+_JSON_LINES = (".jsonl", ".ndjson")
 
 # What --kind may say of a file, by the form that its content has; the first is what it is.
 _KINDS: dict[str, tuple[Kind, ...]] = {
@@ -128,7 +128,10 @@ class _Opener:
             if not self._options.captions.is_file():
                 meant = likely_meant(self._options.captions) or "; pass a captions table"
                 raise DataError(f"{self._options.captions}: no such file{meant}")
-            source = self._file(self._options.captions, folder, images_in(folder, found))
+            images = images_in(folder, found)
+            source = self._file(self._options.captions, folder, self._below_images(folder, images))
+            if isinstance(source, Catalog):
+                source.check_pairs()
             if Modality.TEXT not in source.sides:
                 raise DataError(
                     f"{self._options.captions}: contains no captions; fill in its column of "
@@ -148,7 +151,7 @@ class _Opener:
             return self._containers(folder, found)
         if tables := [] if kind == "folder" else _tables_in(folder, found):
             warn_of_unread(folder, found, {*tables, *images})
-            return self._tables(folder, tables, images)
+            return self._tables(folder, tables, self._below_images(folder, images))
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
@@ -158,6 +161,11 @@ class _Opener:
             found = {name: found[name] for name in found if name.lower().endswith(TEXTS)}
         lines = self._options.caption_lines is not False
         return read_folder(folder, found, images, caption_lines=lines)
+
+    def _below_images(self, folder: Path, images: list[str]) -> list[str]:
+        """List images relative to --images, where that is given."""
+        root = self._options.images
+        return images if root in (None, folder) else images_in(root, files.files_below(root))
 
     def _tables(self, folder: Path, tables: Sequence[str], images: Sequence[str]) -> Source:
         """Open the captions tables of a folder; their paths start from their own folders."""
@@ -220,11 +228,8 @@ class _Opener:
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
         catalog = Catalog(root)
-        read_as = self._add_rows(catalog, table, form)
+        description = self._add_rows(catalog, table, form)
         catalog.add_found(found)
-        description = "list of images" if form == "list" else "text file with one caption per line"
-        if form in SUFFIXES:
-            description = read_as
         return catalog.finish(description)
 
     def _add_rows(
@@ -257,8 +262,7 @@ class _Opener:
         from csalign.sources.records.parquet import open_parquet
 
         images = self._options.images or images
-        known = list(sizes.values())
-        return open_parquet(root, list(sizes), self._options, images=images, sizes=known, **given)
+        return open_parquet(root, sizes, self._options, images=images, **given)
 
 
 def recognise(file: Path) -> str:
@@ -290,7 +294,7 @@ def recognise(file: Path) -> str:
             ".parquet), a .json of COCO or Karpathy, a .tar, or a .txt of captions"
         )
     head = start.decode("utf-8-sig", errors="replace").strip().split("\n")
-    if suffix in _JSON_SUFFIXES or head[0].startswith(("{", "[")):
+    if suffix in (".json", *_JSON_LINES) or re.match(r'\{\s*("|$)|\[\s*([\[{"]|$)', head[0]):
         return _json_form(head, suffix)
     is_cut = len(start) >= 1 << 15 and len(head) > 1  # in its last line
     return text_form(head[: len(head) - is_cut][:HEAD_LINES], KNOWN_NAMES)
@@ -298,15 +302,13 @@ def recognise(file: Path) -> str:
 
 def _json_form(head: Sequence[str], suffix: str) -> str:
     """Return ".jsonl" for one object per line, ".json" for a document, maybe of many lines."""
-    is_lines = suffix in (".jsonl", ".ndjson")
+    if re.match(r"(\{|\[)\s*$|\[\s*\{", head[0]):
+        return ".json"
     try:
-        first = parse_json(head[0].strip().rstrip(","))
-        is_object = isinstance(first, dict) or (
-            is_lines and not (isinstance(first, list) and first and isinstance(first[0], dict))
-        )
+        is_object = isinstance(parse_json(head[0].strip().rstrip(",")), dict)
     except ValueError:
-        is_object = is_lines and re.match(r"(\{|\[)\s*$|\[\s*\{", head[0]) is None
-    return ".jsonl" if is_object and (suffix != ".json" or len(head) > 1) else ".json"
+        is_object = False
+    return ".jsonl" if suffix in _JSON_LINES or (is_object and len(head) > 1) else ".json"
 
 
 def _tables_in(folder: Path, found: Sizes) -> list[str]:

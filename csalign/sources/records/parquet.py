@@ -18,11 +18,11 @@ from csalign.core.figures import counted
 from csalign.sources import arrow
 from csalign.sources.arrow import ArrowFile, DamagedError, InvalidText, column_values, open_arrow
 from csalign.sources.records import (
+    FileSource,
     ImageInput,
     Record,
     SourceFile,
     TextInput,
-    UnreadableFile,
     cells,
     files,
     warn_of_unreadable,
@@ -68,12 +68,11 @@ class Layout(NamedTuple):
 
 def open_parquet(
     root: Path,
-    paths: Sequence[str],
+    sizes: Mapping[str, int | None],
     options: SourceOptions,
     *,
     images: Path | None = None,
     found: Collection[str] = (),
-    sizes: Sequence[int | None] | None = None,
     parents: Collection[str] = (),
 ) -> "ParquetSource | Catalog":
     """Open Parquet or Arrow files as a source.
@@ -83,22 +82,17 @@ def open_parquet(
 
     Args:
         root: folder of all files.
-        paths: the files, relative to `root`.
+        sizes: bytes of each file where known, by path relative to `root`.
         options: which columns to read.
         images: folder that image paths are relative to (default: `root`).
         found: images below `images` to be added where no row names them.
-        sizes: bytes of each file where known.
         parents: folders whose files have image paths that start from the folder itself.
 
     Raises:
         DataError: no file can be read, or one lacks a column or differs from the others.
     """
-    known = [
-        files.size_of(root / path) if size is None else size
-        for path, size in zip(paths, sizes or [None] * len(paths), strict=True)
-    ]
+    paths = list(sizes)
     layout, total, lost = _inspect(root, paths, options)
-    digest = files.fingerprint([layout, *paths, *known, *found, *lost.items()])
     if layout.kind == "path":
         catalog = Catalog(images or root)
         for position, path in enumerate(paths):
@@ -118,7 +112,12 @@ def open_parquet(
     if layout.found.split is None and splits:
         logger.info("%s: splits are taken from file names (%s)", root, ", ".join(splits))
     count = None if layout.found.id else total + len(lost)
-    return ParquetSource(root, paths, known, layout, images or root, count, digest, lost)
+    columns = {Modality.IMAGE: layout.found.image, Modality.TEXT: layout.found.caption}
+    sides = tuple(side for side, column in columns.items() if column is not None)
+    form = f"{_form(paths)} of {' and '.join(side.plural for side in sides)}"
+    known = [files.size_of(root / path, size) for path, size in sizes.items()]
+    place = images or root
+    return ParquetSource(form, root, paths, known, lost, (layout,), sides, count, layout, place)
 
 
 def _inspect(
@@ -196,64 +195,24 @@ def _image_kind(file: ArrowFile, name: str) -> str:
 
 def _form(paths: Sequence[str]) -> str:
     form = "Arrow" if paths[0].lower().endswith(arrow.ARROW) else "Parquet"
-    return f"{len(paths)} {form} file{'s' if len(paths) > 1 else ''}"
+    return counted(len(paths), f"{form} file")
 
 
 @dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(FileSource):
     """Parquet or Arrow files as a `Source`: each row a record.
 
     With an id column, adjacent rows of one id are one record, with the image of the first; further
     rows of the id are named by their number.
-
-    See `open_parquet`; `lost` is the reason per file that cannot be read, by position.
     """
 
-    root: Path
-    paths: Sequence[str]
-    sizes: Sequence[int]
     layout: Layout
-    images: Path
-    total: int | None
-    fingerprint: str
-    lost: Mapping[int, str]
-
-    @property
-    def description(self) -> str:
-        """See `Source`."""
-        return f"{_form(self.paths)} of {' and '.join(side.plural for side in self.sides)}"
-
-    @property
-    def files(self) -> Sequence[str]:
-        """See `Source`."""
-        return [files.printable((self.root / path).as_posix()) for path in self.paths]
-
-    @property
-    def sides(self) -> Collection[Modality]:
-        """See `Source`."""
-        columns = {
-            Modality.IMAGE: self.layout.found.image,
-            Modality.TEXT: self.layout.found.caption,
-        }
-        return tuple(side for side, column in columns.items() if column is not None)
-
-    @property
-    def total_images(self) -> int | None:
-        """See `Source`; a row may lack its image."""
-        return 0 if self.layout.found.image is None else self.total
-
-    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
-        """See `Source`; of name, size and columns of the file."""
-        own = (self.paths[position], self.sizes[position], self.lost.get(position))
-        return files.fingerprint([self.layout, *own])
+    images: Path  # folder that image paths start from
 
     @contextmanager
-    def open(self, position: int) -> Iterator[SourceFile]:
-        """See `Source`."""
-        if position in self.lost:
-            yield UnreadableFile(self.files[position], self.lost[position])
-            return
-        with open_arrow(self.root / self.paths[position]) as file:
+    def open_readable(self, path: Path, position: int) -> Iterator[SourceFile]:
+        """See `FileSource`."""
+        with open_arrow(path) as file:
             yield ParquetFile(self, position, file)
 
 

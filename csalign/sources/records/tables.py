@@ -1,12 +1,8 @@
 """Read captions tables row by row, or tables of strings whole: .csv, .tsv, .jsonl, plain text."""
 
-import csv
-import io
 import logging
 import re
-from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
@@ -16,18 +12,15 @@ from pydantic import Field
 from csalign.core.config import Config, Location
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
-from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json
 from csalign.sources.records import delimited, files
 from csalign.sources.records.cells import (
     BASE64_NAMES,
-    MISSING,
     captions_of,
     decode_base64,
     id_of,
     is_base64,
     is_base64_name,
-    is_missing,
     plain_name,
     text_of,
 )
@@ -49,8 +42,7 @@ CAPTION_NAMES = (
     *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
 )
 SPLIT_NAME = "split"
-_CHUNK_ROWS = 65_536
-_PROBED = 1_000
+_FORMS = {"list": "list of images", ".txt": "text file with one caption per line"}
 # Usual names of columns, by which a header is recognised.
 KNOWN_NAMES = frozenset(
     [
@@ -71,6 +63,7 @@ class Row(NamedTuple):
     id: str | None = None
     error: str | None = None  # why the row cannot be used; everything but its number is then absent
     offset: int | None = None  # byte where the row starts, if `image` is base64 rather than a path
+    lacks_caption: bool = False  # although there is a column of captions
 
 
 class TableColumns(NamedTuple):
@@ -101,11 +94,6 @@ class TableColumns(NamedTuple):
         for name in self.more:
             found += captions_of(values.get(name), name)
         return found
-
-    def has_missing(self, values: Mapping[str, Any]) -> bool:
-        """Check whether a caption of a row is a word for a missing value."""
-        names = () if self.caption is None else (self.caption, *self.more)
-        return any(values.get(name) is not None and is_missing(values[name]) for name in names)
 
     def warn_of_one_side(self, names: Collection[str], table: Path) -> None:
         """Warn if one side is missing where another column may have been meant."""
@@ -215,6 +203,8 @@ class TableReader:
     @property
     def description(self) -> str:
         """How the table is read, for people."""
+        if self._form not in SUFFIXES:
+            return _FORMS[self._form]
         if self._dialect is not None and self._dialect.guess:
             return self._dialect.guess
         return f"{self._form[1:].upper()} table with {str(self.found) or 'no rows'}"
@@ -225,10 +215,13 @@ class TableReader:
         Raises:
             DataError: the whole table is unusable; the message names the table and the row.
         """
+        yield from self.rows_of(self.values(file))
+
+    def rows_of(self, parsed: Iterable[Values]) -> Iterator[Row]:
+        """Make rows of values by column."""
         picked: dict[tuple[str, ...], TableColumns] = {}
         seen: dict[str, None] = {}
-        missing = 0
-        for number, offset, values, error in self.values(file):
+        for number, offset, values, error in parsed:
             if error is not None:
                 yield Row(number, error=error)
                 continue
@@ -238,10 +231,7 @@ class TableReader:
                 seen |= dict.fromkeys(names)
                 if self._dialect is not None:
                     self._options.find(names, self._table)
-            row = row_of(number, values, found := picked[names], offset)
-            missing += len(row.captions) <= len(found.more) and found.has_missing(values)
-            yield row
-        warn_of_missing(self._table, missing)
+            yield row_of(number, values, picked[names], offset)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
             self.found = self._options.find(seen, self._table)
             self.found.warn_of_one_side(seen, self._table)
@@ -261,11 +251,11 @@ class TableReader:
     def values(self, file: BinaryIO) -> Iterator[Values]:
         """Yield number, offset, values by column, and error of each row of the open file."""
         is_text = self._form not in SUFFIXES
-        lines = files.read_lines(self._table, file, refuse_nul=is_text)
+        lines = files.read_lines(self._table, file)
         if self._form in (".csv", ".tsv"):
             if self._dialect is None:
                 head = list(islice(lines, delimited.HEAD_LINES))
-                self._dialect = _dialect_of(self._table, head, self._form, self._options)
+                self._dialect = dialect_of(self._table, head, self._form, self._options)
                 lines = chain(head[self._dialect.start :], lines)
             yield from delimited.parse_rows(self._table, lines, self._dialect)
             return
@@ -278,108 +268,7 @@ class TableReader:
                 yield _parse_json(line)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A whole table of strings: line number of each row, and values or None by column."""
-
-    path: Path
-    numbers: "array[int]"
-    columns: dict[str, list[str | None]]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def require(self, names: Sequence[str]) -> list[str | None]:
-        """Return the first of these columns that the table has, or raise `DataError`."""
-        for name in names:
-            if name in self.columns:
-                return self.columns[name]
-        listed = ", ".join(self.columns) or "none"
-        raise DataError(f"{self.path}: has no column {names[0]!r} (columns: {listed}); add it")
-
-    def where(self, row: int) -> str:
-        """Name the file and line of a row counted from 0, for messages."""
-        return f"{self.path}, row {self.numbers[row]}"
-
-
-def read_table(path: Path) -> Table:
-    """Read a whole .csv, .tsv or .jsonl of strings.
-
-    Raises:
-        DataError: no such file, it has another suffix, or a line is not UTF-8 or
-            malformed; the message names the row.
-    """
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise DataError(f"{path}: no such file{likely_meant(path)}")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size and (problem := stand_in(path)) is not None:
-        raise DataError(f"{path}: {problem}")
-    if suffix != ".jsonl" and (plain := _read_plain(path, suffix)) is not None:
-        return plain
-    table = Table(path, array("q"), {})
-    with delimited.open_text(path) as file:
-        for number, _, values, error in TableReader(path, SourceOptions(), suffix).values(file):
-            try:
-                if error is not None:
-                    raise ValueError(error)
-                # An id may be a number in JSON; as a string it is the same id.
-                cells = {
-                    name: None if value is None else text_of(str(value), "a cell") or None
-                    for name, value in values.items()
-                }
-            except ValueError as reason:
-                raise DataError(f"{path}, row {number}: {reason}") from None
-            for name in cells:
-                table.columns.setdefault(name, [None] * len(table))
-            for name, column in table.columns.items():
-                column.append(cells.get(name))
-            table.numbers.append(number)
-    _clean(table)
-    return table
-
-
-def _read_plain(path: Path, form: str) -> Table | None:
-    """Read a .csv or .tsv at once; None if it has an error, which a reader by lines names."""
-    csv.field_size_limit(files.MAX_LINE_BYTES)
-    numbers = array("q")
-    try:
-        # As in the reader by lines, a carriage return alone does not end a row.
-        with io.TextIOWrapper(delimited.open_text(path), "utf-8-sig", newline="\n") as file:
-            head = [files.Line(0, 0, line, None) for line in islice(file, delimited.HEAD_LINES)]
-            dialect = _dialect_of(path, head, form, SourceOptions())
-            if dialect.guess:
-                logger.info(f"{path}: read as a {dialect.guess}")
-            if dialect.delimiter == " ":
-                return None
-            file.seek(0)
-            before = sum(1 for _ in islice(file, dialect.start))
-            reader = delimited.reader_of(file, dialect)
-            columns: list[list[str | None]] = [[] for _ in dialect.names]
-
-            def rows() -> Iterator[list[str]]:
-                number = reader.line_num + 1
-                for row in reader:
-                    if row:
-                        if reader.line_num > number and delimited.contains_row(row, dialect):
-                            raise ValueError("unclosed quote")
-                        numbers.append(before + number)
-                        yield row
-                    number = reader.line_num + 1
-
-            rest = rows()
-            while chunk := list(islice(rest, _CHUNK_ROWS)):
-                for column, cells in zip(columns, zip(*chunk, strict=True), strict=True):
-                    column += [cell.strip() or None for cell in cells]
-    except (csv.Error, ValueError, OSError):
-        return None
-    table = Table(path, numbers, dict(zip(dialect.names, columns, strict=True)))
-    _clean(table)
-    return table
-
-
-def _dialect_of(
+def dialect_of(
     table: Path, head: Sequence[files.Line], form: str, options: SourceOptions
 ) -> Dialect:
     """Recognise how a table is written, with unique names of columns, or raise `DataError`."""
@@ -402,26 +291,7 @@ def _dialect_of(
     free = None if caption is None else names.index(caption)
     if free != len(names) - 1 and not (free == 0 and dialect.guess):
         free = None
-    dialect = dialect._replace(names=names, free=free)
-    skips = delimited.skips_space([line.text for line in head[dialect.start :]], dialect)
-    return dialect._replace(skips_space=skips)
-
-
-def _clean(table: Table) -> None:
-    """Remove the number of a caption from names of images, and words for missing captions."""
-    for name, cells in table.columns.items():
-        plain = plain_name(name)
-        if plain in IMAGE_NAMES and any("#" in cell for cell in cells[:_PROBED] if cell):
-            cells[:] = [cell and delimited.without_number(cell) for cell in cells]
-        elif plain in CAPTION_NAMES:
-            if not MISSING.isdisjoint(cells):
-                cells[:] = [None if cell in MISSING else cell for cell in cells]
-            for row in [row for row, cell in enumerate(cells) if cell and cell[-1] in "])"]:
-                if captions_of(cells[row], name) != (cells[row],):
-                    raise DataError(
-                        f"{table.where(row)}: has a list of captions in column {name!r}; write a "
-                        "row for each"
-                    )
+    return dialect._replace(names=names, free=free)
 
 
 def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int = 0) -> Row:
@@ -437,15 +307,11 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    split = usual_split(split) or split
+    split = usual_split(split) or ("" if split in MISSING else split)
     image = image if in_base64 else delimited.without_number(image)
-    return Row(number, image, captions, split or None, own, None, offset if in_base64 else None)
-
-
-def warn_of_missing(path: Path, count: int) -> None:
-    """Warn of rows that have a word such as nan in place of a caption."""
-    if count:
-        logger.warning(f"{path}: {count} captions are missing values, such as nan or None")
+    lacks = found.caption is not None and not captions
+    at = offset if in_base64 else None
+    return Row(number, image, captions, split or None, own, offset=at, lacks_caption=lacks)
 
 
 def _parse_json(line: files.Line) -> Values:

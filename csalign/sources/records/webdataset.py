@@ -3,30 +3,31 @@
 import os
 import posixpath
 import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from csalign.core.enums import Modality, usual_split
+from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.core.paths import is_remote, stand_in
 from csalign.core.records import parse_json
 from csalign.sources import images
 from csalign.sources.records import (
+    FileSource,
     ImageInput,
     IndexedFile,
     Record,
     SourceFile,
     TextInput,
-    UnreadableFile,
     files,
     warn_of_unreadable,
 )
-from csalign.sources.records.cells import text_of
-from csalign.sources.records.tables import SourceOptions
+from csalign.sources.records.cells import captions_in_text
+from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, row_of
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
@@ -36,38 +37,15 @@ _EXTENSIONS = tuple(
 
 
 @dataclass(frozen=True)
-class TarSource:
-    """Tar files below `root` as a `Source`; `errors` has why some cannot be read at all."""
+class TarSource(FileSource):
+    """Tar files as a `Source`."""
 
-    root: Path
-    paths: Sequence[str]
-    sizes: Sequence[int]
-    errors: Mapping[int, str]
     columns: SourceOptions
     caption_lines: bool
-    description: str
-    files: Sequence[str]
-    sides: Collection[Modality]
-    total: None = None  # not known before the tars are read
-    total_images: None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """See `Source`."""
-        return files.fingerprint(self.fingerprint_of(k, 0, 0) for k in range(len(self.paths)))
-
-    def fingerprint_of(self, position: int, start: int, stop: int) -> str:
-        """See `Source`: name and size of the tar."""
-        own = (self.paths[position], self.sizes[position], self.errors.get(position))
-        return files.fingerprint([self.columns, self.caption_lines, *own])
 
     @contextmanager
-    def open(self, position: int) -> Iterator[SourceFile]:
-        """See `Source`; a remote tar is copied to a temporary file first."""
-        if position in self.errors:
-            yield UnreadableFile(self.files[position], self.errors[position])
-            return
-        path = self.root / self.paths[position]
+    def open_readable(self, path: Path, position: int) -> Iterator[SourceFile]:
+        """See `FileSource`; a remote tar is copied to a temporary file first."""
         with files.local_copy(path) as local, files.open_file(local) as file:
             yield _TarFile(self, position, file)
 
@@ -88,21 +66,15 @@ def open_tars(
     """
     if len({posixpath.splitext(path)[0] for path in tars}) < len(tars):
         raise DataError(f"{root}: contains tar files that differ only in their suffix; rename one")
-    sizes = [files.size_of(root / path) if size is None else size for path, size in tars.items()]
+    sizes = [files.size_of(root / path, size) for path, size in tars.items()]
     found = {position: _tar_error(root / path) for position, path in enumerate(tars)}
     errors = {position: error for position, error in found.items() if error is not None}
     warn_of_unreadable(root, errors, len(tars))
-    return TarSource(
-        root,
-        list(tars),
-        sizes,
-        errors,
-        columns,
-        caption_lines,
-        description=f"WebDataset of {len(tars)} tar file{'s' if len(tars) > 1 else ''}",
-        files=[files.printable((root / path).as_posix()) for path in tars],
-        sides=(Modality.TEXT,) if columns.kind == "captions" else tuple(Modality),
-    )
+    description = f"WebDataset of {counted(len(tars), 'tar file')}"
+    sides = (Modality.TEXT,) if columns.kind == "captions" else tuple(Modality)
+    settings = (columns, caption_lines)
+    # How many records there are is not known before the tars are read.
+    return TarSource(description, root, list(tars), sizes, errors, settings, sides, None, *settings)
 
 
 def _tar_error(path: Path) -> str | None:
@@ -223,13 +195,12 @@ class _TarFile:
         try:
             if sample.error is not None:
                 raise DataError(sample.error)
-            values = self._json(sample)
-            image = self._image(sample, values)
+            read = self._row(sample, row)
+            image = self._image(sample, read.id)
             texts = tuple(
                 TextInput(f"{self._prefix}/{sample.key}#{k}", caption, row)
-                for k, caption in enumerate(self._captions(sample, values))
+                for k, caption in enumerate(dict.fromkeys(read.captions))
             )
-            split = self._split_in(values)
             if image is None and not texts:
                 listed = [f".{extension}" for extension in sample.members]
                 listed[5:] = ["..."] if len(listed) > 5 else []
@@ -239,26 +210,39 @@ class _TarFile:
         except DataError as error:
             reason = f"{sample.key:.200}: {error}" if sample.key else str(error)
             return Record(None, row=row, error=reason)
-        return Record(image, texts, split, row)
+        return Record(image, texts, read.split or self._split, row)
 
-    def _split_in(self, values: dict[str, Any]) -> str | None:
-        key = SourceOptions(split_column=self._source.columns.split_column).pick(values).split
-        if key is None or values[key] is None:
-            return self._split
-        try:
-            split = text_of(values[key], key)
-        except ValueError as error:
-            raise DataError(f"its json: {error}; name another with --split-column") from None
-        return usual_split(split) or split or None
+    def _row(self, sample: _Sample, number: int) -> Row:
+        """Read the captions, split and key of a sample."""
+        columns, values = self._source.columns, self._json(sample)
+        name = columns.id_column
+        if name not in (None, *values):
+            listed = ", ".join(values) or "none"
+            raise DataError(f"its json has no {name!r} (keys: {listed:.200}); correct --id-column")
+        found = columns.model_copy(update={"kind": "captions"}).pick(values)
+        others = () if found.caption else CAPTION_NAMES
+        names = (columns.caption_column,) if columns.caption_column else ("txt", *others)
+        own = next((name for name in names if name in sample.members and name != "json"), None)
+        if own is not None:
+            found = found._replace(caption=None, more=())
+        row = row_of(number, values, found)
+        if row.error is not None:
+            raise DataError(f"its json: {row.error}")
+        if own is None:
+            return row
+        content = self._text(sample, own)
+        return row._replace(
+            captions=tuple(captions_in_text(content, lines=self._source.caption_lines))
+        )
 
-    def _image(self, sample: _Sample, values: dict[str, Any]) -> ImageInput | None:
+    def _image(self, sample: _Sample, key: str | None) -> ImageInput | None:
         if self._source.columns.kind == "captions":
             return None
         for extension in (self._source.columns.image_column, *_EXTENSIONS):
             if extension in sample.members:
                 read = partial(_read_member, self._file, sample.members[extension])
                 path = f"{self.name}/{sample.key}.{extension}"
-                return ImageInput(f"{self._prefix}/{sample.key}", path, read, self._key(values))
+                return ImageInput(f"{self._prefix}/{sample.key}", path, read, key)
         for extension in sample.members:
             last = extension.rpartition(".")[2]
             if f".{last}" in images.SUFFIXES:
@@ -267,27 +251,6 @@ class _TarFile:
                     f"dot; name it .{last}, or choose it with --image-column"
                 )
         return None
-
-    def _key(self, values: dict[str, Any]) -> str | None:
-        name = self._source.columns.id_column
-        if name is None:
-            return None
-        if name not in values:
-            listed = ", ".join(values) or "none"
-            raise DataError(f"its json has no {name!r} (keys: {listed:.200}); correct --id-column")
-        return None if values[name] in (None, "") else str(values[name])
-
-    def _captions(self, sample: _Sample, values: dict[str, Any]) -> Sequence[str]:
-        wanted = self._source.columns.caption_column
-        extension = wanted or "txt"
-        if extension in sample.members and extension != "json":
-            content = self._text(sample, extension)
-            return files.captions_in(content, lines=self._source.caption_lines)
-        found = SourceOptions(kind="captions", caption_column=wanted).pick(values)
-        try:
-            return list(dict.fromkeys(found.captions_in(values)))
-        except ValueError as error:
-            raise DataError(f"its json: {error}") from None
 
     def _json(self, sample: _Sample) -> dict[str, Any]:
         if "json" not in sample.members:
