@@ -33,21 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageRows:
-    """The images of an array's rows.
+    """The images of an array's rows."""
 
-    Attributes:
-        columns: id, which is unique, source and split, (n,) large_string; null where unknown.
-        owners: (r,) image of each row of the array.
-        labels: of the rows of the array.
-        key: column of `labels` that the ids are, None if they are row numbers.
-        kept: (r,) mask of the first row of each image, None if no image repeats.
-    """
-
-    columns: dict[str, pa.Array]
-    owners: Ints
-    labels: Labels
-    key: str | None = None
-    kept: npt.NDArray[np.bool_] | None = None
+    columns: dict[str, pa.Array]  # id, which is unique, source, split, (n,); null where unknown
+    owners: Ints  # (r,) image of each row of the array
+    labels: Labels  # of the rows of the array
+    key: str | None = None  # column of `labels` that the ids are, None if they are row numbers
+    kept: npt.NDArray[np.bool_] | None = None  # (r,) first row of each image, None for all
 
     @property
     def ids(self) -> pa.Array:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from functools import cache, cached_property
-from typing import cast
+from typing import Literal, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -42,21 +42,16 @@ _SPLITS = re.compile(r"train|val|dev|test", re.IGNORECASE)
 _LAST = "by the last number of their names"
 
 Change = Callable[[pa.Array], pa.Array | None]
+Verdict = Literal["fits", "unpaired", "broken", "ambiguous", ""]
 
 
 @dataclass(frozen=True)
 class Match:
-    """Where the keys of some rows are among known keys.
+    """Where the keys of some rows are among known keys."""
 
-    Attributes:
-        rows: (m,) position of each key among the known ones, -1 if it is null or missing.
-        missing: rows, ascending, whose key is not null and is not known.
-        form: how the keys were compared, "" if as they are; such as "without extensions".
-    """
-
-    rows: Ints
-    missing: Ints
-    form: str
+    rows: Ints  # (m,) position of each key among the known ones, -1 if it is null or missing
+    missing: Ints  # rows, ascending, whose key is not null and is not known
+    form: str  # how the keys were compared, such as "without extensions"; "" if as they are
 
     @property
     def is_complete(self) -> bool:
@@ -289,10 +284,9 @@ class KeyPair:
     found: Match
 
     @cached_property
-    def images(self) -> Ints:
-        """Image of each text, -1 for none, (m,), if the images' column is their key."""
-        assert self.owners is not None
-        return self.found.among(self.owners)
+    def images(self) -> Ints | None:
+        """Image of each text, -1 for none, (m,); None if the images' column is not a key."""
+        return None if self.owners is None else self.found.among(self.owners)
 
     @property
     def is_same(self) -> bool:
@@ -311,58 +305,48 @@ class KeyPair:
         given = len(self.wanted.values) - self.wanted.values.null_count
         return self.found.found * 2 > given and not self.known.are_counted
 
-    @property
-    def is_broken(self) -> bool:
-        """Whether the columns are one key by name or by values, and do not fit."""
-        if self.owners is None:
-            is_likely = self.is_evident or (self.must_fit and self.found.found > 0)
-        else:
-            is_likely = not self.found.is_complete and (self.must_fit or self.is_evident)
-        return is_likely and self.rank < Rank.CAPTION
-
     @cached_property
-    def fits(self) -> bool:
-        """Whether the keys of all texts are known, and not by chance."""
-        wanted = self.wanted.values
-        if self.owners is None or not self.found.is_complete or not self.found.found:
-            return False
+    def verdict(self) -> Verdict:
+        """What names and values say of the columns, by the first rule that applies."""
+        found, wanted, images = self.found, self.wanted.values, self.images
+        if images is None or not found.is_complete:
+            is_likely = self.rank < Rank.CAPTION and (self.must_fit or self.is_evident)
+            return "broken" if is_likely and (found.found or images is not None) else ""
+        if not found.found:
+            return "unpaired" if self.rank <= Rank.REFERENCE else ""
         if not self.must_fit and wanted.null_count * 2 >= len(wanted):
-            return False
+            return ""
         if self.rank <= Rank.REFERENCE or not self.known.are_counted:
-            return True
-        is_counter = len(wanted) != len(self.known.values) and _are_in_order(self.images)
-        return self.is_same and self.rank <= Rank.OWN and not is_counter
+            return "fits"
+        is_in_order = np.array_equal(images, np.arange(len(images)))
+        if self.is_same and self.rank <= Rank.OWN:  # but the first rows are not so by number alone
+            return "" if is_in_order and len(wanted) != len(self.known.values) else "fits"
+        is_one_to_one = self.wanted.distinct == len(images) == self.known.distinct
+        return "ambiguous" if is_one_to_one and not is_in_order else ""
 
-    @property
-    def is_ambiguous(self) -> bool:
-        """Whether numbers that count are there on both sides, in another order."""
-        rows, is_counted = self.images, self.known.are_counted and self.found.is_complete
-        is_one_to_one = self.wanted.distinct == len(rows) == self.known.distinct
-        return is_counted and is_one_to_one and not _are_in_order(rows)
-
-    def problem(self, images: Labels, texts: Labels) -> str:
-        """Say why columns that are one key do not fit."""
+    def problem(self, own: Labels, texts: Labels) -> str:
+        """Say why columns that are likely one key do not pair."""
+        where, keys, insist = f"{texts.name}: {self.name}", self.known.values, "--pair-by order"
+        if self.verdict == "ambiguous":
+            return (
+                f"{where} has the numbers of {self.other} of {own.name} in another order, which "
+                f"may be chance; pair by it with --pair-by {self.name}, or ignore it with {insist}"
+            )
         if self.owners is not None:
             named = f"by {self.other or 'row number'}, or else by row number from 0"
-            where = f"{texts.name}: {self.name}"
-            return unknown_key(self.found, self.wanted.values, self.known.values, where, named)
-        keys = self.known.values
+            return unknown_key(self.found, self.wanted.values, keys, where, named)
         if keys.null_count:
-            problem = f"{images.where(keys.is_null().index(True).as_py())}: has no {self.other}"
+            problem = f"{own.where(keys.is_null().index(True).as_py())}: has no {self.other}"
         else:
             row, first = first_repeated(keys) or (0, 0)
             problem = (
-                f"{images.where(row)}: duplicate {self.other} {keys[row].as_py()!r:.200}, also in "
-                f"{images.where(first)}"
+                f"{own.where(row)}: duplicate {self.other} {keys[row].as_py()!r:.200}, also in "
+                f"{own.where(first)}"
             )
         return (
             f"{problem}, and texts name their images by it; correct the keys, pass --pairs TABLE, "
-            "or ignore them with --pair-by order"
+            f"or ignore them with {insist}"
         )
-
-
-def _are_in_order(rows: Ints) -> bool:
-    return np.array_equal(rows, np.arange(len(rows)))
 
 
 def key_pairs(images: ImageRows, labels: Labels, only: str | None = None) -> Iterator[KeyPair]:

@@ -15,23 +15,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Labels:
-    """Columns of strings of some rows, read when they are asked for; there may be none.
+    """Columns of strings of some rows, read when they are asked for; there may be none."""
 
-    Attributes:
-        name: the file, for messages.
-        rows: number of rows.
-        where: returns file and row of a 0-based row.
-        names: of the columns, in the file's own spelling.
-        unread: columns named like keys that cannot be read, with the reason.
-        read: returns the `rows` values of a column, large_string, null where missing.
-    """
-
-    name: str
+    name: str  # the file, for messages
     rows: int
-    where: Callable[[int], str]
-    names: Sequence[str] = ()
-    read: Callable[[str], pa.Array] | None = None
-    unread: Mapping[str, str] = field(default_factory=dict)
+    where: Callable[[int], str]  # returns file and row of a 0-based row
+    names: Sequence[str] = ()  # of the columns, in the file's own spelling
+    read: Callable[[str], pa.Array] | None = None  # returns a column, large_string, (rows,)
+    unread: Mapping[str, str] = field(default_factory=dict)  # what look like keys, and the problem
     _known: dict[str, pa.Array] = field(default_factory=dict, compare=False, repr=False)
 
     def __bool__(self) -> bool:

@@ -39,26 +39,16 @@ class TextRows:
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides the pairs, the first that is given.
+    """What decides the pairs, the first that is given."""
 
-    Attributes:
-        pairs: a table of an image id per row, with the id of its text, or else one row per text.
-        owners: (m,) image row of each text row.
-        layout: how `owners` were made, for people.
-        is_shape: whether `owners` are those of the array's shape, which keys may replace.
-        by: "order", or a column of either side.
-        same_rows: whether both sides are columns of one table, and so are paired by row.
-        doubt: why the order of the rows cannot be trusted, "" if it can.
-        remedy: what to do where the counts differ, the end of a message.
-    """
-
-    pairs: Labels | None = None
-    owners: Ints | None = None
-    layout: str = ""
-    is_shape: bool = False
-    by: str | None = None
-    same_rows: bool = False
-    doubt: str = ""
+    pairs: Labels | None = None  # an image id per row, with the id of its text or one row per text
+    owners: Ints | None = None  # (m,) image row of each text row
+    layout: str = ""  # how `owners` were made, for people
+    is_shape: bool = False  # whether `owners` are of the array's shape, which keys may replace
+    by: str | None = None  # "order", or a column of either side
+    same_rows: bool = False  # whether both sides are columns of one table, and so paired by row
+    doubt: str = ""  # why the order of the rows cannot be trusted
+    # What to do where the counts differ.
     remedy: str = "give the image of each text with --pairs TABLE, or in a column image_id"
 
 
@@ -185,9 +175,10 @@ def _by_column(images: ImageRows, labels: Labels, name: str) -> tuple[Ints, str]
     for pair in key_pairs(images, labels, name):
         if is_both and (pair.name, pair.other) != (name, name):
             continue
-        if pair.owners is not None and pair.found.is_complete and pair.found.found:
+        is_complete = pair.images is not None and pair.found.is_complete
+        if pair.images is not None and is_complete and pair.found.found:
             return pair.images, pair.found.worded(name)
-        if is_both and (pair.owners is None or not pair.found.is_complete):
+        if is_both and not is_complete:
             raise DataError(pair.problem(images.labels, labels))
     raise DataError(f"{labels.name}: no column of the other side fits {name}; correct --pair-by")
 
@@ -208,28 +199,19 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
     for pair in key_pairs(images, labels):
         if pair.rank >= Rank.OWN and (best or is_bound):
             break
-        found, is_reference = pair.found, pair.rank <= Rank.REFERENCE
-        if pair.is_broken:
-            refused.append((found.found, pair.problem(images.labels, labels)))
-            is_bound |= pair.is_evident or is_reference
-        if pair.owners is None:
-            continue
-        how = pair.images, found.worded(pair.name)
-        if best and pair.is_evident:
-            _check_agreement(images, labels, best, *how)
-        if pair.fits:
+        if best and pair.is_evident and pair.images is not None:
+            _check_agreement(images, labels, best, pair.images, pair.name)
+        if pair.verdict in ("broken", "ambiguous"):
+            refused.append((pair.found.found, pair.problem(images.labels, labels)))
+            is_bound |= pair.is_evident or pair.rank <= Rank.REFERENCE
+        elif pair.verdict and pair.images is not None:
+            how = pair.images, pair.found.worded(pair.name)
+            if pair.verdict == "unpaired":
+                unpaired, is_bound = unpaired or how, True
+                continue
             best = best or how
             if not pair.known.are_counted:
                 break
-        elif found.is_complete and not found.found and is_reference:
-            unpaired, is_bound = unpaired or how, True
-        elif pair.is_ambiguous:
-            problem = (
-                f"{labels.name}: {pair.name} has the numbers of {pair.other} of "
-                f"{images.labels.name} in another order, which may be chance; pair by it with "
-                f"--pair-by {pair.name}, or ignore it with --pair-by order"
-            )
-            refused.append((found.found, problem))
     if best is None and refused:
         raise DataError(max(refused, key=lambda entry: entry[0])[1])
     return best or unpaired
@@ -268,7 +250,7 @@ def _check_layout(images: ImageRows, labels: Labels, owners: Ints, layout: str) 
     for pair in key_pairs(images, labels):
         if pair.rank > Rank.OWN:
             break
-        if pair.owners is not None and pair.is_evident:
+        if pair.images is not None and pair.is_evident:
             _check_agreement(images, labels, (owners, layout), pair.images, pair.name)
             if not pair.found.is_complete:
                 log.warning(

@@ -168,31 +168,17 @@ class Header(NamedTuple):
     dtype: str
 
 
-def _no_column(name: str) -> pa.Array:
-    raise KeyError(name)
-
-
 @dataclass(frozen=True)
 class Container:
-    """An open file of arrays.
+    """An open file of arrays."""
 
-    Attributes:
-        headers: of each array by name; of `UNNAMED` alone where the file is one array.
-        read: streams the array of a name, at most the given number of rows at a time.
-        labels: number of values of each list of texts or integers, by name.
-        read_labels: returns one of those, as large_string.
-        others: type of everything else in the file by name, for messages.
-        owners: the image of each text, by key, where the file states it.
-        is_table: whether all arrays describe the same rows.
-    """
-
-    headers: Mapping[str, Header]
-    read: Callable[[str, int], Iterator[Array]]
-    labels: Mapping[str, int] = field(default_factory=dict)
-    read_labels: Callable[[str], pa.Array] = _no_column
-    others: Mapping[str, str] = field(default_factory=dict)
-    owners: Mapping[str, str] = field(default_factory=dict)
-    is_table: bool = False
+    headers: Mapping[str, Header]  # by name; of `UNNAMED` alone where the file is one array
+    read: Callable[[str, int], Iterator[Array]]  # streams an array, at most so many rows at a time
+    labels: Mapping[str, int]  # number of values of each list of texts or integers
+    read_labels: Callable[[str], pa.Array]  # returns one of those, large_string
+    others: Mapping[str, str] = field(default_factory=dict)  # types of everything else
+    owners: Mapping[str, str] = field(default_factory=dict)  # image of each text, where stated
+    is_table: bool = False  # whether all arrays describe the same rows
 
     @property
     def vectors(self) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import NoneType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -222,13 +223,10 @@ def label_list(item: object) -> list[Any] | None:
     """Return a list of texts, numbers and None, also in tensors of one; None if it is not one."""
     if not isinstance(item, list | tuple):
         return None
-    plain = (str, bytes, int, float)
-    values = [
-        own.item() if hasattr(own, "item") and getattr(own, "ndim", 1) == 0 else own for own in item
-    ]
-    is_list = all(own is None or isinstance(own, plain) for own in values)
-    is_known = any(own is not None and not isinstance(own, bool) for own in values)
-    return values if is_list and is_known else None
+    values = [own.item() if getattr(own, "ndim", 1) == 0 else own for own in item]
+    kinds = {*map(type, values)}
+    is_list = kinds <= {str, bytes, int, float, bool, NoneType}
+    return values if is_list and kinds - {bool, NoneType} else None
 
 
 def to_keys(values: list[Any], name: str, path: Path) -> pa.Array:

@@ -101,7 +101,7 @@ def read_both(source: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
         return read_clip_retrieval(source)
     if source.is_dir() and (source / "manifest.json").is_file():
         raise ConfigError(f"{source}: is a feature set already")
-    first, _ = _files_of(source)[0][0]
+    first, _ = _files_of(source)[0]
     chosen = _both_names(first, columns)
     return {side: _read_all(source, side, name) for side, name in chosen.items()}
 
@@ -161,13 +161,16 @@ def split_spec(spec: Path) -> tuple[Path, str | None]:
 
 def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vectors:
     arrays = []
-    found, gap = _files_of(path)
+    found = _files_of(path)
     for file, split in found:
         array = base.read_named(file, _opener(file), modality, wanted)
         if split is not None and "split" not in array.labels.names:
             column = pa.repeat(pa.scalar(split, pa.large_string()), len(array))
             array = replace(array, labels=array.labels.with_columns({"split": column}))
         arrays.append(array)
+    gap = _gap_in([file for file, _ in found])
+    if gap:
+        log.warning("%s: %s", path, gap)
     return replace(base.join(str(path), arrays), gap=gap)
 
 
@@ -266,21 +269,17 @@ def _opener(path: Path) -> base.Opener:
     return OPENERS[suffix]
 
 
-def _files_of(path: Path) -> tuple[list[tuple[Path, str | None]], str]:
-    """Return the files to read, each with the split of its rows if known, and what is missing."""
+def _files_of(path: Path) -> list[tuple[Path, str | None]]:
+    """Return the files to read, each with the split of its rows if known."""
     if path.is_file():
-        return [(path, None)], ""
+        return [(path, None)]
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return dataset_files(path), ""
-    found, gap = _files_in(path)
-    return [(file, None) for file in found], gap
+        return dataset_files(path)
+    return [(file, None) for file in _files_in(path)]
 
 
-def _files_in(folder: Path) -> tuple[list[Path], str]:
-    """Return the files of embeddings in a folder, all of one kind, in natural order.
-
-    With them, which ones are followed by a gap in their numbers, "" if none is.
-    """
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of embeddings in a folder, all of one kind, in natural order."""
     found = [
         path
         for path in folder.iterdir()
@@ -294,15 +293,16 @@ def _files_in(folder: Path) -> tuple[list[Path], str]:
         raise DataError(
             f"{folder}: contains {' and '.join(kinds)} files; pass one of them, or move the others"
         )
-    found.sort(key=lambda path: base.natural_key(path.stem))
-    gap = ""
-    for before, after in pairwise(found):  # a missing file would shift all later rows
+    return sorted(found, key=lambda path: base.natural_key(path.stem))
+
+
+def _gap_in(paths: list[Path]) -> str:
+    """Say after which numbered file one is missing, which would shift all later rows."""
+    for before, after in pairwise(paths):
         low, high = (re.fullmatch(r"(.*?)(\d+)(\D*)", path.stem) for path in (before, after))
         if low and high and low[1] == high[1] and int(high[2]) > int(low[2]) + 1:
-            gap = f"{before.name} is followed by {after.name}; is a file between them missing?"
-            log.warning("%s: %s", folder, gap)
-            break
-    return found, gap
+            return f"{before.name} is followed by {after.name}; is a file between them missing?"
+    return ""
 
 
 def _is_list(path: Path) -> bool:

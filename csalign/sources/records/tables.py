@@ -16,6 +16,7 @@ from csalign.core.records import parse_json
 from csalign.sources.records import delimited, files
 from csalign.sources.records.cells import (
     BASE64_NAMES,
+    MISSING,
     captions_of,
     decode_base64,
     id_of,
