@@ -31,7 +31,10 @@ from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, ro
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
-    dict.fromkeys(("jpg", "png", "jpeg", "webp", *(name[1:] for name in sorted(images.SUFFIXES))))
+    dict.fromkeys(
+        ("jpg", "png", "jpeg", "webp", *(name[1:] for name in sorted(images.SUFFIXES)))
+        + ("heic", "heif", "jxl")  # fail by name where their plugin is missing
+    )
 )
 """Of images; the first that a sample has is its image."""
 
