@@ -186,8 +186,7 @@ def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, lis
     Those are the mistakes with the highest cosine, the widest margin over the match first.
     """
     aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
-    groups = evaluation.folds[0].groups and protocols.group_twins(rows)
-    twins = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, groups).twins
+    twins = protocols.find_twins(rows)
     to_text, to_image = map(np.concatenate, zip(*evaluation.first_ranks, strict=True))
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 
