@@ -22,11 +22,14 @@ def open_closed_streams() -> None:
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     raw, encoding = _Lossy(2, "w", closefd=False), getattr(sys.stderr, "encoding", None)
+    raw.instead_of = sys.stderr  # which might close the descriptor at its end
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", None, True)
 
 
 class _Lossy(io.FileIO):
     """A stream that drops what cannot be written, as messages must not end the work."""
+
+    instead_of: Any = None
 
     def write(self, data: Any) -> int:
         with suppress(OSError):

@@ -25,7 +25,7 @@ from csalign.sources.image_rows import ImageRows, keys_of_images
 from csalign.sources.labels import Ints, Labels
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
-REFERENCE, OWN, VALUES = 3, 6, 7  # ranks of `KeyPair`
+REFERENCE, OWN, VALUES, CAPTION, SKIPPED = 3, 6, 7, 9, 10  # ranks of `KeyPair`
 ROW = "image_row"  # always a row number from 0, as text_row
 _EXAMPLES = 3
 _SAMPLE = 256
@@ -112,9 +112,10 @@ class Keys:
             self._forms[name] = None if values is None else change(values)
         return self._forms[name]
 
-    def keep_apart(self, name: str) -> bool:
-        """Return whether different keys differ in a form too."""
-        return cast(bool, pc.count_distinct(self.form(name)).as_py() == self.distinct)
+    def keep_apart(self, name: str, of: str = "without spaces") -> bool:
+        """Return whether keys that differ in one form differ in another one too."""
+        one, two = (pc.count_distinct(self.form(form)).as_py() for form in (name, of))
+        return cast(bool, one == two)
 
     def may_be_among(self, known: "Keys") -> bool:
         """Return whether any of a sample of the keys is among known ones in the loosest forms."""
@@ -124,7 +125,7 @@ class Keys:
             (own := some.form(form)) is not None
             and (other := known.form(form)) is not None
             and pc.any(pc.is_in(other, value_set=own, skip_nulls=True)).as_py()
-            for form in ("without extensions, ignoring case", "as numbers", *_LOOSEST)
+            for form in _LOOSEST
         )
 
 
@@ -148,7 +149,7 @@ def match(wanted: Keys, known: Keys) -> Match:
         if wanted.form(form) is None or known.form(form) is None or not known.keep_apart(form):
             continue
         is_loose = form not in _EXACT
-        if is_loose and not wanted.keep_apart(form):
+        if is_loose and not wanted.keep_apart(form, "as clean paths"):
             continue
         if form == _LAST and all(side.form("as numbers") is None for side in (wanted, known)):
             continue
@@ -201,7 +202,9 @@ def _paths(keys: pa.Array) -> pa.Array:
     if pc.any(pc.match_substring(clean, "%")).as_py():
         values = [None if key is None else unquote(key) for key in clean.to_pylist()]
         clean = _composed(pa.array(values, pa.large_string()))
-    return pc.replace_substring_regex(pc.replace_substring_regex(clean, "/+", "/"), r"^(\./)+", "")
+    for pattern, new in (("/+", "/"), (r"^(\./)+", ""), (r"(.)#(?:enc:)?\d+$", r"\1")):
+        clean = pc.replace_substring_regex(clean, pattern, new)  # 1.jpg#0 is a caption of 1.jpg
+    return clean
 
 
 def _tails(folders: int) -> Callable[[pa.Array], pa.Array]:
@@ -267,7 +270,10 @@ _FORMS: dict[str, tuple[str, Callable[[pa.Array], pa.Array | None]]] = {
     "without extensions, ignoring case": ("without extensions", pc.utf8_lower),
     _LAST: ("without extensions", _last_numbers),
 }
-_LOOSEST = (_LAST, "as UUIDs")
+_LOOSEST = (
+    *("without extensions, ignoring case", "without extensions, as numbers"),
+    *(_LAST, "as UUIDs"),
+)
 
 
 @dataclass(frozen=True)
@@ -337,26 +343,27 @@ def key_pairs(images: ImageRows, labels: Labels, only: str | None = None) -> Ite
     """Compare the columns of texts and images, the likeliest pairs first.
 
     Ranks are at most `REFERENCE` for columns that refer to images by name, `OWN` for ids that may
-    be the texts' own, and more where only values can decide. Columns of images most of whose values
-    repeat, such as classes, are left out; so are all without the name `only`, if given.
+    be the texts' own, and more where only values can decide; captions come last. Columns of images
+    most of whose values repeat, such as classes, are left out; so are all without the name `only`,
+    if given.
     """
     own = images.labels
-    names = [name for name in labels.names if not _is_content(name)]
-    others = [name for name in (own.names if own else ()) if not _is_content(name)]
-    if own is not None and own.name == labels.name and only is None:  # columns of both sides
-        names = [name for name in names if name not in others]
+    is_shared = own is not None and own.name == labels.name  # lists of both sides in one file
     ranked: list[tuple[int, int, str, str | None]] = []
-    for name in names:
+    for name in labels.names:
         plain = plain_name(name)
         order = REFERENCES.index(plain) if plain in REFERENCES else len(REFERENCES)
         if plain == ROW or (plain in REFERENCES and images.key is None):
             ranked.append((0 if plain == ROW else REFERENCE, order, name, None))
-        if plain != ROW:
-            ranked += [(_rank(name, other, images.key), order, name, other) for other in others]
+        for key in own.names if own and plain != ROW else ():
+            rank = _rank(name, key, images.key)
+            if is_shared and own and name in own.names and only is None:
+                rank = SKIPPED if key in labels.names else max(rank, VALUES)
+            ranked.append((rank, order, name, key))
     texts: dict[str, Keys] = {}
     known: dict[str | None, tuple[Keys, Ints | None, bool]] = {}
     for rank, _, name, other in sorted(ranked, key=lambda entry: entry[:2]):
-        if only not in (None, name, other):
+        if only not in (None, name, other) or (rank == SKIPPED and only is None):
             continue
         wanted = texts.setdefault(name, Keys(labels.column(name)))
         if other not in known:
@@ -373,6 +380,8 @@ def key_pairs(images: ImageRows, labels: Labels, only: str | None = None) -> Ite
 
 def _rank(name: str, other: str, key: str | None) -> int:
     plain, is_same = plain_name(name), plain_name(name) == plain_name(other)
+    if not {plain, plain_name(other)}.isdisjoint((*CAPTION_NAMES, SPLIT_NAME)):
+        return CAPTION if is_same and plain != SPLIT_NAME else SKIPPED
     side = label_side(name)
     if plain in REFERENCES or (is_id(name) and side is Modality.IMAGE):
         return (1 if is_same else 2) if is_key(other) else VALUES
@@ -382,10 +391,6 @@ def _rank(name: str, other: str, key: str | None) -> int:
     if is_key(name) and is_key(other):
         return 4 if is_same else 5
     return VALUES if is_same else VALUES + 1
-
-
-def _is_content(name: str) -> bool:
-    return plain_name(name) in (*CAPTION_NAMES, SPLIT_NAME)
 
 
 def unknown_key(found: Match, wanted: pa.Array, known: pa.Array, where: str, named: str) -> str:

@@ -13,10 +13,21 @@ from csalign.sources.arrays.naming import (
     REFERENCES,
     TEXT_IDS,
     first_of,
+    is_counter,
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images, row_numbers
-from csalign.sources.keys import OWN, REFERENCE, ROW, KeyPair, Keys, key_pairs, match, unknown_key
+from csalign.sources.keys import (
+    CAPTION,
+    OWN,
+    REFERENCE,
+    ROW,
+    KeyPair,
+    Keys,
+    key_pairs,
+    match,
+    unknown_key,
+)
 from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
@@ -186,6 +197,8 @@ def _owners(
                     f"{own and own.name}: {name} looks like keys but {reason}, or pair rows in "
                     "order with --pair-by order"
                 )
+        _check_counters(labels, images.labels)
+        _check_counters(images.labels, labels)
         if rules.doubt:
             raise DataError(f"{rules.doubt}, or pair rows in order with --pair-by order")
     if len(texts.owners) != len(owners):
@@ -240,6 +253,8 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
         if pair.rank >= OWN and (best or is_bound):
             break
         found, is_most = pair.found, pair.is_most
+        if pair.rank == CAPTION and not (pair.is_key and found.is_complete):
+            continue
         if not pair.is_key:
             if is_most or (found.found and pair.is_strong and pair.is_same):
                 refused.append((found.found, _unusable(images.labels, str(pair.other))))
@@ -264,6 +279,23 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
     if best is None and refused:
         raise DataError(max(refused, key=lambda entry: entry[0])[1])
     return best or unpaired
+
+
+def _check_counters(labels: Labels | None, other: Labels | None) -> None:
+    """Raise DataError where a column numbers the rows in another order, as a table's old index."""
+    if labels is None:
+        return
+    shared = other.names if other and other.name == labels.name else ()
+    for name in labels.names:
+        if not is_counter(name) or name in shared:
+            continue
+        keys = Keys(labels.column(name))
+        is_index = keys.are_counted and keys.distinct == len(keys.values)
+        if is_index and (np.diff(pc.cast(keys.form("as numbers"), pa.int64())) < 0).any():
+            raise DataError(
+                f"{labels.name}: {name} numbers the rows in another order, and the other side has "
+                "no such column; sort the rows by it, or keep them with --pair-by order"
+            )
 
 
 def _check_layout(images: ImageRows, labels: Labels | None, owners: Ints, layout: str) -> None:

@@ -271,7 +271,7 @@ def test_a_repaired_table_resumes_after_the_unchanged_parts(
     table = photos / "captions.csv"
     whole = run("whole", part_rows=3)
     repaired = table.read_text()
-    table.write_text(repaired.replace("e.png,", "e.png,x,"))
+    table.write_text(repaired.replace("e.png,", 'e.png,"x",'))
     with pytest.raises(DataError, match=r"row 6 has 3 cells, .* resume with --retry-failures"):
         run(part_rows=3)
     partial = photos.parent / "features.partial"

@@ -151,7 +151,7 @@ def test_arrays_that_cannot_be_embeddings_are_refused_by_file_and_row(
         ("image_id,text_id\n0,0\n1,9\n", r"pairs\.csv, row 3: text '9' is unknown"),
         ("image_id,text_id\n0,0\n1,0\n", r"row 3: text '0' is also paired in .*pairs\.csv, row 2"),
         ("image_id,split\n0,a\n0,b\n1,a\n", "text '1' is in split 'b' and its image '0' in 'a'"),
-        ("image_id,caption\n0,a,b\n", r"pairs\.csv, row 2: has 3 cells, the header has 2"),
+        ('image_id,caption\n0,"a",b\n', r"pairs\.csv, row 2: has 3 cells, the header has 2"),
     ],
 )
 def test_a_pairs_table_that_does_not_fit_is_refused_by_row(

@@ -342,7 +342,7 @@ def test_what_was_chosen_is_no_gap(tmp_path: Path, caplog: pytest.LogCaptureFixt
         (["a.jpg", "0.tar"], "contains images as well as tar, Parquet or Arrow files; choose with"),
         (["a.parquet"], "a.parquet: cannot be read ("),
         (["a.arrow"], "a.arrow: cannot be read ("),
-        (["a.tar"], "a.tar: is not a tar file; write or download it again"),
+        (["a.tar"], "a.tar: is empty; write or download it again"),
         (["a.csv"], "a.csv: has no row with an image or a caption"),
         (["train/metadata.csv", "train/metadata.jsonl", "a.png"], "contains several tables (train"),
     ],

@@ -134,6 +134,18 @@ def npz(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
     return folder / "i.npz", folder / "t.npz"
 
 
+def two_lists(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    """Paths of which one list names its side."""
+    both = {"image_emb": torch.from_numpy(IMAGES), "text_emb": torch.from_numpy(TEXTS[rows])}
+    torch.save({**both, "image_paths": images, "paths": texts}, folder / "b.pt")
+    return (folder / "b.pt",)
+
+
+def txt2img(folder: Path, _: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    np.savez(folder / "b.npz", image_features=IMAGES, text_features=TEXTS[rows], txt2img=texts)
+    return (folder / "b.npz",)
+
+
 def npz_3d(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
     np.savez(folder / "i.npz", features=IMAGES, ids=np.array(images))
     np.savez(folder / "t.npz", features=TEXTS[rows][:, None].repeat(2, 1), ids=np.array(texts))
@@ -239,6 +251,19 @@ CARRIERS: dict[str, tuple[Write, Keys, Callable[[Any], Any], Callable[[Any], Any
     "npz 3-D": (npz_3d, NAMES, same, same),
     "safetensors": (tensor_of_keys, NUMBERS, same, same),
     "names of rows": (rows_by_name, NAMES, same, same),
+    "caption numbers": (
+        *(named_parquet("image", "caption_id"), NAMES, "{}.jpg".format, "{}.jpg#3".format),
+    ),
+    "hash": (
+        named_parquet("sha256", "sha256"),
+        NAMES,
+        lambda n: f"{n:0>64}",
+        lambda n: f"{n:0>64}",
+    ),
+    "captions": (named_parquet("caption", "caption"), NAMES, same, same),
+    "places of images": (named_parquet("image_id", "image_idx"), list(range(N)), same, same),
+    "two lists in a file": (two_lists, NAMES, "{}.jpg".format, "{}.jpg".format),
+    "txt2img": (txt2img, list(range(N)), same, same),
     "counting": (parquet, list(range(N)), same, same),
 }
 
@@ -306,6 +331,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "two keys": (
         *({"image_id": COUNTS, "file": NAMES}, {"image_id": COUNTS, "file": take(NAMES)}),
         r"row 0: belongs to image '0' by image_id, and to '7' by file; .* --pair-by file",
+    ),
+    "index of a table": (
+        *({"width": [640] * N}, {"__index_level_0__": take(COUNTS)}),
+        "__index_level_0__ numbers the rows in another order",
     ),
     "an image twice": (
         *({"file": [*NAMES[:9], NAMES[0]]}, {"file": take(NAMES[:9] + NAMES[:1])}),

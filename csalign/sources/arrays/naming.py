@@ -28,7 +28,7 @@ _WORDS = {
     },
     Modality.TEXT: {
         *("text", "texts", "txt", "txts", "caption", "captions", "title", "titles", "sentence"),
-        *("sentences", "language", "description", "descriptions", "prompt", "prompts"),
+        *("sentences", "language", "description", "descriptions", "prompt", "prompts", "txt2img"),
     },
 }
 
@@ -39,7 +39,7 @@ IMAGE_IDS = (
 )
 REFERENCES = (  # of texts, to images
     *("text_image_id", "text_image_ids", "caption_image_id", "caption_image_ids", *IMAGE_IDS),
-    "image_row",
+    *("image_row", "image_index", "image_idx", "img_index", "img_idx", "image_indices", "txt2img"),
 )
 TEXT_IDS = ("text_id", "text_ids", "caption_id", "caption_ids", "text_key", "text_keys")
 ITEM_IDS = ("id", "ids", "key", "keys", "uid", "uuid")  # of either side
@@ -49,6 +49,9 @@ _KEY_WORDS = {
     *("file", "files", "filename", "filenames", "filepath", "url", "urls", "uri", "cocoid"),
     *("imageid", "imgid", "image", "img"),
 }
+
+
+_COUNTERS = {"index", "idx", "indices", "row", "rows", "order", "position", "number", "unnamed"}
 
 
 def are_vectors(name: str) -> bool:
@@ -64,6 +67,11 @@ def is_key(name: str) -> bool:
 def is_id(name: str) -> bool:
     """Return whether a column is named like keys, and not like pictures or files."""
     return bool(words_of(name) & _KEY_WORDS - {"image", "img", "file", "files"})
+
+
+def is_counter(name: str) -> bool:
+    """Return whether a column is named like places of rows, as the index of a table."""
+    return bool(words_of(name) & _COUNTERS)
 
 
 def is_label(name: str) -> bool:

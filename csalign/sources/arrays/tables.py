@@ -116,7 +116,8 @@ def _read_list(path: Path) -> dict[str, list[Any]]:
         found = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({reason_of(error)}); write it again") from None
-    if isinstance(found, dict) and {*found.values()} == {*range(len(found))}:
+    is_index = isinstance(found, dict) and all(isinstance(own, int) for own in found.values())
+    if is_index and {*found.values()} == {*range(len(found))}:
         return {name: sorted(found, key=lambda key: found[key])}
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
         found = {key: [row.get(key) for row in found] for key in dict.fromkeys(chain(*found))}
