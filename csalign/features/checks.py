@@ -90,8 +90,14 @@ def check_directions(vectors: Array, ids: pa.Array, where: str) -> None:
 def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float32]:
     """Scale rows (n, d) to norm 1, in float32, after `check_directions`."""
     check_directions(values, ids, where)
-    wide = values.astype(np.float32)
-    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return scaled(values)
+
+
+def scaled(rows: Array) -> npt.NDArray[np.float32]:
+    """Scale rows (n, d) to norm 1, in float32; those of norm 0 stay."""
+    wide = rows.astype(np.float32)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    np.divide(wide, norms, out=wide, where=norms > 0)
     return wide
 
 
@@ -99,10 +105,8 @@ def alike(vectors: Array) -> Ints:
     """Return for each row (n, d) the first one of its direction, in float16's precision, (n,)."""
     found = [np.empty(0, np.int64)]
     for start in range(0, len(vectors), CHECKED_ROWS):
-        wide = vectors[start : start + CHECKED_ROWS].astype(np.float32)
-        norms = np.linalg.norm(wide, axis=1, keepdims=True)
-        np.divide(wide, norms, out=wide, where=norms > 0)
-        found.append(hash_rows(wide.astype(np.float16) + np.float16(0)))  # -0 becomes 0
+        unit = scaled(vectors[start : start + CHECKED_ROWS]).astype(np.float16)
+        found.append(hash_rows(unit + np.float16(0)))  # -0 becomes 0
     return first_alike(np.concatenate(found))
 
 
@@ -165,8 +169,7 @@ def _sample(table: FeatureTable) -> Array:
 def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
     """Measure rows (k, d), and word what is unusual, "" if nothing; see `examine`."""
     _, first, counts = np.unique(alike(rows), return_index=True, return_counts=True)
-    unit = rows[first].astype(np.float32)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    unit = scaled(rows[first])
     mean = unit.mean(axis=0, dtype=np.float64)
     squares, centred = np.square(unit).mean(axis=0), (unit - mean).astype(np.float32)
     variances = np.square(centred).mean(axis=0)
