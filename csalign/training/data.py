@@ -65,8 +65,16 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     """
     tick("reading")
     features = FeatureSet.open(options.features)
-    for path in options.unpaired:
-        _check_unpaired(FeatureSet.open(path), features, any_encoder=options.any_encoder)
+    for other in map(FeatureSet.open, options.unpaired):
+        pairs = {
+            side: (own, features.table(side).encoder)
+            for side in Modality
+            if (own := other.table(side).info) is not None
+        }
+        if IN_MEMORY not in (other.path.name, features.path.name):  # which name no encoder
+            remedy = "extract again with --{side}-encoder {spec}"
+            reference, insist = f"{features.path} come from", options.any_encoder
+            check_encoder(pairs, str(other.path), reference, remedy, any_encoder=insist)
     there = features.splits()
     never_split = set(there) == {None}
     split = join.ALL if options.train_split == "train" and never_split else options.train_split
@@ -212,18 +220,6 @@ class Unpaired:
             found.append(values[rows[own]].astype(np.float32))
             start += len(rows)
         return np.concatenate(found)
-
-
-def _check_unpaired(other: FeatureSet, features: FeatureSet, *, any_encoder: bool) -> None:
-    """Raise DataError unless a further set has the encoders of the features, if both name some."""
-    if IN_MEMORY not in (other.path.name, features.path.name):
-        there = {side: own for side in Modality if (own := other.table(side).info) is not None}
-        pairs = {side: (own, features.table(side).encoder) for side, own in there.items()}
-        reference, remedy = (
-            f"{features.path} come from",
-            "extract again with --{side}-encoder {spec}",
-        )
-        check_encoder(pairs, str(other.path), reference, remedy, any_encoder=any_encoder)
 
 
 def gather_unpaired(
