@@ -23,6 +23,7 @@ from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
+from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import (
     Job,
@@ -133,7 +134,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                     _warn_of_cut_texts(records, encoders.text)
                 partial.complete_and_commit()
         if is_owner:
-            warn_of_rows(config.out)
+            warn_of_rows(FeatureSet.open(config.out))
         else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()

@@ -24,6 +24,7 @@ from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated, 
 from csalign.sources.records.tables import IMAGE_NAMES, SPLIT_NAME
 
 _SAME = 1e-2  # distance of the sketches of one embedding that was computed twice
+MOST_CAPTIONS = 100  # of an image; more equal embeddings, if a tenth of all, are of blank pictures
 
 Sketch = Callable[[], npt.NDArray[np.float32]]
 Digests = Callable[[], Ints]
@@ -159,11 +160,14 @@ def _by_key(rows: ImageRows, labels: Labels, name: str, sketch: Sketch | None) -
 
 
 def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
-    """Make rows of equal embeddings one image, unless a column gives each row a name of its own."""
+    """Make rows of equal embeddings one image, unless a column gives each row a name of its own.
+
+    Where many rows are one embedding, as of blank pictures, all stay as they are.
+    """
     if digests is None:
         return rows
     _, first, codes = np.unique(digests(), return_index=True, return_inverse=True)
-    if len(first) == len(codes):
+    if len(first) == len(codes) or np.bincount(codes).max() > max(MOST_CAPTIONS, len(codes) // 10):
         return rows
     labels = rows.labels
     own = next(
