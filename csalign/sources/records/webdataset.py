@@ -31,10 +31,9 @@ from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, ro
 
 _BLOCK = 512
 _EXTENSIONS = tuple(
-    dict.fromkeys(
-        ("jpg", "png", "jpeg", "webp", *(name[1:] for name in sorted(images.SUFFIXES)))
-        + ("heic", "heif", "jxl")  # fail by name where their plugin is missing
-    )
+    # The last three fail by name where their plugin is missing.
+    dict.fromkeys(("jpg", "png", "jpeg", "webp", *(name[1:] for name in sorted(images.SUFFIXES))))
+    | dict.fromkeys(("heic", "heif", "jxl"))
 )
 """Of images; the first that a sample has is its image."""
 
