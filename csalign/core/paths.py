@@ -153,29 +153,24 @@ def likely_meant(path: Path, root: Path | None = None) -> str:
         return ""
     if os.path.islink(path):  # noqa: PTH114
         return f"; it is a link to {path.readlink()}, which is missing (try git annex get)"
-    found = respelled(str(path), root)
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)):
-        parts = str(path).replace("\\", "/").split("/")
-        ends = ("/".join(parts[k:]) for k in range(1, len(parts)))
-        found = next((own for end in ends if end and (own := respelled(end, root))), [])
-        meant = f", such as {found[0]!r}" if found else ""
-        return f"; it is a path of Windows, write where the file is here{meant}"
-    return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    parts = str(path).replace("\\", "/").split("/")
+    is_windows = re.match(r"[A-Za-z]:[\\/]|\\\\", str(path))
+    ends = ("/".join(parts[start:]) for start in range(1, len(parts)) if parts[start])
+    tried = [*ends] if is_windows else [str(path)]
+    found = next(filter(None, (respelled(own, root) for own in tried)), [])
+    meant = f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    return "; it is a path of Windows, write where the file is here" * bool(is_windows) + meant
 
 
-_COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"
 _STAND_INS = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git lfs pull",
     rb"\S*/annex/objects/": "is a git-annex pointer, not the file itself; run git annex get",
-    rb"\s*<(!doctype html|html)": "is a web page, which a server sent instead of the file; "
-    "download it again",
-    rb"\s*<(\?xml[^>]*>\s*<)?Error>": "is the error message of a server, not the file itself; "
-    "download it again",
-    rb"\x1f\x8b": _COMPRESSED.format("gunzip"),
-    rb"BZh\d1AY": _COMPRESSED.format("bunzip2"),
-    rb"\xfd7zXZ": _COMPRESSED.format("unxz"),
-    rb"\x28\xb5\x2f\xfd": _COMPRESSED.format("unzstd"),
+    rb"\s*<(!doctype html|html|(\?xml[^>]*>\s*<)?Error>)": "is a web page or an error message of a "
+    "server, not the file itself; download it again",
+    rb"\x1f\x8b|BZh\d1AY|\xfd7zXZ|\x28\xb5\x2f\xfd": "is compressed; unpack it first (gunzip, "
+    "bunzip2, unxz or unzstd)",
     rb"\0{512}": "begins with zeros alone, as an unfinished download does; download it again",
+    rb"\Z": "is empty; write or download it again",
 }
 _UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
 
@@ -186,15 +181,16 @@ def stand_in(content: Path | bytes) -> str | None:
     Args:
         content: the file, local or a URL, or its first bytes (512 or more).
     """
-    if content == b"":
-        return "is empty; write or download it again"
-    start = content if isinstance(content, bytes) else b""
     if not isinstance(content, bytes):
         if content.suffix.lower() in _UNFINISHED:
             return "is an unfinished download, by its name; download it again"
-        with suppress(Exception), content.open("rb") as file:  # also errors of object stores
-            start = file.read(1024)
-    return next((said for begin, said in _STAND_INS.items() if re.match(begin, start, re.I)), None)
+        try:
+            with content.open("rb") as file:
+                content = file.read(1024)
+        except Exception:  # also errors of object stores
+            return None
+    found = (said for start, said in _STAND_INS.items() if re.match(start, content, re.I))
+    return next(found, None)
 
 
 class Kind(StrEnum):

@@ -42,8 +42,7 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
     if weights is None:
         logger.warning("%s: random weights; the embeddings are meaningless", architecture.spec)
     else:
-        is_openai = openclip_models.load_weights(network, weights, architecture.spec, sides)
-        openclip_models.warn_of_activation(architecture, weights, is_openai=is_openai)
+        openclip_models.load_weights(network, weights, architecture, sides)
     record = {
         "spec": f"open_clip:{name}",
         "weights": running.fingerprint(network),
@@ -92,16 +91,6 @@ class OpenClipTexts(running.RunningEncoder):
     ) -> None:
         self._options = options
         self._tokenizer = tokenizer
-        self._counts: list[int] = []  # tokens of the texts, before they are cut
-        if isinstance(tokenizer, open_clip.SimpleTokenizer):
-            encode = tokenizer.encode
-
-            def encode_and_count(text: str) -> Any:
-                ids = encode(text)
-                self._counts.append(len(ids) + 2)  # and both marks
-                return ids
-
-            tokenizer.encode = encode_and_count
         space = options.token_space if Modality.TEXT in options.tokens else None
         self._side = _TextSide(tower.eval(), space)
         # In full precision, since lower would hide the difference.
@@ -114,7 +103,6 @@ class OpenClipTexts(running.RunningEncoder):
 
         Texts of similar length share a batch, which is cropped to the longest of them.
         """
-        self._counts.clear()
         ids: torch.Tensor = self._tokenizer(list(texts))  # (n, context length)
         lengths = self._lengths(ids)
 
@@ -127,13 +115,15 @@ class OpenClipTexts(running.RunningEncoder):
 
     def _cut(self, texts: Sequence[str], ids: torch.Tensor) -> list[int]:
         """Return the lengths in tokens of the texts that ids (n, t) contain in part."""
-        counts = self._counts
-        if hasattr(self._tokenizer, "tokenizer"):
-            # Its library is quick; only the rows without padding at the end are counted.
-            inner, clean = self._tokenizer.tokenizer, self._tokenizer.clean_fn
-            full = (ids[:, -1] != inner.pad_token_id).tolist()
-            rest = [clean(text) for text, is_full in zip(texts, full, strict=True) if is_full]
-            counts = [len(own) for own in inner(rest, verbose=False).input_ids] if rest else []
+        tokenizer = self._tokenizer
+        inner = getattr(tokenizer, "tokenizer", None)
+        padding = 0 if inner is None else inner.pad_token_id
+        is_full = (ids[:, -1] != padding).tolist()
+        full = [text for text, own in zip(texts, is_full, strict=True) if own]
+        if inner is None:
+            counts = [len(tokenizer.encode(text)) + 2 for text in full]  # and both marks
+        else:
+            counts = [len(inner(tokenizer.clean_fn(own), verbose=False).input_ids) for own in full]
         return [count for count in counts if count > ids.shape[1]]
 
     def _embed_ids(self, ids: torch.Tensor) -> Embedded:
