@@ -147,7 +147,7 @@ def check_settings(settings: Config) -> None:
             if isinstance(path, Path):
                 _check_path(settings, name, path)
                 inputs += [path] if name not in ("out", "report") else []
-    searched, is_extraction = None, isinstance(settings, ExtractConfig)
+    searched = None
     if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
         searched = Path(settings.source)
         if settings.source != "-" and not searched.exists():
@@ -159,7 +159,8 @@ def check_settings(settings: Config) -> None:
             settings.out,
             None,
             # A finished extraction may be started again, which changes nothing.
-            overwrite=settings.overwrite or (is_extraction and settings.is_repeated()),
+            overwrite=settings.overwrite
+            or (isinstance(settings, ExtractConfig) and settings.is_repeated()),
             inputs=tuple(inputs),
             searched=searched,
         )

@@ -228,28 +228,26 @@ def require_kind(path: Path, *wanted: Kind) -> None:
         path: of the folder, local or a URL.
         wanted: the kinds that will do; the first is the usual one.
     """
-    usual = wanted[0]
+    usual, remedy = wanted[0], _MAKERS[wanted[0]]
     if any((path / DOCUMENTS[kind]).is_file() for kind in wanted):
         return
-    remedy = _MAKERS[usual]
     if not path.exists():
+        problem = f"no such {usual.value.split(' ', 1)[1]}"
         unfinished = path.with_name(f"{path.name}.partial")
         if path.name and unfinished.exists():
             remedy = f"{unfinished} is unfinished work; rerun its command to resume"
         remedy = likely_meant(path).removeprefix("; ") or remedy
-        raise DataError(f"{path}: no such {usual.value.split(' ', 1)[1]}; {remedy}")
-    found = kind_of(path)
-    if found is not None:
-        instead = _instead(path, found, usual)
-        raise DataError(f"{path}: is {found.value}, not {usual.value}; {instead or remedy}")
-    if usual is Kind.FEATURES and path.suffix.lower() in _ARRAYS:
-        raise DataError(
-            f"{path}: is an array, not a feature set; import it first: csalign import "
-            "image.npy text.npy --out features"
-        )
-    if path.is_file():
-        raise DataError(f"{path}: is a file, not {usual.value}, which is a folder; {remedy}")
-    raise DataError(f"{path}: is not {usual.value} (no {DOCUMENTS[usual]} in it); {remedy}")
+    elif found := kind_of(path):
+        problem = f"is {found.value}, not {usual.value}"
+        remedy = _instead(path, found, usual) or remedy
+    elif usual is Kind.FEATURES and path.suffix.lower() in _ARRAYS:
+        problem = "is an array, not a feature set"
+        remedy = "import it first: csalign import image.npy text.npy --out features"
+    elif path.is_file():
+        problem = f"is a file, not {usual.value}, which is a folder"
+    else:
+        problem = f"is not {usual.value} (no {DOCUMENTS[usual]} in it)"
+    raise DataError(f"{path}: {problem}; {remedy}")
 
 
 def _instead(path: Path, found: Kind, wanted: Kind) -> str:

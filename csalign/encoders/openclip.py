@@ -10,7 +10,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer, VisionTransformer
 
 from csalign.core.enums import Modality
-from csalign.core.errors import EncoderError
 from csalign.encoders import openclip_models, running
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
 from csalign.features.schema import EncoderInfo
@@ -181,13 +180,17 @@ class OpenClipTexts(running.RunningEncoder):
         )
 
 
-class _ImageSide(torch.nn.Module):
-    """An image tower of open_clip; returns tokens too if a space for them is named."""
+class _Side(torch.nn.Module):
+    """A tower of open_clip; returns tokens too if a space for them is named."""
 
     def __init__(self, tower: Any, token_space: str | None) -> None:
         super().__init__()
         self.tower = tower
         self._token_space = token_space
+
+
+class _ImageSide(_Side):
+    """An image tower."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -208,13 +211,8 @@ class _ImageSide(torch.nn.Module):
         return output["image_features"], tokens
 
 
-class _TextSide(torch.nn.Module):
-    """A text tower of open_clip that runs on less than its context length."""
-
-    def __init__(self, tower: Any, token_space: str | None) -> None:
-        super().__init__()
-        self.tower = tower
-        self._token_space = token_space
+class _TextSide(_Side):
+    """A text tower that runs on less than its context length."""
 
     @property
     def can_crop(self) -> bool:
@@ -274,22 +272,15 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _check_tokens(visual: Any, text: Any, sides: Collection[Modality]) -> None:
-    if Modality.IMAGE in sides and not (
-        isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    ):
-        raise EncoderError(_no_tokens("image", visual))
-    if Modality.TEXT in sides and not (
-        isinstance(text, TextTransformer | open_clip.CLIP)
-        and getattr(text, "cls_emb", None) is None
-    ):
-        raise EncoderError(_no_tokens("text", text))
-
-
-def _no_tokens(side: str, tower: Any) -> str:
-    return (
-        f"tokens: the {side} tower ({type(tower).__name__}) has no tokens that share a space "
-        "with its embedding; choose a plain ViT model, or omit this side from --tokens"
-    )
+    pools = getattr(text, "cls_emb", None) is not None
+    is_plain = {
+        Modality.IMAGE: isinstance(visual, VisionTransformer) and visual.attn_pool is None,
+        Modality.TEXT: isinstance(text, TextTransformer | open_clip.CLIP) and not pools,
+    }
+    for side in sides:
+        if not is_plain[side]:
+            tower = visual if side is Modality.IMAGE else text
+            raise running.no_tokens(f"the {side} tower ({type(tower).__name__})")
 
 
 def _tokenizer_name(tokenizer: Any) -> str:
