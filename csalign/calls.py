@@ -170,7 +170,7 @@ def _named(
         if option in given:
             raise ConfigError(f"csalign.{name}: {option} is given twice")
         given[option] = value
-    if is_pair_of_arrays(sides := given.get("source")):
+    if (sides := given.get("source")) is not None and is_pair_of_arrays(sides):
         if len(sides) > 2:
             raise ConfigError(f"csalign.{name}: takes two arrays; name their pairs with pairs=")
         given |= {"source": None, "images": sides[0], "texts": sides[1]}

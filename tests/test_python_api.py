@@ -144,9 +144,10 @@ def test_a_source_is_given_as_a_path(
         csalign.extract(as_path(tmp_path / "c.txt"), text_encoder=model, out=tmp_path / "out")
 
     np.savez(tmp_path / "both.npz", image=pair[0], text=pair[1])
-    for number, call in enumerate((as_path, lambda path: [as_path(path)])):
-        done = csalign.import_arrays(call(tmp_path / "both.npz"), out=tmp_path / f"{number}")
-        assert done.pairs == 120
+    both = as_path(tmp_path / "both.npz")
+    for number, source in enumerate((both, [both])):
+        assert csalign.import_arrays(source, out=tmp_path / f"{number}").pairs == 120
+    assert csalign.import_arrays(source=both, out=tmp_path / "keyword").pairs == 120
     for number, sources in enumerate((pair, [pair])):
         assert csalign.import_arrays(*sources, out=tmp_path / f"arrays{number}").pairs == 120
 

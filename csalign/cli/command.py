@@ -155,14 +155,11 @@ def check_settings(settings: Config) -> None:
         inputs.append(searched)
     # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
+        may_exist = settings.overwrite
+        if isinstance(settings, ExtractConfig):  # the same one changes nothing
+            may_exist = settings.may_replace()
         outputs.check_output(
-            settings.out,
-            None,
-            # A finished extraction may be started again, which changes nothing.
-            overwrite=settings.overwrite
-            or (isinstance(settings, ExtractConfig) and settings.is_repeated()),
-            inputs=tuple(inputs),
-            searched=searched,
+            settings.out, None, overwrite=may_exist, inputs=tuple(inputs), searched=searched
         )
 
 
