@@ -162,13 +162,18 @@ def likely_meant(path: Path, root: Path | None = None) -> str:
     return "; it is a path of Windows, write where the file is here" * bool(is_windows) + meant
 
 
+_COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"
 _STAND_INS = {
     rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; run git lfs pull",
     rb"\S*/annex/objects/": "is a git-annex pointer, not the file itself; run git annex get",
-    rb"\s*<(!doctype html|html|(\?xml[^>]*>\s*<)?Error>)": "is a web page or an error message of a "
-    "server, not the file itself; download it again",
-    rb"\x1f\x8b|BZh\d1AY|\xfd7zXZ|\x28\xb5\x2f\xfd": "is compressed; unpack it first (gunzip, "
-    "bunzip2, unxz or unzstd)",
+    rb"\s*<(!doctype html|html)": "is a web page, which a server sent instead of the file; "
+    "download it again",
+    rb"\s*<(\?xml[^>]*>\s*<)?Error>": "is the error message of a server, not the file itself; "
+    "download it again",
+    rb"\x1f\x8b": _COMPRESSED.format("gunzip"),
+    rb"BZh\d1AY": _COMPRESSED.format("bunzip2"),
+    rb"\xfd7zXZ": _COMPRESSED.format("unxz"),
+    rb"\x28\xb5\x2f\xfd": _COMPRESSED.format("unzstd"),
     rb"\0{512}": "begins with zeros alone, as an unfinished download does; download it again",
     rb"\Z": "is empty; write or download it again",
 }

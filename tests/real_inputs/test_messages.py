@@ -186,7 +186,7 @@ STAND_INS = {
     "is a Git LFS pointer": LFS.encode(),
     "is a git-annex pointer": b"/annex/objects/MD5E-s4--ab.npy\n",
     "is a web page": b"\n<!DOCTYPE html><html><title>Sign in</title>",
-    "or an error message of a server": b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>',
+    "is the error message of a server": b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code>',
     "is compressed": gzip.compress(b"x" * 99),
     "begins with zeros alone": bytes(5000),
     "is empty": b"",
