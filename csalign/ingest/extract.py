@@ -79,7 +79,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
-    out, may_exist = config.out, config.overwrite or config.is_repeated()
+    out, may_exist = config.out, config.may_replace()
     outputs.check_output(out, schema.ENTRIES, overwrite=may_exist, inputs=inputs, searched=searched)
     progress("scanning the source", 0, None)
     source = open_source(config.source, config)
