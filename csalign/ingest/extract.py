@@ -273,7 +273,6 @@ class _Extraction:
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
                 is_unreadable=isinstance(opened, UnreadableFile),
-                records=part.records,
             )
             return self.partial.finish_part(part, record)
 

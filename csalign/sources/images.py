@@ -80,9 +80,14 @@ def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
 
 
 def is_image(path: Path) -> bool:
-    """Recognise an image that can be read by the first bytes of its file."""
-    with path.open("rb") as file:
-        start = file.read(16)
+    """Recognise an image by the first bytes of its file; False if that cannot be read."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
     accepts = (Image.OPEN[name][1] for name in _formats())
     return len(start) == 16 and any(own is not None and own(start) is True for own in accepts)
 

@@ -229,7 +229,8 @@ class _TarFile:
             found = found._replace(caption=None, more=())
         row = row_of(number, values, found)
         if row.error is not None:
-            raise DataError(f"its json: {row.error}")
+            options = "--caption-column or --split-column"
+            raise DataError(f"its json: {row.error}; name another with {options}")
         if own is None:
             return row
         content = self._text(sample, own)
