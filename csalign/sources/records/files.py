@@ -182,7 +182,10 @@ def read_lines(
             try:
                 text = decode_text(data, offset)
             except DataError as reason:
-                error = f"{reason}; save the table as UTF-8, as by iconv -f cp1252 -t utf-8"
+                error = (
+                    f"{reason}; save the table as UTF-8, as by iconv -t utf-8 -f with its encoding "
+                    "(cp1252 in Western Europe, gb18030 in China, shift_jis in Japan)"
+                )
                 text = data.decode(errors="surrogateescape")
             yield Line(number, offset, text, error)
             number += 1
