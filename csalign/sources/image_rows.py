@@ -166,9 +166,12 @@ def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
     """
     if digests is None:
         return rows
-    _, first, codes = np.unique(digests(), return_index=True, return_inverse=True)
-    if len(first) == len(codes) or np.bincount(codes).max() > max(MOST_CAPTIONS, len(codes) // 10):
-        return rows
+    _, first, codes, sizes = np.unique(
+        digests(), return_index=True, return_inverse=True, return_counts=True
+    )
+    usual = np.median(sizes) if len(sizes) > 1 else 0
+    if len(first) == len(codes) or sizes.max() > max(10, len(codes) / 10, 5 * usual):
+        return rows  # the latter are blank pictures or a collapse rather than captions of one image
     labels = rows.labels
     own = next(
         (

@@ -16,12 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import stand_in
 
-SUFFIXES = {
-    *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".avif", ".tga"),
-}
-"""Suffixes of images in a folder, in lower case."""
-
 # An encoder scales the short side up to its own size, so a sliver would grow without bound.
 MAX_ASPECT = 200
 

@@ -169,3 +169,21 @@ def test_pictures_of_one_colour_are_named_after_extraction(
     )
 
     assert [text for text in caplog.messages if "92 % repeat one embedding" in text]
+
+
+@pytest.mark.parametrize("blank", [60, 100])
+def test_rows_that_are_mostly_one_are_a_collapse_and_no_image_of_many_captions(
+    blank: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = noise(1, 100)
+    images[:blank] = images[0]
+    features = imported(tmp_path, images, noise(2, 100))
+
+    assert csalign.inspect(features)["counts"]["images"] == 100
+    assert [text for text in caplog.messages if f"images: {blank} % repeat one embedding" in text]
+
+
+def test_images_of_twenty_captions_each_are_one_image_each(tmp_path: Path) -> None:
+    features = imported(tmp_path, noise(1, 5).repeat(20, axis=0), noise(2, 100))
+
+    assert csalign.inspect(features)["counts"]["images"] == 5

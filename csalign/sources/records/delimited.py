@@ -12,7 +12,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from csalign.core.enums import SPLITS
 from csalign.core.errors import DataError
-from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import files
 from csalign.sources.records.cells import plain_name
 
@@ -24,7 +23,7 @@ _MOST = 0.9  # of the lines, as a list may have a few bad ones
 _SIGNS = "\t,;|"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", " ": "spaces"}
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')  # as Excel has it above the header
-_SUFFIX = "|".join(re.escape(suffix) for suffix in (*sorted(IMAGE_SUFFIXES), ".heic", ".jxl"))
+_SUFFIX = "|".join(re.escape(suffix) for suffix in (*sorted(files.IMAGE_SUFFIXES), ".heic", ".jxl"))
 _IMAGE = re.compile(rf"(?:{_SUFFIX})(?:#\d+)?$|^[^\s#]+#\d+$", re.IGNORECASE)
 _KINDS = {
     "id": r"[\w./-]*\d{6,}\w*",

@@ -31,7 +31,7 @@ def images_in(folder: Path, found: Iterable[str]) -> list[str]:
     images: list[str] = []
     others: dict[str, list[str]] = {}
     for name in found:
-        if (suffix := _suffix(name)) in pictures.SUFFIXES:
+        if (suffix := _suffix(name)) in files.IMAGE_SUFFIXES:
             images.append(name)
         elif suffix not in _NOT_IMAGES and not is_remote(folder):
             others.setdefault(suffix, []).append(name)
