@@ -157,7 +157,9 @@ def _named(
         values[:size] = [tuple(values[:size])]
     if values and places and _is_several(config.model_fields[places[0]]):
         is_list = len(values) == 1 and isinstance(values[0], list | tuple)
-        values = [tuple(values[0] if is_list and not is_pair_of_arrays(values[0]) else values)]
+        # Two arrays are one feature set, but two sources.
+        is_one = places[0] != "source" and is_pair_of_arrays(values[0])
+        values = [tuple(values[0] if is_list and not is_one else values)]
     if len(values) > len(places):
         takes = f"at most {len(places)} values by position" if places else "keywords only"
         example = _example(name, config)
@@ -168,9 +170,10 @@ def _named(
         if option in given:
             raise ConfigError(f"csalign.{name}: {option} is given twice")
         given[option] = value
-    if is_pair_of_arrays(sides := given.get("source")) or is_pair_of_arrays((sides or [0])[0]):
-        sides = given.pop("source")
-        given |= zip(("images", "texts"), sides[0] if len(sides) == 1 else sides, strict=True)
+    if (sides := given.get("source")) is not None and is_pair_of_arrays(sides):
+        if len(sides) > 2:
+            raise ConfigError(f"csalign.{name}: takes two arrays; name their pairs with pairs=")
+        given |= {"source": None, "images": sides[0], "texts": sides[1]}
     return {key: value for key, value in given.items() if value is not None}
 
 

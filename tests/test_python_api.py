@@ -123,6 +123,7 @@ def test_a_wrong_keyword_is_named_with_the_right_call(name: str) -> None:
         (lambda: csalign.train("f", "r", learning_rate="fast"), "csalign.train: learning_rate"),
         (lambda: csalign.train(3, "r"), "csalign.train: features"),
         (lambda: csalign.generate("p"), "takes keywords only"),
+        (lambda: csalign.import_arrays(*[np.ones((2, 2))] * 3), "takes two arrays"),
         (lambda: csalign.inspect(csalign.InspectConfig(path="f"), merge=True), "do not mix"),
     ],
 )
@@ -131,6 +132,24 @@ def test_a_wrong_call_is_an_error_of_one_line(call: Callable[[], Any], message: 
         call()
 
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize("as_path", [Path, str])
+def test_a_source_is_given_as_a_path(
+    as_path: Callable[[Path], Any], pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "c.txt").write_text("a dog\ntwo cats\n")
+    model = "timm:test_vit+none"
+    with pytest.raises(ConfigError, match="encodes images only"):
+        csalign.extract(as_path(tmp_path / "c.txt"), text_encoder=model, out=tmp_path / "out")
+
+    np.savez(tmp_path / "both.npz", image=pair[0], text=pair[1])
+    both = as_path(tmp_path / "both.npz")
+    for number, source in enumerate((both, [both])):
+        assert csalign.import_arrays(source, out=tmp_path / f"{number}").pairs == 120
+    assert csalign.import_arrays(source=both, out=tmp_path / "keyword").pairs == 120
+    for number, sources in enumerate((pair, [pair])):
+        assert csalign.import_arrays(*sources, out=tmp_path / f"arrays{number}").pairs == 120
 
 
 def test_errors_that_name_options_say_how_python_spells_them(pair: Pair, stored: Path) -> None:

@@ -147,7 +147,7 @@ def check_settings(settings: Config) -> None:
             if isinstance(path, Path):
                 _check_path(settings, name, path)
                 inputs += [path] if name not in ("out", "report") else []
-    searched, is_extraction = None, isinstance(settings, ExtractConfig)
+    searched = None
     if isinstance(settings, ExtractConfig) and not _PATTERN.search(settings.source):
         searched = Path(settings.source)
         if settings.source != "-" and not searched.exists():
@@ -155,13 +155,11 @@ def check_settings(settings: Config) -> None:
         inputs.append(searched)
     # An existing study of tune is continued.
     if isinstance(settings, OutputConfig) and not isinstance(settings, TuneConfig):
+        may_exist = settings.overwrite
+        if isinstance(settings, ExtractConfig):  # the same one changes nothing
+            may_exist = settings.may_replace()
         outputs.check_output(
-            settings.out,
-            None,
-            # A finished extraction may be started again, which changes nothing.
-            overwrite=settings.overwrite or (is_extraction and settings.is_repeated()),
-            inputs=tuple(inputs),
-            searched=searched,
+            settings.out, None, overwrite=may_exist, inputs=tuple(inputs), searched=searched
         )
 
 

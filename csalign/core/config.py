@@ -207,7 +207,7 @@ class Config(BaseModel):
         line += [] if file is None else ["--config", str(file)]
         for name in [*given, *missing]:
             if name not in cls.positional and not isinstance(given.get(name), list):
-                line += _written(cls.shown(name), given.get(name, words))
+                line += written(cls.shown(name), given.get(name, words))
         return f"; for instance: {shlex.join(line)}"
 
     def to_toml(self) -> str:
@@ -215,10 +215,12 @@ class Config(BaseModel):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude={"overwrite"}))
 
 
-def _written(option: str, value: Any) -> list[str]:
+def written(option: str, value: Any) -> list[str]:
     """Write an option as on the command line; its value from the words of an example if missing."""
     if isinstance(value, bool):
         return [option if value else option.replace("--", "--no-", 1)]
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     if isinstance(value, list):
         value = dict(pairwise(value)).get(option, option.strip("-").upper())
     return [option, str(value)]
@@ -266,10 +268,3 @@ class OutputConfig(Config):
     overwrite: bool = Field(
         False, description="Replace the folder if it exists, only after success."
     )
-
-    def is_repeated(self) -> bool:
-        """Return whether the output exists and was written with the same options."""
-        try:
-            return (self.out / "config.toml").read_text(encoding="utf-8") == self.to_toml()
-        except Exception:  # of any store; whoever writes there says what is wrong
-            return False

@@ -67,11 +67,9 @@ def number_from(environment: Mapping[str, str], name: str) -> int | None:
         ProcessesError: it is not a number from 0.
     """
     text = environment.get(name, "").strip()
-    if not text:
-        return None
-    if not text.isdecimal():
+    if text and not text.isdecimal():
         raise ProcessesError(f"{name} is {text!r} in the environment, not a number; unset it")
-    return int(text)
+    return int(text) if text else None
 
 
 def world_from_environment(environment: Mapping[str, str] = os.environ) -> World:

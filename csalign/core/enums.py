@@ -70,7 +70,7 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-_SPLITS = {
+SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -83,7 +83,7 @@ def usual_split(name: str) -> str | None:
     >>> usual_split("Validation"), usual_split("restval")
     ('val', None)
     """
-    return _SPLITS.get(name.strip().lower())
+    return SPLITS.get(name.strip().lower())
 
 
 Names = Mapping[Any, str]

@@ -53,19 +53,13 @@ def check_output(
     """
     with translate_os_errors(out):
         if is_remote(out):
-            _check_remote_output(out, entries, overwrite=overwrite, inputs=inputs)
+            _check_remote_place(out, inputs)
         else:
-            _check_local_output(out, entries, overwrite=overwrite, inputs=inputs, searched=searched)
+            _check_local_place(out, inputs, searched)
+        _refuse_existing(out, entries, overwrite=overwrite)
 
 
-def _check_local_output(
-    out: Path,
-    entries: Collection[str] | None,
-    *,
-    overwrite: bool,
-    inputs: tuple[Path, ...],
-    searched: Path | None,
-) -> None:
+def _check_local_place(out: Path, inputs: tuple[Path, ...], searched: Path | None) -> None:
     resolved = out.resolve()
     for source in inputs:
         if is_remote(source):
@@ -88,11 +82,8 @@ def _check_local_output(
     if _previous(resolved).is_dir():
         _repair_swap(resolved, partial)
     _refuse_foreign(partial)
-    if not resolved.exists():
-        return
-    if not resolved.is_dir():
+    if resolved.exists() and not resolved.is_dir():
         raise OutputError(f"{out}: is a file; choose another --out")
-    _refuse_existing(out, entries, overwrite=overwrite)
 
 
 def check_page(path: Path) -> None:
@@ -109,9 +100,7 @@ def _refuse_foreign(partial: Path) -> None:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
 
 
-def _check_remote_output(
-    out: Path, entries: Collection[str] | None, *, overwrite: bool, inputs: tuple[Path, ...]
-) -> None:
+def _check_remote_place(out: Path, inputs: tuple[Path, ...]) -> None:
     if not out.name:
         raise OutputError(f"{out}: is a bucket; choose a folder in it")
     address = f"{out}/"
@@ -122,7 +111,6 @@ def _check_remote_output(
     foreign = _names(partial) - {"config.toml"}  # which is written first
     if foreign and JOB not in foreign:
         raise OutputError(f"{partial}: is in the way and csalign did not make it; move it")
-    _refuse_existing(out, entries, overwrite=overwrite)
 
 
 def _refuse_existing(out: Path, entries: Collection[str] | None, *, overwrite: bool) -> None:

@@ -153,14 +153,13 @@ def likely_meant(path: Path, root: Path | None = None) -> str:
         return ""
     if os.path.islink(path):  # noqa: PTH114
         return f"; it is a link to {path.readlink()}, which is missing (try git annex get)"
-    found = respelled(str(path), root)
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", str(path)):
-        parts = str(path).replace("\\", "/").split("/")
-        ends = ("/".join(parts[k:]) for k in range(1, len(parts)))
-        found = next((own for end in ends if end and (own := respelled(end, root))), [])
-        meant = f", such as {found[0]!r}" if found else ""
-        return f"; it is a path of Windows, write where the file is here{meant}"
-    return f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    parts = str(path).replace("\\", "/").split("/")
+    is_windows = re.match(r"[A-Za-z]:[\\/]|\\\\", str(path))
+    ends = ("/".join(parts[start:]) for start in range(1, len(parts)) if parts[start])
+    tried = [*ends] if is_windows else [str(path)]
+    found = next(filter(None, (respelled(own, root) for own in tried)), [])
+    meant = f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    return "; it is a path of Windows, write where the file is here" * bool(is_windows) + meant
 
 
 _COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"
@@ -176,6 +175,7 @@ _STAND_INS = {
     rb"\xfd7zXZ": _COMPRESSED.format("unxz"),
     rb"\x28\xb5\x2f\xfd": _COMPRESSED.format("unzstd"),
     rb"\0{512}": "begins with zeros alone, as an unfinished download does; download it again",
+    rb"\Z": "is empty; write or download it again",
 }
 _UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".download", ".aria2")
 
@@ -186,15 +186,16 @@ def stand_in(content: Path | bytes) -> str | None:
     Args:
         content: the file, local or a URL, or its first bytes (512 or more).
     """
-    if content == b"":
-        return "is empty; write or download it again"
-    start = content if isinstance(content, bytes) else b""
     if not isinstance(content, bytes):
         if content.suffix.lower() in _UNFINISHED:
             return "is an unfinished download, by its name; download it again"
-        with suppress(Exception), content.open("rb") as file:  # also errors of object stores
-            start = file.read(1024)
-    return next((said for begin, said in _STAND_INS.items() if re.match(begin, start, re.I)), None)
+        try:
+            with content.open("rb") as file:
+                content = file.read(1024)
+        except Exception:  # also errors of object stores
+            return None
+    found = (said for start, said in _STAND_INS.items() if re.match(start, content, re.I))
+    return next(found, None)
 
 
 class Kind(StrEnum):
@@ -232,28 +233,26 @@ def require_kind(path: Path, *wanted: Kind) -> None:
         path: of the folder, local or a URL.
         wanted: the kinds that will do; the first is the usual one.
     """
-    usual = wanted[0]
+    usual, remedy = wanted[0], _MAKERS[wanted[0]]
     if any((path / DOCUMENTS[kind]).is_file() for kind in wanted):
         return
-    remedy = _MAKERS[usual]
     if not path.exists():
+        problem = f"no such {usual.value.split(' ', 1)[1]}"
         unfinished = path.with_name(f"{path.name}.partial")
         if path.name and unfinished.exists():
             remedy = f"{unfinished} is unfinished work; rerun its command to resume"
         remedy = likely_meant(path).removeprefix("; ") or remedy
-        raise DataError(f"{path}: no such {usual.value.split(' ', 1)[1]}; {remedy}")
-    found = kind_of(path)
-    if found is not None:
-        instead = _instead(path, found, usual)
-        raise DataError(f"{path}: is {found.value}, not {usual.value}; {instead or remedy}")
-    if usual is Kind.FEATURES and path.suffix.lower() in _ARRAYS:
-        raise DataError(
-            f"{path}: is an array, not a feature set; import it first: csalign import "
-            "image.npy text.npy --out features"
-        )
-    if path.is_file():
-        raise DataError(f"{path}: is a file, not {usual.value}, which is a folder; {remedy}")
-    raise DataError(f"{path}: is not {usual.value} (no {DOCUMENTS[usual]} in it); {remedy}")
+    elif found := kind_of(path):
+        problem = f"is {found.value}, not {usual.value}"
+        remedy = _instead(path, found, usual) or remedy
+    elif usual is Kind.FEATURES and path.suffix.lower() in _ARRAYS:
+        problem = "is an array, not a feature set"
+        remedy = "import it first: csalign import image.npy text.npy --out features"
+    elif path.is_file():
+        problem = f"is a file, not {usual.value}, which is a folder"
+    else:
+        problem = f"is not {usual.value} (no {DOCUMENTS[usual]} in it)"
+    raise DataError(f"{path}: {problem}; {remedy}")
 
 
 def _instead(path: Path, found: Kind, wanted: Kind) -> str:

@@ -45,8 +45,8 @@ class Embedded(NamedTuple):
     tokens: list[Floats] | None
 
 
-class ImageEncoder(Protocol):
-    """A frozen image encoder."""
+class Encoder(Protocol):
+    """A frozen encoder of either side."""
 
     @property
     def batch_size(self) -> int:
@@ -55,6 +55,10 @@ class ImageEncoder(Protocol):
     @property
     def info(self) -> EncoderInfo:
         """Record of the encoder for the manifest."""
+
+
+class ImageEncoder(Encoder, Protocol):
+    """A frozen image encoder."""
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Convert an RGB image to (3, h, w) float32; thread-safe."""
@@ -63,16 +67,8 @@ class ImageEncoder(Protocol):
         """Embed one batch of preprocessed images, (n, 3, h, w) float32 on the CPU."""
 
 
-class TextEncoder(Protocol):
+class TextEncoder(Encoder, Protocol):
     """A frozen text encoder."""
-
-    @property
-    def batch_size(self) -> int:
-        """Batch size of a forward pass."""
-
-    @property
-    def info(self) -> EncoderInfo:
-        """Record of the encoder for the manifest."""
 
     def embed(self, texts: Sequence[str]) -> Embedded:
         """Embed one or more texts in batches, in their order."""

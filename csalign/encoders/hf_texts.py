@@ -339,16 +339,14 @@ def _not_loaded(model: str, error: Exception) -> EncoderError:
         return EncoderError(
             f"hf:{model} runs code that comes with it; add trust_remote_code=true if you trust it"
         )
-    is_path = Path(model).exists() or model.startswith(("/", ".", "~"))
-    if is_path and not Path(model).is_dir():
-        meant = likely_meant(Path(model)) or "; pass the folder of a saved model"
-        return EncoderError(f"hf:{model}: no such folder{meant}")
-    for file in sorted(Path(model).glob("*.*")) if is_path else ():
+    folder, remedy = Path(model), "pass the folder of a saved model"
+    if not folder.exists() and not model.startswith(("/", ".", "~")):
+        remedy = f"connect once, or {remedy}"
+    elif not folder.is_dir():
+        return EncoderError(f"hf:{model}: no such folder{likely_meant(folder) or f'; {remedy}'}")
+    for file in sorted(folder.glob("*.*")):
         if file.suffix in (".safetensors", ".bin", ".json", ".model") and (said := stand_in(file)):
             return EncoderError(f"{file}: {said}")
-    remedy = "pass the folder of a saved model"
-    if not is_path:
-        remedy = f"connect once, or {remedy}"
     return EncoderError(f"hf:{model} could not be loaded ({running.first_line(error)}); {remedy}")
 
 
@@ -414,14 +412,15 @@ def _check_modules(model: str, settings: Settings, pooling: Pooling, spec: str) 
             "supported; omit prefix"
         )
     for module in _beside(model, "modules.json") or ():
-        is_followed = str(module.get("type")).rpartition(".")[2] in _FOLLOWED
-        if not is_followed and settings.pooling is None:
+        path, kind = module.get("path"), str(module.get("type"))
+        if kind.rpartition(".")[2] in _FOLLOWED:
+            continue
+        if settings.pooling is None:
             raise EncoderError(
-                f"{spec}: its modules.json has {module.get('path')} ({module.get('type')}), which "
-                f"is not supported; take the embeddings without it with pooling={pooling}"
+                f"{spec}: its modules.json has {path} ({kind}), which is not supported; take the "
+                f"embeddings without it with pooling={pooling}"
             )
-        if not is_followed:
-            logger.warning("%s: embeddings are taken without its %s", spec, module.get("path"))
+        logger.warning("%s: embeddings are taken without its %s", spec, path)
 
 
 def _default_pooling(network: Any) -> Pooling:

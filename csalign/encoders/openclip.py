@@ -10,7 +10,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer, VisionTransformer
 
 from csalign.core.enums import Modality
-from csalign.core.errors import EncoderError
 from csalign.encoders import openclip_models, running
 from csalign.encoders.base import Embedded, EncoderOptions, Encoders
 from csalign.features.schema import EncoderInfo
@@ -42,8 +41,7 @@ def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptio
     if weights is None:
         logger.warning("%s: random weights; the embeddings are meaningless", architecture.spec)
     else:
-        is_openai = openclip_models.load_weights(network, weights, architecture.spec, sides)
-        openclip_models.warn_of_activation(architecture, weights, is_openai=is_openai)
+        openclip_models.load_weights(network, weights, architecture, sides)
     record = {
         "spec": f"open_clip:{name}",
         "weights": running.fingerprint(network),
@@ -92,16 +90,6 @@ class OpenClipTexts(running.RunningEncoder):
     ) -> None:
         self._options = options
         self._tokenizer = tokenizer
-        self._counts: list[int] = []  # tokens of the texts, before they are cut
-        if isinstance(tokenizer, open_clip.SimpleTokenizer):
-            encode = tokenizer.encode
-
-            def encode_and_count(text: str) -> Any:
-                ids = encode(text)
-                self._counts.append(len(ids) + 2)  # and both marks
-                return ids
-
-            tokenizer.encode = encode_and_count
         space = options.token_space if Modality.TEXT in options.tokens else None
         self._side = _TextSide(tower.eval(), space)
         # In full precision, since lower would hide the difference.
@@ -114,7 +102,6 @@ class OpenClipTexts(running.RunningEncoder):
 
         Texts of similar length share a batch, which is cropped to the longest of them.
         """
-        self._counts.clear()
         ids: torch.Tensor = self._tokenizer(list(texts))  # (n, context length)
         lengths = self._lengths(ids)
 
@@ -127,13 +114,15 @@ class OpenClipTexts(running.RunningEncoder):
 
     def _cut(self, texts: Sequence[str], ids: torch.Tensor) -> list[int]:
         """Return the lengths in tokens of the texts that ids (n, t) contain in part."""
-        counts = self._counts
-        if hasattr(self._tokenizer, "tokenizer"):
-            # Its library is quick; only the rows without padding at the end are counted.
-            inner, clean = self._tokenizer.tokenizer, self._tokenizer.clean_fn
-            full = (ids[:, -1] != inner.pad_token_id).tolist()
-            rest = [clean(text) for text, is_full in zip(texts, full, strict=True) if is_full]
-            counts = [len(own) for own in inner(rest, verbose=False).input_ids] if rest else []
+        tokenizer = self._tokenizer
+        inner = getattr(tokenizer, "tokenizer", None)
+        padding = 0 if inner is None else inner.pad_token_id
+        is_full = (ids[:, -1] != padding).tolist()
+        full = [text for text, own in zip(texts, is_full, strict=True) if own]
+        if inner is None:
+            counts = [len(tokenizer.encode(text)) + 2 for text in full]  # and both marks
+        else:
+            counts = [len(inner(tokenizer.clean_fn(own), verbose=False).input_ids) for own in full]
         return [count for count in counts if count > ids.shape[1]]
 
     def _embed_ids(self, ids: torch.Tensor) -> Embedded:
@@ -191,13 +180,17 @@ class OpenClipTexts(running.RunningEncoder):
         )
 
 
-class _ImageSide(torch.nn.Module):
-    """An image tower of open_clip; returns tokens too if a space for them is named."""
+class _Side(torch.nn.Module):
+    """A tower of open_clip; returns tokens too if a space for them is named."""
 
     def __init__(self, tower: Any, token_space: str | None) -> None:
         super().__init__()
         self.tower = tower
         self._token_space = token_space
+
+
+class _ImageSide(_Side):
+    """An image tower."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -218,13 +211,8 @@ class _ImageSide(torch.nn.Module):
         return output["image_features"], tokens
 
 
-class _TextSide(torch.nn.Module):
-    """A text tower of open_clip that runs on less than its context length."""
-
-    def __init__(self, tower: Any, token_space: str | None) -> None:
-        super().__init__()
-        self.tower = tower
-        self._token_space = token_space
+class _TextSide(_Side):
+    """A text tower that runs on less than its context length."""
 
     @property
     def can_crop(self) -> bool:
@@ -284,22 +272,15 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _check_tokens(visual: Any, text: Any, sides: Collection[Modality]) -> None:
-    if Modality.IMAGE in sides and not (
-        isinstance(visual, VisionTransformer) and visual.attn_pool is None
-    ):
-        raise EncoderError(_no_tokens("image", visual))
-    if Modality.TEXT in sides and not (
-        isinstance(text, TextTransformer | open_clip.CLIP)
-        and getattr(text, "cls_emb", None) is None
-    ):
-        raise EncoderError(_no_tokens("text", text))
-
-
-def _no_tokens(side: str, tower: Any) -> str:
-    return (
-        f"tokens: the {side} tower ({type(tower).__name__}) has no tokens that share a space "
-        "with its embedding; choose a plain ViT model, or omit this side from --tokens"
-    )
+    pools = getattr(text, "cls_emb", None) is not None
+    is_plain = {
+        Modality.IMAGE: isinstance(visual, VisionTransformer) and visual.attn_pool is None,
+        Modality.TEXT: isinstance(text, TextTransformer | open_clip.CLIP) and not pools,
+    }
+    for side in sides:
+        if not is_plain[side]:
+            tower = visual if side is Modality.IMAGE else text
+            raise running.no_tokens(f"the {side} tower ({type(tower).__name__})")
 
 
 def _tokenizer_name(tokenizer: Any) -> str:

@@ -191,11 +191,18 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
         EncoderError: no such tag or file, or the hub cannot be reached.
     """
     tag = open_clip.get_pretrained_cfg(architecture.name, pretrained)
+    path = Path(pretrained).expanduser()
+    if not tag and path.exists():
+        return Weights(path, {})
+    if not tag and (len(path.parts) > 1 or path.suffix):
+        raise EncoderError(f"{pretrained}: no such checkpoint{likely_meant(path)}")
     if not tag:
-        path = Path(pretrained).expanduser()
-        if path.exists():
-            return Weights(path, {})
-        raise EncoderError(_unknown_weights(architecture, pretrained))
+        known = open_clip.list_pretrained_tags_by_model(architecture.name)
+        hint = suggest(pretrained, known) if known else "none is known for it"
+        raise EncoderError(
+            f"{architecture.spec} has no tag {pretrained!r}; {hint}, or pass the path of a local "
+            "checkpoint"
+        )
     try:
         with quiet():
             return Weights(Path(open_clip.download_pretrained(tag)), tag)
@@ -204,17 +211,6 @@ def find_weights(architecture: Architecture, pretrained: str) -> Weights:
             f"{pretrained!r} of {architecture.spec} could not be downloaded "
             f"({first_line(error)}); pass the path of a local checkpoint instead"
         ) from error
-
-
-def _unknown_weights(architecture: Architecture, pretrained: str) -> str:
-    if len(Path(pretrained).parts) > 1 or Path(pretrained).suffix:
-        return f"{pretrained}: no such checkpoint{likely_meant(Path(pretrained))}"
-    known = open_clip.list_pretrained_tags_by_model(architecture.name)
-    hint = suggest(pretrained, known) if known else "none is known for it"
-    return (
-        f"{architecture.spec} has no tag {pretrained!r}; {hint}, or pass the path of "
-        "a local checkpoint"
-    )
 
 
 def build_network(architecture: Architecture, weights: Weights | None) -> Any:
@@ -252,32 +248,27 @@ def _unreachable(architecture: Architecture, part: str, error: Exception) -> str
 
 
 def load_weights(
-    network: Any, weights: Weights, model: str, sides: Collection[Modality] = tuple(Modality)
-) -> bool:
+    network: Any,
+    weights: Weights,
+    architecture: Architecture,
+    sides: Collection[Modality] = tuple(Modality),
+) -> None:
     """Load weights into a network, tensors only: pickled code is refused.
 
-    Args:
-        network: built by `build_network`.
-        weights: of the same architecture.
-        model: its name, for messages.
-        sides: towers that must be there; what is missing of the other stays random.
-
-    Returns:
-        Whether the checkpoint is one of OpenAI's own, which were trained with QuickGELU.
+    The towers of `sides` must be there; what is missing of the other stays random.
 
     Raises:
         EncoderError: the checkpoint cannot be read, or is not of this architecture.
     """
     path, own = weights.path, network.state_dict()
-    tensors = read_tensors(path)
-    text, image = (
-        {name for name in own if name.startswith(_IMAGE) == is_image and name not in _SCALES}
-        for is_image in (False, True)
-    )
-    state = find_state(tensors, own, path)
-    if not image & state.keys():  # maybe the state dict of the image tower itself
-        bare = find_state(tensors, {name.removeprefix(_IMAGE) for name in image}, path)
-        named = {f"{_IMAGE}{name}": tensor for name, tensor in bare.items()}
+    towers = {
+        side: {k for k in own if k.startswith(_IMAGE) == (side == "image") and k not in _SCALES}
+        for side in Modality
+    }
+    bare = {name.removeprefix(_IMAGE) for name in towers[Modality.IMAGE]}
+    state = find_state(read_tensors(path), own.keys() | bare, path)
+    if not towers[Modality.IMAGE] & state.keys():  # maybe the image tower itself
+        named = {f"{_IMAGE}{name}": tensor for name, tensor in state.items()}
         state = max(named, state, key=lambda names: len(names.keys() & own.keys()))
     is_openai = any(state.pop(name, None) is not None for name in _OPENAI)
     try:
@@ -288,18 +279,24 @@ def load_weights(
         if "not implemented for" in reason:  # open_clip resizes positions, but not in float16
             reason = "its position embeddings have another size"
         raise EncoderError(
-            f"{path} does not fit {model} ({reason}); choose the architecture that it was trained "
-            "with"
+            f"{path} does not fit {architecture.spec} ({reason}); choose the architecture that it "
+            "was trained with"
         ) from error
-    towers = {Modality.IMAGE: image, Modality.TEXT: text}
     found = [side for side, names in towers.items() if names & state.keys()]
     if len(found) == 1 and found != list(sides):
         raise EncoderError(
             f"{path}: contains the {found[0]} tower alone; pass it as --{found[0]}-encoder, and "
             "another encoder, or none, for the other side"
         )
-    load_state(network, state, set().union(*(towers[side] for side in sides)), path, model)
-    return is_openai
+    required = set().union(*(towers[side] for side in sides))
+    load_state(network, state, required, path, architecture.spec)
+    is_quick = weights.tag.get("quick_gelu", is_openai or "openai" in str(path).lower())
+    if is_quick and not architecture.quick_gelu:
+        logger.warning(
+            "%s: these weights look trained with QuickGELU, %s has GELU; use its -quickgelu "
+            "variant, or the embeddings lose accuracy",
+            *(path, architecture.spec),
+        )
 
 
 def _converted(network: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -315,16 +312,3 @@ def _converted(network: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.
     resize_pos_embed(state, network)
     resize_text_pos_embed(state, network)
     return state
-
-
-def warn_of_activation(architecture: Architecture, weights: Weights, *, is_openai: bool) -> None:
-    """Warn of weights trained with QuickGELU in a model without it, which costs accuracy."""
-    is_openai = is_openai or "openai" in str(weights.path).lower()
-    quick = weights.tag.get("quick_gelu", is_openai)
-    if quick and not architecture.quick_gelu:
-        logger.warning(
-            "%s: these weights look trained with QuickGELU, %s has GELU; use its -quickgelu "
-            "variant, or the embeddings lose accuracy",
-            weights.path,
-            architecture.spec,
-        )

@@ -93,6 +93,14 @@ def first_run(spec: str) -> Iterator[None]:
         raise EncoderError(f"{spec} cannot be run ({first_line(error)})") from error
 
 
+def no_tokens(what: str) -> EncoderError:
+    """Word that the tokens of a network cannot be stored beside its embedding."""
+    return EncoderError(
+        f"tokens: {what} has no tokens that share a space with its embedding; choose a plain ViT "
+        "model, or omit this side from --tokens"
+    )
+
+
 def precision_of(options: EncoderOptions) -> str:
     """Return the precision of the forward pass, with "auto" resolved."""
     if options.precision != "auto":
@@ -200,19 +208,13 @@ def embed_by_length(
         batch_size: items per batch.
         embed: embeds the items at given positions.
     """
-    order = np.argsort(lengths, kind="stable").tolist()
-    embeddings: list[Floats] = [np.empty(0)] * len(order)
-    tokens: list[Floats] = [np.empty(0)] * len(order)
-    with_tokens = False
-    for start in range(0, len(order), batch_size):
-        positions = order[start : start + batch_size]
-        batch = embed(positions)
-        with_tokens = batch.tokens is not None
-        for row, position in enumerate(positions):
-            embeddings[position] = batch.embeddings[row]
-            if batch.tokens is not None:
-                tokens[position] = batch.tokens[row]
-    return Embedded(np.stack(embeddings), tokens if with_tokens else None)
+    order = np.argsort(lengths, kind="stable")
+    starts = range(0, len(order), batch_size)
+    batches = [embed(order[start : start + batch_size].tolist()) for start in starts]
+    back = np.argsort(order)
+    embeddings = np.concatenate([batch.embeddings for batch in batches])[back]
+    tokens = [own for batch in batches for own in batch.tokens or ()]
+    return Embedded(embeddings, [tokens[row] for row in back] if tokens else None)
 
 
 def describe(
@@ -223,15 +225,7 @@ def describe(
     fingerprint: str | None,
     preprocessing: dict[str, Any],
 ) -> EncoderInfo:
-    """Build the record of an encoder from something that it embedded.
-
-    Args:
-        embedded: one item or more.
-        options: how the encoder is run.
-        spec: the encoder as the user named it.
-        fingerprint: of its weights, if known.
-        preprocessing: what else determines the embeddings.
-    """
+    """Build the record of an encoder, named `spec` by the user, from one or more embedded items."""
     tokens = embedded.tokens
     preprocessing = {**preprocessing, "precision": precision_of(options)}
     if tokens is not None and options.max_tokens is not None:
@@ -328,13 +322,8 @@ class TowerImages(RunningEncoder):
     """The image encoder around a tower; see `base.ImageEncoder` for its methods.
 
     Args:
-        tower: the network.
-        transform: converts an RGB image to (3, h, w).
-        input_size: (3, h, w).
-        options: how to run it.
-        spec: the encoder as the user named it.
-        fingerprint: of its weights.
-        preprocessing: what else determines the embeddings.
+        transform: converts an RGB image to `input_size`, (3, h, w).
+        preprocessing: what else determines the embeddings, for the record.
     """
 
     def __init__(

@@ -106,10 +106,7 @@ def _check_tokens(network: Any, input_size: tuple[int, ...], spec: str) -> None:
     mean = tokens.mean(dim=1)
     if pooled.shape == mean.shape and (plain_vit or torch.allclose(pooled, mean, atol=1e-4)):
         return
-    raise EncoderError(
-        f"tokens: {spec} ({type(network).__name__}) has no tokens that share a space with its "
-        "embedding; choose a plain ViT model, or omit this side from --tokens"
-    )
+    raise running.no_tokens(f"{spec} ({type(network).__name__})")
 
 
 def _build(model: str, *, pretrained: bool) -> Any:

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.core.figures import percent
 from csalign.core.paths import parse_location
 from csalign.evaluation.config import ExtraOptions, MeasureOptions
 from csalign.evaluation.protocols import DIRECTIONS, Gallery, Ranks, mean_of, retrieval_block
@@ -87,14 +86,11 @@ def prepare_extras(
         if options.correct:
             found["corrected"] = {name: _corrected(folds, name) for name in options.correct}
         if zero_shot is not None:
-            names, classes, prompts, labels = zero_shot
+            classes, prompts, labels = zero_shot
             labelled = np.flatnonzero(labels >= 0)
             classified = classify(images[labelled], classes, labels[labelled])
             counts = {"classes": len(classes), "prompts": prompts, "images": len(labelled)}
             found["zero_shot"] = counts | classified.summary()
-            if (one := classified.as_one) is not None:
-                found["zero_shot"]["twins_as_one"] = {"classes": one.classes} | one.summary()
-                _warn_of_twins(names, classes, classified.summary(), one.summary())
             if measured.intervals:
                 intervals["zero_shot"] = classified.intervals(
                     resamples=measured.resamples, seed=measured.seed
@@ -147,8 +143,8 @@ def _by(folds: Sequence[Gallery], ranks: Ranks, values: Values) -> dict[str, Any
 
 def _load_classes(
     options: ExtraOptions, features: FeatureSet, labels: Values, width: int, embed: Embed
-) -> tuple[list[str], Floats, int, Ints]:
-    """Return the name and vector of each class, the number of prompts, and images' classes or -1.
+) -> tuple[Floats, int, Ints]:
+    """Return the vector of each class, the number of prompts, and the class of each image or -1.
 
     Classes are in the order of their first prompts.
     """
@@ -158,28 +154,21 @@ def _load_classes(
         raise DataError(f"{prompts.path}: contains no texts; extract it from class prompts")
     rows = load_side(prompts, ALL, Modality.TEXT)
     classes = _prompt_classes(rows, options.class_of)
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(classes))}  # as given
-    plain = {_plain(name): name for name in numbers}
-    if len(plain) < len(numbers):  # some differ by their spelling only
-        plain = {}
-    found = {
-        label: label if label in numbers else plain.get(_plain(label))
-        for label in labels
-        if label is not None
-    }
-    known = {label: name for label, name in found.items() if name is not None}
-    unknown = sorted(found.keys() - known.keys())
-    if unknown:
+    counts = Counter(classes)  # in the order of their prompts
+    names = list(counts)
+    spell = _plain if len(set(map(_plain, names))) == len(names) else str
+    numbers = {spell(name): number for number, name in enumerate(names)}
+    seen = sorted({label for label in labels if label is not None} - counts.keys())
+    if unknown := [label for label in seen if spell(label) not in numbers]:
         raise DataError(
             f"{options.labels}: names {unknown[0]!r} and {len(unknown) - 1} other labels that are "
-            f"not classes of {prompts.path}, such as {next(iter(numbers))!r}; use the same names"
+            f"not classes of {prompts.path}, such as {names[0]!r}; use the same names"
         )
-    if guessed := [label for label in known if label not in numbers]:
-        shown = len(guessed), guessed[0], known[guessed[0]]
+    if seen:
+        shown = len(seen), seen[0], names[numbers[spell(seen[0])]]
         log.info("%d labels are read as classes spelt otherwise, such as %r as %r", *shown)
-    counts = Counter(classes)
     usual = Counter(counts.values()).most_common(1)[0][0]
-    if several := [name for name, count in counts.items() if count > usual and not count % usual]:
+    if several := [name for name in names if counts[name] > usual and not counts[name] % usual]:
         log.warning(
             "%s: class %r has %d prompts, most have %d; if it is several classes of one name (%d "
             "such), give each a name of its own",
@@ -203,31 +192,21 @@ def _load_classes(
             f"{prompts.path}: prompts are {embeddings.shape[1]} wide and images {width}; use the "
             "text encoder that belongs to the image encoder, or an --adapter"
         )
-    vectors = class_vectors(embeddings, np.array([numbers[name] for name in classes]))
-    rights = [-1 if label is None else numbers[known[label]] for label in labels]
-    return list(numbers), vectors, len(rows.texts), np.array(rights, np.int64)
+    vectors = class_vectors(embeddings, np.array([numbers[spell(name)] for name in classes]))
+    pairs = enumerate(alike(vectors).tolist())
+    if twins := [(names[first], names[own]) for own, first in pairs if own != first]:
+        log.warning(
+            "%s: classes %s have equal prompts%s; the first of them wins, as in CLIP's code",
+            *(prompts.path, " and ".join(map(repr, twins[0])), f" ({len(twins)} such pairs)"),
+        )
+    rights = [-1 if label is None else numbers[spell(label)] for label in labels]
+    return vectors, len(rows.texts), np.array(rights, np.int64)
 
 
 def _plain(name: str) -> str:
     """Fold case, space, underscores, leading zeros and the .0 of numbers."""
     plain = " ".join(re.split(r"[\s_]+", name.strip().casefold()))
     return re.sub(r"^0+(?=\d+$)|(?<=\d)\.0+$", "", plain)
-
-
-def _warn_of_twins(
-    names: Sequence[str], vectors: Floats, plain: Mapping[str, Any], one: Mapping[str, Any]
-) -> None:
-    """Warn of classes of one vector, by name."""
-    twins: dict[int, list[str]] = {}
-    for name, first in zip(names, alike(vectors).tolist(), strict=True):
-        twins.setdefault(first, []).append(repr(name))
-    listed = [" and ".join(group) for group in twins.values() if len(group) > 1]
-    log.warning(
-        "classes %s have equal prompts; the first of them wins, as in CLIP's papers: top-1 is %s, "
-        "with such classes as one %s",
-        ", ".join(listed[:3]) + ", ..." * (len(listed) > 3),
-        *(percent(figures["top1"]) for figures in (plain, one)),
-    )
 
 
 def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:

@@ -53,17 +53,20 @@ class Evaluation:
 
     @cached_property
     def first_ranks(self) -> list[list[protocols.Ints]]:
-        """Rank of each query's best match, both ways per fold, where twins of matches are right."""
+        """Rank of each query's best match, both ways per fold; where exact, twins are matches."""
+        found = [[own.first for own in ranks] for ranks in self.fold_ranks]
+        if self.options.index != "exact":
+            return found
         return [
-            fold.twins.first_ranks(fold.images, fold.texts, [own.first for own in ranks])
-            for fold, ranks in zip(self.folds, self.fold_ranks, strict=True)
+            fold.twins.first_ranks(fold.images, fold.texts, first) if fold.twins else first
+            for fold, first in zip(self.folds, found, strict=True)
         ]
 
     @cached_property
     def twins(self) -> dict[str, Any]:
-        """Block "twins" of the document, {} without twins or with an approximate index."""
-        is_exact = self.options.index == "exact"
-        return protocols.twins_block(self.folds, self.first_ranks) if is_exact else {}
+        """Block "twins" of the document, {} without twins; counts alone if ranks are not exact."""
+        first = self.first_ranks if self.options.index == "exact" else ()
+        return protocols.twins_block([fold.twins for fold in self.folds if fold.twins], first)
 
     @cached_property
     def resamples(self) -> Resamples:
@@ -96,11 +99,10 @@ def measure(config: EvalConfig) -> Evaluation:
     In a process group all processes have to call it.
     """
     loaded = load(config, config.protocol)
-    warn_of_queries(loaded.rows, loaded.rows.name, ties=config.index != "exact")
+    warn_of_queries(loaded.rows, loaded.rows.name)
     evaluation = measure_loaded(config, loaded)
     if twins := evaluation.twins.get("twins"):
-        retrieval = protocols.retrieval_block(evaluation.fold_ranks)
-        protocols.warn_of_twins(loaded.rows.name, twins, retrieval)
+        protocols.warn_of_twins(loaded.rows, twins)
     warn_of_trained([evaluation.aligned])
     return evaluation
 
@@ -130,8 +132,8 @@ def measure_rows(
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
     """
-    groups = protocols.group_twins(aligned.rows) if options.index == "exact" else None
-    whole = protocols.Gallery(aligned.images, aligned.texts, aligned.rows.text_image, groups)
+    rows, twins = aligned.rows, protocols.find_twins(aligned.rows)
+    whole = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, twins)
     folds = protocols.split_folds(options.protocol, whole)
     if options.index == "exact":
         chosen = pick_device(device)

@@ -19,6 +19,7 @@ from csalign.evaluation import protocols
 from csalign.evaluation.config import PageOptions
 from csalign.evaluation.measure import Evaluation
 from csalign.features import schema
+from csalign.features.checks import scaled
 from csalign.metrics.twins import Twins
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
@@ -86,7 +87,7 @@ def write_report(
     owners = rows.text_image[texts]
     stages = [("", aligned.images[owners], aligned.texts[texts])]
     if aligned.adapter is not None:
-        before = ("before", _unit(rows.images[owners]), _unit(rows.texts[texts]))
+        before = ("before", scaled(rows.images[owners]), scaled(rows.texts[texts]))
         stages = [before, ("after", *stages[0][1:])]
     views = [_view(*stage, owners, drawn, seed if page.umap else None) for stage in stages]
     captions = zip(rows.captions.take(texts[:drawn]), rows.text_ids.take(texts), strict=False)
@@ -107,12 +108,6 @@ def check_report(page: PageOptions) -> None:
         check_page(page.report)
     if page.umap and find_spec("umap") is None:
         raise ConfigError("umap: umap-learn is not installed; pip install 'csalign[umap]'")
-
-
-def _unit(rows: npt.NDArray[Any]) -> Floats:
-    wide = rows.astype(np.float32)
-    unit: Floats = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return unit
 
 
 def _view(
@@ -186,8 +181,7 @@ def _ranked_queries(evaluation: Evaluation, pictures: Pictures) -> dict[str, lis
     Those are the mistakes with the highest cosine, the widest margin over the match first.
     """
     aligned, rows, seed = evaluation.aligned, evaluation.aligned.rows, evaluation.options.seed
-    groups = evaluation.folds[0].groups and protocols.group_twins(rows)
-    twins = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, groups).twins
+    twins = protocols.find_twins(rows)
     to_text, to_image = map(np.concatenate, zip(*evaluation.first_ranks, strict=True))
     table, table_rows = aligned.features.images, rows.table_rows(Modality.IMAGE)
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted, percent
 from csalign.evaluation.config import Protocol
-from csalign.features.checks import COLLAPSE, alike
+from csalign.features.checks import alike
 from csalign.features.duplicates import Links
-from csalign.features.join import PairedRows, first_alike, hash_rows
+from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks, mean_recall, rank_both_ways
 from csalign.metrics.twins import Twins
@@ -27,8 +25,7 @@ Ints = npt.NDArray[np.int64]
 Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-FEW_TWINS = 10  # are not a collapse, unless they are all rows
-NOTED = 0.01  # of R@1; twins that cost more are warned of
+NOTED = 0.05  # share of a side; more twins are warned of
 
 log = logging.getLogger(__name__)
 
@@ -81,19 +78,13 @@ RULES: dict[str, Rule] = {
 class Gallery:
     """Unit rows (n, d) and (m, d), float32, and the image row of each text (m,), -1 for none.
 
-    `groups` are those of twins, (n,) and (m,), as `group_twins` finds them; None if unknown.
+    `twins` are as `find_twins` finds them; None if unknown.
     """
 
     images: Floats
     texts: Floats
     text_image: Ints
-    groups: tuple[Ints, Ints] | None = None
-
-    @cached_property
-    def twins(self) -> Twins:
-        """Rows that count as one where twins are right; each by itself if unknown."""
-        alone = np.arange(len(self.images)), np.arange(len(self.texts))
-        return Twins(self.groups or alone, self.text_image)
+    twins: Twins | None = None
 
     def rank(self, device: torch.device | None = None, *, divided: bool = False) -> Ranks:
         """Rank both ways; arguments as of `rank_both_ways`."""
@@ -132,25 +123,18 @@ def split_folds(name: Protocol, whole: Gallery) -> tuple[Gallery, ...]:
         texts = slice(*np.searchsorted(whole.text_image, [start, start + step]))
         owners = whole.text_image[texts] - start
         rows = slice(start, start + step)
-        groups = whole.groups and (whole.groups[0][rows], whole.groups[1][texts])
-        folds.append(Gallery(whole.images[rows], whole.texts[texts], owners, groups))
+        groups = whole.twins and (whole.twins.groups[0][rows], whole.twins.groups[1][texts])
+        twins = groups and Twins(groups, owners)
+        folds.append(Gallery(whole.images[rows], whole.texts[texts], owners, twins))
     return tuple(folds)
 
 
-def group_twins(rows: PairedRows) -> tuple[Ints, Ints]:
-    """Number images (n,) by their embedding, texts (m,) by embedding or caption; see `Twins`."""
-    found = []
-    for side in Modality:
-        same = alike(rows.embeddings(side))
-        links, each = Links(len(same)), np.arange(len(same))
-        links.add(each, same)
-        if side is Modality.TEXT:
-            links.add(each, rows.caption_keys)
-        groups = links.groups()
-        largest = int(np.bincount(groups).max(initial=1))
-        is_collapse = largest > max(FEW_TWINS, COLLAPSE[side] * len(same))
-        found.append(each if is_collapse or 1 < largest == len(same) else groups)
-    return found[0], found[1]
+def find_twins(rows: PairedRows) -> Twins:
+    """Group images by their embedding, and texts by embedding or caption."""
+    links, each = Links(len(rows.texts)), np.arange(len(rows.texts))
+    links.add(each, alike(rows.texts))
+    links.add(each, rows.caption_keys)
+    return Twins((alike(rows.images), links.groups()), rows.text_image)
 
 
 def protocol_block(name: Protocol, split: str, rows: PairedRows) -> dict[str, Any]:
@@ -176,40 +160,37 @@ def retrieval_block(folds: Sequence[Ranks]) -> dict[str, Any]:
     return block | {"mean_recall": mean_recall(*block.values())}
 
 
-def twins_block(folds: Sequence[Gallery], first: Sequence[Sequence[Ints]]) -> dict[str, Any]:
-    """Build the "twins" block, {} if there are none; `first` as of `Evaluation.first_ranks`."""
-    blocks, counts = [], np.zeros(2, np.int64)
-    for fold, ranks in zip(folds, first, strict=True):
-        equal = first_alike(hash_rows(fold.images)), first_alike(hash_rows(fold.texts))
-        tied = Twins(equal, fold.text_image)
-        for side, shared in enumerate(zip(tied.shared, fold.twins.shared, strict=True)):
-            counts[side] += np.logical_or(*shared).sum()
-        blocks.append(
-            {
-                way: {f"R@{k}": float((own <= k).mean()) for k in RECALL_AT} | {"R@1_limit": most}
-                for way, own, most in zip(DIRECTIONS, ranks, tied.limits(), strict=True)
-            }
-        )
-    if not counts.any():
+def twins_block(twins: Sequence[Twins], first: Sequence[Sequence[Ints]]) -> dict[str, Any]:
+    """Build the "twins" block, {} if there are none.
+
+    Args:
+        twins: of each fold.
+        first: of each fold the ranks of `Twins.first_ranks`; empty if they are unknown.
+    """
+    images, texts = (sum(int(own.shared[side].sum()) for own in twins) for side in (0, 1))
+    if not images + texts:
         return {}
-    found = {"images": int(counts[0]), "texts": int(counts[1]), **mean_of(blocks)}
-    return {"twins": found | {"mean_recall": mean_recall(*(found[way] for way in DIRECTIONS))}}
+    ways = {
+        name: mean_of(
+            [{f"R@{k}": float((own[side] <= k).mean()) for k in RECALL_AT} for own in first]
+        )
+        for side, name in enumerate(DIRECTIONS)
+        if first
+    }
+    means = {"mean_recall": mean_recall(*ways.values())} if first else {}
+    return {"twins": {"images": images, "texts": texts, **ways, **means}}
 
 
-def warn_of_twins(name: str, twins: dict[str, Any], retrieval: dict[str, Any]) -> None:
-    """Log in a line how many twins there are, and what they cost; a warning if that is much."""
-    counts = counted(twins["images"], "image"), counted(twins["texts"], "text")
-    figures = [
-        tuple(block[way][key] for way in DIRECTIONS)
-        for block, key in ((twins, "R@1_limit"), (twins, "R@1"), (retrieval, "R@1"))
-    ]
-    cost = np.max([1 - np.array(figures[0]), np.array(figures[1]) - figures[2]])
+def warn_of_twins(rows: PairedRows, twins: dict[str, Any]) -> None:
+    """Log in a line how many twins there are, and what they cost; a warning if they are many."""
+    share = max(twins["images"] / len(rows.images), twins["texts"] / len(rows.texts))
+    right = ", ".join(percent(twins[way]["R@1"]) for way in DIRECTIONS if way in twins)
     log.log(
-        logging.WARNING if cost > NOTED else logging.INFO,
-        "%s: %s and %s have the embedding or caption of another pair's; ties count as misses, so "
-        "R@1 can be at most %s; with twins counted as right it is %s, else %s (image to text, text "
-        "to image)",
-        *(name, *counts, *(", ".join(map(percent, pair)) for pair in figures)),
+        logging.WARNING if share > NOTED else logging.INFO,
+        "%s: %s and %s have the embedding or caption of another pair's, which counts as a wrong "
+        "answer, also if tied%s",
+        *(rows.name, counted(twins["images"], "image"), counted(twins["texts"], "text")),
+        f"; with twins as right, R@1 is {right} (image to text, text to image)" if right else "",
     )
 
 

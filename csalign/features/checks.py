@@ -1,7 +1,6 @@
 """Rows that cannot be used (no direction), and warnings of rows from which little can be learnt."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import percent
 from csalign.features import schema
-from csalign.features.join import PairedRows, Pairs, first_alike, hash_rows
+from csalign.features.join import Pairs, first_alike, hash_rows
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
 
 log = logging.getLogger(__name__)
@@ -23,19 +22,14 @@ Ints = npt.NDArray[np.int64]
 CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
 _CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
 _INFINITE_HALF = 0x7C00  # bits of float16
-SAMPLED_ROWS = 5_000  # of a side, spread evenly
-SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
-REPEATED = 0.1  # share of rows that equal another one
 FEW_QUERIES = 30
-COLLAPSE = {Modality.IMAGE: REPEATED, Modality.TEXT: 0.5}  # share of a side in equal rows
+COLLAPSE = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}  # share of a side in equal rows
 WINDOW, WINDOWS = 512, 4  # of rows in a sample
 LARGEST_GROUP = 8_192  # rows that are stored, and read, as one
 # Beyond these `examine` warns. CLIP, MiniLM, EfficientNet and a tiny CLIP, on photos, drawings and
-# captions, have mean cosines of 0.05 to 0.55 (a random ViT 0.79), top3 shares of 0.03 to 0.45,
-# 12 to 70 effective dimensions (18 where a tenth of the captions are equal), norm ratios up to 3
-# and more than 10,000 values.
-MEAN_COSINE, TOP3_SHARE, FEW_DIMENSIONS, NORM_RATIO = 0.9, 0.7, 2.5, 8
-FEW_VALUES, CLIPPED = 256, 0.05  # numbers of int8, and the share of the largest or least of them
+# captions, have mean cosines of 0.05 to 0.55 (a random ViT 0.79), top3 shares of 0.03 to 0.45, and
+# 12 to 70 effective dimensions (18 where a tenth of the captions are equal).
+MEAN_COSINE, TOP3_SHARE, FEW_DIMENSIONS = 0.9, 0.7, 2.5
 FEW_ROWS, FEW_COLUMNS = 30, 16  # say little; of different rows
 
 
@@ -96,8 +90,14 @@ def check_directions(vectors: Array, ids: pa.Array, where: str) -> None:
 def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float32]:
     """Scale rows (n, d) to norm 1, in float32, after `check_directions`."""
     check_directions(values, ids, where)
-    wide = values.astype(np.float32)
-    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return scaled(values)
+
+
+def scaled(rows: Array) -> npt.NDArray[np.float32]:
+    """Scale rows (n, d) to norm 1, in float32; those of norm 0 stay."""
+    wide = rows.astype(np.float32)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    np.divide(wide, norms, out=wide, where=norms > 0)
     return wide
 
 
@@ -105,43 +105,13 @@ def alike(vectors: Array) -> Ints:
     """Return for each row (n, d) the first one of its direction, in float16's precision, (n,)."""
     found = [np.empty(0, np.int64)]
     for start in range(0, len(vectors), CHECKED_ROWS):
-        wide = vectors[start : start + CHECKED_ROWS].astype(np.float32)
-        norms = np.linalg.norm(wide, axis=1, keepdims=True)
-        np.divide(wide, norms, out=wide, where=norms > 0)
-        found.append(hash_rows(wide.astype(np.float16) + np.float16(0)))  # -0 becomes 0
+        unit = scaled(vectors[start : start + CHECKED_ROWS]).astype(np.float16)
+        found.append(hash_rows(unit + np.float16(0)))  # -0 becomes 0
     return first_alike(np.concatenate(found))
 
 
-def warn_of_training_rows(rows: Pairs, name: str) -> None:
-    """Warn of constant sides, and of repeated rows, which contradict InfoNCE."""
-    for side, vectors in (("image", rows.images), ("text", rows.texts)):
-        if len(vectors) < 2:
-            continue
-        if _spread(vectors) < SPREAD:
-            problem = (
-                f"all {side} embeddings are nearly the same, so nothing can be learnt from them; "
-                "check the input of the encoder"
-            )
-        else:
-            counts = np.unique(hash_rows(vectors), return_counts=True)[1]
-            repeated, largest = 1 - len(counts) / len(vectors), counts.max() / len(vectors)
-            if side == "image" and repeated > REPEATED:
-                problem = (
-                    f"{100 * repeated:.0f} % of the images repeat the embedding of another image, "
-                    "whose captions then count as wrong answers; merge them into one image"
-                )
-            elif side == "text" and largest > 0.5:  # captions that repeat are counted once
-                problem = (
-                    f"{100 * largest:.0f} % of the texts are identical, so they hardly distinguish "
-                    "images; check that they are captions"
-                )
-            else:
-                continue
-        log.warning("%s: %s", name, problem)
-
-
-def warn_of_queries(rows: PairedRows, name: str, *, ties: bool = True) -> None:
-    """Warn of galleries that are too small, or (`ties`) where many rows equal a wrong answer."""
+def warn_of_queries(rows: Pairs, name: str) -> None:
+    """Warn of galleries that are too small."""
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
     if 0 < queries < FEW_QUERIES:
         log.warning(
@@ -150,58 +120,23 @@ def warn_of_queries(rows: PairedRows, name: str, *, ties: bool = True) -> None:
             queries,
             100 / queries,
         )
-        return
-    if not ties:
-        return
-    owners = {Modality.IMAGE: np.arange(len(rows.images)), Modality.TEXT: rows.text_image}
-    for side, own in owners.items():
-        share = _equal_to_wrong(rows.embeddings(side), own)
-        if share > REPEATED:
-            log.warning(
-                "%s: %.0f %% of the %s equal a wrong answer; ties count as misses, so recall "
-                "cannot reach 100 %%",
-                name,
-                100 * share,
-                side.plural,
-            )
-
-
-def _spread(vectors: Array) -> float:
-    """Return the variance of unit rows, summed over coordinates, in [0, 1]; of a sample."""
-    step = -(-len(vectors) // SAMPLED_ROWS)
-    unit = vectors[np.arange(0, len(vectors), step)].astype(np.float32)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    mean = unit.mean(axis=0, dtype=np.float64)
-    return float(1 - mean @ mean)
-
-
-def _equal_to_wrong(vectors: Array, owners: Ints) -> float:
-    """Return the share of rows that equal a row of another image."""
-    return float(is_shared(hash_rows(vectors), owners).mean()) if len(vectors) else 0.0
-
-
-def is_shared(groups: Ints, owners: Ints) -> npt.NDArray[np.bool_]:
-    """Mark the rows (n,) whose group contains a row of another owner."""
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    is_mixed = np.bincount(group, owners != owners[first][group]) > 0
-    return is_mixed[group]
 
 
 def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Measure how a sample of each side's rows is spread, and word what is unusual.
 
     Returns:
-        Per side "rows" sampled; "equal_rows", share of the largest group of equal ones; of the
+        Per side "rows" sampled; "equal_rows", share that repeats the most frequent one; of the
         others "mean_cosine"; "top3_share", that of three dimensions in the squared norm or the
-        variance; "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
-        axes; "norm_ratio", 99th over 1st percentile; "values", different numbers in 256 rows.
+        variance; and "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
+        axes.
     """
     tables = [table for table in (features.images, features.texts) if len(table)]
     samples = [_sample(table) for table in tables]
     found, lines = {}, []
     for table, rows in zip(tables, samples, strict=True):
-        found[table.modality.value], words = _examine(rows, COLLAPSE[table.modality])
-        lines += [f"{table.modality.plural}: {line}" for line in words]
+        found[table.modality.value], problem = _examine(rows, table.modality)
+        lines += [f"{table.modality.plural}: {problem}"] * bool(problem)
     if len(samples) == 2 and samples[0].shape[1] == samples[1].shape[1]:
         first, total = len(samples[0]), sum(map(len, samples))
         equal = int((alike(np.concatenate(samples))[first:] < first).sum())
@@ -214,10 +149,10 @@ def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str
     return found, lines
 
 
-def warn_of_rows(path: Path) -> None:
-    """Log what `examine` finds unusual in a feature set, as warnings."""
-    for line in examine(FeatureSet.open(path))[1]:
-        log.warning("%s: %s", path, line)
+def warn_of_rows(features: FeatureSet) -> None:
+    """Log what `examine` finds unusual, as warnings."""
+    for line in examine(features)[1]:
+        log.warning("%s: %s", features.path, line)
 
 
 def _sample(table: FeatureTable) -> Array:
@@ -231,68 +166,49 @@ def _sample(table: FeatureTable) -> Array:
     return np.concatenate([batch_vectors(b, schema.EMBEDDING)[local] for _, local, b in parts])
 
 
-def _examine(rows: Array, most_equal: float) -> tuple[dict[str, float], list[str]]:
-    """Measure rows (k, d), and word what is unusual; see `examine`."""
+def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
+    """Measure rows (k, d), and word what is unusual, "" if nothing; see `examine`."""
     _, first, counts = np.unique(alike(rows), return_index=True, return_counts=True)
-    wide = rows[first].astype(np.float32)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    unit = wide / norms
+    unit = scaled(rows[first])
     mean = unit.mean(axis=0, dtype=np.float64)
     squares, centred = np.square(unit).mean(axis=0), (unit - mean).astype(np.float32)
     variances = np.square(centred).mean(axis=0)
     shares = max((squares, variances / max(variances.sum(), 1e-12)), key=_top3)
     some = centred[:: -(-len(centred) // 1_000)]
     products = float(np.square(some @ some.T, dtype=np.float64).sum())
-    low, high = np.quantile(norms, [0.01, 0.99])
-    values, repeats = np.unique(rows[:: -(-len(rows) // 256)], return_counts=True)
     found = {
         "rows": len(rows),
-        "equal_rows": float(counts.max() / len(rows)) if counts.max() > 1 else 0.0,
+        "equal_rows": (int(counts.max()) - 1) / len(rows),
         "mean_cosine": float(mean @ mean),
         "top3_share": _top3(shares),
         "effective_dimensions": float(np.square(some).sum()) ** 2 / products if products else 1.0,
-        "norm_ratio": float(high / low),
-        "values": len(values),
     }
-    lines = []
-    if (equal := found["equal_rows"]) > most_equal:
-        lines.append(
-            f"{percent(equal, 0)} have one embedding; check the input (blank pictures, no text) "
-            "and the pooling (a padding token is the same everywhere)"
+    if found["equal_rows"] > COLLAPSE[side]:
+        return found, (
+            f"{percent(found['equal_rows'], 0)} repeat one embedding; check the input (blank "
+            "pictures, no text) and the pooling (a padding token is the same everywhere)"
         )
-    if len(wide) < FEW_ROWS or wide.shape[1] < FEW_COLUMNS:
-        return found, lines
+    if len(unit) < FEW_ROWS or unit.shape[1] < FEW_COLUMNS:
+        return found, ""
     if found["top3_share"] > TOP3_SHARE:
         loudest = ", ".join(map(str, np.sort(np.argsort(-shares)[:3])))
-        lines.append(
-            f"dimensions {loudest} of {wide.shape[1]} have {percent(found['top3_share'], 0)} of "
+        return found, (
+            f"dimensions {loudest} of {unit.shape[1]} have {percent(found['top3_share'], 0)} of "
             "the norm or variance; check for ids or labels among the columns, or standardise them "
             "(states of language models look like this before the last normalisation)"
         )
-    elif found["mean_cosine"] > MEAN_COSINE:
-        lines.append(
+    if found["mean_cosine"] > MEAN_COSINE:
+        return found, (
             f"two rows have a cosine of {found['mean_cosine']:.2f} on average; check the pooling "
-            "(a first, last or padding token that was not trained for it); if it is right, train "
-            "an adapter, which removes the mean"
+            "(a first, last or padding token that was not trained for it); if it is right, an "
+            "adapter helps, as it removes the mean"
         )
-    elif found["effective_dimensions"] < FEW_DIMENSIONS:
-        lines.append(
-            f"they vary along {found['effective_dimensions']:.1f} of {wide.shape[1]} dimensions; "
+    if found["effective_dimensions"] < FEW_DIMENSIONS:
+        return found, (
+            f"they vary along {found['effective_dimensions']:.1f} of {unit.shape[1]} dimensions; "
             "check that the inputs differ, and the pooling"
         )
-    elif found["norm_ratio"] > NORM_RATIO:
-        lines.append(
-            f"norms vary {found['norm_ratio']:.0f}-fold, which cosines ignore; check that all rows "
-            "are of one encoder and scaled alike"
-        )
-    ends = repeats[[0, -1]] * (values[[0, -1]] != 0)  # many zeros are those of a ReLU
-    if len(values) <= FEW_VALUES or ends.max() > CLIPPED * repeats.sum():
-        extreme = percent(ends.max() / repeats.sum(), 0)
-        lines.append(
-            f"they have {len(values):,} different numbers, {extreme} at one end: rounded, as by "
-            "int8, or clipped; use the original floats if there are any"
-        )
-    return found, lines
+    return found, ""
 
 
 def _top3(shares: Array) -> float:

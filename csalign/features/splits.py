@@ -82,10 +82,10 @@ def make_splits(features: FeatureSet, settings: SplitSettings) -> SplitResult:
     placed = grouped.place(is_free, is_candidate, sizes, settings.seed)
     groups = grouped.groups
     _check_placed(features, groups, is_candidate, placed, sizes)
-    names = pa.array([TRAIN, *sizes])
-    split = pc.if_else(pa.array(is_free), names.take(pa.array(placed)), stored)
+    made_of = pa.array([TRAIN, *sizes]).take(pa.array(placed))
+    split = pc.if_else(pa.array(is_free), made_of, stored)
     _warn_of_stored(path, groups, is_free, stored)
-    of_texts = _split_texts(features, joined, placed, names, split, grouped.keys)
+    of_texts = _split_texts(features, joined, split, grouped.keys)
     several = np.bincount(groups, minlength=1)
     several = several[several > 1]
     made = Splits(
@@ -262,37 +262,25 @@ def _warn_of_stored(path: Path, groups: Ints, is_free: Mask, stored: pa.Array) -
 
 
 def _split_texts(
-    features: FeatureSet,
-    joined: Joined,
-    placed: Ints,
-    names: pa.Array,
-    of_images: pa.Array,
-    keys: Ints | None,
+    features: FeatureSet, joined: Joined, of_images: pa.Array, keys: Ints | None
 ) -> pa.Array:
-    """Return the split of each text, (m,): that of its image, or of its caption, or its own.
+    """Return the split of each text, (m,): that of its image, or its own, or of its caption.
 
-    A text without an image and a split takes the split that is stored with its caption.
+    A text without an image and a split takes the one that its caption is held out in, if it is.
     """
     owners = joined.text_image
     is_paired = owners >= 0
     stored = features.texts.column(schema.SPLIT).combine_chunks()
-    own = np.zeros(len(owners), np.int64)
-    if keys is not None and len(owners):
-        first, unknown = first_alike(keys), len(names)
-        of_key = np.full(len(owners), unknown)
-        np.minimum.at(of_key, first[is_paired], placed[owners[is_paired]])
-        own = of_key[first] % unknown
-    alone = pc.if_else(pa.array(_is_free(stored)), names.take(pa.array(own)), stored)
     with_image = of_images.take(pa.array(owners, mask=~is_paired))
-    found = pc.if_else(pa.array(is_paired), with_image, alone)
-    if keys is None or not len(owners):
-        return found
-    is_free, held = _is_free(stored), np.full(len(owners), -1)
-    rows = np.flatnonzero(~is_free)
-    rows = rows[pc.sort_indices(stored.take(pa.array(rows))).to_numpy()[::-1]]
-    held[first[rows]] = rows  # with each caption, of the split that comes first
-    follows = is_free & ~is_paired & (held[first] >= 0)
-    return found.take(pa.array(np.where(follows, held[first], np.arange(len(owners)))))
+    found = pc.if_else(pa.array(is_paired), with_image, stored)
+    is_free, held = _is_free(found), np.full(len(owners), -1)
+    if keys is not None and len(owners):
+        first, rows = first_alike(keys), np.flatnonzero(~is_free)
+        rows = rows[pc.sort_indices(found.take(pa.array(rows))).to_numpy()[::-1]]
+        held[first[rows]] = rows  # with each caption, of the split that comes first
+        held = held[first]
+    held = np.where(is_free & ~is_paired, held, np.arange(len(owners)))
+    return pc.fill_null(found.take(pa.array(held, mask=held < 0)), TRAIN)
 
 
 def _write(table: FeatureTable, split: pa.Array) -> schema.Shard:

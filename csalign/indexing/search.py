@@ -30,6 +30,7 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Found, SearchResult
 from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_encoders
+from csalign.features.checks import scaled
 from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST, EncoderInfo
@@ -157,16 +158,12 @@ class QueryEncoder:
         remedy = "name that encoder with --encoder, build the index again from its features"
         reference, insist = f"{self.index} was built from", self.options.any_encoder
         pairs = {self.side: (found, known)}
-        try:
-            check_encoder(pairs, "the query", reference, remedy, any_encoder=insist)
-        except DataError as error:
-            raise EncoderError(str(error)) from None
+        check_encoder(pairs, "the query", reference, remedy, any_encoder=insist)
 
     def _align(self, embedded: Embedded) -> Floats:
         rows = embedded.embeddings.astype(np.float32)
         if self.adapter is None:
-            unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-            return unit
+            return scaled(rows)
         if not self._with_tokens:
             return self.adapter.embed(self.side, rows)
         assert embedded.tokens is not None

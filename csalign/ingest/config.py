@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
-from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words
+from csalign.core.config import Config, Count, Location, Number, OutputConfig, Share, Words, written
 from csalign.sources.records.tables import SourceOptions
 
 
@@ -144,6 +144,14 @@ class ExtractConfig(
         unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
         return super(ExtractConfig, self.model_copy(update=unshared)).to_toml()
 
+    def may_replace(self) -> bool:
+        """Return whether the output may exist: it is to be replaced, or has the same options."""
+        try:
+            there = (self.out / "config.toml").read_text(encoding="utf-8")
+        except Exception:  # of any store; whoever writes there says what is wrong
+            return self.overwrite
+        return self.overwrite or there == self.to_toml()
+
 
 Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")]
 
@@ -237,16 +245,15 @@ class ImportConfig(ArrayOptions, OutputConfig, PairOptions, SplitOptions, Record
     )
 
     def command(self, **changes: Any) -> str:
-        """Return the command line of this configuration, with some values replaced."""
+        """Return the command line of this configuration, with some values replaced.
+
+        >>> ImportConfig(source="both.npz", out="f", group=False).command(pair_by="order")
+        'csalign import both.npz --no-group --pair-by order --out f'
+        """
         given = {name: getattr(self, name) for name in self.model_fields_set} | changes
         values = {name: given[name] for name in type(self).model_fields if name in given}
         words = ["csalign", "import", *map(str, values.pop("source", ()))]
         out = values.pop("out")
         for name, value in values.items():
-            option = f"--{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                words += [option] if value else []
-            elif value is not None:
-                text = ",".join(value) if isinstance(value, tuple) else str(value)
-                words += [option, text]
+            words += [] if value is None else written(self.shown(name), value)
         return shlex.join([*words, "--out", str(out)])

@@ -23,6 +23,7 @@ from csalign.core.results import FeaturesResult
 from csalign.encoders.base import EncoderOptions, Encoders, ImageEncoder, TextEncoder, load_encoders
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
+from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
 from csalign.ingest.job import (
     Job,
@@ -78,7 +79,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
     shard, splits = parse_shard(config.shard), split_settings(config)
     searched = None if "::" in config.source else parse_location(config.source)  # or several
     inputs = tuple(path for path in (searched, config.captions, config.images) if path is not None)
-    out, may_exist = config.out, config.overwrite or config.is_repeated()
+    out, may_exist = config.out, config.may_replace()
     outputs.check_output(out, schema.ENTRIES, overwrite=may_exist, inputs=inputs, searched=searched)
     progress("scanning the source", 0, None)
     source = open_source(config.source, config)
@@ -133,7 +134,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> FeaturesResul
                     _warn_of_cut_texts(records, encoders.text)
                 partial.complete_and_commit()
         if is_owner:
-            warn_of_rows(config.out)
+            warn_of_rows(FeatureSet.open(config.out))
         else:
             progress("waiting for the process that completes the set", 0, None)
             partial.wait_until_committed()
@@ -272,7 +273,6 @@ class _Extraction:
                 fingerprint=self._fingerprint(file, number),
                 file_records=len(opened),
                 is_unreadable=isinstance(opened, UnreadableFile),
-                records=part.records,
             )
             return self.partial.finish_part(part, record)
 

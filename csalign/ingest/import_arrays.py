@@ -18,7 +18,8 @@ from csalign.core.results import FeaturesResult
 from csalign.features import schema
 from csalign.features.checks import warn_of_rows
 from csalign.features.export import recorded_encoder
-from csalign.features.schema import EncoderInfo, read_manifest
+from csalign.features.reader import FeatureSet
+from csalign.features.schema import EncoderInfo
 from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
@@ -89,8 +90,9 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
                 raise DataError(str(error).replace(str(folder), str(config.out), 1)) from None
             if made.groups:
                 logger.info("%s", made.kept_together)
-    warn_of_rows(config.out)
-    counts = read_manifest(config.out).counts
+    features = FeatureSet.open(config.out)
+    warn_of_rows(features)
+    counts = features.manifest.counts
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )
@@ -157,15 +159,11 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
         else {side: read_side(spec, side, columns[side]) for side, spec in specs.items() if side}
     )
     both = [{part.name for part in vectors.parts} for vectors in sides.values()]
-    if len(both) > 1 and both[0] & both[1]:
-        name = min(both[0] & both[1])
-        vectors = sides[Modality.IMAGE]
-        if vectors.is_in_one_file:
-            raise DataError(
-                f"{name} and {len(vectors.parts) - 1} more are read as one array, of images and of "
-                "texts; name the array of each side with --image-column and --text-column"
-            )
-        logger.warning("%s: is used as images and as texts; pass the other side's file", name)
+    if len(both) > 1 and both[0] & both[1] and sides[Modality.IMAGE].is_in_one_file:
+        raise DataError(
+            f"{min(both[0] & both[1])} and {len(both[0]) - 1} more are read as one array, of "
+            "images and of texts; name that of each side with --image-column and --text-column"
+        )
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
     for name in sorted(unused):

@@ -74,7 +74,7 @@ class PartRecord(Record):
     file_records: int  # in its source file, over all parts of the file
     source_root: str | None = None  # folder that relative sources of its images start from
     is_unreadable: bool = False  # stands for a source file that could not be read at all
-    records: int
+    records: int = 0
     failed_records: int = 0  # skipped as a whole
     failed_texts: int = 0  # skipped although their record was not
     texts_seen: int = 0  # of the records that were not skipped

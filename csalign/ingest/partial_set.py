@@ -7,6 +7,7 @@ process has finished, the part records become the manifest. README.md lists the 
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,18 +41,11 @@ class PartWriter:
     """Writer of the two files of a part, with the counts of its `PartRecord`."""
 
     sides: dict[Modality, ShardWriter]
-    records: int = 0
-    failed_records: int = 0
-    failed_texts: int = 0
-    texts_seen: int = 0
-    cut_texts: int = 0
-    longest_text: int = 0
-    pairs: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     source_root: str | None = None
     failures: list[Failure] = field(default_factory=list)
     digests: bytes = b""
     is_named: bool = False
-    joined: int = 0
 
     def write(self, modality: Modality, rows: Rows) -> None:
         """Append rows to one side; see `ShardWriter.write`."""
@@ -59,7 +53,9 @@ class PartWriter:
         if modality is Modality.IMAGE and self.source_root is None:
             self.source_root = schema.source_root(rows.column(schema.SOURCE))
         if modality is Modality.TEXT:
-            self.pairs += sum(owner is not None for owner in rows.columns[schema.IMAGE_ID])
+            self.counts["pairs"] += sum(
+                owner is not None for owner in rows.columns[schema.IMAGE_ID]
+            )
 
 
 class PartialSet:
@@ -132,9 +128,9 @@ class PartialSet:
         for side, shard in shards.items():
             if shard is None:  # an earlier attempt may have had rows
                 (self.folder / side / f"{record.name}.parquet").unlink(missing_ok=True)
-        counts = {name: value for name, value in vars(part).items() if name != "sides"}
+        found = {k: value for k, value in vars(part).items() if k not in ("sides", "counts")}
         job = self._job.fingerprint()
-        record = record.model_copy(update={"job": job, **counts, **shards})
+        record = record.model_copy(update={"job": job, **found, **part.counts, **shards})
         write_record(self.folder / PARTS / f"{record.name}.json", record)
         return record
 

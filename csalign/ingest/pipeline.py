@@ -166,11 +166,11 @@ class _Part:
         for window in _groups(self._kept_texts(), encoder.batch_size * _BATCHES_PER_WINDOW):
             cut.clear()
             embedded = embed_in_halves(encoder.embed, [owned.text.caption for owned in window])
-            self.part.cut_texts += len(cut)
-            self.part.longest_text = max(self.part.longest_text, *cut, 0)
+            self.part.counts["cut_texts"] += len(cut)
+            self.part.counts["longest_text"] = max(self.part.counts["longest_text"], *cut, 0)
             defects = self._defects(embedded)
             for row, reason in defects.items():
-                self.part.failed_texts += 1
+                self.part.counts["failed_texts"] += 1
                 self._fail(self.file, window[row].text.row, reason)
             columns: Columns = {
                 schema.ID: [owned.text.id for owned in window],
@@ -191,7 +191,7 @@ class _Part:
                 self._skip(image, result)
             elif image.may_join and (key := (result[1], image.split)) in self._known:
                 self._joined[image.id] = self._known[key]
-                self.part.joined += 1
+                self.part.counts["joined"] += 1
             else:
                 self._known.setdefault((result[1], image.split), image.id)
                 yield image, *result
@@ -201,12 +201,12 @@ class _Part:
     def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
         """Count records and start decoding their images."""
         for record in records:
-            self.part.records += 1
+            self.part.counts["records"] += 1
             image = record.image if self.pipeline.encoders.image else None
             owner = image.id if image else None
             self._texts += [_OwnedText(text, owner, record.split) for text in record.texts]
             if record.error is not None:
-                self.part.failed_records += 1
+                self.part.counts["failed_records"] += 1
                 self._fail(self.file, record.row, record.error)
             if image is None:
                 self.pipeline.report("records", 1)
@@ -238,13 +238,13 @@ class _Part:
             owned = text if owner is None else text._replace(image_id=owner)
             reason = None if owned.image_id is None else self._skipped.get(owned.image_id)
             if reason is None:
-                self.part.texts_seen += 1
+                self.part.counts["texts_seen"] += 1
                 yield owned
             else:
                 self._fail(self.file, owned.text.row, f"its image {owned.image_id:.200} {reason}")
 
     def _skip(self, image: _Decoding, reason: str) -> None:
-        self.part.failed_records += 1
+        self.part.counts["failed_records"] += 1
         self._skipped[image.id] = reason
         self._fail(image.source, None, reason)
 

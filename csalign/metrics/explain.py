@@ -25,7 +25,6 @@ hubness.* :: skewness E[(N - mean N)^3] / std(N)^3 of N(g), the number of querie
     among their 10 nearest; over all rows; 0 is no hubs :: Radovanovic et al. 2010
 by.values.*.images :: images with captions that have this value
 by.values.*.texts :: captions of images that have this value
-twins.*.R@1_limit :: largest possible R@1 where equal embeddings tie and ties count as misses
 twins.*.R@K :: share of queries with an item among the first K that is a match, or a twin of one:
     images of one embedding, texts of one embedding or caption, in float16's precision; wrong items
     that tie rank ahead
@@ -79,7 +78,6 @@ zero_shot.top5 :: share of images whose class is among the five nearest; null be
     Radford et al. 2021; as CLIP_benchmark
 zero_shot.mean_per_class_recall :: mean over classes with images of their top-1 :: Radford et al.
     2021; as CLIP_benchmark
-zero_shot.twins_as_one.* :: the same with classes of one vector, in float16's precision, as one
 zero_shot.* :: counts
 *.column :: column of the images that the figures use
 features :: evaluated feature set

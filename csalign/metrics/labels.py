@@ -37,14 +37,12 @@ def class_vectors(prompts: Floats, classes: Ints) -> Floats:
 class Classified:
     """Rank of the right class for each image, (n,), 1-based; a tied wrong class ranks ahead.
 
-    Of twins, classes of one vector, the first ranks ahead, as argmax does; if all classes are
-    twins, all others do. `as_one` counts twins as one class; None without any.
+    Of classes of one vector the first ranks ahead, as argmax does.
     """
 
     ranks: Ints
     labels: Ints
     classes: int
-    as_one: "Classified | None" = None
 
     def summary(self) -> dict[str, float | None]:
         """Return top-1, top-5 (None below five classes) and mean per-class recall, in [0, 1].
@@ -104,24 +102,14 @@ def classify(
 ) -> Classified:
     """Rank the classes of each image (n, d) by inner product with one vector per class (c, d)."""
     distinct, group, sizes = np.unique(alike(vectors), return_inverse=True, return_counts=True)
-    order, before = np.argsort(group, kind="stable"), np.empty(len(group), np.int64)
-    before[order] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    has_no_twins = len(distinct) == len(group)
-    if len(distinct) == 1:
-        before[:] = len(group) - 1
-    own, weights = group[labels], torch.from_numpy(sizes).float()
-    rights, parts = torch.from_numpy(own)[:, None], [torch.empty(2, 0, dtype=torch.int64)]
-    for scores in score_strips(images, vectors if has_no_twins else vectors[distinct], strip_bytes):
+    later = np.empty(len(group), np.int64)  # twins behind each class
+    later[np.argsort(group, kind="stable")] = np.cumsum(sizes).repeat(sizes) - np.arange(len(group))
+    weights, rights = torch.from_numpy(sizes).float(), torch.from_numpy(group[labels])[:, None]
+    ranks = [torch.empty(0)]
+    for scores in score_strips(images, vectors[distinct], strip_bytes):
         right, rights = rights[: len(scores)], rights[len(scores) :]
-        is_ahead = scores >= scores.gather(1, right)
-        ahead = is_ahead.sum(1)
-        weighed = ahead if has_no_twins else (is_ahead.float() @ weights).long()
-        parts.append(torch.stack([weighed, ahead]))
-    ranks, merged = torch.cat(parts, 1).numpy()
-    ranks += 1 - sizes[own] + before[labels]
-    has_both = not has_no_twins and len(distinct) > 1
-    one = Classified(merged, own, len(distinct)) if has_both else None
-    return Classified(ranks, labels, len(group), one)
+        ranks.append((scores >= scores.gather(1, right)).float() @ weights)
+    return Classified(torch.cat(ranks).long().numpy() + 1 - later[labels], labels, len(group))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csalign.core import distributed
 from csalign.core.progress import tick, track
+from csalign.features.checks import scaled
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -328,10 +329,7 @@ def penalty(rows: Floats, others: Floats, name: str, *, strip_bytes: int = STRIP
 
 def centred(rows: Floats, mean: Doubles) -> Floats:
     """Subtract a mean (d,) from rows (n, d) and normalise; 0 where nothing remains."""
-    moved = (rows - mean).astype(np.float32)
-    norms = np.linalg.norm(moved, axis=1, keepdims=True)
-    found: Floats = np.divide(moved, norms, out=np.zeros_like(moved), where=norms > 0)
-    return found
+    return scaled(rows - mean)
 
 
 def score_strips(queries: Floats, gallery: Floats, strip_bytes: int) -> Iterator[Tensor]:

@@ -7,13 +7,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from csalign.features.checks import is_shared
+from csalign.features.checks import COLLAPSE
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 CELLS = 16 << 20  # of a table of scores
+FEW_TWINS = 10  # are not a collapse, unless they are all rows
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,29 @@ class Twins:
     def shared(self) -> tuple[Mask, Mask]:
         """Images (n,) that are not alone in their group, and texts (m,) in one of other images."""
         images, texts = self.groups
-        return np.bincount(images)[images] > 1, is_shared(texts, self.text_image)
+        _, first, group = np.unique(texts, return_index=True, return_inverse=True)
+        is_mixed = np.bincount(group, self.text_image != self.text_image[first][group]) > 0
+        return np.bincount(images)[images] > 1, is_mixed[group]
 
-    def limits(self) -> tuple[float, float]:
-        """Return the largest possible R@1 both ways if twins tie, and ties count as misses."""
-        (images, texts), (queried, paired) = self.groups, self.queries
-        owners, (is_twin, is_mixed) = self.text_image[paired], self.shared
-        # Twins among the queries have one best item, which is right for those of one image only.
-        forth = np.unique(images[owners[~is_mixed[paired]]])
-        alone = ~is_twin[owners]
-        keys, counts = np.unique(
-            texts[paired][alone] * len(images) + owners[alone], return_counts=True
-        )
-        best = np.zeros(int(texts.max()) + 1, np.int64)
-        np.maximum.at(best, keys // len(images), counts)
-        return len(forth) / len(queried), float(best.sum()) / len(paired)
+    @cached_property
+    def _groups(self) -> list[Ints]:
+        """The groups without those that are too large for twins, whose rows stay apart."""
+        found = []
+        for own, most in zip(self.groups, COLLAPSE.values(), strict=True):
+            limit = min(max(FEW_TWINS, most * len(own)), len(own) - 1)
+            alone = own.max(initial=0) + 1 + np.arange(len(own))
+            found.append(np.where(np.bincount(own)[own] > limit, alone, own))
+        return found
 
     def right(self, way: int, queries: Ints) -> Mask:
         """Mark the right items of some queries (k,), (k, items)."""
-        items, (own, other) = self.groups[1 - way], self._pairs[way]
-        asked = self.groups[way][queries]
+        images, texts = self._groups
+        paired = self.queries[1]
+        pairs = images[self.text_image[paired]], texts[paired]
+        items, own, other = self._groups[1 - way], pairs[way], pairs[1 - way]
         table = np.zeros((len(queries), int(items.max()) + 1), np.bool_)
-        bounds = np.searchsorted(own, asked, "left"), np.searchsorted(own, asked, "right")
-        for row, (low, high) in enumerate(zip(*bounds, strict=True)):
-            table[row, other[low:high]] = True
+        for row, group in enumerate(self._groups[way][queries]):
+            table[row, other[own == group]] = True
         return table[:, items]
 
     def first_ranks(self, images: Floats, texts: Floats, first: Sequence[Ints]) -> list[Ints]:
@@ -72,26 +72,16 @@ class Twins:
             first: ranks of the best match, (q,) both ways, which stay where no twin is involved.
         """
         found = [ranks.copy() for ranks in first]
+        (is_twin, is_mixed), (asked, paired) = self.shared, self.queries
+        owners = self.text_image[paired]
+        has_mixed = np.bincount(owners, is_mixed[paired], minlength=len(images)) > 0
+        involved = (is_twin | has_mixed)[asked], is_mixed[paired] | is_twin[owners]
         for way, (rows, gallery) in enumerate(((images, texts), (texts, images))):
-            queries, (own, other) = self.queries[way], self._pairs[way]
-            right = np.bincount(own, np.bincount(self.groups[1 - way])[other])
-            matches = np.bincount(self.text_image[self.queries[1]])[queries] if way == 0 else 1
-            more = np.flatnonzero(right[self.groups[way][queries]] > matches)
-            step = max(1, CELLS // len(gallery))
+            more, step = np.flatnonzero(involved[way]), max(1, CELLS // len(gallery))
             for part in (more[start : start + step] for start in range(0, len(more), step)):
-                scores = rows[queries[part]] @ gallery.T
-                is_right = self.right(way, queries[part])
+                queries = self.queries[way][part]
+                scores, is_right = rows[queries] @ gallery.T, self.right(way, queries)
                 best = np.where(is_right, scores, -np.inf).max(axis=1, keepdims=True)
                 ahead = (~is_right & (scores >= best)).sum(axis=1)
                 found[way][part] = np.minimum(found[way][part], 1 + ahead)
         return found
-
-    @cached_property
-    def _pairs(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
-        """Pairs of groups, (k,) both, sorted by the group of images and by that of texts."""
-        (images, texts), paired = self.groups, self.queries[1]
-        most = int(texts.max()) + 1
-        keys = np.unique(images[self.text_image[paired]] * most + texts[paired])
-        own, other = keys // most, keys % most
-        order = np.argsort(other, kind="stable")
-        return (own, other), (other[order], own[order])

@@ -6,7 +6,8 @@ from io import BytesIO
 from pathlib import Path
 
 from csalign.core.errors import DataError
-from csalign.sources.images import SUFFIXES, read_image
+from csalign.sources.images import read_image
+from csalign.sources.records.files import IMAGE_SUFFIXES
 
 LARGEST_FILE = 64 << 20  # bytes; larger files get no thumbnail
 
@@ -78,7 +79,7 @@ def _find_below(root: Path, path: Path) -> Path | None:
     whole = (root / path).resolve()
     if not whole.is_relative_to(root.resolve()):
         return None
-    if whole.is_file() and whole.suffix.lower() in SUFFIXES:
+    if whole.is_file() and whole.suffix.lower() in IMAGE_SUFFIXES:
         return whole
-    others = (whole.with_suffix(suffix) for suffix in sorted(SUFFIXES))
+    others = (whole.with_suffix(suffix) for suffix in sorted(IMAGE_SUFFIXES))
     return next((other for other in others if other.is_file()), None)

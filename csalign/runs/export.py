@@ -20,7 +20,14 @@ from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import Array, check_fit, load_run, public_spec, stream_aligned
+from csalign.runs.load import (
+    Array,
+    check_encoders,
+    check_features,
+    load_run,
+    public_spec,
+    stream_aligned,
+)
 from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
@@ -134,7 +141,8 @@ def _samples(
     if config.features is None:
         return
     features = FeatureSet.open(config.features)
-    check_fit(features, config.run, adapter, info, any_encoder=config.any_encoder)
+    check_encoders(features, config.run, info, any_encoder=config.any_encoder)
+    check_features(features, config.run, adapter)
     for side in Modality:
         table = features.table(side)
         if table.info is not None and len(table):

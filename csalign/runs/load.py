@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import unit_inputs
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
@@ -30,10 +28,6 @@ from csalign.runs.metadata import ADAPTER, check_unchanged
 
 ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds of vectors
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
-
-SAMPLED_ROWS = 2_000  # the first ones, whose mean is compared with that of training
-CLEAR_MEAN = 0.3  # norm of a mean of unit rows; CLIP has 0.7, the mean of 100 random rows 0.1
-LEAST_SHARE = 0.25  # of the mean of training in another one; 0 for unrelated encoders
 
 log = logging.getLogger(__name__)
 
@@ -61,20 +55,12 @@ def load_adapter_for(
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    Raises as `load_run` and `check_fit` do.
+    Raises as `load_run`, `check_encoders` and `check_features` do.
     """
     adapter, info = load_run(run, options.allow_adapter)
-    check_fit(features, run, adapter, info, any_encoder=options.any_encoder)
-    return adapter.to(pick_device(options.device)), info
-
-
-def check_fit(
-    features: FeatureSet, run: Path, adapter: Adapter, info: AdapterInfo, *, any_encoder: bool
-) -> None:
-    """Run `check_encoders`, `check_features` and, for unverified encoders, `warn_of_means`."""
-    unverified = check_encoders(features, run, info, any_encoder=any_encoder)
+    check_encoders(features, run, info, any_encoder=options.any_encoder)
     check_features(features, run, adapter)
-    warn_of_means(features, run, adapter, unverified)
+    return adapter.to(pick_device(options.device)), info
 
 
 def check_features(
@@ -110,19 +96,20 @@ def check_features(
 
 def check_encoders(
     features: FeatureSet, run: Path, info: AdapterInfo, *, any_encoder: bool = False
-) -> list[Modality]:
+) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
     The features that it was trained on need no check, and arrays in memory cannot name an encoder.
     """
-    if schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint):
-        return []
-    there = {side: own for side in Modality if (own := features.table(side).info) is not None}
-    if features.path.name == IN_MEMORY:
-        return list(there)
-    pairs = {side: (own, info.encoder(side)) for side, own in there.items()}
-    name, reference = str(features.path), f"{run} was trained on"
-    return check_encoder(pairs, name, reference, any_encoder=any_encoder)
+    is_trained = schema.same_rows(features.manifest.fingerprint(), info.data_fingerprint)
+    if is_trained or features.path.name == IN_MEMORY:
+        return
+    pairs = {
+        side: (own, info.encoder(side))
+        for side in Modality
+        if (own := features.table(side).info) is not None
+    }
+    check_encoder(pairs, str(features.path), f"{run} was trained on", any_encoder=any_encoder)
 
 
 def check_encoder(
@@ -132,7 +119,7 @@ def check_encoder(
     remedy: str = "extract again with --{side}-encoder {spec}, train on these features",
     *,
     any_encoder: bool = False,
-) -> list[Modality]:
+) -> None:
     """Decide whether embeddings fit what was made from others: an adapter, an index, a set.
 
     Encoders must agree in weights, or in name where weights are unknown, and in those
@@ -146,13 +133,10 @@ def check_encoder(
         remedy: what to do, for messages, with the side and the encoder that is needed.
         any_encoder: whether to warn of another encoder instead of refusing it.
 
-    Returns:
-        The sides whose weights could not be compared, or were insisted on.
-
     Raises:
         DataError: the encoders differ, or the embeddings are aligned already.
     """
-    unverified, doubts = [], []
+    doubts = []
     for side, (found, known) in pairs.items():
         needed = remedy.format(side=side, spec=public_spec(known.spec))
         problem, doubt = _differences(found, known, reference, needed)
@@ -162,8 +146,6 @@ def check_encoder(
             )
         if problem:
             log.warning("%s: the %s embeddings %s", name, side, problem.partition(";")[0])
-        if problem or not (found.weights and known.weights):
-            unverified.append(side)
         if doubt:
             doubts.append(f"{side}: {doubt}")
     if doubts:
@@ -171,7 +153,6 @@ def check_encoder(
             "%s: may come from other encoders than %s (%s); results mean little if so",
             *(name, reference, "; ".join(doubts)),
         )
-    return unverified
 
 
 def _differences(
@@ -201,33 +182,6 @@ def _differences(
         shown = [f" ({some})" if some else "" for some in listed]
         return f"come from {spec}{shown[0]}, {reference} {own}{shown[1]}; {remedy}", ""
     return "", f"{spec} by its name, weights unknown" if any(is_known) and not all(is_known) else ""
-
-
-def warn_of_means(
-    features: FeatureSet, run: Path, adapter: Adapter, sides: Collection[Modality]
-) -> None:
-    """Warn of sides whose first rows clearly point elsewhere than those of an adapter's training.
-
-    Compared are means of unit rows, which most encoders have far from 0 and apart by side.
-    """
-    means = {side: adapter.side(side).mean.cpu() for side in Modality}
-    for side in sides:
-        own, other, table = means[side], means[side.other], features.table(side)
-        if float(own.norm()) < CLEAR_MEAN or not len(table):
-            continue
-        parts = table.parts([schema.EMBEDDING], np.arange(min(len(table), SAMPLED_ROWS)))
-        rows = [batch_vectors(batch, schema.EMBEDDING)[local] for _, local, batch in parts]
-        roots = adapter.side(side).shape.signed_sqrt
-        mean = unit_inputs(torch.from_numpy(np.concatenate(rows)), signed_sqrt=roots).mean(0)
-        if own.shape == other.shape and (mean - own).norm() > 2 * (mean - other).norm():
-            looks = (
-                f"they look like the {side.other} embeddings of its training; swap the two sides"
-            )
-        elif float(mean @ own / own.square().sum()) < LEAST_SHARE:
-            looks = "they look unlike its training rows; use rows as its own encoders gave them"
-        else:
-            continue
-        log.warning("%s: the %s embeddings do not fit %s: %s", features.path, side, run, looks)
 
 
 def public_spec(spec: str) -> str:

@@ -255,18 +255,20 @@ def gather_columns(file: ArrowFile) -> ArrowFile:
     for field in file.schema:
         if kind_of(field.type) == "list":
             return file
-        if pa.types.is_floating(field.type) and (name := re.fullmatch(r"(.*?)(\d+)", field.name)):
-            series.setdefault(name[1].rstrip("_-. ") or "embedding", {})[int(name[2])] = field.name
+        name = re.fullmatch(r"(.*?)[_\-. ]*(\d+)", field.name)
+        if name and pa.types.is_floating(field.type):
+            series.setdefault(name[1] or "embedding", {})[int(name[2])] = field.name
     columns = {
         stem: [own[number] for number in sorted(own)]
         for stem, own in series.items()
         if len(own) >= _LEAST_WIDTH and min(own) in (0, 1) and max(own) - min(own) < len(own)
+        if stem not in file.names
     }
     used = {name for own in columns.values() for name in own}
-    schema = pa.schema([field for field in file.schema if field.name not in used])
+    fields = [field for field in file.schema if field.name not in used]
     for stem, own in columns.items():
         _inform(file.path, own[0], own[-1])
-        schema = schema.append(pa.field(stem, pa.list_(pa.float32(), len(own))))
+        fields.append(pa.field(stem, pa.list_(pa.float32(), len(own))))
 
     def read(group: int, names: list[str], size: int) -> Iterator[pa.RecordBatch]:
         stored = [own for name in names for own in columns.get(name, [name])]
@@ -277,6 +279,7 @@ def gather_columns(file: ArrowFile) -> ArrowFile:
             ]
             yield pa.record_batch(arrays, names)
 
+    schema = pa.schema(fields)
     return replace(file, schema=schema, names=tuple(schema.names), _read=read) if used else file
 
 
@@ -287,16 +290,15 @@ def _inform(path: Path, first: str, last: str) -> None:
 
 
 def _rows_of(batch: pa.RecordBatch) -> pa.Array:
-    columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
-    rows = np.column_stack(columns).astype(np.float32)
-    return pa.FixedSizeListArray.from_arrays(rows.ravel(), len(columns))
+    rows = np.column_stack(batch.columns).astype(np.float32)
+    return pa.FixedSizeListArray.from_arrays(rows.ravel(), rows.shape[1])
 
 
 def describe(
     file: ArrowFile, known: Collection[str], are_vectors: Callable[[str], bool]
 ) -> dict[str, str]:
     """Return the types of all columns but the known ones; of texts named as vectors the start."""
-    found = {name: str(file.schema.field(name).type) for name in file.names if name not in known}
+    found = {own.name: str(own.type) for own in file.schema if own.name not in known}
     for name in filter(are_vectors, found):
         if kind_of(file.schema.field(name).type) == "text":
             for batch in islice(file.batches([name], 1), 1):

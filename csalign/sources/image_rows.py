@@ -24,6 +24,7 @@ from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated, 
 from csalign.sources.records.tables import IMAGE_NAMES, SPLIT_NAME
 
 _SAME = 1e-2  # distance of the sketches of one embedding that was computed twice
+MOST_CAPTIONS = 100  # of an image; more equal embeddings, if a tenth of all, are of blank pictures
 
 Sketch = Callable[[], npt.NDArray[np.float32]]
 Digests = Callable[[], Ints]
@@ -147,12 +148,18 @@ def _by_key(rows: ImageRows, name: str, sketch: Sketch | None) -> ImageRows:
 
 
 def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
-    """Make rows of equal embeddings one image, unless a column gives each row a name of its own."""
+    """Make rows of equal embeddings one image, unless a column gives each row a name of its own.
+
+    Where many rows are one embedding, as of blank pictures, all stay as they are.
+    """
     if digests is None:
         return rows
-    _, first, codes = np.unique(digests(), return_index=True, return_inverse=True)
-    if len(first) == len(codes):
-        return rows
+    _, first, codes, sizes = np.unique(
+        digests(), return_index=True, return_inverse=True, return_counts=True
+    )
+    usual = np.median(sizes) if len(sizes) > 1 else 0
+    if len(first) == len(codes) or sizes.max() > max(10, len(codes) / 10, 5 * usual):
+        return rows  # the latter are blank pictures or a collapse rather than captions of one image
     unique = (
         name
         for name in rows.labels.names

@@ -16,12 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import stand_in
 
-SUFFIXES = {
-    *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".avif", ".tga"),
-}
-"""Suffixes of images in a folder, in lower case."""
-
 # An encoder scales the short side up to its own size, so a sliver would grow without bound.
 MAX_ASPECT = 200
 
@@ -80,9 +74,14 @@ def read_image(data: bytes, note: Note = lambda what: None) -> Image.Image:
 
 
 def is_image(path: Path) -> bool:
-    """Recognise an image that can be read by the first bytes of its file."""
-    with path.open("rb") as file:
-        start = file.read(16)
+    """Recognise an image by the first bytes of its file; False if that cannot be read."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return False
     accepts = (Image.OPEN[name][1] for name in _formats())
     return len(start) == 16 and any(own is not None and own(start) is True for own in accepts)
 

@@ -19,7 +19,7 @@ from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features import join
 from csalign.features.arrays import IN_MEMORY
-from csalign.features.checks import warn_of_training_rows
+from csalign.features.checks import warn_of_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
@@ -65,8 +65,16 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     """
     tick("reading")
     features = FeatureSet.open(options.features)
-    for path in options.unpaired:
-        _check_unpaired(FeatureSet.open(path), features, any_encoder=options.any_encoder)
+    for other in map(FeatureSet.open, options.unpaired):
+        pairs = {
+            side: (own, features.table(side).encoder)
+            for side in Modality
+            if (own := other.table(side).info) is not None
+        }
+        if IN_MEMORY not in (other.path.name, features.path.name):  # which name no encoder
+            remedy = "extract again with --{side}-encoder {spec}"
+            reference, insist = f"{features.path} come from", options.any_encoder
+            check_encoder(pairs, str(other.path), reference, remedy, any_encoder=insist)
     there = features.splits()
     never_split = set(there) == {None}
     split = join.ALL if options.train_split == "train" and never_split else options.train_split
@@ -76,7 +84,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     budget = MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
     rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
     if distributed.is_main_process():
-        warn_of_training_rows(rows, rows.name)
+        warn_of_rows(features)
     if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)
@@ -212,18 +220,6 @@ class Unpaired:
             found.append(values[rows[own]].astype(np.float32))
             start += len(rows)
         return np.concatenate(found)
-
-
-def _check_unpaired(other: FeatureSet, features: FeatureSet, *, any_encoder: bool) -> None:
-    """Raise DataError unless a further set has the encoders of the features, if both name some."""
-    if IN_MEMORY not in (other.path.name, features.path.name):
-        there = {side: own for side in Modality if (own := other.table(side).info) is not None}
-        pairs = {side: (own, features.table(side).encoder) for side, own in there.items()}
-        reference, remedy = (
-            f"{features.path} come from",
-            "extract again with --{side}-encoder {spec}",
-        )
-        check_encoder(pairs, str(other.path), reference, remedy, any_encoder=any_encoder)
 
 
 def gather_unpaired(

@@ -14,11 +14,9 @@ from csalign.features.checks import (
     find_unusable,
     unit_rows,
     warn_of_queries,
-    warn_of_training_rows,
 )
 from csalign.features.join import (
     PairedRows,
-    Pairs,
     compact,
     find_images,
     hash_rows,
@@ -107,42 +105,11 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_repeated_images_are_seen_wherever_they_are_stored(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Every fifth row is new, and equal rows are neighbours: a strided sample sees none of them."""
-    different = np.random.default_rng(0).normal(size=(10_000, 4)).astype(np.float16)
-    repeated = np.repeat(different[:2_000], 5, axis=0)
-    for images in (different, repeated):
-        warn_of_training_rows(
-            Pairs(name="s", images=images, texts=different, text_image=np.arange(10_000)), "s"
-        )
-
-    (message,) = warnings(caplog)
-    assert message.startswith("s: 80 % of the images repeat the embedding of another image")
-
-
-def test_constant_sides_and_identical_texts_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    different = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
-    constant = np.ones_like(different)
-    mostly = np.where(np.arange(100)[:, None] < 60, constant, different)
-    for images, texts in ((constant, different), (different, mostly)):
-        warn_of_training_rows(pairs(images, texts), "s")
-
-    first, second = warnings(caplog)
-    assert first.startswith("s: all image embeddings are nearly the same")
-    assert second.startswith("s: 60 % of the texts are identical")
-
-
-def test_small_galleries_and_ties_with_wrong_answers_are_warned_of(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_small_galleries_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     different = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
     warn_of_queries(pairs(different), "s")
     assert not warnings(caplog)
     warn_of_queries(pairs(different[:20]), "s")
-    warn_of_queries(pairs(different, np.repeat(different[:50], 2, axis=0)), "s")
 
-    few, ties = warnings(caplog)
+    (few,) = warnings(caplog)
     assert few.startswith("s: only 20 images have texts, so each is 5.0 % of a recall")
-    assert ties.startswith("s: 100 % of the texts equal a wrong answer")

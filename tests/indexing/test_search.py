@@ -218,7 +218,7 @@ def test_another_encoder_is_refused(
     drawn: Path, tiny_clip: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = f"open_clip:{tiny_clip[0]}/none"
-    with pytest.raises(EncoderError, match=r"come from open_clip:tiny-clip.json/none \(weights "):
+    with pytest.raises(DataError, match=r"come from open_clip:tiny-clip.json/none \(weights "):
         asked(drawn / "index", text="red", encoder=other)
     changed = changed_index(drawn, tmp_path, lambda d: d["encoders"]["text"].pop("fingerprint"))
     assert asked(changed, text="red", top=1)["queries"][0]["hits"]

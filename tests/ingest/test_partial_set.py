@@ -52,9 +52,9 @@ def write_part(partial: PartialSet, name: str, prefix: str = "") -> None:
         columns: dict[str, list[str | None]] = {"id": [f"{ids[0]}#0", f"x{number}"]}
         columns["image_id"] = [ids[0], None]
         part.write(Modality.TEXT, Rows(columns, rows[:2, :2]))
-        part.records, part.failed_records = 3, 1
+        part.counts.update(records=3, failed_records=1)
         part.failures.append(Failure(source=f"{name}.jpg", row=None, reason="is empty"))
-        partial.finish_part(part, PartRecord(name=name, file_records=6, records=part.records))
+        partial.finish_part(part, PartRecord(name=name, file_records=6))
 
 
 def complete(partial: PartialSet) -> None:

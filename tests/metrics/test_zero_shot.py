@@ -46,11 +46,18 @@ def test_figures_equal_sklearns() -> None:
     )
 
 
-def test_a_tied_wrong_class_ranks_ahead_and_few_classes_have_no_top5() -> None:
-    found = classify(np.ones((3, 1), np.float32), np.ones((2, 1), np.float32), np.array([0, 0, 1]))
+def test_a_tied_wrong_class_ranks_ahead_but_of_equal_ones_the_first_and_few_have_no_top5() -> None:
+    images, labels = np.array([[1, 0]] * 4, np.float32), np.array([0, 1, 2, 3])
+    tied = np.array([[0.6, 0.8], [0.6, -0.8], [0, 1], [-1, 0]], np.float32)
+    equal = tied[[2, 0, 2, 0]]
 
-    assert found.ranks.tolist() == [2, 2, 2]
-    assert found.summary() == {"top1": 0.0, "top5": None, "mean_per_class_recall": 0.0}
+    assert classify(images, tied, labels).ranks.tolist() == [2, 2, 3, 4]
+    assert classify(images, equal, labels).ranks.tolist() == [3, 1, 4, 2]
+    assert classify(images, equal[[0, 0, 0, 0]], labels).summary() == {
+        "top1": 0.25,
+        "top5": None,
+        "mean_per_class_recall": 0.25,
+    }
 
 
 def test_intervals_are_those_of_drawing_images() -> None:

@@ -218,7 +218,6 @@ def test_the_same_encoder_is_accepted_in_silence(place: Path, case: str) -> None
 
     assert code == 0
     assert "warning: other: may" not in said
-    assert "do not fit" not in said
     assert figures[0] == pytest.approx(figures[1], rel=1e-2)
 
 
@@ -252,7 +251,6 @@ def test_unknown_encoders_are_warned_of_once(place: Path, command: str, case: st
 
     assert code == 0, said
     assert len(re.findall(named, said)) == 1, said
-    assert "do not fit" not in said
 
 
 def test_a_run_of_an_older_version_compares_names(place: Path) -> None:
@@ -318,29 +316,6 @@ def test_a_second_stage_says_which_run_comes_first(place: Path) -> None:
 
     assert code == 1
     assert "come from timm:I, second was trained on timm:I | run; align them with csalign" in said
-
-
-def test_arrays_that_point_elsewhere_are_warned_of(
-    place: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    images, texts = clouds(3)
-    adapter = csalign.load_adapter("run")
-    said = {}
-    for name, rows in {
-        "same": (images, texts),
-        "swapped": (texts, images),
-        "elsewhere": (images - CONE[Modality.IMAGE], texts - CONE[Modality.TEXT]),
-        "aligned": (adapter.embed_images(images), adapter.embed_texts(texts)),
-    }.items():
-        caplog.clear()
-        csalign.evaluate(*rows, adapter=adapter)
-        said[name] = caplog.text
-
-    assert "do not fit" not in said["same"]
-    assert "image embeddings do not fit adapter: they look like the text emb" in said["swapped"]
-    assert "text embeddings do not fit adapter: they look like the image emb" in said["swapped"]
-    assert said["elsewhere"].count("they look unlike its training rows") == 2
-    assert said["aligned"].count("they look unlike its training rows") == 2
 
 
 def test_further_sets_of_another_encoder_are_not_trained_on(place: Path) -> None:

@@ -81,14 +81,14 @@ NOT: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "8 bit": (
         lambda s: s | {"visual.proj": torch.ones(24, 16, dtype=torch.int8)},
-        "visual.proj is quantised (torch.int8)",
+        "visual.proj is quantised as torch.int8); save it unquantised",
     ),
     "transformers": (
         lambda _: {"vision_model.embeddings.class_embedding": torch.ones(24)},
         "has the layout of transformers; name the same model in open_clip",
     ),
     "timm": (lambda _: {"patch_embed.proj.weight": torch.ones(2, 2)}, "timm:MODEL+FILE"),
-    "LoRA": (lambda _: {"base.q.lora_A.weight": torch.ones(2, 2)}, "contains LoRA weights; merge"),
+    "LoRA": (lambda _: {"base.q.lora_A.weight": torch.ones(2, 2)}, "it has LoRA weights; merge"),
     "a list": (lambda _: [1, 2], "contains no weights"),
 }
 
@@ -280,7 +280,7 @@ def test_images_are_found_where_their_paths_differ_in_spelling_alone(
     [
         (
             "C:\\data\\in\\x.png",
-            "is a path of Windows, write where the file is here, such as 'x.png'",
+            "is a path of Windows, write where the file is here; did you mean 'x.png'?",
         ),
         ("A.png", "did you mean 'a.PNG' or 'a.png'?"),
         ("..\\..\\x.png", "unknown image"),

@@ -129,7 +129,7 @@ def clip(config: Path, weights: Path) -> Any:
     architecture, found = find_model(f"{config}+{weights}")
     model = build_network(architecture, found)
     assert found is not None
-    load_weights(model, found, "tiny")
+    load_weights(model, found, architecture)
     model.eval()
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return model, lambda name: transform(read_image((DATA / "drawings" / name).read_bytes()))

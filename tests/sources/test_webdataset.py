@@ -197,7 +197,8 @@ def test_what_a_sample_lacks_is_named(tmp_path: Path, flaws: Flaws) -> None:
             "line 1 column 2 (char 1))"),
         (4, "d: its json is not an object"),
         (5, "e: its txt is not UTF-8 (byte 0xe9 at offset 3)"),
-        (6, "f: its json: caption must be text, not 3"),
+        (6, "f: its json: caption must be text, not 3; name another with --caption-column or "
+            "--split-column"),
         (7, "g: its txt has 16777217 bytes, more than 16 MiB"),
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from csalign.core.errors import DataError
@@ -131,7 +132,7 @@ def _rows_of(document: Any, options: SourceOptions) -> tuple[list[Any] | None, s
     return None, ""
 
 
-def _all_of(values: Any, outer: type, inner: type) -> bool:
+def _all_of(values: Any, outer: type, inner: type | UnionType) -> bool:
     own = values.values() if isinstance(values, dict) else values
     return isinstance(values, outer) and all(isinstance(value, inner) for value in own)
 

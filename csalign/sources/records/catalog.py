@@ -78,7 +78,7 @@ class Catalog:
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
         self._was_respelled = False
-        self._blank_rows = 0
+        self._blank_rows = self._rows = self._rows_without_caption = 0
 
     def begin_file(
         self,

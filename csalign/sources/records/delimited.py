@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from csalign.core.enums import SPLITS
 from csalign.core.errors import DataError
-from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import files
 from csalign.sources.records.cells import plain_name
 
@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 HEAD_LINES = 64  # by which a file is recognised
 _HEAD_BYTES = 1 << 16
 _MOST = 0.9  # of the lines, as a list may have a few bad ones
+_SIGNS = "\t,;|"
 _SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", " ": "spaces"}
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*')  # as Excel has it above the header
-_SUFFIX = "|".join(re.escape(suffix) for suffix in (*sorted(IMAGE_SUFFIXES), ".heic", ".jxl"))
+_SUFFIX = "|".join(re.escape(suffix) for suffix in (*sorted(files.IMAGE_SUFFIXES), ".heic", ".jxl"))
 _IMAGE = re.compile(rf"(?:{_SUFFIX})(?:#\d+)?$|^[^\s#]+#\d+$", re.IGNORECASE)
 _KINDS = {
     "id": r"[\w./-]*\d{6,}\w*",
     "url": r"https?://\S+",
-    "split": "train|val|valid|validation|dev|test|restval",
+    "split": "|".join((*SPLITS, "restval")),
 }
 _QUOTES = "quote cells with double quotes and double a quote inside them"
 _NUMBERED = re.compile(r"(\.\w{2,5})#\d+$")
@@ -95,7 +96,7 @@ def read_dialect(table: Path, head: Sequence[str], form: str, known: Collection[
     Raises:
         DataError: the header is malformed or has a name twice.
     """
-    start, signs = 0, dict.fromkeys("\t,;|" if form == ".tsv" else ",\t;|")
+    start, signs = 0, dict.fromkeys(_SIGNS if form == ".tsv" else ",\t;|")
     if head and (separator := _SEP_LINE.fullmatch(head[0])):
         start, signs = 1, {separator[1]: None}
     start += _comments(head[start:], known)
@@ -123,21 +124,19 @@ def text_form(head: Sequence[str], known: Collection[str]) -> str:
         return ".txt"
     tabs = {line.count("\t") for line in lines}
     is_table = (
-        _SEP_LINE.fullmatch(lines[0])
-        or any(_known(lines[0], sign, known) > 1 for sign in "\t,;|")
-        or lines[0].strip().lower() in ("caption", "captions")
+        lines[0].strip().lower() in ("caption", "captions")
         or (len(tabs) == 1 and tabs != {0})
-        or any(read_list(rows, "\t,;|") for rows in (lines, lines[1:]) if rows)
+        or _SEP_LINE.fullmatch(lines[0])
+        or any(_known(lines[0], sign, known) > 1 for sign in _SIGNS)
+        or any(read_list(rows, _SIGNS) for rows in (lines, lines[1:]) if rows)
     )
-    if not is_table:
-        return ".txt"
-    return ".tsv" if "\t" in lines[0] else ".csv"
+    return ".txt" if not is_table else ".tsv" if "\t" in lines[0] else ".csv"
 
 
 def _comments(head: Sequence[str], known: Collection[str]) -> int:
     """Count the blank lines and comments at the start; a header or row behind # is neither."""
     for count, text in enumerate(line.strip() for line in head):
-        if text and (text[0] != "#" or any(_is_row(text, sign, known) for sign in "\t,;|")):
+        if text and (text[0] != "#" or any(_is_row(text, sign, known) for sign in _SIGNS)):
             return count
     return len(head)
 

@@ -24,6 +24,11 @@ MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 16 << 20
 MAX_LINE_BYTES = 64 << 20
 _MAX_FILES = 100_000
+IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".avif", ".tga"),
+}
+"""Suffixes of images in a folder, in lower case."""
 _BUGS = (TypeError, AttributeError, LookupError, AssertionError, ImportError)
 _NUL = "contains NUL bytes, as of find -print0 or UTF-16; write one entry per line, in UTF-8"
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -175,7 +180,10 @@ def read_lines(name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -
             try:
                 text = decode_text(data, offset)
             except DataError as reason:
-                error = f"{reason}; save the table as UTF-8, as by iconv -f cp1252 -t utf-8"
+                error = (
+                    f"{reason}; save the table as UTF-8, as by iconv -t utf-8 -f with its encoding "
+                    "(cp1252 in Western Europe, gb18030 in China, shift_jis in Japan)"
+                )
                 text = data.decode(errors="surrogateescape")
             yield Line(number, offset, text, error)
             number += 1

@@ -31,14 +31,14 @@ def images_in(folder: Path, found: Iterable[str]) -> list[str]:
     images: list[str] = []
     others: dict[str, list[str]] = {}
     for name in found:
-        if (suffix := _suffix(name)) in pictures.SUFFIXES:
+        if (suffix := _suffix(name)) in files.IMAGE_SUFFIXES:
             images.append(name)
         elif suffix not in _NOT_IMAGES and not is_remote(folder):
             others.setdefault(suffix, []).append(name)
     for suffix, names in others.items():
         # A few files of a suffix say what it means.
-        if not suffix or any(_is_image(folder / name) for name in names[:16]):
-            own = [name for name in names if _is_image(folder / name)]
+        if not suffix or any(pictures.is_image(folder / name) for name in names[:16]):
+            own = [name for name in names if pictures.is_image(folder / name)]
             images += own
             if own:
                 logger.info(f"{folder}: {counted(len(own), 'image')} by content, such as {own[0]}")
@@ -164,13 +164,6 @@ def _size(path: Path, known: int | None) -> int:
         return path.stat().st_size if known is None else known
     except OSError:
         return -1  # its record has the reason
-
-
-def _is_image(path: Path) -> bool:
-    try:
-        return files.is_file(path) and pictures.is_image(path)
-    except OSError:
-        return False
 
 
 def _stem(name: str) -> str:

@@ -13,7 +13,6 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote, likely_meant, parse_location, stand_in
 from csalign.core.records import parse_json
-from csalign.sources.images import SUFFIXES as IMAGE_SUFFIXES
 from csalign.sources.records import Source, files
 from csalign.sources.records.annotations import read_annotations, read_document
 from csalign.sources.records.catalog import Catalog
@@ -288,7 +287,7 @@ def recognise(file: Path) -> str:
     if suffix in (".csv", ".tsv"):
         return suffix
     start = to_utf8(start)
-    if suffix in IMAGE_SUFFIXES or b"\0" in start:
+    if suffix in files.IMAGE_SUFFIXES or b"\0" in start:
         raise DataError(
             f"{file}: is not a source; pass a folder of images, a table (.csv, .tsv, .jsonl, "
             ".parquet), a .json of COCO or Karpathy, a .tar, or a .txt of captions"

@@ -16,12 +16,12 @@ from csalign.core.records import parse_json
 from csalign.sources.records import delimited, files
 from csalign.sources.records.cells import (
     BASE64_NAMES,
-    MISSING,
     captions_of,
     decode_base64,
     id_of,
     is_base64,
     is_base64_name,
+    is_missing,
     plain_name,
     text_of,
 )
@@ -308,7 +308,7 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    split = usual_split(split) or ("" if split in MISSING else split)
+    split = usual_split(split) or ("" if is_missing(split) else split)
     image = image if in_base64 else delimited.without_number(image)
     lacks = found.caption is not None and not captions
     at = offset if in_base64 else None

@@ -15,7 +15,6 @@ from csalign.core.errors import DataError
 from csalign.core.figures import counted
 from csalign.core.paths import is_remote, stand_in
 from csalign.core.records import parse_json
-from csalign.sources import images
 from csalign.sources.records import (
     FileSource,
     ImageInput,
@@ -30,8 +29,10 @@ from csalign.sources.records.cells import captions_in_text
 from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, row_of
 
 _BLOCK = 512
-_EXTENSIONS = tuple(
-    dict.fromkeys(("jpg", "png", "jpeg", "webp", *(name[1:] for name in sorted(images.SUFFIXES))))
+_EXTENSIONS = (
+    *("jpg", "png", "jpeg", "webp"),
+    *sorted(suffix[1:] for suffix in files.IMAGE_SUFFIXES),
+    *("heic", "heif", "jxl"),  # fail by name where their plugin is missing
 )
 """Of images; the first that a sample has is its image."""
 
@@ -227,7 +228,8 @@ class _TarFile:
             found = found._replace(caption=None, more=())
         row = row_of(number, values, found)
         if row.error is not None:
-            raise DataError(f"its json: {row.error}")
+            options = "--caption-column or --split-column"
+            raise DataError(f"its json: {row.error}; name another with {options}")
         if own is None:
             return row
         content = self._text(sample, own)
@@ -245,7 +247,7 @@ class _TarFile:
                 return ImageInput(f"{self._prefix}/{sample.key}", path, read, key)
         for extension in sample.members:
             last = extension.rpartition(".")[2]
-            if f".{last}" in images.SUFFIXES:
+            if f".{last}" in files.IMAGE_SUFFIXES:
                 raise DataError(
                     f"its image ends in .{extension}, as the key of a member ends at the first "
                     f"dot; name it .{last}, or choose it with --image-column"
