@@ -224,7 +224,7 @@ def _pair(
 
 def _digests(images: Vectors, labels: Mapping[Modality, Labels]) -> Any:
     """Return numbers that are equal where embeddings of images, and the splits of rows, are."""
-    found = images.digests()
+    found = images.digests
     for own in labels.values():
         splits = own.find((schema.SPLIT,))
         if splits is not None and len(splits) == len(found):
@@ -253,25 +253,26 @@ def _rules(
         return Rules(pairs=pairs)
     image, text = sides[Modality.IMAGE], sides[Modality.TEXT]
     rows, texts = len(image), len(text)
-    each, order, owners, layout = config.captions_per_image, config.caption_order, None, ""
-    is_shape = text.captions_each is not None and not any((pairs, each, config.text_counts))
+    each, owners, layout = config.captions_per_image or text.captions_each, None, ""
+    is_shape = each is not None and not any(
+        (config.pairs, config.captions_per_image, config.text_counts)
+    )
     if config.text_counts is not None:
         owners = owners_by_counts(
             config.text_counts, rows, texts, None if images.key is None else images.ids
         )
         layout = str(config.text_counts)
-    elif each is not None and order is not None:
-        owners = owners_by_layout(rows, texts, each, order)
-        layout = f"{each} captions per image, in {order}"
-    elif is_shape:
-        assert text.captions_each is not None
-        if config.pair_by not in (None, ORDER) and not text.labels:
+    elif each is not None and pairs is None:
+        if is_shape and config.pair_by not in (None, ORDER) and not text.labels:
             raise DataError(
                 f"{text.name}: is 3-D, whose texts are those of each image in order, so --pair-by "
                 f"{config.pair_by} cannot be used; omit it, or save the texts as (texts, width)"
             )
-        owners = owners_by_layout(rows, texts, text.captions_each, "blocks")
-        layout = f"the {text.captions_each} captions of each image in a 3-D array"
+        order = config.caption_order or "blocks"
+        owners = owners_by_layout(rows, texts, each, order)
+        layout = f"{each} captions per image, in {order}"
+        if is_shape:
+            layout = f"the {each} captions of each image in a 3-D array"
     is_one_table = image.in_table and text.in_table and image.name == text.name
     return Rules(
         pairs=pairs,

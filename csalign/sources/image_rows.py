@@ -24,7 +24,6 @@ from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated, 
 from csalign.sources.records.tables import IMAGE_NAMES, SPLIT_NAME
 
 _SAME = 1e-2  # distance of the sketches of one embedding that was computed twice
-MOST_CAPTIONS = 100  # of an image; more equal embeddings, if a tenth of all, are of blank pictures
 
 Sketch = Callable[[], npt.NDArray[np.float32]]
 Digests = Callable[[], Ints]

@@ -17,13 +17,9 @@ from csalign.sources.labels import Ints
 def owners_by_layout(
     images: int, texts: int, each: int, order: Literal["blocks", "copies"]
 ) -> Ints:
-    """Return the image row of each text row, (m,), where every image has `each` captions.
+    """Return the image row of each text row, (texts,), where every image has `each` captions.
 
-    Args:
-        images: number of image rows.
-        texts: number of text rows.
-        each: captions per image.
-        order: "blocks" of the captions of an image, or "copies" of the complete list of images.
+    They are in "blocks" of the captions of an image, or in "copies" of the list of images.
 
     Raises:
         DataError: there are not `each` texts per image.

@@ -182,6 +182,10 @@ def save_json(path: Path, keys: Keys) -> None:
     path.write_text(json.dumps(keys))
 
 
+def save_columns(path: Path, keys: Keys) -> None:
+    path.write_text(json.dumps({"key": keys, "n": list(range(100, 100 + len(keys)))}))
+
+
 def save_index(path: Path, keys: Keys) -> None:
     path.write_text(json.dumps({key: row for row, key in enumerate(keys)}))
 
@@ -239,6 +243,8 @@ CARRIERS: dict[str, tuple[Write, Keys, Callable[[Any], Any], Callable[[Any], Any
     "txt beside": (beside(".txt", save_text), NAMES, same, same),
     "json beside": (beside(".json", save_json), NAMES, same, same),
     "index beside": (beside(".json", save_index), NAMES, same, same),
+    "columns beside": (beside(".json", save_columns), NAMES, same, same),
+    "bytes beside": (beside(".npy", lambda p, k: np.save(p, np.array(k, "S"))), NAMES, same, same),
     "shards": (in_folders, NUMBERS, same, same),
     "csv beside": (label_tables, NAMES, "{}.jpg".format, "{}.jpg".format),
     "hdf5 group": (hdf5_group, NUMBERS, same, same),
@@ -464,6 +470,24 @@ def test_keys_beside_one_array_are_named(
     features, _ = imported(tmp_path, tmp_path / "image.npy", tmp_path / "text.npy", **table)
     ids = [str(row) for row in COUNTS] if name.startswith("image_names") else NAMES
     assert features.images.column("id").to_pylist() == ids
+
+
+def test_files_beside_arrays_are_named_in_one_line_if_they_may_be_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "image.npy", IMAGES)
+    np.save(tmp_path / "text.npy", TEXTS)
+    for name in ("a_ids.csv", "b_keys.csv", "metadata.csv", "results.csv", "prices.csv"):
+        (tmp_path / name).write_text("x\n" + "\n".join(NAMES))
+    features, pairing = imported(tmp_path, tmp_path / "image.npy", tmp_path / "text.npy")
+
+    assert (wrong_pairs(features), pairing) == (0, "row order")
+    warnings = [
+        record.message for record in caplog.records if "one value per row" in record.message
+    ]
+    assert len(warnings) == 1
+    assert "a_ids.csv: has one value per row and is not read" in warnings[0]
+    assert warnings[0].endswith("(2 more files are like it)")
 
 
 def test_some_known_keys_beside_a_layout_must_agree_with_it(tmp_path: Path) -> None:

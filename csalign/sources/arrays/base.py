@@ -119,17 +119,12 @@ class Vectors:
                 found.append(wide @ axes / np.linalg.norm(wide, axis=1, keepdims=True))
         return np.concatenate(found)
 
-    def digests(self, values: int = _AXES) -> npt.NDArray[np.uint64]:
-        """Return numbers (n,) that are equal where rows are, of some values if these differ."""
-        places = np.linspace(0, self.width - 1, min(values, self.width)).astype(int)
-        odd = np.random.default_rng(0).integers(0, 1 << 63, len(places), np.uint64) * 2 + 1
-        found = []
-        for rows, _ in self.chunks():
-            bits = np.ascontiguousarray(rows[:, places]).view(f"u{rows.dtype.itemsize}")
-            found.append(sum(bits[:, k] * odd[k] for k in range(len(odd))))
-        all_rows = np.concatenate(found)
-        is_clear = values >= self.width or len(np.unique(all_rows)) == len(all_rows)
-        return all_rows if is_clear else self.digests(self.width)
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """Numbers (n,) that are equal where rows are, to the bit."""
+        odd = np.random.default_rng(0).integers(0, 1 << 63, self.width, np.uint64) * 2 + 1
+        bits = (np.ascontiguousarray(rows).view(f"u{rows.itemsize}") for rows, _ in self.chunks())
+        return np.concatenate([np.einsum("ij,j->i", own, odd) for own in bits])
 
     def chunks(self) -> Iterator[tuple[Array, Callable[[int], str]]]:
         """Stream all rows in order.
