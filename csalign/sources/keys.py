@@ -89,10 +89,9 @@ class Keys:
         """Whether most keys repeat, such as classes or users."""
         return self.distinct * 2 <= len(self.values)
 
-    @cached_property
-    def are_counted(self) -> bool:
-        """Whether they are integers from 0 or 1 on, most of which are there, as any counter's."""
-        numbers = self.form("as numbers")
+    def are_counted(self, form: str) -> bool:
+        """Whether in a form they are integers from 0 or 1 on, most of them, as any counter's."""
+        numbers = _as_numbers(_NUMBER)(self.form(form or "without spaces"))
         if numbers is None or not self.distinct:
             return False
         if pc.max(pc.utf8_length(numbers)).as_py() > 18:  # more than an int64
@@ -301,9 +300,14 @@ class KeyPair:
 
     @property
     def is_evident(self) -> bool:
-        """Whether most keys of the texts are known, and not as numbers that count in any table."""
+        """Whether most keys of the texts are known, and not because they count."""
         given = len(self.wanted.values) - self.wanted.values.null_count
-        return self.found.found * 2 > given and not self.known.are_counted
+        return self.found.found * 2 > given and not self.is_counted
+
+    @cached_property
+    def is_counted(self) -> bool:
+        """Whether the images' keys, as they are compared, count as those of any table may do."""
+        return self.known.are_counted(self.found.form)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -316,12 +320,14 @@ class KeyPair:
             return "unpaired" if self.rank <= Rank.REFERENCE else ""
         if not self.must_fit and wanted.null_count * 2 >= len(wanted):
             return ""
-        if self.rank <= Rank.REFERENCE or not self.known.are_counted:
+        if self.rank <= Rank.REFERENCE or not self.is_counted:
             return "fits"
         is_in_order = np.array_equal(images, np.arange(len(images)))
-        if self.is_same and self.rank <= Rank.OWN:  # but the first rows are not so by number alone
+        are_paths = {plain_name(self.name), plain_name(str(self.other))} <= {*PATHS}
+        if (self.is_same or are_paths) and self.rank <= Rank.OWN:
+            # As many texts as there are, numbered in order, are not the first images by that alone.
             return "" if is_in_order and len(wanted) != len(self.known.values) else "fits"
-        is_one_to_one = self.wanted.distinct == len(images) == self.known.distinct
+        is_one_to_one = len(np.unique(images)) == len(images) == self.known.distinct
         return "ambiguous" if is_one_to_one and not is_in_order else ""
 
     def problem(self, own: Labels, texts: Labels) -> str:
@@ -383,7 +389,8 @@ def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int,
             rank = _rank(name, key, images.key)
             if is_shared and name in own.names:
                 rank = Rank.SKIPPED if key in labels.names else max(rank, Rank.VALUES)
-            yield rank, plain != plain_name(key), order, name, key
+            distance = 0 if plain == plain_name(key) else 1 if is_key(name) else 2
+            yield rank, distance, order, name, key
 
 
 def _rank(name: str, other: str, key: str | None) -> Rank:

@@ -203,14 +203,14 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
             _check_agreement(images, labels, best, pair.images, pair.name)
         if pair.verdict in ("broken", "ambiguous"):
             refused.append((pair.found.found, pair.problem(images.labels, labels)))
-            is_bound |= pair.is_evident or pair.rank <= Rank.REFERENCE
+            is_bound |= pair.is_evident or plain_name(pair.name) in REFERENCES
         elif pair.verdict and pair.images is not None:
             how = pair.images, pair.found.worded(pair.name)
             if pair.verdict == "unpaired":
                 unpaired, is_bound = unpaired or how, True
                 continue
             best = best or how
-            if not pair.known.are_counted:
+            if not pair.is_counted:
                 break
     if best is None and refused:
         raise DataError(max(refused, key=lambda entry: entry[0])[1])
@@ -230,7 +230,7 @@ def _unread_key(*sides: Labels) -> str:
     for own in sides:
         for name in own.names:
             keys = Keys(own.column(name)) if is_counter(name) and name not in shared else None
-            if keys is None or not keys.are_counted or keys.distinct < len(keys.values):
+            if keys is None or not keys.are_counted("") or keys.distinct < len(keys.values):
                 continue
             if (np.diff(pc.cast(keys.form("as numbers"), pa.int64())) < 0).any():
                 return (

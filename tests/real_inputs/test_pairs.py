@@ -31,6 +31,7 @@ TEXTS = np.ascontiguousarray(IMAGES[:, :3] + 2)  # so that a text can be recogni
 ORDER = np.array([7, 2, 0, 9, 4, 1, 8, 3, 6, 5])
 NUMBERS = [391895 + 13 * row for row in range(N)]
 NAMES = [f"pic{row}a" for row in range(N)]
+COUNTS = list(range(N))
 
 Keys = list[Any]
 Write = Callable[[Path, Keys, Keys, Any], tuple[Path, ...]]
@@ -260,6 +261,7 @@ CARRIERS: dict[str, tuple[Write, Keys, Callable[[Any], Any], Callable[[Any], Any
     "caption numbers": (
         *(named_parquet("image", "caption_id"), NAMES, "{}.jpg".format, "{}.jpg#3".format),
     ),
+    "numbered files": (*(named_parquet("path", "image"), COUNTS, "data/{}.jpg".format, str),),
     "hash": (
         named_parquet("sha256", "sha256"),
         NAMES,
@@ -296,12 +298,19 @@ def tables(folder: Path, images: dict[str, Any], texts: dict[str, Any], rows: An
     return folder / "i.parquet", folder / "t.parquet"
 
 
-COUNTS = list(range(N))
 # Columns that fit by chance, or not at all, and are not keys of images: pairs by the order of rows.
 UNRELATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "own counters": ({"image_id": COUNTS}, {"text_id": COUNTS}),
     "own ids": ({"image_id": NAMES}, {"caption_id": [f"t{n}" for n in COUNTS]}),
     "lengths": ({"image_id": COUNTS}, {"n_tokens": [7, 7, 5, 6, 7, 5, 6, 7, 7, 9]}),
+    "lengths and numbered files": (
+        {"path": [f"data/{n}.jpg" for n in COUNTS]},
+        {"n_tokens": [7, 7, 5, 6, 7, 5, 6, 7, 7, 9]},
+    ),
+    "ranks and numbered names": (
+        {"name": [f"sample{n}" for n in COUNTS]},
+        {"rank": [1, 0, 3, 2, 1, 0, 3, 2, 1, 0]},
+    ),
     "classes": ({"label": [0, 1] * 5}, {"label": [1, 0] * 5}),
     "users": ({"user_id": NAMES[:5] * 2}, {"user_id": NAMES[3:8] * 2}),
     "scores": ({"score": np.linspace(0, 1, N)}, {"score": np.linspace(1, 2, N)}),
