@@ -110,6 +110,17 @@ def alike(vectors: Array) -> Ints:
     return first_alike(np.concatenate(found))
 
 
+def warn_of_repeats(rows: Pairs, name: str) -> None:
+    """Warn of images to train on that repeat one another, which contradicts InfoNCE."""
+    repeated = 1 - len(np.unique(hash_rows(rows.images))) / max(1, len(rows.images))
+    if repeated > COLLAPSE[Modality.IMAGE]:
+        log.warning(
+            "%s: %s of the images repeat the embedding of another image, whose captions then count "
+            "as wrong answers; merge them into one image",
+            *(name, percent(repeated, 0)),
+        )
+
+
 def warn_of_queries(rows: Pairs, name: str) -> None:
     """Warn of galleries that are too small."""
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
