@@ -230,6 +230,24 @@ def test_classes_of_one_name_stay_two_and_the_first_wins(
     assert case.said is None or any(case.said in text for text in caplog.messages)
 
 
+@pytest.mark.parametrize("id_column", [True, False])
+def test_equal_prompts_have_the_class_of_their_row(id_column: bool, tmp_path: Path) -> None:
+    case = CLASSES["a name twice"]
+    classified(tmp_path, case)
+    given = [("id,", "n1,"), ("id,", "n2,"), ("id,", "n3,")] if id_column else [("", "")] * 3
+    rows = [f'{k}"{c}",{n}' for (_, k), (n, c, _) in zip(given, CRANES, strict=True)]
+    table = tmp_path / "classes.csv"
+    table.write_text("\n".join([f"{given[0][0]}caption,class", *rows]).replace("/0", ""))
+    found = csalign.evaluate(
+        tmp_path / "f",
+        zero_shot=tmp_path / "c",
+        labels=f"{tmp_path / 'labels.csv'}:label",
+        class_of=str(table),
+    )
+
+    assert (found["zero_shot"]["classes"], found["zero_shot"]["top1"]) == (3, case.top1)
+
+
 def test_labels_that_fit_two_classes_but_for_case_are_refused(tmp_path: Path) -> None:
     prompts = [("Crane/0", "the bird", 0), ("crane/0", "the machine", 1)]
     assert classified(tmp_path, Classes([0, 1], ["Crane", "crane"], prompts, 1, None))
