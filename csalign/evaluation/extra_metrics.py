@@ -260,6 +260,10 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
         keys = images.column(schema.ID).to_pylist()
         values = dict(zip(keys, images.column(column).to_pylist(), strict=True))
         return [values[key] for key in ids]
+    if table is groups and name.lower().endswith(SUFFIXES):
+        found = read_label_table(parse_location(name)).names
+        listed = " or ".join(f"{name}:{own}" for own in found if own not in IMAGE_KEYS)
+        raise DataError(f"{name}: is a table; name the column too: {listed}")
     there = "" if table is None else f"{table.name} has {', '.join(table.names)}; "
     raise DataError(
         f"{features.path}: images have no column {column!r}; {there}the features have "

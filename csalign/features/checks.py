@@ -116,9 +116,9 @@ def warn_of_queries(rows: Pairs, name: str) -> None:
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
     if 0 < queries < FEW_QUERIES:
         log.warning(
-            "%s: only %d images have texts, so each is %.1f %% of a recall; see the intervals",
+            "%s: only %s, so each is %.1f %% of a recall; see the intervals",
             name,
-            queries,
+            "1 image has texts" if queries == 1 else f"{queries} images have texts",
             100 / queries,
         )
 
@@ -127,7 +127,7 @@ def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str
     """Measure how a sample of each side's rows is spread, and word what is unusual.
 
     Returns:
-        Per side "rows" sampled; "equal_rows", share of the most frequent one, 0 if all differ; of the
+        Per side "rows" sampled; "equal_rows", share of the most frequent, or 0; of the
         others "mean_cosine"; "top3_share", that of three dimensions in the squared norm or the
         variance; and "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
         axes.

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.sources.arrays.naming import (
     IMAGE_IDS,
     ITEM_IDS,
@@ -197,11 +198,11 @@ def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
 def _merged(rows: ImageRows, ids: pa.Array, first: Ints, key: str | None) -> ImageRows:
     """Make rows with the same first row one image."""
     first_row, owners = np.unique(first, return_inverse=True)
-    counts, labels = (f"{len(ids):,}", f"{len(first_row):,}"), rows.labels
+    images, labels = counted(len(first_row), "image"), rows.labels
     if key is None:
-        log.info("%s image rows are %s images, by equal embeddings", *counts)
+        log.info("%s image rows are %s, by equal embeddings", f"{len(ids):,}", images)
     else:
-        log.info("%s: %s rows, %s images, by %s", labels and labels.name, *counts, key)
+        log.info("%s: %s rows, %s, by %s", labels and labels.name, f"{len(ids):,}", images, key)
     splits = rows.columns["split"]
     return replace(
         rows,
