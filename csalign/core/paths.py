@@ -184,7 +184,8 @@ def stand_in(content: Path | bytes) -> str | None:
     """Recognise what often stands where a file should be, with the remedy; None if unknown.
 
     Args:
-        content: the file, local or a URL, or its first bytes (512 or more).
+        content: the file, local or a URL, or its first bytes (512 or more). An empty file is known
+            by its bytes alone, since the remedy for one of csalign's own is another.
     """
     if not isinstance(content, bytes):
         if content.suffix.lower() in _UNFINISHED:
@@ -193,6 +194,8 @@ def stand_in(content: Path | bytes) -> str | None:
             with content.open("rb") as file:
                 content = file.read(1024)
         except Exception:  # also errors of object stores
+            return None
+        if not content:
             return None
     found = (said for start, said in _STAND_INS.items() if re.match(start, content, re.I))
     return next(found, None)

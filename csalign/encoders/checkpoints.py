@@ -66,7 +66,7 @@ def read_tensors(path: Path) -> Tensors:
                 ": is a TorchScript archive, which may run code; if you trust it, convert it: "
                 f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
             )
-        if found := stand_in(path):
+        if found := stand_in(path if path.stat().st_size else b""):
             problem = f": {found}"
         raise EncoderError(f"{path}{problem}") from error
     if not (tensors := _flat(content)):

@@ -223,9 +223,15 @@ def _prompt_classes(prompts: PairedRows, class_of: str | None) -> list[str]:
     if table is None:
         table = read_label_table(parse_location(class_of))
         column = next((name for name in CLASS_COLUMNS if name in table.names), "class")
+    captions = prompts.captions.to_pylist()
+    if schema.CAPTION in table.names and table.column(schema.CAPTION).to_pylist() == captions:
+        classes: Values = table.require(column).to_pylist()  # row by row: prompts may be equal
+        if None not in classes:
+            return [str(name) for name in classes]
     key_column = schema.ID if schema.ID in table.names else schema.CAPTION
-    keys = ids if key_column == schema.ID else prompts.captions.to_pylist()
-    known = _values_by_key(table, (key_column,), column, "add a column id, by which they differ")
+    keys = ids if key_column == schema.ID else captions
+    remedy = "pass the table that the prompts were extracted from, in which each has its row"
+    known = _values_by_key(table, (key_column,), column, remedy)
     for key, text in zip(keys, ids, strict=True):
         if key not in known:
             raise DataError(
@@ -254,6 +260,10 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
         keys = images.column(schema.ID).to_pylist()
         values = dict(zip(keys, images.column(column).to_pylist(), strict=True))
         return [values[key] for key in ids]
+    if table is groups and name.lower().endswith(SUFFIXES):
+        found = read_label_table(parse_location(name)).names
+        listed = " or ".join(f"{name}:{own}" for own in found if own not in IMAGE_KEYS)
+        raise DataError(f"{name}: is a table; name the column too: {listed}")
     there = "" if table is None else f"{table.name} has {', '.join(table.names)}; "
     raise DataError(
         f"{features.path}: images have no column {column!r}; {there}the features have "

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted, percent
 from csalign.evaluation.config import Protocol
@@ -184,13 +185,15 @@ def twins_block(twins: Sequence[Twins], first: Sequence[Sequence[Ints]]) -> dict
 def warn_of_twins(rows: PairedRows, twins: dict[str, Any]) -> None:
     """Log in a line how many twins there are, and what they cost; a warning if they are many."""
     share = max(twins["images"] / len(rows.images), twins["texts"] / len(rows.texts))
-    right = ", ".join(percent(twins[way]["R@1"]) for way in DIRECTIONS if way in twins)
+    sides = [counted(twins[side.plural], side) for side in Modality if twins[side.plural]]
+    named = {way: way.replace("_", " ") for way in DIRECTIONS if way in twins}
+    ways = [f"{percent(twins[way]['R@1'])} from {name}" for way, name in named.items()]
     log.log(
         logging.WARNING if share > NOTED else logging.INFO,
-        "%s: %s and %s have the embedding or caption of another pair's, which counts as a wrong "
+        "%s: %s have the embedding or caption of another pair's, which counts as a wrong "
         "answer, also if tied%s",
-        *(rows.name, counted(twins["images"], "image"), counted(twins["texts"], "text")),
-        f"; with twins as right, R@1 is {right} (image to text, text to image)" if right else "",
+        *(rows.name, " and ".join(sides)),
+        f"; with twins as right, R@1 is {' and '.join(ways)}" if ways else "",
     )
 
 

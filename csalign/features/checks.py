@@ -24,6 +24,8 @@ _CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
 _INFINITE_HALF = 0x7C00  # bits of float16
 FEW_QUERIES = 30
 COLLAPSE = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}  # share of a side in equal rows
+FEW_EQUAL = 10  # may be so by chance, or copies
+LEAST_SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
 WINDOW, WINDOWS = 512, 4  # of rows in a sample
 LARGEST_GROUP = 8_192  # rows that are stored, and read, as one
 # Beyond these `examine` warns. CLIP, MiniLM, EfficientNet and a tiny CLIP, on photos, drawings and
@@ -110,14 +112,25 @@ def alike(vectors: Array) -> Ints:
     return first_alike(np.concatenate(found))
 
 
+def warn_of_repeats(rows: Pairs, name: str) -> None:
+    """Warn of images to train on that repeat one another, which contradicts InfoNCE."""
+    repeated = 1 - len(np.unique(hash_rows(rows.images))) / max(1, len(rows.images))
+    if repeated > COLLAPSE[Modality.IMAGE]:
+        log.warning(
+            "%s: %s of the images repeat the embedding of another image, whose captions then count "
+            "as wrong answers; merge them into one image",
+            *(name, percent(repeated, 0)),
+        )
+
+
 def warn_of_queries(rows: Pairs, name: str) -> None:
     """Warn of galleries that are too small."""
     queries = len(np.unique(rows.text_image[rows.text_image >= 0]))
     if 0 < queries < FEW_QUERIES:
         log.warning(
-            "%s: only %d images have texts, so each is %.1f %% of a recall; see the intervals",
+            "%s: only %s, so each is %.1f %% of a recall; see the intervals",
             name,
-            queries,
+            "1 image has texts" if queries == 1 else f"{queries} images have texts",
             100 / queries,
         )
 
@@ -126,7 +139,7 @@ def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str
     """Measure how a sample of each side's rows is spread, and word what is unusual.
 
     Returns:
-        Per side "rows" sampled; "equal_rows", share that repeats the most frequent one; of the
+        Per side "rows" sampled; "equal_rows", share of the most frequent, or 0; of the
         others "mean_cosine"; "top3_share", that of three dimensions in the squared norm or the
         variance; and "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
         axes.
@@ -169,7 +182,7 @@ def _sample(table: FeatureTable) -> Array:
 def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
     """Measure rows (k, d), and word what is unusual, "" if nothing; see `examine`."""
     _, first, counts = np.unique(alike(rows), return_index=True, return_counts=True)
-    unit = scaled(rows[first])
+    unit, most = scaled(rows[first]), int(counts.max())
     mean = unit.mean(axis=0, dtype=np.float64)
     squares, centred = np.square(unit).mean(axis=0), (unit - mean).astype(np.float32)
     variances = np.square(centred).mean(axis=0)
@@ -178,15 +191,20 @@ def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
     products = float(np.square(some @ some.T, dtype=np.float64).sum())
     found = {
         "rows": len(rows),
-        "equal_rows": (int(counts.max()) - 1) / len(rows),
+        "equal_rows": most / len(rows) if most > 1 else 0.0,
         "mean_cosine": float(mean @ mean),
         "top3_share": _top3(shares),
         "effective_dimensions": float(np.square(some).sum()) ** 2 / products if products else 1.0,
     }
-    if found["equal_rows"] > COLLAPSE[side]:
+    if most >= FEW_EQUAL and found["equal_rows"] > COLLAPSE[side]:
         return found, (
             f"{percent(found['equal_rows'], 0)} repeat one embedding; check the input (blank "
             "pictures, no text) and the pooling (a padding token is the same everywhere)"
+        )
+    if len(rows) >= FEW_EQUAL and 1 - found["mean_cosine"] < LEAST_SPREAD:
+        return (
+            found,
+            "they are nearly the same, so nothing can be learnt; check the encoder's input",
         )
     if len(unit) < FEW_ROWS or unit.shape[1] < FEW_COLUMNS:
         return found, ""

@@ -7,14 +7,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from csalign.features.checks import COLLAPSE
+from csalign.features.checks import COLLAPSE, FEW_EQUAL
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 CELLS = 16 << 20  # of a table of scores
-FEW_TWINS = 10  # are not a collapse, unless they are all rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Twins:
         """The groups without those that are too large for twins, whose rows stay apart."""
         found = []
         for own, most in zip(self.groups, COLLAPSE.values(), strict=True):
-            limit = min(max(FEW_TWINS, most * len(own)), len(own) - 1)
+            limit = min(max(FEW_EQUAL, most * len(own)), len(own) - 1)
             alone = own.max(initial=0) + 1 + np.arange(len(own))
             found.append(np.where(np.bincount(own)[own] > limit, alone, own))
         return found

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
+from csalign.core.figures import counted
 from csalign.sources.arrays.naming import (
     IMAGE_IDS,
     ITEM_IDS,
@@ -179,11 +180,11 @@ def _by_digest(rows: ImageRows, digests: Digests | None) -> ImageRows:
 def _merged(rows: ImageRows, first: Ints) -> ImageRows:
     """Make rows with the same first row one image."""
     first_row, owners = np.unique(first, return_inverse=True)
-    counts, labels = (f"{len(first):,}", f"{len(first_row):,}"), rows.labels
+    counts, labels = (f"{len(first):,}", counted(len(first_row), "image")), rows.labels
     if rows.key is None:
-        log.info("%s image rows are %s images, by equal embeddings", *counts)
+        log.info("%s image rows are %s, by equal embeddings", *counts)
     else:
-        log.info("%s: %s rows, %s images, by %s", labels.name, *counts, rows.key)
+        log.info("%s: %s rows, %s, by %s", labels.name, *counts, rows.key)
     columns = {name: column.take(first_row) for name, column in rows.columns.items()}
     splits = rows.columns["split"]
     columns["split"], of_rows, bad = fill_splits(columns["split"], splits, owners)

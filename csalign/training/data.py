@@ -19,7 +19,7 @@ from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features import join
 from csalign.features.arrays import IN_MEMORY
-from csalign.features.checks import warn_of_rows
+from csalign.features.checks import warn_of_repeats, warn_of_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
@@ -85,6 +85,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
     if distributed.is_main_process():
         warn_of_rows(features)
+        warn_of_repeats(rows, rows.name)
     if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)

@@ -338,6 +338,20 @@ def test_captions_that_are_cut_are_counted_also_in_resumed_parts(
     )
 
 
+@pytest.mark.parametrize("form", [".csv", ".parquet"])
+def test_a_side_that_is_skipped_is_not_missed(
+    tiny_clip: Clip, tmp_path: Path, caplog: Any, form: str
+) -> None:
+    table = pd.DataFrame({"caption": ["a crane", "a dog"], "class": ["0", "1"]})
+    path = tmp_path / f"prompts{form}"
+    table.to_csv(path, index=False) if form == ".csv" else table.to_parquet(path)
+    spec = f"open_clip:{tiny_clip[0]}+{tiny_clip[1]}"
+    options: dict[str, Any] = {"source": str(path), "text_encoder": spec, "image_encoder": "none"}
+
+    assert extract(ExtractConfig(**options, out=tmp_path / "out")).texts == 2
+    assert "no column looks like" not in caplog.text
+
+
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
     config = transformers.BertConfig(

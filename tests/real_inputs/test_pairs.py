@@ -432,18 +432,25 @@ def test_unnamed_arrays_of_both_sides_are_not_one_array(tmp_path: Path) -> None:
     assert wrong_pairs(features) == 0
 
 
+@pytest.mark.parametrize(
+    ("different", "said"), [(N, "30 image rows are 10 images"), (1, "3 image rows are 1 image,")]
+)
 def test_rows_of_equal_embeddings_are_one_image(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    different: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    np.save(tmp_path / "image.npy", np.tile(IMAGES, (3, 1)).astype(np.float16))
-    np.save(tmp_path / "text.npy", np.tile(TEXTS, (3, 1)))
+    np.save(tmp_path / "image.npy", np.tile(IMAGES[:different], (3, 1)).astype(np.float16))
+    np.save(tmp_path / "text.npy", np.tile(TEXTS[:different], (3, 1)))
     with caplog.at_level(logging.INFO, "csalign"):
         features, pairing = imported(tmp_path, tmp_path / "image.npy", tmp_path / "text.npy")
 
-    counts = features.manifest.counts
-    assert (counts.images, counts.texts, counts.pairs, pairing) == (N, 3 * N, 3 * N, "row order")
-    assert features.texts.column("image_id").to_pylist() == [str(row) for row in COUNTS * 3]
-    assert "30 image rows are 10 images, by equal embeddings" in caplog.text
+    each, counts = 3 * different, features.manifest.counts
+    assert (counts.images, counts.texts, counts.pairs, pairing) == (
+        *(different, each, each),
+        "row order",
+    )
+    owners = [str(row) for row in range(different)] * 3
+    assert features.texts.column("image_id").to_pylist() == owners
+    assert said in caplog.text
 
 
 def test_rows_of_equal_embeddings_with_own_ids_or_splits_stay_apart(

@@ -116,8 +116,9 @@ def test_retrieval_counts_ties_as_misses_and_says_what_twins_cost(
     assert (twins["images"], twins["texts"]) == case.twins
     assert [twins[way]["R@1"] for way in ways] == pytest.approx(case.right)
     (line,) = said
-    assert f"{case.twins[0]} image" in line
-    assert f"{case.twins[1]} text" in line
+    for number, noun in zip(case.twins, ("image", "text"), strict=True):
+        assert (f" {number} {noun}" in line) is (number > 0)
+    assert f"{100 * case.right[0]:.2f} % from image to text and " in line
 
 
 def test_a_twin_is_not_listed_as_a_mistake(tmp_path: Path) -> None:
@@ -228,6 +229,31 @@ def test_classes_of_one_name_stay_two_and_the_first_wins(
 
     assert found["top1"] == case.top1
     assert case.said is None or any(case.said in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("id_column", [True, False])
+def test_equal_prompts_have_the_class_of_their_row(id_column: bool, tmp_path: Path) -> None:
+    case = CLASSES["a name twice"]
+    classified(tmp_path, case)
+    given = [("id,", "n1,"), ("id,", "n2,"), ("id,", "n3,")] if id_column else [("", "")] * 3
+    rows = [f'{k}"{c}",{n}' for (_, k), (n, c, _) in zip(given, CRANES, strict=True)]
+    table = tmp_path / "classes.csv"
+    table.write_text("\n".join([f"{given[0][0]}caption,class", *rows]).replace("/0", ""))
+    found = csalign.evaluate(
+        tmp_path / "f",
+        zero_shot=tmp_path / "c",
+        labels=f"{tmp_path / 'labels.csv'}:label",
+        class_of=str(table),
+    )
+
+    assert (found["zero_shot"]["classes"], found["zero_shot"]["top1"]) == (3, case.top1)
+
+
+def test_a_table_of_labels_without_a_column_is_offered_with_its_own(tmp_path: Path) -> None:
+    classified(tmp_path, CLASSES["a case of its own"])
+    labels = str(tmp_path / "labels.csv")
+    with pytest.raises(DataError, match=r"is a table; name the column too: .*labels\.csv:label$"):
+        csalign.evaluate(tmp_path / "f", zero_shot=tmp_path / "c", labels=labels)
 
 
 def test_labels_that_fit_two_classes_but_for_case_are_refused(tmp_path: Path) -> None:

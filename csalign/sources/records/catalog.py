@@ -261,7 +261,7 @@ class Catalog:
             if row is not None and not is_remote(path) and not files.is_file(path):
                 place = self._respelled(entry.place)
                 if place is None:
-                    start = "the working directory" if self._root is None else self._root
+                    start = "the working directory" if self._root in (None, Path()) else self._root
                     remedy = likely_meant(Path(entry.place), self._root) or (
                         f"; correct the path, which starts from {start}, or remove the row"
                     )

@@ -69,6 +69,9 @@ def open_source(source: Path | str, options: SourceOptions | None = None) -> Sou
     """
     given = options or SourceOptions()  # maybe with options of a command, which decide no record
     options = SourceOptions(**{name: getattr(given, name) for name in SourceOptions.model_fields})
+    encoders = {"images": "image_encoder", "captions": "text_encoder"}
+    skipped = (side for side, name in encoders.items() if getattr(given, name, None) == "none")
+    options._skipped = frozenset(skipped)
     path = cast(Path, source) if "://" in str(source) else Path(source)
     with files.translate_errors(path):
         return _Opener(options).open(str(source))

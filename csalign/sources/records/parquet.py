@@ -142,7 +142,7 @@ def _inspect(
         logger.warning("%s: %d of %d files have no rows", root, len(empty), len(paths))
     layouts = layouts or empty
     first, layout = next(iter(layouts.items()))
-    layout.found.warn_of_one_side(layout.names, first)
+    layout.found.warn_of_one_side(layout.names, first, options._skipped)
     for path, own in layouts.items():
         if own[:2] != layout[:2]:
             raise DataError(

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from csalign.core.config import Config, Location
 from csalign.core.enums import usual_split
@@ -96,12 +96,16 @@ class TableColumns(NamedTuple):
             found += captions_of(values.get(name), name)
         return found
 
-    def warn_of_one_side(self, names: Collection[str], table: Path) -> None:
-        """Warn if one side is missing where another column may have been meant."""
+    def warn_of_one_side(
+        self, names: Collection[str], table: Path, skipped: Collection[str]
+    ) -> None:
+        """Warn if one side, not skipped, is missing where another column may have been meant."""
         others = [name for name in names if name not in self.used]
         if not others or (self.image is not None and self.caption is not None):
             return
         missing, kept = ("captions", "images") if self.image else ("images", "captions")
+        if missing in skipped:
+            return
         logger.warning(
             f"{table}: no column looks like {missing}, only {kept} are read "
             f"(columns: {', '.join(names)}); name it with --{missing[:-1]}-column"
@@ -125,6 +129,8 @@ class SourceOptions(Config):
     caption_lines: bool | None = Field(
         None, description="Each line of a .txt is a caption (default: in folders, not in tars)."
     )
+
+    _skipped: frozenset[str] = PrivateAttr(frozenset())  # "images", "captions": not missed
 
     def find(self, names: Collection[str], table: Path) -> TableColumns:
         """Recognise the columns of a table.
@@ -235,7 +241,7 @@ class TableReader:
             yield row_of(number, values, picked[names], offset)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
             self.found = self._options.find(seen, self._table)
-            self.found.warn_of_one_side(seen, self._table)
+            self.found.warn_of_one_side(seen, self._table, self._options._skipped)
 
     def read_image(self, offset: int) -> bytes:
         """Read the base64 image of the row that starts at a byte; any thread may call it."""
