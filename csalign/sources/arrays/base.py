@@ -210,17 +210,10 @@ def read_named(
 ) -> Vectors:
     """Select one side's embeddings in a file of arrays.
 
-    Args:
-        path: the file.
-        opener: opens it.
-        modality: which side.
-        wanted: name of the array, None to recognise it.
-
-    Returns:
-        The first that applies: the array that is wanted, has no name, or has a name of the side or
-        of either side; all arrays as rows, with their names as ids, if all are 1-D; the only 2-D
-        or 3-D array, unless it is a column with a name of the other side; all arrays as parts, if
-        they are numbered (``tensor_0``, ``tensor_1``, ...).
+    They are the first that applies: the array that is `wanted`, has no name, or has a name of the
+    side or of either side; all arrays as rows, with their names as ids, if all are 1-D; the only
+    2-D or 3-D array, unless it is a column with a name of the other side; all arrays as parts, if
+    they are numbered (``tensor_0``, ``tensor_1``, ...).
 
     Raises:
         DataError: the name is missing, or the choice is ambiguous.

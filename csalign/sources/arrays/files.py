@@ -302,36 +302,29 @@ def open_hdf5(path: Path) -> Iterator[Container]:
         import h5py
     except ImportError:
         raise ConfigError(f"{path}: needs h5py to be read; pip install 'csalign[hdf5]'") from None
+    found: dict[str, Any] = {}
     headers: dict[str, Header] = {}
-    attributes: dict[str, Any] = {}
 
-    def visit_attributes(name: str, item: Any) -> None:
-        for key, value in item.attrs.items():
-            own = np.asarray(value)
-            if own.ndim == 1 and len(own) > 1:
-                attributes[f"{name}/{key}".lstrip("/")] = own
+    def add(name: str, item: Any, is_text: bool) -> None:
+        kind = "str" if is_text else item.dtype.newbyteorder("=").name
+        found[name], headers[name] = item, Header(item.shape, kind)
 
     def visit(name: str | bytes, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.shape:
             if isinstance(name, bytes):
                 raise DataError(f"{path}: the name {name!r} is not UTF-8; rename it")
             _check_dataset(f"{path}:{name}", item)
-            is_text = h5py.check_string_dtype(item.dtype) is not None
-            kind = "str" if is_text else item.dtype.newbyteorder("=").name
-            headers[name] = Header(item.shape, kind)
-        visit_attributes(str(name), item)
+            add(name, item, h5py.check_string_dtype(item.dtype) is not None)
+        for key, value in item.attrs.items():
+            own, full = np.asarray(value), f"{name!s}/{key}".lstrip("/")
+            if own.ndim == 1 and len(own) > 1 and full not in found:
+                add(full, own, own.dtype.kind in "OSU")
 
     try:
         with path.open("rb") as raw, h5py.File(raw, "r") as file:
             file.visititems(visit)
-            visit_attributes("", file)
-            for name in attributes.keys() - headers.keys():
-                own = attributes[name]
-                kind = "str" if own.dtype.kind in "OSU" else own.dtype.newbyteorder("=").name
-                headers[name] = Header(own.shape, kind)
-            yield _sliced(
-                path, headers, lambda name: attributes[name] if name not in file else file[name]
-            )
+            visit("", file)
+            yield _sliced(path, headers, found.__getitem__)
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: is not a readable HDF5 file ({error})") from None
 

@@ -50,7 +50,7 @@ def read_side(spec: Path, modality: Modality, column: str | None = None) -> base
         spec: a file of one of `OPENERS`, followed by a colon and the name of an array or column
             if it contains several (``both.npz:images``); a folder of such files, joined in natural
             order; or a folder of ``datasets.save_to_disk`` or clip-retrieval.
-        modality: which side.
+        modality: the side.
         column: the name, instead of after a colon.
 
     Raises:
