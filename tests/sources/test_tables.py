@@ -495,4 +495,4 @@ def test_rows_without_a_caption_are_counted(
     table = write(tmp_path / "half.csv", "image,caption", "a.png,a thing", "sub/b.c.PNG,")
     open_source(photos, SourceOptions(captions=table))
 
-    assert f"{table}: 1 of 2 images have no caption" in caplog.text
+    assert f"{table}: 1 of 2 rows have no caption" in caplog.text
