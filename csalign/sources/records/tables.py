@@ -43,6 +43,8 @@ CAPTION_NAMES = (
     *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
 )
 SPLIT_NAME = "split"
+# Usual names of what images of several rows share, the likeliest first.
+SHARED_NAMES = ("image_id", "img_id", "imgid", "cocoid", "url", "image_url", "sha256")
 _FORMS = {"list": "list of images", ".txt": "text file with one caption per line"}
 # Usual names of columns, by which a header is recognised.
 KNOWN_NAMES = frozenset(
@@ -313,6 +315,12 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     lacks = found.caption is not None and not captions
     at = offset if in_base64 else None
     return Row(number, image, captions, split or None, own, offset=at, lacks_caption=lacks)
+
+
+def labels_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of what may say which images are one."""
+    found = ((name, id_of(values.get(name))) for name in SHARED_NAMES)
+    return [(name, own) for name, own in found if own]
 
 
 def _parse_json(line: files.Line) -> Values:
