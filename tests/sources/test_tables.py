@@ -277,7 +277,7 @@ def test_ten_bad_rows_of_two_thousand_are_ten_flaws(
     rows = [f"{names[row % 2]},caption {row},train".encode() for row in range(2000)]
     bad = {
         100: (b"a.png,x,train,more", "has 4 cells, the header has 3; put double quotes"),
-        200: (b'a.png,"x"y,train', "is malformed (',' expected after '\"'); quote cells"),
+        200: (b'a.png,"x,"y,train', "is malformed (',' expected after '\"'); quote cells"),
         300: (b'a.png,"never closed,train', "is malformed (',' expected after '\"'); quote"),
         400: (b"a.png,caf\xe9,train", "is not UTF-8 (byte 0xe9 at offset"),
         500: (b"gone.png,x,train", "unknown image 'gone.png'; correct the path, which starts fro"),
