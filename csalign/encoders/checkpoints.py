@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 _NESTED = "/"  # between the key of a dict and the names in it
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# What torch and safetensors say of files that end too early.
+_CUT = (
+    "central directory|not a ZIP archive|unexpected EOF|Ran out of input|incomplete metadata|"
+    "[Ii]nvalid ?header ?length|header ?too ?small"
+)
 _LEAST = 0.1  # of the names, below which they are there by chance
 _ALIKE = 0.9  # of the names found under the best prefix, from which another is as good
 # Of weights that are not those of the network, by a name in them that it does not have.
@@ -61,7 +67,16 @@ def read_tensors(path: Path) -> Tensors:
             f" cannot be read as plain weights ({first_line(error)}); convert it to .safetensors, "
             "or save its state dict alone"
         )
-        if "TorchScript" in str(error):
+        if isinstance(error, EOFError) or re.search(_CUT, str(error)):
+            problem = ": is incomplete or damaged; download or copy it again"
+        elif found := re.search(r"GLOBAL (\S+) was not an allowed", _ANSI.sub("", str(error))):
+            problem = (
+                f": contains an object of {found[1]} beside weights, which may run code; if you "
+                f"trust it, save its weights alone: m = torch.load({str(path)!r}, "
+                "weights_only=False); torch.save(m['state_dict'], 'weights.pt'), or "
+                "m.state_dict() if it is a module"
+            )
+        elif "TorchScript" in str(error):
             problem = (
                 ": is a TorchScript archive, which may run code; if you trust it, convert it: "
                 f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"

@@ -110,7 +110,7 @@ def test_sound_rows_are_not_warned_of(run: Run) -> None:
 def test_answers_that_no_figure_can_tell_apart_are_told(run: Run) -> None:
     found = run(IMAGES, TEXTS[np.arange(160) // 8 * 8])
 
-    assert "0 images and 40 texts have the embedding or caption of another" in found["eval"]
+    assert ": 40 texts have the embedding or caption of another" in found["eval"]
     assert found["document"]["retrieval"]["image_to_text"]["R@1"] < 1
 
 
