@@ -76,13 +76,10 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
     features = FeatureSet.open(config.features)
     features.verify()
     built = build_index(features, config, config, batch_size=config.batch_size)
-    for info in built.manifest.encoders.values():
-        if info is not None and schema.ALIGNED in info.spec:
-            log.warning(
-                "%s: its rows are aligned, so queries are --embedding alone; for others, %s",
-                *(features.path, index_again(info.spec)),
-            )
-            break
+    specs = [own.spec for own in built.manifest.encoders.values() if own is not None]
+    if aligned := [spec for spec in specs if schema.ALIGNED in spec]:
+        again = index_again(aligned[0])
+        log.warning("%s: is aligned; query with --embedding, or %s", features.path, again)
     tick("writing the index")
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())

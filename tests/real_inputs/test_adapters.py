@@ -314,7 +314,7 @@ def test_words_for_aligned_rows_are_answered_with_the_index_that_takes_them(plac
 
 
 def test_a_label_of_an_encoder_is_not_offered_as_one_to_load(place: Path) -> None:
-    label = {"spec": "efficientnet-lite0 (ImageNet), pooled"}
+    label = {"spec": "efficientnet-lite0 (ImageNet), pooled", "fingerprint": None}
     csalign.train(write(Path("labelled"), label), "own", steps=0)
     code, said = cli("eval features --adapter own")
 
