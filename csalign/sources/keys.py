@@ -96,9 +96,7 @@ class Keys:
     def bounds(self) -> tuple[int, int] | None:
         """The least and the greatest key if all are integers, else None."""
         numbers = self.form("as numbers")
-        if numbers is None or not self.distinct:
-            return None
-        if pc.max(pc.utf8_length(numbers)).as_py() > 18:  # more than an int64
+        if numbers is None or (pc.max(pc.utf8_length(numbers)).as_py() or 99) > 18:  # of an int64
             return None
         low, high = pc.min_max(numbers.cast(pa.int64())).as_py().values()
         return low, high
@@ -319,13 +317,10 @@ class KeyPair:
         given = len(self.wanted.values) - self.wanted.values.null_count
         is_number = self.rank >= Rank.VALUES and self.known.are_dense and not is_key(self.name)
         is_chance = is_number or self.known.are_counted
-        return self.found.found * 2 > given and (not is_chance or self.is_index)
-
-    @property
-    def is_index(self) -> bool:
-        """Whether they are places in the table that both sides are rows of, as pandas keeps."""
-        is_one = self.owners is not None and len(self.wanted.values) == len(self.known.values)
-        return is_one and self.is_same and is_counter(self.name) and not self.found.is_complete
+        is_index = self.is_same and is_counter(self.name) and not self.found.is_complete
+        if is_index and self.owners is not None and len(self.wanted.values) == len(self.owners):
+            is_chance = False  # both sides are rows of one table, and others of each are missing
+        return self.found.found * 2 > given and not is_chance
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -344,8 +339,8 @@ class KeyPair:
         if self.is_same and self.rank <= Rank.OWN:  # but the first rows are not so by number alone
             return "" if is_in_order and len(wanted) != len(self.known.values) else "fits"
         is_one_to_one = self.wanted.distinct == len(images) == self.known.distinct
-        is_doubt = is_one_to_one and not is_in_order and not is_figure(self.name)
-        return "ambiguous" if is_doubt else ""
+        is_likely = is_one_to_one and not is_in_order and not is_figure(self.name)
+        return "ambiguous" if is_likely else ""
 
     def problem(self, own: Labels, texts: Labels) -> str:
         """Say why columns that are likely one key do not pair."""

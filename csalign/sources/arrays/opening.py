@@ -169,7 +169,8 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
         arrays.append(array)
     if len(found) > 1 and all(len(array) == 1 and not array.labels for array in arrays):
         for row, (file, _) in enumerate(found):  # an item each
-            labels = arrays[row].labels.with_columns({"file": pa.array([file.stem])})
+            name = pa.array([file.stem], pa.large_string())
+            labels = arrays[row].labels.with_columns({"file": name})
             arrays[row] = replace(arrays[row], labels=labels)
     gap = _gap_in([file for file, _ in found])
     if gap:

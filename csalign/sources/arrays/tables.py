@@ -91,8 +91,9 @@ def open_table(path: Path) -> Iterator[Container]:
 def read_label_table(path: Path) -> Labels:
     """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels, or a list of keys.
 
-    A list is an .npy, a .txt of lines, or a .json of values, of objects, of a list per column, or
-    of the row of each key; its column has the name of the file.
+    A list is an .npy, a .txt of lines, or a .json of values, of objects, of a list per column, of
+    the row of each key, or of the key of each row; its column has the name of the file. A .txt of
+    names, numbers of captions and captions, as of Flickr, is a table.
 
     Raises:
         DataError: it is missing, of another kind, or damaged.
@@ -203,10 +204,9 @@ def _clean(labels: Labels, name: str, cells: list[str | None]) -> None:
 
 def _is_token_list(path: Path) -> bool:
     """Return whether a .txt has the lines of Flickr: a name, the caption's number, a caption."""
-    if path.suffix.lower() != ".txt":
-        return False
     with translate_errors(path), path.open("rb") as file:
-        return re.match(rb"[^\t\n]+#\d+\t", file.readline(MAX_LINE_BYTES)) is not None
+        start = file.readline(MAX_LINE_BYTES)
+    return path.suffix.lower() == ".txt" and re.match(rb"[^\t\n]+#\d+\t", start) is not None
 
 
 def _read_list(path: Path) -> dict[str, pa.Array]:
@@ -224,9 +224,8 @@ def _read_list(path: Path) -> dict[str, pa.Array]:
         if path.suffix.lower() == ".txt":
             lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
             keys = to_keys([line.strip() for line in lines], name, path)
-            is_file = plain_name(name) in CAPTION_NAMES and delimited.columns_of(
-                [[line] for line in lines[:_PROBED]]
-            )
+            cells = [[line] for line in lines[:_PROBED]]
+            is_file = plain_name(name) in CAPTION_NAMES and delimited.columns_of(cells)
             return {"file" if is_file else name: keys}
         found = parse_json(content)
     except ValueError as error:
@@ -250,10 +249,8 @@ def _is_plain(file: arrow.ArrowFile, name: str, held: pa.DataType) -> bool:
     kind = arrow.kind_of(held)
     if kind == "struct" and held.num_fields == 1:
         return is_id(name) and _is_plain(file, name, held.field(0).type)
-    if kind == "struct":  # an image of datasets, with its path
-        return (
-            held.get_field_index("path") >= 0 and arrow.kind_of(held.field("path").type) == "text"
-        )
+    if kind == "struct":  # an image of datasets
+        return any(own.name == "path" and arrow.kind_of(own.type) == "text" for own in held)
     if kind == "bytes" and not is_id(name):
         first = next(file.batches([name], 1), None)
         return first is not None and len(str(first[0][0])) <= _MAX_KEY_BYTES
