@@ -16,7 +16,10 @@ from csalign.core.enums import Modality
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
     PATHS,
+    PLACES,
     REFERENCES,
+    is_counter,
+    is_figure,
     is_id,
     is_key,
     label_side,
@@ -90,15 +93,24 @@ class Keys:
         return self.distinct * 2 <= len(self.values)
 
     @cached_property
+    def bounds(self) -> tuple[int, int] | None:
+        """The least and the greatest key if all are integers, else None."""
+        numbers = self.form("as numbers")
+        if numbers is None or (pc.max(pc.utf8_length(numbers)).as_py() or 99) > 18:  # of an int64
+            return None
+        low, high = pc.min_max(numbers.cast(pa.int64())).as_py().values()
+        return low, high
+
+    @property
     def are_counted(self) -> bool:
         """Whether they are integers from 0 or 1 on, most of which are there, as any counter's."""
-        numbers = self.form("as numbers")
-        if numbers is None or not self.distinct:
-            return False
-        if pc.max(pc.utf8_length(numbers)).as_py() > 18:  # more than an int64
-            return False
-        low, high = pc.min_max(numbers.cast(pa.int64())).as_py().values()
+        low, high = self.bounds or (-1, 0)
         return low in (0, 1) and high < 2 * self.distinct
+
+    @property
+    def are_dense(self) -> bool:
+        """Whether they are integers close together, as years and lengths are."""
+        return self.bounds is not None and self.bounds[1] - self.bounds[0] < 3 * self.distinct
 
     def form(self, name: str) -> pa.Array | None:
         """Return the keys in a form, None if they do not have it."""
@@ -301,9 +313,14 @@ class KeyPair:
 
     @property
     def is_evident(self) -> bool:
-        """Whether most keys of the texts are known, and not as numbers that count in any table."""
+        """Whether most keys of the texts are known, and not as numbers that any table may have."""
         given = len(self.wanted.values) - self.wanted.values.null_count
-        return self.found.found * 2 > given and not self.known.are_counted
+        is_number = self.rank >= Rank.VALUES and self.known.are_dense and not is_key(self.name)
+        is_chance = is_number or self.known.are_counted
+        is_index = self.is_same and is_counter(self.name) and not self.found.is_complete
+        if is_index and self.owners is not None and len(self.wanted.values) == len(self.owners):
+            is_chance = False  # both sides are rows of one table, and others of each are missing
+        return self.found.found * 2 > given and not is_chance
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -322,7 +339,8 @@ class KeyPair:
         if self.is_same and self.rank <= Rank.OWN:  # but the first rows are not so by number alone
             return "" if is_in_order and len(wanted) != len(self.known.values) else "fits"
         is_one_to_one = self.wanted.distinct == len(images) == self.known.distinct
-        return "ambiguous" if is_one_to_one and not is_in_order else ""
+        is_likely = is_one_to_one and not is_in_order and not is_figure(self.name)
+        return "ambiguous" if is_likely else ""
 
     def problem(self, own: Labels, texts: Labels) -> str:
         """Say why columns that are likely one key do not pair."""
@@ -377,7 +395,7 @@ def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int,
         if plain == ROW:
             yield Rank.ROW, 0, 0, name, None
             continue
-        if plain in REFERENCES and images.key is None:
+        if plain in PLACES or (plain in REFERENCES and images.key is None):
             yield Rank.REFERENCE, 2, order, name, None
         for key in own.names:
             rank = _rank(name, key, images.key)
@@ -389,7 +407,8 @@ def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int,
 def _rank(name: str, other: str, key: str | None) -> Rank:
     plain, is_same = plain_name(name), plain_name(name) == plain_name(other)
     if not {plain, plain_name(other)}.isdisjoint((*CAPTION_NAMES, SPLIT_NAME)):
-        return Rank.CAPTION if is_same and plain != SPLIT_NAME else Rank.SKIPPED
+        is_listed = plain in CAPTION_NAMES and (is_same or label_side(other) is Modality.IMAGE)
+        return Rank.CAPTION if is_listed else Rank.SKIPPED
     side, rank = label_side(name), Rank.VALUES
     if plain in REFERENCES or (is_id(name) and side is Modality.IMAGE):
         rank = Rank.REFERENCE if is_key(other) else rank
