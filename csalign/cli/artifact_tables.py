@@ -50,9 +50,8 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
         print_line(f"  pairs: {summary['pairing']}")
     for text in _failures(result):
         print_line(f"  {text}")
-    aligned = ("index", folder, "--out", first_free("index"))
-    is_aligned = isinstance(settings, ApplyConfig)
-    print_closing(settings, *([aligned] if is_aligned else after_features(summary)))
+    is_eval = isinstance(settings, ApplyConfig) and result.pairs
+    print_closing(settings, *([("eval", folder)] if is_eval else after_features(summary)))
 
 
 def split_table(result: results.SplitResult, settings: Config) -> None:

@@ -10,6 +10,7 @@ from csalign.core.paths import parse_location
 
 # As in `features.schema` and `evaluation.inspect`, which take a while to import.
 MANIFEST, FAILURES, NO_SPLIT = "manifest.json", "failures.jsonl", "no split"
+ALIGNED = " | "
 
 Step = Sequence[object] | str
 """A command by its words, or a sentence."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from csalign.cli.next_steps import Step, first_free, splits_of
+from csalign.cli.next_steps import ALIGNED, Step, first_free, splits_of
 from csalign.cli.render import (
     print_closing,
     print_json,
@@ -191,7 +191,7 @@ def index_words(document: Mapping[str, Any]) -> str:
 def search_step(document: Mapping[str, Any]) -> Step:
     """Suggest a query: words if the texts have an encoder that can be loaded."""
     known = (document["encoders"].get("text") or {}).get("spec", "")
-    if known.startswith(ENCODERS):
+    if known.startswith(ENCODERS) and ALIGNED not in known:
         return ("search", document["path"], "a red bicycle")
     return ("search", document["path"], "--embedding", "query.npy")
 

@@ -149,17 +149,23 @@ def _spelling(name: str) -> str:
 
 def likely_meant(path: Path, root: Path | None = None) -> str:
     """Say which files a missing path may mean, to append to a message; "" if that is unknown."""
-    if is_remote(path) or os.path.exists(path):  # noqa: PTH110 - names of any length
+    if is_remote(path) or is_remote(root or path):
+        return ""
+    if os.path.exists(Path(root or "", path)):  # noqa: PTH110 - of any length
         return ""
     if os.path.islink(path):  # noqa: PTH114
         return f"; it is a link to {path.readlink()}, which is missing (try git annex get)"
     parts = str(path).replace("\\", "/").split("/")
     is_windows = re.match(r"[A-Za-z]:[\\/]|\\\\", str(path))
     ends = ("/".join(parts[start:]) for start in range(1, len(parts)) if parts[start])
-    tried = [*ends] if is_windows else [str(path)]
-    found = next(filter(None, (respelled(own, root) for own in tried)), [])
+    tried = [*ends] if is_windows else [str(path), *(ends if root and not parts[0] else ())]
+    found = next(filter(None, (_files(respelled(own, root), root) for own in tried)), [])
     meant = f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
     return "; it is a path of Windows, write where the file is here" * bool(is_windows) + meant
+
+
+def _files(found: list[str], root: Path | None) -> list[str]:
+    return [own for own in found if root is None or (root / own).is_file()]
 
 
 _COMPRESSED = "is compressed, so parts of it cannot be read; unpack it with {} first"

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 _NESTED = "/"  # between the key of a dict and the names in it
+# What torch and safetensors say of files that end too early.
+_CUT = (
+    "central directory|not a ZIP archive|unexpected EOF|Ran out of input|incomplete metadata|"
+    "[Ii]nvalid ?header ?length|header ?too ?small"
+)
 _LEAST = 0.1  # of the names, below which they are there by chance
 _ALIKE = 0.9  # of the names found under the best prefix, from which another is as good
 # Of weights that are not those of the network, by a name in them that it does not have.
@@ -57,10 +62,20 @@ def read_tensors(path: Path) -> Tensors:
     except EncoderError:
         raise
     except Exception as error:  # a file that is not a checkpoint fails in many ways
-        problem = (
-            f" cannot be read as plain weights ({first_line(error)}); convert it to .safetensors, "
-            "or save its state dict alone"
+        reason, remedy = (
+            first_line(error),
+            "convert it to .safetensors, or save its state dict alone",
         )
+        if isinstance(error, EOFError) or re.search(_CUT, str(error)):
+            reason, remedy = "it is incomplete or damaged", "download or copy it again"
+        elif kind := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+            reason = f"it contains a pickled {kind[1]}, which may run code"
+            remedy = (
+                f"if you trust it, save its weights alone: m = torch.load({str(path)!r}, "
+                "weights_only=False); torch.save(m.state_dict() if hasattr(m, 'state_dict') else "
+                "m['state_dict'], 'weights.pt')"
+            )
+        problem = f" cannot be read as plain weights ({reason}); {remedy}"
         if "TorchScript" in str(error):
             problem = (
                 ": is a TorchScript archive, which may run code; if you trust it, convert it: "
@@ -102,7 +117,14 @@ def find_state(tensors: Tensors, names: Collection[str], path: Path) -> Tensors:
     if len(held) < _LEAST * len(names):
         return tensors
     state = _behind(best, tensors)
+    found = {name.removeprefix(best) for name in held}
     for prefix, others in places.items():
+        more = {name.removeprefix(prefix) for name in others}
+        if len(more) >= _LEAST * len(names) and not more & found:  # a wrapper around a part
+            state = {name: own for name, own in state.items() if best + name not in others}
+            state |= {name: tensors[prefix + name] for name in more}
+            found |= more
+            continue
         if len(others) < _ALIKE * len(held) or others & held:
             continue
         same = _behind(prefix, tensors)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import logging
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,8 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 def first_line(error: BaseException) -> str:
     """Return the line of a library's error that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     # torch starts a list of mismatches with a line that names none.
     text = " ".join(lines[1:2] if lines[1:] and lines[0].endswith(":") else lines[:1])
     return textwrap.shorten(text, 160, placeholder=" ...") or type(error).__name__

@@ -19,6 +19,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent, tick
 from csalign.core.results import Result
+from csalign.features import schema
 from csalign.features.join import Joined, item_columns, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.indexing.config import IndexConfig, ItemOptions, VectorOptions
@@ -34,7 +35,7 @@ from csalign.indexing.manifest import (
     write_items,
 )
 from csalign.indexing.vectors import HubCorrection, VectorIndex, choose_factory, exact_neighbours
-from csalign.runs.load import load_adapter_for, stream_aligned
+from csalign.runs.load import index_again, load_adapter_for, stream_aligned
 
 RECALL_AT = 10
 QUERIES = 1_000  # that recall is measured on, at most
@@ -75,6 +76,10 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
     features = FeatureSet.open(config.features)
     features.verify()
     built = build_index(features, config, config, batch_size=config.batch_size)
+    specs = [own.spec for own in built.manifest.encoders.values() if own is not None]
+    if aligned := [spec for spec in specs if schema.ALIGNED in spec]:
+        again = index_again(aligned[0])
+        log.warning("%s: is aligned; query with --embedding, or %s", features.path, again)
     tick("writing the index")
     with outputs.atomic_folder(config.out) as folder:
         atomic.write_text(folder / "config.toml", config.to_toml())

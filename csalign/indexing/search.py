@@ -33,7 +33,7 @@ from csalign.encoders.base import Embedded, EncoderOptions, is_trusted, load_enc
 from csalign.features.checks import scaled
 from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
-from csalign.features.schema import MANIFEST, EncoderInfo
+from csalign.features.schema import ALIGNED, MANIFEST, EncoderInfo
 from csalign.features.tokens import pad_tokens
 from csalign.indexing.build import SearchIndex, build_index
 from csalign.indexing.config import ItemOptions, SearchConfig, VectorOptions
@@ -49,7 +49,7 @@ from csalign.indexing.manifest import (
 from csalign.indexing.vectors import VectorIndex, load_correction
 from csalign.report.page import Entry, Section, write_page
 from csalign.report.thumbnails import Pictures
-from csalign.runs.load import check_encoder
+from csalign.runs.load import check_encoder, index_again
 from csalign.sources.images import read_image
 from csalign.sources.records.files import read_lines
 
@@ -110,6 +110,11 @@ class QueryEncoder:
         """Load the encoder of the queries' side, and compare it with that of the index."""
         known, with_tokens = self._known, self._with_tokens
         spec = self.options.encoder or known.spec
+        if ALIGNED in spec:
+            raise EncoderError(
+                f"{self.index}: its {self.side.plural} are aligned already ({spec}), so a query is "
+                f"an embedding aligned alike, --embedding FILE.npy; or {index_again(spec)}"
+            )
         try:
             if self.options.encoder is None and not is_trusted(spec):
                 raise ConfigError("not an encoder of open_clip, timm or hf")

@@ -30,6 +30,7 @@ from csalign.sources.records import ImageInput, Record, TextInput
 # few enough to hold their tokens.
 _BATCHES_PER_WINDOW = 16
 _WRITES_AHEAD = 4
+_MOST_LABELS = 1 << 20  # whose images are compared, which bounds the memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Pipeline:
         default_factory=Counter
     )  # records (once their image is), texts, failures
     notes: dict[str, list[str]] = field(default_factory=dict)  # on pixels, with their images
+    labels: dict[int, bytes] = field(default_factory=dict)  # digest of the first image by hash
 
     def __post_init__(self) -> None:
         self.decoders = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
@@ -115,6 +117,7 @@ class _Decoding(NamedTuple):
     source: str
     split: str | None
     may_join: bool  # an earlier image that equals it
+    labels: Sequence[tuple[str, str]]
     # The pixels and the digest of `PartRecord`, or why there are none; holds the only image bytes.
     pixels: Future[tuple[torch.Tensor, bytes] | str]
 
@@ -193,10 +196,24 @@ class _Part:
                 self._joined[image.id] = self._known[key]
                 self.part.counts["joined"] += 1
             else:
+                self._compare_labels(image, result[1])
                 self._known.setdefault((result[1], image.split), image.id)
                 yield image, *result
                 continue
             self.pipeline.report("records", 1)
+
+    def _compare_labels(self, image: _Decoding, digest: bytes) -> None:
+        """Note an image that has a label of an earlier one of other bytes."""
+        seen, labels = self.pipeline.labels, {hash(own): own[0] for own in image.labels}
+        name = next((labels[own] for own in labels if seen.get(own, digest) != digest), None)
+        if name is not None:
+            what = (
+                f"with the {name} of an earlier one but other bytes, kept apart, which evaluation "
+                f"counts as wrong answers for each other; if they are one, pass --id-column {name}"
+            )
+            self.pipeline.notes.setdefault(what, []).append(image.source)
+        if len(seen) < _MOST_LABELS:
+            seen |= {own: seen.get(own, digest) for own in labels}
 
     def _decoding(self, records: Iterable[Record]) -> Iterator[_Decoding]:
         """Count records and start decoding their images."""
@@ -215,7 +232,8 @@ class _Part:
                 self.part.is_named |= image.is_named
                 may_join = not image.is_named and self.pipeline.encoders.text is not None
                 may_join = may_join and bool(record.texts)
-                yield _Decoding(image.id, image.source, record.split, may_join, pixels)
+                labels = image.labels if may_join and image.key is None else ()
+                yield _Decoding(image.id, image.source, record.split, may_join, labels, pixels)
 
     def _decode(self, image: ImageInput) -> tuple[torch.Tensor, bytes] | str:
         encoder = self.pipeline.encoders.image

@@ -139,6 +139,8 @@ def check_encoder(
     doubts = []
     for side, (found, known) in pairs.items():
         needed = remedy.format(side=side, spec=public_spec(known.spec))
+        if ":" not in known.spec and "{spec}" in remedy:  # a label of import, not to be loaded
+            needed = "import embeddings of that encoder, or train on these features"
         problem, doubt = _differences(found, known, reference, needed)
         if problem and not any_encoder:
             raise DataError(
@@ -191,6 +193,16 @@ def public_spec(spec: str) -> str:
     'open_clip:tiny.json+tiny.safetensors'
     """
     return re.sub(r"(^|[:+|]\s?)(?:[~.]{0,2}/)(?:(?![^/+|]*\.json/)[^/+|]*/)*", r"\1", spec)
+
+
+def index_again(aligned: str) -> str:
+    """Word how to build an index that takes words, instead of one of aligned rows, by their spec.
+
+    >>> index_again("hf:A | a")
+    'index the features that they came from: csalign index FEATURES --adapter a'
+    """
+    run = aligned.rpartition(ALIGNED)[2]
+    return f"index the features that they came from: csalign index FEATURES --adapter {run}"
 
 
 def embed_rows(

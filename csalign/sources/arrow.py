@@ -196,15 +196,19 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
         start: row of the first value in the file.
 
     Raises:
-        DataError: a text is not UTF-8, or a list has several values.
+        DataError: a text is not UTF-8, a list has several values, or a float is above 2**53.
     """
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        values = column.dictionary
+        if kind_of(values.type) == "text":  # string views, as of polars, cannot be taken
+            values = values.cast(pa.large_string())
+        column = values.take(column.indices)
     kind = kind_of(column.type)
     if kind == "struct":
-        return to_strings(pc.struct_field(column, [0]), name, path, start)
+        field = max(0, column.type.get_field_index("path"))
+        return to_strings(pc.struct_field(column, [field]), name, path, start)
     if kind == "list":
         lengths = pc.list_value_length(column)
         if (row := pc.greater(lengths, 1).index(True).as_py()) >= 0:
@@ -219,6 +223,13 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
     elif kind == "number":
         if pa.types.is_floating(column.type):
             column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+            size = pc.abs(column.cast(pa.float64()))
+            is_inexact = pc.and_(pc.greater_equal(size, 2.0**53), pc.less(size, 2.0**64))
+            if (row := is_inexact.index(True).as_py()) >= 0:
+                raise DataError(
+                    f"{path}, row {start + row}: {name} is {column[row]}, and floats above 2**53 "
+                    "do not keep every integer; store integers or texts"
+                )
         with suppress(pa.ArrowInvalid):  # a fraction remains what it is
             column = column.cast(pa.int64())
         strings = pc.replace_substring_regex(column.cast(pa.large_string()), r"\.0*$", "")

@@ -16,7 +16,10 @@ from csalign.core.enums import Modality
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
     PATHS,
+    PLACES,
     REFERENCES,
+    is_counter,
+    is_figure,
     is_id,
     is_key,
     label_side,
@@ -89,15 +92,25 @@ class Keys:
         """Whether most keys repeat, such as classes or users."""
         return self.distinct * 2 <= len(self.values)
 
-    def are_counted(self, form: str) -> bool:
-        """Whether in a form they are integers from 0 or 1 on, most of them, as any counter's."""
-        numbers = _as_numbers(_NUMBER)(self.form(form or "without spaces"))
-        if numbers is None or not self.distinct:
-            return False
-        if pc.max(pc.utf8_length(numbers)).as_py() > 18:  # more than an int64
-            return False
+    @cached_property
+    def bounds(self) -> tuple[int, int] | None:
+        """The least and the greatest key if all are integers, else None."""
+        numbers = self.form("as numbers")
+        if numbers is None or (pc.max(pc.utf8_length(numbers)).as_py() or 99) > 18:  # of an int64
+            return None
         low, high = pc.min_max(numbers.cast(pa.int64())).as_py().values()
+        return low, high
+
+    @property
+    def are_counted(self) -> bool:
+        """Whether they are integers from 0 or 1 on, most of which are there, as any counter's."""
+        low, high = self.bounds or (-1, 0)
         return low in (0, 1) and high < 2 * self.distinct
+
+    @property
+    def are_dense(self) -> bool:
+        """Whether they are integers close together, as years and lengths are."""
+        return self.bounds is not None and self.bounds[1] - self.bounds[0] < 3 * self.distinct
 
     def form(self, name: str) -> pa.Array | None:
         """Return the keys in a form, None if they do not have it."""
@@ -300,14 +313,19 @@ class KeyPair:
 
     @property
     def is_evident(self) -> bool:
-        """Whether most keys of the texts are known, and not because they count."""
+        """Whether most keys of the texts are known, and not as numbers that any table may have."""
         given = len(self.wanted.values) - self.wanted.values.null_count
-        return self.found.found * 2 > given and not self.is_counted
+        is_number = self.rank >= Rank.VALUES and self.compared.are_dense and not is_key(self.name)
+        is_chance = is_number or self.compared.are_counted
+        is_index = self.is_same and is_counter(self.name) and not self.found.is_complete
+        if is_index and self.owners is not None and len(self.wanted.values) == len(self.owners):
+            is_chance = False  # both sides are rows of one table, and others of each are missing
+        return self.found.found * 2 > given and not is_chance
 
     @cached_property
-    def is_counted(self) -> bool:
-        """Whether the images' keys, as they are compared, count as those of any table may do."""
-        return self.known.are_counted(self.found.form)
+    def compared(self) -> Keys:
+        """The images' keys as they are compared, such as numbers of "1.jpg" and "2.jpg"."""
+        return Keys(self.known.form(self.found.form)) if self.found.form else self.known
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -320,7 +338,7 @@ class KeyPair:
             return "unpaired" if self.rank <= Rank.REFERENCE else ""
         if not self.must_fit and wanted.null_count * 2 >= len(wanted):
             return ""
-        if self.rank <= Rank.REFERENCE or not self.is_counted:
+        if self.rank <= Rank.REFERENCE or not self.compared.are_counted:
             return "fits"
         is_in_order = np.array_equal(images, np.arange(len(images)))
         are_paths = {plain_name(self.name), plain_name(str(self.other))} <= {*PATHS}
@@ -328,7 +346,8 @@ class KeyPair:
             # As many texts as there are, numbered in order, are not the first images by that alone.
             return "" if is_in_order and len(wanted) != len(self.known.values) else "fits"
         is_one_to_one = len(np.unique(images)) == len(images) == self.known.distinct
-        return "ambiguous" if is_one_to_one and not is_in_order else ""
+        is_likely = is_one_to_one and not is_in_order and not is_figure(self.name)
+        return "ambiguous" if is_likely else ""
 
     def problem(self, own: Labels, texts: Labels) -> str:
         """Say why columns that are likely one key do not pair."""
@@ -383,7 +402,7 @@ def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int,
         if plain == ROW:
             yield Rank.ROW, 0, 0, name, None
             continue
-        if plain in REFERENCES and images.key is None:
+        if plain in PLACES or (plain in REFERENCES and images.key is None):
             yield Rank.REFERENCE, 2, order, name, None
         for key in own.names:
             rank = _rank(name, key, images.key)
@@ -396,7 +415,8 @@ def _ranked(images: ImageRows, labels: Labels) -> Iterator[tuple[Rank, int, int,
 def _rank(name: str, other: str, key: str | None) -> Rank:
     plain, is_same = plain_name(name), plain_name(name) == plain_name(other)
     if not {plain, plain_name(other)}.isdisjoint((*CAPTION_NAMES, SPLIT_NAME)):
-        return Rank.CAPTION if is_same and plain != SPLIT_NAME else Rank.SKIPPED
+        is_listed = plain in CAPTION_NAMES and (is_same or label_side(other) is Modality.IMAGE)
+        return Rank.CAPTION if is_listed else Rank.SKIPPED
     side, rank = label_side(name), Rank.VALUES
     if plain in REFERENCES or (is_id(name) and side is Modality.IMAGE):
         rank = Rank.REFERENCE if is_key(other) else rank

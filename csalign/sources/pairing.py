@@ -210,10 +210,12 @@ def _by_any_key(images: ImageRows, labels: Labels) -> tuple[Ints, str] | None:
                 unpaired, is_bound = unpaired or how, True
                 continue
             best = best or how
-            if not pair.is_counted:
+            if not pair.compared.are_counted:
                 break
     if best is None and refused:
         raise DataError(max(refused, key=lambda entry: entry[0])[1])
+    if best and (lacking := int((best[0] < 0).sum())):
+        log.warning("%s: %d texts have no image, as they have no %s", labels.name, lacking, best[1])
     return best or unpaired
 
 
@@ -226,11 +228,16 @@ def _unread_key(*sides: Labels) -> str:
     for own in sides:
         for name, reason in own.unread.items():
             return f"{own.name}: {name} looks like keys but {reason}"
+    if names := _reordered(*sides):
+        return (
+            f"{sides[0].name}: {names} together name the rows, which are in another order in "
+            f"{sides[1].name}; sort both by them"
+        )
     shared = {*sides[0].names} & {*sides[1].names} if sides[0].name == sides[1].name else {*()}
     for own in sides:
         for name in own.names:
             keys = Keys(own.column(name)) if is_counter(name) and name not in shared else None
-            if keys is None or not keys.are_counted("") or keys.distinct < len(keys.values):
+            if keys is None or not keys.are_counted or keys.distinct < len(keys.values):
                 continue
             if (np.diff(pc.cast(keys.form("as numbers"), pa.int64())) < 0).any():
                 return (
@@ -238,6 +245,21 @@ def _unread_key(*sides: Labels) -> str:
                     "no such column; sort the rows by it"
                 )
     return ""
+
+
+def _reordered(one: Labels, two: Labels) -> str:
+    """Return the columns, such as video and frame, that both sides have in different orders."""
+    names = [name for name in one.names if name in two.names]
+    if len(names) < 2 or one.rows != two.rows:
+        return ""
+    end, none = (pa.scalar(text, pa.large_string()) for text in ("\n", ""))
+    first, second = (
+        pc.binary_join_element_wise(*(pc.coalesce(own.column(name), none) for name in names), end)
+        for own in (one, two)
+    )
+    places = pc.index_in(first, second)
+    is_same = not places.null_count and pc.count_distinct(places).as_py() == one.rows
+    return " and ".join(names) if is_same and not first.equals(second) else ""
 
 
 def _check_layout(images: ImageRows, labels: Labels, owners: Ints, layout: str) -> None:

@@ -76,18 +76,18 @@ def constant(rows: Any) -> Any:
 @pytest.mark.parametrize(
     ("images", "texts", "told"),
     [
-        (constant(IMAGES), TEXTS, "images: 100 % repeat one embedding"),
-        (IMAGES, constant(TEXTS), "texts: 100 % repeat one embedding"),
+        (constant(IMAGES), TEXTS, "all image embeddings are nearly the same, so nothing can be"),
+        (IMAGES, constant(TEXTS), "all text embeddings are nearly the same, so nothing can be"),
         (
             IMAGES[:1] + 1e-4 * RNG.normal(size=IMAGES.shape).astype(np.float32),
             TEXTS,
-            "images: they are nearly the same, so nothing can be learnt",
+            "all image embeddings are nearly the same, so nothing can be",
         ),
         (IMAGES[np.arange(160) // 2], TEXTS, "% of the images repeat the embedding of another"),
         (
             IMAGES,
             TEXTS[np.where(np.arange(160) % 8 < 6, 0, np.arange(160))],
-            "texts: 75 % repeat one embedding",
+            "% of the texts are identical",
         ),
     ],
     ids=["constant images", "constant texts", "nearly constant", "repeated", "one class"],
@@ -110,7 +110,7 @@ def test_sound_rows_are_not_warned_of(run: Run) -> None:
 def test_answers_that_no_figure_can_tell_apart_are_told(run: Run) -> None:
     found = run(IMAGES, TEXTS[np.arange(160) // 8 * 8])
 
-    assert "0 images and 40 texts have the embedding or caption of another" in found["eval"]
+    assert ": 40 texts have the embedding or caption of another" in found["eval"]
     assert found["document"]["retrieval"]["image_to_text"]["R@1"] < 1
 
 

@@ -301,6 +301,28 @@ def test_aligned_queries_fit_an_index_of_aligned_rows_only(place: Path) -> None:
     assert cli("search stored --embedding out/texts.npy --top 1")[0] == 0
 
 
+def test_words_for_aligned_rows_are_answered_with_the_index_that_takes_them(place: Path) -> None:
+    assert "next: csalign eval out" in cli("apply features --adapter run --out out")[1]
+    how = "index the features that they came from: csalign index FEATURES --adapter run"
+    code, said = cli("index out --out stored")
+    assert code == 0
+    assert how in said
+    assert "next: csalign search stored --embedding query.npy" in said
+    for line in ("search stored dog", "search out dog", "search stored --image dog.png"):
+        code, said = cli(line)
+        assert (code, how in said) == (1, True), said
+
+
+def test_a_label_of_an_encoder_is_not_offered_as_one_to_load(place: Path) -> None:
+    label = {"spec": "efficientnet-lite0 (ImageNet), pooled", "fingerprint": None}
+    csalign.train(write(Path("labelled"), label), "own", steps=0)
+    code, said = cli("eval features --adapter own")
+
+    assert code == 1
+    assert "import embeddings of that encoder, or train on these features, or insist" in said
+    assert "--image-encoder" not in said
+
+
 def test_features_that_are_imported_again_keep_their_encoders(place: Path) -> None:
     assert cli("import --images features/texts --texts features/images --out swapped")[0] == 0
     code, said = cli("eval swapped --adapter run")

@@ -29,7 +29,7 @@ FRAME = pd.DataFrame(ROWS, columns=["image", "caption"])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    for name in ("a.jpg", "b.jpg", "c.jpg", "000000391895.jpg"):
+    for name in ("a.jpg", "b.jpg", "c.jpg", "000000391895.jpg", "d.png", "d.webp"):
         Image.new("RGB", (8, 8)).save(folder / name)
     return folder
 
@@ -285,6 +285,11 @@ TEXTS: dict[str, tuple[str, str, list[str]]] = {
             *('an end"', "so be it"),
         ],
     ),
+    "bare-quotes-and-commas": (
+        "t.csv",
+        'id,caption\n1,"Hello" said he\n2,an "end"\n',
+        ['"Hello" said he', 'an "end"'],
+    ),
     "quoted-lines": (
         "t.tsv",
         'id\tcaption\n1\t"two\nlines"\n2\t"with ""quotes"""\n',
@@ -426,14 +431,29 @@ ERRORS: dict[str, tuple[str, str, Found, list[str]]] = {
     "swallowed-row": (
         "t.csv",
         'image,caption,n\na.jpg,"A dog,1\nb.jpg,"B" too,2\nc.jpg,C,3\n',
-        [("c.jpg", ["C"])],
-        ["is malformed (',' expected after '\"')", "is malformed (',' expected after '\"')"],
+        [("b.jpg", ['"B" too']), ("c.jpg", ["C"])],
+        ["is malformed (',' expected after '\"')"],
     ),
     "swallowed-rows": (
         "t.csv",
         'image,caption\na.jpg,"A dog\nb.jpg,B\nc.jpg,C"\nb.jpg,D\n',
         [("b.jpg", ["B", "D"]), ("c.jpg", ['C"'])],
         ["has a quote that is not closed in its line"],
+    ),
+    "commas-in-bare-quotes": (
+        "t.csv",
+        'image,n,caption\na.jpg,"A, b" c\nb.jpg,1,B\n',
+        [("b.jpg", ["B"])],
+        ["is malformed (',' expected after '\"')"],
+    ),
+    "stems-of-several-files": (
+        "t.csv",
+        "image,caption\n/home/me/b.jpg,B\nd.jpg,D\n",
+        [],
+        [
+            "image '/home/me/b.jpg' is outside of",
+            "unknown image 'd.jpg'; did you mean 'd.png' or 'd.webp'?",
+        ],
     ),
     "missing-separator": (
         "results.csv",
@@ -513,3 +533,17 @@ def test_numbered_columns_of_other_tables(
         assert read(path) == (PLAIN, [])
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("a", "a.jpg"), ("a.png", "a.jpg"), ("391895", "000000391895.jpg")]
+)
+def test_names_mean_the_only_image_of_their_stem(folder: Path, name: str, file: str) -> None:
+    path = written(folder / "t.csv", f"image,caption\n{name},one\n")
+    source = open_source(path)
+    with source.open(0) as opened:
+        [record] = opened.records(0, 1)
+    path.unlink()
+
+    assert record.image is not None
+    assert record.image.source == (folder / file).as_posix()

@@ -186,6 +186,18 @@ def tar_of_captions(folder: Path) -> None:
                 file.addfile(member, io.BytesIO(content))
 
 
+def ids_of_vsepp(folder: Path) -> None:
+    for split in ("train", "dev"):
+        put(folder / f"{split}_caps.txt", f"of {split}\n")
+        put(folder / f"{split}_ids.txt", "0\n1\n")
+
+
+def table_of_ids(folder: Path) -> None:
+    put(folder / "images/x1.png")
+    put(folder / "images/0002.png")
+    put(folder / "captions.csv", "image_id,caption\nx1,one\n2,two\nx1,more\n")
+
+
 def flickr8k_of_kaggle(folder: Path) -> None:
     put(folder / "Images/1.png")
     put(folder / "Images/2.png")
@@ -211,6 +223,8 @@ READ: list[tuple[Make, list[Row]]] = [
         ],
     ),
     (tar_of_captions, [("0/a", ["one"], None), ("0/b", ["two"], None), ("0/c", [], None)]),
+    (ids_of_vsepp, [(None, ["of dev"], "val"), (None, ["of train"], "train")]),
+    (table_of_ids, [("x1", ["one", "more"], None), ("2", ["two"], None)]),
     (flickr8k_of_kaggle, [("1.png", ["one"], None), ("2.png", ["two"], None)]),
     (
         tables_of_splits_beside_images,
@@ -339,6 +353,7 @@ NAMED: list[tuple[Make, str]] = [
     (header_alone, "test/metadata.csv: adds no image or caption"),
     (header_beside_images, "captions.csv: adds no image or caption"),
     (annotations_in_a_folder, "such as annotations/captions_val2017.json; pass it with --captions"),
+    (ids_of_vsepp, "2 files not read (2 .txt), such as dev_ids.txt, train_ids.txt;"),
     (both_texts, "1 file not read (1 .caption), such as a.caption;"),
     (classes, "names of folders are not captions"),
     (links, "1 file behind links out of it read, such as c.png"),
@@ -379,18 +394,17 @@ def test_a_name_in_several_folders_is_not_guessed(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/1.png"):
         put(tmp_path / name)
     put(tmp_path / "captions.csv", "image,caption\n1.png,one\n")
-    source = open_source(tmp_path)
-    with source.open(0) as file:
-        errors = [record.error for record in file.records(0, 3)]
 
-    assert "unknown image '1.png'" in str(errors[0])
-    assert errors[1:] == [None, None]
+    with pytest.raises(DataError, match=r"'1\.png'; did you mean 'a/1.png' or 'b/1.png'"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("image_id,caption\n1,one\n", r"t.csv: names no image; .* --image-column"),
+        ("image_id,caption\n7,one\n", r"t.csv, row 2 unknown image '7'; correct the path"),
+        ("caption\none\n", r"t.csv: names no image; .* --image-column"),
+        ("image,caption\n/home/x/images/1.png,one\n", r"did you mean '1.png'"),
         ("image,caption\n/data/1.png,one\n", r"t.csv, row 2 image '/data/1.png' is outside of"),
         ("1.png: a dog\n2.png: a cat\n", "t.csv"),
     ],

@@ -1,5 +1,6 @@
 """Checkpoints, paths, stand-ins of files and texts as people have them: read, or said what is."""
 
+import argparse
 import gzip
 import json
 import logging
@@ -57,6 +58,12 @@ SAME: dict[str, Callable[[Any], Any]] = {
     },
     "Lightning": lambda s: {
         "state_dict": prefixed(s, "model.clip.") | {"loss.weight": torch.ones(3)}
+    },
+    "half of it wrapped": lambda s: (
+        tower(s, image=False) | prefixed(tower(s, image=True), "module.")
+    ),
+    "every other name wrapped": lambda s: {
+        f"{'module.' * (n % 2)}{k}": s[k] for n, k in enumerate(s)
     },
     "nested": lambda s: {"checkpoint": {"model_state_dict": prefixed(s, "net.")}},
     "equal twice": lambda s: {"model": s, "ema": {name: own.clone() for name, own in s.items()}},
@@ -169,6 +176,42 @@ def test_what_are_no_weights_of_the_model_is_said(
 
     assert said in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "w.pt"))
+
+
+PICKLED: dict[str, Callable[[], Any]] = {
+    "argparse.Namespace": lambda: {"state_dict": {}, "args": argparse.Namespace(lr=1)},
+    "torch.nn.modules.linear.Linear": lambda: torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_an_object_beside_weights_is_named_with_the_line_that_saves_them(
+    tiny_clip: Clip, tmp_path: Path, kind: str
+) -> None:
+    torch.save(PICKLED[kind](), tmp_path / "w.pt")
+
+    with pytest.raises(EncoderError) as caught:
+        fingerprint(tiny_clip[0], tmp_path / "w.pt")
+
+    assert f"contains a pickled {kind}, which may run code" in str(caught.value)
+    assert f"torch.load('{tmp_path / 'w.pt'}', weights_only=False)" in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["w.pt", "old.pt", "w.safetensors"])
+def test_a_file_that_ends_early_is_incomplete(
+    tiny_clip: Clip, state: Any, tmp_path: Path, name: str, share: float
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".pt"):
+        torch.save(state, path, _use_new_zipfile_serialization=name == "w.pt")
+    else:
+        safetensors.torch.save_file(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+    with pytest.raises(EncoderError, match=r"incomplete or damaged\); download or copy it again"):
+        fingerprint(tiny_clip[0], path)
 
 
 def test_an_archive_of_torchscript_is_named_with_the_line_that_converts_it(

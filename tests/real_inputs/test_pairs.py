@@ -29,6 +29,7 @@ N = 10
 IMAGES = np.random.default_rng(0).normal(size=(N, 5)).astype(np.float32)
 TEXTS = np.ascontiguousarray(IMAGES[:, :3] + 2)  # so that a text can be recognised by its image
 ORDER = np.array([7, 2, 0, 9, 4, 1, 8, 3, 6, 5])
+COUNTS = list(range(N))
 NUMBERS = [391895 + 13 * row for row in range(N)]
 NAMES = [f"pic{row}a" for row in range(N)]
 COUNTS = list(range(N))
@@ -168,6 +169,46 @@ def rows_by_name(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Pa
     return folder / "i.pt", folder / "t.pt"
 
 
+def item_files(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    """A file per item, named by its key."""
+    for side, values, keys in (("i", IMAGES, images), ("t", TEXTS[rows], texts)):
+        (folder / side).mkdir(exist_ok=True)
+        for old in (folder / side).iterdir():
+            old.unlink()
+        for key, vector in zip(keys, values, strict=True):
+            torch.save(torch.tensor(vector)[None], folder / side / f"{key}.pt")
+    return folder / "i", folder / "t"
+
+
+def torch_index(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    """A dict of the row of each key, and one of the key of each row."""
+    index = {key: row for row, key in enumerate(images)}
+    torch.save({"x": torch.from_numpy(IMAGES), "name2idx": index}, folder / "i.pt")
+    keys = dict(enumerate(texts))
+    torch.save({"x": torch.from_numpy(TEXTS[rows]), "names": keys}, folder / "t.pt")
+    return folder / "i.pt", folder / "t.pt"
+
+
+def lists_beside(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    np.save(folder / "images.npy", IMAGES)
+    np.save(folder / "texts.npy", TEXTS[rows])
+    save_text(folder / "images.txt", images)
+    save_text(folder / "texts.txt", texts)
+    return folder / "images.npy", folder / "texts.npy"
+
+
+def polars_ipc(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
+    """Dictionaries of string views, as polars writes categories."""
+    for side, values, keys in (("i", IMAGES, images), ("t", TEXTS[rows], texts)):
+        words = pa.DictionaryArray.from_arrays(
+            pa.array(np.arange(N), pa.uint32()), pa.array(keys, pa.string_view())
+        )
+        table = pa.table({"sku": words, "emb": column(values)})
+        with pa.ipc.new_file(folder / f"{side}.arrow", table.schema) as file:
+            file.write_table(table)
+    return folder / "i.arrow", folder / "t.arrow"
+
+
 def label_tables(folder: Path, images: Keys, texts: Keys, rows: Any) -> tuple[Path, ...]:
     for side, values, keys in (("i", IMAGES, images), ("t", TEXTS[rows], texts)):
         np.save(folder / f"{side}.npy", values)
@@ -189,6 +230,10 @@ def save_columns(path: Path, keys: Keys) -> None:
 
 def save_index(path: Path, keys: Keys) -> None:
     path.write_text(json.dumps({key: row for row, key in enumerate(keys)}))
+
+
+def save_rows(path: Path, keys: Keys) -> None:
+    path.write_text(json.dumps({str(row): key for row, key in enumerate(keys)}))
 
 
 def same(key: Any) -> Any:
@@ -272,6 +317,17 @@ CARRIERS: dict[str, tuple[Write, Keys, Callable[[Any], Any], Callable[[Any], Any
     "places of images": (named_parquet("image_id", "image_idx"), list(range(N)), same, same),
     "two lists in a file": (two_lists, NAMES, "{}.jpg".format, "{}.jpg".format),
     "txt2img": (txt2img, list(range(N)), same, same),
+    "item files": (item_files, NAMES, same, same),
+    "torch index": (torch_index, NAMES, same, same),
+    "rows beside": (beside(".json", save_rows), NAMES, same, same),
+    "names in text files": (lists_beside, NAMES, "{}.jpg".format, "{}.jpg".format),
+    "numbered captions": (lists_beside, NAMES, "{}.jpg".format, "{}.jpg#0\tA dog .".format),
+    "categories of polars": (polars_ipc, NAMES, same, same),
+    "images of datasets": (
+        *(named_parquet("image", "image"), NAMES),
+        *(lambda n: {"bytes": b"x" * 90, "path": f"{n}.jpg"},) * 2,
+    ),
+    "places beside ids": (named_parquet("image_id", "image_idx"), COUNTS, NUMBERS.__getitem__, int),
     "counting": (parquet, list(range(N)), same, same),
 }
 
@@ -315,6 +371,10 @@ UNRELATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "users": ({"user_id": NAMES[:5] * 2}, {"user_id": NAMES[3:8] * 2}),
     "scores": ({"score": np.linspace(0, 1, N)}, {"score": np.linspace(1, 2, N)}),
     "one side": ({"image_id": NAMES}, {"lang": ["en"] * N}),
+    "years": ({"year": [1999, 2003, 2003, *range(2008, 2015)]}, {"year": [2010, 2003] * 5}),
+    "lengths of texts": ({"year": [*range(2000, 2010)]}, {"n_chars": [*range(1995, 2005)]}),
+    "ranks": ({"rank": COUNTS}, {"rank": COUNTS[::-1]}),
+    "numbers of things": ({"number_of_objects": COUNTS[::-1]}, {"position": COUNTS[::-1]}),
     "no key": ({"width": [640] * N}, {"lang": ["en"] * N}),
 }
 
@@ -351,6 +411,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         *({"width": [640] * N}, {"__index_level_0__": take(COUNTS)}),
         "__index_level_0__ numbers the rows in another order",
     ),
+    "index with gaps": (
+        *({"idx": [0, 1, *range(3, 11)]}, {"idx": [*range(7), 8, 9, 10]}),
+        "idx: image '2' of text row 2 is unknown",
+    ),
+    "two columns": (
+        {"video": NAMES[:5] * 2, "frame": [0] * 5 + [9] * 5},
+        {"video": take(NAMES[:5] * 2), "frame": take([0] * 5 + [9] * 5)},
+        "video and frame together name the rows, which are in another order",
+    ),
+    "large floats": (
+        *({"tweet_id": [10**18 + n for n in COUNTS]}, {"tweet_id": [1e18 + n for n in COUNTS]}),
+        "row 0: tweet_id is 1e[+]18, and floats above 2[*][*]53 do not keep every integer",
+    ),
     "an image twice": (
         *({"file": [*NAMES[:9], NAMES[0]]}, {"file": take(NAMES[:9] + NAMES[:1])}),
         r"i\.parquet, row 9: duplicate file 'pic0a'",
@@ -376,6 +449,51 @@ def test_keys_that_do_not_fit_are_refused(tmp_path: Path, kind: str) -> None:
         imported(tmp_path, *sources)
     features, pairing = imported(tmp_path, *sources, pair_by="order")
     assert (wrong_pairs(features), pairing) == (0, "row order")
+
+
+def test_objects_are_refused_as_keys_and_named_as_captions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for side, values in (("i", IMAGES), ("t", TEXTS)):
+        np.savez(tmp_path / f"{side}.npz", x=values, names=np.array(NAMES, object))
+    with pytest.raises(DataError, match=r"names looks like keys but contains Python objects"):
+        imported(tmp_path, tmp_path / "i.npz", tmp_path / "t.npz")
+
+    np.savez(tmp_path / "i.npz", x=IMAGES)
+    np.savez(tmp_path / "t.npz", text_features=TEXTS, captions=np.array(NAMES, object))
+    assert wrong_pairs(imported(tmp_path, tmp_path / "i.npz", tmp_path / "t.npz")[0]) == 0
+    assert "captions contains Python objects and is not read" in caplog.text
+
+
+def test_item_files_of_other_items_are_refused(tmp_path: Path) -> None:
+    sources = item_files(tmp_path, NAMES, [*NAMES[:9], "other"], np.arange(N))
+    with pytest.raises(DataError, match="file: image 'other' of text row 0 is unknown"):
+        imported(tmp_path, *sources)
+
+
+def test_texts_without_a_key_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = tables(tmp_path, {"image_id": NAMES}, {"image_id": [*NAMES[:9], None]})
+    assert imported(tmp_path, *sources)[0].manifest.counts.pairs == 9
+    assert "t.parquet: 1 texts have no image, as they have no image_id" in caplog.text
+
+
+def test_a_table_beside_a_file_of_both_sides_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.savez(tmp_path / "0001.npz", b32_img=IMAGES, b32_txt=TEXTS)
+    pd.DataFrame({"uid": NAMES}).to_parquet(tmp_path / "0001.parquet")
+    assert wrong_pairs(imported(tmp_path, tmp_path / "0001.npz")[0]) == 0
+    assert "0001.parquet: has one value per row and is not read" in caplog.text
+
+
+def test_keys_beside_arrays_that_cannot_be_read_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    np.save(tmp_path / "image.npy", IMAGES)
+    np.save(tmp_path / "text.npy", TEXTS)
+    (tmp_path / "image_ids.json").write_text("[1, 2")
+    imported(tmp_path, tmp_path / "image.npy", tmp_path / "text.npy")
+    assert "image_ids.json: cannot be read" in caplog.text
 
 
 def test_fewer_texts_that_count_from_0_are_not_the_first_images(tmp_path: Path) -> None:

@@ -171,6 +171,11 @@ def parquet(folder: Path, rows: Sequence[tuple[int, int]], name: str = "t", **mo
     return folder / f"{name}.parquet"
 
 
+def rows_saved_again(folder: Path) -> Path:
+    images = [picture(k, 90 - n) for k, n in MIXED]
+    return parquet(folder, MIXED, image=images, image_id=[k for k, _ in MIXED])
+
+
 def adjacent_rows(folder: Path) -> Path:
     return parquet(folder, ROWS)
 
@@ -260,6 +265,7 @@ INPUTS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
         (samples_of_several_shards, {}),
         (samples_of_img2dataset, {}),
         (samples_saved_again, {"id_column": "url"}),
+        (rows_saved_again, {"id_column": "image_id"}),
         (adjacent_rows, {}),
         (rows_apart, {}),
         (rows_apart_with_ids, {"id_column": "image_id"}),
@@ -291,6 +297,21 @@ def test_an_image_per_caption_is_one_image(
     # Rows of a path were one image before anything was read.
     by_path = {"spellings_of_a_path", "coco_images_twice", "karpathy_images_twice"}
     assert result.joined == small.joined == (None if name in by_path else 12)
+
+
+@pytest.mark.parametrize(
+    ("write", "key"), [(samples_saved_again, "url"), (rows_saved_again, "image_id")]
+)
+def test_images_saved_again_are_pointed_out(
+    write: Callable[[Path], Path],
+    key: str,
+    extract: Extract,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert extract(write(tmp_path)).images == 18
+    assert f"12 images with the {key} of an earlier one but other bytes" in caplog.text
+    assert caplog.text.count(f"pass --id-column {key}") == 1
 
 
 def test_processes_and_a_resumed_one_join_alike(

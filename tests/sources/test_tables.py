@@ -277,7 +277,7 @@ def test_ten_bad_rows_of_two_thousand_are_ten_flaws(
     rows = [f"{names[row % 2]},caption {row},train".encode() for row in range(2000)]
     bad = {
         100: (b"a.png,x,train,more", "has 4 cells, the header has 3; put double quotes"),
-        200: (b'a.png,"x"y,train', "is malformed (',' expected after '\"'); quote cells"),
+        200: (b'a.png,"x,"y,train', "is malformed (',' expected after '\"'); quote cells"),
         300: (b'a.png,"never closed,train', "is malformed (',' expected after '\"'); quote"),
         400: (b"a.png,caf\xe9,train", "is not UTF-8 (byte 0xe9 at offset"),
         500: (b"gone.png,x,train", "unknown image 'gone.png'; correct the path, which starts fro"),
@@ -495,4 +495,4 @@ def test_rows_without_a_caption_are_counted(
     table = write(tmp_path / "half.csv", "image,caption", "a.png,a thing", "sub/b.c.PNG,")
     open_source(photos, SourceOptions(captions=table))
 
-    assert f"{table}: 1 of 2 images have no caption" in caplog.text
+    assert f"{table}: 1 of 2 rows have no caption" in caplog.text

@@ -22,10 +22,12 @@ from csalign.sources.arrays.naming import (
     EITHER_NAMES,
     are_vectors,
     first_of,
+    is_key,
     is_label,
     is_usual_key,
     label_side,
     of_side,
+    words_of,
 )
 from csalign.sources.arrow import lists_from
 from csalign.sources.labels import Labels
@@ -387,7 +389,11 @@ def _unread(file: Container, rows: int) -> dict[str, str]:
     for name, count in file.labels.items():
         if count not in counts:
             found[name] = f"has {count} values and there are {rows} rows; give every row one"
-    return {name: reason for name, reason in found.items() if is_usual_key(name)}
+    objects = [name for name in found if kinds.get(name) == "object"]
+    names = {name for name in objects if is_key(name) or words_of(name) & {"name", "names"}}
+    for name in {*objects} - names:
+        log.warning("%s", f"{name} contains Python objects and is not read; store texts")
+    return {name: why for name, why in found.items() if name in names or is_usual_key(name)}
 
 
 def _recognised(file: Container, modality: Modality) -> list[str]:

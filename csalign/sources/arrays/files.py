@@ -221,6 +221,11 @@ def _flat(content: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, An
 
 def label_list(item: object) -> list[Any] | None:
     """Return a list of texts, numbers and None, also in tensors of one; None if it is not one."""
+    if isinstance(item, dict) and {*map(type, item.values())} <= {int, str}:
+        if item.keys() == {*range(len(item))}:  # the key of each row
+            item = [item[row] for row in range(len(item))]
+        elif {*item.values()} == {*range(len(item))}:  # the row of each key
+            item = sorted(item, key=item.__getitem__)
     if not isinstance(item, list | tuple):
         return None
     values = [own.item() if getattr(own, "ndim", 1) == 0 else own for own in item]

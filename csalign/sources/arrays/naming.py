@@ -37,9 +37,12 @@ IMAGE_IDS = (
     *("image_id", "image_ids", "img_id", "img_ids", "imageid", "image_key", "image_keys"),
     *("cocoid", "coco_id"),
 )
+PLACES = (  # of images, by row
+    *("image_row", "image_index", "image_idx", "img_index", "img_idx", "image_indices", "txt2img"),
+)
 REFERENCES = (  # of texts, to images
     *("text_image_id", "text_image_ids", "caption_image_id", "caption_image_ids", *IMAGE_IDS),
-    *("image_row", "image_index", "image_idx", "img_index", "img_idx", "image_indices", "txt2img"),
+    *PLACES,
 )
 TEXT_IDS = ("text_id", "text_ids", "caption_id", "caption_ids", "text_key", "text_keys")
 ITEM_IDS = ("id", "ids", "key", "keys", "uid", "uuid")  # of either side
@@ -51,7 +54,8 @@ _KEY_WORDS = {
 }
 
 
-_COUNTERS = {"index", "idx", "indices", "row", "rows", "order", "position", "number", "unnamed"}
+_COUNTERS = {"index", "idx", "indices", "row", "rows", "unnamed", "column"}
+_FIGURES = {"rank", "label", "labels", "class", "position", "order", "number"}
 
 
 def are_vectors(name: str) -> bool:
@@ -72,6 +76,11 @@ def is_id(name: str) -> bool:
 def is_counter(name: str) -> bool:
     """Return whether a column is named like places of rows, as the index of a table."""
     return bool(words_of(name) & _COUNTERS)
+
+
+def is_figure(name: str) -> bool:
+    """Return whether a column is named like ranks or classes, which are not keys."""
+    return bool(words_of(name) & _FIGURES) and not is_key(name)
 
 
 def is_label(name: str) -> bool:

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -168,6 +167,11 @@ def _read_all(path: Path, modality: Modality, wanted: str | None) -> base.Vector
             column = pa.repeat(pa.scalar(split, pa.large_string()), len(array))
             array = replace(array, labels=array.labels.with_columns({"split": column}))
         arrays.append(array)
+    if len(found) > 1 and all(len(array) == 1 and not array.labels for array in arrays):
+        for row, (file, _) in enumerate(found):  # an item each
+            name = pa.array([file.stem], pa.large_string())
+            labels = arrays[row].labels.with_columns({"file": name})
+            arrays[row] = replace(arrays[row], labels=labels)
     gap = _gap_in([file for file, _ in found])
     if gap:
         log.warning("%s: %s", path, gap)
@@ -213,7 +217,7 @@ def labels_beside(sides: Mapping[Modality, base.Vectors]) -> dict[Modality, Labe
 
 def _owners_of(file: Path, arrays: Mapping[Modality, Path]) -> list[Modality]:
     """Return the sides whose array in the folder a file may contain the keys of, by its name."""
-    if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet"):
+    if file.suffix.lower() not in (*LISTS, ".csv", ".tsv", ".jsonl", ".parquet", *PICKLES):
         return []
     named = {
         side: len(path.stem)
@@ -229,10 +233,13 @@ def _owners_of(file: Path, arrays: Mapping[Modality, Path]) -> list[Modality]:
 
 
 def _read_beside(file: Path, rows: int) -> Labels | None:
-    with suppress(CsalignError, OSError):
+    try:
         if file.is_file() and (file.suffix == ".parquet" or file.stat().st_size <= _MAX_BYTES):
             labels = read_label_table(file)
             return labels if labels.rows == rows and labels.names else None
+    except (CsalignError, OSError) as error:
+        if file.suffix in PICKLES or (naming.is_key(file.stem) and file.suffix != ".npy"):
+            log.warning("%s, so it is not read as keys", error)
     return None
 
 

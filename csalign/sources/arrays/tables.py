@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,8 +91,9 @@ def open_table(path: Path) -> Iterator[Container]:
 def read_label_table(path: Path) -> Labels:
     """Read a .csv, .tsv, .jsonl, .parquet, .arrow or .feather of labels, or a list of keys.
 
-    A list is an .npy, a .txt of lines, or a .json of values, of objects, of a list per column, or
-    of the row of each key; its column has the name of the file.
+    A list is an .npy, a .txt of lines, or a .json of values, of objects, of a list per column, of
+    the row of each key, or of the key of each row; its column has the name of the file. A .txt of
+    names, numbers of captions and captions, as of Flickr, is a table.
 
     Raises:
         DataError: it is missing, of another kind, or damaged.
@@ -101,7 +103,7 @@ def read_label_table(path: Path) -> Labels:
     if path.suffix.lower() in (*arrow.PARQUET, *arrow.ARROW):
         with arrow.open_arrow(path) as held, open_table(path) as file:
             return labels_of(path, open_table, file, held.rows)
-    if path.suffix.lower() in LISTS:
+    if path.suffix.lower() in LISTS and not _is_token_list(path):
         columns = _read_list(path)
         count = len(next(iter(columns.values())))
         return Labels(str(path), count, lambda row: f"{path}, row {row}").with_columns(columns)
@@ -111,6 +113,7 @@ def read_label_table(path: Path) -> Labels:
 def _read_text(path: Path) -> Labels:
     """Read a .csv, .tsv or .jsonl."""
     suffix = path.suffix.lower()
+    suffix = ".tsv" if suffix == ".txt" else suffix
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: not a table; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size and (problem := stand_in(path)) is not None:
@@ -199,6 +202,13 @@ def _clean(labels: Labels, name: str, cells: list[str | None]) -> None:
                 )
 
 
+def _is_token_list(path: Path) -> bool:
+    """Return whether a .txt has the lines of Flickr: a name, the caption's number, a caption."""
+    with translate_errors(path), path.open("rb") as file:
+        start = file.readline(MAX_LINE_BYTES)
+    return path.suffix.lower() == ".txt" and re.match(rb"[^\t\n]+#\d+\t", start) is not None
+
+
 def _read_list(path: Path) -> dict[str, pa.Array]:
     """Read the columns of a list of keys, by name."""
     name = path.stem
@@ -213,10 +223,15 @@ def _read_list(path: Path) -> dict[str, pa.Array]:
     try:
         if path.suffix.lower() == ".txt":
             lines = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
-            return {name: to_keys([line.strip() for line in lines], name, path)}
+            keys = to_keys([line.strip() for line in lines], name, path)
+            cells = [[line] for line in lines[:_PROBED]]
+            is_file = plain_name(name) in CAPTION_NAMES and delimited.columns_of(cells)
+            return {"file" if is_file else name: keys}
         found = parse_json(content)
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({reason_of(error)}); write it again") from None
+    if isinstance(found, dict) and found.keys() == {*map(str, range(len(found)))}:
+        found = [found[str(row)] for row in range(len(found))]
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
         found = {key: [row.get(key) for row in found] for key in dict.fromkeys(chain(*found))}
     columns = found if isinstance(found, dict) else {name: found}
@@ -234,6 +249,8 @@ def _is_plain(file: arrow.ArrowFile, name: str, held: pa.DataType) -> bool:
     kind = arrow.kind_of(held)
     if kind == "struct" and held.num_fields == 1:
         return is_id(name) and _is_plain(file, name, held.field(0).type)
+    if kind == "struct":  # an image of datasets
+        return any(own.name == "path" and arrow.kind_of(own.type) == "text" for own in held)
     if kind == "bytes" and not is_id(name):
         first = next(file.batches([name], 1), None)
         return first is not None and len(str(first[0][0])) <= _MAX_KEY_BYTES

@@ -26,6 +26,7 @@ class ImageInput(NamedTuple):
         read: return the encoded bytes. Any thread may call it while the file is open; raises
             `DataError` with the reason alone, without the path.
         key: what images with the same one are equal by; None for their bytes.
+        labels: name and value of what may say which images are one, the likeliest first.
         is_named: a user chose its id, so that a copy with another id is an image of its own.
     """
 
@@ -33,6 +34,7 @@ class ImageInput(NamedTuple):
     source: str
     read: Callable[[], bytes]
     key: str | None = None
+    labels: Sequence[tuple[str, str]] = ()
     is_named: bool = False
 
 

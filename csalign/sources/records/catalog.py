@@ -2,12 +2,14 @@
 
 import hashlib
 import logging
+import os
 import posixpath
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +80,8 @@ class Catalog:
         self._entries: list[_Entry] = []
         self._by_id: dict[str, _Entry] = {}
         self._was_respelled = False
+        self._found: list[str] = []
+        self._stems: dict[str, dict[str, list[str]]] = {}  # files by stem, by folder
         self._blank_rows = self._rows = self._rows_without_caption = 0
 
     def begin_file(
@@ -122,7 +126,7 @@ class Catalog:
 
     def add_found(self, image_ids: Iterable[str]) -> None:
         """Add the images of a folder that no row names."""
-        found = list(image_ids)
+        self._found = found = list(image_ids)
         known, named = set(found), {entry.place for entry in self._entries}
         inside = self._folder_inside(known, named) if known and known.isdisjoint(named) else None
         for entry in self._entries if known else ():
@@ -143,8 +147,10 @@ class Catalog:
         """Raise `DataError` if there are captions and images, and no caption has an image."""
         entries = [entry for entry in self._entries if entry.row]
         errors = [f", row {entry.row} {entry.error}" for entry in entries if entry.error]
-        if any(entry.place for entry in entries) or not entries:
+        if any(self._is_there(entry) for entry in entries) or not entries:
             return
+        unknown = (f", row {own.row} {self._unknown(own.place)}" for own in entries if own.place)
+        errors += islice(unknown, 1)
         reason = (
             errors[0]
             if errors
@@ -154,6 +160,12 @@ class Catalog:
             )
         )
         raise DataError(f"{self._files[0].name}{reason}")
+
+    def _is_there(self, entry: _Entry) -> bool:
+        if entry.place is None or entry.offset is not None or not self._found:
+            return entry.place is not None
+        path = (self._root or Path()) / entry.place
+        return is_remote(path) or files.is_file(path)
 
     def add_text(self, label: str, place: str | None, text: str | None, size: int | None) -> None:
         """Add a record of an image, of a .txt of captions of some bytes, or of both."""
@@ -234,6 +246,12 @@ class Catalog:
     def _split_by_folder(self) -> None:
         """Take the splits from the folders if all images lie in those of two or more splits."""
         entries = [entry for entry in self._entries if entry.place and entry.offset is None]
+        if not entries and all(entry.text for entry in self._entries):
+            splits = {entry.label: files.split_of(entry.label) for entry in self._entries}
+            if len(names := {*splits.values()}) > 1 and None not in names:
+                logger.info("%s: splits are taken from file names", self._root)
+                for entry in self._entries:
+                    entry.split = splits[entry.label]
         folders = {posixpath.dirname(str(entry.place)) for entry in entries}
         # The outermost, since a class may be called train too.
         splits = {folder: files.split_of(folder, inwards=True) for folder in folders}
@@ -261,12 +279,7 @@ class Catalog:
             if row is not None and not is_remote(path) and not files.is_file(path):
                 place = self._respelled(entry.place)
                 if place is None:
-                    start = "the working directory" if self._root in (None, Path()) else self._root
-                    remedy = likely_meant(Path(entry.place), self._root) or (
-                        f"; correct the path, which starts from {start}, or remove the row"
-                    )
-                    error = f"unknown image {entry.place!r:.200}{remedy}"
-                    return Record(None, row=row, error=error)
+                    return Record(None, row=row, error=self._unknown(entry.place))
                 path = Path(self._root or "", place)
             read = partial(files.read_bounded, path)
             image = ImageInput(entry.label, path.as_posix(), read, is_named=True)
@@ -288,12 +301,22 @@ class Catalog:
             texts.setdefault(caption, TextInput(f"{entry.label}{suffix}", caption, number))
         return Record(image, tuple(texts.values()), entry.split, row)
 
+    def _unknown(self, place: str) -> str:
+        """Say that an image is missing, with the remedy."""
+        start = "the working directory" if self._root in (None, Path()) else self._root
+        remedy = likely_meant(Path(place), self._root)
+        if not remedy and (alike := self._by_stem(place)):
+            remedy = f"; did you mean {' or '.join(map(repr, alike[:3]))}?"
+        remedy = remedy or f"; correct the path, which starts from {start}, or remove the row"
+        return f"unknown image {place!r:.200}{remedy}"
+
     def _respelled(self, place: str) -> str | None:
         """Find the only file that differs from a missing one in spelling alone; warn once."""
         if self._root is not None and is_remote(self._root):
             return None
         found = respelled(place, self._root)
         found = [own for own in found if files.is_file(Path(self._root or "", own))]
+        found = found or self._by_stem(place)
         if len(found) != 1:
             return None
         if found[0] != place and not self._was_respelled:
@@ -304,6 +327,20 @@ class Catalog:
                 *(self._files[0].name, place, found[0]),
             )
         return found[0]
+
+    def _by_stem(self, place: str) -> list[str]:
+        """List the images of a folder, or of all, that differ from a name in suffix or zeros."""
+        folder, base = posixpath.split(place)
+        if folder not in self._stems:
+            names = [] if folder else self._found
+            with suppress(OSError):
+                names = names or os.listdir(Path(self._root or "", folder))  # noqa: PTH208
+            index = self._stems[folder] = {}
+            for name in sorted(names):
+                if _stem(name) != name:
+                    own = posixpath.join(folder, name)
+                    index.setdefault(_stem(posixpath.basename(name)), []).append(own)
+        return self._stems[folder].get(_stem(base), [])
 
     def _folder_inside(self, known: Collection[str], named: Collection[str | None]) -> str | None:
         """Find the only folder of images that the paths of all rows may start from; say so."""
@@ -375,3 +412,10 @@ class Catalog:
         if "://" in row.image or "\0" in row.image:
             raise DataError(f"image {row.image!r:.200} is not a file; URLs are not fetched")
         return posixpath.normpath(row.image)
+
+
+def _stem(name: str) -> str:
+    """Return the name of an image without suffix, a number without zeros in front."""
+    stem, suffix = posixpath.splitext(name)
+    stem = stem if suffix.lower() in files.IMAGE_SUFFIXES else name
+    return (stem.lstrip("0") or "0") if stem.isdecimal() else stem

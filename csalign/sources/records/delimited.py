@@ -325,7 +325,8 @@ def _read_otherwise(line: str, dialect: Dialect) -> tuple[list[str], bool] | Non
     readings: list[dict[str, Any]] = [{}]  # one by one: more cells, all empty
     if "\\" in line:
         readings.append({"escapechar": "\\", "doublequote": False})
-    if sign in "\t|":
+    is_balanced = all(cell.count('"') % 2 == 0 for cell in line.split(sign))
+    if sign in "\t|" or is_balanced:
         readings.append({"quoting": csv.QUOTE_NONE})
     cells: list[str] = []
     for reading in readings:

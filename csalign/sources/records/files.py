@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from csalign.core.enums import usual_split
 from csalign.core.errors import ConfigError, CsalignError, DataError, reason_of
 from csalign.core.figures import counted
-from csalign.core.paths import is_remote, parse_location, stand_in
+from csalign.core.paths import is_remote, likely_meant, parse_location, stand_in
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 16 << 20
@@ -249,6 +249,7 @@ def path_below(root: Path, path: str) -> str:
         remedy = "move it inside"
         if given.startswith("/"):
             remedy += ", or name the folder of all images with --images"
+            remedy = likely_meant(Path(given), root).removeprefix("; ") or remedy
         raise DataError(f"image {given!r:.200} is outside of {root}; {remedy}")
     return normal
 

@@ -109,6 +109,9 @@ def read_folder(
     by_stem: dict[str, str] = {}
     for kind in TEXTS:
         by_stem |= {_stem(name): name for name in found if _suffix(name) == kind}
+    if not images:  # numbers of images beside captions, as train_ids.txt of VSE++, are not captions
+        ids = [stem for stem in by_stem if stem.endswith("ids")]
+        by_stem = {k: v for k, v in by_stem.items() if k not in ids or not _is_of_ids(folder / v)}
     stems = [_stem(name) for name in images]
     if not images and not by_stem:
         raise DataError(
@@ -157,6 +160,11 @@ def _warn_of_stems(
                 f"{name} do; rename them if they differ"
             )
             return
+
+
+def _is_of_ids(path: Path) -> bool:
+    with files.open_file(path) as file:
+        return file.read(4096).translate(None, b" \t\r\n").isdigit()
 
 
 def _size(path: Path, known: int | None) -> int:

@@ -153,7 +153,10 @@ class _Opener:
             return self._containers(folder, found)
         if tables := [] if kind == "folder" else _tables_in(folder, found):
             warn_of_unread(folder, found, {*tables, *images})
-            return self._tables(folder, tables, self._below_images(folder, images))
+            source = self._tables(folder, tables, self._below_images(folder, images))
+            if images and isinstance(source, Catalog):
+                source.check_pairs()
+            return source
         if containers and kind == "auto":
             raise DataError(
                 f"{folder}: contains images as well as tar, Parquet or Arrow files; choose with "
@@ -184,7 +187,8 @@ class _Opener:
             raise DataError(f"{folder}: contains Parquet and other tables; choose with --captions")
         catalog = Catalog(self._options.images or folder)
         for name, form in forms.items():
-            self._add_rows(catalog, folder / name, form, name, parents.get(name, ""))
+            parent = parents.get(name, "")
+            self._add_rows(catalog, folder / name, form, name, parent, has_images=bool(images))
         catalog.add_found(images)
         return catalog.finish(f"{len(tables)} tables, such as {tables[0]}")
 
@@ -230,17 +234,25 @@ class _Opener:
     def _rows(self, table: Path, form: str, root: Path | None, found: Sequence[str] = ()) -> Source:
         """Gather the rows of a text file, or of stdin."""
         catalog = Catalog(root)
-        description = self._add_rows(catalog, table, form)
+        description = self._add_rows(catalog, table, form, has_images=bool(found))
         catalog.add_found(found)
         return catalog.finish(description)
 
     def _add_rows(
-        self, catalog: Catalog, table: Path, form: str, name: str = "", parent: str = ""
+        self,
+        catalog: Catalog,
+        table: Path,
+        form: str,
+        name: str = "",
+        parent: str = "",
+        *,
+        has_images: bool = False,
     ) -> str:
         """Add the rows of a text file, with the split in its `name` if it is one of several."""
         is_stdin = str(table) == STDIN
         table = Path("stdin") if is_stdin else table
-        reader = TableReader(table, SourceOptions() if form == ".txt" else self._options, form)
+        options = SourceOptions() if form == ".txt" else self._options
+        reader = TableReader(table, options, form, has_images=has_images)
         load = reader.read_image if form in SUFFIXES else None
         prefix = name and f"{posixpath.splitext(name)[0]}/"
         catalog.begin_file(table.as_posix(), prefix, load, parent)

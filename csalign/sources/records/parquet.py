@@ -28,7 +28,14 @@ from csalign.sources.records import (
     warn_of_unreadable,
 )
 from csalign.sources.records.catalog import Catalog
-from csalign.sources.records.tables import Row, SourceOptions, TableColumns, row_of
+from csalign.sources.records.tables import (
+    SHARED_NAMES,
+    Row,
+    SourceOptions,
+    TableColumns,
+    labels_of,
+    row_of,
+)
 
 _IMAGE_ROWS = 32  # per batch, whose bytes are in memory at once
 _TEXT_ROWS = 8_192
@@ -51,6 +58,8 @@ class Layout(NamedTuple):
     def rows(self, file: ArrowFile, start: int = 0) -> Iterator[dict[str, Any]]:
         """Stream the rows of a file from `start` on, as values by column."""
         wanted = self.found.used
+        if self.found.image and self.kind != "path":
+            wanted += [own for own in SHARED_NAMES if own in {*self.names} - {*wanted}]
         size = _TEXT_ROWS if self.kind in (None, "path") else _IMAGE_ROWS
         for batch in file.batches(wanted, size, start):
             for values in zip(*(column_values(batch[name]) for name in wanted), strict=True):
@@ -270,9 +279,9 @@ class ParquetFile:
         starts.append(self._file.rows)
         if repeated:
             logger.info(
-                "%s: %s have the id of an earlier row that is not adjacent; their images are "
-                "joined where the bytes are equal, and else named by row, such as '%s%d'",
-                *(self.name, counted(len(repeated), "row"), self._stem, starts[min(repeated)] + 1),
+                "%s: %s have the id of an earlier row that is not adjacent, such as row %d; their "
+                "images are joined",
+                *(self.name, counted(len(repeated), "row"), starts[min(repeated)] + 1),
             )
         return starts, repeated
 
@@ -306,14 +315,11 @@ class ParquetFile:
         image = None
         column = self._layout.found.image
         if column is not None:
-            first, *others = (row[column] for row in values)
-            if any(other is not None and other != first for other in others):
-                raise ValueError(
-                    f"its rows have the same id {own!r:.200}, but other images; ids must be unique"
-                )
             image_id = f"{self._stem}{number}" if own is None else f"{self._prefix}{own}"
-            read = self._image_reader(first)
-            image = read and ImageInput(image_id, f"{self.name}/{number}", read)
+            images = (row[column] for row in values if row[column] is not None)
+            read = self._image_reader(next(images, None))
+            source, labels = f"{self.name}/{number}", labels_of(values[0])
+            image = read and ImageInput(image_id, source, read, rows[0].id, labels)
         captions = dict.fromkeys(caption for row in rows for caption in row.captions)
         if image is None and not captions:
             raise ValueError("has neither an image nor a caption")

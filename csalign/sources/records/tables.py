@@ -43,6 +43,9 @@ CAPTION_NAMES = (
     *("raw_caption", "sentences", "texts", "raw", "alt_text", "comment", "description"),
 )
 SPLIT_NAME = "split"
+# Usual names of what images of several rows share, the likeliest first.
+SHARED_NAMES = ("image_id", "img_id", "imgid", "cocoid", "url", "image_url", "sha256")
+_ID_NAMES = ("image_id", "img_id", "imgid", "id")  # of images, if no column has their names
 _FORMS = {"list": "list of images", ".txt": "text file with one caption per line"}
 # Usual names of columns, by which a header is recognised.
 KNOWN_NAMES = frozenset(
@@ -198,9 +201,13 @@ class TableReader:
         options: the columns to read.
         form: ".csv" or ".tsv" with a header, ".jsonl" with one object per line, ".txt" with one
             caption per line, or "list" with one image path or object per line.
+        has_images: ids are names of images if no column has these.
     """
 
-    def __init__(self, table: Path, options: SourceOptions, form: str) -> None:
+    def __init__(
+        self, table: Path, options: SourceOptions, form: str, *, has_images: bool = False
+    ) -> None:
+        self._has_images = has_images
         self._table = table
         self._options = options
         self._form = form
@@ -234,14 +241,20 @@ class TableReader:
                 continue
             names = tuple(values)
             if names not in picked:
-                picked[names] = self._options.pick(names)
+                picked[names] = self._named(self._options.pick(names), names)
                 seen |= dict.fromkeys(names)
                 if self._dialect is not None:
                     self._options.find(names, self._table)
             yield row_of(number, values, picked[names], offset)
         if seen and self._form in SUFFIXES:  # an object may omit keys: all are known only now
-            self.found = self._options.find(seen, self._table)
+            self.found = self._named(self._options.find(seen, self._table), seen)
             self.found.warn_of_one_side(seen, self._table, self._options._skipped)
+
+    def _named(self, found: TableColumns, names: Collection[str]) -> TableColumns:
+        ids = [name for own in _ID_NAMES for name in names if plain_name(name) == own]
+        if found.image or found.id or not found.caption or not ids or not self._has_images:
+            return found
+        return found._replace(image=ids[0])
 
     def read_image(self, offset: int) -> bytes:
         """Read the base64 image of the row that starts at a byte; any thread may call it."""
@@ -319,6 +332,12 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     lacks = found.caption is not None and not captions
     at = offset if in_base64 else None
     return Row(number, image, captions, split or None, own, offset=at, lacks_caption=lacks)
+
+
+def labels_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of what may say which images are one."""
+    found = ((name, id_of(values.get(name))) for name in SHARED_NAMES)
+    return [(name, own) for name, own in found if own]
 
 
 def _parse_json(line: files.Line) -> Values:

@@ -3,7 +3,7 @@
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from csalign.sources.records import (
     warn_of_unreadable,
 )
 from csalign.sources.records.cells import captions_in_text
-from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, row_of
+from csalign.sources.records.tables import CAPTION_NAMES, Row, SourceOptions, labels_of, row_of
 
 _BLOCK = 512
 _EXTENSIONS = (
@@ -196,8 +196,9 @@ class _TarFile:
         try:
             if sample.error is not None:
                 raise DataError(sample.error)
-            read = self._row(sample, row)
-            image = self._image(sample, read.id)
+            values = self._json(sample)
+            read = self._row(sample, row, values)
+            image = self._image(sample, read.id, labels_of(values))
             texts = tuple(
                 TextInput(f"{self._prefix}/{sample.key}#{k}", caption, row)
                 for k, caption in enumerate(dict.fromkeys(read.captions))
@@ -213,9 +214,9 @@ class _TarFile:
             return Record(None, row=row, error=reason)
         return Record(image, texts, read.split or self._split, row)
 
-    def _row(self, sample: _Sample, number: int) -> Row:
+    def _row(self, sample: _Sample, number: int, values: dict[str, Any]) -> Row:
         """Read the captions, split and key of a sample."""
-        columns, values = self._source.columns, self._json(sample)
+        columns = self._source.columns
         name = columns.id_column
         if name not in (None, *values):
             listed = ", ".join(values) or "none"
@@ -237,14 +238,16 @@ class _TarFile:
             captions=tuple(captions_in_text(content, lines=self._source.caption_lines))
         )
 
-    def _image(self, sample: _Sample, key: str | None) -> ImageInput | None:
+    def _image(
+        self, sample: _Sample, key: str | None, labels: Sequence[tuple[str, str]]
+    ) -> ImageInput | None:
         if self._source.columns.kind == "captions":
             return None
         for extension in (self._source.columns.image_column, *_EXTENSIONS):
             if extension in sample.members:
                 read = partial(_read_member, self._file, sample.members[extension])
                 path = f"{self.name}/{sample.key}.{extension}"
-                return ImageInput(f"{self._prefix}/{sample.key}", path, read, key)
+                return ImageInput(f"{self._prefix}/{sample.key}", path, read, key, labels)
         for extension in sample.members:
             last = extension.rpartition(".")[2]
             if f".{last}" in files.IMAGE_SUFFIXES:
