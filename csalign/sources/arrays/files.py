@@ -221,17 +221,24 @@ def _flat(content: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, An
 
 def label_list(item: object) -> list[Any] | None:
     """Return a list of texts, numbers and None, also in tensors of one; None if it is not one."""
-    if isinstance(item, dict) and {*map(type, item.values())} <= {int, str}:
-        if item.keys() == {*range(len(item))}:  # the key of each row
-            item = [item[row] for row in range(len(item))]
-        elif {*item.values()} == {*range(len(item))}:  # the row of each key
-            item = sorted(item, key=item.__getitem__)
+    item = in_rows(item)
     if not isinstance(item, list | tuple):
         return None
     values = [own.item() if getattr(own, "ndim", 1) == 0 else own for own in item]
     kinds = {*map(type, values)}
     is_list = kinds <= {str, bytes, int, float, bool, NoneType}
     return values if is_list and kinds - {bool, NoneType} else None
+
+
+def in_rows(item: Any) -> Any:
+    """Return the list that a dict by row number, or of the row of each key, stands for."""
+    if not isinstance(item, dict):
+        return item
+    by_row = {str(key): own for key, own in item.items()}
+    if by_row.keys() == {*map(str, range(len(item)))}:
+        return [by_row[str(row)] for row in range(len(item))]
+    is_index = {*map(type, item.values())} == {int} and {*item.values()} == {*range(len(item))}
+    return sorted(item, key=item.__getitem__) if is_index else item
 
 
 def to_keys(values: list[Any], name: str, path: Path) -> pa.Array:

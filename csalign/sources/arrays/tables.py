@@ -18,7 +18,7 @@ from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
 from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
-from csalign.sources.arrays.files import label_list, open_npy, to_keys
+from csalign.sources.arrays.files import in_rows, label_list, open_npy, to_keys
 from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key, plain_name
 from csalign.sources.labels import Labels
 from csalign.sources.records import delimited
@@ -227,17 +227,12 @@ def _read_list(path: Path) -> dict[str, pa.Array]:
             cells = [[line] for line in lines[:_PROBED]]
             is_file = plain_name(name) in CAPTION_NAMES and delimited.columns_of(cells)
             return {"file" if is_file else name: keys}
-        found = parse_json(content)
+        found = in_rows(parse_json(content))
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({reason_of(error)}); write it again") from None
-    if isinstance(found, dict) and found.keys() == {*map(str, range(len(found)))}:
-        found = [found[str(row)] for row in range(len(found))]
     if isinstance(found, list) and found and all(isinstance(row, dict) for row in found):
         found = {key: [row.get(key) for row in found] for key in dict.fromkeys(chain(*found))}
     columns = found if isinstance(found, dict) else {name: found}
-    rows = {own: key for key, own in columns.items() if isinstance(own, int)}
-    if isinstance(found, dict) and rows.keys() == {*range(len(found))}:
-        columns = {name: [rows[row] for row in range(len(found))]}
     lists = {key: own for key, own in columns.items() if label_list(own) is not None}
     if len({*map(len, lists.values())}) != 1:
         raise DataError(f"{path}: is not a list of keys, one per row; write it as a .csv")
