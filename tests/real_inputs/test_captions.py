@@ -305,6 +305,11 @@ TEXTS: dict[str, tuple[str, str, list[str]]] = {
         "id,caption\n1,nan\n2,None of the dogs\n3,NULL\n4,<NA>\n5,None\n6,A nan bread\n7,N/A\n",
         ["None of the dogs", "A nan bread"],
     ),
+    "names-that-are-words": (
+        "t.csv",
+        "id,caption\n1,null\n2,none\n3,undefined\n",
+        ["null", "none", "undefined"],
+    ),
     "missing-values-in-lists": (
         "t.jsonl",
         '{"caption": ["a", null, "nan"]}\n{"caption": NaN}\n{"caption": "[\'b\', None, nan]"}\n',

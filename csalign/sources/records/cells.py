@@ -10,12 +10,10 @@ from csalign.core.errors import DataError
 from csalign.core.records import parse_json
 from csalign.sources.records import files
 
-# What pandas, numpy, databases and spreadsheets write for a missing value.
+# What pandas, numpy, databases and spreadsheets write for a missing value, and people do not:
+# drawings are called "null", "none" and "undefined".
 MISSING = frozenset(
-    [
-        *("nan", "NaN", "NAN", "-nan", "None", "NONE", "none", "null", "NULL", "Null", "<NA>"),
-        *("NA", "N/A", "n/a", "#N/A", "\\N", "undefined"),
-    ]
+    ("nan", "NaN", "-nan", "None", "NULL", "<NA>", "NA", "N/A", "n/a", "#N/A", "\\N")
 )
 BASE64_NAMES = ("image_base64", "img_base64", "image_b64", "base64")
 # How JPEG, PNG, GIF and WebP begin in base64. "/9j/" alone may be a path, but not of this length.
