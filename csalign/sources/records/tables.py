@@ -327,8 +327,8 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     except ValueError as error:
         return Row(number, error=str(error))
     in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    split = usual_split(split) or ("" if is_missing(split) else split)
-    image = image if in_base64 else delimited.without_number(image)
+    split = split and (usual_split(split) or ("" if is_missing(split) else split))
+    image = image if in_base64 or not image else delimited.without_number(image)
     lacks = found.caption is not None and not captions
     at = offset if in_base64 else None
     return Row(number, image, captions, split or None, own, offset=at, lacks_caption=lacks)
