@@ -54,7 +54,10 @@ def stanzas(kind: str) -> str:
 
 
 def read_packages() -> list[Package]:
-    """Read the packages with two different descriptions, sorted by name; each pair of them once."""
+    """Read the packages with two different descriptions, sorted by name; each pair of them once.
+
+    Of a package in several versions, the description of one is taken.
+    """
     families = {}
     for entry in deb822.Deb822.iter_paragraphs(stanzas("Packages")):
         source = entry.get("Source", entry["Package"]).split()[0]
@@ -66,8 +69,8 @@ def read_packages() -> list[Package]:
         long = re.sub(re.escape(short.strip()), " ", lines, flags=re.IGNORECASE)
         long, name = " ".join(long.split()), entry["Package"]
         if len(long) > 40 and name in families:
-            found[(short, long)] = Package(name, families[name], short.strip(), long)
-    return sorted(found.values())
+            found[name] = Package(name, families[name], short.strip(), long)
+    return sorted({(own.short, own.long): own for own in found.values()}.values())
 
 
 def static_vectors(texts: Sequence[str]) -> FloatArray:
