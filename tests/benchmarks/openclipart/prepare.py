@@ -31,6 +31,7 @@ FloatArray = NDArray[np.float32]
 
 HELD_OUT = {"test": 1000, "val": 500, "val2": 500}
 NEAR_DUPLICATE = 0.99
+ENCODERS = ("efficientnet-lite0 (ImageNet), pooled", "all-MiniLM-L6-v2, mean pooled")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,20 @@ def hash_order(ids: Iterable[str]) -> list[str]:
     return sorted(ids, key=lambda item: hashlib.sha256(item.encode()).hexdigest())
 
 
+def near_twins(rows: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
+    """Return the nearest other row of each row by cosine, and that cosine."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    nearest = np.empty(len(unit), np.int64)
+    cosine = np.empty(len(unit), np.float32)
+    for start in range(0, len(unit), 1024):
+        cosines = unit[start : start + 1024] @ unit.T
+        own = np.arange(len(cosines))
+        cosines[own, start + own] = -1.0
+        nearest[start + own] = cosines.argmax(axis=1)
+        cosine[start + own] = cosines[own, nearest[start + own]]
+    return nearest, cosine
+
+
 def find_eligible(drawings: Sequence[Drawing], images: FloatArray) -> NDArray[np.bool_]:
     """Find the drawings that a title identifies.
 
@@ -75,22 +90,19 @@ def find_eligible(drawings: Sequence[Drawing], images: FloatArray) -> NDArray[np
         True where no other drawing has the same title, case aside, or nearly the same features.
     """
     titles = Counter(drawing.title.casefold() for drawing in drawings)
-    eligible = np.array([titles[drawing.title.casefold()] == 1 for drawing in drawings])
-    unit = images / np.linalg.norm(images, axis=1, keepdims=True)
-    for start in range(0, len(unit), 1024):
-        cosines = unit[start : start + 1024] @ unit.T
-        rows = np.arange(len(cosines))
-        cosines[rows, start + rows] = -1.0
-        eligible[start : start + 1024] &= cosines.max(axis=1) <= NEAR_DUPLICATE
-    return eligible
+    unique = np.array([titles[drawing.title.casefold()] == 1 for drawing in drawings])
+    return unique & (near_twins(images)[1] <= NEAR_DUPLICATE)
 
 
-def assign_splits(ids: Sequence[str], eligible: NDArray[np.bool_]) -> dict[str, str]:
-    """Assign each drawing to a split.
+def assign_splits(
+    ids: Sequence[str], eligible: NDArray[np.bool_], held_out: Mapping[str, int] = HELD_OUT
+) -> dict[str, str]:
+    """Assign each item to a split.
 
     Args:
-        ids: All drawings.
+        ids: All items.
         eligible: Which of them may be held out.
+        held_out: How many of them to hold out for each split.
 
     Returns:
         The split of every id: the first eligible ones in hash order are held out, the rest of the
@@ -98,7 +110,7 @@ def assign_splits(ids: Sequence[str], eligible: NDArray[np.bool_]) -> dict[str, 
     """
     splits = dict.fromkeys(ids, "train")
     queue = iter(hash_order(np.asarray(ids)[eligible].tolist()))
-    for name, size in HELD_OUT.items():
+    for name, size in held_out.items():
         for drawing_id, _ in zip(queue, range(size), strict=False):
             splits[drawing_id] = name
     return splits
@@ -142,15 +154,25 @@ def load_corpus(work: Path, root: Path = SVG_ROOT) -> Corpus:
     )
 
 
-def write_tables(corpus: Corpus, splits: Mapping[str, str], out: Path) -> None:
+def write_sides(
+    items: Iterable[tuple[str, Sequence[str]]],
+    splits: Mapping[str, str],
+    images: FloatArray,
+    texts: FloatArray,
+    rows: Mapping[str, int],
+    out: Path,
+) -> None:
     """Write the tables and arrays that ``csalign import`` reads.
 
-    Drawings of the split "train" bring all their captions; the others only their title, which is
-    the query.
+    Items of the split "train" bring all their captions; the others only the first, which is the
+    query.
 
     Args:
-        corpus: The drawings with their features.
-        splits: Split of each drawing to write; drawings that are missing are left out.
+        items: Id and captions of each row of `images`.
+        splits: Split of each item to write; others are left out.
+        images: Features, (n, d).
+        texts: Features of the distinct captions.
+        rows: Row of each caption in `texts`.
         out: Receives ``images.npy``, ``images.csv``, ``texts.npy`` and ``texts.csv``.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -164,18 +186,22 @@ def write_tables(corpus: Corpus, splits: Mapping[str, str], out: Path) -> None:
         text_table = csv.writer(text_stream, lineterminator="\n")
         image_table.writerow(("id", "source", "split"))
         text_table.writerow(("id", "image_id", "caption", "split"))
-        for row, drawing in enumerate(corpus.drawings):
-            split = splits.get(drawing.id)
-            if split is None:
+        for row, (name, captions) in enumerate(items):
+            if (split := splits.get(name)) is None:
                 continue
             image_rows.append(row)
-            image_table.writerow((drawing.id, f"{drawing.id}.svg", split))
-            captions = drawing.captions if split == "train" else drawing.captions[:1]
-            for number, caption in enumerate(captions):
-                text_rows.append(corpus.captions[caption])
-                text_table.writerow((f"{drawing.id}#{number}", drawing.id, caption, split))
-    np.save(out / "images.npy", corpus.images[image_rows])
-    np.save(out / "texts.npy", corpus.texts[text_rows])
+            image_table.writerow((name, f"{name}.svg", split))
+            for number, caption in enumerate(captions if split == "train" else captions[:1]):
+                text_rows.append(rows[caption])
+                text_table.writerow((f"{name}#{number}", name, caption, split))
+    np.save(out / "images.npy", images[image_rows])
+    np.save(out / "texts.npy", texts[text_rows])
+
+
+def write_tables(corpus: Corpus, splits: Mapping[str, str], out: Path) -> None:
+    """Write the tables and arrays of the drawings that have a split."""
+    items = [(drawing.id, drawing.captions) for drawing in corpus.drawings]
+    write_sides(items, splits, corpus.images, corpus.texts, corpus.captions, out)
 
 
 def describe(corpus: Corpus, splits: Mapping[str, str]) -> str:
@@ -191,14 +217,10 @@ def describe(corpus: Corpus, splits: Mapping[str, str]) -> str:
     return "\n".join(f"{name}: {count}" for name, count in counts.items())
 
 
-def run_import(folder: Path, out: Path, dtype: str) -> None:
-    """Turn tables and arrays into a feature set with ``csalign import``.
-
-    Args:
-        folder: Has the files of :func:`write_tables`.
-        out: The feature set.
-        dtype: Storage type of the features.
-    """
+def run_import(
+    folder: Path, out: Path, image_encoder: str, text_encoder: str, dtype: str = "float32"
+) -> None:
+    """Turn the files of :func:`write_sides` into a feature set with ``csalign import``."""
     options = {
         "--images": folder / "images.npy",
         "--texts": folder / "texts.npy",
@@ -206,8 +228,8 @@ def run_import(folder: Path, out: Path, dtype: str) -> None:
         "--text-table": folder / "texts.csv",
         "--out": out,
         "--dtype": dtype,
-        "--image-encoder": "efficientnet-lite0 (ImageNet), pooled",
-        "--text-encoder": "all-MiniLM-L6-v2, mean pooled",
+        "--image-encoder": image_encoder,
+        "--text-encoder": text_encoder,
     }
     words = [str(word) for option in options.items() for word in option]
     subprocess.run([sys.executable, "-m", "csalign", "import", *words, "--overwrite"], check=True)
@@ -228,7 +250,7 @@ def main() -> None:
     write_tables(corpus, splits, work)
     print(describe(corpus, splits))
     if not arguments.no_import:
-        run_import(work, work / "features", "float32")
+        run_import(work, work / "features", *ENCODERS)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,9 @@ def main() -> None:
     write_drawings(choose_drawings(corpus.drawings, splits, pictures), pictures)
     prepare.write_tables(corpus, choose_features(corpus), work / "sample")
     if not arguments.no_import:
-        prepare.run_import(work / "sample", SAMPLE_DATA / "features", "float16")
+        prepare.run_import(
+            work / "sample", SAMPLE_DATA / "features", *prepare.ENCODERS, dtype="float16"
+        )
         # It names folders of this machine, which mean nothing elsewhere.
         (SAMPLE_DATA / "features" / "config.toml").unlink()
     write_arrays()
