@@ -62,31 +62,33 @@ def read_tensors(path: Path) -> Tensors:
     except EncoderError:
         raise
     except Exception as error:  # a file that is not a checkpoint fails in many ways
-        reason, remedy = (
-            first_line(error),
-            "convert it to .safetensors, or save its state dict alone",
-        )
-        if isinstance(error, EOFError) or re.search(_CUT, str(error)):
-            reason, remedy = "it is incomplete or damaged", "download or copy it again"
-        elif kind := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
-            reason = f"it contains a pickled {kind[1]}, which may run code"
-            remedy = (
-                f"if you trust it, save its weights alone: m = torch.load({str(path)!r}, "
-                "weights_only=False); torch.save(m.state_dict() if hasattr(m, 'state_dict') else "
-                "m['state_dict'], 'weights.pt')"
-            )
-        problem = f" cannot be read as plain weights ({reason}); {remedy}"
-        if "TorchScript" in str(error):
-            problem = (
-                ": is a TorchScript archive, which may run code; if you trust it, convert it: "
-                f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
-            )
-        if found := stand_in(path if path.stat().st_size else b""):
-            problem = f": {found}"
-        raise EncoderError(f"{path}{problem}") from error
+        raise EncoderError(f"{path}{_problem(path, error)}") from error
     if not (tensors := _flat(content)):
         raise EncoderError(f"{path}: contains no weights; save a model's state dict")
     return tensors
+
+
+def _problem(path: Path, error: Exception) -> str:
+    """Word why a file cannot be read as plain weights, and what to do."""
+    if found := stand_in(path if path.stat().st_size else b""):
+        return f": {found}"
+    if "TorchScript" in str(error):
+        return (
+            ": is a TorchScript archive, which may run code; if you trust it, convert it: "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pt')"
+        )
+    reason = first_line(error)
+    remedy = "convert it to .safetensors, or save its state dict alone"
+    if isinstance(error, EOFError) or re.search(_CUT, str(error)):
+        reason, remedy = "it is incomplete or damaged", "download or copy it again"
+    elif kind := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
+        reason = f"it contains a pickled {kind[1]}, which may run code"
+        remedy = (
+            f"if you trust it, save its weights alone: m = torch.load({str(path)!r}, "
+            "weights_only=False); torch.save(m.state_dict() if hasattr(m, 'state_dict') else "
+            "m['state_dict'], 'weights.pt')"
+        )
+    return f" cannot be read as plain weights ({reason}); {remedy}"
 
 
 def _flat(content: Any) -> Tensors:

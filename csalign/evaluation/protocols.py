@@ -183,7 +183,7 @@ def twins_block(twins: Sequence[Twins], first: Sequence[Sequence[Ints]]) -> dict
 
 
 def warn_of_twins(rows: PairedRows, twins: dict[str, Any]) -> None:
-    """Log in a line how many twins there are, and what they cost; a warning if they are many."""
+    """Log how many twins there are and recall with them as right; a warning if they are many."""
     share = max(twins["images"] / len(rows.images), twins["texts"] / len(rows.texts))
     sides = [counted(twins[side.plural], side) for side in Modality if twins[side.plural]]
     named = {way: way.replace("_", " ") for way in DIRECTIONS if way in twins}

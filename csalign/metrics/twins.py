@@ -18,7 +18,7 @@ CELLS = 16 << 20  # of a table of scores
 
 @dataclass(frozen=True)
 class Twins:
-    """Groups of rows that no model can tell apart, and which items are right if twins count as one.
+    """Groups of rows that no model can distinguish, and the right items if twins count as one.
 
     An item is right for a query if some pair joins their groups. Arguments named `way` are 0 for
     image to text and 1 for text to image; queries are the images with texts, and the paired texts.

@@ -77,8 +77,8 @@ def find_features(run: Path, fingerprint: str) -> Path:
     """Find the feature set that a run was trained on.
 
     Searched are the path that the run recorded, absolute and as it was typed, the folder of the
-    run, and the working directory; a set with another fingerprint does not count, one with
-    other splits does if there is no other.
+    run, and the working directory. A set with another fingerprint does not count; one that differs
+    in its splits alone is used only if there is no exact match.
 
     Args:
         run: of the run, or a checkpoint in it.

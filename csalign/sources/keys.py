@@ -27,6 +27,7 @@ from csalign.sources.arrays.naming import (
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images
 from csalign.sources.labels import Ints, Labels, first_repeated
+from csalign.sources.records.cells import MISSING
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
 ROW = "image_row"  # always a row number from 0, as text_row
@@ -40,7 +41,7 @@ _SUFFIX = (
 )
 _UUID = r"^\{?(\w{8})-(\w{4})-(\w{4})-(\w{4})-(\w{12})\}?$"
 _QUOTED = r"^(?:b|tensor|np\.str_)?(?:'([^']*)'|\"([^\"]*)\"|\((-?\d+)\))$"  # b'7', tensor(7)
-_NULLS = pa.array(["nan", "NaN", "None", "none", "null", "NULL", "<NA>", "NaT"], pa.large_string())
+_NULLS = pa.array([*sorted(MISSING), "NaT"], pa.large_string())
 _SPLITS = re.compile(r"train|val|dev|test", re.IGNORECASE)
 _LAST = "by the last number of their names"
 

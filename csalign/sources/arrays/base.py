@@ -366,7 +366,7 @@ def labels_of(path: Path, opener: Opener, file: Container, rows: int) -> Labels:
             return again.read_labels(name)
 
     counts = Counter(name.rpartition("/")[2] for name in file.labels)
-    names = {}  # without the groups around them, where these do not tell them apart
+    names = {}  # without the groups around them, where names are unique without
     for name in (name for name, count in file.labels.items() if count == rows):
         short = name.rpartition("/")[2]
         names[short if counts[short] == 1 and label_side(name) is None else name] = name

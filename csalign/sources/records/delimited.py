@@ -191,7 +191,7 @@ def columns_of(rows: Sequence[Sequence[str]], *, can_cut: bool = True) -> list[s
     Returns:
         One of ``image`` and ``url``, and ``caption`` or ``caption_1`` and so on; None if there is
         neither an image nor a URL in the same column of nearly all rows and in the first, or the
-        other columns cannot be told apart.
+        other columns are ambiguous.
     """
     counts = sorted(len(row) for row in rows)
     width = counts[int(len(rows) * (1 - _MOST))] if rows else 0
