@@ -1,17 +1,19 @@
 """The built-in kinds of adapters; u = normalise(x) - mean is the input of each."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import gcd
 
 import torch
 from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
-from torch.nn.functional import silu
+from torch.nn.functional import normalize, silu
 
 from csalign.adapters.side import Aligned, SideAdapter, SideShape, scatter_tokens
 from csalign.core.errors import ShapeError
 
 MAX_HEADS = 8
+LANDMARKS_AT_ONCE = 4_096  # so that a batch of 8,192 rows takes 256 MiB
 
 
 class Linear(SideAdapter):
@@ -94,6 +96,68 @@ class Glu(Linear):
         v = self.shape.input_width**0.5 * u
         z: Tensor = self.projection(u) + self.out(self.dropout(silu(self.gate(v)) * self.value(v)))
         return z
+
+
+class Kernel(SideAdapter):
+    """z = W k(v) + b with k_l(v) = exp(-gamma |v - l|^2) of landmarks l, v = normalise(u).
+
+    It is fitted in closed form, by `csalign.adapters.kernel_cca`, and not trained.
+    """
+
+    accepts_output_map = True
+    landmarks: Tensor
+    gamma: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, shape: SideShape) -> None:
+        super().__init__(shape)
+        self.register_buffer("landmarks", torch.zeros(shape.landmarks, shape.input_width))
+        self.register_buffer("gamma", torch.ones(()))
+        self.register_buffer("weight", torch.zeros(shape.width, shape.landmarks))
+        self.register_buffer("bias", torch.zeros(shape.width))
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        v = normalize(self.inputs(x, noise), dim=-1)
+        # Outputs are small differences of large sums, which float32 would round to 1e-5.
+        exact = v.dtype if v.device.type == "mps" else torch.float64
+        v, z = v.to(exact), self.bias.to(exact)
+        for start in range(0, self.shape.landmarks, LANDMARKS_AT_ONCE):
+            part = slice(start, start + LANDMARKS_AT_ONCE)
+            values = gaussian(v, self.landmarks[part].to(exact), self.gamma.to(exact))
+            z = z + values @ self.weight[:, part].to(exact).T
+        return z.float()
+
+    def then(self, weight: Tensor, bias: Tensor) -> None:
+        """See `SideAdapter.then`."""
+        self.weight, self.bias = weight @ self.weight, weight @ self.bias + bias
+
+
+def gaussian(u: Tensor, v: Tensor, gamma: Tensor | float) -> Tensor:
+    """Return exp(-gamma |u_i - v_j|^2) of unit rows (n, d) and (m, d): (n, m)."""
+    return torch.exp(2 * gamma * (u @ v.T - 1))
+
+
+class Parts(SideAdapter):
+    """z = [sqrt(s_1) normalise(z_1), sqrt(s_2) normalise(z_2), ...]: adapters side by side.
+
+    A cosine of these outputs is the mean of the cosines of the parts, weighted by the shares s,
+    which sum to 1.
+    """
+
+    shares: Tensor
+
+    def __init__(self, shape: SideShape, parts: Sequence[SideAdapter]) -> None:
+        super().__init__(shape)
+        self.parts = nn.ModuleList(parts)
+        self.register_buffer("shares", torch.full((len(parts),), 1 / len(parts)))
+
+    def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
+        """See `SideAdapter.forward`."""
+        roots = self.shares.sqrt()
+        outputs = [normalize(part(x, noise), dim=-1) for part in self.parts]
+        return torch.cat([root * z for root, z in zip(roots, outputs, strict=True)], dim=-1)
 
 
 class Identity(SideAdapter):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from csalign.adapters.hub import local_run
-from csalign.adapters.model import KINDS, Adapter
+from csalign.adapters.model import Adapter, is_builtin
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
@@ -128,9 +128,9 @@ def load_adapter_with_info(
     path = folder / WEIGHTS
     # Without memory, so that what a damaged description asks for is compared with the weights
     # file first. Custom kinds may not support that.
-    is_builtin = all(shape.kind in KINDS for shape in info.adapters.values())
+    own_code = all(map(is_builtin, info.adapters.values()))
     try:
-        with torch.device("meta" if is_builtin else "cpu"):
+        with torch.device("meta" if own_code else "cpu"):
             adapter = Adapter(info.adapters, allow=allow)
     except (ConfigError, ShapeError) as error:
         raise SchemaError(f"{folder / DESCRIPTION}: {error}") from None
@@ -149,7 +149,7 @@ def load_adapter_with_info(
             f"{path}: the content does not match the checksum in {DESCRIPTION}: the weights "
             "were changed or are damaged; train again"
         )
-    if is_builtin:
+    if own_code:
         adapter.to_empty(device="cpu")
     adapter.load_state_dict(tensors)
     adapter.info = info

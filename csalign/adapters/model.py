@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.builtin import Glu, Identity, Linear, LowRank, Mlp, Transformer
+from csalign.adapters.builtin import (
+    Glu,
+    Identity,
+    Kernel,
+    Linear,
+    LowRank,
+    Mlp,
+    Parts,
+    Transformer,
+)
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
@@ -35,6 +44,14 @@ KINDS: Final[dict[str, type[SideAdapter]]] = {
     "identity": Identity,
     "transformer": Transformer,
 }
+
+
+def is_builtin(shape: SideShape) -> bool:
+    """Return whether csalign itself has the code of an adapter, of all of its parts if it has any.
+
+    "kernel" and "parts" are fitted or put together, and no kinds to train.
+    """
+    return shape.kind in {*KINDS, "kernel", "parts"} and all(map(is_builtin, shape.parts))
 
 
 def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
@@ -75,6 +92,10 @@ def build_side(shape: SideShape, *, allow: Collection[str] = ()) -> SideAdapter:
         ConfigError: no such kind, or a custom one does not keep to the interface.
         ShapeError: the kind does not support that shape.
     """
+    if shape.kind == "parts":
+        return Parts(shape, [build_side(part, allow=allow) for part in shape.parts])
+    if shape.kind == "kernel":
+        return Kernel(shape)
     kind = find_kind(shape.kind, allow=allow)
     if shape.kind in KINDS:
         return kind(shape)
@@ -182,6 +203,14 @@ class Adapter(nn.Module):
             )
         self.image = build_side(image, allow=allow)
         self.text = build_side(text, allow=allow)
+
+    @classmethod
+    def of_sides(cls, sides: Mapping[Modality, SideAdapter]) -> "Adapter":
+        """Make an adapter of two sides of one width, in evaluation mode."""
+        adapter = cls.__new__(cls)
+        nn.Module.__init__(adapter)
+        adapter.image, adapter.text = sides[Modality.IMAGE], sides[Modality.TEXT]
+        return adapter.eval()
 
     @property
     def shapes(self) -> dict[Modality, SideShape]:

@@ -69,6 +69,8 @@ class SideShape:
         token_width: of the tokens that come with the embeddings; None if there are none.
         rank: of the update of "low-rank".
         layers: blocks of "transformer".
+        landmarks: of "kernel".
+        parts: of "parts", in order; their widths sum to `width`.
 
     Raises:
         ValueError: a size is out of range.
@@ -83,14 +85,20 @@ class SideShape:
     token_width: int | None = None
     rank: int = 8
     layers: int = 2
+    landmarks: int = 1
+    parts: tuple["SideShape", ...] = ()
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        sizes = [self.input_width, self.width, self.hidden, self.rank]
+        sizes = [self.input_width, self.width, self.hidden, self.rank, self.landmarks]
         sizes += [] if self.token_width is None else [self.token_width]
         sizes_fit = min(sizes) >= 1 and max(sizes) <= MAX_SIZE
         if not (sizes_fit and 1 <= self.layers <= MAX_LAYERS and 0 <= self.dropout < 1):
             raise ValueError(f"no adapter has this shape: {self}")
+        fits = {part.input_width for part in self.parts} <= {self.input_width}
+        fits = fits and sum(part.width for part in self.parts) == self.width
+        if self.kind == "parts" and not fits:
+            raise ValueError(f"no parts have this shape together: {self}")
 
 
 class Aligned(NamedTuple):

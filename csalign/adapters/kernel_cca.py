@@ -1,0 +1,274 @@
+"""Kernel CCA without training: a Gaussian kernel on one side, a linear map on the other.
+
+CCA between the rows x of one side and the features of a kernel of the other, y, is a regression of
+the whitened x on y, followed by the directions of largest covariance between x and its
+prediction (Hardoon et al. 2004, equation 3.6, with one kernel linear). The regression is exact
+kernel ridge regression in blocks of at most `BLOCK_ROWS` rows, whose predictions are averaged
+(divide and conquer, Zhang, Duchi and Wainwright 2015), so that the cost grows with n, not n^3.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from csalign.adapters.builtin import Kernel, Linear, gaussian
+from csalign.adapters.canonical import TINY, Outputs, match_moments
+from csalign.adapters.side import SideAdapter, SideShape
+from csalign.core.enums import Modality
+
+Ints = npt.NDArray[Any]
+
+BLOCK_ROWS = 4_000  # a kernel matrix of 64 MB
+MAX_LANDMARKS = 32_000  # more would make every use of the adapter slow
+MATCHED_ROWS = 4_000  # per side, for the moments of the outputs
+LEAST_GAP = 1e-3  # of a leverage from 1
+
+
+@dataclass(frozen=True)
+class KernelSetting:
+    """Settings of a kernel CCA."""
+
+    side: Modality  # of the kernel
+    gamma: float  # of exp(-gamma |u - v|^2)
+    ridge: float  # of the kernel, relative to the mean eigenvalue of its centred matrix
+    other_ridge: float  # of the linear side, relative to its mean eigenvalue
+    power: float  # a direction is scaled by its correlation to this power, on each side
+
+    @property
+    def name(self) -> str:
+        """The settings, as shown to users."""
+        return (
+            f"kernel CCA ({self.side}s, gamma {self.gamma:g}, ridges {self.ridge:g} and "
+            f"{self.other_ridge:g}, power {self.power:g})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values, from which an equal one can be made."""
+        return {**asdict(self), "side": self.side.value}
+
+
+class KernelPairs(NamedTuple):
+    """Pairs to fit a kernel CCA on: unit rows, float32."""
+
+    linear: Tensor  # (n, d) of the side with the linear map
+    kernel: Tensor  # (n, e) of the side with the kernel
+    groups: Ints  # (n,) equal for equal rows of `kernel`, such as those of one caption
+    weights: npt.NDArray[np.float64]  # (n,), > 0
+
+
+class _Solution(NamedTuple):
+    """Regression of the centred rows of the linear side on the kernel's, for one ridge."""
+
+    ridge: float
+    weight: Tensor  # (m, d) of the kernel's values of the m landmarks
+    bias: Tensor  # (d,)
+    cross: Tensor  # (d, d), covariance of predictions and rows, within blocks
+    spread: Tensor  # (d, d), covariance of predictions, within blocks
+    held_out: Tensor | None  # (m, d), what a landmark's prediction loses if it is left out
+
+
+class KernelCca:
+    """Kernel CCA of some pairs, for one gamma.
+
+    Args:
+        pairs: to fit on.
+        gamma: of the kernel, > 0.
+        side: of the kernel.
+        seed: of the blocks and of samples.
+        roots: of which sides the pairs' rows are square roots; see `SideShape.signed_sqrt`.
+    """
+
+    def __init__(
+        self,
+        pairs: KernelPairs,
+        gamma: float,
+        side: Modality,
+        seed: int,
+        roots: Mapping[Modality, bool],
+    ) -> None:
+        self._gamma, self._side, self._seed = gamma, Modality.of(side), seed
+        self._roots = roots
+        weights = torch.from_numpy(pairs.weights / pairs.weights.sum()).float()
+        _, first, group = np.unique(pairs.groups, return_index=True, return_inverse=True)
+        self._group = torch.from_numpy(group)
+        self._weights = weights
+        self._mean_x = (weights[:, None] * pairs.linear).sum(0)
+        self._x = pairs.linear - self._mean_x
+        self._share = torch.zeros(len(first)).index_add_(0, self._group, weights)
+        sums = torch.zeros(len(first), self._x.shape[1])
+        sums.index_add_(0, self._group, weights[:, None] * self._x)
+        self._targets = sums / self._share[:, None]
+        rows = pairs.kernel[torch.from_numpy(first)]
+        self._mean_y = (self._share[:, None] * rows).sum(0)
+        self._landmarks = normalize(rows - self._mean_y, dim=1)
+        values, self._vectors = torch.linalg.eigh(self._x.T @ (weights[:, None] * self._x))
+        self._values = values.clamp(min=0)
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(first)))
+        self._blocks = order.tensor_split(-(-len(order) // BLOCK_ROWS))
+        self._solutions: dict[tuple[float, bool], _Solution] = {}
+
+    def candidates(
+        self,
+        ridges: Sequence[float],
+        other_ridges: Sequence[float],
+        powers: Sequence[float],
+        width: int,
+    ) -> Iterator[tuple[KernelSetting, dict[Modality, SideAdapter]]]:
+        """Fit each combination of settings; yield both sides of it."""
+        self._solve([ridge for ridge in ridges if (ridge, False) not in self._solutions])
+        for ridge in ridges:
+            solution = self._solutions[ridge, False]
+            for other in other_ridges:
+                directions = self._directions(solution, other, width)
+                for power in powers:
+                    setting = KernelSetting(self._side, self._gamma, ridge, other, power)
+                    yield setting, self._sides(solution, directions, power)
+
+    def fit(self, setting: KernelSetting, width: int) -> dict[Modality, SideAdapter]:
+        """Fit one setting, with the moments of both sides' outputs matched.
+
+        Training rows are fitted too well for that, so their outputs are those that they would
+        have if they were left out, by the usual formula of ridge regression.
+        """
+        self._solve([setting.ridge], held_out=True)
+        solution = self._solutions[setting.ridge, True]
+        directions = self._directions(solution, setting.other_ridge, width)
+        sides = self._sides(solution, directions, setting.power)
+        changes = match_moments(*self._held_out(solution, directions, setting.power))
+        for side, change in zip((self._side.other, self._side), changes, strict=True):
+            sides[side].then(change.weight, change.bias)
+        return sides
+
+    def _solve(self, ridges: Sequence[float], *, held_out: bool = False) -> None:
+        """Solve the regression for some ridges, block by block."""
+        m, d = self._targets.shape
+        solutions = [
+            _Solution(
+                ridge,
+                torch.zeros(m, d),
+                torch.zeros(d),
+                torch.zeros(d, d),
+                torch.zeros(d, d),
+                torch.zeros(m, d) if held_out else None,
+            )
+            for ridge in ridges
+        ]
+        count = len(self._blocks)
+        for block in self._blocks if ridges else ():
+            share = self._share[block] / self._share[block].sum()
+            root = share.sqrt()[:, None]
+            kernel = gaussian(self._landmarks[block], self._landmarks[block], self._gamma)
+            means = kernel @ share
+            mean = share @ means
+            centred = kernel.sub_(means).sub_(means[:, None]).add_(mean).mul_(root).mul_(root.T)
+            diagonal = centred.diagonal().clone()
+            targets = self._targets[block]
+            offset = share @ targets
+            targets = targets - offset
+            for solution in solutions:
+                ridge = solution.ridge * float(diagonal.mean()) + TINY
+                centred.diagonal().copy_(diagonal + ridge)
+                factor = _cholesky(centred)
+                dual = torch.cholesky_solve((root * targets).to(factor.dtype), factor).float()
+                values = root * dual
+                total = values.sum(0)
+                solution.weight[block] = (values - share[:, None] * total) / count
+                solution.bias.add_((mean * total - means @ values + offset) / count)
+                residuals = ridge * dual / root
+                predicted = targets - residuals
+                solution.cross.add_(predicted.T @ (share[:, None] * targets) / count)
+                solution.spread.add_(predicted.T @ (share[:, None] * predicted) / count)
+                if solution.held_out is not None:
+                    kept = (ridge * torch.cholesky_inverse(factor).diagonal()).float()
+                    kept = kept.clamp(min=LEAST_GAP)[:, None]  # 1 - leverage
+                    solution.held_out[block] = residuals * (1 - kept) / kept / count
+        self._solutions |= {(own.ridge, held_out): own for own in solutions}
+
+    def _directions(self, solution: _Solution, ridge: float, width: int) -> "_Directions":
+        whiten = self._vectors * (self._values + ridge * self._values.mean() + TINY).rsqrt()
+        cross = whiten.T @ solution.cross @ whiten
+        values, vectors = torch.linalg.eigh((cross + cross.T) / 2)
+        weight = whiten @ vectors.flip(1)[:, :width]
+        correlations = values.flip(0)[:width].clamp(min=TINY).sqrt()
+        spread_x = (weight.T @ self._vectors).square() @ self._values
+        spread_y = (weight * (solution.spread @ weight)).sum(0) / correlations.square()
+        # As in linear CCA: inner products stay, and the variances of the sides become equal.
+        balance = (spread_y.clamp(min=TINY) / spread_x.clamp(min=TINY)) ** 0.25
+        return _Directions(whiten, weight, correlations, balance)
+
+    def _sides(
+        self, solution: _Solution, directions: "_Directions", power: float
+    ) -> dict[Modality, SideAdapter]:
+        x, y = directions.maps(power)
+        d, width = x.shape
+        root = self._roots[self._side.other]
+        linear = Linear(SideShape("linear", d, width, signed_sqrt=root))
+        linear.start_from(self._mean_x, x.T)
+        shape = SideShape(
+            "kernel",
+            len(self._mean_y),
+            width,
+            signed_sqrt=self._roots[self._side],
+            landmarks=len(self._landmarks),
+        )
+        with torch.device("meta"):
+            kernel = Kernel(shape)
+        kernel.mean, kernel.landmarks = self._mean_y, self._landmarks
+        kernel.gamma = torch.tensor(self._gamma)
+        kernel.weight, kernel.bias = (solution.weight @ y).T.contiguous(), solution.bias @ y
+        return {side: kernel if side is self._side else linear for side in Modality}
+
+    def _held_out(
+        self, solution: _Solution, directions: "_Directions", power: float
+    ) -> tuple[Outputs, Outputs]:
+        """Return outputs of some pairs as if each had been left out, of the linear side first."""
+        assert solution.held_out is not None
+        rng = np.random.default_rng(self._seed)
+        pairs = torch.from_numpy(np.sort(rng.permutation(len(self._x))[:MATCHED_ROWS]))
+        groups, weights = self._group[pairs], self._weights[pairs]
+        predicted = torch.cat(
+            [
+                gaussian(self._landmarks[part], self._landmarks, self._gamma) @ solution.weight
+                for part in groups.split(BLOCK_ROWS // 4)
+            ]
+        )
+        predicted += solution.bias
+        x, y = directions.maps(power)
+        own = self._x[pairs]
+        leverage = (weights * (own @ directions.whiten).square().sum(1))[:, None]
+        # The linear side is in turn the regression of the kernel's outputs on its rows.
+        fitted = predicted @ (x / directions.correlations.square())
+        left_out = (own @ x - leverage * fitted) / (1 - leverage).clamp(min=LEAST_GAP)
+        return (
+            Outputs(left_out, weights),
+            Outputs((predicted - solution.held_out[groups]) @ y, weights),
+        )
+
+
+class _Directions(NamedTuple):
+    """Directions of CCA, in the space of the linear side's rows."""
+
+    whiten: Tensor  # (d, d)
+    weight: Tensor  # (d, k)
+    correlations: Tensor  # (k,)
+    balance: Tensor  # (k,), factor of the linear side, by which the kernel's is divided
+
+    def maps(self, power: float) -> tuple[Tensor, Tensor]:
+        """Return the maps (d, k) of the linear side's rows and of their predictions."""
+        emphasis = self.correlations**power
+        return (
+            self.weight * self.balance * emphasis,
+            self.weight / self.balance * emphasis / self.correlations,
+        )
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Factor a positive definite matrix; in float64 if float32 is not enough for it."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.cholesky(matrix.double()) if failed else factor

@@ -1,0 +1,281 @@
+"""Parts of the final adapter: the trained network and a kernel CCA, side by side or one of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from csalign.adapters.builtin import Parts
+from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
+from csalign.adapters.model import Adapter, find_kind
+from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
+from csalign.core.enums import Modality
+from csalign.core.progress import tick
+from csalign.features.join import Pairs
+from csalign.training.choice import Measured, measure, pool
+from csalign.training.sampler import PairSampler
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+SEARCH_ROWS = 2_000  # of the kernel side, on which the side, gamma and ridge are chosen
+GAMMAS = (0.4, 0.75, 1.5)
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+OTHER_RIDGES = (0.3, 1.0, 3.0)
+POWERS = (0.5, 1.0)
+SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
+
+Roots = Mapping[Modality, bool]
+
+
+class Matches(NamedTuple):
+    """Unpaired rows that were matched to each other; see `csalign.training.unpaired`."""
+
+    images: Array  # (k, d)
+    texts: Array  # (k, e), row by row
+    share: float  # of their weight, beside the pairs
+
+
+class Fold(NamedTuple):
+    """Pairs to fit on, and pairs to validate on."""
+
+    sampler: PairSampler
+    val: Pairs
+
+
+class Combination(NamedTuple):
+    """Chosen parts, from which an adapter can be put together."""
+
+    kernel: KernelSetting | None
+    share: float  # of the kernel in cosines; the rest is the networks'
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; see `of`."""
+        return {"share": self.share, "kernel": self.kernel and self.kernel.to_dict()}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Combination":
+        """Make a combination of the values of `to_dict`."""
+        kernel = values["kernel"]
+        if kernel is not None:
+            kernel = KernelSetting(**{**kernel, "side": Modality.of(kernel["side"])})
+        return cls(kernel, values["share"])
+
+
+class Combined(NamedTuple):
+    """An adapter, how it was combined, its validation, and a summary for people."""
+
+    adapter: Adapter
+    combination: Combination
+    measured: Measured
+    summary: str
+
+
+def can_combine(adapter: Adapter) -> bool:
+    """Return whether a kernel CCA may stand beside or instead of an adapter.
+
+    Its space must be free to choose, and its embeddings must not depend on tokens.
+    """
+    shapes = adapter.shapes.values()
+    kinds = [find_kind(shape.kind, allow=(shape.kind,)) for shape in shapes]
+    return all(kind.accepts_closed_form for kind in kinds) and all(
+        shape.token_width is None for shape in shapes
+    )
+
+
+def combine(
+    network: Adapter,
+    rows: Pairs,
+    folds: Sequence[Fold],
+    matches: Matches | None,
+    *,
+    joins: bool,
+    seed: int,
+) -> Combined:
+    """Fit a kernel CCA, and choose on validation: the network, the kernel, or both.
+
+    The network stays unless another choice gains more than the standard error of the difference.
+
+    Args:
+        network: trained, of kinds for which `can_combine`.
+        rows: of the pairs.
+        folds: to choose the kernel by; the network was trained without the rows of the first.
+        matches: of unpaired rows, None without any.
+        joins: whether both may stand side by side, twice as wide.
+        seed: of samples.
+    """
+    tick("kernel CCA")
+    width = network.image.shape.width
+    roots = {side: network.side(side).shape.signed_sqrt for side in Modality}
+    setting = _search(rows, folds, matches, roots, width, seed)
+    sampler, val = folds[0]
+    sides = _fit(setting, rows, sampler, matches, roots, width, seed)
+    own, other = _embed(network, val), _embed(Adapter.of_sides(sides), val)
+    found = {
+        share: _joined([(own, 1 - share), (other, share)], val)
+        for share in (0.0, 1.0, *(SHARES if joins else ()))
+    }
+    alone = found[0.0]
+    best = max(found, key=lambda share: found[share].score.mean_recall)
+    share = best if found[best].beats(alone) else 0.0
+    combination = Combination(setting if share else None, share)
+    return Combined(
+        _put_together([network], sides, share) if share else network,
+        combination,
+        found[share],
+        _summary(found, share, setting, sides),
+    )
+
+
+def assemble(
+    combination: Combination,
+    networks: Sequence[Adapter],
+    rows: Pairs,
+    sampler: PairSampler,
+    matches: Matches | None,
+    seed: int,
+) -> Adapter:
+    """Fit the kernel of a combination on a sampler's pairs, and put it beside the networks.
+
+    Args:
+        combination: what was chosen.
+        networks: equal shares of what the kernel leaves; at least one, even if it has no share.
+        rows: of the pairs.
+        sampler: of the pairs to fit on.
+        matches: of unpaired rows, None without any.
+        seed: of samples.
+    """
+    if combination.kernel is None:
+        return networks[0] if len(networks) == 1 else _put_together(networks, None, 0.0)
+    shape = networks[0].shapes
+    roots = {side: shape[side].signed_sqrt for side in Modality}
+    width = networks[0].image.shape.width
+    sides = _fit(combination.kernel, rows, sampler, matches, roots, width, seed)
+    return _put_together(networks, sides, combination.share)
+
+
+def _put_together(
+    networks: Sequence[Adapter], kernel: Mapping[Modality, SideAdapter] | None, share: float
+) -> Adapter:
+    """Put parts side by side; the networks share what the kernel leaves."""
+    if kernel is not None and share == 1:
+        return Adapter.of_sides(kernel)
+    shares = [(1 - share) / len(networks)] * len(networks) + [share] * (kernel is not None)
+    sides = {}
+    for side in Modality:
+        parts = [network.side(side).cpu() for network in networks]
+        parts += [] if kernel is None else [kernel[side]]
+        shapes = tuple(part.shape for part in parts)
+        width = sum(shape.width for shape in shapes)
+        shape = SideShape("parts", shapes[0].input_width, width, parts=shapes)
+        sides[side] = Parts(shape, parts)
+        sides[side].shares = torch.tensor(shares)
+    return Adapter.of_sides(sides)
+
+
+def _search(
+    rows: Pairs,
+    folds: Sequence[Fold],
+    matches: Matches | None,
+    roots: Roots,
+    width: int,
+    seed: int,
+) -> KernelSetting:
+    """Choose the settings of the kernel: coarsely on few rows, then around these on all."""
+
+    def best(limit: int, *grid: Sequence[Any]) -> KernelSetting:
+        sides, gammas, ridges, others, powers = grid
+        found: dict[KernelSetting, list[Measured]] = {}
+        for (sampler, val), side in product(folds, sides):
+            pairs = _pairs(rows, sampler, matches, roots, side, limit, seed)
+            for gamma in gammas:
+                fit = KernelCca(pairs, gamma, side, seed, roots)
+                for setting, own in fit.candidates(ridges, others, powers, width):
+                    both = _embed(Adapter.of_sides(own), val)
+                    found.setdefault(setting, []).append(measure(*both, val.text_image))
+        return max(found, key=lambda own: pool(found[own]).score.mean_recall)
+
+    few = best(SEARCH_ROWS, Modality, GAMMAS, RIDGES, OTHER_RIDGES[1:2], POWERS[1:])
+    ridges = (few.ridge / 3, few.ridge, few.ridge * 3)
+    return best(MAX_LANDMARKS, (few.side,), (few.gamma,), ridges, OTHER_RIDGES, POWERS)
+
+
+def _fit(
+    setting: KernelSetting,
+    rows: Pairs,
+    sampler: PairSampler,
+    matches: Matches | None,
+    roots: Roots,
+    width: int,
+    seed: int,
+) -> dict[Modality, SideAdapter]:
+    pairs = _pairs(rows, sampler, matches, roots, setting.side, MAX_LANDMARKS, seed)
+    return KernelCca(pairs, setting.gamma, setting.side, seed, roots).fit(setting, width)
+
+
+def _pairs(
+    rows: Pairs,
+    sampler: PairSampler,
+    matches: Matches | None,
+    roots: Roots,
+    side: Modality,
+    limit: int,
+    seed: int,
+) -> KernelPairs:
+    """Read the pairs of at most `limit` rows of a side, chosen at random, and the matches."""
+    (images, texts), weights = sampler.weighted_pairs()
+    groups = images if side is Modality.IMAGE else rows.caption_keys[texts]
+    names = np.unique(groups)
+    if len(names) > limit:
+        chosen = np.random.default_rng(seed).choice(names, limit, replace=False)
+        kept = np.isin(groups, chosen)
+        images, texts, weights, groups = images[kept], texts[kept], weights[kept], groups[kept]
+    values = {Modality.IMAGE: rows.images[images], Modality.TEXT: rows.texts[texts]}
+    if matches is not None:
+        extra = slice(0, max(0, limit - len(names)))
+        own = {Modality.IMAGE: matches.images[extra], Modality.TEXT: matches.texts[extra]}
+        count = len(own[side])
+        if count:
+            weight = weights.sum() * matches.share / (1 - matches.share) / count
+            weights = np.concatenate([weights, np.full(count, weight)])
+            groups = np.concatenate([groups, groups.max() + 1 + np.arange(count)])
+            values = {one: np.concatenate([values[one], own[one]]) for one in Modality}
+    units = {
+        one: unit_inputs(torch.from_numpy(np.asarray(values[one])), signed_sqrt=roots[one])
+        for one in Modality
+    }
+    return KernelPairs(units[side.other], units[side], groups, weights)
+
+
+def _embed(adapter: Adapter, val: Pairs) -> list[Array]:
+    """Align both sides of held-out pairs: unit rows (n, k) and (m, k)."""
+    return [adapter.embed(side, val.embeddings(side)) for side in Modality]
+
+
+def _joined(parts: Sequence[tuple[list[Array], float]], val: Pairs) -> Measured:
+    """Validate embeddings side by side, each with its share."""
+    images, texts = (
+        np.concatenate([share**0.5 * both[number] for both, share in parts], 1)
+        for number in range(len(Modality))
+    )
+    return measure(images, texts, val.text_image)
+
+
+def _summary(
+    found: Mapping[float, Measured],
+    share: float,
+    setting: KernelSetting,
+    sides: Mapping[Modality, SideAdapter],
+) -> str:
+    """Word what each choice scored, and what the chosen one costs."""
+    names = {0.0: "network", 1.0: "kernel"}
+    scores = ", ".join(
+        f"{names.get(own, f'both (kernel {own:.0%})')} {100 * measured.score.mean_recall:.1f} %"
+        for own, measured in found.items()
+    )
+    return f"parts: {scores}; {setting.name}; share {share}; {len(sides)}"
