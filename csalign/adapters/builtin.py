@@ -105,17 +105,14 @@ class Kernel(SideAdapter):
     """
 
     accepts_output_map = True
-    landmarks: Tensor
     gamma: Tensor
-    weight: Tensor
-    bias: Tensor
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
-        self.register_buffer("landmarks", torch.zeros(shape.landmarks, shape.input_width))
         self.register_buffer("gamma", torch.ones(()))
-        self.register_buffer("weight", torch.zeros(shape.width, shape.landmarks))
-        self.register_buffer("bias", torch.zeros(shape.width))
+        self.landmarks = fixed(torch.zeros(shape.landmarks, shape.input_width))
+        self.weight = fixed(torch.zeros(shape.width, shape.landmarks))
+        self.bias = fixed(torch.zeros(shape.width))
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """See `SideAdapter.forward`."""
@@ -131,7 +128,12 @@ class Kernel(SideAdapter):
 
     def then(self, weight: Tensor, bias: Tensor) -> None:
         """See `SideAdapter.then`."""
-        self.weight, self.bias = weight @ self.weight, weight @ self.bias + bias
+        self.weight, self.bias = fixed(weight @ self.weight), fixed(weight @ self.bias + bias)
+
+
+def fixed(values: Tensor) -> nn.Parameter:
+    """Make a parameter that is not trained."""
+    return nn.Parameter(values.detach(), requires_grad=False)
 
 
 def gaussian(u: Tensor, v: Tensor, gamma: Tensor | float) -> Tensor:

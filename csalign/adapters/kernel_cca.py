@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.builtin import Kernel, Linear, gaussian
+from csalign.adapters.builtin import Kernel, Linear, fixed, gaussian
 from csalign.adapters.canonical import TINY, Outputs, match_moments
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.enums import Modality
@@ -27,6 +27,7 @@ Ints = npt.NDArray[Any]
 BLOCK_ROWS = 4_000  # a kernel matrix of 64 MB
 MAX_LANDMARKS = 32_000  # more would make every use of the adapter slow
 MATCHED_ROWS = 4_000  # per side, for the moments of the outputs
+MAX_COMPONENTS = 512  # of the linear side; beyond, the ridge leaves little
 LEAST_GAP = 1e-3  # of a leverage from 1
 
 
@@ -63,14 +64,14 @@ class KernelPairs(NamedTuple):
 
 
 class _Solution(NamedTuple):
-    """Regression of the centred rows of the linear side on the kernel's, for one ridge."""
+    """Regression of the linear side's c components on the kernel's rows, for one ridge."""
 
     ridge: float
-    weight: Tensor  # (m, d) of the kernel's values of the m landmarks
-    bias: Tensor  # (d,)
-    cross: Tensor  # (d, d), covariance of predictions and rows, within blocks
-    spread: Tensor  # (d, d), covariance of predictions, within blocks
-    held_out: Tensor | None  # (m, d), what a landmark's prediction loses if it is left out
+    weight: Tensor  # (m, c) of the kernel's values of the m landmarks
+    bias: Tensor  # (c,)
+    cross: Tensor  # (c, c), covariance of predictions and components, within blocks
+    spread: Tensor  # (c, c), covariance of predictions, within blocks
+    held_out: Tensor | None  # (m, c), what a landmark's prediction loses if it is left out
 
 
 class KernelCca:
@@ -99,7 +100,11 @@ class KernelCca:
         self._group = torch.from_numpy(group)
         self._weights = weights
         self._mean_x = (weights[:, None] * pairs.linear).sum(0)
-        self._x = pairs.linear - self._mean_x
+        x = pairs.linear - self._mean_x
+        values, vectors = torch.linalg.eigh(x.T @ (weights[:, None] * x))
+        self._vectors = vectors.flip(1)[:, :MAX_COMPONENTS]
+        self._values, self._level = values.flip(0)[:MAX_COMPONENTS].clamp(min=0), values.mean()
+        self._x = x @ self._vectors
         self._share = torch.zeros(len(first)).index_add_(0, self._group, weights)
         sums = torch.zeros(len(first), self._x.shape[1])
         sums.index_add_(0, self._group, weights[:, None] * self._x)
@@ -107,8 +112,6 @@ class KernelCca:
         rows = pairs.kernel[torch.from_numpy(first)]
         self._mean_y = (self._share[:, None] * rows).sum(0)
         self._landmarks = normalize(rows - self._mean_y, dim=1)
-        values, self._vectors = torch.linalg.eigh(self._x.T @ (weights[:, None] * self._x))
-        self._values = values.clamp(min=0)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(first)))
         self._blocks = order.tensor_split(-(-len(order) // BLOCK_ROWS))
         self._solutions: dict[tuple[float, bool], _Solution] = {}
@@ -191,12 +194,12 @@ class KernelCca:
         self._solutions |= {(own.ridge, held_out): own for own in solutions}
 
     def _directions(self, solution: _Solution, ridge: float, width: int) -> "_Directions":
-        whiten = self._vectors * (self._values + ridge * self._values.mean() + TINY).rsqrt()
-        cross = whiten.T @ solution.cross @ whiten
+        whiten = (self._values + ridge * self._level + TINY).rsqrt()
+        cross = whiten[:, None] * solution.cross * whiten
         values, vectors = torch.linalg.eigh((cross + cross.T) / 2)
-        weight = whiten @ vectors.flip(1)[:, :width]
+        weight = whiten[:, None] * vectors.flip(1)[:, :width]
         correlations = values.flip(0)[:width].clamp(min=TINY).sqrt()
-        spread_x = (weight.T @ self._vectors).square() @ self._values
+        spread_x = self._values @ weight.square()
         spread_y = (weight * (solution.spread @ weight)).sum(0) / correlations.square()
         # As in linear CCA: inner products stay, and the variances of the sides become equal.
         balance = (spread_y.clamp(min=TINY) / spread_x.clamp(min=TINY)) ** 0.25
@@ -206,10 +209,10 @@ class KernelCca:
         self, solution: _Solution, directions: "_Directions", power: float
     ) -> dict[Modality, SideAdapter]:
         x, y = directions.maps(power)
-        d, width = x.shape
+        d, width = len(self._mean_x), x.shape[1]
         root = self._roots[self._side.other]
         linear = Linear(SideShape("linear", d, width, signed_sqrt=root))
-        linear.start_from(self._mean_x, x.T)
+        linear.start_from(self._mean_x, (self._vectors @ x).T)
         shape = SideShape(
             "kernel",
             len(self._mean_y),
@@ -219,9 +222,10 @@ class KernelCca:
         )
         with torch.device("meta"):
             kernel = Kernel(shape)
-        kernel.mean, kernel.landmarks = self._mean_y, self._landmarks
-        kernel.gamma = torch.tensor(self._gamma)
-        kernel.weight, kernel.bias = (solution.weight @ y).T.contiguous(), solution.bias @ y
+        kernel.mean, kernel.gamma = self._mean_y, torch.tensor(self._gamma)
+        kernel.landmarks = fixed(self._landmarks)
+        kernel.weight = fixed((solution.weight @ y).T.contiguous())
+        kernel.bias = fixed(solution.bias @ y)
         return {side: kernel if side is self._side else linear for side in Modality}
 
     def _held_out(
@@ -241,7 +245,7 @@ class KernelCca:
         predicted += solution.bias
         x, y = directions.maps(power)
         own = self._x[pairs]
-        leverage = (weights * (own @ directions.whiten).square().sum(1))[:, None]
+        leverage = (weights * (own * directions.whiten).square().sum(1))[:, None]
         # The linear side is in turn the regression of the kernel's outputs on its rows.
         fitted = predicted @ (x / directions.correlations.square())
         left_out = (own @ x - leverage * fitted) / (1 - leverage).clamp(min=LEAST_GAP)
@@ -252,15 +256,15 @@ class KernelCca:
 
 
 class _Directions(NamedTuple):
-    """Directions of CCA, in the space of the linear side's rows."""
+    """Directions of CCA, in the space of the linear side's components."""
 
-    whiten: Tensor  # (d, d)
-    weight: Tensor  # (d, k)
+    whiten: Tensor  # (c,)
+    weight: Tensor  # (c, k)
     correlations: Tensor  # (k,)
     balance: Tensor  # (k,), factor of the linear side, by which the kernel's is divided
 
     def maps(self, power: float) -> tuple[Tensor, Tensor]:
-        """Return the maps (d, k) of the linear side's rows and of their predictions."""
+        """Return the maps (c, k) of the linear side's components and of their predictions."""
         emphasis = self.correlations**power
         return (
             self.weight * self.balance * emphasis,

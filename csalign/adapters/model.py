@@ -231,10 +231,9 @@ class Adapter(nn.Module):
         self.text.start_from(form.text_mean, form.text_weight, form.text_bias)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Count the trainable parameters of each side."""
+        """Count the parameters of each side, trained or fitted; 0 for a frozen one."""
         return {
-            side.value: sum(p.numel() for p in self.side(side).parameters() if p.requires_grad)
-            for side in Modality
+            side.value: sum(p.numel() for p in self.side(side).parameters()) for side in Modality
         }
 
     @torch.inference_mode()
