@@ -82,6 +82,9 @@ class DataOptions(Config):
     val_split: str | None = Field(
         None, description="Validation split (default: val, or some of the training images)."
     )
+    refit: bool = Field(
+        True, description="Learn from the held-out pairs too once everything is chosen."
+    )
     captions: Literal["first", "sample", "all"] = Field(
         "first", description="Captions per image: its first, a random one per epoch, or all."
     )

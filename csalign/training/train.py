@@ -61,7 +61,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         options, other_weight = config.group(DataOptions), config.other_captions
-        sampler = make_sampler(options, other_weight, data.rows, tokens)
+        sampler = make_sampler(options, other_weight, data.rows, tokens, data.held_out)
         if distributed.is_main_process():
             return _train(config, data, tokens, sampler)
         return _follow(config, data, tokens, sampler)
@@ -116,7 +116,7 @@ def _train(
         steps=trainer.steps_made,
         best_step=trainer.step,
         start=start,
-        pairs={"train": data.rows.pairs, "validation": data.val.pairs if data.val else 0},
+        pairs={"train": data.trained[0], "validation": data.val.pairs if data.val else 0},
         parameters=adapter.parameter_counts(),
         validation=validation,
         seconds=seconds,
