@@ -68,7 +68,7 @@ class TrainingData:
     def trained(self) -> tuple[int, int]:
         """Number of pairs and of images that are trained on before a refit."""
         left = self.rows.caption_counts[slice(0) if self.held_out is None else self.held_out]
-        return self.rows.pairs - int(left.sum()), len(self.rows.images) - int(len(left))
+        return self.rows.pairs - int(left.sum()), len(self.rows.images) - len(left)
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
@@ -165,7 +165,7 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
                 )
             return _Split(joined, None, (), None, "all pairs are trained on already")
         val = others = joined.take_images(folds[0])
-        total = np.count_nonzero(joined.caption_counts)
+        total = int(np.count_nonzero(joined.caption_counts))
     else:
         both = trained & join.split_names(val_split, there)
         if both:
@@ -176,7 +176,7 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
             )
         others = join.join_pairs(features, val_split)
         val, folds = subsample(others, seed), ()
-        total = np.count_nonzero(joined.caption_counts) + np.count_nonzero(others.caption_counts)
+        total = sum(int(np.count_nonzero(own.caption_counts)) for own in (joined, others))
     held_out = np.count_nonzero(others.caption_counts)
     no_refit = "" if options.refit else "--no-refit"
     if options.refit and held_out < LEAST_TO_REFIT * total:
