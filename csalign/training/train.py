@@ -225,9 +225,9 @@ def _run_phase(
     tick("preparing")
     trainer = work.trainer(phase, adapter)
     run.begin(trainer, work.data, *start, config=config.to_toml(), seed=config.seed)
-    pairs = min(config.batch_size, len(work.sampler(phase)))
-    where = f"{phase.what} on {trainer.device}"
-    log.info("%s: %d steps of %d pairs", where, trainer.last, pairs)
+    if not phase.number:
+        pairs = min(config.batch_size, len(work.sampler(phase)))
+        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
     for validated in trainer.fit(log_line):
         if validated and trainer.step:
             run.keep()
@@ -272,7 +272,7 @@ def _fit_start(
     seed: int,
 ) -> Adapter:
     """Fit the closed form that was chosen on the pairs of a sampler."""
-    tick("closed form")
+    tick("refitting: closed form")
     return fit_named(setting, options, data.rows, sampler, widths, seed)
 
 

@@ -93,7 +93,7 @@ def test_matching_narrows_the_gap_on_new_pairs_and_recall_holds(
 def test_the_figures_of_the_matched_weights_are_those_that_are_recorded(
     few_pairs: Path, tmp_path: Path
 ) -> None:
-    made = run(few_pairs, tmp_path / "run")
+    made = run(few_pairs, tmp_path / "run", refit=False)
     config = EvalConfig(features=few_pairs, adapter=tmp_path / "run", split="val")
     measured = evaluate(config)
     recorded = inspect(tmp_path / "run")["validation"][-1]
