@@ -8,7 +8,6 @@ first one in the same files, and the checkpoints of the second. ``.csalign-job.j
 run.
 """
 
-import json
 import logging
 import os
 import platform
@@ -22,9 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.model import Adapter
@@ -33,11 +29,12 @@ from csalign.core import __version__, atomic, distributed, locks, outputs, signa
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.paths import is_remote
-from csalign.core.records import Record, parse_json, read_job, write_record
+from csalign.core.records import Record, read_job, write_record
 from csalign.features.reader import FeatureSet
 from csalign.runs.metadata import CONFIG, ENTRIES, ENVIRONMENT, FEATURES, LINES, write_environment
 from csalign.training.data import TrainingData
 from csalign.training.loop import Trainer
+from csalign.training.state import read_state, write_state
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +46,6 @@ SECONDS_BETWEEN = 60.0
 STATE = "state.safetensors"
 SUMS = "SHA256SUMS"
 _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
-_HEADER = "values"  # key of the JSON in the header of a state
-_TENSOR = "tensor:"  # prefix of a tensor's name in the JSON
 
 # Options that do not change the result, or are compared by the fingerprint of their content.
 NOT_COMPARED = {
@@ -428,53 +423,3 @@ def _numbered(folder: Path, name: str) -> list[Path]:
 
 def _steps_in(folder: Path) -> list[Path]:
     return _numbered(folder, "step")
-
-
-def write_state(path: Path, values: Mapping[str, Any]) -> None:
-    """Write nested values as a safetensors file with JSON in its header, and sync it to disk.
-
-    Args:
-        path: a new file.
-        values: of mappings, lists, tensors and plain values. Keys become strings, tuples lists.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def pack(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            name = f"{_TENSOR}{len(tensors)}"
-            # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
-            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return name
-        if isinstance(value, Mapping):
-            return {str(key): pack(part) for key, part in value.items()}
-        return [pack(part) for part in value] if isinstance(value, list | tuple) else value
-
-    document = json.dumps(pack(values))
-    try:
-        save_file(tensors, path, {_HEADER: document})
-    except SafetensorError as error:  # also if the disk is full
-        raise OutputError(atomic.os_error(error, path)) from None
-    atomic.fsync_path(path)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read a file of `write_state`, tensors on the CPU; SchemaError if it is not one."""
-
-    def unpack(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(_TENSOR):
-            return tensors[value]
-        if isinstance(value, dict):
-            return {key: unpack(part) for key, part in value.items()}
-        return [unpack(part) for part in value] if isinstance(value, list) else value
-
-    try:
-        with safe_open(path, "pt") as file:
-            document = parse_json((file.metadata() or {})[_HEADER])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        state: dict[str, Any] = unpack(document)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise SchemaError(f"{path}: cannot be read ({error})") from None
-    return state

@@ -214,18 +214,18 @@ def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[join.M
         near = len(features.images) <= MOST_TO_COMPARE
         grouped = group_images(features, rows, near=near)
         everything = np.ones_like(is_captioned)
+        is_alike = False
         for number, fold in enumerate(folds):
             fold[:] = grouped.place(everything, is_captioned, {"val": count}, seed + number) > 0
-        alike = [2 * (fold & is_captioned).sum() < count for fold in folds]
-        if any(alike):
+            if 2 * (fold & is_captioned).sum() < count:
+                captioned, is_alike = np.flatnonzero(is_captioned), True
+                fold[:] = _mark(rows.n_images, captioned, count, seed + number)
+        if is_alike:
             log.warning(
                 "%s: most images are near-duplicates or share captions, so images that are held "
                 "out for validation may be like images to train on",
                 rows.name,
             )
-        for number in np.flatnonzero(alike):
-            captioned = np.flatnonzero(is_captioned)
-            folds[number] = _mark(rows.n_images, captioned, count, seed + int(number))
     distributed.broadcast_array(folds)
     return tuple(folds)
 

@@ -30,13 +30,12 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.training.checkpoints import (
     SECONDS_BETWEEN,
     UnfinishedRun,
-    read_state,
-    write_state,
 )
 from csalign.training.config import TrainConfig
 from csalign.training.data import Part, Unpaired
 from csalign.training.loggers import figures_of
 from csalign.training.sampler import BatchLoader, PairSampler
+from csalign.training.state import read_state, write_state
 from csalign.training.train import train
 
 QUICK = {"steps": 12, "batch_size": 40, "hidden": 16, "validations": 4, "patience": 99}

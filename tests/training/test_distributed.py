@@ -280,9 +280,9 @@ def test_losses_are_those_of_one_process(alone: Path, several: Several, name: st
     assert len(expected["loss"]) == options_of(name)["steps"]
     for term, values in expected.items():
         np.testing.assert_allclose(found[term], values, rtol=CLOSE, atol=CLOSE, err_msg=term)
-    for key, values in load_file(alone / name / "adapter.safetensors").items():  # of all pairs
+    for key, weights in load_file(alone / name / "adapter.safetensors").items():  # of all pairs
         refitted = load_file(several.out / name / "adapter.safetensors")[key]
-        np.testing.assert_allclose(refitted, values, atol=1e-3, err_msg=key)
+        np.testing.assert_allclose(refitted, weights, atol=1e-3, err_msg=key)
 
 
 def test_gradients_of_a_divided_objective_are_those_of_the_whole(several: Several) -> None:
