@@ -184,7 +184,7 @@ class Fields(Result):
     def __post_init__(self) -> None:
         """Fill the mapping; optional values only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        optional = ("names", "pairing", "existed", "joined")
+        optional = ("names", "pairing", "existed", "joined", "refit")
         self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
@@ -247,6 +247,7 @@ class TrainResult(Fields):
     validation: dict[str, dict[str, float]]  # of the initialization and the saved weights, or {}
     seconds: float  # wall time
     names: Names | None = None  # of the sides, None for image and text
+    refit: str = ""  # whether the held-out pairs were learned from at the end, in words
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"weights": name, **score} for name, score in self.validation.items()]

@@ -67,6 +67,22 @@ class Pairs:
             paired = paired[np.argsort(owners, kind="stable")]
         return compact(paired)
 
+    def take(self, mask: Mask) -> "Pairs":
+        """Take the images where `mask` (n,) is true and the texts that belong to them."""
+        images = np.flatnonzero(mask)
+        texts = self.texts_by_image
+        texts = np.sort(texts[mask[self.text_image[texts]]])
+        keys = None if self.keys is None and type(self) is Pairs else self.caption_keys[texts]
+        return Pairs(
+            name=self.name,
+            images=self.images[images],
+            texts=self.texts[texts],
+            text_image=(np.cumsum(mask) - 1)[self.text_image[texts]],
+            image_rows=self.table_rows(Modality.IMAGE)[images],
+            text_rows=self.table_rows(Modality.TEXT)[texts],
+            keys=None if keys is None else compact(first_alike(keys)),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairedRows(Pairs):
@@ -130,6 +146,28 @@ class Joined:
         image_rows = images if self.image_rows is None else self.image_rows[images]
         text_rows = texts if self.text_rows is None else self.text_rows[texts]
         return Joined(self.name, len(images), text_image, compact(image_rows), compact(text_rows))
+
+    def add(self, other: "Joined") -> tuple["Joined", Mask]:
+        """Add the captioned images of another split and their captions.
+
+        Returns:
+            All rows in the order of the tables, and a mask of the added images, (n,).
+        """
+        other = other.take_images(other.caption_counts > 0)
+        (images, texts), (more_images, more_texts) = (
+            [np.arange(count) if rows is None else rows for rows, count in map(own.side, Modality)]
+            for own in (self, other)
+        )
+        image_rows, text_rows = (
+            np.concatenate(own) for own in ((images, more_images), (texts, more_texts))
+        )
+        image_order, text_order = np.argsort(image_rows), np.argsort(text_rows)
+        owners = np.concatenate([self.text_image, other.text_image + self.n_images])[text_order]
+        places = np.argsort(image_order)
+        text_image = np.where(owners < 0, -1, places[owners])
+        rows = compact(image_rows[image_order]), compact(text_rows[text_order])
+        joined = Joined(self.name, len(image_rows), text_image, *rows)
+        return joined, image_order >= self.n_images
 
     def with_embeddings(self, features: FeatureSet, images: Array, texts: Array) -> PairedRows:
         """Add embeddings, (n, d) and (m, e), and the stored strings."""

@@ -18,7 +18,7 @@ from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import check_directions, unit_rows
-from csalign.features.join import PairedRows
+from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
@@ -205,9 +205,7 @@ def index_again(aligned: str) -> str:
     return f"index the features that they came from: csalign index FEATURES --adapter {run}"
 
 
-def embed_rows(
-    adapter: Adapter, side: Modality, rows: PairedRows, features: FeatureSet | None
-) -> Array:
+def embed_rows(adapter: Adapter, side: Modality, rows: Pairs, features: FeatureSet | None) -> Array:
     """Align the rows of one side: unit rows (n, width) float32.
 
     If the adapter embeds with tokens, they are read from `features`, or omitted if that is None.

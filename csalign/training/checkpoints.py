@@ -3,7 +3,9 @@
 A checkpoint is a folder ``step-000120`` with ``adapter.json`` and ``adapter.safetensors``, the
 weights after 120 steps. Those in ``checkpoints/`` stay in the run. Those in ``resume/`` also hold
 ``state.safetensors``, all else that training depends on, and ``SHA256SUMS`` of the three; a rerun
-resumes from the newest intact one. ``.csalign-job.json`` describes the run.
+resumes from the newest intact one. Once further networks are trained, ``resume/phase-01`` holds the
+first one in the same files, and the checkpoints of the second. ``.csalign-job.json`` describes the
+run.
 """
 
 import json
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
+from csalign.adapters.model import Adapter
 from csalign.adapters.side import mean_square
 from csalign.core import __version__, atomic, distributed, locks, outputs, signals
 from csalign.core.enums import Modality
@@ -62,7 +65,7 @@ class TrainingJob(Record):
     FORMAT: ClassVar[str] = "csalign-training"
 
     format: str = FORMAT
-    version: int = 4  # of the checkpoints
+    version: int = 5  # of the checkpoints
     options: dict[str, Any]  # of the config, except `NOT_COMPARED`
     features: str  # fingerprint of the feature set
     unpaired: list[str]  # fingerprints of the further sets
@@ -80,12 +83,16 @@ class TrainingJob(Record):
 
 
 class Checkpoint(NamedTuple):
-    """Checkpoint to resume from: weights, step, seconds so far, and `Trainer.state_dict`."""
+    """Checkpoint to resume from: weights, step, seconds so far, and the state.
+
+    That is `Trainer.state_dict`, or what was decided in a phase that has ended.
+    """
 
     folder: Path
     step: int
     seconds: float
-    trainer: dict[str, Any]
+    setting: Any  # of the start, JSON values
+    state: dict[str, Any]
 
 
 class UnfinishedRun:
@@ -93,7 +100,8 @@ class UnfinishedRun:
 
     Args:
         path: of the folder.
-        resumed: checkpoint to resume from, None for a new run.
+        ended: the phases that have ended, in order.
+        resumed: checkpoint to resume the next phase from, None for its start.
         every: steps between resumable checkpoints; None for one per minute.
     """
 
@@ -101,19 +109,34 @@ class UnfinishedRun:
     _info: dict[str, Any]
     _environment: dict[str, Any]
 
-    def __init__(self, path: Path, resumed: Checkpoint | None, every: int | None) -> None:
-        self.path, self.resumed, self._every = path, resumed, every
+    def __init__(
+        self,
+        path: Path,
+        ended: list[Checkpoint],
+        resumed: Checkpoint | None,
+        every: int | None,
+    ) -> None:
+        self.path, self.ended, self.resumed, self._every = path, ended, resumed, every
         self._began = self._saved = time.monotonic()
+        self._before = max((own.seconds for own in (*ended, resumed) if own), default=0.0)
 
     def begin(
-        self, trainer: Trainer, data: TrainingData, start: str, *, config: str, seed: int
+        self,
+        trainer: Trainer,
+        data: TrainingData,
+        start: str,
+        setting: Any,
+        *,
+        config: str,
+        seed: int,
     ) -> None:
-        """Load the checkpoint to resume from into the trainer; describe the run in its folder.
+        """Begin a phase: load the checkpoint to resume from into the trainer; describe the run.
 
         Args:
             trainer: of the adapters of that checkpoint.
             data: rows that they are trained on.
             start: name of their initialization.
+            setting: of it, JSON values.
             config: content of ``config.toml``.
             seed: of the run.
 
@@ -122,7 +145,7 @@ class UnfinishedRun:
         """
         if self.resumed is not None:
             try:
-                trainer.load_state_dict(self.resumed.trainer)
+                trainer.load_state_dict(self.resumed.state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise SchemaError(
                     f"{self.resumed.folder}: is not a checkpoint of this run ({error!r}); start "
@@ -131,14 +154,14 @@ class UnfinishedRun:
             log.info("resuming from step %d (%s)", trainer.step, self.resumed.folder)
         features = data.features
         encoders = {side: features.table(side).encoder for side in Modality}
-        self._trainer = trainer
+        self._trainer, self._setting = trainer, setting
         self._info = {
             "encoders": {side: own.spec for side, own in encoders.items()},
             "encoder_fingerprints": {side: own.weights for side, own in encoders.items()},
             "encoder_settings": {side: own.settings for side, own in encoders.items()},
             "start": start,
             "data_fingerprint": features.manifest.fingerprint(),
-            "train_split": data.split,
+            "train_split": data.refit_split if self.ended and data.refit_split else data.split,
             "image_norm": mean_square(data.rows.images) ** 0.5,
         }
         libraries = ("torch", "numpy", "pyarrow", "faiss-cpu", "safetensors")
@@ -161,14 +184,19 @@ class UnfinishedRun:
     @property
     def _seconds(self) -> float:
         """Wall time of the run so far, including that of earlier processes."""
-        return time.monotonic() - self._began + (self.resumed.seconds if self.resumed else 0.0)
+        return time.monotonic() - self._began + self._before
+
+    @property
+    def _resume(self) -> Path:
+        """Folder of the checkpoints of this phase."""
+        return self.ended[-1].folder if self.ended else self.path / outputs.RESUME
 
     def keep(self) -> None:
         """Save a checkpoint that stays in the run, of which the newest three do."""
         path = _step_folder(self.path / CHECKPOINTS, self._trainer.step)
         with signals.delayed():  # a checkpoint in the run is complete or absent
             path.mkdir(parents=True, exist_ok=True)
-            self._save_weights(path)
+            self._save_weights(path, self._trainer.adapter)
         for old in _steps_in(self.path / CHECKPOINTS)[:-CHECKPOINTS_KEPT]:
             outputs.remove_folder(old)
 
@@ -180,31 +208,41 @@ class UnfinishedRun:
 
     def save(self) -> Path:
         """Save a resumable checkpoint atomically, remove old ones, and return its folder."""
-        folder = _step_folder(self.path / outputs.RESUME, self._trainer.step)
+        folder = _step_folder(self._resume, self._trainer.step)
         if not folder.exists():
-            lines = self.path / LINES
-            atomic.fsync_path(lines)
-            state = {
-                "step": self._trainer.step,
-                "seconds": self._seconds,
-                "trainer": self._trainer.state_dict(),
-                "lines_bytes": lines.stat().st_size,
-                "lines_sha256": atomic.sha256_file(lines),
-            }
-            temporary = folder.with_name(f".{folder.name}.tmp")
-            outputs.remove_folder(temporary)
-            temporary.mkdir(parents=True)
-            self._save_weights(temporary)
-            write_state(temporary / STATE, state)
-            sums = [f"{atomic.sha256_file(temporary / name)}  {name}\n" for name in _SUMMED]
-            atomic.write_text(temporary / SUMS, "".join(sums))
-            atomic.fsync_path(temporary)
-            temporary.rename(folder)
-            atomic.fsync_path(folder.parent)
+            self._save(folder, self._trainer.state_dict())
             for old in _steps_in(folder.parent)[:-RESUMABLE_KEPT]:
                 outputs.remove_folder(old)
         self._saved = time.monotonic()
         return folder
+
+    def end_phase(self, decided: dict[str, Any]) -> None:
+        """Save the trained network, and what was decided, to resume with the next phase."""
+        with signals.delayed():
+            folder = self.path / outputs.RESUME / f"phase-{len(self.ended) + 1:02d}"
+            ended = self._save(folder, decided)
+            for old in _steps_in(self._resume):
+                outputs.remove_folder(old)
+            self.ended.append(ended)
+            self.resumed, self._saved = None, time.monotonic()
+
+    def _save(self, folder: Path, state: dict[str, Any]) -> Checkpoint:
+        lines = self.path / LINES
+        atomic.fsync_path(lines)
+        own = {"step": self._trainer.step, "seconds": self._seconds, "setting": self._setting}
+        saved = Checkpoint(folder, **own, state=state)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        outputs.remove_folder(temporary)
+        temporary.mkdir(parents=True)
+        self._save_weights(temporary, self._trainer.adapter)
+        logged = {"bytes": lines.stat().st_size, "sha256": atomic.sha256_file(lines)}
+        write_state(temporary / STATE, {**own, "state": state, "lines": logged})
+        sums = [f"{atomic.sha256_file(temporary / name)}  {name}\n" for name in _SUMMED]
+        atomic.write_text(temporary / SUMS, "".join(sums))
+        atomic.fsync_path(temporary)
+        temporary.rename(folder)
+        atomic.fsync_path(folder.parent)
+        return saved
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
@@ -224,18 +262,20 @@ class UnfinishedRun:
                         where = self.save()
                     log.info("saved step %d in %s", self._trainer.step, where)
                 if isinstance(stopped, Stopped):
-                    stopped.resumes = bool(_steps_in(self.path / outputs.RESUME))
+                    stopped.resumes = _is_resumable(self.path)
                 raise
 
-    def finish(self, validation: dict[str, float] | None) -> float:
+    def finish(self, adapter: Adapter, validation: dict[str, float] | None) -> float:
         """Write the final weights and the environment; return the wall time in seconds."""
-        self._save_weights(self.path, validation)
+        self._save_weights(self.path, adapter, validation)
         seconds = round(self._seconds, 3)
         write_environment(self.path, {**self._environment, "seconds": seconds})
         return seconds
 
-    def _save_weights(self, folder: Path, validation: dict[str, float] | None = None) -> None:
-        adapter, loss = self._trainer.adapter, self._trainer.loss
+    def _save_weights(
+        self, folder: Path, adapter: Adapter, validation: dict[str, float] | None = None
+    ) -> None:
+        loss = self._trainer.loss
         info = AdapterInfo(
             adapters={side: adapter.side(side).shape for side in Modality},
             step=self._trainer.step,
@@ -275,7 +315,7 @@ def open_run(
     folder = outputs.partial_path(out)
     outputs.refuse_other_work(folder, TrainingJob.FORMAT)
     with atomic.translate_os_errors(out), locks.lock_folder(folder):
-        run = UnfinishedRun(folder, _begin(folder, job, restart=restart), every)
+        run = UnfinishedRun(folder, *_begin(folder, job, restart=restart), every)
         try:
             yield run
         except TrainingError:
@@ -283,7 +323,7 @@ def open_run(
             outputs.remove_folder(folder / outputs.RESUME)
             raise
         except BaseException:
-            if not any(_steps_in(folder / name) for name in (CHECKPOINTS, outputs.RESUME)):
+            if not (_steps_in(folder / CHECKPOINTS) or _is_resumable(folder)):
                 outputs.cleanup(folder)
             raise
         outputs.commit(folder, out)
@@ -292,23 +332,34 @@ def open_run(
         (out / outputs.JOB).unlink()
 
 
-def _begin(folder: Path, job: TrainingJob, *, restart: bool) -> Checkpoint | None:
-    """Prepare a folder; return the checkpoint to resume from if it has one of the same run."""
+def _begin(
+    folder: Path, job: TrainingJob, *, restart: bool
+) -> tuple[list[Checkpoint], Checkpoint | None]:
+    """Prepare a folder; return the ended phases and the checkpoint of the same run in it."""
     path = folder / outputs.JOB
     found = read_job(path, TrainingJob, restart=restart)
-    saved = _steps_in(folder / outputs.RESUME)
+    phases = _numbered(folder / outputs.RESUME, "phase")
+    steps = _steps_in(phases[-1] if phases else folder / outputs.RESUME)
+    saved = [*phases[-1:], *steps]
     if found is not None and found != job and saved and not restart:
         raise OutputError(_difference(folder, found, job))
     if found == job and saved:
-        checkpoint = _newest(saved, restart=restart)
-        if checkpoint is not None:
-            for later in [*saved, *_steps_in(folder / CHECKPOINTS)]:
-                if _step_of(later) > checkpoint.step:
+        ended = [_newest([own], folder, restart=restart) for own in phases]
+        checkpoint = _newest(saved, folder, restart=restart)
+        if checkpoint is not None and None not in ended:
+            resumed = None if checkpoint.folder in phases else checkpoint
+            for later in [*steps, *([] if phases else _steps_in(folder / CHECKPOINTS))]:
+                if resumed is None or _number_of(later) > resumed.step:
                     outputs.remove_folder(later)
-            return checkpoint
+            return [own for own in ended if own], resumed
     outputs.empty_folder(folder)
     write_record(path, job)
-    return None
+    return [], None
+
+
+def _is_resumable(folder: Path) -> bool:
+    resume = folder / outputs.RESUME
+    return bool(_steps_in(resume) or _numbered(resume, "phase"))
 
 
 def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
@@ -328,11 +379,11 @@ def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
     )
 
 
-def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
+def _newest(saved: list[Path], run: Path, *, restart: bool) -> Checkpoint | None:
     """Read the newest intact checkpoint; SchemaError if there is none, unless `restart`."""
     for path, before in zip(reversed(saved), [*reversed(saved[:-1]), None], strict=True):
         try:
-            return _read(path)
+            return _read(path, run / LINES)
         except SchemaError as error:
             if before is None and not restart:
                 raise SchemaError(f"{error}; start again with --overwrite") from None
@@ -341,7 +392,7 @@ def _newest(saved: list[Path], *, restart: bool) -> Checkpoint | None:
     return None
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, lines: Path) -> Checkpoint:
     """Verify and read a checkpoint, and truncate the run's log to it; SchemaError if damaged."""
     try:
         sums = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -352,11 +403,11 @@ def _read(folder: Path) -> Checkpoint:
         if not path.is_file() or f"{atomic.sha256_file(path)}  {name}" not in sums:
             raise SchemaError(f"{path}: does not match its checksum in {SUMS}")
     state = read_state(folder / STATE)
-    lines, size = folder.parent.parent / LINES, state.pop("lines_bytes")
+    size, digest = state["lines"]["bytes"], state.pop("lines")["sha256"]
     if not lines.is_file() or lines.stat().st_size < size:
         raise SchemaError(f"{lines}: is shorter than when {folder} was saved")
     with lines.open("rb") as file:
-        if state.pop("lines_sha256") != sha256(file.read(size)).hexdigest():
+        if digest != sha256(file.read(size)).hexdigest():
             raise SchemaError(f"{lines}: was changed or is damaged since {folder} was saved")
     os.truncate(lines, size)
     return Checkpoint(folder, **state)
@@ -366,13 +417,17 @@ def _step_folder(parent: Path, step: int) -> Path:
     return parent / f"step-{step:06d}"
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _number_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _numbered(folder: Path, name: str) -> list[Path]:
+    found = [p for p in folder.glob(f"{name}-*") if p.name[len(name) + 1 :].isdecimal()]
+    return sorted(found, key=_number_of)
 
 
 def _steps_in(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
-    return sorted(found, key=_step_of)
+    return _numbered(folder, "step")
 
 
 def write_state(path: Path, values: Mapping[str, Any]) -> None:

@@ -82,6 +82,9 @@ class DataOptions(Config):
     val_split: str | None = Field(
         None, description="Validation split (default: val, or some of the training images)."
     )
+    refit: bool = Field(
+        True, description="Learn from the held-out pairs too once everything is chosen."
+    )
     captions: Literal["first", "sample", "all"] = Field(
         "first", description="Captions per image: its first, a random one per epoch, or all."
     )
@@ -125,6 +128,7 @@ class AdapterOptions(Config):
     rank: Count = Field(8, description="Rank of the low-rank update.")
     layers: Count = Field(2, description="Blocks of transformer.")
     dropout: Fraction = Field(0.3, description="Dropout in the residual branch.")
+    networks: Count = Field(1, description="Networks of different seeds, as parts of the adapter.")
 
     @property
     def kinds(self) -> dict[Modality, str]:
@@ -209,7 +213,7 @@ class OptimizerOptions(Config):
     panel: ClassVar[str] = "Optimization"
 
     steps: int | None = Field(
-        None, ge=0, description="Optimizer steps (default: 40 epochs, at least 200)."
+        None, ge=0, description="Optimizer steps (default: 20 epochs, at least 200)."
     )
     epochs: Positive | None = Field(
         None, description="Passes over the captioned training images, instead of --steps."

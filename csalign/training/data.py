@@ -35,18 +35,40 @@ Ints = npt.NDArray[np.int64]
 
 MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
 LEAST_TO_HOLD_OUT = 20  # captioned images
+FEW_IMAGES = 400  # captioned; of fewer, several hold-outs choose the closed form
+HOLD_OUTS = 5  # of few images
+LEAST_TO_REFIT = 0.02  # share of the captioned images that are held out; fewer add nothing
 MOST_TO_COMPARE = 20_000  # images, some seconds; csalign split compares more
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows of a training run."""
+    """Rows of a training run.
+
+    `rows` are those that it may learn from. `held_out` marks images among them that only a refit
+    learns from. `folds` are the hold-outs to choose a closed form by: none if `rows` contains
+    nothing held out; else `held_out`, of which `val` is all or a sample, and more of few images.
+    """
 
     features: FeatureSet  # the feature set
     split: str  # the split(s) of it that are trained on
-    rows: join.Pairs  # training rows
+    rows: join.Pairs
     val: join.PairedRows | None  # held out; None if none are, and outside of the main process
     unpaired: "Unpaired"  # rows that the distribution term uses besides
+    folds: tuple[join.Mask, ...] = ()  # each (n,)
+    refit_split: str | None = None  # the split(s) that a refit learns from; None without one
+    no_refit: str = ""  # why there is none
+
+    @property
+    def held_out(self) -> join.Mask | None:
+        """Mask of the images that are not trained on before a refit, (n,); None for none."""
+        return self.folds[0] if self.folds else None
+
+    @property
+    def trained(self) -> tuple[int, int]:
+        """Number of pairs and of images that are trained on before a refit."""
+        left = self.rows.caption_counts[slice(0) if self.held_out is None else self.held_out]
+        return self.rows.pairs - int(left.sum()), len(self.rows.images) - len(left)
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
@@ -78,27 +100,29 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
     there = features.splits()
     never_split = set(there) == {None}
     split = join.ALL if options.train_split == "train" and never_split else options.train_split
-    joined, held_out = _split(features, split, options.val_split, seed)
+    chosen = _split(features, split, options, seed)
     memory = available_bytes() // 2 if options.memory is None else options.memory * MIB
     next_to_run = next(folder for folder in out.resolve().parents if folder.is_dir())
     budget = MemoryBudget(memory, Path(os.environ.get("TMPDIR") or next_to_run))
-    rows, val = load_training(features, joined, held_out, budget, with_keys=options.caption_weights)
+    validated = chosen.val if distributed.is_main_process() else None
+    with_keys = options.caption_weights
+    rows, val = load_training(features, chosen.rows, validated, budget, with_keys=with_keys)
     if distributed.is_main_process():
         warn_of_rows(features)
         warn_of_repeats(rows, rows.name)
     if any(isinstance(side, MappedRows) for side in (rows.images, rows.texts)):
         log.info("%s: larger than the memory, read from a file in %s", rows.name, budget.folder)
     unpaired = gather_unpaired(rows, options.unpaired, split, budget)
-    return TrainingData(features, split, rows, val, unpaired)
+    return TrainingData(features, split, rows, val, unpaired, *chosen[2:])
 
 
 def announce_rows(data: TrainingData) -> None:
     """Log what is trained and validated on, and whether a test split is missing."""
     rows, val, features = data.rows, data.val, data.features
-    log.info("training on %s: %s", _counted(rows), rows.name)
+    log.info("training on %s: %s", _counted(*data.trained), rows.name)
     if val is not None:
         source = "held out from these images" if val.name == rows.name else val.name
-        log.info("validating on %s: %s", _counted(val), source)
+        log.info("validating on %s: %s", _counted(val.pairs, len(val.images)), source)
     if "test" not in features.splits():
         log.info(
             "no test split; to measure the run on rows it has not seen, hold one out first with "
@@ -108,27 +132,40 @@ def announce_rows(data: TrainingData) -> None:
         )
 
 
-def _counted(rows: join.Pairs | join.PairedRows) -> str:
-    return f"{rows.pairs:,} pairs of {len(rows.images):,} images"
+def _counted(pairs: int, images: int) -> str:
+    return f"{pairs:,} pairs of {images:,} images"
 
 
-def _split(
-    features: FeatureSet, split: str, val_split: str | None, seed: int
-) -> tuple[join.Joined, join.Joined | None]:
-    """Join the rows to train on and those to validate on, which only the main process gets."""
+class _Split(NamedTuple):
+    """Rows to learn from and to validate on; see `TrainingData`."""
+
+    rows: join.Joined
+    val: join.Joined | None
+    folds: tuple[join.Mask, ...]
+    refit_split: str | None
+    no_refit: str
+
+
+def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) -> _Split:
+    """Join the rows to learn from and those to validate on."""
+    val_split = options.val_split
     there = features.splits()
     trained = join.split_names(split, there)
     if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
     joined = join.join_pairs(features, split)
     if val_split is None:
-        joined, held_out = hold_out(features, joined, seed)
-        if held_out is None and distributed.is_main_process():
-            log.warning(
-                "%s: too few pairs to hold some out, so there is no validation and the last "
-                "weights are saved",
-                joined.name,
-            )
+        folds = hold_out(features, joined, seed)
+        if not folds:
+            if distributed.is_main_process():
+                log.warning(
+                    "%s: too few pairs to hold some out, so there is no validation and the last "
+                    "weights are saved",
+                    joined.name,
+                )
+            return _Split(joined, None, (), None, "all pairs are trained on already")
+        val = others = joined.take_images(folds[0])
+        total = int(np.count_nonzero(joined.caption_counts))
     else:
         both = trained & join.split_names(val_split, there)
         if both:
@@ -137,41 +174,60 @@ def _split(
                 "both trained and validated on; name other splits with --train-split and "
                 "--val-split"
             )
-        held_out = subsample(join.join_pairs(features, val_split), seed)
-    return joined, held_out if distributed.is_main_process() else None
+        others = join.join_pairs(features, val_split)
+        val, folds = subsample(others, seed), ()
+        total = sum(int(np.count_nonzero(own.caption_counts)) for own in (joined, others))
+    held_out = np.count_nonzero(others.caption_counts)
+    no_refit = "" if options.refit else "--no-refit"
+    if options.refit and held_out < LEAST_TO_REFIT * total:
+        no_refit = f"the {held_out:,} images held out are few beside all {total:,}"
+    if val_split is None and (len(folds) > 1 or not no_refit):
+        # An image without a caption that is held out as a near-duplicate is nothing to learn from.
+        keep = ~folds[0] | (joined.caption_counts > 0)
+        joined = joined.take_images(keep, unpaired_texts=True)
+        folds = tuple(fold[keep] for fold in folds)
+    elif val_split is None:
+        joined, folds = joined.take_images(~folds[0], unpaired_texts=True), ()
+    elif not no_refit:
+        joined, added = joined.add(others)
+        folds, split = (added,), f"{split},{val_split}"
+    return _Split(joined, val, folds, None if no_refit else split, no_refit)
 
 
-def hold_out(
-    features: FeatureSet, rows: join.Joined, seed: int
-) -> tuple[join.Joined, join.Joined | None]:
+def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[join.Mask, ...]:
     """Hold out some of the captioned images: 10 % (100 to 1,000), or 25 % of fewer than 400.
 
     Images that share a caption are on one side, and so are near-duplicates, unless there are more
     than `MOST_TO_COMPARE` images.
 
     Returns:
-        The rest, and the held-out rows; None if fewer than 20 images have captions.
+        A mask of the held-out images, (n,), or of fewer than 400 several hold-outs, of this seed
+        and the next ones; none if fewer than 20 images have captions.
     """
     is_captioned = rows.caption_counts > 0
     n = int(is_captioned.sum())
     if n < LEAST_TO_HOLD_OUT:
-        return rows, None
+        return ()
     count = min(n // 4, max(100, min(1_000, n // 10)))
-    held_out = np.zeros(rows.n_images, np.bool_)
+    folds = np.zeros((HOLD_OUTS if n < FEW_IMAGES else 1, rows.n_images), np.bool_)
     if distributed.is_main_process():
         near = len(features.images) <= MOST_TO_COMPARE
         grouped = group_images(features, rows, near=near)
-        everything = np.ones_like(held_out)
-        held_out = grouped.place(everything, is_captioned, {"val": count}, seed) > 0
-        if 2 * (held_out & is_captioned).sum() < count:
+        everything = np.ones_like(is_captioned)
+        for number, fold in enumerate(folds):
+            fold[:] = grouped.place(everything, is_captioned, {"val": count}, seed + number) > 0
+        alike = [2 * (fold & is_captioned).sum() < count for fold in folds]
+        if any(alike):
             log.warning(
                 "%s: most images are near-duplicates or share captions, so images that are held "
                 "out for validation may be like images to train on",
                 rows.name,
             )
-            held_out = _mark(rows.n_images, np.flatnonzero(is_captioned), count, seed)
-    distributed.broadcast_array(held_out)
-    return rows.take_images(~held_out, unpaired_texts=True), rows.take_images(held_out)
+        for number in np.flatnonzero(alike):
+            captioned = np.flatnonzero(is_captioned)
+            folds[number] = _mark(rows.n_images, captioned, count, seed + int(number))
+    distributed.broadcast_array(folds)
+    return tuple(folds)
 
 
 def subsample(rows: join.Joined, seed: int) -> join.Joined:
@@ -379,7 +435,7 @@ class Score(NamedTuple):
         return self.mean_recall, self.mrr, -self.centroid_distance
 
 
-def validate(adapter: Adapter, rows: join.PairedRows, features: FeatureSet | None = None) -> Score:
+def validate(adapter: Adapter, rows: join.Pairs, features: FeatureSet | None = None) -> Score:
     """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
     with reported_to(silent):  # part of a phase that counts something else
         images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)

@@ -129,6 +129,25 @@ def fit_setting(
     return start.adapter, start.matches
 
 
+def fit_named(
+    name: str,
+    options: AdapterOptions,
+    rows: Pairs,
+    sampler: PairSampler,
+    token_widths: Mapping[Modality, int],
+    seed: int,
+) -> Adapter:
+    """Fit the closed form of a name on other pairs; see `initialize`."""
+    builder = _Builder(options, rows, sampler, token_widths, seed)
+    if name == "random":
+        return builder.build(None, (False, False))
+    _, candidates = builder.candidates(RIDGES, POWERS)
+    form, roots = next(own for own in candidates if own[0].name == name)
+    adapter = builder.build(len(form.image_weight), roots)
+    adapter.start_from(form)
+    return adapter
+
+
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:
     """Load the adapters of a checkpoint, and the name of their initialization."""
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,32 @@ from csalign.training.sampler import Batch, BatchLoader, PairSampler
 
 log = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 40
+DEFAULT_EPOCHS = 20
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 PATIENCE = 10  # validations
 ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Log = Callable[[dict[str, Any]], None]
+
+
+class Phase(NamedTuple):
+    """Training of one network. The first is validated, further ones repeat its best steps.
+
+    Attributes:
+        number: from 0; it is added to the seed.
+        what: what is shown of it.
+        steps: of the learning rate's schedule; None for those of the options.
+        last: the step to stop at; None for all.
+    """
+
+    number: int = 0
+    what: str = "training"
+    steps: int | None = None
+    last: int | None = None
+
+
+FIRST = Phase()
 
 
 class Trainer:
@@ -54,10 +73,12 @@ class Trainer:
         captions: use of captions.
         device: where to compute, as in ``--device``.
         seed: of everything random.
+        phase: which network of the run this is.
 
     Attributes:
         loss: of a batch.
-        steps: optimizer steps to make.
+        steps: optimizer steps of the schedule.
+        last: optimizer steps to make.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
         start_score: validation of the initialization, None without validation.
@@ -77,7 +98,9 @@ class Trainer:
         captions: str,
         device: str,
         seed: int,
+        phase: Phase = FIRST,
     ) -> None:
+        seed += phase.number
         rows = 0 if options.steps == 0 else min(options.batch_size, len(sampler))
         check_terms(objective, captions=captions, rows=rows)
         self.device = pick_device(device)
@@ -101,14 +124,19 @@ class Trainer:
         epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * per_epoch)
         default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
         self.steps = default if options.steps is None else options.steps
+        if phase.steps is not None:
+            self.steps = phase.steps
+        self.last = self.steps if phase.last is None else phase.last
+        self._what = f"{phase.what}: step"
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
         self.best_score: Score | None = None
         self.can_be_saved = False
         self._options, self._objective, self._seed = options, objective, seed
-        self._val, self._token_features = data.val, tokens.features if tokens else None
+        val = self._val = None if phase.number else data.val
+        self._token_features = tokens.features if tokens else None
         self._held_out = distributed.broadcast(
-            lambda: 0 if data.val is None else int((data.val.caption_counts > 0).sum())
+            lambda: 0 if val is None else int((val.caption_counts > 0).sum())
         )
         self._validated: int | None = None
         self._score: Score | None = None  # of the latest validation
@@ -152,7 +180,7 @@ class Trainer:
             TrainingError: a term of the loss, or the gradient, is not finite.
             Stopped: one of several processes got a signal; all have made the same steps.
         """
-        tick("training: step", self.step, self.steps)
+        tick(self._what, self.step, self.last)
         every = max(1, round(self.steps / self._options.validations))
         with ExitStack() as stack:
             devices = [self.device] if self.device.type == "cuda" else []
@@ -160,15 +188,15 @@ class Trainer:
             if self._options.compile:  # train uncompiled if there is no compiler
                 stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
             while True:
-                is_due = self.step % every == 0 or self.step == self.steps
+                is_due = self.step % every == 0 or self.step == self.last
                 validates = is_due and self.step != self._validated and self._held_out > 0
                 if validates:
                     self._run_validation(log_line)
                 self.can_be_saved = self.step > 0
-                tick("training: step", self.step, self.steps)
+                tick(self._what, self.step, self.last)
                 show_figures(self._shown_figures(), notable=validates)
                 yield validates
-                if self.step == self.steps or self._stops_early():
+                if self.step == self.last or self._stops_early():
                     break
                 with self._consistent():
                     self._train_step(next(self._loader), log_line)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,13 @@ MAX_ROWS = 20_000  # per side, paired and unpaired each; a covariance needs no m
 TOLERANCE = 0.0025  # of mean recall on validation
 
 
+class Matched(NamedTuple):
+    """A match that was applied: the score after it, and whether covariances were matched too."""
+
+    score: Score
+    covariances: bool
+
+
 def match_outputs(
     adapter: Adapter,
     data: TrainingData,
@@ -30,7 +38,7 @@ def match_outputs(
     *,
     once: bool,
     seed: int,
-) -> Score | None:
+) -> Matched | None:
     """Match both sides' outputs over all rows, if that narrows the gap on validation.
 
     It is applied if it costs at most 0.25 points of recall, less than a few hundred pairs can
@@ -50,32 +58,19 @@ def match_outputs(
         seed: of the sampled rows.
 
     Returns:
-        The score after the match; None if nothing was changed.
+        What was applied; None if nothing was changed.
     """
     unpaired = data.unpaired
     if data.val is None or before is None or not any(unpaired.count(side) for side in Modality):
         return None
-    tick("matching")
-    counts = adapter.parameter_counts()
-    trained = [side for side in Modality if counts[side.value]]
+    trained = _trained_sides(adapter)
     if not all(adapter.side(side).accepts_output_map for side in trained):
         log.info("unpaired rows: the outputs of these adapters cannot be matched")
         return None
-    rng = np.random.default_rng(seed)
-    outputs = []
-    for side in Modality:
-        known, weights = _paired_rows(side, data.rows, sampler, once=once, rng=rng)
-        others = unpaired.take(side, _at_most(MAX_ROWS, unpaired.count(side), rng))
-        if side is Modality.TEXT and once:
-            others = np.unique(others, axis=0)
-        outputs.append(_outputs(adapter.side(side), known, weights, others, side not in trained))
+    outputs = _all_outputs(adapter, data, sampler, once=once, seed=seed)
     for covariances in (True, False):
         matched = copy.deepcopy(adapter)
-        changes = match_moments(*outputs, covariances=covariances)
-        for side, change in zip(Modality, changes, strict=True):
-            if side in trained:
-                device = adapter.side(side).mean.device
-                matched.side(side).then(change.weight.to(device), change.bias.to(device))
+        _apply_match(matched, outputs, covariances=covariances)
         score = validate(matched, data.val)
         what = "means and covariances" if covariances else "means"
         log.info(
@@ -90,9 +85,52 @@ def match_outputs(
         is_closer = score.centroid_distance < before.centroid_distance
         if is_closer and score.mean_recall >= before.mean_recall - TOLERANCE:
             adapter.load_state_dict(matched.state_dict())
-            return score
+            return Matched(score, covariances)
     log.info("no matching is applied: it would cost recall or widen the gap")
     return None
+
+
+def match_again(
+    adapter: Adapter,
+    data: TrainingData,
+    sampler: PairSampler,
+    *,
+    covariances: bool,
+    once: bool,
+    seed: int,
+) -> None:
+    """Match the outputs of an adapter fitted on all pairs as those of the one before it were."""
+    outputs = _all_outputs(adapter, data, sampler, once=once, seed=seed)
+    _apply_match(adapter, outputs, covariances=covariances)
+
+
+def _trained_sides(adapter: Adapter) -> list[Modality]:
+    counts = adapter.parameter_counts()
+    return [side for side in Modality if counts[side.value]]
+
+
+def _all_outputs(
+    adapter: Adapter, data: TrainingData, sampler: PairSampler, *, once: bool, seed: int
+) -> list[Outputs]:
+    """Map the paired and unpaired rows of both sides."""
+    tick("matching")
+    rng, unpaired, trained = np.random.default_rng(seed), data.unpaired, _trained_sides(adapter)
+    outputs = []
+    for side in Modality:
+        known, weights = _paired_rows(side, data.rows, sampler, once=once, rng=rng)
+        others = unpaired.take(side, _at_most(MAX_ROWS, unpaired.count(side), rng))
+        if side is Modality.TEXT and once:
+            others = np.unique(others, axis=0)
+        outputs.append(_outputs(adapter.side(side), known, weights, others, side not in trained))
+    return outputs
+
+
+def _apply_match(adapter: Adapter, outputs: list[Outputs], *, covariances: bool) -> None:
+    changes = match_moments(*outputs, covariances=covariances)
+    for side, change in zip(Modality, changes, strict=True):
+        if side in _trained_sides(adapter):
+            device = adapter.side(side).mean.device
+            adapter.side(side).then(change.weight.to(device), change.bias.to(device))
 
 
 def _at_most(most: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

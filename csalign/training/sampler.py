@@ -15,7 +15,7 @@ from csalign.adapters.side import to_tensor
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.features.join import Pairs, compact
+from csalign.features.join import Mask, Pairs, compact
 from csalign.features.streaming import MIB
 from csalign.features.tokens import Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
@@ -66,6 +66,7 @@ def order_for(
     rows: Pairs,
     tokens: StoredTokens | None = None,
     *,
+    leave_out: Mask | None = None,
     window_bytes: int = WINDOW_BYTES,
     block_bytes: int = BLOCK_BYTES,
 ) -> Order:
@@ -78,15 +79,18 @@ def order_for(
     Args:
         rows: training rows.
         tokens: to train with, None without any.
+        leave_out: (n,) images that are not trained on.
         window_bytes: of embeddings that are shuffled together.
         block_bytes: of embeddings that are stored together.
 
     Raises:
         ConfigError: the token cache is too small for a row group of each side.
     """
-    images = int((rows.caption_counts > 0).sum())
-    sides = (rows.images, rows.texts)
-    total = sum(len(side) * side.shape[1] * int(side.dtype.itemsize) for side in sides)
+    out = slice(0) if leave_out is None else leave_out
+    left = rows.caption_counts[out]
+    images = int((rows.caption_counts > 0).sum() - (left > 0).sum())
+    sides = ((rows.images, len(left)), (rows.texts, int(left.sum())))
+    total = sum((len(x) - n) * x.shape[1] * int(x.dtype.itemsize) for x, n in sides)
     size = max(1, -(-total // max(1, images)))  # bytes per captioned image, with its captions
     if tokens is not None and tokens.bytes > (budget := tokens.cache.budget):
         groups = [[group.bytes for group in source.groups] for source in tokens.sources.values()]
@@ -116,15 +120,27 @@ class PairSampler:
         once: count a caption that f images share once: in the closed form its pairs weigh 1 / f,
             and an epoch contains one of them.
         order: of the images in an epoch.
+        leave_out: (n,) images that are omitted with their captions.
     """
 
     def __init__(
-        self, rows: Pairs, captions: str, *, other_weight: float, once: bool, order: Order = uniform
+        self,
+        rows: Pairs,
+        captions: str,
+        *,
+        other_weight: float,
+        once: bool,
+        order: Order = uniform,
+        leave_out: Mask | None = None,
     ) -> None:
-        self._images = compact(np.flatnonzero(rows.caption_counts))
-        self._counts = rows.caption_counts[self._images]
+        counts, texts = rows.caption_counts, rows.texts_by_image
+        if leave_out is not None:
+            counts = np.where(leave_out, 0, counts)
+            texts = texts[~leave_out[rows.text_image[texts]]]
+        self._images = compact(np.flatnonzero(counts))
+        self._counts = counts[self._images]
         # Row of the j-th caption of the i-th image: _texts[_starts[i] + j].
-        self._texts = rows.texts_by_image
+        self._texts = texts
         self._starts = compact(np.cumsum(self._counts) - self._counts)
         self._owners = rows.text_image
         self._captions = captions
@@ -204,15 +220,23 @@ class PairSampler:
 
 
 def make_sampler(
-    options: DataOptions, other_weight: float, rows: Pairs, tokens: StoredTokens | None
+    options: DataOptions,
+    other_weight: float,
+    rows: Pairs,
+    tokens: StoredTokens | None,
+    leave_out: Mask | None = None,
 ) -> PairSampler:
-    """Build the sampler of training rows, in an order that suits where they are read from."""
+    """Build the sampler of training rows, in an order that suits where they are read from.
+
+    The images of `leave_out` (n,) are omitted.
+    """
     return PairSampler(
         rows,
         options.captions,
         other_weight=other_weight,
         once=options.caption_weights,
-        order=order_for(rows, tokens),
+        order=order_for(rows, tokens, leave_out=leave_out),
+        leave_out=leave_out,
     )
 
 

@@ -1,13 +1,16 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
+from csalign.core.enums import Modality
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
-from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
+from csalign.training.checkpoints import TrainingJob, UnfinishedRun, check_run_folder, open_run
 from csalign.training.config import (
     AdapterOptions,
     DataOptions,
@@ -16,11 +19,19 @@ from csalign.training.config import (
     TokenOptions,
     TrainConfig,
 )
-from csalign.training.data import StoredTokens, TrainingData, announce_rows, load_data, open_tokens
-from csalign.training.initialization import initialize, load_initialized
+from csalign.training.data import (
+    Score,
+    StoredTokens,
+    TrainingData,
+    announce_rows,
+    load_data,
+    open_tokens,
+    validate,
+)
+from csalign.training.initialization import fit_named, initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
-from csalign.training.loop import Trainer, follow
-from csalign.training.moment_matching import match_outputs
+from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
+from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
 
 log = logging.getLogger(__name__)
@@ -60,82 +71,236 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             check_run_folder(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
-        options, other_weight = config.group(DataOptions), config.other_captions
-        sampler = make_sampler(options, other_weight, data.rows, tokens)
-        if distributed.is_main_process():
-            return _train(config, data, tokens, sampler)
-        return _follow(config, data, tokens, sampler)
+        work = _Work(config, data, tokens)
+        return _train(work) if distributed.is_main_process() else _follow(work)
 
 
-def _train(
-    config: TrainConfig, data: TrainingData, tokens: StoredTokens | None, sampler: PairSampler
-) -> TrainResult:
+@dataclass(frozen=True)
+class _Work:
+    """What all processes of a job train from."""
+
+    config: TrainConfig
+    data: TrainingData
+    tokens: StoredTokens | None
+    _samplers: dict[bool, PairSampler] = field(default_factory=dict)
+
+    def sampler(self, phase: Phase) -> PairSampler:
+        """Return the sampler of the pairs that a phase learns from."""
+        refits = phase.number > 0 and self.data.refit_split is not None
+        if refits not in self._samplers:
+            self._samplers[refits] = make_sampler(
+                self.config.group(DataOptions),
+                self.config.other_captions,
+                self.data.rows,
+                self.tokens,
+                None if refits else self.data.held_out,
+            )
+        return self._samplers[refits]
+
+    def trainer(self, phase: Phase, adapter: Adapter) -> Trainer:
+        """Build the trainer of a phase."""
+        sampler = self.sampler(phase)
+        return build_trainer(self.config, self.data, self.tokens, sampler, adapter, phase)
+
+
+class _Decided(NamedTuple):
+    """What the first phase has decided, as JSON values."""
+
+    start: str  # name of the closed form
+    steps: int  # of the schedule
+    made: int  # steps
+    best: int  # step
+    scores: dict[str, dict[str, float]]
+    covariances: bool | None = None  # whether they were matched besides means; None for no match
+
+
+def _train(work: _Work) -> TrainResult:
     """Train, validate and write, in the main process."""
+    config, data = work.config, work.data
     options = config.model_dump(mode="json", exclude_none=True)
     job = TrainingJob.of(config.model_dump(mode="json"), data.features, config.unpaired)
     with open_run(config.out, job, restart=config.overwrite, every=config.save_every) as run:
-        if run.resumed is None:
-            groups = config.group(AdapterOptions)
-            widths = tokens.widths if tokens else {}
+        if not run.ended and run.resumed is None:
             announce_rows(data)
-            found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
-            adapter, start = found.adapter, found.name
-            log.info("%s", found.summary)
-        else:
-            adapter, start = load_initialized(run.resumed.folder, config.kinds)
-        state = run.resumed and run.resumed.trainer
-        distributed.broadcast(lambda: (adapter.shapes, adapter.state_dict(), state))
-        tick("preparing")
-        trainer = build_trainer(config, data, tokens, sampler, adapter)
-        run.begin(trainer, data, start, config=config.to_toml(), seed=config.seed)
-        pairs = min(config.batch_size, len(sampler))
-        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
-        logs = open_logs(config.log_to or (), run.path, config.out.name, options, trainer.step)
+        step = run.resumed.step if run.resumed is not None and not run.ended else 0
+        logs = open_logs(config.log_to or (), run.path, config.out.name, options, step)
         with logs as log_line, run.saved_when_stopped():
-            for validated in trainer.fit(log_line):
-                if validated and trainer.step:
-                    run.keep()
-                if run.is_due(trainer.step):
-                    run.save()
-            scores = {"start": trainer.start_score, "kept": trainer.best_score}
-            if config.match_moments:
-                once, best = config.caption_weights, trainer.best_score
-                matched = match_outputs(adapter, data, sampler, best, once=once, seed=config.seed)
-                if matched is not None:
-                    scores["matched"] = matched
-                    figures = {"validation": matched._asdict(), "matched": True}
-                    # Weights & Biases ignores a step before its last one.
-                    log_line({"step": trainer.steps_made, **figures})
-        validation = {name: score._asdict() for name, score in scores.items() if score}
+            ended = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
+            decided = _Decided(**run.ended[0].state) if ended else None
+            setting = run.ended[0].setting if ended else None
+            if decided is None:
+                adapter, decided, setting = _train_first(work, run, log_line)
+                ended.append(adapter)
+            further = _further_phases(work, decided)
+            for phase in further[len(ended) - 1 :]:
+                if phase.number > len(run.ended):
+                    run.end_phase(decided._asdict())
+                ended.append(_train_further(work, run, phase, decided, setting))
+            distributed.broadcast(lambda: None)  # no further phase
+            measured = ended[0]
+            adapter = _assemble(ended[1:] if data.refit_split else ended)
+            sampler = work.sampler(Phase(len(ended) - 1))
+            once, seed = config.caption_weights, config.seed
+            if data.refit_split is None:
+                if len(ended) > 1 and data.val is not None:
+                    decided.scores["kept"] = validate(adapter, data.val)._asdict()
+                measured = adapter
+                decided = _match(work, adapter, decided, log_line)
+            elif decided.covariances is not None:
+                how = decided.covariances
+                match_again(adapter, data, sampler, covariances=how, once=once, seed=seed)
+            refit = _word_refit(data, config.networks if decided.best else 1)
+            log.info("%s", refit)
+            if len(ended) > 1:
+                learned = data.rows.pairs if data.refit_split else data.trained[0]
+                log_line({"step": decided.made, "refit": {"pairs": learned, "steps": decided.best}})
         tick("saving")
-        seconds = run.finish([*validation.values()][-1] if validation else None)
+        seconds = run.finish(adapter, [*decided.scores.values()][-1] if decided.scores else None)
     if config.report is not None:
-        write_page(config, config.out, adapter, data, config.seed)
+        write_page(config, config.out, measured, data, config.seed)
     result = TrainResult(
         run=config.out,
-        steps=trainer.steps_made,
-        best_step=trainer.step,
-        start=start,
-        pairs={"train": data.rows.pairs, "validation": data.val.pairs if data.val else 0},
+        steps=decided.made,
+        best_step=decided.best,
+        start=decided.start,
+        pairs={"train": data.trained[0], "validation": data.val.pairs if data.val else 0},
         parameters=adapter.parameter_counts(),
-        validation=validation,
+        validation=decided.scores,
         seconds=seconds,
         names=data.features.manifest.names,
+        refit=refit,
     )
     return distributed.broadcast(lambda: result)
 
 
-def _follow(
-    config: TrainConfig, data: TrainingData, tokens: StoredTokens | None, sampler: PairSampler
-) -> TrainResult:
+def _train_first(work: _Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, _Decided, Any]:
+    """Choose a closed form, train from it, and keep the weights that do best on validation.
+
+    Returns:
+        The adapter, what was decided, and the setting of its start.
+    """
+    config, data, sampler = work.config, work.data, work.sampler(FIRST)
+    if run.resumed is None:
+        groups, widths = config.group(AdapterOptions), work.tokens.widths if work.tokens else {}
+        found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+        adapter, start, setting = found.adapter, found.name, found.name
+        log.info("%s", found.summary)
+    else:
+        adapter, start = load_initialized(run.resumed.folder, config.kinds)
+        setting = run.resumed.setting
+    trainer = _run_phase(work, run, FIRST, adapter, (start, setting), log_line)
+    scores = {"start": trainer.start_score, "kept": trainer.best_score}
+    found_scores = {name: score._asdict() for name, score in scores.items() if score}
+    decided = _Decided(start, trainer.steps, trainer.steps_made, trainer.step, found_scores)
+    if data.refit_split is not None:
+        decided = _match(work, adapter, decided, log_line)
+    return adapter, decided, setting
+
+
+def _train_further(
+    work: _Work, run: UnfinishedRun, phase: Phase, decided: _Decided, setting: Any
+) -> Adapter:
+    """Train another network from the same closed form, for as many steps as did best."""
+    if run.resumed is None:
+        options = work.config.group(AdapterOptions)
+        widths, seed = work.tokens.widths if work.tokens else {}, work.config.seed + phase.number
+        adapter = _fit_start(setting, options, work.data, work.sampler(phase), widths, seed)
+    else:
+        adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
+    _run_phase(work, run, phase, adapter, (decided.start, setting), lambda line: None)
+    return adapter
+
+
+def _run_phase(
+    work: _Work,
+    run: UnfinishedRun,
+    phase: Phase,
+    adapter: Adapter,
+    start: tuple[str, Any],
+    log_line: Log,
+) -> Trainer:
+    """Train one network in all processes, and save checkpoints."""
+    config, state = work.config, run.resumed and run.resumed.state
+    distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
+    tick("preparing")
+    trainer = work.trainer(phase, adapter)
+    run.begin(trainer, work.data, *start, config=config.to_toml(), seed=config.seed)
+    if not phase.number:
+        pairs = min(config.batch_size, len(work.sampler(phase)))
+        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
+    for validated in trainer.fit(log_line):
+        if validated and trainer.step:
+            run.keep()
+        if run.is_due(trainer.step):
+            run.save()
+    return trainer
+
+
+def _further_phases(work: _Work, decided: _Decided) -> list[Phase]:
+    """List the networks to train after the first, which is not kept if there is a refit."""
+    refits = work.data.refit_split is not None
+    count = work.config.networks - (not refits)
+    if not decided.best:  # closed forms of all seeds are the same
+        count = min(count, refits)
+    what = "refitting" if refits else "training another network"
+    return [Phase(n, what, decided.steps, decided.best) for n in range(1, count + 1)]
+
+
+def _match(work: _Work, adapter: Adapter, decided: _Decided, log_line: Log) -> _Decided:
+    """Match the moments of an adapter that was not trained on the validation rows."""
+    config, data = work.config, work.data
+    if not config.match_moments or "kept" not in decided.scores:
+        return decided
+    before, once = Score(**decided.scores["kept"]), config.caption_weights
+    sampler = work.sampler(FIRST)
+    matched = match_outputs(adapter, data, sampler, before, once=once, seed=config.seed)
+    if matched is None:
+        return decided
+    figures = matched.score._asdict()
+    # Weights & Biases ignores a step before its last one.
+    log_line({"step": decided.made, "validation": figures, "matched": True})
+    scores = {**decided.scores, "matched": figures}
+    return decided._replace(scores=scores, covariances=matched.covariances)
+
+
+def _fit_start(
+    setting: Any,
+    options: AdapterOptions,
+    data: TrainingData,
+    sampler: PairSampler,
+    widths: Mapping[Modality, int],
+    seed: int,
+) -> Adapter:
+    """Fit the closed form that was chosen on the pairs of a sampler."""
+    tick("refitting: closed form")
+    return fit_named(setting, options, data.rows, sampler, widths, seed)
+
+
+def _assemble(networks: list[Adapter]) -> Adapter:
+    """Put networks together."""
+    return networks[-1]
+
+
+def _word_refit(data: TrainingData, networks: int) -> str:
+    """Say whether the held-out pairs were learned from."""
+    if data.refit_split is None:
+        return f"not refitted: {data.no_refit}"
+    pairs = data.rows.pairs
+    held_out = f"the {pairs - data.trained[0]:,} held out included"
+    several = f"{networks} networks " if networks > 1 else ""
+    return f"{several}refitted on all {pairs:,} pairs, {held_out}; the figures are those before it"
+
+
+def _follow(work: _Work) -> TrainResult:
     """Take the same steps as the main process; write nothing."""
-    shapes, weights, state = distributed.broadcast(_nothing)
-    adapter = Adapter(shapes, allow=set(config.kinds.values()))
-    adapter.load_state_dict(weights)
-    trainer = build_trainer(config, data, tokens, sampler, adapter)
-    if state is not None:
-        trainer.load_state_dict(state)
-    follow(trainer)
+    while (phase := distributed.broadcast(_nothing)) is not None:
+        phase, shapes, weights, state = phase
+        adapter = Adapter(shapes, allow=set(work.config.kinds.values()))
+        adapter.load_state_dict(weights)
+        trainer = work.trainer(phase, adapter)
+        if state is not None:
+            trainer.load_state_dict(state)
+        follow(trainer)
     result: TrainResult = distributed.broadcast(_nothing)
     return result
 
@@ -162,6 +327,7 @@ def build_trainer(
     tokens: StoredTokens | None,
     sampler: PairSampler,
     adapter: Adapter,
+    phase: Phase = FIRST,
 ) -> Trainer:
     """Build a trainer of the adapter."""
     return Trainer(
@@ -174,4 +340,5 @@ def build_trainer(
         captions=config.captions,
         device=config.device,
         seed=config.seed,
+        phase=phase,
     )

@@ -464,8 +464,11 @@ def test_a_folder_in_use_or_not_of_csalign_is_left_alone(make: Make) -> None:
 def test_training_holds_out_whole_groups(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     features = FeatureSet.open(make())
     for seed in range(3):
-        _, rows = hold_out(features, join_ids(features, ALL), seed)
-        assert rows is not None
+        joined = join_ids(features, ALL)
+        folds = hold_out(features, joined, seed)
+        assert [int(fold.sum()) for fold in folds] == [75] * 5
+        assert len({fold.tobytes() for fold in folds}) == 5
+        rows = joined.take_images(folds[seed])
         held_out: dict[str, set[int]] = {"image": set(), "alone": set()}
         for name in features.images.column("id", rows.image_rows).to_pylist():
             held_out[name.split("-")[0]].add(int(name.split("-")[1]))
@@ -477,9 +480,7 @@ def test_training_holds_out_whole_groups(make: Make, caplog: pytest.LogCaptureFi
     assert "most images" not in caplog.text
 
     same = FeatureSet.open(make("same", images=np.ones((N, WIDTH))))
-    _, rows = hold_out(same, join_ids(same, ALL), 0)
-    assert rows is not None
-    assert rows.n_images == 75
+    assert [int(fold.sum()) for fold in hold_out(same, join_ids(same, ALL), 0)] == [75] * 5
     assert "most images are near-duplicates or share captions" in caplog.text
 
 

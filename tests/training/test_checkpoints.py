@@ -372,7 +372,7 @@ def test_a_state_of_something_else_with_right_checksums_is_refused(
     out = tmp_path / "run"
     stop(mixed, out, 8)
     state = states(out)[-1]
-    values = {**read_state(state / "state.safetensors"), "trainer": {"step": 8}}
+    values = {**read_state(state / "state.safetensors"), "state": {"step": 8}}
     write_state(state / "state.safetensors", values)
     names = ("adapter.json", "adapter.safetensors", "state.safetensors")
     sums = [f"{atomic.sha256_file(state / name)}  {name}\n" for name in names]
@@ -420,7 +420,7 @@ def test_a_checkpoint_is_saved_once_per_minute(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    run = UnfinishedRun(tmp_path, None, None)
+    run = UnfinishedRun(tmp_path, [], None, None)
 
     assert not run.is_due(1)
     now += SECONDS_BETWEEN + 1

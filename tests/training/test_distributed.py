@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from csalign.core.errors import Stopped
 from csalign.core.progress import CALL_KEYS
@@ -33,7 +34,7 @@ QUICK = {"steps": 12, "hidden": 16, "validations": 3, "patience": 99, "noise": 0
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"steps": 30},
     "scale": {"learn_scale": True, "sub_batch": 50, "unpaired_negatives": True, "batch_size": 130},
-    "sigmoid": {"pairwise": "sigmoid", "captions": "all", "bandwidth": (0.5, 1.0)},
+    "sigmoid": {"pairwise": "sigmoid", "captions": "all", "networks": 2, "bandwidth": (0.5, 1.0)},
     "mixed": {"mixing": 0.5, "divergence": "gaussian-kl", "adapter": "transformer", "layers": 1},
     "auto": {"cs_weight": "auto", "average": 0.9, "divergence": "mmd", "memory": 0},
 }
@@ -279,6 +280,9 @@ def test_losses_are_those_of_one_process(alone: Path, several: Several, name: st
     assert len(expected["loss"]) == options_of(name)["steps"]
     for term, values in expected.items():
         np.testing.assert_allclose(found[term], values, rtol=CLOSE, atol=CLOSE, err_msg=term)
+    for key, values in load_file(alone / name / "adapter.safetensors").items():  # of all pairs
+        refitted = load_file(several.out / name / "adapter.safetensors")[key]
+        np.testing.assert_allclose(refitted, values, atol=1e-3, err_msg=key)
 
 
 def test_gradients_of_a_divided_objective_are_those_of_the_whole(several: Several) -> None:

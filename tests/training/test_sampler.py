@@ -1,10 +1,12 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from csalign.core.enums import Modality
 from csalign.features.join import PairedRows
 from csalign.training.sampler import BatchRows, PairSampler
 
@@ -138,3 +140,51 @@ def test_the_captions_that_no_pair_shows_are_further_ones(weight: float, left: l
 
     assert tuple(left) in found
     assert all(len(captions) == len(left) for captions in found)
+
+
+@pytest.mark.parametrize("captions", ["first", "sample", "all"])
+@pytest.mark.parametrize("once", [False, True])
+def test_leaving_images_out_gives_the_batches_of_the_others_alone(
+    captions: Literal["first", "sample", "all"], once: bool
+) -> None:
+    names = [["a", "b"], ["c"], [], ["a", "d", "e"], ["f"], ["c", "g"], ["h"], ["i", "a"]]
+    left_out = [1, 3]
+    every = make_rows(names)
+    rest = make_rows([own for image, own in enumerate(names) if image not in left_out])
+    mask = np.isin(np.arange(len(names)), left_out)
+    kept = np.flatnonzero(~mask)
+    rest = replace(rest, texts=every.texts[~mask[every.text_image]])
+    options = {"other_weight": 0.3, "once": once}
+    samplers = (
+        PairSampler(every, captions, leave_out=mask, **options),  # type: ignore[arg-type]
+        PairSampler(rest, captions, **options),  # type: ignore[arg-type]
+    )
+    assert len(samplers[0]) == len(samplers[1]) == 5
+    for one, other in zip(*(draws(sampler, 20) for sampler in samplers), strict=True):
+        assert one.images.tolist() == kept[other.images].tolist()
+        for name in ("texts", "further"):
+            found, expected = getattr(one, name), getattr(other, name)
+            assert every.texts[found].tolist() == rest.texts[expected].tolist()
+        for name in ("owner", "others"):
+            assert (getattr(one, name) is None) == (getattr(other, name) is None)
+        if one.owner is not None:
+            assert other.owner is not None
+            assert one.owner.tolist() == other.owner.tolist()
+        if one.others is not None:
+            assert other.others is not None
+            assert (one.others >= 0).tolist() == (other.others >= 0).tolist()
+    (pairs, weights), (others, expected) = (sampler.weighted_pairs() for sampler in samplers)
+    assert weights.tolist() == expected.tolist()
+    assert pairs[0].tolist() == kept[others[0]].tolist()
+    assert every.texts[pairs[1]].tolist() == rest.texts[others[1]].tolist()
+
+
+def test_taking_images_keeps_their_texts_and_which_captions_are_equal() -> None:
+    rows = make_rows([["a", "b"], ["c"], [], ["a"], ["d", "c"]])
+    found = rows.take(np.array([True, False, True, True, True]))
+
+    assert found.texts.tolist() == rows.texts[[0, 1, 3, 4, 5]].tolist()
+    assert found.text_image.tolist() == [0, 0, 2, 3, 3]
+    assert found.table_rows(Modality.IMAGE).tolist() == [0, 2, 3, 4]
+    assert found.table_rows(Modality.TEXT).tolist() == [0, 1, 3, 4, 5]
+    assert found.caption_keys.tolist() == [0, 1, 0, 3, 4]

@@ -238,13 +238,16 @@ def test_training_names_its_rows_and_its_phases(
     assert "reading: rows" in seen
     assert seen["closed form"] == [(done, 8) for done in range(9)]
     assert {step for step, _ in seen["training: step"]} == set(range(13))
-    rows, validated, untested, start, steps = caplog.messages
+    rows, validated, untested, start, steps, refit = caplog.messages
     assert rows == f"training on 225 pairs of 225 images: {unsplit}"
     assert validated == "validating on 75 pairs of 75 images: held out from these images"
     assert untested.startswith("no test split")
     assert "csalign split" in untested
     assert re.match(r"closed form: 8 settings in \d+ s, best R [\d.]+ %: CCA", start)
     assert steps == "training on cpu: 12 steps of 64 pairs"
+    assert refit == (
+        "refitted on all 300 pairs, the 75 held out included; the figures are those before it"
+    )
 
 
 def test_weight_zero_takes_the_divergence_out(features: Path, tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_the_description_is_of_the_weights_that_were_kept(features: Path, tmp_pa
     assert result.steps == 12
     assert info.step == result.best_step == 0
     assert info.logit_scale == pytest.approx(7)
-    assert info.train_split == "train"
+    assert info.train_split == "train,val"
 
 
 def test_a_fixed_scale_stays_what_it_was_set_to(features: Path, tmp_path: Path) -> None:

@@ -251,7 +251,8 @@ def _with(base: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
 
 
 def _load(config: TrainConfig) -> tuple[TrainingData, PairedRows]:
-    data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
+    options = config.group(DataOptions).model_copy(update={"refit": False})  # which no trial makes
+    data = load_data(options, out=config.out, seed=config.seed)
     if data.val is None:
         raise DataError(
             f"{data.rows.name}: too few pairs to hold some out for validation; add some"
@@ -268,7 +269,7 @@ def _train(
     """
     tokens = find_tokens(config)
     options = config.group(DataOptions)
-    sampler = make_sampler(options, config.other_captions, data.rows, tokens)
+    sampler = make_sampler(options, config.other_captions, data.rows, tokens, data.held_out)
     widths = tokens.widths if tokens else {}
     groups = config.group(AdapterOptions)
     adapter, start, _ = initialize(groups, data.rows, sampler, data.val, widths, config.seed)

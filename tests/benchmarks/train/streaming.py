@@ -173,7 +173,7 @@ def rate(options: argparse.Namespace, features: Path) -> None:
                 width=256,
             )
             data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
-            sampler = make_sampler(config.group(DataOptions), 0.0, data.rows, None)
+            sampler = make_sampler(config.group(DataOptions), 0.0, data.rows, None, data.held_out)
             adapter, *_ = initialize(
                 config.group(AdapterOptions), data.rows, sampler, None, {}, config.seed
             )
