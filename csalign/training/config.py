@@ -187,6 +187,9 @@ class ObjectiveOptions(Config):
     match_moments: bool = Field(
         True, description="With unpaired rows, match the outputs' moments if recall holds."
     )
+    unpaired_matches: bool = Field(
+        True, description="Fit the closed form on matches of unpaired rows too if that helps."
+    )
 
 
 class TokenOptions(Config):

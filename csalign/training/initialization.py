@@ -2,35 +2,46 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
+from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
-from csalign.adapters.side import SideShape
+from csalign.adapters.side import SideShape, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import duration, show_figures, tick
-from csalign.features.join import PairedRows, Pairs
+from csalign.core.progress import duration, reported_to, show_figures, silent, tick
+from csalign.features.join import Mask, Pairs
+from csalign.training.choice import (
+    LADDER,
+    POWERS,
+    Candidate,
+    Measured,
+    Setting,
+    best_of,
+    measure,
+    nearby,
+    pool,
+    ridge_at,
+)
 from csalign.training.config import AdapterOptions
-from csalign.training.data import Score, validate
+from csalign.training.data import TrainingData
 from csalign.training.sampler import PairSampler
+from csalign.training.unpaired import FEW_PAIRS, LEAST_UNPAIRED, Matches, Pools, search
 
 log = logging.getLogger(__name__)
 
-RIDGES = (0.3, 1.0, 3.0, 10.0)
-POWERS = (0.5, 1.0)
-# Without a validation set there is nothing to choose by; these did well on every corpus tried.
-SAFE_RIDGE, SAFE_POWER = 1.0, 1.0
+FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
 
 Roots = tuple[bool, bool]
-Candidate = tuple[ClosedForm, Roots]
+Form = Literal["centred", "ridge", "cca"]
 
 
 class Start(NamedTuple):
@@ -39,15 +50,18 @@ class Start(NamedTuple):
     adapter: Adapter
     name: str
     summary: str
+    setting: Setting
+    matches: Matches | None  # of unpaired rows under the closed form; None if it uses none
 
 
 def initialize(
     options: AdapterOptions,
-    rows: Pairs,
-    sampler: PairSampler,
-    val: PairedRows | None,
+    data: TrainingData,
+    sampler_of: Callable[[Mask | None], PairSampler],
     token_widths: Mapping[Modality, int],
     seed: int,
+    *,
+    unpaired_matches: bool = True,
 ) -> Start:
     """Build adapters at the closed form that does best on validation, or with random weights.
 
@@ -55,43 +69,64 @@ def initialize(
     among CCA over a grid of ridges and powers and, if the encoders have the same width, the
     centred features themselves: encoders that are already aligned, such as CLIP's, can only lose
     by a map fitted on few pairs. If one side keeps its space, the other is regressed onto it.
+    With unpaired rows on both sides, CCA also learns from matches among them. A candidate replaces
+    a simpler one only if it gains more than one standard error.
+
+    With several folds a setting is fitted without the images of each, and all are measured; the
+    adapters are those fitted without the first.
 
     Args:
         options: kinds, widths, and whether to start from a closed form.
-        rows: training rows.
-        sampler: of their pairs and weights.
-        val: held-out rows, measured without tokens, which a closed form does not use.
+        data: rows and folds; measured without tokens, which a closed form does not use.
+        sampler_of: returns the sampler of all pairs but those of some images.
         token_widths: of the sides that take tokens.
-        seed: of random weights.
-
+        seed: of random weights and of the unpaired rows that are matched.
+        unpaired_matches: whether to learn from matches of unpaired rows.
     """
     began = time.monotonic()
-    builder = _Builder(options, rows, sampler, token_widths, seed)
-    best: Start | None = None
-    best_score: Score | None = None
-    if options.init == "canonical":
-        grid = (RIDGES, POWERS) if val is not None else ((SAFE_RIDGE,), (SAFE_POWER,))
-        total, candidates = builder.candidates(*grid)
-        tick("closed form", 0, total)
-        for number, (form, roots) in enumerate(candidates, 1):
-            adapter = builder.build(len(form.image_weight), roots)
-            adapter.start_from(form)
-            if val is None:
-                return Start(adapter, form.name, f"closed form: {form.name}")
-            score = validate(adapter, val)
-            log.debug("start %s: validation mean recall %.4f", form.name, score.mean_recall)
-            if score.better_than(best_score):
-                best_score = score
-                recall = f"{100 * score.mean_recall:.1f} %"
-                best = Start(adapter, form.name, "")
-            tick("closed form", number, total)
-            show_figures({"": form.name, "best R": recall})
-        if best is not None:
-            past = duration(time.monotonic() - began)
-            return best._replace(
-                summary=f"closed form: {total} settings in {past}, best R {recall}: {best.name}"
-            )
-    return Start(builder.build(None, (False, False)), "random", "start: random weights")
+    fits = _Fits(options, data, token_widths, seed)
+    samplers = [sampler_of(fold) for fold in data.folds or (None,)]
+    if options.init == "random" or not fits.forms:
+        return fits.start(Setting(form="random"), samplers[0], "start: random weights")
+    if data.val is None:
+        return fits.start(Setting(form=fits.forms[-1]), samplers[0], "closed form: {name}")
+    folds = [_Fold(samplers[0], data.val)]
+    if len(samplers) > 1:
+        held_out = map(data.rows.take, data.folds)
+        folds = [_Fold(*own) for own in zip(samplers, held_out, strict=True)]
+    choice = _Choice(fits, folds)
+    best, alone = choice.without_matches(), ""
+    if unpaired_matches and fits.has_unpaired:
+        matched = choice.with_matches()
+        if matched.measured.beats(best.measured):
+            alone = f" ({100 * best.measured.score.mean_recall:.1f} % from the pairs alone)"
+            best = matched
+    past = duration(time.monotonic() - began)
+    recall = f"{100 * best.measured.score.mean_recall:.1f} %"
+    summary = f"closed form: {choice.tried} settings in {past}, best R {recall}: {{name}}{alone}"
+    return fits.start(best.setting, samplers[0], summary)
+
+
+def fit_setting(
+    setting: Setting,
+    options: AdapterOptions,
+    data: TrainingData,
+    sampler: PairSampler,
+    token_widths: Mapping[Modality, int],
+    seed: int,
+) -> tuple[Adapter, Matches | None]:
+    """Fit the closed form that `initialize` chose on other pairs, such as all of them.
+
+    Args:
+        setting: of the start.
+        options: as in `initialize`.
+        data: as in `initialize`.
+        sampler: of the pairs to fit on.
+        token_widths: as in `initialize`.
+        seed: as in `initialize`.
+    """
+    start = _Fits(options, data, token_widths, seed).start(setting, sampler, "")
+    return start.adapter, start.matches
 
 
 def fit_named(
@@ -121,36 +156,117 @@ def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapt
 
 
 @dataclass
-class _Builder:
-    """Builds adapters, and the closed forms that their kinds can represent."""
+class _Fits:
+    """Closed forms that two kinds can represent, and adapters that start from them."""
 
     options: AdapterOptions
-    rows: Pairs
-    sampler: PairSampler
+    data: TrainingData
     token_widths: Mapping[Modality, int]
     seed: int
-    _known: dict[Roots, PairMoments] = field(default_factory=dict)
+    _moments: dict[tuple[PairSampler, Roots], PairMoments] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._kinds = self.options.kinds
-        self._allow = set(self._kinds.values())  # the user named them
-        self._widths = {side: self.rows.embeddings(side).shape[1] for side in Modality}
+        kinds = self.options.kinds
+        self._kinds, self._allow = kinds, set(kinds.values())  # the user named them
+        self._widths = {side: self.data.rows.embeddings(side).shape[1] for side in Modality}
+        classes = {side: find_kind(kind, allow=self._allow) for side, kind in kinds.items()}
+        self._kept = [side for side, kind in classes.items() if kind.keeps_width]
+        self._free = [side for side, kind in classes.items() if kind.accepts_closed_form]
 
-    def build(self, width: int | None, roots: Roots) -> Adapter:
-        """Build adapters with random weights.
+    @cached_property
+    def width(self) -> int:
+        """Width of the shared space, except of centred features."""
+        return shared_width(self._kinds, self._widths, self.options.width, allow=self._allow)
 
-        Args:
-            width: of the shared space; None for that of the kinds and options.
-            roots: whether to take the square root of images and texts.
-        """
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms that the kinds can represent, the simplest first."""
+        if len(self._kept) + len(self._free) < len(Modality):
+            return ()
+        width = self.width
+        if self._kept:
+            return ("ridge",) if self._free else ("centred",)
+        narrower, wider = sorted(self._widths.values())
+        if width > narrower:
+            raise ConfigError(
+                f"--width: {width} is more than the narrower encoder's {narrower}, which the "
+                "closed form cannot give; lower it, or use --init random"
+            )
+        keeps_width = narrower == wider and self.options.width in (None, narrower)
+        return ("centred", "cca") if keeps_width else ("cca",)
+
+    @property
+    def has_unpaired(self) -> bool:
+        """Whether CCA can learn from matches of unpaired rows."""
+        counts = [self.data.unpaired.count(side) for side in Modality]
+        return "cca" in self.forms and min(counts) >= LEAST_UNPAIRED
+
+    @cached_property
+    def _non_negative(self) -> Roots:
+        return is_non_negative(self.data.rows.images), is_non_negative(self.data.rows.texts)
+
+    def roots(self, form: str) -> Roots:
+        """Return whether a form takes the square root first, of images and of texts."""
+        if form not in ("ridge", "cca"):
+            return False, False
+        images, texts = self._non_negative
+        return images and self._kept != [Modality.IMAGE], texts and self._kept != [Modality.TEXT]
+
+    @cached_property
+    def pools(self) -> Pools:
+        """The unpaired rows."""
+        return Pools(self.data.unpaired, self.roots("cca"), self.seed)
+
+    def moments(self, sampler: PairSampler, roots: Roots) -> PairMoments:
+        """Return the moments of a sampler's pairs."""
+        key = sampler, roots
+        if key not in self._moments:
+            pairs, weights = sampler.weighted_pairs()
+            rows = self.data.rows
+            self._moments[key] = PairMoments.of(rows.images, rows.texts, pairs, weights, roots)
+        return self._moments[key]
+
+    def fit(
+        self, form: str, ridge: float, powers: tuple[float, ...], sampler: PairSampler
+    ) -> list[ClosedForm]:
+        """Fit a form on the pairs of a sampler, for each of some powers if it has any."""
+        moments = self.moments(sampler, self.roots(form))
+        if form == "cca":
+            return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
+        if form == "ridge":
+            (target,) = self._kept
+            centre = self._kinds[target] != "identity"
+            return [moments.ridge(target, ridge, centre=centre)]
+        frozen = [side for side in self._kept if self._kinds[side] == "identity"]
+        return [moments.centred(*frozen)]
+
+    def start(self, setting: Setting, sampler: PairSampler, summary: str) -> Start:
+        """Fit a setting on the pairs of a sampler, and build adapters that start from it."""
+        roots = self.roots(setting.form)
+        if setting.form == "random":
+            return Start(self._build(None, roots), "random", summary, setting, None)
+        (form,) = self.fit(setting.form, setting.ridge, (setting.power,), sampler)
+        name, matches = form.name, None
+        if setting.path:
+            pairs = self.moments(sampler, roots)
+            form, matches = self.pools.follow(pairs, form, setting, self.width)
+            rounds = f"share {setting.share:g}, {setting.rounds} rounds"
+            name = f"{form.name} + unpaired matches ({rounds})"
+            shown = f"{form.name} + {len(matches.images):,} matches of unpaired rows, {rounds}"
+        else:
+            shown = name
+        adapter = self._build(len(form.image_weight), roots)
+        adapter.start_from(form)
+        return Start(adapter, name, summary.format(name=shown), setting, matches)
+
+    def _build(self, width: int | None, roots: Roots) -> Adapter:
+        """Build adapters with random weights; a width of None is that of the kinds and options."""
         options = self.options
-        if width is None:
-            width = shared_width(self._kinds, self._widths, options.width, allow=self._allow)
         shapes = {
             side: SideShape(
                 kind=self._kinds[side],
                 input_width=self._widths[side],
-                width=width,
+                width=width or self.width,
                 hidden=options.hidden,
                 dropout=options.dropout,
                 signed_sqrt=root,
@@ -164,50 +280,95 @@ class _Builder:
             torch.manual_seed(self.seed)
             return Adapter(shapes, allow=self._allow)
 
-    def candidates(
-        self, ridges: tuple[float, ...], powers: tuple[float, ...]
-    ) -> tuple[int, Iterator[Candidate]]:
-        """Return how many closed forms there are, and yield them, the safest first.
 
-        With each comes whether the square root of either side is taken.
-        """
-        classes = {side: find_kind(kind, allow=self._allow) for side, kind in self._kinds.items()}
-        kept = [side for side, kind in classes.items() if kind.keeps_width]
-        free = [side for side, kind in classes.items() if kind.accepts_closed_form]
-        if len(kept) + len(free) < len(Modality):
-            return 0, iter(())
-        width = shared_width(self._kinds, self._widths, self.options.width, allow=self._allow)
-        plain = (False, False)
-        if not free:
-            frozen = [side for side in kept if self._kinds[side] == "identity"]
-            return 1, iter([(self._moments(plain).centred(*frozen), plain)])
-        roots = is_non_negative(self.rows.images), is_non_negative(self.rows.texts)
-        if kept:
-            target = kept[0]
-            roots = roots[0] and target is Modality.TEXT, roots[1] and target is Modality.IMAGE
-            centre = self._kinds[target] != "identity"
-            regressed = (self._moments(roots).ridge(target, r, centre=centre) for r in ridges)
-            return len(ridges), ((form, roots) for form in regressed)
-        narrower = min(self._widths.values())
-        is_equal = max(self._widths.values()) == narrower
-        keeps_width = is_equal and self.options.width in (None, narrower)
-        centred = (self._moments(plain).centred() for _ in range(keeps_width))
-        if width > narrower:
-            raise ConfigError(
-                f"--width: {width} is more than the narrower encoder's {narrower}, which the "
-                "closed form cannot give; lower it, or use --init random"
+@dataclass
+class _Fold:
+    """Pairs to fit on, and rows to measure on."""
+
+    sampler: PairSampler
+    val: Pairs
+    _units: dict[Roots, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def measure(self, form: ClosedForm, roots: Roots) -> Measured:
+        """Measure a form on the held-out rows."""
+        if roots not in self._units:
+            images, texts = (
+                unit_inputs(to_tensor(self.val.embeddings(side), CPU), signed_sqrt=root)
+                for side, root in zip(Modality, roots, strict=True)
             )
-        correlated = (
-            form
-            for ridge in ridges
-            for form in self._moments(roots).cca(ridge=ridge, powers=powers, width=width)
-        )
-        forms = chain(((form, plain) for form in centred), ((form, roots) for form in correlated))
-        return keeps_width + len(ridges) * len(powers), forms
+            self._units[roots] = images, texts
+        images, texts = form.outputs(*self._units[roots])
+        with reported_to(silent):  # part of a phase that counts something else
+            return measure(images.numpy(), texts.numpy(), self.val.text_image)
 
-    def _moments(self, roots: Roots) -> PairMoments:
-        if roots not in self._known:
-            pairs, weights = self.sampler.weighted_pairs()
-            images, texts = self.rows.images, self.rows.texts
-            self._known[roots] = PairMoments.of(images, texts, pairs, weights, roots)
-        return self._known[roots]
+
+class _Choice:
+    """Measures settings on all folds."""
+
+    def __init__(self, fits: _Fits, folds: list[_Fold]) -> None:
+        self.tried = 0
+        self._fits, self._folds = fits, folds
+        tick("closed form")
+
+    def without_matches(self) -> Candidate:
+        """Choose a form by the noise rule, each with the ridge and power that are best."""
+        self._best = {form: self._climb(form) for form in self._fits.forms}
+        chosen, *later = self._best.values()
+        for own in later:
+            if own.measured.beats(chosen.measured):
+                chosen = own
+        self._chosen = chosen
+        return chosen
+
+    def with_matches(self) -> Candidate:
+        """Find the best rounds of matches, from the chosen form."""
+        fits, start = self._fits, self._chosen
+        roots = fits.roots("cca")
+        if fits.roots(start.setting.form) != roots:
+            start = self._best["cca"]
+        pairs = [fits.moments(fold.sampler, roots) for fold in self._folds]
+        few = min(len(fold.sampler) for fold in self._folds) < FEW_PAIRS
+        measure, show = self._measure(roots), self._show
+        return search(fits.pools, pairs, start, fits.width, measure, few=few, progress=show)
+
+    def _climb(self, form: Form) -> Candidate:
+        """Try ridges, then those beside the best until it lies between two that are worse."""
+        found: dict[int, Candidate] = {}
+        steps = [0] if form == "centred" else [*FIRST_STEPS]
+        while steps:
+            found |= {step: self._at(form, step) for step in steps}
+            best = best_of(found.values())
+            # Where all is right, smaller ridges narrow the gap without end.
+            is_done = form == "centred" or best.measured.score.is_perfect
+            steps = [] if is_done else [step for step in nearby(best.step) if step not in found]
+        if best.step in (LADDER[0], LADDER[-1]):
+            log.warning(
+                "%s: ridge %g is the best on validation, the last of those tried; look for "
+                "repeated or damaged embeddings with csalign inspect",
+                self._fits.data.rows.name,
+                best.setting.ridge,
+            )
+        return best
+
+    def _at(self, form: Form, step: int) -> Candidate:
+        """Fit a form at a step of the ridges on each fold; the best of its powers."""
+        ridge, found = ridge_at(step), []
+        fitted = [self._fits.fit(form, ridge, POWERS, fold.sampler) for fold in self._folds]
+        measure = self._measure(self._fits.roots(form))
+        for power, forms in zip(POWERS, zip(*fitted, strict=True), strict=False):
+            setting = Setting(form=form, ridge=ridge, power=power)
+            found.append(Candidate(setting, step, [*forms], measure([*forms])))
+            self._show(found[-1])
+        return best_of(found)
+
+    def _measure(self, roots: Roots) -> Callable[[list[ClosedForm]], Measured]:
+        return lambda forms: pool(
+            [fold.measure(form, roots) for fold, form in zip(self._folds, forms, strict=True)]
+        )
+
+    def _show(self, tried: Candidate) -> None:
+        self.tried += 1
+        tick("closed form", self.tried)
+        name, recall = tried.forms[0].name, tried.measured.score.mean_recall
+        log.debug("start %s: validation mean recall %.4f", name, recall)
+        show_figures({"": name, "R": f"{100 * recall:.1f} %"})
