@@ -8,7 +8,6 @@ kernel ridge regression in blocks of at most `BLOCK_ROWS` rows, whose prediction
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from csalign.adapters.builtin import Kernel, Linear, fixed, gaussian
 from csalign.adapters.canonical import TINY, Outputs, match_moments
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.enums import Modality
+from csalign.core.records import Record
 
 Ints = npt.NDArray[Any]
 
@@ -31,8 +31,7 @@ MAX_COMPONENTS = 512  # of the linear side; beyond, the ridge leaves little
 LEAST_GAP = 1e-3  # of a leverage from 1
 
 
-@dataclass(frozen=True)
-class KernelSetting:
+class KernelSetting(Record):
     """Settings of a kernel CCA."""
 
     side: Modality  # of the kernel
@@ -48,10 +47,6 @@ class KernelSetting:
             f"kernel CCA ({self.side}s, gamma {self.gamma:g}, ridges {self.ridge:g} and "
             f"{self.other_ridge:g}, power {self.power:g})"
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values, from which an equal one can be made."""
-        return {**asdict(self), "side": self.side.value}
 
 
 class KernelPairs(NamedTuple):
@@ -130,8 +125,13 @@ class KernelCca:
             for other in other_ridges:
                 directions = self._directions(solution, other, width)
                 for power in powers:
-                    setting = KernelSetting(self._side, self._gamma, ridge, other, power)
+                    setting = self._setting(ridge, other, power)
                     yield setting, self._sides(solution, directions, power)
+
+    def _setting(self, ridge: float, other: float, power: float) -> KernelSetting:
+        return KernelSetting(
+            side=self._side, gamma=self._gamma, ridge=ridge, other_ridge=other, power=power
+        )
 
     def fit(self, setting: KernelSetting, width: int) -> dict[Modality, SideAdapter]:
         """Fit one setting, with the moments of both sides' outputs matched.

@@ -15,9 +15,11 @@ from csalign.adapters.model import Adapter, find_kind
 from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.progress import tick
+from csalign.core.records import Record
 from csalign.features.join import Pairs
 from csalign.training.choice import Measured, measure, pool
 from csalign.training.sampler import PairSampler
+from csalign.training.unpaired import Matches
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +35,6 @@ SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
 Roots = Mapping[Modality, bool]
 
 
-class Matches(NamedTuple):
-    """Unpaired rows that were matched to each other; see `csalign.training.unpaired`."""
-
-    images: Array  # (k, d)
-    texts: Array  # (k, e), row by row
-    share: float  # of their weight, beside the pairs
-
-
 class Fold(NamedTuple):
     """Pairs to fit on, and pairs to validate on."""
 
@@ -48,23 +42,11 @@ class Fold(NamedTuple):
     val: Pairs
 
 
-class Combination(NamedTuple):
+class Combination(Record):
     """Chosen parts, from which an adapter can be put together."""
 
-    kernel: KernelSetting | None
+    kernel: KernelSetting | None  # None for the networks alone
     share: float  # of the kernel in cosines; the rest is the networks'
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; see `of`."""
-        return {"share": self.share, "kernel": self.kernel and self.kernel.to_dict()}
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Combination":
-        """Make a combination of the values of `to_dict`."""
-        kernel = values["kernel"]
-        if kernel is not None:
-            kernel = KernelSetting(**{**kernel, "side": Modality.of(kernel["side"])})
-        return cls(kernel, values["share"])
 
 
 class Combined(NamedTuple):
@@ -123,13 +105,10 @@ def combine(
     alone = found[0.0]
     best = max(found, key=lambda share: found[share].score.mean_recall)
     share = best if found[best].beats(alone) else 0.0
-    combination = Combination(setting if share else None, share)
-    return Combined(
-        _put_together([network], sides, share) if share else network,
-        combination,
-        found[share],
-        _summary(found, share, setting, sides),
-    )
+    adapter = _put_together([network], sides, share) if share else network
+    combination = Combination(kernel=setting if share else None, share=share)
+    summary = _summary(found, share, setting, network, adapter)
+    return Combined(adapter, combination, found[share], summary)
 
 
 def assemble(
@@ -270,12 +249,22 @@ def _summary(
     found: Mapping[float, Measured],
     share: float,
     setting: KernelSetting,
-    sides: Mapping[Modality, SideAdapter],
+    network: Adapter,
+    adapter: Adapter,
 ) -> str:
-    """Word what each choice scored, and what the chosen one costs."""
-    names = {0.0: "network", 1.0: "kernel"}
+    """Word what each choice scores, and what the chosen one costs."""
+    names = {0.0: "network", 1.0: "kernel", SHARES[0]: "both", SHARES[1]: "both (2/3 kernel)"}
     scores = ", ".join(
-        f"{names.get(own, f'both (kernel {own:.0%})')} {100 * measured.score.mean_recall:.1f} %"
-        for own, measured in found.items()
+        f"{names[own]} {100 * score.mean_recall:.1f} % (gap {score.centroid_distance:.2f})"
+        for own, (score, _) in found.items()
     )
-    return f"parts: {scores}; {setting.name}; share {share}; {len(sides)}"
+    if not share:
+        return f"parts: best R {scores}; keeping the network alone"
+    sizes = (
+        f"{own.image.shape.width} wide, {sum(own.parameter_counts().values()) / 1e6:.1f} million "
+        "parameters"
+        for own in (adapter, network)
+    )
+    return "parts: best R {}; keeping {}: {}, {} (the network {})".format(
+        scores, names[share], setting.name, *sizes
+    )

@@ -99,7 +99,7 @@ def test_blocks_average_the_predictions_of_separate_regressions() -> None:
 def test_left_out_outputs_have_the_moments_of_new_rows() -> None:
     images, texts = curved(400)
     new = curved(2_000, seed=5)
-    setting = KernelSetting(TEXT, 1.5, 0.03, 0.1, 1.0)
+    setting = KernelSetting(side=TEXT, gamma=1.5, ridge=0.03, other_ridge=0.1, power=1.0)
     fit = KernelCca(pairs(images, texts), setting.gamma, TEXT, 0, PLAIN)
     (_, plain), *_ = fit.candidates((setting.ridge,), (setting.other_ridge,), (1.0,), 6)
     matched = fit.fit(setting, 6)
@@ -119,7 +119,7 @@ def test_a_kernel_finds_what_a_linear_map_does_not(side: Modality) -> None:
         (images, texts), held_out = (texts, images), held_out[::-1]
     rows = (texts, images) if side is IMAGE else (images, texts)
     sides = KernelCca(pairs(*rows), 1.0, side, 0, PLAIN).fit(
-        KernelSetting(side, 1.0, 0.03, 0.1, 1.0), 6
+        KernelSetting(side=side, gamma=1.0, ridge=0.03, other_ridge=0.1, power=1.0), 6
     )
     ones = np.arange(1_000)
     moments = PairMoments.of(
@@ -137,7 +137,7 @@ def test_a_weight_of_two_is_a_repeated_pair() -> None:
     images, texts = curved(60)
     twice = torch.cat([torch.arange(60), torch.arange(20)])
     weights = np.where(np.arange(60) < 20, 2.0, 1.0)
-    setting = KernelSetting(TEXT, 1.0, 0.5, 0.5, 1.0)
+    setting = KernelSetting(side=TEXT, gamma=1.0, ridge=0.5, other_ridge=0.5, power=1.0)
     once = KernelCca(pairs(images, texts, weights), 1.0, TEXT, 0, PLAIN)
     repeated = KernelPairs(images[twice], texts[twice], twice.numpy(), np.ones(80))
     again = KernelCca(repeated, 1.0, TEXT, 0, PLAIN)
@@ -152,7 +152,7 @@ def test_a_weight_of_two_is_a_repeated_pair() -> None:
 def test_rows_are_mapped_alike_in_batches_of_any_size() -> None:
     images, texts = curved(500)
     sides = KernelCca(pairs(images, texts), 1.0, TEXT, 0, PLAIN).fit(
-        KernelSetting(TEXT, 1.0, 0.01, 0.1, 1.0), 6
+        KernelSetting(side=TEXT, gamma=1.0, ridge=0.01, other_ridge=0.1, power=1.0), 6
     )
     with torch.no_grad():
         together = normalize(sides[TEXT](texts), dim=1)
