@@ -1,13 +1,13 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
-from csalign.core.enums import Modality
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
 from csalign.training.checkpoints import TrainingJob, UnfinishedRun, check_run_folder, open_run
@@ -28,7 +28,7 @@ from csalign.training.data import (
     open_tokens,
     validate,
 )
-from csalign.training.initialization import fit_named, initialize, load_initialized
+from csalign.training.initialization import Setting, fit_setting, initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
 from csalign.training.moment_matching import match_again, match_outputs
@@ -88,14 +88,14 @@ class _Work:
         """Return the sampler of the pairs that a phase learns from."""
         refits = phase.number > 0 and self.data.refit_split is not None
         if refits not in self._samplers:
-            self._samplers[refits] = make_sampler(
-                self.config.group(DataOptions),
-                self.config.other_captions,
-                self.data.rows,
-                self.tokens,
-                None if refits else self.data.held_out,
-            )
+            self._samplers[refits] = self.make_sampler(None if refits else self.data.held_out)
         return self._samplers[refits]
+
+    @property
+    def make_sampler(self) -> Callable[..., PairSampler]:
+        """Function that builds the sampler of all pairs but those of some images."""
+        options, other_weight = self.config.group(DataOptions), self.config.other_captions
+        return partial(make_sampler, options, other_weight, self.data.rows, self.tokens)
 
     def trainer(self, phase: Phase, adapter: Adapter) -> Trainer:
         """Build the trainer of a phase."""
@@ -179,11 +179,18 @@ def _train_first(work: _Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapte
     Returns:
         The adapter, what was decided, and the setting of its start.
     """
-    config, data, sampler = work.config, work.data, work.sampler(FIRST)
+    config, data = work.config, work.data
     if run.resumed is None:
-        groups, widths = config.group(AdapterOptions), work.tokens.widths if work.tokens else {}
-        found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
-        adapter, start, setting = found.adapter, found.name, found.name
+        found = initialize(
+            config.group(AdapterOptions),
+            data,
+            work.make_sampler,
+            work.tokens.widths if work.tokens else {},
+            config.seed,
+            unpaired_matches=config.unpaired_matches,
+        )
+        adapter, start = found.adapter, found.name
+        setting = found.setting.model_dump(mode="json")
         log.info("%s", found.summary)
     else:
         adapter, start = load_initialized(run.resumed.folder, config.kinds)
@@ -204,7 +211,9 @@ def _train_further(
     if run.resumed is None:
         options = work.config.group(AdapterOptions)
         widths, seed = work.tokens.widths if work.tokens else {}, work.config.seed + phase.number
-        adapter = _fit_start(setting, options, work.data, work.sampler(phase), widths, seed)
+        tick("refitting: closed form")
+        chosen, sampler = Setting.model_validate(setting), work.sampler(phase)
+        adapter, _ = fit_setting(chosen, options, work.data, sampler, widths, seed)
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     _run_phase(work, run, phase, adapter, (decided.start, setting), lambda line: None)
@@ -261,19 +270,6 @@ def _match(work: _Work, adapter: Adapter, decided: _Decided, log_line: Log) -> _
     log_line({"step": decided.made, "validation": figures, "matched": True})
     scores = {**decided.scores, "matched": figures}
     return decided._replace(scores=scores, covariances=matched.covariances)
-
-
-def _fit_start(
-    setting: Any,
-    options: AdapterOptions,
-    data: TrainingData,
-    sampler: PairSampler,
-    widths: Mapping[Modality, int],
-    seed: int,
-) -> Adapter:
-    """Fit the closed form that was chosen on the pairs of a sampler."""
-    tick("refitting: closed form")
-    return fit_named(setting, options, data.rows, sampler, widths, seed)
 
 
 def _assemble(networks: list[Adapter]) -> Adapter:

@@ -1,5 +1,6 @@
 """CCA on pairs and on matches of unpaired rows, which each round draws under the last map."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from csalign.training.data import Unpaired
 
 Array = npt.NDArray[Any]
 
+log = logging.getLogger(__name__)
 LEAST_UNPAIRED = 300  # rows per side; fewer have few true matches among them
 MOST_UNPAIRED = 100_000  # per side, drawn at random; moments need no more
 BLOCK = 4_096  # rows of each side that are matched at once
@@ -34,7 +36,7 @@ BLOCKS = 2  # per round
 LAST_BLOCKS = 4  # of the matches that further fits use
 FEW_PAIRS = 400
 SHARES, SHARES_OF_FEW = (0.3, 0.5, 0.7), (0.5, 0.7, 0.8)
-TRIAL_ROUNDS = 3  # after which the best share alone continues
+TRIAL_ROUNDS = 2  # after which the best share alone continues
 ROUNDS = 12
 PATIENCE = 3  # rounds without a gain
 
@@ -194,7 +196,7 @@ def search(
                 for own, form in zip(mixed, last.forms, strict=True)
             ]
             found = []
-            for step in nearby(last.step):
+            for step in nearby(last.step) if number <= TRIAL_ROUNDS else [last.step]:
                 ridge = ridge_at(step)
                 fitted = [list(own.cca(ridge=ridge, powers=POWERS, width=width)) for own in moments]
                 for power, forms in zip(POWERS, zip(*fitted, strict=True), strict=True):
@@ -203,6 +205,7 @@ def search(
                     found.append(Candidate(setting, step, [*forms], measure([*forms])))
                     progress(found[-1])
             walk.append(best_of(found))
+            log.debug("share %g, round %d: %s", share, number, walk[-1].measured.score)
         best = best_of([best, *(walk[-1] for walk in walks.values())])
         if number == TRIAL_ROUNDS:
             ahead = max(

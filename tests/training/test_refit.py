@@ -1,6 +1,7 @@
 """Held-out pairs are learned from once everything is chosen; further networks."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,9 +19,10 @@ from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
+from csalign.training.choice import Setting
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import TrainingData, load_data
-from csalign.training.initialization import fit_named
+from csalign.training.initialization import fit_setting
 from csalign.training.sampler import make_sampler
 from csalign.training.train import train
 
@@ -292,7 +294,9 @@ def test_a_closed_form_is_refitted_as_if_nothing_had_been_held_out(
     options = TrainConfig(features=several, out=tmp_path / "x", **{**QUICK, "init": "canonical"})
     sampler = make_sampler(DataOptions(features=several), 0.3, data.rows, None)
     groups = options.group(AdapterOptions)
-    expected = fit_named(refitted.start, groups, data.rows, sampler, {}, 0)
+    ridge, power = map(float, re.findall(r"[\d.]+", refitted.start))
+    setting = Setting(form="cca", ridge=ridge, power=power)
+    expected, _ = fit_setting(setting, groups, data, sampler, {}, 0)
 
     images, texts = data.rows.images, data.rows.texts
     found = load_adapter(tmp_path / "refitted")

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,14 @@ def _train(
     sampler = make_sampler(options, config.other_captions, data.rows, tokens, data.held_out)
     widths = tokens.widths if tokens else {}
     groups = config.group(AdapterOptions)
-    adapter, start, _ = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
+    adapter, start, *_ = initialize(
+        groups,
+        data,
+        partial(make_sampler, options, config.other_captions, data.rows, tokens),
+        widths,
+        config.seed,
+        unpaired_matches=config.unpaired_matches,
+    )
     trainer = build_trainer(config, data, tokens, sampler, adapter)
     is_pruned, number = False, 0
     with closing(trainer.fit(lambda line: None)) as steps:

@@ -25,7 +25,7 @@ from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 from csalign.evaluation.measure import Evaluation
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
-from csalign.training.initialization import POWERS, RIDGES
+from csalign.training.choice import POWERS, ridge_at
 
 # An MLP as a CLIP recipe would train it: random start, a caption drawn anew each epoch, a learned
 # scale. The learning rate was chosen on validation among 5e-4, 1e-3 and 2e-3.
@@ -86,7 +86,7 @@ def plain_cca(bench: Bench) -> Row:
         moments = moments_of(bench.features, TRAIN_SPLIT, "first")
         fitted = [
             Fitted(form)
-            for ridge in RIDGES
+            for ridge in map(ridge_at, range(-4, 4))
             for form in moments.cca(ridge=ridge, powers=POWERS, width=CCA_WIDTH)
         ]
         best = max(fitted, key=lambda form: tuple(form.score(val).values()))

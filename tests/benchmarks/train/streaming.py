@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +174,9 @@ def rate(options: argparse.Namespace, features: Path) -> None:
                 width=256,
             )
             data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
-            sampler = make_sampler(config.group(DataOptions), 0.0, data.rows, None, data.held_out)
-            adapter, *_ = initialize(
-                config.group(AdapterOptions), data.rows, sampler, None, {}, config.seed
-            )
+            make = partial(make_sampler, config.group(DataOptions), 0.0, data.rows, None)
+            sampler = make(data.held_out)
+            adapter, *_ = initialize(config.group(AdapterOptions), data, make, {}, config.seed)
             trainer = build_trainer(config, data, None, sampler, adapter)
             trainers[name] = (trainer.fit(lambda line: None), config.batch_size)
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
