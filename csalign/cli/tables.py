@@ -27,7 +27,7 @@ from csalign.training.config import TrainConfig, TuneConfig
 
 TRIALS_SHOWN = 10
 ENCODERS = ("open_clip:", "hf:")  # of texts, that search can load
-VALIDATED = {"start": "start", "kept": "best", "matched": "moments matched"}
+VALIDATED = {"start": "start", "kept": "best", "matched": "moments matched", "parts": "all parts"}
 RECALL = figure_of("retrieval.mean_recall")
 CENTROID = figure_of("gap.centroid_distance")
 

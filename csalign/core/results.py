@@ -243,10 +243,11 @@ class TrainResult(Fields):
     best_step: int  # of the saved weights; 0 is the initialization, if no step beat it
     start: str  # closed form of the initialization with its settings, or "random"
     pairs: dict[str, int]  # texts with an image, in training and validation
-    parameters: dict[str, int]  # trainable ones, by side
+    parameters: dict[str, int]  # by side
     validation: dict[str, dict[str, float]]  # of the initialization and the saved weights, or {}
     seconds: float  # wall time
     names: Names | None = None  # of the sides, None for image and text
+    parts: str = ""  # of the adapter besides one network, in words
     refit: str = ""  # whether the held-out pairs were learned from at the end, in words
 
     def _rows(self) -> list[dict[str, Any]]:

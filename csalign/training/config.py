@@ -118,6 +118,11 @@ class AdapterOptions(Config):
     )
     image_adapter: str | None = Field(None, description="Adapter for images (default: --adapter).")
     text_adapter: str | None = Field(None, description="Adapter for texts (default: --adapter).")
+    ensemble: Literal["auto", "off"] = Field(
+        "auto",
+        description="Fit a kernel CCA besides, and use it beside the network, instead of it or "
+        "not, as validation recall says; off trains the network alone.",
+    )
     init: Literal["canonical", "random"] = Field(
         "canonical", description="Start from the best closed form, or from random weights."
     )

@@ -24,8 +24,9 @@ from csalign.runs.config import ApplyConfig
 from csalign.training import sampler
 from csalign.training.config import TrainConfig
 from csalign.training.data import StoredTokens
+from csalign.training.phases import find_tokens
 from csalign.training.sampler import Order, PairSampler, order_for, uniform
-from csalign.training.train import find_tokens, train
+from csalign.training.train import train
 
 Write = Callable[..., Path]
 QUICK = {"steps": 12, "batch_size": 24, "hidden": 16, "layers": 1, "validations": 4, "patience": 99}

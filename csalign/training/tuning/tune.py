@@ -46,8 +46,8 @@ from csalign.runs.load import embed_rows
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
 from csalign.training.initialization import initialize
+from csalign.training.phases import build_trainer, find_tokens
 from csalign.training.sampler import make_sampler
-from csalign.training.train import build_trainer, find_tokens
 from csalign.training.tuning.search_space import SearchSpace, search_space
 
 log = logging.getLogger(__name__)

@@ -46,8 +46,9 @@ from csalign.features.writer import Rows, ShardWriter
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import load_data
 from csalign.training.initialization import initialize
+from csalign.training.phases import build_trainer
 from csalign.training.sampler import make_sampler
-from csalign.training.train import build_trainer, train
+from csalign.training.train import train
 
 WIDTH = 512
 SHARD_ROWS = 250_000

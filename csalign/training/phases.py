@@ -1,0 +1,341 @@
+"""The phases of a training run: a validated network, its parts, and refits on all pairs."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from csalign.adapters.model import Adapter
+from csalign.core import distributed
+from csalign.core.progress import tick
+from csalign.core.records import Record
+from csalign.training.checkpoints import UnfinishedRun
+from csalign.training.combine import Combination, Fold, assemble, can_combine, combine
+from csalign.training.config import (
+    AdapterOptions,
+    DataOptions,
+    ObjectiveOptions,
+    OptimizerOptions,
+    TokenOptions,
+    TrainConfig,
+)
+from csalign.training.data import Score, StoredTokens, TrainingData, open_tokens, validate
+from csalign.training.initialization import (
+    Matches,
+    Setting,
+    fit_setting,
+    initialize,
+    load_initialized,
+)
+from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
+from csalign.training.moment_matching import match_again, match_outputs
+from csalign.training.sampler import PairSampler, make_sampler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all processes of a job train from."""
+
+    config: TrainConfig
+    data: TrainingData
+    tokens: StoredTokens | None
+    _samplers: dict[bool, PairSampler] = field(default_factory=dict)
+
+    def refits(self, phase: Phase) -> bool:
+        """Return whether a phase learns from the held-out pairs too."""
+        return phase.number > 0 and self.data.refit_split is not None
+
+    def sampler(self, phase: Phase) -> PairSampler:
+        """Return the sampler of the pairs that a phase learns from."""
+        refits = self.refits(phase)
+        if refits not in self._samplers:
+            self._samplers[refits] = self.make_sampler(None if refits else self.data.held_out)
+        return self._samplers[refits]
+
+    @property
+    def make_sampler(self) -> Callable[..., PairSampler]:
+        """Function that builds the sampler of all pairs but those of some images."""
+        options, other_weight = self.config.group(DataOptions), self.config.other_captions
+        return partial(make_sampler, options, other_weight, self.data.rows, self.tokens)
+
+    @property
+    def token_widths(self) -> dict[Any, int]:
+        """Token width of each side that trains with tokens."""
+        return self.tokens.widths if self.tokens else {}
+
+    def trainer(self, phase: Phase, adapter: Adapter) -> Trainer:
+        """Build the trainer of a phase."""
+        sampler = self.sampler(phase)
+        return build_trainer(self.config, self.data, self.tokens, sampler, adapter, phase)
+
+    def fit(self, setting: Setting, phase: Phase) -> tuple[Adapter, Matches | None]:
+        """Fit a closed form on the pairs of a phase."""
+        options, seed = self.config.group(AdapterOptions), self.config.seed + phase.number
+        sampler, widths = self.sampler(phase), self.token_widths
+        return fit_setting(setting, options, self.data, sampler, widths, seed)
+
+
+class Decided(Record):
+    """What the first phase has decided."""
+
+    start: str  # name of the closed form
+    setting: Setting  # of it
+    steps: int  # of the schedule
+    made: int  # steps
+    best: int  # step
+    scores: dict[str, dict[str, float]]
+    covariances: bool | None = None  # whether they were matched besides means; None for no match
+    parts: Combination = Combination(kernel=None, share=0.0)
+
+
+class Trained(NamedTuple):
+    """The adapter of a run, and what is said of it."""
+
+    adapter: Adapter
+    measured: Adapter  # that its figures are of, not refitted
+    decided: Decided
+    parts: str  # which, in words
+    refit: str  # whether the held-out pairs were learned from, in words
+
+
+def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
+    """Train all networks, in the main process, and put the parts of the adapter together."""
+    config, data = work.config, work.data
+    networks = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
+    if networks:
+        decided = Decided.model_validate(run.ended[0].state)
+    else:
+        network, decided = _first_network(work, run, log_line)
+        networks.append(network)
+    for phase in _further_phases(work, decided)[len(networks) - 1 :]:
+        if phase.number > len(run.ended):
+            run.end_phase(decided.model_dump(mode="json"))
+        networks.append(_further_network(work, run, phase, decided))
+    distributed.broadcast(lambda: None)  # no further phase
+
+    def together(chosen: list[Adapter], phase: Phase) -> Adapter:
+        matches = None
+        if decided.parts.kernel is not None and decided.setting.path:
+            _, matches = work.fit(decided.setting, phase)
+        return assemble(decided.parts, chosen, data.rows, work.sampler(phase), matches, config.seed)
+
+    last = Phase(len(networks) - 1)
+    refits = work.refits(last)
+    adapter = together(networks[refits:], last)
+    measured = adapter
+    if refits:
+        measured = together(networks[:1], FIRST) if config.report is not None else adapter
+    elif len(networks) > 1 and data.val is not None:
+        score = validate(adapter, data.val)._asdict()
+        decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
+    refit = _word_refit(data, len(networks) - refits)
+    log.info("%s", refit)
+    if len(networks) > 1:
+        learned = data.rows.pairs if refits else data.trained[0]
+        log_line({"step": decided.made, "refit": {"pairs": learned, "steps": decided.best}})
+    return Trained(
+        adapter, measured, decided, _word_parts(decided.parts, len(networks) - refits), refit
+    )
+
+
+def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, Decided]:
+    """Choose a closed form, train from it, keep the best weights, and choose the parts."""
+    config, data = work.config, work.data
+    matches = None
+    if run.resumed is None:
+        found = initialize(
+            config.group(AdapterOptions),
+            data,
+            work.make_sampler,
+            work.token_widths,
+            config.seed,
+            unpaired_matches=config.unpaired_matches,
+        )
+        adapter, start, setting, matches = found.adapter, found.name, found.setting, found.matches
+        log.info("%s", found.summary)
+    else:
+        adapter, start = load_initialized(run.resumed.folder, config.kinds)
+        setting = Setting.model_validate(run.resumed.setting)
+        if setting.path:
+            _, matches = work.fit(setting, FIRST)
+    trainer = _run_phase(work, run, FIRST, adapter, (start, setting), log_line)
+    scores = {"start": trainer.start_score, "kept": trainer.best_score}
+    decided = Decided(
+        start=start,
+        setting=setting,
+        steps=trainer.steps,
+        made=trainer.steps_made,
+        best=trainer.step,
+        scores={name: score._asdict() for name, score in scores.items() if score},
+    )
+    decided = _match(work, adapter, decided, log_line)
+    return adapter, _choose_parts(work, adapter, decided, matches, log_line)
+
+
+def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
+    """Train another network from the same closed form, for as many steps as did best."""
+    if run.resumed is None:
+        tick("refitting: closed form")
+        adapter, _ = work.fit(decided.setting, phase)
+    else:
+        adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
+    start = decided.start, decided.setting
+    _run_phase(work, run, phase, adapter, start, lambda line: None)
+    if decided.covariances is not None:
+        match_again(
+            adapter,
+            work.data,
+            work.sampler(phase),
+            covariances=decided.covariances,
+            once=work.config.caption_weights,
+            seed=work.config.seed,
+        )
+    return adapter
+
+
+def _run_phase(
+    work: Work,
+    run: UnfinishedRun,
+    phase: Phase,
+    adapter: Adapter,
+    start: tuple[str, Setting],
+    log_line: Log,
+) -> Trainer:
+    """Train one network in all processes, and save checkpoints."""
+    config, state = work.config, run.resumed and run.resumed.state
+    distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
+    tick("preparing")
+    trainer = work.trainer(phase, adapter)
+    name, setting = start[0], start[1].model_dump(mode="json")
+    run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
+    if not phase.number:
+        pairs = min(config.batch_size, len(work.sampler(phase)))
+        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
+    for validated in trainer.fit(log_line):
+        if validated and trainer.step:
+            run.keep()
+        if run.is_due(trainer.step):
+            run.save()
+    return trainer
+
+
+def _further_phases(work: Work, decided: Decided) -> list[Phase]:
+    """List the networks to train after the first, which is not kept if there is a refit."""
+    refits = work.data.refit_split is not None
+    count = work.config.networks - (not refits)
+    if not decided.best or decided.parts.share == 1:  # one closed form for all seeds
+        count = min(count, refits)
+    what = "refitting" if refits else "training another network"
+    last = 0 if decided.parts.share == 1 else decided.best  # a network without a share
+    return [Phase(n, what, decided.steps, last) for n in range(1, count + 1)]
+
+
+def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Decided:
+    """Match the moments of the first network's outputs."""
+    config, data = work.config, work.data
+    if not config.match_moments or "kept" not in decided.scores:
+        return decided
+    before, once = Score(**decided.scores["kept"]), config.caption_weights
+    sampler = work.sampler(FIRST)
+    matched = match_outputs(adapter, data, sampler, before, once=once, seed=config.seed)
+    if matched is None:
+        return decided
+    figures = matched.score._asdict()
+    # Weights & Biases ignores a step before its last one.
+    log_line({"step": decided.made, "validation": figures, "matched": True})
+    scores = {**decided.scores, "matched": figures}
+    return decided.model_copy(update={"scores": scores, "covariances": matched.covariances})
+
+
+def _choose_parts(
+    work: Work, network: Adapter, decided: Decided, matches: Matches | None, log_line: Log
+) -> Decided:
+    """Choose between the network, a kernel CCA, and both."""
+    config, data = work.config, work.data
+    tries = config.ensemble == "auto" and config.init == "canonical" and can_combine(network)
+    if not tries or data.val is None:
+        return decided
+    folds = [Fold(work.sampler(FIRST), data.val)]
+    folds += [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
+    joins = config.width is None
+    found = combine(network, data.rows, folds, matches, joins=joins, seed=config.seed)
+    log.info("%s", found.summary)
+    if found.combination.kernel is None:
+        return decided
+    figures = found.measured.score._asdict()
+    log_line({"step": decided.made, "validation": figures, "matched": True})
+    scores = {**decided.scores, "parts": figures}
+    return decided.model_copy(update={"scores": scores, "parts": found.combination})
+
+
+def _word_parts(parts: Combination, networks: int) -> str:
+    """Say which parts an adapter has; "" for one network."""
+    kept = "network" if networks == 1 else f"{networks} networks"
+    if parts.kernel is None:
+        return "" if networks == 1 else kept
+    name = parts.kernel.name
+    return name if parts.share == 1 else f"{kept} and {name}, which weighs {parts.share:.0%}"
+
+
+def _word_refit(data: TrainingData, networks: int) -> str:
+    """Say whether the held-out pairs were learned from."""
+    if data.refit_split is None:
+        return f"not refitted: {data.no_refit}"
+    pairs = data.rows.pairs
+    held_out = f"the {pairs - data.trained[0]:,} held out included"
+    several = f"{networks} networks " if networks > 1 else ""
+    return f"{several}refitted on all {pairs:,} pairs, {held_out}; the figures are those before it"
+
+
+def follow_phases(work: Work) -> None:
+    """Take the same steps as the main process in `run_phases`."""
+    while (phase := distributed.broadcast(_nothing)) is not None:
+        phase, shapes, weights, state = phase
+        adapter = Adapter(shapes, allow=set(work.config.kinds.values()))
+        adapter.load_state_dict(weights)
+        trainer = work.trainer(phase, adapter)
+        if state is not None:
+            trainer.load_state_dict(state)
+        follow(trainer)
+
+
+def _nothing() -> Any:
+    """Return what the main process broadcasts, which is never called elsewhere."""
+
+
+def find_tokens(config: TrainConfig) -> StoredTokens | None:
+    """Open the tokens to train with, None without any; see `open_tokens`."""
+    return open_tokens(
+        config.features,
+        config.group(TokenOptions),
+        config.group(ObjectiveOptions),
+        config.kinds,
+        unpaired=config.unpaired,
+        sub_batch=config.sub_batch,
+    )
+
+
+def build_trainer(
+    config: TrainConfig,
+    data: TrainingData,
+    tokens: StoredTokens | None,
+    sampler: PairSampler,
+    adapter: Adapter,
+    phase: Phase = FIRST,
+) -> Trainer:
+    """Build a trainer of the adapter."""
+    return Trainer(
+        adapter,
+        data,
+        tokens,
+        sampler,
+        config.group(ObjectiveOptions),
+        config.group(OptimizerOptions),
+        captions=config.captions,
+        device=config.device,
+        seed=config.seed,
+        phase=phase,
+    )
