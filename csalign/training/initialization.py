@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
-from csalign.adapters.side import SideShape
+from csalign.adapters.side import SideShape, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
@@ -111,6 +112,7 @@ class _Builder:
     token_widths: Mapping[Modality, int]
     seed: int
     _known: dict[Roots, PairMoments] = field(default_factory=dict)
+    _scales: dict[tuple[Modality, bool], Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kinds = self.options.kinds
@@ -127,6 +129,7 @@ class _Builder:
         options = self.options
         if width is None:
             width = shared_width(self._kinds, self._widths, options.width, allow=self._allow)
+        scales = dict(zip(Modality, self._scales_of(roots), strict=True))
         shapes = {
             side: SideShape(
                 kind=self._kinds[side],
@@ -138,12 +141,17 @@ class _Builder:
                 token_width=self.token_widths.get(side),
                 rank=options.rank,
                 layers=options.layers,
+                scaled=scales[side] is not None,
             )
             for side, root in zip(Modality, roots, strict=True)
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Adapter(shapes, allow=self._allow)
+            adapter = Adapter(shapes, allow=self._allow)
+        for side, scale in scales.items():
+            if scale is not None:
+                adapter.side(side).set_scale(scale)
+        return adapter
 
     def candidates(
         self, ridges: tuple[float, ...], powers: tuple[float, ...]
@@ -190,5 +198,15 @@ class _Builder:
         if roots not in self._known:
             pairs, weights = self.sampler.weighted_pairs()
             images, texts = self.rows.images, self.rows.texts
-            self._known[roots] = PairMoments.of(images, texts, pairs, weights, roots)
+            scales = self._scales_of(roots)
+            self._known[roots] = PairMoments.of(images, texts, pairs, weights, roots, scales)
         return self._known[roots]
+
+    def _scales_of(self, roots: Roots) -> tuple[Tensor | None, Tensor | None]:
+        """Return the scale of each side's dimensions; None without one, or if the side is kept."""
+        for side, root in zip(Modality, roots, strict=True):
+            if (side, root) not in self._scales:
+                keeps = find_kind(self._kinds[side], allow=self._allow).keeps_width
+                rows = self.rows.embeddings(side)
+                self._scales[side, root] = None if keeps else loud_scale(rows, signed_sqrt=root)
+        return self._scales[Modality.IMAGE, roots[0]], self._scales[Modality.TEXT, roots[1]]

@@ -7,6 +7,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
+from csalign.training.advice import advise, announce_scales
 from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import (
     AdapterOptions,
@@ -78,9 +79,11 @@ def _train(
             groups = config.group(AdapterOptions)
             widths = tokens.widths if tokens else {}
             announce_rows(data)
+            advise(data.rows, data.val, config.seed)
             found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
             adapter, start = found.adapter, found.name
             log.info("%s", found.summary)
+            announce_scales(adapter)
         else:
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
         state = run.resumed and run.resumed.trainer

@@ -1,0 +1,103 @@
+"""What a user should know of the rows before a run is believed."""
+
+import logging
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import LOUD, loud_scale, to_tensor, unit_inputs
+from csalign.core.enums import Modality
+from csalign.features.join import Pairs
+from csalign.training.data import Array
+
+log = logging.getLogger(__name__)
+
+ENOUGH_TO_VALIDATE = 100  # images
+DEVIATION = 40.0  # of an image's recall, in points, where recall is around a half
+NEIGHBOURS = 10
+COMPARED = 2_000  # pairs
+LEAST_TO_COMPARE = 200  # pairs; of fewer the agreement is not known well enough
+HARDLY = 0.02  # above chance; encoders that reach a recall of some 10 % agree by 0.04
+CHANCE_DEVIATIONS = 4
+
+
+def advise(rows: Pairs, val: Pairs | None, seed: int) -> None:
+    """Warn if there are few rows to validate on, or the two sides of the pairs hardly agree.
+
+    Args:
+        rows: training rows.
+        val: held-out rows, None without any.
+        seed: of the pairs that are compared.
+    """
+    held_out = int((val.caption_counts > 0).sum()) if val is not None else ENOUGH_TO_VALIDATE
+    if held_out < ENOUGH_TO_VALIDATE:
+        log.warning(
+            "validating on %d images, where the standard error of mean recall is about %.0f "
+            "points, so settings are chosen by noise in part; hold out %d or more with csalign "
+            "split --val",
+            held_out,
+            DEVIATION / held_out**0.5,
+            ENOUGH_TO_VALIDATE,
+        )
+    pairs = _distinct_pairs(rows, seed)
+    if len(pairs) < LEAST_TO_COMPARE:
+        return
+    images, texts = rows.images[rows.text_image[pairs]], rows.texts[pairs]
+    found, chance = neighbour_agreement(images, texts), NEIGHBOURS / (len(pairs) - 1)
+    figures = f"mutual {NEIGHBOURS}-NN {found:.3f}, chance {chance:.3f}"
+    # Of random pairs some NEIGHBOURS**2 neighbours agree, about as a Poisson number.
+    if found < chance + CHANCE_DEVIATIONS / len(pairs):
+        log.warning("the pairs look random (%s); check the keys that join them", figures)
+    elif found < chance + HARDLY:
+        log.warning("the encoders hardly agree (%s): expect low recall", figures)
+
+
+def announce_scales(adapter: Adapter) -> None:
+    """Log which dimensions of the embeddings are scaled down."""
+    for side in Modality:
+        scale = adapter.side(side).scale
+        if scale is not None:
+            loud = (scale < 1).nonzero()[:, 0].tolist()
+            log.info(
+                "%s embeddings: %d of %d dimensions (%s) vary more than %g times as much as most "
+                "others; scaled down",
+                side,
+                len(loud),
+                len(scale),
+                ", ".join(map(str, loud[:5])) + ", ..." * (len(loud) > 5),
+                LOUD,
+            )
+
+
+def neighbour_agreement(images: Array, texts: Array) -> float:
+    """Return the share of each image's nearest neighbours whose texts are neighbours, in [0, 1].
+
+    Args:
+        images: (n, d), row i paired with row i of `texts`; any float dtype.
+        texts: (n, e), n > `NEIGHBOURS`.
+    """
+    near_images, near_texts = _nearest(images), _nearest(texts)
+    is_near = torch.zeros(len(images), len(images), dtype=torch.bool)
+    return float(is_near.scatter_(1, near_images, True).gather(1, near_texts).float().mean())
+
+
+def _nearest(values: Array) -> Tensor:
+    """Find the neighbours of rows (n, d) by cosine of the centred inputs of adapters, (n, k)."""
+    root = bool(values.min() >= 0)
+    scale = loud_scale(values, signed_sqrt=root)
+    unit = unit_inputs(to_tensor(values, torch.device("cpu")), signed_sqrt=root, scale=scale)
+    unit = normalize(unit - unit.mean(0), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(NEIGHBOURS, dim=1).indices
+
+
+def _distinct_pairs(rows: Pairs, seed: int) -> Array:
+    """Sample text rows of pairs, ascending, without a second one of an image or a caption."""
+    pairs = rows.texts_by_image
+    for groups in (rows.text_image, rows.caption_keys):
+        pairs = pairs[np.unique(groups[pairs], return_index=True)[1]]
+    if len(pairs) > COMPARED:
+        pairs = np.random.default_rng(seed).choice(pairs, COMPARED, replace=False)
+    return np.sort(pairs)
