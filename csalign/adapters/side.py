@@ -60,16 +60,16 @@ def loud_scale(rows: Rows, *, signed_sqrt: bool) -> Tensor | None:
     """
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), LOUD_ROWS)).astype(np.int64)
     x = to_tensor(rows[chosen], torch.device("cpu"))
-    scale = torch.ones(x.shape[1])
+    scale, is_loud = torch.ones(x.shape[1]), torch.zeros(x.shape[1], dtype=torch.bool)
     for _ in range(LOUD_ROUNDS):  # a loud dimension makes the others' deviations uncertain
         deviations = unit_inputs(x, signed_sqrt=signed_sqrt, scale=scale).std(0, correction=0)
         varying = deviations[deviations > 0]
         most = varying.quantile(MOST) if len(varying) else torch.tensor(torch.inf)
-        is_loud = deviations > LOUD * most
+        is_loud |= deviations > LOUD * most
         if not is_loud.any():
             break
         scale[is_loud] *= most / deviations[is_loud]
-    return scale if (scale < 1).any() else None
+    return scale if is_loud.any() else None
 
 
 def to_tensor(values: Array, device: torch.device) -> Tensor:

@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.model import Adapter
-from csalign.adapters.side import LOUD, loud_scale, to_tensor, unit_inputs
-from csalign.core.enums import Modality
-from csalign.features.join import Pairs
-from csalign.training.data import Array
+from csalign.adapters.side import loud_scale, to_tensor, unit_inputs
+from csalign.features.join import Array, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +21,7 @@ HARDLY = 0.02  # above chance; encoders that reach a recall of some 10 % agree b
 CHANCE_DEVIATIONS = 4
 
 
-def advise(rows: Pairs, val: Pairs | None, seed: int) -> None:
+def advise(rows: Pairs, val: Pairs | None, *, seed: int = 0) -> None:
     """Warn if there are few rows to validate on, or the two sides of the pairs hardly agree.
 
     Args:
@@ -35,7 +32,7 @@ def advise(rows: Pairs, val: Pairs | None, seed: int) -> None:
     held_out = int((val.caption_counts > 0).sum()) if val is not None else ENOUGH_TO_VALIDATE
     if held_out < ENOUGH_TO_VALIDATE:
         log.warning(
-            "validating on %d images, where the standard error of mean recall is about %.0f "
+            "validating on %d images, where the standard error of mean recall is up to %.0f "
             "points, so settings are chosen by noise in part; hold out %d or more with csalign "
             "split --val",
             held_out,
@@ -53,23 +50,6 @@ def advise(rows: Pairs, val: Pairs | None, seed: int) -> None:
         log.warning("the pairs look random (%s); check the keys that join them", figures)
     elif found < chance + HARDLY:
         log.warning("the encoders hardly agree (%s): expect low recall", figures)
-
-
-def announce_scales(adapter: Adapter) -> None:
-    """Log which dimensions of the embeddings are scaled down."""
-    for side in Modality:
-        scale = adapter.side(side).scale
-        if scale is not None:
-            loud = (scale < 1).nonzero()[:, 0].tolist()
-            log.info(
-                "%s embeddings: %d of %d dimensions (%s) vary more than %g times as much as most "
-                "others; scaled down",
-                side,
-                len(loud),
-                len(scale),
-                ", ".join(map(str, loud[:5])) + ", ..." * (len(loud) > 5),
-                LOUD,
-            )
 
 
 def neighbour_agreement(images: Array, texts: Array) -> float:

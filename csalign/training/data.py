@@ -26,6 +26,7 @@ from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_train
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import check_encoder, embed_rows
+from csalign.training.advice import advise
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
 
 
 def announce_rows(data: TrainingData) -> None:
-    """Log what is trained and validated on, and whether a test split is missing."""
+    """Log what is trained and validated on; warn if it is too little, or looks random."""
     rows, val, features = data.rows, data.val, data.features
     log.info("training on %s: %s", _counted(rows), rows.name)
     if val is not None:
@@ -106,6 +107,7 @@ def announce_rows(data: TrainingData) -> None:
             features.path,
             features.manifest.test_split_options,
         )
+    advise(rows, val)
 
 
 def _counted(rows: join.Pairs | join.PairedRows) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
-from csalign.adapters.side import SideShape, loud_scale
+from csalign.adapters.side import LOUD, SideShape, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
@@ -93,6 +93,24 @@ def initialize(
                 summary=f"closed form: {total} settings in {past}, best R {recall}: {best.name}"
             )
     return Start(builder.build(None, (False, False)), "random", "start: random weights")
+
+
+def announce_start(start: Start) -> None:
+    """Log the start, and which dimensions of the embeddings it scales down."""
+    log.info("%s", start.summary)
+    for side in Modality:
+        scale = start.adapter.side(side).scale
+        if scale is not None:
+            loud = (scale < 1).nonzero()[:, 0].tolist()
+            log.info(
+                "%s embeddings: %d of %d dimensions (%s) vary more than %g times as much as most "
+                "others; scaled down",
+                side,
+                len(loud),
+                len(scale),
+                ", ".join(map(str, loud[:5])) + ", ..." * (len(loud) > 5),
+                LOUD,
+            )
 
 
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:

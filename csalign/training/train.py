@@ -7,7 +7,6 @@ from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
-from csalign.training.advice import advise, announce_scales
 from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import (
     AdapterOptions,
@@ -18,7 +17,7 @@ from csalign.training.config import (
     TrainConfig,
 )
 from csalign.training.data import StoredTokens, TrainingData, announce_rows, load_data, open_tokens
-from csalign.training.initialization import initialize, load_initialized
+from csalign.training.initialization import announce_start, initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.loop import Trainer, follow
 from csalign.training.moment_matching import match_outputs
@@ -79,11 +78,9 @@ def _train(
             groups = config.group(AdapterOptions)
             widths = tokens.widths if tokens else {}
             announce_rows(data)
-            advise(data.rows, data.val, config.seed)
             found = initialize(groups, data.rows, sampler, data.val, widths, config.seed)
             adapter, start = found.adapter, found.name
-            log.info("%s", found.summary)
-            announce_scales(adapter)
+            announce_start(found)
         else:
             adapter, start = load_initialized(run.resumed.folder, config.kinds)
         state = run.resumed and run.resumed.trainer
