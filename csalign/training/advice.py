@@ -1,4 +1,4 @@
-"""What a user should know of the rows before a run is believed."""
+"""Warnings of rows that promise little: few to validate on, or pairs that hardly agree."""
 
 import logging
 
@@ -21,25 +21,22 @@ HARDLY = 0.02  # above chance; encoders that reach a recall of some 10 % agree b
 CHANCE_DEVIATIONS = 4
 
 
-def advise(rows: Pairs, val: Pairs | None, *, seed: int = 0) -> None:
-    """Warn if there are few rows to validate on, or the two sides of the pairs hardly agree.
-
-    Args:
-        rows: training rows.
-        val: held-out rows, None without any.
-        seed: of the pairs that are compared.
-    """
-    held_out = int((val.caption_counts > 0).sum()) if val is not None else ENOUGH_TO_VALIDATE
-    if held_out < ENOUGH_TO_VALIDATE:
+def warn_of_few(images: int) -> None:
+    """Warn if there are too few images to choose settings by, of a number validated on."""
+    if images < ENOUGH_TO_VALIDATE:
         log.warning(
             "validating on %d images, where the standard error of mean recall is up to %.0f "
             "points, so settings are chosen by noise in part; hold out %d or more with csalign "
             "split --val",
-            held_out,
-            DEVIATION / held_out**0.5,
+            images,
+            DEVIATION / images**0.5,
             ENOUGH_TO_VALIDATE,
         )
-    pairs = _distinct_pairs(rows, seed)
+
+
+def warn_of_pairs(rows: Pairs) -> None:
+    """Warn if the two sides of pairs hardly agree, or only by chance."""
+    pairs = _distinct_pairs(rows)
     if len(pairs) < LEAST_TO_COMPARE:
         return
     images, texts = rows.images[rows.text_image[pairs]], rows.texts[pairs]
@@ -73,11 +70,11 @@ def _nearest(values: Array) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(NEIGHBOURS, dim=1).indices
 
 
-def _distinct_pairs(rows: Pairs, seed: int) -> Array:
+def _distinct_pairs(rows: Pairs) -> Array:
     """Sample text rows of pairs, ascending, without a second one of an image or a caption."""
     pairs = rows.texts_by_image
     for groups in (rows.text_image, rows.caption_keys):
         pairs = pairs[np.unique(groups[pairs], return_index=True)[1]]
     if len(pairs) > COMPARED:
-        pairs = np.random.default_rng(seed).choice(pairs, COMPARED, replace=False)
+        pairs = np.random.default_rng(0).choice(pairs, COMPARED, replace=False)
     return np.sort(pairs)

@@ -26,7 +26,7 @@ from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_train
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import check_encoder, embed_rows
-from csalign.training.advice import advise
+from csalign.training.advice import warn_of_few, warn_of_pairs
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def announce_rows(data: TrainingData) -> None:
             features.path,
             features.manifest.test_split_options,
         )
-    advise(rows, val)
+    if val is not None:
+        warn_of_few(int((val.caption_counts > 0).sum()))
+    warn_of_pairs(rows)
 
 
 def _counted(rows: join.Pairs | join.PairedRows) -> str:
