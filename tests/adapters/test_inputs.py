@@ -5,7 +5,6 @@ import torch
 from csalign.adapters.canonical import PairMoments
 from csalign.adapters.model import build_side
 from csalign.adapters.side import SideShape, loud_scale, unit_inputs
-from csalign.core.errors import ShapeError
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(400, 40)).astype(np.float32)
@@ -71,9 +70,3 @@ def test_moments_are_those_of_the_scaled_rows() -> None:
 
     torch.testing.assert_close(found.cov_xx, plain.cov_xx, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.cov_xy, plain.cov_xy, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["identity", "low-rank"])
-def test_a_kept_side_is_never_scaled(kind: str) -> None:
-    with pytest.raises(ShapeError, match="cannot take their square roots or scale"):
-        build_side(SideShape(kind, 4, 4, scaled=True))
