@@ -172,10 +172,10 @@ class Identity(SideAdapter):
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
-        if shape.signed_sqrt:
+        if shape.signed_sqrt or shape.scaled:
             raise ShapeError(
                 f"{shape.kind}: starts at the encoder's own embeddings, so it cannot take their "
-                "square roots; use another kind"
+                "square roots or scale their dimensions; use another kind"
             )
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
@@ -237,7 +237,9 @@ class Transformer(Linear):
         super().__init__(shape)
         self.token_path: Linear | None = None
         if shape.token_width is not None:
-            self.token_path = Linear(replace(shape, input_width=shape.token_width))
+            scaled = shape.scaled and shape.token_width == shape.input_width
+            path = replace(shape, input_width=shape.token_width, scaled=scaled)
+            self.token_path = Linear(path)
         self.blocks = nn.ModuleList(_encoder_block(shape) for _ in range(shape.layers))
         _set_to_zero(*self.residual_ends())
 

@@ -65,6 +65,7 @@ class PairMoments:
         pairs: tuple[Ints, Ints],
         weights: npt.NDArray[np.float64],
         signed_sqrt: tuple[bool, bool],
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> "PairMoments":
         """Accumulate the moments in one pass.
 
@@ -74,15 +75,19 @@ class PairMoments:
             pairs: k image rows and the k text rows that they are paired with.
             weights: (k,), >= 0, not all 0.
             signed_sqrt: whether to take the square root first, of images and of texts.
+            scales: of the dimensions of images (d,) and of texts (e,), if any; see `loud_scale`.
         """
         d, e = images.shape[1], texts.shape[1]
         total = torch.zeros(d + e, dtype=torch.float64)
         second = torch.zeros(d + e, d + e, dtype=torch.float64)
         share = torch.from_numpy(weights / weights.sum()).float()
         for rows in _chunks(len(weights)):
-            u = unit_inputs(to_tensor(images[pairs[0][rows]], CPU), signed_sqrt=signed_sqrt[0])
-            v = unit_inputs(to_tensor(texts[pairs[1][rows]], CPU), signed_sqrt=signed_sqrt[1])
-            joint = torch.cat([u, v], 1)  # (c, d + e)
+            sides = zip((images, texts), pairs, signed_sqrt, scales, strict=True)
+            units = [
+                unit_inputs(to_tensor(side[own[rows]], CPU), signed_sqrt=root, scale=scale)
+                for side, own, root, scale in sides
+            ]
+            joint = torch.cat(units, 1)  # (c, d + e)
             weighted = joint * share[rows, None]
             total += weighted.sum(0)
             second += weighted.T @ joint

@@ -77,7 +77,7 @@ class KernelCca:
         gamma: of the kernel, > 0.
         side: of the kernel.
         seed: of the blocks and of samples.
-        roots: of which sides the pairs' rows are square roots; see `SideShape.signed_sqrt`.
+        inputs: adapters of both sides, whose unit rows before centring are the pairs'.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class KernelCca:
         gamma: float,
         side: Modality,
         seed: int,
-        roots: Mapping[Modality, bool],
+        inputs: Mapping[Modality, SideAdapter],
     ) -> None:
         self._gamma, self._side, self._seed = gamma, Modality.of(side), seed
-        self._roots = roots
+        self._inputs = inputs
         weights = torch.from_numpy(pairs.weights / pairs.weights.sum()).float()
         _, first, group = np.unique(pairs.groups, return_index=True, return_inverse=True)
         self._group = torch.from_numpy(group)
@@ -209,24 +209,33 @@ class KernelCca:
         self, solution: _Solution, directions: "_Directions", power: float
     ) -> dict[Modality, SideAdapter]:
         x, y = directions.maps(power)
-        d, width = len(self._mean_x), x.shape[1]
-        root = self._roots[self._side.other]
-        linear = Linear(SideShape("linear", d, width, signed_sqrt=root))
+        width = x.shape[1]
+        linear = Linear(self._shape("linear", self._side.other, width))
         linear.start_from(self._mean_x, (self._vectors @ x).T)
-        shape = SideShape(
-            "kernel",
-            len(self._mean_y),
-            width,
-            signed_sqrt=self._roots[self._side],
-            landmarks=len(self._landmarks),
-        )
+        shape = self._shape("kernel", self._side, width, landmarks=len(self._landmarks))
         with torch.device("meta"):
             kernel = Kernel(shape)
         kernel.mean, kernel.gamma = self._mean_y, torch.tensor(self._gamma)
         kernel.landmarks = fixed(self._landmarks)
         kernel.weight = fixed((solution.weight @ y).T.contiguous())
         kernel.bias = fixed(solution.bias @ y)
-        return {side: kernel if side is self._side else linear for side in Modality}
+        sides: dict[Modality, SideAdapter] = {
+            side: kernel if side is self._side else linear for side in Modality
+        }
+        for side, own in sides.items():
+            own.scale = self._inputs[side].scale
+        return sides
+
+    def _shape(self, kind: str, side: Modality, width: int, landmarks: int = 1) -> SideShape:
+        own = self._inputs[side].shape
+        return SideShape(
+            kind,
+            own.input_width,
+            width,
+            signed_sqrt=own.signed_sqrt,
+            scaled=own.scaled,
+            landmarks=landmarks,
+        )
 
     def _held_out(
         self, solution: _Solution, directions: "_Directions", power: float

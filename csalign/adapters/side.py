@@ -14,6 +14,10 @@ from csalign.core.errors import ShapeError
 MAX_SIZE = 2**20  # beyond any real width; a damaged description cannot ask for all memory
 MAX_LAYERS = 64
 CHUNK_ROWS = 8_192
+LOUD = 10.0  # encoders' own embeddings reach 3
+MOST = 0.9
+LOUD_ROWS = 20_000
+LOUD_ROUNDS = 5
 
 Array = npt.NDArray[Any]
 
@@ -29,12 +33,43 @@ class Rows(Protocol):
     def __getitem__(self, key: Any, /) -> Any: ...
 
 
-def unit_inputs(x: Tensor, *, signed_sqrt: bool) -> Tensor:
-    """Normalise raw rows (..., d), after sign(x) sqrt(|x|) if asked; float32, before centring."""
+def unit_inputs(x: Tensor, *, signed_sqrt: bool, scale: Tensor | None = None) -> Tensor:
+    """Normalise raw rows (..., d), after sign(x) sqrt(|x|) if asked, times a scale (d,) if given.
+
+    The result is float32, before centring.
+    """
     x = x.float()
     if signed_sqrt:
         x = x.sign() * x.abs().sqrt()
-    return normalize(x, dim=-1)
+    return normalize(x if scale is None else x * scale, dim=-1)
+
+
+def loud_scale(rows: Rows, *, signed_sqrt: bool) -> Tensor | None:
+    """Find factors that scale loud dimensions down, so that unit rows show the others too.
+
+    A dimension is loud if its standard deviation over the unit rows is more than `LOUD` times that
+    of most others (their 90th percentile, so that the decaying spectrum of principal components
+    is none); it is scaled down to theirs. Constant dimensions do not count.
+
+    Args:
+        rows: (n, d), of which at most `LOUD_ROWS` are read.
+        signed_sqrt: as in `unit_inputs`, before the scale.
+
+    Returns:
+        (d,) float32, 1 where a dimension is not loud; None if none is.
+    """
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), LOUD_ROWS)).astype(np.int64)
+    x = to_tensor(rows[chosen], torch.device("cpu"))
+    scale, is_loud = torch.ones(x.shape[1]), torch.zeros(x.shape[1], dtype=torch.bool)
+    for _ in range(LOUD_ROUNDS):  # a loud dimension makes the others' deviations uncertain
+        deviations = unit_inputs(x, signed_sqrt=signed_sqrt, scale=scale).std(0, correction=0)
+        varying = deviations[deviations > 0]
+        most = varying.quantile(MOST) if len(varying) else torch.tensor(torch.inf)
+        is_loud |= deviations > LOUD * most
+        if not is_loud.any():
+            break
+        scale[is_loud] *= most / deviations[is_loud]
+    return scale if is_loud.any() else None
 
 
 def to_tensor(values: Array, device: torch.device) -> Tensor:
@@ -66,6 +101,7 @@ class SideShape:
         dropout: in those and in "low-rank", during training.
         signed_sqrt: take sign(x) sqrt(|x|) first, which evens out the few large activations of
             non-negative (ReLU-pooled) features.
+        scaled: whether the dimensions have a scale; see `loud_scale`.
         token_width: of the tokens that come with the embeddings; None if there are none.
         rank: of the update of "low-rank".
         layers: blocks of "transformer".
@@ -87,6 +123,7 @@ class SideShape:
     layers: int = 2
     landmarks: int = 1
     parts: tuple["SideShape", ...] = ()
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -124,6 +161,7 @@ class SideAdapter(nn.Module):
         keeps_width: whether the shared space must be as wide as the embeddings of this side.
         projects_tokens: whether tokens may have another width than the embeddings.
         mean: (input_width,) float32 that `inputs` subtracts; 0 unless `start_from` sets it.
+        scale: (input_width,) float32 that `inputs` multiplies raw rows by; None unless scaled.
 
     Raises:
         ShapeError: the kind does not support that shape.
@@ -134,12 +172,14 @@ class SideAdapter(nn.Module):
     keeps_width: ClassVar[bool] = False
     projects_tokens: ClassVar[bool] = False
     mean: Tensor
+    scale: Tensor | None
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__()
         self.check(shape)
         self.shape = shape
         self.register_buffer("mean", torch.zeros(shape.input_width))
+        self.register_buffer("scale", torch.ones(shape.input_width) if shape.scaled else None)
 
     @classmethod
     def check(cls, shape: SideShape) -> None:
@@ -168,10 +208,16 @@ class SideAdapter(nn.Module):
 
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """Return unit rows minus the mean, plus noise of that norm, (n, input_width) float32."""
-        u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt) - self.mean
+        u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt, scale=self.scale) - self.mean
         if noise:
             u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)
         return u
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Set the scale (input_width,) of a side that was built as scaled, and of its parts."""
+        for part in self.modules():
+            if isinstance(part, SideAdapter) and part.scale is not None:
+                part.scale.copy_(scale)
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """Map raw embeddings into the shared space.

@@ -32,7 +32,7 @@ OTHER_RIDGES = (0.3, 1.0, 3.0)
 POWERS = (0.5, 1.0)
 SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
 
-Roots = Mapping[Modality, bool]
+Inputs = Mapping[Modality, SideAdapter]
 
 
 class Fold(NamedTuple):
@@ -93,10 +93,10 @@ def combine(
     """
     tick("kernel CCA")
     width = network.image.shape.width
-    roots = {side: network.side(side).shape.signed_sqrt for side in Modality}
-    setting = _search(rows, folds, matches, roots, width, seed)
+    inputs = {side: network.side(side).cpu() for side in Modality}
+    setting = _search(rows, folds, matches, inputs, width, seed)
     sampler, val = folds[0]
-    sides = _fit(setting, rows, sampler, matches, roots, width, seed)
+    sides = _fit(setting, rows, sampler, matches, inputs, width, seed)
     own, other = _embed(network, val), _embed(Adapter.of_sides(sides), val)
     found = {
         share: _joined([(own, 1 - share), (other, share)], val)
@@ -131,10 +131,9 @@ def assemble(
     """
     if combination.kernel is None:
         return networks[0] if len(networks) == 1 else _put_together(networks, None, 0.0)
-    shape = networks[0].shapes
-    roots = {side: shape[side].signed_sqrt for side in Modality}
+    inputs = {side: networks[0].side(side).cpu() for side in Modality}
     width = networks[0].image.shape.width
-    sides = _fit(combination.kernel, rows, sampler, matches, roots, width, seed)
+    sides = _fit(combination.kernel, rows, sampler, matches, inputs, width, seed)
     return _put_together(networks, sides, combination.share)
 
 
@@ -161,7 +160,7 @@ def _search(
     rows: Pairs,
     folds: Sequence[Fold],
     matches: Matches | None,
-    roots: Roots,
+    inputs: Inputs,
     width: int,
     seed: int,
 ) -> KernelSetting:
@@ -171,9 +170,9 @@ def _search(
         sides, gammas, ridges, others, powers = grid
         found: dict[KernelSetting, list[Measured]] = {}
         for (sampler, val), side in product(folds, sides):
-            pairs = _pairs(rows, sampler, matches, roots, side, limit, seed)
+            pairs = _pairs(rows, sampler, matches, inputs, side, limit, seed)
             for gamma in gammas:
-                fit = KernelCca(pairs, gamma, side, seed, roots)
+                fit = KernelCca(pairs, gamma, side, seed, inputs)
                 for setting, own in fit.candidates(ridges, others, powers, width):
                     both = _embed(Adapter.of_sides(own), val)
                     found.setdefault(setting, []).append(measure(*both, val.text_image))
@@ -189,19 +188,19 @@ def _fit(
     rows: Pairs,
     sampler: PairSampler,
     matches: Matches | None,
-    roots: Roots,
+    inputs: Inputs,
     width: int,
     seed: int,
 ) -> dict[Modality, SideAdapter]:
-    pairs = _pairs(rows, sampler, matches, roots, setting.side, MAX_LANDMARKS, seed)
-    return KernelCca(pairs, setting.gamma, setting.side, seed, roots).fit(setting, width)
+    pairs = _pairs(rows, sampler, matches, inputs, setting.side, MAX_LANDMARKS, seed)
+    return KernelCca(pairs, setting.gamma, setting.side, seed, inputs).fit(setting, width)
 
 
 def _pairs(
     rows: Pairs,
     sampler: PairSampler,
     matches: Matches | None,
-    roots: Roots,
+    inputs: Inputs,
     side: Modality,
     limit: int,
     seed: int,
@@ -225,7 +224,11 @@ def _pairs(
             groups = np.concatenate([groups, groups.max() + 1 + np.arange(count)])
             values = {one: np.concatenate([values[one], own[one]]) for one in Modality}
     units = {
-        one: unit_inputs(torch.from_numpy(np.asarray(values[one])), signed_sqrt=roots[one])
+        one: unit_inputs(
+            torch.from_numpy(np.asarray(values[one])),
+            signed_sqrt=inputs[one].shape.signed_sqrt,
+            scale=inputs[one].scale,
+        )
         for one in Modality
     }
     return KernelPairs(units[side.other], units[side], groups, weights)

@@ -218,7 +218,7 @@ class OptimizerOptions(Config):
     panel: ClassVar[str] = "Optimization"
 
     steps: int | None = Field(
-        None, ge=0, description="Optimizer steps (default: 20 epochs, at least 200)."
+        None, ge=0, description="Optimizer steps (default: 15 epochs, at least 200)."
     )
     epochs: Positive | None = Field(
         None, description="Passes over the captioned training images, instead of --steps."

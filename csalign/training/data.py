@@ -26,6 +26,7 @@ from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_train
 from csalign.features.tokens import TokenCache, TokenRows
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 from csalign.runs.load import check_encoder, embed_rows
+from csalign.training.advice import warn_of_few, warn_of_pairs
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
 
 
 def announce_rows(data: TrainingData) -> None:
-    """Log what is trained and validated on, and whether a test split is missing."""
+    """Log what is trained and validated on; warn if it is too little, or looks random."""
     rows, val, features = data.rows, data.val, data.features
     log.info("training on %s: %s", _counted(*data.trained), rows.name)
     if val is not None:
@@ -130,6 +131,9 @@ def announce_rows(data: TrainingData) -> None:
             features.path,
             features.manifest.test_split_options,
         )
+    if val is not None:
+        warn_of_few(int((val.caption_counts > 0).sum()))
+    warn_of_pairs(rows)
 
 
 def _counted(pairs: int, images: int) -> str:

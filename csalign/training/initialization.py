@@ -14,7 +14,7 @@ from torch import Tensor
 from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
-from csalign.adapters.side import SideShape, to_tensor, unit_inputs
+from csalign.adapters.side import LOUD, SideShape, loud_scale, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, reported_to, show_figures, silent, tick
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
 
 Roots = tuple[bool, bool]
+Scales = tuple[Tensor | None, Tensor | None]
 Form = Literal["centred", "ridge", "cca"]
 
 
@@ -129,6 +130,24 @@ def fit_setting(
     return start.adapter, start.matches
 
 
+def announce_start(start: Start) -> None:
+    """Log the start, and which dimensions of the embeddings it scales down."""
+    log.info("%s", start.summary)
+    for side in Modality:
+        scale = start.adapter.side(side).scale
+        if scale is not None:
+            loud = (scale < 1).nonzero()[:, 0].tolist()
+            log.info(
+                "%s embeddings: %d of %d dimensions (%s) vary more than %g times as much as most "
+                "others; scaled down",
+                side,
+                len(loud),
+                len(scale),
+                ", ".join(map(str, loud[:5])) + ", ..." * (len(loud) > 5),
+                LOUD,
+            )
+
+
 def load_initialized(folder: Path, kinds: Mapping[Modality, str]) -> tuple[Adapter, str]:
     """Load the adapters of a checkpoint, and the name of their initialization."""
     with torch.random.fork_rng(devices=[]):
@@ -145,6 +164,7 @@ class _Fits:
     token_widths: Mapping[Modality, int]
     seed: int
     _moments: dict[tuple[PairSampler, Roots], PairMoments] = field(default_factory=dict)
+    _scales: dict[tuple[Modality, bool], Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kinds = self.options.kinds
@@ -196,7 +216,8 @@ class _Fits:
     @cached_property
     def pools(self) -> Pools:
         """The unpaired rows."""
-        return Pools(self.data.unpaired, self.roots("cca"), self.seed)
+        roots = self.roots("cca")
+        return Pools(self.data.unpaired, roots, self.scales(roots), self.seed)
 
     def moments(self, sampler: PairSampler, roots: Roots) -> PairMoments:
         """Return the moments of a sampler's pairs."""
@@ -204,8 +225,19 @@ class _Fits:
         if key not in self._moments:
             pairs, weights = sampler.weighted_pairs()
             rows = self.data.rows
-            self._moments[key] = PairMoments.of(rows.images, rows.texts, pairs, weights, roots)
+            self._moments[key] = PairMoments.of(
+                rows.images, rows.texts, pairs, weights, roots, self.scales(roots)
+            )
         return self._moments[key]
+
+    def scales(self, roots: Roots) -> Scales:
+        """Return the scale of each side's dimensions; None without one, or if the side is kept."""
+        for side, root in zip(Modality, roots, strict=True):
+            if (side, root) not in self._scales:
+                rows = self.data.rows.embeddings(side)
+                is_free = side not in self._kept
+                self._scales[side, root] = loud_scale(rows, signed_sqrt=root) if is_free else None
+        return self._scales[Modality.IMAGE, roots[0]], self._scales[Modality.TEXT, roots[1]]
 
     def fit(
         self, form: str, ridge: float, powers: tuple[float, ...], sampler: PairSampler
@@ -243,6 +275,7 @@ class _Fits:
     def _build(self, width: int | None, roots: Roots) -> Adapter:
         """Build adapters with random weights; a width of None is that of the kinds and options."""
         options = self.options
+        scales = dict(zip(Modality, self.scales(roots), strict=True))
         shapes = {
             side: SideShape(
                 kind=self._kinds[side],
@@ -254,12 +287,17 @@ class _Fits:
                 token_width=self.token_widths.get(side),
                 rank=options.rank,
                 layers=options.layers,
+                scaled=scales[side] is not None,
             )
             for side, root in zip(Modality, roots, strict=True)
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Adapter(shapes, allow=self._allow)
+            adapter = Adapter(shapes, allow=self._allow)
+        for side, scale in scales.items():
+            if scale is not None:
+                adapter.side(side).set_scale(scale)
+        return adapter
 
 
 @dataclass
@@ -270,12 +308,14 @@ class _Fold:
     val: Pairs
     _units: dict[Roots, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def measure(self, form: ClosedForm, roots: Roots) -> Measured:
+    def measure(self, form: ClosedForm, roots: Roots, scales: Scales) -> Measured:
         """Measure a form on the held-out rows."""
         if roots not in self._units:
             images, texts = (
-                unit_inputs(to_tensor(self.val.embeddings(side), CPU), signed_sqrt=root)
-                for side, root in zip(Modality, roots, strict=True)
+                unit_inputs(
+                    to_tensor(self.val.embeddings(side), CPU), signed_sqrt=root, scale=scale
+                )
+                for side, root, scale in zip(Modality, roots, scales, strict=True)
             )
             self._units[roots] = images, texts
         images, texts = form.outputs(*self._units[roots])
@@ -343,8 +383,12 @@ class _Choice:
         return best_of(found)
 
     def _measure(self, roots: Roots) -> Callable[[list[ClosedForm]], Measured]:
+        scales = self._fits.scales(roots)
         return lambda forms: pool(
-            [fold.measure(form, roots) for fold, form in zip(self._folds, forms, strict=True)]
+            [
+                fold.measure(form, roots, scales)
+                for fold, form in zip(self._folds, forms, strict=True)
+            ]
         )
 
     def _show(self, tried: Candidate) -> None:

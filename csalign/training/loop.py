@@ -32,7 +32,7 @@ from csalign.training.sampler import Batch, BatchLoader, PairSampler
 
 log = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 20
+DEFAULT_EPOCHS = 15
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 PATIENCE = 10  # validations
 ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little

@@ -164,7 +164,10 @@ def _outputs(
     device = side.mean.device
     paired, further = to_tensor(known, device), to_tensor(others, device)
     values = torch.from_numpy(weights).to(device, torch.float32)
-    seen, new = (unit_inputs(x, signed_sqrt=side.shape.signed_sqrt) for x in (paired, further))
+    seen, new = (
+        unit_inputs(x, signed_sqrt=side.shape.signed_sqrt, scale=side.scale)
+        for x in (paired, further)
+    )
     estimated = nearest_mean(seen, values, new)
     return Outputs(
         torch.cat([side(paired), side(further)]), torch.cat([values, estimated]), is_frozen

@@ -24,6 +24,7 @@ from csalign.training.data import Score, StoredTokens, TrainingData, open_tokens
 from csalign.training.initialization import (
     Matches,
     Setting,
+    announce_start,
     fit_setting,
     initialize,
     load_initialized,
@@ -155,7 +156,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
             unpaired_matches=config.unpaired_matches,
         )
         adapter, start, setting, matches = found.adapter, found.name, found.setting, found.matches
-        log.info("%s", found.summary)
+        announce_start(found)
     else:
         adapter, start = load_initialized(run.resumed.folder, config.kinds)
         setting = Setting.model_validate(run.resumed.setting)

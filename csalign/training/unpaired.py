@@ -65,16 +65,19 @@ class Pools:
 
     unpaired: Unpaired
     roots: tuple[bool, bool]  # whether to take the square root, of images and of texts
+    scales: tuple[Tensor | None, Tensor | None]  # of the dimensions of both sides
     seed: int  # of all that is drawn
 
     @cached_property
     def _moments(self) -> list[tuple[Array, Tensor, Tensor]]:
         """Row numbers, mean and covariance of each side, in one pass over its rows."""
         return [
-            self._side_moments(side, root) for side, root in zip(Modality, self.roots, strict=True)
+            self._side_moments(*own) for own in zip(Modality, self.roots, self.scales, strict=True)
         ]
 
-    def _side_moments(self, side: Modality, root: bool) -> tuple[Array, Tensor, Tensor]:
+    def _side_moments(
+        self, side: Modality, root: bool, scale: Tensor | None
+    ) -> tuple[Array, Tensor, Tensor]:
         total = self.unpaired.count(side)
         chosen = np.arange(total)
         if total > MOST_UNPAIRED:
@@ -90,7 +93,7 @@ class Pools:
             is_new[first] = [key not in seen for key in keys.tolist()]
             seen.update(keys.tolist())
             kept.append(rows[is_new])
-            unit = unit_inputs(to_tensor(values[is_new], CPU), signed_sqrt=root)
+            unit = unit_inputs(to_tensor(values[is_new], CPU), signed_sqrt=root, scale=scale)
             mean, second = mean + unit.double().sum(0), second + (unit.T @ unit).double()
         rows = np.concatenate(kept)
         mean, second = mean / len(rows), second / len(rows)
@@ -102,13 +105,14 @@ class Pools:
         orders = [rng.permutation(rows) for rows, *_ in self._moments]
         for number in range(max(1, min(most, max(map(len, orders)) // BLOCK))):
             stored, centred = [], []
-            for side, order, root, (_, mean, _) in zip(
-                Modality, orders, self.roots, self._moments, strict=True
+            for side, order, root, scale, (_, mean, _) in zip(
+                Modality, orders, self.roots, self.scales, self._moments, strict=True
             ):
                 start = number % max(1, len(order) // BLOCK) * BLOCK
                 rows = self.unpaired.take(side, np.sort(order[start : start + BLOCK]))
                 stored.append(rows)
-                centred.append(unit_inputs(to_tensor(rows, CPU), signed_sqrt=root) - mean)
+                unit = unit_inputs(to_tensor(rows, CPU), signed_sqrt=root, scale=scale)
+                centred.append(unit - mean)
             yield _Block((stored[0], stored[1]), (centred[0], centred[1]))
 
     def mix(self, pairs: PairMoments) -> PairMoments:

@@ -60,9 +60,10 @@ def test_every_kind_gives_the_same_bytes_again(
 ) -> None:
     shapes = {
         Modality.IMAGE: SideShape(kind, 6, 6, hidden=8, token_width=token_width, rank=2, layers=1),
-        Modality.TEXT: SideShape("linear", 5, 6),
+        Modality.TEXT: SideShape("linear", 5, 6, scaled=True),
     }
     adapter = Adapter(shapes)
+    adapter.text.set_scale(torch.tensor([1.0, 0.1, 1.0, 1.0, 0.5]))
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_()
@@ -78,6 +79,8 @@ def test_every_kind_gives_the_same_bytes_again(
     assert again.embed(Modality.IMAGE, ROWS).tobytes() == (
         adapter.embed(Modality.IMAGE, ROWS).tobytes()
     )
+    assert again.text.scale is not None
+    assert again.text.scale.tolist() == pytest.approx([1, 0.1, 1, 1, 0.5])
     if token_width:
         for found, expected in zip(
             again.embed_tokens(Modality.IMAGE, ROWS, tokens, mask),

@@ -11,11 +11,12 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
 from csalign.adapters.kernel_cca import BLOCK_ROWS, KernelCca, KernelPairs, KernelSetting
-from csalign.adapters.side import SideAdapter
+from csalign.adapters.model import build_side
+from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.enums import Modality
 
-PLAIN = dict.fromkeys(Modality, False)
 TEXT, IMAGE = Modality.TEXT, Modality.IMAGE
+PLAIN = {IMAGE: build_side(SideShape("linear", 6, 6)), TEXT: build_side(SideShape("linear", 8, 6))}
 
 
 def curved(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,11 +45,14 @@ def saved(folder: Path, kind: str, *, token_width: int | None = None) -> Path:
             12 if keeps else 8,
             hidden=16,
             signed_sqrt=not keeps,
+            scaled=not keeps,
             token_width=token_width,
         )
         for side, width in zip(Modality, (12, 12 if keeps else 8), strict=True)
     }
     adapter = Adapter(shapes)
+    for side, shape in shapes.items():
+        adapter.side(side).set_scale(torch.linspace(0.1, 1, shape.input_width))
     for parameter in adapter.parameters():  # also of what starts at zero
         torch.nn.init.normal_(parameter, std=0.3)
     folder.mkdir()
