@@ -63,7 +63,7 @@ ONLY_DOORS = {
         "encoders/checkpoints.py",
         "generation/unclip.py",
         "sources/arrays/files.py",
-        "training/checkpoints.py",
+        "training/state.py",
     },
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"core/distributed.py"},
@@ -73,7 +73,7 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 160  # modules of the package
+MAX_TOTAL = 161  # modules of the package
 MAX_TOTAL_LINES = 33_400
 
 

@@ -1,13 +1,11 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter
 from csalign.core import devices, distributed
-from csalign.core.enums import Modality
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
 from csalign.training.checkpoints import TrainingJob, UnfinishedRun, check_run_folder, open_run
@@ -204,7 +202,8 @@ def _train_further(
     if run.resumed is None:
         options = work.config.group(AdapterOptions)
         widths, seed = work.tokens.widths if work.tokens else {}, work.config.seed + phase.number
-        adapter = _fit_start(setting, options, work.data, work.sampler(phase), widths, seed)
+        tick("refitting: closed form")
+        adapter = fit_named(setting, options, work.data.rows, work.sampler(phase), widths, seed)
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     _run_phase(work, run, phase, adapter, (decided.start, setting), lambda line: None)
@@ -261,19 +260,6 @@ def _match(work: _Work, adapter: Adapter, decided: _Decided, log_line: Log) -> _
     log_line({"step": decided.made, "validation": figures, "matched": True})
     scores = {**decided.scores, "matched": figures}
     return decided._replace(scores=scores, covariances=matched.covariances)
-
-
-def _fit_start(
-    setting: Any,
-    options: AdapterOptions,
-    data: TrainingData,
-    sampler: PairSampler,
-    widths: Mapping[Modality, int],
-    seed: int,
-) -> Adapter:
-    """Fit the closed form that was chosen on the pairs of a sampler."""
-    tick("refitting: closed form")
-    return fit_named(setting, options, data.rows, sampler, widths, seed)
 
 
 def _assemble(networks: list[Adapter]) -> Adapter:
