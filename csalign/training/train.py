@@ -84,7 +84,7 @@ class _Work:
 
     def sampler(self, phase: Phase) -> PairSampler:
         """Return the sampler of the pairs that a phase learns from."""
-        refits = phase.number > 0 and self.data.refit_split is not None
+        refits = phase.number > 0 and self.data.refits
         if refits not in self._samplers:
             self._samplers[refits] = make_sampler(
                 self.config.group(DataOptions),
@@ -105,6 +105,7 @@ class _Decided(NamedTuple):
     """What the first phase has decided, as JSON values."""
 
     start: str  # name of the closed form
+    setting: Any  # of it
     steps: int  # of the schedule
     made: int  # steps
     best: int  # step
@@ -125,32 +126,28 @@ def _train(work: _Work) -> TrainResult:
         with logs as log_line, run.saved_when_stopped():
             ended = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
             decided = _Decided(**run.ended[0].state) if ended else None
-            setting = run.ended[0].setting if ended else None
             if decided is None:
-                adapter, decided, setting = _train_first(work, run, log_line)
+                adapter, decided = _train_first(work, run, log_line)
                 ended.append(adapter)
-            further = _further_phases(work, decided)
-            for phase in further[len(ended) - 1 :]:
+            for phase in _further_phases(work, decided)[len(ended) - 1 :]:
                 if phase.number > len(run.ended):
                     run.end_phase(decided._asdict())
-                ended.append(_train_further(work, run, phase, decided, setting))
+                ended.append(_train_further(work, run, phase, decided))
             distributed.broadcast(lambda: None)  # no further phase
-            measured = ended[0]
-            adapter = _assemble(ended[1:] if data.refit_split else ended)
-            sampler = work.sampler(Phase(len(ended) - 1))
-            once, seed = config.caption_weights, config.seed
-            if data.refit_split is None:
+            adapter = _assemble(ended[1:] if data.refits else ended)
+            measured = ended[0] if data.refits else adapter
+            if not data.refits:
                 if len(ended) > 1 and data.val is not None:
                     decided.scores["kept"] = validate(adapter, data.val)._asdict()
-                measured = adapter
                 decided = _match(work, adapter, decided, log_line)
-            elif decided.covariances is not None:
-                how = decided.covariances
-                match_again(adapter, data, sampler, covariances=how, once=once, seed=seed)
+            elif (covariances := decided.covariances) is not None:
+                once, sampler = config.caption_weights, work.sampler(Phase(1))
+                seed = config.seed
+                match_again(adapter, data, sampler, covariances=covariances, once=once, seed=seed)
             refit = _word_refit(data, config.networks if decided.best else 1)
             log.info("%s", refit)
             if len(ended) > 1:
-                learned = data.rows.pairs if data.refit_split else data.trained[0]
+                learned = data.rows.pairs if data.refits else data.trained[0]
                 log_line({"step": decided.made, "refit": {"pairs": learned, "steps": decided.best}})
         tick("saving")
         seconds = run.finish(adapter, [*decided.scores.values()][-1] if decided.scores else None)
@@ -171,12 +168,8 @@ def _train(work: _Work) -> TrainResult:
     return distributed.broadcast(lambda: result)
 
 
-def _train_first(work: _Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, _Decided, Any]:
-    """Choose a closed form, train from it, and keep the weights that do best on validation.
-
-    Returns:
-        The adapter, what was decided, and the setting of its start.
-    """
+def _train_first(work: _Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, _Decided]:
+    """Choose a closed form, train from it, and keep the weights that do best on validation."""
     config, data, sampler = work.config, work.data, work.sampler(FIRST)
     if run.resumed is None:
         groups, widths = config.group(AdapterOptions), work.tokens.widths if work.tokens else {}
@@ -188,25 +181,22 @@ def _train_first(work: _Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapte
         setting = run.resumed.setting
     trainer = _run_phase(work, run, FIRST, adapter, (start, setting), log_line)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
-    found_scores = {name: score._asdict() for name, score in scores.items() if score}
-    decided = _Decided(start, trainer.steps, trainer.steps_made, trainer.step, found_scores)
-    if data.refit_split is not None:
-        decided = _match(work, adapter, decided, log_line)
-    return adapter, decided, setting
+    known = {name: score._asdict() for name, score in scores.items() if score}
+    decided = _Decided(start, setting, trainer.steps, trainer.steps_made, trainer.step, known)
+    return adapter, _match(work, adapter, decided, log_line) if data.refits else decided
 
 
-def _train_further(
-    work: _Work, run: UnfinishedRun, phase: Phase, decided: _Decided, setting: Any
-) -> Adapter:
+def _train_further(work: _Work, run: UnfinishedRun, phase: Phase, decided: _Decided) -> Adapter:
     """Train another network from the same closed form, for as many steps as did best."""
     if run.resumed is None:
         options = work.config.group(AdapterOptions)
         widths, seed = work.tokens.widths if work.tokens else {}, work.config.seed + phase.number
         tick("refitting: closed form")
-        adapter = fit_named(setting, options, work.data.rows, work.sampler(phase), widths, seed)
+        pairs = work.data.rows, work.sampler(phase)
+        adapter = fit_named(decided.setting, options, *pairs, widths, seed)
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
-    _run_phase(work, run, phase, adapter, (decided.start, setting), lambda line: None)
+    _run_phase(work, run, phase, adapter, (decided.start, decided.setting), lambda line: None)
     return adapter
 
 
@@ -237,7 +227,7 @@ def _run_phase(
 
 def _further_phases(work: _Work, decided: _Decided) -> list[Phase]:
     """List the networks to train after the first, which is not kept if there is a refit."""
-    refits = work.data.refit_split is not None
+    refits = work.data.refits
     count = work.config.networks - (not refits)
     if not decided.best:  # closed forms of all seeds are the same
         count = min(count, refits)
@@ -269,7 +259,7 @@ def _assemble(networks: list[Adapter]) -> Adapter:
 
 def _word_refit(data: TrainingData, networks: int) -> str:
     """Say whether the held-out pairs were learned from."""
-    if data.refit_split is None:
+    if not data.refits:
         return f"not refitted: {data.no_refit}"
     pairs = data.rows.pairs
     held_out = f"the {pairs - data.trained[0]:,} held out included"
