@@ -63,7 +63,7 @@ ONLY_DOORS = {
         "encoders/checkpoints.py",
         "generation/unclip.py",
         "sources/arrays/files.py",
-        "training/checkpoints.py",
+        "training/state.py",
     },
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"core/distributed.py"},
@@ -73,8 +73,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 161  # modules of the package
-MAX_TOTAL_LINES = 33_400
+MAX_TOTAL = 167  # modules of the package
+MAX_TOTAL_LINES = 34_900
 
 
 @cache

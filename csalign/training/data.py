@@ -66,6 +66,11 @@ class TrainingData:
         return self.folds[0] if self.folds else None
 
     @property
+    def refits(self) -> bool:
+        """Whether the held-out images are to be learned from at the end."""
+        return self.refit_split is not None
+
+    @property
     def trained(self) -> tuple[int, int]:
         """Number of pairs and of images that are trained on before a refit."""
         left = self.rows.caption_counts[slice(0) if self.held_out is None else self.held_out]
@@ -120,10 +125,11 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
 def announce_rows(data: TrainingData) -> None:
     """Log what is trained and validated on; warn if it is too little, or looks random."""
     rows, val, features = data.rows, data.val, data.features
-    log.info("training on %s: %s", _counted(*data.trained), rows.name)
+    counted = "{:,} pairs of {:,} images".format
+    log.info("training on %s: %s", counted(*data.trained), rows.name)
     if val is not None:
         source = "held out from these images" if val.name == rows.name else val.name
-        log.info("validating on %s: %s", _counted(val.pairs, len(val.images)), source)
+        log.info("validating on %s: %s", counted(val.pairs, len(val.images)), source)
     if "test" not in features.splits():
         log.info(
             "no test split; to measure the run on rows it has not seen, hold one out first with "
@@ -134,10 +140,6 @@ def announce_rows(data: TrainingData) -> None:
     if val is not None:
         warn_of_few(int((val.caption_counts > 0).sum()))
     warn_of_pairs(rows)
-
-
-def _counted(pairs: int, images: int) -> str:
-    return f"{pairs:,} pairs of {images:,} images"
 
 
 class _Split(NamedTuple):
@@ -169,7 +171,6 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
                 )
             return _Split(joined, None, (), None, "all pairs are trained on already")
         val = others = joined.take_images(folds[0])
-        total = int(np.count_nonzero(joined.caption_counts))
     else:
         both = trained & join.split_names(val_split, there)
         if both:
@@ -180,8 +181,8 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
             )
         others = join.join_pairs(features, val_split)
         val, folds = subsample(others, seed), ()
-        total = sum(int(np.count_nonzero(own.caption_counts)) for own in (joined, others))
-    held_out = np.count_nonzero(others.caption_counts)
+    learned, held_out = (int(np.count_nonzero(own.caption_counts)) for own in (joined, others))
+    total = learned + (held_out if val_split else 0)
     no_refit = "" if options.refit else "--no-refit"
     if options.refit and held_out < LEAST_TO_REFIT * total:
         no_refit = f"the {held_out:,} images held out are few beside all {total:,}"
@@ -215,8 +216,7 @@ def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[join.M
     count = min(n // 4, max(100, min(1_000, n // 10)))
     folds = np.zeros((HOLD_OUTS if n < FEW_IMAGES else 1, rows.n_images), np.bool_)
     if distributed.is_main_process():
-        near = len(features.images) <= MOST_TO_COMPARE
-        grouped = group_images(features, rows, near=near)
+        grouped = group_images(features, rows, near=len(features.images) <= MOST_TO_COMPARE)
         everything = np.ones_like(is_captioned)
         is_alike = False
         for number, fold in enumerate(folds):
