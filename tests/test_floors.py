@@ -73,8 +73,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 160  # modules of the package
-MAX_TOTAL_LINES = 33_400
+MAX_TOTAL = 162  # modules of the package
+MAX_TOTAL_LINES = 34_300
 
 
 @cache

@@ -226,6 +226,7 @@ class _Fits:
         roots = self.roots(setting.form)
         if setting.form == "random":
             return Start(self._build(None, roots), "random", summary, setting, None)
+        # The map of the first round's matches; of very few pairs, another form may start better.
         (form,) = self.fit(setting.form, setting.ridge, (setting.power,), sampler)
         name, matches = form.name, None
         if setting.path:
