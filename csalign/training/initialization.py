@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def initialize(
 
 
 def fit_setting(
-    setting: Setting,
+    setting: Setting | Mapping[str, Any],
     options: AdapterOptions,
     data: TrainingData,
     sampler: PairSampler,
@@ -118,14 +118,15 @@ def fit_setting(
     """Fit the closed form that `initialize` chose on other pairs, such as all of them.
 
     Args:
-        setting: of the start.
+        setting: of the start, or its JSON values.
         options: as in `initialize`.
         data: as in `initialize`.
         sampler: of the pairs to fit on.
         token_widths: as in `initialize`.
         seed: as in `initialize`.
     """
-    start = _Fits(options, data, token_widths, seed).start(setting, sampler, "")
+    chosen = Setting.model_validate(setting)
+    start = _Fits(options, data, token_widths, seed).start(chosen, sampler, "")
     return start.adapter, start.matches
 
 

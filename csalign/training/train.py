@@ -28,7 +28,7 @@ from csalign.training.data import (
     open_tokens,
     validate,
 )
-from csalign.training.initialization import Setting, fit_setting, initialize, load_initialized
+from csalign.training.initialization import fit_setting, initialize, load_initialized
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
 from csalign.training.moment_matching import match_again, match_outputs
@@ -212,8 +212,8 @@ def _train_further(
         options = work.config.group(AdapterOptions)
         widths, seed = work.tokens.widths if work.tokens else {}, work.config.seed + phase.number
         tick("refitting: closed form")
-        chosen, sampler = Setting.model_validate(setting), work.sampler(phase)
-        adapter, _ = fit_setting(chosen, options, work.data, sampler, widths, seed)
+        sampler = work.sampler(phase)
+        adapter, _ = fit_setting(setting, options, work.data, sampler, widths, seed)
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     _run_phase(work, run, phase, adapter, (decided.start, setting), lambda line: None)
