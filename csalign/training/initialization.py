@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def initialize(
 
 
 def fit_setting(
-    setting: Setting,
+    setting: Setting | Mapping[str, Any],
     options: AdapterOptions,
     data: TrainingData,
     sampler: PairSampler,
@@ -119,14 +119,15 @@ def fit_setting(
     """Fit the closed form that `initialize` chose on other pairs, such as all of them.
 
     Args:
-        setting: of the start.
+        setting: of the start, or its JSON values.
         options: as in `initialize`.
         data: as in `initialize`.
         sampler: of the pairs to fit on.
         token_widths: as in `initialize`.
         seed: as in `initialize`.
     """
-    start = _Fits(options, data, token_widths, seed).start(setting, sampler, "")
+    chosen = Setting.model_validate(setting)
+    start = _Fits(options, data, token_widths, seed).start(chosen, sampler, "")
     return start.adapter, start.matches
 
 
@@ -258,6 +259,7 @@ class _Fits:
         roots = self.roots(setting.form)
         if setting.form == "random":
             return Start(self._build(None, roots), "random", summary, setting, None)
+        # The map of the first round's matches; of very few pairs, another form may start better.
         (form,) = self.fit(setting.form, setting.ridge, (setting.power,), sampler)
         name, matches = form.name, None
         if setting.path:

@@ -29,6 +29,7 @@ from csalign.training.data import Unpaired
 Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
+
 LEAST_UNPAIRED = 300  # rows per side; fewer have few true matches among them
 MOST_UNPAIRED = 100_000  # per side, drawn at random; moments need no more
 BLOCK = 4_096  # rows of each side that are matched at once
@@ -37,7 +38,7 @@ LAST_BLOCKS = 4  # of the matches that further fits use
 FEW_PAIRS = 400
 SHARES, SHARES_OF_FEW = (0.3, 0.5, 0.7), (0.5, 0.7, 0.8)
 TRIAL_ROUNDS = 2  # after which the best share alone continues
-ROUNDS = 12
+ROUNDS = 10
 PATIENCE = 3  # rounds without a gain
 
 
@@ -192,7 +193,7 @@ def search(
     walks = {share: [start] for share in (SHARES_OF_FEW if few else SHARES)}
     best = start
     for number in range(1, ROUNDS + 1):
-        blocks = list(pools.blocks(BLOCKS, number))
+        blocks = list(pools.blocks(BLOCKS if len(folds) == 1 else 1, number))
         for share, walk in walks.items():
             last = walk[-1]
             moments = [
