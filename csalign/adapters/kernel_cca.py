@@ -248,7 +248,7 @@ class KernelCca:
         predicted = torch.cat(
             [
                 gaussian(self._landmarks[part], self._landmarks, self._gamma) @ solution.weight
-                for part in groups.split(BLOCK_ROWS // 4)
+                for part in torch.split(groups, BLOCK_ROWS // 4)
             ]
         )
         predicted += solution.bias
@@ -283,5 +283,8 @@ class _Directions(NamedTuple):
 
 def _cholesky(matrix: Tensor) -> Tensor:
     """Factor a positive definite matrix; in float64 if float32 is not enough for it."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.cholesky(matrix.double()) if failed else factor
+    if failed:
+        factor = torch.linalg.cholesky(matrix.double())
+    return factor

@@ -1,17 +1,11 @@
-"""Choice between closed forms on held-out rows: settings, recall by image, and the noise rule."""
+"""Settings of closed forms, and candidates to choose from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from csalign.adapters.canonical import ClosedForm
 from csalign.core.records import Record
-from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
-from csalign.training.data import Score
-
-Doubles = npt.NDArray[np.float64]
+from csalign.training.validation import Measured
 
 LADDER = range(-8, 7)  # ridges from 1e-4 to 1,000
 POWERS = (0.5, 1.0)
@@ -42,47 +36,6 @@ class Setting(Record):
     def rounds(self) -> int:
         """Number of times that unpaired rows are matched and CCA is fitted again."""
         return len(self.path)
-
-
-class Measured(NamedTuple):
-    """Validation figures, and the recall that each held-out image contributes."""
-
-    score: Score
-    recalls: Doubles  # (captioned images,), whose mean is the mean recall
-
-    def beats(self, simpler: "Measured") -> bool:
-        """Return whether the recall gained on a simpler form is more than its standard error.
-
-        The error is that of the mean of paired differences over the same images.
-        """
-        gains = self.recalls - simpler.recalls
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return bool(gains.mean() > error)
-
-
-def measure(
-    images: npt.NDArray[np.float32],
-    texts: npt.NDArray[np.float32],
-    text_image: npt.NDArray[np.int64],
-) -> Measured:
-    """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`."""
-    directions = rank_both_ways(images, texts, text_image)
-    hits = [(ranks.first[:, None] <= RECALL_AT).mean(1) for ranks in directions]
-    _, image = np.unique(text_image[text_image >= 0], return_inverse=True)
-    # Texts weigh alike, as they do in the mean recall, however many an image has.
-    of_texts = np.bincount(image, hits[1]) * (len(hits[0]) / len(hits[1]))
-    recalls = (hits[0] + of_texts) / 2
-    gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))
-    mrr = float(np.mean([(1 / ranks.first).mean() for ranks in directions]))
-    return Measured(Score(float(recalls.mean()), mrr, float(gap)), recalls)
-
-
-def pool(parts: Sequence[Measured]) -> Measured:
-    """Pool the images of several folds."""
-    recalls = np.concatenate([part.recalls for part in parts])
-    scores = np.array([part.score for part in parts])
-    _, mrr, gap = np.average(scores, 0, weights=[len(part.recalls) for part in parts])
-    return Measured(Score(float(recalls.mean()), float(mrr), float(gap)), recalls)
 
 
 class Candidate(NamedTuple):

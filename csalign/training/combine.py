@@ -17,9 +17,9 @@ from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.features.join import Pairs
-from csalign.training.choice import Measured, measure, pool
 from csalign.training.sampler import PairSampler
 from csalign.training.unpaired import Matches
+from csalign.training.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +175,10 @@ def _search(
                 fit = KernelCca(pairs, gamma, side, seed, inputs)
                 for setting, own in fit.candidates(ridges, others, powers, width):
                     both = _embed(Adapter.of_sides(own), val)
-                    found.setdefault(setting, []).append(measure(*both, val.text_image))
+                    found.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
         return max(found, key=lambda own: pool(found[own]).score.mean_recall)
 
-    few = best(SEARCH_ROWS, Modality, GAMMAS, RIDGES, OTHER_RIDGES[1:2], POWERS[1:])
+    few = best(SEARCH_ROWS, [*Modality], GAMMAS, RIDGES, OTHER_RIDGES[1:2], POWERS[1:])
     ridges = (few.ridge / 3, few.ridge, few.ridge * 3)
     return best(MAX_LANDMARKS, (few.side,), (few.gamma,), ridges, OTHER_RIDGES, POWERS)
 

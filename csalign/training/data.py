@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from csalign.adapters.model import Adapter, find_kind
+from csalign.adapters.model import find_kind
 from csalign.adapters.side import SideShape
 from csalign.core import distributed
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
-from csalign.core.progress import reported_to, silent, tick
+from csalign.core.progress import tick
 from csalign.features import join
 from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import warn_of_repeats, warn_of_rows
@@ -24,8 +24,7 @@ from csalign.features.reader import FeatureSet
 from csalign.features.splits import group_images
 from csalign.features.streaming import MIB, MappedRows, MemoryBudget, load_training, load_vectors
 from csalign.features.tokens import TokenCache, TokenRows
-from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.runs.load import check_encoder, embed_rows
+from csalign.runs.load import check_encoder
 from csalign.training.advice import warn_of_few, warn_of_pairs
 from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
@@ -416,38 +415,3 @@ def open_tokens(
         sources[side] = TokenRows(table, cache)
     pairs = options.token_pairs if objective.token_weight else 0
     return StoredTokens(features, sources, frozenset(mixed), pairs, options.token_samples)
-
-
-class Score(NamedTuple):
-    """Figures on the validation rows."""
-
-    mean_recall: float  # mean of R@1/5/10 in both directions, in [0, 1]
-    mrr: float  # mean reciprocal rank, averaged over the directions, in [0, 1]
-    centroid_distance: float  # norm of the difference of the two means, in [0, 2]
-
-    @property
-    def is_perfect(self) -> bool:
-        """Return whether every query finds its match first."""
-        return self.mrr == 1
-
-    def better_than(self, other: "Score | None") -> bool:
-        """Compare by mean recall, then by MRR; of equal ones the narrower gap is better."""
-        return other is None or self._order > other._order
-
-    @property
-    def _order(self) -> tuple[float, float, float]:
-        return self.mean_recall, self.mrr, -self.centroid_distance
-
-
-def validate(adapter: Adapter, rows: join.Pairs, features: FeatureSet | None = None) -> Score:
-    """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
-    with reported_to(silent):  # part of a phase that counts something else
-        images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
-        ranks = rank_both_ways(images, texts, rows.text_image)
-    summaries = [direction.summary() for direction in ranks]
-    gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))
-    return Score(
-        mean_recall=mean_recall(*summaries),
-        mrr=float(np.mean([summary["mrr"] for summary in summaries])),
-        centroid_distance=float(gap),
-    )

@@ -27,8 +27,9 @@ from csalign.core.progress import show_figures, tick
 from csalign.objective.loss import LossParts
 from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
-from csalign.training.data import Score, StoredTokens, TrainingData, validate
+from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
+from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.features.join import Pairs
-from csalign.training.data import Array, Score, TrainingData, validate
+from csalign.training.data import Array, TrainingData
 from csalign.training.sampler import PairSampler
+from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

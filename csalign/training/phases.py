@@ -11,6 +11,7 @@ from csalign.core import distributed
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.training.checkpoints import UnfinishedRun
+from csalign.training.choice import Setting
 from csalign.training.combine import Combination, Fold, assemble, can_combine, combine
 from csalign.training.config import (
     AdapterOptions,
@@ -20,10 +21,8 @@ from csalign.training.config import (
     TokenOptions,
     TrainConfig,
 )
-from csalign.training.data import Score, StoredTokens, TrainingData, open_tokens, validate
+from csalign.training.data import StoredTokens, TrainingData, open_tokens
 from csalign.training.initialization import (
-    Matches,
-    Setting,
     announce_start,
     fit_setting,
     initialize,
@@ -32,6 +31,8 @@ from csalign.training.initialization import (
 from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
+from csalign.training.unpaired import Matches
+from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

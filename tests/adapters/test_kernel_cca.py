@@ -40,7 +40,9 @@ def pairs(linear: torch.Tensor, kernel: torch.Tensor, weights: object = None) ->
     )
 
 
-def outputs(sides: dict[Modality, SideAdapter], images: torch.Tensor, texts: torch.Tensor):
+def outputs(
+    sides: dict[Modality, SideAdapter], images: torch.Tensor, texts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         return sides[IMAGE](images), sides[TEXT](texts)
 
@@ -157,5 +159,5 @@ def test_rows_are_mapped_alike_in_batches_of_any_size() -> None:
     )
     with torch.no_grad():
         together = normalize(sides[TEXT](texts), dim=1)
-        apart = torch.cat([normalize(sides[TEXT](part), dim=1) for part in texts.split(7)])
+        apart = torch.cat([normalize(sides[TEXT](part), dim=1) for part in torch.split(texts, 7)])
     assert together == pytest.approx(apart.numpy(), abs=1e-6)

@@ -10,11 +10,12 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.features.join import PairedRows, Pairs
-from csalign.training.choice import Measured, Setting, measure, pool
+from csalign.training.choice import Setting
 from csalign.training.config import AdapterOptions
-from csalign.training.data import Part, Score, TrainingData, Unpaired, validate
+from csalign.training.data import Part, TrainingData, Unpaired
 from csalign.training.initialization import Start, fit_setting, initialize
 from csalign.training.sampler import PairSampler
+from csalign.training.validation import Measured, Score, measure, pool, validate
 
 LATENT, IMAGES, TEXTS = 64, 96, 80  # widths
 HELD_OUT = 200

@@ -1,0 +1,86 @@
+"""Figures on held-out rows, recall by image, and the noise rule."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from csalign.adapters.model import Adapter
+from csalign.core.enums import Modality
+from csalign.core.progress import reported_to, silent
+from csalign.features.join import Pairs
+from csalign.features.reader import FeatureSet
+from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
+from csalign.runs.load import embed_rows
+
+Doubles = npt.NDArray[np.float64]
+
+
+class Score(NamedTuple):
+    """Figures on the validation rows."""
+
+    mean_recall: float  # mean of R@1/5/10 in both directions, in [0, 1]
+    mrr: float  # mean reciprocal rank, averaged over the directions, in [0, 1]
+    centroid_distance: float  # norm of the difference of the two means, in [0, 2]
+
+    @property
+    def is_perfect(self) -> bool:
+        """Return whether every query finds its match first."""
+        return self.mrr == 1
+
+    def better_than(self, other: "Score | None") -> bool:
+        """Compare by mean recall, then by MRR; of equal ones the narrower gap is better."""
+        return other is None or self._order > other._order
+
+    @property
+    def _order(self) -> tuple[float, float, float]:
+        return self.mean_recall, self.mrr, -self.centroid_distance
+
+
+class Measured(NamedTuple):
+    """Validation figures, and the recall that each held-out image contributes."""
+
+    score: Score
+    recalls: Doubles  # (captioned images,), whose mean is the mean recall
+
+    def beats(self, simpler: "Measured") -> bool:
+        """Return whether the recall gained on a simpler form is more than its standard error.
+
+        The error is that of the mean of paired differences over the same images.
+        """
+        gains = self.recalls - simpler.recalls
+        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        return bool(gains.mean() > error)
+
+
+def measure(
+    images: npt.NDArray[np.float32],
+    texts: npt.NDArray[np.float32],
+    text_image: npt.NDArray[np.int64],
+) -> Measured:
+    """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`."""
+    directions = rank_both_ways(images, texts, text_image)
+    hits = [(ranks.first[:, None] <= RECALL_AT).mean(1) for ranks in directions]
+    _, image = np.unique(text_image[text_image >= 0], return_inverse=True)
+    # Texts weigh alike, as they do in the mean recall, however many an image has.
+    of_texts = np.bincount(image, hits[1]) * (len(hits[0]) / len(hits[1]))
+    recalls = (hits[0] + of_texts) / 2
+    gap = np.linalg.norm(images.mean(0, dtype=np.float64) - texts.mean(0, dtype=np.float64))
+    mrr = float(np.mean([(1 / ranks.first).mean() for ranks in directions]))
+    return Measured(Score(float(recalls.mean()), mrr, float(gap)), recalls)
+
+
+def pool(parts: Sequence[Measured]) -> Measured:
+    """Pool the images of several folds."""
+    recalls = np.concatenate([part.recalls for part in parts])
+    scores = np.array([part.score for part in parts])
+    _, mrr, gap = np.average(scores, 0, weights=[len(part.recalls) for part in parts])
+    return Measured(Score(float(recalls.mean()), float(mrr), float(gap)), recalls)
+
+
+def validate(adapter: Adapter, rows: Pairs, features: FeatureSet | None = None) -> Score:
+    """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
+    with reported_to(silent):  # part of a phase that counts something else
+        images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
+        return measure(images, texts, rows.text_image).score
