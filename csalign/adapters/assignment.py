@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.canonical import ClosedForm, PairMoments, mutual_neighbours
+from csalign.adapters.canonical import TINY, ClosedForm, PairMoments, mutual_neighbours
 
 
 class Stage(NamedTuple):
@@ -33,7 +33,7 @@ GOOD, DOUBTFUL = 0.7, 0.4  # least agreement
 class Trust(NamedTuple):
     """How far a start without validation can be relied on."""
 
-    agreement: float  # mean cosine between the texts that two restarts predict for images
+    agreement: float  # mean cosine of the texts predicted for images to another restart's
     matched: float  # mean cosine of mutual nearest neighbours on held-out rows
 
     @property
@@ -52,6 +52,7 @@ def assignment_start(
     *,
     width: int = WIDTH,
     restarts: int = RESTARTS,
+    stages: Sequence[Stage] = STAGES,
 ) -> tuple[ClosedForm, Trust]:
     """Find maps of both sides to one space from unpaired rows and few pairs, or none.
 
@@ -67,6 +68,7 @@ def assignment_start(
         seed: of all that is drawn.
         width: of the shared space, at most min(d, e).
         restarts: repetitions from other random numbers, at least 2.
+        stages: sizes of the assignments, the coarsest first.
 
     Returns:
         The maps, and how far the restarts agree.
@@ -89,38 +91,57 @@ def assignment_start(
         (y.T @ y / len(y)).double(),
         torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64),
     )
-    found = [_restart(x, y, known, spread, width, generator) for _ in range(restarts)]
+    found = [
+        _rounds(
+            x, y, known, _coarse_to_fine(x, y, known, stages, generator), spread, width, generator
+        )
+        for _ in range(restarts)
+    ]
     matched = [_matched(form, *held_out) for form in found]
     best = max(range(restarts), key=matched.__getitem__)
     predicted = [held_out[0] @ form.image_weight.T @ form.text_weight for form in found]
     others = [rows for number, rows in enumerate(predicted) if number != best]
     cosines = [torch.cosine_similarity(rows, predicted[best], dim=1).mean() for rows in others]
-    return found[best], Trust(float(torch.stack(cosines).mean()), matched[best])
+    return found[best], Trust(float(max(cosines)), matched[best])
 
 
-def _restart(
+def _coarse_to_fine(
     x: Tensor,
     y: Tensor,
-    known: Sequence[Tensor],
+    known: list[Tensor],
+    stages: Sequence[Stage],
+    generator: torch.Generator,
+) -> Tensor:
+    """Return the cross-covariance (d, e) of the last stage, of centred rows."""
+    x, y = normalize(x, dim=1), normalize(y, dim=1)
+    last: list[Tensor] = []
+    for stage in stages:
+        last = [_cross_of_clusters(x, y, known + last, stage, generator)]
+    return last[0]
+
+
+def _rounds(
+    x: Tensor,
+    y: Tensor,
+    known: list[Tensor],
+    cross: Tensor,
     spread: PairMoments,
     width: int,
     generator: torch.Generator,
 ) -> ClosedForm:
-    """Match clusters, then rows, of centred unit rows."""
-    crosses = list(known)
-    unit = normalize(x, dim=1), normalize(y, dim=1)
-    for stage in STAGES:
-        crosses[len(known) :] = [_cross_of_clusters(*unit, crosses, stage, generator)]
-    cross = crosses[-1]
-    for number in range(ROUNDS + 1):
-        if number:
-            a, b = _sample(x, BLOCK, generator), _sample(y, BLOCK, generator)
-            rows, columns = mutual_neighbours(a @ form.image_weight.T, b @ form.text_weight.T)
-            cross = a[rows].T @ b[columns] / len(rows)
-            if known:
-                cross = SHARE * cross + (1 - SHARE) * known[0]
-        moments = spread.with_cross(cross.double())
-        (form,) = moments.cca(ridge=RIDGE, powers=(POWER,), width=width)
+    """Fit CCA on a cross-covariance, then on those of rows matched by the last map."""
+    for _ in range(ROUNDS):
+        form = _fit(spread, cross, width)
+        a, b = _sample(x, BLOCK, generator), _sample(y, BLOCK, generator)
+        rows, columns = mutual_neighbours(a @ form.image_weight.T, b @ form.text_weight.T)
+        cross = a[rows].T @ b[columns] / len(rows)
+        if known:
+            cross = SHARE * cross + (1 - SHARE) * known[0]
+    return _fit(spread, cross, width)
+
+
+def _fit(spread: PairMoments, cross: Tensor, width: int) -> ClosedForm:
+    (form,) = spread.with_cross(cross.double()).cca(ridge=RIDGE, powers=(POWER,), width=width)
     return form
 
 
@@ -153,13 +174,14 @@ def _cross_of_clusters(
 
 
 def _centres(rows: Tensor, stage: Stage, generator: torch.Generator) -> Tensor:
-    """Cluster rows by k-means from k-means++ seeds; return the centres (c, d)."""
+    """Cluster unit rows by k-means from k-means++ seeds; return the centres (c, d)."""
     centres = _sample(rows, 1, generator)
-    distances = (rows - centres).square().sum(1)
+    distances = 1 - rows @ centres[0]  # half the squared ones, of unit rows
     while len(centres) < min(stage.clusters, len(rows)):
-        seed = rows[torch.multinomial(distances + 1e-12, 1, generator=generator)]
+        weights = distances.clamp(min=TINY)
+        seed = rows[torch.multinomial(weights, 1, generator=generator)]
         centres = torch.cat([centres, seed])
-        distances = distances.minimum((rows - seed).square().sum(1))
+        distances = distances.minimum(1 - rows @ seed[0])
     for _ in range(CLUSTER_ROUNDS):
         nearest = (rows @ centres.T - centres.square().sum(1) / 2).argmax(1)
         counts = nearest.bincount(minlength=len(centres))[:, None]
