@@ -74,9 +74,8 @@ def assignment_start(
         The maps, and how far the restarts agree.
     """
     means = images.mean(0), texts.mean(0)
-    known = [(pairs[0] - means[0]).T @ (pairs[1] - means[1]) / len(pairs[0])]
-    if not len(pairs[0]):
-        known = []
+    count = len(pairs[0])
+    known = [(pairs[0] - means[0]).T @ (pairs[1] - means[1]) / count] if count else []
     generator = torch.Generator().manual_seed(seed)
     learned, held_out = [], []
     for rows, mean in zip((images, texts), means, strict=True):
@@ -86,7 +85,8 @@ def assignment_start(
         learned.append(rows[order[cut:]] - mean)
     x, y = learned
     spread = PairMoments(
-        *(mean.double() for mean in means),
+        means[0].double(),
+        means[1].double(),
         (x.T @ x / len(x)).double(),
         (y.T @ y / len(y)).double(),
         torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64),
@@ -100,9 +100,12 @@ def assignment_start(
     matched = [_matched(form, *held_out) for form in found]
     best = max(range(restarts), key=matched.__getitem__)
     predicted = [held_out[0] @ form.image_weight.T @ form.text_weight for form in found]
-    others = [rows for number, rows in enumerate(predicted) if number != best]
-    cosines = [torch.cosine_similarity(rows, predicted[best], dim=1).mean() for rows in others]
-    return found[best], Trust(float(max(cosines)), matched[best])
+    cosines = [
+        float(torch.cosine_similarity(rows, predicted[best], dim=1).mean())
+        for number, rows in enumerate(predicted)
+        if number != best
+    ]
+    return found[best], Trust(max(cosines), matched[best])
 
 
 def _coarse_to_fine(
@@ -167,7 +170,7 @@ def _cross_of_clusters(
         for cross in known:
             term = a @ cross @ b.T
             term = term - term.mean(0) - term.mean(1, keepdim=True) + term.mean()
-            linear += normalize(term, dim=(0, 1))
+            linear += term / term.norm().clamp(min=TINY)
         orders = torch.rand(stage.orders, len(a), generator=generator).argsort(1)
         total += a.T @ b[assign(_cosines(a), _cosines(b), linear, orders)]
     return total / (stage.repeats * stage.clusters)
@@ -195,7 +198,9 @@ def _cosines(centres: Tensor) -> Tensor:
     unit = normalize(centres - centres.mean(0), dim=1)
     other = 1 - torch.eye(len(unit))
     cosines = unit @ unit.T
-    return normalize((cosines - (cosines * other).sum() / other.sum()) * other, dim=(0, 1))
+    cosines = (cosines - (cosines * other).sum() / other.sum()) * other
+    found: Tensor = cosines / cosines.norm().clamp(min=TINY)
+    return found
 
 
 def assign(a: Tensor, b: Tensor, linear: Tensor, orders: Tensor) -> Tensor:
