@@ -1,6 +1,7 @@
 """Start for few pairs, or none: clusters of both sides matched by a quadratic assignment."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -62,8 +63,8 @@ def assignment_start(
     neighbours. The restart whose matched rows are nearest is returned.
 
     Args:
-        images: (n, d) float32 unit rows without partner, n >= 500.
-        texts: (m, e), in any order.
+        images: (n, d) float32 unit rows without partner, n >= 300.
+        texts: (m, e), m >= 300, in any order.
         pairs: (k, d) and (k, e) unit rows of the pairs, k >= 0.
         seed: of all that is drawn.
         width: of the shared space, at most min(d, e).
@@ -105,7 +106,8 @@ def assignment_start(
         for number, rows in enumerate(predicted)
         if number != best
     ]
-    return found[best], Trust(max(cosines), matched[best])
+    form = replace(found[best], name=f"matched clusters, {found[best].name}")
+    return form, Trust(max(cosines), matched[best])
 
 
 def _coarse_to_fine(
