@@ -205,9 +205,7 @@ def search(
             walk.append(best_of(found))
         best = best_of([best, *(walk[-1] for walk in walks.values())])
         if number == TRIAL_ROUNDS:
-            ahead = max(
-                walks, key=lambda share: best_of(walks[share][1:]).measured.score.mean_recall
-            )
+            ahead = max(walks, key=lambda share: best_of(walks[share][1:]).measured.score.mean_recall)
             walks = {ahead: walks[ahead]}
         if number >= TRIAL_ROUNDS and number >= best.setting.rounds + PATIENCE:
             break
