@@ -326,7 +326,7 @@ def test_square_roots_are_taken_by_kinds_that_map(kind: str) -> None:
 @pytest.mark.parametrize("change", ["signed_sqrt", "scaled"])
 def test_kinds_that_keep_the_embeddings_refuse_to_change_them(kind: str, change: str) -> None:
     with pytest.raises(ShapeError, match=f"{kind}: starts at the encoder's own"):
-        build_side(SideShape(kind, D, D, **{change: True}))
+        build_side(replace(SideShape(kind, D, D), **{change: True}))
 
 
 @pytest.mark.parametrize("kind", ROW_BY_ROW)
