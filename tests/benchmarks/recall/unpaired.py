@@ -5,7 +5,7 @@ Usage::
     python tests/benchmarks/recall/unpaired.py FEATURES --name NAME --csv FILE
         [--pairs 0,20,50,100,300,1000,3000,10000] [--pools 0,5000,40000] [--pool partners|halves]
         [--train-split train] [--seeds 0,1,2] [--rows CCA,KLOT,csalign] [--csalign TREE]
-        [--label NAME] [--keep-validation] [--print]
+        [--label NAME] [--keep-validation] [--gaps] [--print]
 
 FEATURES has the splits val and test. So many training pairs are drawn by the seed, and so many
 other rows of each side lose their partners: with "partners" the unpaired texts belong to the
@@ -22,7 +22,7 @@ settings by; --keep-validation keeps it. Each method chooses with the pairs alon
   the entropic plan with uniform marginals, of mass 1. Its gradient is (OT_e(K) - OT_e*(K*)) / e.
   alpha 10, e 0.05, e* 0.01, 1,024 rows a batch, AdamW; its rate (of three) and the step (of 0,
   20, 40, 60, 80) are chosen on one hold-out; below 50 pairs they are 0.03 and 40.
-* csalign: ``csalign train``, and with ``--steps 0``.
+* csalign: ``csalign train``, and with ``--steps 0``; with ``--rows train`` two of its options too.
 
 Results are added to the CSV file and not measured twice. Intervals are 95 % bootstrap intervals
 over test pairs of the mean over seeds, of the difference to CCA on the same pairs.
@@ -57,7 +57,12 @@ BATCH, STEPS, CHECK = 1024, 80, 20
 RATES = (0.03, 0.01, 0.1)  # relative to the root mean square of each side's weights
 FEW, FEW_STEPS = 50, 40
 ITERATIONS = 60
-COMMANDS: dict[str, dict[str, Any]] = {"csalign": {}, "csalign, none trained": {"steps": 0}}
+COMMANDS: dict[str, dict[str, Any]] = {
+    "csalign": {},
+    "csalign, none trained": {"steps": 0},
+    "train --no-match-moments": {"match_moments": False},
+    "train --unpaired-negatives": {"unpaired_negatives": True},
+}
 METHODS = ("CCA", "KLOT", *COMMANDS)
 
 
@@ -94,6 +99,7 @@ def main() -> None:
     parser.add_argument("--pool", choices=("partners", "halves"), default="partners")
     parser.add_argument("--rows", default="CCA,KLOT,csalign", help="parts of names of methods")
     parser.add_argument("--keep-validation", action="store_true", help="keep the split val")
+    parser.add_argument("--gaps", action="store_true", help="print a table per number of pairs too")
     common.add_arguments(parser)
     arguments = parser.parse_args()
     results = Results(arguments.csv, "unpaired")
@@ -119,7 +125,7 @@ def main() -> None:
             keys |= {"validation": validation, "seed": seed}
             measure(results, problem, tree, keys, arguments.rows.split(","))
     for pool in ("partners", "halves"):
-        print_table(results, arguments.name, pool, validation)
+        print_table(results, arguments.name, pool, validation, gaps=arguments.gaps)
 
 
 def measure(
@@ -292,8 +298,10 @@ def plan(cosines: Tensor, epsilon: float) -> Tensor:
     return (found / found.sum()).float()
 
 
-def print_table(results: Results, corpus: str, pool: str, validation: str) -> None:
-    """Print a curve over pairs, with one column per method and pool."""
+def print_table(
+    results: Results, corpus: str, pool: str, validation: str, *, gaps: bool = False
+) -> None:
+    """Print a curve over pairs, with one column per method and pool, and a table each if asked."""
     here = [
         row
         for row in results.rows
@@ -327,6 +335,13 @@ def print_table(results: Results, corpus: str, pool: str, validation: str) -> No
                 cell += f" ({apart.low:+.1f} to {apart.high:+.1f})"
             cells.append(cell)
         print(f"| {' | '.join(cells)} |", flush=True)
+    for pairs in sorted({int(row["pairs"]) for row in here}) if gaps else ():
+        groups = {}
+        for key, title in zip(columns, titles, strict=True):
+            own = [row for row in here if row["pairs"] == str(pairs)]
+            if found := [row for row in own if (row["row"], row["tree"], row["pool"]) == key]:
+                groups[title] = found
+        print("\n" + "\n".join(common.table_lines(groups, f"{corpus}, {pool}, {pairs:,} pairs")))
 
 
 if __name__ == "__main__":
