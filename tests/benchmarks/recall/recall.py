@@ -22,6 +22,7 @@ over seeds; brackets hold the 95 % bootstrap interval over test pairs of the mea
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -38,10 +39,12 @@ from peers import PEERS, SEARCH_SEED, TRIAL, Peer
 from csalign.adapters.canonical import PairMoments
 
 EPOCHS = {"epochs": 40}
+LEAST_STEPS, BATCH = 200, 512
+SHORTER = "20 epochs alone"
 ROWS: dict[str, dict[str, Any]] = {
     "former default": {**FORMER, **EPOCHS},
     "former closed form": {**FORMER, "steps": 0},
-    "20 epochs alone": {**FORMER, "epochs": 20},
+    SHORTER: {**FORMER, "epochs": 20},
     "kernel beside it alone": {"ensemble": "auto", "refit": False, **EPOCHS},
     "every pair alone": {"ensemble": "off", "refit": True, **EPOCHS},
     "closed forms, none trained": {"ensemble": "auto", "refit": True, "steps": 0},
@@ -107,10 +110,12 @@ def measure(
         for name, settings in ROWS.items():
             if not wanted(name, tree.label):
                 continue
+            if name == SHORTER and at_least(settings, keys["pairs"]).get("steps"):
+                continue  # both take the least number of steps
             if missing := tree.missing(settings):
                 print(f"{name}: {tree.label} has no {', '.join(missing)}", file=sys.stderr)
                 continue
-            own = {**settings, "seed": keys["seed"]}
+            own = {**at_least(settings, keys["pairs"]), "seed": keys["seed"]}
             results.measure(
                 lambda own=own: tree.outcome(written(), own), **keys, row=name, tree=tree.label
             )
@@ -118,7 +123,7 @@ def measure(
             if peer.fit is None and wanted(name, "peer"):
                 results.measure(
                     lambda peer=peer: trained(
-                        tree, written(), peer, keys["seed"], arguments.trials
+                        tree, written(), peer, keys["pairs"], keys["seed"], arguments.trials
                     ),
                     **keys,
                     row=name,
@@ -135,9 +140,21 @@ def measure(
                     )
 
 
-def trained(tree: Tree, sets: tuple[Path, Path], peer: Peer, seed: int, count: int) -> Outcome:
+def at_least(settings: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Replace few epochs by 200 steps, the least that csalign takes by default."""
+    own = dict(settings)
+    if own.get("epochs", math.inf) * pairs < LEAST_STEPS * BATCH:
+        del own["epochs"]
+        own["steps"] = LEAST_STEPS
+    return own
+
+
+def trained(
+    tree: Tree, sets: tuple[Path, Path], peer: Peer, pairs: int, seed: int, count: int
+) -> Outcome:
     """A trained method with the settings of its best trial."""
     settings = [{**FORMER, **peer.fixed, **trial} for trial in peer.trials(count)]
+    long = at_least(EPOCHS, pairs)
     scores = []
     for trial in settings if count > 1 else ():
         with tempfile.TemporaryDirectory(prefix="recall-") as folder:
@@ -150,7 +167,7 @@ def trained(tree: Tree, sets: tuple[Path, Path], peer: Peer, seed: int, count: i
         str(best[name]) for name in ("adapter", "image_adapter", "text_adapter") if name in best
     )
     kind = next((kind for kind in kinds if ":" in kind), None)
-    outcome = tree.outcome(sets, {**best, **EPOCHS, "seed": seed}, kind=kind)
+    outcome = tree.outcome(sets, {**best, **long, "seed": seed}, kind=kind)
     return outcome._replace(note=f"{outcome.note} | trial {settings.index(best)} of {count}")
 
 
