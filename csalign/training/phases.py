@@ -11,8 +11,15 @@ from csalign.core import distributed
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.training.checkpoints import UnfinishedRun
-from csalign.training.choice import Setting
-from csalign.training.combine import Combination, Fold, assemble, can_combine, combine
+from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
+from csalign.training.closed_forms.initialization import (
+    announce_start,
+    fit_setting,
+    initialize,
+    load_initialized,
+)
+from csalign.training.closed_forms.settings import Setting
+from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.config import (
     AdapterOptions,
     DataOptions,
@@ -22,16 +29,9 @@ from csalign.training.config import (
     TrainConfig,
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
-from csalign.training.initialization import (
-    announce_start,
-    fit_setting,
-    initialize,
-    load_initialized,
-)
 from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
-from csalign.training.unpaired import Matches
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)

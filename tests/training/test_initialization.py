@@ -10,10 +10,10 @@ import torch
 
 from csalign.core.enums import Modality
 from csalign.features.join import PairedRows, Pairs
-from csalign.training.choice import Setting
+from csalign.training.closed_forms.initialization import Start, fit_setting, initialize
+from csalign.training.closed_forms.settings import Setting
 from csalign.training.config import AdapterOptions
 from csalign.training.data import Part, TrainingData, Unpaired
-from csalign.training.initialization import Start, fit_setting, initialize
 from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured, Score, measure, pool, validate
 

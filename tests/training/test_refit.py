@@ -19,10 +19,10 @@ from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
-from csalign.training.choice import Setting
+from csalign.training.closed_forms.initialization import fit_setting
+from csalign.training.closed_forms.settings import Setting
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import TrainingData, load_data
-from csalign.training.initialization import fit_setting
 from csalign.training.sampler import make_sampler
 from csalign.training.train import train
 

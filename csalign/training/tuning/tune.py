@@ -43,9 +43,9 @@ from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
+from csalign.training.closed_forms.initialization import initialize
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
-from csalign.training.initialization import initialize
 from csalign.training.phases import build_trainer, find_tokens
 from csalign.training.sampler import make_sampler
 from csalign.training.tuning.search_space import SearchSpace, search_space

@@ -25,7 +25,7 @@ from measuring import TRAIN_SPLIT, Bench, Ledger, Row, print_table
 from csalign.evaluation.measure import Evaluation
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
-from csalign.training.choice import POWERS, ridge_at
+from csalign.training.closed_forms.settings import POWERS, ridge_at
 
 # An MLP as a CLIP recipe would train it: random start, a caption drawn anew each epoch, a learned
 # scale. The learning rate was chosen on validation among 5e-4, 1e-3 and 2e-3.

@@ -43,9 +43,9 @@ from csalign.features.schema import (
     write_manifest,
 )
 from csalign.features.writer import Rows, ShardWriter
+from csalign.training.closed_forms.initialization import initialize
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.initialization import initialize
 from csalign.training.phases import build_trainer
 from csalign.training.sampler import make_sampler
 from csalign.training.train import train

@@ -17,8 +17,8 @@ from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.features.join import Pairs
+from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.sampler import PairSampler
-from csalign.training.unpaired import Matches
 from csalign.training.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,14 @@ from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, mutual_neig
 from csalign.adapters.side import CHUNK_ROWS, to_tensor, unit_inputs
 from csalign.core.enums import Modality
 from csalign.features.join import hash_rows
-from csalign.training.choice import POWERS, Candidate, Setting, best_of, nearby, ridge_at
+from csalign.training.closed_forms.settings import (
+    POWERS,
+    Candidate,
+    Setting,
+    best_of,
+    nearby,
+    ridge_at,
+)
 from csalign.training.data import Unpaired
 from csalign.training.validation import Measured
 

@@ -19,11 +19,19 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, reported_to, show_figures, silent, tick
 from csalign.features.join import Mask, Pairs
-from csalign.training.choice import LADDER, POWERS, Candidate, Setting, best_of, nearby, ridge_at
+from csalign.training.closed_forms.settings import (
+    LADDER,
+    POWERS,
+    Candidate,
+    Setting,
+    best_of,
+    nearby,
+    ridge_at,
+)
+from csalign.training.closed_forms.unpaired import FEW_PAIRS, LEAST_UNPAIRED, Matches, Pools, search
 from csalign.training.config import AdapterOptions
 from csalign.training.data import TrainingData
 from csalign.training.sampler import PairSampler
-from csalign.training.unpaired import FEW_PAIRS, LEAST_UNPAIRED, Matches, Pools, search
 from csalign.training.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)
