@@ -73,8 +73,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 167  # modules of the package
-MAX_TOTAL_LINES = 34_900
+MAX_TOTAL = 170  # modules of the package
+MAX_TOTAL_LINES = 35_600
 
 
 @cache
