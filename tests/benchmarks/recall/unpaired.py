@@ -175,7 +175,8 @@ def choose(problem: Problem, seed: int) -> Choice:
     scores = np.zeros(len(grid))
     for number in range(1 if problem.val is not None else HOLD_OUTS):
         pairs, held = problem.carved(1_000 * seed + number)
-        scores += [score(cca(pairs, choice), held) for choice in grid]
+        moments = Moments(pairs)
+        scores += [score(moments.cca(choice), held) for choice in grid]
     return grid[int(scores.argmax())]
 
 
@@ -185,27 +186,43 @@ def score(maps: Maps, held: Paired) -> float:
     return float(np.mean([way.summary()["mrr"] for way in ranks]))
 
 
+class Moments:
+    """Means, covariances and their eigenvectors of the centred unit rows of pairs, float64."""
+
+    def __init__(self, pairs: Paired) -> None:
+        self.means, self.rows, self.eigen = [], [], []
+        for rows in (pairs.images, pairs.texts):
+            mean = normalize(torch.from_numpy(rows), dim=1).mean(0)
+            u = _unit(rows, mean)
+            values, vectors = torch.linalg.eigh((u.T @ u).double() / len(u))
+            self.means.append(mean)
+            self.rows.append(u)
+            self.eigen.append((values.clamp(min=0), vectors))
+        x, y = self.rows
+        self.cross = self.eigen[0][1].T @ (x.T @ y).double() @ self.eigen[1][1] / len(x)
+
+    def cca(self, choice: Choice) -> Maps:
+        """Regularised CCA, directions scaled by a power of their correlation."""
+        scales = [(v + choice.ridge * v.mean() + 1e-12).rsqrt() for v, _ in self.eigen]
+        product = scales[0][:, None] * self.cross * scales[1]
+        left, correlations, right = torch.linalg.svd(product, full_matrices=False)
+        width = min(WIDTH, len(self.rows[0]) - 1, len(correlations))
+        emphasis = correlations[:width] ** choice.power
+        weights = [
+            (vectors * scale @ sides[:, :width]).float()
+            for (_, vectors), scale, sides in zip(self.eigen, scales, (left, right.T), strict=True)
+        ]
+        # With a ridge the variances of a direction differ between the sides; this makes them equal
+        # and leaves inner products as they are.
+        spread = [(rows @ weight).std(0) for rows, weight in zip(self.rows, weights, strict=True)]
+        balance = (spread[1] / spread[0]).clamp(1e-6, 1e6).sqrt()
+        first, second = (weight * emphasis.float() for weight in weights)
+        return Maps(self.means[0], first * balance, self.means[1], second / balance)
+
+
 def cca(pairs: Paired, choice: Choice) -> Maps:
-    """Regularised CCA of centred unit rows, directions scaled by a power of the correlation."""
-    sides, roots = [], []
-    for rows in (pairs.images, pairs.texts):
-        mean = normalize(torch.from_numpy(rows), dim=1).mean(0)
-        u = _unit(rows, mean)
-        values, vectors = torch.linalg.eigh(u.T @ u / len(u))
-        values = values.clamp(min=0)
-        scale = (values + choice.ridge * values.mean() + 1e-9).rsqrt()
-        sides.append((mean, u))
-        roots.append(vectors * scale @ vectors.T)
-    (mean_x, x), (mean_y, y) = sides
-    left, correlations, right = torch.linalg.svd(
-        roots[0] @ (x.T @ y / len(x)) @ roots[1], full_matrices=False
-    )
-    width = min(WIDTH, len(x) - 1, len(correlations))
-    emphasis = correlations[:width] ** choice.power
-    weight_x, weight_y = roots[0] @ left[:, :width], roots[1] @ right.T[:, :width]
-    # With a ridge the variances of a direction differ; balanced, inner products stay as they are.
-    balance = ((y @ weight_y).std(0) / (x @ weight_x).std(0)).clamp(1e-6, 1e6).sqrt()
-    return Maps(mean_x, weight_x * balance * emphasis, mean_y, weight_y / balance * emphasis)
+    """Regularised CCA of pairs."""
+    return Moments(pairs).cca(choice)
 
 
 def _unit(rows: common.Floats, mean: Tensor) -> Tensor:
