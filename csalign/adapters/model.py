@@ -217,6 +217,11 @@ class Adapter(nn.Module):
         """The shapes of both sides, from which an equal adapter can be built."""
         return {side: self.side(side).shape for side in Modality}
 
+    @property
+    def shares(self) -> list[float]:
+        """Shares of the parts in cosines, which sum to 1; [1.0] without parts."""
+        return self.image.shares.tolist() if isinstance(self.image, Parts) else [1.0]
+
     def side(self, modality: Modality | str) -> SideAdapter:
         """Return the adapter of one side, "image" or "text"; ConfigError for any other name."""
         return self.image if Modality.of(modality) is Modality.IMAGE else self.text

@@ -125,6 +125,13 @@ class SideShape:
     parts: tuple["SideShape", ...] = ()
     scaled: bool = False
 
+    @property
+    def title(self) -> str:
+        """The kind for people; of "parts", that of each."""
+        if self.parts:
+            return " + ".join(part.title for part in self.parts)
+        return f"kernel ({self.landmarks:,} landmarks)" if self.kind == "kernel" else self.kind
+
     def __post_init__(self) -> None:
         """Check the sizes."""
         sizes = [self.input_width, self.width, self.hidden, self.rank, self.landmarks]

@@ -133,8 +133,12 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
     features, start = document["features"], document["start"]
     took = "" if document["seconds"] is None else f" in {document['seconds']:,.1f} s"
     best = best_words(document["step"], start)
+    if "kernel" in {shape["kind"] for shape in document["adapters"].values()}:
+        best = "kernel CCA, instead of the network"
     lines = document["validation"]
     ends = [*lines[:1], *(line for line in lines if line.get("step") == document["step"])]
+    scores = [end["validation"] for end in ends]
+    scores += [document["figures"]] if document["figures"] else []
     rows = {
         "trained on": f"{features or 'unknown features'}, split {document['train_split']}",
         **_adapter_rows(document),
@@ -143,9 +147,12 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
         "steps": f"{document['steps']:,}{took}; best: {best}",
     }
     for name, figure in (("mean_recall", RECALL), ("centroid_distance", CENTROID)):
-        scores = [end["validation"] for end in ends]
         if values := [figure.show(score[name]) for score in scores if name in score]:
             rows[figure.heading] = f"{values[-1]} on validation (start {values[0]})"
+    if document["refit"]:
+        rows["refit"] = "on all {pairs:,} pairs; the figures are those before it".format(
+            **document["refit"]
+        )
     rows["size"] = decimal(document["bytes"])
     following = [("eval", features, "--adapter", document["path"])] if features else []
     return "run, valid", rows, [*following]
@@ -154,10 +161,14 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
 def _adapter_rows(document: Mapping[str, Any]) -> dict[str, str]:
     shapes = document["adapters"]
     widths = ", ".join(f"{side} {shape['input_width']}" for side, shape in shapes.items())
+    parts = " + ".join(str(part["width"]) for part in shapes["image"]["parts"])
+    shares = document.get("shares", [])
     return {
         "encoders": _sides(document["encoders"]),
-        "adapters": _sides({side: shape["kind"] for side, shape in shapes.items()}),
-        "widths": f"{widths}; shared space {shapes['image']['width']}",
+        "adapters": _sides(document["kinds"]),
+        "shares": " + ".join(percent(own, 0) for own in shares) if shares[1:] else "",
+        "widths": f"{widths}; shared space {shapes['image']['width']}"
+        + f" ({parts})" * bool(parts),
     }
 
 

@@ -43,6 +43,8 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
         [
             ("start", result.start),
             ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
+            *[("parts", result.parts)] * bool(result.parts),
+            ("width", f"{result.width:,}"),
             ("parameters", parameters),
             ("steps", f"{steps} {result.seconds:.1f} s"),
             *[("best", best_words(result.best_step, result.start))] * bool(result.steps),

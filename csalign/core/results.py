@@ -240,14 +240,18 @@ class TrainResult(Fields):
 
     run: Path  # its folder
     steps: int  # optimizer steps made
-    best_step: int  # of the saved weights; 0 is the initialization, if no step beat it
+    best_step: int  # of the network; 0 is the initialization, if no step beat it
     start: str  # closed form of the initialization with its settings, or "random"
     pairs: dict[str, int]  # texts with an image, in training and validation
-    parameters: dict[str, int]  # by side
-    validation: dict[str, dict[str, float]]  # of the initialization and the saved weights, or {}
+    width: int  # of the aligned embeddings: the sum of those of the parts
+    parameters: dict[str, int]  # by side, of all parts
+    # Figures by what they are of, before a refit: "start", the initialization; "kept", the best
+    # weights of the network; "matched", these with moments matched; "parts", all parts. {} without
+    # validation; the last two only if there are any.
+    validation: dict[str, dict[str, float]]
     seconds: float  # wall time
     names: Names | None = None  # of the sides, None for image and text
-    parts: str = ""  # of the adapter besides one network, in words
+    parts: str = ""  # with shares, such as "50 % network + 50 % kernel CCA (...)"; "": one network
     refit: str = ""  # whether the held-out pairs were learned from at the end, in words
 
     def _rows(self) -> list[dict[str, Any]]:

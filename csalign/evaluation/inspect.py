@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csalign.adapters.hub import local_path
 from csalign.core.errors import DataError, OutputError, SchemaError
@@ -24,11 +24,15 @@ from csalign.runs.metadata import (
     ADAPTER,
     CONFIG,
     LINES,
+    find_refit,
     read_environment,
     read_lines,
     read_settings,
     run_folder,
 )
+
+if TYPE_CHECKING:
+    from csalign.adapters.checkpoint import AdapterInfo  # which takes seconds to import
 
 NO_SPLIT = "no split"
 STUDY, JOURNAL = "study.json", "journal.log"  # as in `training.tuning.tune`
@@ -188,13 +192,22 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "written_by": info.csalign_version,
         **info.model_dump(mode="json", exclude={"format", "csalign_version", "validation"}),
+        "kinds": _kinds(info),
+        "shares": adapter.shares,
         "parameters": adapter.parameter_counts(),
         "features": settings.get("features"),
         "steps": _last_step(lines),
         "seconds": environment.get("seconds"),
         "bytes": _bytes(folder),
         "validation": scores,
+        "figures": info.validation,
+        "refit": find_refit(lines),
     }
+
+
+def _kinds(info: "AdapterInfo") -> dict[str, str]:
+    """Word the kind of each side."""
+    return {side.value: shape.title for side, shape in info.adapters.items()}
 
 
 def _inspect_export(folder: Path) -> dict[str, Any]:
@@ -214,6 +227,7 @@ def _inspect_export(folder: Path) -> dict[str, Any]:
         "files": graphs or [WEIGHTS],
         "written_by": info.csalign_version,
         **info.model_dump(mode="json", exclude={"format", "csalign_version"}),
+        "kinds": _kinds(info),
         "bytes": _bytes(folder),
     }
 

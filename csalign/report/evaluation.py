@@ -327,7 +327,18 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
                 "tickmode": "auto",  # else at the left axis' ticks, with odd values
             },
         )
-        yield Section("Validation", "The weights with the best mean recall are kept.", figure)
+        yield Section("Validation", " ".join(_after_steps(metrics)), figure)
+
+
+def _after_steps(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say what became of the weights after the last step."""
+    yield "The weights with the best mean recall are kept."
+    if later := [line["validation"] for line in metrics if line.get("matched")]:
+        recall = figure_of("retrieval.mean_recall").show(later[-1]["mean_recall"])
+        gap = figure_of("gap.centroid_distance").show(later[-1]["centroid_distance"])
+        yield f"With moments matched and all parts: mean recall {recall} %, centroid distance {gap}."
+    for refit in (line["refit"] for line in metrics if "refit" in line):
+        yield f"It is then refitted on all {refit['pairs']:,} pairs."
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:

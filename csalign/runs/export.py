@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
+from csalign.core.figures import percent
 from csalign.core.progress import Progress, silent, tick, track
 from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
@@ -28,7 +29,7 @@ from csalign.runs.load import (
     public_spec,
     stream_aligned,
 )
-from csalign.runs.metadata import LINES, read_lines, read_settings, run_folder
+from csalign.runs.metadata import LINES, find_refit, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5
 RANDOM_ROWS, RANDOM_TOKENS = 257, 3
@@ -233,21 +234,29 @@ def _card(
     sides = [
         {
             "name": side.value,
-            "kind": shape.kind,
+            "kind": shape.title,
             "encoder": public_spec(info.encoders[side]),
             "width": shape.input_width,
             "parameters": counts[side.value],
         }
         for side, shape in info.adapters.items()
     ]
+    lines = read_lines(folder)
+    shares, refit = adapter.shares, find_refit(lines)
     facts = {
         "data fingerprint (SHA-256)": info.data_fingerprint,
         "weights (SHA-256)": info.weights_sha256,
         "split": info.train_split,
+        **(
+            {"shares of the parts": " + ".join(percent(own, 0) for own in shares)}
+            if shares[1:]
+            else {}
+        ),
         "start": info.start,
         "optimiser step": str(info.step),
         "logit scale": f"{info.logit_scale:.4g}",
         "kernel bandwidth": str(info.bandwidth),
+        **({"refit": f"on all {refit['pairs']:,} pairs"} if refit else {}),
         "csalign": info.csalign_version,
     }
     card = {
@@ -258,7 +267,8 @@ def _card(
         "width": info.adapters[Modality.IMAGE].width,
         "facts": facts,
         "settings": {k: v for k, v in read_settings(folder).items() if k not in PRIVATE},
-        "validation": info.validation or _validation(folder, info.step),
+        "validation": info.validation or _validation(lines, info.step),
+        "refit": refit,
         "evaluation": evaluation,
         "checks": differences,
     }
@@ -266,8 +276,8 @@ def _card(
     return template.render(card=card, front=front, recalls=recalls)
 
 
-def _validation(folder: Path, step: int) -> dict[str, float]:
-    """Read the validation metrics of a step; {} if the run did not log them."""
-    scores = [line.get("validation") for line in read_lines(folder) if line.get("step") == step]
+def _validation(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """Return the validation metrics of a step; {} if the run did not log them."""
+    scores = [line.get("validation") for line in lines if line.get("step") == step]
     found = next((score for score in scores if isinstance(score, dict)), {})
     return {name: value for name, value in found.items() if isinstance(value, float)}

@@ -6,7 +6,7 @@ one of csalign 0.1.0, may have none.
 
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def read_lines(folder: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise SchemaError(f"{path}: is damaged ({error}); train again") from None
     return lines
+
+
+def find_refit(lines: Sequence[Mapping[str, Any]]) -> dict[str, int] | None:
+    """Return the "pairs" and "steps" of the refit in a log; None if there was none."""
+    return next((line["refit"] for line in reversed(lines) if "refit" in line), None)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

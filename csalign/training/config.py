@@ -120,20 +120,28 @@ class AdapterOptions(Config):
     text_adapter: str | None = Field(None, description="Adapter for texts (default: --adapter).")
     ensemble: Literal["auto", "off"] = Field(
         "auto",
-        description="Fit a kernel CCA besides, and use it beside the network, instead of it or "
-        "not, as validation recall says; off trains the network alone.",
+        description="auto also fits a kernel CCA, and uses it beside or instead of the network if "
+        "validation recall gains; off trains the network alone.",
+    )
+    networks: Count = Field(
+        1, description="Networks of this seed and the next ones, side by side in the adapter."
     )
     init: Literal["canonical", "random"] = Field(
         "canonical", description="Start from the best closed form, or from random weights."
     )
+    unpaired_matches: bool = Field(
+        True, description="Fit the closed form on matches of unpaired rows too if that helps."
+    )
     width: int | None = Field(
-        None, ge=1, description="Width of the shared space (default: at most 256, or as it is)."
+        None,
+        ge=1,
+        description="Width of the shared space (default: at most 256, or as it is). If given, "
+        "network and kernel do not stand side by side, which doubles it.",
     )
     hidden: Count = Field(1024, description="Hidden width of mlp, glu and transformer.")
     rank: Count = Field(8, description="Rank of the low-rank update.")
     layers: Count = Field(2, description="Blocks of transformer.")
     dropout: Fraction = Field(0.3, description="Dropout in the residual branch.")
-    networks: Count = Field(1, description="Networks of different seeds, as parts of the adapter.")
 
     @property
     def kinds(self) -> dict[Modality, str]:
@@ -191,9 +199,6 @@ class ObjectiveOptions(Config):
     )
     match_moments: bool = Field(
         True, description="With unpaired rows, match the outputs' moments if recall holds."
-    )
-    unpaired_matches: bool = Field(
-        True, description="Fit the closed form on matches of unpaired rows too if that helps."
     )
 
 

@@ -135,9 +135,9 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
         decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
     refit = _word_refit(data, len(networks) - refits)
     log.info("%s", refit)
-    if len(networks) > 1:
-        learned = data.rows.pairs if refits else data.trained[0]
-        log_line({"step": decided.made, "refit": {"pairs": learned, "steps": decided.best}})
+    if refits:
+        learned = {"pairs": data.rows.pairs, "steps": decided.best}
+        log_line({"step": decided.made, "refit": learned})
     return Trained(
         adapter, measured, decided, _word_parts(decided.parts, len(networks) - refits), refit
     )
@@ -180,7 +180,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
 def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
     """Train another network from the same closed form, for as many steps as did best."""
     if run.resumed is None:
-        tick("refitting: closed form")
+        tick("refitting the closed form")
         adapter, _ = work.fit(decided.setting, phase)
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
@@ -278,8 +278,10 @@ def _word_parts(parts: Combination, networks: int) -> str:
     kept = "network" if networks == 1 else f"{networks} networks"
     if parts.kernel is None:
         return "" if networks == 1 else kept
-    name = parts.kernel.name
-    return name if parts.share == 1 else f"{kept} and {name}, which weighs {parts.share:.0%}"
+    name, percent = parts.kernel.name, round(100 * parts.share)
+    if parts.share == 1:
+        return f"{name}, instead of the network"
+    return f"{100 - percent} % {kept} + {percent} % {name}"
 
 
 def _word_refit(data: TrainingData, networks: int) -> str:

@@ -77,6 +77,7 @@ def _train(work: Work) -> TrainResult:
         best_step=decided.best,
         start=decided.start,
         pairs={"train": data.trained[0], "validation": data.val.pairs if data.val else 0},
+        width=adapter.image.shape.width,
         parameters=adapter.parameter_counts(),
         validation=decided.scores,
         seconds=seconds,

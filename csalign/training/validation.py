@@ -60,7 +60,8 @@ def measure(
     text_image: npt.NDArray[np.int64],
 ) -> Measured:
     """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`."""
-    directions = rank_both_ways(images, texts, text_image)
+    with reported_to(silent):  # part of a phase that counts something else
+        directions = rank_both_ways(images, texts, text_image)
     hits = [(ranks.first[:, None] <= RECALL_AT).mean(1) for ranks in directions]
     _, image = np.unique(text_image[text_image >= 0], return_inverse=True)
     # Texts weigh alike, as they do in the mean recall, however many an image has.
@@ -81,6 +82,6 @@ def pool(parts: Sequence[Measured]) -> Measured:
 
 def validate(adapter: Adapter, rows: Pairs, features: FeatureSet | None = None) -> Score:
     """Measure an adapter on held-out rows, whose tokens are read from `features` if given."""
-    with reported_to(silent):  # part of a phase that counts something else
+    with reported_to(silent):  # as in `measure`
         images, texts = (embed_rows(adapter, side, rows, features) for side in Modality)
-        return measure(images, texts, rows.text_image).score
+    return measure(images, texts, rows.text_image).score

@@ -14,7 +14,7 @@ from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, K
 from csalign.adapters.model import Adapter, find_kind
 from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
 from csalign.core.enums import Modality
-from csalign.core.progress import tick
+from csalign.core.progress import show_figures, tick
 from csalign.core.records import Record
 from csalign.features.join import Pairs
 from csalign.training.closed_forms.unpaired import Matches
@@ -31,6 +31,7 @@ RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 OTHER_RIDGES = (0.3, 1.0, 3.0)
 POWERS = (0.5, 1.0)
 SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
+SEARCH = "kernel CCA: fits"  # the phase of progress
 
 Inputs = Mapping[Modality, SideAdapter]
 
@@ -91,7 +92,6 @@ def combine(
         joins: whether both may stand side by side, twice as wide.
         seed: of samples.
     """
-    tick("kernel CCA")
     width = network.image.shape.width
     inputs = {side: network.side(side).cpu() for side in Modality}
     setting = _search(rows, folds, matches, inputs, width, seed)
@@ -107,7 +107,7 @@ def combine(
     share = best if found[best].beats(alone) else 0.0
     adapter = _put_together([network], sides, share) if share else network
     combination = Combination(kernel=setting if share else None, share=share)
-    summary = _summary(found, share, setting, network, adapter)
+    summary = _summary(found, share, adapter.image.shape.width)
     return Combined(adapter, combination, found[share], summary)
 
 
@@ -133,6 +133,7 @@ def assemble(
         return networks[0] if len(networks) == 1 else _put_together(networks, None, 0.0)
     inputs = {side: networks[0].side(side).cpu() for side in Modality}
     width = networks[0].image.shape.width
+    tick("kernel CCA of all parts")
     sides = _fit(combination.kernel, rows, sampler, matches, inputs, width, seed)
     return _put_together(networks, sides, combination.share)
 
@@ -165,8 +166,11 @@ def _search(
     seed: int,
 ) -> KernelSetting:
     """Choose the settings of the kernel: coarsely on few rows, then around these on all."""
+    done, total = 0, len(folds) * (len(Modality) * len(GAMMAS) + 1)
+    tick(SEARCH, done, total)
 
     def best(limit: int, *grid: Sequence[Any]) -> KernelSetting:
+        nonlocal done
         sides, gammas, ridges, others, powers = grid
         found: dict[KernelSetting, list[Measured]] = {}
         for (sampler, val), side in product(folds, sides):
@@ -176,6 +180,10 @@ def _search(
                 for setting, own in fit.candidates(ridges, others, powers, width):
                     both = _embed(Adapter.of_sides(own), val)
                     found.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
+                done += 1
+                tick(SEARCH, done, total)
+                recall = max(pool(own).score.mean_recall for own in found.values())
+                show_figures({"best R": f"{100 * recall:.1f} %"})
         return max(found, key=lambda own: pool(found[own]).score.mean_recall)
 
     few = best(SEARCH_ROWS, [*Modality], GAMMAS, RIDGES, OTHER_RIDGES[1:2], POWERS[1:])
@@ -248,26 +256,15 @@ def _joined(parts: Sequence[tuple[list[Array], float]], val: Pairs) -> Measured:
     return measure(images, texts, val.text_image)
 
 
-def _summary(
-    found: Mapping[float, Measured],
-    share: float,
-    setting: KernelSetting,
-    network: Adapter,
-    adapter: Adapter,
-) -> str:
-    """Word what each choice scores, and what the chosen one costs."""
-    names = {0.0: "network", 1.0: "kernel", SHARES[0]: "both", SHARES[1]: "both (2/3 kernel)"}
-    scores = ", ".join(
-        f"{names[own]} {100 * score.mean_recall:.1f} % (gap {score.centroid_distance:.2f})"
-        for own, (score, _) in found.items()
-    )
-    if not share:
-        return f"parts: best R {scores}; keeping the network alone"
-    sizes = (
-        f"{own.image.shape.width} wide, {sum(own.parameter_counts().values()) / 1e6:.1f} million "
-        "parameters"
-        for own in (adapter, network)
-    )
-    return "parts: best R {}; keeping {}: {}, {} (the network {})".format(
-        scores, names[share], setting.name, *sizes
-    )
+def _summary(found: Mapping[float, Measured], share: float, width: int) -> str:
+    """Word what was chosen, and the recall of each choice."""
+    both = [own for own in found if 0 < own < 1]
+    shown = {0.0: "network", 1.0: "kernel"}
+    if both:
+        best = max(both, key=lambda own: found[own].score.mean_recall)
+        shown[share if share in both else best] = "both"
+    recalls = {own: f"{100 * found[own].score.mean_recall:.1f} %" for own in shown}
+    rest = ", ".join(f"{shown[own]} {recalls[own]}" for own in shown if own != share)
+    noise = any(found[own].score.mean_recall > found[share].score.mean_recall for own in shown)
+    within = ", within noise" if noise else ""
+    return f"parts: {shown[share]}, val R {recalls[share]} ({rest}{within}), {width} wide"
