@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from csalign.core.enums import Modality
 from csalign.core.progress import show_figures, tick
 from csalign.core.records import Record
 from csalign.features.join import Pairs
+from csalign.training.closed_forms.settings import POWERS, nearby, ridge_at, step_of
 from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured, measure, pool
@@ -25,11 +27,11 @@ log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
+MAX_PAIRS = 100_000  # to fit a kernel CCA on, which are in memory
 SEARCH_ROWS = 2_000  # of the kernel side, on which the side, gamma and ridge are chosen
 GAMMAS = (0.4, 0.75, 1.5)
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-OTHER_RIDGES = (0.3, 1.0, 3.0)
-POWERS = (0.5, 1.0)
+STEPS = range(-2, 3)  # of the kernel's ridge, see `ridge_at`
+OTHER_RIDGES = (0.1, 0.3, 1.0, 3.0)
 SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
 SEARCH = "kernel CCA: fits"  # the phase of progress
 
@@ -92,17 +94,18 @@ def combine(
         joins: whether both may stand side by side, twice as wide.
         seed: of samples.
     """
-    width = network.image.shape.width
+    width, val = network.image.shape.width, folds[0].val
     inputs = {side: network.side(side).cpu() for side in Modality}
-    setting = _search(rows, folds, matches, inputs, width, seed)
-    sampler, val = folds[0]
-    sides = _fit(setting, rows, sampler, matches, inputs, width, seed)
-    own, other = _embed(network, val), _embed(Adapter.of_sides(sides), val)
-    found = {
-        share: _joined([(own, 1 - share), (other, share)], val)
-        for share in (0.0, 1.0, *(SHARES if joins else ()))
-    }
+    own = _embed(network, val)
+    found = {0.0: _joined([(own, 1.0)], val)}
     alone = found[0.0]
+    if alone.score.is_perfect:
+        summary = "parts: the network alone, which finds every match on validation"
+        return Combined(network, Combination(kernel=None, share=0.0), alone, summary)
+    setting, sides = _search(rows, folds, matches, inputs, width, seed)
+    other = _embed(Adapter.of_sides(sides), val)
+    for share in (1.0, *(SHARES if joins else ())):
+        found[share] = _joined([(own, 1 - share), (other, share)], val)
     best = max(found, key=lambda share: found[share].score.mean_recall)
     share = best if found[best].beats(alone) else 0.0
     adapter = _put_together([network], sides, share) if share else network
@@ -157,6 +160,48 @@ def _put_together(
     return Adapter.of_sides(sides)
 
 
+class _Search:
+    """Kernel CCAs of at most some landmarks, measured on all folds."""
+
+    def __init__(
+        self,
+        rows: Pairs,
+        folds: Sequence[Fold],
+        matches: Matches | None,
+        inputs: Inputs,
+        width: int,
+        limit: int,
+        seed: int,
+    ) -> None:
+        self._folds, self._inputs, self._width, self._seed = folds, inputs, width, seed
+        self._pairs = partial(_pairs, rows, matches=matches, inputs=inputs, limit=limit, seed=seed)
+        self._fits: dict[tuple[Modality, float], list[KernelCca]] = {}
+        self._found: dict[KernelSetting, Measured] = {}
+
+    def fits(self, side: Modality, gamma: float) -> list[KernelCca]:
+        """Return the fit of each fold, the last ones in memory alone."""
+        if (side, gamma) not in self._fits:
+            pairs = [self._pairs(fold.sampler, side) for fold in self._folds]
+            own = [KernelCca(some, gamma, side, self._seed, self._inputs) for some in pairs]
+            self._fits = {(side, gamma): own}
+        return self._fits[side, gamma]
+
+    def measure(
+        self, side: Modality, gamma: float, steps: Sequence[int], others: Sequence[float]
+    ) -> KernelSetting:
+        """Measure ridges of the kernel, by their steps, and of the other side; the best so far."""
+        ridges = [ridge_at(step) for step in steps]
+        found: dict[KernelSetting, list[Measured]] = {}
+        for fit, (_, val) in zip(self.fits(side, gamma), self._folds, strict=True):
+            for setting, own in fit.candidates(ridges, others, POWERS, self._width):
+                both = _embed(Adapter.of_sides(own), val)
+                found.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
+        self._found |= {setting: pool(own) for setting, own in found.items()}
+        best = max(self._found, key=lambda setting: self._found[setting].score.mean_recall)
+        show_figures({"best R": f"{100 * self._found[best].score.mean_recall:.1f} %"})
+        return best
+
+
 def _search(
     rows: Pairs,
     folds: Sequence[Fold],
@@ -164,31 +209,25 @@ def _search(
     inputs: Inputs,
     width: int,
     seed: int,
-) -> KernelSetting:
-    """Choose the settings of the kernel: coarsely on few rows, then around these on all."""
-    done, total = 0, len(folds) * (len(Modality) * len(GAMMAS) + 1)
-    tick(SEARCH, done, total)
+) -> tuple[KernelSetting, dict[Modality, SideAdapter]]:
+    """Choose the settings of the kernel: coarsely on few rows, then around these on all.
 
-    def best(limit: int, *grid: Sequence[Any]) -> KernelSetting:
-        nonlocal done
-        sides, gammas, ridges, others, powers = grid
-        found: dict[KernelSetting, list[Measured]] = {}
-        for (sampler, val), side in product(folds, sides):
-            pairs = _pairs(rows, sampler, matches, inputs, side, limit, seed)
-            for gamma in gammas:
-                fit = KernelCca(pairs, gamma, side, seed, inputs)
-                for setting, own in fit.candidates(ridges, others, powers, width):
-                    both = _embed(Adapter.of_sides(own), val)
-                    found.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
-                done += 1
-                tick(SEARCH, done, total)
-                recall = max(pool(own).score.mean_recall for own in found.values())
-                show_figures({"best R": f"{100 * recall:.1f} %"})
-        return max(found, key=lambda own: pool(found[own]).score.mean_recall)
-
-    few = best(SEARCH_ROWS, [*Modality], GAMMAS, RIDGES, OTHER_RIDGES[1:2], POWERS[1:])
-    ridges = (few.ridge / 3, few.ridge, few.ridge * 3)
-    return best(MAX_LANDMARKS, (few.side,), (few.gamma,), ridges, OTHER_RIDGES, POWERS)
+    Returns:
+        The settings, and both sides fitted without the rows of the first fold.
+    """
+    options = rows, folds, matches, inputs, width
+    grid = list(product(Modality, GAMMAS))
+    tick(SEARCH, 0, len(grid) + 1)
+    coarse = _Search(*options, SEARCH_ROWS, seed)
+    for number, (side, gamma) in enumerate(grid, 1):
+        few = coarse.measure(side, gamma, STEPS, OTHER_RIDGES[2:3])
+        tick(SEARCH, number, len(grid) + 1)
+    fine, best, tried = _Search(*options, MAX_LANDMARKS, seed), few, set[int]()
+    while steps := [step for step in nearby(step_of(best.ridge)) if step not in tried]:
+        best = fine.measure(few.side, few.gamma, steps, OTHER_RIDGES)
+        tried |= {*steps}  # until the best lies between two that are worse
+    tick(SEARCH, len(grid) + 1, len(grid) + 1)
+    return best, fine.fits(few.side, few.gamma)[0].fit(best, width)
 
 
 def _fit(
@@ -200,21 +239,33 @@ def _fit(
     width: int,
     seed: int,
 ) -> dict[Modality, SideAdapter]:
-    pairs = _pairs(rows, sampler, matches, inputs, setting.side, MAX_LANDMARKS, seed)
+    pairs = _pairs(
+        rows,
+        sampler,
+        setting.side,
+        matches=matches,
+        inputs=inputs,
+        limit=MAX_LANDMARKS,
+        seed=seed,
+    )
     return KernelCca(pairs, setting.gamma, setting.side, seed, inputs).fit(setting, width)
 
 
 def _pairs(
     rows: Pairs,
     sampler: PairSampler,
+    side: Modality,
+    *,
     matches: Matches | None,
     inputs: Inputs,
-    side: Modality,
     limit: int,
     seed: int,
 ) -> KernelPairs:
     """Read the pairs of at most `limit` rows of a side, chosen at random, and the matches."""
     (images, texts), weights = sampler.weighted_pairs()
+    if len(images) > MAX_PAIRS:
+        some = np.sort(np.random.default_rng(seed).choice(len(images), MAX_PAIRS, replace=False))
+        images, texts, weights = images[some], texts[some], weights[some]
     groups = images if side is Modality.IMAGE else rows.caption_keys[texts]
     names = np.unique(groups)
     if len(names) > limit:

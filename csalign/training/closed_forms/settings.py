@@ -1,5 +1,6 @@
 """Settings of closed forms, and candidates to choose from."""
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,11 @@ SAFE_RIDGE, SAFE_POWER = 1.0, 1.0
 def ridge_at(step: int) -> float:
     """Return the ridge at a step of the ladder, two steps per power of ten: 0.3, 1, 3, 10."""
     return float(f"{10 ** (step / 2):.0e}")
+
+
+def step_of(ridge: float) -> int:
+    """Return the step of a ridge of the ladder."""
+    return round(2 * math.log10(ridge))
 
 
 def nearby(step: int) -> list[int]:
