@@ -338,7 +338,7 @@ def _after_steps(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         gap = figure_of("gap.centroid_distance").show(later[-1]["centroid_distance"])
         yield f"With moments matched and all parts: mean recall {recall} %, centroid distance {gap}."
     for refit in (line["refit"] for line in metrics if "refit" in line):
-        yield f"It is then refitted on all {refit['pairs']:,} pairs."
+        yield f"Then all is fitted again on {refit['pairs']:,} pairs, held-out ones too."
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
