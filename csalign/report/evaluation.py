@@ -336,7 +336,7 @@ def _after_steps(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if later := [line["validation"] for line in metrics if line.get("matched")]:
         recall = figure_of("retrieval.mean_recall").show(later[-1]["mean_recall"])
         gap = figure_of("gap.centroid_distance").show(later[-1]["centroid_distance"])
-        yield f"With moments matched and all parts: mean recall {recall} %, centroid distance {gap}."
+        yield f"With moments matched and all parts: recall {recall} %, centroid distance {gap}."
     for refit in (line["refit"] for line in metrics if "refit" in line):
         yield f"Then all is fitted again on {refit['pairs']:,} pairs, held-out ones too."
 

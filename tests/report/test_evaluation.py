@@ -89,7 +89,7 @@ def test_what_follows_the_steps_is_said_beside_the_curves(tmp_path: Path) -> Non
     write_evaluation(page, "run", None, [], [], {}, RunRecord(lines, {}, {}))
     text = page.read_text(encoding="utf-8")
 
-    assert "all parts: mean recall 62.50 %, centroid distance 0.1000." in text
+    assert "all parts: recall 62.50 %, centroid distance 0.1000." in text
     assert "fitted again on 1,200 pairs" in text
 
 
