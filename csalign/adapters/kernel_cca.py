@@ -44,7 +44,7 @@ class KernelSetting(Record):
     def name(self) -> str:
         """The settings, as shown to users."""
         return (
-            f"kernel CCA ({self.side}s, gamma {self.gamma:g}, ridges {self.ridge:g} and "
+            f"kernel CCA ({self.side}s, gamma {self.gamma:g}, ridges {self.ridge:.2g} and "
             f"{self.other_ridge:g}, power {self.power:g})"
         )
 

@@ -48,7 +48,7 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
             ("parameters", parameters),
             ("steps", f"{steps} {result.seconds:.1f} s"),
             *[("best", best_words(result.best_step, result.start))] * bool(result.steps),
-            *[("refit", result.refit)] * bool(result.refit),
+            *[("refit", result.refit.removeprefix("refitted "))] * bool(result.refit),
         ]
     )
     if result.validation:

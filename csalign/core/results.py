@@ -251,7 +251,7 @@ class TrainResult(Fields):
     validation: dict[str, dict[str, float]]
     seconds: float  # wall time
     names: Names | None = None  # of the sides, None for image and text
-    parts: str = ""  # with shares, such as "50 % network + 50 % kernel CCA (...)"; "": one network
+    parts: str = ""  # and shares, such as "network 50 %, kernel CCA (...) 50 %"; "": a network
     refit: str = ""  # whether the held-out pairs were learned from at the end, in words
 
     def _rows(self) -> list[dict[str, Any]]:

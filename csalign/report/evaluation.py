@@ -336,9 +336,9 @@ def _after_steps(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if later := [line["validation"] for line in metrics if line.get("matched")]:
         recall = figure_of("retrieval.mean_recall").show(later[-1]["mean_recall"])
         gap = figure_of("gap.centroid_distance").show(later[-1]["centroid_distance"])
-        yield f"With all parts and moments matched: mean recall {recall} %, centroid {gap}."
+        yield f"With moments matched and all parts: recall {recall} %, centroid distance {gap}."
     for refit in (line["refit"] for line in metrics if "refit" in line):
-        yield f"It is then refitted on all {refit['pairs']:,} pairs."
+        yield f"Then all is fitted again on {refit['pairs']:,} pairs, held-out ones too."
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:

@@ -35,7 +35,7 @@ Ints = npt.NDArray[np.int64]
 
 MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
 LEAST_TO_HOLD_OUT = 20  # captioned images
-FEW_IMAGES = 400  # captioned; of fewer, several hold-outs choose the closed form
+FEW_IMAGES = 1_500  # captioned; of fewer, several hold-outs choose the closed form
 HOLD_OUTS = 5  # of few images
 LEAST_TO_REFIT = 0.02  # share of the captioned images that are held out; fewer add nothing
 MOST_TO_COMPARE = 20_000  # images, some seconds; csalign split compares more

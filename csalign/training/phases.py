@@ -281,7 +281,7 @@ def _word_parts(parts: Combination, networks: int) -> str:
     name, percent = parts.kernel.name, round(100 * parts.share)
     if parts.share == 1:
         return f"{name}, instead of the network"
-    return f"{100 - percent} % {kept} + {percent} % {name}"
+    return f"{kept} {100 - percent} %, {name} {percent} %"
 
 
 def _word_refit(data: TrainingData, networks: int) -> str:

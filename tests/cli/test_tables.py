@@ -141,7 +141,10 @@ def shown(folder: Path) -> dict[str, Shown]:
             lambda: training,
             tables.train_table,
             trained,
-            ["mean recall % ↑", f"{100 * training.validation['kept']['mean_recall']:.2f}"],
+            [
+                *("mean recall % ↑", f"{100 * training.validation['kept']['mean_recall']:.2f}"),
+                *("width", "on all 240 pairs"),
+            ],
         ),
         "diagnose": Shown(
             lambda: diagnosed,
@@ -154,7 +157,12 @@ def shown(folder: Path) -> dict[str, Shown]:
             lambda: described,
             artifact_tables.inspect_table,
             document_of,
-            ["688", "trained on", "closed form"],
+            [
+                f"{described['parameters']['text']:,}",
+                "trained on",
+                "closed form",
+                "on all 240 pairs",
+            ],
         ),
         "export": Shown(lambda: exported, tables.export_table, exporting, ["README.md"]),
     }

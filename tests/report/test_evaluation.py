@@ -80,6 +80,19 @@ def test_the_curves_show_every_loss_term_of_the_log(tmp_path: Path) -> None:
         assert f'"name":"{name}"' not in curves
 
 
+def test_what_follows_the_steps_is_said_beside_the_curves(tmp_path: Path) -> None:
+    score = {"mean_recall": 0.5, "mrr": 0.4, "centroid_distance": 0.1}
+    lines: list[dict[str, Any]] = [{"step": 1, "validation": score}]
+    lines += [{"step": 1, "validation": {**score, "mean_recall": 0.625}, "matched": True}]
+    lines += [{"step": 1, "refit": {"pairs": 1_200, "steps": 1}}]
+    page = tmp_path / "page.html"
+    write_evaluation(page, "run", None, [], [], {}, RunRecord(lines, {}, {}))
+    text = page.read_text(encoding="utf-8")
+
+    assert "all parts: recall 62.50 %, centroid distance 0.1000." in text
+    assert "fitted again on 1,200 pairs" in text
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_browser_draws_every_figure_and_asks_for_nothing(
     tmp_path: Path, browser: Any, dark: bool

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import csalign
 from csalign.adapters.checkpoint import AdapterInfo, save_adapter
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
+from csalign.cli.artifact_tables import inspect_table
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
 from csalign.encoders.openclip_models import build_network, find_model, load_weights
-from csalign.evaluation.config import EvalConfig
+from csalign.evaluation.config import EvalConfig, InspectConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.inspect import inspect
 from csalign.features.join import ALL, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
@@ -40,7 +43,7 @@ def saved(folder: Path, kind: str, *, token_width: int | None = None) -> Path:
     keeps = kind == "low-rank"
     shapes = {
         side: SideShape(
-            kind,
+            "linear" if kind == "parts" else kind,
             width,
             12 if keeps else 8,
             hidden=16,
@@ -50,8 +53,14 @@ def saved(folder: Path, kind: str, *, token_width: int | None = None) -> Path:
         )
         for side, width in zip(Modality, (12, 12 if keeps else 8), strict=True)
     }
+    if kind == "parts":
+        for side, last in zip(Modality, ("linear", "kernel"), strict=True):
+            own = tuple(replace(shapes[side], kind=one, landmarks=7) for one in ("glu", last))
+            shapes[side] = SideShape(kind, own[0].input_width, 16, parts=own)
     adapter = Adapter(shapes)
     for side, shape in shapes.items():
+        if not shape.scaled:
+            continue
         adapter.side(side).set_scale(torch.linspace(0.1, 1, shape.input_width))
     for parameter in adapter.parameters():  # also of what starts at zero
         torch.nn.init.normal_(parameter, std=0.3)
@@ -76,6 +85,7 @@ def saved(folder: Path, kind: str, *, token_width: int | None = None) -> Path:
         ("onnx", "transformer"),
         ("safetensors", "low-rank"),
         ("hub-folder", "linear"),
+        ("onnx", "parts"),
     ],
 )
 def test_every_form_computes_what_the_run_does(to: Any, kind: str, tmp_path: Path) -> None:
@@ -189,6 +199,29 @@ def test_what_strangers_read_names_local_files_by_their_names_alone(
     assert json.loads((out / "adapter.json").read_text())["encoders"]["image"] == name
     assert 'license: "mit"' in text
     assert csalign.load_adapter(out).side(Modality.IMAGE).shape.input_width == 12
+
+
+def test_the_parts_of_an_adapter_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = saved(tmp_path / "run", "parts"), tmp_path / "out"
+    log = {"step": 1, "refit": {"pairs": 1_234, "steps": 1}}
+    (run / "metrics.jsonl").write_text(json.dumps(log) + "\n")
+    export(ExportConfig(run=run, to="hub-folder", out=out))
+    text = (out / "README.md").read_text(encoding="utf-8")
+    config = InspectConfig(path=run)
+    found = inspect(config)
+    inspect_table(found, config)
+    printed = " ".join(capsys.readouterr().out.split())
+
+    assert found["kinds"] == {"image": "glu + linear", "text": "glu + kernel (7 landmarks)"}
+    assert found["shares"] == [0.5, 0.5]
+    assert found["refit"] == {"pairs": 1_234, "steps": 1}
+    for word in ("glu + kernel (7 landmarks)", "50 % + 50 %", "on all 1,234 pairs"):
+        assert word in text
+        assert word in printed
+    assert "shared space 16 (8 + 8)" in printed
+    assert "{" not in printed
 
 
 def test_a_card_without_a_licence_says_so(tmp_path: Path) -> None:

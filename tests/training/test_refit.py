@@ -204,7 +204,7 @@ def learned(several: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 STOPS = [
     ("training: step", 5),
-    ("refitting: closed form", 0),
+    ("refitting the closed form", 0),
     ("refitting: step", 0),
     ("refitting: step", 3),
     ("saving", 0),
@@ -237,7 +237,7 @@ def test_the_phase_that_was_stopped_is_the_one_that_is_resumed(
     several: Path, learned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out, partial = tmp_path / "run", tmp_path / "run.partial"
-    stop(several, out, "refitting: closed form", 0, networks=2)
+    stop(several, out, "refitting the closed form", 0, networks=2)
     assert [path.name for path in (partial / "resume").iterdir()] == ["phase-01"]
     with pytest.raises(OutputError, match="networks 2, not 3"):
         run(several, out, networks=3)

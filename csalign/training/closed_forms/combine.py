@@ -106,7 +106,10 @@ def combine(
     other = _embed(Adapter.of_sides(sides), val)
     for share in (1.0, *(SHARES if joins else ())):
         found[share] = _joined([(own, 1 - share), (other, share)], val)
-    best = max(found, key=lambda share: found[share].score.mean_recall)
+    best = 0.0
+    for share, measured in found.items():
+        if measured.score.better_than(found[best].score):
+            best = share
     share = best if found[best].beats(alone) else 0.0
     adapter = _put_together([network], sides, share) if share else network
     combination = Combination(kernel=setting if share else None, share=share)
