@@ -29,6 +29,7 @@ MAX_LANDMARKS = 32_000  # more would make every use of the adapter slow
 MATCHED_ROWS = 4_000  # per side, for the moments of the outputs
 MAX_COMPONENTS = 512  # of the linear side; beyond, the ridge leaves little
 LEAST_GAP = 1e-3  # of a leverage from 1
+LEAST_RIDGE = 1e-5  # relative to the mean of the kernel's diagonal, for rows that hardly vary
 
 
 class KernelSetting(Record):
@@ -175,7 +176,7 @@ class KernelCca:
             offset = share @ targets
             targets = targets - offset
             for solution in solutions:
-                ridge = solution.ridge * float(diagonal.mean()) + TINY
+                ridge = solution.ridge * float(diagonal.mean()) + LEAST_RIDGE / len(block)
                 centred.diagonal().copy_(diagonal + ridge)
                 factor = _cholesky(centred)
                 dual = torch.cholesky_solve((root * targets).to(factor.dtype), factor).float()
@@ -210,7 +211,8 @@ class KernelCca:
     ) -> dict[Modality, SideAdapter]:
         x, y = directions.maps(power)
         width = x.shape[1]
-        linear = Linear(self._shape("linear", self._side.other, width))
+        with torch.random.fork_rng(devices=[]):  # the caller's generator
+            linear = Linear(self._shape("linear", self._side.other, width))
         linear.start_from(self._mean_x, (self._vectors @ x).T)
         shape = self._shape("kernel", self._side, width, landmarks=len(self._landmarks))
         with torch.device("meta"):

@@ -121,9 +121,9 @@ def test_a_kernel_finds_what_a_linear_map_does_not(side: Modality) -> None:
     if side is IMAGE:
         (images, texts), held_out = (texts, images), held_out[::-1]
     rows = (texts, images) if side is IMAGE else (images, texts)
-    sides = KernelCca(pairs(*rows), 1.0, side, 0, PLAIN).fit(
-        KernelSetting(side=side, gamma=1.0, ridge=0.03, other_ridge=0.1, power=1.0), 6
-    )
+    sides = KernelCca(
+        pairs(*rows), 1.0, side, 0, {side.other: PLAIN[IMAGE], side: PLAIN[TEXT]}
+    ).fit(KernelSetting(side=side, gamma=1.0, ridge=0.03, other_ridge=0.1, power=1.0), 6)
     ones = np.arange(1_000)
     moments = PairMoments.of(
         images.numpy(), texts.numpy(), (ones, ones), np.ones(1_000), (False, False)

@@ -67,7 +67,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_arrays(ImportConfig(**arrays, pairs=root / "texts.csv", out=root / "set"))
     for seed, name in enumerate(("run", LONG)):
         out = root / name
-        train(TrainConfig(features=root / "set", out=out, steps=5, hidden=8, seed=seed))
+        options = {"steps": 5, "hidden": 8, "seed": seed, "ensemble": "off"}
+        train(TrainConfig(features=root / "set", out=out, **options))
     index(IndexConfig(features=root / "set", side="text", out=root / "index"))
     tune(TuneConfig(features=root / "set", out=root / "study", epochs=1, trials=4, hidden=8))
     return root

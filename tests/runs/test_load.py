@@ -106,7 +106,9 @@ def test_an_unknown_encoder_is_warned_of_and_the_same_is_not(
     fingerprint: str | None,
     said: str | None,
 ) -> None:
-    check(make("other", spec=spec, fingerprint=fingerprint), trained(make("features")))
+    info = trained(make("features"))
+    caplog.clear()
+    check(make("other", spec=spec, fingerprint=fingerprint), info)
 
     if said:
         assert re.search(said.replace("(", r"\(").replace(")", r"\)"), caplog.text)
@@ -136,6 +138,7 @@ def test_encoders_that_nobody_named_are_warned_of_in_other_features_only(
 ) -> None:
     features = make("features", spec="unknown", fingerprint=None)
     info = trained(features)
+    caplog.clear()
     check(features, info)
     assert not caplog.records
     check(make("other", spec="unknown", fingerprint=None), info)

@@ -229,7 +229,8 @@ def test_a_kind_that_mixes_tokens_in_is_measured_with_them(
 ) -> None:
     features = write_tokens()
     out = tmp_path / "run"
-    result = run(features, out, adapter="transformer", tokens=True, init="random")
+    values = {"adapter": "transformer", "tokens": True, "init": "random", "refit": False}
+    result = run(features, out, **values)
     assert result.best_step > 0
     adapter, rows = load_adapter(out), load_rows(FeatureSet.open(features), "val")
     measured = measure(EvalConfig(features=features, adapter=out, split="val")).aligned
