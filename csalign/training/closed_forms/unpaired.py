@@ -30,7 +30,6 @@ Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 
-LEAST_UNPAIRED = 300  # rows per side; fewer have few true matches among them
 MOST_UNPAIRED = 100_000  # per side, drawn at random; moments need no more
 BLOCK = 4_096  # rows of each side that are matched at once
 BLOCKS = 2  # per round
@@ -100,19 +99,32 @@ class Pools:
         mean, second = mean / len(rows), second / len(rows)
         return rows, mean.float(), second - torch.outer(mean, mean)
 
+    def sample(self, most: int) -> tuple[Tensor, Tensor]:
+        """Draw unit rows of both sides, (n, d) and (m, e), at most so many of each."""
+        rng = np.random.default_rng([self.seed, 4])
+        images, texts = (
+            self._units(side, rng.permutation(rows)[:most])[1]
+            for side, (rows, *_) in zip(Modality, self._moments, strict=True)
+        )
+        return images, texts
+
+    def _units(self, side: Modality, rows: Array) -> tuple[Array, Tensor]:
+        """Return some rows of a side as stored, in ascending order, and their unit rows."""
+        number = list(Modality).index(side)
+        values = self.unpaired.take(side, np.sort(rows))
+        root, scale = self.roots[number], self.scales[number]
+        return values, unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
+
     def blocks(self, most: int, *key: int) -> Iterator[_Block]:
         """Yield random blocks of both sides, disjoint where there are enough rows."""
         rng = np.random.default_rng([self.seed, 3, *key])
         orders = [rng.permutation(rows) for rows, *_ in self._moments]
         for number in range(max(1, min(most, max(map(len, orders)) // BLOCK))):
             stored, centred = [], []
-            for side, order, root, scale, (_, mean, _) in zip(
-                Modality, orders, self.roots, self.scales, self._moments, strict=True
-            ):
+            for side, order, (_, mean, _) in zip(Modality, orders, self._moments, strict=True):
                 start = number % max(1, len(order) // BLOCK) * BLOCK
-                rows = self.unpaired.take(side, np.sort(order[start : start + BLOCK]))
+                rows, unit = self._units(side, order[start : start + BLOCK])
                 stored.append(rows)
-                unit = unit_inputs(to_tensor(rows, CPU), signed_sqrt=root, scale=scale)
                 centred.append(unit - mean)
             yield _Block((stored[0], stored[1]), (centred[0], centred[1]))
 
