@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import TINY, ClosedForm, PairMoments, mutual_neighbours
 
-
 Rows = tuple[Tensor, Tensor]
 
 
@@ -99,7 +98,7 @@ class Clusters:
         return learned, held_out, PairMoments(*means, *spreads, cross)
 
     def fit(self, pairs: Rows, number: int = 0) -> ClosedForm:
-        """Find the maps from pairs, (k, d) and (k, e) unit rows, k >= 0, and some random numbers."""
+        """Find the maps from pairs, (k, d) and (k, e) unit rows, k >= 0, and random numbers."""
         (x, y), _, spread = self._rows
         known = []
         if len(pairs[0]):

@@ -37,10 +37,12 @@ def make_set(folder: Path, pairs: int, unpaired: int, *, related: bool = True) -
     """Two rotations of one latent: some pairs, unpaired rows of both sides, and a test split."""
     train_rows = pairs + unpaired
     x = latent(1, train_rows + TEST)
+    rng = np.random.default_rng(3)
     y = x if related else latent(OTHER, train_rows + TEST)
     images, texts = (
-        rows @ np.linalg.qr(np.random.default_rng(n).normal(size=(width, 8)))[0].T
-        for n, (rows, width) in enumerate(((x, 24), (y, 20)))
+        rows @ np.linalg.qr(rng.normal(size=(width, 8)))[0].T
+        + 0.1 * rng.normal(size=(len(x), width))
+        for rows, width in ((x, 24), (y, 20))
     )
     order = np.arange(len(x))
     order[pairs:train_rows] = np.random.default_rng(2).permutation(order[pairs:train_rows])
@@ -115,7 +117,7 @@ def test_five_pairs_are_aligned_with_the_unpaired_rows(tmp_path: Path) -> None:
     assert ": good" in found.start
     assert found.steps == 0
     alone = recall(features, tmp_path / "alone")
-    assert recall(features, tmp_path / "run") > max(20 * CHANCE, 1.5 * alone)
+    assert recall(features, tmp_path / "run") > max(10 * CHANCE, 1.5 * alone)
 
 
 def test_sides_without_relation_are_called_chance_and_clusters_are_not_used(
