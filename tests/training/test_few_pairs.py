@@ -1,6 +1,7 @@
 """Training on fewer than 30 pairs, or none, beside unpaired rows."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from csalign.adapters.assignment import Trust
-from csalign.core.errors import ConfigError, DataError
+from csalign.core.errors import ConfigError, DataError, OutputError, Stopped
 from csalign.core.results import TrainResult
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -83,7 +84,17 @@ def unpaired(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def aligned(unpaired: Path) -> TrainResult:
-    return run(unpaired, unpaired.parent / "run")
+    """A run that was stopped once, and started again."""
+
+    def progress(now: str, done: int, total: int | None) -> None:
+        if now == "matching clusters":
+            raise Stopped(signal.SIGTERM)
+
+    out = unpaired.parent / "run"
+    with pytest.raises(Stopped):
+        train(TrainConfig(features=unpaired, out=out, width=8), progress)
+    assert out.with_name("run.partial").is_dir()
+    return run(unpaired, out)
 
 
 def test_sides_without_a_pair_are_aligned_by_their_distributions(
@@ -101,6 +112,8 @@ def test_such_a_run_is_finished_and_replaced_as_any_other(
 ) -> None:
     caplog.set_level(logging.INFO)
     weights = (aligned.run / "adapter.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="overwrite"):
+        run(unpaired, aligned.run)
     again = run(unpaired, aligned.run, overwrite=True)
 
     assert (again.run / "adapter.safetensors").read_bytes() == weights

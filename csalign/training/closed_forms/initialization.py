@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from csalign.adapters.assignment import WIDTH, Clusters, Trust
+from csalign.adapters.assignment import Trust
 from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
 FEWER_THAN_CLUSTERS = 30  # pairs, with which clusters are matched
-MOST_CLUSTERED = 20_000  # unpaired rows of each side
 
 Roots = tuple[bool, bool]
 Scales = tuple[Tensor | None, Tensor | None]
@@ -95,7 +93,8 @@ def initialize(
     samplers = [sampler_of(fold) for fold in data.folds or (None,)]
     is_canonical = options.init == "canonical" and bool(fits.forms)
     few = len(samplers[0]) < FEWER_THAN_CLUSTERS
-    few = few and is_canonical and unpaired_matches and fits.has_clusters
+    few = few and is_canonical and unpaired_matches and fits.has_unpaired
+    few = few and min(map(len, fits.pools.clustered)) >= LEAST_UNPAIRED
     if not (few or len(samplers[0])):
         raise ConfigError(
             f"{data.rows.name}: has no pairs, so that {LEAST_UNPAIRED} different rows of each side "
@@ -228,19 +227,6 @@ class _Fits:
         counts = [self.data.unpaired.count(side) for side in Modality]
         return "cca" in self.forms and min(counts) >= LEAST_UNPAIRED
 
-    @property
-    def has_clusters(self) -> bool:
-        """Whether clusters of both sides can be matched."""
-        return self.has_unpaired and min(map(len, self._unpaired_units)) >= LEAST_UNPAIRED
-
-    @cached_property
-    def _unpaired_units(self) -> tuple[Tensor, Tensor]:
-        return self.pools.sample(MOST_CLUSTERED)
-
-    @cached_property
-    def _clusters(self) -> Clusters:
-        return Clusters(*self._unpaired_units, self.seed, min(self.width, WIDTH))
-
     @cached_property
     def _non_negative(self) -> Roots:
         return is_non_negative(self.data.rows.images), is_non_negative(self.data.rows.texts)
@@ -282,26 +268,19 @@ class _Fits:
         """Match clusters of unpaired rows, with the pairs of a sampler."""
         if sampler not in self._matched:
             tick("matching clusters")
-            self._matched[sampler] = self._clusters.start(self._first_pairs(sampler))
+            known = self.pools.first_pairs(self.data.rows, sampler)
+            self._matched[sampler] = self.pools.clusters(self.width).start(known)
         return self._matched[sampler]
-
-    def _first_pairs(self, sampler: PairSampler) -> tuple[Tensor, Tensor]:
-        """Return unit rows of the images of a sampler, and of the first caption of each."""
-        roots, rows = self.roots("assignment"), self.data.rows
-        (images, texts), _ = sampler.weighted_pairs()
-        first = np.unique(images, return_index=True)[1]
-        stored = rows.images[images[first]], rows.texts[texts[first]]
-        own = zip(stored, roots, self.scales(roots), strict=True)
-        x, y = (unit_inputs(to_tensor(v, CPU), signed_sqrt=root, scale=s) for v, root, s in own)
-        return x, y
 
     def fit(
         self, form: str, ridge: float, powers: tuple[float, ...], sampler: PairSampler
     ) -> list[ClosedForm]:
         """Fit a form on the pairs of a sampler, for each of some powers if it has any."""
         if form == "assignment":
-            known = self._matched.get(sampler)
-            return [known[0] if known else self._clusters.fit(self._first_pairs(sampler))]
+            if sampler in self._matched:
+                return [self._matched[sampler][0]]
+            known = self.pools.first_pairs(self.data.rows, sampler)
+            return [self.pools.clusters(self.width).fit(known)]
         moments = self.moments(sampler, self.roots(form))
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from csalign.adapters.assignment import WIDTH, Clusters
 from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, mutual_neighbours
 from csalign.adapters.side import CHUNK_ROWS, to_tensor, unit_inputs
 from csalign.core.enums import Modality
-from csalign.features.join import hash_rows
+from csalign.features.join import Pairs, hash_rows
 from csalign.training.closed_forms.settings import (
     POWERS,
     Candidate,
@@ -24,6 +25,7 @@ from csalign.training.closed_forms.settings import (
     ridge_at,
 )
 from csalign.training.data import Unpaired
+from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured
 
 Array = npt.NDArray[Any]
@@ -31,6 +33,7 @@ Array = npt.NDArray[Any]
 log = logging.getLogger(__name__)
 
 MOST_UNPAIRED = 100_000  # per side, drawn at random; moments need no more
+MOST_CLUSTERED = 20_000  # of those
 BLOCK = 4_096  # rows of each side that are matched at once
 BLOCKS = 2  # per round
 LAST_BLOCKS = 4  # of the matches that further fits use
@@ -99,14 +102,30 @@ class Pools:
         mean, second = mean / len(rows), second / len(rows)
         return rows, mean.float(), second - torch.outer(mean, mean)
 
-    def sample(self, most: int) -> tuple[Tensor, Tensor]:
-        """Draw unit rows of both sides, (n, d) and (m, e), at most so many of each."""
+    @cached_property
+    def clustered(self) -> tuple[Tensor, Tensor]:
+        """Unit rows of both sides, (n, d) and (m, e), at most `MOST_CLUSTERED` each."""
         rng = np.random.default_rng([self.seed, 4])
         images, texts = (
-            self._units(side, rng.permutation(rows)[:most])[1]
+            self._units(side, rng.permutation(rows)[:MOST_CLUSTERED])[1]
             for side, (rows, *_) in zip(Modality, self._moments, strict=True)
         )
         return images, texts
+
+    def clusters(self, width: int) -> Clusters:
+        """Return those rows to match clusters of, in a space of at most a width."""
+        return Clusters(*self.clustered, self.seed, min(width, WIDTH))
+
+    def first_pairs(self, rows: Pairs, sampler: PairSampler) -> tuple[Tensor, Tensor]:
+        """Return unit rows of the images of a sampler, and of the first caption of each."""
+        (images, texts), _ = sampler.weighted_pairs()
+        first = np.unique(images, return_index=True)[1]
+        stored = rows.images[images[first]], rows.texts[texts[first]]
+        x, y = (
+            unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
+            for values, root, scale in zip(stored, self.roots, self.scales, strict=True)
+        )
+        return x, y
 
     def _units(self, side: Modality, rows: Array) -> tuple[Array, Tensor]:
         """Return some rows of a side as stored, in ascending order, and their unit rows."""
