@@ -93,9 +93,10 @@ class Clusters:
             held_out.append(rows[order[:cut]] - mean)
             learned.append(rows[order[cut:]] - mean)
             means.append(mean.double())
-        spreads = [(x.T @ x / len(x)).double() for x in learned]
-        cross = torch.zeros(len(means[0]), len(means[1]), dtype=torch.float64)
-        return learned, held_out, PairMoments(*means, *spreads, cross)
+        spread_x, spread_y = ((x.T @ x / len(x)).double() for x in learned)
+        mean_x, mean_y = means
+        cross = torch.zeros(len(mean_x), len(mean_y), dtype=torch.float64)
+        return learned, held_out, PairMoments(mean_x, mean_y, spread_x, spread_y, cross)
 
     def fit(self, pairs: Rows, number: int = 0) -> ClosedForm:
         """Find the maps from pairs, (k, d) and (k, e) unit rows, k >= 0, and random numbers."""
