@@ -1,7 +1,8 @@
 """Start for few pairs, or none: clusters of both sides matched by a quadratic assignment."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import TINY, ClosedForm, PairMoments, mutual_neighbours
+
+Rows = tuple[Tensor, Tensor]
 
 
 class Stage(NamedTuple):
@@ -28,86 +31,118 @@ RIDGE, POWER, WIDTH = 3.0, 1.0, 128
 ROUNDS, BLOCK = 8, 4_096
 MOST_HELD_OUT = 2_000  # rows of each side
 RESTARTS = 3
-GOOD, DOUBTFUL = 0.9, 0.4  # least agreement; 20 pairs alone give 0.8
+GOOD, DOUBTFUL = 0.9, 0.4  # least agreement
+NEAR, SURE = 0.1, 3.0  # mean rank of a good start; standard errors above chance
+LEAST_RANKED = 4  # pairs; the ranks of fewer may be chance
 
 
 class Trust(NamedTuple):
-    """How far a start without validation can be relied on."""
+    """How far a start can be relied on, found without validation."""
 
-    agreement: float  # mean cosine of the texts predicted for images to another restart's
+    agreement: float  # mean cosine of the texts predicted for images by starts without common pairs
     matched: float  # mean cosine of mutual nearest neighbours on held-out rows
+    rank: float | None = None  # share of rows nearer than the partner left out, in [0, 1]
+    pairs: int = 0  # known
 
     @property
     def word(self) -> str:
         """Whether the start is "good", "doubtful", or no better than "chance"."""
-        if self.agreement < DOUBTFUL:
-            return "chance"
-        return "good" if self.agreement >= GOOD else "doubtful"
+        if self.rank is None or self.pairs < LEAST_RANKED:
+            is_good, is_chance = self.agreement >= GOOD, self.agreement < DOUBTFUL
+        else:
+            is_good = self.rank <= NEAR
+            is_chance = (0.5 - self.rank) * (12 * self.pairs) ** 0.5 < SURE
+        return "chance" if is_chance else "good" if is_good else "doubtful"
+
+    def __str__(self) -> str:
+        """Say what was matched, the figures, and what they mean."""
+        known = f"with {self.pairs} pairs" if self.pairs else "without pairs"
+        figures = f"agreement of {RESTARTS - (self.pairs > 0)} starts {self.agreement:.2f}"
+        if self.rank is not None:
+            figures += f", {1 - self.rank:.0%} of rows farther than a partner left out"
+        remedy = "" if self.word == "good" else "; validate it on more pairs"
+        remedy = "; do not rely on it" if self.word == "chance" else remedy
+        cosine = f"mean cosine {self.matched:.2f}"
+        return f"clusters matched {known}: {figures}, {cosine}: {self.word}{remedy}"
 
 
-def assignment_start(
-    images: Tensor,
-    texts: Tensor,
-    pairs: tuple[Tensor, Tensor],
-    seed: int,
-    *,
-    width: int = WIDTH,
-    restarts: int = RESTARTS,
-    stages: Sequence[Stage] = STAGES,
-) -> tuple[ClosedForm, Trust]:
-    """Find maps of both sides to one space from unpaired rows and few pairs, or none.
+@dataclass(frozen=True)
+class Clusters:
+    """Unpaired rows of both sides, to find maps to one space from, with few pairs or none.
 
     The centres of clusters of both sides are matched so that their cosines agree (a quadratic
     assignment) and, as a linear term, so do pairs and the previous, coarser matching. The mean
     cross-covariance of matched centres gives a CCA, which is refined by rounds of mutual nearest
-    neighbours. The restart whose matched rows are nearest is returned.
-
-    Args:
-        images: (n, d) float32 unit rows without partner, n >= 300.
-        texts: (m, e), m >= 300, in any order.
-        pairs: (k, d) and (k, e) unit rows of the pairs, k >= 0.
-        seed: of all that is drawn.
-        width: of the shared space, at most min(d, e).
-        restarts: repetitions from other random numbers, at least 2.
-        stages: sizes of the assignments, the coarsest first.
-
-    Returns:
-        The maps, and how far the restarts agree.
+    neighbours.
     """
-    means = images.mean(0), texts.mean(0)
-    count = len(pairs[0])
-    known = [(pairs[0] - means[0]).T @ (pairs[1] - means[1]) / count] if count else []
-    generator = torch.Generator().manual_seed(seed)
-    learned, held_out = [], []
-    for rows, mean in zip((images, texts), means, strict=True):
-        order = torch.randperm(len(rows), generator=generator)
-        cut = min(len(rows) // 5, MOST_HELD_OUT)
-        held_out.append(rows[order[:cut]] - mean)
-        learned.append(rows[order[cut:]] - mean)
-    x, y = learned
-    spread = PairMoments(
-        means[0].double(),
-        means[1].double(),
-        (x.T @ x / len(x)).double(),
-        (y.T @ y / len(y)).double(),
-        torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64),
-    )
-    found = [
-        _rounds(
-            x, y, known, _coarse_to_fine(x, y, known, stages, generator), spread, width, generator
+
+    images: Tensor  # (n, d) float32 unit rows without partner, n >= 300
+    texts: Tensor  # (m, e), m >= 300, in any order
+    seed: int  # of all that is drawn
+    width: int = WIDTH  # of the shared space, at most min(d, e)
+    stages: Sequence[Stage] = STAGES  # sizes of the assignments, the coarsest first
+
+    @cached_property
+    def _rows(self) -> tuple[list[Tensor], list[Tensor], PairMoments]:
+        """Centred rows to learn from and held-out ones, and the moments of the former."""
+        generator = torch.Generator().manual_seed(self.seed)
+        learned, held_out, means = [], [], []
+        for rows in (self.images, self.texts):
+            order = torch.randperm(len(rows), generator=generator)
+            cut, mean = min(len(rows) // 5, MOST_HELD_OUT), rows.mean(0)
+            held_out.append(rows[order[:cut]] - mean)
+            learned.append(rows[order[cut:]] - mean)
+            means.append(mean.double())
+        spread_x, spread_y = ((x.T @ x / len(x)).double() for x in learned)
+        mean_x, mean_y = means
+        cross = torch.zeros(len(mean_x), len(mean_y), dtype=torch.float64)
+        return learned, held_out, PairMoments(mean_x, mean_y, spread_x, spread_y, cross)
+
+    def fit(self, pairs: Rows, number: int = 0) -> ClosedForm:
+        """Find the maps from pairs, (k, d) and (k, e) unit rows, k >= 0, and random numbers."""
+        (x, y), _, spread = self._rows
+        known = []
+        if len(pairs[0]):
+            a, b = pairs[0] - spread.mean_x.float(), pairs[1] - spread.mean_y.float()
+            known = [a.T @ b / len(a)]
+        generator = torch.Generator().manual_seed(self.seed + number)
+        cross = _coarse_to_fine(x, y, known, self.stages, generator)
+        form = _rounds(x, y, known, cross, spread, self.width, generator)
+        return replace(form, name="matched clusters")
+
+    def start(self, pairs: Rows) -> tuple[ClosedForm, Trust]:
+        """Find the maps, and how far they can be relied on.
+
+        Without pairs, the start of several whose matched rows are nearest is returned. With pairs
+        it is that of all of them, and two starts of half of the pairs each are compared, and
+        ranked by the pairs left out.
+        """
+        _, (x, y), _ = self._rows
+        count = len(pairs[0])
+        halves = [(pairs[0][part::2], pairs[1][part::2]) for part in range(2)]
+        subsets = [*halves, pairs] if count else [pairs] * RESTARTS
+        found = [self.fit(subset, number) for number, subset in enumerate(subsets)]
+        matched = [_matched(form, x, y) for form in found]
+        best = max(range(RESTARTS), key=matched.__getitem__)
+        predicted = [x @ form.image_weight.T @ form.text_weight for form in found]
+        compared = [0, 1] if count else [best, *({*range(RESTARTS)} - {best})]
+        agreement = max(
+            float(torch.cosine_similarity(predicted[compared[0]], predicted[other], dim=1).mean())
+            for other in compared[1:]
         )
-        for _ in range(restarts)
-    ]
-    matched = [_matched(form, *held_out) for form in found]
-    best = max(range(restarts), key=matched.__getitem__)
-    predicted = [held_out[0] @ form.image_weight.T @ form.text_weight for form in found]
-    cosines = [
-        float(torch.cosine_similarity(rows, predicted[best], dim=1).mean())
-        for number, rows in enumerate(predicted)
-        if number != best
-    ]
-    form = replace(found[best], name=f"matched clusters, {found[best].name}")
-    return form, Trust(max(cosines), matched[best])
+        if not count:
+            return found[best], Trust(agreement, matched[best])
+        ranks = [self._ranks(*own) for own in zip(found, halves[::-1], strict=False)]
+        return found[-1], Trust(agreement, matched[-1], float(torch.cat(ranks).mean()), count)
+
+    def _ranks(self, form: ClosedForm, pairs: Rows) -> Tensor:
+        """Return the share of held-out rows nearer than the partner, (k,), over both sides."""
+        _, (x, y), spread = self._rows
+        own = form.outputs(*pairs)
+        others = form.outputs(x + spread.mean_x.float(), y + spread.mean_y.float())
+        cosines = (own[0] * own[1]).sum(1, keepdim=True)
+        nearer = [own[side] @ others[1 - side].T > cosines for side in range(2)]
+        return torch.cat(nearer, 1).float().mean(1)
 
 
 def _coarse_to_fine(

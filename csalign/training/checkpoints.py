@@ -252,7 +252,7 @@ class UnfinishedRun:
                 )
                 raise TrainingError(f"{error}; {last}") from None
             except (Stopped, KeyboardInterrupt) as stopped:
-                if self._trainer.can_be_saved:
+                if hasattr(self, "_trainer") and self._trainer.can_be_saved:  # else before a step
                     with signals.delayed():
                         where = self.save()
                     log.info("saved step %d in %s", self._trainer.step, where)

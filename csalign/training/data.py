@@ -34,6 +34,7 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
+LEAST_UNPAIRED = 300  # rows per side to match; fewer have few true matches among them
 LEAST_TO_HOLD_OUT = 20  # captioned images
 FEW_IMAGES = 1_500  # captioned; of fewer, several hold-outs choose the closed form
 HOLD_OUTS = 5  # of few images
@@ -85,8 +86,8 @@ def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
         seed: of the held-out rows.
 
     Raises:
-        DataError: a split has no pairs, or is both trained and validated on; a row has no
-            direction.
+        DataError: a split has no pairs, and fewer than 300 rows of a side; or it is both trained
+            and validated on; a row has no direction.
         ShapeError: a further set has embeddings of other widths.
         OutputError: the rows fit neither into memory nor on the disk.
     """
@@ -125,6 +126,10 @@ def announce_rows(data: TrainingData) -> None:
     """Log what is trained and validated on; warn if it is too little, or looks random."""
     rows, val, features = data.rows, data.val, data.features
     counted = "{:,} pairs of {:,} images".format
+    if not rows.pairs:
+        sides = len(rows.images), len(rows.texts), rows.name
+        log.info("training on %d images and %d texts without pairs: %s", *sides)
+        return
     log.info("training on %s: %s", counted(*data.trained), rows.name)
     if val is not None:
         source = "held out from these images" if val.name == rows.name else val.name
@@ -158,7 +163,17 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
     trained = join.split_names(split, there)
     if val_split is None and "val" in there and "val" not in trained:
         val_split = "val"
-    joined = join.join_pairs(features, split)
+    joined = join.join_ids(features, split)
+    if not joined.caption_counts.any():
+        if options.val_split or min(joined.n_images, joined.n_texts) < LEAST_UNPAIRED:
+            join.join_pairs(features, split)  # refused
+        if distributed.is_main_process():
+            log.warning(
+                "%s: no pairs: aligning the distributions of both sides alone; if images have "
+                "texts, import them again with --pairs",
+                joined.name,
+            )
+        return _Split(joined, None, (), None, "there are no pairs")
     if val_split is None:
         folds = hold_out(features, joined, seed)
         if not folds:

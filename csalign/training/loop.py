@@ -102,7 +102,7 @@ class Trainer:
         phase: Phase = FIRST,
     ) -> None:
         seed += phase.number
-        rows = 0 if options.steps == 0 else min(options.batch_size, len(sampler))
+        rows = 0 if 0 in (options.steps, phase.steps) else min(options.batch_size, len(sampler))
         check_terms(objective, captions=captions, rows=rows)
         self.device = pick_device(device)
         self.adapter = adapter.to(self.device)
@@ -121,7 +121,7 @@ class Trainer:
             mixing=objective.mixing,
             tokens=tokens,
         )
-        per_epoch = len(sampler) / min(options.batch_size, len(sampler))
+        per_epoch = len(sampler) / max(1, min(options.batch_size, len(sampler)))
         epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * per_epoch)
         default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
         self.steps = default if options.steps is None else options.steps

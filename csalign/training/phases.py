@@ -163,7 +163,11 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
         setting = Setting.model_validate(run.resumed.setting)
         if setting.path:
             _, matches = work.fit(setting, FIRST)
-    trainer = _run_phase(work, run, FIRST, adapter, (start, setting), log_line)
+    phase = FIRST
+    if setting.form == "assignment" and data.val is None:
+        log.info("no network is trained: without validation it might only harm the start")
+        phase = FIRST._replace(steps=0)
+    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_line)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
         start=start,

@@ -100,7 +100,7 @@ def order_for(
                 f"{budget // MIB}; raise --token-memory"
             )
         # Blocks do not begin where row groups do, so that half of the cache is for the rest.
-        size, window_bytes = -(-tokens.bytes // images), budget // 2
+        size, window_bytes = -(-tokens.bytes // max(1, images)), budget // 2
         block_bytes = min(window_bytes, tokens.bytes // max(map(len, groups)))
     if size * images <= window_bytes:
         return uniform

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.assignment import Stage, Trust, assign, assignment_start
+from csalign.adapters.assignment import Clusters, Stage, Trust, assign
 from csalign.adapters.canonical import ClosedForm
 
 NONE = torch.zeros(0, 24), torch.zeros(0, 20)
@@ -43,7 +43,7 @@ ORDER = torch.randperm(len(TEXTS), generator=torch.Generator().manual_seed(3))
 def start(texts: Tensor, seed: int = 0) -> tuple[ClosedForm, Trust]:
     """Align with few and small assignments."""
     stages = Stage(30, 6, 100), Stage(45, 3, 16)
-    return assignment_start(IMAGES, texts, NONE, seed, width=8, restarts=2, stages=stages)
+    return Clusters(IMAGES, texts, seed, width=8, stages=stages).start(NONE)
 
 
 def test_two_rotations_of_clusters_are_aligned_without_pairs() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from csalign.adapters.assignment import Trust
 from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
@@ -28,15 +29,16 @@ from csalign.training.closed_forms.settings import (
     nearby,
     ridge_at,
 )
-from csalign.training.closed_forms.unpaired import FEW_PAIRS, LEAST_UNPAIRED, Matches, Pools, search
+from csalign.training.closed_forms.unpaired import FEW_PAIRS, Matches, Pools, search
 from csalign.training.config import AdapterOptions
-from csalign.training.data import TrainingData
+from csalign.training.data import LEAST_UNPAIRED, TrainingData
 from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)
 
 FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
+FEWER_THAN_CLUSTERS = 30  # pairs, with which clusters are matched
 
 Roots = tuple[bool, bool]
 Scales = tuple[Tensor | None, Tensor | None]
@@ -68,8 +70,9 @@ def initialize(
     among CCA over a grid of ridges and powers and, if the encoders have the same width, the
     centred features themselves: encoders that are already aligned, such as CLIP's, can only lose
     by a map fitted on few pairs. If one side keeps its space, the other is regressed onto it.
-    With unpaired rows on both sides, CCA also learns from matches among them. A candidate replaces
-    a simpler one only if it gains more than one standard error.
+    With unpaired rows on both sides, CCA also learns from matches among them, and with fewer than
+    30 pairs clusters of both sides are matched too. A candidate replaces a simpler one only if it
+    gains more than one standard error; matched clusters that look like chance replace none.
 
     With several folds a setting is fitted without the images of each, and all are measured; the
     adapters are those fitted without the first.
@@ -81,14 +84,31 @@ def initialize(
         token_widths: of the sides that take tokens.
         seed: of random weights and of the unpaired rows that are matched.
         unpaired_matches: whether to learn from matches of unpaired rows.
+
+    Raises:
+        ConfigError: there are no pairs, and the options exclude matches of unpaired rows.
     """
     began = time.monotonic()
     fits = _Fits(options, data, token_widths, seed)
     samplers = [sampler_of(fold) for fold in data.folds or (None,)]
-    if options.init == "random" or not fits.forms:
+    is_canonical = options.init == "canonical" and bool(fits.forms)
+    few = len(samplers[0]) < FEWER_THAN_CLUSTERS
+    few = few and is_canonical and unpaired_matches and fits.has_unpaired
+    few = few and min(map(len, fits.pools.clustered)) >= LEAST_UNPAIRED
+    if not (few or len(samplers[0])):
+        raise ConfigError(
+            f"{data.rows.name}: has no pairs, so that {LEAST_UNPAIRED} different rows of each side "
+            "and two adapters that start from a closed form are needed; add rows, or leave out "
+            "--adapter, --init random and --no-unpaired-matches"
+        )
+    if not is_canonical:
         return fits.start(Setting(form="random"), samplers[0], "start: random weights")
+    trust = fits.match_clusters(samplers[0])[1] if few else None
+    relies = trust is not None and (trust.word != "chance" or not len(samplers[0]))
     if data.val is None:
-        return fits.start(Setting(form=fits.forms[-1]), samplers[0], "closed form: {name}")
+        form = "assignment" if relies else fits.forms[-1]
+        unused = "" if relies or trust is None else f" ({trust})"
+        return fits.start(Setting(form=form), samplers[0], f"closed form: {{name}}{unused}")
     folds = [_Fold(samplers[0], data.val)]
     if len(samplers) > 1:
         held_out = map(data.rows.take, data.folds)
@@ -100,6 +120,11 @@ def initialize(
         if matched.measured.beats(best.measured):
             alone = f" ({100 * best.measured.score.mean_recall:.1f} % from the pairs alone)"
             best = matched
+    if relies:
+        clusters = choice.with_clusters()
+        if clusters.measured.beats(best.measured):
+            alone = f" ({100 * best.measured.score.mean_recall:.1f} % without)"
+            best = clusters
     past = duration(time.monotonic() - began)
     recall = f"{100 * best.measured.score.mean_recall:.1f} %"
     summary = f"closed form: {choice.tried} settings in {past}, best R {recall}: {{name}}{alone}"
@@ -164,6 +189,7 @@ class _Fits:
     seed: int
     _moments: dict[tuple[PairSampler, Roots], PairMoments] = field(default_factory=dict)
     _scales: dict[tuple[Modality, bool], Tensor | None] = field(default_factory=dict)
+    _matched: dict[PairSampler, tuple[ClosedForm, Trust]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kinds = self.options.kinds
@@ -207,7 +233,7 @@ class _Fits:
 
     def roots(self, form: str) -> Roots:
         """Return whether a form takes the square root first, of images and of texts."""
-        if form not in ("ridge", "cca"):
+        if form not in ("ridge", "cca", "assignment"):
             return False, False
         images, texts = self._non_negative
         return images and self._kept != [Modality.IMAGE], texts and self._kept != [Modality.TEXT]
@@ -238,10 +264,23 @@ class _Fits:
                 self._scales[side, root] = loud_scale(rows, signed_sqrt=root) if is_free else None
         return self._scales[Modality.IMAGE, roots[0]], self._scales[Modality.TEXT, roots[1]]
 
+    def match_clusters(self, sampler: PairSampler) -> tuple[ClosedForm, Trust]:
+        """Match clusters of unpaired rows, with the pairs of a sampler."""
+        if sampler not in self._matched:
+            tick("matching clusters")
+            known = self.pools.first_pairs(self.data.rows, sampler)
+            self._matched[sampler] = self.pools.clusters(self.width).start(known)
+        return self._matched[sampler]
+
     def fit(
         self, form: str, ridge: float, powers: tuple[float, ...], sampler: PairSampler
     ) -> list[ClosedForm]:
         """Fit a form on the pairs of a sampler, for each of some powers if it has any."""
+        if form == "assignment":
+            if sampler in self._matched:
+                return [self._matched[sampler][0]]
+            known = self.pools.first_pairs(self.data.rows, sampler)
+            return [self.pools.clusters(self.width).fit(known)]
         moments = self.moments(sampler, self.roots(form))
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
@@ -258,8 +297,10 @@ class _Fits:
         if setting.form == "random":
             return Start(self._build(None, roots), "random", summary, setting, None)
         # The map of the first round's matches; of very few pairs, another form may start better.
+        is_matched = setting.form == "assignment"
+        trust = self.match_clusters(sampler)[1] if is_matched else None
         (form,) = self.fit(setting.form, setting.ridge, (setting.power,), sampler)
-        name, matches = form.name, None
+        name, matches = str(trust) if trust else form.name, None
         if setting.path:
             pairs = self.moments(sampler, roots)
             form, matches = self.pools.follow(pairs, form, setting, self.width)
@@ -351,6 +392,14 @@ class _Choice:
         few = min(len(fold.sampler) for fold in self._folds) < FEW_PAIRS
         measure, show = self._measure(roots), self._show
         return search(fits.pools, pairs, start, fits.width, measure, few=few, progress=show)
+
+    def with_clusters(self) -> Candidate:
+        """Match clusters of unpaired rows, with the pairs of each fold."""
+        forms = [self._fits.fit("assignment", 0, (), fold.sampler)[0] for fold in self._folds]
+        measured = self._measure(self._fits.roots("assignment"))(forms)
+        found = Candidate(Setting(form="assignment"), 0, forms, measured)
+        self._show(found)
+        return found
 
     def _climb(self, form: Form) -> Candidate:
         """Try ridges, then those beside the best until it lies between two that are worse."""

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from csalign.adapters.assignment import WIDTH, Clusters
 from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, mutual_neighbours
 from csalign.adapters.side import CHUNK_ROWS, to_tensor, unit_inputs
 from csalign.core.enums import Modality
-from csalign.features.join import hash_rows
+from csalign.features.join import Pairs, hash_rows
 from csalign.training.closed_forms.settings import (
     POWERS,
     Candidate,
@@ -24,14 +25,15 @@ from csalign.training.closed_forms.settings import (
     ridge_at,
 )
 from csalign.training.data import Unpaired
+from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured
 
 Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 
-LEAST_UNPAIRED = 300  # rows per side; fewer have few true matches among them
 MOST_UNPAIRED = 100_000  # per side, drawn at random; moments need no more
+MOST_CLUSTERED = 20_000  # of those
 BLOCK = 4_096  # rows of each side that are matched at once
 BLOCKS = 2  # per round
 LAST_BLOCKS = 4  # of the matches that further fits use
@@ -100,19 +102,48 @@ class Pools:
         mean, second = mean / len(rows), second / len(rows)
         return rows, mean.float(), second - torch.outer(mean, mean)
 
+    @cached_property
+    def clustered(self) -> tuple[Tensor, Tensor]:
+        """Unit rows of both sides, (n, d) and (m, e), at most `MOST_CLUSTERED` each."""
+        rng = np.random.default_rng([self.seed, 4])
+        images, texts = (
+            self._units(side, rng.permutation(rows)[:MOST_CLUSTERED])[1]
+            for side, (rows, *_) in zip(Modality, self._moments, strict=True)
+        )
+        return images, texts
+
+    def clusters(self, width: int) -> Clusters:
+        """Return those rows to match clusters of, in a space of at most a width."""
+        return Clusters(*self.clustered, self.seed, min(width, WIDTH))
+
+    def first_pairs(self, rows: Pairs, sampler: PairSampler) -> tuple[Tensor, Tensor]:
+        """Return unit rows of the images of a sampler, and of the first caption of each."""
+        (images, texts), _ = sampler.weighted_pairs()
+        first = np.unique(images, return_index=True)[1]
+        stored = rows.images[images[first]], rows.texts[texts[first]]
+        x, y = (
+            unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
+            for values, root, scale in zip(stored, self.roots, self.scales, strict=True)
+        )
+        return x, y
+
+    def _units(self, side: Modality, rows: Array) -> tuple[Array, Tensor]:
+        """Return some rows of a side as stored, in ascending order, and their unit rows."""
+        number = list(Modality).index(side)
+        values = self.unpaired.take(side, np.sort(rows))
+        root, scale = self.roots[number], self.scales[number]
+        return values, unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
+
     def blocks(self, most: int, *key: int) -> Iterator[_Block]:
         """Yield random blocks of both sides, disjoint where there are enough rows."""
         rng = np.random.default_rng([self.seed, 3, *key])
         orders = [rng.permutation(rows) for rows, *_ in self._moments]
         for number in range(max(1, min(most, max(map(len, orders)) // BLOCK))):
             stored, centred = [], []
-            for side, order, root, scale, (_, mean, _) in zip(
-                Modality, orders, self.roots, self.scales, self._moments, strict=True
-            ):
+            for side, order, (_, mean, _) in zip(Modality, orders, self._moments, strict=True):
                 start = number % max(1, len(order) // BLOCK) * BLOCK
-                rows = self.unpaired.take(side, np.sort(order[start : start + BLOCK]))
+                rows, unit = self._units(side, order[start : start + BLOCK])
                 stored.append(rows)
-                unit = unit_inputs(to_tensor(rows, CPU), signed_sqrt=root, scale=scale)
                 centred.append(unit - mean)
             yield _Block((stored[0], stored[1]), (centred[0], centred[1]))
 
