@@ -32,38 +32,34 @@ ROUNDS, BLOCK = 8, 4_096
 MOST_HELD_OUT = 2_000  # rows of each side
 RESTARTS = 3
 GOOD, DOUBTFUL = 0.9, 0.4  # least agreement
-NEAR, SURE = 0.1, 3.0  # mean rank of a good start; standard errors above chance
-LEAST_RANKED = 4  # pairs; the ranks of fewer may be chance
+NEAR, SURE = 0.05, 3.0  # mean rank of a good start; standard errors above chance
 
 
 class Trust(NamedTuple):
     """How far a start can be relied on, found without validation."""
 
-    agreement: float  # mean cosine of the texts predicted for images by starts without common pairs
+    agreement: float  # mean cosine of the texts predicted for images by two starts
     matched: float  # mean cosine of mutual nearest neighbours on held-out rows
-    rank: float | None = None  # share of rows nearer than the partner left out, in [0, 1]
+    rank: float = 0.5  # share of rows nearer than the partner left out, in [0, 1], with pairs
     pairs: int = 0  # known
 
     @property
     def word(self) -> str:
         """Whether the start is "good", "doubtful", or no better than "chance"."""
-        if self.rank is None or self.pairs < LEAST_RANKED:
-            is_good, is_chance = self.agreement >= GOOD, self.agreement < DOUBTFUL
-        else:
+        is_good, is_chance = self.agreement >= GOOD, self.agreement < DOUBTFUL
+        if self.pairs:  # which all starts may follow, whatever they are worth
             is_good = self.rank <= NEAR
             is_chance = (0.5 - self.rank) * (12 * self.pairs) ** 0.5 < SURE
         return "chance" if is_chance else "good" if is_good else "doubtful"
 
     def __str__(self) -> str:
         """Say what was matched, the figures, and what they mean."""
-        known = f"with {self.pairs} pairs" if self.pairs else "without pairs"
-        figures = f"agreement of {RESTARTS - (self.pairs > 0)} starts {self.agreement:.2f}"
-        if self.rank is not None:
-            figures += f", {1 - self.rank:.0%} of rows farther than a partner left out"
-        remedy = "" if self.word == "good" else "; validate it on more pairs"
-        remedy = "; do not rely on it" if self.word == "chance" else remedy
-        cosine = f"mean cosine {self.matched:.2f}"
-        return f"clusters matched {known}: {figures}, {cosine}: {self.word}{remedy}"
+        found = f"without pairs: agreement of {RESTARTS} starts {self.agreement:.2f}"
+        if self.pairs:
+            farther = f"{1 - self.rank:.0%} of rows farther than a partner left out"
+            found = f"with {self.pairs} pairs: {farther}"
+        advice = {"good": "", "chance": "; do not rely on it"}.get(self.word, "; measure it")
+        return f"clusters matched {found}, mean cosine {self.matched:.2f}: {self.word}{advice}"
 
 
 @dataclass(frozen=True)
@@ -106,16 +102,18 @@ class Clusters:
             a, b = pairs[0] - spread.mean_x.float(), pairs[1] - spread.mean_y.float()
             known = [a.T @ b / len(a)]
         generator = torch.Generator().manual_seed(self.seed + number)
-        cross = _coarse_to_fine(x, y, known, self.stages, generator)
-        form = _rounds(x, y, known, cross, spread, self.width, generator)
+        last: list[Tensor] = []
+        units = normalize(x, dim=1), normalize(y, dim=1)
+        for stage in self.stages:
+            last = [_cross_of_clusters(*units, known + last, stage, generator)]
+        form = _rounds(x, y, known, last[0], spread, self.width, generator)
         return replace(form, name="matched clusters")
 
     def start(self, pairs: Rows) -> tuple[ClosedForm, Trust]:
         """Find the maps, and how far they can be relied on.
 
         Without pairs, the start of several whose matched rows are nearest is returned. With pairs
-        it is that of all of them, and two starts of half of the pairs each are compared, and
-        ranked by the pairs left out.
+        it is that of all of them, and two starts with half of them each rank the rest.
         """
         _, (x, y), _ = self._rows
         count = len(pairs[0])
@@ -123,17 +121,16 @@ class Clusters:
         subsets = [*halves, pairs] if count else [pairs] * RESTARTS
         found = [self.fit(subset, number) for number, subset in enumerate(subsets)]
         matched = [_matched(form, x, y) for form in found]
-        best = max(range(RESTARTS), key=matched.__getitem__)
+        best = len(found) - 1 if count else max(range(RESTARTS), key=matched.__getitem__)
         predicted = [x @ form.image_weight.T @ form.text_weight for form in found]
-        compared = [0, 1] if count else [best, *({*range(RESTARTS)} - {best})]
         agreement = max(
-            float(torch.cosine_similarity(predicted[compared[0]], predicted[other], dim=1).mean())
-            for other in compared[1:]
+            float(torch.cosine_similarity(predicted[best], rows, dim=1).mean())
+            for number, rows in enumerate(predicted)
+            if number != best
         )
-        if not count:
-            return found[best], Trust(agreement, matched[best])
         ranks = [self._ranks(*own) for own in zip(found, halves[::-1], strict=False)]
-        return found[-1], Trust(agreement, matched[-1], float(torch.cat(ranks).mean()), count)
+        rank = float(torch.cat(ranks).mean()) if count else 0.5
+        return found[best], Trust(agreement, matched[best], rank, count)
 
     def _ranks(self, form: ClosedForm, pairs: Rows) -> Tensor:
         """Return the share of held-out rows nearer than the partner, (k,), over both sides."""
@@ -143,21 +140,6 @@ class Clusters:
         cosines = (own[0] * own[1]).sum(1, keepdim=True)
         nearer = [own[side] @ others[1 - side].T > cosines for side in range(2)]
         return torch.cat(nearer, 1).float().mean(1)
-
-
-def _coarse_to_fine(
-    x: Tensor,
-    y: Tensor,
-    known: list[Tensor],
-    stages: Sequence[Stage],
-    generator: torch.Generator,
-) -> Tensor:
-    """Return the cross-covariance (d, e) of the last stage, of centred rows."""
-    x, y = normalize(x, dim=1), normalize(y, dim=1)
-    last: list[Tensor] = []
-    for stage in stages:
-        last = [_cross_of_clusters(x, y, known + last, stage, generator)]
-    return last[0]
 
 
 def _rounds(

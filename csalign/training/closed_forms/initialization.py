@@ -279,8 +279,8 @@ class _Fits:
         if form == "assignment":
             if sampler in self._matched:
                 return [self._matched[sampler][0]]
-            known = self.pools.first_pairs(self.data.rows, sampler)
-            return [self.pools.clusters(self.width).fit(known)]
+            clusters = self.pools.clusters(self.width)
+            return [clusters.fit(self.pools.first_pairs(self.data.rows, sampler))]
         moments = self.moments(sampler, self.roots(form))
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
