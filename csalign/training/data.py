@@ -220,7 +220,7 @@ def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[join.M
     than `MOST_TO_COMPARE` images.
 
     Returns:
-        A mask of the held-out images, (n,), or of fewer than 400 several hold-outs, of this seed
+        A mask of the held-out images, (n,), or of fewer than 1,500 several hold-outs, of this seed
         and the next ones; none if fewer than 20 images have captions.
     """
     is_captioned = rows.caption_counts > 0

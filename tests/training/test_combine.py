@@ -158,10 +158,9 @@ def test_networks_of_other_seeds_are_parts(curved: Path, tmp_path: Path) -> None
 def joined(curved: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two networks and a kernel, which weighs 2/3."""
     folder = tmp_path_factory.mktemp("joined")
-    options = {"ensemble": "off", "refit": False}
     networks = []
     for seed in range(2):
-        run(curved, folder / f"{seed}", seed=seed, **options)
+        run(curved, folder / f"{seed}", seed=seed, ensemble="off", refit=False)
         networks.append(load_adapter(folder / f"{seed}"))
     _, info = load_adapter_with_info(folder / "0")
     options = DataOptions(features=curved, refit=False)
@@ -185,7 +184,12 @@ def test_a_cosine_is_the_weighted_mean_of_those_of_the_parts(curved: Path, joine
         return x @ y.T
 
     sides = {side: adapter.side(side) for side in Modality}
-    parts = [cosines({side: sides[side].parts[n] for side in Modality}) for n in range(3)]
+    assert isinstance(adapter.image, Parts)
+    assert isinstance(adapter.text, Parts)
+    separate = [[*adapter.image.parts], [*adapter.text.parts]]
+    parts = [
+        cosines(dict(zip(Modality, both, strict=True))) for both in zip(*separate, strict=True)
+    ]
     expected = (parts[0] + parts[1]) / 6 + parts[2] * 2 / 3
     assert cosines(sides).numpy() == pytest.approx(expected.numpy(), abs=1e-6)
 
