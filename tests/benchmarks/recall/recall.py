@@ -40,16 +40,16 @@ from csalign.adapters.canonical import PairMoments
 
 EPOCHS = {"epochs": 40}
 LEAST_STEPS, BATCH = 200, 512
-SHORTER = "20 epochs alone"
+SHORTER = "15 epochs alone"
 ROWS: dict[str, dict[str, Any]] = {
     "former default": {**FORMER, **EPOCHS},
     "former closed form": {**FORMER, "steps": 0},
-    SHORTER: {**FORMER, "epochs": 20},
+    SHORTER: {**FORMER, "epochs": 15},
     "kernel beside it alone": {"ensemble": "auto", "refit": False, **EPOCHS},
     "every pair alone": {"ensemble": "off", "refit": True, **EPOCHS},
-    "closed forms, none trained": {"ensemble": "auto", "refit": True, "steps": 0},
+    "closed forms alone": {"ensemble": "auto", "refit": True, "steps": 0},
     "default": {"ensemble": "auto", "refit": True},
-    "default, 3 networks": {"ensemble": "auto", "refit": True, "networks": 3},
+    "3 networks": {"ensemble": "auto", "refit": True, "networks": 3},
 }
 """Settings of ``csalign train``; where a row needs an option that a tree lacks, it has no row."""
 
@@ -97,7 +97,7 @@ def measure(
 
     def wanted(name: str, label: str) -> bool:
         known = results.find(**keys, row=name, tree=label)
-        return known is None and any(part in name for part in parts)
+        return known is None and any(name.startswith(part) for part in parts)
 
     with tempfile.TemporaryDirectory(prefix="recall-") as folder:
         sets: list[tuple[Path, Path]] = []
