@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.side import CHUNK_ROWS, Rows, to_tensor, unit_inputs
+from csalign.adapters.side import CHUNK_ROWS, Rows, UnitRows
 from csalign.core.enums import Modality
 
 Ints = npt.NDArray[np.int64]
 
-CPU = torch.device("cpu")
 TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
 SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
 LEAST_VARIANCE = 1e-9  # leaves sides without any variance unchanged
@@ -64,8 +63,7 @@ class PairMoments:
         texts: Rows,
         pairs: tuple[Ints, Ints],
         weights: npt.NDArray[np.float64],
-        signed_sqrt: tuple[bool, bool],
-        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        units: tuple[UnitRows, UnitRows] = (UnitRows(), UnitRows()),
     ) -> "PairMoments":
         """Accumulate the moments in one pass.
 
@@ -74,20 +72,15 @@ class PairMoments:
             texts: (m, e).
             pairs: k image rows and the k text rows that they are paired with.
             weights: (k,), >= 0, not all 0.
-            signed_sqrt: whether to take the square root first, of images and of texts.
-            scales: of the dimensions of images (d,) and of texts (e,), if any; see `loud_scale`.
+            units: make unit rows of images and of texts.
         """
         d, e = images.shape[1], texts.shape[1]
         total = torch.zeros(d + e, dtype=torch.float64)
         second = torch.zeros(d + e, d + e, dtype=torch.float64)
         share = torch.from_numpy(weights / weights.sum()).float()
         for rows in _chunks(len(weights)):
-            sides = zip((images, texts), pairs, signed_sqrt, scales, strict=True)
-            units = [
-                unit_inputs(to_tensor(side[own[rows]], CPU), signed_sqrt=root, scale=scale)
-                for side, own, root, scale in sides
-            ]
-            joint = torch.cat(units, 1)  # (c, d + e)
+            sides = zip(units, (images, texts), pairs, strict=True)
+            joint = torch.cat([unit(side[own[rows]]) for unit, side, own in sides], 1)
             weighted = joint * share[rows, None]
             total += weighted.sum(0)
             second += weighted.T @ joint

@@ -44,6 +44,19 @@ def unit_inputs(x: Tensor, *, signed_sqrt: bool, scale: Tensor | None = None) ->
     return normalize(x if scale is None else x * scale, dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class UnitRows:
+    """Function of the raw rows of a side: `unit_inputs` on the CPU, with these options."""
+
+    signed_sqrt: bool = False
+    scale: Tensor | None = None
+
+    def __call__(self, rows: Array) -> Tensor:
+        """Return unit rows (n, d) float32, of an array of any float dtype."""
+        x = to_tensor(rows, torch.device("cpu"))
+        return unit_inputs(x, signed_sqrt=self.signed_sqrt, scale=self.scale)
+
+
 def loud_scale(rows: Rows, *, signed_sqrt: bool) -> Tensor | None:
     """Find factors that scale loud dimensions down, so that unit rows show the others too.
 
