@@ -226,9 +226,13 @@ class SideAdapter(nn.Module):
         """True if an embedding needs its tokens: the kind mixes them in and was built for some."""
         return self.shape.token_width is not None and self.mixes_tokens()
 
+    def unit(self, x: Tensor) -> Tensor:
+        """Return the unit rows, (n, input_width) float32, that `inputs` centres."""
+        return unit_inputs(x, signed_sqrt=self.shape.signed_sqrt, scale=self.scale)
+
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """Return unit rows minus the mean, plus noise of that norm, (n, input_width) float32."""
-        u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt, scale=self.scale) - self.mean
+        u = self.unit(x) - self.mean
         if noise:
             u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)
         return u

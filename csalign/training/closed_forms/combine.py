@@ -13,7 +13,7 @@ import torch
 from csalign.adapters.builtin import Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
 from csalign.adapters.model import Adapter, find_kind
-from csalign.adapters.side import SideAdapter, SideShape, UnitRows
+from csalign.adapters.side import SideAdapter, SideShape, to_tensor
 from csalign.core.enums import Modality
 from csalign.core.progress import show_figures, tick
 from csalign.core.records import Record
@@ -202,10 +202,10 @@ class _Source:
             groups = np.concatenate([groups, groups.max() + 1 + np.arange(len(extra))])
             matched = self.matches.images[extra], self.matches.texts[extra]
             values = [np.concatenate(own) for own in zip(values, matched, strict=True)]
-        units = {}
-        for one, own in zip(Modality, values, strict=True):
-            network = self.inputs[one]
-            units[one] = UnitRows(network.shape.signed_sqrt, network.scale)(own)
+        units = {
+            one: self.inputs[one].unit(to_tensor(own, torch.device("cpu")))
+            for one, own in zip(Modality, values, strict=True)
+        }
         return KernelPairs(units[side.other], units[side], groups, weights)
 
 

@@ -115,16 +115,14 @@ def initialize(
         folds = [_Fold(*own) for own in zip(samplers, held_out, strict=True)]
     choice = _Choice(fits, folds)
     best, alone = choice.without_matches(), ""
-    if unpaired_matches and fits.has_unpaired:
-        matched = choice.with_matches()
-        if matched.measured.beats(best.measured):
-            alone = f" ({100 * best.measured.score.mean_recall:.1f} % from the pairs alone)"
-            best = matched
-    if relies:
-        clusters = choice.with_clusters()
-        if clusters.measured.beats(best.measured):
-            alone = f" ({100 * best.measured.score.mean_recall:.1f} % without)"
-            best = clusters
+    uses_matches = unpaired_matches and fits.has_unpaired
+    rivals = [(choice.with_matches, "from the pairs alone")] * uses_matches
+    rivals += [(choice.with_clusters, "without")] * relies
+    for choose, other in rivals:
+        rival = choose()
+        if rival.measured.beats(best.measured):
+            alone = f" ({100 * best.measured.score.mean_recall:.1f} % {other})"
+            best = rival
     past = duration(time.monotonic() - began)
     recall = f"{100 * best.measured.score.mean_recall:.1f} %"
     summary = f"closed form: {choice.tried} settings in {past}, best R {recall}: {{name}}{alone}"
