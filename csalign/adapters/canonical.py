@@ -333,15 +333,15 @@ def nearest_mean(known: Tensor, values: Tensor, rows: Tensor, *, k: int = NEIGHB
     return torch.cat(parts) if parts else values[:0]
 
 
-def mutual_neighbours(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+def mutual_neighbours(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Match rows that are each other's nearest by CSLS (Conneau et al. 2018).
 
-    CSLS is 2 cos(x, y) less the mean cosine of each row to its k nearest of the other side.
+    CSLS is 2 cos(x, y) less the mean cosine of each row to its `NEIGHBOURS` nearest, or all if
+    fewer, of the other side.
 
     Args:
         x: (n, d), any norm.
         y: (m, d). A table of n m scores is in memory.
-        k: neighbours, or all rows if there are fewer.
 
     Returns:
         Positions (p,) in x, ascending, and (p,) in y, p >= 1.
@@ -349,7 +349,7 @@ def mutual_neighbours(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> tuple[Ten
     scores = normalize(x, dim=1) @ normalize(y, dim=1).T
     strips = [torch.split(table, NEIGHBOUR_ROWS) for table in (scores, scores.T)]
     density_x, density_y = (
-        torch.cat([strip.topk(min(k, strip.shape[1])).values.mean(1) for strip in own])
+        torch.cat([strip.topk(min(NEIGHBOURS, strip.shape[1])).values.mean(1) for strip in own])
         for own in strips
     )
     scores.mul_(2).sub_(density_x[:, None]).sub_(density_y)

@@ -152,10 +152,7 @@ class KernelCca:
         solutions = [
             _Solution(
                 ridge,
-                torch.zeros(m, d),
-                torch.zeros(d),
-                torch.zeros(d, d),
-                torch.zeros(d, d),
+                *map(torch.zeros, ((m, d), (d,), (d, d), (d, d))),
                 torch.zeros(m, d) if held_out else None,
             )
             for ridge in ridges

@@ -10,7 +10,13 @@ from sklearn.kernel_ridge import KernelRidge
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
-from csalign.adapters.kernel_cca import BLOCK_ROWS, KernelCca, KernelPairs, KernelSetting
+from csalign.adapters.kernel_cca import (
+    BLOCK_ROWS,
+    MAX_COMPONENTS,
+    KernelCca,
+    KernelPairs,
+    KernelSetting,
+)
 from csalign.adapters.model import build_side
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.enums import Modality
@@ -159,3 +165,16 @@ def test_rows_are_mapped_alike_in_batches_of_any_size() -> None:
         together = normalize(sides[TEXT](texts), dim=1)
         apart = torch.cat([normalize(sides[TEXT](part), dim=1) for part in torch.split(texts, 7)])
     assert together == pytest.approx(apart.numpy(), abs=1e-6)
+
+
+def test_both_sides_are_as_wide_as_their_network_beyond_the_usual_components() -> None:
+    rng, width = np.random.default_rng(0), MAX_COMPONENTS + 8
+    images, texts = (
+        normalize(torch.from_numpy(rng.normal(size=(600, width))).float(), dim=1) for _ in range(2)
+    )
+    inputs = {side: build_side(SideShape("linear", width, width)) for side in Modality}
+    fit = KernelCca(pairs(images, texts), 1.0, TEXT, 0, inputs)
+    (_, sides), *_ = fit.candidates((1.0,), (1.0,), (1.0,))
+    found = outputs(sides, images, texts)
+    assert {own.shape for own in found} == {(600, width)}
+    assert {side.shape.width for side in sides.values()} == {width}

@@ -101,8 +101,8 @@ def combine(
     if alone.score.is_perfect:
         summary = "parts: the network alone, which finds every match on validation"
         return Combined(network, Combination(kernel=None, share=0.0), alone, summary)
-    setting, sides = _search(source, folds)
-    other = _embed(Adapter.of_sides(sides), val)
+    setting, kernel = _search(source, folds)
+    other = _embed(kernel, val)
     for share in (1.0, *(SHARES if joins else ())):
         found[share] = _joined([(own, 1 - share), (other, share)], val)
     best = 0.0
@@ -110,7 +110,7 @@ def combine(
         if measured.score.better_than(found[best].score):
             best = share
     share = best if found[best].beats(alone) else 0.0
-    adapter = _put_together([network], sides, share) if share else network
+    adapter = _put_together([network], kernel, share)
     combination = Combination(kernel=setting if share else None, share=share)
     summary = _summary(found, share, adapter.image.shape.width)
     return Combined(adapter, combination, found[share], summary)
@@ -134,29 +134,29 @@ def assemble(
         matches: of unpaired rows, None without any.
         seed: of samples.
     """
-    if combination.kernel is None:
-        return networks[0] if len(networks) == 1 else _put_together(networks, None, 0.0)
-    tick("kernel CCA of all parts")
-    setting = combination.kernel
-    source = _Source.beside(networks[0], rows, matches, seed)
-    sides = source.fit(sampler, setting.side, setting.gamma, MAX_LANDMARKS).fit(setting)
-    return _put_together(networks, sides, combination.share)
+    setting, kernel = combination.kernel, None
+    if setting is not None:
+        tick("kernel CCA of all parts")
+        source = _Source.beside(networks[0], rows, matches, seed)
+        fit = source.fit(sampler, setting.side, setting.gamma, MAX_LANDMARKS)
+        kernel = Adapter.of_sides(fit.fit(setting))
+    return _put_together(networks, kernel, combination.share)
 
 
-def _put_together(networks: Sequence[Adapter], kernel: Sides | None, share: float) -> Adapter:
-    """Put parts side by side; the networks share what the kernel leaves."""
-    if kernel is not None and share == 1:
-        return Adapter.of_sides(kernel)
-    shares = [(1 - share) / len(networks)] * len(networks) + [share] * (kernel is not None)
+def _put_together(networks: Sequence[Adapter], kernel: Adapter | None, share: float) -> Adapter:
+    """Put parts side by side, of those with a share; the networks share what the kernel leaves."""
+    even = (1 - share) / len(networks)
+    weighed = [*((network, even) for network in networks), (kernel, share)]
+    parts = [(part, own) for part, own in weighed if own and part is not None]
+    if len(parts) == 1:
+        return parts[0][0]
     sides = {}
     for side in Modality:
-        parts = [network.side(side).cpu() for network in networks]
-        parts += [] if kernel is None else [kernel[side]]
-        shapes = tuple(part.shape for part in parts)
+        own = [part.side(side).cpu() for part, _ in parts]
+        shapes = tuple(part.shape for part in own)
         width = sum(shape.width for shape in shapes)
-        shape = SideShape("parts", shapes[0].input_width, width, parts=shapes)
-        sides[side] = Parts(shape, parts)
-        sides[side].shares = torch.tensor(shares)
+        sides[side] = Parts(SideShape("parts", shapes[0].input_width, width, parts=shapes), own)
+        sides[side].shares = torch.tensor([share for _, share in parts])
     return Adapter.of_sides(sides)
 
 
@@ -209,11 +209,11 @@ class _Source:
         return KernelPairs(units[side.other], units[side], groups, weights)
 
 
-def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Sides]:
+def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Adapter]:
     """Choose the settings of the kernel: coarsely on few rows, then around these on all.
 
     Returns:
-        The settings, and both sides fitted without the rows of the first fold.
+        The settings, and the kernel CCA fitted without the rows of the first fold.
     """
     found: dict[KernelSetting, Measured] = {}
 
@@ -243,7 +243,7 @@ def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Side
         measure_at(fits, steps, OTHER_RIDGES)
         chosen, tried = best(), tried | {*steps}  # until it lies between two that are worse
     tick(SEARCH, len(grid) + 1, len(grid) + 1)
-    return chosen, fits[0].fit(chosen)
+    return chosen, Adapter.of_sides(fits[0].fit(chosen))
 
 
 def _embed(adapter: Adapter, val: Pairs) -> list[Array]:

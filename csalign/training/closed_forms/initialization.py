@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -373,7 +373,7 @@ class _Choice:
             start = self._best["cca"]
         pairs = [fits.moments(fold.sampler, "cca") for fold in self._folds]
         few = min(len(fold.sampler) for fold in self._folds) < FEW_PAIRS
-        measure_all = self._measure("cca")
+        measure_all = partial(self._measure, "cca")
         return search(
             fits.pools, pairs, start, fits.width, measure_all, few=few, progress=self._show
         )
@@ -381,7 +381,7 @@ class _Choice:
     def with_clusters(self) -> Candidate:
         """Match clusters of unpaired rows, with the pairs of each fold."""
         forms = [self._fits.fit("assignment", 0, (), fold.sampler)[0] for fold in self._folds]
-        measured = self._measure("assignment")(forms)
+        measured = self._measure("assignment", forms)
         found = Candidate(Setting(form="assignment"), 0, forms, measured)
         self._show(found)
         return found
@@ -409,18 +409,15 @@ class _Choice:
         """Fit a form at a step of the ridges on each fold; the best of its powers."""
         ridge, found = ridge_at(step), []
         fitted = [self._fits.fit(form, ridge, POWERS, fold.sampler) for fold in self._folds]
-        measure_all = self._measure(form)
         for power, forms in zip(POWERS, zip(*fitted, strict=True), strict=False):
             setting = Setting(form=form, ridge=ridge, power=power)
-            found.append(Candidate(setting, step, [*forms], measure_all([*forms])))
+            found.append(Candidate(setting, step, [*forms], self._measure(form, [*forms])))
             self._show(found[-1])
         return best_of(found)
 
-    def _measure(self, form: str) -> Callable[[list[ClosedForm]], Measured]:
-        units = self._fits.units(form)
-        return lambda forms: pool(
-            [fold.measure(own, units) for fold, own in zip(self._folds, forms, strict=True)]
-        )
+    def _measure(self, form: str, forms: list[ClosedForm]) -> Measured:
+        folds, units = zip(self._folds, forms, strict=True), self._fits.units(form)
+        return pool([fold.measure(own, units) for fold, own in folds])
 
     def _show(self, tried: Candidate) -> None:
         self.tried += 1
