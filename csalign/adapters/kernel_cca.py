@@ -152,7 +152,10 @@ class KernelCca:
         solutions = [
             _Solution(
                 ridge,
-                *map(torch.zeros, ((m, d), (d,), (d, d), (d, d))),
+                torch.zeros(m, d),
+                torch.zeros(d),
+                torch.zeros(d, d),
+                torch.zeros(d, d),
                 torch.zeros(m, d) if held_out else None,
             )
             for ridge in ridges
