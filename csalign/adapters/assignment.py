@@ -106,8 +106,20 @@ class Clusters:
         units = normalize(x, dim=1), normalize(y, dim=1)
         for stage in self.stages:
             last = [_cross_of_clusters(*units, known + last, stage, generator)]
-        form = _rounds(x, y, known, last[0], spread, self.width, generator)
-        return replace(form, name="matched clusters")
+        cross = last[0]
+        for _ in range(ROUNDS):
+            form = self._cca(cross)
+            a, b = _sample(x, BLOCK, generator), _sample(y, BLOCK, generator)
+            rows, columns = mutual_neighbours(a @ form.image_weight.T, b @ form.text_weight.T)
+            cross = a[rows].T @ b[columns] / len(rows)
+            if known:
+                cross = SHARE * cross + (1 - SHARE) * known[0]
+        return replace(self._cca(cross), name="matched clusters")
+
+    def _cca(self, cross: Tensor) -> ClosedForm:
+        moments = self._rows[2].with_cross(cross.double())
+        (form,) = moments.cca(ridge=RIDGE, powers=(POWER,), width=self.width)
+        return form
 
     def start(self, pairs: Rows) -> tuple[ClosedForm, Trust]:
         """Find the maps, and how far they can be relied on.
@@ -140,31 +152,6 @@ class Clusters:
         cosines = (own[0] * own[1]).sum(1, keepdim=True)
         nearer = [own[side] @ others[1 - side].T > cosines for side in range(2)]
         return torch.cat(nearer, 1).float().mean(1)
-
-
-def _rounds(
-    x: Tensor,
-    y: Tensor,
-    known: list[Tensor],
-    cross: Tensor,
-    spread: PairMoments,
-    width: int,
-    generator: torch.Generator,
-) -> ClosedForm:
-    """Fit CCA on a cross-covariance, then on those of rows matched by the last map."""
-    for _ in range(ROUNDS):
-        form = _fit(spread, cross, width)
-        a, b = _sample(x, BLOCK, generator), _sample(y, BLOCK, generator)
-        rows, columns = mutual_neighbours(a @ form.image_weight.T, b @ form.text_weight.T)
-        cross = a[rows].T @ b[columns] / len(rows)
-        if known:
-            cross = SHARE * cross + (1 - SHARE) * known[0]
-    return _fit(spread, cross, width)
-
-
-def _fit(spread: PairMoments, cross: Tensor, width: int) -> ClosedForm:
-    (form,) = spread.with_cross(cross.double()).cca(ridge=RIDGE, powers=(POWER,), width=width)
-    return form
 
 
 def _matched(form: ClosedForm, x: Tensor, y: Tensor) -> float:

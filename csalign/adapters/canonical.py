@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.side import CHUNK_ROWS, Rows, to_tensor, unit_inputs
+from csalign.adapters.side import CHUNK_ROWS, Rows, UnitRows
 from csalign.core.enums import Modality
 
 Ints = npt.NDArray[np.int64]
 
-CPU = torch.device("cpu")
 TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
 SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
 LEAST_VARIANCE = 1e-9  # leaves sides without any variance unchanged
@@ -64,8 +63,7 @@ class PairMoments:
         texts: Rows,
         pairs: tuple[Ints, Ints],
         weights: npt.NDArray[np.float64],
-        signed_sqrt: tuple[bool, bool],
-        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        units: tuple[UnitRows, UnitRows] = (UnitRows(), UnitRows()),
     ) -> "PairMoments":
         """Accumulate the moments in one pass.
 
@@ -74,20 +72,15 @@ class PairMoments:
             texts: (m, e).
             pairs: k image rows and the k text rows that they are paired with.
             weights: (k,), >= 0, not all 0.
-            signed_sqrt: whether to take the square root first, of images and of texts.
-            scales: of the dimensions of images (d,) and of texts (e,), if any; see `loud_scale`.
+            units: make unit rows of images and of texts.
         """
         d, e = images.shape[1], texts.shape[1]
         total = torch.zeros(d + e, dtype=torch.float64)
         second = torch.zeros(d + e, d + e, dtype=torch.float64)
         share = torch.from_numpy(weights / weights.sum()).float()
         for rows in _chunks(len(weights)):
-            sides = zip((images, texts), pairs, signed_sqrt, scales, strict=True)
-            units = [
-                unit_inputs(to_tensor(side[own[rows]], CPU), signed_sqrt=root, scale=scale)
-                for side, own, root, scale in sides
-            ]
-            joint = torch.cat(units, 1)  # (c, d + e)
+            sides = zip(units, (images, texts), pairs, strict=True)
+            joint = torch.cat([unit(side[own[rows]]) for unit, side, own in sides], 1)
             weighted = joint * share[rows, None]
             total += weighted.sum(0)
             second += weighted.T @ joint
@@ -340,15 +333,15 @@ def nearest_mean(known: Tensor, values: Tensor, rows: Tensor, *, k: int = NEIGHB
     return torch.cat(parts) if parts else values[:0]
 
 
-def mutual_neighbours(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+def mutual_neighbours(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Match rows that are each other's nearest by CSLS (Conneau et al. 2018).
 
-    CSLS is 2 cos(x, y) less the mean cosine of each row to its k nearest of the other side.
+    CSLS is 2 cos(x, y) less the mean cosine of each row to its `NEIGHBOURS` nearest, or all if
+    fewer, of the other side.
 
     Args:
         x: (n, d), any norm.
         y: (m, d). A table of n m scores is in memory.
-        k: neighbours, or all rows if there are fewer.
 
     Returns:
         Positions (p,) in x, ascending, and (p,) in y, p >= 1.
@@ -356,7 +349,7 @@ def mutual_neighbours(x: Tensor, y: Tensor, *, k: int = NEIGHBOURS) -> tuple[Ten
     scores = normalize(x, dim=1) @ normalize(y, dim=1).T
     strips = [torch.split(table, NEIGHBOUR_ROWS) for table in (scores, scores.T)]
     density_x, density_y = (
-        torch.cat([strip.topk(min(k, strip.shape[1])).values.mean(1) for strip in own])
+        torch.cat([strip.topk(min(NEIGHBOURS, strip.shape[1])).values.mean(1) for strip in own])
         for own in strips
     )
     scores.mul_(2).sub_(density_x[:, None]).sub_(density_y)

@@ -8,17 +8,18 @@ kernel ridge regression in blocks of at most `BLOCK_ROWS` rows, whose prediction
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from csalign.adapters.builtin import Kernel, Linear, fixed, gaussian
 from csalign.adapters.canonical import TINY, Outputs, match_moments
-from csalign.adapters.side import SideAdapter, SideShape
+from csalign.adapters.side import SideAdapter
 from csalign.core.enums import Modality
 from csalign.core.records import Record
 
@@ -27,7 +28,7 @@ Ints = npt.NDArray[Any]
 BLOCK_ROWS = 4_000  # a kernel matrix of 64 MB
 MAX_LANDMARKS = 32_000  # more would make every use of the adapter slow
 MATCHED_ROWS = 4_000  # per side, for the moments of the outputs
-MAX_COMPONENTS = 512  # of the linear side; beyond, the ridge leaves little
+MAX_COMPONENTS = 512  # of the linear side, or the width; beyond, the ridge leaves little
 LEAST_GAP = 1e-3  # of a leverage from 1
 LEAST_RIDGE = 1e-5  # relative to the mean of the kernel's diagonal, for rows that hardly vary
 
@@ -78,7 +79,8 @@ class KernelCca:
         gamma: of the kernel, > 0.
         side: of the kernel.
         seed: of the blocks and of samples.
-        inputs: adapters of both sides, whose unit rows before centring are the pairs'.
+        inputs: adapters of both sides, of the width to map to, whose unit rows before centring are
+            the pairs'.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class KernelCca:
     ) -> None:
         self._gamma, self._side, self._seed = gamma, Modality.of(side), seed
         self._inputs = inputs
+        self._width = inputs[self._side].shape.width
         weights = torch.from_numpy(pairs.weights / pairs.weights.sum()).float()
         _, first, group = np.unique(pairs.groups, return_index=True, return_inverse=True)
         self._group = torch.from_numpy(group)
@@ -98,8 +101,9 @@ class KernelCca:
         self._mean_x = (weights[:, None] * pairs.linear).sum(0)
         x = pairs.linear - self._mean_x
         values, vectors = torch.linalg.eigh(x.T @ (weights[:, None] * x))
-        self._vectors = vectors.flip(1)[:, :MAX_COMPONENTS]
-        self._values, self._level = values.flip(0)[:MAX_COMPONENTS].clamp(min=0), values.mean()
+        count = max(MAX_COMPONENTS, self._width)
+        self._vectors = vectors.flip(1)[:, :count]
+        self._values, self._level = values.flip(0)[:count].clamp(min=0), values.mean()
         self._x = x @ self._vectors
         self._share = torch.zeros(len(first)).index_add_(0, self._group, weights)
         sums = torch.zeros(len(first), self._x.shape[1])
@@ -110,46 +114,39 @@ class KernelCca:
         self._landmarks = normalize(rows - self._mean_y, dim=1)
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(first)))
         self._blocks = order.tensor_split(-(-len(order) // BLOCK_ROWS))
-        self._solutions: dict[tuple[float, bool], _Solution] = {}
 
     def candidates(
-        self,
-        ridges: Sequence[float],
-        other_ridges: Sequence[float],
-        powers: Sequence[float],
-        width: int,
+        self, ridges: Sequence[float], other_ridges: Sequence[float], powers: Sequence[float]
     ) -> Iterator[tuple[KernelSetting, dict[Modality, SideAdapter]]]:
         """Fit each combination of settings; yield both sides of it."""
-        self._solve([ridge for ridge in ridges if (ridge, False) not in self._solutions])
-        for ridge in ridges:
-            solution = self._solutions[ridge, False]
+        for solution in self._solve(ridges):
             for other in other_ridges:
-                directions = self._directions(solution, other, width)
+                directions = self._directions(solution, other)
                 for power in powers:
-                    setting = self._setting(ridge, other, power)
-                    yield setting, self._sides(solution, directions, power)
+                    setting = KernelSetting(
+                        side=self._side,
+                        gamma=self._gamma,
+                        ridge=solution.ridge,
+                        other_ridge=other,
+                        power=power,
+                    )
+                    yield setting, self._sides(solution, *directions.maps(power))
 
-    def _setting(self, ridge: float, other: float, power: float) -> KernelSetting:
-        return KernelSetting(
-            side=self._side, gamma=self._gamma, ridge=ridge, other_ridge=other, power=power
-        )
-
-    def fit(self, setting: KernelSetting, width: int) -> dict[Modality, SideAdapter]:
+    def fit(self, setting: KernelSetting) -> dict[Modality, SideAdapter]:
         """Fit one setting, with the moments of both sides' outputs matched.
 
         Training rows are fitted too well for that, so their outputs are those that they would
         have if they were left out, by the usual formula of ridge regression.
         """
-        self._solve([setting.ridge], held_out=True)
-        solution = self._solutions[setting.ridge, True]
-        directions = self._directions(solution, setting.other_ridge, width)
-        sides = self._sides(solution, directions, setting.power)
+        (solution,) = self._solve([setting.ridge], held_out=True)
+        directions = self._directions(solution, setting.other_ridge)
+        sides = self._sides(solution, *directions.maps(setting.power))
         changes = match_moments(*self._held_out(solution, directions, setting.power))
         for side, change in zip((self._side.other, self._side), changes, strict=True):
             sides[side].then(change.weight, change.bias)
         return sides
 
-    def _solve(self, ridges: Sequence[float], *, held_out: bool = False) -> None:
+    def _solve(self, ridges: Sequence[float], *, held_out: bool = False) -> list[_Solution]:
         """Solve the regression for some ridges, block by block."""
         m, d = self._targets.shape
         solutions = [
@@ -164,7 +161,7 @@ class KernelCca:
             for ridge in ridges
         ]
         count = len(self._blocks)
-        for block in self._blocks if ridges else ():
+        for block in self._blocks:
             share = self._share[block] / self._share[block].sum()
             root = share.sqrt()[:, None]
             kernel = gaussian(self._landmarks[block], self._landmarks[block], self._gamma)
@@ -192,31 +189,30 @@ class KernelCca:
                     kept = (ridge * torch.cholesky_inverse(factor).diagonal()).float()
                     kept = kept.clamp(min=LEAST_GAP)[:, None]  # 1 - leverage
                     solution.held_out[block] = residuals * (1 - kept) / kept / count
-        self._solutions |= {(own.ridge, held_out): own for own in solutions}
+        return solutions
 
-    def _directions(self, solution: _Solution, ridge: float, width: int) -> "_Directions":
+    def _directions(self, solution: _Solution, ridge: float) -> "_Directions":
         whiten = (self._values + ridge * self._level + TINY).rsqrt()
         cross = whiten[:, None] * solution.cross * whiten
         values, vectors = torch.linalg.eigh((cross + cross.T) / 2)
-        weight = whiten[:, None] * vectors.flip(1)[:, :width]
-        correlations = values.flip(0)[:width].clamp(min=TINY).sqrt()
+        weight = whiten[:, None] * vectors.flip(1)[:, : self._width]
+        correlations = values.flip(0)[: self._width].clamp(min=TINY).sqrt()
         spread_x = self._values @ weight.square()
         spread_y = (weight * (solution.spread @ weight)).sum(0) / correlations.square()
         # As in linear CCA: inner products stay, and the variances of the sides become equal.
         balance = (spread_y.clamp(min=TINY) / spread_x.clamp(min=TINY)) ** 0.25
         return _Directions(whiten, weight, correlations, balance)
 
-    def _sides(
-        self, solution: _Solution, directions: "_Directions", power: float
-    ) -> dict[Modality, SideAdapter]:
-        x, y = directions.maps(power)
-        width = x.shape[1]
-        with torch.random.fork_rng(devices=[]):  # the caller's generator
-            linear = Linear(self._shape("linear", self._side.other, width))
-        linear.start_from(self._mean_x, (self._vectors @ x).T)
-        shape = self._shape("kernel", self._side, width, landmarks=len(self._landmarks))
-        with torch.device("meta"):
-            kernel = Kernel(shape)
+    def _sides(self, solution: _Solution, x: Tensor, y: Tensor) -> dict[Modality, SideAdapter]:
+        """Build both sides from the maps (c, k) of components and of predictions."""
+        shapes = {side: own.shape for side, own in self._inputs.items()}
+        with torch.device("meta"):  # draws no random numbers
+            linear = Linear(replace(shapes[self._side.other], kind="linear"))
+            landmarks = len(self._landmarks)
+            kernel = Kernel(replace(shapes[self._side], kind="kernel", landmarks=landmarks))
+        linear.mean = self._mean_x
+        linear.projection.weight = nn.Parameter((self._vectors @ x).T.contiguous())
+        linear.projection.bias = nn.Parameter(torch.zeros(self._width))
         kernel.mean, kernel.gamma = self._mean_y, torch.tensor(self._gamma)
         kernel.landmarks = fixed(self._landmarks)
         kernel.weight = fixed((solution.weight @ y).T.contiguous())
@@ -227,17 +223,6 @@ class KernelCca:
         for side, own in sides.items():
             own.scale = self._inputs[side].scale
         return sides
-
-    def _shape(self, kind: str, side: Modality, width: int, landmarks: int = 1) -> SideShape:
-        own = self._inputs[side].shape
-        return SideShape(
-            kind,
-            own.input_width,
-            width,
-            signed_sqrt=own.signed_sqrt,
-            scaled=own.scaled,
-            landmarks=landmarks,
-        )
 
     def _held_out(
         self, solution: _Solution, directions: "_Directions", power: float

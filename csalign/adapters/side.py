@@ -44,6 +44,19 @@ def unit_inputs(x: Tensor, *, signed_sqrt: bool, scale: Tensor | None = None) ->
     return normalize(x if scale is None else x * scale, dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class UnitRows:
+    """Function of the raw rows of a side: `unit_inputs` on the CPU, with these options."""
+
+    signed_sqrt: bool = False
+    scale: Tensor | None = None
+
+    def __call__(self, rows: Array) -> Tensor:
+        """Return unit rows (n, d) float32, of an array of any float dtype."""
+        x = to_tensor(rows, torch.device("cpu"))
+        return unit_inputs(x, signed_sqrt=self.signed_sqrt, scale=self.scale)
+
+
 def loud_scale(rows: Rows, *, signed_sqrt: bool) -> Tensor | None:
     """Find factors that scale loud dimensions down, so that unit rows show the others too.
 
@@ -213,9 +226,13 @@ class SideAdapter(nn.Module):
         """True if an embedding needs its tokens: the kind mixes them in and was built for some."""
         return self.shape.token_width is not None and self.mixes_tokens()
 
+    def unit(self, x: Tensor) -> Tensor:
+        """Return the unit rows, (n, input_width) float32, that `inputs` centres."""
+        return unit_inputs(x, signed_sqrt=self.shape.signed_sqrt, scale=self.scale)
+
     def inputs(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """Return unit rows minus the mean, plus noise of that norm, (n, input_width) float32."""
-        u = unit_inputs(x, signed_sqrt=self.shape.signed_sqrt, scale=self.scale) - self.mean
+        u = self.unit(x) - self.mean
         if noise:
             u = u + torch.randn_like(u) * (noise / self.shape.input_width**0.5)
         return u

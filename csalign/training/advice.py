@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.side import loud_scale, to_tensor, unit_inputs
+from csalign.adapters.side import UnitRows, loud_scale
 from csalign.features.join import Array, Pairs
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,7 @@ def neighbour_agreement(images: Array, texts: Array) -> float:
 def _nearest(values: Array) -> Tensor:
     """Find the neighbours of rows (n, d) by cosine of the centred inputs of adapters, (n, k)."""
     root = bool(values.min() >= 0)
-    scale = loud_scale(values, signed_sqrt=root)
-    unit = unit_inputs(to_tensor(values, torch.device("cpu")), signed_sqrt=root, scale=scale)
+    unit = UnitRows(root, loud_scale(values, signed_sqrt=root))(values)
     unit = normalize(unit - unit.mean(0), dim=1)
     return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(NEIGHBOURS, dim=1).indices
 

@@ -10,7 +10,7 @@ import torch
 
 from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import SideAdapter, to_tensor, unit_inputs
+from csalign.adapters.side import to_tensor
 from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.features.join import Pairs
@@ -110,19 +110,25 @@ def _trained_sides(adapter: Adapter) -> list[Modality]:
     return [side for side in Modality if counts[side.value]]
 
 
+@torch.inference_mode()
 def _all_outputs(
     adapter: Adapter, data: TrainingData, sampler: PairSampler, *, once: bool, seed: int
 ) -> list[Outputs]:
-    """Map the paired and unpaired rows of both sides."""
+    """Map the paired and unpaired rows of both sides, and weigh the unpaired ones."""
     tick("matching")
     rng, unpaired, trained = np.random.default_rng(seed), data.unpaired, _trained_sides(adapter)
     outputs = []
-    for side in Modality:
-        known, weights = _paired_rows(side, data.rows, sampler, once=once, rng=rng)
-        others = unpaired.take(side, _at_most(MAX_ROWS, unpaired.count(side), rng))
-        if side is Modality.TEXT and once:
+    for name in Modality:
+        side = adapter.side(name).eval()
+        known, weights = _paired_rows(name, data.rows, sampler, once=once, rng=rng)
+        others = unpaired.take(name, _at_most(MAX_ROWS, unpaired.count(name), rng))
+        if name is Modality.TEXT and once:
             others = np.unique(others, axis=0)
-        outputs.append(_outputs(adapter.side(side), known, weights, others, side not in trained))
+        paired, further = (to_tensor(own, side.mean.device) for own in (known, others))
+        values = torch.from_numpy(weights).to(paired)
+        estimated = nearest_mean(side.unit(paired), values, side.unit(further))
+        rows, counts = torch.cat([side(paired), side(further)]), torch.cat([values, estimated])
+        outputs.append(Outputs(rows, counts, name not in trained))
     return outputs
 
 
@@ -150,26 +156,3 @@ def _paired_rows(
     sums = np.bincount(group, weights)
     chosen = _at_most(MAX_ROWS, len(first), rng)
     return rows.embeddings(side)[own[first[chosen]]], sums[chosen] / sums.mean()
-
-
-@torch.inference_mode()
-def _outputs(
-    side: SideAdapter,
-    known: Array,
-    weights: npt.NDArray[np.float64],
-    others: Array,
-    is_frozen: bool,
-) -> Outputs:
-    """Map the paired and unpaired rows of a side, and weigh the unpaired ones."""
-    side.eval()
-    device = side.mean.device
-    paired, further = to_tensor(known, device), to_tensor(others, device)
-    values = torch.from_numpy(weights).to(device, torch.float32)
-    seen, new = (
-        unit_inputs(x, signed_sqrt=side.shape.signed_sqrt, scale=side.scale)
-        for x in (paired, further)
-    )
-    estimated = nearest_mean(seen, values, new)
-    return Outputs(
-        torch.cat([side(paired), side(further)]), torch.cat([values, estimated]), is_frozen
-    )

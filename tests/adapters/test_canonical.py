@@ -14,12 +14,11 @@ LATENT = RNG.normal(size=(400, 4))
 IMAGES = (LATENT @ RNG.normal(size=(4, 10)) + 0.3 * RNG.normal(size=(400, 10))).astype(np.float32)
 TEXTS = (LATENT @ RNG.normal(size=(4, 7)) + 0.3 * RNG.normal(size=(400, 7))).astype(np.float32)
 ROWS = np.arange(400)
-PLAIN = (False, False)
 
 
 def moments(weights: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None) -> PairMoments:
     given = np.ones(400) if weights is None else weights
-    return PairMoments.of(IMAGES, TEXTS, (ROWS, ROWS), given, PLAIN)
+    return PairMoments.of(IMAGES, TEXTS, (ROWS, ROWS), given)
 
 
 def unit(values: np.ndarray[tuple[int, int], np.dtype[np.float32]]) -> torch.Tensor:
@@ -53,7 +52,7 @@ def test_a_caption_that_counts_twice_is_the_same_as_its_row_twice() -> None:
     twice[:50] = 2
     rows = np.concatenate([ROWS, ROWS[:50]])
     (weighted,) = moments(twice).cca(ridge=1.0, powers=(1.0,), width=3)
-    repeated = PairMoments.of(IMAGES, TEXTS, (rows, rows), np.ones(450), PLAIN)
+    repeated = PairMoments.of(IMAGES, TEXTS, (rows, rows), np.ones(450))
     (expected,) = repeated.cca(ridge=1.0, powers=(1.0,), width=3)
 
     # A direction's sign is free, so compare the similarity that the maps give.
@@ -73,7 +72,7 @@ def test_the_power_scales_directions_by_their_correlation() -> None:
 
 def test_constant_features_give_finite_maps() -> None:
     flat = np.ones((50, 6), np.float32)
-    found = PairMoments.of(flat, flat, (ROWS[:50], ROWS[:50]), np.ones(50), PLAIN)
+    found = PairMoments.of(flat, flat, (ROWS[:50], ROWS[:50]), np.ones(50))
     (form,) = found.cca(ridge=1.0, powers=(1.0,), width=3)
 
     assert torch.isfinite(form.image_weight).all()
@@ -82,7 +81,7 @@ def test_constant_features_give_finite_maps() -> None:
 
 def test_centred_features_keep_their_geometry_and_lose_the_centroid_gap() -> None:
     shifted = (IMAGES[:, :7] + 5).astype(np.float32)
-    form = PairMoments.of(shifted, TEXTS, (ROWS, ROWS), np.ones(400), PLAIN).centred()
+    form = PairMoments.of(shifted, TEXTS, (ROWS, ROWS), np.ones(400)).centred()
     moved = (unit(shifted) - form.image_mean) @ form.image_weight.T
 
     np.testing.assert_allclose(moved.mean(0), 0, atol=1e-6)
@@ -134,7 +133,7 @@ def test_ridge_regression_to_a_centred_side_predicts_its_centred_rows() -> None:
 def test_features_can_be_moved_onto_the_mean_of_a_frozen_side(to: Modality) -> None:
     images = unit_inputs(torch.from_numpy(IMAGES[:, :7] + 5), signed_sqrt=False)
     texts = unit(TEXTS)
-    form = PairMoments.of(images.numpy(), TEXTS, (ROWS, ROWS), np.ones(400), PLAIN).centred(to)
+    form = PairMoments.of(images.numpy(), TEXTS, (ROWS, ROWS), np.ones(400)).centred(to)
     adapter = Adapter(
         {
             side: SideShape("identity" if side is to else "low-rank", 7, 7, rank=2)

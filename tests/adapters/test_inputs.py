@@ -4,7 +4,7 @@ import torch
 
 from csalign.adapters.canonical import PairMoments
 from csalign.adapters.model import build_side
-from csalign.adapters.side import SideShape, loud_scale, unit_inputs
+from csalign.adapters.side import SideShape, UnitRows, loud_scale, unit_inputs
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(400, 40)).astype(np.float32)
@@ -64,9 +64,9 @@ def test_every_part_of_a_side_sees_scaled_rows(token_width: int) -> None:
 
 def test_moments_are_those_of_the_scaled_rows() -> None:
     pairs = np.arange(400), np.arange(400)
-    scales = torch.from_numpy(1 / LOUD), None
-    plain = PairMoments.of(ROWS, ROWS, pairs, np.ones(400), (False, False))
-    found = PairMoments.of(ROWS * LOUD, ROWS, pairs, np.ones(400), (False, False), scales)
+    units = UnitRows(scale=torch.from_numpy(1 / LOUD)), UnitRows()
+    plain = PairMoments.of(ROWS, ROWS, pairs, np.ones(400))
+    found = PairMoments.of(ROWS * LOUD, ROWS, pairs, np.ones(400), units)
 
     torch.testing.assert_close(found.cov_xx, plain.cov_xx, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.cov_xy, plain.cov_xy, rtol=1e-4, atol=1e-7)

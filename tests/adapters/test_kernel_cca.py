@@ -10,7 +10,13 @@ from sklearn.kernel_ridge import KernelRidge
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
-from csalign.adapters.kernel_cca import BLOCK_ROWS, KernelCca, KernelPairs, KernelSetting
+from csalign.adapters.kernel_cca import (
+    BLOCK_ROWS,
+    MAX_COMPONENTS,
+    KernelCca,
+    KernelPairs,
+    KernelSetting,
+)
 from csalign.adapters.model import build_side
 from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.enums import Modality
@@ -56,7 +62,7 @@ def test_correlations_are_those_of_the_generalised_eigenproblem() -> None:
     images, texts = curved(80)
     gamma, ridge, other = 0.7, 0.5, 0.2
     fit = KernelCca(pairs(images, texts), gamma, TEXT, 0, PLAIN)
-    (_, sides), *_ = fit.candidates((ridge,), (other,), (1.0,), 3)
+    (_, sides), *_ = fit.candidates((ridge,), (other,), (1.0,))
     x = (images - images.mean(0)).double().numpy()
     rows = normalize(texts - texts.mean(0), dim=1).double().numpy()
     centre = np.eye(80) - 1 / 80
@@ -68,7 +74,7 @@ def test_correlations_are_those_of_the_generalised_eigenproblem() -> None:
     values = eigh(x.T @ hat @ x / 80, whole, eigvals_only=True)[::-1][:3]
     # The covariance of both sides in a direction: its correlation cubed at power 1.
     found = outputs(sides, images, texts)
-    inner = (found[0] * found[1]).mean(0).double().numpy()
+    inner = (found[0] * found[1]).mean(0)[:3].double().numpy()
     spread = inner / np.linalg.norm(inner)
     expected = values**1.5
     assert spread == pytest.approx(expected / np.linalg.norm(expected), abs=1e-4)
@@ -78,7 +84,7 @@ def test_blocks_average_the_predictions_of_separate_regressions() -> None:
     n = BLOCK_ROWS + 600
     images, texts = curved(n)
     fit = KernelCca(pairs(images, texts), 1.0, TEXT, 0, PLAIN)
-    (_, sides), *_ = fit.candidates((1.0,), (1e-6,), (0.0,), 6)
+    (_, sides), *_ = fit.candidates((1.0,), (1e-6,), (0.0,))
     order = np.random.default_rng(0).permutation(n)
     rows = normalize(texts - texts.mean(0), dim=1).double().numpy()
     x = (images - images.mean(0)).double().numpy()
@@ -104,8 +110,8 @@ def test_left_out_outputs_have_the_moments_of_new_rows() -> None:
     new = curved(2_000, seed=5)
     setting = KernelSetting(side=TEXT, gamma=1.5, ridge=0.03, other_ridge=0.1, power=1.0)
     fit = KernelCca(pairs(images, texts), setting.gamma, TEXT, 0, PLAIN)
-    (_, plain), *_ = fit.candidates((setting.ridge,), (setting.other_ridge,), (1.0,), 6)
-    matched = fit.fit(setting, 6)
+    (_, plain), *_ = fit.candidates((setting.ridge,), (setting.other_ridge,), (1.0,))
+    matched = fit.fit(setting)
 
     def distance(sides: dict[Modality, SideAdapter]) -> float:
         x, y = (torch.cov(normalize(own, dim=1).T) for own in outputs(sides, *new))
@@ -123,11 +129,9 @@ def test_a_kernel_finds_what_a_linear_map_does_not(side: Modality) -> None:
     rows = (texts, images) if side is IMAGE else (images, texts)
     sides = KernelCca(
         pairs(*rows), 1.0, side, 0, {side.other: PLAIN[IMAGE], side: PLAIN[TEXT]}
-    ).fit(KernelSetting(side=side, gamma=1.0, ridge=0.03, other_ridge=0.1, power=1.0), 6)
+    ).fit(KernelSetting(side=side, gamma=1.0, ridge=0.03, other_ridge=0.1, power=1.0))
     ones = np.arange(1_000)
-    moments = PairMoments.of(
-        images.numpy(), texts.numpy(), (ones, ones), np.ones(1_000), (False, False)
-    )
+    moments = PairMoments.of(images.numpy(), texts.numpy(), (ones, ones), np.ones(1_000))
     (linear,) = moments.cca(ridge=0.1, powers=(1.0,), width=6)
     flat = [
         (held_out[0] - linear.image_mean) @ linear.image_weight.T,
@@ -146,7 +150,7 @@ def test_a_weight_of_two_is_a_repeated_pair() -> None:
     again = KernelCca(repeated, 1.0, TEXT, 0, PLAIN)
     found = []
     for fit in (once, again):
-        (_, sides), *_ = fit.candidates((setting.ridge,), (setting.other_ridge,), (1.0,), 4)
+        (_, sides), *_ = fit.candidates((setting.ridge,), (setting.other_ridge,), (1.0,))
         x, y = outputs(sides, images, texts)
         found.append(x @ y.T)
     assert found[0] == pytest.approx(found[1].numpy(), abs=1e-4)
@@ -155,9 +159,22 @@ def test_a_weight_of_two_is_a_repeated_pair() -> None:
 def test_rows_are_mapped_alike_in_batches_of_any_size() -> None:
     images, texts = curved(500)
     sides = KernelCca(pairs(images, texts), 1.0, TEXT, 0, PLAIN).fit(
-        KernelSetting(side=TEXT, gamma=1.0, ridge=0.01, other_ridge=0.1, power=1.0), 6
+        KernelSetting(side=TEXT, gamma=1.0, ridge=0.01, other_ridge=0.1, power=1.0)
     )
     with torch.no_grad():
         together = normalize(sides[TEXT](texts), dim=1)
         apart = torch.cat([normalize(sides[TEXT](part), dim=1) for part in torch.split(texts, 7)])
     assert together == pytest.approx(apart.numpy(), abs=1e-6)
+
+
+def test_both_sides_are_as_wide_as_their_network_beyond_the_usual_components() -> None:
+    rng, width = np.random.default_rng(0), MAX_COMPONENTS + 8
+    images, texts = (
+        normalize(torch.from_numpy(rng.normal(size=(600, width))).float(), dim=1) for _ in range(2)
+    )
+    inputs = {side: build_side(SideShape("linear", width, width)) for side in Modality}
+    fit = KernelCca(pairs(images, texts), 1.0, TEXT, 0, inputs)
+    (_, sides), *_ = fit.candidates((1.0,), (1.0,), (1.0,))
+    found = outputs(sides, images, texts)
+    assert {own.shape for own in found} == {(600, width)}
+    assert {side.shape.width for side in sides.values()} == {width}

@@ -220,7 +220,7 @@ def test_all_that_reads_parts_gives_the_same_embeddings(
             np.testing.assert_allclose(values, expected, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("stops", [[("kernel CCA", 0), ("refitting: step", 0)]])
+@pytest.mark.parametrize("stops", [[("kernel CCA: fits", 0), ("refitting: step", 0)]])
 def test_a_stopped_run_with_a_kernel_is_an_uninterrupted_one(
     curved: Path, tmp_path: Path, stops: list[tuple[str, int]]
 ) -> None:

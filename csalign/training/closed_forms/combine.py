@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from csalign.adapters.builtin import Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
 from csalign.adapters.model import Adapter, find_kind
-from csalign.adapters.side import SideAdapter, SideShape, unit_inputs
+from csalign.adapters.side import SideAdapter, SideShape, to_tensor
 from csalign.core.enums import Modality
 from csalign.core.progress import show_figures, tick
 from csalign.core.records import Record
@@ -35,7 +35,7 @@ OTHER_RIDGES = (0.1, 0.3, 1.0, 3.0)
 SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
 SEARCH = "kernel CCA: fits"  # the phase of progress
 
-Inputs = Mapping[Modality, SideAdapter]
+Sides = Mapping[Modality, SideAdapter]
 
 
 class Fold(NamedTuple):
@@ -94,16 +94,15 @@ def combine(
         joins: whether both may stand side by side, twice as wide.
         seed: of samples.
     """
-    width, val = network.image.shape.width, folds[0].val
-    inputs = {side: network.side(side).cpu() for side in Modality}
+    val, source = folds[0].val, _Source.beside(network, rows, matches, seed)
     own = _embed(network, val)
     found = {0.0: _joined([(own, 1.0)], val)}
     alone = found[0.0]
     if alone.score.is_perfect:
         summary = "parts: the network alone, which finds every match on validation"
         return Combined(network, Combination(kernel=None, share=0.0), alone, summary)
-    setting, sides = _search(rows, folds, matches, inputs, width, seed)
-    other = _embed(Adapter.of_sides(sides), val)
+    setting, kernel = _search(source, folds)
+    other = _embed(kernel, val)
     for share in (1.0, *(SHARES if joins else ())):
         found[share] = _joined([(own, 1 - share), (other, share)], val)
     best = 0.0
@@ -111,7 +110,7 @@ def combine(
         if measured.score.better_than(found[best].score):
             best = share
     share = best if found[best].beats(alone) else 0.0
-    adapter = _put_together([network], sides, share) if share else network
+    adapter = _put_together([network], kernel, share)
     combination = Combination(kernel=setting if share else None, share=share)
     summary = _summary(found, share, adapter.image.shape.width)
     return Combined(adapter, combination, found[share], summary)
@@ -135,165 +134,116 @@ def assemble(
         matches: of unpaired rows, None without any.
         seed: of samples.
     """
-    if combination.kernel is None:
-        return networks[0] if len(networks) == 1 else _put_together(networks, None, 0.0)
-    inputs = {side: networks[0].side(side).cpu() for side in Modality}
-    width = networks[0].image.shape.width
-    tick("kernel CCA of all parts")
-    sides = _fit(combination.kernel, rows, sampler, matches, inputs, width, seed)
-    return _put_together(networks, sides, combination.share)
+    setting, kernel = combination.kernel, None
+    if setting is not None:
+        tick("kernel CCA of all parts")
+        source = _Source.beside(networks[0], rows, matches, seed)
+        fit = source.fit(sampler, setting.side, setting.gamma, MAX_LANDMARKS)
+        kernel = Adapter.of_sides(fit.fit(setting))
+    return _put_together(networks, kernel, combination.share)
 
 
-def _put_together(
-    networks: Sequence[Adapter], kernel: Mapping[Modality, SideAdapter] | None, share: float
-) -> Adapter:
-    """Put parts side by side; the networks share what the kernel leaves."""
-    if kernel is not None and share == 1:
-        return Adapter.of_sides(kernel)
-    shares = [(1 - share) / len(networks)] * len(networks) + [share] * (kernel is not None)
+def _put_together(networks: Sequence[Adapter], kernel: Adapter | None, share: float) -> Adapter:
+    """Put parts side by side, of those with a share; the networks share what the kernel leaves."""
+    even = (1 - share) / len(networks)
+    weighed = [*((network, even) for network in networks), (kernel, share)]
+    parts = [(part, own) for part, own in weighed if own and part is not None]
+    if len(parts) == 1:
+        return parts[0][0]
     sides = {}
     for side in Modality:
-        parts = [network.side(side).cpu() for network in networks]
-        parts += [] if kernel is None else [kernel[side]]
-        shapes = tuple(part.shape for part in parts)
+        own = [part.side(side).cpu() for part, _ in parts]
+        shapes = tuple(part.shape for part in own)
         width = sum(shape.width for shape in shapes)
-        shape = SideShape("parts", shapes[0].input_width, width, parts=shapes)
-        sides[side] = Parts(shape, parts)
-        sides[side].shares = torch.tensor(shares)
+        sides[side] = Parts(SideShape("parts", shapes[0].input_width, width, parts=shapes), own)
+        sides[side].shares = torch.tensor([share for _, share in parts])
     return Adapter.of_sides(sides)
 
 
-class _Search:
-    """Kernel CCAs of at most some landmarks, measured on all folds."""
+@dataclass(frozen=True)
+class _Source:
+    """What kernel CCAs are fitted on, of the pairs that a sampler chooses."""
 
-    def __init__(
-        self,
-        rows: Pairs,
-        folds: Sequence[Fold],
-        matches: Matches | None,
-        inputs: Inputs,
-        width: int,
-        limit: int,
-        seed: int,
-    ) -> None:
-        self._folds, self._inputs, self._width, self._seed = folds, inputs, width, seed
-        self._pairs = partial(_pairs, rows, matches=matches, inputs=inputs, limit=limit, seed=seed)
-        self._fits: dict[tuple[Modality, float], list[KernelCca]] = {}
-        self._found: dict[KernelSetting, Measured] = {}
+    rows: Pairs
+    matches: Matches | None
+    inputs: Sides  # of a network, see `KernelCca`
+    seed: int
 
-    def fits(self, side: Modality, gamma: float) -> list[KernelCca]:
-        """Return the fit of each fold, the last ones in memory alone."""
-        if (side, gamma) not in self._fits:
-            pairs = [self._pairs(fold.sampler, side) for fold in self._folds]
-            own = [KernelCca(some, gamma, side, self._seed, self._inputs) for some in pairs]
-            self._fits = {(side, gamma): own}
-        return self._fits[side, gamma]
+    @classmethod
+    def beside(cls, network: Adapter, rows: Pairs, matches: Matches | None, seed: int) -> "_Source":
+        """Take the inputs of a network, which is moved to the CPU."""
+        return cls(rows, matches, {side: network.side(side).cpu() for side in Modality}, seed)
 
-    def measure(
-        self, side: Modality, gamma: float, steps: Sequence[int], others: Sequence[float]
-    ) -> KernelSetting:
-        """Measure ridges of the kernel, by their steps, and of the other side; the best so far."""
-        ridges = [ridge_at(step) for step in steps]
-        found: dict[KernelSetting, list[Measured]] = {}
-        for fit, (_, val) in zip(self.fits(side, gamma), self._folds, strict=True):
-            for setting, own in fit.candidates(ridges, others, POWERS, self._width):
-                both = _embed(Adapter.of_sides(own), val)
-                found.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
-        self._found |= {setting: pool(own) for setting, own in found.items()}
-        best = max(self._found, key=lambda setting: self._found[setting].score.mean_recall)
-        show_figures({"best R": f"{100 * self._found[best].score.mean_recall:.1f} %"})
-        return best
+    def fit(self, sampler: PairSampler, side: Modality, gamma: float, limit: int) -> KernelCca:
+        """Fit on the pairs of at most `limit` rows of a side, chosen at random, and on matches."""
+        pairs = self._pairs(sampler, side, limit)
+        return KernelCca(pairs, gamma, side, self.seed, self.inputs)
+
+    def _pairs(self, sampler: PairSampler, side: Modality, limit: int) -> KernelPairs:
+        (images, texts), weights = sampler.weighted_pairs()
+        chosen = np.arange(len(images))
+        if len(chosen) > MAX_PAIRS:
+            rng = np.random.default_rng(self.seed)
+            chosen = np.sort(rng.choice(len(chosen), MAX_PAIRS, replace=False))
+        groups = (images if side is Modality.IMAGE else self.rows.caption_keys[texts])[chosen]
+        names = np.unique(groups)
+        if len(names) > limit:
+            some = np.random.default_rng(self.seed).choice(names, limit, replace=False)
+            kept = np.isin(groups, some)
+            chosen, groups = chosen[kept], groups[kept]
+        weights = weights[chosen]
+        values = [self.rows.images[images[chosen]], self.rows.texts[texts[chosen]]]
+        room = limit - len(names)
+        if self.matches is not None and room > 0:
+            total, share = len(self.matches.images), self.matches.share
+            extra = np.linspace(0, total - 1, min(total, room)).astype(np.int64)
+            weight = weights.sum() * share / (1 - share) / len(extra)
+            weights = np.concatenate([weights, np.full(len(extra), weight)])
+            groups = np.concatenate([groups, groups.max() + 1 + np.arange(len(extra))])
+            matched = self.matches.images[extra], self.matches.texts[extra]
+            values = [np.concatenate(own) for own in zip(values, matched, strict=True)]
+        units = {
+            one: self.inputs[one].unit(to_tensor(own, torch.device("cpu")))
+            for one, own in zip(Modality, values, strict=True)
+        }
+        return KernelPairs(units[side.other], units[side], groups, weights)
 
 
-def _search(
-    rows: Pairs,
-    folds: Sequence[Fold],
-    matches: Matches | None,
-    inputs: Inputs,
-    width: int,
-    seed: int,
-) -> tuple[KernelSetting, dict[Modality, SideAdapter]]:
+def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Adapter]:
     """Choose the settings of the kernel: coarsely on few rows, then around these on all.
 
     Returns:
-        The settings, and both sides fitted without the rows of the first fold.
+        The settings, and the kernel CCA fitted without the rows of the first fold.
     """
-    options = rows, folds, matches, inputs, width
+    found: dict[KernelSetting, Measured] = {}
+
+    def best() -> KernelSetting:
+        return max(found, key=lambda setting: found[setting].score.mean_recall)
+
+    def measure_at(fits: list[KernelCca], steps: Sequence[int], others: Sequence[float]) -> None:
+        ridges = [ridge_at(step) for step in steps]
+        parts: dict[KernelSetting, list[Measured]] = {}
+        for fit, (_, val) in zip(fits, folds, strict=True):
+            for setting, sides in fit.candidates(ridges, others, POWERS):
+                both = _embed(Adapter.of_sides(sides), val)
+                parts.setdefault(setting, []).append(measure(both[0], both[1], val.text_image))
+        found.update({setting: pool(own) for setting, own in parts.items()})
+        show_figures({"best R": f"{100 * found[best()].score.mean_recall:.1f} %"})
+
     grid = list(product(Modality, GAMMAS))
     tick(SEARCH, 0, len(grid) + 1)
-    coarse = _Search(*options, SEARCH_ROWS, seed)
     for number, (side, gamma) in enumerate(grid, 1):
-        few = coarse.measure(side, gamma, STEPS, OTHER_RIDGES[2:3])
+        fits = [source.fit(fold.sampler, side, gamma, SEARCH_ROWS) for fold in folds]
+        measure_at(fits, STEPS, OTHER_RIDGES[2:3])
         tick(SEARCH, number, len(grid) + 1)
-    fine, best, tried = _Search(*options, MAX_LANDMARKS, seed), few, set[int]()
-    while steps := [step for step in nearby(step_of(best.ridge)) if step not in tried]:
-        best = fine.measure(few.side, few.gamma, steps, OTHER_RIDGES)
-        tried |= {*steps}  # until the best lies between two that are worse
+    chosen, tried = best(), set[int]()
+    fits = [source.fit(fold.sampler, chosen.side, chosen.gamma, MAX_LANDMARKS) for fold in folds]
+    found.clear()
+    while steps := [step for step in nearby(step_of(chosen.ridge)) if step not in tried]:
+        measure_at(fits, steps, OTHER_RIDGES)
+        chosen, tried = best(), tried | {*steps}  # until it lies between two that are worse
     tick(SEARCH, len(grid) + 1, len(grid) + 1)
-    return best, fine.fits(few.side, few.gamma)[0].fit(best, width)
-
-
-def _fit(
-    setting: KernelSetting,
-    rows: Pairs,
-    sampler: PairSampler,
-    matches: Matches | None,
-    inputs: Inputs,
-    width: int,
-    seed: int,
-) -> dict[Modality, SideAdapter]:
-    pairs = _pairs(
-        rows,
-        sampler,
-        setting.side,
-        matches=matches,
-        inputs=inputs,
-        limit=MAX_LANDMARKS,
-        seed=seed,
-    )
-    return KernelCca(pairs, setting.gamma, setting.side, seed, inputs).fit(setting, width)
-
-
-def _pairs(
-    rows: Pairs,
-    sampler: PairSampler,
-    side: Modality,
-    *,
-    matches: Matches | None,
-    inputs: Inputs,
-    limit: int,
-    seed: int,
-) -> KernelPairs:
-    """Read the pairs of at most `limit` rows of a side, chosen at random, and the matches."""
-    (images, texts), weights = sampler.weighted_pairs()
-    if len(images) > MAX_PAIRS:
-        some = np.sort(np.random.default_rng(seed).choice(len(images), MAX_PAIRS, replace=False))
-        images, texts, weights = images[some], texts[some], weights[some]
-    groups = images if side is Modality.IMAGE else rows.caption_keys[texts]
-    names = np.unique(groups)
-    if len(names) > limit:
-        chosen = np.random.default_rng(seed).choice(names, limit, replace=False)
-        kept = np.isin(groups, chosen)
-        images, texts, weights, groups = images[kept], texts[kept], weights[kept], groups[kept]
-    values = {Modality.IMAGE: rows.images[images], Modality.TEXT: rows.texts[texts]}
-    if matches is not None:
-        extra = slice(0, max(0, limit - len(names)))
-        own = {Modality.IMAGE: matches.images[extra], Modality.TEXT: matches.texts[extra]}
-        count = len(own[side])
-        if count:
-            weight = weights.sum() * matches.share / (1 - matches.share) / count
-            weights = np.concatenate([weights, np.full(count, weight)])
-            groups = np.concatenate([groups, groups.max() + 1 + np.arange(count)])
-            values = {one: np.concatenate([values[one], own[one]]) for one in Modality}
-    units = {
-        one: unit_inputs(
-            torch.from_numpy(np.asarray(values[one])),
-            signed_sqrt=inputs[one].shape.signed_sqrt,
-            scale=inputs[one].scale,
-        )
-        for one in Modality
-    }
-    return KernelPairs(units[side.other], units[side], groups, weights)
+    return chosen, Adapter.of_sides(fits[0].fit(chosen))
 
 
 def _embed(adapter: Adapter, val: Pairs) -> list[Array]:

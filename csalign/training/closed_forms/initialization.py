@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.assignment import Trust
-from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, is_non_negative
+from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter, find_kind, shared_width
-from csalign.adapters.side import LOUD, SideShape, loud_scale, to_tensor, unit_inputs
+from csalign.adapters.side import LOUD, SideShape, UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.core.progress import duration, reported_to, show_figures, silent, tick
+from csalign.core.progress import duration, show_figures, tick
 from csalign.features.join import Mask, Pairs
 from csalign.training.closed_forms.settings import (
     LADDER,
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 FIRST_STEPS = (-3, -1, 1, 3)  # ridges 0.03, 0.3, 3, 30; then those beside the best
 FEWER_THAN_CLUSTERS = 30  # pairs, with which clusters are matched
 
-Roots = tuple[bool, bool]
-Scales = tuple[Tensor | None, Tensor | None]
+Units = tuple[UnitRows, UnitRows]
 Form = Literal["centred", "ridge", "cca"]
+ROOTED = ("ridge", "cca", "assignment")  # take the square root of non-negative rows first
 
 
 class Start(NamedTuple):
@@ -115,16 +115,14 @@ def initialize(
         folds = [_Fold(*own) for own in zip(samplers, held_out, strict=True)]
     choice = _Choice(fits, folds)
     best, alone = choice.without_matches(), ""
-    if unpaired_matches and fits.has_unpaired:
-        matched = choice.with_matches()
-        if matched.measured.beats(best.measured):
-            alone = f" ({100 * best.measured.score.mean_recall:.1f} % from the pairs alone)"
-            best = matched
-    if relies:
-        clusters = choice.with_clusters()
-        if clusters.measured.beats(best.measured):
-            alone = f" ({100 * best.measured.score.mean_recall:.1f} % without)"
-            best = clusters
+    uses_matches = unpaired_matches and fits.has_unpaired
+    rivals = [(choice.with_matches, "from the pairs alone")] * uses_matches
+    rivals += [(choice.with_clusters, "without")] * relies
+    for choose, other in rivals:
+        rival = choose()
+        if rival.measured.beats(best.measured):
+            alone = f" ({100 * best.measured.score.mean_recall:.1f} % {other})"
+            best = rival
     past = duration(time.monotonic() - began)
     recall = f"{100 * best.measured.score.mean_recall:.1f} %"
     summary = f"closed form: {choice.tried} settings in {past}, best R {recall}: {{name}}{alone}"
@@ -187,8 +185,8 @@ class _Fits:
     data: TrainingData
     token_widths: Mapping[Modality, int]
     seed: int
-    _moments: dict[tuple[PairSampler, Roots], PairMoments] = field(default_factory=dict)
-    _scales: dict[tuple[Modality, bool], Tensor | None] = field(default_factory=dict)
+    _moments: dict[tuple[PairSampler, Units], PairMoments] = field(default_factory=dict)
+    _units: dict[tuple[Modality, bool], UnitRows] = field(default_factory=dict)
     _matched: dict[PairSampler, tuple[ClosedForm, Trust]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -228,41 +226,35 @@ class _Fits:
         return "cca" in self.forms and min(counts) >= LEAST_UNPAIRED
 
     @cached_property
-    def _non_negative(self) -> Roots:
-        return is_non_negative(self.data.rows.images), is_non_negative(self.data.rows.texts)
+    def _non_negative(self) -> set[Modality]:
+        return {side for side in Modality if is_non_negative(self.data.rows.embeddings(side))}
 
-    def roots(self, form: str) -> Roots:
-        """Return whether a form takes the square root first, of images and of texts."""
-        if form not in ("ridge", "cca", "assignment"):
-            return False, False
-        images, texts = self._non_negative
-        return images and self._kept != [Modality.IMAGE], texts and self._kept != [Modality.TEXT]
+    def units(self, form: str) -> Units:
+        """Return how a form makes unit rows, of images and of texts; a kept side's are plain."""
+        images, texts = (self._units_of(side, form) for side in Modality)
+        return images, texts
+
+    def _units_of(self, side: Modality, form: str) -> UnitRows:
+        root = form in ROOTED and self._kept != [side] and side in self._non_negative
+        if (side, root) not in self._units:
+            is_free, rows = side not in self._kept, self.data.rows.embeddings(side)
+            scale = loud_scale(rows, signed_sqrt=root) if is_free else None
+            self._units[side, root] = UnitRows(root, scale)
+        return self._units[side, root]
 
     @cached_property
     def pools(self) -> Pools:
         """The unpaired rows."""
-        roots = self.roots("cca")
-        return Pools(self.data.unpaired, roots, self.scales(roots), self.seed)
+        return Pools(self.data.unpaired, self.units("cca"), self.seed)
 
-    def moments(self, sampler: PairSampler, roots: Roots) -> PairMoments:
-        """Return the moments of a sampler's pairs."""
-        key = sampler, roots
+    def moments(self, sampler: PairSampler, form: str) -> PairMoments:
+        """Return the moments of a sampler's pairs, as a form needs them."""
+        key = sampler, self.units(form)
         if key not in self._moments:
             pairs, weights = sampler.weighted_pairs()
             rows = self.data.rows
-            self._moments[key] = PairMoments.of(
-                rows.images, rows.texts, pairs, weights, roots, self.scales(roots)
-            )
+            self._moments[key] = PairMoments.of(rows.images, rows.texts, pairs, weights, key[1])
         return self._moments[key]
-
-    def scales(self, roots: Roots) -> Scales:
-        """Return the scale of each side's dimensions; None without one, or if the side is kept."""
-        for side, root in zip(Modality, roots, strict=True):
-            if (side, root) not in self._scales:
-                rows = self.data.rows.embeddings(side)
-                is_free = side not in self._kept
-                self._scales[side, root] = loud_scale(rows, signed_sqrt=root) if is_free else None
-        return self._scales[Modality.IMAGE, roots[0]], self._scales[Modality.TEXT, roots[1]]
 
     def match_clusters(self, sampler: PairSampler) -> tuple[ClosedForm, Trust]:
         """Match clusters of unpaired rows, with the pairs of a sampler."""
@@ -281,7 +273,7 @@ class _Fits:
                 return [self._matched[sampler][0]]
             clusters = self.pools.clusters(self.width)
             return [clusters.fit(self.pools.first_pairs(self.data.rows, sampler))]
-        moments = self.moments(sampler, self.roots(form))
+        moments = self.moments(sampler, form)
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
         if form == "ridge":
@@ -293,30 +285,29 @@ class _Fits:
 
     def start(self, setting: Setting, sampler: PairSampler, summary: str) -> Start:
         """Fit a setting on the pairs of a sampler, and build adapters that start from it."""
-        roots = self.roots(setting.form)
+        units = self.units(setting.form)
         if setting.form == "random":
-            return Start(self._build(None, roots), "random", summary, setting, None)
+            return Start(self._build(None, units), "random", summary, setting, None)
         # The map of the first round's matches; of very few pairs, another form may start better.
         is_matched = setting.form == "assignment"
         trust = self.match_clusters(sampler)[1] if is_matched else None
         (form,) = self.fit(setting.form, setting.ridge, (setting.power,), sampler)
         name, matches = str(trust) if trust else form.name, None
         if setting.path:
-            pairs = self.moments(sampler, roots)
+            pairs = self.moments(sampler, setting.form)
             form, matches = self.pools.follow(pairs, form, setting, self.width)
             rounds = f"share {setting.share:g}, {setting.rounds} rounds"
             name = f"{form.name} + unpaired matches ({rounds})"
             shown = f"{form.name} + {len(matches.images):,} matches of unpaired rows, {rounds}"
         else:
             shown = name
-        adapter = self._build(len(form.image_weight), roots)
+        adapter = self._build(len(form.image_weight), units)
         adapter.start_from(form)
         return Start(adapter, name, summary.format(name=shown), setting, matches)
 
-    def _build(self, width: int | None, roots: Roots) -> Adapter:
+    def _build(self, width: int | None, units: Units) -> Adapter:
         """Build adapters with random weights; a width of None is that of the kinds and options."""
         options = self.options
-        scales = dict(zip(Modality, self.scales(roots), strict=True))
         shapes = {
             side: SideShape(
                 kind=self._kinds[side],
@@ -324,20 +315,20 @@ class _Fits:
                 width=width or self.width,
                 hidden=options.hidden,
                 dropout=options.dropout,
-                signed_sqrt=root,
+                signed_sqrt=own.signed_sqrt,
                 token_width=self.token_widths.get(side),
                 rank=options.rank,
                 layers=options.layers,
-                scaled=scales[side] is not None,
+                scaled=own.scale is not None,
             )
-            for side, root in zip(Modality, roots, strict=True)
+            for side, own in zip(Modality, units, strict=True)
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             adapter = Adapter(shapes, allow=self._allow)
-        for side, scale in scales.items():
-            if scale is not None:
-                adapter.side(side).set_scale(scale)
+        for side, own in zip(Modality, units, strict=True):
+            if own.scale is not None:
+                adapter.side(side).set_scale(own.scale)
         return adapter
 
 
@@ -347,21 +338,14 @@ class _Fold:
 
     sampler: PairSampler
     val: Pairs
-    _units: dict[Roots, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rows: dict[Units, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def measure(self, form: ClosedForm, roots: Roots, scales: Scales) -> Measured:
+    def measure(self, form: ClosedForm, units: Units) -> Measured:
         """Measure a form on the held-out rows."""
-        if roots not in self._units:
-            images, texts = (
-                unit_inputs(
-                    to_tensor(self.val.embeddings(side), CPU), signed_sqrt=root, scale=scale
-                )
-                for side, root, scale in zip(Modality, roots, scales, strict=True)
-            )
-            self._units[roots] = images, texts
-        images, texts = form.outputs(*self._units[roots])
-        with reported_to(silent):  # part of a phase that counts something else
-            return measure(images.numpy(), texts.numpy(), self.val.text_image)
+        if units not in self._rows:
+            self._rows[units] = units[0](self.val.images), units[1](self.val.texts)
+        images, texts = form.outputs(*self._rows[units])
+        return measure(images.numpy(), texts.numpy(), self.val.text_image)
 
 
 class _Choice:
@@ -385,18 +369,19 @@ class _Choice:
     def with_matches(self) -> Candidate:
         """Find the best rounds of matches, from the chosen form."""
         fits, start = self._fits, self._chosen
-        roots = fits.roots("cca")
-        if fits.roots(start.setting.form) != roots:
+        if fits.units(start.setting.form) != fits.units("cca"):
             start = self._best["cca"]
-        pairs = [fits.moments(fold.sampler, roots) for fold in self._folds]
+        pairs = [fits.moments(fold.sampler, "cca") for fold in self._folds]
         few = min(len(fold.sampler) for fold in self._folds) < FEW_PAIRS
-        measure, show = self._measure(roots), self._show
-        return search(fits.pools, pairs, start, fits.width, measure, few=few, progress=show)
+        measure_all = partial(self._measure, "cca")
+        return search(
+            fits.pools, pairs, start, fits.width, measure_all, few=few, progress=self._show
+        )
 
     def with_clusters(self) -> Candidate:
         """Match clusters of unpaired rows, with the pairs of each fold."""
         forms = [self._fits.fit("assignment", 0, (), fold.sampler)[0] for fold in self._folds]
-        measured = self._measure(self._fits.roots("assignment"))(forms)
+        measured = self._measure("assignment", forms)
         found = Candidate(Setting(form="assignment"), 0, forms, measured)
         self._show(found)
         return found
@@ -424,21 +409,15 @@ class _Choice:
         """Fit a form at a step of the ridges on each fold; the best of its powers."""
         ridge, found = ridge_at(step), []
         fitted = [self._fits.fit(form, ridge, POWERS, fold.sampler) for fold in self._folds]
-        measure = self._measure(self._fits.roots(form))
         for power, forms in zip(POWERS, zip(*fitted, strict=True), strict=False):
             setting = Setting(form=form, ridge=ridge, power=power)
-            found.append(Candidate(setting, step, [*forms], measure([*forms])))
+            found.append(Candidate(setting, step, [*forms], self._measure(form, [*forms])))
             self._show(found[-1])
         return best_of(found)
 
-    def _measure(self, roots: Roots) -> Callable[[list[ClosedForm]], Measured]:
-        scales = self._fits.scales(roots)
-        return lambda forms: pool(
-            [
-                fold.measure(form, roots, scales)
-                for fold, form in zip(self._folds, forms, strict=True)
-            ]
-        )
+    def _measure(self, form: str, forms: list[ClosedForm]) -> Measured:
+        folds, units = zip(self._folds, forms, strict=True), self._fits.units(form)
+        return pool([fold.measure(own, units) for fold, own in folds])
 
     def _show(self, tried: Candidate) -> None:
         self.tried += 1

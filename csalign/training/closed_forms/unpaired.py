@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.assignment import WIDTH, Clusters
-from csalign.adapters.canonical import CPU, ClosedForm, PairMoments, mutual_neighbours
-from csalign.adapters.side import CHUNK_ROWS, to_tensor, unit_inputs
+from csalign.adapters.canonical import ClosedForm, PairMoments, mutual_neighbours
+from csalign.adapters.side import CHUNK_ROWS, UnitRows
 from csalign.core.enums import Modality
 from csalign.features.join import Pairs, hash_rows
 from csalign.training.closed_forms.settings import (
@@ -67,20 +67,15 @@ class Pools:
     """Distinct unpaired rows of both sides, at most `MOST_UNPAIRED` each, and their moments."""
 
     unpaired: Unpaired
-    roots: tuple[bool, bool]  # whether to take the square root, of images and of texts
-    scales: tuple[Tensor | None, Tensor | None]  # of the dimensions of both sides
+    units: tuple[UnitRows, UnitRows]  # of images and of texts
     seed: int  # of all that is drawn
 
     @cached_property
     def _moments(self) -> list[tuple[Array, Tensor, Tensor]]:
         """Row numbers, mean and covariance of each side, in one pass over its rows."""
-        return [
-            self._side_moments(*own) for own in zip(Modality, self.roots, self.scales, strict=True)
-        ]
+        return [self._side_moments(*own) for own in zip(Modality, self.units, strict=True)]
 
-    def _side_moments(
-        self, side: Modality, root: bool, scale: Tensor | None
-    ) -> tuple[Array, Tensor, Tensor]:
+    def _side_moments(self, side: Modality, units: UnitRows) -> tuple[Array, Tensor, Tensor]:
         total = self.unpaired.count(side)
         chosen = np.arange(total)
         if total > MOST_UNPAIRED:
@@ -96,7 +91,7 @@ class Pools:
             is_new[first] = [key not in seen for key in keys.tolist()]
             seen.update(keys.tolist())
             kept.append(rows[is_new])
-            unit = unit_inputs(to_tensor(values[is_new], CPU), signed_sqrt=root, scale=scale)
+            unit = units(values[is_new])
             mean, second = mean + unit.double().sum(0), second + (unit.T @ unit).double()
         rows = np.concatenate(kept)
         mean, second = mean / len(rows), second / len(rows)
@@ -120,19 +115,13 @@ class Pools:
         """Return unit rows of the images of a sampler, and of the first caption of each."""
         (images, texts), _ = sampler.weighted_pairs()
         first = np.unique(images, return_index=True)[1]
-        stored = rows.images[images[first]], rows.texts[texts[first]]
-        x, y = (
-            unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
-            for values, root, scale in zip(stored, self.roots, self.scales, strict=True)
-        )
-        return x, y
+        x, y = self.units
+        return x(rows.images[images[first]]), y(rows.texts[texts[first]])
 
     def _units(self, side: Modality, rows: Array) -> tuple[Array, Tensor]:
         """Return some rows of a side as stored, in ascending order, and their unit rows."""
-        number = list(Modality).index(side)
         values = self.unpaired.take(side, np.sort(rows))
-        root, scale = self.roots[number], self.scales[number]
-        return values, unit_inputs(to_tensor(values, CPU), signed_sqrt=root, scale=scale)
+        return values, self.units[side is Modality.TEXT](values)
 
     def blocks(self, most: int, *key: int) -> Iterator[_Block]:
         """Yield random blocks of both sides, disjoint where there are enough rows."""
@@ -154,11 +143,7 @@ class Pools:
         return PairMoments(pairs.mean_x, pairs.mean_y, cov_xx, cov_yy, pairs.cov_xy)
 
     def follow(
-        self,
-        pairs: PairMoments,
-        form: ClosedForm,
-        setting: Setting,
-        width: int,
+        self, pairs: PairMoments, form: ClosedForm, setting: Setting, width: int
     ) -> tuple[ClosedForm, Matches]:
         """Make the rounds that a search chose, on any pairs.
 

@@ -151,4 +151,4 @@ def moments_of(features: Path, split: str, captions: Any) -> PairMoments:
     """Means and covariances of all pairs, each counting once."""
     rows = load_rows(FeatureSet.open(features), split)
     pairs, weights = PairSampler(rows, captions, other_weight=0.0, once=False).weighted_pairs()
-    return PairMoments.of(rows.images, rows.texts, pairs, weights, (False, False))
+    return PairMoments.of(rows.images, rows.texts, pairs, weights)

@@ -200,7 +200,7 @@ def moments_of(pairs: Paired) -> PairMoments:
     """Plain moments, each pair counting once."""
     rows = np.arange(len(pairs))
     weights = np.ones(len(pairs))
-    return PairMoments.of(pairs.images, pairs.texts, (rows, rows), weights, (False, False))
+    return PairMoments.of(pairs.images, pairs.texts, (rows, rows), weights)
 
 
 def print_table(results: Results, corpus: str, pairs: int, validation: str) -> None:
