@@ -1,9 +1,7 @@
 """The phases of a training run: a validated network, its parts, and refits on all pairs."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter, find_kind
@@ -11,6 +9,7 @@ from csalign.core import distributed
 from csalign.core.errors import ConfigError
 from csalign.core.progress import tick
 from csalign.core.records import Record
+from csalign.features.join import Mask
 from csalign.training.checkpoints import UnfinishedRun
 from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
 from csalign.training.closed_forms.initialization import (
@@ -59,11 +58,10 @@ class Work:
             self._samplers[refits] = self.make_sampler(None if refits else self.data.held_out)
         return self._samplers[refits]
 
-    @property
-    def make_sampler(self) -> Callable[..., PairSampler]:
-        """Function that builds the sampler of all pairs but those of some images."""
+    def make_sampler(self, leave_out: Mask | None) -> PairSampler:
+        """Build the sampler of all pairs but those of some images."""
         options, other_weight = self.config.group(DataOptions), self.config.other_captions
-        return partial(make_sampler, options, other_weight, self.data.rows, self.tokens)
+        return make_sampler(options, other_weight, self.data.rows, self.tokens, leave_out)
 
     @property
     def token_widths(self) -> dict[Any, int]:
@@ -152,21 +150,19 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
 
     last = Phase(len(networks) - 1)
     refits = work.refits(last)
-    adapter = together(networks[refits:], last)
-    measured = adapter
-    if refits:
-        measured = together(networks[:1], FIRST) if config.report is not None else adapter
-    elif len(networks) > 1 and data.val is not None:
+    adapter = measured = together(networks[refits:], last)
+    if refits and config.report is not None:
+        measured = together(networks[:1], FIRST)
+    elif not refits and len(networks) > 1 and data.val is not None:
         score = validate(adapter, data.val)._asdict()
         decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
-    refit = _word_refit(data, len(networks) - refits)
+    kept = len(networks) - refits
+    parts, refit = _word_parts(decided.parts, kept), _word_refit(data, kept)
     log.info("%s", refit)
     if refits:
         learned = {"pairs": data.rows.pairs, "steps": decided.best}
         log_line({"step": decided.made, "refit": learned})
-    return Trained(
-        adapter, measured, decided, _word_parts(decided.parts, len(networks) - refits), refit
-    )
+    return Trained(adapter, measured, decided, parts, refit)
 
 
 def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, Decided]:
@@ -232,10 +228,10 @@ def _run_phase(
 ) -> Trainer:
     """Train one network in all processes, and save checkpoints."""
     config, state = work.config, run.resumed and run.resumed.state
+    name, setting = start[0], start[1].model_dump(mode="json")
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase)
-    name, setting = start[0], start[1].model_dump(mode="json")
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     if not phase.number:
         pairs = min(config.batch_size, len(work.sampler(phase)))
@@ -272,10 +268,7 @@ def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Dec
     matched = match_outputs(adapter, data, sampler, before, once=once, seed=config.seed)
     if matched is None:
         return decided
-    figures = matched.score._asdict()
-    # Weights & Biases ignores a step before its last one.
-    log_line({"step": decided.made, "validation": figures, "matched": True})
-    scores = {**decided.scores, "matched": figures}
+    scores = _add_score(decided, "matched", matched.score, log_line)
     return decided.model_copy(update={"scores": scores, "covariances": matched.covariances})
 
 
@@ -289,15 +282,22 @@ def _choose_parts(
         return decided
     folds = [Fold(work.sampler(FIRST), data.val)]
     folds += [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
-    joins = config.width is None
-    found = combine(network, data.rows, folds, matches, joins=joins, seed=config.seed)
+    joins, seed = config.width is None, config.seed
+    found = combine(network, data.rows, folds, matches, joins=joins, seed=seed)
     log.info("%s", found.summary)
     if found.combination.kernel is None:
         return decided
-    figures = found.measured.score._asdict()
-    log_line({"step": decided.made, "validation": figures, "matched": True})
-    scores = {**decided.scores, "parts": figures}
+    scores = _add_score(decided, "parts", found.measured.score, log_line)
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
+
+
+def _add_score(
+    decided: Decided, name: str, score: Score, log_line: Log
+) -> dict[str, dict[str, float]]:
+    """Log a score after the last step; return it with those before."""
+    # Weights & Biases ignores a step before its last one.
+    log_line({"step": decided.made, "validation": score._asdict(), "matched": True})
+    return {**decided.scores, name: score._asdict()}
 
 
 def _word_parts(parts: Combination, networks: int) -> str:

@@ -50,7 +50,11 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         check_networks(config, tokens)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         work = Work(config, data, tokens)
-        return _train(work) if distributed.is_main_process() else _follow(work)
+        if distributed.is_main_process():
+            return _train(work)
+        follow_phases(work)
+        result: TrainResult = distributed.receive()
+        return result
 
 
 def _train(work: Work) -> TrainResult:
@@ -86,10 +90,3 @@ def _train(work: Work) -> TrainResult:
         refit=trained.refit,
     )
     return distributed.broadcast(lambda: result)
-
-
-def _follow(work: Work) -> TrainResult:
-    """Take the same steps as the main process; write nothing."""
-    follow_phases(work)
-    result: TrainResult = distributed.receive()
-    return result
