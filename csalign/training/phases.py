@@ -135,8 +135,7 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
     else:
         network, decided = _first_network(work, run, log_line)
         networks.append(network)
-    phases = _further_phases(work, decided)
-    for phase in phases[len(networks) - 1 :]:
+    for phase in _further_phases(work, decided)[len(networks) - 1 :]:
         if phase.number > len(run.ended):
             run.end_phase(decided.model_dump(mode="json"))
         networks.append(_further_network(work, run, phase, decided))
@@ -249,7 +248,7 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     refits, networks = work.data.refits, work.config.networks
     is_unused = decided.parts.share == 1
     if networks > 1 and (is_unused or not decided.best):  # one closed form for all seeds
-        why = "the kernel CCA stands alone" if is_unused else "no step improved on the start"
+        why = "the kernel CCA stands alone" if is_unused else "the start is kept as it is"
         log.warning("--networks %d: trains no further network, since %s", networks, why)
         networks = 1
     what = "refitting" if refits else "training another network"

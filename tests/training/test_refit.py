@@ -330,7 +330,7 @@ def test_networks_that_would_be_equal_are_not_trained_and_a_warning_says_so(
     one = run(several, tmp_path / "one", steps=0)
     three = run(several, tmp_path / "three", steps=0, networks=3)
 
-    assert "--networks 3: trains no further network, since no step improved" in caplog.text
+    assert "--networks 3: trains no further network, since the start is kept" in caplog.text
     assert three.width == one.width
     assert_same(weights(tmp_path / "three"), weights(tmp_path / "one"))
 
