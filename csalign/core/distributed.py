@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # these take up to seconds, and --help should not
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)  # for what one process does while the others wait
+PATIENCE = timedelta(minutes=30)  # to meet
+WORK = timedelta(days=1)  # for what one process does while the others wait, such as a search
 _FAILED, _LEFT = "csalign/failed", "csalign/left"
 _SECONDS_TO_READ = 30.0  # for the others to read why one failed, where it keeps what they read
 # Numbers of a process and of all, and the number on its machine. The first pair that is set counts:
@@ -132,7 +133,7 @@ def process_group() -> Iterator[None]:
             store=store,
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=WORK,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ProcessesError(
@@ -267,6 +268,12 @@ def broadcast(make: Callable[[], T]) -> T:
     with _collectives() as distributed:
         distributed.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]  # type: ignore[return-value]  # None only before the broadcast
+
+
+def receive() -> Any:
+    """Return what the main process passes to `broadcast`, in another process."""
+    value: Any = broadcast(lambda: None)
+    return value
 
 
 def broadcast_array(values: "npt.NDArray[Any]") -> None:

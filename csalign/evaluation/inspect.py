@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from csalign.adapters.hub import local_path
 from csalign.core.errors import DataError, OutputError, SchemaError
@@ -30,9 +30,6 @@ from csalign.runs.metadata import (
     read_settings,
     run_folder,
 )
-
-if TYPE_CHECKING:
-    from csalign.adapters.checkpoint import AdapterInfo  # which takes seconds to import
 
 NO_SPLIT = "no split"
 STUDY, JOURNAL = "study.json", "journal.log"  # as in `training.tuning.tune`
@@ -192,7 +189,7 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "written_by": info.csalign_version,
         **info.model_dump(mode="json", exclude={"format", "csalign_version", "validation"}),
-        "kinds": _kinds(info),
+        "kinds": {side: shape.title for side, shape in info.adapters.items()},
         "shares": adapter.shares,
         "parameters": adapter.parameter_counts(),
         "features": settings.get("features"),
@@ -203,11 +200,6 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "figures": info.validation,
         "refit": find_refit(lines),
     }
-
-
-def _kinds(info: "AdapterInfo") -> dict[str, str]:
-    """Word the kind of each side."""
-    return {side.value: shape.title for side, shape in info.adapters.items()}
 
 
 def _inspect_export(folder: Path) -> dict[str, Any]:
@@ -227,7 +219,7 @@ def _inspect_export(folder: Path) -> dict[str, Any]:
         "files": graphs or [WEIGHTS],
         "written_by": info.csalign_version,
         **info.model_dump(mode="json", exclude={"format", "csalign_version"}),
-        "kinds": _kinds(info),
+        "kinds": {side: shape.title for side, shape in info.adapters.items()},
         "bytes": _bytes(folder),
     }
 

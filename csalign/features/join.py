@@ -70,9 +70,7 @@ class Pairs:
     def take(self, mask: Mask) -> "Pairs":
         """Take the images where `mask` (n,) is true and the texts that belong to them."""
         images = np.flatnonzero(mask)
-        texts = self.texts_by_image
-        texts = np.sort(texts[mask[self.text_image[texts]]])
-        keys = None if self.keys is None and type(self) is Pairs else self.caption_keys[texts]
+        texts = np.flatnonzero(mask[self.text_image] & (self.text_image >= 0))
         return Pairs(
             name=self.name,
             images=self.images[images],
@@ -80,7 +78,7 @@ class Pairs:
             text_image=(np.cumsum(mask) - 1)[self.text_image[texts]],
             image_rows=self.table_rows(Modality.IMAGE)[images],
             text_rows=self.table_rows(Modality.TEXT)[texts],
-            keys=None if keys is None else compact(first_alike(keys)),
+            keys=compact(first_alike(self.caption_keys[texts])),
         )
 
 
@@ -136,6 +134,10 @@ class Joined:
             return self.image_rows, self.n_images
         return self.text_rows, self.n_texts
 
+    def _rows(self, side: Modality) -> Ints:
+        rows, count = self.side(side)
+        return np.arange(count) if rows is None else rows
+
     def take_images(self, keep: Mask, *, unpaired_texts: bool = False) -> "Joined":
         """Take the images where `keep` (n,) is true, their texts, and maybe unpaired texts."""
         position = np.where(keep, np.cumsum(keep) - 1, -1)
@@ -154,12 +156,8 @@ class Joined:
             All rows in the order of the tables, and a mask of the added images, (n,).
         """
         other = other.take_images(other.caption_counts > 0)
-        (images, texts), (more_images, more_texts) = (
-            [np.arange(count) if rows is None else rows for rows, count in map(own.side, Modality)]
-            for own in (self, other)
-        )
         image_rows, text_rows = (
-            np.concatenate(own) for own in ((images, more_images), (texts, more_texts))
+            np.concatenate([self._rows(side), other._rows(side)]) for side in Modality
         )
         image_order, text_order = np.argsort(image_rows), np.argsort(text_rows)
         owners = np.concatenate([self.text_image, other.text_image + self.n_images])[text_order]

@@ -168,6 +168,10 @@ class BatchLoss(nn.Module):
         """Weight (lambda) of the distribution term."""
         return self._objective.weight
 
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._objective = replace(self._objective, weight=value)
+
     def adapt_weight(self, *, recall_holds: bool) -> None:
         """Raise an automatic lambda while validation recall holds, and halve it otherwise.
 
@@ -175,10 +179,7 @@ class BatchLoss(nn.Module):
         """
         if self._options.cs_weight == "auto" and self.weight:
             value = self.weight * (RAISE if recall_holds else LOWER)
-            self._set_weight(min(MAX_WEIGHT, max(MIN_WEIGHT, value)))
-
-    def _set_weight(self, value: float) -> None:
-        self._objective = replace(self._objective, weight=value)
+            self.weight = min(MAX_WEIGHT, max(MIN_WEIGHT, value))
 
     @property
     def logit_scale(self) -> float:
@@ -199,7 +200,7 @@ class BatchLoss(nn.Module):
         """Restore what `get_extra_state` returned, possibly after a round trip through JSON."""
         sigma = state["sigma"]
         self.sigma = tuple(sigma) if isinstance(sigma, list) else sigma
-        self._set_weight(state["weight"])
+        self.weight = state["weight"]
 
     def forward(self, adapter: Adapter, batch: Batch, step: int) -> LossParts:
         """Compute the objective of a batch; `step` is counted from 1."""

@@ -124,7 +124,9 @@ class AdapterOptions(Config):
         "validation recall gains; off trains the network alone.",
     )
     networks: Count = Field(
-        1, description="Networks of this seed and the next ones, side by side in the adapter."
+        1,
+        description="Networks of this seed and the next ones, side by side in the adapter; each is "
+        "--width wide.",
     )
     init: Literal["canonical", "random"] = Field(
         "canonical", description="Start from the best closed form, or from random weights."

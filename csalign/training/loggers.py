@@ -124,8 +124,9 @@ def _csv_log(stack: ExitStack, path: Path, lines: Path) -> LogFigures:
     writer.writeheader()
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        writer.writerow({"step": step, **figures})
-        file.flush()
+        if not figures.keys().isdisjoint(COLUMNS):  # as those of a refit are
+            writer.writerow({"step": step, **figures})
+            file.flush()
 
     if lines.is_file():
         with lines.open(encoding="utf-8") as recorded:

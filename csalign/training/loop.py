@@ -50,12 +50,15 @@ class Phase(NamedTuple):
         what: what is shown of it.
         steps: of the learning rate's schedule; None for those of the options.
         last: the step to stop at; None for all.
+        weights: of the distribution term by the step from which on they count, as an automatic
+            weight was adapted by the validations of the first phase.
     """
 
     number: int = 0
     what: str = "training"
     steps: int | None = None
     last: int | None = None
+    weights: Mapping[int, float] = {}
 
 
 FIRST = Phase()
@@ -84,6 +87,7 @@ class Trainer:
         steps_made: optimizer steps made in total.
         start_score: validation of the initialization, None without validation.
         best_score: validation of the best weights, likewise.
+        weights: see `Phase`; those of the first phase are found in it.
         can_be_saved: whether steps were made, and none is half done.
     """
 
@@ -132,6 +136,7 @@ class Trainer:
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
         self.best_score: Score | None = None
+        self.weights = dict(phase.weights)
         self.can_be_saved = False
         self._options, self._objective, self._seed = options, objective, seed
         val = self._val = None if phase.number else data.val
@@ -200,6 +205,7 @@ class Trainer:
                 if self.step == self.last or self._stops_early():
                     break
                 with self._consistent():
+                    self.loss.weight = self.weights.get(self.step, self.loss.weight)
                     self._train_step(next(self._loader), log_line)
                 if self._stopped_by is not None:
                     raise Stopped(self._stopped_by)
@@ -222,6 +228,7 @@ class Trainer:
             "step": self.step,
             "validated": self._validated,
             "stale": self._stale,
+            "weights": self.weights,
             "scores": [self.start_score, self.best_score],
             "best": self._best,
             "average": None if self._average is None else self._average.state_dict(),
@@ -238,6 +245,7 @@ class Trainer:
         """
         self.step, self._validated = state["step"], state["validated"]
         self._stale, self._best = state["stale"], state["best"]
+        self.weights = {int(step): weight for step, weight in state["weights"].items()}
         self.start_score, self.best_score = (own and Score(*own) for own in state["scores"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
@@ -391,6 +399,7 @@ class Trainer:
             if self.best_score is not None:
                 holds = score.mean_recall >= self.best_score.mean_recall
                 self.loss.adapt_weight(recall_holds=holds)
+                self.weights[self.step] = self.loss.weight
             if self.step == 0:
                 self.start_score = score
             if not score.better_than(self.best_score):

@@ -1,18 +1,19 @@
 """The phases of a training run: a validated network, its parts, and refits on all pairs."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
-from csalign.adapters.model import Adapter
+from csalign.adapters.model import Adapter, find_kind
 from csalign.core import distributed
+from csalign.core.errors import ConfigError
 from csalign.core.progress import tick
 from csalign.core.records import Record
+from csalign.features.join import Mask
 from csalign.training.checkpoints import UnfinishedRun
 from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
 from csalign.training.closed_forms.initialization import (
+    Start,
     announce_start,
     fit_setting,
     initialize,
@@ -48,30 +49,51 @@ class Work:
 
     def refits(self, phase: Phase) -> bool:
         """Return whether a phase learns from the held-out pairs too."""
-        return phase.number > 0 and self.data.refit_split is not None
+        return phase.number > 0 and self.data.refits
 
-    def sampler(self, phase: Phase) -> PairSampler:
+    def sampler(self, phase: Phase = FIRST) -> PairSampler:
         """Return the sampler of the pairs that a phase learns from."""
         refits = self.refits(phase)
         if refits not in self._samplers:
             self._samplers[refits] = self.make_sampler(None if refits else self.data.held_out)
         return self._samplers[refits]
 
-    @property
-    def make_sampler(self) -> Callable[..., PairSampler]:
-        """Function that builds the sampler of all pairs but those of some images."""
+    def make_sampler(self, leave_out: Mask | None) -> PairSampler:
+        """Build the sampler of all pairs but those of some images."""
         options, other_weight = self.config.group(DataOptions), self.config.other_captions
-        return partial(make_sampler, options, other_weight, self.data.rows, self.tokens)
+        return make_sampler(options, other_weight, self.data.rows, self.tokens, leave_out)
 
     @property
     def token_widths(self) -> dict[Any, int]:
         """Token width of each side that trains with tokens."""
         return self.tokens.widths if self.tokens else {}
 
-    def trainer(self, phase: Phase, adapter: Adapter) -> Trainer:
+    def trainer(self, adapter: Adapter, phase: Phase = FIRST) -> Trainer:
         """Build the trainer of a phase."""
-        sampler = self.sampler(phase)
-        return build_trainer(self.config, self.data, self.tokens, sampler, adapter, phase)
+        config = self.config
+        return Trainer(
+            adapter,
+            self.data,
+            self.tokens,
+            self.sampler(phase),
+            config.group(ObjectiveOptions),
+            config.group(OptimizerOptions),
+            captions=config.captions,
+            device=config.device,
+            seed=config.seed,
+            phase=phase,
+        )
+
+    def initialize(self) -> Start:
+        """Choose a closed form; see `initialize`."""
+        return initialize(
+            self.config.group(AdapterOptions),
+            self.data,
+            self.make_sampler,
+            self.token_widths,
+            self.config.seed,
+            unpaired_matches=self.config.unpaired_matches,
+        )
 
     def fit(self, setting: Setting, phase: Phase) -> tuple[Adapter, Matches | None]:
         """Fit a closed form on the pairs of a phase."""
@@ -89,6 +111,7 @@ class Decided(Record):
     made: int  # steps
     best: int  # step
     scores: dict[str, dict[str, float]]
+    weights: dict[int, float]  # see `Phase`
     covariances: bool | None = None  # whether they were matched besides means; None for no match
     parts: Combination = Combination(kernel=None, share=0.0)
 
@@ -126,21 +149,19 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
 
     last = Phase(len(networks) - 1)
     refits = work.refits(last)
-    adapter = together(networks[refits:], last)
-    measured = adapter
-    if refits:
-        measured = together(networks[:1], FIRST) if config.report is not None else adapter
-    elif len(networks) > 1 and data.val is not None:
+    adapter = measured = together(networks[refits:], last)
+    if refits and config.report is not None:
+        measured = together(networks[:1], FIRST)
+    elif not refits and len(networks) > 1 and data.val is not None:
         score = validate(adapter, data.val)._asdict()
         decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
-    refit = _word_refit(data, len(networks) - refits)
+    kept = len(networks) - refits
+    parts, refit = _word_parts(decided.parts, kept), _word_refit(data, kept)
     log.info("%s", refit)
     if refits:
         learned = {"pairs": data.rows.pairs, "steps": decided.best}
         log_line({"step": decided.made, "refit": learned})
-    return Trained(
-        adapter, measured, decided, _word_parts(decided.parts, len(networks) - refits), refit
-    )
+    return Trained(adapter, measured, decided, parts, refit)
 
 
 def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, Decided]:
@@ -148,14 +169,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
     config, data = work.config, work.data
     matches = None
     if run.resumed is None:
-        found = initialize(
-            config.group(AdapterOptions),
-            data,
-            work.make_sampler,
-            work.token_widths,
-            config.seed,
-            unpaired_matches=config.unpaired_matches,
-        )
+        found = work.initialize()
         adapter, start, setting, matches = found.adapter, found.name, found.setting, found.matches
         announce_start(found)
     else:
@@ -176,6 +190,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
         made=trainer.steps_made,
         best=trainer.step,
         scores={name: score._asdict() for name, score in scores.items() if score},
+        weights=trainer.weights,
     )
     decided = _match(work, adapter, decided, log_line)
     return adapter, _choose_parts(work, adapter, decided, matches, log_line)
@@ -212,10 +227,10 @@ def _run_phase(
 ) -> Trainer:
     """Train one network in all processes, and save checkpoints."""
     config, state = work.config, run.resumed and run.resumed.state
+    name, setting = start[0], start[1].model_dump(mode="json")
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
-    trainer = work.trainer(phase, adapter)
-    name, setting = start[0], start[1].model_dump(mode="json")
+    trainer = work.trainer(adapter, phase)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     if not phase.number:
         pairs = min(config.batch_size, len(work.sampler(phase)))
@@ -230,13 +245,16 @@ def _run_phase(
 
 def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     """List the networks to train after the first, which is not kept if there is a refit."""
-    refits = work.data.refit_split is not None
-    count = work.config.networks - (not refits)
-    if not decided.best or decided.parts.share == 1:  # one closed form for all seeds
-        count = min(count, refits)
+    refits, networks = work.data.refits, work.config.networks
+    is_unused = decided.parts.share == 1
+    if networks > 1 and (is_unused or not decided.best):  # one closed form for all seeds
+        why = "the kernel CCA stands alone" if is_unused else "the start is kept as it is"
+        log.warning("--networks %d: trains no further network, since %s", networks, why)
+        networks = 1
     what = "refitting" if refits else "training another network"
-    last = 0 if decided.parts.share == 1 else decided.best  # a network without a share
-    return [Phase(n, what, decided.steps, last) for n in range(1, count + 1)]
+    last = 0 if is_unused else decided.best
+    numbers = range(1, networks + refits)
+    return [Phase(n, what, decided.steps, last, decided.weights) for n in numbers]
 
 
 def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Decided:
@@ -249,10 +267,7 @@ def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Dec
     matched = match_outputs(adapter, data, sampler, before, once=once, seed=config.seed)
     if matched is None:
         return decided
-    figures = matched.score._asdict()
-    # Weights & Biases ignores a step before its last one.
-    log_line({"step": decided.made, "validation": figures, "matched": True})
-    scores = {**decided.scores, "matched": figures}
+    scores = _add_score(decided, "matched", matched.score, log_line)
     return decided.model_copy(update={"scores": scores, "covariances": matched.covariances})
 
 
@@ -266,15 +281,22 @@ def _choose_parts(
         return decided
     folds = [Fold(work.sampler(FIRST), data.val)]
     folds += [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
-    joins = config.width is None
-    found = combine(network, data.rows, folds, matches, joins=joins, seed=config.seed)
+    joins, seed = config.width is None, config.seed
+    found = combine(network, data.rows, folds, matches, joins=joins, seed=seed)
     log.info("%s", found.summary)
     if found.combination.kernel is None:
         return decided
-    figures = found.measured.score._asdict()
-    log_line({"step": decided.made, "validation": figures, "matched": True})
-    scores = {**decided.scores, "parts": figures}
+    scores = _add_score(decided, "parts", found.measured.score, log_line)
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
+
+
+def _add_score(
+    decided: Decided, name: str, score: Score, log_line: Log
+) -> dict[str, dict[str, float]]:
+    """Log a score after the last step; return it with those before."""
+    # Weights & Biases ignores a step before its last one.
+    log_line({"step": decided.made, "validation": score._asdict(), "matched": True})
+    return {**decided.scores, name: score._asdict()}
 
 
 def _word_parts(parts: Combination, networks: int) -> str:
@@ -300,18 +322,31 @@ def _word_refit(data: TrainingData, networks: int) -> str:
 
 def follow_phases(work: Work) -> None:
     """Take the same steps as the main process in `run_phases`."""
-    while (phase := distributed.broadcast(_nothing)) is not None:
-        phase, shapes, weights, state = phase
+    while (sent := distributed.receive()) is not None:
+        phase, shapes, weights, state = sent
         adapter = Adapter(shapes, allow=set(work.config.kinds.values()))
         adapter.load_state_dict(weights)
-        trainer = work.trainer(phase, adapter)
+        trainer = work.trainer(adapter, phase)
         if state is not None:
             trainer.load_state_dict(state)
         follow(trainer)
 
 
-def _nothing() -> Any:
-    """Return what the main process broadcasts, which is never called elsewhere."""
+def check_networks(config: TrainConfig, tokens: StoredTokens | None) -> None:
+    """Raise ConfigError if networks cannot stand side by side."""
+    if config.networks == 1:
+        return
+    if tokens is not None:
+        raise ConfigError(
+            f"--networks {config.networks}: networks side by side take no tokens; leave out "
+            "--networks, or --tokens and --token-weight"
+        )
+    for kind in config.kinds.values():
+        if find_kind(kind, allow={kind}).keeps_width:
+            raise ConfigError(
+                f"--networks {config.networks}: {kind} keeps the width of its encoder, and "
+                "networks side by side are wider; leave out --networks, or use another --adapter"
+            )
 
 
 def find_tokens(config: TrainConfig) -> StoredTokens | None:
@@ -323,27 +358,4 @@ def find_tokens(config: TrainConfig) -> StoredTokens | None:
         config.kinds,
         unpaired=config.unpaired,
         sub_batch=config.sub_batch,
-    )
-
-
-def build_trainer(
-    config: TrainConfig,
-    data: TrainingData,
-    tokens: StoredTokens | None,
-    sampler: PairSampler,
-    adapter: Adapter,
-    phase: Phase = FIRST,
-) -> Trainer:
-    """Build a trainer of the adapter."""
-    return Trainer(
-        adapter,
-        data,
-        tokens,
-        sampler,
-        config.group(ObjectiveOptions),
-        config.group(OptimizerOptions),
-        captions=config.captions,
-        device=config.device,
-        seed=config.seed,
-        phase=phase,
     )

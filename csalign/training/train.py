@@ -1,7 +1,6 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
-from typing import Any
 
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
@@ -10,7 +9,7 @@ from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import announce_rows, load_data
 from csalign.training.loggers import check_logs, open_logs, write_page
-from csalign.training.phases import Work, find_tokens, follow_phases, run_phases
+from csalign.training.phases import Work, check_networks, find_tokens, follow_phases, run_phases
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +47,14 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
             check_logs(config.log_to or (), config)
             check_run_folder(config.out, config.features, overwrite=config.overwrite)
         tokens = find_tokens(config)
+        check_networks(config, tokens)
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         work = Work(config, data, tokens)
-        return _train(work) if distributed.is_main_process() else _follow(work)
+        if distributed.is_main_process():
+            return _train(work)
+        follow_phases(work)
+        result: TrainResult = distributed.receive()
+        return result
 
 
 def _train(work: Work) -> TrainResult:
@@ -86,14 +90,3 @@ def _train(work: Work) -> TrainResult:
         refit=trained.refit,
     )
     return distributed.broadcast(lambda: result)
-
-
-def _follow(work: Work) -> TrainResult:
-    """Take the same steps as the main process; write nothing."""
-    follow_phases(work)
-    result: TrainResult = distributed.broadcast(_nothing)
-    return result
-
-
-def _nothing() -> Any:
-    """Return what the main process broadcasts, which is never called elsewhere."""

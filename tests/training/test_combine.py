@@ -34,7 +34,7 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig, ExportConfig
 from csalign.runs.export import export
-from csalign.training.closed_forms.combine import Combination, assemble, can_combine
+from csalign.training.closed_forms.combine import SEARCH, Combination, assemble, can_combine
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
 from csalign.training.sampler import make_sampler
@@ -220,23 +220,26 @@ def test_all_that_reads_parts_gives_the_same_embeddings(
             np.testing.assert_allclose(values, expected, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("stops", [[("kernel CCA: fits", 0), ("refitting: step", 0)]])
+@pytest.mark.parametrize("width", [None, 5])
 def test_a_stopped_run_with_a_kernel_is_an_uninterrupted_one(
-    curved: Path, tmp_path: Path, stops: list[tuple[str, int]]
+    curved: Path, tmp_path: Path, width: int | None
 ) -> None:
-    expected = run(curved, tmp_path / "whole", save_every=1)
+    options: dict[str, Any] = {**QUICK, "save_every": 1, "width": width}
+    expected = run(curved, tmp_path / "whole", **options)
     out = tmp_path / "run"
-    for what, after in stops:
+    for what in (SEARCH, "refitting the closed form", "refitting: step", "kernel CCA of all parts"):
 
-        def progress(now: str, done: int, total: int | None, at: Any = (what, after)) -> None:
-            if now == at[0] and done >= at[1]:
+        def progress(now: str, done: int, total: int | None, stop: str = what) -> None:
+            if now == stop:
                 raise Stopped(signal.SIGTERM)
 
         with pytest.raises(Stopped):
-            train(TrainConfig(features=curved, out=out, save_every=1, **QUICK), progress)
-    result = run(curved, out, save_every=1)
+            train(TrainConfig(features=curved, out=out, **options), progress)
+    result = run(curved, out, **options)
 
     assert result.parts == expected.parts != ""
+    assert result.parts.endswith("instead of the network") or width is None
+    assert result.validation == expected.validation
     one, two = (load_file(own / "adapter.safetensors") for own in (out, tmp_path / "whole"))
     assert one.keys() == two.keys()
     for name, values in two.items():

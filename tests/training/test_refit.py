@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from csalign.adapters.checkpoint import load_adapter, read_info
 from csalign.core.enums import Modality
-from csalign.core.errors import OutputError, SchemaError, Stopped
+from csalign.core.errors import ConfigError, OutputError, SchemaError, Stopped
 from csalign.core.results import TrainResult
 from csalign.features.join import load_rows
 from csalign.features.reader import FeatureSet
@@ -23,6 +23,8 @@ from csalign.training.closed_forms.initialization import fit_setting
 from csalign.training.closed_forms.settings import Setting
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import TrainingData, load_data
+from csalign.training.loop import Phase, Trainer
+from csalign.training.phases import Work
 from csalign.training.sampler import make_sampler
 from csalign.training.train import train
 
@@ -320,3 +322,41 @@ def test_further_networks_without_a_refit_learn_from_the_training_pairs(
     assert set(began) == ({result.best_step} if count else set())
     assert read_info(tmp_path / "run").train_split == "train"
     assert "kept" in result.validation
+
+
+def test_networks_that_would_be_equal_are_not_trained_and_a_warning_says_so(
+    several: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = run(several, tmp_path / "one", steps=0)
+    three = run(several, tmp_path / "three", steps=0, networks=3)
+
+    assert "--networks 3: trains no further network, since the start is kept" in caplog.text
+    assert three.width == one.width
+    assert_same(weights(tmp_path / "three"), weights(tmp_path / "one"))
+
+
+def test_networks_that_cannot_stand_side_by_side_are_refused(several: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--networks 2: identity keeps the width"):
+        run(several, tmp_path / "run", networks=2, image_adapter="identity")
+    assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_refit_repeats_the_weights_of_an_automatic_distribution_term(
+    several: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        features=several, out=tmp_path / "run", **{**QUICK, "cs_weight": "auto", "batch_size": 64}
+    )
+    data, _ = load(several)
+    work = Work(config, data, None)
+
+    def cs_weights(trainer: Trainer) -> list[float]:
+        lines: list[dict[str, Any]] = []
+        assert list(trainer.fit(lines.append))
+        return [line["cs_weight"] for line in lines if "cs_weight" in line]
+
+    first = work.trainer(work.initialize().adapter)
+    expected = cs_weights(first)
+    assert len(set(expected)) > 1
+    phase = Phase(1, "refitting", first.steps, first.steps, first.weights)
+    assert cs_weights(work.trainer(work.initialize().adapter, phase)) == expected

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,9 @@ from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
-from csalign.training.closed_forms.initialization import initialize
-from csalign.training.config import AdapterOptions, DataOptions, TrainConfig, TuneConfig
+from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
-from csalign.training.phases import build_trainer, find_tokens
-from csalign.training.sampler import make_sampler
+from csalign.training.phases import Work, find_tokens
 from csalign.training.tuning.search_space import SearchSpace, search_space
 
 log = logging.getLogger(__name__)
@@ -268,20 +265,9 @@ def _train(
 
     Also return resamples of the compared metrics; None if the trial `prunable` was pruned.
     """
-    tokens = find_tokens(config)
-    options = config.group(DataOptions)
-    sampler = make_sampler(options, config.other_captions, data.rows, tokens, data.held_out)
-    widths = tokens.widths if tokens else {}
-    groups = config.group(AdapterOptions)
-    adapter, start, *_ = initialize(
-        groups,
-        data,
-        partial(make_sampler, options, config.other_captions, data.rows, tokens),
-        widths,
-        config.seed,
-        unpaired_matches=config.unpaired_matches,
-    )
-    trainer = build_trainer(config, data, tokens, sampler, adapter)
+    work = Work(config, data, find_tokens(config))
+    adapter, start, *_ = work.initialize()
+    trainer = work.trainer(adapter)
     is_pruned, number = False, 0
     with closing(trainer.fit(lambda line: None)) as steps:
         for validated in steps:

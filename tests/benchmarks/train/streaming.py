@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +42,9 @@ from csalign.features.schema import (
     write_manifest,
 )
 from csalign.features.writer import Rows, ShardWriter
-from csalign.training.closed_forms.initialization import initialize
-from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
+from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.phases import build_trainer
-from csalign.training.sampler import make_sampler
+from csalign.training.phases import Work
 from csalign.training.train import train
 
 WIDTH = 512
@@ -172,13 +169,12 @@ def rate(options: argparse.Namespace, features: Path) -> None:
                 validations=options.rounds + 1,
                 device="cpu",
                 init="random",
+                other_captions=0,
                 width=256,
             )
             data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
-            make = partial(make_sampler, config.group(DataOptions), 0.0, data.rows, None)
-            sampler = make(data.held_out)
-            adapter, *_ = initialize(config.group(AdapterOptions), data, make, {}, config.seed)
-            trainer = build_trainer(config, data, None, sampler, adapter)
+            work = Work(config, data, None)
+            trainer = work.trainer(work.initialize().adapter)
             trainers[name] = (trainer.fit(lambda line: None), config.batch_size)
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         for number in range(options.rounds + 1):
