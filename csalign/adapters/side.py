@@ -81,7 +81,7 @@ def loud_scale(rows: Rows, *, signed_sqrt: bool) -> Tensor | None:
         is_loud |= deviations > LOUD * most
         if not is_loud.any():
             break
-        scale[is_loud] *= most / deviations[is_loud]
+        scale[is_loud] *= (most / deviations[is_loud]).clamp(max=1)  # never up again
     return scale if is_loud.any() else None
 
 

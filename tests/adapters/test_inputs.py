@@ -70,3 +70,14 @@ def test_moments_are_those_of_the_scaled_rows() -> None:
 
     torch.testing.assert_close(found.cov_xx, plain.cov_xx, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.cov_xy, plain.cov_xy, rtol=1e-4, atol=1e-7)
+
+
+def test_loud_dimensions_with_an_offset_keep_a_finite_scale() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(400, 32)).astype(np.float32)
+    rows[:, [3, 9, 20]] *= 300
+    rows[:, 3] += 5000
+    scale = loud_scale(rows, signed_sqrt=False)
+    assert scale is not None
+    assert scale.max() <= 1
+    assert (scale[[3, 9, 20]] < 0.1).all()
