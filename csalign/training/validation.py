@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from csalign.adapters.model import Adapter
 from csalign.core.enums import Modality
+from csalign.core.errors import TrainingError
 from csalign.core.progress import reported_to, silent
 from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet
@@ -59,7 +60,16 @@ def measure(
     texts: npt.NDArray[np.float32],
     text_image: npt.NDArray[np.int64],
 ) -> Measured:
-    """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`."""
+    """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`.
+
+    Raises:
+        TrainingError: a row is not finite.
+    """
+    if not all(np.isfinite(side).all() for side in (images, texts)):  # ranks would be perfect
+        raise TrainingError(
+            "an adapter gives embeddings that are not finite; look for extreme values in the "
+            "features with csalign inspect, or lower --learning-rate"
+        )
     with reported_to(silent):  # part of a phase that counts something else
         directions = rank_both_ways(images, texts, text_image)
     hits = [(ranks.first[:, None] <= RECALL_AT).mean(1) for ranks in directions]

@@ -245,7 +245,9 @@ def test_training_names_its_rows_and_its_phases(
     assert untested.startswith("no test split")
     assert "csalign split" in untested
     assert few.startswith("validating on 75 images, where the standard error of mean recall is")
-    assert re.match(rf"closed form: {tried} settings in \d+ s, best R [\d.]+ %: CCA", start)
+    assert re.match(
+        rf"closed form: {tried} settings in \d+ s, best R [\d.]+ % over 5 hold-outs: CCA", start
+    )
     assert steps == "training on cpu: 12 steps of 64 pairs"
     assert refit == (
         "refitted on all 300 pairs, the 75 held out included; the figures are those before it"

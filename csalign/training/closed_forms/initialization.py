@@ -107,7 +107,7 @@ def initialize(
     relies = trust is not None and (trust.word != "chance" or not len(samplers[0]))
     if data.val is None:
         form = "assignment" if relies else fits.forms[-1]
-        unused = "" if relies or trust is None else f" ({trust})"
+        unused = "" if relies or trust is None else f"; not used: {trust}"
         return fits.start(Setting(form=form), samplers[0], f"closed form: {{name}}{unused}")
     folds = [_Fold(samplers[0], data.val)]
     if len(samplers) > 1:
@@ -125,6 +125,7 @@ def initialize(
             best = rival
     past = duration(time.monotonic() - began)
     recall = f"{100 * best.measured.score.mean_recall:.1f} %"
+    recall += f" over {len(folds)} hold-outs" * (len(folds) > 1)
     summary = f"closed form: {choice.tried} settings in {past}, best R {recall}: {{name}}{alone}"
     return fits.start(best.setting, samplers[0], summary)
 
