@@ -414,7 +414,10 @@ class Trainer:
 
     def _measure(self, adapter: Adapter) -> Score:
         assert self._val is not None
-        return validate(adapter, self._val, self._token_features)
+        try:
+            return validate(adapter, self._val, self._token_features)
+        except TrainingError as error:
+            raise TrainingError(f"step {self.step}: {error}") from None
 
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""

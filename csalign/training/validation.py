@@ -67,8 +67,8 @@ def measure(
     """
     if not all(np.isfinite(side).all() for side in (images, texts)):  # ranks would be perfect
         raise TrainingError(
-            "an adapter gives embeddings that are not finite; look for extreme values in the "
-            "features with csalign inspect, or lower --learning-rate"
+            "an embedding is nan or infinite; lower --learning-rate, or look for extreme values in "
+            "the features with csalign inspect"
         )
     with reported_to(silent):  # part of a phase that counts something else
         directions = rank_both_ways(images, texts, text_image)

@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_term_and_checkpoint(
     features: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=r"step \d+: .* is (nan|inf)") as caught:
-        run(features, tmp_path / "run", **EXPLODES, validations=40)
+        run(features, tmp_path / "run", **{**EXPLODES, "learning_rate": 1e7}, validations=40)
     message = str(caught.value)
 
     assert "--learning-rate" in message
