@@ -2,7 +2,7 @@
 
 CCA between the rows x of one side and the features of a kernel of the other, y, is a regression of
 the whitened x on y, followed by the directions of largest covariance between x and its
-prediction (Hardoon et al. 2004, equation 3.6, with one kernel linear). The regression is exact
+prediction (Hardoon et al. 2004, with one kernel linear). The regression is exact
 kernel ridge regression in blocks of at most `BLOCK_ROWS` rows, whose predictions are averaged
 (divide and conquer, Zhang, Duchi and Wainwright 2015), so that the cost grows with n, not n^3.
 """

@@ -179,8 +179,8 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
         if not folds:
             if distributed.is_main_process():
                 log.warning(
-                    "%s: too few pairs to hold some out, so there is no validation and the last "
-                    "weights are saved",
+                    "%s: too few pairs to hold some out, so the run is not validated and saves its "
+                    "last weights",
                     joined.name,
                 )
             return _Split(joined, None, (), None, "all pairs are trained on already")

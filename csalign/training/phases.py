@@ -156,7 +156,7 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
         score = validate(adapter, data.val)._asdict()
         decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
     kept = len(networks) - refits
-    parts, refit = _word_parts(decided.parts, kept), _word_refit(data, kept)
+    parts, refit = _word_parts(decided, kept), _word_refit(data, kept)
     log.info("%s", refit)
     if refits:
         learned = {"pairs": data.rows.pairs, "steps": decided.best}
@@ -282,7 +282,8 @@ def _choose_parts(
     folds = [Fold(work.sampler(FIRST), data.val)]
     folds += [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
     joins, seed = config.width is None, config.seed
-    found = combine(network, data.rows, folds, matches, joins=joins, seed=seed)
+    name = _name_of(decided)
+    found = combine(network, data.rows, folds, matches, name=name, joins=joins, seed=seed)
     log.info("%s", found.summary)
     if found.combination.kernel is None:
         return decided
@@ -299,14 +300,20 @@ def _add_score(
     return {**decided.scores, name: score._asdict()}
 
 
-def _word_parts(parts: Combination, networks: int) -> str:
+def _name_of(decided: Decided) -> str:
+    """Name what the first phase has kept: where no step did better, the closed form."""
+    return "network" if decided.best else "closed form"
+
+
+def _word_parts(decided: Decided, networks: int) -> str:
     """Say which parts an adapter has; "" for one network."""
-    kept = "network" if networks == 1 else f"{networks} networks"
+    parts = decided.parts
+    kept = _name_of(decided) if networks == 1 else f"{networks} networks"
     if parts.kernel is None:
         return "" if networks == 1 else kept
     name, percent = parts.kernel.name, round(100 * parts.share)
     if parts.share == 1:
-        return f"{name}, instead of the network"
+        return f"{name}, instead of the {_name_of(decided)}"
     return f"{kept} {100 - percent} %, {name} {percent} %"
 
 

@@ -1,6 +1,5 @@
 """Parts of the final adapter: the trained network and a kernel CCA, side by side or one of them."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,8 +21,6 @@ from csalign.training.closed_forms.settings import POWERS, nearby, ridge_at, ste
 from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.sampler import PairSampler
 from csalign.training.validation import Measured, measure, pool
-
-log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -79,6 +76,7 @@ def combine(
     folds: Sequence[Fold],
     matches: Matches | None,
     *,
+    name: str,
     joins: bool,
     seed: int,
 ) -> Combined:
@@ -91,6 +89,7 @@ def combine(
         rows: of the pairs.
         folds: to choose the kernel by; the network was trained without the rows of the first.
         matches: of unpaired rows, None without any.
+        name: of the network for people, which may still be its closed form.
         joins: whether both may stand side by side, twice as wide.
         seed: of samples.
     """
@@ -99,7 +98,7 @@ def combine(
     found = {0.0: _joined([(own, 1.0)], val)}
     alone = found[0.0]
     if alone.score.is_perfect:
-        summary = "parts: the network alone, which finds every match on validation"
+        summary = f"parts: the {name} alone, which finds every match on validation"
         return Combined(network, Combination(kernel=None, share=0.0), alone, summary)
     setting, kernel = _search(source, folds)
     other = _embed(kernel, val)
@@ -112,7 +111,7 @@ def combine(
     share = best if found[best].beats(alone) else 0.0
     adapter = _put_together([network], kernel, share)
     combination = Combination(kernel=setting if share else None, share=share)
-    summary = _summary(found, share, adapter.image.shape.width)
+    summary = _summary(found, share, name, adapter.image.shape.width)
     return Combined(adapter, combination, found[share], summary)
 
 
@@ -260,10 +259,10 @@ def _joined(parts: Sequence[tuple[list[Array], float]], val: Pairs) -> Measured:
     return measure(images, texts, val.text_image)
 
 
-def _summary(found: Mapping[float, Measured], share: float, width: int) -> str:
+def _summary(found: Mapping[float, Measured], share: float, name: str, width: int) -> str:
     """Word what was chosen, and the recall of each choice."""
     both = [own for own in found if 0 < own < 1]
-    shown = {0.0: "network", 1.0: "kernel"}
+    shown = {0.0: name, 1.0: "kernel"}
     if both:
         best = max(both, key=lambda own: found[own].score.mean_recall)
         shown[share if share in both else best] = "both"
