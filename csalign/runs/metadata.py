@@ -83,7 +83,7 @@ def find_features(run: Path, fingerprint: str) -> Path:
 
     Searched are the path that the run recorded, absolute and as it was typed, the folder of the
     run, and the working directory. A set with another fingerprint does not count; one that differs
-    in its splits alone is used only if there is no exact match.
+    in nothing but its splits is used only if there is no exact match.
 
     Args:
         run: of the run, or a checkpoint in it.
