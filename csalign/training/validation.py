@@ -45,14 +45,14 @@ class Measured(NamedTuple):
     score: Score
     recalls: Doubles  # (captioned images,), whose mean is the mean recall
 
-    def beats(self, simpler: "Measured") -> bool:
-        """Return whether the recall gained on a simpler form is more than its standard error.
+    def beats(self, simpler: "Measured", errors: float = 1.0) -> bool:
+        """Return whether the recall gained on a simpler form is more than some standard errors.
 
         The error is that of the mean of paired differences over the same images.
         """
         gains = self.recalls - simpler.recalls
         error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-        return bool(gains.mean() > error)
+        return bool(gains.mean() > errors * error)
 
 
 def measure(
