@@ -65,6 +65,7 @@ ONLY_DOORS = {
         "sources/arrays/files.py",
         "training/state.py",
     },
+    "sklearn": {"metrics/groups.py"},
     "timm": {"encoders/timm_images.py"},
     "torch.distributed": {"core/distributed.py"},
     "transformers": {"generation/unclip.py", "encoders/hf_texts.py"},
@@ -73,8 +74,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 170  # modules of the package
-MAX_TOTAL_LINES = 35_900
+MAX_TOTAL = 180  # modules of the package
+MAX_TOTAL_LINES = 37_200
 
 
 @cache
