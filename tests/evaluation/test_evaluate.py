@@ -72,6 +72,7 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
         "cs_divergence",
         "mmd",
         "frechet",
+        "frechet_parts",
         "linear_separability",
         "alignment",
         "uniformity",
