@@ -149,8 +149,8 @@ def _mixed(document: Mapping[str, Any]) -> Section:
     names = ("ndcg@10", "recall@10", "same_side@10")
     places = [(*side, name) for side in (("image",), ("text",), ()) for name in names]
     note = (
-        "Queries of each side are searched in one gallery of both; same side: the share of the "
-        "first 10 that are of the query's own side, about 50 % without a gap. "
+        "Queries of each side, and right items of both. Same-side share: how many of the first 10 "
+        "are of the query's own side; without a gap 50 % in the mean of both. "
     )
     note += same_side_words(document["mixed"]["same_side@10"])
     return Section("One gallery of both sides", note, rows=_figures(document, "mixed", places))
@@ -163,8 +163,8 @@ def _groups(document: Mapping[str, Any]) -> Section:
     note = (
         f"By {found['column']!r}: {found['classes']:,} classes, {found['images']:,} images, "
         f"{found['texts']:,} texts. k-means of both sides together, and k-NN that is trained on "
-        "the labels of one side and tested on the other; the majority is the share of the largest "
-        "class, which k-NN has to beat."
+        "the labels of one side and tested on the other; it has to beat the share of the largest "
+        "class."
     )
     return Section("Groups", note, rows=_figures(document, "groups", places))
 
@@ -178,8 +178,10 @@ def _figures(
     for place in places:
         figure = figure_of(".".join((block, *place)))
         prefix, note = "", ""
-        if place[1:] and block in ("retrieval", "mixed"):
-            prefix = place[0].replace("_", " ") + (" queries " if block == "mixed" else " ")
+        if block == "mixed":
+            prefix = f"{place[0]} queries " if place[1:] else "both "
+        elif block == "retrieval" and place[1:]:
+            prefix = place[0].replace("_", " ") + " "
         if ends := _at(document["intervals"].get(block, document["intervals"]), place):
             note = " to ".join(figure.show(end) for end in ends)
         elif error := _at(found.get("standard_errors"), place):
