@@ -61,14 +61,16 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
     1.0
     >>> print(csalign.evaluate(images, texts, intervals=False))
     EvalResult
-      features               arrays
-      adapter                none
-      split                  all
-      counts                 60 images, 60 texts, 60 pairs
-      image to text R@1 % ↑  0.00
-      text to image R@1 % ↑  1.67
-      mean recall % ↑        10.28
-      centroid distance ↓    0.1740
+      features                 arrays
+      adapter                  none
+      split                    all
+      counts                   60 images, 60 texts, 60 pairs
+      image to text R@1 % ↑    0.00
+      text to image R@1 % ↑    1.67
+      mean recall % ↑          10.28
+      centroid distance ↓      0.1740
+      mixed NDCG@10 % ↑        5.40
+      mixed same-side share %  48.58
     """
     config.check()
     unwritten: list[OutputError] = []
