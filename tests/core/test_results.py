@@ -49,7 +49,7 @@ def test_the_repr_names_figures_and_omits_counts_and_repeated_blocks() -> None:
         ("mean recall % ↑", "70.00"),
         ("centroid distance ↓", "0.2000"),
         ("mixed NDCG@10 % ↑", "30.00 ± 10.00"),
-        ("mixed same-side share of 10 (0.5: no gap)", "0.8000"),
+        ("mixed same-side share %", "80.00"),
         ("V-measure ↑", "0.2000 ± 0.1000"),
         ("k-NN accuracy % ↑", "90.00 ± 10.00"),
         ("top-1 % ↑", "50.00 ± 25.00"),
