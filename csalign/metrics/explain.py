@@ -31,8 +31,8 @@ twins.*.R@K :: share of queries with an item among the first K that is a match, 
 twins.*s :: rows that are twins of another pair's
 mixed.*ndcg@K :: one gallery of both sides without the query; sum of 1 / log2(r_i + 1) over right
     items of rank r_i <= K, over its largest possible value; right are all other rows of the query's
-    image, and tied wrong items rank ahead; at most 2,000 queries a side; without a prefix the mean
-    of both sides :: Jarvelin and Kekalainen 2002; as MixBench and GR-CLIP, Li et al. 2025
+    image, and tied wrong items rank ahead; at most 2,000 queries per side; without a prefix the
+    mean of both sides :: Jarvelin and Kekalainen 2002; as MixBench and GR-CLIP, Li et al. 2025
 mixed.*recall@K :: mean over the same queries of the share of the right items that are among the
     first K of the gallery of both sides :: Manning et al. 2008; MixBench, Li et al. 2025
 mixed.*same_side@K :: mean over the same queries of the share of the first K of the gallery of both

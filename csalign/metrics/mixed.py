@@ -19,7 +19,7 @@ Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 DEPTH = 10
-MOST_QUERIES = 2_000  # of a side
+MOST_QUERIES = 2_000  # per side
 TIE = 1e-6  # scores of unit rows closer than this are equal, up to rounding
 
 
@@ -83,8 +83,8 @@ def rank_mixed(
         images: (n, d) float32, unit rows.
         texts: (m, d) float32, unit rows.
         text_image: (m,) row of the image that each text belongs to, -1 for none; not all -1.
-        seed: draws the queries where a side has more than `most`.
-        most: queries of a side.
+        seed: draws the queries where one has more than `most`.
+        most: queries per side.
         strip_bytes: about the size of a table of scores.
     """
     corpus, rng = _Corpus(images, texts, text_image), np.random.default_rng(seed)
