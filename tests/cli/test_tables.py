@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from csalign import inspect
 from csalign.cli import artifact_tables, eval_tables, tables
 from csalign.cli.app import app
+from csalign.cli.diagnosis_tables import diagnosis_table, verdict
 from csalign.core.figures import FIGURES, figure_of
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
@@ -149,7 +150,7 @@ def shown(folder: Path) -> dict[str, Shown]:
         ),
         "diagnose": Shown(
             lambda: diagnosed,
-            eval_tables.diagnosis_tables,
+            diagnosis_table,
             analysis,
             [f"{diagnosed['gap']['frechet']:.4f}", "cosine of gradients", "this run: 7"],
         ),
@@ -407,14 +408,14 @@ def test_inspect_says_what_other_artifacts_are(folder: Path, tmp_path: Path) -> 
 def test_a_diagnosis_takes_the_weight_of_the_run_and_words_it(folder: Path) -> None:
     document = diagnose(DiagnoseConfig(features=folder / "set", adapter=folder / "run"))
     plain = diagnose(DiagnoseConfig(features=folder / "set"))
-    said = " ".join(eval_tables.verdict(document))
+    said = " ".join(verdict(document))
 
     assert document["cs_weight"] == 0.1
     assert plain["cs_weight"] == 1.0
     share = f"{100 * document['gap']['centroid_share']:.0f} % of the gap is a centroid offset"
     assert share in said
     assert "at a minimum the two gradients cancel" in said
-    assert "at a minimum" not in " ".join(eval_tables.verdict(plain))
+    assert "at a minimum" not in " ".join(verdict(plain))
 
 
 def test_two_forms_of_json_are_refused_and_recipes_have_one(folder: Path) -> None:
