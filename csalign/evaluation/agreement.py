@@ -80,7 +80,8 @@ class Agreement:
     repeated: Mapping[Modality, float]  # share of rows equal to an earlier one
     removal: Mapping[Modality, float]  # `mutual_knn` without the first direction
     gains: Mapping[Modality, float]  # in standard errors, from removing the first direction
-    uncentred: float  # `mutual_knn` with both means
+    uncentred: float  # `mutual_knn` of the rows with their means
+    centring: float  # gain in standard errors from removing the means
 
     @property
     def is_random(self) -> bool:
@@ -149,7 +150,7 @@ class Agreement:
                     "a closed form scales it down, other adapters profit from removing it first"
                 )
         loud = [side.plural for side in Modality if self.mean_energy[side] > MEAN_ENERGY]
-        if loud and self.mutual_knn > self.uncentred + CHANCE_DEVIATIONS / self.pairs**0.5 / 10:
+        if loud and self.centring > ERRORS:
             yield (
                 f"the mean has most of the energy of {' and '.join(loud)}, and neighbours agree "
                 f"better without it (mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f} instead of "
@@ -263,9 +264,8 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
         rank[side] = float(torch.exp(torch.special.entr(shares).sum()))
         left = centred[side] - torch.outer(centred[side] @ first, first)
         without = shared_neighbours(nearest(left), near[other])
-        gain, removal[side] = without - shared, float(without.mean())
-        error = float(gain.std()) / n**0.5
-        gains[side] = float(gain.mean()) / error if error else 0.0
+        gains[side], removal[side] = _errors(without - shared), float(without.mean())
+    with_means = shared_neighbours(*map(nearest, plain.values()))
     shifts = {
         side: measure_shift(plain[side], UnitRows()(own[:COMPARED]), seed)
         for side, own in sample.unpaired.items()
@@ -285,8 +285,15 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
         },
         removal=removal,
         gains=gains,
-        uncentred=float(shared_neighbours(*map(nearest, plain.values())).mean()),
+        uncentred=float(with_means.mean()),
+        centring=_errors(shared - with_means),
     )
+
+
+def _errors(gains: Tensor) -> float:
+    """Return the mean of gains (n,) in standard errors."""
+    error = float(gains.std()) / len(gains) ** 0.5
+    return float(gains.mean()) / error if error else 0.0
 
 
 def neighbour_agreement(images: Array, texts: Array) -> float:

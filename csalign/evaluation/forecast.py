@@ -38,9 +38,10 @@ RIDGES = (30.0, 3.0, 0.3, 0.03)
 MOST_DIMENSIONS = 384  # principal ones of a side
 WIDTH = 256
 FEW_PAIRS, FEW_DRAWS, DRAWS = 3_000, 5, 3
-# Of a closed form's curve in log-odds: each doubling gains this share of what the one before did;
-# the gains of four corpora differ from that by a quarter, and galleries of a tenth by 0.2.
-DAMPING, SLOPE_ERROR, GALLERY_ERROR = 0.8, 0.25, 0.1
+# Of a closed form's curve in log-odds: a doubling gains this share of what the one before did, by
+# which the corpora differ by a quarter; what galleries of a tenth exceed is 0.2, give or take 0.2.
+DAMPING, SLOPE_ERROR = 0.8, 0.25
+GALLERY_BIAS, GALLERY_ERROR = 0.1, 0.1  # per log of the ratio
 LAST_DOUBLINGS = 2  # that the slope is taken from
 DEVIATIONS = 2.0  # of a range
 WELL, MODERATELY = 0.5, 0.2  # mean recall
@@ -235,7 +236,7 @@ def learn_curve(sample: Sample, *, seed: int = 0) -> Curve | None:
     sides = [_leading_axes(input_units(rows)(rows)) for rows in (sample.images, sample.texts)]
     rng, found = np.random.default_rng(seed), []
     orders = [rng.permutation(len(sample.images)) for _ in range(draws)]
-    splits = [_hold_out(order, sample.keys, held) for order in orders]
+    splits = [_hold_out(order, sample.keys, held, rng) for order in orders]
     most = min(CURVE_PAIRS, *(len(learned) for learned, _ in splits))
     pairs = np.array([round(share * most) for share in SHARES])
     for learned, measured in track(splits, "learning curve", draws):
@@ -245,7 +246,8 @@ def learn_curve(sample: Sample, *, seed: int = 0) -> Curve | None:
             best = recalls.argmax(0)
             found.append((recalls[best[0], 1] + recalls[best[1], 0]) / 2)
             ridges = ridges[int(best.min()) :]  # more pairs need no larger one
-    return Curve(pairs, log_odds(np.array(found)).reshape(draws, len(pairs)), held // 2)
+    odds = log_odds(np.array(found)).reshape(draws, len(pairs))
+    return Curve(pairs, odds - GALLERY_BIAS * math.log(GALLERY / (held // 2)), held // 2)
 
 
 def _leading_axes(rows: Tensor) -> Tensor:
@@ -255,10 +257,12 @@ def _leading_axes(rows: Tensor) -> Tensor:
     return rows @ torch.linalg.eigh(centred.T @ centred)[1][:, -MOST_DIMENSIONS:]
 
 
-def _hold_out(order: Ints, keys: Ints, held: int) -> tuple[Ints, Ints]:
+def _hold_out(order: Ints, keys: Ints, held: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Return pairs to learn from and different ones to measure, without a common caption."""
-    distinct = order[np.sort(np.unique(keys[order], return_index=True)[1])][:held]
-    return order[~np.isin(keys[order], keys[distinct])], distinct
+    # Each caption is as likely to be held out, so that frequent ones are not all lost.
+    distinct = order[np.unique(keys[order], return_index=True)[1]]
+    measured = rng.permutation(distinct)[:held]
+    return order[~np.isin(keys[order], keys[measured])], measured
 
 
 def _recalls(
@@ -291,8 +295,8 @@ def wrong_ahead(x: Tensor, y: Tensor) -> Ints:
 def gallery_recall(wrong: Ints, size: int, gallery: int = GALLERY) -> float:
     """Return the mean of R@1, 5 and 10 that ranks in a small gallery foretell of a larger one.
 
-    Each of the further items is ahead with the same probability, whose posterior is a beta
-    distribution (prior 1/5, 1) given the items ahead so far.
+    Each query has a probability p with which a further item is ahead. Over the queries p has a
+    beta distribution (a, 1), a by maximum likelihood; a query's own items update it.
 
     Args:
         wrong: (q,), wrong items ahead in a gallery of `size`.
@@ -300,30 +304,21 @@ def gallery_recall(wrong: Ints, size: int, gallery: int = GALLERY) -> float:
         gallery: items of the larger one, >= `size`.
     """
     counts, queries = np.unique(wrong, return_counts=True)
-    further, total = gallery - size, 0.0
-    for ahead, number in zip(counts.tolist(), queries.tolist(), strict=True):
-        a, b = ahead + 0.2, size - ahead
-        chances = np.cumsum(
-            [
-                math.exp(
-                    math.lgamma(further + 1)
-                    - math.lgamma(k + 1)
-                    - math.lgamma(further - k + 1)
-                    + math.lgamma(k + a)
-                    + math.lgamma(further - k + b)
-                    - math.lgamma(further + a + b)
-                    + math.lgamma(a + b)
-                    - math.lgamma(a)
-                    - math.lgamma(b)
-                )
-                for k in range(min(further, max(0, max(RECALL_AT) - 1 - ahead)) + 1)
-            ]
-        )
-        for most in RECALL_AT:
-            left = most - 1 - ahead
-            if left >= 0:
-                total += number * float(chances[min(left, len(chances) - 1)])
-    return total / len(RECALL_AT) / len(wrong)
+    ahead, further = torch.from_numpy(counts).double(), gallery - size
+    weights = torch.from_numpy(queries / len(wrong)).double()
+    shapes = torch.logspace(-2, 1, 31, dtype=torch.float64)[:, None]
+    likelihood = shapes.log() + torch.lgamma(ahead + shapes) - torch.lgamma(size + shapes)
+    likelihood = likelihood + torch.lgamma(size - ahead)
+    a = ahead + shapes[int((likelihood * weights).sum(1).argmax())]
+    b = size - ahead
+    k = torch.arange(min(further, max(RECALL_AT) - 1) + 1, dtype=torch.float64)[:, None]
+    chances = torch.exp(  # (k, c), that k of the further items are ahead
+        (math.lgamma(further + 1) - torch.lgamma(k + 1) - torch.lgamma(further - k + 1))
+        + (torch.lgamma(k + a) + torch.lgamma(further - k + b) - torch.lgamma(further + a + b))
+        + (torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b))
+    )
+    recalled = [(chances * (k + ahead < most)).sum(0) for most in RECALL_AT]
+    return float((torch.stack(recalled).mean(0) * weights).sum())
 
 
 def log_odds(share: Doubles) -> Doubles:
