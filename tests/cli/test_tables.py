@@ -9,6 +9,7 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
+import csalign as library
 from csalign import inspect
 from csalign.cli import artifact_tables, eval_tables, tables
 from csalign.cli.app import app
@@ -123,6 +124,9 @@ def shown(folder: Path) -> dict[str, Shown]:
     training = train(trained)
     analysis = DiagnoseConfig(features=features, adapter=run)
     diagnosed = diagnose(analysis)
+    wide = np.load(folder / "images.npy"), np.load(folder / "texts.npy")[:, :6]
+    foretelling = DiagnoseConfig(features=features)
+    foretold = library.diagnose(features=wide)
     query = SearchConfig(index=folder / "index", embedding=folder / "query.npy", top=3)
     described = inspect(run)
     exporting = ExportConfig(run=run, out=folder / "exported", to="safetensors")
@@ -154,6 +158,12 @@ def shown(folder: Path) -> dict[str, Shown]:
             analysis,
             [f"{diagnosed['gap']['frechet']:.4f}", "cosine of gradients", "this run: 7"],
         ),
+        "foretold": Shown(
+            lambda: foretold,
+            diagnosis_table,
+            foretelling,
+            ["text: without it", "extrapolated", f"{foretold['forecast']['mutual_knn']:.3f}"],
+        ),
         "search": Shown(lambda: find(query), tables.found, query, ["caption of several"]),
         "inspect": Shown(
             lambda: described,
@@ -170,7 +180,18 @@ def shown(folder: Path) -> dict[str, Shown]:
     }
 
 
-COMMANDS = ("eval", "all", "compare", "alone", "tune", "train", "diagnose", "search", "inspect")
+COMMANDS = (
+    "eval",
+    "all",
+    "compare",
+    "alone",
+    "tune",
+    "train",
+    "diagnose",
+    "foretold",
+    "search",
+    "inspect",
+)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -94,8 +94,7 @@ def test_a_direction_that_hides_the_agreement_is_named() -> None:
 
 
 def test_a_mean_that_hides_the_agreement_is_named() -> None:
-    offset = IMAGES + 12
-    found = agreement(offset, TEXTS + 12)
+    found = agreement(IMAGES + 12, TEXTS)
     lines = [line for line in found.findings() if "mean has most of the energy" in line]
 
     assert found.mean_energy[Modality.IMAGE] > 0.8

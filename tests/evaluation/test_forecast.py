@@ -121,9 +121,8 @@ def test_more_pairs_are_foretold_within_the_range() -> None:
 def test_a_known_curve_is_extrapolated_by_flattening_steps() -> None:
     odds = np.array([[-2.0, -1.5, -1.0, -0.5, 0.0]] * 3)
     curve = Curve(np.array([100, 200, 400, 800, 1600]), odds, 1_000)
-    now, twice, four = (
-        float(log_odds(np.array(curve.extrapolated(n)[0]))) for n in (1600, 3200, 6400)
-    )
+    bands = [curve.extrapolated(n) for n in (1600, 3200, 6400)]
+    now, twice, four = log_odds(np.array([band.mean_recall for band in bands]))
 
     assert now == pytest.approx(0)
     assert twice == pytest.approx(0.5 * 0.8)
