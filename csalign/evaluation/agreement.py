@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,12 +48,13 @@ class Sample(NamedTuple):
         return np.sort(np.unique(self.keys, return_index=True)[1])
 
 
-class Shift(NamedTuple):
+@dataclass(frozen=True)
+class Shift:
     """Sliced Wasserstein distance of a side's unpaired rows to its paired ones."""
 
     value: float
     noise: float  # between two halves of the paired rows, of as many rows each
-    spread: float  # mean distance of two paired rows along a projection
+    spread: float  # standard deviation of the paired rows along a direction
 
     @property
     def is_far(self) -> bool:
@@ -63,64 +64,41 @@ class Shift(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Figures of a `Sample`."""
+    """Figures of a `Sample`, named as in the block "forecast"."""
 
-    BY_SIDE: ClassVar = ("mean_energy", "top_energy", "removal", "effective_rank", "repeated")
-    FIGURES: ClassVar = ("cka", "mutual_knn", "mutual_knn_chance", "mutual_knn_uncentred")
-    UNKNOWN: ClassVar = dict.fromkeys(("compared", *FIGURES, "sliced_wasserstein", *BY_SIDE))
-
-    pairs: int  # compared
+    compared: int  # pairs
     cka: float
     mutual_knn: float
-    chance: float  # of `mutual_knn`
-    shifts: Mapping[Modality, Shift]  # of sides with enough unpaired rows
+    mutual_knn_chance: float
+    mutual_knn_uncentred: float  # of the rows with their means
+    centring_errors: float  # standard errors that are gained by removing the means
+    sliced_wasserstein: Mapping[Modality, Shift]  # of sides with enough unpaired rows
     mean_energy: Mapping[Modality, float]  # squared norm of the mean unit row, in [0, 1]
     top_energy: Mapping[Modality, float]  # share of the first principal direction, in [0, 1]
+    removal: Mapping[Modality, float]  # `mutual_knn` without the first direction
+    removal_errors: Mapping[Modality, float]  # standard errors that are gained by that
     effective_rank: Mapping[Modality, float]  # exp of the entropy of the variances
     repeated: Mapping[Modality, float]  # share of rows equal to an earlier one
-    removal: Mapping[Modality, float]  # `mutual_knn` without the first direction
-    gains: Mapping[Modality, float]  # in standard errors, from removing the first direction
-    uncentred: float  # `mutual_knn` of the rows with their means
-    centring: float  # gain in standard errors from removing the means
 
     @property
     def is_random(self) -> bool:
         """Return whether the neighbours agree by chance."""
         # Of random pairs some NEIGHBOURS**2 neighbours agree, about as a Poisson number.
-        return self.mutual_knn < self.chance + CHANCE_DEVIATIONS / self.pairs
+        return self.mutual_knn < self.mutual_knn_chance + CHANCE_DEVIATIONS / self.compared
 
     @property
     def excess(self) -> float:
         """`mutual_knn` above chance."""
-        return self.mutual_knn - self.chance
+        return self.mutual_knn - self.mutual_knn_chance
 
     @property
     def agreed(self) -> str:
         """`mutual_knn` in words."""
-        return f"mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f}, chance {self.chance:.3f}"
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """Plain values for the block "forecast"."""
-        return {
-            "compared": self.pairs,
-            "cka": self.cka,
-            "mutual_knn": self.mutual_knn,
-            "mutual_knn_chance": self.chance,
-            "mutual_knn_uncentred": self.uncentred,
-            "sliced_wasserstein": {
-                side.value: {"value": own.value, "noise": own.noise, "spread": own.spread}
-                for side, own in self.shifts.items()
-            },
-            **{
-                name: {side.value: own for side, own in getattr(self, name).items()}
-                for name in self.BY_SIDE
-            },
-        }
+        return f"mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f}, chance {self.mutual_knn_chance:.3f}"
 
     def findings(self) -> Iterator[str]:
         """Word what stands in the way of an alignment; nothing of fewer than 200 pairs."""
-        if self.pairs < LEAST_TO_COMPARE:
+        if self.compared < LEAST_TO_COMPARE:
             return
         if self.is_random:
             yield f"the pairs look random ({self.agreed}); check the keys that join them"
@@ -131,7 +109,7 @@ class Agreement:
 
     def unpaired(self) -> Iterator[str]:
         """Word which unpaired rows differ from the paired ones."""
-        for side, shift in self.shifts.items():
+        for side, shift in self.sliced_wasserstein.items():
             if shift.is_far:
                 yield (
                     f"the unpaired {side.plural} lie far from the paired ones (sliced Wasserstein "
@@ -142,7 +120,7 @@ class Agreement:
     def directions(self) -> Iterator[str]:
         """Word which directions, or means, to remove."""
         for side in Modality:
-            if self.top_energy[side] > TOP_ENERGY and self.gains[side] > ERRORS:
+            if self.top_energy[side] > TOP_ENERGY and self.removal_errors[side] > ERRORS:
                 yield (
                     f"one direction has {percent(self.top_energy[side], 0)} of the variance of "
                     f"{side.plural}, and neighbours agree better without it (mutual "
@@ -150,11 +128,11 @@ class Agreement:
                     "a closed form scales it down, other adapters profit from removing it first"
                 )
         loud = [side.plural for side in Modality if self.mean_energy[side] > MEAN_ENERGY]
-        if loud and self.centring > ERRORS:
+        if loud and self.centring_errors > ERRORS:
             yield (
                 f"the mean has most of the energy of {' and '.join(loud)}, and neighbours agree "
                 f"better without it (mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f} instead of "
-                f"{self.uncentred:.3f}); a closed form removes it, a raw search should too"
+                f"{self.mutual_knn_uncentred:.3f}); a closed form removes it, so should a raw search"
             )
 
 
@@ -272,21 +250,19 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
         if min(len(own), n // 2) >= LEAST_UNPAIRED
     }
     return Agreement(
-        pairs=n,
+        compared=n,
         cka=linear_cka(*centred.values()),
         mutual_knn=float(shared.mean()),
-        chance=NEIGHBOURS / (n - 1),
-        shifts=shifts,
+        mutual_knn_chance=NEIGHBOURS / (n - 1),
+        mutual_knn_uncentred=float(with_means.mean()),
+        centring_errors=_errors(shared - with_means),
+        sliced_wasserstein=shifts,
         mean_energy={side: float(own.mean(0).square().sum()) for side, own in plain.items()},
         top_energy=top,
-        effective_rank=rank,
-        repeated={
-            side: 1 - len(np.unique(alike(rows))) / len(rows) for side, rows in given.items()
-        },
         removal=removal,
-        gains=gains,
-        uncentred=float(with_means.mean()),
-        centring=_errors(shared - with_means),
+        removal_errors=gains,
+        effective_rank=rank,
+        repeated={side: 1 - len(np.unique(alike(own))) / len(own) for side, own in given.items()},
     )
 
 

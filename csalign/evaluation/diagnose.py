@@ -82,7 +82,9 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     config = with_features(config)
     features = FeatureSet.open(config.feature_set)
     train = "train" if "train" in features.splits() else ALL
-    document = {"forecast": forecast(features, config.split or train, seed=config.seed)}
+    document: dict[str, Any] = {
+        "forecast": forecast(features, config.split or train, seed=config.seed)
+    }
     if config.adapter is not None or features.images.width == features.texts.width:
         document = {**_analyse(config), **document}
     else:

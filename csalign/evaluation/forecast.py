@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
 from csalign.core.enums import Modality
@@ -142,7 +144,7 @@ def forecast(features: FeatureSet, split: str, *, seed: int = 0) -> dict[str, An
         "split": split,
         "pairs": captioned,
         "unpaired": {side.value: count for side, count in unpaired.items()},
-        **(Agreement.UNKNOWN if agreement is None else agreement.document),
+        **(asdict(agreement) if agreement else dict.fromkeys(Agreement.__dataclass_fields__)),
         "expected": expected and {**expected._asdict(), "gallery": GALLERY},
         "curve": [{"pairs": n, **band._asdict()} for n, band in points],
         "extrapolated": [{"pairs": n, **band._asdict()} for n, band in later],
@@ -169,7 +171,7 @@ def word(
     later: Sequence[Band],
 ) -> Iterator[str]:
     """Word a forecast: how well, whether unpaired rows help, what to remove, how many pairs."""
-    if agreement is None or agreement.pairs < LEAST_TO_COMPARE:
+    if agreement is None or agreement.compared < LEAST_TO_COMPARE:
         yield (
             f"{pairs:,} pairs are too few to foretell how well the encoders align; "
             f"{LEAST_TO_COMPARE} different ones say more."
@@ -219,7 +221,7 @@ def _unpaired_help(pairs: int, unpaired: Mapping[Modality, int], agreement: Agre
     if not all(unpaired.values()):
         here = f"here are {counts}" if any(unpaired.values()) else "there are none here"
         return f"Unpaired rows of both sides {degree}; {here}."
-    near = ", which lie where the paired ones do" if agreement.shifts else ""
+    near = ", which lie where the paired ones do" if agreement.sliced_wasserstein else ""
     return f"The {counts}{near}, {degree}."
 
 
@@ -254,7 +256,8 @@ def _leading_axes(rows: Tensor) -> Tensor:
     if rows.shape[1] <= MOST_DIMENSIONS:
         return rows
     centred = rows - rows.mean(0)
-    return rows @ torch.linalg.eigh(centred.T @ centred)[1][:, -MOST_DIMENSIONS:]
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -MOST_DIMENSIONS:]
+    return normalize(rows @ axes, dim=1)
 
 
 def _hold_out(order: Ints, keys: Ints, held: int, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -271,9 +274,7 @@ def _recalls(
     """Fit CCA for some ridges, and measure the mean recall of each on both galleries, (r, 2)."""
     x, y = (side[learned].numpy() for side in sides)
     every = np.arange(len(learned))
-    moments = PairMoments.of(
-        x, y, (every, every), np.ones(len(learned)), (torch.from_numpy, torch.from_numpy)
-    )
+    moments = PairMoments.of(x, y, (every, every), np.ones(len(learned)))
     width = min(WIDTH, x.shape[1], y.shape[1])
     found = []
     for ridge in ridges:

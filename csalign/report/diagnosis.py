@@ -34,22 +34,18 @@ def write_diagnosis(path: Path, document: Mapping[str, Any]) -> None:
 
 def _forecast(found: Mapping[str, Any]) -> Section:
     figure = go.Figure()
-    for key, name, colour in (
+    for key, name_of, colour in (
         ("curve", "linear maps, held-out pairs", IMAGES),
         ("extrapolated", "extrapolated", TEXTS),
     ):
-        points = found[key]
-        means = [100 * own["mean_recall"] for own in points]
-        spreads = {
-            "array": [100 * own["high"] - mean for own, mean in zip(points, means, strict=True)],
-            "arrayminus": [
-                mean - 100 * own["low"] for own, mean in zip(points, means, strict=True)
-            ],
-        }
-        x = [own["pairs"] for own in points]
-        figure.add_scatter(
-            x=x, y=means, name=name, line_color=colour, error_y={**spreads, "symmetric": False}
+        mean, low, high = (
+            [100 * own[name] for own in found[key]] for name in ("mean_recall", "low", "high")
         )
+        up = [top - middle for top, middle in zip(high, mean, strict=True)]
+        down = [middle - bottom for bottom, middle in zip(low, mean, strict=True)]
+        ranges = {"array": up, "arrayminus": down, "symmetric": False}
+        pairs = [own["pairs"] for own in found[key]]
+        figure.add_scatter(x=pairs, y=mean, error_y=ranges, name=name_of, line_color=colour)
     if own := found["expected"]:
         figure.add_hline(y=100 * own["mean_recall"], line={"dash": "dot", "color": OTHER})
     figure.update_xaxes(type="log", dtick=1, title="pairs")

@@ -76,7 +76,7 @@ def test_shuffled_pairs_are_called_random() -> None:
     found = agreement(IMAGES, TEXTS[::-1])
 
     assert found.is_random
-    assert found.mutual_knn == pytest.approx(found.chance, abs=4 / 600)
+    assert found.mutual_knn == pytest.approx(found.mutual_knn_chance, abs=4 / 600)
     assert next(found.findings()).startswith("the pairs look random")
     assert not [*agreement(IMAGES, TEXTS).findings()]
 
@@ -98,7 +98,7 @@ def test_a_mean_that_hides_the_agreement_is_named() -> None:
     lines = [line for line in found.findings() if "mean has most of the energy" in line]
 
     assert found.mean_energy[Modality.IMAGE] > 0.8
-    assert found.uncentred < found.mutual_knn
+    assert found.mutual_knn_uncentred < found.mutual_knn
     assert len(lines) == 1
 
 
@@ -110,7 +110,7 @@ def test_unpaired_rows_from_elsewhere_are_named_and_like_ones_are_not(side: Moda
     near, shifted = (agreement(images, texts, {side: own}) for own in (like, far))
 
     assert not [*near.findings()]
-    assert near.shifts[side].value < 2 * near.shifts[side].noise
+    assert near.sliced_wasserstein[side].value < 2 * near.sliced_wasserstein[side].noise
     [line] = shifted.findings()
     assert line.startswith(f"the unpaired {side.plural} lie far from the paired ones")
 

@@ -13,7 +13,16 @@ from csalign.evaluation.forecast import Curve, expect, gallery_recall, learn_cur
 KEYS = {
     *("split", "pairs", "unpaired", "compared", "cka", "mutual_knn", "mutual_knn_chance"),
     *("mutual_knn_uncentred", "sliced_wasserstein", "mean_energy", "top_energy", "removal"),
-    *("effective_rank", "repeated", "expected", "curve", "extrapolated", "words"),
+    *(
+        "centring_errors",
+        "removal_errors",
+        "effective_rank",
+        "repeated",
+        "expected",
+        "curve",
+        "extrapolated",
+        "words",
+    ),
 }
 
 
@@ -144,7 +153,9 @@ def test_captions_that_are_held_out_are_not_learnt_from() -> None:
 
 
 def test_agreement_and_pairs_raise_the_expectation() -> None:
-    low, high, more = (expect(*own).mean_recall for own in ((0.03, 1e3), (0.2, 1e3), (0.2, 1e4)))
+    low, high, more = (
+        expect(*own).mean_recall for own in ((0.03, 1_000), (0.2, 1_000), (0.2, 10_000))
+    )
 
     assert 0 < low < high < more < 1
     assert expect(-0.01, 1_000).mean_recall < 0.02
