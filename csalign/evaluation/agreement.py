@@ -132,7 +132,7 @@ class Agreement:
             yield (
                 f"the mean has most of the energy of {' and '.join(loud)}, and neighbours agree "
                 f"better without it (mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f} instead of "
-                f"{self.mutual_knn_uncentred:.3f}); a closed form removes it, so should a raw search"
+                f"{self.mutual_knn_uncentred:.3f}); a closed form removes it, a raw search must"
             )
 
 
