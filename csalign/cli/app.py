@@ -12,6 +12,7 @@ import typer
 from csalign.cli import eval_tables, render, tables
 from csalign.cli.artifact_tables import features_table, inspect_table, split_table
 from csalign.cli.command import command_of
+from csalign.cli.diagnosis_tables import diagnosis_table
 from csalign.cli.errors import Commands, error_exits
 from csalign.cli.help import Help, show_help
 from csalign.cli.options import GENERAL, Json
@@ -61,7 +62,7 @@ COMMANDS: dict[str, dict[str, tuple[type[Config], str, Callable[..., None]]]] = 
     "Evaluation": {
         "eval": (EvalConfig, "evaluation.evaluate:evaluate", eval_tables.eval_tables),
         "compare": (CompareConfig, "evaluation.compare:compare", eval_tables.compare_table),
-        "diagnose": (DiagnoseConfig, "evaluation.diagnose:diagnose", eval_tables.diagnosis_tables),
+        "diagnose": (DiagnoseConfig, "evaluation.diagnose:diagnose", diagnosis_table),
     },
     "Use": {
         "apply": (ApplyConfig, "runs.apply:apply", features_table),
@@ -82,7 +83,7 @@ HELP = {
     "tune": "Search settings of train on validation; options you pass stay fixed.",
     "eval": "Measure retrieval and the modality gap.",
     "compare": "Compare runs and evaluations, with paired significance intervals.",
-    "diagnose": "Analyse the alignment/uniformity conflict and decompose the gap.",
+    "diagnose": "Foretell an alignment, analyse the conflict in the loss, decompose the gap.",
     "apply": "Write the aligned embeddings as a new feature set.",
     "index": "Build a search index on disk.",
     "search": "Find the nearest items to a text, an image or an embedding.",

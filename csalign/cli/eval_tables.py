@@ -1,4 +1,4 @@
-"""Tables of the commands that evaluate: eval, compare and diagnose."""
+"""Tables of the commands that evaluate: eval and compare."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from csalign.cli.render import (
     print_wrapped,
 )
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import figure_of, percent, same_side_words
+from csalign.core.figures import figure_of, same_side_words
 from csalign.core.results import leaves
-from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig
+from csalign.evaluation.config import CompareConfig, EvalConfig
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 ESSENTIAL = ("R@1", "R@5", "R@10", "median_rank", "map")
@@ -56,7 +56,7 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
         _figures(document, "distribution")
     else:
         rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
-        print_line(f"{_evaluated(document)}: {renamed(rows, names)}", "bold")
+        print_line(f"{evaluated(document)}: {renamed(rows, names)}", "bold")
     wanted = RETRIEVAL if every else ESSENTIAL
     if "retrieval" in document:
         _retrieval_and_gap(document, names, wanted, every=every)
@@ -68,7 +68,8 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
     print_closing(settings, *_after_eval(document, settings.split))
 
 
-def _evaluated(document: Document) -> str:
+def evaluated(document: Document) -> str:
+    """Word what a document is about: features, adapter and split."""
     adapter = "no adapter" if document["adapter"] is None else f"adapter {document['adapter']}"
     split = "all rows" if document["split"] == "all" else f"split {document['split']}"
     return f"{document['features']}, {adapter}, {split}"
@@ -295,79 +296,3 @@ def _after_compare(rows: Sequence[Document], systems: Sequence[Any]) -> Iterator
     best = max(zip(rows, systems, strict=True), key=lambda pair: pair[0]["mean_recall"])[1]
     if Path(best, "adapter.json").is_file():
         yield ("export", best, "--to", "onnx", "--out", first_free("exported"))
-
-
-TERMS = {
-    "loss": "loss",
-    "alignment": "alignment: pulls the rows of a pair together",
-    "uniformity": "uniformity: pushes all rows apart",
-    "gradient_cosine": "cosine of gradients: -1 cancel, 1 agree",
-}
-NAMED = {"logit_scale": "logit scale", "cs_weight": "CS weight"}
-CONFLICT = {-0.9: "nearly cancel", -0.5: "conflict", -0.1: "conflict slightly"}
-"""Words for the cosine between two gradients below a limit."""
-
-
-def diagnosis_tables(document: Document, settings: DiagnoseConfig) -> None:
-    """Print the document of ``csalign diagnose``: a verdict, both objectives, then the gap."""
-    infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
-    features, adapter = document["features"], document["adapter"]
-    print_line(f"{_evaluated(document)}: {document['pairs']:,} pairs", "bold")
-    given = settings.model_dump(include={*NAMED})
-    source = {name: "this run: " if adapter and given[name] is None else "" for name in NAMED}
-    print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
-    print_line()
-    for sentence in verdict(document):
-        print_wrapped(sentence)
-    print_line()
-    labels = [*TERMS.values()]
-    blocks = {"InfoNCE": infonce, "with CS": objective}
-    print_table(
-        labels, {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
-    )
-    print_title("divergence and gap")
-    cosine = objective["infonce_cs_gradient_cosine"]
-    meanings = [
-        ("CS divergence", f"{objective['cs_divergence']:.4f}", "between the two distributions"),
-        ("CS, cross term", f"{objective['cs_cross']:.4f}", "attracts the two sides"),
-        ("CS, terms within", f"{objective['cs_intra']:.4f}", "spread each side"),
-        ("InfoNCE and CS", f"{cosine:+.2f}", "cosine of their gradients: -1 oppose, 1 agree"),
-        (figure_of("gap.frechet").label, f"{gap['frechet']:.4f}", "size of the gap, as Gaussians"),
-        ("centroid offset", percent(gap["centroid_share"], 0), "of it; centring removes this"),
-        ("shape difference", percent(gap["shape_share"], 0), "of it; only training removes this"),
-    ]
-    for side in ("image", "text"):
-        label = renamed(f"uniformity, {side}", document.get("names"))
-        meanings.append((label, f"{gap[f'uniformity_{side}']:.4f}", "lower is more spread out"))
-    print_rows([(name, f"{value:>8}   {meaning}") for name, value, meaning in meanings])
-    train = ("train", features, "--out", first_free("run"))
-    print_closing(settings, ("eval", features, "--adapter", adapter) if adapter else train)
-
-
-def verdict(document: Document) -> Iterator[str]:
-    """Word what a diagnosis means, in three or four sentences."""
-    infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
-    plain, full = infonce["gradient_cosine"], objective["gradient_cosine"]
-    degrees = [word for limit, word in CONFLICT.items() if plain < limit]
-    change = "changes that little" if abs(full - plain) < 0.05 else "raises that"
-    if full <= plain - 0.05:
-        change = "lowers that"
-    yield (
-        f"InfoNCE's alignment and uniformity {[*degrees, 'do not conflict'][0]} here (cosine of "
-        f"gradients {plain:+.2f}; at -1 they cancel and the gap stays). CS at weight "
-        f"{document['cs_weight']:g} {change} ({full:+.2f})."
-    )
-    both = objective["infonce_cs_gradient_cosine"]
-    relation = "pull the same way" if both > 0.5 else "oppose each other"
-    if abs(both) <= 0.5:
-        relation = "are nearly independent, so CS adds what InfoNCE lacks"
-    yield f"The gradients of InfoNCE and of CS {relation} (cosine {both:+.2f})."
-    yield (
-        f"{percent(gap['centroid_share'], 0)} of the gap is a centroid offset, which centring "
-        f"alone would remove; {percent(gap['shape_share'], 0)} is a difference in shape."
-    )
-    if document["adapter"] is not None:
-        yield (
-            "Read the conflict on embeddings from before training, without --adapter: at a minimum "
-            "the two gradients cancel by definition."
-        )

@@ -164,7 +164,7 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, P
 
 
 class DiagnoseConfig(SourceOptions):
-    """``csalign diagnose``: the conflict between alignment and uniformity.
+    """``csalign diagnose``: what can be foretold, and the conflict within the loss.
 
     >>> DiagnoseConfig(features="features").pairs
     1000

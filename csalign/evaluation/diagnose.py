@@ -1,8 +1,9 @@
-"""``csalign diagnose``: the conflict between the two parts of the loss, and the gap's parts."""
+"""``csalign diagnose``: what can be foretold, the conflict within the loss, and the gap's parts."""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,15 @@ from csalign.core.outputs import check_page
 from csalign.core.progress import Progress, silent, tick, track
 from csalign.core.results import Result
 from csalign.evaluation.config import DiagnoseConfig
+from csalign.evaluation.forecast import forecast
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
+from csalign.features.join import ALL
+from csalign.features.reader import FeatureSet
 from csalign.metrics.gap import centroid_distance, frechet_distance, uniformity
 from csalign.objective.divergences import cs_terms
 from csalign.objective.pairwise import alignment_uniformity
-from csalign.report.evaluation import write_diagnosis
+from csalign.report.diagnosis import write_diagnosis
 from csalign.runs.metadata import read_lines, read_settings, run_folder
 
 log = logging.getLogger(__name__)
@@ -52,7 +56,10 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
-    """Decompose InfoNCE and the full objective on given embeddings.
+    """Foretell an alignment, and decompose InfoNCE and the full objective on given embeddings.
+
+    The forecast is made of the training rows before any adapter (split train if there is one);
+    for sides of different widths without an adapter it is all there is; see `forecast`.
 
     InfoNCE is alignment, which pulls pairs together, plus uniformity, which pushes everything
     apart, matched pairs included; where the cosine of their gradients is near -1 they cancel, and
@@ -73,6 +80,27 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     if config.report is not None:
         check_page(config.report)
     config = with_features(config)
+    features = FeatureSet.open(config.feature_set)
+    train = "train" if "train" in features.splits() else ALL
+    document: dict[str, Any] = {
+        "forecast": forecast(features, config.split or train, seed=config.seed)
+    }
+    if config.adapter is not None or features.images.width == features.texts.width:
+        document = {**_analyse(config), **document}
+    else:
+        document = {"features": str(features.path), "names": features.manifest.names, **document}
+        log.info(
+            "%s: images are %d wide and texts %d, so the conflict and the gap need an adapter; "
+            "pass --adapter RUN for them",
+            *(features.path, features.images.width, features.texts.width),
+        )
+    if config.report is not None:
+        write_diagnosis(config.report, document)
+    return Result(document)
+
+
+def _analyse(config: DiagnoseConfig) -> dict[str, Any]:
+    """Measure the conflict and the parts of the gap."""
     aligned = load_aligned(config)
     scale = config.logit_scale
     if scale is None:
@@ -102,7 +130,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     infonce, divergence = alignment_uniformity(x, y, logit_scale=scale), cs_terms(x, y, sigma=sigma)
     alignment, uniform = float(infonce.alignment), float(infonce.uniformity)
     cs_cross, cs_intra = float(divergence.cross), float(divergence.intra)
-    document = {
+    return {
         **aligned.describe(),
         "pairs": len(x),
         "logit_scale": scale,
@@ -132,9 +160,6 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
             for at in gradients
         ],
     }
-    if config.report is not None:
-        write_diagnosis(config.report, document)
-    return Result(document)
 
 
 def _trained_weight(adapter: Path) -> float:

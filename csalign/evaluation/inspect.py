@@ -12,6 +12,7 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json, read_job, read_object
 from csalign.core.results import Result
+from csalign.evaluation.agreement import COMPARED, measure_agreement, read_sample
 from csalign.evaluation.config import InspectConfig
 from csalign.features.checks import examine
 from csalign.features.join import ALL, join_ids
@@ -40,6 +41,7 @@ DOCUMENTS = {  # of --json, by a key that the others lack
     "zero_shot": "evaluation",
     "distribution": "evaluation",
     "evaluations": "comparison",
+    "forecast": "diagnosis",
     "by_scale": "diagnosis",
     "queries": "search result",
 }
@@ -133,8 +135,11 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
 def _inspect_features(folder: Path) -> dict[str, Any]:
     features = FeatureSet.open(folder)
     features.verify()
-    join_ids(features, ALL)  # finds repeated ids and texts without their image
+    joined = join_ids(features, ALL)  # finds repeated ids and texts without their image
     health, findings = examine(features)
+    if joined.caption_counts.any():
+        agreement = measure_agreement(read_sample(features, joined, COMPARED, 0, windows=True))
+        findings += [] if agreement is None else agreement.findings()
     return summarise_features(features) | {"health": health, "findings": findings}
 
 

@@ -17,6 +17,7 @@ from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
 from csalign.core.progress import tick
+from csalign.evaluation.agreement import COMPARED
 from csalign.features import join
 from csalign.features.arrays import IN_MEMORY
 from csalign.features.checks import warn_of_repeats, warn_of_rows
@@ -143,7 +144,7 @@ def announce_rows(data: TrainingData) -> None:
         )
     if val is not None:
         warn_of_few(int((val.caption_counts > 0).sum()))
-    warn_of_pairs(rows)
+    warn_of_pairs(rows, data.unpaired.sample(COMPARED))
 
 
 class _Split(NamedTuple):
@@ -286,6 +287,15 @@ class Unpaired:
         """Draw row numbers of one side with replacement, ascending; none of an empty side."""
         total = self.count(side)
         return np.sort(rng.integers(0, total, count if total else 0))
+
+    def sample(self, most: int) -> dict[Modality, Array]:
+        """Take at most some rows of each side, spread evenly."""
+        counts = {side: self.count(side) for side in self.parts}
+        return {
+            side: self.take(side, np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+            for side, n in counts.items()
+            if n
+        }
 
     def take(self, side: Modality, chosen: Ints) -> Array:
         """Take rows by ascending number; (k, d) float32."""

@@ -9,9 +9,11 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
+import csalign as library
 from csalign import inspect
 from csalign.cli import artifact_tables, eval_tables, tables
 from csalign.cli.app import app
+from csalign.cli.diagnosis_tables import diagnosis_table, verdict
 from csalign.core.figures import FIGURES, figure_of
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
@@ -140,6 +142,9 @@ def shown(folder: Path) -> dict[str, Shown]:
     training = train(trained)
     analysis = DiagnoseConfig(features=features, adapter=run)
     diagnosed = diagnose(analysis)
+    wide = np.load(folder / "images.npy"), np.load(folder / "texts.npy")[:, :6]
+    foretelling = DiagnoseConfig(features=features)
+    foretold = library.diagnose(features=wide)
     query = SearchConfig(index=folder / "index", embedding=folder / "query.npy", top=3)
     described = inspect(run)
     exporting = ExportConfig(run=run, out=folder / "exported", to="safetensors")
@@ -167,9 +172,15 @@ def shown(folder: Path) -> dict[str, Shown]:
         ),
         "diagnose": Shown(
             lambda: diagnosed,
-            eval_tables.diagnosis_tables,
+            diagnosis_table,
             analysis,
             [f"{diagnosed['gap']['frechet']:.4f}", "cosine of gradients", "this run: 7"],
+        ),
+        "foretold": Shown(
+            lambda: foretold,
+            diagnosis_table,
+            foretelling,
+            ["text: without it", "extrapolated", f"{foretold['forecast']['mutual_knn']:.3f}"],
         ),
         "search": Shown(lambda: find(query), tables.found, query, ["caption of several"]),
         "inspect": Shown(
@@ -187,7 +198,18 @@ def shown(folder: Path) -> dict[str, Shown]:
     }
 
 
-COMMANDS = ("eval", "all", "compare", "alone", "tune", "train", "diagnose", "search", "inspect")
+COMMANDS = (
+    "eval",
+    "all",
+    "compare",
+    "alone",
+    "tune",
+    "train",
+    "diagnose",
+    "foretold",
+    "search",
+    "inspect",
+)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -425,14 +447,14 @@ def test_inspect_says_what_other_artifacts_are(folder: Path, tmp_path: Path) -> 
 def test_a_diagnosis_takes_the_weight_of_the_run_and_words_it(folder: Path) -> None:
     document = diagnose(DiagnoseConfig(features=folder / "set", adapter=folder / "run"))
     plain = diagnose(DiagnoseConfig(features=folder / "set"))
-    said = " ".join(eval_tables.verdict(document))
+    said = " ".join(verdict(document))
 
     assert document["cs_weight"] == 0.1
     assert plain["cs_weight"] == 1.0
     share = f"{100 * document['gap']['centroid_share']:.0f} % of the gap is a centroid offset"
     assert share in said
     assert "at a minimum the two gradients cancel" in said
-    assert "at a minimum" not in " ".join(eval_tables.verdict(plain))
+    assert "at a minimum" not in " ".join(verdict(plain))
 
 
 def test_two_forms_of_json_are_refused_and_recipes_have_one(folder: Path) -> None:

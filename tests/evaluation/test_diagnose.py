@@ -91,7 +91,7 @@ def test_the_page_says_what_the_document_says_and_needs_no_network(tmp_path: Pat
     own = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.S)
 
     assert f"{document['infonce']['loss']:.4f}" in text
-    assert own.count('class="plotly-graph-div"') == 2
+    assert own.count('class="plotly-graph-div"') == 3
     assert not re.search(r"(src|href)=", own)
     assert "default-src 'none'" in text
     share = 100 * document["gap"]["centroid_share"]

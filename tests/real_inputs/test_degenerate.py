@@ -119,13 +119,18 @@ def imported(folder: Path, images: Array, texts: Array) -> Path:
     return folder / "f"
 
 
+def of_sides(document: Any) -> list[str]:
+    """Findings beside those of the pairs, which are random here."""
+    return [line for line in document["findings"] if "10-NN" not in line]
+
+
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_embeddings_cause_no_warning(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     document = csalign.inspect(imported(tmp_path, *HEALTHY[name]()))
 
-    assert document["findings"] == []
+    assert of_sides(document) == []
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert document["health"]["image"]["rows"] == document["counts"]["images"]
 
@@ -138,7 +143,7 @@ def test_degenerate_embeddings_are_named_at_import_and_by_inspect(
     features = imported(tmp_path, *rows())
     document = csalign.inspect(features)
 
-    (found,) = document["findings"]
+    (found,) = of_sides(document)
     np.testing.assert_allclose(document["health"]["image"][figure], value, rtol=0.05, atol=0.02)
     assert re.match(line, found)
     assert caplog.messages == [f"{features}: {found}"]
@@ -147,7 +152,7 @@ def test_degenerate_embeddings_are_named_at_import_and_by_inspect(
 def test_real_features_are_healthy(caplog: pytest.LogCaptureFixture) -> None:
     document = csalign.inspect(SAMPLE / "features")
 
-    assert document["findings"] == []
+    assert of_sides(document) == []
     assert document["health"]["image"]["mean_cosine"] == pytest.approx(0.32, abs=0.02)
     assert document["health"]["text"]["mean_cosine"] == pytest.approx(0.14, abs=0.02)
     assert document["health"]["text"]["effective_dimensions"] > 50

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import csalign
-from csalign.training.advice import neighbour_agreement
+from csalign.evaluation.agreement import neighbour_agreement
 
 RNG = np.random.default_rng(0)
 LATENT = RNG.normal(size=(600, 12))

@@ -1,0 +1,156 @@
+"""Tables of ``csalign diagnose``."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from csalign.cli.eval_tables import evaluated
+from csalign.cli.next_steps import first_free
+from csalign.cli.render import (
+    print_closing,
+    print_line,
+    print_rows,
+    print_table,
+    print_title,
+    print_wrapped,
+)
+from csalign.core.enums import Names, renamed
+from csalign.core.figures import figure_of, percent
+from csalign.evaluation.config import DiagnoseConfig
+
+Document = Mapping[str, Any]
+
+TERMS = {
+    "loss": "loss",
+    "alignment": "alignment: pulls the rows of a pair together",
+    "uniformity": "uniformity: pushes all rows apart",
+    "gradient_cosine": "cosine of gradients: -1 cancel, 1 agree",
+}
+NAMED = {"logit_scale": "logit scale", "cs_weight": "CS weight"}
+CONFLICT = {-0.9: "nearly cancel", -0.5: "conflict", -0.1: "conflict slightly"}
+"""Words for the cosine between two gradients below a limit."""
+SIDES = (
+    ("effective_rank", "effective rank", ".0f", "dimensions that vary"),
+    ("mean_energy", "energy of the mean", ".0%", "of the squared norm"),
+    ("top_energy", "first direction", ".0%", "of the variance"),
+    ("removal", "without it", ".3f", "mutual 10-NN"),
+    ("repeated", "repeated rows", ".0%", "equal to an earlier one"),
+)
+"""Figures of a side: key, label, format and meaning."""
+
+
+def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
+    """Print the document of ``csalign diagnose``: the forecast, the objectives, then the gap."""
+    features, adapter = document["features"], document.get("adapter")
+    _forecast(document["forecast"], features, document.get("names"))
+    if "objective" in document:
+        print_line()
+        _conflict(document, settings)
+    train = ("train", features, "--out", first_free("run"))
+    print_closing(settings, ("eval", features, "--adapter", adapter) if adapter else train)
+
+
+def _forecast(found: Document, features: str, names: Names | None) -> None:
+    """Print what is foretold in words, then its figures."""
+    split = "all rows" if found["split"] == "all" else f"split {found['split']}"
+    print_line(renamed(f"{features}, {split}: {found['pairs']:,} pairs", names), "bold")
+    for sentence in found["words"]:
+        print_wrapped(renamed(sentence, names))
+    rows = [
+        (f"linear maps, {own['pairs']:,} pairs", f"{_range(own)}{note}")
+        for own, note in (
+            *((own, "") for own in found["curve"]),
+            *((own, ", extrapolated") for own in found["extrapolated"]),
+        )
+    ]
+    if found["expected"]:
+        rows.append(("after training", f"{_range(found['expected'])}, by the agreement"))
+    if rows:
+        print_title("mean recall in a gallery of 1,000")
+        print_rows(rows)
+    if found["mutual_knn"] is None:
+        return
+    print_title("agreement of the encoders")
+    shown = [
+        (
+            "mutual 10-NN",
+            f"{found['mutual_knn']:.3f}",
+            f"{found['mutual_knn_chance']:.3f} by chance",
+        ),
+        ("linear CKA", f"{found['cka']:.3f}", "of 1"),
+    ]
+    for side in ("image", "text"):
+        shown += [
+            (f"{side}: {label}", f"{found[key][side]:{form}}", meaning)
+            for key, label, form, meaning in SIDES
+        ]
+        if own := found["sliced_wasserstein"].get(side):
+            noise = f"sliced Wasserstein to paired rows; {own['noise']:.3f} is noise"
+            shown.append((f"{side}: unpaired rows", f"{own['value']:.3f}", noise))
+    print_rows([(renamed(name, names), f"{value:>6}   {note}") for name, value, note in shown])
+
+
+def _range(own: Document) -> str:
+    mean, low, high = (percent(own[key], 0) for key in ("mean_recall", "low", "high"))
+    return f"{mean:>5} ({low.removesuffix(' %')} to {high})"
+
+
+def _conflict(document: Document, settings: DiagnoseConfig) -> None:
+    infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
+    print_line(f"{evaluated(document)}: {document['pairs']:,} pairs", "bold")
+    adapter = document["adapter"]
+    given = settings.model_dump(include={*NAMED})
+    source = {name: "this run: " if adapter and given[name] is None else "" for name in NAMED}
+    print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
+    print_line()
+    for sentence in verdict(document):
+        print_wrapped(sentence)
+    print_line()
+    labels = [*TERMS.values()]
+    blocks = {"InfoNCE": infonce, "with CS": objective}
+    print_table(
+        labels, {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
+    )
+    print_title("divergence and gap")
+    cosine = objective["infonce_cs_gradient_cosine"]
+    meanings = [
+        ("CS divergence", f"{objective['cs_divergence']:.4f}", "between the two distributions"),
+        ("CS, cross term", f"{objective['cs_cross']:.4f}", "attracts the two sides"),
+        ("CS, terms within", f"{objective['cs_intra']:.4f}", "spread each side"),
+        ("InfoNCE and CS", f"{cosine:+.2f}", "cosine of their gradients: -1 oppose, 1 agree"),
+        (figure_of("gap.frechet").label, f"{gap['frechet']:.4f}", "size of the gap, as Gaussians"),
+        ("centroid offset", percent(gap["centroid_share"], 0), "of it; centring removes this"),
+        ("shape difference", percent(gap["shape_share"], 0), "of it; only training removes this"),
+    ]
+    for side in ("image", "text"):
+        label = renamed(f"uniformity, {side}", document.get("names"))
+        meanings.append((label, f"{gap[f'uniformity_{side}']:.4f}", "lower is more spread out"))
+    print_rows([(name, f"{value:>8}   {meaning}") for name, value, meaning in meanings])
+
+
+def verdict(document: Document) -> Iterator[str]:
+    """Word what a diagnosis means, in three or four sentences."""
+    infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
+    plain, full = infonce["gradient_cosine"], objective["gradient_cosine"]
+    degrees = [word for limit, word in CONFLICT.items() if plain < limit]
+    change = "changes that little" if abs(full - plain) < 0.05 else "raises that"
+    if full <= plain - 0.05:
+        change = "lowers that"
+    yield (
+        f"InfoNCE's alignment and uniformity {[*degrees, 'do not conflict'][0]} here (cosine of "
+        f"gradients {plain:+.2f}; at -1 they cancel and the gap stays). CS at weight "
+        f"{document['cs_weight']:g} {change} ({full:+.2f})."
+    )
+    both = objective["infonce_cs_gradient_cosine"]
+    relation = "pull the same way" if both > 0.5 else "oppose each other"
+    if abs(both) <= 0.5:
+        relation = "are nearly independent, so CS adds what InfoNCE lacks"
+    yield f"The gradients of InfoNCE and of CS {relation} (cosine {both:+.2f})."
+    yield (
+        f"{percent(gap['centroid_share'], 0)} of the gap is a centroid offset, which centring "
+        f"alone would remove; {percent(gap['shape_share'], 0)} is a difference in shape."
+    )
+    if document["adapter"] is not None:
+        yield (
+            "Read the conflict on embeddings from before training, without --adapter: at a minimum "
+            "the two gradients cancel by definition."
+        )
