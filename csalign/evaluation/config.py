@@ -35,7 +35,9 @@ class SourceOptions(AdaptedOptions):
         "Required unless --images is given.",
     )
     adapter: RunSource | None = Field(
-        None, description="Run folder (default: evaluate the features as they are)."
+        None,
+        description="Run folder, or a baseline fitted here: mean-shift, standardised or "
+        "closed-form (default: evaluate the features as they are).",
     )
 
     @property
@@ -199,7 +201,8 @@ class CompareConfig(AdaptedOptions):
         min_length=1,
         title="FEATURES|RUN|EVAL.json",
         description="Feature sets without an adapter, runs, evaluated on the features they were "
-        "trained on, and documents of csalign eval --json.",
+        "trained on, documents of csalign eval --json, and mean-shift, standardised or "
+        "closed-form, fitted on --features or the first feature set.",
     )
     features: Location | None = Field(
         None, description="Feature set to evaluate all runs on (default: those of each)."

@@ -205,7 +205,8 @@ def extras_of(config: EvalConfig, aligned: AlignedRows) -> Extras:
     """Read what the extra metrics of the options need; see `prepare_extras`."""
 
     def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
-        loaded = load_adapter(config, features)  # again, which checks these features' widths
+        # Again, which checks these features' widths.
+        loaded = load_adapter(config, features, aligned.features, aligned.split)
         return embed(loaded and loaded[0], features, rows, Modality.TEXT)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
