@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csalign.cli.baseline_table import baseline_table
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.cli.render import (
     is_verbose,
@@ -55,6 +56,8 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
     if "retrieval" in document:
         _retrieval_and_gap(document, names, wanted, every=every)
     _further_tables(document, names, wanted)
+    if settings.baselines and "baselines" in document:
+        baseline_table(document)
     if "distribution" not in document:
         print_line()
         for note in _notes(document, every=every):

@@ -10,7 +10,8 @@ from csalign.core.errors import ConfigError
 from csalign.core.figures import counted, figure_of
 from csalign.core.progress import CALL_KEYS, current_call
 
-_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_NO_FIGURES = {"counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names"}
+_NO_FIGURES |= {"baselines"}  # those shown are of the evaluated rows
 _SHOWN = ("mean_recall", "R@1", "centroid_distance")  # figures of retrieval and gap
 _SHOWN_ITEMS = 8  # of a list
 

@@ -138,9 +138,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
                 is_run = path.is_dir() or is_baseline(path)
                 entries.append(_evaluate(path, config, rows) if is_run else _read_document(path))
         except ShapeError as error:
-            if total == 1 or not (path / MANIFEST).is_file():
+            if total == 1 or not ((path / MANIFEST).is_file() or is_baseline(path)):
                 raise
-            log.warning("left out, as there is no retrieval without an adapter: %s", error)
+            log.warning("left out: %s", error)
     if not entries:
         raise DataError("nothing to compare is left; pass runs")
     warn_of_trained([entry.aligned for entry in entries if entry.aligned is not None])

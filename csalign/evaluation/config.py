@@ -133,10 +133,15 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, P
 
     example: ClassVar[str] = "csalign eval features --adapter run --split test --report eval.html"
     common: ClassVar[tuple[str, ...]] = (
-        *("adapter", "split", "report", "all_figures", "explain", "by", "correct", "protocol"),
-        *("intervals", "seed", "device"),
+        *("adapter", "split", "report", "baselines", "all_figures", "explain", "by", "correct"),
+        *("protocol", "intervals", "seed", "device"),
     )
 
+    baselines: bool = Field(
+        False,
+        description="Also measure what needs no training: raw, mean-shift, standardised and "
+        "closed-form.",
+    )
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
 

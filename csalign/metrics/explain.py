@@ -83,6 +83,7 @@ zero_shot.* :: counts
 features :: evaluated feature set
 adapter :: adapter applied to the features; null for none
 split :: evaluated rows of the features
+fitted_on :: rows that a baseline was fitted on
 fingerprints.* :: SHA-256 of the features' content and of the adapter's weights
 parameters :: number of parameters of the adapter
 bandwidth :: of the kernel k in cs_divergence and mmd
@@ -138,7 +139,7 @@ def _name(place: str, pattern: str) -> str | None:
 
 def pattern_of(place: str) -> str:
     """Find the key of `EXPLANATIONS` for a place in a document, or raise KeyError."""
-    plain = re.sub(r"@\d+$", "@K", place.removeprefix("before."))
+    plain = re.sub(r"@\d+$", "@K", re.sub(r"^(before|baselines\.[^.]+)\.", "", place))
     for pattern in EXPLANATIONS:
         if fnmatchcase(plain, pattern):
             return pattern

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from csalign.core.figures import figure_of
+from csalign.report.baselines import baselines_section
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
@@ -83,6 +84,7 @@ def write_evaluation(
     sections = [*curves] if is_training else []
     if document is not None:
         sections += [_retrieval(document), _gap(document)]
+        sections += [baselines_section(document)] if document.get("baselines") else []
     for view in views:
         sections += _projections(view, labels)
     if views:
