@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csalign.adapters.kinds import is_baseline
 from csalign.cli.baseline_table import baseline_table
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.cli.render import (
@@ -211,7 +212,7 @@ def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
     if "retrieval" not in document:
         return
     features, adapter = document["features"], document["adapter"]
-    if adapter is None:
+    if adapter is None or is_baseline(adapter):
         yield ("train", features, "--out", first_free("run"))
         return
     systems = [features, adapter] if has_one_width(features) else [adapter]

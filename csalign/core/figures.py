@@ -107,6 +107,7 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+LEARNED = "the rows that the run was trained on"
 _BASELINES = {
     "recall %": "retrieval.mean_recall",
     "mixed %": "mixed.ndcg@10",
@@ -146,8 +147,10 @@ def baseline_notes(document: Mapping[str, Any]) -> Iterator[str]:
         if "fitted_on" in own:
             splits.setdefault(own["fitted_on"], []).append(name)
     for split, names in splits.items():
-        measured = ", the measured rows themselves" if split == document["split"] else ""
-        yield f"{', '.join(names)}: fitted on {split}{measured}, without training."
+        measured = set(document["split"].split(",")) & {"all", *split.split(",")}
+        where = {"all": "all rows", LEARNED: LEARNED}.get(split, f"split {split}")
+        also = ", which is measured here too" * bool(measured)
+        yield f"{', '.join(names)}: fitted on {where}{also}; nothing is trained."
     if "raw" not in found:
         yield "No raw, mean-shift and standardised, which need sides of one width."
     if "closed-form" not in found:

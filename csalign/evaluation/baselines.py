@@ -7,6 +7,7 @@ from csalign.adapters.checkpoint import read_info
 from csalign.adapters.kinds import BASELINES, is_baseline
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, ShapeError
+from csalign.core.figures import LEARNED
 from csalign.core.progress import tick
 from csalign.evaluation.loading import embed
 from csalign.evaluation.measure import Evaluation, _figures
@@ -36,7 +37,7 @@ def measure_baselines(evaluation: Evaluation, learned: Pairs | None = None) -> d
     for number, name in enumerate(BASELINES):
         tick("baselines", number, len(BASELINES))
         try:
-            split = "training rows"
+            split = LEARNED
             if learned is None:
                 trained = _trained_split(evaluation)
                 split = choose_split(name, aligned.features, aligned.split, trained)
