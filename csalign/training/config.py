@@ -328,8 +328,6 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         if self.adapter in BASELINES:
             for option, value in _OF_BASELINES.items():
                 if (found := getattr(self, option)) != value:
@@ -337,6 +335,8 @@ class TrainConfig(
                         f"{self.shown(option)} {found}: {self.adapter} is fitted as it is, without "
                         "training; leave the option out, or use another --adapter"
                     )
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
             if kind in BASELINES:
                 raise ConfigError(
