@@ -10,7 +10,7 @@ from csalign.core.errors import DataError, SchemaError, ShapeError
 from csalign.core.figures import LEARNED
 from csalign.core.progress import tick
 from csalign.evaluation.loading import embed
-from csalign.evaluation.measure import Evaluation, _figures
+from csalign.evaluation.measure import Evaluation, figures_of
 from csalign.features.join import Pairs
 from csalign.features.schema import same_rows
 from csalign.runs.baselines import choose_split, fit_baseline, read_rows
@@ -66,4 +66,4 @@ def _trained_split(evaluation: Evaluation) -> str | None:
 def _describe(evaluation: Evaluation) -> dict[str, Any]:
     wanted = evaluation.options.intervals
     around = {"intervals": evaluation.resamples.intervals()} if wanted else {}
-    return _figures(evaluation) | around
+    return figures_of(evaluation) | around
