@@ -10,9 +10,16 @@ from csalign.core.errors import ConfigError
 from csalign.core.figures import counted, figure_of
 from csalign.core.progress import CALL_KEYS, current_call
 
-_NO_FIGURES = {"counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names"}
-_NO_FIGURES |= {"baselines"}  # those shown are of the evaluated rows
-_SHOWN = ("mean_recall", "R@1", "centroid_distance")  # figures of retrieval and gap
+_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_TOP = ("retrieval", "gap")  # blocks whose intervals are not nested under their name
+# Figures that the repr shows of a block; of others all, and of those that repeat blocks none.
+_SHOWN = {
+    "retrieval": ("mean_recall", "R@1"),
+    "gap": ("centroid_distance",),
+    "mixed": ("ndcg@10", "same_side@10"),
+    "groups": ("v_measure", "ari", "mean"),
+    **dict.fromkeys(("hubness", "before", "baselines"), ()),
+}
 _SHOWN_ITEMS = 8  # of a list
 
 
@@ -114,23 +121,29 @@ class EvalResult(Result):
 
     `to_frame` has a row per figure: its "block" ("retrieval", "gap", ...), "part" ("image_to_text",
     "image", ...; None for both sides), "figure", "value", and the ends "low" and "high" of its 95 %
-    interval, None where there is none.
+    interval, None where there is none. The parts of block "baselines" start with the baseline and
+    its block ("raw.retrieval.image_to_text").
     """
 
     def _rows(self) -> list[dict[str, Any]]:
-        blocks = {
-            block: content
-            for block, content in self.items()
-            if isinstance(content, Mapping) and block not in _NO_FIGURES
-        }
-        ends = dict(leaves(self.get("intervals", {})))
+        own = {key: value for key, value in self.items() if key != "baselines"}
+        baselines = self.get("baselines", {}).items()
+        found = [((), own), *((("baselines", name), document) for name, document in baselines)]
         rows = []
-        for (block, *parts, figure), value in leaves(blocks):
-            if isinstance(value, int | float):
-                low, high = ends.get((*parts, figure)) or (None, None)
-                part = ".".join(parts) or None
-                row = {"block": block, "part": part, "figure": figure, "value": value}
-                rows.append({**row, "low": low, "high": high})
+        for above, document in found:
+            blocks = {
+                block: content
+                for block, content in document.items()
+                if isinstance(content, Mapping) and block not in _NO_FIGURES
+            }
+            ends = dict(leaves(document.get("intervals", {})))
+            for path, value in leaves(blocks):
+                if isinstance(value, int | float):
+                    low, high = ends.get(path[1:] if path[0] in _TOP else path) or (None, None)
+                    block, *parts, figure = (*above, *path)
+                    part = ".".join(parts) or None
+                    row = {"block": block, "part": part, "figure": figure, "value": value}
+                    rows.append({**row, "low": low, "high": high})
         return rows
 
     def _lines(self) -> list[tuple[str, str]]:
@@ -140,10 +153,14 @@ class EvalResult(Result):
         lines.append(("counts", counts))
         for row in self._rows():
             block, part, name = row["block"], row["part"], row["figure"]
-            if name in _SHOWN or block not in ("retrieval", "gap", "hubness"):
-                figure = figure_of(".".join(filter(None, [block, part, name])))
+            if name in _SHOWN.get(block, (name,)) and not (block == "mixed" and part):
+                try:
+                    figure = figure_of(".".join(filter(None, [block, part, name])))
+                except KeyError:  # a count
+                    continue
                 interval = None if row["low"] is None else (row["low"], row["high"])
-                label = f"{part} {figure.heading}" if part else figure.heading
+                above = {"mixed": block, "twins": f"twins, {part}", "groups": None}.get(block, part)
+                label = f"{above} {figure.heading}" if above else figure.heading
                 shown = figure.show_between(row["value"], interval)
                 lines.append((label.replace("_", " "), shown))
         return lines

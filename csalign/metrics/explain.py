@@ -29,6 +29,30 @@ twins.*.R@K :: share of queries with an item among the first K that is a match, 
     images of one embedding, texts of one embedding or caption, in float16's precision; wrong items
     that tie rank ahead
 twins.*s :: rows that are twins of another pair's
+mixed.*ndcg@K :: one gallery of both sides without the query; sum of 1 / log2(r_i + 1) over right
+    items of rank r_i <= K, over its largest possible value; right are all other rows of the query's
+    image, and tied wrong items rank ahead; at most 2,000 queries a side; without a prefix the mean
+    of both sides :: Jarvelin and Kekalainen 2002; as MixBench and GR-CLIP, Li et al. 2025
+mixed.*recall@K :: mean over the same queries of the share of the right items that are among the
+    first K of the gallery of both sides :: Manning et al. 2008; MixBench, Li et al. 2025
+mixed.*same_side@K :: mean over the same queries of the share of the first K of the gallery of both
+    sides that are of the query's side; without a gap, the share of these rows in the gallery, 0.5
+    in the mean of both sides :: GR-CLIP, Li et al. 2025
+groups.classes :: labels of the images that are used, at most 5,000
+groups.*s :: labelled rows that are used
+groups.v_measure :: 2 h c / (h + c), h = 1 - H(label | cluster) / H(label), c with the two swapped,
+    of k-means with as many clusters as labels on the rows of both sides, best of ten starts; equals
+    the mutual information over the arithmetic mean of both entropies (NMI) :: Rosenberg and
+    Hirschberg 2007; scikit-learn
+groups.ami :: (I - E[I]) / (mean entropy - E[I]), I the mutual information of labels and clusters,
+    E[I] that of random clusters of these sizes; 0 is chance :: Vinh et al. 2010; scikit-learn
+groups.ari :: (a - E[a]) / (most - E[a]), a the number of pairs of rows that share both label and
+    cluster, most the mean number of pairs that share one; 0 is chance :: Hubert and Arabie 1985;
+    scikit-learn
+groups.knn.majority :: share of the largest class of the labelled rows
+groups.knn.* :: accuracy of the vote of the 10 neighbours of highest cosine on the other side, five
+    folds by image; image_to_text is learned from images and tested on texts :: Cover and Hart 1967;
+    scikit-learn
 *.mean_recall :: mean of R@1, R@5 and R@10 in both directions
 *.true_recall@K :: mean over queries of the share of the matches that are among the first K ::
     Manning et al. 2008; mteb's recall_at_k
@@ -51,6 +75,10 @@ gap.mmd :: squared maximum mean discrepancy, mean k(x, x') + mean k(y, y') - 2 m
     diagonals included :: Gretton et al. 2012
 gap.frechet :: |mean x - mean y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of Gaussian fits :: Dowson
     and Landau 1982; Heusel et al. 2017
+gap.frechet_parts.centroid :: |mean x - mean y|^2, the square of the centroid distance :: Dowson and
+    Landau 1982
+gap.frechet_parts.distribution :: tr(C_x + C_y - 2 (C_x C_y)^(1/2)): the Frechet distance of the
+    centred sides; both parts add up to gap.frechet :: Dowson and Landau 1982
 gap.linear_separability :: balanced held-out accuracy of a regularised linear discriminant of the
     modalities, five folds by image; 0.5 is no gap :: Fisher 1936
 gap.alignment :: mean |x - y|^2 over matched pairs :: Wang and Isola 2020

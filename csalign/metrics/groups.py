@@ -15,6 +15,7 @@ from csalign.core.errors import DataError
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import DIRECTIONS, Place
 from csalign.metrics.gap import pair_folds
+from csalign.metrics.retrieval import STRIP_BYTES
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -72,6 +73,9 @@ class GroupTasks:
         AMI has none: what chance gives would have to be computed for each resample.
         """
         drawn = weights[:, self.owners].astype(np.float64)
+        # Where few images are labelled, a draw may miss them all: then it is the sample itself.
+        parts = np.split(drawn, [self.images], axis=1)
+        drawn[np.any([part.sum(axis=1) == 0 for part in parts], axis=0)] = 1
         v_measure, ari = agreement(drawn, self.labels, self.clusters)
         return {
             ("groups", "v_measure"): v_measure,
@@ -173,10 +177,12 @@ def _k_means(rows: Floats, clusters: int, seed: int) -> Ints:
     """Return the cluster of each row."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     tick("clusters")
     means = KMeans(clusters, n_init=STARTS, random_state=seed)
-    with warnings.catch_warnings():
+    # Products of a few hundred rows: on a busy machine two threads took 16 times as long as one.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
         found: Ints = means.fit_predict(rows).astype(np.int64)
     return found
@@ -186,6 +192,7 @@ def _neighbours_agree(
     sides: tuple[Floats, Floats], classes: tuple[Ints, Ints], folds: tuple[Ints, Ints]
 ) -> Mask:
     """Return whether the neighbours on the other side give each row's class, images first."""
+    from sklearn import config_context
     from sklearn.neighbors import KNeighborsClassifier
 
     correct = [np.zeros(len(rows), np.bool_) for rows in sides]
@@ -194,9 +201,9 @@ def _neighbours_agree(
         for own, other in ((0, 1), (1, 0)):
             tested, known = folds[own] == fold, folds[other] != fold
             if tested.any() and known.any():
-                # Of unit rows, the nearest have the highest cosine.
-                nearest = KNeighborsClassifier(min(NEIGHBOURS, known.sum()), algorithm="brute")
+                nearest = KNeighborsClassifier(min(NEIGHBOURS, known.sum()), metric="cosine")
                 nearest.fit(sides[other][known], classes[other][known])
-                found = nearest.predict(sides[own][tested])
+                with config_context(working_memory=STRIP_BYTES >> 20):
+                    found = nearest.predict(sides[own][tested])
                 correct[own][tested] = found == classes[own][tested]
     return np.concatenate(correct)
