@@ -131,15 +131,15 @@ def percent(share: float, digits: int = 2) -> str:
 
 LEARNED = "the rows that the run was trained on"
 _BASELINES = {
-    "recall %": "retrieval.mean_recall",
-    "mixed %": "mixed.ndcg@10",
-    "same side %": "mixed.same_side@10",
+    "recall": "retrieval.mean_recall",
+    "mixed": "mixed.ndcg@10",
+    "same side": "mixed.same_side@10",
     "centroid": "gap.centroid_distance",
     "Fréchet": "gap.frechet",
-    "V %": "groups.v_measure",
-    "k-NN %": "groups.knn.mean",
+    "V-measure": "groups.v_measure",
+    "k-NN": "groups.knn.mean",
 }
-"""Columns of the table of baselines, and their places in a document."""
+"""Columns of the table of baselines, shorter than the labels, and their places in a document."""
 
 
 def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
@@ -156,7 +156,7 @@ def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, lis
             ends = [own.get("intervals", {}).get(path[0]) for own in rows.values()]
             around = ends if block == "retrieval" else [None] * len(ends)
             values = [_at(own, place) for own in rows.values()]
-            title = " ".join(filter(None, [heading, figure.better]))
+            title = figure._replace(label=heading).heading
             columns[title] = [*map(figure.show_between, values, around)]
     return [*rows], columns
 

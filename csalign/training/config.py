@@ -397,6 +397,14 @@ class TuneConfig(SearchOptions, TrainConfig):
     out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
     overwrite: bool = Field(False, description="Replace the study that is there.")
 
+    def check(self) -> None:
+        """Raise ConfigError if options do not go together."""
+        super().check()
+        if self.adapter in BASELINES:
+            raise ConfigError(
+                f"--adapter {self.adapter}: has no settings to tune; fit it with csalign train"
+            )
+
     def base(self) -> TrainConfig:
         """Return the settings that every trial starts from."""
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
