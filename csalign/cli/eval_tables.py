@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
-from csalign.cli.baseline_table import baseline_table
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.cli.render import (
     is_verbose,
@@ -17,7 +16,7 @@ from csalign.cli.render import (
     print_wrapped,
 )
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import figure_of, percent, same_side_words
+from csalign.core.figures import baseline_notes, baseline_rows, figure_of, percent, same_side_words
 from csalign.core.results import leaves
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig
 
@@ -64,7 +63,7 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
         _retrieval_and_gap(document, names, wanted, every=every)
     _further_tables(document, names, wanted)
     if settings.baselines and "baselines" in document:
-        baseline_table(document)
+        _baselines(document)
     if "distribution" not in document:
         print_line()
         for note in _notes(document, every=every):
@@ -206,6 +205,14 @@ def _further_tables(document: Document, names: Names | None, wanted: Sequence[st
             for place, text in explanations.items()
             if "name" in text or place.startswith("corrected.") or is_verbose()
         )
+
+
+def _baselines(document: Document) -> None:
+    """Print what needs no training, above the adapter."""
+    print_title("baselines: mean recall, mixed NDCG@10, same-side share and gap")
+    print_table(*baseline_rows(document))
+    for note in baseline_notes(document):
+        print_wrapped(note)
 
 
 def _protocol(protocol: Document, names: Names | None) -> str:

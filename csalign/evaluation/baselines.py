@@ -42,7 +42,7 @@ def measure_baselines(evaluation: Evaluation, learned: Pairs | None = None) -> d
                 trained = _trained_split(evaluation)
                 split = choose_split(name, aligned.features, aligned.split, trained)
                 known[split] = known.get(split) or read_rows(aligned.features, split)
-            adapter = fit_baseline(name, learned or known[split]).adapter
+            adapter, _ = fit_baseline(name, learned or known[split])
         except SchemaError:
             raise
         except (DataError, ShapeError) as error:

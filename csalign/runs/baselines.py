@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from csalign.adapters.canonical import CHUNK_ROWS, ClosedForm, PairMoments, is_non_negative
+from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import AdapterInfo, weights_digest
 from csalign.adapters.kinds import CLOSED_FORM, MEAN_SHIFT, SHIFTS, STANDARDISED
 from csalign.adapters.model import DEFAULT_WIDTH, Adapter
-from csalign.adapters.side import Rows, SideShape, UnitRows, loud_scale
+from csalign.adapters.side import CHUNK_ROWS, Rows, SideShape, UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
@@ -38,14 +37,7 @@ Units = tuple[UnitRows, UnitRows]
 PLAIN: Units = (UnitRows(), UnitRows())
 
 
-class Fitted(NamedTuple):
-    """Adapter of a baseline, and its closed form."""
-
-    adapter: Adapter
-    form: ClosedForm
-
-
-def fit_baseline(name: str, rows: Pairs, *, seed: int = 0) -> Fitted:
+def fit_baseline(name: str, rows: Pairs, *, seed: int = 0) -> tuple[Adapter, str]:
     """Fit a baseline: "mean-shift" or "standardised", see `fit_shift`, or "closed-form".
 
     That is CCA, see `fit_cca`, after the square root of sides without negative values and with
@@ -56,19 +48,23 @@ def fit_baseline(name: str, rows: Pairs, *, seed: int = 0) -> Fitted:
         rows: to fit on. A shift uses the rows with a partner, or all where none has one.
         seed: of the images that choose ridge and power.
 
+    Returns:
+        The adapter in evaluation mode, and the name of its closed form.
+
     Raises:
         DataError: CCA without pairs, or a side without rows.
         ShapeError: a shift of sides of different widths.
     """
     if name == CLOSED_FORM:
         units = _units_of(rows)
-        return Fitted(build_adapter(form := fit_cca(rows, seed=seed, units=units), units), form)
+        form = fit_cca(rows, seed=seed, units=units)
+        return _build(form, units), form.name
     texts = rows.texts_by_image
     images = np.unique(rows.text_image[texts])
     if not len(texts):
         images, texts = np.arange(len(rows.images)), np.arange(len(rows.texts))
     form = fit_shift(name, (rows.images, images), (rows.texts, texts), rows.name)
-    return Fitted(build_adapter(form, PLAIN), form)
+    return _build(form, PLAIN), form.name
 
 
 def fit_shift(
@@ -165,8 +161,7 @@ def _choose(fitted: PairMoments, rows: Pairs, width: int, units: Units) -> tuple
     return float(f"{10 ** (best / 2):.0e}"), power
 
 
-def build_adapter(form: ClosedForm, units: Units) -> Adapter:
-    """Build linear adapters that compute a closed form of unit rows, in evaluation mode."""
+def _build(form: ClosedForm, units: Units) -> Adapter:
     weights = form.image_weight, form.text_weight
     shapes = {
         side: SideShape(
@@ -192,23 +187,23 @@ def load_baseline(
 ) -> tuple[Adapter, AdapterInfo]:
     """Fit a baseline on rows of a feature set; see `choose_split` and `fit_baseline`."""
     split = choose_split(name, features, measured, trained)
-    fitted = fit_baseline(name, read_rows(features, split))
+    adapter, start = fit_baseline(name, read_rows(features, split))
     encoders = {side: features.table(side).encoder for side in Modality}
-    info = fitted.adapter.info = AdapterInfo(
-        adapters=fitted.adapter.shapes,
+    info = adapter.info = AdapterInfo(
+        adapters=adapter.shapes,
         encoders={side: own.spec for side, own in encoders.items()},
         encoder_fingerprints={side: own.weights for side, own in encoders.items()},
         encoder_settings={side: own.settings for side, own in encoders.items()},
-        start=fitted.form.name,
+        start=start,
         step=0,
         logit_scale=1.0,
         bandwidth=None,
         data_fingerprint=features.manifest.fingerprint(),
         train_split=split,
-        weights_sha256=weights_digest(fitted.adapter),
+        weights_sha256=weights_digest(adapter),
     )
     log.info("%s: fitted on %s of %s (%s)", name, _words(split), features.path, info.start)
-    return fitted.adapter, info
+    return adapter, info
 
 
 def choose_split(

@@ -282,9 +282,8 @@ class _Fits:
             clusters = self.pools.clusters(self.width)
             return [clusters.fit(self.pools.first_pairs(self.data.rows, sampler))]
         if form in SHIFTS:
-            rows, paired = self.data.rows, map(np.unique, sampler.weighted_pairs()[0])
-            sides = zip((rows.images, rows.texts), paired, strict=True)
-            return [fit_shift(form, *sides, rows.name)]
+            rows, (images, texts) = self.data.rows, map(np.unique, sampler.weighted_pairs()[0])
+            return [fit_shift(form, (rows.images, images), (rows.texts, texts), rows.name)]
         moments = self.moments(sampler, form)
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
