@@ -64,7 +64,7 @@ FIGURES = {
     "*.ndcg@10": Figure("NDCG@10", HIGHER, 100, 2),
     "*.r_precision": Figure("R-precision", HIGHER, 100, 2),
     "mixed.*recall@10": Figure("recall@10", HIGHER, 100, 2),
-    "mixed.*same_side@10": Figure("same-side share of 10 (0.5: no gap)"),
+    "mixed.*same_side@10": Figure("same-side share", "", 100, 2),
     "groups.v_measure": Figure("V-measure", HIGHER),
     "groups.ami": Figure("AMI", HIGHER),
     "groups.ari": Figure("ARI", HIGHER),

@@ -10,9 +10,12 @@ from csalign.core.errors import ConfigError
 from csalign.core.figures import counted, figure_of
 from csalign.core.progress import CALL_KEYS, current_call
 
-_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
+_NO_FIGURES = (
+    *("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names"),
+    "baselines",  # documents of their own
+)
 _TOP = ("retrieval", "gap")  # blocks whose intervals are not nested under their name
-# Figures that the repr shows of a block; of others all, and of those that repeat blocks none.
+# Figures of a block that the repr shows; all of a block that is not listed.
 _SHOWN = {
     "retrieval": ("mean_recall", "R@1"),
     "gap": ("centroid_distance",),
@@ -116,6 +119,24 @@ def _short(value: Any) -> str:
     return ", ".join(map(_short, value))
 
 
+def _measured(document: Mapping[str, Any], *above: str) -> list[dict[str, Any]]:
+    """Make a row per figure of a document of `evaluate`, or of one below some keys."""
+    blocks = {
+        block: content
+        for block, content in document.items()
+        if isinstance(content, Mapping) and block not in _NO_FIGURES
+    }
+    ends = dict(leaves(document.get("intervals", {})))
+    rows = []
+    for path, value in leaves(blocks):
+        if isinstance(value, int | float):
+            low, high = ends.get(path[1:] if path[0] in _TOP else path) or (None, None)
+            block, *parts, figure = (*above, *path)
+            row = {"block": block, "part": ".".join(parts) or None, "figure": figure}
+            rows.append({**row, "value": value, "low": low, "high": high})
+    return rows
+
+
 class EvalResult(Result):
     """What `evaluate` measured.
 
@@ -126,24 +147,9 @@ class EvalResult(Result):
     """
 
     def _rows(self) -> list[dict[str, Any]]:
-        own = {key: value for key, value in self.items() if key != "baselines"}
-        baselines = self.get("baselines", {}).items()
-        found = [((), own), *((("baselines", name), document) for name, document in baselines)]
-        rows = []
-        for above, document in found:
-            blocks = {
-                block: content
-                for block, content in document.items()
-                if isinstance(content, Mapping) and block not in _NO_FIGURES
-            }
-            ends = dict(leaves(document.get("intervals", {})))
-            for path, value in leaves(blocks):
-                if isinstance(value, int | float):
-                    low, high = ends.get(path[1:] if path[0] in _TOP else path) or (None, None)
-                    block, *parts, figure = (*above, *path)
-                    part = ".".join(parts) or None
-                    row = {"block": block, "part": part, "figure": figure, "value": value}
-                    rows.append({**row, "low": low, "high": high})
+        rows = _measured(self)
+        for name, document in self.get("baselines", {}).items():
+            rows += _measured(document, "baselines", name)
         return rows
 
     def _lines(self) -> list[tuple[str, str]]:

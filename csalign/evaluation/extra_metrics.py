@@ -84,8 +84,7 @@ def prepare_extras(
     table = None if options.groups is None else read_label_table(options.groups)
     wanted = {
         name: _column(name, features, image_ids, table)
-        for name in (options.relevance, options.by, options.labels)
-        if name is not None
+        for name in filter(None, {options.relevance, options.by, options.labels})
     }
     if options.by is not None and (count := len(set(wanted[options.by]))) > MOST_GROUPS:
         raise DataError(

@@ -1,6 +1,7 @@
 """Rank rows, and describe what was measured as the document of ``csalign eval``."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ from csalign.features import join
 from csalign.features.checks import warn_of_queries
 from csalign.features.reader import FeatureSet
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
-from csalign.metrics.bootstrap import FoldMeans, Resamples, resample
+from csalign.metrics.bootstrap import FoldMeans, Resampled, Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.groups import GroupTasks, group_tasks
 from csalign.metrics.mixed import MixedRanks, rank_mixed
@@ -112,10 +113,11 @@ class Evaluation:
         """
         aligned, options = self.aligned, self.options
         rows = aligned.images, aligned.texts, aligned.rows.text_image
+        several: Sequence[Sequence[Resampled]] = (self.mixed, self.groups)
         of_fold = np.split(np.arange(len(aligned.images)), len(self.folds))
         further = [
-            own[0] if len(own) == 1 else FoldMeans([*zip(of_fold, own, strict=True)])
-            for own in (self.mixed, self.groups)
+            own[0] if len(own) == 1 else FoldMeans(list(zip(of_fold, own, strict=True)))
+            for own in several
             if own
         ]
         found = resample(

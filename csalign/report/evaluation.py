@@ -161,8 +161,8 @@ def _mixed(document: Mapping[str, Any]) -> Section:
 
 def _groups(document: Mapping[str, Any]) -> Section:
     found = document["groups"]
-    places = [(name,) for name in ("v_measure", "ami", "ari")]
-    places += [("knn", name) for name in found["knn"]]
+    knn = [("knn", name) for name in found["knn"]]
+    places = [("v_measure",), ("ami",), ("ari",), *knn]
     note = (
         f"By {found['column']!r}: {found['classes']:,} classes, {found['images']:,} images, "
         f"{found['texts']:,} texts. k-means of both sides together, and k-NN that is trained on "

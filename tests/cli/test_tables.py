@@ -89,7 +89,7 @@ def shown(folder: Path) -> dict[str, Shown]:
     features, run = folder / "set", folder / "run"
     options = {"features": features, "adapter": run, "resamples": 100}
     plain = EvalConfig(**options, groups=folder / "info.csv", by="colour", relevance="colour",
-                       correct=("csls", "inverted-softmax"))  # fmt: skip
+                       labels="colour", correct=("csls", "inverted-softmax"))  # fmt: skip
     every = EvalConfig(**options, all_figures=True, explain=True)
     document, complete = evaluate(plain), evaluate(every)
     retrieval = document["retrieval"]
@@ -101,14 +101,32 @@ def shown(folder: Path) -> dict[str, Shown]:
         expected += figures_in(document["graded"][direction], "graded.x", ("map", "ndcg@10"))
     expected += figures_in(document["gap"], "gap", eval_tables.GAP)
     expected += figures_in(retrieval, "retrieval", ("mean_recall",))
+    for place in (document["mixed"]["image"], document["mixed"]["text"], document["mixed"]):
+        expected += figures_in(place, "mixed", eval_tables.MIXED)
+    expected += figures_in(document["groups"], "groups", eval_tables.GROUPS[:-1])
+    expected += figures_in(
+        document["groups"]["knn"], "groups.knn", tuple(document["groups"]["knn"])
+    )
+    expected += ["image queries", "groups by 'colour': 4 classes, 60 images"]
     low, high = document["intervals"]["image_to_text"]["R@1"]
     expected.append(f"± {50 * (high - low):.2f}")
-    more = ["effective rank, text", "MMD ↓", "hubness", "MRR % ↑", "definitions", "Voorhees"]
-    comparing = CompareConfig(systems=(run, folder / LONG, run))
+    more = [
+        "effective rank, text",
+        "Fréchet distance, centroids ↓",
+        "MMD ↓",
+        "hubness",
+        "MRR % ↑",
+        "definitions",
+        "Voorhees",
+    ]
+    labelled = {"groups": folder / "info.csv", "labels": "colour"}
+    comparing = CompareConfig(systems=(run, folder / LONG, run), **labelled)
     compared = compare(comparing)
     rows = compared["evaluations"]
     known = [f"{row[key]:.4f}" for row in rows for key in ("centroid_distance", "frechet")]
-    known += [f"{100 * row['mean_recall']:.2f}" for row in rows]
+    names = ("mean_recall", "mixed_ndcg@10", "same_side@10", "knn")
+    known += [f"{100 * row[name]:.2f}" for row in rows for name in names]
+    known += ["mixed NDCG@10 % ↑", "same-side share %", f"{rows[0]['v_measure']:.4f}"]
     known += [
         eval_tables.MEAN.show_difference(**rows[1]["difference"]["mean_recall"]),
         "baseline",

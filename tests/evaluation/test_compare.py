@@ -8,9 +8,10 @@ import pytest
 
 from csalign import inspect
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
-from csalign.evaluation.compare import FIGURES, compare
+from csalign.evaluation.compare import FIGURES, OF_GROUPS, compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
@@ -61,7 +62,7 @@ def test_a_better_run_is_better_with_intervals_of_both_and_of_the_difference(
     base, row = rows_of(*runs)
     document = evaluate(EvalConfig(features=features, adapter=runs[1]))
     resampled = {"mean_recall", "image_to_text_R@1", "text_to_image_R@1"}
-    resampled |= {"centroid_distance", "rmg"}
+    resampled |= {"centroid_distance", "rmg", "mixed_ndcg@10", "same_side@10"}
 
     assert (base["name"], base["split"], base["verdict"]) == ("random", "test", "baseline")
     assert base["difference"] == {}
@@ -93,6 +94,31 @@ def test_documents_are_measured_again_and_say_what_runs_say(
     assert not caplog.records
 
 
+def test_labels_add_clusters_and_neighbours_also_to_documents_without_them(
+    runs: tuple[Path, Path], document_of: Callable[..., Path], features: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "info.csv"
+    ids = FeatureSet.open(features).images.column("id").to_pylist()
+    lines = [f"{key},{number % 3},{number % 2}" for number, key in enumerate(ids)]
+    table.write_text("\n".join(["id,topic,other", *lines]))
+    options = {"labels": f"{table}:topic"}
+    other = document_of(runs[1], "other", labels=f"{table}:other")  # of another column
+    older = change(document_of(runs[1], "older"), mixed=None)
+    base, row, again, third = rows_of(*runs, other, older, **options)
+
+    document = evaluate(EvalConfig(features=features, adapter=runs[1], **options))
+    assert row["v_measure"] == document["groups"]["v_measure"]
+    assert row["knn"] == document["groups"]["knn"]["mean"]
+    for found in (row, again, third):
+        for figure in (*OF_GROUPS, "mixed_ndcg@10"):
+            assert found[figure] == row[figure]
+            assert found["intervals"][figure] == row["intervals"][figure]
+            assert found["difference"][figure] == row["difference"][figure]
+    assert row["difference"]["knn"]["value"] == row["knn"] - base["knn"]
+    with pytest.raises(ConfigError, match="--groups: name its column by --labels"):
+        rows_of(*runs, groups=table)
+
+
 def test_a_run_cannot_be_told_from_itself(
     runs: tuple[Path, Path], document_of: Callable[..., Path]
 ) -> None:
@@ -121,7 +147,7 @@ def test_a_baseline_that_is_none_of_them_is_refused(runs: tuple[Path, Path], cho
 def test_documents_of_an_older_eval_are_shown_and_not_paired(
     runs: tuple[Path, Path], document_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    new = ("fingerprints", "intervals", "parameters", "bandwidth")
+    new = ("fingerprints", "intervals", "parameters", "bandwidth", "mixed")
     old = [change(document_of(run), **dict.fromkeys(new)) for run in runs]
     base, row = rows_of(*old)
 
@@ -129,7 +155,7 @@ def test_documents_of_an_older_eval_are_shown_and_not_paired(
     assert row["verdict"] == "cannot tell (not paired)"
     assert row["intervals"] == row["difference"] == {}
     assert row["mean_recall"] > base["mean_recall"]
-    assert row["parameters"] is None
+    assert row["parameters"] is row["mixed_ndcg@10"] is row["same_side@10"] is None
     assert len(caplog.records) == 1
     assert "closed (written by an older csalign eval" in caplog.text
 

@@ -72,6 +72,7 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
         "cs_divergence",
         "mmd",
         "frechet",
+        "frechet_parts",
         "linear_separability",
         "alignment",
         "uniformity",
@@ -82,7 +83,11 @@ def test_the_document_has_every_key(features: Path, run: Path) -> None:
     intervals = document["intervals"]
     assert set(intervals["image_to_text"]) == set(intervals["text_to_image"]) == direction
     whole = {"mean_recall", "centroid_distance", "rmg", "alignment"}
-    assert set(intervals) == {"image_to_text", "text_to_image", *whole}
+    assert set(intervals) == {"image_to_text", "text_to_image", "mixed", *whole}
+    tasks = {"ndcg@10", "recall@10", "same_side@10"}
+    for block in (document["mixed"], intervals["mixed"]):
+        assert set(block) == {"image", "text", *tasks}
+        assert set(block["image"]) == set(block["text"]) == tasks
     assert set(document["fingerprints"]) == {"features", "adapter"}
     assert set(document["gap"]["uniformity"]) == {"image", "text", "cross"}
     assert set(document["gap"]["effective_rank"]) == {"image", "text"}

@@ -4,12 +4,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
+from sklearn.metrics import v_measure_score
 
 from csalign.cli.eval_tables import eval_tables
 from csalign.core.errors import ConfigError, DataError, ShapeError
+from csalign.core.results import leaves
+from csalign.evaluation import protocols
 from csalign.evaluation.compare import compare
 from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.evaluate import evaluate
+from csalign.evaluation.measure import describe, measure
+from csalign.features.join import load_rows
+from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.metrics.explain import EXPLANATIONS, pattern_of
@@ -103,15 +110,17 @@ def test_every_figure_of_the_document_is_explained_and_nothing_else(
 
     assert json.loads(json.dumps(document)) == document
     corrections = {"corrected.csls", "corrected.inverted-softmax", "corrected.centre"}
-    elsewhere = {"gap.standard_errors.*", *(key for key in EXPLANATIONS if "twins" in key)}
+    rare = ("gap.standard_errors", "twins")
+    elsewhere = {key for key in EXPLANATIONS if key.startswith(rare)}
     assert set(explained) == set(EXPLANATIONS) - elsewhere - OF_GENERATED | corrections
     assert all(text["formula"] for text in explained.values())
     with pytest.raises(KeyError):
         pattern_of("gap.surprise")
-    for key in ("graded", "by", "corrected", "zero_shot"):
+    for key in ("graded", "by", "corrected", "zero_shot", "groups"):
         assert key not in plain
         del document[key]
-    del document["intervals"]["zero_shot"]
+    for key in ("zero_shot", "groups"):
+        del document["intervals"][key]
     assert document == plain  # corrections and the like leave the plain figures alone
     assert len(plain["gap"]["spectrum"]["image"]) == 6
     low, high = plain["intervals"]["text_to_image"]["true_recall@5"]
@@ -224,7 +233,7 @@ def test_images_without_texts_are_classified_raw_and_through_an_adapter(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"zero_shot": "x"}, "--labels COLUMN go together"),
+        ({"zero_shot": "x"}, "--zero-shot CLASSES requires --labels COLUMN"),
         ({"class_of": "x.csv"}, "pass both"),
         ({"groups": "x.csv"}, "name its column"),
         ({"correct": "csls,other"}, "--correct must be .*'other'"),
@@ -285,6 +294,110 @@ def test_classes_that_do_not_fit_are_refused(animals: Path, prompts: Path, tmp_p
     )
     with pytest.raises(ShapeError, match="prompts are 2 wide and images 6"):
         evaluate(config_of(animals, **options | {"zero_shot": narrow}))
+
+
+def test_groups_are_measured_where_images_have_labels(
+    animals: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    labels = f"{tmp_path / 'kinds.csv'}:kind"
+    document = evaluate(config_of(animals, labels=labels))
+    groups, around = document["groups"], document["intervals"]["groups"]
+
+    assert "zero_shot" not in document
+    assert "1 images without" in caplog.text
+    counts = {key: groups[key] for key in ("column", "classes", "images", "texts")}
+    assert counts == {"column": labels, "classes": 6, "images": 30, "texts": 60}
+    measured = measure(config_of(animals, labels=labels))
+    aligned, (tasks,) = measured.aligned, measured.groups
+    kinds = np.repeat(np.arange(6), 5)
+    both = np.concatenate([kinds, kinds[aligned.rows.text_image]])
+    rows = np.concatenate([aligned.images[:30], aligned.texts])
+    found = KMeans(6, n_init=10, random_state=0).fit_predict(rows)
+    assert groups["v_measure"] == pytest.approx(v_measure_score(both, found))
+    assert groups == {"column": labels, **tasks.summary()}
+    assert groups["knn"]["majority"] == pytest.approx(1 / 6)
+    for place in (("v_measure",), ("ari",), ("knn", "image_to_text"), ("knn", "mean")):
+        value, ends = groups, around
+        for key in place:
+            value, ends = value[key], ends[key]
+        assert ends[0] <= value <= ends[1]
+
+
+def test_figures_of_both_sides_are_means_over_the_folds_of_a_protocol(
+    animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(protocols.RULES, "coco-1k", protocols.Rule(30, folds=2, captions=2))
+    every = load_rows(FeatureSet.open(animals), "all")
+    paired = animals.parent / "paired"
+    import_arrays(
+        ImportConfig(
+            images=saved(tmp_path / "z.npy", every.images[:30]),
+            texts=tmp_path / "y.npy",
+            pairs=tmp_path / "pairs.csv",
+            out=paired,
+        )
+    )
+    options: dict[str, Any] = {"labels": f"{tmp_path / 'kinds.csv'}:kind", "protocol": "coco-1k"}
+    measured = measure(config_of(paired, **options))
+    document = describe(measured)
+
+    for key, tasks in (("mixed", measured.mixed), ("groups", measured.groups)):
+        assert len(tasks) == 2
+        place, own = leaves_of(document[key]), [leaves_of(fold.summary()) for fold in tasks]
+        for name in set(own[0]) - {"classes", "images", "texts"}:
+            assert place[name] == pytest.approx(np.mean([fold[name] for fold in own]))
+    assert [document["groups"][key] for key in ("classes", "images", "texts")] == [6, 30, 60]
+    low, high = document["intervals"]["mixed"]["ndcg@10"]
+    assert low <= document["mixed"]["ndcg@10"] <= high
+
+
+def leaves_of(block: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a block by place."""
+    return {".".join(path): value for path, value in leaves(block) if not isinstance(value, str)}
+
+
+def test_columns_that_name_no_groups_are_refused_or_serve_zero_shot_alone(
+    animals: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "own.csv"
+    table.write_text("id,own,one\n" + "\n".join(f"{i},{i},a" for i in range(31)))
+    for column, values in (("own", 31), ("one", 1)):
+        message = f"'{column}' has {values} distinct values? in 31 images; .*name another column"
+        with pytest.raises(DataError, match=message):
+            evaluate(config_of(animals, groups=table, labels=column))
+    few = tmp_path / "few.csv"
+    few.write_text("id,kind\n0,cat\n5,dog\n")
+    document = evaluate(config_of(animals, labels=f"{few}:kind", zero_shot=prompts))
+    assert "zero_shot" in document
+    assert "groups" not in document
+    assert "has 2 distinct values in 2 images" in caplog.text
+
+
+def test_a_gap_that_hides_the_other_side_is_worded(
+    animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = animals.parent / "apart"
+    rows = [np.pad(np.load(tmp_path / f"{name}.npy"), ((0, 0), (0, 1))) for name in "xy"]
+    rows[1][:, -1] = 9
+    rows[0][:, -1] = -9
+    import_arrays(
+        ImportConfig(
+            images=saved(tmp_path / "a.npy", rows[0]),
+            texts=saved(tmp_path / "b.npy", rows[1]),
+            pairs=tmp_path / "pairs.csv",
+            out=apart,
+        )
+    )
+    document = evaluate(config_of(apart))
+    eval_tables(document, EvalConfig())
+    printed = capsys.readouterr().out
+
+    assert document["mixed"]["same_side@10"] == 1
+    assert "one gallery of both sides" in printed
+    assert "the gap hides the other side in a mixed index" in printed
+    eval_tables(evaluate(config_of(animals, intervals=False)), EvalConfig())
+    assert "hides the other side" not in capsys.readouterr().out
 
 
 def test_compare_takes_documents_with_further_figures(

@@ -110,7 +110,7 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
     head, rest = text.split("</header>")
     recalls = [f"{100 * each['retrieval']['mean_recall']:.2f}" for each in (plain, document)]
 
-    assert document["before"] == {key: plain[key] for key in ("retrieval", "gap")}
+    assert document["before"] == {key: plain[key] for key in ("retrieval", "gap", "mixed")}
     assert "gap.centroid_distance" in document["explanations"]
     assert "before" not in evaluate(EvalConfig(features=features, adapter=run))
     assert "<h1>Evaluation of run on square, split all</h1>" in head
@@ -122,6 +122,9 @@ def test_tables_show_before_and_after_and_the_head_says_where_it_comes_from(
     row = rest.split("<td>mean recall % ↑</td>")[1].split("</tr>")[0]
     assert row.startswith(f"<td>{recalls[0]}</td><td>{recalls[1]}<small>")
     assert "<td>centroid distance ↓</td>" in rest
+    row = rest.split("<td>image queries NDCG@10 % ↑</td>")[1].split("</tr>")[0]
+    places = [stage["mixed"]["image"]["ndcg@10"] for stage in (plain, document)]
+    assert row.startswith("<td>{:.2f}</td><td>{:.2f}<small>".format(*(100 * v for v in places)))
 
 
 def test_confident_mistakes_are_wrong_and_the_widest_margin_comes_first(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def captioned(seed: int = 0, images: int = 30) -> tuple[Array, Array, Array]:
     return unit(x), unit(y), owners
 
 
-def drawn(x: Array, y: Array, owners: Array, *, resamples: int = 50, **options: int) -> Resamples:
+def drawn(x: Array, y: Array, owners: Array, *, resamples: int = 50, **options: Any) -> Resamples:
     ranks = rank_both_ways(x, y, owners)
     return resample(ranks, x, y, owners, resamples=resamples, **{"seed": 0, **options})
 

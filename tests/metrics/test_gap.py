@@ -142,6 +142,18 @@ def test_the_suite_is_finite_for_a_single_pair() -> None:
     assert suite["effective_rank"] == {"image": 1.0, "text": 1.0}
 
 
+def test_the_parts_of_the_frechet_distance_add_up() -> None:
+    x, y = unit(80, 6, 0), unit(80, 6, 1, shift=1.0)
+    suite = gap.gap_suite(x.numpy(), y.numpy(), np.arange(80), sigma=0.5, seed=0)
+    parts = suite["frechet_parts"]
+
+    centred = gap.frechet_distance(x - x.mean(0), y - y.mean(0))
+
+    assert parts["centroid"] == pytest.approx(suite["centroid_distance"] ** 2)
+    assert parts["distribution"] == pytest.approx(centred, abs=1e-9)
+    assert sum(parts.values()) == suite["frechet"]
+
+
 def test_figures_of_large_sets_take_all_rows_and_have_standard_errors() -> None:
     x, y = (unit(1_500, 6, seed, 0.2 * seed).float().numpy() for seed in (0, 1))
     exact = gap.gap_suite(x, y, np.arange(1_500), sigma=0.4, seed=0)

@@ -10,6 +10,7 @@ from csalign.report.page import Entry
 
 HOSTILE = "<b onmouseover='x'>%{x}</b></script><script>document.title='owned'</script>"
 DIRECTION = {"R@1": 0.25, "R@5": 0.5, "R@10": 1.0, "median_rank": 2.5, "mrr": 0.4, "map": 0.4}
+MIXED = {"ndcg@10": 0.2, "recall@10": 0.3, "same_side@10": 0.95}
 DOCUMENT: dict[str, Any] = {
     "counts": {"images": 4, "texts": 4, "pairs": 4},
     "index": {"kind": "exact"},
@@ -19,7 +20,18 @@ DOCUMENT: dict[str, Any] = {
         "mean_recall": 0.5833,
     },
     "gap": {"centroid_distance": 0.1, "effective_rank": {"image": 3.0, "text": 2.0}},
-    "intervals": {"mean_recall": [0.5, 0.6], "image_to_text": {"R@1": [0.2, 0.3]}},
+    "mixed": {"image": MIXED, "text": MIXED, **MIXED},
+    "groups": {
+        **{"column": HOSTILE, "classes": 2, "images": 4, "texts": 4},
+        **{"v_measure": 0.25, "ami": 0.2, "ari": 0.1},
+        "knn": {"image_to_text": 0.75, "text_to_image": 0.5, "mean": 0.625, "majority": 0.5},
+    },
+    "intervals": {
+        "mean_recall": [0.5, 0.6],
+        "image_to_text": {"R@1": [0.2, 0.3]},
+        "mixed": {"image": {"ndcg@10": [0.21, 0.22]}},
+        "groups": {"knn": {"mean": [0.61, 0.64]}},
+    },
 }
 
 
@@ -65,6 +77,10 @@ def test_figures_carry_their_intervals(tmp_path: Path) -> None:
     assert "<td>25.00<small>20.00 to 30.00</small></td>" in text
     assert "<td>58.33<small>50.00 to 60.00</small></td>" in text
     assert "<td>image to text R@1 % ↑</td>" in text
+    assert "<td>20.00<small>21.00 to 22.00</small></td>" in text
+    assert "<td>62.50<small>61.00 to 64.00</small></td>" in text
+    assert "2 classes, 4 images, 4 texts" in text
+    assert "the gap hides the other side in a mixed index" in text
 
 
 def test_the_curves_show_every_loss_term_of_the_log(tmp_path: Path) -> None:
