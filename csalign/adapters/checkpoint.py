@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from csalign.adapters.hub import local_run
+from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter, is_builtin
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, SchemaError, ShapeError
+from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
 from csalign.core.paths import DOCUMENTS, Kind, require_kind, stand_in
 from csalign.core.records import Record, read_record, write_record
 from csalign.features.schema import EncoderInfo
@@ -71,17 +72,27 @@ def unknown_info(shapes: dict[Modality, SideShape]) -> AdapterInfo:
 
 def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     """Write the weights, then the description with their checksum, into an existing folder."""
-    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in adapter.state_dict().items()
-    }
-    content = save(tensors)
+    content = _weights(adapter)
     path = folder / WEIGHTS
     with atomic.translate_os_errors(path), atomic.atomic_path(path) as temporary:
         temporary.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     write_record(folder / DESCRIPTION, info.model_copy(update={"weights_sha256": digest}))
+
+
+def weights_digest(adapter: Adapter) -> str:
+    """Return the checksum of the weights as `save_adapter` writes them."""
+    return hashlib.sha256(_weights(adapter)).hexdigest()
+
+
+def _weights(adapter: Adapter) -> bytes:
+    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
+    return save(
+        {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in adapter.state_dict().items()
+        }
+    )
 
 
 def load_adapter(
@@ -159,5 +170,10 @@ def load_adapter_with_info(
 def read_info(folder: Path) -> AdapterInfo:
     """Read ``adapter.json``; raises DataError if there is none, SchemaError if it is damaged."""
     path = folder / DESCRIPTION
+    if is_baseline(folder):
+        raise DataError(
+            f"{folder}: is a baseline, which is fitted on features, but a run is needed here; make "
+            f"one with csalign train FEATURES --adapter {folder} --out RUN"
+        )
     require_kind(folder, Kind.RUN)
     return read_record(path, AdapterInfo, "train again")

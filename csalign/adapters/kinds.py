@@ -1,6 +1,7 @@
-"""The names of the kinds of adapters, known without importing torch."""
+"""The names of the kinds of adapters and of the baselines, known without importing torch."""
 
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from csalign.core.errors import ConfigError
 from csalign.core.mistakes import did_you_mean
@@ -8,6 +9,15 @@ from csalign.core.mistakes import did_you_mean
 GROUP = "csalign.adapters"  # of the entry points of installed packages
 NAMES = ("linear", "mlp", "glu", "low-rank", "identity", "transformer")
 """Kinds that csalign has itself."""
+MEAN_SHIFT, STANDARDISED, CLOSED_FORM = "mean-shift", "standardised", "closed-form"
+SHIFTS = (MEAN_SHIFT, STANDARDISED)
+BASELINES = (*SHIFTS, CLOSED_FORM)
+"""Baselines that are fitted where an adapter is named; see `csalign.runs.baselines`."""
+
+
+def is_baseline(run: Path | str | None) -> bool:
+    """Return whether the name of a run is that of a baseline; a folder of that name comes first."""
+    return str(run) in BASELINES and not Path(str(run)).exists()
 
 
 def check_kind(kind: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.hub import RUNS, is_on_hub, with_local_runs
+from csalign.adapters.kinds import is_baseline
 from csalign.cli import render
 from csalign.cli.errors import error_exits
 from csalign.cli.help import Help, HelpAll
@@ -164,12 +165,12 @@ def check_settings(settings: Config) -> None:
 
 
 def _check_path(settings: Config, name: str, path: Path) -> None:
-    if name in RUNS and is_on_hub(path):
+    if name in RUNS and (is_on_hub(path) or is_baseline(path)):
         return
     if name in _KINDS:
         title = type(settings).model_fields[name].title or ""
         require_kind(path, *_KINDS[name], *([Kind.RUN] if "RUN" in title else []))
-    elif name in _FILES and not path.exists():
+    elif name in _FILES and not (path.exists() or (name == "systems" and is_baseline(path))):
         raise DataError(f"{path}: no such file or folder{likely_meant(path)}")
     elif name == "report":
         outputs.check_page(path)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from csalign.adapters.kinds import is_baseline
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.cli.render import (
     is_verbose,
@@ -15,7 +16,7 @@ from csalign.cli.render import (
     print_wrapped,
 )
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import figure_of, same_side_words
+from csalign.core.figures import baseline_notes, baseline_rows, figure_of, same_side_words
 from csalign.core.results import leaves
 from csalign.evaluation.config import CompareConfig, EvalConfig
 
@@ -61,6 +62,8 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
     if "retrieval" in document:
         _retrieval_and_gap(document, names, wanted, every=every)
     _further_tables(document, names, wanted)
+    if settings.baselines and "baselines" in document:
+        _baselines(document)
     if "distribution" not in document:
         print_line()
         for note in _notes(document, every=every):
@@ -205,6 +208,14 @@ def _further_tables(document: Document, names: Names | None, wanted: Sequence[st
         )
 
 
+def _baselines(document: Document) -> None:
+    """Print what needs no training, above the adapter."""
+    print_title("baselines: mean recall, mixed NDCG@10, same-side share and gap")
+    print_table(*baseline_rows(document))
+    for note in baseline_notes(document):
+        print_wrapped(note)
+
+
 def _protocol(protocol: Document, names: Names | None) -> str:
     """Word what determines the scores beside the model, in one line."""
     folds = f"mean of {protocol['folds']} folds of " if protocol["folds"] > 1 else ""
@@ -234,7 +245,7 @@ def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
     if "retrieval" not in document:
         return
     features, adapter = document["features"], document["adapter"]
-    if adapter is None:
+    if adapter is None or is_baseline(adapter):
         yield ("train", features, "--out", first_free("run"))
         return
     systems = [features, adapter] if has_one_width(features) else [adapter]

@@ -1,8 +1,9 @@
 """Name, direction and format of every figure, the same in tables, pages and documents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 HIGHER, LOWER = "↑", "↓"
 MOST_PLAIN = 1e7  # larger values are shown with an exponent
@@ -126,3 +127,59 @@ def counted(number: int, noun: str) -> str:
 def percent(share: float, digits: int = 2) -> str:
     """Format a fraction in percent."""
     return f"{100 * share:.{digits}f} %"
+
+
+LEARNED = "the rows that the run was trained on"
+_BASELINES = {
+    "recall": "retrieval.mean_recall",
+    "mixed": "mixed.ndcg@10",
+    "same side": "mixed.same_side@10",
+    "centroid": "gap.centroid_distance",
+    "Fréchet": "gap.frechet",
+    "V-measure": "groups.v_measure",
+    "k-NN": "groups.knn.mean",
+}
+"""Columns of the table of baselines, shorter than the labels, and their places in a document."""
+
+
+def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the labels and the columns of the table of baselines, the adapter's row last."""
+    rows = dict(document["baselines"])
+    if document["adapter"] is not None:
+        rows[Path(document["adapter"]).name] = document
+    columns = {}
+    for heading, place in _BASELINES.items():
+        block, *path = place.split(".")
+        if any(block in own for own in rows.values()):
+            figure = figure_of(place)
+            # Of the recall alone, so that the table fits a narrow screen.
+            ends = [own.get("intervals", {}).get(path[0]) for own in rows.values()]
+            around = ends if block == "retrieval" else [None] * len(ends)
+            values = [_at(own, place) for own in rows.values()]
+            title = figure._replace(label=heading).heading
+            columns[title] = [*map(figure.show_between, values, around)]
+    return [*rows], columns
+
+
+def baseline_notes(document: Mapping[str, Any]) -> Iterator[str]:
+    """Word what the baselines were fitted on, and which are missing and why."""
+    found = document["baselines"]
+    splits: dict[str, list[str]] = {}
+    for name, own in found.items():
+        if "fitted_on" in own:
+            splits.setdefault(own["fitted_on"], []).append(name)
+    for split, names in splits.items():
+        measured = set(document["split"].split(",")) & {"all", *split.split(",")}
+        where = {"all": "all rows", LEARNED: LEARNED}.get(split, f"split {split}")
+        also = ", which is measured here too" * bool(measured)
+        yield f"{', '.join(names)}: fitted on {where}{also}; nothing is trained."
+    if "raw" not in found:
+        yield "No raw, mean-shift and standardised, which need sides of one width."
+    if "closed-form" not in found:
+        yield "No closed-form, which needs pairs that are not measured."
+
+
+def _at(document: Any, place: str) -> Any:
+    for key in place.split("."):
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document

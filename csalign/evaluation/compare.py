@@ -10,6 +10,7 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from csalign.adapters.checkpoint import read_info
 from csalign.adapters.hub import local_path
+from csalign.adapters.kinds import is_baseline
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
@@ -161,12 +162,12 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     for number, path in enumerate(map(local_path, config.systems), 1):
         try:
             with reported_to(within(f"{path.name} ({number}/{total})")):
-                is_run = path.is_dir()
+                is_run = path.is_dir() or is_baseline(path)
                 entries.append(_evaluate(path, config, rows) if is_run else _read_document(path))
         except ShapeError as error:
-            if total == 1 or not (path / MANIFEST).is_file():
+            if total == 1 or not ((path / MANIFEST).is_file() or is_baseline(path)):
                 raise
-            log.warning("left out, as there is no retrieval without an adapter: %s", error)
+            log.warning("left out: %s", error)
     if not entries:
         raise DataError("nothing to compare is left; pass runs")
     warn_of_trained([entry.aligned for entry in entries if entry.aligned is not None])
@@ -203,7 +204,15 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
     """Evaluate a feature set as it is, or a run."""
     run = None if (path / MANIFEST).is_file() else path
     features = path if run is None else config.features
-    if run is not None and features is None:
+    if is_baseline(run) and features is None:
+        sets = [own for own in config.systems if (own / MANIFEST).is_file()]
+        if not sets:
+            raise ConfigError(
+                f"{run}: is a baseline, which is fitted on features; name them with --features, or "
+                "among the systems"
+            )
+        features = sets[0]
+    elif run is not None and features is None:
         features = find_features(run, read_info(run).data_fingerprint)
     shared = config.model_dump(include={*SHARED, "split"})
     options = EvalConfig(features=features, adapter=run, **shared)

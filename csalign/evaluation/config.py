@@ -35,7 +35,9 @@ class SourceOptions(AdaptedOptions):
         "Required unless --images is given.",
     )
     adapter: RunSource | None = Field(
-        None, description="Run folder (default: evaluate the features as they are)."
+        None,
+        description="Run folder, or a baseline fitted here: mean-shift, standardised or "
+        "closed-form (default: evaluate the features as they are).",
     )
 
     @property
@@ -138,10 +140,15 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, P
 
     example: ClassVar[str] = "csalign eval features --adapter run --split test --report eval.html"
     common: ClassVar[tuple[str, ...]] = (
-        *("adapter", "split", "report", "all_figures", "explain", "labels", "by", "correct"),
-        *("protocol", "intervals", "seed", "device"),
+        *("adapter", "split", "report", "baselines", "all_figures", "explain", "labels"),
+        *("by", "correct", "protocol", "intervals", "seed", "device"),
     )
 
+    baselines: bool = Field(
+        False,
+        description="Also measure what needs no training: raw, mean-shift, standardised and "
+        "closed-form.",
+    )
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
     explain: bool = Field(False, description="Print the formula and source of each metric.")
 
@@ -206,7 +213,8 @@ class CompareConfig(AdaptedOptions, LabelOptions):
         min_length=1,
         title="FEATURES|RUN|EVAL.json",
         description="Feature sets without an adapter, runs, evaluated on the features they were "
-        "trained on, and documents of csalign eval --json.",
+        "trained on, documents of csalign eval --json, and mean-shift, standardised or "
+        "closed-form, fitted on --features or the first feature set.",
     )
     features: Location | None = Field(
         None, description="Feature set to evaluate all runs on (default: those of each)."

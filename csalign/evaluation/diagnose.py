@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.checkpoint import read_info
+from csalign.adapters.kinds import is_baseline
 from csalign.core.enums import DivergenceName
 from csalign.core.outputs import check_page
 from csalign.core.progress import Progress, silent, tick, track
@@ -102,14 +103,15 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
 def _analyse(config: DiagnoseConfig) -> dict[str, Any]:
     """Measure the conflict and the parts of the gap."""
     aligned = load_aligned(config)
+    run = None if is_baseline(config.adapter) else config.adapter
     scale = config.logit_scale
     if scale is None:
-        scale = read_info(config.adapter).logit_scale if config.adapter else CLIP_LOGIT_SCALE
+        scale = read_info(run).logit_scale if run else CLIP_LOGIT_SCALE
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
     sigma = config.bandwidth
     weight = config.cs_weight
     if weight is None:
-        weight = _trained_weight(config.adapter) if config.adapter else DEFAULT_WEIGHT
+        weight = _trained_weight(run) if run else DEFAULT_WEIGHT
     cross = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).cross, x, y)
     intra = gradient(lambda a, b: cs_terms(a, b, sigma=sigma).intra, x, y)
 

@@ -16,6 +16,7 @@ from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.paths import parse_location
 from csalign.core.progress import Progress, current_progress, silent
 from csalign.core.results import EvalResult
+from csalign.evaluation.baselines import measure_baselines
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.measure import describe, extras_of, measure
@@ -96,6 +97,8 @@ def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict
 
     def finish() -> dict[str, Any]:
         document = describe(evaluation, with_before=config.report is not None)
+        if config.baselines or config.report is not None:
+            document["baselines"] = measure_baselines(evaluation)
         if config.report is not None:
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"
@@ -111,10 +114,11 @@ def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict
 
 def _classify_images(config: EvalConfig) -> dict[str, Any]:
     """Classify the images of a feature set without texts."""
-    if config.relevance or config.by or config.correct or config.report or config.protocol != "all":
+    retrieval = config.relevance, config.by, config.correct, config.report, config.baselines
+    if any(retrieval) or config.protocol != "all":
         raise DataError(
             f"{config.features}: contains no texts, so there is no retrieval; omit --relevance, "
-            "--by, --correct, --report and --protocol"
+            "--by, --correct, --report, --baselines and --protocol"
         )
     aligned = load_aligned(config, images_only=True)
     extra, intervals = extras_of(config, aligned).compute(aligned.images, (), None, config)

@@ -74,7 +74,7 @@ def load(source: SourceOptions, protocol: Protocol = "all", *, images_only: bool
 def align(source: SourceOptions, loaded: Loaded) -> AlignedRows:
     """Embed rows in the shared space; raises as `evaluate`."""
     features, split, rows = loaded
-    found = load_adapter(source, features)
+    found = load_adapter(source, features, features, split)
     if found is None:
         join.check_same_width(rows)
         images, texts = (embed(None, features, rows, side) for side in Modality)
@@ -108,9 +108,18 @@ def warn_of_trained(systems: Sequence[AlignedRows]) -> None:
             log.warning(message, *(", ".join(dict.fromkeys(map(str, own))) for own in named))
 
 
-def load_adapter(source: SourceOptions, features: FeatureSet) -> tuple[Adapter, AdapterInfo] | None:
-    """Load the adapter of the options for some features; None without one."""
-    return None if source.adapter is None else load_adapter_for(features, source.adapter, source)
+def load_adapter(
+    source: SourceOptions, features: FeatureSet, fitted_on: FeatureSet, measured: str
+) -> tuple[Adapter, AdapterInfo] | None:
+    """Load the adapter of the options for some features; None without one.
+
+    A baseline is fitted on the set `fitted_on`, of which the split(s) `measured` are measured.
+    """
+    if source.adapter is None:
+        return None
+    return load_adapter_for(
+        features, source.adapter, source, fitted_on=fitted_on, measured=measured
+    )
 
 
 def embed(

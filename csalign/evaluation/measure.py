@@ -128,13 +128,18 @@ class Evaluation:
         kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
         return replace(found, figures=kept)
 
+    @cached_property
     def without_adapter(self) -> "Evaluation | None":
-        """Rank the rows as they are stored; None without an adapter, or if widths differ."""
+        """The rows as they are stored, ranked; None without an adapter, or if widths differ."""
         aligned, rows = self.aligned, self.aligned.rows
         if aligned.adapter is None or rows.images.shape[1] != rows.texts.shape[1]:
             return None
         images, texts = (embed(None, aligned.features, rows, side) for side in Modality)
-        plain = replace(aligned, images=images, texts=texts, adapter=None)
+        return self.of_rows(images, texts)
+
+    def of_rows(self, images: Floats, texts: Floats) -> "Evaluation":
+        """Rank other embeddings of the same rows: unit rows (n, d) and (m, d)."""
+        plain = replace(self.aligned, images=images, texts=texts, adapter=None)
         return measure_rows(plain, self.options, labels=self.labels, device=self.device)
 
 
@@ -221,7 +226,7 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
     if extras is not None:
         extra, extra_intervals = extras.compute(images, folds, evaluation.ranks, options)
         intervals |= extra_intervals
-    before = evaluation.without_adapter() if with_before else None
+    before = evaluation.without_adapter if with_before else None
     return {
         **aligned.describe(),
         "fingerprints": aligned.fingerprints(),
@@ -254,7 +259,8 @@ def extras_of(config: EvalConfig, aligned: AlignedRows) -> Extras:
     """Read what the extra metrics of the options need; see `prepare_extras`."""
 
     def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
-        loaded = load_adapter(config, features)  # again, which checks these features' widths
+        # Again, which checks these features' widths.
+        loaded = load_adapter(config, features, aligned.features, aligned.split)
         return embed(loaded and loaded[0], features, rows, Modality.TEXT)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
 from csalign.adapters.checkpoint import WEIGHTS
+from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
 from csalign.core.devices import available_bytes
@@ -86,7 +87,9 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
         built.vectors.save(folder / VECTORS)
         built.correction.save(folder)
         write_items(folder, built.items)
-        if config.adapter is not None:
+        if built.adapter is not None and is_baseline(config.adapter):
+            built.adapter.save(folder / ADAPTER)
+        elif config.adapter is not None:
             (folder / ADAPTER).mkdir()
             for name in (ADAPTER_DESCRIPTION, WEIGHTS):
                 shutil.copy(config.adapter / name, folder / ADAPTER / name)

@@ -24,7 +24,9 @@ class ItemOptions(LoadOptions):
     panel: ClassVar[str] = "Items"
 
     adapter: RunSource | None = Field(
-        None, description="Run that maps the features; without it they are used as stored."
+        None,
+        description="Run that maps the features, or mean-shift, standardised or closed-form, "
+        "fitted here; without it they are used as stored.",
     )
     side: Side = Field("image", description="Side to find.")
     split: str = Field("all", description="Split(s), comma-separated; 'all' selects every row.")

@@ -111,6 +111,7 @@ zero_shot.* :: counts
 features :: evaluated feature set
 adapter :: adapter applied to the features; null for none
 split :: evaluated rows of the features
+fitted_on :: rows that a baseline was fitted on
 fingerprints.* :: SHA-256 of the features' content and of the adapter's weights
 parameters :: number of parameters of the adapter
 bandwidth :: of the kernel k in cs_divergence and mmd

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 
 from csalign.core.figures import figure_of, same_side_words
+from csalign.report.baselines import baselines_section
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
@@ -83,6 +84,8 @@ def write_evaluation(
         sections += [_retrieval(document), _gap(document), _mixed(document)]
         if "groups" in document:
             sections.append(_groups(document))
+        if document.get("baselines"):
+            sections.append(baselines_section(document))
     for view in views:
         sections += _projections(view, labels)
     if views:

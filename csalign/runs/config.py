@@ -27,7 +27,10 @@ class ApplyInput(Config):
     panel: ClassVar[str] = "Input"
 
     features: Location = Field(description="Feature set to align.")
-    adapter: RunSource = Field(description="Run folder, or a checkpoint in it.")
+    adapter: RunSource = Field(
+        description="Run folder, or a checkpoint in it; or mean-shift, standardised or "
+        "closed-form, fitted here."
+    )
 
 
 class ApplyFormat(Config):

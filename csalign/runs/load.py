@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
+from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
@@ -23,6 +24,7 @@ from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
 from csalign.features.tokens import TokenCache, TokenRows, pad_tokens
 from csalign.features.writer import Rows
+from csalign.runs.baselines import load_baseline
 from csalign.runs.config import LoadOptions
 from csalign.runs.metadata import ADAPTER, check_unchanged
 
@@ -51,13 +53,29 @@ def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]
 
 
 def load_adapter_for(
-    features: FeatureSet, run: Path, options: LoadOptions
+    features: FeatureSet,
+    run: Path,
+    options: LoadOptions,
+    *,
+    fitted_on: FeatureSet | None = None,
+    measured: str | None = None,
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    Raises as `load_run`, `check_encoders` and `check_features` do.
+    The name of a baseline, where no folder has it, stands for that baseline fitted here. Raises as
+    `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
+
+    Args:
+        features: to be aligned.
+        run: folder of the run, or name of a baseline.
+        options: how to load it.
+        fitted_on: the set to fit a baseline on (default: `features`).
+        measured: split(s) of it that are measured, if any.
     """
-    adapter, info = load_run(run, options.allow_adapter)
+    if is_baseline(run):
+        adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
+    else:
+        adapter, info = load_run(run, options.allow_adapter)
     check_encoders(features, run, info, any_encoder=options.any_encoder)
     check_features(features, run, adapter)
     return adapter.to(pick_device(options.device)), info

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import tomli_w
 from pydantic import BeforeValidator, Field, model_validator
 
-from csalign.adapters.kinds import check_kind
+from csalign.adapters.kinds import BASELINES, check_kind
 from csalign.core.config import (
     Config,
     Count,
@@ -32,6 +32,15 @@ G = TypeVar("G", bound=Config)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 _RECIPES = files("csalign.training") / "recipes"
+
+
+# What options are where the adapter is a baseline, and those whose default is another.
+_GIVEN_UP = ("steps", "ensemble", "unpaired_matches", "match_moments")
+_OF_BASELINES: dict[str, Any] = {
+    **{"steps": 0, "ensemble": "off", "unpaired_matches": False, "match_moments": False},
+    **{"epochs": None, "networks": 1, "init": "canonical", "tokens": False, "token_weight": 0},
+    **{"image_adapter": None, "text_adapter": None, "width": None},
+}
 
 
 def recipe_names() -> list[str]:
@@ -114,7 +123,8 @@ class AdapterOptions(Config):
         "glu",
         description="Adapter of both sides: linear; mlp or glu (linear plus a residual branch); "
         "low-rank (identity plus a low-rank update); identity (frozen); transformer (over "
-        "tokens); or your own, PACKAGE.MODULE:CLASS.",
+        "tokens); your own, PACKAGE.MODULE:CLASS; or a baseline without training: mean-shift, "
+        "standardised or closed-form.",
     )
     image_adapter: str | None = Field(None, description="Adapter for images (default: --adapter).")
     text_adapter: str | None = Field(None, description="Adapter for texts (default: --adapter).")
@@ -147,8 +157,9 @@ class AdapterOptions(Config):
 
     @property
     def kinds(self) -> dict[Modality, str]:
-        """Kind of each side's adapter."""
-        image, text = self.image_adapter or self.adapter, self.text_adapter or self.adapter
+        """Kind of each side's adapter; a baseline is linear."""
+        plain = "linear" if self.adapter in BASELINES else self.adapter
+        image, text = self.image_adapter or plain, self.text_adapter or plain
         return {Modality.IMAGE: image, Modality.TEXT: text}
 
 
@@ -309,14 +320,28 @@ class TrainConfig(
             raise ConfigError(
                 "divergence-estimator: was removed, and the divergence is always exact; remove it"
             )
-        name = given.get("recipe")
-        return given if name is None else {**tomllib.loads(recipe_text(str(name))), **given}
+        name, fixed = given.get("recipe"), {}
+        if given.get("adapter") in BASELINES:
+            fixed = {option: _OF_BASELINES[option] for option in _GIVEN_UP}
+        recipe = {} if name is None else tomllib.loads(recipe_text(str(name)))
+        return {**recipe, **fixed, **given}
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
+        if self.adapter in BASELINES:
+            for option, value in _OF_BASELINES.items():
+                if (found := getattr(self, option)) != value:
+                    raise ConfigError(
+                        f"{self.shown(option)} {found}: {self.adapter} is fitted as it is, without "
+                        "training; leave the option out, or use another --adapter"
+                    )
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
+            if kind in BASELINES:
+                raise ConfigError(
+                    f"{kind}: is fitted on both sides; pass it as --adapter {kind}, alone"
+                )
             check_kind(kind)
 
     def group(self, kind: type[G]) -> G:
@@ -371,6 +396,14 @@ class TuneConfig(SearchOptions, TrainConfig):
 
     out: RunFolder = Field(description="Folder of the study; an existing one is continued.")
     overwrite: bool = Field(False, description="Replace the study that is there.")
+
+    def check(self) -> None:
+        """Raise ConfigError if options do not go together."""
+        super().check()
+        if self.adapter in BASELINES:
+            raise ConfigError(
+                f"--adapter {self.adapter}: has no settings to tune; fit it with csalign train"
+            )
 
     def base(self) -> TrainConfig:
         """Return the settings that every trial starts from."""

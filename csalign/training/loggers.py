@@ -8,16 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from csalign.adapters.model import Adapter
 from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import tick
+from csalign.evaluation.baselines import measure_baselines
 from csalign.evaluation.config import MeasureOptions, PageOptions
 from csalign.evaluation.measure import describe, measure_rows
 from csalign.evaluation.page import check_report, write_report
 from csalign.evaluation.protocols import AlignedRows
 from csalign.features.checks import warn_of_queries
+from csalign.runs.baselines import some_of
 from csalign.runs.load import embed_rows
 from csalign.runs.metadata import LINES
 from csalign.training.data import TrainingData
@@ -100,7 +104,9 @@ def write_page(
         images, texts = (embed_rows(adapter, side, data.val, data.features) for side in Modality)
         rows = AlignedRows(data.features, "validation", data.val, images, texts, run)
         measured = measure_rows(rows, MeasureOptions(seed=seed))
+        learned = np.ones(len(data.rows.images), bool) if data.held_out is None else ~data.held_out
         document = describe(measured, with_before=True)
+        document["baselines"] = measure_baselines(measured, data.rows.take(some_of(learned)))
     title = f"Training of {run.name} on {data.features.path.name}"
     title += ", measured on its validation rows" if measured else ""
     write_report(page, title, measured, document, run, is_training=True)

@@ -8,18 +8,21 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from csalign.adapters.assignment import Trust
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
+from csalign.adapters.kinds import SHIFTS
 from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import LOUD, SideShape, UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
 from csalign.features.join import Mask, Pairs
+from csalign.runs.baselines import fit_shift
 from csalign.training.closed_forms.settings import (
     LADDER,
     POWERS,
@@ -101,6 +104,8 @@ def initialize(
             "and two adapters that start from a closed form are needed; add rows, or leave out "
             "--adapter, --init random and --no-unpaired-matches"
         )
+    if options.adapter in SHIFTS:
+        return fits.start(Setting(form=options.adapter), samplers[0], "no training: {name}")
     if not is_canonical:
         return fits.start(Setting(form="random"), samplers[0], "start: random weights")
     trust = fits.match_clusters(samplers[0])[1] if few else None
@@ -236,6 +241,8 @@ class _Fits:
         return images, texts
 
     def _units_of(self, side: Modality, form: str) -> UnitRows:
+        if form in SHIFTS:
+            return UnitRows()
         root = form in ROOTED and self._kept != [side] and side in self._non_negative
         if (side, root) not in self._units:
             is_free, rows = side not in self._kept, self.data.rows.embeddings(side)
@@ -274,6 +281,9 @@ class _Fits:
                 return [self._matched[sampler][0]]
             clusters = self.pools.clusters(self.width)
             return [clusters.fit(self.pools.first_pairs(self.data.rows, sampler))]
+        if form in SHIFTS:
+            rows, (images, texts) = self.data.rows, map(np.unique, sampler.weighted_pairs()[0])
+            return [fit_shift(form, (rows.images, images), (rows.texts, texts), rows.name)]
         moments = self.moments(sampler, form)
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
