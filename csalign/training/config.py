@@ -158,7 +158,12 @@ class ObjectiveOptions(Config):
     panel: ClassVar[str] = "Objective"
 
     pairwise: PairwiseName = Field(
-        PairwiseName.INFONCE, description="Loss on matched pairs; sigmoid is SigLIP's."
+        PairwiseName.INFONCE,
+        description="Loss on matched pairs; sigmoid is SigLIP's, align-uniform UniAlign's: squared "
+        "distances, and rows of one side apart.",
+    )
+    uniformity: NotNegative = Field(
+        1.0, description="Weight of the uniformity of each side in align-uniform."
     )
     other_captions: NotNegative = Field(
         0.3, description="Weight of InfoNCE on a second caption; ignored with --captions all."
