@@ -66,7 +66,7 @@ class Objective:
     weight: float = 0.0  # lambda, >= 0, of the distribution term
     token_weight: float = 0.0  # mu, >= 0, of the token term, which is always the CS divergence
     label_smoothing: float = 0.0  # of InfoNCE, in [0, 1)
-    uniformity: float = 1.0  # weight, >= 0, of the second term of align-uniform
+    uniformity: float = 2.0  # weight, >= 0, of the second term of align-uniform
     precision: Precision = Precision.FLOAT32  # of the matrix products in tiles
     divided: bool = False  # whether processes share the tiles
 

@@ -106,6 +106,18 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
             f"--label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
             "leave it at 0"
         )
+    default, is_rival = ObjectiveOptions(), options.pairwise is PairwiseName.ALIGN_UNIFORM
+    if options.uniformity != default.uniformity and not is_rival:
+        raise ConfigError(
+            "--uniformity: applies to align-uniform only, the pairwise loss is "
+            f"{options.pairwise}; leave it at {default.uniformity:g}"
+        )
+    is_scaled = options.logit_scale != default.logit_scale and options.bandwidth != "tied"
+    if is_rival and (is_scaled or options.learn_scale):
+        raise ConfigError(
+            f"--logit-scale {options.logit_scale:g} or --learn-scale: align-uniform has no logits; "
+            f"pass --logit-scale {default.logit_scale:g} --no-learn-scale (--uniformity weights it)"
+        )
     if options.mixing and captions == "all":
         raise ConfigError(
             "--mixing: mixes an image and one caption with another pair; use --captions first or "

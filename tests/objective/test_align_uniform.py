@@ -51,7 +51,7 @@ def test_unpaired_rows_repel_those_of_their_side() -> None:
 
     found = align_uniform(x, y, uniformity=1.0, further=(None, more))
     assert float(found) == pytest.approx(expected, rel=1e-12)
-    objective = Objective(PairwiseName.ALIGN_UNIFORM)
+    objective = Objective(PairwiseName.ALIGN_UNIFORM, uniformity=1.0)
     parts = objective(x, 3 * y, logit_scale=1.0, y_extra=2 * more, negatives=(0, 3))
     assert float(parts.total) == pytest.approx(expected, rel=1e-12)
 

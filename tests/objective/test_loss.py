@@ -30,7 +30,7 @@ def pairwise_loss(
     if name is PairwiseName.SIGMOID:
         return sigmoid_loss(x, y, logit_scale=scale, logit_bias=bias)
     if name is PairwiseName.ALIGN_UNIFORM:
-        return align_uniform(x, y, uniformity=1.0)
+        return align_uniform(x, y, uniformity=2.0)
     return torch.zeros(())
 
 
