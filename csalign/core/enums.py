@@ -49,6 +49,7 @@ class PairwiseName(StrEnum):
 
     INFONCE = "infonce"
     SIGMOID = "sigmoid"
+    ALIGN_UNIFORM = "align-uniform"
     NONE = "none"
 
 

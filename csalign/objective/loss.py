@@ -13,6 +13,7 @@ from csalign.objective.divergences import divergence, token_divergence, unit_tok
 from csalign.objective.fused import fused_terms
 from csalign.objective.kernels import Sigma
 from csalign.objective.pairwise import (
+    align_uniform,
     check_matched,
     check_owner,
     check_smoothing,
@@ -65,6 +66,7 @@ class Objective:
     weight: float = 0.0  # lambda, >= 0, of the distribution term
     token_weight: float = 0.0  # mu, >= 0, of the token term, which is always the CS divergence
     label_smoothing: float = 0.0  # of InfoNCE, in [0, 1)
+    uniformity: float = 2.0  # weight, >= 0, of the second term of align-uniform
     precision: Precision = Precision.FLOAT32  # of the matrix products in tiles
     divided: bool = False  # whether processes share the tiles
 
@@ -78,7 +80,7 @@ class Objective:
                 f"label smoothing works with infonce only; the pairwise loss is {pairwise.value!r}"
             )
         divergence(self.divergence)
-        for weight in (self.weight, self.token_weight):
+        for weight in (self.weight, self.token_weight, self.uniformity):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"weights must be finite and not negative, got {weight}")
 
@@ -108,7 +110,7 @@ class Objective:
             x_extra: (k, d), adapted unpaired images, added to x in the distribution term.
             y_extra: (l, d), adapted unpaired texts.
             negatives: number of rows at the start of x_extra and of y_extra that are also
-                negatives of InfoNCE.
+                negatives of InfoNCE, or in the uniformity of align-uniform.
             tokens: input of the token term; needed where token_weight is not 0.
 
         Raises:
@@ -120,6 +122,7 @@ class Objective:
         if any(negatives) or (self.weight and not measure.matched):
             all_x, all_y = _with_extra(x, x_extra), _with_extra(y, y_extra)
         ends = len(x) + negatives[0], len(y) + negatives[1]
+        further = all_x[len(x) : ends[0]], all_y[len(y) : ends[1]]
         of_means = measure.of_means if self.weight else None
         if max(len(all_x), len(all_y)) < MIN_TILED:
             of_means = None
@@ -148,12 +151,14 @@ class Objective:
                 logit_scale=logit_scale,
                 owner=owner,
                 label_smoothing=self.label_smoothing,
-                negatives=(all_x[len(x) : ends[0]], all_y[len(y) : ends[1]]),
+                negatives=further,
             )
         elif self.pairwise is PairwiseName.SIGMOID:
             pairwise = sigmoid_loss(
                 x, y, logit_scale=logit_scale, logit_bias=logit_bias, owner=owner
             )
+        elif self.pairwise is PairwiseName.ALIGN_UNIFORM:
+            pairwise = align_uniform(x, y, uniformity=self.uniformity, owner=owner, further=further)
         else:
             pairwise = x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
         total = pairwise

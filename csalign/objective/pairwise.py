@@ -1,5 +1,6 @@
-"""Pairwise losses on matched unit rows: InfoNCE and the sigmoid loss."""
+"""Pairwise losses on matched unit rows: InfoNCE, the sigmoid loss, alignment and uniformity."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, pad
 
 from csalign.core.errors import ShapeError
+from csalign.objective.kernels import squared_distances
 
 Negatives = tuple[Tensor | None, Tensor | None]
 
@@ -122,6 +124,55 @@ def sigmoid_loss(
         check_owner(x, y, owner)
     logits = logit_scale * x @ y.T + logit_bias
     return -logsigmoid(torch.where(rows[:, None] == owner, logits, -logits)).sum() / len(x)
+
+
+def align_uniform(
+    x: Tensor,
+    y: Tensor,
+    *,
+    uniformity: float,
+    owner: Tensor | None = None,
+    further: Negatives = (None, None),
+) -> Tensor:
+    """Compute alignment of pairs plus uniformity within each side (UniAlign, arXiv 2602.09507).
+
+    mean_i |x_i - y_i|^2 + uniformity * (U(x) + U(y)) / 2, with U the log of the mean of
+    exp(-2 |z_i - z_j|^2) over all pairs of rows of different items (Wang and Isola 2020, t = 2).
+    Rows repel others of their side, and never those of the other side.
+
+    Args:
+        x: (n, d), float, unit rows.
+        y: (m, d), unit rows; m = n unless owner is given.
+        uniformity: weight of the second term, >= 0.
+        owner: as for `infonce`, whose exceptions it raises; texts of one image do not repel each
+            other.
+        further: unpaired unit rows (k, d) of x's side and (l, d) of y's, in the uniformity only.
+
+    Returns:
+        () tensor, >= -8 * uniformity; U of a side with fewer than two items is 0.
+    """
+    images = torch.arange(len(x), device=x.device)
+    if owner is None:
+        check_matched(x, y)
+        owner = images
+    else:
+        check_owner(x, y, owner)
+    alignment = (x[owner] - y).square().sum(1).mean()
+    spread = _uniformity(x, images, further[0]) + _uniformity(y, owner, further[1])
+    return alignment + uniformity * spread / 2
+
+
+def _uniformity(rows: Tensor, items: Tensor, further: Tensor | None) -> Tensor:
+    """Compute log mean exp(-2 |a - b|^2) over the pairs of rows of different items."""
+    if further is not None and len(further):
+        rows = torch.cat([rows, further])
+        items = torch.cat([items, -1 - torch.arange(len(further), device=items.device)])
+    same = items[:, None] == items
+    count = same.numel() - int(same.sum())
+    if not count:
+        return rows[:0].sum()  # an empty sum is 0 and keeps the graph
+    exponents = (-2 * squared_distances(rows, rows)).masked_fill(same, -torch.inf)
+    return exponents.flatten().logsumexp(0) - math.log(count)
 
 
 def mix_pairs(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor, Tensor]:

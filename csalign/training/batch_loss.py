@@ -69,8 +69,12 @@ def compares_sets(options: ObjectiveOptions) -> bool:
 
 def uses_unpaired(options: ObjectiveOptions) -> bool:
     """Return whether a term uses rows besides the pairs."""
-    is_infonce = options.pairwise is PairwiseName.INFONCE
-    return compares_sets(options) or (options.unpaired_negatives and is_infonce)
+    return compares_sets(options) or (options.unpaired_negatives and _repels(options))
+
+
+def _repels(options: ObjectiveOptions) -> bool:
+    """Return whether the pairwise loss can take unpaired rows to keep others apart from."""
+    return options.pairwise in (PairwiseName.INFONCE, PairwiseName.ALIGN_UNIFORM)
 
 
 def distribution_weight(options: ObjectiveOptions) -> float:
@@ -101,6 +105,18 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
         raise ConfigError(
             f"--label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
             "leave it at 0"
+        )
+    default, is_rival = ObjectiveOptions(), options.pairwise is PairwiseName.ALIGN_UNIFORM
+    if options.uniformity != default.uniformity and not is_rival:
+        raise ConfigError(
+            "--uniformity: applies to align-uniform only, the pairwise loss is "
+            f"{options.pairwise}; leave it at {default.uniformity:g}"
+        )
+    is_scaled = options.logit_scale != default.logit_scale and options.bandwidth != "tied"
+    if is_rival and (is_scaled or options.learn_scale):
+        raise ConfigError(
+            f"--logit-scale {options.logit_scale:g} or --learn-scale: align-uniform has no logits; "
+            f"pass --logit-scale {default.logit_scale:g} --no-learn-scale (--uniformity weights it)"
         )
     if options.mixing and captions == "all":
         raise ConfigError(
@@ -147,6 +163,7 @@ class BatchLoss(nn.Module):
             weight=distribution_weight(options),
             token_weight=options.token_weight,
             label_smoothing=options.label_smoothing,
+            uniformity=options.uniformity,
             precision=precision,
             divided=distributed.world().size > 1,
         )
@@ -212,7 +229,7 @@ class BatchLoss(nn.Module):
         images, _, _, unpaired_images = torch.split(x, batch.images.counts)
         texts, others, further, unpaired_texts = torch.split(y, batch.texts.counts)
         negatives = 0, 0
-        if self._options.unpaired_negatives and self._options.pairwise is PairwiseName.INFONCE:
+        if self._options.unpaired_negatives and _repels(self._options):
             negatives = len(unpaired_images), len(unpaired_texts)
         extra_texts = unpaired_texts
         if self._options.cs_captions == "all":

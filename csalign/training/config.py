@@ -169,10 +169,16 @@ class ObjectiveOptions(Config):
     panel: ClassVar[str] = "Objective"
 
     pairwise: PairwiseName = Field(
-        PairwiseName.INFONCE, description="Loss on matched pairs; sigmoid is SigLIP's."
+        PairwiseName.INFONCE,
+        description="Loss on matched pairs; sigmoid is SigLIP's, align-uniform UniAlign's: squared "
+        "distances, and rows of one side apart.",
+    )
+    uniformity: NotNegative = Field(
+        2.0, description="Weight of the uniformity of each side in align-uniform."
     )
     other_captions: NotNegative = Field(
-        0.3, description="Weight of InfoNCE on a second caption; ignored with --captions all."
+        0.3,
+        description="Weight of the pairwise loss on a second caption; ignored with --captions all.",
     )
     logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
@@ -208,7 +214,8 @@ class ObjectiveOptions(Config):
         1.0, description="Unpaired rows per side and step, as a multiple of the batch size."
     )
     unpaired_negatives: bool = Field(
-        False, description="Use unpaired rows as extra negatives of InfoNCE."
+        False,
+        description="Use unpaired rows as extra negatives of InfoNCE, or in the uniformity.",
     )
     match_moments: bool = Field(
         True, description="With unpaired rows, match the outputs' moments if recall holds."
@@ -270,7 +277,7 @@ class RunOptions(Config):
     panel: ClassVar[str] = "Run"
 
     recipe: str | None = Field(
-        None, description="Preset: close-the-gap, few-pairs, retrieval-llm or text-to-image."
+        None, description="Preset: close-the-gap, few-pairs, paper, retrieval-llm or text-to-image."
     )
     save_every: Count | None = Field(
         None, description="Steps between resumable checkpoints (default: one per minute)."
@@ -371,8 +378,8 @@ class SearchOptions(Config):
     search: str | None = Field(
         None,
         description="Settings to search, comma-separated (default: those of adapter, init, "
-        "learning-rate, logit-scale, noise, dropout, captions, other-captions, cs-weight and "
-        "bandwidth that are not set).",
+        "learning-rate, logit-scale, uniformity, noise, dropout, captions, other-captions, "
+        "cs-weight and bandwidth that are not set).",
     )
     recall_slack: Share = Field(
         0.0,

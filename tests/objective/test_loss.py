@@ -10,7 +10,7 @@ from csalign.core.errors import ShapeError
 from csalign.objective.divergences import cs_divergence, divergence, token_divergence
 from csalign.objective.kernels import Sigma
 from csalign.objective.loss import Objective, TokenBatch
-from csalign.objective.pairwise import infonce, sigmoid_loss
+from csalign.objective.pairwise import align_uniform, infonce, sigmoid_loss
 
 
 def rows(n: int, d: int, seed: int) -> Tensor:
@@ -29,6 +29,8 @@ def pairwise_loss(
         return infonce(x, y, logit_scale=scale)
     if name is PairwiseName.SIGMOID:
         return sigmoid_loss(x, y, logit_scale=scale, logit_bias=bias)
+    if name is PairwiseName.ALIGN_UNIFORM:
+        return align_uniform(x, y, uniformity=2.0)
     return torch.zeros(())
 
 

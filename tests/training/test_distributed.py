@@ -74,6 +74,8 @@ def gradients(divided):
         ({"pairwise": "sigmoid", "weight": 0.5, "divergence": "gaussian-kl"}, 7, 5, 0.5, False),
         ({"pairwise": "sigmoid", "weight": 0.0}, 300, 260, 0.5, True),
         ({"pairwise": "infonce", "weight": 0.3}, 9, 8, 0.5, True),
+        ({"pairwise": "align-uniform", "weight": 0.5}, 300, 260, 0.5, False),
+        ({"pairwise": "align-uniform", "weight": 0.0}, 10, 8, 0.5, True),
     ):
         generator = torch.Generator().manual_seed(n)
         def rows(count):
@@ -83,7 +85,8 @@ def gradients(divided):
         scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
         bias = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
         own = torch.arange(n).flip(0) if owner else None
-        negatives = (0, min(m, 3)) if options["pairwise"] == "infonce" and n > 9 else (0, 0)
+        takes_more = options["pairwise"] in ("infonce", "align-uniform") and n > 9
+        negatives = (0, min(m, 3)) if takes_more else (0, 0)
         parts = Objective(**options, divided=divided)(
             x, y, logit_scale=scale, logit_bias=bias, sigma=sigma, owner=own, y_extra=more,
             negatives=negatives,

@@ -12,7 +12,7 @@ from csalign.training.config import (
     recipe_title,
 )
 
-NAMES = ["close-the-gap", "few-pairs", "retrieval-llm", "text-to-image"]
+NAMES = ["close-the-gap", "few-pairs", "paper", "retrieval-llm", "text-to-image"]
 
 
 @pytest.fixture

@@ -90,6 +90,58 @@ def test_without_a_weight_there_is_infonce_alone_bit_for_bit(
     assert weights(tmp_path / "zero") == weights(tmp_path / "none") == weights(tmp_path / "paired")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"captions": "all"},
+        {"mixing": 0.5, "cs_weight": 1.0},
+        {"divergence": "pairs-mse", "uniformity": 1.0},
+    ],
+)
+def test_align_uniform_learns_with_every_kind_of_batch(
+    captioned: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    rival = {"pairwise": "align-uniform", "cs_weight": 0.0, "init": "random", "steps": 60}
+    run(captioned, tmp_path / "run", **{**rival, "learning_rate": 3e-3, **options})
+    logged = steps(tmp_path / "run")
+
+    assert logged[-1]["pairwise"] < logged[0]["pairwise"] - 0.5
+
+
+def test_unpaired_rows_enter_the_uniformity_if_asked(
+    features: Path, captioned: Path, tmp_path: Path
+) -> None:
+    rival = {"pairwise": "align-uniform", "cs_weight": 0.0, "noise": 0.0, "dropout": 0.0}
+    off = {"init": "random", "match_moments": False, "refit": False, "steps": 1}
+    further = {"unpaired": (features,)}
+    for name, own in (
+        ("none", {}),
+        ("out", further),
+        ("in", {**further, "unpaired_negatives": True}),
+    ):
+        run(captioned, tmp_path / name, **rival, **off, **own)
+    none, out, within = (steps(tmp_path / name)[0]["pairwise"] for name in ("none", "out", "in"))
+
+    assert out == pytest.approx(none, rel=1e-6)
+    assert within != pytest.approx(none, rel=1e-4)
+
+
+def test_align_uniform_leaves_a_smaller_gap_than_infonce_at_the_scale_of_clip(
+    features: Path, tmp_path: Path
+) -> None:
+    plain = {"init": "random", "steps": 150, "learning_rate": 3e-3, "noise": 0.0, "cs_weight": 0.0}
+    found = {}
+    for name, own in (("infonce", {"logit_scale": 100.0}), ("align-uniform", {})):
+        run(features, tmp_path / name, pairwise=name, **{**plain, **own})
+        found[name] = evaluate(EvalConfig(features=features, adapter=tmp_path / name))
+    gaps = [found[name]["gap"]["centroid_distance"] for name in ("align-uniform", "infonce")]
+    recalls = [found[name]["retrieval"]["mean_recall"] for name in ("align-uniform", "infonce")]
+
+    assert gaps[0] < 0.8 * gaps[1]
+    assert recalls[0] > recalls[1] - 0.05
+
+
 def test_low_rank_adapters_start_as_the_identity(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(120, 12))
@@ -172,6 +224,16 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
         (
             {"pairwise": "sigmoid", "label_smoothing": 0.1},
             "label-smoothing: applies to InfoNCE only",
+        ),
+        ({"uniformity": 1.0}, "applies to align-uniform only.* infonce; leave it at 2"),
+        ({"pairwise": "align-uniform", "logit_scale": 100.0}, "no logits; pass --logit-scale 7 "),
+        (
+            {"pairwise": "align-uniform", "learn_scale": True},
+            "--learn-scale: align-uniform has no logits",
+        ),
+        (
+            {"pairwise": "align-uniform", "label_smoothing": 0.1},
+            "applies to InfoNCE only, the pairwise loss is align-uniform",
         ),
         ({"pairwise": "none", "cs_weight": 0.0}, "leaves nothing to train on"),
         ({"pairwise": "none", "divergence": "none"}, "leaves nothing to train on"),

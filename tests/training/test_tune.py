@@ -168,6 +168,15 @@ def test_given_settings_stay_and_the_others_are_searched(features: Path, tmp_pat
     assert (settings["adapter"], settings["learn_scale"]) == ("glu", True)
 
 
+def test_the_weight_of_uniformity_is_searched_in_place_of_a_logit_scale(
+    features: Path, tmp_path: Path
+) -> None:
+    result = search(features, tmp_path / "study", pairwise="align-uniform", trials=3)
+
+    assert "logit_scale" not in result.trials[2].settings
+    assert 0.1 <= result.trials[2].settings["uniformity"] <= 4
+
+
 def test_search_picks_among_the_settings_given_ones_included(
     features: Path, tmp_path: Path
 ) -> None:
@@ -208,6 +217,11 @@ def test_a_setting_is_chosen_only_where_it_matters(tmp_path: Path) -> None:
         ({"search": "cs_weight", "divergence": "none"}, "the divergence is none"),
         ({"search": "bandwidth", "divergence": "gaussian-kl"}, "gaussian-kl has none"),
         ({"search": "logit_scale", "pairwise": "none"}, "the pairwise loss is none"),
+        (
+            {"search": "logit_scale", "pairwise": "align-uniform"},
+            "the pairwise loss is align-uniform",
+        ),
+        ({"search": "uniformity"}, "the pairwise loss is infonce"),
         (
             {"search": "adapter", "image_adapter": "mlp", "text_adapter": "glu"},
             "both sides have kinds of their own",

@@ -26,6 +26,7 @@ RANGES = {
     "learning_rate": Range(1e-4, 1e-2, log=True),
     "logit_scale": Range(3.0, 100.0, log=True),
     "noise": Range(0.0, 1.0),
+    "uniformity": Range(0.1, 4.0, log=True),
     "dropout": Range(0.0, 0.7),
     "other_captions": Range(0.0, 1.0),
     "cs_weight": Range(0.01, 3.0, log=True),
@@ -33,7 +34,7 @@ RANGES = {
 }
 # A setting comes after those that decide whether it matters.
 SEARCHED = (
-    *("adapter", "init", "learning_rate", "logit_scale", "noise", "dropout"),
+    *("adapter", "init", "learning_rate", "logit_scale", "uniformity", "noise", "dropout"),
     *("captions", "other_captions", "cs_weight", "bandwidth"),
 )
 DECIDED_BY = {"dropout": "adapter", "other_captions": "captions", "bandwidth": "cs_weight"}
@@ -155,8 +156,13 @@ def _no_effect(name: str, asked: Sequence[str], base: TrainConfig, rows: Pairs) 
         return "no image to train on has several captions"
     if name in ("cs_weight", "bandwidth") and base.divergence is DivergenceName.NONE:
         return "the divergence is none"
-    if name == "logit_scale" and base.pairwise is PairwiseName.NONE and base.bandwidth != "tied":
-        return "the pairwise loss is none"
+    is_rival = base.pairwise is PairwiseName.ALIGN_UNIFORM
+    has_logits = base.pairwise is not PairwiseName.NONE and not is_rival
+    is_tied = base.bandwidth == "tied" and "bandwidth" not in asked
+    if (name == "logit_scale" and not (has_logits or is_tied)) or (
+        name == "uniformity" and not is_rival
+    ):
+        return f"the pairwise loss is {base.pairwise}"
     if name == "bandwidth" and not divergence(base.divergence).has_bandwidth:
         return f"{base.divergence} has none"
     decides = DECIDED_BY.get(name)
