@@ -40,6 +40,7 @@ DOCUMENTS = {  # of --json, by a key that the others lack
     "zero_shot": "evaluation",
     "distribution": "evaluation",
     "evaluations": "comparison",
+    "versions": "comparison of models",
     "by_scale": "diagnosis",
     "queries": "search result",
 }
@@ -56,8 +57,8 @@ def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
 
     Returns:
         Plain JSON values; "kind" is "features", "run", "index", "export", "study", "unfinished
-        features", "unfinished run", "evaluation", "comparison", "diagnosis", "search result" or
-        "page".
+        features", "unfinished run", "evaluation", "comparison", "comparison of models",
+        "diagnosis", "search result" or "page".
 
     Raises:
         DataError: no such artifact, or parts of it are missing.
