@@ -29,8 +29,7 @@ def version_tables(document: Document, settings: CompareConfig) -> None:
     """Print each set against the first: ids, cosines and neighbours, then the maps by pairs."""
     for one in document["versions"]:
         _tables(one)
-    steps = dict.fromkeys(step for one in document["versions"] for step in _after(one))
-    print_closing(settings, *steps)
+    print_closing(settings, *(step for one in document["versions"][:1] for step in _after(one)))
 
 
 def _tables(one: Document) -> None:
@@ -74,8 +73,8 @@ def _tables(one: Document) -> None:
 
 
 def _after(one: Document) -> Iterator[Step]:
-    """Suggest how to make and apply a map, if the last sentence recommends one."""
-    if "a map" not in one["words"][-1] or one["words"][-1].startswith("Re-embed:"):
+    """Suggest how to make and apply the map that is advised."""
+    if one["advice"] != "map":
         return
     old, new, side = one["old"], one["new"], one["sides"]["old"]
     # The old set stays on its side, since `apply` maps each side with that side's adapter.

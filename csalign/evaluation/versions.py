@@ -40,7 +40,7 @@ FEWEST = 60  # common ids for neighbours and maps
 FEWEST_HELD = 30
 QUERIES, GALLERY, LEARNED = 2_000, 100_000, 20_000  # at most
 STEPS = (100, 300, 1_000, 3_000, 10_000)  # pairs that maps learn from, besides all
-RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+RIDGES = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 RESAMPLES = 1_000
 SAME_MODEL = 0.999  # a cosine that rounding to float16 leaves
 CELLS = 1 << 24  # scores at a time
@@ -93,12 +93,14 @@ def compare_versions(config: CompareConfig, systems: Sequence[Path]) -> Versions
 
     Returns:
         ``{"versions": [{"old", "new", "sides", "widths", "ids": {"common", "only_old", "only_new",
-        "changed"}, "canary", "overlap", "held_out", "unmapped", "maps", "words"}, ...]}``.
+        "changed"}, "canary", "overlap", "held_out", "unmapped", "maps",
+        "advice", "words"}, ...]}``.
         "canary" is ``{"mean", "lowest_5_percent", "verdict"}`` of the cosines of equal ids, None
         if the widths differ; "overlap" ``{"overlap@10", "interval", "chance"}``; "unmapped" and
         each of "maps" ``{"pairs", "map", "retention@10", "hit@1", "median_cosine", "intervals"}``,
-        the maps by the pairs learned from. With fewer than `FEWEST` common ids "overlap",
-        "held_out" and "unmapped" are None, and "maps" is [].
+        the maps by the pairs learned from; "advice" is "keep", "map", "re-embed" or "check ids".
+        With fewer than `FEWEST` common ids "overlap", "held_out", "unmapped" and maybe "advice"
+        are None, and "maps" is [].
 
     Raises:
         ConfigError: an option does not apply.
@@ -186,6 +188,8 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     if split not in (None, ALL):
         names = split_names(split, ())
         chosen = pc.is_in(splits, value_set=pa.array([*names], pa.string())).to_numpy()
+        if not chosen.any():
+            raise DataError(f"{old.path}: has no split {split!r}; omit --split, or name another")
         rows_old, rows_new, splits = rows_old[chosen], rows_new[chosen], splits.filter(chosen)
         counts["common"] = len(rows_old)
     changed = _count_changed(old, new, rows_old, rows_new)
@@ -206,7 +210,7 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
         "unmapped": None,
         "maps": [],
     }
-    if old.table.width == new.table.width and len(rows_old):
+    if old.table.width == new.table.width:
         found["canary"] = _canary(old, new, rows_old, rows_new)
     if len(rows_old) >= FEWEST:
         found |= _neighbours(old, new, rows_old, rows_new, splits)
@@ -217,7 +221,7 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
         )
     else:
         log.warning("%d ids in common; neighbours and maps need %d", len(rows_old), FEWEST)
-    return found | {"words": list(_words(found))}
+    return found | _advise(found)
 
 
 def _count_changed(old: _Version, new: _Version, rows_old: Ints, rows_new: Ints) -> int:
@@ -351,49 +355,42 @@ def _share(near: Tensor, others: Tensor) -> Floats:
     return shares
 
 
-def _words(found: dict[str, Any]) -> Iterator[str]:
-    """Word what was found, and what to do."""
+def _advise(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the "advice", None if there is none, and "words", what was found and what to do."""
     canary, unmapped, maps = found["canary"], found["unmapped"], found["maps"]
-    verdict = canary["verdict"] if canary else "another space"
-    if verdict == "same model":
-        yield (
-            f"Same model: all cosines of equal ids exceed {SAME_MODEL}, so nothing needs embedding "
-            "again."
-        )
-        return
-    if not canary:
-        yield "Another space: the widths differ, so the vectors cannot be mixed."
-    elif verdict == "same space":
-        yield (
-            "The same space, but not the same vectors: those of an id are closer than those of "
-            "different ids."
-        )
-    else:
-        yield "Another space: vectors of an id are as far apart as those of different ids."
-    if not maps:
-        return
+    verdict = canary["verdict"] if canary else None
+    said = {
+        "same model": f"Same model: all cosines of equal ids exceed {SAME_MODEL}, so nothing needs "
+        "embedding again.",
+        "same space": "The same space, but not the same vectors: those of an id are closer than "
+        "those of different ids.",
+        "another space": "Another space: vectors of an id are as far apart as those of different "
+        "ids.",
+        None: "Another space: the widths differ, so the vectors cannot be mixed.",
+    }[verdict]
+    if verdict == "same model" or not maps:
+        return {"advice": "keep" if verdict == "same model" else None, "words": [said]}
     best, chance = maps[-1], found["overlap"]["chance"]
-    retained, shown = best["retention@10"], percent(best["retention@10"], 0)
-    if retained < CHANCE * chance:
-        yield (
+    retained = best["retention@10"]
+    few = next(row["pairs"] for row in maps if row["retention@10"] >= retained - ENOUGH)
+    learned = f"a map of {best['pairs']:,} pairs retains {percent(retained, 0)} of the 10 nearest"
+    if few < best["pairs"]:
+        learned += f", one of {few:,} nearly as much"
+    if unmapped and unmapped["retention@10"] >= max(GOOD, retained - ENOUGH):
+        share = percent(unmapped["retention@10"], 0)
+        advice = "keep"
+        what = f"Old vectors serve as they are: they retain {share} of the 10 nearest."
+    elif retained < CHANCE * chance:
+        advice = "check ids"
+        what = (
             f"No map is found (retention {percent(retained)}, by chance {percent(chance)}): check "
             "that ids name the same items in both sets, such as rows in one order; if they do, "
             "re-embed."
         )
-        return
-    if unmapped and unmapped["retention@10"] >= max(GOOD, retained - ENOUGH):
-        yield (
-            f"Old vectors serve as they are: they retain {percent(unmapped['retention@10'], 0)} of "
-            "the 10 nearest; re-embed at leisure."
-        )
-        return
-    few = next(row["pairs"] for row in maps if row["retention@10"] >= retained - ENOUGH)
-    learned = f"a map of {best['pairs']:,} pairs retains {shown} of the 10 nearest"
-    if few < best["pairs"]:
-        learned += f", one of {few:,} nearly as much"
-    if retained >= GOOD:
-        yield f"Map now and re-embed later: {learned}."
+    elif retained >= GOOD:
+        advice, what = "map", f"Map now and re-embed later: {learned}."
     elif retained >= POOR:
-        yield f"Re-embed; until then a map is better than mixing: {learned}."
+        advice, what = "map", f"Re-embed; until then a map is a stopgap: {learned}."
     else:
-        yield f"Re-embed: {learned}."
+        advice, what = "re-embed", f"Re-embed: {learned}."
+    return {"advice": advice, "words": [said, what]}
