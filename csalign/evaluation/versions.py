@@ -38,7 +38,7 @@ Ints = npt.NDArray[np.int64]
 NEIGHBOURS = 10
 FEWEST = 60  # common ids for neighbours and maps
 FEWEST_HELD = 30
-QUERIES, GALLERY, LEARNED = 2_000, 100_000, 20_000  # at most
+QUERIES, GALLERY, LEARNED = 1_000, 50_000, 20_000  # at most
 STEPS = (100, 300, 1_000, 3_000, 10_000)  # pairs that maps learn from, besides all
 RIDGES = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 RESAMPLES = 1_000
@@ -134,7 +134,7 @@ class _Version(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> "_Version":
         table = FeatureSet.open(path).table(_side(path) or Modality.IMAGE)
-        ids = table.column(schema.ID)
+        ids = pa.chunked_array([table.strings(schema.ID)])
         if len(repeated := repeated_ids(ids)):
             raise DataError(
                 f"{path}: id {repeated[0].as_py()!r} appears more than once; ids must be unique, "
@@ -147,10 +147,10 @@ class _Version(NamedTuple):
         return self.table.folder
 
     def unit(self, rows: Ints) -> npt.NDArray[np.float32]:
-        return unit_rows(self.values[rows], self.ids.take(rows), str(self.path))
+        return unit_rows(self.values[rows], self.ids.take(pa.array(rows)), str(self.path))
 
-    def column(self, name: str, rows: Ints) -> pa.ChunkedArray:
-        return self.table.column(name).take(rows)
+    def column(self, name: str, rows: Ints) -> pa.Array:
+        return self.table.strings(name).take(pa.array(rows))
 
 
 class _Score(NamedTuple):
@@ -187,7 +187,7 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     splits = old.column(schema.SPLIT, rows_old)
     if split not in (None, ALL):
         names = split_names(split, ())
-        chosen = pc.is_in(splits, value_set=pa.array([*names], pa.string())).to_numpy()
+        chosen = pc.is_in(splits, value_set=pa.array([*names], pa.large_string())).to_numpy(False)
         if not chosen.any():
             raise DataError(f"{old.path}: has no split {split!r}; omit --split, or name another")
         rows_old, rows_new, splits = rows_old[chosen], rows_new[chosen], splits.filter(chosen)
@@ -249,7 +249,7 @@ def _canary(old: _Version, new: _Version, rows_old: Ints, rows_new: Ints) -> dic
 
 
 def _neighbours(
-    old: _Version, new: _Version, rows_old: Ints, rows_new: Ints, splits: pa.ChunkedArray
+    old: _Version, new: _Version, rows_old: Ints, rows_new: Ints, splits: pa.Array
 ) -> dict[str, Any]:
     """Measure the overlap of neighbours, and what maps of 100, 300, ... pairs retain."""
     learned, held, source = _divide(splits)
@@ -284,10 +284,10 @@ def _neighbours(
     return found
 
 
-def _divide(splits: pa.ChunkedArray) -> tuple[Ints, Ints, str]:
+def _divide(splits: pa.Array) -> tuple[Ints, Ints, str]:
     """Choose the ids to learn from, those held out, both shuffled, and say how."""
     generator = np.random.default_rng(0)
-    is_train = pc.fill_null(pc.equal(splits, "train"), False).to_numpy()
+    is_train = pc.fill_null(pc.equal(splits, "train"), False).to_numpy(False)
     order = generator.permutation(len(splits))
     learned, held, source = order[is_train[order]], order[~is_train[order]], "split train"
     if min(len(learned), len(held)) < FEWEST_HELD:

@@ -178,7 +178,7 @@ def test_a_split_limits_the_ids(put: Put, rows: Array) -> None:
 def test_what_cannot_be_compared_is_refused(put: Put, rows: Array, features: Path) -> None:
     old, other = put("old", rows), put("other", rows, id=[f"x{row}" for row in range(300)])
 
-    with pytest.raises(ConfigError, match=r"contains texts only, and .* is not such a set; compare"):
+    with pytest.raises(ConfigError, match=r"contains texts only, and .* is not such a set"):
         csalign.compare(old, features)
     with pytest.raises(ConfigError, match=r"pass another model's .* csalign compare .*old NEW"):
         csalign.compare(old)
