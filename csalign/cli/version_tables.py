@@ -34,15 +34,19 @@ def version_tables(document: Document, settings: CompareConfig) -> None:
 
 def _tables(one: Document) -> None:
     ids, canary, overlap, held_out = (one[key] for key in ("ids", "canary", "overlap", "held_out"))
-    print_line(f"{one['new']} against {one['old']}: {ids['common']:,} ids in both", "bold")
+    print_line(
+        f"{one['new']} against {one['old']}: {ids['common']:,} ids in both, "
+        f"{ids['distinct']:,} different vectors",
+        "bold",
+    )
     rows = {
         "only in one": f"{ids['only_old']:,} ids of {one['old']}, {ids['only_new']:,} of "
         f"{one['new']}; left out",
     }
     if canary:
         rows["cosine, same ids"] = (
-            f"mean {canary['mean']:.4f}, 5 % are below {canary['lowest_5_percent']:.4f}: "
-            f"{canary['verdict']}"
+            f"mean {canary['mean']:.4f}, 5 % are below {canary['lowest_5_percent']:.4f}, least "
+            f"{canary['least']:.4f}: {canary['verdict']}"
         )
     if overlap:
         low, high = overlap["interval"]

@@ -24,7 +24,7 @@ from csalign.core.progress import tick
 from csalign.core.results import CompareResult
 from csalign.evaluation.config import CompareConfig
 from csalign.features import schema
-from csalign.features.checks import unit_rows
+from csalign.features.checks import alike, unit_rows
 from csalign.features.join import ALL, find_images, repeated_ids, split_names
 from csalign.features.reader import FeatureSet, FeatureTable
 from csalign.features.schema import MANIFEST, read_manifest
@@ -93,14 +93,13 @@ def compare_versions(config: CompareConfig, systems: Sequence[Path]) -> Versions
 
     Returns:
         ``{"versions": [{"old", "new", "sides", "widths", "ids": {"common", "only_old", "only_new",
-        "changed"}, "canary", "overlap", "held_out", "unmapped", "maps",
-        "advice", "words"}, ...]}``.
-        "canary" is ``{"mean", "lowest_5_percent", "verdict"}`` of the cosines of equal ids, None
-        if the widths differ; "overlap" ``{"overlap@10", "interval", "chance"}``; "unmapped" and
-        each of "maps" ``{"pairs", "map", "retention@10", "hit@1", "median_cosine", "intervals"}``,
-        the maps by the pairs learned from; "advice" is "keep", "map", "re-embed" or "check ids".
-        With fewer than `FEWEST` common ids "overlap", "held_out", "unmapped" and maybe "advice"
-        are None, and "maps" is [].
+        "changed", "distinct"}, "canary", "overlap", "held_out", "unmapped", "maps", "advice",
+        "words"}, ...]}``. "canary" is ``{"mean", "lowest_5_percent", "least", "verdict"}`` of the
+        cosines of equal ids, None if the widths differ; "overlap" ``{"overlap@10", "interval",
+        "chance"}``; "unmapped" and each of "maps" ``{"pairs", "map", "retention@10", "hit@1",
+        "median_cosine", "intervals"}``, the maps by the pairs learned from; "advice" is "keep",
+        "map", "re-embed" or "check ids". With fewer than `FEWEST` different old vectors "overlap",
+        "held_out", "unmapped" and maybe "advice" are None, and "maps" is [].
 
     Raises:
         ConfigError: an option does not apply.
@@ -212,15 +211,22 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     }
     if old.table.width == new.table.width:
         found["canary"] = _canary(old, new, rows_old, rows_new)
-    if len(rows_old) >= FEWEST:
-        found |= _neighbours(old, new, rows_old, rows_new, splits)
+    # A map that has learned a row knows its copies, such as a caption that many images share.
+    distinct = np.unique(alike(old.values[rows_old]))
+    found["ids"]["distinct"] = len(distinct)
+    if len(distinct) >= FEWEST:
+        some = (rows[distinct] for rows in (rows_old, rows_new))
+        found |= _neighbours(old, new, *some, splits.take(pa.array(distinct)))
     elif found["canary"] is None:
         raise DataError(
-            f"{old.path} and {new.path} have {len(rows_old)} ids in common here; maps and "
-            f"neighbours need {FEWEST}, so embed more of the same items with both models"
+            f"{old.path} and {new.path} have {len(distinct)} different vectors with equal ids "
+            f"here; maps and neighbours need {FEWEST}, so embed more items with both models"
         )
     else:
-        log.warning("%d ids in common; neighbours and maps need %d", len(rows_old), FEWEST)
+        log.warning(
+            "%d different vectors have equal ids; neighbours and maps need %d",
+            *(len(distinct), FEWEST),
+        )
     return found | _advise(found)
 
 
@@ -245,7 +251,8 @@ def _canary(old: _Version, new: _Version, rows_old: Ints, rows_new: Ints) -> dic
     verdict = "same space" if low > np.quantile(other, 0.95) else "another space"
     if own.min() > SAME_MODEL:
         verdict = "same model"
-    return {"mean": float(own.mean()), "lowest_5_percent": low, "verdict": verdict}
+    mean, least = float(own.mean()), float(own.min())
+    return {"mean": mean, "lowest_5_percent": low, "least": least, "verdict": verdict}
 
 
 def _neighbours(
@@ -376,10 +383,17 @@ def _advise(found: dict[str, Any]) -> dict[str, Any]:
     learned = f"a map of {best['pairs']:,} pairs retains {percent(retained, 0)} of the 10 nearest"
     if few < best["pairs"]:
         learned += f", one of {few:,} nearly as much"
-    if unmapped and unmapped["retention@10"] >= max(GOOD, retained - ENOUGH):
+    if unmapped and unmapped["retention@10"] >= max(CHANCE * chance, retained - ENOUGH):
         share = percent(unmapped["retention@10"], 0)
-        advice = "keep"
-        what = f"Old vectors serve as they are: they retain {share} of the 10 nearest."
+        advice, what = (
+            "keep",
+            f"Old vectors serve as they are: they retain {share} of the 10 nearest.",
+        )
+        if unmapped["retention@10"] < GOOD:
+            advice = "re-embed"
+            what = (
+                f"Re-embed: old vectors retain {share} of the 10 nearest, and no map adds to that."
+            )
     elif retained < CHANCE * chance:
         advice = "check ids"
         what = (

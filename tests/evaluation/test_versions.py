@@ -66,7 +66,13 @@ def test_the_same_vectors_are_of_the_same_model(put: Put, rows: Array) -> None:
         assert figures["retention@10"] == figures["hit@1"] == 1
         assert figures["median_cosine"] == pytest.approx(1)
     assert one["sides"] == {"old": "text", "new": "text"}
-    assert one["ids"] == {"common": 300, "only_old": 0, "only_new": 0, "changed": 0}
+    assert one["ids"] == {
+        "common": 300,
+        "only_old": 0,
+        "only_new": 0,
+        "changed": 0,
+        "distinct": 300,
+    }
     assert [row["pairs"] for row in one["maps"]] == [100, 150]
 
 
@@ -162,9 +168,19 @@ def test_a_few_canaries_are_compared_alone(
 
     assert one["canary"]["verdict"] == "same model"
     assert (one["overlap"], one["unmapped"], one["maps"]) == (None, None, [])
-    assert "20 ids in common" in caplog.text
-    with pytest.raises(DataError, match="20 ids in common here; maps and neighbours need 60"):
+    assert "20 different vectors have equal ids" in caplog.text
+    with pytest.raises(
+        DataError, match=r"20 different vectors with equal ids here; maps and .* need 60"
+    ):
         csalign.compare(old, put("narrow", rows[:20, :8]))
+
+
+def test_copies_of_an_item_count_once(put: Put, rows: Array) -> None:
+    copies = np.concatenate([rows, rows[:100]])
+    (one,) = versions(put("old", copies), put("new", copies[:, :20]))
+
+    assert (one["ids"]["common"], one["ids"]["distinct"]) == (400, 300)
+    assert one["held_out"]["gallery"] == 150
 
 
 def test_a_split_limits_the_ids(put: Put, rows: Array) -> None:
