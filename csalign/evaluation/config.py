@@ -199,7 +199,8 @@ class CompareConfig(AdaptedOptions):
         min_length=1,
         title="FEATURES|RUN|EVAL.json",
         description="Feature sets without an adapter, runs, evaluated on the features they were "
-        "trained on, and documents of csalign eval --json.",
+        "trained on, and documents of csalign eval --json; or sets of one side each, of the same "
+        "ids by several models.",
     )
     features: Location | None = Field(
         None, description="Feature set to evaluate all runs on (default: those of each)."

@@ -160,7 +160,11 @@ class _Score(NamedTuple):
     cosine: Floats  # to its own item
 
     def figures(self) -> dict[str, Any]:
-        kinds = {"retention@10": np.mean, "hit@1": np.mean, "median_cosine": np.median}
+        kinds: dict[str, Any] = {
+            "retention@10": np.mean,
+            "hit@1": np.mean,
+            "median_cosine": np.median,
+        }
         named = list(zip(kinds.items(), self, strict=True))
         intervals = {name: _interval(own, of) for (name, of), own in named}
         return {name: float(of(own)) for (name, of), own in named} | {"intervals": intervals}
@@ -186,10 +190,10 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     splits = old.column(schema.SPLIT, rows_old)
     if split not in (None, ALL):
         names = split_names(split, ())
-        chosen = pc.is_in(splits, value_set=pa.array([*names], pa.large_string())).to_numpy(False)
-        if not chosen.any():
+        is_in = pc.is_in(splits, value_set=pa.array([*names], pa.large_string())).to_numpy(False)
+        if not is_in.any():
             raise DataError(f"{old.path}: has no split {split!r}; omit --split, or name another")
-        rows_old, rows_new, splits = rows_old[chosen], rows_new[chosen], splits.filter(chosen)
+        rows_old, rows_new, splits = rows_old[is_in], rows_new[is_in], splits.filter(is_in)
         counts["common"] = len(rows_old)
     changed = _count_changed(old, new, rows_old, rows_new)
     if changed:
@@ -197,12 +201,19 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
             "%d of %d ids have another caption in %s than in %s; embed the same texts with both",
             *(changed, len(rows_old), new.path, old.path),
         )
-    found = {
+    # A map that has learned a row knows its copies, such as a caption that many images share.
+    distinct = np.unique(alike(old.values[rows_old]))
+    found: dict[str, Any] = {
         "old": str(old.path),
         "new": str(new.path),
         "sides": {"old": old.table.modality.value, "new": new.table.modality.value},
         "widths": {"old": old.table.width, "new": new.table.width},
-        "ids": {**counts, "only_new": len(missing), "changed": changed},
+        "ids": {
+            **counts,
+            "only_new": len(missing),
+            "changed": changed,
+            "distinct": len(distinct),
+        },
         "canary": None,
         "overlap": None,
         "held_out": None,
@@ -211,12 +222,9 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     }
     if old.table.width == new.table.width:
         found["canary"] = _canary(old, new, rows_old, rows_new)
-    # A map that has learned a row knows its copies, such as a caption that many images share.
-    distinct = np.unique(alike(old.values[rows_old]))
-    found["ids"]["distinct"] = len(distinct)
     if len(distinct) >= FEWEST:
-        some = (rows[distinct] for rows in (rows_old, rows_new))
-        found |= _neighbours(old, new, *some, splits.take(pa.array(distinct)))
+        chosen = rows_old[distinct], rows_new[distinct], splits.take(pa.array(distinct))
+        found |= _neighbours(old, new, *chosen)
     elif found["canary"] is None:
         raise DataError(
             f"{old.path} and {new.path} have {len(distinct)} different vectors with equal ids "
@@ -304,7 +312,7 @@ def _divide(splits: pa.Array) -> tuple[Ints, Ints, str]:
 
 
 def _learn(x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> ClosedForm:
-    """Fit old rows (n, d) to new ones (n, e): the map with the best mean cosine on a held-out fifth.
+    """Fit old rows (n, d) to new ones (n, e): the map of the best mean cosine on a held-out fifth.
 
     With few pairs the cosine is less noisy than the retention, and with many it chooses as well.
     """
