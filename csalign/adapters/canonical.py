@@ -171,6 +171,21 @@ class PairMoments:
         x, y = self.mean_x.float(), self.mean_y.float()
         return replace(form, image_mean=x, text_mean=y, image_bias=None, text_bias=None)
 
+    def procrustes(self, to: Modality) -> ClosedForm:
+        """Rotate the centred unit rows of one side onto those of the other, which keeps its space.
+
+        The map is orthogonal, or has orthonormal rows or columns if the widths differ; it
+        minimises the weighted mean squared error (Schönemann 1966).
+
+        Args:
+            to: the side whose map is the identity.
+        """
+        to = Modality.of(to)
+        cross = self.cov_xy if to is Modality.TEXT else self.cov_xy.T
+        left, _, right = torch.linalg.svd(cross, full_matrices=False)
+        weight = (left @ right).T.float().contiguous()
+        return self._onto(to, f"orthogonal Procrustes to the {to} side", weight)
+
     def _onto(self, to: Modality, name: str, weight: Tensor) -> ClosedForm:
         """Keep the side `to`; map the other so that the means coincide."""
         x, y = self.mean_x.float(), self.mean_y.float()

@@ -261,6 +261,7 @@ INSPECTED: dict[str, Callable[[Mapping[str, Any]], Inspected]] = {
     "unfinished run": _inspected_unfinished_run,
     "page": _inspected_page,
     **dict.fromkeys(
-        ("evaluation", "comparison", "diagnosis", "search result"), _inspected_document
+        ("evaluation", "comparison", "comparison of models", "diagnosis", "search result"),
+        _inspected_document,
     ),
 }

@@ -15,6 +15,7 @@ from csalign.cli.render import (
     print_title,
     print_wrapped,
 )
+from csalign.cli.version_tables import version_tables
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import baseline_notes, baseline_rows, figure_of, same_side_words
 from csalign.core.results import leaves
@@ -254,6 +255,9 @@ def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
 
 def compare_table(document: Document, settings: CompareConfig) -> None:
     """Print the document of ``csalign compare``: what decides, then more, a row per system."""
+    if "versions" in document:
+        version_tables(document, settings)
+        return
     rows, called = document["evaluations"], document.get("names")
     labels = _distinct([row["name"] for row in rows], settings.systems)
     columns = {

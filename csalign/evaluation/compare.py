@@ -20,6 +20,7 @@ from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
 from csalign.evaluation.measure import describe, measure_loaded
 from csalign.evaluation.protocols import AlignedRows
+from csalign.evaluation.versions import compare_versions, have_one_side
 from csalign.features.checks import warn_of_queries
 from csalign.features.schema import MANIFEST
 from csalign.metrics.bootstrap import Resamples
@@ -134,7 +135,9 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     Python on the two arrays that it is compared with. A document
     of ``csalign eval --json`` keeps its metrics; its queries are ranked again if it has the
     baseline's features, split and counts, both are exact, and its inputs are unchanged. The
-    difference is then resampled in pairs.
+    difference is then resampled in pairs. Feature sets of one side each are compared by id, as
+    embeddings of the same items by several models: `versions.compare_versions` describes that
+    document.
 
     Returns:
         ``{"evaluations": [{"name", "split", "index", FIGURES..., "intervals", "difference",
@@ -157,9 +160,12 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     ['baseline', 'cannot tell']
     """
     config.check()
+    systems = [local_path(path) for path in config.systems]
+    if have_one_side(systems):
+        return compare_versions(config, systems)
     entries: list[_Entry] = []
-    total, rows = len(config.systems), _Rows()
-    for number, path in enumerate(map(local_path, config.systems), 1):
+    total, rows = len(systems), _Rows()
+    for number, path in enumerate(systems, 1):
         try:
             with reported_to(within(f"{path.name} ({number}/{total})")):
                 is_run = path.is_dir() or is_baseline(path)

@@ -214,7 +214,8 @@ class CompareConfig(AdaptedOptions, LabelOptions):
         title="FEATURES|RUN|EVAL.json",
         description="Feature sets without an adapter, runs, evaluated on the features they were "
         "trained on, documents of csalign eval --json, and mean-shift, standardised or "
-        "closed-form, fitted on --features or the first feature set.",
+        "closed-form, fitted on --features or the first feature set; or sets of one side each, "
+        "of the same ids by several models.",
     )
     features: Location | None = Field(
         None, description="Feature set to evaluate all runs on (default: those of each)."

@@ -42,6 +42,7 @@ DOCUMENTS = {  # of --json, by a key that the others lack
     "distribution": "evaluation",
     "evaluations": "comparison",
     "forecast": "diagnosis",
+    "versions": "comparison of models",
     "by_scale": "diagnosis",
     "queries": "search result",
 }
@@ -58,8 +59,8 @@ def inspect(config: InspectConfig, progress: Progress = silent) -> Result:
 
     Returns:
         Plain JSON values; "kind" is "features", "run", "index", "export", "study", "unfinished
-        features", "unfinished run", "evaluation", "comparison", "diagnosis", "search result" or
-        "page".
+        features", "unfinished run", "evaluation", "comparison", "comparison of models",
+        "diagnosis", "search result" or "page".
 
     Raises:
         DataError: no such artifact, or parts of it are missing.

@@ -89,11 +89,11 @@ def describe_images(
             f"{labels.name}: has no column {id_column!r} (columns: "
             f"{', '.join(labels.names) or 'none'}); {remedy}"
         )
+    image_ids = first_of(IMAGE_IDS, labels.names)
+    if image_ids is not None and labels.column(image_ids).null_count == count:
+        image_ids = None  # as in the texts of a feature set without images
     key = (
-        id_column
-        or first_of(IMAGE_IDS, labels.names)
-        or _repeated_path(labels, sketch)
-        or first_of(ITEM_IDS, labels.names)
+        id_column or image_ids or _repeated_path(labels, sketch) or first_of(ITEM_IDS, labels.names)
     )
     found = rows if key is None else _by_key(rows, key, sketch)
     return found if found.kept is not None else _by_digest(found, digests)

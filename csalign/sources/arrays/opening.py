@@ -112,7 +112,8 @@ def _both_names(path: Path, columns: Mapping[Modality, str | None]) -> dict[Moda
     if base.UNNAMED in file.headers:
         raise ConfigError(
             f"{path}: contains one array, which has no name and no side; pass both files: csalign "
-            f"import {path} text.npy --out features"
+            f"import {path} text.npy --out features, or name the side of this one: csalign import "
+            f"--texts {path} --out features"
         )
     fitting = {
         side: [name] if (name := columns[side]) else naming.of_side(file.vectors, side)
