@@ -2,12 +2,11 @@
 
 Usage::
 
-    python tests/benchmarks/forecast/forecast.py measure --csv FILE --oc DIR --icons DIR --packages DIR
-    python tests/benchmarks/forecast/forecast.py train --csv FILE --oc DIR --icons DIR --packages DIR
-    python tests/benchmarks/forecast/forecast.py fit --csv FILE
+    python tests/benchmarks/forecast/forecast.py WHAT --csv FILE --oc DIR --icons DIR --packages DIR
 
-The folders are those of the `prepare.py` of openclipart, icons and packages. `measure` and `train`
-add what the file lacks; `fit` reads it and prints the tables of RESULTS.md.
+WHAT is measure, train or fit. The folders are those of the `prepare.py` of openclipart, icons and
+packages. `measure` and `train` add what the file lacks; `fit` reads it and prints the tables of
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -57,7 +56,16 @@ SHUFFLED_SIZES = (500, 1500, 5000)
 LARGEST = 20_000  # of icons and packages
 COLUMNS = (
     *("method", "corpus", "images", "texts", "shuffled", "pairs", "seed"),
-    *("distinct", "cka", "cka_debiased", "mutual_knn", "chance", "mutual_knn_500", "rank_x", "rank_y"),
+    *(
+        "distinct",
+        "cka",
+        "cka_debiased",
+        "mutual_knn",
+        "chance",
+        "mutual_knn_500",
+        "rank_x",
+        "rank_y",
+    ),
     *("width_x", "width_y", "recall", "refitted", "held", "setting"),
 )
 KEYS = COLUMNS[:7]
@@ -124,6 +132,7 @@ class Sides:
         order = np.random.default_rng(7).permutation(len(corpus.train))[:MOST]
         parts = (corpus.train.take(order), corpus.val, corpus.test)
         self.name, self.folder = name, folder
+        self.side = functools.lru_cache(maxsize=12)(self._side)
         self.bounds = np.cumsum([len(part) for part in parts])
         self.captions = [caption for part in parts for caption in part.captions]
         self._images = np.concatenate([part.images for part in parts])
@@ -147,8 +156,7 @@ class Sides:
         """Number of training pairs."""
         return int(self.bounds[0])
 
-    @functools.lru_cache(maxsize=12)
-    def side(self, is_text: bool, name: str) -> Floats:
+    def _side(self, is_text: bool, name: str) -> Floats:
         """Rows of a view, (n, d)."""
         base, _, cut = name.partition("-")
         rows = self._base(is_text, base)
@@ -171,7 +179,7 @@ class Sides:
                     " ".join(word for word in text.split() if random.random() < 0.5)
                     for text in words
                 ]
-            return _tfidf(words, int(name.lstrip("tfidfdropped")))
+            return _tfidf(words, int(name.removeprefix("tfidf").removeprefix("dropped")))
         if name == "lsa":
             return _lsa(self.folder, self.captions)
         if name == "static":
@@ -219,7 +227,9 @@ def _lsa(folder: Path, captions: Sequence[str]) -> Floats:
     """The stored TF-IDF and SVD of these captions."""
     opened = load_corpus("packages", folder / "features-lsa", "train")
     parts = (opened.train, opened.val, opened.test)
-    rows = {word: row for part in parts for word, row in zip(part.captions, part.texts)}
+    rows = {
+        word: row for part in parts for word, row in zip(part.captions, part.texts, strict=True)
+    }
     return np.stack([rows[caption] for caption in captions])
 
 
@@ -386,6 +396,11 @@ def in_turn() -> list[View]:
     return [view for views in itertools.zip_longest(*own) for view in views if view]
 
 
+def measured(train: Paired, corpus: Corpus) -> dict[str, Any]:
+    """The figures and the recalls of a row."""
+    return figures(train) | cca(train, corpus.val, corpus.test)
+
+
 def measure(corpora: Mapping[str, Callable[[], Sides]], table: Table) -> None:
     """Add figures and the recall of CCA of all views."""
     for view in in_turn():
@@ -399,10 +414,7 @@ def measure(corpora: Mapping[str, Callable[[], Sides]], table: Table) -> None:
         order = np.random.default_rng(0).permutation(len(corpus.train))
         for pairs, key in wanted.items():
             train = corpus.train.take(order[:pairs])
-            table.add(
-                key,
-                lambda train=train: figures(train) | cca(train, corpus.val, corpus.test),
-            )
+            table.add(key, functools.partial(measured, train, corpus))
 
 
 def train(corpora: Mapping[str, Callable[[], Sides]], table: Table) -> None:
@@ -550,10 +562,12 @@ def rank_correlation(
 def print_formulas(rows: Sequence[Row]) -> None:
     """The table of formulas, each tested on the corpus that it was not fitted on."""
     own_sizes = [own for own in points_of(rows) if own.pairs in (500, 1500, 5000)]
-    points = [own for own in own_sizes if float(own.view[3]) < 1]
+    points = [own for own in own_sizes if not float(own.view[3])]
     print(f"\n{len(points)} points, {len({own.view for own in points})} views\n")
-    print("| terms beside log pairs | RMSE, log-odds | bias oc / icons / packages | within 1.64 SD "
-          "| mean error, points | rank correlation at 5,000 | at 1,500 | at 500 |")
+    print(
+        "| terms beside log pairs | RMSE, log-odds | bias oc / icons / packages | within 1.64 SD "
+        "| mean error, points | rank correlation at 5,000 | at 1,500 | at 500 |"
+    )
     print("|---" * 8 + "|")
     target = log_odds(np.array([own.recall for own in points]))
     for terms in TERMS:
@@ -579,6 +593,44 @@ def print_formulas(rows: Sequence[Row]) -> None:
         print(f"| {terms} | {' | '.join(cells)} |")
 
 
+def print_shuffled(rows: Sequence[Row], terms: str = "excess, rank, debiased") -> None:
+    """Controls whose training pairs are permuted in part; the test pairs are not."""
+    points = [own for own in points_of(rows) if own.pairs in SHUFFLED_SIZES]
+    constants = solve([own for own in points if not float(own.view[3])], terms)
+    print(f"\nControls, foretold by: {terms}\n")
+    print("| corpus | permuted | pairs | mutual k-NN | chance | deviations | foretold | CCA |")
+    print("|---" * 8 + "|")
+    for own in points:
+        if not float(own.view[3]):
+            continue
+        figures = own.figures
+        apart = figures["mutual_knn"] - figures["chance"]
+        deviations = apart * min(own.distinct, advice.COMPARED)
+        foretold = share_of(float((design([own], terms) @ constants)[0]))
+        print(
+            f"| {own.corpus} | {100 * float(own.view[3]):.0f} % | {own.pairs:,} "
+            f"| {figures['mutual_knn']:.4f} | {figures['chance']:.4f} | {deviations:.0f} "
+            f"| {100 * foretold:.1f} | {100 * own.recall:.1f} |"
+        )
+
+
+def print_constants(rows: Sequence[Row]) -> None:
+    """The constants of the formulas, of all views that are not permuted."""
+    points = [own for own in points_of(rows) if not float(own.view[3])]
+    points = [own for own in points if own.pairs in (500, 1500, 5000)]
+    target = log_odds(np.array([own.recall for own in points]))
+    print()
+    for terms in TERMS:
+        constants = solve(points, terms)
+        inside = np.std(target - design(points, terms) @ constants)
+        outside = np.sqrt(np.nanmean((target - left_out(points, terms)) ** 2))
+        listed = ", ".join(f"{value:.3f}" for value in constants)
+        print(
+            f"{terms}: 1, log(distinct / 1,000), terms = [{listed}]; residual {inside:.3f}, "
+            f"on a corpus left out {outside:.3f}"
+        )
+
+
 def print_trained(rows: Sequence[Row]) -> None:
     """The recall of ``csalign train`` beside that of CCA."""
     trained = points_of(rows, "train")
@@ -593,8 +645,10 @@ def print_trained(rows: Sequence[Row]) -> None:
     value, low, high = rank_correlation(
         np.array([base.refitted for _, base in both]), [own for own, _ in both]
     )
-    print(f"\nmean {apart.mean():+.3f}, SD {apart.std(ddof=1):.3f}; rank correlation of CCA and "
-          f"train {value:.2f} [{low:.2f}, {high:.2f}], {len(both)} views")
+    print(
+        f"\nmean {apart.mean():+.3f}, SD {apart.std(ddof=1):.3f}; rank correlation of CCA and "
+        f"train {value:.2f} [{low:.2f}, {high:.2f}], {len(both)} views"
+    )
 
 
 Fit = Callable[[NDArray[np.float64], NDArray[np.float64], float], float]
@@ -661,8 +715,10 @@ def print_curves(rows: Sequence[Row], known: int, wanted: int, name: str = "reca
     """The table of extrapolations."""
     curves = curves_of(rows, known, wanted, name)
     print(f"\n{name}: {known} pairs to {wanted}, {len(curves)} views\n")
-    print("| extrapolation | bias, log-odds | RMSE | mean error, points | worst "
-          "| within 1.64 RMSE of the other corpora |")
+    print(
+        "| extrapolation | bias, log-odds | RMSE | mean error, points | worst "
+        "| within 1.64 RMSE of the other corpora |"
+    )
     print("|---" * 6 + "|")
     for label, fit in CURVES.items():
         values = [fit(own.log_pairs, own.recall, np.log(wanted)) for own in curves]
@@ -677,13 +733,17 @@ def print_curves(rows: Sequence[Row], known: int, wanted: int, name: str = "reca
             spread = np.sqrt(np.mean(residual[~is_own] ** 2))
             covered[is_own] = np.abs(residual[is_own]) <= 1.64 * spread
         apart = 100 * np.abs(share_of(predicted) - share_of(target))
-        print(f"| {label} | {residual.mean():+.3f} | {np.sqrt(np.mean(residual**2)):.3f} "
-              f"| {apart.mean():.1f} | {apart.max():.1f} | {covered.sum()} of {len(curves)} |")
+        print(
+            f"| {label} | {residual.mean():+.3f} | {np.sqrt(np.mean(residual**2)):.3f} "
+            f"| {apart.mean():.1f} | {apart.max():.1f} | {covered.sum()} of {len(curves)} |"
+        )
 
 
 def report(rows: Sequence[Row]) -> None:
     """Print the tables."""
     print_formulas(rows)
+    print_constants(rows)
+    print_shuffled(rows)
     print_trained(rows)
     for known, wanted in ((1250, 5000), (5000, 20_000)):
         for name in ("recall", "held"):
