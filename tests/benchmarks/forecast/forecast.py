@@ -614,6 +614,23 @@ def print_shuffled(rows: Sequence[Row], terms: str = "excess, rank, debiased") -
         )
 
 
+def print_within(rows: Sequence[Row]) -> None:
+    """Rank correlation of single figures with recall, over the views of a corpus."""
+    print("\n| figure | pairs | oc | icons | packages | all |")
+    print("|---" * 6 + "|")
+    for terms in ("excess", "CKA", "CKA, debiased", "rank"):
+        for pairs in (500, 1500, 5000):
+            points = [own for own in points_of(rows) if own.pairs == pairs]
+            points = [own for own in points if not float(own.view[3])]
+            cells = []
+            for name in (*SPLITS, ""):
+                some = [own for own in points if name in ("", own.corpus)]
+                values = np.array([TERMS[terms](own)[0] for own in some])
+                found, low, high = rank_correlation(values, some)
+                cells.append(f"{found:.2f} [{low:.2f}, {high:.2f}], {len(some)}")
+            print(f"| {terms} | {pairs:,} | {' | '.join(cells)} |")
+
+
 def print_constants(rows: Sequence[Row]) -> None:
     """The constants of the formulas, of all views that are not permuted."""
     points = [own for own in points_of(rows) if not float(own.view[3])]
@@ -742,6 +759,7 @@ def print_curves(rows: Sequence[Row], known: int, wanted: int, name: str = "reca
 def report(rows: Sequence[Row]) -> None:
     """Print the tables."""
     print_formulas(rows)
+    print_within(rows)
     print_constants(rows)
     print_shuffled(rows)
     print_trained(rows)
