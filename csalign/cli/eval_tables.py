@@ -15,7 +15,7 @@ from csalign.cli.render import (
     print_wrapped,
 )
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import figure_of, percent
+from csalign.core.figures import figure_of, percent, same_side_words
 from csalign.core.results import leaves
 from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig
 
@@ -25,11 +25,17 @@ RETRIEVAL = (*ESSENTIAL, "true_recall@10", "mean_rank", "mrr", "r_precision")
 """Columns of retrieval tables; without ``--all-figures`` the essential ones."""
 GAP = ("centroid_distance", "rmg", "cs_divergence", "frechet", "linear_separability")
 """Figures of the gap without ``--all-figures``."""
+MIXED = ("ndcg@10", "recall@10", "same_side@10")
+GROUPS = ("v_measure", "ami", "ari", "knn")
 ZERO_SHOT = ("top1", "top5", "mean_per_class_recall")
 COMPARED = {
     "image_to_text_R@1": ("i2t", "retrieval.image_to_text.R@1"),
     "text_to_image_R@1": ("t2i", "retrieval.text_to_image.R@1"),
     **{name: ("", f"gap.{name}") for name in GAP[:4]},
+    "mixed_ndcg@10": ("mixed", "mixed.ndcg@10"),
+    "same_side@10": ("", "mixed.same_side@10"),
+    "v_measure": ("", "groups.v_measure"),
+    "knn": ("", "groups.knn.mean"),
 }
 """Figures of compare beside the mean recall, with the place of each in an evaluation."""
 ARROWS = "↑ higher is better, ↓ lower is better"
@@ -76,19 +82,33 @@ def _retrieval_and_gap(
         print_wrapped(_protocol(protocol, names))
     if document["index"]["kind"] != "exact":
         print_wrapped(f"ranked by an approximate index ({document['index']['kind']})")
-    blocks = {way: retrieval[way] for way in DIRECTIONS}
+    before = document.get("before", {})
     title = MEAN.show_between(retrieval["mean_recall"], intervals.get("mean_recall"))
-    if "before" in document:
-        before = document["before"]["retrieval"]
-        title += f" (before: {MEAN.show(before['mean_recall'])})"
-        pairs = [((f"{way}, before", before[way]), (way, retrieval[way])) for way in DIRECTIONS]
-        blocks = dict(one for pair in pairs for one in pair)
+    if before:
+        title += f" (before: {MEAN.show(before['retrieval']['mean_recall'])})"
+    blocks = _beside({way: retrieval[way] for way in DIRECTIONS}, before.get("retrieval"))
     _retrieval(f"retrieval: {MEAN.heading} {title}", blocks, names, wanted, intervals)
     print_title("modality gap")
     _figures(document, "gap", () if every else GAP)
     if every:
         print_line()
         _figures(document, "hubness")
+    mixed, former, around = (
+        own and {f"{side} queries": own[side] for side in ("image", "text")} | {"both": own}
+        for own in (document["mixed"], before.get("mixed"), intervals.get("mixed"))
+    )
+    title = "one gallery of both sides"
+    _retrieval(title, _beside(mixed, former), names, MIXED, around, family="mixed")
+    if words := same_side_words(document["mixed"]["same_side@10"]):
+        print_wrapped(words)
+
+
+def _beside(blocks: Document, before: Document | None) -> Document:
+    """Put each block after that of the same name from before the adapter, if there are any."""
+    if before is None:
+        return blocks
+    pairs = [((f"{name}, before", before[name]), (name, own)) for name, own in blocks.items()]
+    return dict(one for pair in pairs for one in pair)
 
 
 def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None:
@@ -124,13 +144,14 @@ def _retrieval(
     names: Names | None,
     wanted: Iterable[str],
     intervals: Document | None = None,
+    family: str = "retrieval",
 ) -> None:
-    """Print a title and retrieval figures, a row per block with what they all have."""
+    """Print a title and figures of a family, a row per block with what they all have."""
     print_title(title)
     columns = {}
     for name in wanted:
         if all(name in block for block in blocks.values()):
-            figure, around = figure_of(f"retrieval.{name}"), intervals or {}
+            figure, around = figure_of(f"{family}.{name}"), intervals or {}
             columns[figure.heading] = [
                 figure.show_between(block[name], around.get(label, {}).get(name))
                 for label, block in blocks.items()
@@ -139,13 +160,17 @@ def _retrieval(
 
 
 def _direction(label: str, names: Names | None) -> str:
-    for way in DIRECTIONS:
+    for way in (*DIRECTIONS, "image queries", "text queries"):
         label = label.replace(way, renamed(way.replace("_", " "), names))
     return label
 
 
 def _further_tables(document: Document, names: Names | None, wanted: Sequence[str]) -> None:
     """Print what was only computed on request."""
+    if groups := document.get("groups"):
+        counts = ", ".join(f"{groups[key]:,} {key}" for key in ("classes", "images", "texts"))
+        print_title(f"groups by {groups['column']!r}: {renamed(counts, names)}")
+        _figures(document, "groups", GROUPS)
     for name, block in document.get("corrected", {}).items():
         blocks = {way: block[way] for way in DIRECTIONS}
         _retrieval(f"retrieval with hubness correction {name}", blocks, names, wanted)
@@ -234,7 +259,8 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
     for key, (way, place) in COMPARED.items():
         figure = figure_of(place)
         heading = renamed(f"{way} {figure.heading}".strip(), called)
-        columns[heading] = [figure.show(row[key]) for row in rows]
+        if key in rows[0]:
+            columns[heading] = [figure.show(row[key]) for row in rows]
     for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
         if any(row[key] is not None for row in rows):
             columns[key] = ["-" if row[key] is None else format(row[key], kind) for row in rows]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 HIGHER, LOWER = "↑", "↓"
 MOST_PLAIN = 1e7  # larger values are shown with an exponent
+HIDDEN = 0.9  # share of the query's own side among the first 10; above it, the other is hidden
 
 
 class Figure(NamedTuple):
@@ -94,6 +95,16 @@ def figure_of(place: str) -> Figure:
         if fnmatchcase(place, pattern):
             return figure
     raise KeyError(place)
+
+
+def same_side_words(share: float) -> str:
+    """Say that a gap hides one side from the other in a mixed gallery; "" unless it does."""
+    if share <= HIDDEN:
+        return ""
+    return (
+        "The first 10 are nearly all of the query's own side: the gap hides the other side in a "
+        "mixed index."
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -34,8 +34,16 @@ FIGURES = {
     "rmg": ("gap", "rmg"),
     "cs_divergence": ("gap", "cs_divergence"),
     "frechet": ("gap", "frechet"),
+    "mixed_ndcg@10": ("mixed", "ndcg@10"),
+    "same_side@10": ("mixed", "same_side@10"),
 }
 """The compared metrics, and their places in the document of ``csalign eval --json``."""
+
+OF_GROUPS = {"v_measure": ("groups", "v_measure"), "knn": ("groups", "knn", "mean")}
+"""Further ones with labels."""
+
+REQUIRED = ("retrieval", "gap")  # blocks that documents of all versions have
+SHARED = {"allow_adapter", "any_encoder", "device", "labels", "groups"}  # options of an evaluation
 
 DECIDES = "mean_recall"  # the metric of the verdict
 BASELINE = "baseline"
@@ -51,6 +59,12 @@ class _Fingerprints(BaseModel):
     adapter: str | None
 
 
+class _Groups(BaseModel):
+    column: str
+    v_measure: FiniteFloat
+    knn: dict[str, FiniteFloat]
+
+
 class _Document(BaseModel):
     """The parts of a document of ``csalign eval --json`` that are needed, older ones included."""
 
@@ -61,12 +75,14 @@ class _Document(BaseModel):
     counts: dict[str, int]
     retrieval: dict[str, FiniteFloat | dict[str, FiniteFloat]]
     gap: dict[str, FiniteFloat | dict[str, FiniteFloat | _Parts]]
+    mixed: dict[str, FiniteFloat | dict[str, FiniteFloat]] = {}
+    groups: _Groups | None = None
     protocol: dict[str, Any] = {}
     index: dict[str, Any] = {}
     fingerprints: _Fingerprints | None = None
     parameters: int | None = None
     bandwidth: FiniteFloat | None = None
-    intervals: dict[str, Limits | dict[str, Limits]] = {}
+    intervals: dict[str, Limits | dict[str, Limits | dict[str, Limits]]] = {}
 
     @property
     def rule(self) -> str:
@@ -78,9 +94,19 @@ class _Document(BaseModel):
         """Kind of the index."""
         return str(self.index.get("kind", "exact"))
 
-    def figures(self) -> dict[str, float]:
-        """Return the compared metrics; TypeError if one is missing."""
-        return {name: float(_at(self.model_dump(), place)) for name, place in FIGURES.items()}
+    def figures(self, labels: str | None = None) -> dict[str, float | None]:
+        """Return the compared metrics, with those of groups by the column `labels` if given.
+
+        None for those that an older document lacks; TypeError if one of `REQUIRED` is missing.
+        """
+        found = self.model_dump()
+        if self.groups is not None and self.groups.column != labels:
+            del found["groups"]
+        figures: dict[str, float | None] = {}
+        for name, place in (FIGURES | (OF_GROUPS if labels else {})).items():
+            value = _at(found, place)
+            figures[name] = None if value is None and place[0] not in REQUIRED else float(value)
+        return figures
 
 
 @dataclass
@@ -129,6 +155,7 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     >>> csalign.compare(run, run, features=(images, texts)).to_frame()["verdict"].tolist()
     ['baseline', 'cannot tell']
     """
+    config.check()
     entries: list[_Entry] = []
     total, rows = len(config.systems), _Rows()
     for number, path in enumerate(map(local_path, config.systems), 1):
@@ -150,7 +177,10 @@ def compare(config: CompareConfig, progress: Progress = silent) -> CompareResult
     if len(known) > 1:
         listed = ", ".join(f"{bandwidth:g}" for bandwidth in sorted(known))
         log.warning("CS divergences of different bandwidths (%s) are not comparable", listed)
-    found = [_row(name, entry, baseline) for name, entry in zip(names, entries, strict=True)]
+    found = [
+        _row(name, entry, baseline, config.labels)
+        for name, entry in zip(names, entries, strict=True)
+    ]
     sides = entries[0].document.names
     is_common = sides is not None and all(entry.document.names == sides for entry in entries)
     return CompareResult({"evaluations": found} | ({"names": sides} if is_common else {}))
@@ -175,7 +205,7 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
     features = path if run is None else config.features
     if run is not None and features is None:
         features = find_features(run, read_info(run).data_fingerprint)
-    shared = config.model_dump(include={"allow_adapter", "any_encoder", "split", "device"})
+    shared = config.model_dump(include={*SHARED, "split"})
     options = EvalConfig(features=features, adapter=run, **shared)
     evaluation = measure_loaded(options, rows.of(options))
     document = _Document.model_validate(describe(evaluation))
@@ -269,7 +299,7 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
     if entry.resamples is not None or entry.unpaired is not None:
         return
     given = document.model_dump(include={"features", "adapter", "split"})
-    given |= config.model_dump(include={"allow_adapter", "any_encoder", "device"})
+    given |= config.model_dump(include=SHARED)
     try:
         options = EvalConfig.resolve(None, given | {"protocol": document.rule})
         evaluation = measure_loaded(options, load(options, options.protocol))
@@ -281,12 +311,14 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
             entry.unpaired = f"{getattr(document, part)} changed since its evaluation"
             return
     entry.resamples = evaluation.resamples
+    entry.document = _Document.model_validate(document.model_dump() | evaluation.tasks)
 
 
-def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
-    document, figures = entry.document, entry.document.figures()
+def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict[str, Any]:
+    document, figures = entry.document, entry.document.figures(labels)
     known = entry.resamples.intervals() if entry.resamples else document.intervals
-    intervals = {name: _at(known, place[1:]) for name, place in FIGURES.items()}
+    measured = (name for name, value in figures.items() if value is not None)
+    intervals = {name: _at(known, _resampled(name)) for name in measured}
     difference: dict[str, Any] = {}
     is_exact = {document.kind, baseline.document.kind} == {"exact"}
     verdict = NOT_PAIRED if is_exact else APPROXIMATE
@@ -294,11 +326,12 @@ def _row(name: str, entry: _Entry, baseline: _Entry) -> dict[str, Any]:
     if entry is baseline:
         verdict = BASELINE
     elif own is not None and others is not None and entry.unpaired is None:
-        for figure, value in baseline.document.figures().items():
-            if (place := FIGURES[figure][1:]) in own.figures:
+        for figure, before in baseline.document.figures(labels).items():
+            place, value = _resampled(figure), figures[figure]
+            if place in own.figures and before is not None and value is not None:
                 interval, _ = own.minus(others, place)
-                difference[figure] = {"value": figures[figure] - value, "interval": list(interval)}
-        verdict = own.minus(others, FIGURES[DECIDES][1:])[1].value
+                difference[figure] = {"value": value - before, "interval": list(interval)}
+        verdict = own.minus(others, _resampled(DECIDES))[1].value
     return {
         "name": name,
         "split": document.split,
@@ -322,6 +355,12 @@ def _seconds(document: _Document) -> float | None:
         return float(read_environment(run)["seconds"]) if same else None
     except (CsalignError, OSError, ValueError, KeyError, TypeError):
         return None  # only a remark beside the metrics
+
+
+def _resampled(figure: str) -> tuple[str, ...]:
+    """Return the place of a figure among intervals and resamples."""
+    place = (FIGURES | OF_GROUPS)[figure]
+    return place[1:] if place[0] in REQUIRED else place
 
 
 def _at(document: Any, place: Sequence[str]) -> Any:

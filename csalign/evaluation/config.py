@@ -60,14 +60,24 @@ class ImageSetOptions(Config):
     )
 
 
-class ExtraOptions(Config):
-    """Metrics beside retrieval and the gap."""
+class LabelOptions(Config):
+    """Columns of the images, and the one with their classes."""
 
     panel: ClassVar[str] = "Extra metrics"
 
     groups: Location | None = Field(
         None, description="Table (.csv, .tsv, .jsonl) with more columns of images, by image_id."
     )
+    labels: str | None = Field(
+        None,
+        description="COLUMN or TABLE.csv:COLUMN with the class of each image: adds clustering and "
+        "k-NN across the sides.",
+    )
+
+
+class ExtraOptions(LabelOptions):
+    """Metrics beside retrieval and the gap."""
+
     relevance: str | None = Field(
         None, description="COLUMN: images that agree in it share their captions; adds mAP, nDCG."
     )
@@ -77,9 +87,6 @@ class ExtraOptions(Config):
     )
     zero_shot: Location | None = Field(
         None, description="Feature set of class prompts to classify images by; requires --labels."
-    )
-    labels: str | None = Field(
-        None, description="COLUMN or TABLE.csv:COLUMN with the class of each image."
     )
     class_of: str | None = Field(
         None, description="TABLE.csv[:COLUMN] with each prompt's class (default: id before /)."
@@ -131,8 +138,8 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, P
 
     example: ClassVar[str] = "csalign eval features --adapter run --split test --report eval.html"
     common: ClassVar[tuple[str, ...]] = (
-        *("adapter", "split", "report", "all_figures", "explain", "by", "correct", "protocol"),
-        *("intervals", "seed", "device"),
+        *("adapter", "split", "report", "all_figures", "explain", "labels", "by", "correct"),
+        *("protocol", "intervals", "seed", "device"),
     )
 
     all_figures: bool = Field(False, description="Print all figures, as --json does.")
@@ -148,8 +155,8 @@ class EvalConfig(SourceOptions, MeasureOptions, ExtraOptions, ImageSetOptions, P
                 raise ConfigError(f"{names}: cannot be used with --images and --generated; omit it")
             return
         _ = self.feature_set
-        if (self.zero_shot is None) != (self.labels is None):
-            raise ConfigError("--zero-shot CLASSES and --labels COLUMN go together; pass both")
+        if self.zero_shot is not None and self.labels is None:
+            raise ConfigError("--zero-shot CLASSES requires --labels COLUMN; pass both")
         if self.class_of is not None and self.zero_shot is None:
             raise ConfigError("--class-of describes the prompts of --zero-shot; pass both")
         if self.groups is not None and not (self.relevance or self.by or self.labels):
@@ -184,7 +191,7 @@ class DiagnoseConfig(SourceOptions):
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampled rows.")
 
 
-class CompareConfig(AdaptedOptions):
+class CompareConfig(AdaptedOptions, LabelOptions):
     """``csalign compare``: runs and evaluations, each against a baseline.
 
     >>> CompareConfig(systems=["run-a", "run-b"]).device
@@ -207,6 +214,11 @@ class CompareConfig(AdaptedOptions):
     baseline: str | None = Field(
         None, description="Name, path or number (from 1) of the baseline (default: the first)."
     )
+
+    def check(self) -> None:
+        """Raise ConfigError if options are missing."""
+        if self.groups is not None and self.labels is None:
+            raise ConfigError("--groups: name its column by --labels")
 
 
 class InspectConfig(Config):

@@ -115,7 +115,7 @@ def _classify_images(config: EvalConfig) -> dict[str, Any]:
             "--by, --correct, --report and --protocol"
         )
     aligned = load_aligned(config, images_only=True)
-    extra, intervals = extras_of(config, aligned)(aligned.images, (), None, config)
+    extra, intervals = extras_of(config, aligned).compute(aligned.images, (), None, config)
     return {
         **aligned.describe(),
         "fingerprints": aligned.fingerprints(),

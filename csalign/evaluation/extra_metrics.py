@@ -4,13 +4,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
+from csalign.core.figures import counted
 from csalign.core.paths import parse_location
 from csalign.evaluation.config import ExtraOptions, MeasureOptions
 from csalign.evaluation.protocols import DIRECTIONS, Gallery, Ranks, mean_of, retrieval_block
@@ -18,6 +19,7 @@ from csalign.features import schema
 from csalign.features.checks import alike
 from csalign.features.join import ALL, PairedRows, load_side
 from csalign.features.reader import FeatureSet
+from csalign.metrics.groups import MOST_IMAGES
 from csalign.metrics.labels import class_vectors, classify, graded_both_ways
 from csalign.metrics.retrieval import corrected
 from csalign.sources.arrays.tables import read_label_table
@@ -31,12 +33,31 @@ Ints = npt.NDArray[np.int64]
 Values = list[str | None]
 Embed = Callable[[FeatureSet, PairedRows], Floats]
 Blocks = tuple[dict[str, Any], dict[str, Any]]
-Extras = Callable[[Floats, Sequence[Gallery], Ranks | None, MeasureOptions], Blocks]
 
 IMAGE_KEYS = ("image_id", "id")
 CLASS_COLUMNS = ("class", "label")
 NO_VALUE = "(none)"
 MOST_GROUPS = 1_000  # for a readable table
+FEWEST_CLASSES = 2
+
+
+class GroupLabels(NamedTuple):
+    """A column with the class of each image, None where there is none."""
+
+    column: str
+    values: Values
+
+    def by_fold(self, folds: int) -> list[Values]:
+        """Divide the values among so many folds of one size."""
+        step = len(self.values) // folds
+        return [self.values[start : start + step] for start in range(0, step * folds, step)]
+
+
+class Extras(NamedTuple):
+    """The extra metrics, as `prepare_extras` prepares them, and the labels of the images."""
+
+    compute: Callable[[Floats, Sequence[Gallery], Ranks | None, MeasureOptions], Blocks]
+    labels: GroupLabels | None
 
 
 def prepare_extras(
@@ -52,8 +73,9 @@ def prepare_extras(
         embed: returns unit rows of the texts of a feature set, in the space of the images.
 
     Returns:
-        A function of the images, (n, d) unit rows, the galleries and their ranks (none without
-        texts), and the options; it returns blocks of the document, and their intervals.
+        The labels of --labels, and a function of the images, (n, d) unit rows, the galleries and
+        their ranks (none without texts), and the options; it returns blocks of the document, and
+        their intervals.
 
     Raises:
         DataError: a table, a column or the classes do not fit the images.
@@ -70,8 +92,9 @@ def prepare_extras(
             f"{features.path}: the column {options.by!r} has {count:,} values, --by takes at most "
             f"{MOST_GROUPS:,}; name another column"
         )
+    labels = options.labels and GroupLabels(options.labels, wanted[options.labels])
     zero_shot = None
-    if options.labels is not None:
+    if options.labels is not None and options.zero_shot is not None:
         zero_shot = _load_classes(options, features, wanted[options.labels], width, embed)
 
     def compute(
@@ -86,9 +109,9 @@ def prepare_extras(
         if options.correct:
             found["corrected"] = {name: _corrected(folds, name) for name in options.correct}
         if zero_shot is not None:
-            classes, prompts, labels = zero_shot
-            labelled = np.flatnonzero(labels >= 0)
-            classified = classify(images[labelled], classes, labels[labelled])
+            classes, prompts, right = zero_shot
+            labelled = np.flatnonzero(right >= 0)
+            classified = classify(images[labelled], classes, right[labelled])
             counts = {"classes": len(classes), "prompts": prompts, "images": len(labelled)}
             found["zero_shot"] = counts | classified.summary()
             if measured.intervals:
@@ -97,7 +120,33 @@ def prepare_extras(
                 )
         return found, intervals
 
-    return compute
+    return Extras(compute, labels or None)
+
+
+def clustered_labels(options: ExtraOptions, labels: GroupLabels, name: str) -> GroupLabels | None:
+    """Return labels that name groups; None, with a warning, if they only serve --zero-shot.
+
+    Raises:
+        DataError: they name no groups: fewer than two classes, or hardly fewer than images.
+    """
+    count = sum(value is not None for value in labels.values)
+    classes = len(set(labels.values) - {None})
+    if classes < FEWEST_CLASSES or 2 * classes > count:
+        message = (
+            f"{name}: the column {labels.column!r} has {counted(classes, 'distinct value')} in "
+            f"{counted(count, 'image')}; clustering needs at least {FEWEST_CLASSES} classes, and "
+            "at most half as many as images; name another column by --labels"
+        )
+        if options.zero_shot is None:
+            raise DataError(message)
+        log.warning("%s", message)
+        return None
+    if missing := len(labels.values) - count:
+        log.info("%s: %d images without %r are left out", name, missing, labels.column)
+    if count > MOST_IMAGES:
+        drawn = name, MOST_IMAGES, count
+        log.info("%s: %d of %d images with a class are drawn for clustering and k-NN", *drawn)
+    return labels
 
 
 def _graded(folds: Sequence[Gallery], values: Values) -> dict[str, Any]:

@@ -13,15 +13,22 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.evaluation import protocols
 from csalign.evaluation.config import EvalConfig, MeasureOptions
-from csalign.evaluation.extra_metrics import Extras, prepare_extras
+from csalign.evaluation.extra_metrics import (
+    Extras,
+    GroupLabels,
+    clustered_labels,
+    prepare_extras,
+)
 from csalign.evaluation.loading import Loaded, align, embed, load, load_adapter, warn_of_trained
 from csalign.evaluation.protocols import AlignedRows, Floats
 from csalign.features import join
 from csalign.features.checks import warn_of_queries
 from csalign.features.reader import FeatureSet
 from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
-from csalign.metrics.bootstrap import Resamples, resample
+from csalign.metrics.bootstrap import FoldMeans, Resamples, resample
 from csalign.metrics.gap import gap_suite
+from csalign.metrics.groups import GroupTasks, group_tasks
+from csalign.metrics.mixed import MixedRanks, rank_mixed
 from csalign.metrics.retrieval import DirectionRanks, hubness
 
 COLLAPSED_RANK = 1.5  # effective dimensions
@@ -44,6 +51,7 @@ class Evaluation:
     extras: Extras | None
 
     device: str = "auto"
+    labels: GroupLabels | None = None  # of the images, for the figures of groups
 
     @cached_property
     def ranks(self) -> protocols.Ranks:
@@ -69,6 +77,33 @@ class Evaluation:
         return protocols.twins_block([fold.twins for fold in self.folds if fold.twins], first)
 
     @cached_property
+    def mixed(self) -> tuple[MixedRanks, ...]:
+        """Retrieval from one gallery of both sides, per fold."""
+        seed = self.options.seed
+        return tuple(rank_mixed(f.images, f.texts, f.text_image, seed=seed) for f in self.folds)
+
+    @cached_property
+    def groups(self) -> tuple[GroupTasks, ...]:
+        """Clustering and k-NN by the labels, per fold; () without labels."""
+        if self.labels is None:
+            return ()
+        return tuple(
+            group_tasks(*(f.images, f.texts, f.text_image), values, seed=self.options.seed)
+            for f, values in zip(self.folds, self.labels.by_fold(len(self.folds)), strict=True)
+        )
+
+    @cached_property
+    def tasks(self) -> dict[str, Any]:
+        """Blocks "mixed" and, with labels, "groups" of the document."""
+        found: dict[str, Any] = {"mixed": protocols.mean_of([own.summary() for own in self.mixed])}
+        if self.labels is not None:
+            blocks = [own.summary() for own in self.groups]
+            counts = {key: sum(own[key] for own in blocks) for key in ("images", "texts")}
+            counts["classes"] = len(set(self.labels.values) - {None})
+            found["groups"] = {"column": self.labels.column, **protocols.mean_of(blocks), **counts}
+        return found
+
+    @cached_property
     def resamples(self) -> Resamples:
         """The metrics on bootstrap resamples.
 
@@ -77,7 +112,15 @@ class Evaluation:
         """
         aligned, options = self.aligned, self.options
         rows = aligned.images, aligned.texts, aligned.rows.text_image
-        found = resample(self.ranks, *rows, resamples=options.resamples, seed=options.seed)
+        of_fold = np.split(np.arange(len(aligned.images)), len(self.folds))
+        further = [
+            own[0] if len(own) == 1 else FoldMeans([*zip(of_fold, own, strict=True)])
+            for own in (self.mixed, self.groups)
+            if own
+        ]
+        found = resample(
+            self.ranks, *rows, resamples=options.resamples, seed=options.seed, further=further
+        )
         if len(self.folds) == 1:
             return found
         kept = {place: f for place, f in found.figures.items() if place[-1] != "median_rank"}
@@ -90,7 +133,7 @@ class Evaluation:
             return None
         images, texts = (embed(None, aligned.features, rows, side) for side in Modality)
         plain = replace(aligned, images=images, texts=texts, adapter=None)
-        return measure_rows(plain, self.options, device=self.device)
+        return measure_rows(plain, self.options, labels=self.labels, device=self.device)
 
 
 def measure(config: EvalConfig) -> Evaluation:
@@ -111,8 +154,9 @@ def measure_loaded(config: EvalConfig, loaded: Loaded) -> Evaluation:
     """Embed and rank loaded rows; see `measure`."""
     aligned = align(config, loaded)
     divided = distributed.world().size > 1
-    extras = extras_of(config, aligned)
-    return measure_rows(aligned, config, extras, device=config.device, divided=divided)
+    extras, device = extras_of(config, aligned), config.device
+    labels = extras.labels and clustered_labels(config, extras.labels, aligned.rows.name)
+    return measure_rows(aligned, config, extras, labels=labels, device=device, divided=divided)
 
 
 def measure_rows(
@@ -120,6 +164,7 @@ def measure_rows(
     options: MeasureOptions,
     extras: Extras | None = None,
     *,
+    labels: GroupLabels | None = None,
     device: str = "auto",
     divided: bool = False,
 ) -> Evaluation:
@@ -129,6 +174,7 @@ def measure_rows(
         aligned: the rows, those of the protocol.
         options: of the measurement.
         extras: computes the extra metrics.
+        labels: of the images, as `clustered_labels` returns them; None for no figures of groups.
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
     """
@@ -152,16 +198,16 @@ def measure_rows(
             "listed": LISTED,
             f"recall@{JUDGED_BY}": dict(zip(protocols.DIRECTIONS, recalls, strict=True)),
         }
-    return Evaluation(aligned, options, folds, ranks, index, extras, device)
+    return Evaluation(aligned, options, folds, ranks, index, extras, device, labels)
 
 
 def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, Any]:
     """Compute all metrics, with their intervals if the options want them.
 
-    With `with_before`, "before" has the retrieval and the gap without the adapter, if widths allow.
+    With `with_before`, "before" has `figures_of` the rows without the adapter, if widths allow.
     """
     aligned, options = evaluation.aligned, evaluation.options
-    images, texts, figures = aligned.images, aligned.texts, _figures(evaluation)
+    images, texts, figures = aligned.images, aligned.texts, figures_of(evaluation)
     for side, rank in figures["gap"]["effective_rank"].items():
         if rank < COLLAPSED_RANK:
             log.warning(
@@ -171,7 +217,7 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
     extras, folds = evaluation.extras, evaluation.folds
     extra: dict[str, Any] = {}
     if extras is not None:
-        extra, extra_intervals = extras(images, folds, evaluation.ranks, options)
+        extra, extra_intervals = extras.compute(images, folds, evaluation.ranks, options)
         intervals |= extra_intervals
     before = evaluation.without_adapter() if with_before else None
     return {
@@ -187,17 +233,18 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
         "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
         **extra,
         "intervals": intervals,
-        **({} if before is None else {"before": _figures(before)}),
+        **({} if before is None else {"before": figures_of(before)}),
     }
 
 
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Compute the blocks "retrieval" and "gap" of a document."""
+def figures_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Compute the blocks "retrieval", "gap", "mixed" and, with labels, "groups" of a document."""
     aligned, options = evaluation.aligned, evaluation.options
     rows = aligned.images, aligned.texts, aligned.rows.text_image
     return {
         "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
         "gap": gap_suite(*rows, sigma=options.bandwidth, seed=options.seed),
+        **evaluation.tasks,
     }
 
 

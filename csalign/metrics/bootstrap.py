@@ -7,10 +7,10 @@ its own, narrower than theirs. Of the gap, the figures that follow from sums ove
 resampled; the others would have to be measured again for each resample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,29 @@ CENTROID = ("centroid_distance",)
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
+class Resampled(Protocol):
+    """Figures that can be computed on each resample beside those of retrieval and gap."""
+
+    def figures(self, weights: Ints) -> dict[Place, Floats]:
+        """Compute figures (resamples,) by place, such as ``("mixed", "image", "ndcg@10")``.
+
+        weights are (resamples, units), how often each unit was drawn; unit i is image i with its
+        texts, and units after the last image are texts without one.
+        """
+
+
+@dataclass(frozen=True)
+class FoldMeans:
+    """Means of the same figures of several folds: the images of each, and what was measured."""
+
+    folds: Sequence[tuple[Ints, Resampled]]
+
+    def figures(self, weights: Ints) -> dict[Place, Floats]:
+        """Compute each figure on each resample, as `Resampled` describes."""
+        found = [own.figures(weights[:, images]) for images, own in self.folds]
+        return {place: np.mean([own[place] for own in found], axis=0) for place in found[0]}
+
+
 class Verdict(StrEnum):
     """Conclusion from a paired difference."""
 
@@ -45,7 +68,8 @@ class Resamples:
     """Figures of one system on each resample, (resamples,) float64 by place.
 
     A place is where ``csalign eval`` has the figure under "retrieval" or "gap", such as
-    ``("text_to_image", "R@1")`` or ``("rmg",)``; images is the number of images with texts.
+    ``("text_to_image", "R@1")`` or ``("rmg",)``, or in its document, such as ``("mixed",
+    "ndcg@10")``; images is the number of images with texts.
     """
 
     figures: dict[Place, Floats]
@@ -53,12 +77,7 @@ class Resamples:
 
     def intervals(self) -> dict[str, Any]:
         """Return the 95 % percentile interval of each metric, ``[low, high]``, nested by place."""
-        nested: dict[str, Any] = {}
-        for place, values in self.figures.items():
-            *outer, name = place
-            into = nested.setdefault(outer[0], {}) if outer else nested
-            into[name] = list(percentiles(values))
-        return nested
+        return nested({place: list(percentiles(own)) for place, own in self.figures.items()})
 
     def minus(self, baseline: "Resamples", place: Place) -> tuple[Interval, Verdict]:
         """Compute the interval of a figure's difference from a baseline, and whether it excludes 0.
@@ -69,6 +88,17 @@ class Resamples:
         if self.images < FEWEST_IMAGES or interval[0] <= 0 <= interval[1]:
             return interval, Verdict.UNKNOWN
         return interval, Verdict.BETTER if interval[0] > 0 else Verdict.WORSE
+
+
+def nested(found: Mapping[Place, Any]) -> dict[str, Any]:
+    """Nest values by place."""
+    document: dict[str, Any] = {}
+    for (*outer, name), value in found.items():
+        into = document
+        for key in outer:
+            into = into.setdefault(key, {})
+        into[name] = value
+    return document
 
 
 def percentiles(values: Floats) -> Interval:
@@ -85,6 +115,7 @@ def resample(
     *,
     resamples: int,
     seed: int,
+    further: Sequence[Resampled] = (),
     cells: int = CELLS,
 ) -> Resamples:
     """Draw images with replacement and compute the figures of each draw.
@@ -98,10 +129,12 @@ def resample(
         text_image: (m,) row of the image that each text belongs to, -1 for none.
         resamples: how many.
         seed: the same gives the same resamples, whatever the rows' values.
+        further: figures of these rows to add.
         cells: bound on the size of the tables held at a time.
 
     Returns:
-        Every figure of retrieval, and of the gap "centroid_distance", "rmg" and "alignment".
+        Every figure of retrieval, of the gap "centroid_distance", "rmg" and "alignment", and those
+        of `further`.
     """
     units = Units.of(len(images), text_image)
     gap = _GapSums.of(images, texts, units)
@@ -116,7 +149,10 @@ def resample(
         for name, direction in zip(DIRECTIONS, directions, strict=True):
             part |= {(name, key): values for key, values in direction.figures(weights).items()}
         recalls = [part[name, f"R@{k}"] for name in DIRECTIONS for k in RECALL_AT]
-        parts.append(part | {("mean_recall",): np.mean(recalls, axis=0)})
+        part |= {("mean_recall",): np.mean(recalls, axis=0)}
+        for own in further:
+            part |= own.figures(weights)
+        parts.append(part)
         done += len(weights)
         tick("bootstrap: resamples", done, resamples)
     figures = {place: np.concatenate([part[place] for part in parts]) for place in parts[0]}

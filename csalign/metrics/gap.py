@@ -68,12 +68,14 @@ def gap_suite(
     (rank_x, spectrum_x), (rank_y, spectrum_y) = map(_spectrum, roots)
     figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     tick("gap")
+    parts = _frechet_parts(centroid_distance(images, texts), *roots)
     return {
         "centroid_distance": centroid_distance(images, texts),
         "rmg": relative_modality_gap(images, texts, pairs),
         "cs_divergence": figures["cs_divergence"],
         "mmd": figures["mmd"],
-        "frechet": _frechet(centroid_distance(images, texts), *roots),
+        "frechet": sum(parts.values()),
+        "frechet_parts": parts,
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
         "alignment": alignment(images, texts, pairs),
         "uniformity": figures["uniformity"],
@@ -154,13 +156,14 @@ def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
         _covariance_root(rows) * (math.sqrt(len(rows) / (len(rows) - 1)) if unbiased else 1)
         for rows in (x, y)
     )
-    return _frechet(centroid_distance(x, y), *roots)
+    return sum(_frechet_parts(centroid_distance(x, y), *roots).values())
 
 
-def _frechet(centroid: float, root_x: Tensor, root_y: Tensor) -> float:
+def _frechet_parts(centroid: float, root_x: Tensor, root_y: Tensor) -> dict[str, float]:
+    """Split the Frechet distance into that of the means, and that of the centred Gaussians."""
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
     traces = root_x.square().sum() + root_y.square().sum()
-    return max(0.0, centroid**2 + float(traces - 2 * cross))
+    return {"centroid": centroid**2, "distribution": max(0.0, float(traces - 2 * cross))}
 
 
 def _spectrum(root: Tensor) -> tuple[float, list[float]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.figures import figure_of
+from csalign.core.figures import figure_of, same_side_words
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
@@ -71,8 +71,8 @@ def write_evaluation(
     Args:
         path: of the page.
         title: of the page.
-        document: of ``csalign eval``, or None; with "before", the "retrieval" and "gap" of the same
-            rows without the adapter, tables show both.
+        document: of ``csalign eval``, or None; with "before", the blocks of the same rows without
+            the adapter, tables show both.
         views: of the embeddings, before and after the adapter.
         labels: caption and id of each pair in the views.
         queries: by heading, such as "Worst from image to text".
@@ -82,7 +82,9 @@ def write_evaluation(
     curves = [] if run is None else list(_curves(run.metrics))
     sections = [*curves] if is_training else []
     if document is not None:
-        sections += [_retrieval(document), _gap(document)]
+        sections += [_retrieval(document), _gap(document), _mixed(document)]
+        if "groups" in document:
+            sections.append(_groups(document))
     for view in views:
         sections += _projections(view, labels)
     if views:
@@ -143,6 +145,30 @@ def _gap(document: Mapping[str, Any]) -> Section:
     return Section("Modality gap", note, rows=_figures(document, "gap", places))
 
 
+def _mixed(document: Mapping[str, Any]) -> Section:
+    names = ("ndcg@10", "recall@10", "same_side@10")
+    places = [(*side, name) for side in (("image",), ("text",), ()) for name in names]
+    note = (
+        "Queries of each side are searched in one gallery of both; same side: the share of the "
+        "first 10 that are of the query's own side, about 50 % without a gap. "
+    )
+    note += same_side_words(document["mixed"]["same_side@10"])
+    return Section("One gallery of both sides", note, rows=_figures(document, "mixed", places))
+
+
+def _groups(document: Mapping[str, Any]) -> Section:
+    found = document["groups"]
+    places = [(name,) for name in ("v_measure", "ami", "ari")]
+    places += [("knn", name) for name in found["knn"]]
+    note = (
+        f"By {found['column']!r}: {found['classes']:,} classes, {found['images']:,} images, "
+        f"{found['texts']:,} texts. k-means of both sides together, and k-NN that is trained on "
+        "the labels of one side and tested on the other; the majority is the share of the largest "
+        "class, which k-NN has to beat."
+    )
+    return Section("Groups", note, rows=_figures(document, "groups", places))
+
+
 def _figures(
     document: Mapping[str, Any], block: str, places: Iterable[tuple[str, ...]]
 ) -> list[list[str | Entry]]:
@@ -151,9 +177,10 @@ def _figures(
     rows: list[list[str | Entry]] = [["", *(["before", "after"] if before else ["value"])]]
     for place in places:
         figure = figure_of(".".join((block, *place)))
-        prefix = place[0].replace("_", " ") + " " if block == "retrieval" and place[1:] else ""
-        note = ""
-        if ends := _at(document["intervals"], place):
+        prefix, note = "", ""
+        if place[1:] and block in ("retrieval", "mixed"):
+            prefix = place[0].replace("_", " ") + (" queries " if block == "mixed" else " ")
+        if ends := _at(document["intervals"].get(block, document["intervals"]), place):
             note = " to ".join(figure.show(end) for end in ends)
         elif error := _at(found.get("standard_errors"), place):
             note = f"± {figure.show(error)}"
