@@ -288,9 +288,8 @@ def cell(rows: Sequence[Measured], column: Column) -> str:
 
 
 def difference(rows: Mapping[int, Measured], base: Mapping[int, Measured], column: Column) -> str:
-    """Mean difference over common seeds with its interval; one base seed serves all."""
-    seeds = [seed for seed in rows if seed in base or len(base) == 1]
-    pairs = [(rows[seed], base.get(seed, next(iter(base.values())))) for seed in seeds]
+    """Mean difference over the seeds of both, with its interval."""
+    pairs = [(rows[seed], base[seed]) for seed in rows if seed in base]
     if not pairs or any(column.key not in own.draws for pair in pairs for own in pair):
         return ""
     points = [
@@ -311,9 +310,18 @@ def columns_of(corpus: str) -> list[Column]:
     return [own for own in COLUMNS if own.label is None or own.label < len(LABELS[corpus])]
 
 
+def bases(row: str) -> tuple[str, ...]:
+    """Rows that a row is compared with."""
+    if row in ABLATION:
+        scale = 100 if row.startswith("scale 100") or row.endswith("random") else 7
+        return (f"scale {scale}, none",)
+    return ("default", f"{row} without CS")
+
+
 def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
-    """Print the figures of a corpus, and the differences that were asked for."""
+    """Print the figures of a corpus, and the differences to other rows."""
     found = {row: own for row in rows if (own := bench.found(corpus, row))}
+    free = {row: found[row][0] for row in FREE if row in found}
     columns = columns_of(corpus)
     titles = [column.title.format(*LABELS[corpus], "", "") for column in columns]
     print(f"\n| {corpus} | {' | '.join(titles)} | seeds |\n|{'---|' * (len(columns) + 2)}")
@@ -321,17 +329,16 @@ def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
         own = found.get(row, {})
         cells = [cell(list(own.values()), column) for column in columns]
         print(f"| {row} | {' | '.join(cells) if own else 'not measured'} | {len(own)} |")
-    if "default" not in found:
+    named = [(row, base) for row in found for base in bases(row) if base in found and base != row]
+    if not named:
         return
-    named = [(row, "default") for row in found if row != "default"]
-    named += [(row, f"{row} without CS") for row in found if f"{row} without CS" in found]
-    columns = [
-        column for column in columns if column.key in found["default"][min(found["default"])].draws
-    ]
+    drawn = found[named[0][1]][min(found[named[0][1]])].draws
+    columns = [column for column in columns if column.key in drawn]
     titles = [column.title.format(*LABELS[corpus], "", "") for column in columns]
     print(f"\n| {corpus}, difference | {' | '.join(titles)} |\n|{'---|' * (len(columns) + 1)}")
     for row, base in named:
-        cells = [difference(found[row], found[base], column) for column in columns]
+        own = dict.fromkeys(found[base], free[row]) if row in free else found[row]
+        cells = [difference(own, found[base], column) for column in columns]
         print(f"| {row} less {base} | {' | '.join(cells)} |")
 
 
