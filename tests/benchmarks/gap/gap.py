@@ -315,7 +315,8 @@ def bases(row: str) -> tuple[str, ...]:
     if row in ABLATION:
         scale = 100 if row.startswith("scale 100") or row.endswith("random") else 7
         return (f"scale {scale}, none",)
-    return ("default", f"{row} without CS")
+    own = f"{row} without CS"
+    return (own,) if row == "default" else ("default", own)
 
 
 def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
@@ -329,7 +330,7 @@ def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
         own = found.get(row, {})
         cells = [cell(list(own.values()), column) for column in columns]
         print(f"| {row} | {' | '.join(cells) if own else 'not measured'} | {len(own)} |")
-    named = [(row, base) for row in found for base in bases(row) if base in found and base != row]
+    named = [(row, base) for row in found for base in bases(row) if base in found]
     if not named:
         return
     drawn = found[named[0][1]][min(found[named[0][1]])].draws
