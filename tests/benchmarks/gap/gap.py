@@ -315,8 +315,7 @@ def bases(row: str) -> tuple[str, ...]:
     if row in ABLATION:
         scale = 100 if row.startswith("scale 100") or row.endswith("random") else 7
         return (f"scale {scale}, none",)
-    own = f"{row} without CS"
-    return (own,) if row == "default" else ("default", own)
+    return () if row == "default without CS" else ("default", f"{row} without CS")
 
 
 def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
@@ -330,7 +329,7 @@ def print_tables(bench: Bench, corpus: str, rows: Sequence[str]) -> None:
         own = found.get(row, {})
         cells = [cell(list(own.values()), column) for column in columns]
         print(f"| {row} | {' | '.join(cells) if own else 'not measured'} | {len(own)} |")
-    named = [(row, base) for row in found for base in bases(row) if base in found]
+    named = [(row, base) for row in found for base in bases(row) if base in {*found} - {row}]
     if not named:
         return
     drawn = found[named[0][1]][min(found[named[0][1]])].draws
