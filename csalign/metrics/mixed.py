@@ -4,7 +4,7 @@ As MixBench and GR-CLIP count it (Li et al. 2025). Where the sides are apart, it
 own side come first whatever they show, which recall across sides does not notice.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,8 @@ from csalign.core.progress import tick
 from csalign.metrics.bootstrap import Place, nested
 from csalign.metrics.retrieval import STRIP_BYTES
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 DEPTH = 10
@@ -27,9 +27,9 @@ class SideRanks(NamedTuple):
     """What the queries of one side find in the gallery of both sides, (q,) each."""
 
     owners: Ints  # image row of each query
-    ndcg: Doubles  # in [0, 1]
-    recall: Doubles  # share of the right items that are among the first 10
-    same_side: Doubles  # share of the first 10 that are of the query's side
+    ndcg: Floats  # in [0, 1]
+    recall: Floats  # share of the right items that are among the first 10
+    same_side: Floats  # share of the first 10 that are of the query's side
 
 
 class MixedRanks(NamedTuple):
@@ -38,34 +38,33 @@ class MixedRanks(NamedTuple):
     image: SideRanks
     text: SideRanks
 
-    def summary(self) -> dict[str, dict[str, float] | float]:
+    def summary(self) -> dict[str, Any]:
         """Return the means over the queries, as ``csalign eval --json`` has them under "mixed".
 
         ``{"image": {"ndcg@10", "recall@10", "same_side@10"}, "text": {...}, "ndcg@10", ...}``, the
         last three being means of both sides.
         """
-        images = 1 + max(int(own.owners.max()) for own in self)
-        found = self.figures(np.ones((1, images), np.int64))
-        document: dict[str, dict[str, float] | float]
-        document = nested({place[1:]: float(values[0]) for place, values in found.items()})
-        return document
+        once = np.ones((1, 1 + max(own.owners.max() for own in self)), np.int64)
+        return nested({place[1:]: float(own[0]) for place, own in self.figures(once).items()})
 
-    def figures(self, weights: Ints) -> dict[Place, Doubles]:
+    def figures(self, weights: Ints) -> dict[Place, Floats]:
         """Compute each figure on each resample, as `bootstrap.Resampled` describes."""
-        found: dict[Place, Doubles] = {}
-        for side, own in zip(self._fields, self, strict=True):
-            drawn = weights[:, own.owners].astype(np.float64)
-            means = drawn @ np.stack(own[1:], axis=1) / drawn.sum(axis=1, keepdims=True)
-            for name, values in zip(own._fields[1:], means.T, strict=True):
-                found["mixed", side, f"{name}@{DEPTH}"] = values
-        names = [place[-1] for place in found if place[1] == "image"]
-        both = {name: [found["mixed", side, name] for side in self._fields] for name in names}
-        return found | {("mixed", name): np.mean(values, axis=0) for name, values in both.items()}
+        found: dict[Place, Floats] = {}
+        drawn = [weights[:, own.owners].astype(np.float64) for own in self]
+        for name in SideRanks._fields[1:]:
+            means = [w @ getattr(own, name) / w.sum(1) for w, own in zip(drawn, self, strict=True)]
+            figure = f"{name}@{DEPTH}"
+            found |= {
+                ("mixed", "image", figure): means[0],
+                ("mixed", "text", figure): means[1],
+                ("mixed", figure): np.mean(means, axis=0),
+            }
+        return found
 
 
 def rank_mixed(
-    images: Floats,
-    texts: Floats,
+    images: Rows,
+    texts: Rows,
     text_image: Ints,
     *,
     seed: int,
@@ -87,64 +86,55 @@ def rank_mixed(
         most: queries per side.
         strip_bytes: about the size of a table of scores.
     """
-    corpus, rng = _Corpus(images, texts, text_image), np.random.default_rng(seed)
-    sides = [
-        np.sort(rng.choice(rows, min(len(rows), most), replace=False))
-        for rows in (corpus.owned[0], corpus.owned[1])
-    ]
-    step = max(1, strip_bytes // (4 * max(len(images), len(texts))))
-    total, done, found = sum(map(len, sides)), 0, []
-    for side, queries in enumerate(sides):
+    rng = np.random.default_rng(seed)
+    paired = np.flatnonzero(text_image >= 0)
+    asked = np.unique(text_image[paired]), paired
+    drawn = [np.sort(rng.choice(own, min(len(own), most), replace=False)) for own in asked]
+    corpus, done = _Corpus(images, texts, text_image), 0
+    step, found = max(1, strip_bytes // (4 * max(map(len, corpus.sides)))), []
+    for side, queries in enumerate(drawn):
         parts = []
         for start in range(0, len(queries), step):
-            tick("mixed corpus: queries", done, total)
+            tick("mixed corpus: queries", done, sum(map(len, drawn)))
             parts.append(corpus.search(side, queries[start : start + step]))
             done += len(parts[-1].owners)
         found.append(SideRanks(*map(np.concatenate, zip(*parts, strict=True))))
-    tick("mixed corpus: queries", done, total)
+    tick("mixed corpus: queries", done, done)
     return MixedRanks(*found)
 
 
 class _Corpus:
-    """Rows of both sides; a side is 0 for images and 1 for texts."""
+    """Rows of both sides, numbered images first; side 0 is images, 1 texts."""
 
-    def __init__(self, images: Floats, texts: Floats, text_image: Ints) -> None:
-        self.rows = torch.from_numpy(images), torch.from_numpy(texts)
-        self.owners = np.arange(len(images)), text_image  # image row of each row
-        paired = np.flatnonzero(text_image >= 0)
-        self.texts = paired[np.argsort(text_image[paired], kind="stable")]  # image by image
-        self.owned = np.unique(text_image[paired]), paired  # rows that may be queries
+    def __init__(self, images: Rows, texts: Rows, text_image: Ints) -> None:
+        self.sides = torch.from_numpy(images), torch.from_numpy(texts)
+        self.starts = 0, len(images)
+        self.owners = np.concatenate([np.arange(len(images)), text_image])
+        self.by_owner = np.argsort(self.owners, kind="stable")
 
     def search(self, side: int, queries: Ints) -> SideRanks:
         """Grade the first items of some queries, rows of a side."""
-        wanted = self.owners[side][queries]
-        of_text = self.owners[1][self.texts]
-        starts, ends = (np.searchsorted(of_text, wanted, end) for end in ("left", "right"))
-        # As many right items as texts: a text is not its own, but its image is.
-        counts, here = ends - starts, np.arange(len(queries))
-        before = np.repeat(np.cumsum(counts) - counts - starts, counts)
-        right = (
-            (here, wanted),
-            (np.repeat(here, counts), self.texts[np.arange(counts.sum()) - before]),
-        )
-        values, are_right, are_same = [], [], []
-        for gallery in (0, 1):
-            scores = self.rows[side][queries] @ self.rows[gallery].T
-            scores[right[gallery]] -= 2 * TIE
-            if gallery == side:
+        wanted, here = self.owners[self.starts[side] + queries], np.arange(len(queries))
+        ordered = self.owners[self.by_owner]
+        starts, ends = (np.searchsorted(ordered, wanted, end) for end in ("left", "right"))
+        counts = ends - starts  # rows of the item, the query among them
+        members = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - ends, counts)
+        members, asking = self.by_owner[members], np.repeat(here, counts)
+        values, places = [], []
+        for other, (rows, start) in enumerate(zip(self.sides, self.starts, strict=True)):
+            scores = self.sides[side][queries] @ rows.T
+            is_there = (members >= self.starts[1]) == other
+            scores[asking[is_there], members[is_there] - start] -= 2 * TIE
+            if other == side:
                 scores[here, queries] = -torch.inf
-            best = scores.topk(min(DEPTH, scores.shape[1]), dim=1)
-            values.append(best.values - (TIE if gallery != side else 0))
-            are_right.append(self.owners[gallery][best.indices.numpy()] == wanted[:, None])
-            are_same.append(np.full(best.indices.shape, gallery == side))
-        listed = min(DEPTH, len(self.rows[0]) + len(self.rows[1]) - 1)
-        first = torch.cat(values, dim=1).topk(listed, dim=1).indices.numpy()
-        is_right, is_same = (
-            np.take_along_axis(np.concatenate(own, axis=1), first, axis=1)
-            for own in (are_right, are_same)
-        )
+            best = scores.topk(min(DEPTH, len(rows)), dim=1)
+            values.append(best.values - TIE * (other != side))
+            places.append(best.indices + start)
+        listed = torch.cat(values, dim=1).topk(min(DEPTH, len(self.owners) - 1), dim=1).indices
+        first = torch.cat(places, dim=1).gather(1, listed).numpy()
+        is_right = self.owners[first] == wanted[:, None]
+        is_same = (first >= self.starts[1]) == side
         discount = 1 / np.log2(np.arange(DEPTH) + 2)
-        ideal = np.cumsum(discount)[np.minimum(counts, DEPTH) - 1]
-        return SideRanks(
-            wanted, is_right @ discount[:listed] / ideal, is_right.sum(1) / counts, is_same.mean(1)
-        )
+        ideal = np.cumsum(discount)[np.minimum(counts - 1, DEPTH) - 1]
+        ndcg = is_right @ discount[: first.shape[1]] / ideal
+        return SideRanks(wanted, ndcg, is_right.sum(1) / (counts - 1), is_same.mean(1))
