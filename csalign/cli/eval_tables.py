@@ -17,7 +17,7 @@ from csalign.cli.render import (
 )
 from csalign.cli.version_tables import version_tables
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import baseline_notes, baseline_rows, figure_of, same_side_words
+from csalign.core.figures import baseline_notes, baseline_rows, figure_of, same_side_words, value_at
 from csalign.core.results import leaves
 from csalign.evaluation.config import CompareConfig, EvalConfig
 
@@ -128,19 +128,12 @@ def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None
     for path, value in leaves(document[block]):
         is_wanted = path[0] in wanted if wanted else path[0] != "standard_errors"
         if is_wanted and isinstance(value, int | float):
-            figure, error = figure_of(".".join((block, *path))), _at(errors, path)
-            plain = figure.show_between(value, _at(around, path))
+            figure, error = figure_of(".".join((block, *path))), value_at(errors, path)
+            plain = figure.show_between(value, value_at(around, path))
             labels.append(renamed(figure.heading, names))
-            first.append(figure.show(_at(before, path)))
+            first.append(figure.show(value_at(before, path)))
             last.append(plain if error is None else figure.show(value, error))
     print_table(labels, {"before": first, "after": last} if before else {"": last})
-
-
-def _at(document: Any, path: Sequence[str]) -> Any:
-    """Return the value at a place of a document, or None."""
-    for key in path:
-        document = document.get(key) if isinstance(document, Mapping) else None
-    return document
 
 
 def _retrieval(

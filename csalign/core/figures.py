@@ -1,6 +1,6 @@
 """Name, direction and format of every figure, the same in tables, pages and documents."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,6 +109,13 @@ def figure_of(place: str) -> Figure:
     raise KeyError(place)
 
 
+def value_at(document: Any, place: Iterable[str]) -> Any:
+    """Return what is at a place of a nested document; None if nothing is."""
+    for key in place:
+        document = document.get(key) if isinstance(document, Mapping) else None
+    return document
+
+
 def same_side_words(share: float) -> str:
     """Say that a gap hides one side from the other in a mixed gallery; "" unless it does."""
     if share <= HIDDEN:
@@ -155,7 +162,7 @@ def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, lis
             # Of the recall alone, so that the table fits a narrow screen.
             ends = [own.get("intervals", {}).get(path[0]) for own in rows.values()]
             around = ends if block == "retrieval" else [None] * len(ends)
-            values = [_at(own, place) for own in rows.values()]
+            values = [value_at(own, place.split(".")) for own in rows.values()]
             title = figure._replace(label=heading).heading
             columns[title] = [*map(figure.show_between, values, around)]
     return [*rows], columns
@@ -177,9 +184,3 @@ def baseline_notes(document: Mapping[str, Any]) -> Iterator[str]:
         yield "No raw, mean-shift and standardised, which need sides of one width."
     if "closed-form" not in found:
         yield "No closed-form, which needs pairs that are not measured."
-
-
-def _at(document: Any, place: str) -> Any:
-    for key in place.split("."):
-        document = document.get(key) if isinstance(document, Mapping) else None
-    return document

@@ -10,10 +10,7 @@ from csalign.core.errors import ConfigError
 from csalign.core.figures import counted, figure_of
 from csalign.core.progress import CALL_KEYS, current_call
 
-_NO_FIGURES = (
-    *("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names"),
-    "baselines",  # documents of their own
-)
+_NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
 _TOP = ("retrieval", "gap")  # blocks whose intervals are not nested under their name
 # Figures of a block that the repr shows; all of a block that is not listed.
 _SHOWN = {
@@ -124,7 +121,7 @@ def _measured(document: Mapping[str, Any], *above: str) -> list[dict[str, Any]]:
     blocks = {
         block: content
         for block, content in document.items()
-        if isinstance(content, Mapping) and block not in _NO_FIGURES
+        if isinstance(content, Mapping) and block not in (*_NO_FIGURES, "baselines")
     }
     ends = dict(leaves(document.get("intervals", {})))
     rows = []

@@ -12,6 +12,7 @@ from csalign.adapters.checkpoint import read_info
 from csalign.adapters.hub import local_path
 from csalign.adapters.kinds import is_baseline
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
+from csalign.core.figures import value_at
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.records import parse_json
@@ -106,7 +107,7 @@ class _Document(BaseModel):
             del found["groups"]
         figures: dict[str, float | None] = {}
         for name, place in (FIGURES | (OF_GROUPS if labels else {})).items():
-            value = _at(found, place)
+            value = value_at(found, place)
             figures[name] = None if value is None and place[0] not in REQUIRED else float(value)
         return figures
 
@@ -332,8 +333,9 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
 def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict[str, Any]:
     document, figures = entry.document, entry.document.figures(labels)
     known = entry.resamples.intervals() if entry.resamples else document.intervals
-    measured = (name for name, value in figures.items() if value is not None)
-    intervals = {name: _at(known, _resampled(name)) for name in measured}
+    intervals = {
+        name: value_at(known, _resampled(name)) for name, own in figures.items() if own is not None
+    }
     difference: dict[str, Any] = {}
     is_exact = {document.kind, baseline.document.kind} == {"exact"}
     verdict = NOT_PAIRED if is_exact else APPROXIMATE
@@ -352,7 +354,9 @@ def _row(name: str, entry: _Entry, baseline: _Entry, labels: str | None) -> dict
         "split": document.split,
         "index": document.kind,
         **figures,
-        "intervals": {name: list(found) for name, found in intervals.items() if found},
+        "intervals": {
+            name: [*own] for name, own in intervals.items() if isinstance(own, list | tuple)
+        },
         "difference": difference,
         "verdict": verdict,
         "parameters": document.parameters,
@@ -376,10 +380,3 @@ def _resampled(figure: str) -> tuple[str, ...]:
     """Return the place of a figure among intervals and resamples."""
     place = (FIGURES | OF_GROUPS)[figure]
     return place[1:] if place[0] in REQUIRED else place
-
-
-def _at(document: Any, place: Sequence[str]) -> Any:
-    """Return a number of a nested document; None if there is none."""
-    for key in place:
-        document = document.get(key) if isinstance(document, dict) else None
-    return None if isinstance(document, dict) else document

@@ -50,7 +50,6 @@ class Evaluation:
     fold_ranks: tuple[protocols.Ranks, ...]
     index: dict[str, Any]
     extras: Extras | None
-
     device: str = "auto"
     labels: GroupLabels | None = None  # of the images, for the figures of groups
 
@@ -100,7 +99,7 @@ class Evaluation:
         if self.labels is not None:
             blocks = [own.summary() for own in self.groups]
             counts = {key: sum(own[key] for own in blocks) for key in ("images", "texts")}
-            counts["classes"] = len(set(self.labels.values) - {None})
+            counts["classes"] = max(own["classes"] for own in blocks)
             found["groups"] = {"column": self.labels.column, **protocols.mean_of(blocks), **counts}
         return found
 
@@ -113,13 +112,9 @@ class Evaluation:
         """
         aligned, options = self.aligned, self.options
         rows = aligned.images, aligned.texts, aligned.rows.text_image
-        several: Sequence[Sequence[Resampled]] = (self.mixed, self.groups)
         of_fold = np.split(np.arange(len(aligned.images)), len(self.folds))
-        further = [
-            own[0] if len(own) == 1 else FoldMeans(list(zip(of_fold, own, strict=True)))
-            for own in several
-            if own
-        ]
+        tasks: list[Sequence[Resampled]] = [self.mixed, self.groups]
+        further = [FoldMeans(list(zip(of_fold, own, strict=True))) for own in tasks if own]
         found = resample(
             self.ranks, *rows, resamples=options.resamples, seed=options.seed, further=further
         )

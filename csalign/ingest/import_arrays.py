@@ -93,6 +93,12 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     features = FeatureSet.open(config.out)
     warn_of_rows(features)
     counts = features.manifest.counts
+    if counts.images and counts.texts and not counts.pairs:
+        logger.warning(
+            "%s: %d images and %d texts, but no pairs by %s; name a column that identifies both "
+            "with --pair-by, such as --pair-by id",
+            *(config.out, counts.images, counts.texts, pairing),
+        )
     return FeaturesResult(
         config.out, counts.images, counts.texts, counts.pairs, 0, names=names, pairing=pairing
     )

@@ -13,14 +13,13 @@ import numpy.typing as npt
 
 from csalign.core.errors import DataError
 from csalign.core.progress import tick
-from csalign.metrics.bootstrap import DIRECTIONS, Place
+from csalign.metrics.bootstrap import DIRECTIONS, Place, nested
 from csalign.metrics.gap import pair_folds
 from csalign.metrics.retrieval import STRIP_BYTES
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 MOST_IMAGES = 5_000
 STARTS = 10  # of k-means
@@ -37,7 +36,7 @@ class GroupTasks:
     owners: Ints  # image row of each row
     labels: Ints  # from 0
     clusters: Ints
-    correct: Mask  # whether k-NN among the other side's rows gives the label
+    correct: npt.NDArray[np.bool_]  # whether k-NN among the other side's rows gives the label
     images: int  # how many of the rows are images
 
     def summary(self) -> dict[str, Any]:
@@ -47,50 +46,43 @@ class GroupTasks:
         "text_to_image", "mean", "majority"}}``; "image_to_text" is learned from images and tested
         on texts, "majority" the share of the largest class.
         """
-        from sklearn.metrics import (
-            adjusted_mutual_info_score,
-            adjusted_rand_score,
-            v_measure_score,
+        from sklearn.metrics import adjusted_mutual_info_score
+
+        once = np.ones((1, 1 + self.owners.max()), np.int64)
+        found = {place[1:]: float(own[0]) for place, own in self.figures(once).items()}
+        sizes = np.bincount(self.labels)
+        return nested(
+            {
+                ("classes",): len(sizes),
+                ("images",): self.images,
+                ("texts",): len(self.labels) - self.images,
+                ("v_measure",): found["v_measure",],
+                ("ami",): float(adjusted_mutual_info_score(self.labels, self.clusters)),
+                **found,
+                ("knn", "majority"): float(sizes.max() / sizes.sum()),
+            }
         )
 
-        pair, shares = (self.labels, self.clusters), np.bincount(self.labels) / len(self.labels)
-        return {
-            "classes": len(shares),
-            "images": self.images,
-            "texts": len(self.labels) - self.images,
-            "v_measure": float(v_measure_score(*pair)),
-            "ami": float(adjusted_mutual_info_score(*pair)),
-            "ari": float(adjusted_rand_score(*pair)),
-            "knn": {
-                **{name: float(own[0]) for name, own in self._knn(np.ones((1, len(self.labels))))},
-                "majority": float(shares.max()),
-            },
-        }
-
-    def figures(self, weights: Ints) -> dict[Place, Doubles]:
+    def figures(self, weights: Ints) -> dict[Place, Floats]:
         """Compute each figure on each resample, as `bootstrap.Resampled` describes.
 
         AMI has none: what chance gives would have to be computed for each resample.
         """
         drawn = weights[:, self.owners].astype(np.float64)
+        sides = slice(self.images, None), slice(self.images)  # tested on texts, on images
         # Where few images are labelled, a draw may miss them all: then it is the sample itself.
-        parts = np.split(drawn, [self.images], axis=1)
-        drawn[np.any([part.sum(axis=1) == 0 for part in parts], axis=0)] = 1
+        drawn[np.any([drawn[:, side].sum(axis=1) == 0 for side in sides], axis=0)] = 1
         v_measure, ari = agreement(drawn, self.labels, self.clusters)
+        rates = [drawn[:, s] @ self.correct[s] / drawn[:, s].sum(axis=1) for s in sides]
+        knn = dict(zip(DIRECTIONS, rates, strict=True)) | {"mean": np.mean(rates, axis=0)}
         return {
             ("groups", "v_measure"): v_measure,
             ("groups", "ari"): ari,
-            **{("groups", "knn", name): values for name, values in self._knn(drawn)},
+            **{("groups", "knn", name): values for name, values in knn.items()},
         }
 
-    def _knn(self, weights: Doubles) -> list[tuple[str, Doubles]]:
-        """Compute the accuracies with weights (resamples, rows): on texts, on images, mean."""
-        sides = slice(self.images, None), slice(self.images)
-        rates = [weights[:, s] @ self.correct[s] / weights[:, s].sum(axis=1) for s in sides]
-        return list(zip((*DIRECTIONS, "mean"), (*rates, np.mean(rates, axis=0)), strict=True))
 
-
-def agreement(weights: Doubles, labels: Ints, clusters: Ints) -> tuple[Doubles, Doubles]:
+def agreement(weights: Floats, labels: Ints, clusters: Ints) -> tuple[Floats, Floats]:
     """Compute V-measure and adjusted Rand index of weighted rows, (resamples,) each.
 
     Both are functions of the sums of the weights by label, by cluster and by both, so a weight is
@@ -117,17 +109,17 @@ def agreement(weights: Doubles, labels: Ints, clusters: Ints) -> tuple[Doubles, 
     return np.maximum(v_measure, 0), ari
 
 
-def _sums(weights: Doubles, groups: Ints) -> Doubles:
+def _sums(weights: Floats, groups: Ints) -> Floats:
     """Sum the weights (resamples, rows) of each group that has rows."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    found: Doubles = np.add.reduceat(weights[:, order], starts, axis=1)
+    found: Floats = np.add.reduceat(weights[:, order], starts, axis=1)
     return found
 
 
 def group_tasks(
-    images: Floats,
-    texts: Floats,
+    images: Rows,
+    texts: Rows,
     text_image: Ints,
     labels: Sequence[str | None],
     *,
@@ -151,6 +143,10 @@ def group_tasks(
     Raises:
         DataError: fewer than two classes, or no text of a labelled image.
     """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     rng = np.random.default_rng(seed)
     labelled = np.flatnonzero([label is not None for label in labels])
     chosen = np.sort(rng.choice(labelled, min(len(labelled), most), replace=False))
@@ -162,48 +158,37 @@ def group_tasks(
             f"the labels name {len(names)} classes of images, which have {len(used)} texts; "
             "clusters and k-NN need two classes and a text: choose another column"
         )
-    sides = images[chosen], texts[used]
-    owners = chosen, text_image[used]
+    sides, owners = (images[chosen], texts[used]), (chosen, text_image[used])
     classes = numbers[owners[0]], numbers[owners[1]]
-    places = np.searchsorted(chosen, owners[1])
-    correct = _neighbours_agree(sides, classes, pair_folds(len(chosen), places, rng))
-    clusters = _k_means(np.concatenate(sides), len(names), seed)
+    folds = pair_folds(len(chosen), np.searchsorted(chosen, owners[1]), rng)
+    correct = np.concatenate(
+        [_neighbours_agree(sides[::step], classes[::step], folds[::step]) for step in (1, -1)]
+    )
+    tick("clusters")
+    means = KMeans(len(names), n_init=STARTS, random_state=seed % 2**32)
+    # Products of a few hundred rows: on a busy machine two threads took 16 times as long as one.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
+        clusters = means.fit_predict(np.concatenate(sides)).astype(np.int64)
     return GroupTasks(
         np.concatenate(owners), np.concatenate(classes), clusters, correct, len(chosen)
     )
 
 
-def _k_means(rows: Floats, clusters: int, seed: int) -> Ints:
-    """Return the cluster of each row."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    tick("clusters")
-    means = KMeans(clusters, n_init=STARTS, random_state=seed)
-    # Products of a few hundred rows: on a busy machine two threads took 16 times as long as one.
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than clusters
-        found: Ints = means.fit_predict(rows).astype(np.int64)
-    return found
-
-
 def _neighbours_agree(
-    sides: tuple[Floats, Floats], classes: tuple[Ints, Ints], folds: tuple[Ints, Ints]
-) -> Mask:
-    """Return whether the neighbours on the other side give each row's class, images first."""
+    rows: Sequence[Rows], classes: Sequence[Ints], folds: Sequence[Ints]
+) -> npt.NDArray[np.bool_]:
+    """Return whether k-NN among the second side's rows gives the class of each of the first."""
     from sklearn import config_context
     from sklearn.neighbors import KNeighborsClassifier
 
-    correct = [np.zeros(len(rows), np.bool_) for rows in sides]
+    correct = np.zeros(len(rows[0]), np.bool_)
     for fold in np.unique(folds[0]):
         tick("k-NN across sides")
-        for own, other in ((0, 1), (1, 0)):
-            tested, known = folds[own] == fold, folds[other] != fold
-            if tested.any() and known.any():
-                nearest = KNeighborsClassifier(min(NEIGHBOURS, known.sum()), metric="cosine")
-                nearest.fit(sides[other][known], classes[other][known])
-                with config_context(working_memory=STRIP_BYTES >> 20):
-                    found = nearest.predict(sides[own][tested])
-                correct[own][tested] = found == classes[own][tested]
-    return np.concatenate(correct)
+        tested, known = folds[0] == fold, folds[1] != fold
+        if known.any():
+            nearest = KNeighborsClassifier(min(NEIGHBOURS, known.sum()), metric="cosine")
+            nearest.fit(rows[1][known], classes[1][known])
+            with config_context(working_memory=STRIP_BYTES >> 20):
+                correct[tested] = nearest.predict(rows[0][tested]) == classes[0][tested]
+    return correct

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.figures import figure_of, same_side_words
+from csalign.core.figures import figure_of, same_side_words, value_at
 from csalign.report.baselines import baselines_section
 from csalign.report.page import Entry, Section, escape_label, write_page
 
@@ -168,22 +168,15 @@ def _figures(
             prefix = f"{place[0]} queries " if place[1:] else "both "
         elif block == "retrieval" and place[1:]:
             prefix = place[0].replace("_", " ") + " "
-        if ends := _at(document["intervals"].get(block, document["intervals"]), place):
+        if ends := value_at(document["intervals"].get(block, document["intervals"]), place):
             note = " to ".join(figure.show(end) for end in ends)
-        elif error := _at(found.get("standard_errors"), place):
+        elif error := value_at(found.get("standard_errors"), place):
             note = f"± {figure.show(error)}"
-        cells: list[str | Entry] = [Entry(figure.show(_at(found, place)), note)]
+        cells: list[str | Entry] = [Entry(figure.show(value_at(found, place)), note)]
         if before:
-            cells.insert(0, figure.show(_at(before[block], place)))
+            cells.insert(0, figure.show(value_at(before[block], place)))
         rows.append([prefix + figure.heading, *cells])
     return rows
-
-
-def _at(document: Any, place: Iterable[str]) -> Any:
-    """Return what is at a place of a nested document; None if nothing is."""
-    for key in place:
-        document = document.get(key) if isinstance(document, Mapping) else None
-    return document
 
 
 def _counts(document: Mapping[str, Any]) -> str:
@@ -195,7 +188,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     said = []
     for place in (("retrieval", "mean_recall"), ("gap", "centroid_distance")):
         figure = figure_of(".".join(place))
-        values = [_at(stage, place) for stage in (document.get("before"), document) if stage]
+        values = [value_at(stage, place) for stage in (document.get("before"), document) if stage]
         unit = " %" if figure.scale == 100 else ""
         said.append(f"{figure.label} " + " → ".join(figure.show(v) + unit for v in values))
     text = ", ".join(said) + f" ({_counts(document)})."

@@ -35,6 +35,12 @@ AUTO_WEIGHT = 0.1  # initial value of an automatic lambda
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
 RAISE, LOWER = 1.5, 0.5  # its factors after a validation
 _KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+# Options that only some pairwise losses use.
+_OF_LOSSES = {
+    "label_smoothing": (PairwiseName.INFONCE,),
+    "uniformity": (PairwiseName.ALIGN_UNIFORM,),
+    "unpaired_negatives": (PairwiseName.INFONCE, PairwiseName.ALIGN_UNIFORM),
+}
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -69,12 +75,7 @@ def compares_sets(options: ObjectiveOptions) -> bool:
 
 def uses_unpaired(options: ObjectiveOptions) -> bool:
     """Return whether a term uses rows besides the pairs."""
-    return compares_sets(options) or (options.unpaired_negatives and _repels(options))
-
-
-def _repels(options: ObjectiveOptions) -> bool:
-    """Return whether the pairwise loss can take unpaired rows to keep others apart from."""
-    return options.pairwise in (PairwiseName.INFONCE, PairwiseName.ALIGN_UNIFORM)
+    return compares_sets(options) or options.unpaired_negatives
 
 
 def distribution_weight(options: ObjectiveOptions) -> float:
@@ -101,19 +102,16 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
             "--pairwise none leaves nothing to train on without a distribution term; pass a "
             "--cs-weight and a --divergence, or --steps 0 to keep the initialization"
         )
-    if options.label_smoothing and options.pairwise is not PairwiseName.INFONCE:
-        raise ConfigError(
-            f"--label-smoothing: applies to InfoNCE only, the pairwise loss is {options.pairwise}; "
-            "leave it at 0"
-        )
-    default, is_rival = ObjectiveOptions(), options.pairwise is PairwiseName.ALIGN_UNIFORM
-    if options.uniformity != default.uniformity and not is_rival:
-        raise ConfigError(
-            "--uniformity: applies to align-uniform only, the pairwise loss is "
-            f"{options.pairwise}; leave it at {default.uniformity:g}"
-        )
+    default = ObjectiveOptions()
+    for name, losses in _OF_LOSSES.items():
+        usual = getattr(default, name)
+        if getattr(options, name) != usual and options.pairwise not in losses:
+            raise ConfigError(
+                f"{options.shown(name)}: applies to {' and '.join(losses)} only, the pairwise loss "
+                f"is {options.pairwise}; leave it at {usual}, the default"
+            )
     is_scaled = options.logit_scale != default.logit_scale and options.bandwidth != "tied"
-    if is_rival and (is_scaled or options.learn_scale):
+    if options.pairwise is PairwiseName.ALIGN_UNIFORM and (is_scaled or options.learn_scale):
         raise ConfigError(
             f"--logit-scale {options.logit_scale:g} or --learn-scale: align-uniform has no logits; "
             f"pass --logit-scale {default.logit_scale:g} --no-learn-scale (--uniformity weights it)"
@@ -229,7 +227,7 @@ class BatchLoss(nn.Module):
         images, _, _, unpaired_images = torch.split(x, batch.images.counts)
         texts, others, further, unpaired_texts = torch.split(y, batch.texts.counts)
         negatives = 0, 0
-        if self._options.unpaired_negatives and _repels(self._options):
+        if self._options.unpaired_negatives:
             negatives = len(unpaired_images), len(unpaired_texts)
         extra_texts = unpaired_texts
         if self._options.cs_captions == "all":

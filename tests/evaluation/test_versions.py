@@ -239,3 +239,13 @@ def test_a_map_of_the_fewest_ids_is_not_taken_for_wrong_ids(put: Put, rows: Arra
 
     assert one["held_out"]["gallery"] == 30
     assert one["advice"] == "map"
+
+
+def test_sides_without_pairs_are_reported(
+    put: Put, rows: Array, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sides = put("old", rows) / "texts", put("new", rows) / "texts"
+
+    assert csalign.import_arrays(*sides, out=tmp_path / "apart").pairs == 0
+    assert "300 images and 300 texts, but no pairs by image_id" in caplog.text
+    assert "--pair-by id" in caplog.text

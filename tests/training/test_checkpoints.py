@@ -139,7 +139,7 @@ def whole(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPTIONS: list[dict[str, Any]] = [
     {"captions": "sample", "cs_weight": "auto", "average": 0.9, "learn_scale": True},
-    {"captions": "all", "pairwise": "sigmoid", "bandwidth": (0.5, 1.0), "unpaired_negatives": True},
+    {"captions": "all", "pairwise": "sigmoid", "bandwidth": (0.5, 1.0)},
 ]
 
 

@@ -223,7 +223,7 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
     [
         (
             {"pairwise": "sigmoid", "label_smoothing": 0.1},
-            "label-smoothing: applies to InfoNCE only",
+            "label-smoothing: applies to infonce only.* sigmoid; leave it at 0",
         ),
         ({"uniformity": 1.0}, "applies to align-uniform only.* infonce; leave it at 2"),
         ({"pairwise": "align-uniform", "logit_scale": 100.0}, "no logits; pass --logit-scale 7 "),
@@ -233,7 +233,11 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
         ),
         (
             {"pairwise": "align-uniform", "label_smoothing": 0.1},
-            "applies to InfoNCE only, the pairwise loss is align-uniform",
+            "applies to infonce only, the pairwise loss is align-uniform",
+        ),
+        (
+            {"pairwise": "sigmoid", "unpaired_negatives": True},
+            "--unpaired-negatives: applies to infonce and align-uniform only",
         ),
         ({"pairwise": "none", "cs_weight": 0.0}, "leaves nothing to train on"),
         ({"pairwise": "none", "divergence": "none"}, "leaves nothing to train on"),
