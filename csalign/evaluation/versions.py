@@ -5,7 +5,7 @@ learned from; the gallery is these ids, less the query itself.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,26 +184,26 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
         )
     # A map that has learned a row knows its copies, such as a caption that many images share.
     distinct = np.unique(alike(old.values[old.rows]))
-    widths = {"old": old.table.width, "new": new.table.width}
+    both = {"old": old.table, "new": new.table}
+    widths = {name: own.width for name, own in both.items()}
     found: dict[str, Any] = {
-        "old": str(paths[0]),
-        "new": str(paths[1]),
-        "sides": {"old": old.table.modality.value, "new": new.table.modality.value},
+        **{name: str(own.folder) for name, own in both.items()},
+        "sides": {name: own.modality.value for name, own in both.items()},
         "widths": widths,
         "ids": {"common": len(common), **ids, "changed": changed, "distinct": len(distinct)},
         "canary": _canary(old, new) if widths["old"] == widths["new"] else None,
         **dict.fromkeys(("overlap", "held_out", "unmapped")),
         "maps": [],
     }
+    few = (
+        f"{paths[0]} and {paths[1]} have {len(distinct)} different vectors with equal ids here; "
+        f"maps and neighbours need {FEWEST}, so embed more items with both models"
+    )
     if len(distinct) >= FEWEST:
         found |= _neighbours(old.take(distinct), new.take(distinct))
+    elif found["canary"] is None:
+        raise DataError(few)
     else:
-        few = (
-            f"{paths[0]} and {paths[1]} have {len(distinct)} different vectors with equal ids "
-            f"here; maps and neighbours need {FEWEST}, so embed more items with both models"
-        )
-        if found["canary"] is None:
-            raise DataError(few)
         log.warning("%s", few)
     return found | _advise(found)
 
@@ -217,11 +217,9 @@ def _canary(old: _Version, new: _Version) -> dict[str, Any]:
         own[some] = np.einsum("ij,ij->i", x, y)
         order = np.random.default_rng(start).permutation(len(x))
         other[some] = np.einsum("ij,ij->i", x[order], np.roll(y[order], 1, axis=0))
-    low, least = float(np.quantile(own, 0.05)), float(own.min())
+    mean, low, least = map(float, (own.mean(), np.quantile(own, 0.05), own.min()))
     verdict = "same space" if low > np.quantile(other, 0.95) else "another space"
-    if least > SAME_MODEL:
-        verdict = "same model"
-    mean = float(own.mean())
+    verdict = "same model" if least > SAME_MODEL else verdict
     return {"mean": mean, "lowest_5_percent": low, "least": least, "verdict": verdict}
 
 
@@ -264,18 +262,17 @@ def _learn(x: Rows, y: Rows) -> ClosedForm:
     With few pairs the cosine is less noisy than the retention, and with many it chooses as well.
     """
     kept = max(len(x) // 5, min(FEWEST_HELD, len(x) // 2))
-    own, rows = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
-    cosines = [float((_mapped(form, own) * rows).sum()) for form in _forms(x[kept:], y[kept:])]
-    return list(_forms(x, y))[int(np.argmax(cosines))]
+    own, targets = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
+    few, every = _forms(x[kept:], y[kept:]), _forms(x, y)
+    cosines = [float((_mapped(form, own) * targets).sum()) for form in few]
+    return every[int(np.argmax(cosines))]
 
 
-def _forms(x: Rows, y: Rows) -> Iterator[ClosedForm]:
-    """Yield the maps of x (n, d) onto y (n, e), in one order."""
+def _forms(x: Rows, y: Rows) -> list[ClosedForm]:
     rows = np.arange(len(x))
     moments = PairMoments.of(x, y, (rows, rows), np.ones(len(x)))
-    yield moments.procrustes(Modality.TEXT)
-    for ridge in RIDGES:
-        yield moments.ridge(Modality.TEXT, ridge)
+    ridges = (moments.ridge(Modality.TEXT, ridge) for ridge in RIDGES)
+    return [moments.procrustes(Modality.TEXT), *ridges]
 
 
 def _mapped(form: ClosedForm, rows: Tensor) -> Tensor:
@@ -328,29 +325,28 @@ def _advise(found: dict[str, Any]) -> dict[str, Any]:
     said = VERDICTS[verdict]
     if verdict == "same model" or not maps:
         return {"advice": "keep" if verdict == "same model" else None, "words": [said]}
-    best, chance = maps[-1], found["overlap"]["chance"]
-    retained, plain = best["retention@10"], (found["unmapped"] or {}).get("retention@10", 0.0)
+    best, chance = maps[-1]["retention@10"], found["overlap"]["chance"]
+    plain = found["unmapped"]["retention@10"] if found["unmapped"] else 0.0
     # Of matching ids, no map retains as little as this, in a small gallery either.
     least = min(3 * chance, (1 + chance) / 2)
-    few = next(row["pairs"] for row in maps if row["retention@10"] >= retained - ENOUGH)
-    learned = f"a map of {best['pairs']:,} pairs retains {percent(retained, 0)} of the 10 nearest"
-    if few < best["pairs"]:
-        learned += f", one of {few:,} nearly as much"
-    kept = f"{percent(plain, 0)} of the 10 nearest"
-    if plain >= max(least, retained - ENOUGH):
-        advice, what = "re-embed", f"Re-embed: old vectors retain {kept}, and no map adds to that."
+    few = next(row["pairs"] for row in maps if row["retention@10"] >= best - ENOUGH)
+    old = f"old vectors retain {percent(plain, 0)} of the 10 nearest"
+    mapped = f"a map of {maps[-1]['pairs']:,} pairs retains {percent(best, 0)} of the 10 nearest"
+    if few < maps[-1]["pairs"]:
+        mapped += f", one of {few:,} nearly as much"
+    if plain >= max(least, best - ENOUGH):
+        advice, what = "re-embed", f"Re-embed: {old}, and no map adds to that."
         if plain >= GOOD:
-            advice, what = "keep", f"Old vectors serve as they are: they retain {kept}."
-    elif retained < least:
+            advice, what = "keep", f"Keep them: {old}."
+    elif best < least:
         advice = "check ids"
         what = (
-            f"No map is found (retention {percent(retained)}, by chance {percent(chance)}): check "
-            "that ids name the same items in both sets, such as rows in one order; if they do, "
-            "re-embed."
+            f"No map is found (retention {percent(best)}, by chance {percent(chance)}): check that "
+            "ids name the same items in both sets; if they do, re-embed."
         )
-    elif retained >= POOR:
-        now = "Map now and re-embed later" if retained >= GOOD else "Re-embed; until then, map"
-        advice, what = "map", f"{now}: {learned}."
+    elif best >= POOR:
+        now = "Map now and re-embed later" if best >= GOOD else "Re-embed; until then, map"
+        advice, what = "map", f"{now}: {mapped}."
     else:
-        advice, what = "re-embed", f"Re-embed: {learned}."
+        advice, what = "re-embed", f"Re-embed: {mapped}."
     return {"advice": advice, "words": [said, what]}

@@ -196,7 +196,7 @@ def test_what_cannot_be_compared_is_refused(put: Put, rows: Array, features: Pat
 
     with pytest.raises(ConfigError, match="contains texts only; compare it with another model"):
         csalign.compare(old, features)
-    with pytest.raises(ConfigError, match="with nothing else: csalign compare .*old NEW"):
+    with pytest.raises(ConfigError, match=r"with nothing else: csalign compare .*old NEW"):
         csalign.compare(old)
     with pytest.raises(ConfigError, match="--baseline is for runs"):
         csalign.compare(old, old, baseline="old")
