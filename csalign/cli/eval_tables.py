@@ -17,7 +17,14 @@ from csalign.cli.render import (
 )
 from csalign.cli.version_tables import version_tables
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import baseline_notes, baseline_rows, figure_of, same_side_words, value_at
+from csalign.core.figures import (
+    baseline_notes,
+    baseline_rows,
+    figure_of,
+    interval_place,
+    same_side_words,
+    value_at,
+)
 from csalign.core.results import leaves
 from csalign.evaluation.config import CompareConfig, EvalConfig
 
@@ -123,16 +130,16 @@ def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None
     """
     before, names = document.get("before", {}).get(block), document.get("names")
     errors, intervals = document[block].get("standard_errors"), document.get("intervals", {})
-    around = intervals if block == "gap" else intervals.get(block)
     labels, first, last = [], [], []
     for path, value in leaves(document[block]):
         is_wanted = path[0] in wanted if wanted else path[0] != "standard_errors"
         if is_wanted and isinstance(value, int | float):
             figure, error = figure_of(".".join((block, *path))), value_at(errors, path)
-            plain = figure.show_between(value, value_at(around, path))
+            around = value_at(intervals, interval_place((block, *path)))
             labels.append(renamed(figure.heading, names))
             first.append(figure.show(value_at(before, path)))
-            last.append(plain if error is None else figure.show(value, error))
+            between = figure.show_between(value, around)
+            last.append(between if error is None else figure.show(value, error))
     print_table(labels, {"before": first, "after": last} if before else {"": last})
 
 

@@ -116,6 +116,11 @@ def value_at(document: Any, place: Iterable[str]) -> Any:
     return document
 
 
+def interval_place(place: Sequence[str]) -> tuple[str, ...]:
+    """Return where the interval of a figure is in "intervals": retrieval and gap are not named."""
+    return tuple(place[1:] if place[0] in ("retrieval", "gap") else place)
+
+
 def same_side_words(share: float) -> str:
     """Say that a gap hides one side from the other in a mixed gallery; "" unless it does."""
     if share <= HIDDEN:
@@ -156,15 +161,14 @@ def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, lis
         rows[Path(document["adapter"]).name] = document
     columns = {}
     for heading, place in _BASELINES.items():
-        block, *path = place.split(".")
-        if any(block in own for own in rows.values()):
-            figure = figure_of(place)
-            # Of the recall alone, so that the table fits a narrow screen.
-            ends = [own.get("intervals", {}).get(path[0]) for own in rows.values()]
-            around = ends if block == "retrieval" else [None] * len(ends)
-            values = [value_at(own, place.split(".")) for own in rows.values()]
-            title = figure._replace(label=heading).heading
-            columns[title] = [*map(figure.show_between, values, around)]
+        path, figure = place.split("."), figure_of(place)._replace(label=heading)
+        if any(path[0] in own for own in rows.values()):
+            # The interval of the recall alone, so that the table fits a narrow screen.
+            name = path[-1] if path[0] == "retrieval" else ""
+            columns[figure.heading] = [
+                figure.show_between(value_at(own, path), own.get("intervals", {}).get(name))
+                for own in rows.values()
+            ]
     return [*rows], columns
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from csalign.core.enums import Names, renamed
 from csalign.core.errors import ConfigError
-from csalign.core.figures import counted, figure_of
+from csalign.core.figures import counted, figure_of, interval_place
 from csalign.core.progress import CALL_KEYS, current_call
 
 _NO_FIGURES = ("counts", "fingerprints", "index", "protocol", "intervals", "explanations", "names")
-_TOP = ("retrieval", "gap")  # blocks whose intervals are not nested under their name
 # Figures of a block that the repr shows; all of a block that is not listed.
 _SHOWN = {
     "retrieval": ("mean_recall", "R@1"),
@@ -127,7 +126,7 @@ def _measured(document: Mapping[str, Any], *above: str) -> list[dict[str, Any]]:
     rows = []
     for path, value in leaves(blocks):
         if isinstance(value, int | float):
-            low, high = ends.get(path[1:] if path[0] in _TOP else path) or (None, None)
+            low, high = ends.get(interval_place(path)) or (None, None)
             block, *parts, figure = (*above, *path)
             row = {"block": block, "part": ".".join(parts) or None, "figure": figure}
             rows.append({**row, "value": value, "low": low, "high": high})

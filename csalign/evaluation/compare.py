@@ -12,7 +12,7 @@ from csalign.adapters.checkpoint import read_info
 from csalign.adapters.hub import local_path
 from csalign.adapters.kinds import is_baseline
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError
-from csalign.core.figures import value_at
+from csalign.core.figures import interval_place, value_at
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.records import parse_json
@@ -378,5 +378,4 @@ def _seconds(document: _Document) -> float | None:
 
 def _resampled(figure: str) -> tuple[str, ...]:
     """Return the place of a figure among intervals and resamples."""
-    place = (FIGURES | OF_GROUPS)[figure]
-    return place[1:] if place[0] in REQUIRED else place
+    return interval_place((FIGURES | OF_GROUPS)[figure])

@@ -47,11 +47,6 @@ class GroupLabels(NamedTuple):
     column: str
     values: Values
 
-    def by_fold(self, folds: int) -> list[Values]:
-        """Divide the values among so many folds of one size."""
-        step = len(self.values) // folds
-        return [self.values[start : start + step] for start in range(0, step * folds, step)]
-
 
 class Extras(NamedTuple):
     """The extra metrics, as `prepare_extras` prepares them, and the labels of the images."""

@@ -87,9 +87,10 @@ class Evaluation:
         """Clustering and k-NN by the labels, per fold; () without labels."""
         if self.labels is None:
             return ()
+        values = np.split(np.array(self.labels.values, dtype=object), len(self.folds))
         return tuple(
-            group_tasks(*(f.images, f.texts, f.text_image), values, seed=self.options.seed)
-            for f, values in zip(self.folds, self.labels.by_fold(len(self.folds)), strict=True)
+            group_tasks(f.images, f.texts, f.text_image, own.tolist(), seed=self.options.seed)
+            for f, own in zip(self.folds, values, strict=True)
         )
 
     @cached_property

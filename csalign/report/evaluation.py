@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.figures import figure_of, same_side_words, value_at
+from csalign.core.figures import figure_of, interval_place, same_side_words, value_at
 from csalign.report.baselines import baselines_section
 from csalign.report.page import Entry, Section, escape_label, write_page
 
@@ -168,7 +168,7 @@ def _figures(
             prefix = f"{place[0]} queries " if place[1:] else "both "
         elif block == "retrieval" and place[1:]:
             prefix = place[0].replace("_", " ") + " "
-        if ends := value_at(document["intervals"].get(block, document["intervals"]), place):
+        if ends := value_at(document["intervals"], interval_place((block, *place))):
             note = " to ".join(figure.show(end) for end in ends)
         elif error := value_at(found.get("standard_errors"), place):
             note = f"± {figure.show(error)}"
