@@ -166,13 +166,13 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
             f"and {new.ids[0].as_py()!r:.80}); give both the same ids, with --image-table or "
             "--text-table of csalign import"
         )
-    if split not in (None, ALL):
-        chosen = select_rows(old.table, split_names(split, ()))
+    names = split_names(split, ()) if split and split != ALL else None
+    if (chosen := select_rows(old.table, names)) is not None:
         common = common[np.isin(places[common], chosen)]
-        if not len(common):
-            raise DataError(
-                f"{paths[0]}: has no common id in split {split!r}; omit --split, or name another"
-            )
+    if not len(common):
+        raise DataError(
+            f"{paths[0]}: has no common id in split {split!r}; omit --split, or name another"
+        )
     old, new, changed = old.take(places[common]), new.take(common), 0
     if {old.table.modality, new.table.modality} == {Modality.TEXT}:
         differ = pc.not_equal(old.column(schema.CAPTION), new.column(schema.CAPTION))
