@@ -15,13 +15,14 @@ from csalign.cli.render import (
     print_title,
     print_wrapped,
 )
-from csalign.cli.version_tables import version_tables
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import (
+    Figure,
     baseline_notes,
     baseline_rows,
     figure_of,
     interval_place,
+    percent,
     same_side_words,
     value_at,
 )
@@ -47,6 +48,12 @@ COMPARED = {
     "knn": ("", "groups.knn.mean"),
 }
 """Figures of compare beside the mean recall, with the place of each in an evaluation."""
+OF_MAPS = {
+    "retention@10": Figure("retention@10", "↑", 100, 1),
+    "hit@1": Figure("hit@1", "↑", 100, 1),
+    "median_cosine": Figure("median cosine", "↑", 1, 3),
+}
+"""Figures of compared embedding models."""
 ARROWS = "↑ higher is better, ↓ lower is better"
 MEAN = figure_of("retrieval.mean_recall")
 
@@ -256,7 +263,7 @@ def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
 def compare_table(document: Document, settings: CompareConfig) -> None:
     """Print the document of ``csalign compare``: what decides, then more, a row per system."""
     if "versions" in document:
-        version_tables(document, settings)
+        _version_tables(document, settings)
         return
     rows, called = document["evaluations"], document.get("names")
     labels = _distinct([row["name"] for row in rows], settings.systems)
@@ -311,3 +318,65 @@ def _after_compare(rows: Sequence[Document], systems: Sequence[Any]) -> Iterator
     best = max(zip(rows, systems, strict=True), key=lambda pair: pair[0]["mean_recall"])[1]
     if Path(best, "adapter.json").is_file():
         yield ("export", best, "--to", "onnx", "--out", first_free("exported"))
+
+
+def _version_tables(document: Document, settings: CompareConfig) -> None:
+    """Print each set against the first: ids, cosines and neighbours, then the maps by pairs."""
+    for one in document["versions"]:
+        _version_table(one)
+    print_closing(settings, *_after_versions(document["versions"][0]))
+
+
+def _version_table(one: Document) -> None:
+    old, new, ids = one["old"], one["new"], one["ids"]
+    counts = f"{ids['common']:,} ids in both, {ids['distinct']:,} different vectors"
+    print_line(f"{new} against {old}: {counts}", "bold")
+    apart = f"{ids['only_old']:,} ids of {old}, {ids['only_new']:,} of {new}; left out"
+    rows = {"only in one": apart}
+    if canary := one["canary"]:
+        rows["cosine, same ids"] = (
+            f"mean {canary['mean']:.4f}, 5 % are below {canary['lowest_5_percent']:.4f}, least "
+            f"{canary['least']:.4f}: {canary['verdict']}"
+        )
+    if overlap := one["overlap"]:
+        low, high = overlap["interval"]
+        rows["overlap@10"] = (
+            f"{percent(overlap['overlap@10'], 1)} of the 10 nearest are the same in both "
+            f"[{100 * low:.1f}, {100 * high:.1f}]; by chance {percent(overlap['chance'], 1)}"
+        )
+    print_rows(rows.items())
+    print_line()
+    for sentence in one["words"]:
+        print_wrapped(sentence)
+    if not one["maps"]:
+        return
+    print_title("new queries, old vectors")
+    lines = [*filter(None, [one["unmapped"]]), *one["maps"]]
+    labels = [f"{row['pairs']:,} pairs" if row["pairs"] else "unmapped" for row in lines]
+    columns = {
+        figure.heading: [figure.show_between(row[key], row["intervals"][key]) for row in lines]
+        for key, figure in OF_MAPS.items()
+    }
+    print_table(labels, {"map": [row["map"] for row in lines], **columns})
+    print_line()
+    queries, gallery, learned = one["held_out"].values()
+    print_wrapped(
+        "retention@10: share of the 10 nearest re-embedded items that are among the 10 nearest; "
+        f"hit@1: own item first. {queries:,} queries among {gallery:,} held-out ids, maps learned "
+        f"on {learned}; ± half of the 95 % interval"
+    )
+
+
+def _after_versions(one: Document) -> Iterator[Step]:
+    """Suggest how to make and apply the map that is advised."""
+    if one["advice"] != "map":
+        return
+    order = [(name, Path(one[name], f"{one['sides'][name]}s")) for name in ("old", "new")]
+    # The old set stays on its side, since `apply` maps each side with that side's adapter.
+    is_image = one["sides"]["old"] == "image"
+    (first, x), (second, y) = order if is_image else order[::-1]
+    kept = "--text-adapter" if is_image else "--image-adapter"
+    pairs, run = first_free("pairs"), first_free("map")
+    yield ("import", x, y, "--names", f"{first},{second}", "--pair-by", "id", "--out", pairs)
+    yield ("train", pairs, kept, "identity", "--adapter", "linear", "--steps", "0", "--out", run)
+    yield ("apply", one["old"], "--adapter", run, "--out", first_free("mapped"))

@@ -99,9 +99,10 @@ class Evaluation:
         found: dict[str, Any] = {"mixed": protocols.mean_of([own.summary() for own in self.mixed])}
         if self.labels is not None:
             blocks = [own.summary() for own in self.groups]
-            counts = {key: sum(own[key] for own in blocks) for key in ("images", "texts")}
-            counts["classes"] = max(own["classes"] for own in blocks)
-            found["groups"] = {"column": self.labels.column, **protocols.mean_of(blocks), **counts}
+            found["groups"] = {"column": self.labels.column, **protocols.mean_of(blocks)}
+            if len(blocks) > 1:
+                counts = {key: sum(own[key] for own in blocks) for key in ("images", "texts")}
+                found["groups"] |= {"classes": len(set(self.labels.values) - {None}), **counts}
         return found
 
     @cached_property

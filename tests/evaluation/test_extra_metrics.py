@@ -110,7 +110,7 @@ def test_every_figure_of_the_document_is_explained_and_nothing_else(
 
     assert json.loads(json.dumps(document)) == document
     corrections = {"corrected.csls", "corrected.inverted-softmax", "corrected.centre"}
-    rare = ("gap.standard_errors", "twins")
+    rare = ("gap.standard_errors", "twins", "fitted_on")
     elsewhere = {key for key in EXPLANATIONS if key.startswith(rare)}
     assert set(explained) == set(EXPLANATIONS) - elsewhere - OF_GENERATED | corrections
     assert all(text["formula"] for text in explained.values())
