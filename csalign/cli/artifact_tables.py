@@ -135,6 +135,7 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
     best = best_words(document["step"], start)
     if "kernel" in {shape["kind"] for shape in document["adapters"].values()}:
         best = "kernel CCA, instead of the network"
+    steps = f"{document['steps']:,}{took}; best: {best}" if document["steps"] else f"none{took}"
     lines = document["validation"]
     ends = [*lines[:1], *(line for line in lines if line.get("step") == document["step"])]
     scores = [end["validation"] for end in ends]
@@ -144,7 +145,7 @@ def _inspected_run(document: Mapping[str, Any]) -> Inspected:
         **_adapter_rows(document),
         "parameters": _sides(document["parameters"]),
         "closed form": "none" if start == "random" else start,
-        "steps": f"{document['steps']:,}{took}; best: {best}",
+        "steps": steps,
     }
     for name, figure in (("mean_recall", RECALL), ("centroid_distance", CENTROID)):
         if values := [figure.show(score[name]) for score in scores if name in score]:

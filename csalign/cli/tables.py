@@ -51,12 +51,13 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
             *[("refit", result.refit.removeprefix("refitted "))] * bool(result.refit),
         ]
     )
-    if result.validation:
+    same = set() if result.steps else {"kept"}  # as the start
+    if validation := {name: own for name, own in result.validation.items() if name not in same}:
         print_title("validation")
-        scores = result.validation.values()
+        scores = validation.values()
         shown = {"mean_recall": RECALL, "centroid_distance": CENTROID}
         print_table(
-            [VALIDATED.get(name, name) for name in result.validation],
+            [VALIDATED.get(name, name) for name in validation],
             {one.heading: [one.show(own[name]) for own in scores] for name, one in shown.items()},
         )
     features = settings.features

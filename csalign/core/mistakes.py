@@ -104,6 +104,7 @@ def _requirement(kind: str, context: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> str:
     """Show a value as the user wrote it: numbers on the command line are text too."""
     try:
-        return str(value) if isinstance(value, str) and float(value) is not None else f"{value!r}"
+        is_number = isinstance(value, str) and float(value) is not None
     except ValueError:
-        return f"{value!r:.200}"
+        is_number = False
+    return f"{value if is_number else repr(value):.200}"

@@ -86,7 +86,8 @@ class QueryOptions(Config):
         None, description="Encoder output as query: .npy of shape (d,) or (n, d)."
     )
     query_side: Side | None = Field(
-        None, description="Side of --embedding (default: the side that is not indexed)."
+        None,
+        description="Side of --embedding (default: the side that is not indexed, if there is one).",
     )
     encoder: str | None = Field(
         None, description="Query encoder, as for extract (default: the one that the set records)."

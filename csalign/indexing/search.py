@@ -79,7 +79,9 @@ class QueryEncoder:
         """Side of the queries."""
         if self.options.embedding is None:
             return Modality.IMAGE if self.options.image is not None else Modality.TEXT
-        return Modality(self.options.query_side or self.manifest.side.other)
+        other, encoders = self.manifest.side.other, self.manifest.encoders
+        default = other if encoders[other] is not None else self.manifest.side
+        return Modality(self.options.query_side or default)
 
     def queries(self) -> Iterator[Queries]:
         """Encode all queries, in batches.

@@ -232,7 +232,7 @@ def _run_phase(
     tick("preparing")
     trainer = work.trainer(adapter, phase)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
-    if not phase.number:
+    if not phase.number and trainer.steps:
         pairs = min(config.batch_size, len(work.sampler(phase)))
         log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
     for validated in trainer.fit(log_line):

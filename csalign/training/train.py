@@ -5,8 +5,9 @@ import logging
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
+from csalign.training.batch_loss import check_terms
 from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
-from csalign.training.config import DataOptions, TrainConfig
+from csalign.training.config import DataOptions, ObjectiveOptions, TrainConfig
 from csalign.training.data import announce_rows, load_data
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.phases import Work, check_networks, find_tokens, follow_phases, run_phases
@@ -41,6 +42,8 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
     config.check()
+    terms = config.group(ObjectiveOptions)
+    check_terms(terms, captions=config.captions, rows=0)  # those of a step once rows are known
     devices.pick_device(config.device)  # refused before anything is loaded or replaced
     with reported_to(progress), distributed.process_group():
         if distributed.is_main_process():

@@ -117,6 +117,16 @@ def test_an_exact_search_places_the_right_image_where_eval_does(
     assert 20 < max(ranks) <= 60
 
 
+def test_an_index_of_features_without_the_other_side_is_searched_by_its_own(
+    features: Path, tmp_path: Path
+) -> None:
+    path, rows = queries_of(features, "text", tmp_path)
+    import_arrays(ImportConfig(texts=path, out=tmp_path / "texts"))
+    index(IndexConfig(features=tmp_path / "texts", side="text", out=tmp_path / "index"))
+    found = asked(tmp_path / "index", embedding=path, top=1)["queries"]
+    assert [one["hits"][0]["id"] for one in found] == [str(row) for row in range(len(rows.texts))]
+
+
 def test_texts_can_be_what_is_found(features: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
     index(IndexConfig(features=features, adapter=run, split="test", side="text", out=out))

@@ -254,6 +254,11 @@ def test_terms_that_do_not_go_together_are_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_terms_that_do_not_go_together_are_refused_before_rows_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="align-uniform has no logits"):
+        run(tmp_path / "absent", tmp_path / "run", pairwise="align-uniform", learn_scale=True)
+
+
 def test_sub_batches_give_what_the_whole_batch_gives(features: Path, tmp_path: Path) -> None:
     settings = {"noise": 0.0, "dropout": 0.0}
     run(features, tmp_path / "whole", **settings)
