@@ -1,6 +1,5 @@
 """How well two encoders agree on pairs before anything is trained, and what stands in the way."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from csalign.adapters.side import UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.figures import percent
 from csalign.features import schema
-from csalign.features.checks import WINDOWS, alike
+from csalign.features.checks import WINDOWS
 from csalign.features.join import Array, Joined, Pairs, text_keys
 from csalign.features.reader import FeatureSet, batch_vectors
 
@@ -23,43 +22,38 @@ Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
 COMPARED = 2_000  # pairs, and unpaired rows of a side
-LEAST_TO_COMPARE = 200  # pairs; of fewer the agreement is not known well enough
+LEAST_PAIRS = 200  # different ones; fewer foretell nothing
 HARDLY = 0.02  # above chance; encoders that reach a recall of some 10 % agree by 0.04
 CHANCE_DEVIATIONS = 4
 LEAST_UNPAIRED = 100  # rows, and half of the paired ones, to compare distributions
 PROJECTIONS = 128
-FAR, FAR_SPREAD = 2.0, 0.25  # beyond this times the noise, and this share of the spread
-MEAN_ENERGY, TOP_ENERGY = 0.8, 0.25  # much for a mean, and for one direction
-ERRORS = 3  # standard errors that removing a direction must gain
-MANY_PAIRS = 10_000  # beyond which unpaired rows bring nothing
+FAR, FAR_DEVIATIONS = 2.0, 0.25  # beyond this times the noise, and so many standard deviations
+TOP_ENERGY = 0.25  # much for one direction
+GAIN = 0.02  # of mutual k-NN by removing a direction: three standard errors of 200 pairs
 
 
 class Sample(NamedTuple):
     """Rows that a forecast is made from."""
 
-    images: Array  # (n, d) of different images in random order
-    texts: Array  # (n, e), one of each image
-    keys: Ints  # (n,), equal for equal captions
+    images: Array  # (n, d), of different images in random order
+    texts: Array  # (n, e), one of each image, with different captions
     unpaired: Mapping[Modality, Array]  # rows (k, d) and (l, e) without a partner, k, l >= 0
-
-    @property
-    def distinct(self) -> Ints:
-        """Positions of pairs without a second one of a caption, ascending."""
-        return np.sort(np.unique(self.keys, return_index=True)[1])
+    repeated: float = 0.0  # share of pairs left out, as another one has their caption
 
 
-@dataclass(frozen=True)
-class Shift:
-    """Sliced Wasserstein distance of a side's unpaired rows to its paired ones."""
+class Shift(NamedTuple):
+    """Sliced Wasserstein distance of a side's unpaired rows to its paired ones.
+
+    In standard deviations of the paired rows along a direction.
+    """
 
     value: float
     noise: float  # between two halves of the paired rows, of as many rows each
-    spread: float  # standard deviation of the paired rows along a direction
 
     @property
     def is_far(self) -> bool:
-        """Return whether the distance is beyond the noise, and large beside the spread."""
-        return self.value > max(FAR * self.noise, FAR_SPREAD * self.spread)
+        """Return whether the distance is beyond the noise, and large beside the deviation."""
+        return self.value > max(FAR * self.noise, FAR_DEVIATIONS)
 
 
 @dataclass(frozen=True)
@@ -70,70 +64,58 @@ class Agreement:
     cka: float
     mutual_knn: float
     mutual_knn_chance: float
-    mutual_knn_uncentred: float  # of the rows with their means
-    centring_errors: float  # standard errors that are gained by removing the means
     sliced_wasserstein: Mapping[Modality, Shift]  # of sides with enough unpaired rows
     mean_energy: Mapping[Modality, float]  # squared norm of the mean unit row, in [0, 1]
     top_energy: Mapping[Modality, float]  # share of the first principal direction, in [0, 1]
     removal: Mapping[Modality, float]  # `mutual_knn` without the first direction
-    removal_errors: Mapping[Modality, float]  # standard errors that are gained by that
     effective_rank: Mapping[Modality, float]  # exp of the entropy of the variances
-    repeated: Mapping[Modality, float]  # share of rows equal to an earlier one
 
     @property
     def is_random(self) -> bool:
         """Return whether the neighbours agree by chance."""
         # Of random pairs some NEIGHBOURS**2 neighbours agree, about as a Poisson number.
-        return self.mutual_knn < self.mutual_knn_chance + CHANCE_DEVIATIONS / self.compared
+        return self.excess < CHANCE_DEVIATIONS / self.compared
 
     @property
     def excess(self) -> float:
         """`mutual_knn` above chance."""
         return self.mutual_knn - self.mutual_knn_chance
 
-    @property
-    def agreed(self) -> str:
-        """`mutual_knn` in words."""
-        return f"mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f}, chance {self.mutual_knn_chance:.3f}"
-
     def findings(self) -> Iterator[str]:
         """Word what stands in the way of an alignment; nothing of fewer than 200 pairs."""
-        if self.compared < LEAST_TO_COMPARE:
+        if self.compared < LEAST_PAIRS:
             return
+        agreed = (
+            f"mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f}, chance {self.mutual_knn_chance:.3f}"
+        )
         if self.is_random:
-            yield f"the pairs look random ({self.agreed}); check the keys that join them"
+            yield f"the pairs look random ({agreed}); check the keys that join them"
         elif self.excess < HARDLY:
-            yield f"the encoders hardly agree ({self.agreed}): expect low recall"
+            yield f"the encoders hardly agree ({agreed}): expect low recall"
         yield from self.directions()
-        yield from self.unpaired()
+        yield from self.shifts()
 
-    def unpaired(self) -> Iterator[str]:
+    def shifts(self) -> Iterator[str]:
         """Word which unpaired rows differ from the paired ones."""
         for side, shift in self.sliced_wasserstein.items():
             if shift.is_far:
                 yield (
-                    f"the unpaired {side.plural} lie far from the paired ones (sliced Wasserstein "
-                    f"{shift.value:.3f}, noise {shift.noise:.3f}) and may mislead; use rows of the "
-                    "same source, or leave them out"
+                    f"the unpaired {side.plural} lie far from the paired ones (by "
+                    f"{shift.value:.2f} standard deviations, noise {shift.noise:.2f}) and may "
+                    "mislead; use rows of the same source, or leave them out"
                 )
 
     def directions(self) -> Iterator[str]:
-        """Word which directions, or means, to remove."""
+        """Word which directions to remove."""
         for side in Modality:
-            if self.top_energy[side] > TOP_ENERGY and self.removal_errors[side] > ERRORS:
+            gain = self.removal[side] - self.mutual_knn
+            if self.top_energy[side] > TOP_ENERGY and gain > GAIN:
                 yield (
                     f"one direction has {percent(self.top_energy[side], 0)} of the variance of "
                     f"{side.plural}, and neighbours agree better without it (mutual "
                     f"{NEIGHBOURS}-NN {self.removal[side]:.3f} instead of {self.mutual_knn:.3f}); "
                     "a closed form scales it down, other adapters profit from removing it first"
                 )
-        loud = [side.plural for side in Modality if self.mean_energy[side] > MEAN_ENERGY]
-        if loud and self.centring_errors > ERRORS:
-            yield (
-                f"the mean has most of the energy of {' and '.join(loud)}, and neighbours agree "
-                f"better without it (mutual {NEIGHBOURS}-NN {self.mutual_knn:.3f} instead of "
-                f"{self.mutual_knn_uncentred:.3f}); a closed form removes it, a raw search must"
-            )
 
 
 def sample_rows(rows: Pairs, unpaired: Mapping[Modality, Array]) -> Sample:
@@ -142,7 +124,7 @@ def sample_rows(rows: Pairs, unpaired: Mapping[Modality, Array]) -> Sample:
     order = np.argsort(texts)  # mapped rows are read in order
     back = np.argsort(order)
     images = rows.images[rows.text_image[texts[order]]][back]
-    return Sample(images, rows.texts[texts[order]][back], rows.caption_keys[texts], unpaired)
+    return Sample(images, rows.texts[texts[order]][back], unpaired)
 
 
 def read_sample(
@@ -162,7 +144,11 @@ def read_sample(
     pairs = np.flatnonzero(joined.text_image >= 0)
     candidates = _windows(pairs, most) if windows else pairs
     chosen = one_per_image(joined.text_image[candidates], None, most, rng)
-    texts = candidates[chosen]
+    texts = np.sort(candidates[chosen])
+    values = _read(features, joined, Modality.TEXT, texts)
+    captions = features.texts.strings(schema.CAPTION, _table_rows(joined, Modality.TEXT, texts))
+    kept = one_per_image(np.arange(len(texts)), text_keys(captions, values), most, rng)
+    images = _read(features, joined, Modality.IMAGE, joined.text_image[texts[kept]])
     alone = {
         Modality.IMAGE: np.flatnonzero(joined.caption_counts == 0),
         Modality.TEXT: np.flatnonzero(joined.text_image < 0),
@@ -175,12 +161,7 @@ def read_sample(
         for side, rows in alone.items()
         if len(rows)
     }
-    owners = joined.text_image[texts]
-    values = _read(features, joined, Modality.TEXT, texts)
-    order = np.argsort(texts)
-    captions = features.texts.strings(schema.CAPTION, _table_rows(joined, Modality.TEXT, texts))
-    keys = text_keys(captions, values[order])[np.argsort(order)]
-    return Sample(_read(features, joined, Modality.IMAGE, owners), values, keys, unpaired)
+    return Sample(images, values[kept], unpaired, 1 - len(kept) / len(texts))
 
 
 def _windows(rows: Ints, most: int) -> Ints:
@@ -224,52 +205,37 @@ def one_per_image(text_image: Ints, keys: Ints | None, most: int, rng: np.random
 
 def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
     """Measure the agreement of at most 2,000 pairs; None if there are `NEIGHBOURS` or fewer."""
-    some = sample.distinct[:COMPARED]
-    given, n = {Modality.IMAGE: sample.images, Modality.TEXT: sample.texts}, len(some)
+    given = {Modality.IMAGE: sample.images[:COMPARED], Modality.TEXT: sample.texts[:COMPARED]}
+    n = len(given[Modality.IMAGE])
     if n <= NEIGHBOURS:
         return None
-    units = {side: input_units(rows) for side, rows in given.items()}
-    unit = {side: units[side](rows[some]) for side, rows in given.items()}
-    plain = {side: UnitRows()(rows[some]) for side, rows in given.items()}
-    centred = {side: own - own.mean(0) for side, own in unit.items()}
+    plain = {side: UnitRows()(own) for side, own in given.items()}
+    centred = {side: input_units(own)(own) for side, own in given.items()}
+    centred = {side: own - own.mean(0) for side, own in centred.items()}
     near = {side: nearest(own) for side, own in centred.items()}
-    shared = shared_neighbours(*near.values())
-    top, rank, removal, gains = {}, {}, {}, {}
+    top, rank, removal = {}, {}, {}
     for side, other in ((Modality.IMAGE, Modality.TEXT), (Modality.TEXT, Modality.IMAGE)):
         variances, first = principal(centred[side])
         shares = variances / variances.sum().clamp(min=1e-12)
         top[side] = float(shares.max())
         rank[side] = float(torch.exp(torch.special.entr(shares).sum()))
         left = centred[side] - torch.outer(centred[side] @ first, first)
-        without = shared_neighbours(nearest(left), near[other])
-        gains[side], removal[side] = _errors(without - shared), float(without.mean())
-    with_means = shared_neighbours(*map(nearest, plain.values()))
-    shifts = {
-        side: measure_shift(plain[side], UnitRows()(own[:COMPARED]), seed)
-        for side, own in sample.unpaired.items()
-        if min(len(own), n // 2) >= LEAST_UNPAIRED
-    }
+        removal[side] = shared_neighbours(nearest(left), near[other])
     return Agreement(
         compared=n,
         cka=linear_cka(*centred.values()),
-        mutual_knn=float(shared.mean()),
+        mutual_knn=shared_neighbours(*near.values()),
         mutual_knn_chance=NEIGHBOURS / (n - 1),
-        mutual_knn_uncentred=float(with_means.mean()),
-        centring_errors=_errors(shared - with_means),
-        sliced_wasserstein=shifts,
+        sliced_wasserstein={
+            side: measure_shift(plain[side], UnitRows()(own[:COMPARED]), seed)
+            for side, own in sample.unpaired.items()
+            if min(len(own), n // 2) >= LEAST_UNPAIRED
+        },
         mean_energy={side: float(own.mean(0).square().sum()) for side, own in plain.items()},
         top_energy=top,
         removal=removal,
-        removal_errors=gains,
         effective_rank=rank,
-        repeated={side: 1 - len(np.unique(alike(own))) / len(own) for side, own in given.items()},
     )
-
-
-def _errors(gains: Tensor) -> float:
-    """Return the mean of gains (n,) in standard errors."""
-    error = float(gains.std()) / len(gains) ** 0.5
-    return float(gains.mean()) / error if error else 0.0
 
 
 def neighbour_agreement(images: Array, texts: Array) -> float:
@@ -282,7 +248,7 @@ def neighbour_agreement(images: Array, texts: Array) -> float:
         texts: (n, e), n > `NEIGHBOURS`.
     """
     sides = (input_units(rows)(rows) for rows in (images, texts))
-    return float(shared_neighbours(*(nearest(own - own.mean(0)) for own in sides)).mean())
+    return shared_neighbours(*(nearest(own - own.mean(0)) for own in sides))
 
 
 def input_units(values: Array) -> UnitRows:
@@ -297,10 +263,10 @@ def nearest(rows: Tensor) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(NEIGHBOURS, dim=1).indices
 
 
-def shared_neighbours(near_x: Tensor, near_y: Tensor) -> Tensor:
-    """Return per row the share of neighbours (n, k) that both sides have, (n,) in [0, 1]."""
+def shared_neighbours(near_x: Tensor, near_y: Tensor) -> float:
+    """Return the share of neighbours (n, k) that both sides have, in [0, 1]."""
     is_near = torch.zeros(len(near_x), len(near_x), dtype=torch.bool)
-    return is_near.scatter_(1, near_x, True).gather(1, near_y).float().mean(1)
+    return float(is_near.scatter_(1, near_x, True).gather(1, near_y).float().mean())
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
@@ -328,15 +294,11 @@ def principal(centred: Tensor) -> tuple[Tensor, Tensor]:
 def measure_shift(paired: Tensor, unpaired: Tensor, seed: int) -> Shift:
     """Compare rows (n, d) and (m, d) by random samples of equal size, n // 2 or m."""
     rng = np.random.default_rng(seed)
-    own, others = (torch.from_numpy(rng.permutation(len(rows))) for rows in (paired, unpaired))
+    own, other = (torch.from_numpy(rng.permutation(len(rows))) for rows in (paired, unpaired))
     k = min(len(paired) // 2, len(unpaired))
-    first, second = paired[own[:k]], paired[own[k : 2 * k]]
-    spread = paired.var(0).sum() / paired.shape[1]  # mean variance along a direction
-    return Shift(
-        sliced_wasserstein(first, unpaired[others[:k]], seed=seed),
-        sliced_wasserstein(first, second, seed=seed),
-        math.sqrt(float(spread)),
-    )
+    first, second, strange = paired[own[:k]], paired[own[k : 2 * k]], unpaired[other[:k]]
+    deviation = max(float(paired.var(0).mean()) ** 0.5, 1e-12)
+    return Shift(*(sliced_wasserstein(first, y, seed=seed) / deviation for y in (strange, second)))
 
 
 def sliced_wasserstein(
