@@ -29,14 +29,14 @@ TERMS = {
 NAMED = {"logit_scale": "logit scale", "cs_weight": "CS weight"}
 CONFLICT = {-0.9: "nearly cancel", -0.5: "conflict", -0.1: "conflict slightly"}
 """Words for the cosine between two gradients below a limit."""
-SIDES = (
-    ("effective_rank", "effective rank", ".0f", "dimensions that vary"),
-    ("mean_energy", "energy of the mean", ".0%", "of the squared norm"),
-    ("top_energy", "first direction", ".0%", "of the variance"),
-    ("removal", "without it", ".3f", "mutual 10-NN"),
-    ("repeated", "repeated rows", ".0%", "equal to an earlier one"),
-)
-"""Figures of a side: key, label, format and meaning."""
+SIDES = {
+    "effective_rank": ("effective rank", ".0f"),
+    "mean_energy": ("energy of the mean", ".0%"),
+    "top_energy": ("variance of the first direction", ".0%"),
+    "removal": ("mutual 10-NN without it", ".3f"),
+    "repeated": ("repeated rows", ".0%"),
+}
+"""Labels and formats of the figures of a side."""
 
 
 def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
@@ -72,24 +72,16 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
         print_rows(rows)
     if found["mutual_knn"] is None:
         return
-    print_title("agreement of the encoders")
-    shown = [
-        (
-            "mutual 10-NN",
-            f"{found['mutual_knn']:.3f}",
-            f"{found['mutual_knn_chance']:.3f} by chance",
-        ),
-        ("linear CKA", f"{found['cka']:.3f}", "of 1"),
-    ]
+    shifts = found["sliced_wasserstein"]
+    labels = [label for label, _ in SIDES.values()] + ["distance of unpaired rows"] * bool(shifts)
+    columns = {}
     for side in ("image", "text"):
-        shown += [
-            (f"{side}: {label}", f"{found[key][side]:{form}}", meaning)
-            for key, label, form, meaning in SIDES
-        ]
-        if own := found["sliced_wasserstein"].get(side):
-            noise = f"sliced Wasserstein to paired rows; {own['noise']:.2f} is noise"
-            shown.append((f"{side}: unpaired rows", f"{own['value']:.2f}", noise))
-    print_rows([(renamed(name, names), f"{value:>6}   {note}") for name, value, note in shown])
+        cells = [f"{found[key][side]:{form}}" for key, (_, form) in SIDES.items()]
+        own = shifts.get(side)
+        cells += [f"{own['value']:.2f} (noise {own['noise']:.2f})" if own else ""] * bool(shifts)
+        columns[renamed(side, names)] = cells
+    print_title("raw sides")
+    print_table(labels, columns)
 
 
 def _conflict(document: Document, settings: DiagnoseConfig) -> None:

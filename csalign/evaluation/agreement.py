@@ -41,7 +41,8 @@ class Sample(NamedTuple):
     repeated: float = 0.0  # share of pairs left out, as another one has their caption
 
 
-class Shift(NamedTuple):
+@dataclass(frozen=True)
+class Shift:
     """Sliced Wasserstein distance of a side's unpaired rows to its paired ones.
 
     In standard deviations of the paired rows along a direction.
@@ -121,30 +122,25 @@ class Agreement:
 def sample_rows(rows: Pairs, unpaired: Mapping[Modality, Array]) -> Sample:
     """Sample pairs of rows in memory, or mapped."""
     texts = one_per_image(rows.text_image, rows.caption_keys, COMPARED, np.random.default_rng(0))
-    order = np.argsort(texts)  # mapped rows are read in order
-    back = np.argsort(order)
-    images = rows.images[rows.text_image[texts[order]]][back]
-    return Sample(images, rows.texts[texts[order]][back], unpaired)
+    texts = np.sort(texts)  # mapped rows are read in order
+    return Sample(rows.images[rows.text_image[texts]], rows.texts[texts], unpaired)
 
 
 def read_sample(
     features: FeatureSet, joined: Joined, most: int, seed: int, *, windows: bool = False
 ) -> Sample:
-    """Read some pairs of a feature set, and some unpaired rows of each side.
+    """Read at most so many pairs of a feature set, and some unpaired rows of each side.
 
-    Args:
-        features: an open feature set.
-        joined: its rows, some of them paired.
-        most: pairs.
-        seed: of the choice.
-        windows: whether to read pairs and rows from a few windows of the tables, much faster for
-            large ones, not from all over.
+    From all over the tables, or from a few `windows`, which is much faster for large ones.
     """
     rng = np.random.default_rng(seed)
-    pairs = np.flatnonzero(joined.text_image >= 0)
-    candidates = _windows(pairs, most) if windows else pairs
-    chosen = one_per_image(joined.text_image[candidates], None, most, rng)
-    texts = np.sort(candidates[chosen])
+
+    def some(rows: Ints, most: int) -> Ints:
+        return _windows(rows, most) if windows else rng.permutation(rows)[:most]
+
+    paired = np.flatnonzero(joined.text_image >= 0)
+    paired = _windows(paired, most) if windows else paired
+    texts = np.sort(paired[one_per_image(joined.text_image[paired], None, most, rng)])
     values = _read(features, joined, Modality.TEXT, texts)
     captions = features.texts.strings(schema.CAPTION, _table_rows(joined, Modality.TEXT, texts))
     kept = one_per_image(np.arange(len(texts)), text_keys(captions, values), most, rng)
@@ -154,10 +150,7 @@ def read_sample(
         Modality.TEXT: np.flatnonzero(joined.text_image < 0),
     }
     unpaired = {
-        side: _read(
-            *(features, joined, side),
-            _windows(rows, COMPARED) if windows else rng.permutation(rows)[:COMPARED],
-        )
+        side: _read(features, joined, side, some(rows, COMPARED))
         for side, rows in alone.items()
         if len(rows)
     }
@@ -173,10 +166,11 @@ def _windows(rows: Ints, most: int) -> Ints:
 
 def _read(features: FeatureSet, joined: Joined, side: Modality, chosen: Ints) -> Array:
     """Read the embeddings of chosen rows, (k, d), in their order."""
-    rows, table = _table_rows(joined, side, chosen), features.table(side)
     parts = [
         batch_vectors(batch, schema.EMBEDDING)[local]
-        for _, local, batch in table.parts([schema.EMBEDDING], rows)
+        for _, local, batch in features.table(side).parts(
+            [schema.EMBEDDING], _table_rows(joined, side, chosen)
+        )
     ]
     return np.concatenate(parts)[np.argsort(np.argsort(chosen))]
 
@@ -215,12 +209,13 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
     near = {side: nearest(own) for side, own in centred.items()}
     top, rank, removal = {}, {}, {}
     for side, other in ((Modality.IMAGE, Modality.TEXT), (Modality.TEXT, Modality.IMAGE)):
-        variances, first = principal(centred[side])
-        shares = variances / variances.sum().clamp(min=1e-12)
-        top[side] = float(shares.max())
+        own = centred[side]
+        variances, axes = torch.linalg.eigh((own.T @ own).double())
+        shares = variances.clamp(min=0) / variances.sum().clamp(min=1e-12)
+        top[side], first = float(shares.max()), axes[:, -1].float()
         rank[side] = float(torch.exp(torch.special.entr(shares).sum()))
-        left = centred[side] - torch.outer(centred[side] @ first, first)
-        removal[side] = shared_neighbours(nearest(left), near[other])
+        without = nearest(own - torch.outer(own @ first, first))
+        removal[side] = shared_neighbours(without, near[other])
     return Agreement(
         compared=n,
         cka=linear_cka(*centred.values()),
@@ -236,19 +231,6 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
         removal=removal,
         effective_rank=rank,
     )
-
-
-def neighbour_agreement(images: Array, texts: Array) -> float:
-    """Return the share of each image's nearest neighbours whose texts are neighbours, in [0, 1].
-
-    By the cosine of the centred inputs of adapters.
-
-    Args:
-        images: (n, d), row i paired with row i of `texts`; any float dtype.
-        texts: (n, e), n > `NEIGHBOURS`.
-    """
-    sides = (input_units(rows)(rows) for rows in (images, texts))
-    return shared_neighbours(*(nearest(own - own.mean(0)) for own in sides))
 
 
 def input_units(values: Array) -> UnitRows:
@@ -270,25 +252,14 @@ def shared_neighbours(near_x: Tensor, near_y: Tensor) -> float:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Return the linear CKA of paired rows, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414).
+    """Return the linear CKA of paired centred rows, in [0, 1] (Kornblith et al. 2019).
 
-    |X^T Y|^2 / (|X^T X| |Y^T Y|) of centred X and Y in Frobenius norms. For fewer rows than
-    dimensions it is high by chance.
-
-    Args:
-        x: (n, d), float.
-        y: (n, e), float.
+    |X^T Y|^2 / (|X^T X| |Y^T Y|) in Frobenius norms (arXiv 1905.00414), for X (n, d) and Y (n, e);
+    high by chance for fewer rows than dimensions.
     """
-    x, y = ((own - own.mean(0)).double() for own in (x, y))
+    x, y = x.double(), y.double()
     norms = (x.T @ x).norm() * (y.T @ y).norm()
     return float((x.T @ y).square().sum() / norms) if norms else 0.0
-
-
-def principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the variances of centred rows (n, d) along principal axes, and the first axis (d,)."""
-    x = centred.double()
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    return values.clamp(min=0), vectors[:, -1].float()
 
 
 def measure_shift(paired: Tensor, unpaired: Tensor, seed: int) -> Shift:
@@ -297,27 +268,17 @@ def measure_shift(paired: Tensor, unpaired: Tensor, seed: int) -> Shift:
     own, other = (torch.from_numpy(rng.permutation(len(rows))) for rows in (paired, unpaired))
     k = min(len(paired) // 2, len(unpaired))
     first, second, strange = paired[own[:k]], paired[own[k : 2 * k]], unpaired[other[:k]]
+    axes = random_axes(paired.shape[1], seed)
     deviation = max(float(paired.var(0).mean()) ** 0.5, 1e-12)
-    return Shift(*(sliced_wasserstein(first, y, seed=seed) / deviation for y in (strange, second)))
+    return Shift(*(sliced_wasserstein(first, y, axes) / deviation for y in (strange, second)))
 
 
-def sliced_wasserstein(
-    x: Tensor, y: Tensor, *, projections: int = PROJECTIONS, seed: int = 0
-) -> float:
-    """Return the mean Wasserstein-1 distance over random directions (Bonneel et al. 2015).
-
-    Args:
-        x: (n, d), float.
-        y: (n, d), as many rows.
-        projections: how many directions.
-        seed: of the directions.
-    """
-    axes = random_axes(x.shape[1], projections, seed)
-    first, second = ((rows @ axes).sort(0).values for rows in (x, y))
-    return float((first - second).abs().mean())
+def sliced_wasserstein(x: Tensor, y: Tensor, axes: Tensor) -> float:
+    """Return the mean Wasserstein-1 distance of (n, d) and (n, d) along unit `axes` (d, k)."""
+    return float(((x @ axes).sort(0).values - (y @ axes).sort(0).values).abs().mean())
 
 
-def random_axes(width: int, count: int, seed: int) -> Tensor:
-    """Draw unit directions, (width, count) float32."""
-    drawn = torch.randn(width, count, generator=torch.Generator().manual_seed(seed))
+def random_axes(width: int, seed: int) -> Tensor:
+    """Draw unit directions, (width, `PROJECTIONS`) float32 (Bonneel et al. 2015)."""
+    drawn = torch.randn(width, PROJECTIONS, generator=torch.Generator().manual_seed(seed))
     return normalize(drawn, dim=0)

@@ -84,14 +84,6 @@ class Curve(NamedTuple):
         drawn = float(self.odds.var(0, ddof=1).mean()) ** 0.5 if len(self.odds) > 1 else 0.0
         return math.hypot(drawn, GALLERY_DEVIATION * math.log(GALLERY / self.gallery))
 
-    def points(self) -> dict[int, Band]:
-        """Return the measured recall by pairs."""
-        means = self.odds.mean(0).tolist()
-        return {
-            n: Band.around(own, self.deviation)
-            for n, own in zip(self.pairs.tolist(), means, strict=True)
-        }
-
     def extrapolated(self, pairs: int, *, trained: bool = False) -> Band:
         """Foretell the recall of a number of pairs: linear in log pairs, with a damped slope.
 
@@ -124,35 +116,27 @@ def forecast(features: FeatureSet, split: str, *, seed: int = 0) -> dict[str, An
     """
     tick("forecast")
     joined = join_pairs(features, split)
-    captioned = int((joined.caption_counts > 0).sum())
+    pairs, texts = int((joined.caption_counts > 0).sum()), int((joined.text_image < 0).sum())
     sample = read_sample(features, joined, CURVE_PAIRS + HELD_OUT, seed)
     agreement = measure_agreement(sample, seed=seed)
     curve = learn_curve(sample, seed=seed)
-    different = round(captioned * (1 - sample.repeated))
-    repeated = 1 - len(np.unique(alike(sample.images))) / len(sample.images)
-    found = {
-        "split": split,
-        "pairs": captioned,
-        "different": different,
-        "unpaired": {
-            Modality.IMAGE.value: joined.n_images - captioned,
-            Modality.TEXT.value: int((joined.text_image < 0).sum()),
-        },
-        **dict.fromkeys(Agreement.__dataclass_fields__),
-        "repeated": {Modality.IMAGE.value: repeated, Modality.TEXT.value: sample.repeated},
+    different = round(pairs * (1 - sample.repeated))
+    images = 1 - len(np.unique(alike(sample.images))) / len(sample.images)
+    found: dict[str, Any] = {
+        **{"split": split, "pairs": pairs, "different": different},
+        "unpaired": {Modality.IMAGE.value: joined.n_images - pairs, Modality.TEXT.value: texts},
+        **(asdict(agreement) if agreement else dict.fromkeys(Agreement.__dataclass_fields__)),
+        "repeated": {Modality.IMAGE.value: images, Modality.TEXT.value: sample.repeated},
         **{"expected": None, "curve": [], "extrapolated": []},
     }
-    if agreement is not None:
-        shifts = {side: own._asdict() for side, own in agreement.sliced_wasserstein.items()}
-        found |= {**asdict(agreement), "sliced_wasserstein": shifts}
     if curve is not None:
+        expected = curve.extrapolated(different, trained=True)
+        found["expected"] = expected._asdict() | {"gallery": GALLERY}
+        points = zip(curve.pairs.tolist(), curve.odds.mean(0).tolist(), strict=True)
+        bands = {n: Band.around(own, curve.deviation) for n, own in points}
         later = {n: curve.extrapolated(n) for n in (different, 2 * different, 4 * different)}
-        found["expected"] = {
-            **curve.extrapolated(different, trained=True)._asdict(),
-            "gallery": GALLERY,
-        }
-        for key, bands in (("curve", curve.points()), ("extrapolated", later)):
-            found[key] = [{"pairs": n, **band._asdict()} for n, band in bands.items()]
+        for key, named in (("curve", bands), ("extrapolated", later)):
+            found[key] = [{"pairs": n, **band._asdict()} for n, band in named.items()]
     return found | {"words": list(word(found, agreement))}
 
 
@@ -167,11 +151,11 @@ def word(found: Mapping[str, Any], agreement: Agreement | None) -> Iterator[str]
         )
         return
     if agreement.is_random:
-        yield f"{next(agreement.findings()).capitalize()}; nothing can be learnt from such pairs."
+        yield f"{_sentence(next(agreement.findings()))} Nothing can be learnt from such pairs."
         return
-    degree = "well" if expected["mean_recall"] >= WELL else "moderately well"
-    degree = degree if expected["mean_recall"] >= MODERATELY else "poorly"
-    known = found["curve"][-1]
+    degrees = {WELL: "well", MODERATELY: "moderately well", 0.0: "poorly"}
+    degree = next(word for least, word in degrees.items() if expected["mean_recall"] >= least)
+    known, (now, twice, four) = found["curve"][-1], found["extrapolated"]
     yield (
         f"These encoders align {degree}: trained on all {counted}, they should reach a mean recall "
         f"of {recall_range(expected)} in a gallery of {GALLERY:,}. Linear maps fitted on "
@@ -183,23 +167,21 @@ def word(found: Mapping[str, Any], agreement: Agreement | None) -> Iterator[str]
         "they do not say which recall to expect."
     )
     yield _unpaired_help(pairs, found["unpaired"], agreement)
-    for line in [*agreement.directions()] or ["no direction has to be removed"]:
-        yield f"{line[0].upper()}{line[1:]}."
-    for side, share in agreement.mean_energy.items():
-        if share > MEAN_ENERGY:
+    yield from map(_sentence, [*agreement.directions()] or ["no direction has to be removed"])
+    for side in Modality:
+        mean, share = agreement.mean_energy[side], found["repeated"][side.value]
+        if mean > MEAN_ENERGY:
             yield (
-                f"The mean has {percent(share, 0)} of the energy of {side.plural}; adapters remove "
+                f"The mean has {percent(mean, 0)} of the energy of {side.plural}; adapters remove "
                 "it, a raw search must."
             )
-    for side in Modality:
-        if (share := found["repeated"][side.value]) > REPEATED:
+        if share > REPEATED:
             yield f"{percent(share, 0)} of the {side.plural} repeat another one."
-    now, twice, four = found["extrapolated"]
-    gain = twice["mean_recall"] - now["mean_recall"]
-    worth = "worth collecting" if gain >= WORTH else "hardly worth collecting"
+    worth = twice["mean_recall"] >= now["mean_recall"] + WORTH
     yield (
-        f"More pairs are {worth}: linear maps should reach {recall_range(twice)} with twice as "
-        f"many, and {recall_range(four)} with four times as many, from {recall_range(now)} now."
+        f"More pairs are {'' if worth else 'hardly '}worth collecting: linear maps should reach "
+        f"{recall_range(twice)} with twice as many, and {recall_range(four)} with four times as "
+        f"many, from {recall_range(now)} now."
     )
 
 
@@ -209,21 +191,21 @@ def recall_range(own: Mapping[str, Any]) -> str:
     return f"{mean} % ({low} to {high})"
 
 
+def _sentence(finding: str) -> str:
+    return f"{finding[0].upper()}{finding[1:]}."
+
+
 def _unpaired_help(pairs: int, unpaired: Mapping[str, int], agreement: Agreement) -> str:
     """Word whether unpaired rows help, and how they are distributed."""
     if pairs > MANY_PAIRS:
         return f"Unpaired rows bring nothing beside more than {MANY_PAIRS:,} pairs."
     if far := next(agreement.shifts(), ""):
-        return f"{far[0].upper()}{far[1:]}."
+        return _sentence(far)
     if agreement.excess < LITTLE:
         return "Unpaired rows will hardly help, since the encoders agree too little."
     degree = "should help" if agreement.excess >= HELPFUL else "may help a little"
-    counts = " and ".join(f"{unpaired[side]:,} unpaired {side.plural}" for side in Modality)
-    if not all(unpaired.values()):
-        here = f"here are {counts}" if any(unpaired.values()) else "there are none here"
-        return f"Unpaired rows of both sides {degree}; {here}."
-    near = ", which lie where the paired ones do," if agreement.sliced_wasserstein else ""
-    return f"The {counts}{near} {degree}."
+    counts = " and ".join(f"{unpaired[side.value]:,} {side.plural}" for side in Modality)
+    return f"Unpaired rows of both sides {degree}; here are {counts} without a partner."
 
 
 def learn_curve(sample: Sample, *, seed: int = 0) -> Curve | None:
