@@ -210,9 +210,9 @@ def measure_agreement(sample: Sample, *, seed: int = 0) -> Agreement | None:
     top, rank, removal = {}, {}, {}
     for side, other in ((Modality.IMAGE, Modality.TEXT), (Modality.TEXT, Modality.IMAGE)):
         own = centred[side]
-        variances, axes = torch.linalg.eigh((own.T @ own).double())
+        variances, axes = torch.linalg.eigh(own.T @ own)
         shares = variances.clamp(min=0) / variances.sum().clamp(min=1e-12)
-        top[side], first = float(shares.max()), axes[:, -1].float()
+        top[side], first = float(shares.max()), axes[:, -1]
         rank[side] = float(torch.exp(torch.special.entr(shares).sum()))
         without = nearest(own - torch.outer(own @ first, first))
         removal[side] = shared_neighbours(without, near[other])

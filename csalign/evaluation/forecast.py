@@ -205,7 +205,10 @@ def _unpaired_help(pairs: int, unpaired: Mapping[str, int], agreement: Agreement
         return "Unpaired rows will hardly help, since the encoders agree too little."
     degree = "should help" if agreement.excess >= HELPFUL else "may help a little"
     counts = " and ".join(f"{unpaired[side.value]:,} {side.plural}" for side in Modality)
-    return f"Unpaired rows of both sides {degree}; here are {counts} without a partner."
+    here = (
+        f"here are {counts} without a partner" if any(unpaired.values()) else "there are none here"
+    )
+    return f"Unpaired rows of both sides {degree}; {here}."
 
 
 def learn_curve(sample: Sample, *, seed: int = 0) -> Curve | None:

@@ -19,6 +19,7 @@ import itertools
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import ConstantInputWarning, spearmanr
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -433,6 +434,7 @@ def key_of(row: Row, method: str = "", pairs: int = 0) -> tuple[str, ...]:
 def spearman(first: Sequence[float], second: Sequence[float]) -> str:
     """Spearman's rank correlation, with its 95 % bootstrap interval over views."""
     pairs, random, draws = np.array([first, second]), np.random.default_rng(0), []
+    warnings.simplefilter("ignore", ConstantInputWarning)
     for _ in range(2_000):
         draws.append(spearmanr(*pairs[:, random.integers(0, len(first), len(first))]).statistic)
     low, high = np.nanpercentile(draws, (2.5, 97.5))
