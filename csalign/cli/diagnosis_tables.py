@@ -16,6 +16,7 @@ from csalign.cli.render import (
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import figure_of, percent
 from csalign.evaluation.config import DiagnoseConfig
+from csalign.evaluation.forecast import recall_range
 
 Document = Mapping[str, Any]
 
@@ -28,14 +29,14 @@ TERMS = {
 NAMED = {"logit_scale": "logit scale", "cs_weight": "CS weight"}
 CONFLICT = {-0.9: "nearly cancel", -0.5: "conflict", -0.1: "conflict slightly"}
 """Words for the cosine between two gradients below a limit."""
-SIDES = (
-    ("effective_rank", "effective rank", ".0f", "dimensions that vary"),
-    ("mean_energy", "energy of the mean", ".0%", "of the squared norm"),
-    ("top_energy", "first direction", ".0%", "of the variance"),
-    ("removal", "without it", ".3f", "mutual 10-NN"),
-    ("repeated", "repeated rows", ".0%", "equal to an earlier one"),
-)
-"""Figures of a side: key, label, format and meaning."""
+SIDES = {
+    "effective_rank": ("effective rank", ".0f"),
+    "mean_energy": ("energy of the mean", ".0%"),
+    "top_energy": ("variance of the first direction", ".0%"),
+    "removal": ("mutual 10-NN without it", ".3f"),
+    "repeated": ("repeated rows", ".0%"),
+}
+"""Labels and formats of the figures of a side."""
 
 
 def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
@@ -51,47 +52,36 @@ def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
 
 def _forecast(found: Document, features: str, names: Names | None) -> None:
     """Print what is foretold in words, then its figures."""
-    split = "all rows" if found["split"] == "all" else f"split {found['split']}"
-    print_line(renamed(f"{features}, {split}: {found['pairs']:,} pairs", names), "bold")
+    split = "all rows" if found["split"] == "all" else found["split"].replace(",", " and ")
+    counted = f"{found['pairs']:,} pairs"
+    if found["different"] < found["pairs"]:
+        counted += f", {found['different']:,} of them different"
+    print_line(renamed(f"{features}, {split}: {counted}", names), "bold")
     for sentence in found["words"]:
         print_wrapped(renamed(sentence, names))
     rows = [
-        (f"linear maps, {own['pairs']:,} pairs", f"{_range(own)}{note}")
-        for own, note in (
-            *((own, "") for own in found["curve"]),
-            *((own, ", extrapolated") for own in found["extrapolated"]),
-        )
+        (f"linear maps, {own['pairs']:,} pairs{note}", recall_range(own))
+        for key, note in (("curve", ""), ("extrapolated", ", foretold"))
+        for own in found[key]
     ]
     if found["expected"]:
-        rows.append(("after training", f"{_range(found['expected'])}, by the agreement"))
-    if rows:
-        print_title("mean recall in a gallery of 1,000")
+        rows.append(
+            (f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))
+        )
+        print_title("mean recall in a gallery of 1,000, and where 9 of 10 lie")
         print_rows(rows)
     if found["mutual_knn"] is None:
         return
-    print_title("agreement of the encoders")
-    shown = [
-        (
-            "mutual 10-NN",
-            f"{found['mutual_knn']:.3f}",
-            f"{found['mutual_knn_chance']:.3f} by chance",
-        ),
-        ("linear CKA", f"{found['cka']:.3f}", "of 1"),
-    ]
+    shifts = found["sliced_wasserstein"]
+    labels = [label for label, _ in SIDES.values()] + ["distance of unpaired rows"] * bool(shifts)
+    columns = {}
     for side in ("image", "text"):
-        shown += [
-            (f"{side}: {label}", f"{found[key][side]:{form}}", meaning)
-            for key, label, form, meaning in SIDES
-        ]
-        if own := found["sliced_wasserstein"].get(side):
-            noise = f"sliced Wasserstein to paired rows; {own['noise']:.3f} is noise"
-            shown.append((f"{side}: unpaired rows", f"{own['value']:.3f}", noise))
-    print_rows([(renamed(name, names), f"{value:>6}   {note}") for name, value, note in shown])
-
-
-def _range(own: Document) -> str:
-    mean, low, high = (percent(own[key], 0) for key in ("mean_recall", "low", "high"))
-    return f"{mean:>5} ({low.removesuffix(' %')} to {high})"
+        cells = [f"{found[key][side]:{form}}" for key, (_, form) in SIDES.items()]
+        own = shifts.get(side)
+        cells += [f"{own['value']:.2f} (noise {own['noise']:.2f})" if own else ""] * bool(shifts)
+        columns[renamed(side, names)] = cells
+    print_title("raw sides")
+    print_table(labels, columns)
 
 
 def _conflict(document: Document, settings: DiagnoseConfig) -> None:

@@ -59,8 +59,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Foretell an alignment, and decompose InfoNCE and the full objective on given embeddings.
 
-    The forecast is made of the training rows before any adapter (split train if there is one);
-    for sides of different widths without an adapter it is all there is; see `forecast`.
+    The forecast is made of the rows that train learns from (splits train and val if they exist),
+    before any adapter; of sides of different widths without an adapter it is all; see `forecast`.
 
     InfoNCE is alignment, which pulls pairs together, plus uniformity, which pushes everything
     apart, matched pairs included; where the cosine of their gradients is near -1 they cancel, and
@@ -82,10 +82,10 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
         check_page(config.report)
     config = with_features(config)
     features = FeatureSet.open(config.feature_set)
-    train = "train" if "train" in features.splits() else ALL
-    document: dict[str, Any] = {
-        "forecast": forecast(features, config.split or train, seed=config.seed)
-    }
+    there = features.splits()
+    learned = ",".join(name for name in ("train", "val") if name in there)
+    split = config.split or (learned if "train" in there else ALL)
+    document: dict[str, Any] = {"forecast": forecast(features, split, seed=config.seed)}
     if config.adapter is not None or features.images.width == features.texts.width:
         document = {**_analyse(config), **document}
     else:

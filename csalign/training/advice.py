@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 
 from csalign.core.enums import Modality
-from csalign.evaluation.agreement import LEAST_TO_COMPARE, measure_agreement, sample_rows
+from csalign.evaluation.agreement import LEAST_PAIRS, measure_agreement, sample_rows
 from csalign.features.join import Array, Pairs
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def warn_of_few(images: int) -> None:
 
 def warn_of_pairs(rows: Pairs, unpaired: Mapping[Modality, Array]) -> None:
     """Warn of what stands in the way of an alignment; see `Agreement.findings`."""
-    if rows.pairs < LEAST_TO_COMPARE:
+    if rows.pairs < LEAST_PAIRS:
         return
     agreement = measure_agreement(sample_rows(rows, unpaired))
     for line in () if agreement is None else agreement.findings():

@@ -180,7 +180,7 @@ def shown(folder: Path) -> dict[str, Shown]:
             lambda: foretold,
             diagnosis_table,
             foretelling,
-            ["text: without it", "extrapolated", f"{foretold['forecast']['mutual_knn']:.3f}"],
+            ["without it", "foretold", f"{foretold['forecast']['mutual_knn']:.3f}"],
         ),
         "search": Shown(lambda: find(query), tables.found, query, ["caption of several"]),
         "inspect": Shown(
