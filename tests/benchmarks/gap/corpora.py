@@ -11,6 +11,8 @@ given is skipped. DIR/corpora receives
 - ``packages``: the same of packages, both sides by all-MiniLM-L6-v2, which takes ten minutes;
 - ``clip``: Open Clip Art by ``sample_data/tiny-clip``. That model was trained on the split train,
   which is left out; the 1,000 drawings of val and val2 are there to train adapters on;
+- ``icons-unpaired`` and ``packages-unpaired``: 1,000 pairs, and 6,000 images and 6,000 texts of
+  other items, without a partner in the set;
 - ``openclipart``: a link to the feature set.
 """
 
@@ -21,6 +23,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "openclipart"))
 from prepare import ENCODERS, FloatArray, run_import
 
 PAIRS = 7_000
+FEW_PAIRS, UNPAIRED = 1_000, 6_000  # rows of a side
 TINY_CLIP = Path(__file__).resolve().parents[3] / "sample_data" / "tiny-clip" / "tiny-clip"
-MINILM = ENCODERS[1]
+MINILM, STATIC = ENCODERS[1], "wordllama l2_supercat_256, mean"
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -80,6 +84,24 @@ def make_icons(source: Path, out: Path) -> None:
     run_import(out, out / "features", *ENCODERS)
 
 
+def make_unpaired(source: Path, out: Path, encoders: tuple[str, str]) -> None:
+    """Draw few pairs, and rows of each side whose partners are left out."""
+    draw(source, out, FEW_PAIRS + 2 * UNPAIRED)
+    images, texts = (read_table(out / f"{side}.csv") for side in ("images", "texts"))
+    order = np.random.default_rng(0).permutation([r["id"] for r in images if r["split"] == "train"])
+    alone, missing = (set(ids.tolist()) for ids in np.split(order[FEW_PAIRS:], [UNPAIRED]))
+    kept = [row for row, own in enumerate(images) if own["id"] not in missing]
+    write_table(out / "images.csv", (images[row] for row in kept))
+    np.save(out / "images.npy", np.load(out / "images.npy")[kept])
+    kept = [row for row, own in enumerate(texts) if own["image_id"] not in alone]
+    for row in kept:
+        if texts[row]["image_id"] in missing:
+            texts[row]["image_id"] = ""
+    write_table(out / "texts.csv", (texts[row] for row in kept))
+    np.save(out / "texts.npy", np.load(out / "texts.npy")[kept])
+    run_import(out, out / "features", *encoders)
+
+
 def make_packages(source: Path, out: Path) -> None:
     """Draw pairs of the packages, and embed the long descriptions as the short ones were."""
     from features import sentence_features
@@ -124,6 +146,12 @@ def main() -> None:
         ("clip", arguments.openclipart, make_clip),
         ("icons", arguments.icons, make_icons),
         ("packages", arguments.packages, make_packages),
+        ("icons-unpaired", arguments.icons, partial(make_unpaired, encoders=ENCODERS)),
+        (
+            "packages-unpaired",
+            arguments.packages,
+            partial(make_unpaired, encoders=(MINILM, STATIC)),
+        ),
     ):
         if source and not (folder / name / "features").exists():
             make(source.resolve(), folder / name)

@@ -42,6 +42,8 @@ LABELS = {
     "clip": ("keyword", "narrow"),
     "icons": ("theme", "set"),
     "packages": ("section",),
+    "icons-unpaired": ("theme", "set"),
+    "packages-unpaired": ("section",),
 }
 # Nothing to train, and one seed: the features as they are, and what `eval --adapter NAME` fits.
 FREE = {
@@ -195,7 +197,7 @@ class Bench:
         from csalign.evaluation.measure import describe, measure
 
         adapter = FREE[row] if row in FREE else str(self.run(corpus, row, seed))
-        table = self.work / f"labels-{corpus}.csv"
+        table = self.work / f"labels-{corpus.removesuffix('-unpaired')}.csv"
         # Resampling raises V-measure, since few distinct items agree by chance: draws are shifted.
         document: dict[str, Any] = {"row": row, "seed": seed, "labels": {}}
         draws: dict[str, Draws] = {}
