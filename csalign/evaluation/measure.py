@@ -261,7 +261,7 @@ def extras_of(config: EvalConfig, aligned: AlignedRows) -> Extras:
     def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
         # Again, which checks these features' widths.
         loaded = load_adapter(config, features, aligned.features, aligned.split)
-        return embed(loaded and loaded[0], features, rows, Modality.TEXT)
+        return embed(loaded and loaded[0], features, rows, Modality.TEXT, config.adapter)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
     return prepare_extras(config, aligned.features, ids, width, embed_texts)
