@@ -72,27 +72,22 @@ def unknown_info(shapes: dict[Modality, SideShape]) -> AdapterInfo:
 
 def save_adapter(folder: Path, adapter: Adapter, info: AdapterInfo) -> None:
     """Write the weights, then the description with their checksum, into an existing folder."""
-    content = _weights(adapter)
+    content, digest = weights_of(adapter)
     path = folder / WEIGHTS
     with atomic.translate_os_errors(path), atomic.atomic_path(path) as temporary:
         temporary.write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
     write_record(folder / DESCRIPTION, info.model_copy(update={"weights_sha256": digest}))
 
 
-def weights_digest(adapter: Adapter) -> str:
-    """Return the checksum of the weights as `save_adapter` writes them."""
-    return hashlib.sha256(_weights(adapter)).hexdigest()
-
-
-def _weights(adapter: Adapter) -> bytes:
+def weights_of(adapter: Adapter) -> tuple[bytes, str]:
+    """Return the content of the file of weights, and its checksum."""
     # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
-    return save(
-        {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in adapter.state_dict().items()
-        }
-    )
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in adapter.state_dict().items()
+    }
+    content = save(tensors)
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def load_adapter(

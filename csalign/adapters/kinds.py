@@ -9,9 +9,7 @@ from csalign.core.mistakes import did_you_mean
 GROUP = "csalign.adapters"  # of the entry points of installed packages
 NAMES = ("linear", "mlp", "glu", "low-rank", "identity", "transformer")
 """Kinds that csalign has itself."""
-MEAN_SHIFT, STANDARDISED, CLOSED_FORM = "mean-shift", "standardised", "closed-form"
-SHIFTS = (MEAN_SHIFT, STANDARDISED)
-BASELINES = (*SHIFTS, CLOSED_FORM)
+BASELINES = ("mean-shift", "standardised", "closed-form")
 """Baselines that are fitted where an adapter is named; see `csalign.runs.baselines`."""
 
 

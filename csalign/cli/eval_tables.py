@@ -18,8 +18,7 @@ from csalign.cli.render import (
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import (
     Figure,
-    baseline_notes,
-    baseline_rows,
+    baseline_table,
     figure_of,
     interval_place,
     percent,
@@ -219,9 +218,9 @@ def _further_tables(document: Document, names: Names | None, wanted: Sequence[st
 def _baselines(document: Document) -> None:
     """Print what needs no training, above the adapter."""
     print_title("baselines: mean recall, mixed NDCG@10, same-side share and gap")
-    print_table(*baseline_rows(document))
-    for note in baseline_notes(document):
-        print_wrapped(note)
+    labels, columns, note = baseline_table(document)
+    print_table(labels, columns)
+    print_wrapped(note)
 
 
 def _protocol(protocol: Document, names: Names | None) -> str:

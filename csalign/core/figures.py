@@ -1,6 +1,6 @@
 """Name, direction and format of every figure, the same in tables, pages and documents."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,50 +141,37 @@ def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-LEARNED = "the rows that the run was trained on"
+ALL_BASELINES = 4  # with "raw"
 _BASELINES = {
-    "recall": "retrieval.mean_recall",
-    "mixed": "mixed.ndcg@10",
-    "same side": "mixed.same_side@10",
-    "centroid": "gap.centroid_distance",
-    "Fréchet": "gap.frechet",
-    "V-measure": "groups.v_measure",
-    "k-NN": "groups.knn.mean",
+    "recall": ("retrieval", "mean_recall"),
+    "mixed": ("mixed", "ndcg@10"),
+    "same side": ("mixed", "same_side@10"),
+    "centroid": ("gap", "centroid_distance"),
+    "Fréchet": ("gap", "frechet"),
+    "V-measure": ("groups", "v_measure"),
+    "k-NN": ("groups", "knn", "mean"),
 }
 """Columns of the table of baselines, shorter than the labels, and their places in a document."""
 
 
-def baseline_rows(document: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the labels and the columns of the table of baselines, the adapter's row last."""
-    rows = dict(document["baselines"])
+def baseline_table(document: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]], str]:
+    """Return the labels, the columns and the note of the table of baselines, the adapter last."""
+    rows: dict[str, Any] = dict(document["baselines"])
+    columns: dict[str, list[str]] = {}
+    fitted = sorted({own["fitted_on"] for own in rows.values() if "fitted_on" in own})
+    note = f"Fitted on {' or '.join(fitted)}; nothing is trained." if fitted else ""
+    if len(rows) < ALL_BASELINES:
+        note += " Those missing need sides of one width, or pairs that are not measured."
     if document["adapter"] is not None:
         rows[Path(document["adapter"]).name] = document
-    columns = {}
     for heading, place in _BASELINES.items():
-        path, figure = place.split("."), figure_of(place)._replace(label=heading)
-        if any(path[0] in own for own in rows.values()):
-            # The interval of the recall alone, so that the table fits a narrow screen.
-            name = path[-1] if path[0] == "retrieval" else ""
-            columns[figure.heading] = [
-                figure.show_between(value_at(own, path), own.get("intervals", {}).get(name))
-                for own in rows.values()
-            ]
-    return [*rows], columns
-
-
-def baseline_notes(document: Mapping[str, Any]) -> Iterator[str]:
-    """Word what the baselines were fitted on, and which are missing and why."""
-    found = document["baselines"]
-    splits: dict[str, list[str]] = {}
-    for name, own in found.items():
-        if "fitted_on" in own:
-            splits.setdefault(own["fitted_on"], []).append(name)
-    for split, names in splits.items():
-        measured = set(document["split"].split(",")) & {"all", *split.split(",")}
-        where = {"all": "all rows", LEARNED: LEARNED}.get(split, f"split {split}")
-        also = ", which is measured here too" * bool(measured)
-        yield f"{', '.join(names)}: fitted on {where}{also}; nothing is trained."
-    if "raw" not in found:
-        yield "No raw, mean-shift and standardised, which need sides of one width."
-    if "closed-form" not in found:
-        yield "No closed-form, which needs pairs that are not measured."
+        if place[0] not in document:
+            continue
+        figure = figure_of(".".join(place))._replace(label=heading)
+        # Of the recall alone, so that the table fits a narrow screen.
+        name = place[-1] if heading == "recall" else ""
+        columns[figure.heading] = [
+            figure.show_between(value_at(own, place), own.get("intervals", {}).get(name))
+            for own in rows.values()
+        ]
+    return [*rows], columns, note.strip()

@@ -16,7 +16,7 @@ from csalign.core.figures import percent
 from csalign.features import schema
 from csalign.features.checks import WINDOWS
 from csalign.features.join import Array, Joined, Pairs, text_keys
-from csalign.features.reader import FeatureSet, batch_vectors
+from csalign.features.reader import FeatureSet
 
 Ints = npt.NDArray[np.int64]
 
@@ -166,13 +166,8 @@ def _windows(rows: Ints, most: int) -> Ints:
 
 def _read(features: FeatureSet, joined: Joined, side: Modality, chosen: Ints) -> Array:
     """Read the embeddings of chosen rows, (k, d), in their order."""
-    parts = [
-        batch_vectors(batch, schema.EMBEDDING)[local]
-        for _, local, batch in features.table(side).parts(
-            [schema.EMBEDDING], _table_rows(joined, side, chosen)
-        )
-    ]
-    return np.concatenate(parts)[np.argsort(np.argsort(chosen))]
+    rows = features.table(side).take(_table_rows(joined, side, chosen))
+    return rows[np.argsort(np.argsort(chosen))]
 
 
 def _table_rows(joined: Joined, side: Modality, chosen: Ints) -> Ints:

@@ -6,8 +6,7 @@ from typing import Any
 from csalign.adapters.checkpoint import read_info
 from csalign.adapters.kinds import BASELINES, is_baseline
 from csalign.core.enums import Modality
-from csalign.core.errors import DataError, SchemaError, ShapeError
-from csalign.core.figures import LEARNED
+from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.evaluation.loading import embed
 from csalign.evaluation.measure import Evaluation, figures_of
@@ -18,38 +17,45 @@ from csalign.runs.baselines import choose_split, fit_baseline, read_rows
 log = logging.getLogger(__name__)
 
 
-def measure_baselines(evaluation: Evaluation, learned: Pairs | None = None) -> dict[str, Any]:
+def measure_baselines(
+    evaluation: Evaluation, learned: Pairs | None = None, *, intervals: bool = False
+) -> dict[str, Any]:
     """Measure the baselines on the rows of an evaluation: block "baselines" of the document.
 
     Args:
         evaluation: of a run, or of rows without an adapter.
         learned: rows to fit on (default: what the run was trained on, or see `choose_split`).
+        intervals: whether to add the intervals of the figures.
 
     Returns:
-        By name, "raw" first, the blocks of figures, "intervals" if the options want them, and
-        "fitted_on", the split(s). What cannot be had is absent, and logged.
+        By name, "raw" first, the blocks of figures, maybe "intervals", and "fitted_on", the rows.
+        What cannot be had is absent, and logged.
     """
-    aligned, found = evaluation.aligned, {}
+    aligned, found = evaluation.aligned, dict[str, Any]()
+    known: dict[str, Pairs] = {}
+
+    def describe(own: Evaluation) -> dict[str, Any]:
+        around = {"intervals": own.resamples.intervals()} if intervals else {}
+        return figures_of(own) | around
+
     raw = evaluation if aligned.adapter is None else evaluation.without_adapter
     if raw is not None:
-        found["raw"] = _describe(raw)
-    known: dict[str, Pairs] = {}
+        found["raw"] = describe(raw)
     for number, name in enumerate(BASELINES):
         tick("baselines", number, len(BASELINES))
         try:
-            split = LEARNED
-            if learned is None:
+            rows = learned
+            if rows is None:
                 trained = _trained_split(evaluation)
                 split = choose_split(name, aligned.features, aligned.split, trained)
-                known[split] = known.get(split) or read_rows(aligned.features, split)
-            adapter, _ = fit_baseline(name, learned or known[split])
-        except SchemaError:
-            raise
+                rows = known[split] = known.get(split) or read_rows(aligned.features, split)
+            adapter, _ = fit_baseline(name, rows)
         except (DataError, ShapeError) as error:
             log.info("not among the baselines: %s", error)
             continue
-        rows = (embed(adapter, aligned.features, aligned.rows, side) for side in Modality)
-        found[name] = _describe(evaluation.of_rows(*rows)) | {"fitted_on": split}
+        sides = (embed(adapter, aligned.features, aligned.rows, side, name) for side in Modality)
+        place = rows.name + ", which is measured here" * (rows.name == aligned.rows.name)
+        found[name] = describe(evaluation.of_rows(*sides)) | {"fitted_on": place}
     return found
 
 
@@ -61,9 +67,3 @@ def _trained_split(evaluation: Evaluation) -> str | None:
     info = read_info(aligned.adapter)
     is_same = same_rows(info.data_fingerprint, aligned.features.manifest.fingerprint())
     return info.train_split if is_same else None
-
-
-def _describe(evaluation: Evaluation) -> dict[str, Any]:
-    wanted = evaluation.options.intervals
-    around = {"intervals": evaluation.resamples.intervals()} if wanted else {}
-    return figures_of(evaluation) | around

@@ -98,7 +98,8 @@ def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict
     def finish() -> dict[str, Any]:
         document = describe(evaluation, with_before=config.report is not None)
         if config.baselines or config.report is not None:
-            document["baselines"] = measure_baselines(evaluation)
+            wanted = config.baselines and config.intervals
+            document["baselines"] = measure_baselines(evaluation, intervals=wanted)
         if config.report is not None:
             features, run = (place and place.name for place in (config.features, config.adapter))
             what = f"{run} on {features}" if run else f"{features} without an adapter"

@@ -12,7 +12,6 @@ from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json, read_job, read_object
 from csalign.core.results import Result
-from csalign.evaluation.agreement import COMPARED, measure_agreement, read_sample
 from csalign.evaluation.config import InspectConfig
 from csalign.features.checks import examine
 from csalign.features.join import ALL, join_ids
@@ -139,6 +138,8 @@ def _inspect_features(folder: Path) -> dict[str, Any]:
     joined = join_ids(features, ALL)  # finds repeated ids and texts without their image
     health, findings = examine(features)
     if joined.caption_counts.any():
+        from csalign.evaluation.agreement import COMPARED, measure_agreement, read_sample
+
         agreement = measure_agreement(read_sample(features, joined, COMPARED, 0, windows=True))
         findings += [] if agreement is None else agreement.findings()
     return summarise_features(features) | {"health": health, "findings": findings}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -80,8 +81,10 @@ def align(source: SourceOptions, loaded: Loaded) -> AlignedRows:
         images, texts = (embed(None, features, rows, side) for side in Modality)
         return AlignedRows(features, split, rows, images, texts)
     adapter, info = found
-    images = embed(adapter, features, rows, Modality.IMAGE)
-    texts = embed(adapter, features, rows, Modality.TEXT) if len(rows.texts) else images[:0]
+    images = embed(adapter, features, rows, Modality.IMAGE, source.adapter)
+    texts = images[:0]
+    if len(rows.texts):
+        texts = embed(adapter, features, rows, Modality.TEXT, source.adapter)
     return AlignedRows(
         *(features, split, rows, images, texts, source.adapter, info.weights_sha256),
         parameters=sum(adapter.parameter_counts().values()),
@@ -123,15 +126,31 @@ def load_adapter(
 
 
 def embed(
-    adapter: Adapter | None, features: FeatureSet, rows: join.PairedRows, side: Modality
+    adapter: Adapter | None,
+    features: FeatureSet,
+    rows: join.PairedRows,
+    side: Modality,
+    run: Path | str | None = None,
 ) -> Floats:
-    """Embed the rows of one side in the shared space: unit rows (n, width) float32."""
+    """Embed the rows of one side in the shared space: unit rows (n, width) float32.
+
+    Raises:
+        DataError: a row has no direction, or the adapter `run` gives it none.
+    """
     values, name = rows.embeddings(side), f"{rows.name}: {side.plural}"
     ids = rows.image_ids if side is Modality.IMAGE else rows.text_ids
     if adapter is None:
         return unit_rows(values, ids, name)
     check_directions(values, ids, name)
-    return embed_rows(adapter, side, rows, features)
+    found = embed_rows(adapter, side, rows, features)
+    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(bad):  # ranks would be perfect
+        raise DataError(
+            f"{name}: {run} maps the embedding of {ids[int(bad[0])].as_py()!r} to nan or infinity "
+            f"({len(bad)} of {len(found)} rows); look for extreme values with csalign inspect "
+            f"{features.path}, or train with a lower --learning-rate"
+        )
+    return found
 
 
 def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:

@@ -77,6 +77,12 @@ class Evaluation:
         return protocols.twins_block([fold.twins for fold in self.folds if fold.twins], first)
 
     @cached_property
+    def gap(self) -> dict[str, Any]:
+        """Block "gap" of the document."""
+        rows = self.aligned.images, self.aligned.texts, self.aligned.rows.text_image
+        return gap_suite(*rows, sigma=self.options.bandwidth, seed=self.options.seed)
+
+    @cached_property
     def mixed(self) -> tuple[MixedRanks, ...]:
         """Retrieval from one gallery of both sides, per fold."""
         seed = self.options.seed
@@ -243,11 +249,9 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
 
 def figures_of(evaluation: Evaluation) -> dict[str, Any]:
     """Compute the blocks "retrieval", "gap", "mixed" and, with labels, "groups" of a document."""
-    aligned, options = evaluation.aligned, evaluation.options
-    rows = aligned.images, aligned.texts, aligned.rows.text_image
     return {
         "retrieval": protocols.retrieval_block(evaluation.fold_ranks),
-        "gap": gap_suite(*rows, sigma=options.bandwidth, seed=options.seed),
+        "gap": evaluation.gap,
         **evaluation.tasks,
     }
 
@@ -258,7 +262,7 @@ def extras_of(config: EvalConfig, aligned: AlignedRows) -> Extras:
     def embed_texts(features: FeatureSet, rows: join.PairedRows) -> Floats:
         # Again, which checks these features' widths.
         loaded = load_adapter(config, features, aligned.features, aligned.split)
-        return embed(loaded and loaded[0], features, rows, Modality.TEXT)
+        return embed(loaded and loaded[0], features, rows, Modality.TEXT, config.adapter)
 
     ids, width = aligned.rows.image_ids.to_pylist(), aligned.images.shape[1]
     return prepare_extras(config, aligned.features, ids, width, embed_texts)

@@ -12,7 +12,7 @@ from csalign.core.errors import DataError
 from csalign.core.figures import percent
 from csalign.features import schema
 from csalign.features.join import Pairs, first_alike, hash_rows
-from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors
+from csalign.features.reader import FeatureSet, FeatureTable
 
 log = logging.getLogger(__name__)
 
@@ -175,8 +175,7 @@ def _sample(table: FeatureTable) -> Array:
     if len(table) > CHECKED_ROWS:
         starts -= starts % LARGEST_GROUP  # a window is then in one row group
     rows = np.unique(starts[:, None] + np.arange(min(WINDOW, len(table))))
-    parts = table.parts([schema.EMBEDDING], rows)
-    return np.concatenate([batch_vectors(b, schema.EMBEDDING)[local] for _, local, b in parts])
+    return table.take(rows)
 
 
 def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:

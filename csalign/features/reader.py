@@ -209,6 +209,14 @@ class FeatureTable:
             if len(local):
                 yield positions, local, batch
 
+    def take(self, rows: Ints | None) -> Array:
+        """Read the embeddings of some rows (ascending), (k, d), in the stored dtype."""
+        parts = [
+            batch_vectors(batch, schema.EMBEDDING)[local]
+            for _, local, batch in self.parts([schema.EMBEDDING], rows)
+        ]
+        return np.concatenate(parts or [np.empty((0, self.width), schema.DTYPES[self.dtype])])
+
     def column(self, name: str, rows: Ints | None = None) -> pa.ChunkedArray:
         """Read a string column, all of it or some rows (ascending)."""
         chunks = [

@@ -9,8 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 
-from csalign.core.figures import figure_of, interval_place, same_side_words, value_at
-from csalign.report.baselines import baselines_section
+from csalign.core.figures import (
+    baseline_table,
+    figure_of,
+    interval_place,
+    same_side_words,
+    value_at,
+)
 from csalign.report.page import Entry, Section, escape_label, write_page
 
 Array = npt.NDArray[Any]
@@ -85,7 +90,7 @@ def write_evaluation(
         if "groups" in document:
             sections.append(_groups(document))
         if document.get("baselines"):
-            sections.append(baselines_section(document))
+            sections.append(_baselines(document))
     for view in views:
         sections += _projections(view, labels)
     if views:
@@ -356,3 +361,11 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
         else:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield [prefix + key, text]
+
+
+def _baselines(document: Mapping[str, Any]) -> Section:
+    """Build the table of the baselines, with the evaluated adapter as its last row."""
+    labels, columns, note = baseline_table(document)
+    rows: list[list[str | Entry]] = [["", *columns]]
+    rows += [[*row] for row in zip(labels, *columns.values(), strict=True)]
+    return Section("Baselines", note, rows=rows)

@@ -34,12 +34,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 _RECIPES = files("csalign.training") / "recipes"
 
 
-# What options are where the adapter is a baseline, and those whose default is another.
-_GIVEN_UP = ("steps", "ensemble", "unpaired_matches", "match_moments")
-_OF_BASELINES: dict[str, Any] = {
-    **{"steps": 0, "ensemble": "off", "unpaired_matches": False, "match_moments": False},
-    **{"epochs": None, "networks": 1, "init": "canonical", "tokens": False, "token_weight": 0},
-    **{"image_adapter": None, "text_adapter": None, "width": None},
+# Options of a run of a baseline, which is not trained.
+_UNTRAINED: dict[str, Any] = {
+    **{"steps": 0, "ensemble": "off", "unpaired_matches": False, "match_moments": False}
 }
 
 
@@ -327,28 +324,25 @@ class TrainConfig(
             raise ConfigError(
                 "divergence-estimator: was removed, and the divergence is always exact; remove it"
             )
-        name, fixed = given.get("recipe"), {}
-        if given.get("adapter") in BASELINES:
-            fixed = {option: _OF_BASELINES[option] for option in _GIVEN_UP}
+        name = given.get("recipe")
         recipe = {} if name is None else tomllib.loads(recipe_text(str(name)))
+        fixed = _UNTRAINED if given.get("adapter") in BASELINES else {}
         return {**recipe, **fixed, **given}
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
         if self.adapter in BASELINES:
-            for option, value in _OF_BASELINES.items():
-                if (found := getattr(self, option)) != value:
+            kept = {*AdapterOptions.model_fields, "epochs", "tokens", "token_weight"} - {"adapter"}
+            needed = {name: type(self).model_fields[name].default for name in kept} | _UNTRAINED
+            for option, value in needed.items():
+                if getattr(self, option) != value:
                     raise ConfigError(
-                        f"{self.shown(option)} {found}: {self.adapter} is fitted as it is, without "
-                        "training; leave the option out, or use another --adapter"
+                        f"{self.shown(option)} {getattr(self, option)}: {self.adapter} is fitted "
+                        "without training; omit the option, or use another --adapter"
                     )
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
         for kind in self.kinds.values():
-            if kind in BASELINES:
-                raise ConfigError(
-                    f"{kind}: is fitted on both sides; pass it as --adapter {kind}, alone"
-                )
             check_kind(kind)
 
     def group(self, kind: type[G]) -> G:

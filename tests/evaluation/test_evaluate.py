@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from csalign import inspect
+from csalign.adapters.checkpoint import load_adapter
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
@@ -239,3 +240,17 @@ def test_inspect_finds_damage_that_a_size_does_not_show(features: Path) -> None:
 def test_inspect_refuses_what_is_no_artifact(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         inspect(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_an_embedding_that_is_not_finite_is_refused(
+    features: Path, tmp_path: Path, value: float
+) -> None:
+    """NaN would rank first in every list: recall 1."""
+    run = train(TrainConfig(features=features, out=tmp_path / "run", adapter="linear", steps=0)).run
+    adapter = load_adapter(run)
+    for weights in adapter.side("text").parameters():
+        weights.data.fill_(value)
+    adapter.save(tmp_path / "broken")
+    with pytest.raises(DataError, match=r"texts: \S*broken maps the embedding of '\S+' to nan"):
+        evaluate(EvalConfig(features=features, adapter=tmp_path / "broken"))

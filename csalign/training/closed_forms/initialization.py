@@ -15,14 +15,14 @@ from torch import Tensor
 from csalign.adapters.assignment import Trust
 from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import load_adapter_with_info
-from csalign.adapters.kinds import SHIFTS
+from csalign.adapters.kinds import BASELINES
 from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import LOUD, SideShape, UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
 from csalign.features.join import Mask, Pairs
-from csalign.runs.baselines import fit_shift
+from csalign.runs.baselines import fit_baseline, some_of
 from csalign.training.closed_forms.settings import (
     LADDER,
     POWERS,
@@ -104,7 +104,7 @@ def initialize(
             "and two adapters that start from a closed form are needed; add rows, or leave out "
             "--adapter, --init random and --no-unpaired-matches"
         )
-    if options.adapter in SHIFTS:
+    if options.adapter in BASELINES:
         return fits.start(Setting(form=options.adapter), samplers[0], "no training: {name}")
     if not is_canonical:
         return fits.start(Setting(form="random"), samplers[0], "start: random weights")
@@ -241,8 +241,6 @@ class _Fits:
         return images, texts
 
     def _units_of(self, side: Modality, form: str) -> UnitRows:
-        if form in SHIFTS:
-            return UnitRows()
         root = form in ROOTED and self._kept != [side] and side in self._non_negative
         if (side, root) not in self._units:
             is_free, rows = side not in self._kept, self.data.rows.embeddings(side)
@@ -281,9 +279,6 @@ class _Fits:
                 return [self._matched[sampler][0]]
             clusters = self.pools.clusters(self.width)
             return [clusters.fit(self.pools.first_pairs(self.data.rows, sampler))]
-        if form in SHIFTS:
-            rows, (images, texts) = self.data.rows, map(np.unique, sampler.weighted_pairs()[0])
-            return [fit_shift(form, (rows.images, images), (rows.texts, texts), rows.name)]
         moments = self.moments(sampler, form)
         if form == "cca":
             return [*moments.cca(ridge=ridge, powers=powers, width=self.width)]
@@ -296,6 +291,10 @@ class _Fits:
 
     def start(self, setting: Setting, sampler: PairSampler, summary: str) -> Start:
         """Fit a setting on the pairs of a sampler, and build adapters that start from it."""
+        if setting.form in BASELINES:
+            learned = np.isin(np.arange(len(self.data.rows.images)), sampler.weighted_pairs()[0][0])
+            adapter, name = fit_baseline(setting.form, self.data.rows.take(some_of(learned)))
+            return Start(adapter, name, summary.format(name=name), setting, None)
         units = self.units(setting.form)
         if setting.form == "random":
             return Start(self._build(None, units), "random", summary, setting, None)

@@ -32,7 +32,10 @@ def nearby(step: int) -> list[int]:
 class Setting(Record):
     """A closed form with its settings, to be fitted on any pairs."""
 
-    form: Literal["random", "centred", "ridge", "cca", "assignment", "mean-shift", "standardised"]
+    form: (
+        Literal["random", "centred", "ridge", "cca", "assignment"]
+        | Literal["mean-shift", "standardised", "closed-form"]
+    )
     ridge: float = SAFE_RIDGE
     power: float = SAFE_POWER  # of "cca"
     share: float = 0.0  # weight of matches of unpaired rows; 0 for none
