@@ -14,9 +14,8 @@ from csalign.cli.render import (
     print_wrapped,
 )
 from csalign.core.enums import Names, renamed
-from csalign.core.figures import figure_of, percent
+from csalign.core.figures import figure_of, percent, recall_range
 from csalign.evaluation.config import DiagnoseConfig
-from csalign.evaluation.forecast import recall_range
 
 Document = Mapping[str, Any]
 
@@ -31,10 +30,10 @@ CONFLICT = {-0.9: "nearly cancel", -0.5: "conflict", -0.1: "conflict slightly"}
 """Words for the cosine between two gradients below a limit."""
 SIDES = {
     "effective_rank": ("effective rank", ".0f"),
-    "mean_energy": ("energy of the mean", ".0%"),
-    "top_energy": ("variance of the first direction", ".0%"),
+    "mean_energy": ("energy of the mean", "%"),
+    "top_energy": ("variance of the first direction", "%"),
     "removal": ("mutual 10-NN without it", ".3f"),
-    "repeated": ("repeated rows", ".0%"),
+    "repeated": ("repeated rows", "%"),
 }
 """Labels and formats of the figures of a side."""
 
@@ -76,7 +75,10 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
     labels = [label for label, _ in SIDES.values()] + ["distance of unpaired rows"] * bool(shifts)
     columns = {}
     for side in ("image", "text"):
-        cells = [f"{found[key][side]:{form}}" for key, (_, form) in SIDES.items()]
+        cells = [
+            percent(found[key][side], 0) if form == "%" else f"{found[key][side]:{form}}"
+            for key, (_, form) in SIDES.items()
+        ]
         own = shifts.get(side)
         cells += [f"{own['value']:.2f} (noise {own['noise']:.2f})" if own else ""] * bool(shifts)
         columns[renamed(side, names)] = cells

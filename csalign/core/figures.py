@@ -175,3 +175,9 @@ def baseline_table(document: Mapping[str, Any]) -> tuple[list[str], dict[str, li
             for own in rows.values()
         ]
     return [*rows], columns, note.strip()
+
+
+def recall_range(own: Mapping[str, Any]) -> str:
+    """Word a recall and its range, in percent."""
+    mean, low, high = (f"{100 * own[key]:.0f}" for key in ("mean_recall", "low", "high"))
+    return f"{mean} % ({low} to {high})"

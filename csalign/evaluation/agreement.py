@@ -15,7 +15,7 @@ from csalign.core.enums import Modality
 from csalign.core.figures import percent
 from csalign.features import schema
 from csalign.features.checks import WINDOWS
-from csalign.features.join import Array, Joined, Pairs, text_keys
+from csalign.features.join import Array, Joined, Pairs, first_alike, text_keys
 from csalign.features.reader import FeatureSet
 
 Ints = npt.NDArray[np.int64]
@@ -188,7 +188,7 @@ def one_per_image(text_image: Ints, keys: Ints | None, most: int, rng: np.random
     texts = rng.permutation(np.flatnonzero(text_image >= 0))
     for groups in (text_image, keys):
         if groups is not None:
-            texts = texts[np.sort(np.unique(groups[texts], return_index=True)[1])]
+            texts = texts[np.unique(first_alike(groups[texts]))]
     return texts[:most]
 
 

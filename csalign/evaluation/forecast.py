@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
 from csalign.core.enums import Modality
-from csalign.core.figures import percent
+from csalign.core.figures import percent, recall_range
 from csalign.core.progress import tick, track
 from csalign.evaluation.agreement import (
     LEAST_PAIRS,
@@ -129,7 +129,7 @@ def forecast(features: FeatureSet, split: str, *, seed: int = 0) -> dict[str, An
         "repeated": {Modality.IMAGE.value: images, Modality.TEXT.value: sample.repeated},
         **{"expected": None, "curve": [], "extrapolated": []},
     }
-    if curve is not None:
+    if curve is not None and not (agreement and agreement.is_random):
         expected = curve.extrapolated(different, trained=True)
         found["expected"] = expected._asdict() | {"gallery": GALLERY}
         points = zip(curve.pairs.tolist(), curve.odds.mean(0).tolist(), strict=True)
@@ -144,14 +144,14 @@ def word(found: Mapping[str, Any], agreement: Agreement | None) -> Iterator[str]
     """Word a forecast: how well, whether unpaired rows help, what to remove, how many pairs."""
     pairs, expected = found["different"], found["expected"]
     counted = f"{pairs:,} {'different ' if pairs < found['pairs'] else ''}pairs"
+    if agreement is not None and agreement.compared >= LEAST_PAIRS and agreement.is_random:
+        yield f"{_sentence(next(agreement.findings()))} Nothing can be learnt from such pairs."
+        return
     if agreement is None or expected is None:
         yield (
-            f"{counted} are too few to foretell how well the encoders align; {LEAST_PAIRS} "
-            "different ones say more."
+            f"{counted} are too few to foretell how well the encoders align; pass {LEAST_PAIRS} "
+            "different ones or more."
         )
-        return
-    if agreement.is_random:
-        yield f"{_sentence(next(agreement.findings()))} Nothing can be learnt from such pairs."
         return
     degrees = {WELL: "well", MODERATELY: "moderately well", 0.0: "poorly"}
     degree = next(word for least, word in degrees.items() if expected["mean_recall"] >= least)
@@ -183,12 +183,6 @@ def word(found: Mapping[str, Any], agreement: Agreement | None) -> Iterator[str]
         f"{recall_range(twice)} with twice as many, and {recall_range(four)} with four times as "
         f"many, from {recall_range(now)} now."
     )
-
-
-def recall_range(own: Mapping[str, Any]) -> str:
-    """Word a recall and its range, in percent."""
-    mean, low, high = (f"{100 * own[key]:.0f}" for key in ("mean_recall", "low", "high"))
-    return f"{mean} % ({low} to {high})"
 
 
 def _sentence(finding: str) -> str:

@@ -347,7 +347,7 @@ def check_same_width(rows: PairedRows) -> None:
     if rows.images.shape[1] != rows.texts.shape[1]:
         raise ShapeError(
             f"{rows.name}: images are {rows.images.shape[1]} wide and texts {rows.texts.shape[1]}, "
-            "so they can only be compared through an adapter; train one and pass --adapter"
+            "so they can only be compared through an adapter; pass --adapter closed-form, or a run"
         )
 
 

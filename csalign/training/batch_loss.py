@@ -111,10 +111,12 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
                 f"is {options.pairwise}; leave it at {usual}, the default"
             )
     is_scaled = options.logit_scale != default.logit_scale and options.bandwidth != "tied"
-    if options.pairwise is PairwiseName.ALIGN_UNIFORM and (is_scaled or options.learn_scale):
+    is_rival = options.pairwise is PairwiseName.ALIGN_UNIFORM
+    if is_rival and (is_scaled or options.learn_scale):
+        given = "--learn-scale" if options.learn_scale else f"--logit-scale {options.logit_scale:g}"
         raise ConfigError(
-            f"--logit-scale {options.logit_scale:g} or --learn-scale: align-uniform has no logits; "
-            f"pass --logit-scale {default.logit_scale:g} --no-learn-scale (--uniformity weights it)"
+            f"{given}: align-uniform has no logits; pass --logit-scale {default.logit_scale:g} "
+            "--no-learn-scale (--uniformity weights it)"
         )
     if options.mixing and captions == "all":
         raise ConfigError(

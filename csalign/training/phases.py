@@ -234,7 +234,8 @@ def _run_phase(
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     if not phase.number and trainer.steps:
         pairs = min(config.batch_size, len(work.sampler(phase)))
-        log.info("training on %s: %d steps of %d pairs", trainer.device, trainer.steps, pairs)
+        steps = f"{trainer.steps:,} steps of {pairs:,} pairs"
+        log.info("training on %s: %s", trainer.device, steps)
     for validated in trainer.fit(log_line):
         if validated and trainer.step:
             run.keep()
