@@ -70,10 +70,10 @@ SCALES: dict[int, Settings] = {7: {}, 100: {"logit_scale": 100, "init": "random"
 # About alike in what they add to the loss: the Gaussian term is large, MMD small.
 WEIGHTS = {
     "cs": (0.1, 1, 10),
-    "mmd": (0.1, 1, 10),
-    "gaussian-kl": (0.001, 0.01, 0.1),
-    "sinkhorn": (0.1, 1, 10),
-    "pairs-mse": (0.1, 1, 10),
+    "mmd": (10,),
+    "gaussian-kl": (0.01,),
+    "sinkhorn": (1,),
+    "pairs-mse": (1,),
 }
 UNIFORMITIES = (0.3, 1, 3)
 
