@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from csalign.adapters.kinds import is_baseline
 from csalign.cli.eval_tables import evaluated
-from csalign.cli.next_steps import first_free
+from csalign.cli.next_steps import Step, first_free
 from csalign.cli.render import (
     print_closing,
     print_line,
@@ -41,12 +42,17 @@ SIDES = {
 def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     """Print the document of ``csalign diagnose``: the forecast, the objectives, then the gap."""
     features, adapter = document["features"], document.get("adapter")
-    _forecast(document["forecast"], features, document.get("names"))
+    found = document["forecast"]
+    _forecast(found, features, document.get("names"))
     if "objective" in document:
         print_line()
         _conflict(document, settings)
-    train = ("train", features, "--out", first_free("run"))
-    print_closing(settings, ("eval", features, "--adapter", adapter) if adapter else train)
+    step: Step = ("train", features, "--out", first_free("run"))
+    if adapter:
+        step = ("eval", features, "--adapter", adapter)
+    elif "look random" in found["words"][0]:
+        step = "next: check the keys that join the pairs"
+    print_closing(settings, step)
 
 
 def _forecast(found: Document, features: str, names: Names | None) -> None:
@@ -91,7 +97,8 @@ def _conflict(document: Document, settings: DiagnoseConfig) -> None:
     print_line(f"{evaluated(document)}: {document['pairs']:,} pairs", "bold")
     adapter = document["adapter"]
     given = settings.model_dump(include={*NAMED})
-    source = {name: "this run: " if adapter and given[name] is None else "" for name in NAMED}
+    is_run = adapter is not None and not is_baseline(adapter)
+    source = {name: "this run: " if is_run and given[name] is None else "" for name in NAMED}
     print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
     print_line()
     for sentence in verdict(document):
@@ -141,8 +148,8 @@ def verdict(document: Document) -> Iterator[str]:
         f"{percent(gap['centroid_share'], 0)} of the gap is a centroid offset, which centring "
         f"alone would remove; {percent(gap['shape_share'], 0)} is a difference in shape."
     )
-    if document["adapter"] is not None:
+    if document["adapter"] is not None and not is_baseline(document["adapter"]):
         yield (
-            "Read the conflict on embeddings from before training, without --adapter: at a minimum "
-            "the two gradients cancel by definition."
+            "Read the conflict on embeddings from before training, without --adapter or with "
+            "--adapter closed-form: at a minimum the two gradients cancel by definition."
         )

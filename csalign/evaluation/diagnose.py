@@ -56,6 +56,16 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
+class DiagnoseResult(Result):
+    """What `diagnose` foretells and measures; the repr starts with the words."""
+
+    def __repr__(self) -> str:
+        name, *lines = super().__repr__().splitlines()
+        others = (line for line in lines if not line.startswith("  forecast words"))
+        words = (f"  {sentence}" for sentence in self["forecast"]["words"])
+        return "\n".join([name, *words, *others])
+
+
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Foretell an alignment, and decompose InfoNCE and the full objective on given embeddings.
 
@@ -92,12 +102,12 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
         document = {"features": str(features.path), "names": features.manifest.names, **document}
         log.info(
             "%s: images are %d wide and texts %d, so the conflict and the gap need an adapter; "
-            "pass --adapter RUN for them",
+            "pass --adapter closed-form or a run for them",
             *(features.path, features.images.width, features.texts.width),
         )
     if config.report is not None:
         write_diagnosis(config.report, document)
-    return Result(document)
+    return DiagnoseResult(document)
 
 
 def _analyse(config: DiagnoseConfig) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def load_baseline(
             "weights_sha256": weights_of(adapter)[1],
         }
     )
-    log.info("%s: fitted on %s (%s)", name, rows.name, start)
+    if split != measured:  # that is warned of
+        log.info("%s: fitted on %s%s", name, rows.name, f" ({start})" * (name == "closed-form"))
     return adapter, adapter.info
 
 
@@ -213,7 +214,7 @@ def _choose(fitted: PairMoments, rows: Pairs, width: int, units: Units) -> tuple
     wanted: tuple[int, ...] = STEPS
     for _ in range(2):
         for step in wanted:
-            tick("closed form", len(recalls))
+            tick("closed form: settings", len(recalls))
             forms = fitted.cca(ridge=10 ** (step / 2), powers=POWERS, width=width)
             for power, form in zip(POWERS, forms, strict=True):
                 images, texts = (own.numpy() for own in form.outputs(x, y))

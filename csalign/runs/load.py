@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.kinds import is_baseline
@@ -241,6 +242,22 @@ def embed_rows(adapter: Adapter, side: Modality, rows: Pairs, features: FeatureS
     return out
 
 
+def check_aligned(rows: Array, ids: pa.Array, name: str, run: Path | str | None = None) -> Array:
+    """Return rows (n, d) that an adapter gave.
+
+    Raises:
+        DataError: one is not finite, whose ranks would be perfect, or 0, as of an overflow.
+    """
+    squares = np.einsum("ij,ij->i", rows, rows)
+    if len(bad := np.flatnonzero(~(squares > 0) | np.isinf(squares))):
+        raise DataError(
+            f"{name}: {run or 'the adapter'} maps the embedding of {ids[int(bad[0])].as_py()!r} to "
+            f"nan, infinity or 0 ({len(bad)} of {len(rows)} rows); look for extreme values with "
+            "csalign inspect, or train with a lower --learning-rate"
+        )
+    return rows
+
+
 def stream_aligned(
     features: FeatureSet,
     side: Modality,
@@ -282,5 +299,7 @@ def stream_aligned(
                 kept = [row[mask] for row, mask in zip(own, padded.mask, strict=True)]
             else:
                 aligned = adapter.embed(side, raw, batch_size=size)
+            if adapter is not None:
+                check_aligned(aligned, ids, name)
             found = {column: batch.column(column).take(some).to_pylist() for column in strings}
             yield Rows(found, aligned, kept if keep_tokens else None)
