@@ -117,9 +117,9 @@ class _Inputs(ExitStack):
 
     def with_table(self, given: dict[str, Any]) -> dict[str, Any]:
         """Write labels, one per image of the arrays, as a table by row number."""
-        labels, sets = given.get("labels"), [given.get("features"), *given.get("systems", ())]
-        sets = [own for own in sets if is_pair_of_arrays(own)]
-        if labels is None or isinstance(labels, str) or len(sets) != 1:
+        labels, sets = given.get("labels"), (given.get("features"), *given.get("systems", ()))
+        sets = [*filter(is_pair_of_arrays, sets)]
+        if isinstance(labels, str | None) or len(sets) != 1:
             return given
         if len(labels) != (count := len(sets[0][0])):
             raise ShapeError(f"labels: has {len(labels):,} values, for {count:,} images")

@@ -42,15 +42,14 @@ SIDES = {
 def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     """Print the document of ``csalign diagnose``: the forecast, the objectives, then the gap."""
     features, adapter = document["features"], document.get("adapter")
-    found = document["forecast"]
-    _forecast(found, features, document.get("names"))
+    _forecast(document["forecast"], features, document.get("names"))
     if "objective" in document:
         print_line()
         _conflict(document, settings)
     step: Step = ("train", features, "--out", first_free("run"))
     if adapter:
         step = ("eval", features, "--adapter", adapter)
-    elif "look random" in found["words"][0]:
+    elif "look random" in document["forecast"]["words"][0]:
         step = "next: check the keys that join the pairs"
     print_closing(settings, step)
 
@@ -131,9 +130,8 @@ def verdict(document: Document) -> Iterator[str]:
     infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
     plain, full = infonce["gradient_cosine"], objective["gradient_cosine"]
     degrees = [word for limit, word in CONFLICT.items() if plain < limit]
-    change = "changes that little" if abs(full - plain) < 0.05 else "raises that"
-    if full <= plain - 0.05:
-        change = "lowers that"
+    change = "raises that" if full > plain else "lowers that"
+    change = "changes that little" if abs(full - plain) < 0.05 else change
     yield (
         f"InfoNCE's alignment and uniformity {[*degrees, 'do not conflict'][0]} here (cosine of "
         f"gradients {plain:+.2f}; at -1 they cancel and the gap stays). CS at weight "

@@ -60,10 +60,8 @@ class DiagnoseResult(Result):
     """What `diagnose` foretells and measures; the repr starts with the words."""
 
     def __repr__(self) -> str:
-        name, *lines = super().__repr__().splitlines()
-        others = (line for line in lines if not line.startswith("  forecast words"))
-        words = (f"  {sentence}" for sentence in self["forecast"]["words"])
-        return "\n".join([name, *words, *others])
+        name, lines = super().__repr__().split("\n", 1)
+        return "\n  ".join([name, *self["forecast"]["words"]]) + f"\n{lines}"
 
 
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
@@ -114,9 +112,7 @@ def _analyse(config: DiagnoseConfig) -> dict[str, Any]:
     """Measure the conflict and the parts of the gap."""
     aligned = load_aligned(config)
     run = None if is_baseline(config.adapter) else config.adapter
-    scale = config.logit_scale
-    if scale is None:
-        scale = read_info(run).logit_scale if run else CLIP_LOGIT_SCALE
+    scale = config.logit_scale or (read_info(run).logit_scale if run else CLIP_LOGIT_SCALE)
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
     sigma = config.bandwidth
     weight = config.cs_weight

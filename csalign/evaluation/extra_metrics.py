@@ -224,10 +224,7 @@ def _load_classes(
         log.warning(
             "%s: its texts were encoded by %s, not by %s as those of %s; the results mean nothing "
             "unless that is the same encoder",
-            prompts.path,
-            other.spec,
-            own.spec,
-            features.path,
+            *(prompts.path, other.spec, own.spec, features.path),
         )
     embeddings = embed(prompts, rows)
     if embeddings.shape[1] != width:

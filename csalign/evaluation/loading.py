@@ -34,11 +34,8 @@ _TRAINED = {  # by what is known, and whether it is a baseline
     "say little about new data; hold out a test split before training",
     (True, True): "%s: fitted on the rows that are measured here (split %s of %s); hold out a test "
     "split to measure others",
-    (
-        None,
-        False,
-    ): "%s: may have been trained on some of the rows that are measured here (split %s): %s was "
-    "divided into other splits since the adapter was trained; train it again",
+    (None, False): "%s: may have been trained on some of the rows that are measured here (split "
+    "%s): %s was divided into other splits since the adapter was trained; train it again",
 }
 
 
@@ -149,8 +146,7 @@ def embed(
     if adapter is None:
         return unit_rows(values, ids, name)
     check_directions(values, ids, name)
-    found = embed_rows(adapter, side, rows, features)
-    return check_aligned(found, ids, name, run)
+    return check_aligned(embed_rows(adapter, side, rows, features), ids, name, run)
 
 
 def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:

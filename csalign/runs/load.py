@@ -19,7 +19,7 @@ from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.arrays import IN_MEMORY
-from csalign.features.checks import check_directions, unit_rows
+from csalign.features.checks import check_directions, scaled
 from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
@@ -243,11 +243,7 @@ def embed_rows(adapter: Adapter, side: Modality, rows: Pairs, features: FeatureS
 
 
 def check_aligned(rows: Array, ids: pa.Array, name: str, run: Path | str | None = None) -> Array:
-    """Return rows (n, d) that an adapter gave.
-
-    Raises:
-        DataError: one is not finite, whose ranks would be perfect, or 0, as of an overflow.
-    """
+    """Return rows (n, d) of an adapter; DataError if one is 0 or not finite, and ranks perfect."""
     squares = np.einsum("ij,ij->i", rows, rows)
     if len(bad := np.flatnonzero(~(squares > 0) | np.isinf(squares))):
         raise DataError(
@@ -292,14 +288,12 @@ def stream_aligned(
             raw, ids, kept = vectors[some], batch.column(schema.ID).take(some), None
             check_directions(raw, ids, name)
             if adapter is None:
-                aligned: Array = unit_rows(raw, ids, name)
+                aligned: Array = scaled(raw)
             elif with_tokens:
                 padded = pad_tokens([tokens[row] for row in some])
                 aligned, own = adapter.embed_tokens(side, raw, *padded)
                 kept = [row[mask] for row, mask in zip(own, padded.mask, strict=True)]
             else:
                 aligned = adapter.embed(side, raw, batch_size=size)
-            if adapter is not None:
-                check_aligned(aligned, ids, name)
             found = {column: batch.column(column).take(some).to_pylist() for column in strings}
-            yield Rows(found, aligned, kept if keep_tokens else None)
+            yield Rows(found, check_aligned(aligned, ids, name), kept if keep_tokens else None)

@@ -76,7 +76,7 @@ def test_shuffled_pairs_are_foretold_to_be_random() -> None:
 
     assert len(found["words"]) == 1
     assert found["words"][0].startswith("The pairs look random")
-    assert found["curve"][-1]["mean_recall"] < 0.05
+    assert (found["expected"], found["curve"]) == (None, [])
 
 
 def test_few_pairs_foretell_nothing() -> None:
@@ -85,7 +85,8 @@ def test_few_pairs_foretell_nothing() -> None:
     assert set(found) == KEYS
     assert found["curve"] == found["extrapolated"] == []
     assert found["words"] == [
-        "12 pairs are too few to foretell how well the encoders align; 200 different ones say more."
+        "12 pairs are too few to foretell how well the encoders align; pass 200 "
+        "different ones or more."
     ]
     assert diagnosed(*sides(8))["expected"] is None
 
