@@ -117,8 +117,8 @@ class _Inputs(ExitStack):
 
     def with_table(self, given: dict[str, Any]) -> dict[str, Any]:
         """Write labels, one per image of the arrays, as a table by row number."""
-        labels, sets = given.get("labels"), (given.get("features"), *given.get("systems", ()))
-        sets = [*filter(is_pair_of_arrays, sets)]
+        labels, inputs = given.get("labels"), (given.get("features"), *given.get("systems", ()))
+        sets = [*filter(is_pair_of_arrays, inputs)]
         if isinstance(labels, str | None) or len(sets) != 1:
             return given
         if len(labels) != (count := len(sets[0][0])):

@@ -69,9 +69,7 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
         for own in found[key]
     ]
     if found["expected"]:
-        rows.append(
-            (f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))
-        )
+        rows += [(f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))]
         print_title("mean recall in a gallery of 1,000, and where 9 of 10 lie")
         print_rows(rows)
     if found["mutual_knn"] is None:
@@ -103,11 +101,9 @@ def _conflict(document: Document, settings: DiagnoseConfig) -> None:
     for sentence in verdict(document):
         print_wrapped(sentence)
     print_line()
-    labels = [*TERMS.values()]
     blocks = {"InfoNCE": infonce, "with CS": objective}
-    print_table(
-        labels, {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
-    )
+    columns = {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
+    print_table([*TERMS.values()], columns)
     print_title("divergence and gap")
     cosine = objective["infonce_cs_gradient_cosine"]
     meanings = [

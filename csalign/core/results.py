@@ -110,9 +110,7 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     if not isinstance(value, list):
         return str(value)
-    if len(value) > _SHOWN_ITEMS or any(
-        isinstance(own, Mapping) or " " in str(own) for own in value
-    ):
+    if len(value) > _SHOWN_ITEMS or any(isinstance(v, Mapping) or len(str(v)) > 80 for v in value):
         return f"{len(value):,} items"
     return ", ".join(map(_short, value))
 

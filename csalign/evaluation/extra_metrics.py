@@ -289,9 +289,9 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
     if table is not None and column in table.names:
         known = _values_by_key(table, IMAGE_KEYS, column)
         if not (count := sum(key in known for key in ids)):
-            if there := len({*table.require(*IMAGE_KEYS).to_pylist()} & {*ids}):
+            if same := len({*table.require(*IMAGE_KEYS).to_pylist()} & {*ids}):
                 raise DataError(
-                    f"{table.name}: the column {column!r} is empty for all {there:,} images of "
+                    f"{table.name}: the column {column!r} is empty for all {same:,} images of "
                     f"{features.path} that it has; name another column"
                 )
             raise DataError(

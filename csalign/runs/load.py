@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.kinds import is_baseline
@@ -242,7 +241,7 @@ def embed_rows(adapter: Adapter, side: Modality, rows: Pairs, features: FeatureS
     return out
 
 
-def check_aligned(rows: Array, ids: pa.Array, name: str, run: Path | str | None = None) -> Array:
+def check_aligned(rows: Array, ids: Sequence[Any], name: str, run: object = None) -> Array:
     """Return rows (n, d) of an adapter; DataError if one is 0 or not finite, and ranks perfect."""
     squares = np.einsum("ij,ij->i", rows, rows)
     if len(bad := np.flatnonzero(~(squares > 0) | np.isinf(squares))):
