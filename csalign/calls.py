@@ -1,6 +1,7 @@
 """Commands as Python functions: options as keywords, and arrays where a path may stand."""
 
 import inspect
+import json
 import re
 import shlex
 import tempfile
@@ -17,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from csalign.adapters.hub import with_local_runs
 from csalign.core.config import Config, parse_number
-from csalign.core.errors import ConfigError, CsalignError
+from csalign.core.errors import ConfigError, CsalignError, ShapeError
 from csalign.core.mistakes import did_you_mean, explain, field_of
 from csalign.core.progress import Call, Progress, recorded_call, reported_to, silent
 from csalign.features.arrays import IN_MEMORY, as_array, is_array, is_pair_of_arrays, write_arrays
@@ -60,7 +61,7 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
                     )
                 progress = more[0] if more else progress
             else:
-                given = _named(name, config, args, options)
+                given = inputs.with_table(_named(name, config, args, options))
                 given = {key: inputs.place(key, value) for key, value in given.items()}
                 systems = given.get("systems", ())
                 arrays = [own for own in systems if getattr(own, "name", "") == IN_MEMORY]
@@ -113,6 +114,20 @@ class _Inputs(ExitStack):
         if isinstance(value, list | tuple):
             return type(value)(self.place(option, own) for own in value)
         return value
+
+    def with_table(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Write labels, one per image of the arrays, as a table by row number."""
+        labels, inputs = given.get("labels"), (given.get("features"), *given.get("systems", ()))
+        sets = [*filter(is_pair_of_arrays, inputs)]
+        if isinstance(labels, str | None) or len(sets) != 1:
+            return given
+        if len(labels) != (count := len(sets[0][0])):
+            raise ShapeError(f"labels: has {len(labels):,} values, for {count:,} images")
+        path = self._new("labels.jsonl", "labels")
+        values = [None if own is None else str(own) for own in labels]
+        rows = ({"id": str(row), "label": value} for row, value in enumerate(values))
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        return {**given, "labels": f"{path}:label"}
 
     def _new(self, file: str, name: str) -> Path:
         folder = self.enter_context(tempfile.TemporaryDirectory(prefix="csalign-"))

@@ -232,6 +232,29 @@ def test_two_arrays_give_recall_before_and_after(pair: Pair, fitted: csalign.Ada
     assert "image to text R@1 %" in repr(after)
 
 
+def test_arrays_take_a_label_for_each_image(pair: Pair) -> None:
+    labels = np.arange(120) % 3
+    found = csalign.evaluate(*pair, labels=labels, intervals=False)
+
+    assert found == csalign.evaluate(*pair, labels=[*map(str, labels)], intervals=False)
+    assert found["groups"]["v_measure"] < 0.3
+    with pytest.raises(ShapeError, match="has 3 values, for 120 images"):
+        csalign.evaluate(*pair, labels=labels[:3])
+
+
+def test_a_diagnosis_shows_its_words_first(pair: Pair) -> None:
+    found = csalign.diagnose(pair)
+
+    assert repr(found).splitlines()[1].strip() == found["forecast"]["words"][0]
+
+
+def test_a_fitted_baseline_is_not_called_trained(pair: Pair) -> None:
+    found = csalign.evaluate(*pair, adapter="standardised", intervals=False)["warnings"]
+
+    assert len(found) == 1
+    assert found[0].startswith("standardised: fitted on the rows that are measured here (split all")
+
+
 def test_compare_measures_adapters_on_the_arrays_beside_them(
     pair: Pair, fitted: csalign.Adapter
 ) -> None:

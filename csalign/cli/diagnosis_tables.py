@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from csalign.adapters.kinds import is_baseline
 from csalign.cli.eval_tables import evaluated
-from csalign.cli.next_steps import first_free
+from csalign.cli.next_steps import Step, first_free
 from csalign.cli.render import (
     print_closing,
     print_line,
@@ -45,8 +46,12 @@ def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     if "objective" in document:
         print_line()
         _conflict(document, settings)
-    train = ("train", features, "--out", first_free("run"))
-    print_closing(settings, ("eval", features, "--adapter", adapter) if adapter else train)
+    step: Step = ("train", features, "--out", first_free("run"))
+    if adapter:
+        step = ("eval", features, "--adapter", adapter)
+    elif "look random" in document["forecast"]["words"][0]:
+        step = "next: check the keys that join the pairs"
+    print_closing(settings, step)
 
 
 def _forecast(found: Document, features: str, names: Names | None) -> None:
@@ -64,9 +69,7 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
         for own in found[key]
     ]
     if found["expected"]:
-        rows.append(
-            (f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))
-        )
+        rows += [(f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))]
         print_title("mean recall in a gallery of 1,000, and where 9 of 10 lie")
         print_rows(rows)
     if found["mutual_knn"] is None:
@@ -91,17 +94,16 @@ def _conflict(document: Document, settings: DiagnoseConfig) -> None:
     print_line(f"{evaluated(document)}: {document['pairs']:,} pairs", "bold")
     adapter = document["adapter"]
     given = settings.model_dump(include={*NAMED})
-    source = {name: "this run: " if adapter and given[name] is None else "" for name in NAMED}
+    is_run = adapter is not None and not is_baseline(adapter)
+    source = {name: "this run: " if is_run and given[name] is None else "" for name in NAMED}
     print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
     print_line()
     for sentence in verdict(document):
         print_wrapped(sentence)
     print_line()
-    labels = [*TERMS.values()]
     blocks = {"InfoNCE": infonce, "with CS": objective}
-    print_table(
-        labels, {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
-    )
+    columns = {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
+    print_table([*TERMS.values()], columns)
     print_title("divergence and gap")
     cosine = objective["infonce_cs_gradient_cosine"]
     meanings = [
@@ -124,9 +126,8 @@ def verdict(document: Document) -> Iterator[str]:
     infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
     plain, full = infonce["gradient_cosine"], objective["gradient_cosine"]
     degrees = [word for limit, word in CONFLICT.items() if plain < limit]
-    change = "changes that little" if abs(full - plain) < 0.05 else "raises that"
-    if full <= plain - 0.05:
-        change = "lowers that"
+    change = "raises that" if full > plain else "lowers that"
+    change = "changes that little" if abs(full - plain) < 0.05 else change
     yield (
         f"InfoNCE's alignment and uniformity {[*degrees, 'do not conflict'][0]} here (cosine of "
         f"gradients {plain:+.2f}; at -1 they cancel and the gap stays). CS at weight "
@@ -141,8 +142,8 @@ def verdict(document: Document) -> Iterator[str]:
         f"{percent(gap['centroid_share'], 0)} of the gap is a centroid offset, which centring "
         f"alone would remove; {percent(gap['shape_share'], 0)} is a difference in shape."
     )
-    if document["adapter"] is not None:
+    if document["adapter"] is not None and not is_baseline(document["adapter"]):
         yield (
-            "Read the conflict on embeddings from before training, without --adapter: at a minimum "
-            "the two gradients cancel by definition."
+            "Read the conflict on embeddings from before training, without --adapter or with "
+            "--adapter closed-form: at a minimum the two gradients cancel by definition."
         )

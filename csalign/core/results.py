@@ -110,7 +110,7 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     if not isinstance(value, list):
         return str(value)
-    if len(value) > _SHOWN_ITEMS or any(isinstance(own, Mapping) for own in value):
+    if len(value) > _SHOWN_ITEMS or any(isinstance(v, Mapping) or len(str(v)) > 80 for v in value):
         return f"{len(value):,} items"
     return ", ".join(map(_short, value))
 
@@ -161,7 +161,8 @@ class EvalResult(Result):
                 except KeyError:  # a count
                     continue
                 interval = None if row["low"] is None else (row["low"], row["high"])
-                above = {"mixed": block, "twins": f"twins, {part}", "groups": None}.get(block, part)
+                twins = ", ".join(filter(None, ["twins", part]))
+                above = {"mixed": block, "twins": twins, "groups": None}.get(block, part)
                 label = f"{above} {figure.heading}" if above else figure.heading
                 shown = figure.show_between(row["value"], interval)
                 lines.append((label.replace("_", " "), shown))

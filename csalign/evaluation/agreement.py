@@ -14,7 +14,7 @@ from csalign.adapters.side import UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.figures import percent
 from csalign.features import schema
-from csalign.features.checks import WINDOWS
+from csalign.features.checks import LEAST_PAIRS, WINDOWS, check_directions
 from csalign.features.join import Array, Joined, Pairs, first_alike, text_keys
 from csalign.features.reader import FeatureSet
 
@@ -22,7 +22,6 @@ Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
 COMPARED = 2_000  # pairs, and unpaired rows of a side
-LEAST_PAIRS = 200  # different ones; fewer foretell nothing
 HARDLY = 0.02  # above chance; encoders that reach a recall of some 10 % agree by 0.04
 CHANCE_DEVIATIONS = 4
 LEAST_UNPAIRED = 100  # rows, and half of the paired ones, to compare distributions
@@ -165,9 +164,11 @@ def _windows(rows: Ints, most: int) -> Ints:
 
 
 def _read(features: FeatureSet, joined: Joined, side: Modality, chosen: Ints) -> Array:
-    """Read the embeddings of chosen rows, (k, d), in their order."""
-    rows = features.table(side).take(_table_rows(joined, side, chosen))
-    return rows[np.argsort(np.argsort(chosen))]
+    """Read the embeddings of chosen rows, (k, d), in their order, after `check_directions`."""
+    table, rows = features.table(side), _table_rows(joined, side, chosen)
+    values = table.take(rows)
+    check_directions(values, table.strings(schema.ID, rows), f"{features.path}: {side.plural}")
+    return values[np.argsort(np.argsort(chosen))]
 
 
 def _table_rows(joined: Joined, side: Modality, chosen: Ints) -> Ints:

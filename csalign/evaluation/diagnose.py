@@ -56,6 +56,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum()) / norms if norms else 0.0
 
 
+class DiagnoseResult(Result):
+    """What `diagnose` foretells and measures; the repr starts with the words."""
+
+    def __repr__(self) -> str:
+        name, lines = super().__repr__().split("\n", 1)
+        return "\n  ".join([name, *self["forecast"]["words"]]) + f"\n{lines}"
+
+
 def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
     """Foretell an alignment, and decompose InfoNCE and the full objective on given embeddings.
 
@@ -92,21 +100,19 @@ def diagnose(config: DiagnoseConfig, progress: Progress = silent) -> Result:
         document = {"features": str(features.path), "names": features.manifest.names, **document}
         log.info(
             "%s: images are %d wide and texts %d, so the conflict and the gap need an adapter; "
-            "pass --adapter RUN for them",
+            "pass --adapter closed-form or a run for them",
             *(features.path, features.images.width, features.texts.width),
         )
     if config.report is not None:
         write_diagnosis(config.report, document)
-    return Result(document)
+    return DiagnoseResult(document)
 
 
 def _analyse(config: DiagnoseConfig) -> dict[str, Any]:
     """Measure the conflict and the parts of the gap."""
     aligned = load_aligned(config)
     run = None if is_baseline(config.adapter) else config.adapter
-    scale = config.logit_scale
-    if scale is None:
-        scale = read_info(run).logit_scale if run else CLIP_LOGIT_SCALE
+    scale = config.logit_scale or (read_info(run).logit_scale if run else CLIP_LOGIT_SCALE)
     x, y = _sample_pairs(aligned, config.pairs, config.seed)
     sigma = config.bandwidth
     weight = config.cs_weight

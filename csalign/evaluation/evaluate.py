@@ -152,8 +152,7 @@ def _compare_image_sets(config: EvalConfig, images: str, generated: str) -> dict
         log.warning(
             "%d images are too few for the Fréchet distance of embeddings of width %d, which is "
             "biased upwards on small samples; CMMD much less",
-            fewest,
-            own.width,
+            *(fewest, own.width),
         )
     fingerprints = real_set.manifest.fingerprint(), made_set.manifest.fingerprint()
     return {

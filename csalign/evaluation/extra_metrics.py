@@ -224,10 +224,7 @@ def _load_classes(
         log.warning(
             "%s: its texts were encoded by %s, not by %s as those of %s; the results mean nothing "
             "unless that is the same encoder",
-            prompts.path,
-            other.spec,
-            own.spec,
-            features.path,
+            *(prompts.path, other.spec, own.spec, features.path),
         )
     embeddings = embed(prompts, rows)
     if embeddings.shape[1] != width:
@@ -292,6 +289,11 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
     if table is not None and column in table.names:
         known = _values_by_key(table, IMAGE_KEYS, column)
         if not (count := sum(key in known for key in ids)):
+            if same := len({*table.require(*IMAGE_KEYS).to_pylist()} & {*ids}):
+                raise DataError(
+                    f"{table.name}: the column {column!r} is empty for all {same:,} images of "
+                    f"{features.path} that it has; name another column"
+                )
             raise DataError(
                 f"{table.name}: has {column!r} of none of the images of {features.path}, whose "
                 f"ids are such as {ids[0]!r}; put their ids into its column {IMAGE_KEYS[0]!r}"
@@ -310,7 +312,7 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
     there = "" if table is None else f"{table.name} has {', '.join(table.names)}; "
     raise DataError(
         f"{features.path}: images have no column {column!r}; {there}the features have "
-        f"{', '.join(stored)}; name one of them, or pass a table"
+        f"{', '.join(stored)}; name one of them, or a table too: TABLE.csv:{column}"
     )
 
 

@@ -16,7 +16,6 @@ from csalign.core.enums import Modality
 from csalign.core.figures import percent, recall_range
 from csalign.core.progress import tick, track
 from csalign.evaluation.agreement import (
-    LEAST_PAIRS,
     NEIGHBOURS,
     Agreement,
     Sample,
@@ -24,7 +23,7 @@ from csalign.evaluation.agreement import (
     measure_agreement,
     read_sample,
 )
-from csalign.features.checks import alike
+from csalign.features.checks import LEAST_PAIRS, alike
 from csalign.features.join import join_pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT

@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from csalign.adapters.hub import local_path
 from csalign.core.errors import DataError, OutputError, SchemaError
@@ -13,7 +16,7 @@ from csalign.core.progress import Progress, silent
 from csalign.core.records import parse_json, read_job, read_object
 from csalign.core.results import Result
 from csalign.evaluation.config import InspectConfig
-from csalign.features.checks import examine
+from csalign.features.checks import LEAST_PAIRS, examine
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
@@ -137,11 +140,12 @@ def _inspect_features(folder: Path) -> dict[str, Any]:
     features.verify()
     joined = join_ids(features, ALL)  # finds repeated ids and texts without their image
     health, findings = examine(features)
-    if joined.caption_counts.any():
+    if np.count_nonzero(joined.caption_counts) >= LEAST_PAIRS:  # which needs no torch till here
         from csalign.evaluation.agreement import COMPARED, measure_agreement, read_sample
 
-        agreement = measure_agreement(read_sample(features, joined, COMPARED, 0, windows=True))
-        findings += [] if agreement is None else agreement.findings()
+        with suppress(DataError):  # of rows without a direction, which are among the findings
+            agreement = measure_agreement(read_sample(features, joined, COMPARED, 0, windows=True))
+            findings += [] if agreement is None else agreement.findings()
     return summarise_features(features) | {"health": health, "findings": findings}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo, read_info
+from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from csalign.features import join
 from csalign.features.checks import check_directions, unit_rows
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import same_rows
-from csalign.runs.load import embed_rows, load_adapter_for
+from csalign.runs.load import check_aligned, embed_rows, load_adapter_for
 from csalign.runs.metadata import ADAPTER, find_features
 
 log = logging.getLogger(__name__)
@@ -28,11 +29,13 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float32]
 S = TypeVar("S", bound=SourceOptions)
 
-_TRAINED = {
-    True: "%s: trained on rows that are measured here (split %s of %s), so the results say little "
-    "about new data; hold out a test split before training",
-    None: "%s: may have been trained on some of the rows that are measured here (split %s): %s was "
-    "divided into other splits since the adapter was trained; train it again",
+_TRAINED = {  # by what is known, and whether it is a baseline
+    (True, False): "%s: trained on rows that are measured here (split %s of %s), so the results "
+    "say little about new data; hold out a test split before training",
+    (True, True): "%s: fitted on the rows that are measured here (split %s of %s); hold out a test "
+    "split to measure others",
+    (None, False): "%s: may have been trained on some of the rows that are measured here (split "
+    "%s): %s was divided into other splits since the adapter was trained; train it again",
 }
 
 
@@ -104,8 +107,9 @@ def warn_of_trained(systems: Sequence[AlignedRows]) -> None:
 
     That is unknown where the features were divided into other splits after the training.
     """
-    for is_trained, message in _TRAINED.items():
-        found = [s for s in systems if s.adapter is not None and s.is_trained is is_trained]
+    for kind, message in _TRAINED.items():
+        adapted = (own for own in systems if own.adapter is not None)
+        found = [own for own in adapted if (own.is_trained, is_baseline(own.adapter)) == kind]
         if found:
             named = zip(*((s.adapter, s.split, s.features.path) for s in found), strict=True)
             log.warning(message, *(", ".join(dict.fromkeys(map(str, own))) for own in named))
@@ -142,15 +146,7 @@ def embed(
     if adapter is None:
         return unit_rows(values, ids, name)
     check_directions(values, ids, name)
-    found = embed_rows(adapter, side, rows, features)
-    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
-    if len(bad):  # ranks would be perfect
-        raise DataError(
-            f"{name}: {run} maps the embedding of {ids[int(bad[0])].as_py()!r} to nan or infinity "
-            f"({len(bad)} of {len(found)} rows); look for extreme values with csalign inspect "
-            f"{features.path}, or train with a lower --learning-rate"
-        )
-    return found
+    return check_aligned(embed_rows(adapter, side, rows, features), ids, name, run)
 
 
 def _is_trained(features: FeatureSet, info: AdapterInfo, split: str) -> bool | None:

@@ -177,6 +177,12 @@ def _compare(old: _Version, new: _Version, split: str | None) -> dict[str, Any]:
     if {old.table.modality, new.table.modality} == {Modality.TEXT}:
         differ = pc.not_equal(old.column(schema.CAPTION), new.column(schema.CAPTION))
         changed = int(pc.sum(differ).as_py() or 0)  # null where a caption is unknown
+    if old.table.modality is not new.table.modality:
+        log.warning(
+            "%s contains %s and %s %s, compared here as two models of the same items; to align "
+            "them join both with csalign import --pair-by id, then csalign train",
+            *(paths[0], old.table.modality.plural, paths[1], new.table.modality.plural),
+        )
     if changed:
         log.warning(
             "%d of %d ids have another caption in %s than in %s; embed the same texts with both",
@@ -329,11 +335,12 @@ def _advise(found: dict[str, Any]) -> dict[str, Any]:
     plain = found["unmapped"]["retention@10"] if found["unmapped"] else 0.0
     # Of matching ids, no map retains as little as this, in a small gallery either.
     least = min(3 * chance, (1 + chance) / 2)
-    few = next(row["pairs"] for row in maps if row["retention@10"] >= best - ENOUGH)
+    few = next(row for row in maps if row["retention@10"] >= best - ENOUGH)
     old = f"old vectors retain {percent(plain, 0)} of the 10 nearest"
     mapped = f"a map of {maps[-1]['pairs']:,} pairs retains {percent(best, 0)} of the 10 nearest"
-    if few < maps[-1]["pairs"]:
-        mapped += f", one of {few:,} nearly as much"
+    if few is not maps[-1]:
+        nearly = "nearly " * (round(few["retention@10"], 2) < round(best, 2))
+        mapped += f", one of {few['pairs']:,} {nearly}as much"
     if plain >= max(least, best - ENOUGH):
         advice, what = "re-embed", f"Re-embed: {old}, and no map adds to that."
         if plain >= GOOD:

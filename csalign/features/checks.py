@@ -23,6 +23,7 @@ CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
 _CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
 _INFINITE_HALF = 0x7C00  # bits of float16
 FEW_QUERIES = 30
+LEAST_PAIRS = 200  # different ones; of fewer nothing is said of both sides
 COLLAPSE = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}  # share of a side in equal rows
 FEW_EQUAL = 10  # may be so by chance, or copies
 LEAST_SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01

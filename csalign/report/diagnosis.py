@@ -68,7 +68,7 @@ def _conflict(document: Mapping[str, Any]) -> Section:
         )
     figure.add_vline(x=scale, line={"dash": "dot", "width": 1, "color": OTHER})
     # On a logarithmic axis annotations, unlike lines, are placed by the exponent.
-    label = f"{'this run: ' if document['adapter'] else ''}{scale:g}"
+    label = f"here: {scale:g}"
     side = "left" if scale < 20 else "right"  # where there is room
     place = {"x": log10(scale), "y": 1, "yref": "paper", "xanchor": side}
     figure.add_annotation(text=label, showarrow=False, **place)

@@ -106,17 +106,14 @@ def _aligned(
             group = first + world.rank
             own: Iterator[Rows] = iter(())
             if group < len(ends):
+                rows = np.arange(ends[group - 1] if group else 0, ends[group])
                 own = stream_aligned(
-                    features,
-                    side,
-                    adapter,
-                    np.arange(ends[group - 1] if group else 0, ends[group]),
-                    config.batch_size,
+                    *(features, side, adapter, rows, config.batch_size),
                     strings=schema.STRING_COLUMNS[side],
                     keep_tokens=side in token_sides,
                 )
             parts = [own] if world.size == 1 else distributed.gather(list(own))
-            yield from ((side, rows) for part in parts for rows in part)
+            yield from ((side, batch) for part in parts for batch in part)
 
 
 def _writer(

@@ -11,7 +11,7 @@ from csalign.adapters.model import DEFAULT_WIDTH, Adapter
 from csalign.adapters.side import SideShape, UnitRows, loud_scale
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
-from csalign.core.progress import tick
+from csalign.core.progress import reported_to, silent, tick
 from csalign.features.checks import check_directions
 from csalign.features.join import ALL, Mask, Pairs, join_ids, split_names
 from csalign.features.reader import FeatureSet
@@ -48,7 +48,8 @@ def load_baseline(
             "weights_sha256": weights_of(adapter)[1],
         }
     )
-    log.info("%s: fitted on %s (%s)", name, rows.name, start)
+    if split != measured:  # that is warned of
+        log.info("%s: fitted on %s%s", name, rows.name, f" ({start})" * (name == "closed-form"))
     return adapter, adapter.info
 
 
@@ -213,11 +214,12 @@ def _choose(fitted: PairMoments, rows: Pairs, width: int, units: Units) -> tuple
     wanted: tuple[int, ...] = STEPS
     for _ in range(2):
         for step in wanted:
-            tick("closed form", len(recalls))
+            tick("closed form: settings", len(recalls))
             forms = fitted.cca(ridge=10 ** (step / 2), powers=POWERS, width=width)
             for power, form in zip(POWERS, forms, strict=True):
                 images, texts = (own.numpy() for own in form.outputs(x, y))
-                ranks = rank_both_ways(images, texts, rows.text_image)
+                with reported_to(silent):  # a phase for all
+                    ranks = rank_both_ways(images, texts, rows.text_image)
                 recalls[step, power] = mean_recall(*(way.summary() for way in ranks))
         best, power = max(recalls, key=lambda tried: recalls[tried])
         wanted = (best - 1, best + 1)

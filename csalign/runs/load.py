@@ -18,7 +18,7 @@ from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.arrays import IN_MEMORY
-from csalign.features.checks import check_directions, unit_rows
+from csalign.features.checks import check_directions, scaled
 from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet, batch_tokens, batch_vectors
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
@@ -241,6 +241,18 @@ def embed_rows(adapter: Adapter, side: Modality, rows: Pairs, features: FeatureS
     return out
 
 
+def check_aligned(rows: Array, ids: Sequence[Any], name: str, run: object = None) -> Array:
+    """Return rows (n, d) of an adapter; DataError if one is 0 or not finite, and ranks perfect."""
+    squares = np.einsum("ij,ij->i", rows, rows)
+    if len(bad := np.flatnonzero(~(squares > 0) | np.isinf(squares))):
+        raise DataError(
+            f"{name}: {run or 'the adapter'} maps the embedding of {ids[int(bad[0])].as_py()!r} to "
+            f"nan, infinity or 0 ({len(bad)} of {len(rows)} rows); look for extreme values with "
+            "csalign inspect, or train with a lower --learning-rate"
+        )
+    return rows
+
+
 def stream_aligned(
     features: FeatureSet,
     side: Modality,
@@ -275,7 +287,7 @@ def stream_aligned(
             raw, ids, kept = vectors[some], batch.column(schema.ID).take(some), None
             check_directions(raw, ids, name)
             if adapter is None:
-                aligned: Array = unit_rows(raw, ids, name)
+                aligned: Array = scaled(raw)
             elif with_tokens:
                 padded = pad_tokens([tokens[row] for row in some])
                 aligned, own = adapter.embed_tokens(side, raw, *padded)
@@ -283,4 +295,4 @@ def stream_aligned(
             else:
                 aligned = adapter.embed(side, raw, batch_size=size)
             found = {column: batch.column(column).take(some).to_pylist() for column in strings}
-            yield Rows(found, aligned, kept if keep_tokens else None)
+            yield Rows(found, check_aligned(aligned, ids, name), kept if keep_tokens else None)

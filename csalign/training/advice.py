@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping
 
 from csalign.core.enums import Modality
-from csalign.evaluation.agreement import LEAST_PAIRS, measure_agreement, sample_rows
+from csalign.evaluation.agreement import measure_agreement, sample_rows
+from csalign.features.checks import LEAST_PAIRS
 from csalign.features.join import Array, Pairs
 
 log = logging.getLogger(__name__)

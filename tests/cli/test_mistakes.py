@@ -67,7 +67,7 @@ MISTAKES = [
         2,
         "--init must be canonical or random (got 'cannonical'); did you mean canonical?",
     ),
-    ("train f --out q --pair-loss x", 2, "--pairwise must be infonce, sigmoid or none (got 'x')"),
+    ("train f --out q --pair-loss x", 2, "--pairwise must be infonce, sigmoid, align-uniform or none (got 'x')"),
     ("train f --out q --steps 3 --epochs 3", 2, "--steps and --epochs both say how long to train"),
     ("train f --out q --adapter gul", 2, "; did you mean glu?"),
     ("train f --out q --recipe few-pair", 2, "; did you mean few-pairs?"),

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import csalign
 from csalign import inspect
 from csalign.adapters.checkpoint import load_adapter
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError, ShapeError
@@ -242,7 +243,7 @@ def test_inspect_refuses_what_is_no_artifact(tmp_path: Path, name: str, message:
         inspect(tmp_path / name)
 
 
-@pytest.mark.parametrize("value", [np.nan, 3e38])
+@pytest.mark.parametrize("value", [np.nan, 3e38, 1e30])
 def test_an_embedding_that_is_not_finite_is_refused(
     features: Path, tmp_path: Path, value: float
 ) -> None:
@@ -254,3 +255,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
     adapter.save(tmp_path / "broken")
     with pytest.raises(DataError, match=r"texts: \S*broken maps the embedding of '\S+' to nan"):
         evaluate(EvalConfig(features=features, adapter=tmp_path / "broken"))
+    with pytest.raises(DataError, match=r"texts: the adapter maps the embedding of '\S+' to nan"):
+        csalign.apply(features, tmp_path / "broken", tmp_path / "out")
+    with pytest.raises(DataError, match="nan, infinity or 0"):
+        csalign.index(features, tmp_path / "index", adapter=tmp_path / "broken", side="text")

@@ -254,6 +254,7 @@ def test_options_that_say_nothing_are_refused(
             r"images have no column 'kind'.*t\.csv has .*other.*; the features have source, spl",
         ),
         ("id,kind\nx,a\n", "of none of the images .* such as '0'"),
+        ("id,kind\n0,\n1,\n", "'kind' is empty for all 2 images .* name another column"),
         ("id,kind\n1,a\n1,b\n", r"t\.csv, row 3: has 'b' of '1', an earlier row has 'a'"),
         ("name,kind\n1,a\n", "has no column 'image_id'"),
     ],
@@ -391,7 +392,7 @@ def test_a_gap_that_hides_the_other_side_is_worded(
     )
     document = evaluate(config_of(apart))
     eval_tables(document, EvalConfig())
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # without line ends
 
     assert document["mixed"]["same_side@10"] == 1
     assert "one gallery of both sides" in printed

@@ -249,3 +249,16 @@ def test_sides_without_pairs_are_reported(
     assert csalign.import_arrays(*sides, out=tmp_path / "apart").pairs == 0
     assert "300 images and 300 texts, but no pairs by image_id" in caplog.text
     assert "--pair-by id" in caplog.text
+
+
+def test_texts_beside_images_are_warned_of(
+    put: Put, rows: Array, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts, pictures = put("texts", rows), tmp_path / "pictures"
+    csalign.import_arrays(
+        images=tmp_path / "texts.npy", image_table=tmp_path / "texts.csv", out=pictures
+    )
+    (one,) = versions(texts, pictures)
+
+    assert one["sides"] == {"old": "text", "new": "image"}
+    assert f"{texts} contains texts and {pictures} images" in caplog.text
