@@ -14,6 +14,8 @@ import pytest
 from csalign.core.errors import ConfigError
 from csalign.evaluation.config import DiagnoseConfig
 from csalign.indexing.config import SearchConfig
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
 
 Run = Callable[..., tuple[int, str, str]]
@@ -21,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def place(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a feature set f, what looks like a run r, an array and a table."""
+    """The working directory: feature sets f, g and a small s, a run r by its looks, an array."""
     monkeypatch.chdir(tmp_path)
     for name in ("f", "g"):
         shutil.copytree(features, name)
@@ -29,6 +31,7 @@ def place(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     Path("r/adapter.json").write_text("{}")
     Path("r/config.toml").write_text('features = "f"\n')
     np.save("x.npy", np.eye(3))
+    import_arrays(ImportConfig(images=Path("x.npy"), texts=Path("x.npy"), out=Path("s")))
     Path("t.csv").touch()
     return tmp_path
 
@@ -67,7 +70,11 @@ MISTAKES = [
         2,
         "--init must be canonical or random (got 'cannonical'); did you mean canonical?",
     ),
-    ("train f --out q --pair-loss x", 2, "--pairwise must be infonce, sigmoid, align-uniform or none (got 'x')"),
+    (
+        "train f --out q --pair-loss x",
+        2,
+        "--pairwise must be infonce, sigmoid, align-uniform or none (got 'x')",
+    ),
     ("train f --out q --steps 3 --epochs 3", 2, "--steps and --epochs both say how long to train"),
     ("train f --out q --adapter gul", 2, "; did you mean glu?"),
     ("train f --out q --recipe few-pair", 2, "; did you mean few-pairs?"),
@@ -131,7 +138,7 @@ print(codes, sorted(heavy))
 
 def test_no_mistake_waits_for_torch(place: Path) -> None:
     lines = [line for line, _, _ in MISTAKES]
-    words = [sys.executable, "-c", PROBE, *lines, "inspect f -q --json"]
+    words = [sys.executable, "-c", PROBE, *lines, "inspect s -q --json"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     codes = [code for _, code, _ in MISTAKES]
 
@@ -194,13 +201,13 @@ def test_epochs_are_passes_over_the_training_pairs(
 @pytest.mark.parametrize(
     ("arguments", "redirection", "code"),
     [
-        (["inspect", "f"], ">&-", 0),
+        (["inspect", "s"], ">&-", 0),
         (["inspect", "nowhere"], ">&- 2>&-", 1),
         (["--help"], ">/dev/full", 1),
         (["train", "--help"], ">/dev/full", 1),
         (["--version"], ">/dev/full", 1),
         (["recipes"], ">&-", 0),
-        (["inspect", "f"], "<&- >/dev/null", 0),
+        (["inspect", "s"], "<&- >/dev/null", 0),
     ],
 )
 def test_closed_and_full_streams_end_in_an_exit_code(
@@ -216,7 +223,7 @@ def test_closed_and_full_streams_end_in_an_exit_code(
     assert done.stderr.count("\n") <= 1
 
 
-@pytest.mark.parametrize("arguments", ["--help", "train --help-all", "recipes", "inspect f"])
+@pytest.mark.parametrize("arguments", ["--help", "train --help-all", "recipes", "inspect s"])
 def test_a_reader_that_goes_away_ends_the_command_as_sigpipe_would(
     place: Path, arguments: str
 ) -> None:
