@@ -13,7 +13,7 @@ Where things live; imports point down this list only::
     features                 feature sets on disk: schema, manifest, writer, reader, join by id
     sources                  what users bring: image folders, caption tables, arrays
     adapters                 the maps into the shared space, their initialisation, their files
-    metrics                  retrieval and the modality gap
+    metrics                  retrieval, the modality gap, mixed galleries, groups
     objective                kernels, the divergence, InfoNCE
     core                     errors, paths, atomic files, locks, signals, processes, results
 

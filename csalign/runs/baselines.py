@@ -13,7 +13,7 @@ from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features.checks import check_directions
-from csalign.features.join import ALL, Mask, Pairs, join_ids, split_names
+from csalign.features.join import ALL, Mask, Pairs, first_alike, join_ids, split_names
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 
@@ -21,6 +21,7 @@ MOST_IMAGES = 100_000  # to fit on; more change no direction
 HELD_OUT, MOST_HELD_OUT = 5, 1_000  # a fifth of the images, at most so many, choose the ridge
 FEWEST_HELD_OUT = 10  # of fewer nothing is chosen
 POWERS = (1.0, 0.5)
+OTHERS = 0.3  # weight of an image's captions after the first, as in training
 STEPS = (-4, -2, 0, 2, 4)  # ridges 10^(step/2); then those beside the best
 CONSTANT = 1e-6  # of the largest deviation; a dimension below varies by rounding alone
 
@@ -190,19 +191,24 @@ def _fit_cca(rows: Pairs, units: Units) -> ClosedForm:
             f"{rows.name}: has no pairs, which closed-form is fitted on; use mean-shift, or import "
             "the rows again with --pairs"
         )
-    weights = 1 / rows.caption_counts[images] / np.bincount(keys)[keys]
+    first = np.diff(images, prepend=-1) > 0
+    weights = np.where(first, 1.0, OTHERS) / np.bincount(keys)[keys]
 
     def moments(kept: Mask) -> PairMoments:
         pairs = images[kept], texts[kept]
         return PairMoments.of(rows.images, rows.texts, pairs, weights[kept], units)
 
-    captioned = np.random.default_rng(0).permutation(np.unique(images))
+    # One image per caption, which no other pair shares: what is learned by heart would be chosen.
+    order = np.random.default_rng(0).permutation(np.flatnonzero(first))
+    captioned = images[order[np.sort(np.unique(first_alike(keys[order])))]]
     chosen = captioned[: min(len(captioned) // HELD_OUT, MOST_HELD_OUT)]
     width = min(DEFAULT_WIDTH, rows.images.shape[1], rows.texts.shape[1])
     ridge = power = 1.0
     if len(chosen) >= FEWEST_HELD_OUT:
         held_out = np.isin(np.arange(len(rows.images)), chosen)
-        ridge, power = _choose(moments(~held_out[images]), rows.take(held_out), width, units)
+        kept = ~np.isin(keys, keys[held_out[images]])
+        if kept.any():
+            ridge, power = _choose(moments(kept), rows.take(held_out), width, units)
     (form,) = moments(images >= 0).cca(ridge=ridge, powers=(power,), width=width)
     return form
 
