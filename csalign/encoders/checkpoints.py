@@ -79,7 +79,7 @@ def _problem(path: Path, error: Exception) -> str:
         )
     reason = first_line(error)
     remedy = "convert it to .safetensors, or save its state dict alone"
-    if isinstance(error, EOFError) or re.search(_CUT, str(error)):
+    if isinstance(error, EOFError | IndexError) or re.search(_CUT, str(error)):
         reason, remedy = "it is incomplete or damaged", "download or copy it again"
     elif kind := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
         reason = f"it contains a pickled {kind[1]}, which may run code"

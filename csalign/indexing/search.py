@@ -260,9 +260,6 @@ def search(config: SearchConfig, progress: Progress = silent) -> SearchResult:
     >>> csalign.search((images, texts), embedding=images[:1], query_side="image", top=1)
     SearchResult
       0  1.0000  0
-    >>> csalign.search((images, texts), "a red flower")
-    Traceback (most recent call last):
-    csalign.core.errors.EncoderError: arrays: its texts were encoded with 'unknown', ...
     """
     return SearchResult(find(config, progress).to_json())
 
