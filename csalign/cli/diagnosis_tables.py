@@ -49,7 +49,7 @@ def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     step: Step = ("train", features, "--out", first_free("run"))
     if adapter:
         step = ("eval", features, "--adapter", adapter)
-    elif "look random" in document["forecast"]["words"][0]:
+    elif document["forecast"]["looks_random"]:
         step = "next: check the keys that join the pairs"
     print_closing(settings, step)
 

@@ -72,9 +72,10 @@ class Agreement:
 
     @property
     def is_random(self) -> bool:
-        """Return whether the neighbours agree by chance."""
+        """Return whether the neighbours agree by chance; of fewer than 200 pairs it is unknown."""
         # Of random pairs some NEIGHBOURS**2 neighbours agree, about as a Poisson number.
-        return self.excess < CHANCE_DEVIATIONS / self.compared
+        is_chance = self.excess < CHANCE_DEVIATIONS / self.compared
+        return is_chance and self.compared >= LEAST_PAIRS
 
     @property
     def excess(self) -> float:

@@ -118,7 +118,8 @@ def forecast(features: FeatureSet, split: str, *, seed: int = 0) -> dict[str, An
     pairs, texts = int((joined.caption_counts > 0).sum()), int((joined.text_image < 0).sum())
     sample = read_sample(features, joined, CURVE_PAIRS + HELD_OUT, seed)
     agreement = measure_agreement(sample, seed=seed)
-    curve = learn_curve(sample, seed=seed)
+    is_random = agreement is not None and agreement.is_random
+    curve = None if is_random else learn_curve(sample, seed=seed)
     different = round(pairs * (1 - sample.repeated))
     images = 1 - len(np.unique(alike(sample.images))) / len(sample.images)
     found: dict[str, Any] = {
@@ -126,9 +127,9 @@ def forecast(features: FeatureSet, split: str, *, seed: int = 0) -> dict[str, An
         "unpaired": {Modality.IMAGE.value: joined.n_images - pairs, Modality.TEXT.value: texts},
         **(asdict(agreement) if agreement else dict.fromkeys(Agreement.__dataclass_fields__)),
         "repeated": {Modality.IMAGE.value: images, Modality.TEXT.value: sample.repeated},
-        **{"expected": None, "curve": [], "extrapolated": []},
+        **{"looks_random": is_random, "expected": None, "curve": [], "extrapolated": []},
     }
-    if curve is not None and not (agreement and agreement.is_random):
+    if curve is not None:
         expected = curve.extrapolated(different, trained=True)
         found["expected"] = expected._asdict() | {"gallery": GALLERY}
         points = zip(curve.pairs.tolist(), curve.odds.mean(0).tolist(), strict=True)
@@ -143,7 +144,7 @@ def word(found: Mapping[str, Any], agreement: Agreement | None) -> Iterator[str]
     """Word a forecast: how well, whether unpaired rows help, what to remove, how many pairs."""
     pairs, expected = found["different"], found["expected"]
     counted = f"{pairs:,} {'different ' if pairs < found['pairs'] else ''}pairs"
-    if agreement is not None and agreement.compared >= LEAST_PAIRS and agreement.is_random:
+    if agreement is not None and agreement.is_random:
         yield f"{_sentence(next(agreement.findings()))} Nothing can be learnt from such pairs."
         return
     if agreement is None or expected is None:

@@ -36,7 +36,10 @@ _RECIPES = files("csalign.training") / "recipes"
 
 # Options of a run of a baseline, which is not trained.
 _UNTRAINED: dict[str, Any] = {
-    **{"steps": 0, "ensemble": "off", "unpaired_matches": False, "match_moments": False}
+    "steps": 0,
+    "ensemble": "off",
+    "unpaired_matches": False,
+    "match_moments": False,
 }
 
 

@@ -15,6 +15,7 @@ KEYS = {
     *("split", "pairs", "different", "unpaired", "compared", "cka", "mutual_knn"),
     *("mutual_knn_chance", "sliced_wasserstein", "mean_energy", "top_energy", "removal"),
     *("effective_rank", "repeated", "expected", "curve", "extrapolated", "words"),
+    "looks_random",
 }
 
 
@@ -76,6 +77,7 @@ def test_shuffled_pairs_are_foretold_to_be_random() -> None:
 
     assert len(found["words"]) == 1
     assert found["words"][0].startswith("The pairs look random")
+    assert found["looks_random"]
     assert found["curve"] == found["extrapolated"] == []
     assert found["expected"] is None
 
