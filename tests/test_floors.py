@@ -75,8 +75,8 @@ ONLY_DOORS = {
 }
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
-MAX_TOTAL = 180  # modules of the package
-MAX_TOTAL_LINES = 38_100
+MAX_TOTAL = 186  # modules of the package
+MAX_TOTAL_LINES = 38_900
 
 
 @cache

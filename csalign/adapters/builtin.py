@@ -11,6 +11,7 @@ from torch.nn.functional import normalize, silu
 
 from csalign.adapters.side import Aligned, SideAdapter, SideShape, scatter_tokens
 from csalign.core.errors import ShapeError
+from csalign.objective.products import FastLinear
 
 MAX_HEADS = 8
 LANDMARKS_AT_ONCE = 4_096  # so that a batch of 8,192 rows takes 256 MiB
@@ -24,7 +25,7 @@ class Linear(SideAdapter):
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
-        self.projection = nn.Linear(shape.input_width, shape.width)
+        self.projection = FastLinear(shape.input_width, shape.width)
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """See `SideAdapter.forward`."""
@@ -58,10 +59,10 @@ class Mlp(Linear):
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
         self.residual = nn.Sequential(
-            nn.Linear(shape.input_width, shape.hidden),
+            FastLinear(shape.input_width, shape.hidden),
             nn.GELU(),
             nn.Dropout(shape.dropout),
-            nn.Linear(shape.hidden, shape.width),
+            FastLinear(shape.hidden, shape.width),
         )
 
     def residual_ends(self) -> list[nn.Linear]:
@@ -80,10 +81,10 @@ class Glu(Linear):
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
-        self.gate = nn.Linear(shape.input_width, shape.hidden)
-        self.value = nn.Linear(shape.input_width, shape.hidden)
+        self.gate = FastLinear(shape.input_width, shape.hidden)
+        self.value = FastLinear(shape.input_width, shape.hidden)
         self.dropout = nn.Dropout(shape.dropout)
-        self.out = nn.Linear(shape.hidden, shape.width)
+        self.out = FastLinear(shape.hidden, shape.width)
         _set_to_zero(self.out)
 
     def residual_ends(self) -> list[nn.Linear]:
@@ -198,11 +199,11 @@ class LowRank(Identity):
 
     def __init__(self, shape: SideShape) -> None:
         super().__init__(shape)
-        self.down = nn.Linear(shape.input_width, shape.rank, bias=False)
+        self.down = FastLinear(shape.input_width, shape.rank, bias=False)
         # Gives components around 1 for a unit row, where the usual learning rates work.
         nn.init.normal_(self.down.weight)
         self.dropout = nn.Dropout(shape.dropout)
-        self.up = nn.Linear(shape.rank, shape.width)
+        self.up = FastLinear(shape.rank, shape.width)
         _set_to_zero(self.up)
 
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
