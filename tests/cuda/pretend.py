@@ -2,15 +2,20 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from csalign.objective.tiles import supports_bfloat16
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = str(ROOT / "csalign") + "/"
@@ -61,17 +66,20 @@ class HostReads(TorchDispatchMode):
 
     Attributes:
         lines: reads by line of csalign, as "training/loop.py:340".
+        uploads: copies to a GPU that the host waits for, likewise: of memory that is not pinned, or
+            not asked to be non-blocking.
     """
 
     def __init__(self, allowed: Collection[str] = ()) -> None:
         super().__init__()
         self.lines: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
         self._allowed = allowed
         self._patches = ExitStack()
 
     @property
     def total(self) -> int:
-        """How many there were."""
+        """How many reads there were."""
         return self.lines.total()
 
     def count(self) -> None:
@@ -105,6 +113,8 @@ class HostReads(TorchDispatchMode):
         kwargs = kwargs or {}
         if _is_read(func, args, kwargs):
             self.count()
+        elif _is_upload(func, args, kwargs):
+            self.uploads[place()[0]] += 1
         return func(*args, **kwargs)
 
 
@@ -126,3 +136,192 @@ def _is_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name in ("aten::copy_", "aten::copy"):
         return args[0].device.type == "cpu" != args[1].device.type
     return False
+
+
+def _is_upload(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name, host = func._schema.name, None
+    if name == "aten::_to_copy":
+        device = kwargs.get("device")
+        is_there = device is not None and torch.device(device).type == "cuda"
+        host = args[0] if is_there else None
+        waits = not kwargs.get("non_blocking")
+    elif name in ("aten::copy_", "aten::copy"):
+        host = args[1] if args[0].device.type == "cuda" else None
+        waits = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+    return host is not None and host.device.type == "cpu" and waits
+
+
+# Functions whose result is a figure or an array, so that the host has to wait for it.
+RESULTS = frozenset(
+    {
+        "core/devices.py:pick_device",
+        "adapters/model.py:embed",
+        "adapters/model.py:embed_tokens",
+        "encoders/running.py:to_numpy",
+        "metrics/retrieval.py:wrong_ahead",
+    }
+)
+
+
+@contextmanager
+def pretended(allowed: Collection[str] = RESULTS) -> Iterator[HostReads]:
+    """Pretend that there is a GPU: tensors on "cuda" have shapes and no values; count host reads.
+
+    Tensors on the CPU are real. What mixes devices, or needs a value that a GPU would hold, fails.
+    An array of zeros stands for a tensor that is read where that is allowed. `backward` walks the
+    graph in Python, since torch's own needs a driver.
+
+    Args:
+        allowed: functions that may read.
+    """
+    reads = HostReads(allowed)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    numpy, deepcopy = Tensor.numpy, Tensor.__deepcopy__
+
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Any:
+        if not isinstance(tensor, FakeTensor):
+            return deepcopy(tensor, memo)
+        return memo.setdefault(id(tensor), tensor.detach().clone())
+
+    def to_numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_copy = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
+        if is_copy and place()[1] in allowed:
+            return np.zeros(tensor.shape, numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
+        return numpy(tensor, *args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(fake)
+        for owner, name, call in (
+            (Tensor, "backward", _backward),
+            (Tensor, "pin_memory", lambda tensor, *args: tensor),
+            (Tensor, "numpy", to_numpy),
+            (Tensor, "__deepcopy__", copied),
+            (nn.Module, "_apply", _apply),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, call))
+        supports_bfloat16.cache_clear()
+        stack.callback(supports_bfloat16.cache_clear)
+        stack.enter_context(_RealHost(fake))
+        stack.enter_context(reads)
+        yield reads
+
+
+class _RealHost(TorchDispatchMode):
+    """Leaves tensors on the CPU real, and refuses what torch would send to a GPU by itself."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self._fake = fake
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        device = kwargs.get("device")
+        if not any(isinstance(one, FakeTensor) for one in tensors) and (
+            device is None or torch.device(device).type != "cuda"
+        ):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func._schema.name.startswith("aten::index") and args[0].device.type == "cuda":
+            own = [one for one in tree_leaves(args[1]) if isinstance(one, Tensor)]
+            if any(one.device.type == "cpu" for one in own):
+                raise RuntimeError("rows on a GPU are indexed by numbers on the CPU")
+        return func(*tree_map(self._faked, args), **tree_map(self._faked, kwargs))
+
+    def _faked(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            return self._fake.from_tensor(value.detach())
+        return value
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Do what `nn.Module._apply` does; it cannot put a fake parameter in place of a real one."""
+    for child in module.children() if recurse else ():
+        _apply(child, change)
+    for name, own in module._parameters.items():
+        if own is not None:
+            moved = change(own.detach())
+            module._parameters[name] = nn.Parameter(moved, requires_grad=own.requires_grad)
+    for name, values in module._buffers.items():
+        if values is not None:
+            module._buffers[name] = change(values)
+    return module
+
+
+def _backward(total: Tensor, gradient: Tensor | None = None) -> None:
+    """Do what `Tensor.backward` does, node by node."""
+    assert total.grad_fn is not None
+    waiting = _uses(total.grad_fn)
+    given: dict[Any, dict[int, Tensor]] = {}
+    ready = [total.grad_fn]
+    given[total.grad_fn] = {
+        total.output_nr: torch.ones_like(total) if gradient is None else gradient
+    }
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            own = given.pop(node, {})
+            for (following, number), found in zip(
+                node.next_functions, _step(node, own), strict=False
+            ):
+                if following is None:
+                    continue
+                if found is not None:
+                    known = given.setdefault(following, {})
+                    found = _checked(following, number, found)
+                    known[number] = known[number] + found if number in known else found
+                waiting[following] -= 1
+                if not waiting[following]:
+                    ready.append(following)
+
+
+def _uses(root: Any) -> Counter[Any]:
+    """Count the edges that lead to each node of a graph."""
+    uses, seen, left = Counter[Any](), {root}, [root]
+    while left:
+        for following, _ in left.pop().next_functions:
+            if following is not None:
+                uses[following] += 1
+                if following not in seen:
+                    seen.add(following)
+                    left.append(following)
+    return uses
+
+
+def _step(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of a node's inputs from those of its outputs."""
+    edges = len(node.next_functions)
+    if not gradients:
+        return (None,) * edges
+    if hasattr(node, "variable"):
+        leaf = node.variable
+        leaf.grad = gradients[0] if leaf.grad is None else leaf.grad + gradients[0]
+        return ()
+    outputs = [gradients.get(number) for number in range(len(node._input_metadata))]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        outputs = [
+            torch.zeros(about.shape, dtype=about.dtype, device=about.device) if own is None else own
+            for own, about in zip(outputs, node._input_metadata, strict=True)
+        ]
+        found = node.apply(*outputs)
+    else:
+        found = node(*outputs)
+    found = found if isinstance(found, tuple) else (found,)
+    # Arguments that are not tensors have no edge; here they come last.
+    assert not any(one is not None for one in found[edges:])
+    return found[:edges]
+
+
+def _checked(node: Any, number: int, gradient: Tensor) -> Tensor:
+    """Refuse a gradient of another shape or device than the value has, as torch does."""
+    about = node._input_metadata[number]
+    if gradient.device != about.device:
+        raise RuntimeError(f"a gradient is on {gradient.device}, its value on {about.device}")
+    if gradient.shape != torch.Size(about.shape):
+        gradient = gradient.sum_to_size(about.shape)
+    return gradient.to(about.dtype)
