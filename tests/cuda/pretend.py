@@ -43,16 +43,18 @@ def place() -> tuple[str, str]:
 
     A fault that a test plants in its own file is found by its line there.
     """
-    found, frame = None, sys._getframe(1)
+    found, frame = ("elsewhere", "elsewhere"), sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(str(ROOT)) and path != __file__:
-            here = path.removeprefix(PACKAGE).removeprefix(f"{ROOT}/")
-            found = found or (f"{here}:{frame.f_lineno}", f"{here}:{frame.f_code.co_name}")
-            if path.startswith(PACKAGE):
-                return f"{here}:{frame.f_lineno}", f"{here}:{frame.f_code.co_name}"
+        code = frame.f_code
+        if code.co_filename.startswith(str(ROOT)) and code.co_filename != __file__:
+            file = code.co_filename.removeprefix(PACKAGE).removeprefix(f"{ROOT}/")
+            function = code.co_qualname.split(".<locals>")[0].rpartition(".")[2]
+            here = f"{file}:{frame.f_lineno}", f"{file}:{function}"
+            if code.co_filename.startswith(PACKAGE):
+                return here
+            found = here if found[0] == "elsewhere" else found
         frame = frame.f_back  # type: ignore[assignment]
-    return found or ("elsewhere", "elsewhere")
+    return found
 
 
 class HostReads(TorchDispatchMode):
@@ -81,6 +83,11 @@ class HostReads(TorchDispatchMode):
     def total(self) -> int:
         """How many reads there were."""
         return self.lines.total()
+
+    def clear(self) -> None:
+        """Forget what was counted, such as that of a preparation."""
+        self.lines.clear()
+        self.uploads.clear()
 
     def count(self) -> None:
         """Count a read by the calling line."""
@@ -168,7 +175,7 @@ def pretended(allowed: Collection[str] = RESULTS) -> Iterator[HostReads]:
     """Pretend that there is a GPU: tensors on "cuda" have shapes and no values; count host reads.
 
     Tensors on the CPU are real. What mixes devices, or needs a value that a GPU would hold, fails.
-    An array of zeros stands for a tensor that is read where that is allowed. `backward` walks the
+    An array of ones stands for a tensor that is read where that is allowed. `backward` walks the
     graph in Python, since torch's own needs a driver.
 
     Args:
@@ -186,7 +193,7 @@ def pretended(allowed: Collection[str] = RESULTS) -> Iterator[HostReads]:
     def to_numpy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         is_copy = isinstance(tensor, FakeTensor) and tensor.device.type == "cpu"
         if is_copy and place()[1] in allowed:
-            return np.zeros(tensor.shape, numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
+            return np.ones(tensor.shape, numpy(torch.empty(0, dtype=tensor.dtype)).dtype)
         return numpy(tensor, *args, **kwargs)
 
     with ExitStack() as stack:
