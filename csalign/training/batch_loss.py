@@ -312,15 +312,17 @@ class BatchLoss(nn.Module):
         if self._options.bandwidth == "tied":
             self.sigma = self.logit_scale**-0.5
         elif self._options.bandwidth == "median" and is_due:
-            self.sigma = distributed.broadcast(lambda: max(MIN_MEDIAN, median_distance(x, y)))
+            self.sigma = distributed.broadcast(
+                lambda: max(MIN_MEDIAN, float(median_distance(x, y)))
+            )
         assert self.sigma is not None
         if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:
             self._warn_of_narrow_kernel(x, y, self.sigma)
         return self.sigma
 
     def _warn_of_narrow_kernel(self, x: Tensor, y: Tensor, sigma: Sigma) -> None:
-        widest = sigma if isinstance(sigma, float) else max(sigma)
-        share = max(diagonal_share(x, sigma=widest), diagonal_share(y, sigma=widest))
+        widest = sigma if isinstance(sigma, float) else float(max(sigma))
+        share = max(float(diagonal_share(side, sigma=sigma)) for side in (x, y))
         if share > NEARLY_DIAGONAL:
             self._warned = True
             log.warning(
