@@ -227,6 +227,29 @@ def all_reduce_sum(values: "Tensor") -> None:
             distributed.all_reduce(values)
 
 
+def largest(value: int) -> int:
+    """Return the largest value of all processes, in all of them, without waiting for a device."""
+    if _world.size == 1:
+        return value
+    import numpy as np
+    import torch
+
+    found = np.array([value])
+    with _collectives() as distributed:
+        distributed.all_reduce(torch.from_numpy(found), op=distributed.ReduceOp.MAX)
+    return int(found[0])
+
+
+def broadcast_tensor(make: "Callable[[], Tensor]", like: "Tensor") -> "Tensor":
+    """Return in every process the tensor that `make` returns in the main one, shaped as `like`."""
+    if _world.size == 1:
+        return make()
+    values = make() if is_main_process() else like.new_empty(like.shape)
+    with _collectives() as distributed:
+        distributed.broadcast(values, 0)
+    return values
+
+
 def all_reduce_log_sum_exp(values: "Tensor") -> None:
     """Replace the values by their log-sum-exp over all processes; one of each must be finite."""
     if _world.size > 1:

@@ -143,7 +143,10 @@ class BatchLoss(nn.Module):
         sub_batch: rows per adapter pass; larger batches recompute their activations.
 
     Attributes:
-        sigma: bandwidth(s) of the last batch, None if no term has one.
+        sigma: bandwidth(s) of the last batch, on the device if found there; None if no term has
+            one.
+        diagonal_share: share of the kernel's mass that is each row with itself, likewise, at the
+            last step that measured it; see `warn_if_narrow`.
     """
 
     def __init__(
@@ -176,8 +179,14 @@ class BatchLoss(nn.Module):
         self._has_bandwidth = bool(options.token_weight) or (
             bool(self._objective.weight) and divergence(options.divergence).has_bandwidth
         )
-        is_fixed = self._has_bandwidth and not isinstance(options.bandwidth, str)
-        self.sigma: Sigma | None = options.bandwidth if is_fixed else None  # type: ignore[assignment]
+        # What does not change stays on the host, as constants of the step.
+        self._scale = None if options.learn_scale else options.logit_scale
+        self.sigma: Tensor | Sigma | None = None
+        if self._has_bandwidth and not isinstance(options.bandwidth, str):
+            self.sigma = options.bandwidth
+        elif self._has_bandwidth and options.bandwidth == "tied" and self._scale:
+            self.sigma = self._scale**-0.5
+        self.diagonal_share: Tensor | float = 0.0
         self._warned = False
 
     @property
@@ -200,8 +209,13 @@ class BatchLoss(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """Scale of cosines (1 / temperature) in the pairwise term."""
+        """Scale of cosines (1 / temperature) in the pairwise term, read from the device."""
         return float(self.log_scale.detach().exp())
+
+    @property
+    def bandwidth(self) -> Sigma | None:
+        """`sigma`, read from the device."""
+        return float(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
 
     def clamp(self) -> None:
         """Clamp a learned temperature to where training is stable."""
@@ -211,12 +225,14 @@ class BatchLoss(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what `state_dict` contains beside the parameters."""
-        return {"weight": self.weight, "sigma": self.sigma}
+        return {"weight": self.weight, "sigma": self.bandwidth}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned, possibly after a round trip through JSON."""
         sigma = state["sigma"]
         self.sigma = tuple(sigma) if isinstance(sigma, list) else sigma
+        if self._options.bandwidth == "median" and sigma is not None:
+            self.sigma = torch.tensor(sigma, device=self.log_scale.device)
         self.weight = state["weight"]
 
     def forward(self, adapter: Adapter, batch: Batch, step: int) -> LossParts:
@@ -234,7 +250,7 @@ class BatchLoss(nn.Module):
         extra_texts = unpaired_texts
         if self._options.cs_captions == "all":
             extra_texts = torch.cat([unpaired_texts, others, further])
-        scale = self.log_scale.exp()
+        scale = self._scale or self.log_scale.exp()
         parts = self._objective(
             images,
             texts,
@@ -302,33 +318,35 @@ class BatchLoss(nn.Module):
         counts = [share.stop - share.start for share in shares]
         return all_gather_rows(embeddings[: counts[distributed.world().rank]], counts)
 
-    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
-        """Return sigma for this batch; warn once if the kernel is nearly diagonal."""
+    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Tensor | Sigma:
+        """Return sigma for this batch; measure at times how much of the kernel is diagonal."""
         if not self._has_bandwidth:
             return 1.0
         is_due = (step - 1) % MEDIAN_EVERY == 0
         if is_due:
             x, y = (normalize(side.detach(), dim=1) for side in (x, y))
-        if self._options.bandwidth == "tied":
-            self.sigma = self.logit_scale**-0.5
+        if self._options.bandwidth == "tied" and not self._scale:
+            self.sigma = (self.log_scale.detach() / -2).exp()
         elif self._options.bandwidth == "median" and is_due:
-            self.sigma = distributed.broadcast(
-                lambda: max(MIN_MEDIAN, float(median_distance(x, y)))
+            self.sigma = distributed.broadcast_tensor(
+                lambda: torch.as_tensor(median_distance(x, y)).float().clamp(min=MIN_MEDIAN),
+                self.log_scale,
             )
         assert self.sigma is not None
         if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:
-            self._warn_of_narrow_kernel(x, y, self.sigma)
+            widest = max(self.sigma) if isinstance(self.sigma, tuple) else self.sigma
+            shares = [diagonal_share(side, sigma=widest) for side in (x, y)]
+            self.diagonal_share = torch.maximum(*map(torch.as_tensor, shares))
         return self.sigma
 
-    def _warn_of_narrow_kernel(self, x: Tensor, y: Tensor, sigma: Sigma) -> None:
-        widest = sigma if isinstance(sigma, float) else float(max(sigma))
-        share = max(float(diagonal_share(side, sigma=sigma)) for side in (x, y))
-        if share > NEARLY_DIAGONAL:
+    def warn_if_narrow(self, sigma: Sigma | None, share: float) -> None:
+        """Warn once if a `diagonal_share` is large."""
+        if share > NEARLY_DIAGONAL and not self._warned:
             self._warned = True
             log.warning(
                 "bandwidth %.3g is so small that %.0f %% of the kernel's mass is each row with "
                 "itself: the divergence then only pulls the nearest cross pairs together and "
                 "retrieval suffers; use --bandwidth median or 0.5 and above",
-                widest,
+                max(sigma) if isinstance(sigma, tuple) else sigma,
                 100 * share,
             )

@@ -50,7 +50,7 @@ _SUMMED = (DESCRIPTION, WEIGHTS, STATE)
 # Options that do not change the result, or are compared by the fingerprint of their content.
 NOT_COMPARED = {
     *("out", "overwrite", "recipe", "features", "unpaired", "any_encoder"),
-    *("report", "pictures", "umap", "device", "log_to", "save_every", "memory"),
+    *("report", "pictures", "umap", "device", "log_to", "log_every", "save_every", "memory"),
 }
 
 
@@ -244,21 +244,23 @@ class UnfinishedRun:
         """Save a resumable checkpoint if the block is stopped; name the last one if it diverges."""
         with signals.polling() if distributed.world().size > 1 else nullcontext():
             try:
-                yield
-            except TrainingError as error:
+                try:
+                    yield
+                except (Stopped, KeyboardInterrupt) as stopped:
+                    # Else before a step.
+                    if hasattr(self, "_trainer") and self._trainer.can_be_saved:
+                        with signals.delayed():
+                            where = self.save()
+                        log.info("saved step %d in %s", self._trainer.step, where)
+                    if isinstance(stopped, Stopped):
+                        stopped.resumes = _is_resumable(self.path)
+                    raise
+            except TrainingError as error:  # also of a state that should have been saved
                 kept = _steps_in(self.path / CHECKPOINTS)
                 last = (
                     f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint"
                 )
                 raise TrainingError(f"{error}; {last}") from None
-            except (Stopped, KeyboardInterrupt) as stopped:
-                if hasattr(self, "_trainer") and self._trainer.can_be_saved:  # else before a step
-                    with signals.delayed():
-                        where = self.save()
-                    log.info("saved step %d in %s", self._trainer.step, where)
-                if isinstance(stopped, Stopped):
-                    stopped.resumes = _is_resumable(self.path)
-                raise
 
     def finish(self, adapter: Adapter, validation: dict[str, float] | None) -> float:
         """Write the final weights and the environment; return the wall time in seconds."""
@@ -275,7 +277,7 @@ class UnfinishedRun:
             adapters={side: adapter.side(side).shape for side in Modality},
             step=self._trainer.step,
             logit_scale=loss.logit_scale,
-            bandwidth=loss.sigma,
+            bandwidth=loss.bandwidth,
             validation=validation,
             **self._info,
         )

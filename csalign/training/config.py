@@ -268,6 +268,10 @@ class OptimizerOptions(Config):
     precision: Precision = Field(
         Precision.FLOAT32, description="Precision of matrix multiplications."
     )
+    log_every: Count = Field(
+        50,
+        description="Steps between reads of the loss from the device, and writes of the log.",
+    )
     compile: bool = Field(False, description="Use torch.compile on the adapters; no gain on CPUs.")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from csalign.adapters.model import Adapter
 from csalign.core import atomic
@@ -35,8 +38,50 @@ COLUMNS = (
     *("validation/mean_recall", "validation/mrr", "validation/centroid_distance"),
 )
 
+TERMS = ("pairwise", "pairwise_others", "divergence", "token")
+
 Line = Mapping[str, Any]
-LogFigures = Callable[[int, Mapping[str, float]], None]
+Figures = Sequence[tuple[int, Mapping[str, float]]]
+LogFigures = Callable[[Figures], None]
+
+
+class StepFigures:
+    """Figures of several steps that stay on the device until they are read together."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[dict[str, Any], Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, line: Line) -> None:
+        """Add the figures of a step; those that are () tensors stay where they are."""
+        values = [value.detach().float() for value in line.values() if isinstance(value, Tensor)]
+        self._steps.append((dict(line), torch.stack(values)))
+
+    def read(self, last: Line) -> tuple[list[dict[str, Any]], str]:
+        """Read and remove the figures of all steps.
+
+        Args:
+            last: more figures after the last step, which are checked alone.
+
+        Returns:
+            The lines of the steps with numbers for tensors, up to the first figure that is not
+            finite; and which that is, "" for none.
+        """
+        self.add(last)
+        steps, self._steps = self._steps, []
+        numbers = iter(torch.cat([values for _, values in steps]).tolist())
+        lines: list[dict[str, Any]] = []
+        for line, _ in steps:
+            read = {name: next(numbers) for name, v in line.items() if isinstance(v, Tensor)}
+            bad = [name for name, value in read.items() if not math.isfinite(value)]
+            if bad:
+                # A term explains the loss, and the loss all else.
+                name = next((name for name in bad if name in TERMS), bad[0])
+                return lines, f"step {line['step']}: {name.replace('_', ' ')} is {read[name]}"
+            lines.append({**line, **read})
+        return lines[:-1], ""
 
 
 def check_logs(names: Sequence[str], page: PageOptions) -> None:
@@ -54,7 +99,7 @@ def check_logs(names: Sequence[str], page: PageOptions) -> None:
 @contextmanager
 def open_logs(
     names: Sequence[str], folder: Path, run: str, config: Line, step: int = 0
-) -> Iterator[Callable[[Line], None]]:
+) -> Iterator[Callable[[Sequence[Line]], None]]:
     """Open the logs of a run, and close them after the block.
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
@@ -67,7 +112,7 @@ def open_logs(
         step: that the run resumes from.
 
     Yields:
-        A function that logs the figures of a step or validation everywhere.
+        A function that logs the figures of some steps or validations everywhere.
 
     Raises:
         ConfigError: a library is not installed, or wandb refuses the login.
@@ -83,12 +128,12 @@ def open_logs(
             else:
                 logs.append(_wandb_log(stack, folder, run, config))
 
-        def log(line: Line) -> None:
+        def log(lines: Sequence[Line]) -> None:
             with atomic.translate_os_errors(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            figures = figures_of(line)
+                file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+            figures = [(line["step"], figures_of(line)) for line in lines]
             for log_figures in logs:
-                log_figures(line["step"], figures)
+                log_figures(figures)
 
         yield log
 
@@ -129,15 +174,15 @@ def _csv_log(stack: ExitStack, path: Path, lines: Path) -> LogFigures:
     writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
 
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        if not figures.keys().isdisjoint(COLUMNS):  # as those of a refit are
-            writer.writerow({"step": step, **figures})
-            file.flush()
+    def log(steps: Figures) -> None:
+        for step, figures in steps:
+            if not figures.keys().isdisjoint(COLUMNS):  # as those of a refit are
+                writer.writerow({"step": step, **figures})
+        file.flush()
 
     if lines.is_file():
         with lines.open(encoding="utf-8") as recorded:
-            for line in map(json.loads, recorded):
-                log(line["step"], figures_of(line))
+            log([(line["step"], figures_of(line)) for line in map(json.loads, recorded)])
     return log
 
 
@@ -146,9 +191,10 @@ def _tensorboard_log(stack: ExitStack, folder: Path, step: int) -> LogFigures:
     purged = step + 1 if step else None
     writer = stack.enter_context(_library("tensorboard").SummaryWriter(folder, purge_step=purged))
 
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name, value, step)
+    def log(steps: Figures) -> None:
+        for step, figures in steps:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
 
     return log
 
@@ -164,7 +210,12 @@ def _wandb_log(stack: ExitStack, folder: Path, run: str, config: Line) -> LogFig
             f"--log-to: wandb: {error}; run `wandb login`, or set WANDB_MODE=offline"
         ) from None
     stack.enter_context(opened)
-    return lambda step, figures: opened.log(dict(figures), step=step)
+
+    def log(steps: Figures) -> None:
+        for step, figures in steps:
+            opened.log(dict(figures), step=step)
+
+    return log
 
 
 def _library(log: str) -> Any:

@@ -1,22 +1,23 @@
 """The training loop: optimizer steps, validations, the best weights so far.
 
+A step never waits for the device: its figures stay there until a flush reads those of many steps
+at once, checks them, and logs them. Nothing is validated or saved before.
+
 Several processes take the same steps: each has the gradient of the rows that it embedded, and one
-all-reduce of a flat tensor sums them, along with whether a signal arrived anywhere. The buckets of
-DistributedDataParallel would gain nothing with adapters this small.
+all-reduce of a flat tensor sums them. The buckets of DistributedDataParallel would gain nothing
+with adapters this small.
 """
 
 import copy
 import logging
 import math
-import signal
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
@@ -24,10 +25,10 @@ from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import Stopped, TrainingError
 from csalign.core.progress import show_figures, tick
-from csalign.objective.loss import LossParts
 from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
 from csalign.training.data import StoredTokens, TrainingData
+from csalign.training.loggers import Line, StepFigures
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.validation import Score, validate
 
@@ -37,9 +38,8 @@ DEFAULT_EPOCHS = 15
 MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 PATIENCE = 10  # validations
 ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-Log = Callable[[dict[str, Any]], None]
+Log = Callable[[Sequence[Line]], None]
 
 
 class Phase(NamedTuple):
@@ -146,14 +146,13 @@ class Trainer:
         )
         self._validated: int | None = None
         self._score: Score | None = None  # of the latest validation
-        self._latest: dict[str, float] = {}  # terms of the latest loss
+        self._figures = StepFigures()  # of the steps since the last flush
+        self._latest: dict[str, float] = {}  # terms of the loss at the last flush
+        self._log_lines: Log = lambda lines: None
         self._stale = 0
         self._best: dict[str, Any] | None = None
         self._stopped_by: int | None = None
-        self._average: AveragedModel | None = None
-        if options.average:
-            decay = get_ema_multi_avg_fn(options.average)  # type: ignore[no-untyped-call]
-            self._average = AveragedModel(adapter, multi_avg_fn=decay)
+        self._average = copy.deepcopy(adapter) if options.average else None
         if options.compile:
             for side in Modality:
                 adapter.side(side).compile()
@@ -172,20 +171,21 @@ class Trainer:
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate_factor)
 
-    def fit(self, log_line: Log) -> Generator[bool, None, None]:
+    def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
 
         Args:
-            log_line: writes the figures of a step or a validation; called in the main process.
+            log_lines: writes the figures of some steps or a validation; called in the main process.
 
         Yields:
             Before each step and at the end, when the state may be saved: whether the weights were
             just validated.
 
         Raises:
-            TrainingError: a term of the loss, or the gradient, is not finite.
+            TrainingError: see `flush`.
             Stopped: one of several processes got a signal; all have made the same steps.
         """
+        self._log_lines = log_lines
         tick(self._what, self.step, self.last)
         every = max(1, round(self.steps / self._options.validations))
         with ExitStack() as stack:
@@ -196,8 +196,10 @@ class Trainer:
             while True:
                 is_due = self.step % every == 0 or self.step == self.last
                 validates = is_due and self.step != self._validated and self._held_out > 0
+                if is_due or self.step % self._options.log_every == 0:
+                    self.flush()
                 if validates:
-                    self._run_validation(log_line)
+                    self._run_validation()
                 self.can_be_saved = self.step > 0
                 tick(self._what, self.step, self.last)
                 show_figures(self._shown_figures(), notable=validates)
@@ -206,9 +208,10 @@ class Trainer:
                     break
                 with self._consistent():
                     self.loss.weight = self.weights.get(self.step, self.loss.weight)
-                    self._train_step(next(self._loader), log_line)
+                    self._train_step(next(self._loader))
                 if self._stopped_by is not None:
                     raise Stopped(self._stopped_by)
+            self.flush()
         self.steps_made = self.step
         self.can_be_saved = False  # what follows cannot be resumed from
         if self._best is not None:
@@ -223,7 +226,11 @@ class Trainer:
 
         Returns:
             Plain values, and tensors that later steps may change in place.
+
+        Raises:
+            TrainingError: see `flush`.
         """
+        self.flush()
         return {
             "step": self.step,
             "validated": self._validated,
@@ -258,6 +265,30 @@ class Trainer:
             group["lr"] = rate
         self.loss.load_state_dict(state["loss"])
         self._loader.load_state_dict(state["loader"])
+
+    def flush(self) -> None:
+        """Read the figures of all steps since the last flush from the device, and log them.
+
+        Raises:
+            TrainingError: a term of the loss, the gradient or a weight is not finite; names the
+                first step at fault.
+        """
+        if not self._figures:
+            return
+        with signals.delayed():
+            largest = nn.utils.get_total_norm(self.adapter.parameters(), math.inf)
+            lines, fault = self._figures.read({"step": self.step, "largest_weight": largest})
+            for line in lines:
+                self.loss.warn_if_narrow(line["bandwidth"], line.pop("diagonal_share"))
+            if lines and distributed.is_main_process():
+                self._log_lines(lines)
+        if fault:
+            raise TrainingError(
+                f"{fault}; lower --learning-rate, --logit-scale, --cs-weight or --token-weight, or "
+                "leave --bandwidth at median"
+            )
+        shown = ("loss", "pairwise", "pairwise_others", "divergence", "token")
+        self._latest = {name: lines[-1][name] for name in shown if lines[-1][name] is not None}
 
     @contextmanager
     def _consistent(self) -> Iterator[None]:
@@ -299,7 +330,7 @@ class Trainer:
         shown = {}
         if self._latest:
             terms = {name: f"{v:.{2 if v >= 0.1 else 4}f}" for name, v in self._latest.items()}
-            total = terms.pop("total")
+            total = terms.pop("loss")
             parts = ", ".join(f"{name} {value}" for name, value in terms.items())
             shown["loss"] = f"{total} ({parts})" if parts else total
         score, best = self._score, self.best_score
@@ -316,43 +347,49 @@ class Trainer:
         cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
         return min(1.0, (step + 1) / warmup) * cosine
 
-    def _train_step(self, batch: Batch, log_line: Log) -> None:
+    def _train_step(self, batch: Batch) -> None:
+        """Make a step; nothing in it reads the device on the host."""
         self.adapter.train()
         self.step += 1
         # Noise and dropout follow from the seed, so that a resumed run draws the same again.
         place = [self._seed, 2, self.step, distributed.world().rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
-        weight = self.loss.weight
+        weight, token_weight = self.loss.weight, self._objective.token_weight
         parts = self.loss(self.adapter, batch, self.step)
         self._optimizer.zero_grad(set_to_none=True)
         parts.total.backward()
         self._sum_over_processes()
         norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self._options.clip_norm)
-        figures = self._finite_figures(parts, norm)
         rate = self._schedule.get_last_lr()[0]
         self._optimizer.step()
         self._schedule.step()
         self.loss.clamp()
         if self._average is not None:
-            self._average.update_parameters(self.adapter)
-        used = {"divergence": weight, "token": self._objective.token_weight, "gradient_norm": 0}
-        self._latest = {name: value for name, value in figures.items() if used.get(name, 1)}
-        if distributed.is_main_process():
-            log_line(
-                {
-                    "step": self.step,
-                    "loss": figures["total"],
-                    "pairwise": figures["pairwise"],
-                    "pairwise_others": figures.get("others"),
-                    "divergence": figures["divergence"] if weight else None,
-                    "cs_weight": weight,
-                    "token": figures["token"] if self._objective.token_weight else None,
-                    "logit_scale": self.loss.logit_scale,
-                    "bandwidth": self.loss.sigma,
-                    "gradient_norm": figures["gradient_norm"],
-                    "learning_rate": rate,
-                }
-            )
+            self._update_average(self._average)
+        self._figures.add(
+            {
+                "step": self.step,
+                "loss": parts.total,
+                "pairwise": parts.pairwise,
+                "pairwise_others": parts.others,
+                "divergence": parts.divergence if weight else None,
+                "cs_weight": weight,
+                "token": parts.token if token_weight else None,
+                "logit_scale": self.loss.log_scale.exp(),
+                "bandwidth": self.loss.sigma,
+                "gradient_norm": norm,
+                "learning_rate": rate,
+                "diagonal_share": self.loss.diagonal_share,
+            }
+        )
+
+    @torch.no_grad()
+    def _update_average(self, average: Adapter) -> None:
+        """Move the running average towards the weights; it begins with those of the first step."""
+        share = 1.0 if self.step == 1 else 1 - self._options.average
+        torch._foreach_lerp_([*average.parameters()], [*self.adapter.parameters()], share)
+        for own, current in zip(average.buffers(), self.adapter.buffers(), strict=True):
+            own.copy_(current)
 
     def _sum_over_processes(self) -> None:
         """Sum the adapters' gradients over all processes, and see whether one got a signal.
@@ -361,41 +398,22 @@ class Trainer:
         """
         if distributed.world().size == 1:
             return
+        self._stopped_by = distributed.largest(signals.pending() or 0) or None
         gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        pending = gradients[0].new_tensor([signals.pending() == signum for signum in _SIGNALS])
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), pending])
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce_sum(flat)
-        sizes = [*(gradient.numel() for gradient in gradients), len(pending)]
-        *summed, pending = torch.split(flat, sizes)
+        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, whole in zip(gradients, summed, strict=True):
             gradient.copy_(whole.view_as(gradient))
-        arrived = [signum for signum, n in zip(_SIGNALS, pending.tolist(), strict=True) if n]
-        self._stopped_by = arrived[0] if arrived else None
 
-    def _finite_figures(self, parts: LossParts, norm: torch.Tensor) -> dict[str, float]:
-        """Return the terms of the loss and the gradient norm; one copy from the device for all."""
-        values = {name: value for name, value in parts._asdict().items() if value is not None}
-        total = values.pop("total")
-        values |= {"total": total, "gradient_norm": norm}
-        numbers = torch.stack([value.detach().float() for value in values.values()]).tolist()
-        figures = dict(zip(values, numbers, strict=True))
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {self.step}: {name.replace('_', ' ')} is {value}; lower "
-                    "--learning-rate, --logit-scale, --cs-weight or --token-weight, or leave "
-                    "--bandwidth at median"
-                )
-        return figures
-
-    def _run_validation(self, log_line: Log) -> None:
+    def _run_validation(self) -> None:
         """Measure, log, and keep the weights if they are the best so far."""
         adapter = self._evaluated_adapter()
         score = distributed.broadcast(lambda: self._measure(adapter))
         with self._consistent():
             self._validated, self._score = self.step, score
             if distributed.is_main_process():
-                log_line({"step": self.step, "validation": score._asdict()})
+                self._log_lines([{"step": self.step, "validation": score._asdict()}])
             if self.best_score is not None:
                 holds = score.mean_recall >= self.best_score.mean_recall
                 self.loss.adapt_weight(recall_holds=holds)
@@ -421,10 +439,7 @@ class Trainer:
 
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
-        if self._average is None:
-            return self.adapter
-        assert isinstance(self._average.module, Adapter)
-        return self._average.module
+        return self.adapter if self._average is None else self._average
 
 
 def follow(trainer: Trainer) -> None:
@@ -435,7 +450,7 @@ def follow(trainer: Trainer) -> None:
     """
     try:
         with signals.polling():
-            for _ in trainer.fit(lambda line: None):
+            for _ in trainer.fit(lambda lines: None):
                 pass
     except (Stopped, TrainingError):
         distributed.wait_for_failure()

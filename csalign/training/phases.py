@@ -126,14 +126,14 @@ class Trained(NamedTuple):
     refit: str  # whether the held-out pairs were learned from, in words
 
 
-def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
+def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
     """Train all networks, in the main process, and put the parts of the adapter together."""
     config, data = work.config, work.data
     networks = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
     if networks:
         decided = Decided.model_validate(run.ended[0].state)
     else:
-        network, decided = _first_network(work, run, log_line)
+        network, decided = _first_network(work, run, log_lines)
         networks.append(network)
     for phase in _further_phases(work, decided)[len(networks) - 1 :]:
         if phase.number > len(run.ended):
@@ -160,11 +160,11 @@ def run_phases(work: Work, run: UnfinishedRun, log_line: Log) -> Trained:
     log.info("%s", refit)
     if refits:
         learned = {"pairs": data.rows.pairs, "steps": decided.best}
-        log_line({"step": decided.made, "refit": learned})
+        log_lines([{"step": decided.made, "refit": learned}])
     return Trained(adapter, measured, decided, parts, refit)
 
 
-def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapter, Decided]:
+def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
     """Choose a closed form, train from it, keep the best weights, and choose the parts."""
     config, data = work.config, work.data
     matches = None
@@ -181,7 +181,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
     if setting.form == "assignment" and data.val is None:
         log.info("no network is trained: without validation it might only harm the start")
         phase = FIRST._replace(steps=0)
-    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_line)
+    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
         start=start,
@@ -192,8 +192,8 @@ def _first_network(work: Work, run: UnfinishedRun, log_line: Log) -> tuple[Adapt
         scores={name: score._asdict() for name, score in scores.items() if score},
         weights=trainer.weights,
     )
-    decided = _match(work, adapter, decided, log_line)
-    return adapter, _choose_parts(work, adapter, decided, matches, log_line)
+    decided = _match(work, adapter, decided, log_lines)
+    return adapter, _choose_parts(work, adapter, decided, matches, log_lines)
 
 
 def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
@@ -204,7 +204,7 @@ def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Deci
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     start = decided.start, decided.setting
-    _run_phase(work, run, phase, adapter, start, lambda line: None)
+    _run_phase(work, run, phase, adapter, start, lambda lines: None)
     if decided.covariances is not None:
         match_again(
             adapter,
@@ -223,7 +223,7 @@ def _run_phase(
     phase: Phase,
     adapter: Adapter,
     start: tuple[str, Setting],
-    log_line: Log,
+    log_lines: Log,
 ) -> Trainer:
     """Train one network in all processes, and save checkpoints."""
     config, state = work.config, run.resumed and run.resumed.state
@@ -236,7 +236,7 @@ def _run_phase(
         pairs = min(config.batch_size, len(work.sampler(phase)))
         steps = f"{trainer.steps:,} steps of {pairs:,} pairs"
         log.info("training on %s: %s", trainer.device, steps)
-    for validated in trainer.fit(log_line):
+    for validated in trainer.fit(log_lines):
         if validated and trainer.step:
             run.keep()
         if run.is_due(trainer.step):
@@ -258,7 +258,7 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     return [Phase(n, what, decided.steps, last, decided.weights) for n in numbers]
 
 
-def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Decided:
+def _match(work: Work, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:
     """Match the moments of the first network's outputs."""
     config, data = work.config, work.data
     if not config.match_moments or "kept" not in decided.scores:
@@ -268,12 +268,12 @@ def _match(work: Work, adapter: Adapter, decided: Decided, log_line: Log) -> Dec
     matched = match_outputs(adapter, data, sampler, before, once=once, seed=config.seed)
     if matched is None:
         return decided
-    scores = _add_score(decided, "matched", matched.score, log_line)
+    scores = _add_score(decided, "matched", matched.score, log_lines)
     return decided.model_copy(update={"scores": scores, "covariances": matched.covariances})
 
 
 def _choose_parts(
-    work: Work, network: Adapter, decided: Decided, matches: Matches | None, log_line: Log
+    work: Work, network: Adapter, decided: Decided, matches: Matches | None, log_lines: Log
 ) -> Decided:
     """Choose between the network, a kernel CCA, and both."""
     config, data = work.config, work.data
@@ -288,16 +288,16 @@ def _choose_parts(
     log.info("%s", found.summary)
     if found.combination.kernel is None:
         return decided
-    scores = _add_score(decided, "parts", found.measured.score, log_line)
+    scores = _add_score(decided, "parts", found.measured.score, log_lines)
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
 
 
 def _add_score(
-    decided: Decided, name: str, score: Score, log_line: Log
+    decided: Decided, name: str, score: Score, log_lines: Log
 ) -> dict[str, dict[str, float]]:
     """Log a score after the last step; return it with those before."""
     # Weights & Biases ignores a step before its last one.
-    log_line({"step": decided.made, "validation": score._asdict(), "matched": True})
+    log_lines([{"step": decided.made, "validation": score._asdict(), "matched": True}])
     return {**decided.scores, name: score._asdict()}
 
 

@@ -70,8 +70,8 @@ def _train(work: Work) -> TrainResult:
             announce_rows(data)
         step = run.resumed.step if run.resumed is not None and not run.ended else 0
         logs = open_logs(config.log_to or (), run.path, config.out.name, options, step)
-        with logs as log_line, run.saved_when_stopped():
-            trained = run_phases(work, run, log_line)
+        with logs as log_lines, run.saved_when_stopped():
+            trained = run_phases(work, run, log_lines)
         tick("saving")
         decided, adapter = trained.decided, trained.adapter
         final = [*decided.scores.values()][-1] if decided.scores else None

@@ -35,7 +35,7 @@ def test_csv_and_tensorboard_hold_what_the_lines_hold(quick_run: Path) -> None:
 
 def test_the_token_loss_has_a_column(tmp_path: Path) -> None:
     with open_logs(("csv",), tmp_path, "run", {}) as log:
-        log({"step": 1, "loss": 3.0, "token": 0.5})
+        log([{"step": 1, "loss": 3.0, "token": 0.5}])
     with (tmp_path / "metrics.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
 

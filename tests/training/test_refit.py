@@ -352,7 +352,7 @@ def test_a_refit_repeats_the_weights_of_an_automatic_distribution_term(
 
     def cs_weights(trainer: Trainer) -> list[float]:
         lines: list[dict[str, Any]] = []
-        assert list(trainer.fit(lines.append))
+        assert list(trainer.fit(lines.extend))
         return [line["cs_weight"] for line in lines if "cs_weight" in line]
 
     first = work.trainer(work.initialize().adapter)

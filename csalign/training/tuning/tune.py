@@ -269,7 +269,7 @@ def _train(
     adapter, start, *_ = work.initialize()
     trainer = work.trainer(adapter)
     is_pruned, number = False, 0
-    with closing(trainer.fit(lambda line: None)) as steps:
+    with closing(trainer.fit(lambda lines: None)) as steps:
         for validated in steps:
             if not validated or not trainer.step:
                 continue
