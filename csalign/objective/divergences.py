@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from csalign.objective.kernels import (
 )
 
 _VARIANCE_FLOOR = 1e-6  # keeps two sets of one point each finite; negligible for unit rows
+_COARSE_STEPS = 6  # of Sinkhorn where the bandwidth is not known on the host: 2 / 2^5 is narrow
 
 
 class CSTerms(NamedTuple):
@@ -118,14 +120,20 @@ def token_divergence(
     if x_mask.dtype != torch.bool or y_mask.dtype != torch.bool:
         raise ValueError(f"masks must be boolean, got {x_mask.dtype} and {y_mask.dtype}")
     bandwidths(sigma)
-    both = x_mask.any(1) & y_mask.any(1)
-    x, x_mask, y, y_mask = x[both], x_mask[both], y[both], y_mask[both]
-    if not len(x):
-        return x.sum() + y.sum()  # an empty sum is 0 and keeps the graph
+    if not x_mask.numel() or not y_mask.numel():
+        return x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
+    both = (x_mask.any(1) & y_mask.any(1))[:, None]
+    # An omitted sample becomes two equal sets of zeros.
+    x, y = (
+        x.masked_fill(~(x_mask & both)[..., None], 0),
+        y.masked_fill(~(y_mask & both)[..., None], 0),
+    )
+    x_mask, y_mask = x_mask | ~both, y_mask | ~both
     own_x = masked_log_mean_kernels(x, x, x_mask, x_mask, sigma=sigma)
     own_y = masked_log_mean_kernels(y, y, y_mask, y_mask, sigma=sigma)
     cross = masked_log_mean_kernels(x, y, x_mask, y_mask, sigma=sigma)
-    return (own_x + own_y - 2 * cross).mean()
+    found = (own_x + own_y - 2 * cross).mean(0) * both[:, 0]
+    return found.sum() / both.sum().clamp(min=1)
 
 
 def unit_tokens(x: Tensor, mask: Tensor) -> Tensor:
@@ -181,7 +189,14 @@ def _whiten(root: Tensor, columns: Tensor) -> Tensor:
     return whitened
 
 
-def sinkhorn_divergence(x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int = 20) -> Tensor:
+def sinkhorn_divergence(
+    x: Tensor,
+    y: Tensor,
+    *,
+    sigma: Sigma,
+    iterations: int = 20,
+    diameter: float | None = None,
+) -> Tensor:
     """Compute the debiased Sinkhorn divergence with uniform weights (Feydy et al. 2019).
 
     S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with OT the optimal transport of cost
@@ -191,30 +206,38 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int =
     have converged.
 
     The potentials come from symmetrised updates in the log domain, one at each blur from the
-    diameter down to sigma by halves and `iterations` more at sigma. The gradient is the transport
-    plan's and does not go through the updates. Arguments and exceptions as for `cs_divergence`,
-    with sigma as the blur: exp(-cost / sigma^2) is its kernel. Returns a () tensor, >= 0 and 0
-    for equal sets, up to rounding and convergence.
+    diameter down to sigma by halves (six, none below sigma, if sigma is a tensor) and `iterations`
+    more at sigma. The diameter, the largest distance, is measured by default, for which the host
+    waits for the device; that of unit rows is 2 at most. The gradient is the transport plan's and
+    does not go through the updates. Arguments and exceptions as for `cs_divergence`, with sigma
+    as the blur: exp(-cost / sigma^2) is its kernel. Returns a () tensor, >= 0 and 0 for equal
+    sets, up to rounding and convergence.
     """
     cross, own_x, own_y = (squared_distances(a, b) / 2 for a, b in ((x, y), (x, x), (y, y)))
     values = []
     for blur in bandwidths(sigma):
-        own = sum(_transport_to_itself(cost, blur, iterations) for cost in (own_x, own_y))
-        values.append(_transport(cross, blur, iterations) - own / 2)
+        updates = blur, iterations, diameter
+        own = sum(_transport_to_itself(cost, *updates) for cost in (own_x, own_y))
+        values.append(_transport(cross, *updates) - own / 2)
     return torch.stack(values).mean()
 
 
-def _epsilons(cost: Tensor, blur: float, iterations: int) -> list[float]:
-    """Yield squared blurs of the updates: from the diameter down, then the given one."""
-    diameter = math.sqrt(2 * float(cost.max()))
-    steps = 0
-    if blur < diameter < math.inf:
-        steps = math.ceil(math.log2(diameter / blur))
-    coarse = [diameter / 2**step for step in range(steps)]
-    return [width**2 for width in coarse + [blur] * iterations]
+def _epsilons(
+    cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
+) -> list[float | Tensor]:
+    """Return squared blurs of the updates: from the diameter down, then the given one."""
+    if diameter is None:
+        diameter = math.sqrt(2 * float(cost.max()))
+    if isinstance(blur, Tensor):
+        coarse = [blur.clamp(min=diameter / 2**step) for step in range(_COARSE_STEPS)]
+        return [width**2 for width in coarse + [blur] * iterations]
+    steps = math.ceil(math.log2(diameter / blur)) if blur < diameter < math.inf else 0
+    return [(diameter / 2**step) ** 2 for step in range(steps)] + [blur**2] * iterations
 
 
-def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
+def _transport(
+    cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
+) -> Tensor:
     """Compute the entropic transport cost, the mean of the semi-duals in either potential.
 
     An error in the potentials enters the value squared, and a semi-dual's gradient in the cost is
@@ -222,7 +245,7 @@ def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
     """
     fixed = cost.detach()
     f, g = fixed.new_zeros(cost.shape[0]), fixed.new_zeros(cost.shape[1])
-    for epsilon in _epsilons(fixed, blur, iterations):
+    for epsilon in _epsilons(fixed, blur, iterations, diameter):
         # Both from the previous ones, then halfway: symmetric in the sides, without oscillation.
         new_f, new_g = _quick_softmin(fixed, g, epsilon), _quick_softmin(fixed.T, f, epsilon)
         f, g = (f + new_f) / 2, (g + new_g) / 2
@@ -231,22 +254,24 @@ def _transport(cost: Tensor, blur: float, iterations: int) -> Tensor:
     return (along_x + along_y) / 2
 
 
-def _transport_to_itself(cost: Tensor, blur: float, iterations: int) -> Tensor:
+def _transport_to_itself(
+    cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
+) -> Tensor:
     """Compute `_transport` of a set to itself, whose two potentials are equal."""
     fixed = cost.detach()
     f = fixed.new_zeros(len(cost))
-    for epsilon in _epsilons(fixed, blur, iterations):
+    for epsilon in _epsilons(fixed, blur, iterations, diameter):
         f = (f + _quick_softmin(fixed, f, epsilon)) / 2
     return _softmin(cost, f, blur**2).mean() + f.mean()
 
 
-def _softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+def _softmin(cost: Tensor, potential: Tensor, epsilon: float | Tensor) -> Tensor:
     """Compute (n,) -epsilon log mean_j exp((potential_j - cost_ij) / epsilon)."""
     exponents = (potential - cost) / epsilon
     return -epsilon * (exponents.logsumexp(1) - math.log(cost.shape[1]))
 
 
-def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float) -> Tensor:
+def _quick_softmin(cost: Tensor, potential: Tensor, epsilon: float | Tensor) -> Tensor:
     """Compute `_softmin` without a gradient."""
     exponents = (potential - cost).div_(epsilon)
     largest = exponents.amax(1, keepdim=True)
@@ -268,6 +293,8 @@ class Divergence:
 
     def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
         """Compute the divergence of x (n, d) and y (m, d), a () tensor differentiable in both.
+
+        Sinkhorn takes the rows for unit rows, whose distances are at most 2; none reads the device.
 
         Raises:
             ShapeError: the shapes do not fit together, or a side has fewer than `minimum` rows.
@@ -297,7 +324,9 @@ _DIVERGENCES = {
         Divergence(DivergenceName.CS, cs_divergence, has_bandwidth=True, of_means=cs_of_means),
         Divergence(DivergenceName.MMD, mmd, has_bandwidth=True, of_means=mmd_of_means),
         Divergence(DivergenceName.GAUSSIAN_KL, gaussian_jeffreys, minimum=2),
-        Divergence(DivergenceName.SINKHORN, sinkhorn_divergence, has_bandwidth=True),
+        Divergence(
+            DivergenceName.SINKHORN, partial(sinkhorn_divergence, diameter=2.0), has_bandwidth=True
+        ),
         Divergence(
             DivergenceName.PAIRS_MSE, lambda x, y: (x - y).square().sum(1).mean(), matched=True
         ),

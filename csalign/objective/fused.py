@@ -5,6 +5,7 @@ computed tile by tile, once for the values and once more for the gradients.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from csalign.core import distributed
 from csalign.core.enums import Precision
 from csalign.objective.kernels import Sigma, bandwidths, check_sets
 from csalign.objective.pairwise import check_smoothing
-from csalign.objective.tiles import CrossSums, TilePlan, Tiles
+from csalign.objective.tiles import SAFE_FACTOR, CrossSums, TilePlan, Tiles
 
 # Equally fast on a CPU from 512 on; a GPU needs larger pieces of work.
 CPU_TILE, DEVICE_TILE = 1_024, 4_096
@@ -37,6 +38,7 @@ def fused_terms(
     *,
     pairs: int,
     logit_scale: Tensor | float,
+    max_scale: float | None = None,
     sigma: Sigma | None,
     negatives: tuple[int, int] = (0, 0),
     label_smoothing: float = 0.0,
@@ -51,6 +53,8 @@ def fused_terms(
         y: (m, d), unit rows.
         pairs: number of rows at the start of both that are matched, row by row; 0: no InfoNCE.
         logit_scale: factor on the cosines, > 0; may carry a gradient.
+        max_scale: bound of logit_scale, by default itself if it is a float; up to 35 exponentials
+            need no shift and take less time. Unknown if None.
         sigma: bandwidth or bandwidths, > 0; None for no kernels.
         negatives: number of rows of x and of y after the pairs that are negatives of InfoNCE.
         label_smoothing: of InfoNCE, in [0, 1).
@@ -75,29 +79,44 @@ def fused_terms(
         )
     if x.dtype not in (torch.float32, torch.float64):
         x, y = x.float(), y.float()
+    if max_scale is None:
+        max_scale = math.inf if isinstance(logit_scale, Tensor) else logit_scale
+    sigmas = () if sigma is None else bandwidths(sigma)
     job = distributed.world() if divided else distributed.World()
     tile = tile or (CPU_TILE if x.device.type == "cpu" else DEVICE_TILE)
     plan = TilePlan(
         pairs,
         compared,
-        factors=() if sigma is None else tuple(s**-2 for s in bandwidths(sigma)),
+        kernels=len(sigmas),
+        small_scale=max_scale <= SAFE_FACTOR,
         smoothing=label_smoothing,
         tile=min(tile, -(-max(len(x), len(y)) // job.size)),
         precision=precision,
         rank=job.rank,
         processes=job.size,
     )
-    scale = torch.as_tensor(logit_scale, dtype=x.dtype, device=x.device)
-    return FusedTerms(*_Fused.apply(x.contiguous(), y.contiguous(), scale, plan))
+    scale, factors = _vector([logit_scale], x)[0], _vector([s**-2 for s in sigmas], x)
+    return FusedTerms(*_Fused.apply(x.contiguous(), y.contiguous(), scale, factors, plan))
+
+
+def _vector(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
+    """Stack numbers, (k,), in the dtype and on the device of a tensor, without waiting for it."""
+    numbers = [
+        value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+        for value in values
+    ]
+    return torch.stack(numbers) if numbers else like.new_empty(0)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, plan: TilePlan) -> tuple[Any, ...]:
-        tiles, owns = Tiles(x, y, plan), []
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
+    ) -> tuple[Any, ...]:
+        tiles, owns = Tiles(x, y, scale, factors, plan), []
         with tiles.rounded():
-            sums = tiles.cross_sums(float(scale))
-            if plan.factors:
+            sums = tiles.cross_sums()
+            if plan.kernels:
                 owns = [
                     tiles.own_sums(side, with_gradient=needed)
                     for side, needed in zip((x, y), ctx.needs_input_grad, strict=False)
@@ -109,37 +128,34 @@ class _Fused(torch.autograd.Function):
             distributed.all_reduce_log_sum_exp(whole)
             rows, columns, kernels, *logs = torch.split(whole, [len(part) for part in parts])
             sums = CrossSums(rows, columns, kernels)
-        ctx.save_for_backward(x, y, scale)
+        ctx.save_for_backward(x, y, scale, factors)
         # Within a set the gradient is a multiple of what came with the sums.
         ctx.tiles, ctx.sums, ctx.logs, ctx.pulled = tiles, sums, logs, [own[1] for own in owns]
         n, m = math.log(len(x)), math.log(len(y))
-        log_means = torch.stack([*logs, sums.kernels])
-        log_means -= log_means.new_tensor([2 * n, 2 * m, n + m])[-len(log_means) :, None]
+        counts = (2 * n, 2 * m, n + m)[-len(logs) - 1 :]  # logarithms
+        log_means = torch.stack([*logs, sums.kernels]) - _vector(counts, x)[:, None]
         return _infonce(x, y, scale, sums, plan), log_means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_infonce: Tensor, to_means: Tensor) -> tuple[Tensor | None, ...]:
-        (x, y, scale), tiles, plan = ctx.saved_tensors, ctx.tiles, ctx.tiles.plan
+        (x, y, _, factors), tiles, plan = ctx.saved_tensors, ctx.tiles, ctx.tiles.plan
         gradients: list[Tensor | None] = [None, None]
         for k, side in enumerate((x, y)):
-            if ctx.needs_input_grad[k] and not plan.factors:
+            if ctx.needs_input_grad[k] and not plan.kernels:
                 gradients[k] = torch.zeros_like(side)
             elif ctx.needs_input_grad[k]:
-                weights = 2 * to_means.new_tensor(plan.factors) * to_means[k] / ctx.logs[k].exp()
+                weights = 2 * factors * to_means[k] / ctx.logs[k].exp()
                 gradients[k] = torch.einsum("s,snd->nd", weights, ctx.pulled[k])
         with tiles.rounded():
             to_scale = tiles.add_cross_gradients(
-                (gradients[0], gradients[1]),
-                float(scale),
-                ctx.sums,
-                (float(to_infonce), to_means[-1].tolist()),
+                (gradients[0], gradients[1]), ctx.sums, (to_infonce, to_means[-1])
             )
         if plan.processes > 1:
             for gradient in (*gradients, to_scale):
                 if gradient is not None:
                     distributed.all_reduce_sum(gradient)
-        return gradients[0], gradients[1], to_scale, None
+        return gradients[0], gradients[1], to_scale, None, None
 
 
 def _infonce(x: Tensor, y: Tensor, scale: Tensor, sums: CrossSums, plan: TilePlan) -> Tensor:

@@ -4,13 +4,15 @@ k(a, b) = exp(-|a - b|^2 / (2 sigma^2)). Means run over all pairs of rows, diago
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from csalign.core.errors import ShapeError
 
-Sigma = float | tuple[float, ...]
+# One bandwidth or several; a tensor, () or (s,), is not read on the host, so it is not checked.
+Sigma = float | tuple[float, ...] | Tensor
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -86,11 +88,11 @@ def tiled_log_mean_kernels(x: Tensor, y: Tensor, *, sigma: Sigma, tile: int = 2_
     return total - math.log(len(x)) - math.log(len(y))
 
 
-def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
+def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> Tensor:
     """Compute the median distance over all pairs of distinct rows of the union of two sets.
 
-    The median heuristic for a kernel's bandwidth; 0 where more than half of the pairs coincide.
-    Not differentiated.
+    The median heuristic for a kernel's bandwidth, a () tensor; 0 where more than half of the pairs
+    coincide. Not differentiated.
 
     Args:
         x: (n, d), float.
@@ -103,11 +105,11 @@ def median_distance(x: Tensor, y: Tensor, *, max_rows: int = 2_048) -> float:
     check_sets(x, y)
     union = _thin(torch.cat([x, y]).detach(), max_rows)
     squares = squared_distances(union, union)
-    above_diagonal = torch.ones_like(squares, dtype=torch.bool).triu(1)
-    return math.sqrt(float(squares[above_diagonal].median()))
+    one, other = torch.triu_indices(len(union), len(union), 1, device=union.device)
+    return squares[one, other].median().sqrt()
 
 
-def diagonal_share(x: Tensor, *, sigma: float, max_rows: int = 2_048) -> float:
+def diagonal_share(x: Tensor, *, sigma: Sigma, max_rows: int = 2_048) -> Tensor:
     """Share of a set's kernel mass that lies on the diagonal, sum_i k_ii / sum_ij k_ij.
 
     Near 1/n the kernel sees the whole set; near 1 the matrix is nearly diagonal, and a divergence
@@ -115,18 +117,18 @@ def diagonal_share(x: Tensor, *, sigma: float, max_rows: int = 2_048) -> float:
 
     Args:
         x: (n, d), float.
-        sigma: bandwidth, > 0.
+        sigma: bandwidth, > 0; the widest of several is used.
         max_rows: for larger sets the kernel between distinct rows is estimated from this many
             rows, evenly spaced.
 
     Returns:
-        In [1/n, 1].
+        () tensor in [1/n, 1].
     """
     some = _thin(x.detach(), max_rows)
-    mass = len(some) * math.exp(float(log_mean_kernels(some, some, sigma=sigma)))  # of a row
+    mass = len(some) * log_mean_kernels(some, some, sigma=sigma).max().exp()  # of a row
     if len(some) == len(x):
         return 1 / mass
-    return 1 / (1 + max(0.0, mass - 1) * (len(x) - 1) / (len(some) - 1))
+    return 1 / (1 + (mass - 1).clamp(min=0) * (len(x) - 1) / (len(some) - 1))
 
 
 def _thin(x: Tensor, max_rows: int) -> Tensor:
@@ -145,12 +147,14 @@ def check_sets(x: Tensor, y: Tensor) -> None:
         )
 
 
-def bandwidths(sigma: Sigma) -> tuple[float, ...]:
-    """Return one or several bandwidths as a tuple.
+def bandwidths(sigma: Sigma) -> Sequence[float] | Sequence[Tensor]:
+    """Return one or several bandwidths as a sequence.
 
     Raises:
         ValueError: a sigma is not a positive finite number, or there is none.
     """
+    if isinstance(sigma, Tensor):
+        return sigma.flatten().unbind()
     sigmas = sigma if isinstance(sigma, tuple) else (sigma,)
     if not sigmas:
         raise ValueError("at least one sigma is needed")

@@ -90,6 +90,7 @@ class Objective:
         y: Tensor,
         *,
         logit_scale: Tensor | float,
+        max_scale: float | None = None,
         sigma: Sigma = 1.0,
         logit_bias: Tensor | float = 0.0,
         owner: Tensor | None = None,
@@ -104,7 +105,10 @@ class Objective:
             x: (n, d), float, adapted image embeddings, any norm.
             y: (m, d), adapted text embeddings; m = n unless owner is given.
             logit_scale: 1 / temperature of the pairwise loss.
-            sigma: bandwidth or bandwidths of the distribution and the token term.
+            max_scale: bound of logit_scale known on the host, by default itself if it is a float;
+                InfoNCE in tiles takes less time if it is 35 at most.
+            sigma: bandwidth or bandwidths of the distribution and the token term; those of a
+                tensor, () or (s,), must be > 0, which is not checked.
             logit_bias: of the sigmoid loss.
             owner: (m,), int64, the image of each text; None where row i belongs to row i.
             x_extra: (k, d), adapted unpaired images, added to x in the distribution term.
@@ -137,6 +141,7 @@ class Objective:
                 pairs=len(x) if in_tiles else 0,
                 negatives=negatives if in_tiles else (0, 0),
                 logit_scale=logit_scale,
+                max_scale=max_scale,
                 sigma=sigma if of_means else None,
                 label_smoothing=self.label_smoothing,
                 precision=self.precision,

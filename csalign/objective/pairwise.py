@@ -1,6 +1,5 @@
 """Pairwise losses on matched unit rows: InfoNCE, the sigmoid loss, alignment and uniformity."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -47,7 +46,8 @@ def infonce(
 
     Raises:
         ShapeError: the shapes do not fit together.
-        ValueError: an owner is not in [0, n), or label_smoothing is not in [0, 1).
+        IndexError: an owner is not in [0, n), and the tensors are on a CPU.
+        ValueError: owners are not int64, or label_smoothing is not in [0, 1).
     """
     check_smoothing(label_smoothing)
     if owner is None:
@@ -62,14 +62,16 @@ def infonce(
         back = torch.cat([back, logit_scale * y @ negatives[0].T], dim=1)
     labels = targets = torch.arange(len(x), device=x.device)
     if owner is not None:
-        owned = labels[:, None] == owner
-        has_match = owned.any(1)
-        targets = pad(owned[has_match].to(forth.dtype), (0, forth.shape[1] - len(y)))
-        targets = targets / targets.sum(1, keepdim=True)
-        forth, labels = forth[has_match], owner
-    forth = cross_entropy(forth, targets, label_smoothing=label_smoothing)
+        owned = (labels[:, None] == owner).to(forth.dtype)
+        counts = owned.sum(1, keepdim=True)
+        targets = pad(owned / counts.clamp(min=1), (0, forth.shape[1] - len(y)))
+        labels = owner
+    forth = cross_entropy(forth, targets, label_smoothing=label_smoothing, reduction="none")
+    if owner is not None:
+        has_match = counts[:, 0].clamp(max=1)
+        forth = forth * has_match * (len(x) / has_match.sum())
     back = cross_entropy(back, labels, label_smoothing=label_smoothing)
-    return (forth + back) / 2
+    return (forth.mean() + back) / 2
 
 
 class InfonceTerms(NamedTuple):
@@ -168,11 +170,12 @@ def _uniformity(rows: Tensor, items: Tensor, further: Tensor | None) -> Tensor:
         rows = torch.cat([rows, further])
         items = torch.cat([items, -1 - torch.arange(len(further), device=items.device)])
     same = items[:, None] == items
-    count = same.numel() - int(same.sum())
-    if not count:
-        return rows[:0].sum()  # an empty sum is 0 and keeps the graph
-    exponents = (-2 * squared_distances(rows, rows)).masked_fill(same, -torch.inf)
-    return exponents.flatten().logsumexp(0) - math.log(count)
+    count = same.numel() - same.sum()
+    differ = count > 0
+    # Without a pair nothing is masked, so that the gradient of the 0 is finite.
+    exponents = (-2 * squared_distances(rows, rows)).masked_fill(same & differ, -torch.inf)
+    found = exponents.flatten().logsumexp(0) - count.clamp(min=1).to(rows.dtype).log()
+    return found.where(differ, 0)
 
 
 def mix_pairs(x: Tensor, y: Tensor, lam: float, permutation: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,7 +219,7 @@ def check_matched(x: Tensor, y: Tensor) -> None:
 
 
 def check_owner(x: Tensor, y: Tensor, owner: Tensor) -> None:
-    """Raise ShapeError or ValueError unless owner (m,) names a row of x for every row of y."""
+    """Raise ShapeError or ValueError unless owner (m,), int64, fits to the rows of x and y."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or owner.shape != y.shape[:1]:
         raise ShapeError(
             "rows of one width and an owner for each row of y are needed, got shapes "
@@ -224,5 +227,5 @@ def check_owner(x: Tensor, y: Tensor, owner: Tensor) -> None:
         )
     if owner.dtype != torch.int64:
         raise ValueError(f"owners must be int64, got {owner.dtype}")
-    if not len(owner) or int(owner.min()) < 0 or int(owner.max()) >= len(x):
-        raise ValueError(f"every row of y needs an owner from 0 to {len(x) - 1}")
+    if not len(x) or not len(owner):
+        raise ShapeError(f"at least one row each is needed, got {len(x)} and {len(owner)}")

@@ -2,25 +2,27 @@
 
 Tables of cosines are computed one tile at a time in reused buffers, so memory grows with the rows
 and not with their square. InfoNCE and the kernels share them: for unit rows the Gaussian kernel is
-exp((cos - 1) / sigma^2).
+exp((cos - 1) / sigma^2). Scales and factors stay on the device, which nothing here waits for.
 """
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations_with_replacement, islice, pairwise, product
+from itertools import combinations_with_replacement, islice, pairwise
+from itertools import product as table_of
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from csalign.core.enums import Precision
+from csalign.objective.products import product
 
 # Cosines times this neither overflow nor underflow in float32, whatever they are.
-_SAFE_FACTOR = 35.0
+SAFE_FACTOR = 35.0
 # Smaller exponents are negligible beside the largest, but their exponentials are subnormal: slow.
 _MIN_EXPONENT = -80.0
 
@@ -60,7 +62,8 @@ class TilePlan:
 
     pairs: int  # rows at the start of both sides that are matched, row by row
     compared: tuple[int, int]  # rows at the start of each side in InfoNCE
-    factors: tuple[float, ...]  # 1 / sigma^2 of each Gaussian kernel; the kernels see all rows
+    kernels: int  # number of Gaussian kernels, which see all rows
+    small_scale: bool  # whether the logit scale is known to be at most SAFE_FACTOR
     smoothing: float  # label smoothing of InfoNCE
     tile: int  # rows and columns of a tile, at most
     precision: Precision = Precision.FLOAT32  # of the factors of products; sums are float32
@@ -71,7 +74,7 @@ class TilePlan:
         """Divide rows into spans of similar size that do not cross the end of pairs or compared."""
         spans = []
         for start, stop in pairwise((0, self.pairs, compared, count)):
-            if start < stop and (start < compared or self.factors):
+            if start < stop and (start < compared or self.kernels):
                 parts = -(-(stop - start) // self.tile)
                 edges = [start + (stop - start) * k // parts for k in range(parts + 1)]
                 spans += [slice(*edge) for edge in pairwise(edges)]
@@ -79,7 +82,7 @@ class TilePlan:
 
     def cross_tiles(self, n: int, m: int) -> Iterator[tuple[slice, slice]]:
         """Return this process's tiles of the table of x and y."""
-        tiles = product(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
+        tiles = table_of(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
         return islice(tiles, self.rank, None, self.processes)
 
     def own_tiles(self, n: int) -> Iterator[tuple[slice, slice]]:
@@ -104,12 +107,18 @@ class CrossSums(NamedTuple):
 
 
 class Tiles:
-    """Tables of cosines of unit rows x (n, d) and y (m, d), with three reused buffers."""
+    """Tables of cosines of unit rows x (n, d) and y (m, d), with two reused buffers.
 
-    def __init__(self, x: Tensor, y: Tensor, plan: TilePlan) -> None:
-        self.x, self.y, self.plan = x, y, plan
+    The logits are scale, a () tensor, times the cosines; factors, (s,), are 1 / sigma^2 of each
+    Gaussian kernel.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
+    ) -> None:
+        self.x, self.y, self.scale, self.factors, self.plan = x, y, scale, factors, plan
         cells = min(max(len(x), len(y)), plan.tile) ** 2
-        self._flat = [x.new_empty(cells) for _ in range(3)]
+        self._flat = [x.new_empty(cells) for _ in range(2)]
         rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32
         self._rounds = rounds and supports_bfloat16(x.device.type)
         self._casts = self._rounds and x.device.type == "cuda"
@@ -127,66 +136,69 @@ class Tiles:
         finally:
             settings.fp32_precision = before
 
-    def cross_sums(self, scale: float) -> CrossSums:
-        """Sum over this process's tiles of x and y, with logits scale * cosine; -inf for none."""
+    def cross_sums(self) -> CrossSums:
+        """Sum over this process's tiles of x and y; -inf for none."""
         plan, x, y = self.plan, self.x, self.y
         rows, columns = (x.new_full((plan.pairs,), -torch.inf) for _ in range(2))
-        kernels = [x.new_full((len(plan.factors),), -torch.inf)]
+        kernels = [x.new_full((plan.kernels,), -torch.inf)]
         for i, j in plan.cross_tiles(len(x), len(y)):
-            table, spare, _ = self._buffers(i, j)
-            cosines = self._cosines(x[i], y[j], table)
+            cosines, spare = self._cosines(x[i], y[j]), self._buffers(i, j)[0]
             along_rows, along_columns = plan.directions(i, j)
             if along_rows or along_columns:
-                by_row, by_column = _log_sums(cosines, scale, spare)
+                by_row, by_column = _log_sums(cosines, self.scale, plan.small_scale, spare)
                 if along_rows:
                     torch.logaddexp(rows[i], by_row, out=rows[i])
                 if along_columns:
                     torch.logaddexp(columns[j], by_column, out=columns[j])
-            sums = [_log_sums(cosines, f, spare)[0].logsumexp(0) - f for f in plan.factors]
-            if sums:
-                kernels.append(torch.stack(sums))
+            if plan.kernels:
+                shifts = self.factors * cosines.amax()
+                sums = [
+                    _kernel(cosines, factor, shift, spare).sum()
+                    for factor, shift in zip(self.factors, shifts, strict=True)
+                ]
+                kernels.append(torch.stack(sums).log() + shifts - self.factors)
         return CrossSums(rows, columns, torch.stack(kernels).logsumexp(0))
 
     def add_cross_gradients(
         self,
         gradients: tuple[Tensor | None, Tensor | None],
-        scale: float,
         sums: CrossSums,
-        upstream: tuple[float, Sequence[float]],
+        upstream: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Add the gradients of InfoNCE and of the kernels' log-sums; return that of the scale.
 
         Args:
             gradients: of x and y, added to in place; None where it is not needed.
-            scale: of the logits.
             sums: result of `cross_sums`, over all processes.
-            upstream: gradients of InfoNCE, and of each kernel's log-sum.
+            upstream: gradients of InfoNCE, (), and of each kernel's log-sum, (s,).
         """
         plan, x, y = self.plan, self.x, self.y
-        share = upstream[0] / (2 * max(plan.pairs, 1))
+        share = self.scale * upstream[0] / (2 * max(plan.pairs, 1))
+        kernels = (self.factors, self.factors + sums.kernels, self.factors * upstream[1])
         to_scale = x.new_zeros(())
         unused = x.new_full((), torch.inf)  # as a log-sum: gives the line a probability of 0
         for i, j in plan.cross_tiles(len(x), len(y)):
-            table, weights, spare = self._buffers(i, j)
-            cosines = self._cosines(x[i], y[j], table)
+            cosines, (weights, spare) = self._cosines(x[i], y[j]), self._buffers(i, j)
             along_rows, along_columns = plan.directions(i, j)
             if along_rows or along_columns:
                 lines = (
                     sums.rows[i, None] if along_rows else unused.expand(len(cosines), 1),
                     sums.columns[j] if along_columns else unused.expand(cosines.shape[1]),
                 )
-                _add_up_probabilities(cosines, scale, lines, share * scale, (weights, spare))
-                self._subtract_targets(weights, share * scale, i, j)
+                _add_up_probabilities(
+                    cosines, self.scale, plan.small_scale, lines, share, (weights, spare)
+                )
+                self._subtract_targets(weights, share, i, j)
                 to_scale += torch.dot(weights.flatten(), cosines.flatten())
             else:
                 weights.zero_()
-            for factor, log_sum, outer in zip(plan.factors, sums.kernels, upstream[1], strict=True):
-                weights.add_(_kernel(cosines, factor, log_sum, spare), alpha=outer * factor)
+            for factor, shift, outer in zip(*kernels, strict=True):
+                weights.addcmul_(_kernel(cosines, factor, shift, spare), outer)
             if gradients[0] is not None:
                 self._add_product(gradients[0][i], weights, y[j])
             if gradients[1] is not None:
                 self._add_product(gradients[1][j], weights.T, x[i])
-        return to_scale / scale
+        return to_scale / self.scale
 
     def own_sums(self, rows: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Sum the kernels between the rows of one set, computing half of the table.
@@ -194,15 +206,13 @@ class Tiles:
         Returns the log of the sum of each kernel over all rows, (s,), and if needed for each kernel
         sum_j k(r_i, r_j) r_j, (s, n, d), of which the gradient is a multiple.
         """
-        factors = self.plan.factors
-        pulled = rows.new_zeros(len(factors), *rows.shape) if with_gradient else None
-        sums, no_shift = rows.new_zeros(len(factors)), rows.new_zeros(())
+        pulled = rows.new_zeros(self.plan.kernels, *rows.shape) if with_gradient else None
+        sums = rows.new_zeros(self.plan.kernels)
         for i, j in self.plan.own_tiles(len(rows)):
-            table, spare, _ = self._buffers(i, j)
-            cosines = self._cosines(rows[i], rows[j], table)
-            for k, factor in enumerate(factors):
+            cosines, spare = self._cosines(rows[i], rows[j]), self._buffers(i, j)[0]
+            for k, factor in enumerate(self.factors):
                 # The sum cannot underflow, since each row is at distance 0 from itself.
-                kernel = _kernel(cosines, factor, no_shift, spare)
+                kernel = _kernel(cosines, factor, factor, spare)
                 sums[k] += (1 if i == j else 2) * kernel.sum()
                 if pulled is not None:
                     self._add_product(pulled[k, i], kernel, rows[j])
@@ -214,20 +224,17 @@ class Tiles:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return [flat[: math.prod(shape)].view(shape) for flat in self._flat]
 
-    def _cosines(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    def _cosines(self, a: Tensor, b: Tensor) -> Tensor:
         if self._casts:
             return torch.mm(a.bfloat16(), b.bfloat16().T, out_dtype=torch.float32)
-        return torch.mm(a, b.T, out=out)
+        return torch.mm(a, b.T) if self._rounds else product(a, b)
 
     def _add_product(self, out: Tensor, weights: Tensor, rows: Tensor) -> None:
-        if self._casts:
-            out.add_(torch.mm(weights.bfloat16(), rows.bfloat16(), out_dtype=torch.float32))
-        elif self._rounds:
-            out.add_(torch.mm(weights, rows))  # faster than addmm_ then
-        else:
-            out.addmm_(weights, rows)
+        out.add_(self._cosines(weights, rows.T))
 
-    def _subtract_targets(self, weights: Tensor, share: float, rows: slice, columns: slice) -> None:
+    def _subtract_targets(
+        self, weights: Tensor, share: Tensor, rows: slice, columns: slice
+    ) -> None:
         """Subtract share times the targets of both directions from a tile."""
         plan = self.plan
         if plan.smoothing:
@@ -243,10 +250,12 @@ class Tiles:
             matched.diagonal().sub_(2 * share * (1 - plan.smoothing))
 
 
-def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute log-sum-exp of a tile's cosines times a factor, along its rows and columns."""
+def _log_sums(
+    cosines: Tensor, scale: Tensor, small_scale: bool, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute log-sum-exp of a tile's logits along its rows and columns."""
     logits = torch.mul(cosines, scale, out=spare)
-    if scale > _SAFE_FACTOR:
+    if not small_scale:
         return logits.logsumexp(1), logits.logsumexp(0)
     logits.exp_()
     return logits.sum(1).log_(), logits.sum(0).log_()
@@ -254,26 +263,24 @@ def _log_sums(cosines: Tensor, scale: float, spare: Tensor) -> tuple[Tensor, Ten
 
 def _add_up_probabilities(
     cosines: Tensor,
-    scale: float,
+    scale: Tensor,
+    small_scale: bool,
     log_sums: tuple[Tensor, Tensor],
-    share: float,
+    share: Tensor,
     out: tuple[Tensor, Tensor],
 ) -> None:
     """Write share times (softmax along rows + softmax along columns) into the first of `out`."""
     found, spare = out
-    if scale <= _SAFE_FACTOR:
+    if small_scale:
         rows, columns = (share * (-sums).exp() for sums in log_sums)
         torch.mul(cosines, scale, out=found).exp_()
         found.mul_(torch.add(rows, columns, out=spare))
         return
     for sums, tensor in zip(log_sums, out, strict=True):
-        torch.add(-sums, cosines, alpha=scale, out=tensor).clamp_(min=_MIN_EXPONENT).exp_()
+        _kernel(cosines, scale, sums, tensor)
     found.add_(spare).mul_(share)
 
 
-def _kernel(cosines: Tensor, factor: float, log_sum: Tensor, out: Tensor) -> Tensor:
-    """Compute the Gaussian kernel of unit rows from cosines, divided by exp(log_sum)."""
-    torch.add(-factor - log_sum, cosines, alpha=factor, out=out)
-    if factor > _SAFE_FACTOR:
-        out.clamp_(min=_MIN_EXPONENT)
-    return out.exp_()
+def _kernel(cosines: Tensor, factor: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """Compute exp(factor * cosine - shift), which must not overflow."""
+    return torch.mul(cosines, factor, out=out).sub_(shift).clamp_(min=_MIN_EXPONENT).exp_()

@@ -26,7 +26,7 @@ def test_each_name_is_its_function() -> None:
         DivergenceName.CS: cs_divergence(x, y, sigma=0.8),
         DivergenceName.MMD: mmd(x, y, sigma=0.8),
         DivergenceName.GAUSSIAN_KL: gaussian_jeffreys(x, y),
-        DivergenceName.SINKHORN: sinkhorn_divergence(x, y, sigma=0.8),
+        DivergenceName.SINKHORN: sinkhorn_divergence(x, y, sigma=0.8, diameter=2.0),
         DivergenceName.PAIRS_MSE: ((x - y) ** 2).sum() / 6,
         DivergenceName.NONE: torch.tensor(0.0, dtype=torch.float64),
     }
