@@ -24,6 +24,8 @@ from csalign.training.sampler import Batch, SideBatch
 
 log = logging.getLogger(__name__)
 
+Bandwidth = float | tuple[float, ...] | None
+
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; training is unstable beyond it
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them
@@ -181,7 +183,7 @@ class BatchLoss(nn.Module):
         )
         # What does not change stays on the host, as constants of the step.
         self._scale = None if options.learn_scale else options.logit_scale
-        self.sigma: Tensor | Sigma | None = None
+        self.sigma: Sigma | None = None
         if self._has_bandwidth and not isinstance(options.bandwidth, str):
             self.sigma = options.bandwidth
         elif self._has_bandwidth and options.bandwidth == "tied" and self._scale:
@@ -213,7 +215,7 @@ class BatchLoss(nn.Module):
         return float(self.log_scale.detach().exp())
 
     @property
-    def bandwidth(self) -> Sigma | None:
+    def bandwidth(self) -> Bandwidth:
         """`sigma`, read from the device."""
         return float(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
 
@@ -251,10 +253,12 @@ class BatchLoss(nn.Module):
         if self._options.cs_captions == "all":
             extra_texts = torch.cat([unpaired_texts, others, further])
         scale = self._scale or self.log_scale.exp()
+        most = self._scale or max(MAX_LOGIT_SCALE, self._options.logit_scale)
         parts = self._objective(
             images,
             texts,
             logit_scale=scale,
+            max_scale=most,
             logit_bias=self.logit_bias,
             sigma=self._bandwidth(images, texts, step),
             owner=batch.owner,
@@ -269,6 +273,7 @@ class BatchLoss(nn.Module):
             images[batch.others],
             others,
             logit_scale=scale,
+            max_scale=most,
             logit_bias=self.logit_bias,
             x_extra=unpaired_images,
             y_extra=unpaired_texts,
@@ -318,7 +323,7 @@ class BatchLoss(nn.Module):
         counts = [share.stop - share.start for share in shares]
         return all_gather_rows(embeddings[: counts[distributed.world().rank]], counts)
 
-    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Tensor | Sigma:
+    def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
         """Return sigma for this batch; measure at times how much of the kernel is diagonal."""
         if not self._has_bandwidth:
             return 1.0
@@ -329,17 +334,16 @@ class BatchLoss(nn.Module):
             self.sigma = (self.log_scale.detach() / -2).exp()
         elif self._options.bandwidth == "median" and is_due:
             self.sigma = distributed.broadcast_tensor(
-                lambda: torch.as_tensor(median_distance(x, y)).float().clamp(min=MIN_MEDIAN),
-                self.log_scale,
+                lambda: median_distance(x, y).clamp(min=MIN_MEDIAN), self.log_scale
             )
         assert self.sigma is not None
         if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:
-            widest = max(self.sigma) if isinstance(self.sigma, tuple) else self.sigma
-            shares = [diagonal_share(side, sigma=widest) for side in (x, y)]
-            self.diagonal_share = torch.maximum(*map(torch.as_tensor, shares))
+            self.diagonal_share = torch.maximum(
+                diagonal_share(x, sigma=self.sigma), diagonal_share(y, sigma=self.sigma)
+            )
         return self.sigma
 
-    def warn_if_narrow(self, sigma: Sigma | None, share: float) -> None:
+    def warn_if_narrow(self, bandwidth: Bandwidth, share: float) -> None:
         """Warn once if a `diagonal_share` is large."""
         if share > NEARLY_DIAGONAL and not self._warned:
             self._warned = True
@@ -347,6 +351,6 @@ class BatchLoss(nn.Module):
                 "bandwidth %.3g is so small that %.0f %% of the kernel's mass is each row with "
                 "itself: the divergence then only pulls the nearest cross pairs together and "
                 "retrieval suffers; use --bandwidth median or 0.5 and above",
-                max(sigma) if isinstance(sigma, tuple) else sigma,
+                max(bandwidth) if isinstance(bandwidth, tuple) else bandwidth,
                 100 * share,
             )

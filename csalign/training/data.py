@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -297,14 +297,19 @@ class Unpaired:
             if n
         }
 
+    def locate(self, side: Modality, chosen: Ints) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Yield the number of each part of a side, and the rows in it of ascending row numbers."""
+        start = 0
+        for number, (_, rows) in enumerate(self.parts[side]):
+            own = slice(*np.searchsorted(chosen, (start, start + len(rows))))
+            yield number, rows[chosen[own] - start]
+            start += len(rows)
+
     def take(self, side: Modality, chosen: Ints) -> Array:
         """Take rows by ascending number; (k, d) float32."""
-        found, start = [], 0
-        for values, rows in self.parts[side]:
-            own = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
-            found.append(values[rows[own]].astype(np.float32))
-            start += len(rows)
-        return np.concatenate(found)
+        parts = self.parts[side]
+        found = [parts[number].values[rows] for number, rows in self.locate(side, chosen)]
+        return np.concatenate(found, dtype=np.float32)
 
 
 def gather_unpaired(

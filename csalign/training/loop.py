@@ -191,6 +191,7 @@ class Trainer:
         with ExitStack() as stack:
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(self._loader.reading_ahead())
             if self._options.compile:  # train uncompiled if there is no compiler
                 stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
             while True:

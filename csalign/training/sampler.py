@@ -1,6 +1,7 @@
 """Pairs of an epoch in random order, and batches of them as tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from csalign.adapters.side import to_tensor
 from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.features.join import Mask, Pairs, compact
 from csalign.features.streaming import MIB
-from csalign.features.tokens import Wanted, take_together
+from csalign.features.tokens import PaddedTokens, Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
 from csalign.training.config import DataOptions
 from csalign.training.data import StoredTokens, Unpaired
+from csalign.training.device_rows import DeviceRows, Picked, Pieces, upload, upload_numbers
 
 Ints = npt.NDArray[Any]
 
@@ -266,6 +267,22 @@ class Batch(NamedTuple):
     token_pairs: tuple[Tensor, Tensor]  # (p,) positions of images and texts
 
 
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A batch as row numbers."""
+
+    place: dict[str, int]  # of the batch after it, see `BatchLoader.state_dict`
+    picked: dict[Modality, list[Picked]]  # rows of the set's array (0) and of the pool's (1 ...)
+    counts: dict[Modality, list[int]]  # see `SideBatch`
+    shares: dict[Modality, slice]  # of this process, among the rows of a side
+    owner: Ints | None
+    others: Ints
+    token_pairs: tuple[Ints, Ints]
+    tokens: dict[Modality, PaddedTokens]
+    partner: Ints  # (b,) the pair that each is mixed with, (0,) without mixing
+    coefficient: float  # of that
+
+
 @dataclass
 class BatchLoader:
     """Endless iterator over the batches of epoch after epoch.
@@ -288,28 +305,60 @@ class BatchLoader:
     def __post_init__(self) -> None:
         sides = self.tokens.sources if self.tokens else ()
         self._table_rows = {side: self.rows.table_rows(side) for side in sides}
+        pool = self.unpaired.parts
+        arrays = {
+            side: [self.rows.embeddings(side), *(part.values for part in pool[side])]
+            for side in Modality
+        }
+        self._device_rows = DeviceRows(arrays, self.device)
         self.load_state_dict({"epoch": 0, "batch": 0})
 
     def __iter__(self) -> "BatchLoader":
         return self
 
     def __next__(self) -> Batch:
-        while (rows := next(self._epoch_rows, None)) is None:
-            self.load_state_dict({"epoch": self._epoch + 1, "batch": 0})
-        self._batch += 1
-        return self._tensors(rows, np.random.default_rng([self.seed, 1, self._epoch, self._batch]))
+        planned, pieces = next(self._planned)
+        self._place = planned.place
+        return self._tensors(planned, pieces)
 
     def state_dict(self) -> dict[str, int]:
         """Return the place of the next batch."""
-        return {"epoch": self._epoch, "batch": self._batch}
+        return dict(self._place)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from the place that `state_dict` returned."""
-        self._epoch, self._batch = state["epoch"], state["batch"]
-        rng = np.random.default_rng([self.seed, 0, self._epoch])
-        self._epoch_rows = islice(self.sampler.epoch(self.batch_size, rng), self._batch, None)
+        self._place = dict(state)
+        self._planned: Generator[tuple[PlannedBatch, Pieces | None]] = (
+            (planned, None) for planned in self._plan_all(self._place)
+        )
 
-    def _tensors(self, rows: BatchRows, rng: np.random.Generator) -> Batch:
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Keep the rows on the device in this block if they fit, else read them ahead."""
+        self._device_rows.keep()
+        if not self._device_rows.kept:
+            self._planned = self._device_rows.read_ahead(self._plan_all(self._place))
+        try:
+            yield
+        finally:
+            self._planned.close()
+            self._device_rows.release()
+            self.load_state_dict(self._place)
+
+    def _plan_all(self, place: Mapping[str, int]) -> Iterator[PlannedBatch]:
+        """Yield batches from a place on."""
+        epoch, batch = place["epoch"], place["batch"]
+        while True:
+            rng = np.random.default_rng([self.seed, 0, epoch])
+            for rows in islice(self.sampler.epoch(self.batch_size, rng), batch, None):
+                batch += 1
+                own = np.random.default_rng([self.seed, 1, epoch, batch])
+                yield self._plan(rows, {"epoch": epoch, "batch": batch}, own)
+            epoch, batch = epoch + 1, 0
+
+    def _plan(
+        self, rows: BatchRows, place: dict[str, int], rng: np.random.Generator
+    ) -> PlannedBatch:
         has_other = np.flatnonzero(rows.others >= 0) if rows.others is not None else rows.texts[:0]
         if len(has_other) < 2:  # the pairwise loss needs a negative
             has_other = has_other[:0]
@@ -325,61 +374,63 @@ class BatchLoader:
             for side in Modality
         }
         token_pairs, tokens = self._sample_tokens(rows, stored, rng)
-        images, texts = self._read(
-            {side: np.concatenate(own) for side, own in stored.items()},
-            drawn,
-            len(rows.images),
-            rng,
-        )
-        b, m, k, j = len(rows.images), len(rows.texts), len(others), len(further)
-        return Batch(
-            SideBatch(images, [b, 0, 0, len(drawn[Modality.IMAGE])], tokens.get(Modality.IMAGE)),
-            SideBatch(texts, [m, k, j, len(drawn[Modality.TEXT])], tokens.get(Modality.TEXT)),
-            None if rows.owner is None else self._to_device(rows.owner),
-            self._to_device(has_other),
-            token_pairs,
-        )
+        counts = {side: [*map(len, stored[side]), len(drawn[side])] for side in Modality}
+        shares, picked = {}, {}
+        for side, own in counts.items():
+            share = distributed.share_of(sum(own))
+            shares[side] = share if share.stop > share.start else slice(0, 1)
+            part = slice(0, sum(own)) if self.mixing else shares[side]
+            picked[side] = self._pick(side, np.concatenate(stored[side]), drawn[side], part)
+        partner, coefficient = rows.images[:0], 1.0
+        if self.mixing:
+            partner = rng.permutation(len(rows.images))
+            coefficient = float(rng.beta(self.mixing, self.mixing))
+        pairs = rows.owner, has_other, token_pairs
+        return PlannedBatch(place, picked, counts, shares, *pairs, tokens, partner, coefficient)
 
-    def _read(
-        self,
-        stored: Mapping[Modality, Ints],
-        drawn: Mapping[Modality, Ints],
-        pairs: int,
-        rng: np.random.Generator,
-    ) -> list[Tensor]:
-        """Read this process's share of each side: the stored rows, pairs first, then the drawn.
+    def _pick(self, side: Modality, stored: Ints, drawn: Ints, part: slice) -> list[Picked]:
+        """Pick the rows of a part of one side: the stored rows, pairs first, then the drawn."""
+        first, last = (max(0, end - len(stored)) for end in (part.start, part.stop))
+        located = self.unpaired.locate(side, drawn[first:last])
+        picked = [Picked(0, stored[part]), *(Picked(n + 1, own) for n, own in located)]
+        return [own for own in picked if len(own.rows)]
+
+    def _tensors(self, planned: PlannedBatch, pieces: Pieces | None) -> Batch:
+        """Make the tensors of a batch, of rows that were read already or of those on the device.
 
         With mixing, each pair is mixed with another.
         """
-        totals = [len(stored[side]) + len(drawn[side]) for side in Modality]
-        shares = [distributed.share_of(total) for total in totals]
-        shares = [own if own.stop > own.start else slice(0, 1) for own in shares]
-        found = []
-        for side, share in zip(Modality, shares, strict=True):
-            part = slice(0, len(stored[side]) + len(drawn[side])) if self.mixing else share
-            first, last = (max(0, end - len(stored[side])) for end in (part.start, part.stop))
-            values = [self.rows.embeddings(side)[stored[side][part]]]
-            unpaired = drawn[side][first:last]
-            if len(unpaired):
-                values.append(self.unpaired.take(side, unpaired))
-            found.append(torch.cat([to_tensor(own, self.device) for own in values]))
-        if not self.mixing:
-            return found
-        partner = self._to_device(rng.permutation(pairs))
-        units = [normalize(own[:pairs], dim=1) for own in found]
-        mixed = mix_pairs(units[0], units[1], float(rng.beta(self.mixing, self.mixing)), partner)
-        return [
-            torch.cat([own, rest[pairs:]])[share]
-            for own, rest, share in zip(mixed, found, shares, strict=True)
-        ]
+        source, device = self._device_rows, self.device
+        takes = pieces is None and bool(source.kept)
+        chosen = [own.rows for side in planned.picked.values() for own in side] if takes else []
+        owner = planned.others[:0] if planned.owner is None else planned.owner
+        numbers = [owner, planned.others, *planned.token_pairs, planned.partner, *chosen]
+        owners, others, x, y, partner, *rows = upload_numbers(numbers, device)
+        if pieces is None:
+            pieces = source.take(planned, rows) if takes else source.read(planned)
+        found = {side: [own.float() for own in pieces[side]] for side in Modality}
+        joined = {side: own[0] if len(own) == 1 else torch.cat(own) for side, own in found.items()}
+        if self.mixing:
+            pairs = len(partner)
+            units = [normalize(own[:pairs], dim=1) for own in joined.values()]
+            mixed = mix_pairs(units[0], units[1], planned.coefficient, partner)
+            for (side, own), pair in zip(joined.items(), mixed, strict=True):
+                joined[side] = torch.cat([pair, own[pairs:]])[planned.shares[side]]
+        tokens = {
+            side: (upload(own.values, device).float(), upload(own.mask, device))
+            for side, own in planned.tokens.items()
+        }
+        images, texts = (
+            SideBatch(joined[side], planned.counts[side], tokens.get(side)) for side in Modality
+        )
+        return Batch(images, texts, None if planned.owner is None else owners, others, (x, y))
 
     def _sample_tokens(
         self, rows: BatchRows, stored: Mapping[Modality, list[Ints]], rng: np.random.Generator
-    ) -> tuple[tuple[Tensor, Tensor], dict[Modality, tuple[Tensor, Tensor]]]:
+    ) -> tuple[tuple[Ints, Ints], dict[Modality, PaddedTokens]]:
         """Draw the pairs of the token term, and read some tokens of each row that needs any."""
         if self.tokens is None:
-            none = self._to_device(rows.images[:0])
-            return (none, none), {}
+            return (rows.images[:0], rows.images[:0]), {}
         texts = np.arange(len(rows.texts))
         if len(texts) > self.tokens.pairs:
             texts = np.sort(rng.choice(len(texts), self.tokens.pairs, replace=False))
@@ -390,11 +441,4 @@ class BatchLoader:
             own = np.concatenate(stored[side]) if side in self.tokens.mixed else chosen[side]
             draws = rng.random((len(own), self.tokens.samples))
             wanted.append(Wanted(source, self._table_rows[side][own], draws))
-        tokens = {
-            side: (to_tensor(found.values, self.device), self._to_device(found.mask))
-            for side, found in zip(self._table_rows, take_together(wanted), strict=True)
-        }
-        return (self._to_device(images), self._to_device(texts)), tokens
-
-    def _to_device(self, values: Ints) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return (images, texts), dict(zip(self._table_rows, take_together(wanted), strict=True))

@@ -1,0 +1,215 @@
+"""Embeddings to train on, where a step takes them: kept on the device, or sent to it ahead.
+
+Rows in memory are used as they are on the CPU, and copied to a CUDA device once if they fit. Else a
+thread reads those of the next batches while the device computes, and sends a block of them at once.
+"""
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from queue import Queue
+from threading import Event, Semaphore, Thread
+from typing import Any, NamedTuple, Protocol, TypeVar
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from csalign.core import distributed
+from csalign.core.enums import Modality
+from csalign.features.streaming import MIB
+
+log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+
+SHARE = 0.5  # of a device's free memory, for embeddings that are kept there
+BLOCK_BYTES = 32 * MIB  # of embeddings that are sent together
+BLOCKS = 2  # at most: one that batches are taken of, one that is read
+CHUNK_ROWS = 65_536  # copied at once
+_ALIGNED = 64  # bytes, of which the rows in a block begin at a multiple
+
+
+class Picked(NamedTuple):
+    """Rows (k,) of one of the arrays of a side."""
+
+    array: int
+    rows: npt.NDArray[Any]
+
+
+class Plan(Protocol):
+    """A batch of which the rows are known but not read."""
+
+    @property
+    def picked(self) -> Mapping[Modality, Sequence[Picked]]:
+        """Rows of each side."""
+
+
+P = TypeVar("P", bound=Plan)
+Pieces = Mapping[Modality, Sequence[Tensor]]
+"""Rows (k, d) on the device in the stored dtype, for each `Picked`."""
+
+
+def upload(values: Array, device: torch.device) -> Tensor:
+    """Copy an array to a device without waiting for it; a tensor on the CPU shares its memory."""
+    with catch_warnings():
+        simplefilter("ignore")  # that the memory is read-only: nothing writes to these tensors
+        own = torch.from_numpy(values)
+    if device.type == "cuda":
+        return own.pin_memory().to(device, non_blocking=True)
+    return own.to(device)
+
+
+def upload_numbers(numbers: Sequence[Array], device: torch.device) -> Sequence[Tensor]:
+    """Copy vectors of integers to a device as int64, all in one copy and without waiting."""
+    packed = np.concatenate(numbers, dtype=np.int64)
+    return torch.split(upload(packed, device), [len(own) for own in numbers])
+
+
+class DeviceRows:
+    """Arrays of embeddings of both sides, rows of which become tensors on a device.
+
+    Args:
+        arrays: of each side, each (n, d), in memory or mapped.
+        device: to compute on.
+
+    Attributes:
+        kept: the arrays on the device, by their identity; empty where rows are read on the host.
+    """
+
+    def __init__(self, arrays: Mapping[Modality, Sequence[Array]], device: torch.device) -> None:
+        self._arrays, self._device = arrays, device
+        self._distinct = {id(own): own for side in arrays.values() for own in side}
+        self.kept: dict[int, Tensor] = {}
+        mapped = any(isinstance(own, np.memmap) for own in self._distinct.values())
+        if device.type == "cpu" and not mapped:
+            self.kept = {key: upload(own, device) for key, own in self._distinct.items()}
+
+    def keep(self) -> None:
+        """Copy all arrays to a CUDA device, if they fit into half of its free memory."""
+        if self._device.type != "cuda" or self.kept:
+            return
+        size = sum(own.nbytes for own in self._distinct.values())
+        free, _ = torch.cuda.mem_get_info(self._device)
+        fits = size <= SHARE * free
+        if distributed.is_main_process():
+            where = "kept there" if fits else f"more than {SHARE:.0%}, so sent in blocks"
+            figures = self._device, -(-size // MIB), free // MIB, where
+            log.info("embeddings on %s: %d MiB of %d MiB free, %s", *figures)
+        for key, own in self._distinct.items() if fits else ():
+            copied = self.kept[key] = torch.empty(own.shape, dtype=_dtype(own), device=self._device)
+            for start in range(0, len(own), CHUNK_ROWS):
+                chunk = slice(start, start + CHUNK_ROWS)
+                copied[chunk] = upload(np.ascontiguousarray(own[chunk]), self._device)
+
+    def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
+        """Take the rows of a batch from arrays that are kept.
+
+        Args:
+            plan: the batch.
+            rows: each (k,) int64, the rows of all that is picked, on the device.
+        """
+        left = iter(rows)
+        return {
+            side: [
+                torch.index_select(self.kept[id(self._arrays[side][own.array])], 0, next(left))
+                for own in picked
+            ]
+            for side, picked in plan.picked.items()
+        }
+
+    def read(self, plan: Plan) -> Pieces:
+        """Read the rows of a batch on the host, and copy them to the device."""
+        return {
+            side: [upload(own, self._device) for own in found]
+            for side, found in self._gather(plan).items()
+        }
+
+    def read_ahead(self, plans: Iterator[P]) -> Generator[tuple[P, Pieces]]:
+        """Yield batches with their rows, which a thread reads and sends in blocks.
+
+        What fails in the thread is raised here. Closing the iterator ends the thread.
+        """
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        blocks: Queue[_Block | BaseException] = Queue()
+        room, ended = Semaphore(BLOCKS), Event()
+
+        def read() -> None:
+            try:
+                while room.acquire() and not ended.is_set():
+                    blocks.put(self._read_block(plans, stream))
+            except BaseException as error:
+                blocks.put(error)
+
+        thread = Thread(target=read, name="csalign-rows", daemon=True)
+        thread.start()
+        try:
+            while True:
+                block = blocks.get()
+                if isinstance(block, BaseException):
+                    raise block
+                if stream is not None:
+                    computing = torch.cuda.current_stream(self._device)
+                    computing.wait_event(block.arrived)
+                    block.memory.record_stream(computing)
+                yield from block.batches
+                del block
+                room.release()
+        finally:
+            ended.set()
+            room.release()
+            thread.join()
+
+    def _gather(self, plan: Plan) -> dict[Modality, list[Array]]:
+        return {
+            side: [self._arrays[side][array][rows] for array, rows in picked]
+            for side, picked in plan.picked.items()
+        }
+
+    def _read_block(self, plans: Iterator[Plan], stream: Any) -> "_Block":
+        """Read the rows of the next batches, and begin to send them."""
+        read: list[tuple[Plan, dict[Modality, list[Array]]]] = []
+        size = 0
+        while size < BLOCK_BYTES:
+            plan = next(plans)
+            read.append((plan, self._gather(plan)))
+            size += sum(_padded(own) for found in read[-1][1].values() for own in found)
+        flat = [own for _, sides in read for found in sides.values() for own in found]
+        with torch.cuda.stream(stream):  # nothing without one
+            packed = torch.empty(size, dtype=torch.uint8, pin_memory=stream is not None)
+            for rows, own in zip(_divide(packed, flat), flat, strict=True):
+                rows.numpy()[...] = own
+            sent = packed.to(self._device, non_blocking=stream is not None)
+            arrived = None if stream is None else stream.record_event()
+        pieces = iter(_divide(sent, flat))
+        batches = [
+            (plan, {side: [next(pieces) for _ in found] for side, found in sides.items()})
+            for plan, sides in read
+        ]
+        return _Block(batches, sent, arrived)
+
+
+class _Block(NamedTuple):
+    """Batches with their rows, which share one memory on the device."""
+
+    batches: list[tuple[Any, Pieces]]
+    memory: Tensor
+    arrived: Any  # event of CUDA, after which the memory is filled
+
+
+def _padded(own: Array) -> int:
+    return -(-own.nbytes // _ALIGNED) * _ALIGNED
+
+
+def _divide(memory: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
+    """Return a part of some bytes for each array, as a tensor of its shape and dtype."""
+    parts = torch.split(memory, [_padded(own) for own in arrays])
+    return [
+        part[: own.nbytes].view(_dtype(own)).view(own.shape)
+        for part, own in zip(parts, arrays, strict=True)
+    ]
+
+
+def _dtype(own: Array) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, own.dtype)).dtype
