@@ -20,7 +20,6 @@ from csalign.evaluation.baselines import measure_baselines
 from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.measure import describe, extras_of, measure
-from csalign.evaluation.page import check_report, write_report
 from csalign.features import join
 from csalign.features.checks import check_directions
 from csalign.features.reader import FeatureSet
@@ -89,7 +88,11 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
 
 def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict[str, Any]:
     """Measure features; append to `unwritten` why the page could not be written."""
-    check_report(config)
+    if config.report is not None:
+        # Plotly takes a third of a second to load.
+        from csalign.evaluation.page import check_report, write_report
+
+        check_report(config)
     if config.zero_shot is not None and FeatureSet.open(config.feature_set).texts.info is None:
         return distributed.broadcast(lambda: _classify_images(config))
     if distributed.is_main_process() or config.index == "exact":

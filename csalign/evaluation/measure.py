@@ -30,7 +30,8 @@ from csalign.metrics.bootstrap import FoldMeans, Resampled, Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.groups import GroupTasks, group_tasks
 from csalign.metrics.mixed import MixedRanks, rank_mixed
-from csalign.metrics.retrieval import DirectionRanks, hubness
+from csalign.metrics.neighbours import Neighbours
+from csalign.metrics.retrieval import DirectionRanks, hubness, hubness_of
 
 COLLAPSED_RANK = 1.5  # effective dimensions
 
@@ -52,6 +53,7 @@ class Evaluation:
     extras: Extras | None
     device: str = "auto"
     labels: GroupLabels | None = None  # of the images, for the figures of groups
+    neighbours: tuple[tuple[Neighbours, Neighbours], ...] = ()  # per fold, found while ranking
 
     @cached_property
     def ranks(self) -> protocols.Ranks:
@@ -81,6 +83,14 @@ class Evaluation:
         """Block "gap" of the document."""
         rows = self.aligned.images, self.aligned.texts, self.aligned.rows.text_image
         return gap_suite(*rows, sigma=self.options.bandwidth, seed=self.options.seed)
+
+    @cached_property
+    def hubness(self) -> dict[str, Any]:
+        """Block "hubness" of the document."""
+        found = [hubness_of(own) for own in self.neighbours] or [
+            hubness(fold.images, fold.texts) for fold in self.folds
+        ]
+        return protocols.mean_of(found)
 
     @cached_property
     def mixed(self) -> tuple[MixedRanks, ...]:
@@ -143,7 +153,9 @@ class Evaluation:
     def of_rows(self, images: Floats, texts: Floats) -> "Evaluation":
         """Rank other embeddings of the same rows: unit rows (n, d) and (m, d)."""
         plain = replace(self.aligned, images=images, texts=texts, adapter=None)
-        return measure_rows(plain, self.options, labels=self.labels, device=self.device)
+        return measure_rows(
+            plain, self.options, labels=self.labels, device=self.device, with_neighbours=False
+        )
 
 
 def measure(config: EvalConfig) -> Evaluation:
@@ -177,6 +189,7 @@ def measure_rows(
     labels: GroupLabels | None = None,
     device: str = "auto",
     divided: bool = False,
+    with_neighbours: bool = True,
 ) -> Evaluation:
     """Rank rows that are embedded already.
 
@@ -187,15 +200,24 @@ def measure_rows(
         labels: of the images, as `clustered_labels` returns them; None for no figures of groups.
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
+        with_neighbours: whether exact ranking finds the neighbours too, for hubness.
     """
     rows, twins = aligned.rows, protocols.find_twins(aligned.rows)
     whole = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, twins)
     folds = protocols.split_folds(options.protocol, whole)
+    neighbours: tuple[tuple[Neighbours, Neighbours], ...] = ()
     if options.index == "exact":
         chosen = pick_device(device)
         chosen = chosen if chosen.type == "cuda" else torch.device("cpu")
         index: dict[str, Any] = {"kind": "exact", "device": chosen.type}
-        ranks = tuple(fold.rank(chosen, divided=divided) for fold in folds)
+        if with_neighbours:
+            neighbours = tuple(
+                (Neighbours(len(f.images), chosen), Neighbours(len(f.texts), chosen)) for f in folds
+            )
+        ranks = tuple(
+            fold.rank(chosen, divided=divided, neighbours=own)
+            for fold, own in zip(folds, neighbours or [None] * len(folds), strict=True)
+        )
     else:
         found = [
             rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, options.index)
@@ -208,7 +230,7 @@ def measure_rows(
             "listed": LISTED,
             f"recall@{JUDGED_BY}": dict(zip(protocols.DIRECTIONS, recalls, strict=True)),
         }
-    return Evaluation(aligned, options, folds, ranks, index, extras, device, labels)
+    return Evaluation(aligned, options, folds, ranks, index, extras, device, labels, neighbours)
 
 
 def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, Any]:
@@ -240,7 +262,7 @@ def describe(evaluation: Evaluation, *, with_before: bool = False) -> dict[str, 
         "protocol": protocols.protocol_block(options.protocol, aligned.split, aligned.rows),
         **figures,
         **evaluation.twins,
-        "hubness": protocols.mean_of([hubness(fold.images, fold.texts) for fold in folds]),
+        "hubness": evaluation.hubness,
         **extra,
         "intervals": intervals,
         **({} if before is None else {"before": figures_of(before)}),

@@ -18,6 +18,7 @@ from csalign.features.checks import alike
 from csalign.features.duplicates import Links
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet
+from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks, mean_recall, rank_both_ways
 from csalign.metrics.twins import Twins
 
@@ -87,9 +88,16 @@ class Gallery:
     text_image: Ints
     twins: Twins | None = None
 
-    def rank(self, device: torch.device | None = None, *, divided: bool = False) -> Ranks:
+    def rank(
+        self,
+        device: torch.device | None = None,
+        *,
+        divided: bool = False,
+        neighbours: tuple[Neighbours, Neighbours] | None = None,
+    ) -> Ranks:
         """Rank both ways; arguments as of `rank_both_ways`."""
-        return rank_both_ways(self.images, self.texts, self.text_image, device, divided=divided)
+        rows = self.images, self.texts, self.text_image
+        return rank_both_ways(*rows, device, divided=divided, neighbours=neighbours)
 
 
 def select(name: Protocol, rows: PairedRows) -> PairedRows:

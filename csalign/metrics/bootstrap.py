@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from csalign.core.progress import tick
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
@@ -27,7 +28,8 @@ Interval = tuple[float, float]
 LEVEL = 0.95
 FEWEST_IMAGES = 20  # with fewer, the resamples are too similar to support a verdict
 CELLS = 4 << 20  # weights of resamples at a time: 32 MB
-PAIRS_AT_A_TIME = 16_384
+PAIRS_AT_A_TIME = 2_048
+MIDDLE = (0.4, 0.6)  # of the ranks, which has the median of nearly all resamples
 CENTROID = ("centroid_distance",)
 BIASED = (("groups", "v_measure"), ("groups", "ari"))  # copies of a row agree with each other
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -237,9 +239,22 @@ class _RetrievalSums:
         count = weights @ self.queries
         means = weights.astype(np.float64) @ np.stack(list(self.sums.values()), axis=1)
         found = {name: column / count for name, column in zip(self.sums, means.T, strict=True)}
-        below = np.cumsum(weights[:, self.owners], axis=1)  # drawn queries up to each rank
-        places = ((below <= middle[:, None]).sum(1) for middle in ((count - 1) // 2, count // 2))
-        return found | {"median_rank": sum(self.first[place] for place in places) / 2}
+        return found | {"median_rank": self._medians(weights, count)}
+
+    def _medians(self, weights: Ints, count: Floats) -> Floats:
+        """Compute the median rank of each resample, of count (resamples,) queries."""
+        n = len(self.first)
+        middles = (count - 1) // 2, count // 2
+        for start, stop in (((np.array(MIDDLE) * n).astype(int)), (0, n)):
+            before = np.bincount(self.owners[:start], minlength=weights.shape[1])
+            # Drawn queries up to each rank.
+            below = np.cumsum(weights[:, self.owners[start:stop]], axis=1)
+            below += (weights @ before.astype(np.float64)).astype(np.int64)[:, None]
+            places = [(below <= middle[:, None]).sum(1) for middle in middles]
+            if start == 0 or (places[0].min() > 0 and places[1].max() < stop - start):
+                break
+        medians: Floats = sum(self.first[start + place] for place in places) / 2
+        return medians
 
 
 @dataclass(frozen=True)
@@ -258,13 +273,14 @@ class _GapSums:
     @classmethod
     def of(cls, images: Rows, texts: Rows, units: Units) -> "_GapSums":
         summed = np.zeros((units.count, texts.shape[1]), np.float32)
-        np.add.at(summed, units.of_text, texts)
+        rows = torch.from_numpy(units.of_text), torch.from_numpy(texts)
+        torch.from_numpy(summed).index_add_(0, *rows)
         members = (np.arange(units.images), units.of_text, units.owners)
         distances = np.empty(len(units.paired))
         for start in range(0, len(distances), PAIRS_AT_A_TIME):
             some = slice(start, start + PAIRS_AT_A_TIME)
             apart = images[units.owners[some]] - texts[units.paired[some]]
-            distances[some] = np.square(apart, dtype=np.float64).sum(axis=1)
+            distances[some] = np.einsum("ij,ij->i", apart, apart)
         counts = np.stack([units.total(rows) for rows in members], axis=1)
         return cls(images, summed, counts, units.total(units.owners, distances))
 

@@ -1,7 +1,7 @@
 """The modality gap: how far apart two sets of unit embeddings are, each figure with its source.
 
-x are images (n, d), y are texts (m, d), both unit rows of any float dtype; every figure is computed
-in float64, sums over rows in chunks. If a side has more than `MAX_ROWS`, the mean kernels over all
+x are images (n, d), y are texts (m, d), both unit rows of any float dtype; sums over rows are
+float64, in chunks. If a side has more than `MAX_ROWS`, the mean kernels over all
 pairs of rows are estimated by landmarks, with standard errors, and the linear classifier uses
 `MAX_ROWS` per side.
 """
@@ -9,7 +9,7 @@ pairs of rows are estimated by landmarks, with standard errors, and the linear c
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 MAX_ROWS = 5_000
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 4_096
 SPECTRUM = 64
 UNIFORMITY_SIGMA = 0.5  # exp(-2 |x - y|^2) is the Gaussian kernel of this bandwidth
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1_000.0  # of the paper on CMMD
@@ -64,20 +64,21 @@ def gap_suite(
     few_x, few_y = images[rows_x].double(), texts[rows_y].double()
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
     tick("covariances")
-    roots = _covariance_root(images), _covariance_root(texts)
-    (rank_x, spectrum_x), (rank_y, spectrum_y) = map(_spectrum, roots)
+    moments = _Moments.of(images), _Moments.of(texts)
+    (rank_x, spectrum_x), (rank_y, spectrum_y) = (_spectrum(own.root) for own in moments)
     figures, errors = _kernel_figures(images, texts, (few_x, few_y), sigma, seed)
     tick("gap")
-    parts = _frechet_parts(centroid_distance(images, texts), *roots)
+    apart = alignment(images, texts, pairs)
+    parts = _frechet_parts(*moments)
     return {
-        "centroid_distance": centroid_distance(images, texts),
-        "rmg": relative_modality_gap(images, texts, pairs),
+        "centroid_distance": math.sqrt(parts["centroid"]),
+        "rmg": _rmg(apart, *moments),
         "cs_divergence": figures["cs_divergence"],
         "mmd": figures["mmd"],
         "frechet": sum(parts.values()),
         "frechet_parts": parts,
         "linear_separability": linear_separability(few_x, few_y, folds_x[rows_x], folds_y[rows_y]),
-        "alignment": alignment(images, texts, pairs),
+        "alignment": apart,
         "uniformity": figures["uniformity"],
         "effective_rank": {"image": rank_x, "text": rank_y},
         "spectrum": {"image": spectrum_x, "text": spectrum_y},
@@ -89,7 +90,7 @@ def _kernel_figures(
     x: Tensor, y: Tensor, few: tuple[Tensor, Tensor], sigma: float, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute the figures that are mean kernels, and their standard errors, {} if exact."""
-    sigmas = sigma, UNIFORMITY_SIGMA
+    sigmas = tuple({sigma: None, UNIFORMITY_SIGMA: None})
     if len(few[0]) < len(x) or len(few[1]) < len(y):
         values, errors = _values_and_errors(estimate_mean_kernels(x, y, sigmas=sigmas, seed=seed))
         if all(map(math.isfinite, (errors["cs_divergence"], errors["mmd"]))):
@@ -105,7 +106,7 @@ def _kernel_figures(
 
 def _values_and_errors(means: list[MeanKernels]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Nest the figures of the mean kernels at both bandwidths as `gap_suite` does."""
-    at_sigma, of_uniformity = means
+    at_sigma, of_uniformity = means[0], means[-1]
     cs, mmd, parts = at_sigma.cs_divergence(), at_sigma.mmd(), of_uniformity.uniformity()
     values, errors = (
         {
@@ -129,20 +130,58 @@ def relative_modality_gap(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) ->
     p is the mean of (1 - cos) / 2 over the matched image and text rows of pairs, (k,) each; w the
     mean over all ordered pairs i != j inside each modality, averaged over the two.
     """
+    return _rmg(alignment(x, y, pairs), _Moments.of(x), _Moments.of(y))
+
+
+def _rmg(apart: float, *moments: "_Moments") -> float:
     # Unit rows: (1 - cos) / 2 = |x - y|^2 / 4.
-    across = alignment(x, y, pairs) / 4
-    within = (_mean_distance_within(x) + _mean_distance_within(y)) / 2
+    across, within = apart / 4, sum(own.distance_within() for own in moments) / 2
     return across / (across + within) if across + within else 0.0
 
 
-def _mean_distance_within(x: Tensor) -> float:
-    n = len(x)
-    if n < 2:
-        return 0.0
-    # sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2, without the n x n matrix.
-    squares = sum(float(chunk.square().sum()) for chunk in _chunks(x))
-    off_diagonal = float((_mean(x) * n).square().sum()) - squares
-    return (1 - off_diagonal / (n * (n - 1))) / 2
+class _Moments(NamedTuple):
+    """Moments of rows (n, d), in float64."""
+
+    rows: int
+    mean: Tensor  # (d,)
+    squares: float  # sum of the squared norms
+    root: Tensor  # R with R^T R = the biased covariance, at most (d, d)
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Moments":
+        n, width = x.shape
+        shift, total, gram = None, torch.zeros(width).double(), torch.zeros(width, width).double()
+        for chunk in _chunks(x):
+            shift = chunk.mean(0) if shift is None else shift
+            centred = chunk - shift
+            total += centred.sum(0)
+            if n > width:
+                gram += _gram(centred)
+        mean = shift + total / n
+        if n <= width:
+            root = (x.double() - mean) / math.sqrt(n)
+            return cls(n, mean, float(x.double().square().sum()), root)
+        covariance = gram / n - torch.outer(total, total) / n**2
+        values, vectors = torch.linalg.eigh(covariance)
+        rounding = width * torch.finfo(values.dtype).eps * values[-1]
+        values = torch.where(values < rounding, 0, values)
+        squares = float(n * (covariance.trace() + mean.square().sum()))
+        return cls(n, mean, squares, values.sqrt()[:, None] * vectors.T)
+
+    def distance_within(self) -> float:
+        """Compute the mean of (1 - cos) / 2 over the pairs of different rows."""
+        n = self.rows
+        if n < 2:
+            return 0.0
+        # sum_{i != j} x_i . x_j = |sum_i x_i|^2 - sum_i |x_i|^2, without the n x n matrix.
+        off_diagonal = float((self.mean * n).square().sum()) - self.squares
+        return (1 - off_diagonal / (n * (n - 1))) / 2
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Compute x^T x (d, d), by numpy, which uses that it is symmetric."""
+    rows = x.numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
@@ -152,18 +191,18 @@ def frechet_distance(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
     of the root is the sum of the singular values of R_x R_y^T, so rank-deficient covariances need
     no regularising. `unbiased` divides covariances by n - 1, as FID does, not by n.
     """
-    roots = (
-        _covariance_root(rows) * (math.sqrt(len(rows) / (len(rows) - 1)) if unbiased else 1)
-        for rows in (x, y)
-    )
-    return sum(_frechet_parts(centroid_distance(x, y), *roots).values())
+    return sum(_frechet_parts(_Moments.of(x), _Moments.of(y), unbiased=unbiased).values())
 
 
-def _frechet_parts(centroid: float, root_x: Tensor, root_y: Tensor) -> dict[str, float]:
+def _frechet_parts(x: _Moments, y: _Moments, *, unbiased: bool = False) -> dict[str, float]:
     """Split the Frechet distance into that of the means, and that of the centred Gaussians."""
+    root_x, root_y = (
+        own.root * (math.sqrt(own.rows / (own.rows - 1)) if unbiased else 1) for own in (x, y)
+    )
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
     traces = root_x.square().sum() + root_y.square().sum()
-    return {"centroid": centroid**2, "distribution": max(0.0, float(traces - 2 * cross))}
+    centroid = float((x.mean - y.mean).square().sum())
+    return {"centroid": centroid, "distribution": max(0.0, float(traces - 2 * cross))}
 
 
 def _spectrum(root: Tensor) -> tuple[float, list[float]]:
@@ -179,17 +218,6 @@ def _spectrum(root: Tensor) -> tuple[float, list[float]]:
     return rank, (values.square() / values.square().sum())[:SPECTRUM].tolist()
 
 
-def _covariance_root(x: Tensor) -> Tensor:
-    """Compute R with R^T R = the biased covariance, at most (d, d), by one QR per chunk."""
-    mean = _mean(x)
-    root = torch.zeros(0, x.shape[1], dtype=torch.float64)
-    for chunk in _chunks(x):
-        root = torch.cat([root, (chunk - mean) / math.sqrt(len(x))])
-        if len(root) > root.shape[1]:
-            root = torch.linalg.qr(root, mode="r").R
-    return root
-
-
 def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> float:
     """Measure the balanced accuracy of a linear classifier of x versus y; 0.5 without a gap.
 
@@ -197,14 +225,18 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
     counts half. 0.5 where a fold would leave a side empty. Folds are those of `pair_folds`: a twin
     of a held-out row among the training rows, with the other label, would lower the figure.
     """
-    correct = []
-    for fold in np.unique(folds_x):
-        here_x, here_y = (torch.from_numpy(folds == fold) for folds in (folds_x, folds_y))
-        if any(not here.any() or here.all() for here in (here_x, here_y)):
-            return 0.5
-        weights, bias = _fisher_plane(x[~here_x], y[~here_y])
-        for side, sign in ((x[here_x], 1), (y[here_y], -1)):
-            score = sign * (side @ weights + bias)
+    origin, names, correct = x.mean(0), np.unique(folds_x), []
+    sides = []
+    for rows, of in ((x, folds_x), (y, folds_y)):
+        extended = torch.cat([rows - origin, rows.new_ones(len(rows), 1)], dim=1)
+        sides.append([extended[torch.from_numpy(of == name)] for name in names])
+    if any(len(names) < 2 or min(map(len, own)) == 0 for own in sides):
+        return 0.5
+    grams = [[_gram(rows) for rows in own] for own in sides]
+    for k in range(len(names)):
+        plane = _fisher_plane(*(sum(own[:k] + own[k + 1 :]) for own in grams))
+        for own, sign in zip(sides, (1, -1), strict=True):
+            score = sign * (own[k] @ plane)
             correct.append(((score > 0).double() + (score == 0).double() / 2).mean())
     return float(torch.stack(correct).mean())
 
@@ -218,21 +250,27 @@ def pair_folds(
     return of_image, np.where(text_image >= 0, of_image[text_image], of_text)
 
 
-def _fisher_plane(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a regularised linear discriminant between two sets: weights (d,) and bias ()."""
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    roots = _covariance_root(x), _covariance_root(y)
-    within = (roots[0].T @ roots[0] + roots[1].T @ roots[1]) / 2
+def _fisher_plane(*grams: Tensor) -> Tensor:
+    """Fit a regularised linear discriminant between two sets: weights and bias (d + 1,).
+
+    A set is given by R^T R, (d + 1, d + 1), of its rows with a 1 at the end.
+    """
+    x, y = (gram[-1, :-1] / gram[-1, -1] for gram in grams)
+    covariances = (
+        gram[:-1, :-1] / gram[-1, -1] - torch.outer(mean, mean)
+        for gram, mean in zip(grams, (x, y), strict=True)
+    )
+    within = sum(covariances) / 2
     ridge = 1e-3 * within.trace() / len(within) + 1e-12
-    weights = torch.linalg.solve(within + ridge * torch.eye(len(within)).double(), mean_x - mean_y)
-    return weights, -weights @ (mean_x + mean_y) / 2
+    weights = torch.linalg.solve(within + ridge * torch.eye(len(within)).double(), x - y)
+    return torch.cat([weights, -(weights @ (x + y))[None] / 2])
 
 
 def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     """Average the squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
     total = 0.0
     for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
-        total += float((x[own].double() - y[matched].double()).square().sum())
+        total += float((x[own] - y[matched]).square().sum(1, dtype=torch.float64).sum())
     return total / len(pairs[0])
 
 

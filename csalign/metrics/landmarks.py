@@ -20,6 +20,7 @@ from torch import Tensor
 
 from csalign.core.progress import track
 from csalign.objective import kernels
+from csalign.objective.products import product
 
 BASE = 512  # rows per side
 WITNESSES = 512  # rows per side
@@ -104,12 +105,15 @@ def estimate_mean_kernels(
     union = torch.cat([draw(x, base), draw(y, base)])
     drawn = draw(x, witnesses), draw(y, witnesses)
     points = torch.cat([union, *drawn])
+    norms = points.square().sum(1)
     means = torch.zeros(len(sigmas), 2, len(points), dtype=torch.float64)
     for side, rows in enumerate((x, y)):
         # Products and sums of a tile in float32; only sums of tiles need more.
         tiles = torch.split(rows, TILE_ROWS)
         for tile in track(tiles, "mean kernels: blocks", len(tiles)):
-            squares = kernels.squared_distances(tile.float(), points)
+            values = tile.float()
+            squares = product(values, points).mul_(-2).add_(norms)
+            squares.add_(values.square().sum(1, keepdim=True)).clamp_(min=0)
             for i, sigma in enumerate(sigmas):
                 means[i, side] += squares.mul(-0.5 / sigma**2).exp_().sum(0)
         means[:, side] /= len(rows)

@@ -12,7 +12,9 @@ import torch
 
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import Place, nested
+from csalign.metrics.neighbours import largest, unpacked
 from csalign.metrics.retrieval import STRIP_BYTES
+from csalign.objective.products import product
 
 Rows = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
@@ -20,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 DEPTH = 10
 MOST_QUERIES = 2_000  # per side
+LAST = -9.0  # below any cosine
 TIE = 1e-6  # scores of unit rows closer than this are equal, up to rounding
 
 
@@ -122,14 +125,14 @@ class _Corpus:
         members, asking = self.by_owner[members], np.repeat(here, counts)
         values, places = [], []
         for other, (rows, start) in enumerate(zip(self.sides, self.starts, strict=True)):
-            scores = self.sides[side][queries] @ rows.T
+            scores = product(self.sides[side][queries], rows)
             is_there = (members >= self.starts[1]) == other
             scores[asking[is_there], members[is_there] - start] -= 2 * TIE
             if other == side:
-                scores[here, queries] = -torch.inf
-            best = scores.topk(min(DEPTH, len(rows)), dim=1)
-            values.append(best.values - TIE * (other != side))
-            places.append(best.indices + start)
+                scores[here, queries] = LAST
+            best, found = unpacked(largest(scores, DEPTH, start))
+            values.append(best - TIE * (other != side))
+            places.append(found)
         listed = torch.cat(values, dim=1).topk(min(DEPTH, len(self.owners) - 1), dim=1).indices
         first = torch.cat(places, dim=1).gather(1, listed).numpy()
         is_right = self.owners[first] == wanted[:, None]

@@ -1,9 +1,9 @@
 """Cross-modal retrieval: exact ranks of all matches in both directions, hubness, corrections."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 from threading import Lock, local
 from typing import Any, NamedTuple
 
@@ -15,19 +15,20 @@ from torch import Tensor
 from csalign.core import distributed
 from csalign.core.progress import tick, track
 from csalign.features.checks import scaled
+from csalign.metrics.neighbours import NEIGHBOURS, Neighbours, largest, unpacked
+from csalign.objective.products import product
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
-NEIGHBOURS = 10
 INVERSE_TEMPERATURE = 30.0
 SCALES = {"csls": 2.0, "inverted-softmax": 1.0}  # factor on the cosine in a corrected score
 CPU_TILE = 1_024  # 4 MB of scores, which stay in a cache
 DEVICE_TILE = 8_192  # 256 MB of scores
 STEP = 16  # tile sides are multiples of it: kernels for odd sides may round differently
-STRIP_BYTES = 64 << 20
+STRIP_BYTES = 16 << 20  # larger tables get new pages each time
 
 
 class DirectionRanks(NamedTuple):
@@ -78,6 +79,7 @@ def rank_both_ways(
     *,
     divided: bool = False,
     tile: int | None = None,
+    neighbours: tuple[Neighbours, Neighbours] | None = None,
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
@@ -94,6 +96,8 @@ def rank_both_ways(
         divided: share the tiles among the processes of the job, all of which must pass the same
             arguments; each returns all ranks.
         tile: rows and columns of a tile, at most (default: 1,024 on the CPU, 8,192 elsewhere).
+        neighbours: of all images and of all texts, to which the scores are added; their order is
+            another than that of the rows.
 
     Returns:
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
@@ -101,7 +105,7 @@ def rank_both_ways(
     """
     device = device or torch.device("cpu")
     tile = tile or (CPU_TILE if device.type == "cpu" else DEVICE_TILE)
-    matrix = _ScoreMatrix(images, texts, text_image, device, tile)
+    matrix = _ScoreMatrix(images, texts, text_image, device, tile, neighbours)
     wrong_texts, wrong_images = matrix.wrong_ahead(divided)
     counts = matrix.counts[matrix.counts > 0]
     in_row_order = np.argsort(matrix.image_order[: len(counts)])
@@ -142,9 +146,16 @@ class _ScoreMatrix:
     """
 
     def __init__(
-        self, images: Floats, texts: Floats, text_image: Ints, device: torch.device, tile: int
+        self,
+        images: Floats,
+        texts: Floats,
+        text_image: Ints,
+        device: torch.device,
+        tile: int,
+        neighbours: tuple[Neighbours, Neighbours] | None,
     ) -> None:
-        self._images, self._texts, self._device = images, texts, device
+        self._images, self._texts = (torch.from_numpy(own).to(device) for own in (images, texts))
+        self._device, self._neighbours = device, neighbours
         self._rows, self._columns = _tile_side(len(images), tile), _tile_side(len(texts), tile)
         counts = np.bincount(text_image[text_image >= 0], minlength=len(images))
         self.image_order = np.argsort(-counts, kind="stable")
@@ -155,6 +166,9 @@ class _ScoreMatrix:
         self._owners = owners[self.text_order[: self.counts.sum()]]  # (pairs,), rising
         self._own = torch.empty(len(self._owners), device=device)
         self._wrong = torch.zeros(2, len(self._owners), dtype=torch.int64, device=device)
+        self._image_order, self._text_order = (
+            torch.from_numpy(order).to(device) for order in (self.image_order, self.text_order)
+        )
         self._buffers, self._adding = local(), Lock()
 
     def wrong_ahead(self, divided: bool) -> tuple[Ints, Ints]:
@@ -163,9 +177,11 @@ class _ScoreMatrix:
         rows = range(0, len(self._images), self._rows)
         job = distributed.world() if divided else distributed.World()
         self._each_tile(self._read_own, list(self._matched_tiles()))
-        self._each_tile(self._count, list(product(columns, rows))[job.rank :: job.size])
+        self._each_tile(self._count, list(itertools.product(columns, rows))[job.rank :: job.size])
         if divided:
             distributed.all_reduce_sum(self._wrong)
+            for own in self._neighbours or ():
+                own.merge_processes()
         wrong_texts, wrong_images = self._wrong.cpu().numpy()
         return wrong_texts, wrong_images
 
@@ -196,6 +212,10 @@ class _ScoreMatrix:
     def _count(self, tile: tuple[int, int]) -> None:
         """Add the tile's wrong items that score at least as high as each match."""
         (column, row), scores, (_, at) = tile, self._scores(tile), self._matches(tile)
+        if self._neighbours is not None:
+            there = scores[: len(self._images) - row, : len(self._texts) - column]
+            self._neighbours[0].add(row, column, there)
+            self._neighbours[1].add(column, row, there.T)
         scores[at] = -torch.inf  # without the matches, all that remains are the wrong items
         scores[len(self._images) - row :] = -torch.inf
         scores[:, len(self._texts) - column :] = -torch.inf
@@ -226,22 +246,24 @@ class _ScoreMatrix:
         return slice(column + first, column + last), (rows, columns)
 
     def _scores(self, tile: tuple[int, int]) -> Tensor:
-        """Compute a tile's scores into this thread's buffer."""
+        """Compute a tile's scores, from rows that are gathered into this thread's buffers."""
         (column, row), own = tile, self._buffers
-        if not hasattr(own, "scores"):
+        if not hasattr(own, "above"):
             own.images, own.texts = (
-                torch.zeros(side, self._images.shape[1]) for side in (self._rows, self._columns)
+                self._images.new_zeros(side, self._images.shape[1])
+                for side in (self._rows, self._columns)
             )
-            own.scores = torch.empty(self._rows, self._columns, device=self._device)
-            own.above, own.column = torch.empty_like(own.scores), None
+            own.above = self._images.new_empty(self._rows, self._columns)
+            own.column = None
         if own.column != column:
-            order = self.text_order[column : column + self._columns]
-            np.take(self._texts, order, 0, out=own.texts.numpy()[: len(order)], mode="clip")
-            own.column, own.right = column, own.texts.to(self._device)
-        order = self.image_order[row : row + self._rows]
-        np.take(self._images, order, 0, out=own.images.numpy()[: len(order)], mode="clip")
-        scores: Tensor = torch.mm(own.images.to(self._device), own.right.T, out=own.scores)
-        return scores
+            self._gather(self._texts, self._text_order[column : column + self._columns], own.texts)
+            own.column = column
+        self._gather(self._images, self._image_order[row : row + self._rows], own.images)
+        return product(own.images, own.texts)
+
+    @staticmethod
+    def _gather(table: Tensor, rows: Tensor, into: Tensor) -> None:
+        torch.index_select(table, 0, rows, out=into[: len(rows)])
 
 
 def _tile_side(length: int, most: int) -> int:
@@ -262,28 +284,22 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
     queries. Of items that tie for the tenth place any may be counted. "image_to_text" is that of
     texts as items. Tables of scores have about `strip_bytes`.
     """
-    total = len(images) + len(texts)
-    return {
-        "image_to_text": _skewness(_occurrence(images, texts, strip_bytes, 0, total)),
-        "text_to_image": _skewness(_occurrence(texts, images, strip_bytes, len(images), total)),
-    }
-
-
-def _occurrence(queries: Floats, items: Floats, strip_bytes: int, done: int, total: int) -> Tensor:
-    """Count the queries that have each item among their nearest, (items,); report the progress."""
-    counts = torch.zeros(len(items), dtype=torch.int64)
-    for scores in score_strips(queries, items, strip_bytes):
-        listed = scores.topk(min(NEIGHBOURS, len(items)), dim=1, sorted=False).indices
-        counts += torch.bincount(listed.flatten(), minlength=len(items))
+    found, done = (Neighbours(len(images)), Neighbours(len(texts))), 0
+    for scores in score_strips(images, texts, strip_bytes):
+        found[0].add(done, 0, scores)
+        found[1].add(0, done, scores.T)
         done += len(scores)
-        tick("hubness: rows", done, total)
-    return counts
+        tick("hubness: rows", done, len(images))
+    return hubness_of(found)
 
 
-def _skewness(counts: Tensor) -> float:
-    centred = counts.double() - counts.double().mean()
-    spread = float(centred.square().mean())
-    return float(centred.pow(3).mean()) / spread**1.5 if spread else 0.0
+def hubness_of(neighbours: tuple[Neighbours, Neighbours]) -> dict[str, float]:
+    """Return what `hubness` does, from the neighbours of all images and of all texts."""
+    forth, back = neighbours
+    return {
+        "image_to_text": forth.skewness(len(back)),
+        "text_to_image": back.skewness(len(forth)),
+    }
 
 
 def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]:
@@ -320,7 +336,7 @@ def penalty(rows: Floats, others: Floats, name: str, *, strip_bytes: int = STRIP
     b, nearest, parts = INVERSE_TEMPERATURE, min(NEIGHBOURS, len(others)), []
     for scores in score_strips(rows, others, strip_bytes):
         if name == "csls":
-            parts.append(scores.topk(nearest, dim=1, sorted=False).values.mean(1))
+            parts.append(unpacked(largest(scores, nearest))[0].mean(1))
         else:
             parts.append((b * scores).logsumexp(1) / b)
     found: Floats = torch.cat(parts).numpy()
@@ -334,7 +350,7 @@ def centred(rows: Floats, mean: Doubles) -> Floats:
 
 def score_strips(queries: Floats, gallery: Floats, strip_bytes: int) -> Iterator[Tensor]:
     """Multiply some queries at a time with the gallery, (some, g)."""
-    columns = torch.from_numpy(gallery).T
+    items = torch.from_numpy(gallery)
     step = max(1, strip_bytes // (4 * len(gallery)))
     for rows in torch.split(torch.from_numpy(queries), step):
-        yield rows @ columns
+        yield product(rows, items)

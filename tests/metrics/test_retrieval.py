@@ -212,7 +212,7 @@ def test_a_failure_in_one_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(torch, "mm", fail)
+    monkeypatch.setattr(torch, "ge", fail)
     torch.set_num_threads(3)
 
     with pytest.raises(MemoryError):

@@ -1,0 +1,101 @@
+"""The items that score highest for each query, and how often an item is among them."""
+
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csalign.core import distributed
+
+NEIGHBOURS = 10
+GROUP = 16
+ITEMS = (1 << 29) - 1  # the bits of a float64 that a float32 leaves free
+
+
+def largest(scores: Tensor, k: int, first: int = 0) -> Tensor:
+    """Find the k largest of each row (r, c), as keys (r, min(k, c)) in no order.
+
+    A key is a float64 that has the score in its upper bits and the number of its column, counted
+    from `first`, in the others, so that keys are compared as their scores; `unpacked` reads them.
+    On the CPU it takes a third of the time of ``topk``: the k largest are in the k groups of
+    columns with the largest maxima, and numpy partitions by SIMD.
+
+    Args:
+        scores: float32, finite; any strides.
+        k: how many.
+        first: number of the first column; all are below 2^29.
+    """
+    rows, width = scores.shape
+    k, groups = min(k, width), width // GROUP
+    if scores.device.type != "cpu":
+        found = scores.topk(k, dim=1, sorted=False)
+        return _packed(found.values, found.indices + first)
+    grouped = groups * GROUP
+    columns = torch.arange(width).expand(rows, -1)
+    if groups > k:
+        if scores.stride(1) == 1:
+            maxima = scores[:, :grouped].unflatten(1, (GROUP, groups)).amax(1)
+        else:  # columns that are rows in memory are compared as such
+            maxima = scores.T[:grouped].unflatten(0, (GROUP, groups)).amax(0).T.contiguous()
+        best = torch.from_numpy(np.argpartition(maxima.numpy(), -k, axis=1)[:, -k:])
+        inside = (best[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
+        columns = torch.cat([inside, columns[:, grouped:]], dim=1) if grouped < width else inside
+    return last(_packed(scores.gather(1, columns), columns + first), k)
+
+
+def last(keys: Tensor, k: int) -> Tensor:
+    """Select the k largest keys of each row, in no order."""
+    if keys.device.type != "cpu":
+        return keys.topk(k, dim=1, sorted=False).values
+    return torch.from_numpy(np.partition(keys.numpy(), -k, axis=1)[:, -k:])
+
+
+def _packed(scores: Tensor, columns: Tensor) -> Tensor:
+    return (scores.double().view(torch.int64) | columns).view(torch.float64)
+
+
+def unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores, float32, and columns, int64, of some keys."""
+    bits = keys.view(torch.int64)
+    return (bits & ~ITEMS).view(torch.float64).float(), bits & ITEMS
+
+
+class Neighbours:
+    """The `NEIGHBOURS` best items of each query, in the tiles of scores so far."""
+
+    def __init__(self, queries: int, device: torch.device | None = None) -> None:
+        shape = queries, NEIGHBOURS
+        self._keys = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+        self._locks: dict[int, Lock] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, query: int, item: int, scores: Tensor) -> None:
+        """Add the scores (q, i) of items, from one on, for queries, from one on; in any thread."""
+        self._merge(query, largest(scores, NEIGHBOURS, item))
+
+    def _merge(self, query: int, keys: Tensor) -> None:
+        with self._locks.setdefault(query, Lock()):
+            own = self._keys[query : query + len(keys)]
+            own.copy_(last(torch.cat([own, keys], dim=1), NEIGHBOURS))
+
+    def merge_processes(self) -> None:
+        """Add what the other processes of the group have found; all have to call it."""
+        found = distributed.all_gather(self._keys.cpu())
+        del found[distributed.world().rank]
+        for keys in found:
+            self._merge(0, keys.to(self._keys.device))
+
+    def skewness(self, items: int) -> float:
+        """Compute the skewness of the number of queries that have each item among their best.
+
+        E[(N - mean)^3] / std^3 over so many items, 0 where all N are equal.
+        """
+        keys = self._keys.cpu()
+        listed = unpacked(keys[keys > -torch.inf])[1]
+        counts = torch.bincount(listed, minlength=items).double()
+        centred = counts - counts.mean()
+        spread = float(centred.square().mean())
+        return float(centred.pow(3).mean()) / spread**1.5 if spread else 0.0
