@@ -160,14 +160,15 @@ class _ScoreMatrix:
         counts = np.bincount(text_image[text_image >= 0], minlength=len(images))
         self.image_order = np.argsort(-counts, kind="stable")
         self.counts = counts[self.image_order]
-        self._starts = np.cumsum(self.counts) - self.counts
+        starts = np.cumsum(self.counts) - self.counts
         owners = np.where(text_image >= 0, np.argsort(self.image_order)[text_image], len(images))
         self.text_order = np.argsort(owners, kind="stable")
         self._owners = owners[self.text_order[: self.counts.sum()]]  # (pairs,), rising
         self._own = torch.empty(len(self._owners), device=device)
         self._wrong = torch.zeros(2, len(self._owners), dtype=torch.int64, device=device)
-        self._image_order, self._text_order = (
-            torch.from_numpy(order).to(device) for order in (self.image_order, self.text_order)
+        self._image_order, self._text_order, self._starts_there, self._owners_there = (
+            torch.from_numpy(own).to(device)
+            for own in (self.image_order, self.text_order, starts, self._owners)
         )
         self._buffers, self._adding = local(), Lock()
 
@@ -195,10 +196,13 @@ class _ScoreMatrix:
         self, work: Callable[[tuple[int, int]], None], tiles: list[tuple[int, int]]
     ) -> None:
         """Do some work on each tile (first column, first row), on the CPU one tile per thread."""
+        if self._device.type != "cpu":
+            for tile in track(tiles, "ranking: blocks", len(tiles)):
+                work(tile)
+            return
         threads = torch.get_num_threads()
-        workers = threads if self._device.type == "cpu" else 1
         try:
-            with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+            with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
                 done = pool.map(work, tiles)  # an exception cancels what has not started
                 for _ in track(done, "ranking: blocks", len(tiles)):
                     pass
@@ -227,8 +231,8 @@ class _ScoreMatrix:
         some = slice(row, row + self._rows)
         for nth in range(self.counts[some].max(initial=0)):
             # The images that have an nth text are the first ones, as counts fall.
-            pairs = self._starts[some][self.counts[some] > nth] + nth
-            owned = torch.from_numpy(pairs).to(self._device)
+            number = int((self.counts[some] > nth).sum())
+            owned = self._starts_there[row : row + number] + nth
             torch.ge(scores[: len(owned)], self._own[owned, None], out=above[: len(owned)])
             of_images.append((owned, above[: len(owned)].sum(1).long()))
         with self._adding:
@@ -241,9 +245,9 @@ class _ScoreMatrix:
         column, row = tile
         owners = self._owners[column : column + self._columns]
         first, last = np.searchsorted(owners, [row, row + self._rows]).tolist()
-        rows = torch.from_numpy(owners[first:last] - row).to(self._device)
+        pairs = slice(column + first, column + last)
         columns = torch.arange(first, last, device=self._device)
-        return slice(column + first, column + last), (rows, columns)
+        return pairs, (self._owners_there[pairs] - row, columns)
 
     def _scores(self, tile: tuple[int, int]) -> Tensor:
         """Compute a tile's scores, from rows that are gathered into this thread's buffers."""

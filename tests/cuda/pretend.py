@@ -60,11 +60,10 @@ def place() -> tuple[str, str]:
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a device, within its block.
 
-    On any device: also of tensors on the CPU, which stand for those of a device; what is read of
-    those that would be on the host anyway is to be allowed.
-
     Args:
         allowed: functions that may read, as "adapters/model.py:embed".
+        device: type of the device whose tensors count. On the CPU all stand for those of a GPU, so
+            what reads those that would be on the host anyway is to be allowed.
 
     Attributes:
         lines: reads by line of csalign, as "training/loop.py:340".
@@ -72,11 +71,11 @@ class HostReads(TorchDispatchMode):
             not asked to be non-blocking.
     """
 
-    def __init__(self, allowed: Collection[str] = ()) -> None:
+    def __init__(self, allowed: Collection[str] = (), device: str = "cpu") -> None:
         super().__init__()
         self.lines: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
-        self._allowed = allowed
+        self._allowed, self._device = allowed, device
         self._patches = ExitStack()
 
     @property
@@ -108,7 +107,7 @@ class HostReads(TorchDispatchMode):
 
     def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if tensor.device.type == "cpu":
+            if tensor.device.type == self._device == "cpu":
                 self.count()
             return call(tensor, *args, **kwargs)
 
@@ -118,15 +117,19 @@ class HostReads(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_read(func, args, kwargs):
+        if _is_read(func, args, kwargs, self._device):
             self.count()
         elif _is_upload(func, args, kwargs):
             self.uploads[place()[0]] += 1
         return func(*args, **kwargs)
 
 
-def _is_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> bool:
     name = func._schema.name
+    if name in ("aten::copy_", "aten::copy"):
+        return args[0].device.type == "cpu" != args[1].device.type
+    if not (args and isinstance(args[0], Tensor) and args[0].device.type == device):
+        return False
     if name in _READS:
         return True
     if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
@@ -139,9 +142,7 @@ def _is_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return kwargs.get("output_size") is None
     if name == "aten::_to_copy":
         target = kwargs.get("device")
-        return target is not None and torch.device(target).type == "cpu" != args[0].device.type
-    if name in ("aten::copy_", "aten::copy"):
-        return args[0].device.type == "cpu" != args[1].device.type
+        return target is not None and torch.device(target).type == "cpu" != device
     return False
 
 
@@ -181,7 +182,7 @@ def pretended(allowed: Collection[str] = RESULTS) -> Iterator[HostReads]:
     Args:
         allowed: functions that may read.
     """
-    reads = HostReads(allowed)
+    reads = HostReads(allowed, "cuda")
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     numpy, deepcopy = Tensor.numpy, Tensor.__deepcopy__
 

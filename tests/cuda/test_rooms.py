@@ -22,6 +22,7 @@ def test_ranks_read_nothing_between_tiles(tile: int | None) -> None:
 
     assert len(found[1].first) == (owners >= 0).sum()
     assert not reads.lines
+    assert reads.uploads.total() == 6  # both sides, two orders, and where matches are
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16", "float32"])

@@ -1,0 +1,76 @@
+"""The memory of a computation, found without values: from the sizes of its tensors."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def step_bytes(prepare: Callable[[], Callable[[], Any]], *, fake: bool = True) -> tuple[int, int]:
+    """Find how many bytes of tensors a training step has at the same time, at most.
+
+    Args:
+        prepare: makes everything that the step uses, on the CPU, and returns the step: forward,
+            backward and the optimizer's update. It is called twice, since the first step makes
+            what the optimizer keeps.
+        fake: compute sizes alone, in milliseconds whatever the size. Nothing in it may then depend
+            on the value of a tensor. Otherwise tensors have values.
+
+    Returns:
+        Bytes before the second step, and the most during it. What an operation uses within itself
+        is not counted.
+    """
+    live = LiveBytes()
+    if not fake:
+        return _measured(live, prepare)
+    with FakeTensorMode():
+        return _measured(live, prepare)
+
+
+def _measured(live: "LiveBytes", prepare: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
+    with live:
+        step = prepare()
+        step()
+        before = live.peak = live.now
+        step()
+    return before, live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that exist of those that operations in its block return.
+
+    Attributes:
+        now: bytes that exist.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the operation, and count the storages of its results that are new."""
+        found = func(*args, **(kwargs or {}))
+        for own in tree_leaves(found):
+            if isinstance(own, Tensor) and own.layout is torch.strided:
+                self._add(own.untyped_storage())
+        return found
+
+    def _add(self, storage: Any) -> None:
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
+
+    def _remove(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.now -= size
