@@ -60,7 +60,7 @@ class TrainingJob(Record):
     FORMAT: ClassVar[str] = "csalign-training"
 
     format: str = FORMAT
-    version: int = 5  # of the checkpoints
+    version: int = 6  # of the checkpoints
     options: dict[str, Any]  # of the config, except `NOT_COMPARED`
     features: str  # fingerprint of the feature set
     unpaired: list[str]  # fingerprints of the further sets
@@ -98,6 +98,7 @@ class UnfinishedRun:
         ended: the phases that have ended, in order.
         resumed: checkpoint to resume the next phase from, None for its start.
         every: steps between resumable checkpoints; None for one per minute.
+        began: when the command did, by `time.monotonic`.
     """
 
     _trainer: Trainer
@@ -110,9 +111,10 @@ class UnfinishedRun:
         ended: list[Checkpoint],
         resumed: Checkpoint | None,
         every: int | None,
+        began: float,
     ) -> None:
         self.path, self.ended, self.resumed, self._every = path, ended, resumed, every
-        self._began = self._saved = time.monotonic()
+        self._began, self._saved = began, time.monotonic()
         self._before = max((own.seconds for own in (*ended, resumed) if own), default=0.0)
 
     def begin(
@@ -177,7 +179,7 @@ class UnfinishedRun:
         (self.path / LINES).touch()
 
     @property
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         """Wall time of the run so far, including that of earlier processes."""
         return time.monotonic() - self._began + self._before
 
@@ -224,7 +226,7 @@ class UnfinishedRun:
     def _save(self, folder: Path, state: dict[str, Any]) -> Checkpoint:
         lines = self.path / LINES
         atomic.fsync_path(lines)
-        own = {"step": self._trainer.step, "seconds": self._seconds, "setting": self._setting}
+        own = {"step": self._trainer.step, "seconds": self.seconds, "setting": self._setting}
         saved = Checkpoint(folder, **own, state=state)
         temporary = folder.with_name(f".{folder.name}.tmp")
         outputs.remove_folder(temporary)
@@ -265,7 +267,7 @@ class UnfinishedRun:
     def finish(self, adapter: Adapter, validation: dict[str, float] | None) -> float:
         """Write the final weights and the environment; return the wall time in seconds."""
         self._save_weights(self.path, adapter, validation)
-        seconds = round(self._seconds, 3)
+        seconds = round(self.seconds, 3)
         write_environment(self.path, {**self._environment, "seconds": seconds})
         return seconds
 
@@ -291,7 +293,7 @@ def check_run_folder(out: Path, features: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def open_run(
-    out: Path, job: TrainingJob, *, restart: bool, every: int | None
+    out: Path, job: TrainingJob, *, restart: bool, every: int | None, began: float
 ) -> Iterator[UnfinishedRun]:
     """Begin or resume a run; after the block, move its folder to `out`.
 
@@ -303,6 +305,7 @@ def open_run(
         job: description of the run.
         restart: discard an unfinished run with other options, or a damaged one.
         every: see `UnfinishedRun`.
+        began: likewise.
 
     Raises:
         OutputError: another process trains there, or another run or job is unfinished there.
@@ -312,7 +315,7 @@ def open_run(
     folder = outputs.partial_path(out)
     outputs.refuse_other_work(folder, TrainingJob.FORMAT)
     with atomic.translate_os_errors(out), locks.lock_folder(folder):
-        run = UnfinishedRun(folder, *_begin(folder, job, restart=restart), every)
+        run = UnfinishedRun(folder, *_begin(folder, job, restart=restart), every, began)
         try:
             yield run
         except TrainingError:

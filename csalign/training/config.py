@@ -243,10 +243,16 @@ class OptimizerOptions(Config):
     panel: ClassVar[str] = "Optimization"
 
     steps: int | None = Field(
-        None, ge=0, description="Optimizer steps (default: 15 epochs, at least 200)."
+        None,
+        ge=0,
+        description="Optimizer steps (default: at least 200; 15 epochs, fewer of more than 70,000 "
+        "pairs).",
     )
     epochs: Positive | None = Field(
         None, description="Passes over the captioned training images, instead of --steps."
+    )
+    minutes: Positive | None = Field(
+        None, description="Time for the command to fill, instead of --steps; at most 40 epochs."
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
     sub_batch: Count | None = Field(
@@ -261,10 +267,12 @@ class OptimizerOptions(Config):
     clip_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
     patience: Count | None = Field(
         None,
-        description="Stop after this many validations without improvement (default: 10, or at once "
-        "at a recall of 100 % on 100 or more validation images).",
+        description="Stop after this many validations without improvement (default: 10, at least "
+        "half of the steps, or at once at a recall of 100 % on 100 or more validation images).",
     )
-    validations: Count = Field(20, description="Number of validations, spread over the steps.")
+    validations: Count | None = Field(
+        None, description="Validations, spread over the steps (default: 20, or each 1,000 steps)."
+    )
     precision: Precision = Field(
         Precision.FLOAT32, description="Precision of matrix multiplications."
     )
@@ -311,7 +319,7 @@ class TrainConfig(
 
     example: ClassVar[str] = "csalign train features --out run --report training.html"
     common: ClassVar[tuple[str, ...]] = (
-        *("out", "recipe", "steps", "epochs", "batch_size", "learning_rate"),
+        *("out", "recipe", "steps", "epochs", "minutes", "batch_size", "learning_rate"),
         *("train_split", "val_split", "seed", "device", "report", "overwrite"),
     )
 
@@ -339,7 +347,9 @@ class TrainConfig(
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
         if self.adapter in BASELINES:
-            kept = {*AdapterOptions.model_fields, "epochs", "tokens", "token_weight"} - {"adapter"}
+            kept = {*AdapterOptions.model_fields, "epochs", "minutes", "tokens", "token_weight"} - {
+                "adapter"
+            }
             needed = {name: type(self).model_fields[name].default for name in kept} | _UNTRAINED
             for option, value in needed.items():
                 if getattr(self, option) != value:
@@ -347,8 +357,10 @@ class TrainConfig(
                         f"{self.shown(option)} {getattr(self, option)}: {self.adapter} is fitted "
                         "without training; omit the option, or use another --adapter"
                     )
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError("--steps and --epochs both say how long to train; pass one of them")
+        lengths = [f"--{n}" for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
+        if len(lengths) > 1:
+            both = " and ".join(lengths)
+            raise ConfigError(f"{both} both say how long to train; pass one of them")
         for kind in self.kinds.values():
             check_kind(kind)
 
@@ -407,12 +419,13 @@ class TuneConfig(SearchOptions, TrainConfig):
 
     def check(self) -> None:
         """Raise ConfigError if options do not go together."""
-        super().check()
+        self.base().check()
         if self.adapter in BASELINES:
             raise ConfigError(
                 f"--adapter {self.adapter}: has no settings to tune; fit it with csalign train"
             )
 
     def base(self) -> TrainConfig:
-        """Return the settings that every trial starts from."""
-        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+        """Return the settings that every trial starts from; its minutes are the search's."""
+        names = TrainConfig.model_fields.keys() - {"minutes"}
+        return TrainConfig(**{name: getattr(self, name) for name in names})

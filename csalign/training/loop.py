@@ -30,13 +30,11 @@ from csalign.training.config import ObjectiveOptions, OptimizerOptions
 from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.loggers import Line, StepFigures
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
+from csalign.training.schedule import PATIENCE, Schedule, Timer, plan
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
 
-DEFAULT_EPOCHS = 15
-MIN_DEFAULT_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
-PATIENCE = 10  # validations
 ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little
 
 Log = Callable[[Sequence[Line]], None]
@@ -78,11 +76,11 @@ class Trainer:
         device: where to compute, as in ``--device``.
         seed: of everything random.
         phase: which network of the run this is.
+        timer: of its steps, if their number is to be announced.
 
     Attributes:
         loss: of a batch.
-        steps: optimizer steps of the schedule.
-        last: optimizer steps to make.
+        schedule: its steps, when to validate, and when to stop.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
         start_score: validation of the initialization, None without validation.
@@ -104,6 +102,7 @@ class Trainer:
         device: str,
         seed: int,
         phase: Phase = FIRST,
+        timer: Timer | None = None,
     ) -> None:
         seed += phase.number
         rows = 0 if 0 in (options.steps, phase.steps) else min(options.batch_size, len(sampler))
@@ -125,13 +124,12 @@ class Trainer:
             mixing=objective.mixing,
             tokens=tokens,
         )
-        per_epoch = len(sampler) / max(1, min(options.batch_size, len(sampler)))
-        epochs = math.ceil((options.epochs or DEFAULT_EPOCHS) * per_epoch)
-        default = epochs if options.epochs else max(MIN_DEFAULT_STEPS, epochs)
-        self.steps = default if options.steps is None else options.steps
-        if phase.steps is not None:
-            self.steps = phase.steps
-        self.last = self.steps if phase.last is None else phase.last
+        given = options.model_dump(include={"epochs", "minutes", "validations", "patience"})
+        given["steps"] = options.steps if phase.steps is None else phase.steps
+        self.schedule = plan(max(1, len(sampler)), options.batch_size, **given)
+        if phase.last is not None:
+            self.schedule = self.schedule._replace(last=phase.last)
+        self._rows, self._timer = rows, timer or Timer(announces=False)
         self._what = f"{phase.what}: step"
         self.step = self.steps_made = 0
         self.start_score: Score | None = None
@@ -187,7 +185,7 @@ class Trainer:
         """
         self._log_lines = log_lines
         tick(self._what, self.step, self.last)
-        every = max(1, round(self.steps / self._options.validations))
+        self._timer.begin(self.schedule, self.step, self.device, self._rows)
         with ExitStack() as stack:
             devices = [self.device] if self.device.type == "cuda" else []
             stack.enter_context(torch.random.fork_rng(devices))
@@ -195,7 +193,8 @@ class Trainer:
             if self._options.compile:  # train uncompiled if there is no compiler
                 stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
             while True:
-                is_due = self.step % every == 0 or self.step == self.last
+                self.schedule = self._timer.follow(self.schedule, self.step)
+                is_due = self.step % self.schedule.every == 0 or self.step == self.last
                 validates = is_due and self.step != self._validated and self._held_out > 0
                 if is_due or self.step % self._options.log_every == 0:
                     self.flush()
@@ -242,6 +241,7 @@ class Trainer:
             "average": None if self._average is None else self._average.state_dict(),
             "optimizer": self._optimizer.state_dict()["state"],
             "schedule": self._schedule.state_dict(),
+            "length": self.schedule,
             "loss": self.loss.state_dict(),
             "loader": self._loader.state_dict(),
         }
@@ -261,11 +261,17 @@ class Trainer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._schedule.load_state_dict(dict(state["schedule"]))
+        self.schedule = Schedule(*state["length"])
         rates = self._schedule.get_last_lr()
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.loss.load_state_dict(state["loss"])
         self._loader.load_state_dict(state["loader"])
+
+    @property
+    def last(self) -> int:
+        """Optimizer steps to make."""
+        return self.schedule.last
 
     def flush(self) -> None:
         """Read the figures of all steps since the last flush from the device, and log them.
@@ -300,11 +306,11 @@ class Trainer:
             self.can_be_saved = self.step > 0
 
     def _stops_early(self) -> bool:
-        best, patience = self.best_score, self._options.patience
+        best, schedule = self.best_score, self.schedule
         if best is None:
             return False
         # An automatic weight narrows the gap for as long as recall holds.
-        may_stop = patience is None and self._objective.cs_weight != "auto"
+        may_stop = schedule.patience is None and self._objective.cs_weight != "auto"
         if best.is_perfect and may_stop and self._held_out >= ENOUGH_IMAGES:
             log.info(
                 "validation recall is 100 %% %s, so no step can improve it: stopping (gap %.4f). "
@@ -313,7 +319,7 @@ class Trainer:
                 *(self._best_place, best.centroid_distance, PATIENCE),
             )
             return True
-        if self._stale < (patience or PATIENCE):
+        if self._stale * schedule.every < schedule.patient_steps:
             return False
         log.info(
             "early stopping: no improvement in %d validations (best %.1f %% %s)",
@@ -343,7 +349,7 @@ class Trainer:
 
     def _rate_factor(self, step: int) -> float:
         """Return the factor of the learning rate: linear warm-up, then cosine decay."""
-        total = max(1, self.steps)
+        total = max(1, self.schedule.steps)
         warmup = max(1, round(self._options.warmup * total))
         cosine = (1 + math.cos(math.pi * min(1.0, step / total))) / 2
         return min(1.0, (step + 1) / warmup) * cosine
@@ -410,7 +416,8 @@ class Trainer:
     def _run_validation(self) -> None:
         """Measure, log, and keep the weights if they are the best so far."""
         adapter = self._evaluated_adapter()
-        score = distributed.broadcast(lambda: self._measure(adapter))
+        with self._timer.apart():
+            score = distributed.broadcast(lambda: self._measure(adapter))
         with self._consistent():
             self._validated, self._score = self.step, score
             if distributed.is_main_process():

@@ -1,17 +1,27 @@
 """The phases of a training run: a validated network, its parts, and refits on all pairs."""
 
 import logging
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter, find_kind
 from csalign.core import distributed
 from csalign.core.errors import ConfigError
-from csalign.core.progress import tick
+from csalign.core.progress import duration, tick
 from csalign.core.records import Record
 from csalign.features.join import Mask
 from csalign.training.checkpoints import UnfinishedRun
-from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
+from csalign.training.closed_forms.combine import (
+    Combination,
+    Fold,
+    assemble,
+    can_combine,
+    combine,
+    forecast,
+)
 from csalign.training.closed_forms.initialization import (
     Start,
     announce_start,
@@ -33,6 +43,7 @@ from csalign.training.data import StoredTokens, TrainingData, open_tokens
 from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
+from csalign.training.schedule import Timer
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
@@ -45,6 +56,7 @@ class Work:
     config: TrainConfig
     data: TrainingData
     tokens: StoredTokens | None
+    clock: Callable[[], float] = time.monotonic  # seconds that the command has taken
     _samplers: dict[bool, PairSampler] = field(default_factory=dict)
 
     def refits(self, phase: Phase) -> bool:
@@ -68,7 +80,20 @@ class Work:
         """Token width of each side that trains with tokens."""
         return self.tokens.widths if self.tokens else {}
 
-    def trainer(self, adapter: Adapter, phase: Phase = FIRST) -> Trainer:
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that are left of ``--minutes``."""
+        minutes = self.config.minutes
+        return math.inf if minutes is None else 60 * minutes - self.clock()
+
+    def timer(self, after: float = 0.0) -> Timer:
+        """Build the timer of the first network, from the seconds of what follows the networks."""
+        networks = self.config.networks + self.data.refits
+        return Timer(self.clock, self.config.minutes, networks, after)
+
+    def trainer(
+        self, adapter: Adapter, phase: Phase = FIRST, timer: Timer | None = None
+    ) -> Trainer:
         """Build the trainer of a phase."""
         config = self.config
         return Trainer(
@@ -82,6 +107,7 @@ class Work:
             device=config.device,
             seed=config.seed,
             phase=phase,
+            timer=timer,
         )
 
     def initialize(self) -> Start:
@@ -181,18 +207,25 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
     if setting.form == "assignment" and data.val is None:
         log.info("no network is trained: without validation it might only harm the start")
         phase = FIRST._replace(steps=0)
-    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines)
+    folds = _folds(work, adapter)
+    needed = forecast(adapter, data.rows, folds, config.seed) if folds else 0.0
+    timer = work.timer(needed if needed < work.seconds_left / 2 else 0.0)
+    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
         start=start,
         setting=setting,
-        steps=trainer.steps,
+        steps=trainer.schedule.steps,
         made=trainer.steps_made,
         best=trainer.step,
         scores={name: score._asdict() for name, score in scores.items() if score},
         weights=trainer.weights,
     )
     decided = _match(work, adapter, decided, log_lines)
+    if needed > work.seconds_left:
+        text = "--minutes %g: omits the kernel CCA, which would take about %s"
+        log.info(text, config.minutes, duration(needed))
+        return adapter, decided
     return adapter, _choose_parts(work, adapter, decided, matches, log_lines)
 
 
@@ -224,18 +257,15 @@ def _run_phase(
     adapter: Adapter,
     start: tuple[str, Setting],
     log_lines: Log,
+    timer: Timer | None = None,
 ) -> Trainer:
     """Train one network in all processes, and save checkpoints."""
     config, state = work.config, run.resumed and run.resumed.state
     name, setting = start[0], start[1].model_dump(mode="json")
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
-    trainer = work.trainer(adapter, phase)
+    trainer = work.trainer(adapter, phase, timer)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
-    if not phase.number and trainer.steps:
-        pairs = min(config.batch_size, len(work.sampler(phase)))
-        steps = f"{trainer.steps:,} steps of {pairs:,} pairs"
-        log.info("training on %s: %s", trainer.device, steps)
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:
             run.keep()
@@ -276,12 +306,9 @@ def _choose_parts(
     work: Work, network: Adapter, decided: Decided, matches: Matches | None, log_lines: Log
 ) -> Decided:
     """Choose between the network, a kernel CCA, and both."""
-    config, data = work.config, work.data
-    tries = config.ensemble == "auto" and config.init == "canonical" and can_combine(network)
-    if not tries or data.val is None:
+    config, data, folds = work.config, work.data, _folds(work, network)
+    if not folds:
         return decided
-    folds = [Fold(work.sampler(FIRST), data.val)]
-    folds += [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
     joins, seed = config.width is None, config.seed
     name = _name_of(decided)
     found = combine(network, data.rows, folds, matches, name=name, joins=joins, seed=seed)
@@ -290,6 +317,16 @@ def _choose_parts(
         return decided
     scores = _add_score(decided, "parts", found.measured.score, log_lines)
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
+
+
+def _folds(work: Work, network: Adapter) -> list[Fold]:
+    """List the folds to choose a kernel CCA by, none if no kernel is tried."""
+    config, data = work.config, work.data
+    tries = config.ensemble == "auto" and config.init == "canonical" and can_combine(network)
+    if not tries or data.val is None:
+        return []
+    further = [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
+    return [Fold(work.sampler(FIRST), data.val), *further]
 
 
 def _add_score(
@@ -334,7 +371,7 @@ def follow_phases(work: Work) -> None:
         phase, shapes, weights, state = sent
         adapter = Adapter(shapes, allow=set(work.config.kinds.values()))
         adapter.load_state_dict(weights)
-        trainer = work.trainer(adapter, phase)
+        trainer = work.trainer(adapter, phase, None if phase.number else work.timer())
         if state is not None:
             trainer.load_state_dict(state)
         follow(trainer)

@@ -1,6 +1,8 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
+import time
+from dataclasses import replace
 
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
@@ -41,6 +43,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     >>> list(result.to_frame().columns)
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
+    began = time.monotonic()
     config.check()
     terms = config.group(ObjectiveOptions)
     check_terms(terms, captions=config.captions, rows=0)  # those of a step once rows are known
@@ -54,24 +57,25 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
         data = load_data(config.group(DataOptions), out=config.out, seed=config.seed)
         work = Work(config, data, tokens)
         if distributed.is_main_process():
-            return _train(work)
+            return _train(work, began)
         follow_phases(work)
         result: TrainResult = distributed.receive()
         return result
 
 
-def _train(work: Work) -> TrainResult:
-    """Train, validate and write, in the main process."""
+def _train(work: Work, began: float) -> TrainResult:
+    """Train, validate and write, in the main process of a command that began then."""
     config, data = work.config, work.data
     options = config.model_dump(mode="json", exclude_none=True)
     job = TrainingJob.of(config.model_dump(mode="json"), data.features, config.unpaired)
-    with open_run(config.out, job, restart=config.overwrite, every=config.save_every) as run:
+    out, every, restart = config.out, config.save_every, config.overwrite
+    with open_run(out, job, restart=restart, every=every, began=began) as run:
         if not run.ended and run.resumed is None:
             announce_rows(data)
         step = run.resumed.step if run.resumed is not None and not run.ended else 0
         logs = open_logs(config.log_to or (), run.path, config.out.name, options, step)
         with logs as log_lines, run.saved_when_stopped():
-            trained = run_phases(work, run, log_lines)
+            trained = run_phases(replace(work, clock=lambda: run.seconds), run, log_lines)
         tick("saving")
         decided, adapter = trained.decided, trained.adapter
         final = [*decided.scores.values()][-1] if decided.scores else None

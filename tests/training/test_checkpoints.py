@@ -419,7 +419,7 @@ def test_a_checkpoint_is_saved_once_per_minute(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    run = UnfinishedRun(tmp_path, [], None, None)
+    run = UnfinishedRun(tmp_path, [], None, None, 0.0)
 
     assert not run.is_due(1)
     now += SECONDS_BETWEEN + 1

@@ -358,5 +358,5 @@ def test_a_refit_repeats_the_weights_of_an_automatic_distribution_term(
     first = work.trainer(work.initialize().adapter)
     expected = cs_weights(first)
     assert len(set(expected)) > 1
-    phase = Phase(1, "refitting", first.steps, first.steps, first.weights)
+    phase = Phase(1, "refitting", first.schedule.steps, first.last, first.weights)
     assert cs_weights(work.trainer(work.initialize().adapter, phase)) == expected

@@ -1,5 +1,6 @@
 """Parts of the final adapter: the trained network and a kernel CCA, side by side or one of them."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -30,6 +31,7 @@ GAMMAS = (0.4, 0.75, 1.5)
 STEPS = range(-2, 3)  # of the kernel's ridge, see `ridge_at`
 OTHER_RIDGES = (0.1, 0.3, 1.0, 3.0)
 ENOUGH_IMAGES = 100  # to validate on, for a choice by one standard error
+FULL_FITS = 2.5  # what those on all rows take, in fits of as many rows on a coarse grid
 SHARES = (0.5, 2 / 3)  # of the kernel, beside the network
 SEARCH = "kernel CCA: fits"  # the phase of progress
 
@@ -69,6 +71,18 @@ def can_combine(adapter: Adapter) -> bool:
     return all(kind.accepts_closed_form for kind in kinds) and all(
         shape.token_width is None for shape in shapes
     )
+
+
+def forecast(network: Adapter, rows: Pairs, folds: Sequence[Fold], seed: int) -> float:
+    """Foretell the seconds that `combine` and `assemble` take, from one of their fits."""
+    began, (sampler, val) = time.monotonic(), folds[0]
+    source = _Source.beside(network, rows, None, seed)
+    fit = source.fit(sampler, Modality.TEXT, GAMMAS[0], SEARCH_ROWS)
+    for _, sides in fit.candidates([ridge_at(step) for step in STEPS], OTHER_RIDGES[2:3], POWERS):
+        _joined([(_embed(Adapter.of_sides(sides), val), 1.0)], val)
+    landmarks = min(len(np.unique(rows.caption_keys)), MAX_LANDMARKS)
+    fits = len(Modality) * len(GAMMAS) + FULL_FITS * max(1.0, landmarks / SEARCH_ROWS)
+    return (time.monotonic() - began) * len(folds) * fits
 
 
 def combine(

@@ -45,6 +45,7 @@ from csalign.runs.load import embed_rows
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
 from csalign.training.phases import Work, find_tokens
+from csalign.training.schedule import VALIDATIONS
 from csalign.training.tuning.search_space import SearchSpace, search_space
 
 log = logging.getLogger(__name__)
@@ -316,14 +317,14 @@ def _open_study(config: TuneConfig, identity: dict[str, Any]) -> Iterator[optuna
     with locks.lock_folder(folder), _quiet_optuna():
         if config.overwrite:
             _clear(folder)
-        study = _load_study(folder, config.validations)
+        study = _load_study(folder, config.validations or VALIDATIONS)
         if _finished(study):
             _check_same(folder, identity)
         else:
             _clear(folder)
             document = {"format": FORMAT, "csalign_version": __version__, **identity}
             atomic.write_json(folder / STUDY, document)
-            study = _load_study(folder, config.validations)
+            study = _load_study(folder, config.validations or VALIDATIONS)
         try:
             yield study
         finally:
