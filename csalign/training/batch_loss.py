@@ -323,18 +323,31 @@ class BatchLoss(nn.Module):
         counts = [share.stop - share.start for share in shares]
         return all_gather_rows(embeddings[: counts[distributed.world().rank]], counts)
 
+    def measures(self, step: int) -> bool:
+        """Return whether a step measures distances besides, for the bandwidth or a warning."""
+        return self._has_bandwidth and (step - 1) % MEDIAN_EVERY == 0
+
+    def _set_sigma(self, value: Tensor) -> None:
+        """Set sigma in place, so that a recorded step reads it where it always is."""
+        if isinstance(self.sigma, Tensor):
+            self.sigma.copy_(value)
+        else:
+            self.sigma = value
+
     def _bandwidth(self, x: Tensor, y: Tensor, step: int) -> Sigma:
         """Return sigma for this batch; measure at times how much of the kernel is diagonal."""
         if not self._has_bandwidth:
             return 1.0
-        is_due = (step - 1) % MEDIAN_EVERY == 0
+        is_due = self.measures(step)
         if is_due:
             x, y = (normalize(side.detach(), dim=1) for side in (x, y))
         if self._options.bandwidth == "tied" and not self._scale:
-            self.sigma = (self.log_scale.detach() / -2).exp()
+            self._set_sigma((self.log_scale.detach() / -2).exp())
         elif self._options.bandwidth == "median" and is_due:
-            self.sigma = distributed.broadcast_tensor(
-                lambda: median_distance(x, y).clamp(min=MIN_MEDIAN), self.log_scale
+            self._set_sigma(
+                distributed.broadcast_tensor(
+                    lambda: median_distance(x, y).clamp(min=MIN_MEDIAN), self.log_scale
+                )
             )
         assert self.sigma is not None
         if is_due and not self._warned and self._options.divergence in _KERNELS and len(x) > 2:

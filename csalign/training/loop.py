@@ -31,6 +31,7 @@ from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.loggers import Line, StepFigures
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.schedule import PATIENCE, Schedule, Timer, plan
+from csalign.training.step import Stepper
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
@@ -150,24 +151,10 @@ class Trainer:
         self._stale = 0
         self._best: dict[str, Any] | None = None
         self._stopped_by: int | None = None
-        self._average = copy.deepcopy(adapter) if options.average else None
         if options.compile:
             for side in Modality:
                 adapter.side(side).compile()
-        parameters = [p for p in adapter.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            # Neither a bias nor the temperature should be drawn to zero.
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            {"params": list(self.loss.parameters()), "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW(
-            groups,
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=True,  # four times as fast as one operation after another
-        )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate_factor)
+        self._stepper = Stepper(self.adapter, self.loss, options, self.device)
 
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
@@ -238,9 +225,7 @@ class Trainer:
             "weights": self.weights,
             "scores": [self.start_score, self.best_score],
             "best": self._best,
-            "average": None if self._average is None else self._average.state_dict(),
-            "optimizer": self._optimizer.state_dict()["state"],
-            "schedule": self._schedule.state_dict(),
+            **self._stepper.state_dict(),
             "length": self.schedule,
             "loss": self.loss.state_dict(),
             "loader": self._loader.state_dict(),
@@ -255,16 +240,8 @@ class Trainer:
         self._stale, self._best = state["stale"], state["best"]
         self.weights = {int(step): weight for step, weight in state["weights"].items()}
         self.start_score, self.best_score = (own and Score(*own) for own in state["scores"])
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-        moments = {int(number): moment for number, moment in state["optimizer"].items()}
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self._schedule.load_state_dict(dict(state["schedule"]))
+        self._stepper.load_state_dict(state)
         self.schedule = Schedule(*state["length"])
-        rates = self._schedule.get_last_lr()
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         self.loss.load_state_dict(state["loss"])
         self._loader.load_state_dict(state["loader"])
 
@@ -362,17 +339,10 @@ class Trainer:
         place = [self._seed, 2, self.step, distributed.world().rank]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         weight, token_weight = self.loss.weight, self._objective.token_weight
-        parts = self.loss(self.adapter, batch, self.step)
-        self._optimizer.zero_grad(set_to_none=True)
-        parts.total.backward()
-        self._sum_over_processes()
-        norm = nn.utils.clip_grad_norm_(self.adapter.parameters(), self._options.clip_norm)
-        rate = self._schedule.get_last_lr()[0]
-        self._optimizer.step()
-        self._schedule.step()
-        self.loss.clamp()
-        if self._average is not None:
-            self._update_average(self._average)
+        rate = self._options.learning_rate * self._rate_factor(self.step - 1)
+        if distributed.world().size > 1:
+            self._stopped_by = distributed.largest(signals.pending() or 0) or None
+        parts, norm = self._stepper.take(batch, self.step, rate)
         self._figures.add(
             {
                 "step": self.step,
@@ -389,29 +359,6 @@ class Trainer:
                 "diagonal_share": self.loss.diagonal_share,
             }
         )
-
-    @torch.no_grad()
-    def _update_average(self, average: Adapter) -> None:
-        """Move the running average towards the weights; it begins with those of the first step."""
-        share = 1.0 if self.step == 1 else 1 - self._options.average
-        torch._foreach_lerp_([*average.parameters()], [*self.adapter.parameters()], share)
-        for own, current in zip(average.buffers(), self.adapter.buffers(), strict=True):
-            own.copy_(current)
-
-    def _sum_over_processes(self) -> None:
-        """Sum the adapters' gradients over all processes, and see whether one got a signal.
-
-        The loss's own parameters have the whole gradient in each process already.
-        """
-        if distributed.world().size == 1:
-            return
-        self._stopped_by = distributed.largest(signals.pending() or 0) or None
-        gradients = [p.grad for p in self.adapter.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce_sum(flat)
-        summed = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for gradient, whole in zip(gradients, summed, strict=True):
-            gradient.copy_(whole.view_as(gradient))
 
     def _run_validation(self) -> None:
         """Measure, log, and keep the weights if they are the best so far."""
@@ -447,7 +394,7 @@ class Trainer:
 
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
-        return self.adapter if self._average is None else self._average
+        return self._stepper.average or self.adapter
 
 
 def follow(trainer: Trainer) -> None:
