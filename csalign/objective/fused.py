@@ -43,6 +43,7 @@ def fused_terms(
     negatives: tuple[int, int] = (0, 0),
     label_smoothing: float = 0.0,
     precision: Precision = Precision.FLOAT32,
+    compiled: bool = False,
     tile: int | None = None,
     divided: bool = False,
 ) -> FusedTerms:
@@ -59,6 +60,7 @@ def fused_terms(
         negatives: number of rows of x and of y after the pairs that are negatives of InfoNCE.
         label_smoothing: of InfoNCE, in [0, 1).
         precision: of the factors of products, see `tiles.supports_bfloat16`; sums are float32.
+        compiled: fuse what is done to a tile with torch.compile.
         tile: rows and columns of a tile (default: 1,024 on the CPU, 4,096 elsewhere).
         divided: share the tiles among the processes of the job, all of which must pass the same
             arguments; values and gradients are those of the whole, in each process.
@@ -92,6 +94,7 @@ def fused_terms(
         smoothing=label_smoothing,
         tile=min(tile, -(-max(len(x), len(y)) // job.size)),
         precision=precision,
+        compiled=compiled,
         rank=job.rank,
         processes=job.size,
     )

@@ -68,6 +68,7 @@ class Objective:
     label_smoothing: float = 0.0  # of InfoNCE, in [0, 1)
     uniformity: float = 2.0  # weight, >= 0, of the second term of align-uniform
     precision: Precision = Precision.FLOAT32  # of the matrix products in tiles
+    compiled: bool = False  # whether torch.compile fuses what is done to a tile
     divided: bool = False  # whether processes share the tiles
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class Objective:
                 sigma=sigma if of_means else None,
                 label_smoothing=self.label_smoothing,
                 precision=self.precision,
+                compiled=self.compiled,
                 divided=self.divided,
             )
         if in_tiles:

@@ -7,7 +7,7 @@ exp((cos - 1) / sigma^2). Scales and factors stay on the device, which nothing h
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -67,6 +67,7 @@ class TilePlan:
     smoothing: float  # label smoothing of InfoNCE
     tile: int  # rows and columns of a tile, at most
     precision: Precision = Precision.FLOAT32  # of the factors of products; sums are float32
+    compiled: bool = False  # whether torch.compile fuses what is done to a tile
     rank: int = 0  # number of this process among the `processes` that share the tiles
     processes: int = 1
 
@@ -120,6 +121,8 @@ class Tiles:
         cells = min(max(len(x), len(y)), plan.tile) ** 2
         self._flat = [x.new_empty(cells) for _ in range(2)]
         rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32
+        chosen = map(_compiled, _OF_TILES) if plan.compiled else _OF_TILES
+        self._log_sums, self._add_up_probabilities, self._kernel = chosen
         self._rounds = rounds and supports_bfloat16(x.device.type)
         self._casts = self._rounds and x.device.type == "cuda"
 
@@ -145,7 +148,7 @@ class Tiles:
             cosines, spare = self._cosines(x[i], y[j]), self._buffers(i, j)[0]
             along_rows, along_columns = plan.directions(i, j)
             if along_rows or along_columns:
-                by_row, by_column = _log_sums(cosines, self.scale, plan.small_scale, spare)
+                by_row, by_column = self._log_sums(cosines, self.scale, plan.small_scale, spare)
                 if along_rows:
                     torch.logaddexp(rows[i], by_row, out=rows[i])
                 if along_columns:
@@ -153,7 +156,7 @@ class Tiles:
             if plan.kernels:
                 shifts = self.factors * cosines.amax()
                 sums = [
-                    _kernel(cosines, factor, shift, spare).sum()
+                    self._kernel(cosines, factor, shift, spare).sum()
                     for factor, shift in zip(self.factors, shifts, strict=True)
                 ]
                 kernels.append(torch.stack(sums).log() + shifts - self.factors)
@@ -185,7 +188,7 @@ class Tiles:
                     sums.rows[i, None] if along_rows else unused.expand(len(cosines), 1),
                     sums.columns[j] if along_columns else unused.expand(cosines.shape[1]),
                 )
-                _add_up_probabilities(
+                self._add_up_probabilities(
                     cosines, self.scale, plan.small_scale, lines, share, (weights, spare)
                 )
                 self._subtract_targets(weights, share, i, j)
@@ -193,7 +196,7 @@ class Tiles:
             else:
                 weights.zero_()
             for factor, shift, outer in zip(*kernels, strict=True):
-                weights.addcmul_(_kernel(cosines, factor, shift, spare), outer)
+                weights.addcmul_(self._kernel(cosines, factor, shift, spare), outer)
             if gradients[0] is not None:
                 self._add_product(gradients[0][i], weights, y[j])
             if gradients[1] is not None:
@@ -212,7 +215,7 @@ class Tiles:
             cosines, spare = self._cosines(rows[i], rows[j]), self._buffers(i, j)[0]
             for k, factor in enumerate(self.factors):
                 # The sum cannot underflow, since each row is at distance 0 from itself.
-                kernel = _kernel(cosines, factor, factor, spare)
+                kernel = self._kernel(cosines, factor, factor, spare)
                 sums[k] += (1 if i == j else 2) * kernel.sum()
                 if pulled is not None:
                     self._add_product(pulled[k, i], kernel, rows[j])
@@ -284,3 +287,13 @@ def _add_up_probabilities(
 def _kernel(cosines: Tensor, factor: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """Compute exp(factor * cosine - shift), which must not overflow."""
     return torch.mul(cosines, factor, out=out).sub_(shift).clamp_(min=_MIN_EXPONENT).exp_()
+
+
+# What is done to a tile between products, most of the time beside them on a GPU.
+_OF_TILES = (_log_sums, _add_up_probabilities, _kernel)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of tiles, for all their shapes."""
+    return torch.compile(function, dynamic=True)

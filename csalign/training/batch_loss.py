@@ -143,6 +143,7 @@ class BatchLoss(nn.Module):
         options: the terms and their weights.
         precision: of matrix multiplications.
         sub_batch: rows per adapter pass; larger batches recompute their activations.
+        compiled: compile the parts of the objective that are computed in tiles.
 
     Attributes:
         sigma: bandwidth(s) of the last batch, on the device if found there; None if no term has
@@ -157,6 +158,7 @@ class BatchLoss(nn.Module):
         *,
         precision: Precision = Precision.FLOAT32,
         sub_batch: int | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self._options = options
@@ -170,6 +172,7 @@ class BatchLoss(nn.Module):
             label_smoothing=options.label_smoothing,
             uniformity=options.uniformity,
             precision=precision,
+            compiled=compiled,
             divided=distributed.world().size > 1,
         )
         self._pairwise_only = replace(self._objective, weight=0.0, token_weight=0.0)

@@ -280,7 +280,10 @@ class OptimizerOptions(Config):
         50,
         description="Steps between reads of the loss from the device, and writes of the log.",
     )
-    compile: bool = Field(False, description="Use torch.compile on the adapters; no gain on CPUs.")
+    compile: bool = Field(
+        False,
+        description="Compile adapters and loss, and record steps as CUDA graphs; no gain on CPUs.",
+    )
 
 
 class RunOptions(Config):

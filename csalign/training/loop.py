@@ -110,7 +110,12 @@ class Trainer:
         check_terms(objective, captions=captions, rows=rows)
         self.device = pick_device(device)
         self.adapter = adapter.to(self.device)
-        loss = BatchLoss(objective, precision=options.precision, sub_batch=options.sub_batch)
+        loss = BatchLoss(
+            objective,
+            precision=options.precision,
+            sub_batch=options.sub_batch,
+            compiled=options.compile and self.device.type == "cuda",
+        )
         self.loss = loss.to(self.device)
         unpaired = options.batch_size * objective.unpaired_ratio * uses_unpaired(objective)
         self._loader = BatchLoader(
