@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, islice, pairwise
-from itertools import product as table_of
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +81,8 @@ class TilePlan:
 
     def cross_tiles(self, n: int, m: int) -> Iterator[tuple[slice, slice]]:
         """Return this process's tiles of the table of x and y."""
-        tiles = table_of(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
+        columns = self.spans(m, self.compared[1])
+        tiles = ((i, j) for i in self.spans(n, self.compared[0]) for j in columns)
         return islice(tiles, self.rank, None, self.processes)
 
     def own_tiles(self, n: int) -> Iterator[tuple[slice, slice]]:
@@ -113,10 +113,8 @@ class Tiles:
     Gaussian kernel.
     """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
-    ) -> None:
-        self.x, self.y, self.scale, self.factors, self.plan = x, y, scale, factors, plan
+    def __init__(self, plan: TilePlan, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor):
+        self.plan, self.x, self.y, self.scale, self.factors = plan, x, y, scale, factors
         cells = min(max(len(x), len(y)), plan.tile) ** 2
         self._flat = [x.new_empty(cells) for _ in range(2)]
         rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32
@@ -145,17 +143,15 @@ class Tiles:
             cosines, spare = self._cosines(x[i], y[j]), self._buffers(i, j)[0]
             along_rows, along_columns = plan.directions(i, j)
             if along_rows or along_columns:
-                by_row, by_column = _log_sums(cosines, self.scale, plan.small_scale, spare)
+                by_row, by_column = self._log_sums(cosines, spare)
                 if along_rows:
                     torch.logaddexp(rows[i], by_row, out=rows[i])
                 if along_columns:
                     torch.logaddexp(columns[j], by_column, out=columns[j])
             if plan.kernels:
                 shifts = self.factors * cosines.amax()
-                sums = [
-                    _kernel(cosines, factor, shift, spare).sum()
-                    for factor, shift in zip(self.factors, shifts, strict=True)
-                ]
+                lines = zip(self.factors, shifts, strict=True)
+                sums = [_kernel(cosines, *line, spare).sum() for line in lines]
                 kernels.append(torch.stack(sums).log() + shifts - self.factors)
         return CrossSums(rows, columns, torch.stack(kernels).logsumexp(0))
 
@@ -185,9 +181,7 @@ class Tiles:
                     sums.rows[i, None] if along_rows else unused.expand(len(cosines), 1),
                     sums.columns[j] if along_columns else unused.expand(cosines.shape[1]),
                 )
-                _add_up_probabilities(
-                    cosines, self.scale, plan.small_scale, lines, share, (weights, spare)
-                )
+                self._add_up_probabilities(cosines, lines, share, [weights, spare])
                 self._subtract_targets(weights, share, i, j)
                 to_scale += torch.dot(weights.flatten(), cosines.flatten())
             else:
@@ -232,6 +226,28 @@ class Tiles:
     def _add_product(self, out: Tensor, weights: Tensor, rows: Tensor) -> None:
         out.add_(self._cosines(weights, rows.T))
 
+    def _log_sums(self, cosines: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute log-sum-exp of a tile's logits along its rows and columns."""
+        logits = torch.mul(cosines, self.scale, out=spare)
+        if not self.plan.small_scale:
+            return logits.logsumexp(1), logits.logsumexp(0)
+        logits.exp_()
+        return logits.sum(1).log_(), logits.sum(0).log_()
+
+    def _add_up_probabilities(
+        self, cosines: Tensor, log_sums: tuple[Tensor, Tensor], share: Tensor, out: list[Tensor]
+    ) -> None:
+        """Write share * (softmax along rows + softmax along columns) into the first of `out`."""
+        found, spare = out
+        if self.plan.small_scale:
+            rows, columns = (share * (-sums).exp() for sums in log_sums)
+            torch.mul(cosines, self.scale, out=found).exp_()
+            found.mul_(torch.add(rows, columns, out=spare))
+            return
+        for sums, tensor in zip(log_sums, out, strict=True):
+            _kernel(cosines, self.scale, sums, tensor)
+        found.add_(spare).mul_(share)
+
     def _subtract_targets(
         self, weights: Tensor, share: Tensor, rows: slice, columns: slice
     ) -> None:
@@ -248,37 +264,6 @@ class Tiles:
             matched = weights[start - rows.start : stop - rows.start]
             matched = matched[:, start - columns.start : stop - columns.start]
             matched.diagonal().sub_(2 * share * (1 - plan.smoothing))
-
-
-def _log_sums(
-    cosines: Tensor, scale: Tensor, small_scale: bool, spare: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute log-sum-exp of a tile's logits along its rows and columns."""
-    logits = torch.mul(cosines, scale, out=spare)
-    if not small_scale:
-        return logits.logsumexp(1), logits.logsumexp(0)
-    logits.exp_()
-    return logits.sum(1).log_(), logits.sum(0).log_()
-
-
-def _add_up_probabilities(
-    cosines: Tensor,
-    scale: Tensor,
-    small_scale: bool,
-    log_sums: tuple[Tensor, Tensor],
-    share: Tensor,
-    out: tuple[Tensor, Tensor],
-) -> None:
-    """Write share times (softmax along rows + softmax along columns) into the first of `out`."""
-    found, spare = out
-    if small_scale:
-        rows, columns = (share * (-sums).exp() for sums in log_sums)
-        torch.mul(cosines, scale, out=found).exp_()
-        found.mul_(torch.add(rows, columns, out=spare))
-        return
-    for sums, tensor in zip(log_sums, out, strict=True):
-        _kernel(cosines, scale, sums, tensor)
-    found.add_(spare).mul_(share)
 
 
 def _kernel(cosines: Tensor, factor: Tensor, shift: Tensor, out: Tensor) -> Tensor:
