@@ -124,10 +124,8 @@ def token_divergence(
         return x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
     both = (x_mask.any(1) & y_mask.any(1))[:, None]
     # An omitted sample becomes two equal sets of zeros.
-    x, y = (
-        x.masked_fill(~(x_mask & both)[..., None], 0),
-        y.masked_fill(~(y_mask & both)[..., None], 0),
-    )
+    x = x.masked_fill(~(x_mask & both)[..., None], 0)
+    y = y.masked_fill(~(y_mask & both)[..., None], 0)
     x_mask, y_mask = x_mask | ~both, y_mask | ~both
     own_x = masked_log_mean_kernels(x, x, x_mask, x_mask, sigma=sigma)
     own_y = masked_log_mean_kernels(y, y, y_mask, y_mask, sigma=sigma)
