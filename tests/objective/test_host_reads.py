@@ -23,8 +23,11 @@ from csalign.objective.loss import LossParts, Objective, TokenBatch
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal"}
 
 
-class NoHostReads(TorchDispatchMode):
+class NoHostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fail on an operation whose result or shape the host has to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
