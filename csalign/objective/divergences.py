@@ -124,10 +124,8 @@ def token_divergence(
         return x[:0].sum() + y[:0].sum()  # an empty sum is 0 and keeps the graph
     both = (x_mask.any(1) & y_mask.any(1))[:, None]
     # An omitted sample becomes two equal sets of zeros.
-    x, y = (
-        x.masked_fill(~(x_mask & both)[..., None], 0),
-        y.masked_fill(~(y_mask & both)[..., None], 0),
-    )
+    x = x.masked_fill(~(x_mask & both)[..., None], 0)
+    y = y.masked_fill(~(y_mask & both)[..., None], 0)
     x_mask, y_mask = x_mask | ~both, y_mask | ~both
     own_x = masked_log_mean_kernels(x, x, x_mask, x_mask, sigma=sigma)
     own_y = masked_log_mean_kernels(y, y, y_mask, y_mask, sigma=sigma)
@@ -190,12 +188,7 @@ def _whiten(root: Tensor, columns: Tensor) -> Tensor:
 
 
 def sinkhorn_divergence(
-    x: Tensor,
-    y: Tensor,
-    *,
-    sigma: Sigma,
-    iterations: int = 20,
-    diameter: float | None = None,
+    x: Tensor, y: Tensor, *, sigma: Sigma, iterations: int = 20, diameter: float | None = None
 ) -> Tensor:
     """Compute the debiased Sinkhorn divergence with uniform weights (Feydy et al. 2019).
 
@@ -216,9 +209,9 @@ def sinkhorn_divergence(
     cross, own_x, own_y = (squared_distances(a, b) / 2 for a, b in ((x, y), (x, x), (y, y)))
     values = []
     for blur in bandwidths(sigma):
-        updates = blur, iterations, diameter
-        own = sum(_transport_to_itself(cost, *updates) for cost in (own_x, own_y))
-        values.append(_transport(cross, *updates) - own / 2)
+        updates = partial(_epsilons, blur=blur, iterations=iterations, diameter=diameter)
+        own = sum(_transport_to_itself(cost, updates(cost)) for cost in (own_x, own_y))
+        values.append(_transport(cross, updates(cross)) - own / 2)
     return torch.stack(values).mean()
 
 
@@ -226,8 +219,7 @@ def _epsilons(
     cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
 ) -> list[float | Tensor]:
     """Return squared blurs of the updates: from the diameter down, then the given one."""
-    if diameter is None:
-        diameter = math.sqrt(2 * float(cost.max()))
+    diameter = math.sqrt(2 * float(cost.detach().max())) if diameter is None else diameter
     if isinstance(blur, Tensor):
         coarse = [blur.clamp(min=diameter / 2**step) for step in range(_COARSE_STEPS)]
         return [width**2 for width in coarse + [blur] * iterations]
@@ -235,9 +227,7 @@ def _epsilons(
     return [(diameter / 2**step) ** 2 for step in range(steps)] + [blur**2] * iterations
 
 
-def _transport(
-    cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
-) -> Tensor:
+def _transport(cost: Tensor, epsilons: list[float | Tensor]) -> Tensor:
     """Compute the entropic transport cost, the mean of the semi-duals in either potential.
 
     An error in the potentials enters the value squared, and a semi-dual's gradient in the cost is
@@ -245,24 +235,22 @@ def _transport(
     """
     fixed = cost.detach()
     f, g = fixed.new_zeros(cost.shape[0]), fixed.new_zeros(cost.shape[1])
-    for epsilon in _epsilons(fixed, blur, iterations, diameter):
+    for epsilon in epsilons:
         # Both from the previous ones, then halfway: symmetric in the sides, without oscillation.
         new_f, new_g = _quick_softmin(fixed, g, epsilon), _quick_softmin(fixed.T, f, epsilon)
         f, g = (f + new_f) / 2, (g + new_g) / 2
-    along_x = _softmin(cost, g, blur**2).mean() + g.mean()
-    along_y = _softmin(cost.T, f, blur**2).mean() + f.mean()
+    along_x = _softmin(cost, g, epsilons[-1]).mean() + g.mean()
+    along_y = _softmin(cost.T, f, epsilons[-1]).mean() + f.mean()
     return (along_x + along_y) / 2
 
 
-def _transport_to_itself(
-    cost: Tensor, blur: float | Tensor, iterations: int, diameter: float | None
-) -> Tensor:
+def _transport_to_itself(cost: Tensor, epsilons: list[float | Tensor]) -> Tensor:
     """Compute `_transport` of a set to itself, whose two potentials are equal."""
     fixed = cost.detach()
     f = fixed.new_zeros(len(cost))
-    for epsilon in _epsilons(fixed, blur, iterations, diameter):
+    for epsilon in epsilons:
         f = (f + _quick_softmin(fixed, f, epsilon)) / 2
-    return _softmin(cost, f, blur**2).mean() + f.mean()
+    return _softmin(cost, f, epsilons[-1]).mean() + f.mean()
 
 
 def _softmin(cost: Tensor, potential: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -294,7 +282,7 @@ class Divergence:
     def __call__(self, x: Tensor, y: Tensor, *, sigma: Sigma) -> Tensor:
         """Compute the divergence of x (n, d) and y (m, d), a () tensor differentiable in both.
 
-        Sinkhorn takes the rows for unit rows, whose distances are at most 2; none reads the device.
+        Sinkhorn starts at the diameter of unit rows, 2.
 
         Raises:
             ShapeError: the shapes do not fit together, or a side has fewer than `minimum` rows.

@@ -104,11 +104,8 @@ def fused_terms(
 
 def _vector(values: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """Stack numbers, (k,), in the dtype and on the device of a tensor, without waiting for it."""
-    numbers = [
-        value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
-        for value in values
-    ]
-    return torch.stack(numbers) if numbers else like.new_empty(0)
+    found = [v.to(like) if isinstance(v, Tensor) else like.new_full((), v) for v in values]
+    return torch.stack(found) if found else like.new_empty(0)
 
 
 class _Fused(torch.autograd.Function):
@@ -116,7 +113,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
     ) -> tuple[Any, ...]:
-        tiles, owns = Tiles(x, y, scale, factors, plan), []
+        tiles, owns = Tiles(plan, x, y, scale, factors), []
         with tiles.rounded():
             sums = tiles.cross_sums()
             if plan.kernels:

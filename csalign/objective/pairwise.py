@@ -68,8 +68,7 @@ def infonce(
         labels = owner
     forth = cross_entropy(forth, targets, label_smoothing=label_smoothing, reduction="none")
     if owner is not None:
-        has_match = counts[:, 0].clamp(max=1)
-        forth = forth * has_match * (len(x) / has_match.sum())
+        forth *= len(x) * counts[:, 0].clamp(max=1) / counts.clamp(max=1).sum()
     back = cross_entropy(back, labels, label_smoothing=label_smoothing)
     return (forth.mean() + back) / 2
 

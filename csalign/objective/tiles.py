@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, islice, pairwise
-from itertools import product as table_of
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +82,8 @@ class TilePlan:
 
     def cross_tiles(self, n: int, m: int) -> Iterator[tuple[slice, slice]]:
         """Return this process's tiles of the table of x and y."""
-        tiles = table_of(self.spans(n, self.compared[0]), self.spans(m, self.compared[1]))
+        columns = self.spans(m, self.compared[1])
+        tiles = ((i, j) for i in self.spans(n, self.compared[0]) for j in columns)
         return islice(tiles, self.rank, None, self.processes)
 
     def own_tiles(self, n: int) -> Iterator[tuple[slice, slice]]:
@@ -114,10 +114,8 @@ class Tiles:
     Gaussian kernel.
     """
 
-    def __init__(
-        self, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
-    ) -> None:
-        self.x, self.y, self.scale, self.factors, self.plan = x, y, scale, factors, plan
+    def __init__(self, plan: TilePlan, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor):
+        self.plan, self.x, self.y, self.scale, self.factors = plan, x, y, scale, factors
         cells = min(max(len(x), len(y)), plan.tile) ** 2
         self._flat = [x.new_empty(cells) for _ in range(2)]
         rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32

@@ -7,7 +7,8 @@ A step is: normalise B pairs 512 wide, InfoNCE with a learned scale, loss and gr
 
 - clip: open_clip's ClipLoss alone;
 - dense: InfoNCE + CS by the plain formulas under autograd;
-- csalign: `Objective`, InfoNCE + CS, in float32; and with bfloat16 factors;
+- csalign: `Objective`, InfoNCE + CS, in float32; with torch's products in place of oneDNN's; and
+  with bfloat16 factors;
 - infonce: `Objective`, InfoNCE alone;
 - products: the seven bare products of B x B x 512 that the fused step needs and nothing else, at
   the faster of two tile sizes.
@@ -35,9 +36,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core.enums import Precision
+from csalign.objective import tiles
 from csalign.objective.divergences import cs_divergence
 from csalign.objective.loss import Objective
 from csalign.objective.pairwise import infonce
+from csalign.objective.products import product
 
 WIDTH, SIGMA, LAMBDA, SCALE = 512, 0.5, 0.1, 14.0
 
@@ -59,13 +62,16 @@ def dense(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 def csalign(weight: float = LAMBDA, precision: Precision = Precision.FLOAT32) -> Step:
     """The objective as `csalign train` calls it."""
     objective = Objective(weight=weight, precision=precision)
-    return lambda x, y, scale: objective(x, y, logit_scale=scale, sigma=SIGMA).total
+    return lambda x, y, scale: (
+        objective(x, y, logit_scale=scale, max_scale=SCALE, sigma=SIGMA).total
+    )
 
 
 STEPS: dict[str, Step] = {
     "clip": clip,
     "dense": dense,
     "csalign": csalign(),
+    "csalign mm": csalign(),
     "csalign bf16": csalign(precision=Precision.BFLOAT16),
     "infonce": csalign(weight=0.0),
 }
@@ -83,24 +89,30 @@ def timed_step(step: Step, leaves: tuple[Tensor, Tensor, Tensor]) -> float:
     """CPU seconds of loss and gradients."""
     for leaf in leaves:
         leaf.grad = None
+    tiles.product = torch_product if step is STEPS["csalign mm"] else product  # type: ignore[attr-defined]
     start = time.process_time()
     step(*leaves).backward()  # type: ignore[no-untyped-call]
     return time.process_time() - start
 
 
+def torch_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute `products.product` as torch does."""
+    return a @ b.T
+
+
 def timed_products(tile: int, x: Tensor, y: Tensor) -> float:
     """CPU seconds of the products alone: three tables and four additions a tile."""
-    table, sums = torch.empty(tile, tile), torch.zeros_like(x)
+    sums = torch.zeros_like(x)
     spans = [slice(start, start + tile) for start in range(0, len(x), tile)]
     start = time.process_time()
     with torch.no_grad():
         for i in spans:
             for j in spans:
                 for _ in range(3):
-                    made = torch.mm(x[i], y[j].T, out=table)
+                    made = product(x[i], y[j])
                 for _ in range(2):
-                    sums[i].addmm_(made, y[j])
-                    sums[j].addmm_(made.T, x[i])
+                    sums[i].add_(product(made, y[j].T))
+                    sums[j].add_(product(made.T, x[i].T))
     return time.process_time() - start
 
 
@@ -110,14 +122,14 @@ def measure_times(rows: int, rounds: int) -> dict[str, list[float]]:
     small = inputs(512)
     for step in STEPS.values():
         timed_step(step, small)
-    tiles = {f"tiles of {tile}": tile for tile in (512, min(1024, rows))}
-    times: dict[str, list[float]] = {name: [] for name in (*STEPS, *tiles)}
+    spans = {f"tiles of {tile}": tile for tile in (512, min(1024, rows))}
+    times: dict[str, list[float]] = {name: [] for name in (*STEPS, *spans)}
     for _ in range(rounds):
         for name, step in STEPS.items():
             times[name].append(timed_step(step, leaves))
-        for name, tile in tiles.items():
+        for name, tile in spans.items():
             times[name].append(timed_products(tile, leaves[0], leaves[1]))
-    fastest = min(tiles, key=lambda name: statistics.median(times[name]))
+    fastest = min(spans, key=lambda name: statistics.median(times[name]))
     times["products"] = times[fastest]
     print(f"B = {rows}: the fastest products are {fastest}")
     return times
