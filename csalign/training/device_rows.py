@@ -103,6 +103,11 @@ class DeviceRows:
                 chunk = slice(start, start + CHUNK_ROWS)
                 copied[chunk] = upload(np.ascontiguousarray(own[chunk]), self._device)
 
+    def release(self) -> None:
+        """Free what `keep` copied."""
+        if self._device.type == "cuda":
+            self.kept = {}
+
     def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
         """Take the rows of a batch from arrays that are kept.
 
@@ -131,7 +136,9 @@ class DeviceRows:
 
         What fails in the thread is raised here. Closing the iterator ends the thread.
         """
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream: Any = None
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         blocks: Queue[_Block | BaseException] = Queue()
         room, ended = Semaphore(BLOCKS), Event()
 
@@ -183,7 +190,7 @@ class DeviceRows:
             sent = packed.to(self._device, non_blocking=stream is not None)
             arrived = None if stream is None else stream.record_event()
         pieces = iter(_divide(sent, flat))
-        batches = [
+        batches: list[tuple[Any, Pieces]] = [
             (plan, {side: [next(pieces) for _ in found] for side, found in sides.items()})
             for plan, sides in read
         ]

@@ -441,17 +441,3 @@ class Trainer:
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
         return self.adapter if self._average is None else self._average
-
-
-def follow(trainer: Trainer) -> None:
-    """Train in a process that is not the main one.
-
-    Raises:
-        ElsewhereError: training was stopped or failed, which the main process reports.
-    """
-    try:
-        with signals.polling():
-            for _ in trainer.fit(lambda lines: None):
-                pass
-    except (Stopped, TrainingError):
-        distributed.wait_for_failure()

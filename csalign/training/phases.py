@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter, find_kind
-from csalign.core import distributed
-from csalign.core.errors import ConfigError
+from csalign.core import distributed, signals
+from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.features.join import Mask
@@ -30,7 +30,7 @@ from csalign.training.config import (
     TrainConfig,
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
-from csalign.training.loop import FIRST, Log, Phase, Trainer, follow
+from csalign.training.loop import FIRST, Log, Phase, Trainer
 from csalign.training.moment_matching import match_again, match_outputs
 from csalign.training.sampler import PairSampler, make_sampler
 from csalign.training.validation import Score, validate
@@ -338,6 +338,20 @@ def follow_phases(work: Work) -> None:
         if state is not None:
             trainer.load_state_dict(state)
         follow(trainer)
+
+
+def follow(trainer: Trainer) -> None:
+    """Train in a process that is not the main one.
+
+    Raises:
+        ElsewhereError: training was stopped or failed, which the main process reports.
+    """
+    try:
+        with signals.polling():
+            for _ in trainer.fit(lambda lines: None):
+                pass
+    except (Stopped, TrainingError):
+        distributed.wait_for_failure()
 
 
 def check_networks(config: TrainConfig, tokens: StoredTokens | None) -> None:

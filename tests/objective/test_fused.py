@@ -49,6 +49,7 @@ def tiled(
     smoothing: float = 0.0,
     tile: int = 16,
     negatives: tuple[int, int] = (0, 0),
+    is_bounded: bool = True,
 ) -> Terms:
     def terms(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         found = fused_terms(
@@ -56,6 +57,7 @@ def tiled(
             y,
             pairs=pairs,
             logit_scale=scale,
+            max_scale=float(scale.detach()) if is_bounded else None,
             sigma=sigma,
             label_smoothing=smoothing,
             tile=tile,
@@ -123,12 +125,13 @@ def test_without_pairs_there_are_kernels_alone(sigma: Sigma) -> None:
 @pytest.mark.parametrize("scale", [0.5, 30.0, 100.0, 400.0])
 @pytest.mark.parametrize("sigma", [0.05, 0.15, 3.0, (0.02, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("is_bounded", [True, False])
 def test_no_scale_and_no_bandwidth_overflows_or_vanishes(
-    scale: float, sigma: Sigma, dtype: torch.dtype
+    scale: float, sigma: Sigma, dtype: torch.dtype, is_bounded: bool
 ) -> None:
     # Of opposite sides: every cross kernel underflows, and so would every exponential of a logit.
     x, y = rows(40, 6, 0, 2.0).to(dtype), rows(40, 6, 1, -2.0).to(dtype)
-    found = values_and_gradients(tiled(40, sigma), x, y, scale)
+    found = values_and_gradients(tiled(40, sigma, is_bounded=is_bounded), x, y, scale)
     expected = values_and_gradients(plain(40, sigma), x.double(), y.double(), scale)
 
     accurate = dtype == torch.float64

@@ -1,0 +1,203 @@
+"""Steps that do not wait for the device."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from csalign.core.enums import Modality
+from csalign.core.errors import DataError, TrainingError
+from csalign.features.join import Pairs
+from csalign.training.config import DataOptions, TrainConfig
+from csalign.training.data import Part, Unpaired, load_data
+from csalign.training.device_rows import DeviceRows
+from csalign.training.loop import Trainer
+from csalign.training.phases import Work, find_tokens
+from csalign.training.sampler import BatchLoader, PairSampler
+from csalign.training.train import train
+
+READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that need a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        chosen = args[1] if name.startswith("index") and len(args) > 1 else ()
+        masks = [own for own in chosen if own is not None] if isinstance(chosen, list) else []
+        if name in READS or any(own.dtype == torch.bool for own in masks):
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make_trainer(features: Path, **values: Any) -> Trainer:
+    settings = {"steps": 40, "batch_size": 64, "hidden": 16, "init": "random", **values}
+    config = TrainConfig(features=features, out=features.parent / "run", **settings)
+    data = load_data(config.group(DataOptions), out=config.out, seed=0)
+    work = Work(config, data, find_tokens(config))
+    return work.trainer(work.initialize().adapter)
+
+
+def count_reads(trainer: Trainer, steps: int = 12) -> Counter[str]:
+    with Reads() as reads:
+        for _ in range(steps):  # of which the first and the eleventh refresh the bandwidth
+            trainer._train_step(next(trainer._loader))
+    return reads.found
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"batch_size": 300},
+        {"learn_scale": True, "average": 0.9},
+        {"learn_scale": True, "bandwidth": "tied"},
+        {"bandwidth": (0.5, 1.0)},
+        {"captions": "sample", "mixing": 0.5},
+        {"captions": "all", "label_smoothing": 0.1},
+        {"pairwise": "sigmoid"},
+        {"pairwise": "align-uniform"},
+        {"cs_captions": "all", "unpaired_negatives": True},
+        *({"divergence": name} for name in ("mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none")),
+    ],
+    ids=str,
+)
+def test_steps_read_nothing_on_the_host(several: Path, values: dict[str, Any]) -> None:
+    trainer = make_trainer(several, **values)
+
+    assert count_reads(trainer) == {}
+    with Reads() as reads:
+        float(torch.ones(3).sum())
+    assert reads.found == {"_local_scalar_dense": 1}
+
+
+def test_rows_of_further_sets_are_drawn_without_a_read(several: Path, features: Path) -> None:
+    assert count_reads(make_trainer(features, unpaired=(features,)), 3) == {}
+
+
+# The first steps of the warm-up are harmless, then the weights overflow.
+EXPLODES = {"learning_rate": 1e7, "clip_norm": 1e30, "warmup": 1.0, "patience": 99, "steps": 40}
+
+
+def test_the_first_step_at_fault_is_named_however_seldom_the_log_is_written(
+    features: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for every in (1, 7, 50):
+        out = tmp_path / str(every)
+        values = {**EXPLODES, "validations": 1, "log_every": every, "batch_size": 64, "hidden": 16}
+        with pytest.raises(TrainingError, match=r"step \d+: [a-z ]+ is (nan|inf)") as caught:
+            train(TrainConfig(features=features, out=out, save_every=3, **values))
+        lines = (tmp_path / f"{every}.partial/metrics.jsonl").read_text().splitlines()
+        found[every] = str(caught.value).split(";")[0], lines[1:]
+        assert not list(tmp_path.glob(f"{every}.partial/resume/*"))
+
+    assert found[1] == found[7] == found[50]
+
+
+def test_a_fault_is_found_before_the_state_is_returned_or_validated(several: Path) -> None:
+    trainer = make_trainer(several, log_every=5)
+    logged: list[Any] = []
+    steps = trainer.fit(logged.extend)
+    for _ in range(7):
+        next(steps)
+    with torch.no_grad():
+        next(trainer.adapter.parameters()).fill_(torch.nan)
+    next(steps)  # step 7, of which nothing was read
+
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4, 5]
+    with pytest.raises(TrainingError, match="step 7: pairwise is nan"):
+        trainer.state_dict()
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    steps.close()
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_returned(several: Path) -> None:
+    trainer = make_trainer(several)
+    steps = trainer.fit(lambda lines: None)
+    for _ in range(3):
+        next(steps)
+    with torch.no_grad():
+        next(trainer.adapter.parameters()).fill_(torch.inf)
+    with pytest.raises(TrainingError, match="step 2: largest weight is inf"):
+        trainer.state_dict()
+    steps.close()
+
+
+def test_the_log_is_the_same_however_often_it_is_written(features: Path, tmp_path: Path) -> None:
+    logs = []
+    for every in (1, 50):
+        config = TrainConfig(
+            features=features,
+            out=tmp_path / str(every),
+            log_every=every,
+            **{"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4, "init": "random"},
+            refit=False,
+        )
+        logs.append((train(config).run / "metrics.jsonl").read_text())
+
+    assert logs[0] == logs[1]
+    assert sum("loss" in json.loads(line) for line in logs[0].splitlines()) == 12
+
+
+def make_loader(rows: Pairs, **values: Any) -> BatchLoader:
+    sampler = PairSampler(rows, "sample", other_weight=0.3, once=True)
+    pool = {side: [Part(rows.embeddings(side)[::2], np.arange(9))] for side in Modality}
+    options = {"unpaired_rows": 3, "mixing": 0.5, **values}
+    return BatchLoader(rows, sampler, 40, 0, torch.device("cpu"), Unpaired(pool), **options)
+
+
+def mapped(values: Any, path: Path) -> Any:
+    found = np.memmap(path, values.dtype, "w+", shape=values.shape)
+    found[:] = values
+    return found
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5])
+def test_blocks_that_are_read_ahead_have_the_rows_of_memory(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixing: float
+) -> None:
+    rows = load_data(DataOptions(features=several), out=tmp_path / "run", seed=0).rows
+    files = {name: mapped(getattr(rows, name), tmp_path / name) for name in ("images", "texts")}
+    here = make_loader(rows, mixing=mixing)
+    away = make_loader(replace(rows, **files), mixing=mixing)
+    before = [next(away).images.rows for _ in range(2)]
+    assert all(torch.equal(own, next(here).images.rows) for own in before)
+    with away.reading_ahead():
+        for _ in range(25):
+            one, two = next(here), next(away)
+            assert torch.equal(one.images.rows, two.images.rows)
+            assert torch.equal(one.texts.rows, two.texts.rows)
+        assert here.state_dict() == away.state_dict()
+        assert any(thread.name == "csalign-rows" for thread in threading.enumerate())
+    assert not any(thread.name == "csalign-rows" for thread in threading.enumerate())
+    assert torch.equal(next(here).texts.rows, next(away).texts.rows)
+
+
+def test_what_fails_while_reading_ahead_is_raised(tmp_path: Path) -> None:
+    class Plan:
+        picked: Any = {}
+
+    def plans() -> Iterator[Plan]:
+        raise DataError("row 3 is damaged")
+        yield Plan()
+
+    file = mapped(np.zeros((4, 2), np.float32), tmp_path / "rows")
+    source = DeviceRows({side: [file] for side in Modality}, torch.device("cpu"))
+    with pytest.raises(DataError, match="row 3"):
+        next(source.read_ahead(plans()))
