@@ -76,7 +76,7 @@ ONLY_DOORS = {
 MAX_LINES = 450  # of a module
 MAX_MODULES = 15  # of a folder, beside its __init__
 MAX_TOTAL = 186  # modules of the package
-MAX_TOTAL_LINES = 38_900
+MAX_TOTAL_LINES = 39_100
 
 
 @cache

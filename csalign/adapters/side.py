@@ -306,4 +306,5 @@ def map_tokens(side: SideAdapter, tokens: Tensor, mask: Tensor, noise: float) ->
         return padded
     # To count the tokens the host would wait for the device, so padding is mapped too.
     filled = tokens.masked_fill(~mask[..., None], 1.0).flatten(0, 1)
-    return side(filled, noise).unflatten(0, mask.shape).masked_fill(~mask[..., None], 0.0)
+    found: Tensor = side(filled, noise).unflatten(0, mask.shape)
+    return found.masked_fill(~mask[..., None], 0.0)

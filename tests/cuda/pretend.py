@@ -127,7 +127,7 @@ class HostReads(TorchDispatchMode):
 def _is_read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> bool:
     name = func._schema.name
     if name in ("aten::copy_", "aten::copy"):
-        return args[0].device.type == "cpu" != args[1].device.type
+        return bool(args[0].device.type == "cpu" != args[1].device.type)
     if not (args and isinstance(args[0], Tensor) and args[0].device.type == device):
         return False
     if name in _READS:
@@ -310,11 +310,12 @@ def _step(node: Any, gradients: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
         leaf = node.variable
         leaf.grad = gradients[0] if leaf.grad is None else leaf.grad + gradients[0]
         return ()
-    outputs = [gradients.get(number) for number in range(len(node._input_metadata))]
+    metadata = node._input_metadata
+    outputs = [gradients.get(number) for number in range(len(metadata))]
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         outputs = [
             torch.zeros(about.shape, dtype=about.dtype, device=about.device) if own is None else own
-            for own, about in zip(outputs, node._input_metadata, strict=True)
+            for own, about in zip(outputs, metadata, strict=True)
         ]
         found = node.apply(*outputs)
     else:

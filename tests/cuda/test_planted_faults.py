@@ -22,7 +22,7 @@ def constant(z: Tensor) -> Tensor:
 
 
 def item(z: Tensor) -> Tensor:
-    return z / z.norm().item()
+    return z / float(z.norm().item())
 
 
 def numpy(z: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_reads_are_named_by_their_line_on_any_device() -> None:
     source = Path(__file__).read_text().splitlines()
 
     assert [source[line - 1].strip() for line in lines] == [
-        "return z / z.norm().item()",
+        "return z / float(z.norm().item())",
         "return gradients[0] * float(gradients[0].norm())",
     ]
     assert reads.total == 2

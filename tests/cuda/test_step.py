@@ -3,21 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from csalign.adapters.model import Adapter
-from csalign.adapters.side import SideShape
-from csalign.core.enums import Modality
-from csalign.features.schema import EncoderInfo
-from csalign.features.writer import FeatureWriter, Rows
-from csalign.training.config import DataOptions, TrainConfig
-from csalign.training.data import load_data
 from csalign.training.loop import Trainer
-from csalign.training.phases import Work, find_tokens
 from tests.cuda.pretend import pretended
+from tests.cuda.runs import trainer_of, write_features
 
-WIDTH, IMAGES = 12, 90
 STEPS = 2  # a median bandwidth is computed in the first and kept in the second
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -36,41 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images with two captions and up to 5 tokens each; the last third is held out."""
-    folder = tmp_path_factory.mktemp("features")
-    rng = np.random.default_rng(0)
-    made_up = EncoderInfo(spec="made up", width=WIDTH, token_width=WIDTH, token_space="projected")
-    with FeatureWriter(folder, dict.fromkeys(Modality, made_up), "float32") as writer:
-        for side, count in ((Modality.IMAGE, IMAGES), (Modality.TEXT, 2 * IMAGES)):
-            owners = [str(row % IMAGES) for row in range(count)]
-            splits = ["train" if row % IMAGES < 60 else "val" for row in range(count)]
-            columns: dict[str, Any] = {"id": [*map(str, range(count))], "split": splits}
-            if side is Modality.TEXT:
-                columns |= {"image_id": owners, "caption": [f"text {row}" for row in range(count)]}
-            tokens = [rng.normal(size=(row % 6, WIDTH)) for row in range(count)]
-            writer.write(side, Rows(columns, rng.normal(size=(count, WIDTH)), tokens))
-    return folder
-
-
-def trainer_of(features: Path, **options: Any) -> Trainer:
-    """Build the trainer of a small run."""
-    values = {"batch_size": 40, "hidden": 16, "steps": STEPS, **options}
-    config = TrainConfig(features=features, out=features.parent / "run", **values)
-    tokens = find_tokens(config)
-    data = load_data(config.group(DataOptions), out=config.out, seed=0)
-    work = Work(config, data, tokens)
-    shapes = {
-        side: SideShape(
-            kind,
-            input_width=data.rows.embeddings(side).shape[1],
-            width=WIDTH,
-            hidden=16,
-            token_width=work.token_widths.get(side),
-            layers=1,
-        )
-        for side, kind in config.kinds.items()
-    }
-    return work.trainer(Adapter(shapes))
+    return write_features(tmp_path_factory.mktemp("features"))
 
 
 def steps(trainer: Trainer, count: int = STEPS) -> None:

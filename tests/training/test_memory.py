@@ -1,0 +1,70 @@
+"""The memory of a step, from sizes alone, is what a step takes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
+from csalign.core.enums import Modality
+from csalign.training.batch_loss import BatchLoss
+from csalign.training.config import ObjectiveOptions
+from csalign.training.memory import step_bytes
+from csalign.training.sampler import Batch, SideBatch
+
+WIDTH = 64
+
+
+def default_step(rows: int) -> Callable[[], Callable[[], None]]:
+    """Return what prepares a step of the default, on embeddings of a small width."""
+
+    def prepare() -> Callable[[], None]:
+        adapter = Adapter({side: SideShape("glu", WIDTH, 256) for side in Modality})
+        loss = BatchLoss(ObjectiveOptions())
+        weights = [*adapter.parameters()]
+        optimizer = torch.optim.AdamW(weights, fused=True)
+        sides = [SideBatch(torch.randn(rows, WIDTH), [rows, 0, 0, 0], None) for _ in Modality]
+        none = torch.zeros(0, dtype=torch.int64)
+        batch = Batch(sides[0], sides[1], None, none, (none, none))
+        loss(adapter, batch, 1)  # finds a bandwidth, which is kept for some steps
+
+        def step() -> None:
+            total = loss(adapter, batch, 2).total
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+
+        return step
+
+    return prepare
+
+
+def allocated(step: Callable[[], None]) -> int:
+    """Measure the most bytes that torch allocates during a step, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    now = peak = 0
+    events = [own for own in found.profiler.kineto_results.events() if own.name() == "[memory]"]
+    for event in sorted(events, key=lambda own: own.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("rows", [512, 4_096])
+def test_sizes_alone_give_the_memory_of_a_step(rows: int) -> None:
+    before, peak = step_bytes(default_step(rows))
+    step = default_step(rows)()
+    step()
+    measured = allocated(step)
+
+    assert peak - before == pytest.approx(measured, rel=0.15)
+
+
+def test_values_give_the_same_sizes() -> None:
+    found, measured = (step_bytes(default_step(512), fake=fake) for fake in (True, False))
+
+    assert found == pytest.approx(measured, rel=0.02)
