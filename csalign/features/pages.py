@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -110,7 +111,7 @@ class VectorFile:
     """
 
     def __init__(self, path: Path, columns: pa.Schema, name: str, **options: Any) -> None:
-        self.bytes, self.sha256, self.closed = 0, hashlib.sha256(), False
+        self.bytes, self.sha256 = 0, hashlib.sha256()
         self._name, self._place = name, columns.get_field_index(name)
         self._chunks: list[tuple[int, dict[int, Any]]] = []
         self._tail: list[bytes] | None = None
@@ -132,6 +133,11 @@ class VectorFile:
             written = self._file.write(view[:_BLOCK])
             self.sha256.update(view[:written])
             view = view[written:]
+
+    @property
+    def closed(self) -> bool:
+        """Return False; Arrow asks this."""
+        return False
 
     def flush(self) -> None:
         """Do nothing; Arrow calls this."""
@@ -165,11 +171,17 @@ class VectorFile:
         }
         self._chunks.append((size, {2: (_I64, 0), 3: (_STRUCT, chunk)}))
 
+    def discard(self) -> None:
+        """Close the file as it is, unless it is closed."""
+        if not self._file.closed:
+            self._tail = []
+            with suppress(pa.ArrowException, OSError):
+                self._others.close()
+            self._file.close()
+
     def close(self) -> None:
         """Complete the file with a footer of all columns."""
-        if self.closed:
-            return
-        self._tail, self.closed = [], True
+        self._tail = []
         self._others.close()
         content, self._tail, shift = b"".join(self._tail), None, 0
         footer = _footer(content) | {field: self._columns[field] for field in (2, 5, 7)}

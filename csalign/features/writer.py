@@ -1,7 +1,7 @@
 """Write a feature set: shards of both sides, row group by row group, and the manifest last."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -165,7 +165,8 @@ class ShardWriter:
                     write_page_checksum=True,  # of use where one column is read
                     write_batch_size=1 << 16,  # values, of which a vector has hundreds
                 )
-                self._file = self._stack.enter_context(closing(file))
+                self._stack.callback(file.discard)
+                self._file = file
             for start in range(0, written, limit):
                 self._file.write_rows(table[start : min(written, start + limit)])
         self._pending = table[written:].to_batches()
