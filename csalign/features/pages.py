@@ -44,8 +44,10 @@ def read_vectors(file: IO[bytes], chunk: Any, column: Any, out: Array, *, verifi
     """
     form = (column.max_definition_level, column.max_repetition_level, column.physical_type)
     physical = _PHYSICAL.get(out.dtype.str, (0, ""))[1]
-    is_plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
-    if not is_plain or chunk.file_path or form != (1, 1, physical) or chunk.num_values != out.size:
+    # Not `chunk.compression`, which ends the process if it is damaged: the levels and sizes of a
+    # compressed page are not these.
+    is_usual = not chunk.has_dictionary_page and not chunk.file_path
+    if not is_usual or form != (1, 1, physical) or chunk.num_values != out.size:
         return False
     if physical != "FLOAT" and column.length != out.itemsize:
         return False

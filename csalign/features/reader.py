@@ -201,7 +201,7 @@ class FeatureTable:
                     last = first + file.metadata.row_group(group).num_rows
                     if _is_wanted(rows, first, last):
                         vectors: Array | None = None
-                        if raw is not None:
+                        if raw is not None and last - first <= shard.rows:
                             shape, dtype = (last - first, self.width), schema.DTYPES[self.dtype]
                             vectors = np.empty(shape, dtype) if out is None else out[first:last]
                             if not _is_filled(vectors, file, group, raw, trusted):
