@@ -71,13 +71,13 @@ def read_vectors(file: IO[bytes], chunk: Any, column: Any, out: Array, *, verifi
             found = head[start : start + len(levels)]
             if found != levels or file.readinto(values) != values.nbytes:  # type: ignore[attr-defined]
                 return False
-            own = None if verified else zlib.crc32(values, zlib.crc32(found))
+            own = None if verified else zlib.crc32(values.data, zlib.crc32(found))
             if own is not None and own != header[4][1] & 0xFFFFFFFF:
                 return False
             at, done = at + start + size, done + rows
     except _NOT_SO:
         return False
-    return at == end
+    return bool(at == end)
 
 
 def _read(file: IO[bytes], start: int, size: int) -> bytes:
@@ -269,7 +269,7 @@ def _encode(value: Any, kind: int = _STRUCT) -> bytes:
     if kind in (_I16, _I32, _I64):
         return _varint(value << 1 ^ value >> 63)
     if kind == _BINARY:
-        return _varint(len(value)) + value
+        return b"".join((_varint(len(value)), value))
     if kind == _LIST:
         own, values = value
         size = len(values)

@@ -152,7 +152,7 @@ class FeatureTable:
             )
 
     def embeddings(self) -> Array:
-        """Read all embeddings, (n, d), in the stored dtype, maybe read-only, but no tokens.
+        """Read all embeddings, (n, d), in the stored dtype, but no tokens.
 
         Raises:
             SchemaError: a shard is damaged.

@@ -294,7 +294,7 @@ def test_damage_anywhere_gives_the_right_rows_or_is_reported(
             last = start + 380 if kind == "flip pages" else len(content)
             changed = content
             for _ in range(rng.integers(1, 4)):
-                changed = flipped(changed, rng.integers(first, last), rng.integers(8))
+                changed = flipped(changed, int(rng.integers(first, last)), int(rng.integers(8)))
         path.write_bytes(changed)
         try:
             opened = FeatureSet.open(table.folder).images
