@@ -53,6 +53,7 @@ ONLY_DOORS = {
         "features/export.py",
         "features/join.py",
         "features/checks.py",
+        "features/pages.py",
         "features/reader.py",
         "features/schema.py",
         "features/splits.py",

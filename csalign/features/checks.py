@@ -53,8 +53,9 @@ def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]
         with np.errstate(over="ignore"):  # an overflow is reported with its row
             stored = block if dtype is None else block.astype(schema.DTYPES[dtype], copy=False)
             is_good = _are_halves_good(stored) if stored.dtype == np.float16 else _norms_fit(stored)
-        bad = np.flatnonzero(~is_good)
-        found |= {start + row: _reason(block[row], stored[row], dtype) for row in bad.tolist()}
+        if not is_good.all():
+            bad = np.flatnonzero(~is_good).tolist()
+            found |= {start + row: _reason(block[row], stored[row], dtype) for row in bad}
     return found
 
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from csalign.core import atomic
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote, stand_in
 from csalign.core.progress import tick, track
-from csalign.features import schema
+from csalign.features import schema, verified
+from csalign.features.pages import fixed_lists, read_vectors
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
 
 Array = npt.NDArray[Any]
@@ -132,39 +132,42 @@ class FeatureTable:
             column = opened.read([schema.SPLIT]).column(0)
         return column.cast(pa.string()).combine_chunks()
 
-    def verify(self) -> None:
-        """Compare every file with its checksum; raises SchemaError if one does not match."""
-        for shard in track(self.shards, "verifying: files", len(self.shards)):
-            self._verify_file(shard, AGAIN)
-        if (file := self._split_file) is not None:
-            self._verify_file(file, self._divide_again)
+    def verify(self, *, again: bool = True) -> None:
+        """Compare every file with its checksum; raises SchemaError if one does not match.
 
-    def _verify_file(self, file: Shard, remedy: str) -> None:
+        Args:
+            again: also those that matched before and have not changed.
+        """
+        for shard in track(self.shards, "verifying: files", len(self.shards)):
+            self._verify_file(shard, AGAIN, again=again)
+        if (file := self._split_file) is not None:
+            self._verify_file(file, self._divide_again, again=again)
+
+    def _verify_file(self, file: Shard, remedy: str, *, again: bool = False) -> None:
         path = self._path(file)
-        if atomic.sha256_file(path) != file.sha256:
+        if not verified.matches(path, file.sha256, again=again):
             raise SchemaError(
                 f"{path}: does not match the manifest's checksum, so it was changed or is "
                 f"damaged; {remedy}"
             )
 
     def embeddings(self) -> Array:
-        """Read all embeddings, (n, d), in the stored dtype, maybe read-only, but no tokens.
+        """Read all embeddings, (n, d), in the stored dtype, but no tokens.
 
         Raises:
             SchemaError: a shard is damaged.
         """
         if not self.has_tokens:  # else hashing would read much more, and pages have checksums
-            self.verify()
-        whole: Array | None = None
-        for first, batch in self.read(schema.EMBEDDING):
+            self.verify(again=False)
+        out = np.empty((len(self), self.width), schema.DTYPES[self.dtype])
+        for first, batch in self._read(
+            [schema.EMBEDDING], None, out, is_verified=not self.has_tokens
+        ):
             values = batch_vectors(batch, schema.EMBEDDING)
-            if len(values) == len(self):
-                return values
-            if whole is None:
-                whole = np.empty((len(self), self.width), values.dtype)
-            whole[first : first + len(values)] = values
+            if not np.may_share_memory(values, out):
+                out[first : first + len(values)] = values
             tick("reading: rows", first + len(values), len(self))
-        return np.empty((0, self.width), schema.DTYPES[self.dtype]) if whole is None else whole
+        return out
 
     def read(self, *columns: str, rows: Ints | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Stream columns, a row group at a time, with the number of its first row.
@@ -173,18 +176,38 @@ class FeatureTable:
             columns: names.
             rows: ascending; row groups that hold none of them are skipped. None reads all.
         """
+        return self._read(columns, rows)
+
+    def _read(
+        self,
+        columns: Sequence[str],
+        rows: Ints | None,
+        out: Array | None = None,
+        *,
+        is_verified: bool = False,
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Stream columns, the embeddings through `out` (n, d) where they are plain pages."""
         first = 0
         for shard in self.shards:
             if not _is_wanted(rows, first, first + shard.rows):
                 first += shard.rows
                 continue
-            with self._open(shard) as file:
+            with self._open(shard) as file, ExitStack() as stack:
+                path, raw, trusted = self._path(shard), None, is_verified
+                if schema.EMBEDDING in columns and not is_remote(path):
+                    raw = stack.enter_context(path.open("rb", buffering=0))
+                    trusted = trusted or verified.is_remembered(path, shard.sha256)
                 for group in range(file.metadata.num_row_groups):
                     last = first + file.metadata.row_group(group).num_rows
                     if _is_wanted(rows, first, last):
-                        table = file.read_row_group(group, columns=list(columns), use_threads=True)
-                        for batch in table.combine_chunks().to_batches():
-                            _check_nulls(batch, self._path(shard))
+                        vectors: Array | None = None
+                        if raw is not None and last - first <= shard.rows:
+                            shape, dtype = (last - first, self.width), schema.DTYPES[self.dtype]
+                            vectors = np.empty(shape, dtype) if out is None else out[first:last]
+                            if not _is_filled(vectors, file, group, raw, trusted):
+                                vectors = None
+                        for batch in _batches(file, group, columns, vectors):
+                            _check_nulls(batch, path)
                             yield first, self._with_splits(batch, first)
                             first += len(batch)
                     first = last
@@ -339,6 +362,31 @@ def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints
 
 def _is_wanted(rows: Ints | None, first: int, last: int) -> bool:
     return first < last and (rows is None or len(places_within(rows, first, last)[1]) > 0)
+
+
+def _is_filled(
+    vectors: Array, file: pq.ParquetFile, group: int, raw: IO[bytes], trusted: bool
+) -> bool:
+    """Read a row group's embeddings into an array (n, d); false if they are not plain pages."""
+    found = file.metadata.row_group(group)
+    paths = [file.schema.column(index).path for index in range(found.num_columns)]
+    if (path := f"{schema.EMBEDDING}.list.element") not in paths:
+        return False
+    place = paths.index(path)
+    column = file.schema.column(place)
+    return read_vectors(raw, found.column(place), column, vectors, verified=trusted)
+
+
+def _batches(
+    file: pq.ParquetFile, group: int, columns: Sequence[str], vectors: Array | None
+) -> list[pa.RecordBatch]:
+    """Read columns of a row group, besides the embeddings if they are given, (n, d)."""
+    others = [name for name in columns if vectors is None or name != schema.EMBEDDING]
+    table = file.read_row_group(group, columns=others, use_threads=True)
+    if vectors is not None:
+        kind = schema.vector_type(vectors.dtype, vectors.shape[1])
+        table = table.append_column(schema.EMBEDDING, fixed_lists(vectors, kind))
+    return table.combine_chunks().to_batches()  # type: ignore[no-any-return]
 
 
 def batch_vectors(batch: pa.RecordBatch, name: str) -> Array:

@@ -48,12 +48,12 @@ def table_schema(
     modality: Modality, dtype: str, width: int, token_width: int | None = None
 ) -> pa.Schema:
     """Build the Arrow schema of one side's Parquet files; no `token_width` means no tokens."""
-    number = pa.from_numpy_dtype(DTYPES[dtype])
+    number = DTYPES[dtype]
     fields = [pa.field(ID, pa.string(), nullable=False)]
     fields += [pa.field(name, pa.string()) for name in STRING_COLUMNS[modality] if name != ID]
-    fields.append(pa.field(EMBEDDING, _vector(number, width), nullable=False))
+    fields.append(pa.field(EMBEDDING, vector_type(number, width), nullable=False))
     if token_width is not None:
-        fields.append(pa.field(TOKENS, pa.list_(_vector(number, token_width)), nullable=False))
+        fields.append(pa.field(TOKENS, pa.list_(vector_type(number, token_width)), nullable=False))
     return pa.schema(fields)
 
 
@@ -62,9 +62,11 @@ def splits_schema() -> pa.Schema:
     return pa.schema([pa.field(ID, pa.string(), nullable=False), pa.field(SPLIT, pa.string())])
 
 
-def _vector(number: pa.DataType, width: int) -> pa.DataType:
+def vector_type(number: np.dtype[Any], width: int) -> pa.DataType:
+    """Return the Arrow type of vectors."""
     # Elements that cannot be null let a reader take the values as one plain array.
-    return pa.list_(pa.field("element", number, nullable=False), width)
+    element = pa.field("element", pa.from_numpy_dtype(number), nullable=False)
+    return pa.list_(element, width)
 
 
 ALIGNED = " | "  # in the spec of what `apply` wrote: the encoder, then the run

@@ -210,7 +210,7 @@ def load_training(
             targets.append(_Target(f"{held_out.name}: {side.plural}", own, validated[side]))
         if budget.fills:
             if not (isinstance(out, MappedRows) or table.has_tokens):
-                table.verify()  # cheap unless it is a second reading; pages have checksums too
+                table.verify(again=False)  # cheap unless read a second time; pages have checksums
             _fill(table, targets)
     distributed.barrier()
     if keys is not None:

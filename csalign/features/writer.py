@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
 from csalign.core.enums import Modality
@@ -18,6 +17,7 @@ from csalign.core.errors import DataError, ShapeError
 from csalign.features import schema
 from csalign.features.checks import find_unusable
 from csalign.features.join import find_images, repeated_ids
+from csalign.features.pages import VectorFile, fixed_lists
 from csalign.features.schema import EncoderInfo, Shard
 
 # Small enough to shuffle by and to hold one in memory, large enough to read at full speed.
@@ -84,7 +84,7 @@ class ShardWriter:
         self._pending: list[pa.RecordBatch] = []
         self._stack = ExitStack()
         self._temporary: Path | None = None
-        self._file: pq.ParquetWriter | None = None
+        self._file: VectorFile | None = None
 
     def write(self, rows: Rows) -> None:
         """Append rows.
@@ -99,7 +99,7 @@ class ShardWriter:
         names = schema.STRING_COLUMNS[self.modality]
         arrays = [rows.column(name) for name in names]
         embeddings = rows.stored(self.modality, self._dtype)
-        arrays.append(_fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
+        arrays.append(fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
         if self._info.token_width is not None:
             arrays.append(self._tokens(rows))
         self.append(pa.record_batch(arrays, schema=self._schema))
@@ -116,10 +116,11 @@ class ShardWriter:
             return None
         with atomic.translate_os_errors(self._path):
             self._file.close()
-            size, sha256 = self._temporary.stat().st_size, atomic.sha256_file(self._temporary)
             self._stack.close()
         path = f"{self.modality.plural}/{self._path.name}"
-        return Shard(path=path, rows=self._rows, bytes=size, sha256=sha256)
+        return Shard(
+            path=path, rows=self._rows, bytes=self._file.bytes, sha256=self._file.sha256.hexdigest()
+        )
 
     def abort(self, error: BaseException) -> None:
         """Remove what was written, because of `error`."""
@@ -139,7 +140,7 @@ class ShardWriter:
             )
         kind = self._schema.field(schema.TOKENS).type
         starts = pa.array(np.cumsum([0, *map(len, rows.tokens)], dtype=np.int32))
-        return pa.ListArray.from_arrays(starts, _fixed_lists(values, kind.value_type), type=kind)
+        return pa.ListArray.from_arrays(starts, fixed_lists(values, kind.value_type), type=kind)
 
     def _flush(self, *, complete: bool) -> None:
         """Write pending rows in whole row groups, or all of them."""
@@ -153,9 +154,10 @@ class ShardWriter:
             if self._file is None:
                 self._temporary = self._stack.enter_context(atomic.atomic_path(self._path))
                 strings = list(schema.STRING_COLUMNS[self.modality])
-                file = pq.ParquetWriter(
+                file = VectorFile(
                     self._temporary,
                     self._schema,
+                    schema.EMBEDDING,
                     # Vectors hardly shrink and decode several times slower when compressed.
                     compression=dict.fromkeys(strings, "zstd"),
                     use_dictionary=[n for n in strings if n in (schema.SPLIT, schema.SOURCE)],
@@ -163,16 +165,13 @@ class ShardWriter:
                     write_page_checksum=True,  # of use where one column is read
                     write_batch_size=1 << 16,  # values, of which a vector has hundreds
                 )
-                self._file = self._stack.enter_context(file)
-            self._file.write_table(table[:written], row_group_size=limit)
+                self._stack.callback(file.discard)
+                self._file = file
+            for start in range(0, written, limit):
+                self._file.write_rows(table[start : min(written, start + limit)])
         self._pending = table[written:].to_batches()
         self._rows += written
         self.bytes += written * row_bytes
-
-
-def _fixed_lists(values: Array, kind: pa.DataType) -> pa.Array:
-    flat = pa.array(values.reshape(-1), kind.value_type)
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
 class FeatureWriter:
@@ -254,6 +253,8 @@ class FeatureWriter:
     def _finish(self) -> None:
         images, texts = (pa.chunked_array(self._ids[side], pa.string()) for side in Modality)
         for side, ids in zip(Modality, (images, texts), strict=True):
+            if side is Modality.TEXT and texts.equals(images):
+                continue
             if len(repeated := repeated_ids(ids)):
                 name = repeated[0].as_py()
                 raise DataError(f"{side} id {name!r} appears more than once; ids must be unique")

@@ -354,7 +354,9 @@ def _write(
         start = 0
         for chunk, where in vectors.chunks():
             stop = start + len(chunk)
-            part = {name: values[start:stop] for name, values in columns[side].items()}
+            part = {
+                name: values[start:stop].cast(pa.string()) for name, values in columns[side].items()
+            }
             writer.write(side, Rows(part, chunk, where=where))
             if dtype == "float16":
                 faint += _count_faint(chunk)
@@ -370,5 +372,5 @@ def _write(
 
 def _count_faint(rows: Array) -> int:
     """Count rows whose largest value is below `_FAINT`."""
-    few = np.abs(rows[:, :16]).max(axis=1) < _FAINT  # most rows are clear from a few values
+    few = np.abs(rows[:, :4]).max(axis=1) < _FAINT  # most rows are clear from a few values
     return int((np.abs(rows[few]).max(axis=1) < _FAINT).sum()) if few.any() else 0

@@ -305,13 +305,6 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         FeatureSet.open(tmp_path / "nowhere")
 
 
-def test_one_row_group_is_read_without_a_copy(write: Write) -> None:
-    array = FeatureSet.open(write()).images.embeddings()
-
-    assert not array.flags.owndata
-    assert not array.flags.writeable
-
-
 def test_equal_rows_written_by_one_version_have_equal_bytes_and_fingerprint(
     write: Write, tmp_path: Path
 ) -> None:
