@@ -62,8 +62,8 @@ def plan(
 ) -> Schedule:
     """Return the schedule for a number of pairs, at least 1; an epoch is at least a step.
 
-    Without `steps` and `epochs` it is 15 epochs, beyond a million pairs fewer and at least 1, but at
-    least 200 steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
+    Without `steps` and `epochs` it is 15 epochs, beyond a million pairs fewer and at least 1, and
+    at least 200 steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
 
     >>> [plan(pairs, 512).steps for pairs in (1_000, 1_000_000, 4_000_000)]
     [200, 29297, 58594]
