@@ -17,7 +17,7 @@ from csalign.core.progress import duration
 log = logging.getLogger(__name__)
 
 EPOCHS = 15
-MANY_PAIRS = 70_000  # beyond, twice the pairs are seen 1.4 times as often in all
+MANY_PAIRS = 1_000_000  # beyond, twice the pairs are seen 1.4 times as often in all
 FULL_EPOCHS = 40  # more gain nothing, however much time there is
 MIN_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 VALIDATIONS = 20
@@ -62,11 +62,11 @@ def plan(
 ) -> Schedule:
     """Return the schedule for a number of pairs, at least 1; an epoch is at least a step.
 
-    Without `steps` and `epochs` it is 15 epochs, beyond 70,000 pairs fewer and at least 1, but at
-    least 200 steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
+    Without `steps` and `epochs` it is 15 epochs, beyond a million pairs fewer and at least 1, and
+    at least 200 steps. If there are `minutes`, it is the longest that may fill them, 40 epochs.
 
-    >>> [plan(pairs, 512).steps for pairs in (1_000, 70_000, 1_000_000)]
-    [200, 2051, 7752]
+    >>> [plan(pairs, 512).steps for pairs in (1_000, 1_000_000, 4_000_000)]
+    [200, 29297, 58594]
     """
     if steps is None:
         enough = EPOCHS * min(1.0, (MANY_PAIRS / pairs) ** 0.5)

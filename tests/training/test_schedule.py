@@ -26,7 +26,8 @@ QUICK: dict[str, Any] = {"batch_size": 64, "hidden": 8, "patience": 99, "ensembl
     [
         (40, {}, 200, 10, 100),
         (7_000, {}, 206, 10, 103),
-        (70_000, {}, 2_051, 103, 1_030),
+        (1_000_000, {}, 29_297, 1_000, 14_648),
+        (4_000_000, {}, 58_594, 1_000, 29_297),
         (40, {"epochs": 15}, 15, 1, 10),
         (7_000, {"epochs": 40, "patience": 3}, 547, 27, 81),
         (7_000, {"steps": 1_000, "validations": 40}, 1_000, 25, 500),
@@ -130,7 +131,7 @@ def test_no_time_at_all_still_trains_a_little(features: Path) -> None:
 
 
 def test_steps_once_fixed_are_those_of_the_resumed_run(features: Path, tmp_path: Path) -> None:
-    values = {"minutes": 10.0}
+    values: dict[str, Any] = {"minutes": 10.0}
     stopped = Timed(features, lambda step: 2.0 * step, **values)
     stopped.fit(until=50)
     write_state(tmp_path / "state", stopped.trainer.state_dict())
