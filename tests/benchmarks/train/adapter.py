@@ -5,11 +5,11 @@
 
 ``steps`` measures the CPU time (user and system, one thread) per step, and the pairs per second of
 it, of the default, of each ``--set`` of options and of the default of another checkout
-(``--against``), in processes that take turns, `BLOCK` steps each; it prints medians over the rounds,
-and the range of the ratios within a round. ``recall`` trains each of them with the same seeds, and
-prints the mean validation recall, and the mean and standard error over seeds of the difference from
-the default; with ``--test`` also those of the split "test". ``--common`` options hold for all; by
-default the network is trained alone, without the kernel and without refitting.
+(``--against``), in processes that take turns, `BLOCK` steps each; it prints medians over the
+rounds, and the range of the ratios within a round. ``recall`` trains each of them with the same
+seeds, and prints the mean validation recall, and the mean and standard error over seeds of the
+difference from the default; with ``--test`` also those of the split "test". ``--common`` options
+hold for all; by default the network is trained alone, without the kernel and without refitting.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _train(features: Path, options: dict[str, Any], out: str, test: bool) -> dic
     found = {"val": 100 * score["mean_recall"], "gap": score["centroid_distance"]}
     found |= {"seconds": time.process_time() - start}
     if test:
-        measured = csalign.evaluate(features, f"{out}/run", split="test")
+        measured = csalign.evaluate(features, adapter=f"{out}/run", split="test")
         found["test"] = 100 * measured["retrieval"]["mean_recall"]
     return found
 
