@@ -49,8 +49,10 @@ class Process:
         given = json.dumps([str(features), {**options, "steps": steps, "validations": 1}])
         self._child = subprocess.Popen(
             [sys.executable, __file__, "worker", given],
-            **{"env": {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}},
-            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
+            env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._read()
 
@@ -94,7 +96,7 @@ def work(features: str, options: dict[str, Any]) -> None:
         pairs += batch.images.counts[0]
         take(self, batch, *others)
 
-    Trainer._train_step = step  # type: ignore[method-assign]
+    Trainer._train_step = step
     with tempfile.TemporaryDirectory() as out:
         csalign.train(features, f"{out}/run", **options)
 
