@@ -17,6 +17,20 @@ MAX_HEADS = 8
 LANDMARKS_AT_ONCE = 4_096  # so that a batch of 8,192 rows takes 256 MiB
 
 
+class FastDropout(nn.Dropout):
+    """Dropout whose mask on a CPU is drawn in a fifth of the time, 16 random bits per value."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Set values (...) to 0 with probability p, within 2^-17, and divide the others."""
+        if not self.training or input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: input.numel()].view(input.shape)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        kept = (bits >= dropped - 2**15).to(input.dtype)
+        return input * kept.mul_(2**16 / (2**16 - dropped))
+
+
 class Linear(SideAdapter):
     """z = W u + b: any closed form, exactly."""
 
@@ -61,7 +75,7 @@ class Mlp(Linear):
         self.residual = nn.Sequential(
             FastLinear(shape.input_width, shape.hidden),
             nn.GELU(),
-            nn.Dropout(shape.dropout),
+            FastDropout(shape.dropout),
             FastLinear(shape.hidden, shape.width),
         )
 
@@ -83,7 +97,7 @@ class Glu(Linear):
         super().__init__(shape)
         self.gate = FastLinear(shape.input_width, shape.hidden)
         self.value = FastLinear(shape.input_width, shape.hidden)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = FastDropout(shape.dropout)
         self.out = FastLinear(shape.hidden, shape.width)
         _set_to_zero(self.out)
 
@@ -202,7 +216,7 @@ class LowRank(Identity):
         self.down = FastLinear(shape.input_width, shape.rank, bias=False)
         # Gives components around 1 for a unit row, where the usual learning rates work.
         nn.init.normal_(self.down.weight)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = FastDropout(shape.dropout)
         self.up = FastLinear(shape.rank, shape.width)
         _set_to_zero(self.up)
 

@@ -5,12 +5,15 @@ long as oneDNN, torch's library for convolutions. What is computed differs by ro
 """
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+MIN_TERMS = 2**22  # below, preparing oneDNN takes longer than it saves
 
 
 @cache
@@ -25,17 +28,21 @@ def _onednn() -> Any:
     return found if works else None
 
 
-def _suits(*tensors: Tensor) -> bool:
-    """Return whether oneDNN can multiply these: not while a graph of them is exported."""
+def _is_plain(*tensors: Tensor) -> bool:
+    """Return whether these are float32 on a CPU, and no graph of them is compiled or exported."""
     plain = all(
         type(own) in (Tensor, nn.Parameter)
         and own.dtype == torch.float32
         and own.device.type == "cpu"
-        and own.numel()
         for own in tensors
     )
     is_traced = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    return plain and not is_traced and not torch.is_autocast_enabled("cpu") and bool(_onednn())
+    return plain and not is_traced and not torch.is_autocast_enabled("cpu")
+
+
+def _suits(a: Tensor, b: Tensor) -> bool:
+    """Return whether oneDNN can multiply a (..., d) by b (m, d), and is faster."""
+    return prod(a.shape) * len(b) >= MIN_TERMS and _is_plain(a, b) and bool(_onednn())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +78,6 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         return (
             product(gradient, weight.T) if to_x else None,
-            # It is faster with rows that are contiguous.
-            product(gradient.T.contiguous(), x.T.contiguous()) if to_weight else None,
+            product(gradient.T, x.T) if to_weight else None,
             gradient.sum(0) if to_bias else None,
         )

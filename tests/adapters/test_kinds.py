@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from csalign.adapters.builtin import FastDropout
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, save_adapter
 from csalign.adapters.model import KINDS, Adapter, build_side, find_kind, shared_width
 from csalign.adapters.side import SideShape
@@ -212,3 +213,32 @@ def test_another_width_than_the_kept_one_is_refused() -> None:
 def test_two_frozen_sides_are_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to train"):
         width("identity", "identity", (512, 512))
+
+
+def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
+    dropout, x = FastDropout(0.3), torch.full((500, 1_001), 2.0, requires_grad=True)
+    torch.manual_seed(0)
+    found = dropout(x)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), found)
+    assert not torch.equal(dropout(x), found)
+    assert found.mean().item() == pytest.approx(2, abs=0.02)
+    assert (found == 0).double().mean().item() == pytest.approx(0.3, abs=0.005)
+    assert found.max().item() == pytest.approx(2 / 0.7, abs=1e-3)
+    # Neither rows nor columns are dropped together.
+    assert (found == 0).double().mean(0).std().item() == pytest.approx(0.0205, abs=0.003)
+    assert (found == 0).double().mean(1).std().item() == pytest.approx(0.0145, abs=0.003)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(gradient, found.detach() / 2)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dropout_at_its_limits_is_finite(p: float, dtype: torch.dtype) -> None:
+    for shape in [(0, 3), (3,), (2, 3, 5)]:
+        x = torch.ones(shape, dtype=dtype)
+        found = FastDropout(p)(x)
+        assert (found.dtype, found.shape) == (dtype, x.shape)
+        assert found.isfinite().all()
+        assert p or torch.equal(found, x)

@@ -7,7 +7,7 @@ from torch import nn
 from csalign.objective.products import FastLinear, product
 
 
-@pytest.mark.parametrize("shape", [(300, 64), (3, 5, 64), (1, 64), (0, 64), (64,)])
+@pytest.mark.parametrize("shape", [(900, 64), (3, 300, 64), (3, 5, 64), (1, 64), (0, 64), (64,)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_fast_linear_layer_is_a_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
@@ -26,6 +26,7 @@ def test_a_fast_linear_layer_is_a_linear_layer(shape: tuple[int, ...], bias: boo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_product_multiplies_rows_with_rows(dtype: torch.dtype) -> None:
-    a, b = torch.randn(30, 8, dtype=dtype), torch.randn(50, 8, dtype=dtype)
-    torch.testing.assert_close(product(a, b), a @ b.T)
-    torch.testing.assert_close(product(a, b.T.contiguous().T), a @ b.T)
+    for rows in (30, 900):
+        a, b = torch.randn(rows, 64, dtype=dtype), torch.randn(100, 64, dtype=dtype)
+        torch.testing.assert_close(product(a, b), a @ b.T, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(product(a, b.T.contiguous().T), a @ b.T, rtol=1e-5, atol=1e-4)
