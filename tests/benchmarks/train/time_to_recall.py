@@ -4,10 +4,10 @@
         [--seeds 0,1,2] [--threads 1] [--csalign OPTIONS] [--json FILE]
 
 FEATURES has the splits train and val (icons' `prepare.py`: 80,541 training images, 500 to validate
-on). The MLP is what one would write with open_clip at hand: two networks [linear 1024, GELU, dropout
-0.3, linear 256] on unit rows times the square root of their width, open_clip's ClipLoss with a
-learned scale from 14.29, AdamW at 2e-3 with 5 % warm-up and a cosine, batches of 512, a caption per
-image and epoch: the settings that no trial of `openclipart/peers.py` beat. It is trained for each
+on). The MLP is what one would write with open_clip at hand: two networks [linear 1024, GELU,
+dropout 0.3, linear 256] on unit rows times the square root of their width, open_clip's ClipLoss with
+a learned scale from 14.29, AdamW at 2e-3 with 5 % warm-up and a cosine, batches of 512, a caption
+per image and epoch: the settings that no trial of `openclipart/peers.py` beat. It is trained for each
 number of --epochs, since a shorter schedule gets less recall sooner; 40 validations each.
 
 Both are processes of their own, one after the other, on the same cores; what they write of a
@@ -194,9 +194,7 @@ def train_mlp(folder: Path, log: Path, epochs: int, seed: int, threads: int) -> 
         rows = order[place * BATCH : (place + 1) * BATCH]
         captions = starts[rows] + rng.integers(0, counts[rows])
         batch = images[torch.from_numpy(rows)], texts[torch.from_numpy(captions)]
-        x, y = (
-            normalize(side(scaled(own)), dim=1) for side, own in zip(sides, batch, strict=True)
-        )
+        x, y = (normalize(side(scaled(own)), dim=1) for side, own in zip(sides, batch, strict=True))
         optimizer.zero_grad()
         loss(x, y, log_scale.exp()).backward()
         nn.utils.clip_grad_norm_(sides.parameters(), 1.0)

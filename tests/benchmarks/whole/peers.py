@@ -173,9 +173,7 @@ def find(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
-PEERS = {
-    own.__name__: own for own in (copy, loop, exact, benchmark, build, auto, find)
-}
+PEERS = {own.__name__: own for own in (copy, loop, exact, benchmark, build, auto, find)}
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ Pairs of float16 rows, images 512 and texts 384 wide: two nonlinear views, with 
 around 500 centres in 32 dimensions; every text has a caption of its own. They are drawn by a fixed
 seed into DIR/ROWS, which takes up to 14 KB a row and may be removed afterwards. A tenth, 1,000 to
 25,000, is the test split. Every command is a process of its own, start and imports included; in a
-round all take turns. Wall time, CPU time (user and system) and the peak of resident memory are those
-of the process, medians with the least and the most; a ratio is of CPU time within a round.
+round all take turns. Wall time, CPU time (user and system) and the peak of resident memory are
+those of the process, medians with the least and the most; a ratio is of CPU time within a round.
 
 ``peers.py`` has the other scripts. PYTHON runs them; CLIP_benchmark and autofaiss are used if they
 are installed there, in an environment such as
@@ -164,6 +164,9 @@ def cases_of(work: Path, rows: int, options: argparse.Namespace) -> list[Case]:
     evaluate = ["eval", features, "--adapter", run, "--split", "test", "--json"]
     search = ["search", index, "--embedding", str(work / "queries.npy"), "--query-side", "image"]
 
+    def recall(done: Run) -> str:
+        return percent(done.printed)
+
     def rate(done: Run) -> str:
         return f"{BATCH * options.steps / done.cpu_s:,.0f} samples/s of CPU"
 
@@ -195,19 +198,19 @@ def cases_of(work: Path, rows: int, options: argparse.Namespace) -> list[Case]:
             note=rate,
         ),
         Case("train", "`csalign train`", train, note=rate),
-        Case("eval", "numpy + faiss, R@1/5/10", ["exact", *own], True, lambda r: percent(r.printed)),
+        Case("eval", "numpy + faiss, R@1/5/10", ["exact", *own], True, recall),
         Case(
             "eval",
             "`csalign eval --no-intervals`",
             [*evaluate, "--no-intervals"],
-            note=lambda r: percent(r.printed),
+            note=recall,
         ),
-        Case("eval", "`csalign eval`", evaluate, note=lambda r: percent(r.printed)),
+        Case("eval", "`csalign eval`", evaluate, note=recall),
         Case(
             "eval",
             "`csalign eval --report PAGE`",
             [*evaluate, "--report", str(work / "page.html")],
-            note=lambda r: percent(r.printed),
+            note=recall,
         ),
         Case("index", "faiss by hand", ["build", *own], True, lambda r: r.printed["factory"]),
         Case(
@@ -216,24 +219,26 @@ def cases_of(work: Path, rows: int, options: argparse.Namespace) -> list[Case]:
             ["index", features, "--out", index, "--overwrite", "--json"],
             note=lambda r: str(r.printed.get("factory", "")),
         ),
-        Case("search", f"faiss by hand, {QUERIES:,} queries", ["find", *own], True, found("by-hand")),
+        Case(
+            "search", f"faiss by hand, {QUERIES:,} queries", ["find", *own], True, found("by-hand")
+        ),
         Case(
             "search",
-            f"`csalign search --jsonl`, {QUERIES:,} queries",
+            "`csalign search --jsonl`",
             [*search, "--jsonl"],
             note=found("csalign"),
         ),
     ]
     if "clip_benchmark" in packages and test <= MOST_OF_CLIP_BENCHMARK:
         name = "CLIP_benchmark's `evaluate`"
-        peer = Case("eval", name, ["benchmark", *own], True, lambda r: percent(r.printed))
+        peer = Case("eval", name, ["benchmark", *own], True, recall)
         found_cases.insert(7, peer)
     if "autofaiss" in packages:
         place = next(i for i, case in enumerate(found_cases) if case.name == "`csalign index`")
         peer = Case("index", "autofaiss", ["auto", *own], True, lambda r: factory_of(r.printed))
         found_cases.insert(place, peer)
         query = ["find", *own, "--index", "auto"]
-        name = f"autofaiss's index, {QUERIES:,} queries"
+        name = "autofaiss's index"
         found_cases.insert(-1, Case("search", name, query, True, found("auto")))
     wanted = options.only.split(",")
     return [case for case in found_cases if case.group in wanted]
