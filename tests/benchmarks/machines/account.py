@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -109,7 +110,7 @@ def make_set(folder: Path, rows: int) -> Path:
     latent = rng.standard_normal((rows, 16), np.float32)
     for name, width in zip(("images", "texts"), WIDTHS, strict=True):
         view = latent @ rng.standard_normal((16, width), np.float32)
-        values = view + rng.standard_normal(view.shape, np.float32)
+        values = view + 8 * rng.standard_normal(view.shape, np.float32)
         np.save(folder / f"{name}.npy", values.astype(np.float16))
     command = ["import", *(str(folder / f"{name}.npy") for name in ("images", "texts"))]
     command += ["--out", str(folder / "features"), "--val", str(VALIDATED), "--no-group", "--quiet"]
@@ -164,6 +165,9 @@ def held(features: Path, out: Path) -> dict[str, float]:
     next(batches)
     during, drawn = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    began = time.process_time()
+    next(sampler.epoch(512, np.random.default_rng(1)))
+    seconds = time.process_time() - began
     return {
         "rows": rows.pairs,
         "embeddings": size,
@@ -172,10 +176,11 @@ def held(features: Path, out: Path) -> dict[str, float]:
         "strings": pool.max_memory() - arrow,
         "epoch": drawn - before,
         "epoch kept": during - before,
+        "seconds": seconds,
     }
 
 
-def slopes(work: Path, sizes: tuple[int, int] = (50_000, 200_000)) -> dict[str, float]:
+def slopes(work: Path, sizes: tuple[int, int] = (100_000, 400_000)) -> dict[str, float]:
     """Bytes per pair of what grows with the pairs, each size in a process of its own."""
     found = []
     for rows in sizes:
@@ -206,6 +211,8 @@ def print_formula(options: argparse.Namespace, work: Path) -> None:
     cells += [(f"each process: {words[name]}", per_row[name]) for name in words]
     for name, value in cells:
         print(f"| {name} | {value:,.0f} | {value * rows / 1e9:,.0f} |")
+    minutes = per_row["seconds"] * rows / 60
+    print(f"| each process: CPU minutes to draw an epoch's order (linear) | | {minutes:,.0f} min |")
     count = default_parameters(options.width, options.width)
     print(f"\nDefault adapters: {count:,} parameters, {OUT} wide; sent per process and step, MB\n")
     processes = (1, 8, 64)

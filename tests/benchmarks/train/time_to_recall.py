@@ -5,10 +5,11 @@
 
 FEATURES has the splits train and val (icons' `prepare.py`: 80,541 training images, 500 to validate
 on). The MLP is what one would write with open_clip at hand: two networks [linear 1024, GELU,
-dropout 0.3, linear 256] on unit rows times the square root of their width, open_clip's ClipLoss with
-a learned scale from 14.29, AdamW at 2e-3 with 5 % warm-up and a cosine, batches of 512, a caption
-per image and epoch: the settings that no trial of `openclipart/peers.py` beat. It is trained for each
-number of --epochs, since a shorter schedule gets less recall sooner; 40 validations each.
+dropout 0.3, linear 256] on unit rows times the square root of their width, open_clip's ClipLoss
+with a learned scale from 14.29, AdamW at 2e-3 with 5 % warm-up and a cosine, batches of 512, a
+caption per image and epoch: the settings that no trial of `openclipart/peers.py` beat. It is
+trained for each number of --epochs, since a shorter schedule gets less recall sooner; 40
+validations each.
 
 Both are processes of their own, one after the other, on the same cores; what they write of a
 validation is read as it appears, with the process's CPU time (user and system, all threads) and the

@@ -329,15 +329,17 @@ def main() -> None:
         work = (options.work / str(rows)).resolve()
         make_arrays(work, rows)
         cases = cases_of(work, rows, options)
-        for number in range(options.rounds):
-            for case in cases:
-                case.runs.append(measure(case, work, options))
-                took = f"{case.runs[-1].wall_s:.1f} s"
-                print(f"round {number + 1}: {case.name}: {took}", file=sys.stderr, flush=True)
-        print_table(cases, rows, options)
-        document[rows] = {case.name: [asdict(run) for run in case.runs] for case in cases}
-        if options.json:
-            options.json.write_text(json.dumps(document, indent=1))
+        try:
+            for number in range(options.rounds):
+                for case in cases:
+                    case.runs.append(measure(case, work, options))
+                    took = f"{case.runs[-1].wall_s:.1f} s"
+                    print(f"round {number + 1}: {case.name}: {took}", file=sys.stderr, flush=True)
+        finally:  # what there is, if a command fails or it takes too long
+            print_table([case for case in cases if case.runs], rows, options)
+            document[rows] = {case.name: [asdict(run) for run in case.runs] for case in cases}
+            if options.json:
+                options.json.write_text(json.dumps(document, indent=1))
         shutil.rmtree(work / "autofaiss", ignore_errors=True)
 
 
