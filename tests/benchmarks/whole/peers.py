@@ -134,8 +134,14 @@ def build(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def auto(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """autofaiss's build_index, of the unit rows in a .npy file that this writes first."""
-    from autofaiss import build_index
+    from functools import partial
+    from types import SimpleNamespace
 
+    from autofaiss import build_index
+    from autofaiss.external import optimize
+
+    # It writes numpy's numbers as JSON, which numpy 2 made an error.
+    optimize.json = SimpleNamespace(dump=partial(json.dump, default=float))
     folder = work / "autofaiss"
     folder.mkdir(exist_ok=True)
     rows = np.load(work / "images.npy").astype(np.float32)
