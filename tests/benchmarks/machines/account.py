@@ -114,7 +114,9 @@ def make_set(folder: Path, rows: int) -> Path:
         np.save(folder / f"{name}.npy", values.astype(np.float16))
     command = ["import", *(str(folder / f"{name}.npy") for name in ("images", "texts"))]
     command += ["--out", str(folder / "features"), "--val", str(VALIDATED), "--no-group", "--quiet"]
-    subprocess.run([sys.executable, "-m", "csalign", *command], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "csalign", *command], check=True, stdout=subprocess.DEVNULL
+    )
     return folder / "features"
 
 
