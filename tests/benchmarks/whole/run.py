@@ -11,7 +11,8 @@ around 500 centres in 32 dimensions; every text has a caption of its own. They a
 seed into DIR/ROWS, which takes up to 14 KB a row and may be removed afterwards. A tenth, 1,000 to
 25,000, is the test split. Every command is a process of its own, start and imports included; in a
 round all take turns. Wall time, CPU time (user and system) and the peak of resident memory are
-those of the process, medians with the least and the most; a ratio is of CPU time within a round.
+those of the process, medians with the least and the most; a ratio is of CPU time within a round. A peak
+below this script's own 70 MB is not seen.
 
 ``peers.py`` has the other scripts. PYTHON runs them; CLIP_benchmark and autofaiss are used if they
 are installed there, in an environment such as
@@ -104,7 +105,7 @@ def make_arrays(work: Path, rows: int) -> None:
         latent = latent + 0.7 * rng.standard_normal(latent.shape, np.float32)
         for name, (first, second) in views.items():
             noise = 0.3 * rng.standard_normal((count, WIDTHS[name]), np.float32)
-            seen = latent + 0.2 * rng.standard_normal(latent.shape, np.float32)
+            seen = latent + rng.standard_normal(latent.shape, np.float32)
             values = np.tanh(1.5 * seen @ first) @ second + noise
             if name == "images" and not start:
                 near = values[:QUERIES]
