@@ -88,7 +88,7 @@ def evaluate(config: EvalConfig, progress: Progress = silent) -> EvalResult:
 
 def _evaluate_features(config: EvalConfig, unwritten: list[OutputError]) -> dict[str, Any]:
     """Measure features; append to `unwritten` why the page could not be written."""
-    if config.report is not None:
+    if config.report is not None or config.umap:
         # Plotly takes a third of a second to load.
         from csalign.evaluation.page import check_report, write_report
 

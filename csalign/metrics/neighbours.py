@@ -74,19 +74,23 @@ class Neighbours:
 
     def add(self, query: int, item: int, scores: Tensor) -> None:
         """Add the scores (q, i) of items, from one on, for queries, from one on; in any thread."""
-        self._merge(query, largest(scores, NEIGHBOURS, item))
+        some: slice | Tensor = slice(query, query + len(scores))
+        if scores.device.type == "cpu":  # elsewhere, to count the rows would be to wait for them
+            better = scores.amax(1) > self._keys[some].amin(1)
+            if 2 * int(better.sum()) < len(scores):
+                some, scores = query + better.nonzero()[:, 0], scores[better]
+        self._merge(query, some, largest(scores, NEIGHBOURS, item))
 
-    def _merge(self, query: int, keys: Tensor) -> None:
+    def _merge(self, query: int, some: slice | Tensor, keys: Tensor) -> None:
         with self._locks.setdefault(query, Lock()):
-            own = self._keys[query : query + len(keys)]
-            own.copy_(last(torch.cat([own, keys], dim=1), NEIGHBOURS))
+            self._keys[some] = last(torch.cat([self._keys[some], keys], dim=1), NEIGHBOURS)
 
     def merge_processes(self) -> None:
         """Add what the other processes of the group have found; all have to call it."""
         found = distributed.all_gather(self._keys.cpu())
         del found[distributed.world().rank]
         for keys in found:
-            self._merge(0, keys.to(self._keys.device))
+            self._merge(0, slice(None), keys.to(self._keys.device))
 
     def skewness(self, items: int) -> float:
         """Compute the skewness of the number of queries that have each item among their best.
