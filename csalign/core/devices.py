@@ -52,6 +52,13 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
+def free_bytes(device: "torch.device") -> int:
+    """Return the memory that is left on a device, in bytes."""
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+
+
 def available_bytes() -> int:
     """Return the memory left to this process in bytes, by /proc/meminfo and its control groups.
 

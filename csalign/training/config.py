@@ -254,7 +254,11 @@ class OptimizerOptions(Config):
     minutes: Positive | None = Field(
         None, description="Time for the command to fill, instead of --steps; at most 40 epochs."
     )
-    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="Pairs per step.")
+    batch_size: Annotated[Literal["auto"] | Annotated[int, Field(ge=2)], Number] = Field(
+        512,
+        description="Pairs per step; auto is the largest power of two that fits into memory, at "
+        "most a 16th of the pairs.",
+    )
     sub_batch: Count | None = Field(
         None,
         description="Rows per adapter pass (default: 8192); larger batches recompute activations "

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,17 +22,20 @@ from torch import nn
 
 from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
-from csalign.core.devices import pick_device
+from csalign.core.devices import free_bytes, pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import Stopped, TrainingError
+from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import show_figures, tick
+from csalign.features.streaming import MIB
 from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
 from csalign.training.data import StoredTokens, TrainingData
+from csalign.training.device_rows import SHARE
 from csalign.training.loggers import Line, StepFigures
+from csalign.training.memory import largest_batch
 from csalign.training.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.schedule import PATIENCE, Schedule, Timer, plan
-from csalign.training.step import Stepper
+from csalign.training.step import Stepper, prepare_step
 from csalign.training.validation import Score, validate
 
 log = logging.getLogger(__name__)
@@ -51,6 +55,7 @@ class Phase(NamedTuple):
         last: the step to stop at; None for all.
         weights: of the distribution term by the step from which on they count, as an automatic
             weight was adapted by the validations of the first phase.
+        batch_size: that of the first phase, if it was found automatically.
     """
 
     number: int = 0
@@ -58,6 +63,7 @@ class Phase(NamedTuple):
     steps: int | None = None
     last: int | None = None
     weights: Mapping[int, float] = {}
+    batch_size: int | None = None
 
 
 FIRST = Phase()
@@ -81,6 +87,7 @@ class Trainer:
 
     Attributes:
         loss: of a batch.
+        batch_size: pairs per step, at most.
         schedule: its steps, when to validate, and when to stop.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
@@ -106,10 +113,15 @@ class Trainer:
         timer: Timer | None = None,
     ) -> None:
         seed += phase.number
-        rows = 0 if 0 in (options.steps, phase.steps) else min(options.batch_size, len(sampler))
-        check_terms(objective, captions=captions, rows=rows)
         self.device = pick_device(device)
         self.adapter = adapter.to(self.device)
+        self._token_features = tokens.features if tokens else None
+        size = options.batch_size
+        if size == "auto":
+            size = phase.batch_size or self._fitting_batch(data, len(sampler), objective, options)
+        self.batch_size = size
+        rows = 0 if 0 in (options.steps, phase.steps) else min(size, len(sampler))
+        check_terms(objective, captions=captions, rows=rows)
         loss = BatchLoss(
             objective,
             precision=options.precision,
@@ -117,11 +129,11 @@ class Trainer:
             compiled=options.compile and self.device.type == "cuda",
         )
         self.loss = loss.to(self.device)
-        unpaired = options.batch_size * objective.unpaired_ratio * uses_unpaired(objective)
+        unpaired = size * objective.unpaired_ratio * uses_unpaired(objective)
         self._loader = BatchLoader(
             data.rows,
             sampler,
-            options.batch_size,
+            size,
             seed,
             self.device,
             data.unpaired,
@@ -132,7 +144,7 @@ class Trainer:
         )
         given = options.model_dump(include={"epochs", "minutes", "validations", "patience"})
         given["steps"] = options.steps if phase.steps is None else phase.steps
-        self.schedule = plan(max(1, len(sampler)), options.batch_size, **given)
+        self.schedule = plan(max(1, len(sampler)), size, **given)
         if phase.last is not None:
             self.schedule = self.schedule._replace(last=phase.last)
         self._rows, self._timer = rows, timer or Timer(announces=False)
@@ -144,7 +156,6 @@ class Trainer:
         self.can_be_saved = False
         self._options, self._objective, self._seed = options, objective, seed
         val = self._val = None if phase.number else data.val
-        self._token_features = tokens.features if tokens else None
         self._held_out = distributed.broadcast(
             lambda: 0 if val is None else int((val.caption_counts > 0).sum())
         )
@@ -160,6 +171,22 @@ class Trainer:
             for side in Modality:
                 adapter.side(side).compile()
         self._stepper = Stepper(self.adapter, self.loss, options, self.device)
+
+    def _fitting_batch(
+        self, data: TrainingData, pairs: int, objective: ObjectiveOptions, options: OptimizerOptions
+    ) -> int:
+        """Find the batch that fits into the memory of the device."""
+        if self._token_features is not None:
+            raise ConfigError("--batch-size auto: cannot be combined with tokens; give a number")
+        texts = data.rows.pairs / max(1, int((data.rows.caption_counts > 0).sum()))
+        step = partial(prepare_step, self.adapter.shapes, objective, options, self.device, texts)
+        memory = int(SHARE * (1 - SHARE) * free_bytes(self.device))  # beside the embeddings
+        found, needed = distributed.broadcast(
+            lambda: largest_batch(step, pairs=pairs, memory=memory)
+        )
+        counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}"
+        log.info("--batch-size auto: %s", counted)
+        return found
 
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
@@ -225,6 +252,7 @@ class Trainer:
         self.flush()
         return {
             "step": self.step,
+            "batch_size": self.batch_size,
             "validated": self._validated,
             "stale": self._stale,
             "weights": self.weights,
@@ -347,7 +375,13 @@ class Trainer:
         rate = self._options.learning_rate * self._rate_factor(self.step - 1)
         if distributed.world().size > 1:
             self._stopped_by = distributed.largest(signals.pending() or 0) or None
-        parts, norm = self._stepper.take(batch, self.step, rate)
+        try:
+            parts, norm = self._stepper.take(batch, self.step, rate)
+        except torch.OutOfMemoryError:
+            raise TrainingError(
+                f"step {self.step}: a batch of {self.batch_size} pairs needs more memory than "
+                f"{self.device} has; lower --batch-size or --sub-batch, or use --batch-size auto"
+            ) from None
         self._figures.add(
             {
                 "step": self.step,

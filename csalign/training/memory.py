@@ -1,4 +1,4 @@
-"""The memory of a computation, found without values: from the sizes of its tensors."""
+"""The memory of a step, found from the sizes of its tensors alone, and the batch that fits."""
 
 import weakref
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+LEAST_BATCH = 512  # pairs, which are not doubted to fit
+LEAST_STEPS = 16  # of an epoch
 
 
 def step_bytes(prepare: Callable[[], Callable[[], Any]], *, fake: bool = True) -> tuple[int, int]:
@@ -30,6 +33,30 @@ def step_bytes(prepare: Callable[[], Callable[[], Any]], *, fake: bool = True) -
         return _measured(live, prepare)
     with FakeTensorMode():
         return _measured(live, prepare)
+
+
+def largest_batch(
+    prepare: Callable[[int], Callable[[], Any]], *, pairs: int, memory: int
+) -> tuple[int, int]:
+    """Find the largest batch, 512 times a power of two, whose step fits into a memory.
+
+    It is at most a 16th of the pairs, so that an epoch has steps enough to learn from.
+
+    Args:
+        prepare: makes a step of so many pairs; see `step_bytes`.
+        pairs: to train on.
+        memory: bytes.
+
+    Returns:
+        The batch, at least 512, and the bytes of its step.
+    """
+    found, needed = LEAST_BATCH, step_bytes(lambda: prepare(LEAST_BATCH))[1]
+    while 2 * LEAST_STEPS * found <= pairs:
+        more = step_bytes(lambda: prepare(2 * found))[1]  # noqa: B023 - called at once
+        if more > memory:
+            break
+        found, needed = 2 * found, more
+    return found, needed
 
 
 def _measured(live: "LiveBytes", prepare: Callable[[], Callable[[], Any]]) -> tuple[int, int]:

@@ -138,6 +138,7 @@ class Decided(Record):
     best: int  # step
     scores: dict[str, dict[str, float]]
     weights: dict[int, float]  # see `Phase`
+    batch_size: int | None = None  # that was trained with
     covariances: bool | None = None  # whether they were matched besides means; None for no match
     parts: Combination = Combination(kernel=None, share=0.0)
 
@@ -220,6 +221,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         best=trainer.step,
         scores={name: score._asdict() for name, score in scores.items() if score},
         weights=trainer.weights,
+        batch_size=trainer.batch_size,
     )
     decided = _match(work, adapter, decided, log_lines)
     if needed > work.seconds_left:
@@ -262,6 +264,8 @@ def _run_phase(
     """Train one network in all processes, and save checkpoints."""
     config, state = work.config, run.resumed and run.resumed.state
     name, setting = start[0], start[1].model_dump(mode="json")
+    if state is not None:
+        phase = phase._replace(batch_size=state["batch_size"])
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
@@ -285,7 +289,8 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     what = "refitting" if refits else "training another network"
     last = 0 if is_unused else decided.best
     numbers = range(1, networks + refits)
-    return [Phase(n, what, decided.steps, last, decided.weights) for n in numbers]
+    common = decided.steps, last, decided.weights, decided.batch_size
+    return [Phase(n, what, *common) for n in numbers]
 
 
 def _match(work: Work, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:

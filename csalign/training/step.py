@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.core import distributed
+from csalign.core.enums import Modality
 from csalign.core.errors import reason_of
 from csalign.objective.loss import LossParts
-from csalign.training.batch_loss import BatchLoss
-from csalign.training.config import OptimizerOptions
-from csalign.training.sampler import Batch
+from csalign.training.batch_loss import BatchLoss, uses_unpaired
+from csalign.training.config import ObjectiveOptions, OptimizerOptions
+from csalign.training.sampler import Batch, SideBatch
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,43 @@ class Stepper:
         moments = {int(number): moment for number, moment in state["optimizer"].items()}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def prepare_step(
+    shapes: Mapping[Modality, SideShape],
+    objective: ObjectiveOptions,
+    options: OptimizerOptions,
+    device: torch.device,
+    texts: float,
+    pairs: int,
+) -> Callable[[], Any]:
+    """Make a step of some pairs on embeddings of no meaning, to find what memory it takes.
+
+    Args:
+        shapes: of both adapters.
+        objective: terms of the loss.
+        options: of the optimization.
+        device: to compute on.
+        texts: captions per image.
+        pairs: of the batch.
+    """
+    with device:
+        adapter = Adapter(shapes, allow={shape.kind for shape in shapes.values()})
+        loss = BatchLoss(objective, precision=options.precision, sub_batch=options.sub_batch)
+    plain = options.model_copy(update={"compile": False})
+    stepper = Stepper(adapter, loss, plain, device)
+    unpaired = round(pairs * objective.unpaired_ratio * uses_unpaired(objective))
+    counts = {
+        Modality.IMAGE: [pairs, 0, 0, unpaired],
+        Modality.TEXT: [pairs, 0, round(pairs * max(0.0, texts - 1)), unpaired],
+    }
+    sides = {
+        side: SideBatch(torch.ones(sum(own), shapes[side].input_width, device=device), own, None)
+        for side, own in counts.items()
+    }
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    batch = Batch(sides[Modality.IMAGE], sides[Modality.TEXT], None, none, (none, none))
+    return lambda: stepper.take(batch, 1, 0.0)
 
 
 class Recorder:

@@ -269,3 +269,18 @@ def test_what_does_not_fit_is_refused() -> None:
         fused_terms(x, x, pairs=4, logit_scale=1.0, sigma=-1.0)
     with pytest.raises(ValueError, match="label_smoothing"):
         fused_terms(x, x, pairs=4, logit_scale=1.0, sigma=0.5, label_smoothing=2.0)
+
+
+@pytest.mark.parametrize("scale", [7.0, 60.0])
+def test_compiled_tiles_compute_the_same(scale: float) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        x, y = (normalize(torch.randn(n, 16), dim=1).requires_grad_() for n in (280, 300))
+        terms = fused_terms(
+            x, y, pairs=280, logit_scale=scale, sigma=(0.5, 1.0), tile=150, compiled=compiled
+        )
+        (terms.infonce + terms.log_means.sum()).backward()
+        found.append([terms.infonce.detach(), terms.log_means.detach(), x.grad, y.grad])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)

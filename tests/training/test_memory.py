@@ -10,9 +10,10 @@ from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.training.batch_loss import BatchLoss
-from csalign.training.config import ObjectiveOptions
-from csalign.training.memory import step_bytes
+from csalign.training.config import ObjectiveOptions, OptimizerOptions
+from csalign.training.memory import largest_batch, step_bytes
 from csalign.training.sampler import Batch, SideBatch
+from csalign.training.step import prepare_step
 
 WIDTH = 64
 
@@ -68,3 +69,21 @@ def test_values_give_the_same_sizes() -> None:
     found, measured = (step_bytes(default_step(512), fake=fake) for fake in (True, False))
 
     assert found == pytest.approx(measured, rel=0.02)
+
+
+def steps_of(rows: int) -> Callable[[], object]:
+    """Make a step of the trainer of so many pairs, with two captions each."""
+    shapes = {side: SideShape("glu", WIDTH, 32, hidden=64) for side in Modality}
+    options = OptimizerOptions()
+    return prepare_step(shapes, ObjectiveOptions(), options, torch.device("cpu"), 2.0, rows)
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    _, of_2048 = step_bytes(lambda: steps_of(2_048))
+    _, of_4096 = step_bytes(lambda: steps_of(4_096))
+
+    assert of_2048 < of_4096
+    assert largest_batch(steps_of, pairs=10**6, memory=of_4096 - 1) == (2_048, of_2048)
+    assert largest_batch(steps_of, pairs=10**6, memory=1)[0] == 512
+    assert largest_batch(steps_of, pairs=20_000, memory=2**40)[0] == 1_024
+    assert largest_batch(steps_of, pairs=300, memory=2**40)[0] == 512
