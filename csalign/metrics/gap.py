@@ -150,9 +150,9 @@ class _Moments(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> "_Moments":
         n, width = x.shape
-        shift, total, gram = None, torch.zeros(width).double(), torch.zeros(width, width).double()
+        shift = _mean(x[:CHUNK_ROWS])
+        total, gram = torch.zeros(width).double(), torch.zeros(width, width).double()
         for chunk in _chunks(x):
-            shift = chunk.mean(0) if shift is None else shift
             centred = chunk - shift
             total += centred.sum(0)
             if n > width:
@@ -234,7 +234,7 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
         return 0.5
     grams = [[_gram(rows) for rows in own] for own in sides]
     for k in range(len(names)):
-        plane = _fisher_plane(*(sum(own[:k] + own[k + 1 :]) for own in grams))
+        plane = _fisher_plane(*(torch.stack(own[:k] + own[k + 1 :]).sum(0) for own in grams))
         for own, sign in zip(sides, (1, -1), strict=True):
             score = sign * (own[k] @ plane)
             correct.append(((score > 0).double() + (score == 0).double() / 2).mean())
@@ -256,11 +256,11 @@ def _fisher_plane(*grams: Tensor) -> Tensor:
     A set is given by R^T R, (d + 1, d + 1), of its rows with a 1 at the end.
     """
     x, y = (gram[-1, :-1] / gram[-1, -1] for gram in grams)
-    covariances = (
+    covariances = [
         gram[:-1, :-1] / gram[-1, -1] - torch.outer(mean, mean)
         for gram, mean in zip(grams, (x, y), strict=True)
-    )
-    within = sum(covariances) / 2
+    ]
+    within = (covariances[0] + covariances[1]) / 2
     ridge = 1e-3 * within.trace() / len(within) + 1e-12
     weights = torch.linalg.solve(within + ridge * torch.eye(len(within)).double(), x - y)
     return torch.cat([weights, -(weights @ (x + y))[None] / 2])

@@ -35,9 +35,9 @@ def largest(scores: Tensor, k: int, first: int = 0) -> Tensor:
     columns = torch.arange(width).expand(rows, -1)
     if groups > k:
         if scores.stride(1) == 1:
-            maxima = scores[:, :grouped].unflatten(1, (GROUP, groups)).amax(1)
+            maxima = scores[:, :grouped].view(rows, GROUP, groups).amax(1)
         else:  # columns that are rows in memory are compared as such
-            maxima = scores.T[:grouped].unflatten(0, (GROUP, groups)).amax(0).T.contiguous()
+            maxima = scores.T[:grouped].view(GROUP, groups, rows).amax(0).T.contiguous()
         best = torch.from_numpy(np.argpartition(maxima.numpy(), -k, axis=1)[:, -k:])
         inside = (best[:, None] + torch.arange(0, grouped, groups)[:, None]).flatten(1)
         columns = torch.cat([inside, columns[:, grouped:]], dim=1) if grouped < width else inside

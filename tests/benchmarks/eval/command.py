@@ -36,12 +36,8 @@ def rows(images: int, captions: int) -> tuple[Tensor, Tensor, Tensor]:
     return normalize(x), normalize(y), owners
 
 
-def run(case: str, folder: str, images: int, captions: int) -> None:
-    """Run one case in this process, and print the CPU seconds of a ranking."""
-    if case.startswith("command"):
-        flags = ["--no-intervals"] * case.endswith("without intervals")
-        arguments = ["-m", "csalign", "eval", folder, "--json", *flags]
-        os.execv(sys.executable, [sys.executable, *arguments])
+def run(case: str, images: int, captions: int) -> None:
+    """Run a ranking in this process, and print its CPU seconds."""
     if case == "ranking by MKL":
         retrieval.product = lambda a, b: a @ b.T
     data = rows(images, captions)
@@ -52,14 +48,18 @@ def run(case: str, folder: str, images: int, captions: int) -> None:
     print(time.process_time() - start)
 
 
-def measured(case: str, *arguments: str) -> tuple[float, float]:
+def measured(case: str, folder: Path, *sizes: str) -> tuple[float, float]:
     """CPU seconds and peak memory, MB, of a case in a new process."""
+    is_command = case.startswith("command")
+    command = [sys.executable, __file__, "--case", case, *sizes]
+    if is_command:
+        command = [sys.executable, "-m", "csalign", "eval", str(folder), "--json"]
+        command += ["--no-intervals"] * case.endswith("without intervals")
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(write, 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        command = [sys.executable, __file__, "--case", case, *arguments]
         os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
     os.close(write)
     with os.fdopen(read) as output:
@@ -67,7 +67,6 @@ def measured(case: str, *arguments: str) -> tuple[float, float]:
     _, status, used = os.wait4(child, 0)
     if status:
         raise SystemExit(f"{case}: failed with status {status}")
-    is_command = case.startswith("command")
     seconds = used.ru_utime + used.ru_stime if is_command else float(printed)
     return seconds, used.ru_maxrss / 1e3
 
@@ -80,10 +79,9 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--set", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        run(options.case, options.set, options.images, options.captions)
+        run(options.case, options.images, options.captions)
         return
     cases = ["command", "command without intervals", "ranking", "ranking by MKL"]
     cases += ["CLIP_benchmark"] * options.peer
@@ -96,7 +94,7 @@ def main() -> None:
         found: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
         for _ in range(options.rounds):
             for case in cases:
-                found[case].append(measured(case, "--set", str(place), *sizes))
+                found[case].append(measured(case, place, *sizes))
                 print(f"{case}: {found[case][-1][0]:.2f} s", flush=True)
     for case, results in found.items():
         cpu, memory = np.array(results).T
