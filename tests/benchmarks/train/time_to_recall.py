@@ -281,6 +281,13 @@ def main() -> None:
         write_arrays(options.features, arrays)
     own = f"csalign train {options.csalign}".strip()
     courses: dict[str, list[Course]] = {}
+
+    def keep(name: str, found: Course) -> None:
+        courses.setdefault(name, []).append(found)
+        if options.json:
+            document = {name: [asdict(run) for run in runs] for name, runs in courses.items()}
+            options.json.write_text(json.dumps(document, indent=1))
+
     for seed in options.seeds.split(","):
         for epochs in options.epochs.split(","):
             log = options.work / f"mlp-{epochs}-{seed}.jsonl"
@@ -288,8 +295,7 @@ def main() -> None:
             command = [sys.executable, __file__, str(options.features)]
             command += ["--work", str(options.work), "--epochs", epochs, "--seeds", seed]
             command += ["--threads", str(options.threads), "--mlp", str(log)]
-            found = watch(command, [log], options.threads)
-            courses.setdefault(f"{epochs} epochs", []).append(found)
+            keep(f"{epochs} epochs", watch(command, [log], options.threads))
         run = options.work / f"run-{seed}"
         command = [sys.executable, "-m", "csalign", "train", str(options.features), "--overwrite"]
         command += ["--out", str(run), "--seed", seed, *shlex.split(options.csalign)]
@@ -297,12 +303,9 @@ def main() -> None:
         logs = [folder / "metrics.jsonl" for folder in (run.with_name(f"{run.name}.partial"), run)]
         for log in logs:
             log.unlink(missing_ok=True)
-        courses.setdefault(own, []).append(watch(command, logs, options.threads))
+        keep(own, watch(command, logs, options.threads))
         print(f"\nafter seed {seed}, {options.threads} threads, {own}\n")
         print_table(courses, own)
-        if options.json:
-            document = {name: [asdict(run) for run in runs] for name, runs in courses.items()}
-            options.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ around 500 centres in 32 dimensions; every text has a caption of its own. They a
 seed into DIR/ROWS, which takes up to 14 KB a row and may be removed afterwards. A tenth, 1,000 to
 25,000, is the test split. Every command is a process of its own, start and imports included; in a
 round all take turns. Wall time, CPU time (user and system) and the peak of resident memory are
-those of the process, medians with the least and the most; a ratio is of CPU time within a round. A peak
-below this script's own 70 MB is not seen.
+those of the process, medians with the least and the most; a ratio is of CPU time within a round.
+A peak below this script's own 70 MB is not seen.
 
 ``peers.py`` has the other scripts. PYTHON runs them; CLIP_benchmark and autofaiss are used if they
 are installed there, in an environment such as
