@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import TransformerEncoderLayer
 from torch.nn.functional import normalize, silu
 
-from csalign.adapters.side import Aligned, SideAdapter, SideShape, scatter_tokens
+from csalign.adapters.side import Aligned, SideAdapter, SideShape, map_tokens
 from csalign.core.errors import ShapeError
 from csalign.objective.products import FastLinear
 
@@ -259,7 +259,7 @@ class Transformer(Linear):
         """See `SideAdapter.forward_tokens`; the embedding and its tokens see each other."""
         assert self.token_path is not None, "built without a token width"
         own = super().forward(x, noise)[:, None]
-        sequence = torch.cat([own, scatter_tokens(self.token_path(tokens[mask], noise), mask)], 1)
+        sequence = torch.cat([own, map_tokens(self.token_path, tokens, mask, noise)], 1)
         padding = torch.cat([mask.new_zeros(len(mask), 1), ~mask], 1)
         encoded = self._encode(sequence, padding)
         return Aligned(encoded[:, 0], encoded[:, 1:].masked_fill(~mask[..., None], 0.0))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 
 from csalign.adapters.builtin import (
@@ -265,8 +265,9 @@ class Adapter(nn.Module):
         out = np.empty((len(embeddings), side.shape.width), np.float32)
         for start in range(0, len(embeddings), batch_size):
             rows = to_tensor(embeddings[start : start + batch_size], side.mean.device)
-            _check_directions(rows, f"{Modality.of(modality)} embeddings", start)
-            out[start : start + batch_size] = normalize(side(rows), dim=1).cpu().numpy()
+            norms, own = rows.norm(dim=1), normalize(side(rows), dim=1)
+            out[start : start + batch_size] = own.cpu().numpy()
+            _check_directions(norms.cpu().numpy(), f"{Modality.of(modality)} embeddings", start)
         return out
 
     def embed_images(self, embeddings: Any, *, batch_size: int = 8_192) -> Array:
@@ -345,11 +346,9 @@ class Adapter(nn.Module):
         return side
 
 
-def _check_directions(rows: Tensor, name: str, start: int) -> None:
-    """Raise DataError if a row (n, d) is 0 or not finite; rows are numbered from `start`."""
-    norms = rows.norm(dim=1)
-    bad = (~(norms.isfinite() & (norms > 0))).nonzero()
+def _check_directions(norms: Array, name: str, start: int) -> None:
+    """Raise DataError if a norm (n,) is 0 or not finite; rows are numbered from `start`."""
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if len(bad):
-        row = int(bad[0])
-        reason = "has norm 0" if norms[row] == 0 else "is not finite"
-        raise DataError(f"{name}, row {start + row}: {reason}; encode it again or omit it")
+        reason = "has norm 0" if norms[bad[0]] == 0 else "is not finite"
+        raise DataError(f"{name}, row {start + bad[0]}: {reason}; encode it again or omit it")

@@ -269,7 +269,7 @@ class SideAdapter(nn.Module):
             mask: (n, t) bool, true where there is a token.
             noise: as in `forward`, on tokens too.
         """
-        return Aligned(self(x, noise), scatter_tokens(self(tokens[mask], noise), mask))
+        return Aligned(self(x, noise), map_tokens(self, tokens, mask, noise))
 
     def start_from(self, mean: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Make the adapter compute z = weight (u - mean) + bias of the unit rows u.
@@ -297,8 +297,13 @@ class SideAdapter(nn.Module):
         raise ValueError(f"{self.shape.kind}: takes no map of its outputs")
 
 
-def scatter_tokens(rows: Tensor, mask: Tensor) -> Tensor:
-    """Place rows (k, w), in order, where the mask (n, t) is true; 0 elsewhere. (n, t, w)."""
-    padded = rows.new_zeros(*mask.shape, rows.shape[-1])
-    padded[mask] = rows
-    return padded
+def map_tokens(side: SideAdapter, tokens: Tensor, mask: Tensor, noise: float) -> Tensor:
+    """Map tokens (n, t, d) where the mask (n, t) is true; 0 elsewhere. (n, t, w)."""
+    if mask.device.type == "cpu":
+        rows = side(tokens[mask], noise)
+        padded: Tensor = rows.new_zeros(*mask.shape, rows.shape[-1])
+        padded[mask] = rows
+        return padded
+    # To count the tokens the host would wait for the device, so padding is mapped too.
+    filled = tokens.masked_fill(~mask[..., None], 1.0).flatten(0, 1)
+    return side(filled, noise).unflatten(0, mask.shape).masked_fill(~mask[..., None], 0.0)
