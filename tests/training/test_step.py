@@ -30,11 +30,11 @@ from csalign.training.train import train
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that need a value on the host."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -75,7 +75,8 @@ def make_trainer(features: Path, **values: Any) -> Trainer:
 
 def count_reads(trainer: Trainer, steps: int = 12) -> Counter[str]:
     product(torch.ones(2, 2), torch.ones(2, 2))  # tries oneDNN, once in a process
-    with Reads() as reads:
+    reads = Reads()
+    with reads:
         for _ in range(steps):  # of which the first and the eleventh refresh the bandwidth
             trainer._train_step(next(trainer._loader))
     return reads.found
@@ -107,8 +108,12 @@ def test_steps_read_nothing_on_the_host(several: Path, values: dict[str, Any]) -
     assert reads.found == {"_local_scalar_dense": 1}
 
 
-def test_the_token_term_reads_nothing_on_the_host(write_tokens: Callable[..., Path]) -> None:
-    assert count_reads(make_trainer(write_tokens(), token_weight=0.1, token_pairs=16)) == {}
+def test_the_token_term_counts_nothing_but_the_tokens_of_a_cpu(
+    write_tokens: Callable[..., Path],
+) -> None:
+    found = count_reads(make_trainer(write_tokens(), token_weight=0.1, token_pairs=16))
+
+    assert found.keys() <= {"index", "index_put_"}  # padding is mapped too on a GPU
 
 
 def test_rows_of_further_sets_are_drawn_without_a_read(several: Path, features: Path) -> None:
