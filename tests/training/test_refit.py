@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ def test_a_refit_repeats_the_weights_of_an_automatic_distribution_term(
     work = Work(config, data, None)
 
     def cs_weights(trainer: Trainer) -> list[float]:
-        lines: list[dict[str, Any]] = []
+        lines: list[Mapping[str, Any]] = []
         assert list(trainer.fit(lines.extend))
         return [line["cs_weight"] for line in lines if "cs_weight" in line]
 

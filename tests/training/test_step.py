@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, TrainingError
 from csalign.features.join import Pairs
+from csalign.ingest.config import ImportConfig
+from csalign.ingest.import_arrays import import_arrays
+from csalign.objective.products import product
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import Part, Unpaired, load_data
 from csalign.training.device_rows import DeviceRows
 from csalign.training.loop import Trainer
 from csalign.training.phases import Work, find_tokens
-from csalign.training.sampler import BatchLoader, PairSampler
+from csalign.training.sampler import BatchLoader, PairSampler, PlannedBatch
 from csalign.training.train import train
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that need a value on the host."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -45,16 +48,35 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """700 images with up to two captions, and texts without an image."""
+    folder = tmp_path_factory.mktemp("several")
+    rng = np.random.default_rng(0)
+    owners = np.append(np.repeat(np.arange(600), 1 + np.arange(600) % 2), np.full(40, 650))
+    latent = rng.normal(size=(700, 6))
+    for name, values, width in (("i", latent, 12), ("t", latent[owners], 8)):
+        made = values @ rng.normal(size=(6, width)) + 0.3 * rng.normal(size=(len(values), width))
+        np.save(folder / f"{name}.npy", made.astype(np.float16))
+    lines = [f"{row},{own if own < 600 else ''},No {row}" for row, own in enumerate(owners)]
+    (folder / "t.csv").write_text("\n".join(["id,image_id,caption", *lines]))
+    paths = {"images": folder / "i.npy", "texts": folder / "t.npy", "text_table": folder / "t.csv"}
+    import_arrays(ImportConfig(**paths, out=folder / "features"))
+    return folder / "features"
+
+
 def make_trainer(features: Path, **values: Any) -> Trainer:
-    settings = {"steps": 40, "batch_size": 64, "hidden": 16, "init": "random", **values}
-    config = TrainConfig(features=features, out=features.parent / "run", **settings)
+    settings = {"steps": 40, "validations": 1, "batch_size": 64, "hidden": 16, **values}
+    config = TrainConfig(features=features, out=features.parent / "run", init="random", **settings)
     data = load_data(config.group(DataOptions), out=config.out, seed=0)
     work = Work(config, data, find_tokens(config))
     return work.trainer(work.initialize().adapter)
 
 
 def count_reads(trainer: Trainer, steps: int = 12) -> Counter[str]:
-    with Reads() as reads:
+    product(torch.ones(2, 2), torch.ones(2, 2))  # tries oneDNN, once in a process
+    reads = Reads()
+    with reads:
         for _ in range(steps):  # of which the first and the eleventh refresh the bandwidth
             trainer._train_step(next(trainer._loader))
     return reads.found
@@ -84,6 +106,14 @@ def test_steps_read_nothing_on_the_host(several: Path, values: dict[str, Any]) -
     with Reads() as reads:
         float(torch.ones(3).sum())
     assert reads.found == {"_local_scalar_dense": 1}
+
+
+def test_the_token_term_counts_nothing_but_the_tokens_of_a_cpu(
+    write_tokens: Callable[..., Path],
+) -> None:
+    found = count_reads(make_trainer(write_tokens(), token_weight=0.1, token_pairs=16))
+
+    assert found.keys() <= {"index", "index_put_"}  # padding is mapped too on a GPU
 
 
 def test_rows_of_further_sets_are_drawn_without_a_read(several: Path, features: Path) -> None:
@@ -190,12 +220,9 @@ def test_blocks_that_are_read_ahead_have_the_rows_of_memory(
 
 
 def test_what_fails_while_reading_ahead_is_raised(tmp_path: Path) -> None:
-    class Plan:
-        picked: Any = {}
-
-    def plans() -> Iterator[Plan]:
+    def plans() -> Iterator[PlannedBatch]:
+        yield from ()
         raise DataError("row 3 is damaged")
-        yield Plan()
 
     file = mapped(np.zeros((4, 2), np.float32), tmp_path / "rows")
     source = DeviceRows({side: [file] for side in Modality}, torch.device("cpu"))
