@@ -119,8 +119,8 @@ class Tiles:
         cells = min(max(len(x), len(y)), plan.tile) ** 2
         self._flat = [x.new_empty(cells) for _ in range(2)]
         rounds = plan.precision is Precision.BFLOAT16 and x.dtype == torch.float32
-        chosen = map(_compiled, _OF_TILES) if plan.compiled else _OF_TILES
-        self._log_sums, self._add_up_probabilities, self._kernel = chosen
+        steps: list[Any] = [_compiled(f) if plan.compiled else f for f in _OF_TILES]
+        self._log_sums, self._add_up_probabilities, self._kernel = steps
         self._rounds = rounds and supports_bfloat16(x.device.type)
         self._casts = self._rounds and x.device.type == "cuda"
 

@@ -33,7 +33,7 @@ from csalign.core.records import Record, read_job, write_record
 from csalign.features.reader import FeatureSet
 from csalign.runs.metadata import CONFIG, ENTRIES, ENVIRONMENT, FEATURES, LINES, write_environment
 from csalign.training.data import TrainingData
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
 from csalign.training.state import read_state, write_state
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.features.join import Pairs
 from csalign.training.data import Array, TrainingData
-from csalign.training.sampler import PairSampler
-from csalign.training.validation import Score, validate
+from csalign.training.network.sampler import PairSampler
+from csalign.training.network.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

@@ -40,11 +40,11 @@ from csalign.training.config import (
     TrainConfig,
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
-from csalign.training.loop import FIRST, Log, Phase, Trainer
 from csalign.training.moment_matching import match_again, match_outputs
-from csalign.training.sampler import PairSampler, make_sampler
-from csalign.training.schedule import Timer
-from csalign.training.validation import Score, validate
+from csalign.training.network.loop import FIRST, Log, Phase, Trainer
+from csalign.training.network.sampler import PairSampler, make_sampler
+from csalign.training.network.schedule import Timer
+from csalign.training.network.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from csalign.core import devices, distributed
 from csalign.core.progress import Progress, reported_to, silent, tick
 from csalign.core.results import TrainResult
-from csalign.training.batch_loss import check_terms
 from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import DataOptions, ObjectiveOptions, TrainConfig
 from csalign.training.data import announce_rows, load_data
 from csalign.training.loggers import check_logs, open_logs, write_page
+from csalign.training.network.batch_loss import check_terms
 from csalign.training.phases import Work, check_networks, find_tokens, follow_phases, run_phases
 
 log = logging.getLogger(__name__)

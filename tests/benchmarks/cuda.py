@@ -34,7 +34,7 @@ from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.loss import Objective
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
 from csalign.training.phases import Work
 
 WIDTH, SCALE, SIGMA = 512, 7.0, 0.9

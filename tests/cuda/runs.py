@@ -12,7 +12,7 @@ from csalign.features.schema import EncoderInfo
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
 from csalign.training.phases import Work, find_tokens
 
 WIDTH, IMAGES = 12, 90

@@ -13,7 +13,7 @@ from csalign.core.enums import DivergenceName, Modality, PairwiseName
 from csalign.encoders.base import EncoderOptions, load_encoders
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.loss import Objective, TokenBatch
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
 from tests.cuda.pretend import HostReads
 from tests.cuda.runs import trainer_of, write_features
 from tests.cuda.test_adapters import SHAPES, WIDTH

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
 from tests.cuda.pretend import pretended
 from tests.cuda.runs import trainer_of, write_features
 

@@ -34,7 +34,7 @@ from csalign.training.checkpoints import (
 from csalign.training.config import TrainConfig
 from csalign.training.data import Part, Unpaired
 from csalign.training.loggers import figures_of
-from csalign.training.sampler import BatchLoader, PairSampler
+from csalign.training.network.sampler import BatchLoader, PairSampler
 from csalign.training.state import read_state, write_state
 from csalign.training.train import train
 

@@ -37,7 +37,7 @@ from csalign.runs.export import export
 from csalign.training.closed_forms.combine import SEARCH, Combination, assemble, can_combine
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import load_data
-from csalign.training.sampler import make_sampler
+from csalign.training.network.sampler import make_sampler
 from csalign.training.train import train
 
 QUICK: dict[str, Any] = {"steps": 4, "batch_size": 64, "hidden": 8, "validations": 2}

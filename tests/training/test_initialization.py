@@ -14,8 +14,8 @@ from csalign.training.closed_forms.initialization import Start, fit_setting, ini
 from csalign.training.closed_forms.settings import Setting
 from csalign.training.config import AdapterOptions
 from csalign.training.data import Part, TrainingData, Unpaired
-from csalign.training.sampler import PairSampler
-from csalign.training.validation import Measured, Score, measure, pool, validate
+from csalign.training.network.sampler import PairSampler
+from csalign.training.network.validation import Measured, Score, measure, pool, validate
 
 LATENT, IMAGES, TEXTS = 64, 96, 80  # widths
 HELD_OUT = 200

@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
-from csalign.training.batch_loss import BatchLoss
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
-from csalign.training.memory import largest_batch, step_bytes
-from csalign.training.sampler import Batch, SideBatch
-from csalign.training.step import prepare_step
+from csalign.training.network.batch_loss import BatchLoss
+from csalign.training.network.memory import largest_batch, step_bytes
+from csalign.training.network.sampler import Batch, SideBatch
+from csalign.training.network.step import prepare_step
 
 WIDTH = 64
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from csalign.objective.loss import LossParts
-from csalign.training.sampler import Batch, SideBatch
-from csalign.training.step import WARM_UP, Recorder, Taken
+from csalign.training.network.sampler import Batch, SideBatch
+from csalign.training.network.step import WARM_UP, Recorder, Taken
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they can be recorded here")

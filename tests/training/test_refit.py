@@ -24,9 +24,9 @@ from csalign.training.closed_forms.initialization import fit_setting
 from csalign.training.closed_forms.settings import Setting
 from csalign.training.config import AdapterOptions, DataOptions, TrainConfig
 from csalign.training.data import TrainingData, load_data
-from csalign.training.loop import Phase, Trainer
+from csalign.training.network.loop import Phase, Trainer
+from csalign.training.network.sampler import make_sampler
 from csalign.training.phases import Work
-from csalign.training.sampler import make_sampler
 from csalign.training.train import train
 
 QUICK: dict[str, Any] = {"steps": 12, "batch_size": 20, "hidden": 8, "validations": 4}

@@ -8,7 +8,7 @@ import pytest
 
 from csalign.core.enums import Modality
 from csalign.features.join import PairedRows
-from csalign.training.sampler import BatchRows, PairSampler
+from csalign.training.network.sampler import BatchRows, PairSampler
 
 
 def make_rows(captions: Sequence[Sequence[str | None]]) -> PairedRows:

@@ -12,9 +12,9 @@ import pytest
 from csalign.core.errors import ConfigError, OutputError, Stopped
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import load_data
-from csalign.training.loop import Trainer
+from csalign.training.network.loop import Trainer
+from csalign.training.network.schedule import Schedule, Timer, plan
 from csalign.training.phases import Work
-from csalign.training.schedule import Schedule, Timer, plan
 from csalign.training.state import read_state, write_state
 from csalign.training.train import train
 
@@ -74,11 +74,11 @@ class Timed:
         self.trainer: Trainer = work.trainer(work.initialize().adapter, timer=timer)
         if state is not None:
             self.trainer.load_state_dict(state)
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[Mapping[str, Any]] = []
 
     def fit(self, until: int | None = None) -> Schedule:
         """Train, at most up to a step; return the schedule."""
-        for _ in self.trainer.fit(self.lines.append):
+        for _ in self.trainer.fit(self.lines.extend):
             if self.trainer.step == until:
                 break
         return self.trainer.schedule

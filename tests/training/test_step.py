@@ -21,10 +21,10 @@ from csalign.ingest.import_arrays import import_arrays
 from csalign.objective.products import product
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import Part, Unpaired, load_data
-from csalign.training.device_rows import DeviceRows
-from csalign.training.loop import Trainer
+from csalign.training.network.device_rows import DeviceRows
+from csalign.training.network.loop import Trainer
+from csalign.training.network.sampler import BatchLoader, PairSampler, PlannedBatch
 from csalign.training.phases import Work, find_tokens
-from csalign.training.sampler import BatchLoader, PairSampler, PlannedBatch
 from csalign.training.train import train
 
 READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2"}

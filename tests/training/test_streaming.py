@@ -25,7 +25,13 @@ from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.training.config import TrainConfig
 from csalign.training.data import Unpaired
-from csalign.training.sampler import BatchLoader, BlockOrder, PairSampler, order_for, uniform
+from csalign.training.network.sampler import (
+    BatchLoader,
+    BlockOrder,
+    PairSampler,
+    order_for,
+    uniform,
+)
 from csalign.training.train import train
 
 ROWS = 400

@@ -14,8 +14,8 @@ from csalign.evaluation.config import EvalConfig
 from csalign.evaluation.evaluate import evaluate
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
-from csalign.training.batch_loss import AUTO_WEIGHT, MAX_WEIGHT, MIN_WEIGHT, BatchLoss
 from csalign.training.config import ObjectiveOptions, TrainConfig
+from csalign.training.network.batch_loss import AUTO_WEIGHT, MAX_WEIGHT, MIN_WEIGHT, BatchLoss
 from csalign.training.train import train
 
 QUICK = {"steps": 12, "batch_size": 64, "hidden": 16, "validations": 4, "patience": 99}

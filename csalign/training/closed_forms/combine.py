@@ -20,8 +20,8 @@ from csalign.core.records import Record
 from csalign.features.join import Pairs
 from csalign.training.closed_forms.settings import POWERS, nearby, ridge_at, step_of
 from csalign.training.closed_forms.unpaired import Matches
-from csalign.training.sampler import PairSampler
-from csalign.training.validation import Measured, measure, pool
+from csalign.training.network.sampler import PairSampler
+from csalign.training.network.validation import Measured, measure, pool
 
 Array = npt.NDArray[Any]
 

@@ -35,8 +35,8 @@ from csalign.training.closed_forms.settings import (
 from csalign.training.closed_forms.unpaired import FEW_PAIRS, Matches, Pools, search
 from csalign.training.config import AdapterOptions
 from csalign.training.data import LEAST_UNPAIRED, TrainingData
-from csalign.training.sampler import PairSampler
-from csalign.training.validation import Measured, measure, pool
+from csalign.training.network.sampler import PairSampler
+from csalign.training.network.validation import Measured, measure, pool
 
 log = logging.getLogger(__name__)
 

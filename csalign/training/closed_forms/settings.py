@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from csalign.adapters.canonical import ClosedForm
 from csalign.core.records import Record
-from csalign.training.validation import Measured
+from csalign.training.network.validation import Measured
 
 LADDER = range(-8, 7)  # ridges from 1e-4 to 1,000
 POWERS = (0.5, 1.0)

@@ -25,8 +25,8 @@ from csalign.training.closed_forms.settings import (
     ridge_at,
 )
 from csalign.training.data import Unpaired
-from csalign.training.sampler import PairSampler
-from csalign.training.validation import Measured
+from csalign.training.network.sampler import PairSampler
+from csalign.training.network.validation import Measured
 
 Array = npt.NDArray[Any]
 

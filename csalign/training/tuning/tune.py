@@ -44,8 +44,8 @@ from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
+from csalign.training.network.schedule import VALIDATIONS
 from csalign.training.phases import Work, find_tokens
-from csalign.training.schedule import VALIDATIONS
 from csalign.training.tuning.search_space import SearchSpace, search_space
 
 log = logging.getLogger(__name__)

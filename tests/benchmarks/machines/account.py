@@ -149,7 +149,7 @@ def held(features: Path, out: Path) -> dict[str, float]:
 
     from csalign.training.config import DataOptions, TrainConfig
     from csalign.training.data import load_data
-    from csalign.training.sampler import PairSampler, order_for
+    from csalign.training.network.sampler import PairSampler, order_for
 
     config = TrainConfig(features=features, out=out, device="cpu")
     pool = pa.default_memory_pool()

@@ -23,7 +23,7 @@ from csalign.evaluation.protocols import AlignedRows
 from csalign.features.join import PairedRows, load_rows
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
-from csalign.training.sampler import PairSampler
+from csalign.training.network.sampler import PairSampler
 
 CPU = torch.device("cpu")
 

@@ -80,7 +80,7 @@ class Process:
 def work(features: str, options: dict[str, Any]) -> None:
     """Train; before each block of steps print the figures of the last, and wait for a line."""
     import csalign
-    from csalign.training.loop import Trainer
+    from csalign.training.network.loop import Trainer
 
     take, done, start = Trainer._train_step, 0, 0.0
     pairs = 0

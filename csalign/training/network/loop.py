@@ -27,16 +27,16 @@ from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import show_figures, tick
 from csalign.features.streaming import MIB
-from csalign.training.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
 from csalign.training.data import StoredTokens, TrainingData
-from csalign.training.device_rows import SHARE
 from csalign.training.loggers import Line, StepFigures
-from csalign.training.memory import largest_batch
-from csalign.training.sampler import Batch, BatchLoader, PairSampler
-from csalign.training.schedule import PATIENCE, Schedule, Timer, plan
-from csalign.training.step import Stepper, prepare_step
-from csalign.training.validation import Score, validate
+from csalign.training.network.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
+from csalign.training.network.device_rows import SHARE
+from csalign.training.network.memory import largest_batch
+from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
+from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
+from csalign.training.network.step import Stepper, prepare_step
+from csalign.training.network.validation import Score, validate
 
 log = logging.getLogger(__name__)
 

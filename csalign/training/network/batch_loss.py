@@ -20,7 +20,7 @@ from csalign.objective.divergences import divergence
 from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
-from csalign.training.sampler import Batch, SideBatch
+from csalign.training.network.sampler import Batch, SideBatch
 
 log = logging.getLogger(__name__)
 

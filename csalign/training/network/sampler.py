@@ -21,7 +21,7 @@ from csalign.features.tokens import PaddedTokens, Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
 from csalign.training.config import DataOptions
 from csalign.training.data import StoredTokens, Unpaired
-from csalign.training.device_rows import DeviceRows, Picked, Pieces, upload, upload_numbers
+from csalign.training.network.device_rows import DeviceRows, Picked, Pieces, upload, upload_numbers
 
 Ints = npt.NDArray[Any]
 

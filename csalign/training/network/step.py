@@ -15,9 +15,9 @@ from csalign.core import distributed
 from csalign.core.enums import Modality
 from csalign.core.errors import reason_of
 from csalign.objective.loss import LossParts
-from csalign.training.batch_loss import BatchLoss, uses_unpaired
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
-from csalign.training.sampler import Batch, SideBatch
+from csalign.training.network.batch_loss import BatchLoss, uses_unpaired
+from csalign.training.network.sampler import Batch, SideBatch
 
 log = logging.getLogger(__name__)
 
