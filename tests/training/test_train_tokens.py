@@ -21,9 +21,9 @@ from csalign.features.tokens import PaddedTokens, TokenCache, TokenRows, Wanted,
 from csalign.objective.divergences import token_divergence, unit_tokens
 from csalign.runs.apply import apply
 from csalign.runs.config import ApplyConfig
-from csalign.training.network import sampler
 from csalign.training.config import TrainConfig
 from csalign.training.data import StoredTokens
+from csalign.training.network import sampler
 from csalign.training.network.sampler import Order, PairSampler, order_for, uniform
 from csalign.training.phases import find_tokens
 from csalign.training.train import train
