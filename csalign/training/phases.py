@@ -41,7 +41,6 @@ from csalign.training.config import (
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
 from csalign.training.moment_matching import match_again, match_outputs
-from csalign.training.network.batch_loss import with_scale
 from csalign.training.network.loop import FIRST, Log, Phase, Trainer
 from csalign.training.network.sampler import PairSampler, make_sampler
 from csalign.training.network.schedule import Timer
@@ -102,7 +101,7 @@ class Work:
             self.data,
             self.tokens,
             self.sampler(phase),
-            self.objective,
+            config.group(ObjectiveOptions),
             config.group(OptimizerOptions),
             captions=config.captions,
             device=config.device,
@@ -110,11 +109,6 @@ class Work:
             phase=phase,
             timer=timer,
         )
-
-    @property
-    def objective(self) -> ObjectiveOptions:
-        """The terms of the loss; an automatic logit scale follows from the number of pairs."""
-        return with_scale(self.config.group(ObjectiveOptions), len(self.sampler()))
 
     def initialize(self) -> Start:
         """Choose a closed form; see `initialize`."""
@@ -145,6 +139,7 @@ class Decided(Record):
     scores: dict[str, dict[str, float]]
     weights: dict[int, float]  # see `Phase`
     batch_size: int | None = None  # that was trained with
+    scale: float | None = None  # of the logits, likewise
     covariances: bool | None = None  # whether they were matched besides means; None for no match
     parts: Combination = Combination(kernel=None, share=0.0)
 
@@ -228,6 +223,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         scores={name: score._asdict() for name, score in scores.items() if score},
         weights=trainer.weights,
         batch_size=trainer.batch_size,
+        scale=trainer.scale,
     )
     decided = _match(work, adapter, decided, log_lines)
     if needed > work.seconds_left:
@@ -271,12 +267,12 @@ def _run_phase(
     config, state = work.config, run.resumed and run.resumed.state
     name, setting = start[0], start[1].model_dump(mode="json")
     if state is not None:
-        phase = phase._replace(batch_size=state["batch_size"])
+        phase = phase._replace(batch_size=state["batch_size"], scale=state["scale"])
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
-    if not phase.number and trainer.last and work.objective.logit_scale != config.logit_scale:
-        log.info("logit scale: %.3g, for this number of pairs", trainer.loss.logit_scale)
+    if not phase.number and trainer.last and config.logit_scale == "auto" and trainer.scale:
+        log.info("logit scale: %.3g, by how well the start finds held-out pairs", trainer.scale)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:
@@ -297,7 +293,7 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     what = "refitting" if refits else "training another network"
     last = 0 if is_unused else decided.best
     numbers = range(1, networks + refits)
-    common = decided.steps, last, decided.weights, decided.batch_size
+    common = decided.steps, last, decided.weights, decided.batch_size, decided.scale
     return [Phase(n, what, *common) for n in numbers]
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
 from csalign.training.network.sampler import Batch, SideBatch
-from csalign.training.network.schedule import LEAST_SCALE, logit_scale
+from csalign.training.network.validation import LEAST_SCALE
 
 log = logging.getLogger(__name__)
-
-Terms = TypeVar("Terms", bound=ObjectiveOptions)
 
 Bandwidth = float | tuple[float, ...] | None
 
@@ -91,15 +89,8 @@ def distribution_weight(options: ObjectiveOptions) -> float:
 
 
 def initial_scale(options: ObjectiveOptions) -> float:
-    """Return the logit scale that training starts with; "auto" is that of few pairs."""
+    """Return the logit scale that training starts with; "auto" that is not found yet is 7."""
     return LEAST_SCALE if isinstance(options.logit_scale, str) else options.logit_scale
-
-
-def with_scale(options: Terms, pairs: int) -> Terms:
-    """Return options in which an automatic logit scale is that of a number of pairs."""
-    if options.logit_scale != "auto" or options.pairwise is not PairwiseName.INFONCE:
-        return options
-    return options.model_copy(update={"logit_scale": logit_scale(pairs)})
 
 
 def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
@@ -127,7 +118,7 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
                 f"{options.shown(name)}: applies to {' and '.join(losses)} only, the pairwise loss "
                 f"is {options.pairwise}; leave it at {usual}, the default"
             )
-    is_scaled = initial_scale(options) != initial_scale(default) and options.bandwidth != "tied"
+    is_scaled = initial_scale(options) != LEAST_SCALE and options.bandwidth != "tied"
     is_rival = options.pairwise is PairwiseName.ALIGN_UNIFORM
     if is_rival and (is_scaled or options.learn_scale):
         given = "--learn-scale" if options.learn_scale else f"--logit-scale {options.logit_scale}"

@@ -23,7 +23,7 @@ from torch import nn
 from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
 from csalign.core.devices import free_bytes, pick_device
-from csalign.core.enums import Modality
+from csalign.core.enums import Modality, PairwiseName
 from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import show_figures, tick
 from csalign.features.streaming import MIB
@@ -36,7 +36,7 @@ from csalign.training.network.memory import largest_batch
 from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
 from csalign.training.network.step import Stepper, prepare_step
-from csalign.training.network.validation import Score, validate
+from csalign.training.network.validation import Score, logit_scale, validate
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Phase(NamedTuple):
         last: the step to stop at; None for all.
         weights: of the distribution term by the step from which on they count, as an automatic
             weight was adapted by the validations of the first phase.
-        batch_size: that of the first phase, if it was found automatically.
+        batch_size, scale: those of the first phase, if they were found automatically.
     """
 
     number: int = 0
@@ -64,6 +64,7 @@ class Phase(NamedTuple):
     last: int | None = None
     weights: Mapping[int, float] = {}
     batch_size: int | None = None
+    scale: float | None = None
 
 
 FIRST = Phase()
@@ -88,6 +89,7 @@ class Trainer:
     Attributes:
         loss: of a batch.
         batch_size: pairs per step, at most.
+        scale: of the logits at the start; None where the loss has none.
         schedule: its steps, when to validate, and when to stop.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
@@ -119,7 +121,13 @@ class Trainer:
         size = options.batch_size
         if size == "auto":
             size = phase.batch_size or self._fitting_batch(data, len(sampler), objective, options)
-        self.batch_size = size
+        scale = objective.logit_scale
+        if scale == "auto" and objective.pairwise is PairwiseName.INFONCE:
+            scale = phase.scale or distributed.broadcast(
+                lambda: logit_scale(self.adapter, data.val, self._token_features)
+            )
+            objective = objective.model_copy(update={"logit_scale": scale})
+        self.batch_size, self.scale = size, None if scale == "auto" else scale
         rows = 0 if 0 in (options.steps, phase.steps) else min(size, len(sampler))
         check_terms(objective, captions=captions, rows=rows)
         loss = BatchLoss(
@@ -253,6 +261,7 @@ class Trainer:
         return {
             "step": self.step,
             "batch_size": self.batch_size,
+            "scale": self.scale,
             "validated": self._validated,
             "stale": self._stale,
             "weights": self.weights,

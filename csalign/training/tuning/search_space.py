@@ -11,7 +11,6 @@ from csalign.core.errors import ConfigError
 from csalign.features.join import Pairs
 from csalign.objective.divergences import divergence
 from csalign.training.config import TrainConfig, TuneConfig
-from csalign.training.network.batch_loss import with_scale
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,9 @@ SEARCHED = (
 )
 DECIDED_BY = {"dropout": "adapter", "other_captions": "captions", "bandwidth": "cs_weight"}
 WITHOUT_DROPOUT = {"linear", "identity"}
-# Optuna's names of two choices: a number is drawn if the kind is "fixed".
+# Optuna's names of three choices: a number is drawn if the kind is "fixed".
 WEIGHT_KIND, BANDWIDTH_KIND = "cs_weight_kind", "bandwidth_kind"
+SCALE_KIND = "logit_scale_kind"
 FIXED, GIVEN = "fixed", "given"
 
 
@@ -66,7 +66,9 @@ class SearchSpace:
         values = {name: getattr(self.base, name) for name in self.names}
         weight = self.base.cs_weight
         weight_kind = weight if weight == "auto" else FIXED if weight else "none"
-        return values | {WEIGHT_KIND: weight_kind, BANDWIDTH_KIND: self._given_bandwidth()}
+        scale_kind = "auto" if self.base.logit_scale == "auto" else FIXED
+        kinds = {WEIGHT_KIND: weight_kind, BANDWIDTH_KIND: self._given_bandwidth()}
+        return values | kinds | {SCALE_KIND: scale_kind}
 
     def _value(self, trial: Trial, name: str) -> Any:
         if name == "cs_weight":
@@ -75,6 +77,11 @@ class SearchSpace:
             kind = trial.suggest_categorical(WEIGHT_KIND, kinds)
             if kind != FIXED:
                 return kind if kind == "auto" else 0.0
+        if (
+            name == "logit_scale"
+            and trial.suggest_categorical(SCALE_KIND, ["auto", FIXED]) != FIXED
+        ):
+            return "auto"
         if name == "bandwidth":
             kinds = list(dict.fromkeys(["median", FIXED, self._given_bandwidth()]))
             kind = trial.suggest_categorical(BANDWIDTH_KIND, kinds)
@@ -114,7 +121,7 @@ def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
     Raises:
         ConfigError: a name is not in `SEARCHED` or has no effect here, or none is left.
     """
-    base = with_scale(config.base(), int((rows.caption_counts > 0).sum()))
+    base = config.base()
     if config.search is None:
         asked = [name for name in SEARCHED if name not in config.model_fields_set]
     else:
