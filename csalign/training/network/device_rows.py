@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.devices import free_bytes
 from csalign.core.enums import Modality
 from csalign.features.streaming import MIB
 
@@ -91,7 +92,7 @@ class DeviceRows:
         if self._device.type != "cuda" or self.kept:
             return
         size = sum(own.nbytes for own in self._distinct.values())
-        free, _ = torch.cuda.mem_get_info(self._device)
+        free = free_bytes(self._device)
         fits = size <= SHARE * free
         if distributed.is_main_process():
             where = "kept there" if fits else f"more than {SHARE:.0%}, so sent in blocks"
