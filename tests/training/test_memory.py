@@ -67,12 +67,6 @@ def test_sizes_alone_give_the_memory_of_a_step(rows: int) -> None:
     assert peak - before == pytest.approx(measured, rel=0.15)
 
 
-def test_values_give_the_same_sizes() -> None:
-    found, measured = (step_bytes(default_step(512), fake=fake) for fake in (True, False))
-
-    assert found == pytest.approx(measured, rel=0.02)
-
-
 def steps_of(rows: int) -> Callable[[], object]:
     """Make a step of the trainer of so many pairs, with two captions each."""
     shapes = {side: SideShape("glu", WIDTH, 32, hidden=64) for side in Modality}

@@ -295,11 +295,11 @@ class Trainer:
                 self.loss.warn_if_narrow(line["bandwidth"], line.pop("diagonal_share"))
             if lines and distributed.is_main_process():
                 self._log_lines(lines)
-        if fault:
-            raise TrainingError(
-                f"{fault}; lower --learning-rate, --logit-scale, --cs-weight or --token-weight, or "
-                "leave --bandwidth at median"
-            )
+            if fault:  # before a signal, on which the state would be saved
+                raise TrainingError(
+                    f"{fault}; lower --learning-rate, --logit-scale, --cs-weight or "
+                    "--token-weight, or leave --bandwidth at median"
+                )
         shown = ("loss", "pairwise", "pairwise_others", "divergence", "token")
         self._latest = {name: lines[-1][name] for name in shown if lines[-1][name] is not None}
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -81,10 +82,7 @@ class Stepper:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-        def compute(batch: Batch) -> Taken:
-            return self._compute(batch, number)
-
+        compute = partial(self._compute, number=number)
         # Every few steps measure a bandwidth besides, which is not recorded.
         if self._recorder is None or self._loss.measures(number):
             return compute(batch)
