@@ -128,7 +128,7 @@ def test_recorded_steps(features: Path, options: dict[str, Any], compiles: bool)
     assert recorder._recorded
     assert not recorder._failed
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 def test_the_host_reads_nothing_between_logs(features: Path) -> None:

@@ -6,10 +6,11 @@ thread reads those of the next batches while the device computes, and sends a bl
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from queue import Queue
 from threading import Event, Semaphore, Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +49,8 @@ Pieces = Mapping[Modality, Sequence[Tensor]]
 
 def upload(values: Array, device: torch.device) -> Tensor:
     """Copy an array to a device without waiting for it; a tensor on the CPU shares its memory."""
-    with catch_warnings():
-        simplefilter("ignore")  # that the memory is read-only: nothing writes to these tensors
+    # torch warns of read-only memory; nothing writes to these tensors.
+    with nullcontext() if values.flags.writeable else catch_warnings(action="ignore"):
         own = torch.from_numpy(values)
     if device.type == "cuda":
         return own.pin_memory().to(device, non_blocking=True)

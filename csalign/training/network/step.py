@@ -73,7 +73,7 @@ class Stepper:
             for group in self._optimizer.param_groups:
                 group["lr"] = torch.zeros((), device=device)
             # Else torch warns of the steps before.
-            self._optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+            self._optimizer._warned_capturable_if_run_uncaptured = True
 
     def take(self, batch: Batch, number: int, rate: float) -> Taken:
         """Take step `number`, from 1, at a learning rate; nothing in it waits for the device."""
