@@ -180,7 +180,11 @@ class ObjectiveOptions(Config):
         0.3,
         description="Weight of the pairwise loss on a second caption; ignored with --captions all.",
     )
-    logit_scale: Positive = Field(7.0, description="Scale of cosines in InfoNCE (1/temperature).")
+    logit_scale: Annotated[Literal["auto"] | Positive, Number] = Field(
+        "auto",
+        description="Scale of cosines in InfoNCE (1/temperature); auto is 7 for few pairs, and up "
+        "to 20 for many.",
+    )
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing of InfoNCE.")
     noise: NotNegative = Field(

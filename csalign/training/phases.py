@@ -41,6 +41,7 @@ from csalign.training.config import (
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
 from csalign.training.moment_matching import match_again, match_outputs
+from csalign.training.network.batch_loss import with_scale
 from csalign.training.network.loop import FIRST, Log, Phase, Trainer
 from csalign.training.network.sampler import PairSampler, make_sampler
 from csalign.training.network.schedule import Timer
@@ -101,7 +102,7 @@ class Work:
             self.data,
             self.tokens,
             self.sampler(phase),
-            config.group(ObjectiveOptions),
+            self.objective,
             config.group(OptimizerOptions),
             captions=config.captions,
             device=config.device,
@@ -109,6 +110,11 @@ class Work:
             phase=phase,
             timer=timer,
         )
+
+    @property
+    def objective(self) -> ObjectiveOptions:
+        """The terms of the loss; an automatic logit scale follows from the number of pairs."""
+        return with_scale(self.config.group(ObjectiveOptions), len(self.sampler()))
 
     def initialize(self) -> Start:
         """Choose a closed form; see `initialize`."""
@@ -269,6 +275,8 @@ def _run_phase(
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
+    if not phase.number and trainer.last and work.objective.logit_scale != config.logit_scale:
+        log.info("logit scale: %.3g, for this number of pairs", trainer.loss.logit_scale)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
 from csalign.training.network.sampler import Batch, SideBatch
+from csalign.training.network.schedule import LEAST_SCALE, logit_scale
 
 log = logging.getLogger(__name__)
+
+Terms = TypeVar("Terms", bound=ObjectiveOptions)
 
 Bandwidth = float | tuple[float, ...] | None
 
@@ -87,6 +90,18 @@ def distribution_weight(options: ObjectiveOptions) -> float:
     return AUTO_WEIGHT if isinstance(options.cs_weight, str) else options.cs_weight
 
 
+def initial_scale(options: ObjectiveOptions) -> float:
+    """Return the logit scale that training starts with; "auto" is that of few pairs."""
+    return LEAST_SCALE if isinstance(options.logit_scale, str) else options.logit_scale
+
+
+def with_scale(options: Terms, pairs: int) -> Terms:
+    """Return options in which an automatic logit scale is that of a number of pairs."""
+    if options.logit_scale != "auto" or options.pairwise is not PairwiseName.INFONCE:
+        return options
+    return options.model_copy(update={"logit_scale": logit_scale(pairs)})
+
+
 def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
     """Refuse terms that would be ignored, cannot be computed, or mean nothing.
 
@@ -112,12 +127,12 @@ def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
                 f"{options.shown(name)}: applies to {' and '.join(losses)} only, the pairwise loss "
                 f"is {options.pairwise}; leave it at {usual}, the default"
             )
-    is_scaled = options.logit_scale != default.logit_scale and options.bandwidth != "tied"
+    is_scaled = initial_scale(options) != initial_scale(default) and options.bandwidth != "tied"
     is_rival = options.pairwise is PairwiseName.ALIGN_UNIFORM
     if is_rival and (is_scaled or options.learn_scale):
-        given = "--learn-scale" if options.learn_scale else f"--logit-scale {options.logit_scale:g}"
+        given = "--learn-scale" if options.learn_scale else f"--logit-scale {options.logit_scale}"
         raise ConfigError(
-            f"{given}: align-uniform has no logits; pass --logit-scale {default.logit_scale:g} "
+            f"{given}: align-uniform has no logits; pass --logit-scale {default.logit_scale} "
             "--no-learn-scale (--uniformity weights it)"
         )
     if options.mixing and captions == "all":
@@ -177,7 +192,8 @@ class BatchLoss(nn.Module):
         )
         self._pairwise_only = replace(self._objective, weight=0.0, token_weight=0.0)
         is_sigmoid = options.pairwise is PairwiseName.SIGMOID
-        scale = torch.tensor(math.log(options.logit_scale))
+        initial = initial_scale(options)
+        scale = torch.tensor(math.log(initial))
         self.log_scale = nn.Parameter(scale, requires_grad=options.learn_scale)
         bias = torch.tensor(SIGLIP_BIAS if is_sigmoid else 0.0)
         self.logit_bias = nn.Parameter(bias, requires_grad=is_sigmoid)
@@ -185,7 +201,7 @@ class BatchLoss(nn.Module):
             bool(self._objective.weight) and divergence(options.divergence).has_bandwidth
         )
         # What does not change stays on the host, as constants of the step.
-        self._scale = None if options.learn_scale else options.logit_scale
+        self._scale = None if options.learn_scale else initial
         self.sigma: Sigma | None = None
         if self._has_bandwidth and not isinstance(options.bandwidth, str):
             self.sigma = options.bandwidth
@@ -256,7 +272,7 @@ class BatchLoss(nn.Module):
         if self._options.cs_captions == "all":
             extra_texts = torch.cat([unpaired_texts, others, further])
         scale = self._scale or self.log_scale.exp()
-        most = self._scale or max(MAX_LOGIT_SCALE, self._options.logit_scale)
+        most = self._scale or max(MAX_LOGIT_SCALE, initial_scale(self._options))
         parts = self._objective(
             images,
             texts,

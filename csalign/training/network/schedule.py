@@ -16,6 +16,8 @@ from csalign.core.progress import duration
 
 log = logging.getLogger(__name__)
 
+LEAST_SCALE, MOST_SCALE = 7.0, 20.0  # of logits
+FEW_PAIRS = 8_000  # for which the least is best
 EPOCHS = 15
 MANY_PAIRS = 1_000_000  # beyond, twice the pairs are seen 1.4 times as often in all
 FULL_EPOCHS = 40  # more gain nothing, however much time there is
@@ -26,6 +28,18 @@ PATIENCE = 10  # validations, and at least half of the steps
 WARM_UP, TIMED = 3, 10  # steps before those that are timed, and the least number of these
 TIMED_SECONDS, TIMED_SHARE = 2.0, 0.05  # that they last, up to a share of all steps
 MARGIN = 0.95  # of the time left, for what is not foreseen
+
+
+def logit_scale(pairs: int) -> float:
+    """Return the scale of cosines in InfoNCE that suits a number of pairs.
+
+    Of few pairs a low scale, which weighs all rivals of a text, learns what holds for others too;
+    of many a higher one, which weighs the nearest, tells more of them apart.
+
+    >>> [round(logit_scale(pairs), 1) for pairs in (5_000, 20_000, 80_000)]
+    [7.0, 11.1, 20.0]
+    """
+    return min(MOST_SCALE, LEAST_SCALE * max(1.0, math.sqrt(pairs / FEW_PAIRS)))
 
 
 class Schedule(NamedTuple):

@@ -11,6 +11,7 @@ from csalign.core.errors import ConfigError
 from csalign.features.join import Pairs
 from csalign.objective.divergences import divergence
 from csalign.training.config import TrainConfig, TuneConfig
+from csalign.training.network.batch_loss import with_scale
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def search_space(config: TuneConfig, rows: Pairs) -> SearchSpace:
     Raises:
         ConfigError: a name is not in `SEARCHED` or has no effect here, or none is left.
     """
-    base = config.base()
+    base = with_scale(config.base(), int((rows.caption_counts > 0).sum()))
     if config.search is None:
         asked = [name for name in SEARCHED if name not in config.model_fields_set]
     else:

@@ -137,8 +137,7 @@ def measure_recall(args: argparse.Namespace, variants: dict[str, dict[str, Any]]
             with tempfile.TemporaryDirectory() as out:
                 found[name].append(_train(args.features, {**options, "seed": seed}, out, args.test))
             print(f"seed {seed} {name}: {json.dumps(found[name][-1])}", file=sys.stderr, flush=True)
-            if seed > args.first_seed or len(variants) == sum(map(bool, found.values())):
-                _print_recalls(found)
+        _print_recalls(found)
 
 
 def _train(features: Path, options: dict[str, Any], out: str, test: bool) -> dict[str, float]:
