@@ -53,10 +53,14 @@ def pick_device(name: str) -> "torch.device":
 
 
 def free_bytes(device: "torch.device") -> int:
-    """Return the memory that is left on a device, in bytes."""
+    """Return the memory that is left to this process on a device, in bytes."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if device.type != "cuda":
+        return available_bytes()
+    # What torch has kept of freed tensors is used again.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def available_bytes() -> int:

@@ -10,7 +10,8 @@ from csalign.core import atomic
 from csalign.core.paths import is_remote
 
 _MOST = 4_096  # files that are remembered
-_SETTLED = 1.0  # seconds since a file changed, of which another change has another time
+# Seconds since a file changed, after which another change has another time on any file system.
+_SETTLED = 2.0
 
 
 def matches(path: Path, sha256: str, *, again: bool = False) -> bool:
@@ -29,7 +30,7 @@ def matches(path: Path, sha256: str, *, again: bool = False) -> bool:
         with suppress(OSError):
             if not found or _mark(path, sha256) != mark:
                 mark.unlink(missing_ok=True)
-            elif time.time() - path.stat().st_ctime > _SETTLED:
+            elif time.time() - max(path.stat().st_mtime, path.stat().st_ctime) > _SETTLED:
                 _remember(mark)
     return found
 

@@ -114,7 +114,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, factors: Tensor, plan: TilePlan
     ) -> tuple[Any, ...]:
         tiles, owns = Tiles(plan, x, y, scale, factors), []
-        with tiles.rounded():
+        with tiles.settings():
             sums = tiles.cross_sums()
             if plan.kernels:
                 owns = [
@@ -147,7 +147,7 @@ class _Fused(torch.autograd.Function):
             elif ctx.needs_input_grad[k]:
                 weights = 2 * factors * to_means[k] / ctx.logs[k].exp()
                 gradients[k] = torch.einsum("s,snd->nd", weights, ctx.pulled[k])
-        with tiles.rounded():
+        with tiles.settings():
             to_scale = tiles.add_cross_gradients(
                 (gradients[0], gradients[1]), ctx.sums, (to_infonce, to_means[-1])
             )

@@ -8,7 +8,7 @@ exp((cos - 1) / sigma^2). Scales and factors stay on the device, which nothing h
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, islice, pairwise
@@ -125,17 +125,20 @@ class Tiles:
         self._casts = self._rounds and x.device.type == "cuda"
 
     @contextmanager
-    def rounded(self) -> Iterator[None]:
-        """Let the CPU round the factors of float32 products as the plan says, in this block."""
-        if not self._rounds or self._casts:
+    def settings(self) -> Iterator[None]:
+        """Set in this block what the plan needs of torch.
+
+        On a CPU that is the rounding of float32 products; if compiled, that without a compiler
+        functions run as they are, which autograd's threads would not have from their caller.
+        """
+        with ExitStack() as stack:
+            if self.plan.compiled:
+                stack.enter_context(torch._dynamo.config.patch(suppress_errors=True))
+            if self._rounds and not self._casts:
+                products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+                stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+                products.fp32_precision = "bf16"
             yield
-            return
-        settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        before, settings.fp32_precision = settings.fp32_precision, "bf16"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
 
     def cross_sums(self) -> CrossSums:
         """Sum over this process's tiles of x and y; -inf for none."""

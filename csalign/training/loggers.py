@@ -49,15 +49,16 @@ class StepFigures:
     """Figures of several steps that stay on the device until they are read together."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[dict[str, Any], Tensor]] = []
+        self._steps: list[tuple[Line, list[str], Tensor]] = []
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def add(self, line: Line) -> None:
-        """Add the figures of a step; those that are () tensors stay where they are."""
-        values = [value.detach().float() for value in line.values() if isinstance(value, Tensor)]
-        self._steps.append((dict(line), torch.stack(values)))
+        """Add the figures of a step; those that are () tensors are copied where they are."""
+        read = {name: value for name, value in line.items() if isinstance(value, Tensor)}
+        values = torch.stack([value.detach().float() for value in read.values()])
+        self._steps.append(({**line, **dict.fromkeys(read)}, [*read], values))
 
     def read(self, last: Line) -> tuple[list[dict[str, Any]], str]:
         """Read and remove the figures of all steps.
@@ -71,10 +72,10 @@ class StepFigures:
         """
         self.add(last)
         steps, self._steps = self._steps, []
-        numbers = iter(torch.cat([values for _, values in steps]).tolist())
+        numbers = iter(torch.cat([values for *_, values in steps]).tolist())
         lines: list[dict[str, Any]] = []
-        for line, _ in steps:
-            read = {name: next(numbers) for name, v in line.items() if isinstance(v, Tensor)}
+        for line, names, _ in steps:
+            read = {name: next(numbers) for name in names}
             bad = [name for name, value in read.items() if not math.isfinite(value)]
             if bad:
                 # A term explains the loss, and the loss all else.

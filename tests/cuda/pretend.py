@@ -239,6 +239,9 @@ class _RealHost(TorchDispatchMode):
             own = [one for one in tree_leaves(args[1]) if isinstance(one, Tensor)]
             if any(one.device.type == "cpu" for one in own):
                 raise RuntimeError("rows on a GPU are indexed by numbers on the CPU")
+        if func is torch.ops.aten._fused_adamw_.tensor_lr:  # which torch cannot fake
+            assert kwargs["lr"].device.type == "cuda"
+            func, kwargs = torch.ops.aten._fused_adamw_.default, {**kwargs, "lr": 0.0}
         return func(*tree_map(self._faked, args), **tree_map(self._faked, kwargs))
 
     def _faked(self, value: Any) -> Any:

@@ -13,7 +13,9 @@ from csalign.core.enums import DivergenceName, Modality, PairwiseName
 from csalign.encoders.base import EncoderOptions, load_encoders
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.loss import Objective, TokenBatch
+from csalign.training.config import OptimizerOptions
 from csalign.training.network.loop import Trainer
+from csalign.training.network.step import Stepper
 from tests.cuda.pretend import HostReads
 from tests.cuda.runs import trainer_of, write_features
 from tests.cuda.test_adapters import SHAPES, WIDTH
@@ -100,6 +102,33 @@ def test_training_steps(features: Path, options: dict[str, Any]) -> None:
         return [*trainer.adapter.state_dict().values()]
 
     on_both(compute)
+
+
+@pytest.mark.parametrize("options", [{}, {"bandwidth": "tied", "learn_scale": True}])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_recorded_steps(features: Path, options: dict[str, Any], compiles: bool) -> None:
+    """With noise and dropout, whose random numbers are others in a compiled adapter."""
+    options = options | ({"dropout": 0.0, "noise": 0.0} if compiles else {})
+    found = []
+    for records in (False, True):
+        torch.manual_seed(0)
+        values = options | {"device": "cuda", "compile": records and compiles}
+        trainer = trainer_of(features, **values)
+        if records and not compiles:
+            recorded = OptimizerOptions(compile=True)
+            trainer._stepper = Stepper(trainer.adapter, trainer.loss, recorded, trainer.device)
+        for _ in range(2 * STEPS + 5):
+            trainer._train_step(next(trainer._loader))
+        lines, fault = trainer._figures.read({"step": 0, "all": torch.zeros((), device="cuda")})
+        assert not fault
+        found.append([line["loss"] for line in lines])
+    recorder = trainer._stepper._recorder
+
+    assert recorder is not None
+    assert recorder._recorded
+    assert not recorder._failed
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 def test_the_host_reads_nothing_between_logs(features: Path) -> None:

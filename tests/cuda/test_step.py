@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from csalign.training.config import OptimizerOptions
 from csalign.training.network.loop import Trainer
+from csalign.training.network.step import WARM_UP, Stepper
 from tests.cuda.pretend import pretended
 from tests.cuda.runs import trainer_of, write_features
 
@@ -43,5 +46,23 @@ def test_a_step_reads_nothing(features: Path, name: str) -> None:
         steps(trainer)
 
     assert {p.device.type for p in trainer.adapter.parameters()} == {"cuda"}
+    assert not reads.lines
+    assert not reads.uploads
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="steps can be recorded here")
+def test_a_step_to_be_recorded_reads_nothing_and_is_taken_where_it_cannot(
+    features: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pretended() as reads:
+        trainer = trainer_of(features, device="cuda", learn_scale=True, bandwidth="tied")
+        options = OptimizerOptions(compile=True)  # but not of the adapters
+        trainer._stepper = Stepper(trainer.adapter, trainer.loss, options, trainer.device)
+        reads.clear()
+        steps(trainer, WARM_UP + 1)  # the first measures the kernel's diagonal
+        assert not caplog.records
+        steps(trainer, 2)
+
+    assert "cannot be recorded as CUDA graphs" in caplog.text
     assert not reads.lines
     assert not reads.uploads

@@ -77,7 +77,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def settle(path: Path) -> None:
-    while time.time() - path.stat().st_ctime < 1.05:
+    while time.time() - path.stat().st_ctime < 2.05:
         time.sleep(0.05)
 
 

@@ -1,6 +1,7 @@
 """The memory of a step, from sizes alone, is what a step takes."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
-from csalign.training.config import ObjectiveOptions, OptimizerOptions
+from csalign.training.config import ObjectiveOptions, OptimizerOptions, TrainConfig
 from csalign.training.network.batch_loss import BatchLoss
 from csalign.training.network.memory import largest_batch, step_bytes
 from csalign.training.network.sampler import Batch, SideBatch
 from csalign.training.network.step import prepare_step
+from csalign.training.train import train
 
 WIDTH = 64
 
@@ -65,12 +67,6 @@ def test_sizes_alone_give_the_memory_of_a_step(rows: int) -> None:
     assert peak - before == pytest.approx(measured, rel=0.15)
 
 
-def test_values_give_the_same_sizes() -> None:
-    found, measured = (step_bytes(default_step(512), fake=fake) for fake in (True, False))
-
-    assert found == pytest.approx(measured, rel=0.02)
-
-
 def steps_of(rows: int) -> Callable[[], object]:
     """Make a step of the trainer of so many pairs, with two captions each."""
     shapes = {side: SideShape("glu", WIDTH, 32, hidden=64) for side in Modality}
@@ -87,3 +83,24 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     assert largest_batch(steps_of, pairs=10**6, memory=1)[0] == 512
     assert largest_batch(steps_of, pairs=20_000, memory=2**40)[0] == 1_024
     assert largest_batch(steps_of, pairs=300, memory=2**40)[0] == 512
+
+
+def test_an_adapter_whose_step_depends_on_values_takes_the_least_batch(
+    features: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "reads.py").write_text(
+        "from csalign.adapters.builtin import Linear\n"
+        "class Reads(Linear):\n"
+        "    def forward(self, x, noise=0.0):\n"
+        "        return super().forward(x / float(x.norm(dim=1).max()), noise)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    values = {"batch_size": "auto", "text_adapter": "reads:Reads", "steps": 1}
+    result = train(TrainConfig(features=features, out=tmp_path / "run", **values))
+
+    assert result.steps == 1
+    assert "--batch-size auto: the memory of a step cannot be found (reads:Reads" in caplog.text
+    assert "using 512 pairs" in caplog.text

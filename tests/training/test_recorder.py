@@ -11,7 +11,7 @@ from csalign.training.network.step import WARM_UP, Recorder, Taken
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they can be recorded here")
 def test_steps_that_cannot_be_recorded_are_taken(caplog: pytest.LogCaptureFixture) -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    recorder, zero = Recorder(), torch.zeros(())
+    recorder, zero = Recorder(torch.device("cuda")), torch.zeros(())
 
     def compute(batch: Batch) -> Taken:
         return Taken(LossParts(batch.images.rows.sum(), zero, zero, zero), zero)

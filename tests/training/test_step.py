@@ -1,5 +1,6 @@
 """Steps that do not wait for the device."""
 
+import gc
 import json
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from csalign.features.join import Pairs
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.import_arrays import import_arrays
 from csalign.objective.products import product
+from csalign.objective.tiles import Tiles
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import Part, Unpaired, load_data
 from csalign.training.network.device_rows import DeviceRows
@@ -166,6 +168,19 @@ def test_weights_that_overflow_in_the_last_step_are_not_returned(several: Path) 
         next(trainer.adapter.parameters()).fill_(torch.inf)
     with pytest.raises(TrainingError, match="step 2: largest weight is inf"):
         trainer.state_dict()
+    steps.close()
+
+
+def test_no_figure_keeps_the_graph_of_its_step(several: Path) -> None:
+    def tiles() -> int:
+        return sum(type(own) is Tiles for own in gc.get_objects())
+
+    trainer, before = make_trainer(several, batch_size=300, other_captions=0.5), tiles()
+    steps = trainer.fit(lambda lines: None)
+    for _ in range(4):
+        next(steps)
+
+    assert tiles() == before
     steps.close()
 
 

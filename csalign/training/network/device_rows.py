@@ -6,10 +6,11 @@ thread reads those of the next batches while the device computes, and sends a bl
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from queue import Queue
 from threading import Event, Semaphore, Thread
-from typing import Any, NamedTuple, Protocol, TypeVar
-from warnings import catch_warnings, simplefilter
+from typing import TYPE_CHECKING, Any, NamedTuple
+from warnings import catch_warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.devices import free_bytes
 from csalign.core.enums import Modality
 from csalign.features.streaming import MIB
+
+if TYPE_CHECKING:
+    from csalign.training.network.sampler import PlannedBatch
 
 log = logging.getLogger(__name__)
 
@@ -38,23 +43,14 @@ class Picked(NamedTuple):
     rows: npt.NDArray[Any]
 
 
-class Plan(Protocol):
-    """A batch of which the rows are known but not read."""
-
-    @property
-    def picked(self) -> Mapping[Modality, Sequence[Picked]]:
-        """Rows of each side."""
-
-
-P = TypeVar("P", bound=Plan)
 Pieces = Mapping[Modality, Sequence[Tensor]]
 """Rows (k, d) on the device in the stored dtype, for each `Picked`."""
 
 
 def upload(values: Array, device: torch.device) -> Tensor:
     """Copy an array to a device without waiting for it; a tensor on the CPU shares its memory."""
-    with catch_warnings():
-        simplefilter("ignore")  # that the memory is read-only: nothing writes to these tensors
+    # torch warns of read-only memory; nothing writes to these tensors.
+    with nullcontext() if values.flags.writeable else catch_warnings(action="ignore"):
         own = torch.from_numpy(values)
     if device.type == "cuda":
         return own.pin_memory().to(device, non_blocking=True)
@@ -91,7 +87,7 @@ class DeviceRows:
         if self._device.type != "cuda" or self.kept:
             return
         size = sum(own.nbytes for own in self._distinct.values())
-        free, _ = torch.cuda.mem_get_info(self._device)
+        free = free_bytes(self._device)
         fits = size <= SHARE * free
         if distributed.is_main_process():
             where = "kept there" if fits else f"more than {SHARE:.0%}, so sent in blocks"
@@ -108,7 +104,7 @@ class DeviceRows:
         if self._device.type == "cuda":
             self.kept = {}
 
-    def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
+    def take(self, plan: "PlannedBatch", rows: Sequence[Tensor]) -> Pieces:
         """Take the rows of a batch from arrays that are kept.
 
         Args:
@@ -124,14 +120,16 @@ class DeviceRows:
             for side, picked in plan.picked.items()
         }
 
-    def read(self, plan: Plan) -> Pieces:
+    def read(self, plan: "PlannedBatch") -> Pieces:
         """Read the rows of a batch on the host, and copy them to the device."""
         return {
             side: [upload(own, self._device) for own in found]
             for side, found in self._gather(plan).items()
         }
 
-    def read_ahead(self, plans: Iterator[P]) -> Generator[tuple[P, Pieces]]:
+    def read_ahead(
+        self, plans: "Iterator[PlannedBatch]"
+    ) -> "Generator[tuple[PlannedBatch, Pieces]]":
         """Yield batches with their rows, which a thread reads and sends in blocks.
 
         What fails in the thread is raised here. Closing the iterator ends the thread.
@@ -168,15 +166,15 @@ class DeviceRows:
             room.release()
             thread.join()
 
-    def _gather(self, plan: Plan) -> dict[Modality, list[Array]]:
+    def _gather(self, plan: "PlannedBatch") -> dict[Modality, list[Array]]:
         return {
             side: [self._arrays[side][array][rows] for array, rows in picked]
             for side, picked in plan.picked.items()
         }
 
-    def _read_block(self, plans: Iterator[Plan], stream: Any) -> "_Block":
+    def _read_block(self, plans: "Iterator[PlannedBatch]", stream: Any) -> "_Block":
         """Read the rows of the next batches, and begin to send them."""
-        read: list[tuple[Plan, dict[Modality, list[Array]]]] = []
+        read: list[tuple[PlannedBatch, dict[Modality, list[Array]]]] = []
         size = 0
         while size < BLOCK_BYTES:
             plan = next(plans)
@@ -190,7 +188,7 @@ class DeviceRows:
             sent = packed.to(self._device, non_blocking=stream is not None)
             arrived = None if stream is None else stream.record_event()
         pieces = iter(_divide(sent, flat))
-        batches: list[tuple[Any, Pieces]] = [
+        batches: list[tuple[PlannedBatch, Pieces]] = [
             (plan, {side: [next(pieces) for _ in found] for side, found in sides.items()})
             for plan, sides in read
         ]
@@ -200,7 +198,7 @@ class DeviceRows:
 class _Block(NamedTuple):
     """Batches with their rows, which share one memory on the device."""
 
-    batches: list[tuple[Any, Pieces]]
+    batches: "list[tuple[PlannedBatch, Pieces]]"
     memory: Tensor
     arrived: Any  # event of CUDA, after which the memory is filled
 

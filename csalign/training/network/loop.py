@@ -24,7 +24,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
 from csalign.core.devices import free_bytes, pick_device
 from csalign.core.enums import Modality, PairwiseName
-from csalign.core.errors import ConfigError, Stopped, TrainingError
+from csalign.core.errors import ConfigError, Stopped, TrainingError, reason_of
 from csalign.core.progress import show_figures, tick
 from csalign.features.streaming import MIB
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
@@ -32,7 +32,7 @@ from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.loggers import Line, StepFigures
 from csalign.training.network.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.network.device_rows import SHARE
-from csalign.training.network.memory import largest_batch
+from csalign.training.network.memory import LEAST_BATCH, largest_batch
 from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
 from csalign.training.network.step import Stepper, prepare_step
@@ -89,7 +89,7 @@ class Trainer:
     Attributes:
         loss: of a batch.
         batch_size: pairs per step, at most.
-        scale: of the logits at the start; None where the loss has none.
+        scale: of the logits, if it was found automatically.
         schedule: its steps, when to validate, and when to stop.
         step: optimizer steps made; after `fit`, those of the weights that were kept.
         steps_made: optimizer steps made in total.
@@ -121,13 +121,12 @@ class Trainer:
         size = options.batch_size
         if size == "auto":
             size = phase.batch_size or self._fitting_batch(data, len(sampler), objective, options)
-        scale = objective.logit_scale
-        if scale == "auto" and objective.pairwise is PairwiseName.INFONCE:
-            scale = phase.scale or distributed.broadcast(
+        self.batch_size, self.scale = size, phase.scale
+        if objective.logit_scale == "auto" and objective.pairwise is PairwiseName.INFONCE:
+            self.scale = phase.scale or distributed.broadcast(
                 lambda: logit_scale(self.adapter, data.val, self._token_features)
             )
-            objective = objective.model_copy(update={"logit_scale": scale})
-        self.batch_size, self.scale = size, None if scale == "auto" else scale
+            objective = objective.model_copy(update={"logit_scale": self.scale})
         rows = 0 if 0 in (options.steps, phase.steps) else min(size, len(sampler))
         check_terms(objective, captions=captions, rows=rows)
         loss = BatchLoss(
@@ -189,12 +188,7 @@ class Trainer:
         texts = data.rows.pairs / max(1, int((data.rows.caption_counts > 0).sum()))
         step = partial(prepare_step, self.adapter.shapes, objective, options, self.device, texts)
         memory = int(SHARE * (1 - SHARE) * free_bytes(self.device))  # beside the embeddings
-        found, needed = distributed.broadcast(
-            lambda: largest_batch(step, pairs=pairs, memory=memory)
-        )
-        counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}"
-        log.info("--batch-size auto: %s", counted)
-        return found
+        return distributed.broadcast(lambda: _largest_batch(step, pairs, memory))
 
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
@@ -208,6 +202,7 @@ class Trainer:
 
         Raises:
             TrainingError: see `flush`.
+            ConfigError: a step does not fit into the memory of the device.
             Stopped: one of several processes got a signal; all have made the same steps.
         """
         self._log_lines = log_lines
@@ -308,11 +303,11 @@ class Trainer:
                 self.loss.warn_if_narrow(line["bandwidth"], line.pop("diagonal_share"))
             if lines and distributed.is_main_process():
                 self._log_lines(lines)
-        if fault:
-            raise TrainingError(
-                f"{fault}; lower --learning-rate, --logit-scale, --cs-weight or --token-weight, or "
-                "leave --bandwidth at median"
-            )
+            if fault:  # before a signal, on which the state would be saved
+                raise TrainingError(
+                    f"{fault}; lower --learning-rate, --logit-scale, --cs-weight or "
+                    "--token-weight, or leave --bandwidth at median"
+                )
         shown = ("loss", "pairwise", "pairwise_others", "divergence", "token")
         self._latest = {name: lines[-1][name] for name in shown if lines[-1][name] is not None}
 
@@ -387,9 +382,10 @@ class Trainer:
         try:
             parts, norm = self._stepper.take(batch, self.step, rate)
         except torch.OutOfMemoryError:
-            raise TrainingError(
-                f"step {self.step}: a batch of {self.batch_size} pairs needs more memory than "
-                f"{self.device} has; lower --batch-size or --sub-batch, or use --batch-size auto"
+            # Not a TrainingError, which no rerun could get past.
+            raise ConfigError(
+                f"--batch-size {self.batch_size}: step {self.step} needs more memory than "
+                f"{self.device} has; lower it or --sub-batch, or use --batch-size auto"
             ) from None
         self._figures.add(
             {
@@ -443,3 +439,16 @@ class Trainer:
     def _evaluated_adapter(self) -> Adapter:
         """Return the weights to evaluate and keep: the running average, if there is one."""
         return self._stepper.average or self.adapter
+
+
+def _largest_batch(step: Callable[[int], Any], pairs: int, memory: int) -> int:
+    """Find the largest batch that fits into some bytes; 512 if that cannot be found."""
+    try:
+        found, needed = largest_batch(step, pairs=pairs, memory=memory)
+    except Exception as error:  # adapters of users may need values, and fail in any way
+        text = "--batch-size auto: the memory of a step cannot be found (%s); using %d pairs"
+        log.warning(text, reason_of(error), LEAST_BATCH)
+        return LEAST_BATCH
+    counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}"
+    log.info("--batch-size auto: %s", counted)
+    return found

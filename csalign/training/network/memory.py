@@ -14,25 +14,27 @@ LEAST_BATCH = 512  # pairs, which are not doubted to fit
 LEAST_STEPS = 16  # of an epoch
 
 
-def step_bytes(prepare: Callable[[], Callable[[], Any]], *, fake: bool = True) -> tuple[int, int]:
+def step_bytes(prepare: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
     """Find how many bytes of tensors a training step has at the same time, at most.
 
+    It computes sizes alone, in milliseconds whatever the size, so nothing in the step may depend on
+    the value of a tensor.
+
     Args:
-        prepare: makes everything that the step uses, on the CPU, and returns the step: forward,
-            backward and the optimizer's update. It is called twice, since the first step makes
-            what the optimizer keeps.
-        fake: compute sizes alone, in milliseconds whatever the size. Nothing in it may then depend
-            on the value of a tensor. Otherwise tensors have values.
+        prepare: makes everything that the step uses, and returns the step: forward, backward and
+            the optimizer's update. The step is taken twice, since the first one makes what the
+            optimizer keeps.
 
     Returns:
         Bytes before the second step, and the most during it. What an operation uses within itself
         is not counted.
     """
-    live = LiveBytes()
-    if not fake:
-        return _measured(live, prepare)
-    with FakeTensorMode():
-        return _measured(live, prepare)
+    with FakeTensorMode(), LiveBytes() as live:
+        step = prepare()
+        step()
+        before = live.peak = live.now
+        step()
+    return before, live.peak
 
 
 def largest_batch(
@@ -57,15 +59,6 @@ def largest_batch(
             break
         found, needed = 2 * found, more
     return found, needed
-
-
-def _measured(live: "LiveBytes", prepare: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
-    with live:
-        step = prepare()
-        step()
-        before = live.peak = live.now
-        step()
-    return before, live.peak
 
 
 class LiveBytes(TorchDispatchMode):

@@ -3,11 +3,12 @@
 import copy
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import SideShape
@@ -26,7 +27,10 @@ MOST_RECORDED = 8  # kinds of steps; each keeps the memory of its tensors
 
 
 class Taken(NamedTuple):
-    """What a step found: the terms of the loss, and the norm of the gradient, () tensor."""
+    """What a step found: the terms of the loss, and the norm of the gradient, () tensor.
+
+    They keep no graph of the step, and a recorded step may overwrite them the next time.
+    """
 
     parts: LossParts
     norm: Tensor
@@ -58,15 +62,18 @@ class Stepper:
             {"params": list(loss.parameters()), "weight_decay": 0.0},
         ]
         records = options.compile and device.type == "cuda" and distributed.world().size == 1
-        self._recorder = Recorder() if records else None
+        self._recorder = Recorder(device) if records else None
         self._optimizer = torch.optim.AdamW(
             groups,
-            # A recorded step reads the learning rate from the device.
-            lr=torch.tensor(0.0, device=device) if records else 0.0,
             weight_decay=options.weight_decay,
             fused=True,  # four times as fast as one operation after another
             capturable=records,
         )
+        if records:  # such a step reads the learning rate from the device
+            for group in self._optimizer.param_groups:
+                group["lr"] = torch.zeros((), device=device)
+            # Else torch warns of the steps before.
+            self._optimizer._warned_capturable_if_run_uncaptured = True
 
     def take(self, batch: Batch, number: int, rate: float) -> Taken:
         """Take step `number`, from 1, at a learning rate; nothing in it waits for the device."""
@@ -75,10 +82,7 @@ class Stepper:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-        def compute(batch: Batch) -> Taken:
-            return self._compute(batch, number)
-
+        compute = partial(self._compute, number=number)
         # Every few steps measure a bandwidth besides, which is not recorded.
         if self._recorder is None or self._loss.measures(number):
             return compute(batch)
@@ -94,7 +98,8 @@ class Stepper:
         self._loss.clamp()
         if self.average is not None:
             self._update_average(self.average, first=number == 1)
-        return Taken(parts, norm)
+        # Else it would keep the memory of this step, and its stream, on which none can be recorded.
+        return Taken(tree_map_only(Tensor, Tensor.detach, parts), norm)
 
     @torch.no_grad()
     def _update_average(self, average: Adapter, *, first: bool) -> None:
@@ -160,11 +165,16 @@ class Recorder:
 
     A replayed step is launched at once, without the time that Python takes for its hundreds of
     operations. What cannot be recorded is computed as it is.
+
+    Args:
+        device: of CUDA.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seen: dict[Any, int] = {}
         self._recorded: dict[Any, tuple[Any, Batch, Taken]] = {}
+        self._stream: Any = None
         self._pool: Any = None
         self._failed = False
 
@@ -172,11 +182,10 @@ class Recorder:
         """Take a step; `constant` is what it depends on beside the values in the batch."""
         leaves = tree_leaves(batch)
         key = constant, *(own.shape if isinstance(own, Tensor) else own for own in leaves)
-        seen = self._seen[key] = self._seen.get(key, 0) + 1
-        is_full = key not in self._recorded and len(self._recorded) == MOST_RECORDED
-        if self._failed or is_full or seen <= WARM_UP:
-            return compute(batch)
         if key not in self._recorded:
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
+            if self._failed or len(self._recorded) == MOST_RECORDED or seen <= WARM_UP:
+                return compute(batch)
             try:
                 self._recorded[key] = self._record(compute, batch)
             except RuntimeError as error:
@@ -194,10 +203,14 @@ class Recorder:
         return found
 
     def _record(self, compute: Callable[[Batch], Taken], batch: Batch) -> tuple[Any, Batch, Taken]:
-        held: Batch = tree_map(lambda own: own.clone() if isinstance(own, Tensor) else own, batch)
+        held: Batch = tree_map_only(Tensor, Tensor.clone, batch)
         graph = torch.cuda.CUDAGraph()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         # Only this thread may not do what cannot be recorded: another one sends rows meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")
+        # The first block makes the device the current one, and leaves the stream after a failure.
+        with torch.cuda.stream(self._stream), recording:
             found = compute(held)
         self._pool = graph.pool()
         return graph, held, found

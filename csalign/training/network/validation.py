@@ -18,7 +18,7 @@ from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
 from csalign.runs.load import embed_rows
 
 LEAST_SCALE, MOST_SCALE = 7.0, 40.0  # of logits in training
-SCALES = (3 * 1.05 ** np.arange(60)).tolist()  # up to 53
+SCALES = [3 * 1.05**step for step in range(60)]  # up to 53
 
 Doubles = npt.NDArray[np.float64]
 
@@ -117,7 +117,7 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
         for scale in SCALES
     ]
     calibrated = SCALES[int(torch.stack(losses).argmin())]
-    return min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24))
+    return float(min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24)))
 
 
 def pool(parts: Sequence[Measured]) -> Measured:

@@ -77,11 +77,10 @@ class SearchSpace:
             kind = trial.suggest_categorical(WEIGHT_KIND, kinds)
             if kind != FIXED:
                 return kind if kind == "auto" else 0.0
-        if (
-            name == "logit_scale"
-            and trial.suggest_categorical(SCALE_KIND, ["auto", FIXED]) != FIXED
-        ):
-            return "auto"
+        if name == "logit_scale":
+            kind = trial.suggest_categorical(SCALE_KIND, ["auto", FIXED])
+            if kind != FIXED:
+                return kind
         if name == "bandwidth":
             kinds = list(dict.fromkeys(["median", FIXED, self._given_bandwidth()]))
             kind = trial.suggest_categorical(BANDWIDTH_KIND, kinds)
