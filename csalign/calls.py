@@ -17,9 +17,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from csalign.adapters.hub import with_local_runs
-from csalign.core.config import Config, parse_number
+from csalign.core.config import Config, did_you_mean, explain, field_of, parse_number
 from csalign.core.errors import ConfigError, CsalignError, ShapeError
-from csalign.core.mistakes import did_you_mean, explain, field_of
 from csalign.core.progress import Call, Progress, recorded_call, reported_to, silent
 from csalign.features.arrays import IN_MEMORY, as_array, is_array, is_pair_of_arrays, write_arrays
 

@@ -20,8 +20,8 @@ from typer.core import TyperGroup
 from csalign.cli import render
 from csalign.cli.progress import line_start
 from csalign.core import atomic
+from csalign.core.config import did_you_mean
 from csalign.core.errors import ConfigError, CsalignError, ElsewhereError, Stopped
-from csalign.core.mistakes import did_you_mean
 from csalign.core.paths import is_store_error
 
 # Typer brings click along or depends on it, by version; of its errors it exports this one alone.

@@ -22,10 +22,10 @@ from csalign.core.config import (
     Several,
     Share,
     Words,
+    did_you_mean,
 )
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
-from csalign.core.mistakes import did_you_mean
 from csalign.evaluation.config import PageOptions
 
 G = TypeVar("G", bound=Config)
