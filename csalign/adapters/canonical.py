@@ -5,16 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.side import CHUNK_ROWS, Rows, UnitRows
+from csalign.core.arrays import Doubles, Ints
 from csalign.core.enums import Modality
-
-Ints = npt.NDArray[np.int64]
 
 TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
 SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
@@ -62,7 +59,7 @@ class PairMoments:
         images: Rows,
         texts: Rows,
         pairs: tuple[Ints, Ints],
-        weights: npt.NDArray[np.float64],
+        weights: Doubles,
         units: tuple[UnitRows, UnitRows] = (UnitRows(), UnitRows()),
     ) -> "PairMoments":
         """Accumulate the moments in one pass.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -25,7 +24,8 @@ from csalign.adapters.builtin import (
 )
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
-from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
+from csalign.adapters.side import SideAdapter, SideShape, to_tensor
+from csalign.core.arrays import Array, Mask
 from csalign.core.atomic import translate_os_errors
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError, reason_of
@@ -300,7 +300,7 @@ class Adapter(nn.Module):
         modality: Modality | str,
         embeddings: Array,
         tokens: Array,
-        mask: npt.NDArray[np.bool_],
+        mask: Mask,
     ) -> tuple[Array, Array]:
         """Align the embeddings and tokens of one batch of a side.
 

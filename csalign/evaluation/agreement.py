@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.side import UnitRows, loud_scale
+from csalign.core.arrays import Array, Ints
 from csalign.core.enums import Modality
 from csalign.core.figures import percent
 from csalign.features import schema
 from csalign.features.checks import LEAST_PAIRS, WINDOWS, check_directions
-from csalign.features.join import Array, Joined, Pairs, first_alike, text_keys
+from csalign.features.join import Joined, Pairs, first_alike, text_keys
 from csalign.features.reader import FeatureSet
-
-Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
 COMPARED = 2_000  # pairs, and unpaired rows of a side

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.outputs import check_page
@@ -40,9 +40,6 @@ QUERIES_AT_A_TIME = 256
 THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 def write_report(
@@ -147,14 +144,14 @@ def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Float
     return x, y
 
 
-def _singular_values(rows: Floats) -> npt.NDArray[np.float64]:
+def _singular_values(rows: Floats) -> Doubles:
     centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
     values = np.linalg.eigvalsh(centred.T @ centred)[::-1]
-    kept: npt.NDArray[np.float64] = values[values > max(values[0], 1e-12) * ROUNDING]
+    kept: Doubles = values[values > max(values[0], 1e-12) * ROUNDING]
     return np.sqrt(kept)
 
 
-def _project(rows: Floats) -> tuple[npt.NDArray[np.float64], float]:
+def _project(rows: Floats) -> tuple[Doubles, float]:
     """Project onto the first two principal axes, (n, 2); return their share of the variance too."""
     centred = rows - rows.mean(0, dtype=np.float64)
     values, vectors = np.linalg.eigh(centred.T @ centred)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from csalign.core.arrays import Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted, percent
@@ -22,8 +22,6 @@ from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks, mean_recall, rank_both_ways
 from csalign.metrics.twins import Twins
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")

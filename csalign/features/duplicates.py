@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Ints
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions
@@ -20,10 +21,8 @@ from csalign.features.join import first_alike, hash_rows
 from csalign.features.reader import FeatureTable, batch_vectors
 from csalign.features.streaming import MIB, MemoryBudget
 
-Floats = npt.NDArray[np.float64]
 Products = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int16]
-Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 NEAR = 0.9
@@ -127,7 +126,7 @@ def _hash_embeddings(table: FeatureTable) -> Ints:
     return np.concatenate(found)
 
 
-def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Floats]]:
+def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Doubles]]:
     """Stream rows (ascending) scaled to norm 1, in float64 so that rounding leaves no trace."""
     for places, local, batch in table.parts([schema.EMBEDDING], rows):
         wide = batch_vectors(batch, schema.EMBEDDING)[local].astype(np.float64)

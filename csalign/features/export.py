@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, SchemaError, ShapeError
 from csalign.core.records import read_object
 from csalign.features import schema
 from csalign.features.reader import AGAIN
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
-from csalign.features.writer import Array, FeatureWriter, Rows
+from csalign.features.writer import FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
 NOTE = "aligned.json"

@@ -3,21 +3,16 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Array, Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, ShapeError
 from csalign.features import schema
 from csalign.features.reader import AGAIN, FeatureSet, FeatureTable
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _MIX = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)
 ALL = "all"

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csalign.core.arrays import Array, Indices
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote, stand_in
@@ -20,9 +20,6 @@ from csalign.core.progress import tick, track
 from csalign.features import schema, verified
 from csalign.features.pages import fixed_lists, read_vectors
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[Any]
 
 AGAIN = "create the feature set again"
 
@@ -169,7 +166,9 @@ class FeatureTable:
             tick("reading: rows", first + len(values), len(self))
         return out
 
-    def read(self, *columns: str, rows: Ints | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def read(
+        self, *columns: str, rows: Indices | None = None
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Stream columns, a row group at a time, with the number of its first row.
 
         Args:
@@ -181,7 +180,7 @@ class FeatureTable:
     def _read(
         self,
         columns: Sequence[str],
-        rows: Ints | None,
+        rows: Indices | None,
         out: Array | None = None,
         *,
         is_verified: bool = False,
@@ -220,8 +219,8 @@ class FeatureTable:
         return batch.set_column(place, batch.schema.field(place), own)
 
     def parts(
-        self, columns: Sequence[str], rows: Ints | None
-    ) -> Iterator[tuple[slice, Ints, pa.RecordBatch]]:
+        self, columns: Sequence[str], rows: Indices | None
+    ) -> Iterator[tuple[slice, Indices, pa.RecordBatch]]:
         """Stream the row groups that contain some rows, ascending; None for all.
 
         Yields:
@@ -232,7 +231,7 @@ class FeatureTable:
             if len(local):
                 yield positions, local, batch
 
-    def take(self, rows: Ints | None) -> Array:
+    def take(self, rows: Indices | None) -> Array:
         """Read the embeddings of some rows (ascending), (k, d), in the stored dtype."""
         parts = [
             batch_vectors(batch, schema.EMBEDDING)[local]
@@ -240,7 +239,7 @@ class FeatureTable:
         ]
         return np.concatenate(parts or [np.empty((0, self.width), schema.DTYPES[self.dtype])])
 
-    def column(self, name: str, rows: Ints | None = None) -> pa.ChunkedArray:
+    def column(self, name: str, rows: Indices | None = None) -> pa.ChunkedArray:
         """Read a string column, all of it or some rows (ascending)."""
         chunks = [
             batch.column(name) if len(local) == len(batch) else batch.column(name).take(local)
@@ -248,7 +247,7 @@ class FeatureTable:
         ]
         return pa.chunked_array(chunks, pa.string())
 
-    def strings(self, name: str, rows: Ints | None = None) -> pa.Array:
+    def strings(self, name: str, rows: Indices | None = None) -> pa.Array:
         """Read a string column as one array of large strings, which may exceed 2 GiB."""
         return self.column(name, rows).cast(pa.large_string()).combine_chunks()
 
@@ -349,7 +348,7 @@ class FeatureSet:
         return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or "")))
 
 
-def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints]:
+def places_within(rows: Indices | None, first: int, last: int) -> tuple[slice, Indices]:
     """Find the rows (ascending; None is all) from `first` to before `last`.
 
     Returns their positions in `rows`, and their places counted from `first`.
@@ -360,7 +359,7 @@ def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints
     return slice(start, stop), rows[start:stop] - first
 
 
-def _is_wanted(rows: Ints | None, first: int, last: int) -> bool:
+def _is_wanted(rows: Indices | None, first: int, last: int) -> bool:
     return first < last and (rows is None or len(places_within(rows, first, last)[1]) > 0)
 
 

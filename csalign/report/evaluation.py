@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import plotly.graph_objects as go
 
+from csalign.core.arrays import Array
 from csalign.core.figures import (
     baseline_table,
     figure_of,
@@ -17,8 +17,6 @@ from csalign.core.figures import (
     value_at,
 )
 from csalign.report.page import Entry, Section, escape_label, write_page
-
-Array = npt.NDArray[Any]
 
 IMAGES, TEXTS, MATCHED, OTHER = "#3d85d1", "#d9702b", "#2f9e63", "#8a8f98"
 POINTS_OF_A_CURVE = 1_000

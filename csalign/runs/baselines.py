@@ -9,11 +9,12 @@ from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import AdapterInfo, unknown_info, weights_of
 from csalign.adapters.model import DEFAULT_WIDTH, Adapter
 from csalign.adapters.side import SideShape, UnitRows, loud_scale
+from csalign.core.arrays import Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features.checks import check_directions
-from csalign.features.join import ALL, Mask, Pairs, first_alike, join_ids, split_names
+from csalign.features.join import ALL, Pairs, first_alike, join_ids, split_names
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Array, Ints
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
@@ -32,8 +32,6 @@ ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
 
 log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
 
 
 def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]:
@@ -257,7 +255,7 @@ def stream_aligned(
     features: FeatureSet,
     side: Modality,
     adapter: Adapter | None,
-    rows: npt.NDArray[np.int64] | None,
+    rows: Ints | None,
     batch_size: int,
     *,
     strings: Sequence[str] = (),

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from csalign.core.arrays import Array, Ints
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import is_remote, stand_in
 from csalign.sources.records.files import local_copy, open_file, translate_errors
@@ -59,7 +59,7 @@ class ArrowFile:
     path: Path  # of the file
     schema: pa.Schema  # its columns
     names: tuple[str, ...]  # of the columns
-    group_ends: npt.NDArray[np.int64]  # cumulative rows of the row groups or batches
+    group_ends: Ints  # cumulative rows of the row groups or batches
     rows: int  # as the file states, which may be more than its groups contain
     _read: Callable[[int, list[str], int], Iterator[pa.RecordBatch]]
 
@@ -343,7 +343,7 @@ def list_width(file: ArrowFile, column: str) -> int:
     return 1 if first is None else pc.list_value_length(first[0])[0].as_py() or 1
 
 
-def to_matrix(column: pa.Array, width: int, name: str, start: int) -> npt.NDArray[Any]:
+def to_matrix(column: pa.Array, width: int, name: str, start: int) -> Array:
     """Convert a column of (fixed-size) lists to an (n, width) array.
 
     Args:
@@ -365,6 +365,6 @@ def to_matrix(column: pa.Array, width: int, name: str, start: int) -> npt.NDArra
         row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // width
         reason = "contains nulls"
     else:
-        matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+        matrix: Array = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         return matrix
     raise DataError(f"{name}, row {start + row}: {reason}; omit the row or encode it again")

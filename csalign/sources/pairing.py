@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Ints
 from csalign.core.errors import DataError
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
@@ -18,7 +19,7 @@ from csalign.sources.arrays.naming import (
 )
 from csalign.sources.image_rows import ImageRows, fill_splits, keys_of_images, row_numbers
 from csalign.sources.keys import ROW, Keys, Rank, key_pairs, match, unknown_key
-from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
+from csalign.sources.labels import Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
 ORDER = "order"  # of --pair-by: by the order of the rows

@@ -5,16 +5,16 @@ import logging
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import to_tensor
+from csalign.core.arrays import Array, Doubles, Ints
 from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.features.join import Pairs
-from csalign.training.data import Array, TrainingData
+from csalign.training.data import TrainingData
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Score, validate
 
@@ -140,14 +140,14 @@ def _apply_match(adapter: Adapter, outputs: list[Outputs], *, covariances: bool)
             adapter.side(side).then(change.weight.to(device), change.bias.to(device))
 
 
-def _at_most(most: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def _at_most(most: int, total: int, rng: np.random.Generator) -> Ints:
     """Draw different numbers below `total`, ascending: all of them, or `most`."""
     return np.sort(rng.choice(total, most, replace=False)) if total > most else np.arange(total)
 
 
 def _paired_rows(
     side: Modality, rows: Pairs, sampler: PairSampler, *, once: bool, rng: np.random.Generator
-) -> tuple[Array, npt.NDArray[np.float64]]:
+) -> tuple[Array, Doubles]:
     """Return the paired rows of a side and their weights among pairs, 1 on average."""
     (images, texts), weights = sampler.weighted_pairs()
     own = images if side is Modality.IMAGE else texts

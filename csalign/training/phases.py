@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter, find_kind
 from csalign.core import distributed, signals
+from csalign.core.arrays import Mask
 from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import duration, tick
 from csalign.core.records import Record
-from csalign.features.join import Mask
 from csalign.training.checkpoints import UnfinishedRun
 from csalign.training.closed_forms.combine import (
     Combination,

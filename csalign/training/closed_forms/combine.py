@@ -4,16 +4,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.builtin import Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
 from csalign.adapters.model import Adapter, find_kind
 from csalign.adapters.side import SideAdapter, SideShape, to_tensor
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.progress import show_figures, tick
 from csalign.core.records import Record
@@ -22,8 +22,6 @@ from csalign.training.closed_forms.settings import POWERS, nearby, ridge_at, ste
 from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Measured, measure, pool
-
-Array = npt.NDArray[Any]
 
 MAX_PAIRS = 100_000  # to fit a kernel CCA on, which are in memory
 SEARCH_ROWS = 2_000  # of the kernel side, on which the side, gamma and ridge are chosen

@@ -18,10 +18,11 @@ from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.kinds import BASELINES
 from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import LOUD, SideShape, UnitRows, loud_scale
+from csalign.core.arrays import Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
-from csalign.features.join import Mask, Pairs
+from csalign.features.join import Pairs
 from csalign.runs.baselines import fit_baseline, some_of
 from csalign.training.closed_forms.settings import (
     LADDER,

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.adapters.assignment import WIDTH, Clusters
 from csalign.adapters.canonical import ClosedForm, PairMoments, mutual_neighbours
 from csalign.adapters.side import CHUNK_ROWS, UnitRows
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.features.join import Pairs, hash_rows
 from csalign.training.closed_forms.settings import (
@@ -27,8 +27,6 @@ from csalign.training.closed_forms.settings import (
 from csalign.training.data import Unpaired
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Measured
-
-Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 

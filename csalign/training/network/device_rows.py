@@ -12,17 +12,16 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.features.streaming import MIB
 
 log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
 
 SHARE = 0.5  # of a device's free memory, for embeddings that are kept there
 BLOCK_BYTES = 32 * MIB  # of embeddings that are sent together
@@ -35,7 +34,7 @@ class Picked(NamedTuple):
     """Rows (k,) of one of the arrays of a side."""
 
     array: int
-    rows: npt.NDArray[Any]
+    rows: Array
 
 
 class Plan(Protocol):

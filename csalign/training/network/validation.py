@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import TrainingError
 from csalign.core.progress import reported_to, silent
@@ -14,8 +14,6 @@ from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
 from csalign.runs.load import embed_rows
-
-Doubles = npt.NDArray[np.float64]
 
 
 class Score(NamedTuple):
@@ -56,9 +54,9 @@ class Measured(NamedTuple):
 
 
 def measure(
-    images: npt.NDArray[np.float32],
-    texts: npt.NDArray[np.float32],
-    text_image: npt.NDArray[np.int64],
+    images: Floats,
+    texts: Floats,
+    text_image: Ints,
 ) -> Measured:
     """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`.
 
