@@ -12,16 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.builtin import (
-    Glu,
-    Identity,
-    Kernel,
-    Linear,
-    LowRank,
-    Mlp,
-    Parts,
-    Transformer,
-)
+from csalign.adapters.builtin import Glu, Identity, Kernel, Linear, LowRank, Mlp, Parts, Transformer
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import SideAdapter, SideShape, to_tensor
@@ -296,11 +287,7 @@ class Adapter(nn.Module):
 
     @torch.inference_mode()
     def embed_tokens(
-        self,
-        modality: Modality | str,
-        embeddings: Array,
-        tokens: Array,
-        mask: Mask,
+        self, modality: Modality | str, embeddings: Array, tokens: Array, mask: Mask
     ) -> tuple[Array, Array]:
         """Align the embeddings and tokens of one batch of a side.
 

@@ -211,8 +211,7 @@ class Config(BaseModel):
                 where = f"{file}: unknown key {key}" if file else f"{key}: unknown key"
                 yield f"{where}{did_you_mean(key, known)}"
         yield from explain(
-            error,
-            lambda name: f"{file}: {name}" if file and name not in given else cls.shown(name),
+            error, lambda name: f"{file}: {name}" if file and name not in given else cls.shown(name)
         )
 
     @classmethod

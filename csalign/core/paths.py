@@ -215,11 +215,7 @@ class Kind(StrEnum):
     INDEX = "an index"
 
 
-DOCUMENTS = {
-    Kind.FEATURES: "manifest.json",
-    Kind.RUN: "adapter.json",
-    Kind.INDEX: "index.json",
-}
+DOCUMENTS = {Kind.FEATURES: "manifest.json", Kind.RUN: "adapter.json", Kind.INDEX: "index.json"}
 """The file that makes a folder an artifact of a kind; written last."""
 
 _MAKERS = {

@@ -73,11 +73,7 @@ class Links:
 
 
 def link_near_duplicates(
-    table: FeatureTable,
-    hashes: Hashes,
-    links: Links,
-    *,
-    exact_rows: int = EXACT_ROWS,
+    table: FeatureTable, hashes: Hashes, links: Links, *, exact_rows: int = EXACT_ROWS
 ) -> float | None:
     """Link the images that are copies or near-duplicates of each other.
 

@@ -95,11 +95,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
 
 
 def build_index(
-    features: FeatureSet,
-    items: ItemOptions,
-    options: VectorOptions,
-    *,
-    batch_size: int = 8_192,
+    features: FeatureSet, items: ItemOptions, options: VectorOptions, *, batch_size: int = 8_192
 ) -> SearchIndex:
     """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
     side = Modality(items.side)

@@ -296,10 +296,7 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
 def hubness_of(neighbours: tuple[Neighbours, Neighbours]) -> dict[str, float]:
     """Return what `hubness` does, from the neighbours of all images and of all texts."""
     forth, back = neighbours
-    return {
-        "image_to_text": forth.skewness(len(back)),
-        "text_to_image": back.skewness(len(forth)),
-    }
+    return {"image_to_text": forth.skewness(len(back)), "text_to_image": back.skewness(len(forth))}
 
 
 def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]:

@@ -22,13 +22,7 @@ from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import (
-    check_encoders,
-    check_features,
-    load_run,
-    public_spec,
-    stream_aligned,
-)
+from csalign.runs.load import check_encoders, check_features, load_run, public_spec, stream_aligned
 from csalign.runs.metadata import LINES, find_refit, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5

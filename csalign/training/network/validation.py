@@ -53,11 +53,7 @@ class Measured(NamedTuple):
         return bool(gains.mean() > errors * error)
 
 
-def measure(
-    images: Floats,
-    texts: Floats,
-    text_image: Ints,
-) -> Measured:
+def measure(images: Floats, texts: Floats, text_image: Ints) -> Measured:
     """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`.
 
     Raises:
