@@ -37,9 +37,6 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
     It takes the config, or the options as keywords; by position too those that are arguments on the
     command line, an adapter that is required, and `out`. Two arrays stand for a feature set, one
     for a file, an adapter in memory for a run. Its signature and docstring list the options.
-
-    Args:
-        work: function of a config, which its annotation names, and of a progress callback.
     """
     name = work.__name__
     signature = inspect.signature(work)
@@ -80,11 +77,7 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
 
 
 class _Inputs(ExitStack):
-    """Values that stand for paths, in temporary files until the block ends.
-
-    Args:
-        call: whose messages show names instead of those files.
-    """
+    """Values that stand for paths, in temporary files until the block ends."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()

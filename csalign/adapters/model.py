@@ -51,10 +51,6 @@ def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
     Installed entry points are found by name. Any other module is imported, which runs its code,
     only if the caller allows exactly that kind: a run folder from a stranger names kinds too.
 
-    Args:
-        kind: see `SideShape`.
-        allow: kinds ``package.module:Class`` that the user asked for.
-
     Raises:
         ConfigError: no such kind, it is not allowed, or it is not a `SideAdapter`.
     """

@@ -171,9 +171,6 @@ class SideAdapter(nn.Module):
     independently of each other, and its output does not depend on the norm of a row. The README of
     this package has an example.
 
-    Args:
-        shape: what to build.
-
     Attributes:
         accepts_closed_form: whether `start_from` accepts any linear map.
         accepts_output_map: whether `then` is implemented.

@@ -31,12 +31,7 @@ _REMEDIES = {
 
 
 def os_error(error: Exception, path: Path | str | None = None) -> str:
-    """Word an error of a file system or object store: file, reason and remedy.
-
-    Args:
-        error: the exception.
-        path: of the file, if the error does not name it.
-    """
+    """Word an error of a file system or object store: file, reason and remedy."""
     name = getattr(error, "filename", None) or path
     number = getattr(error, "errno", None)
     if name is not None and ("://" in str(name) or is_store_error(error)):
@@ -96,11 +91,7 @@ def write_json(path: Path, document: Any) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a local path to write a file to, which is then renamed (or uploaded) to `path`.
 
-    Args:
-        path: final path, local or in an object store.
-
-    Yields:
-        The temporary path; removed if the block raises.
+    It is removed if the block raises.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:

@@ -321,9 +321,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 def explain(error: ValidationError, name_of: Callable[[str], str]) -> list[str]:
     """Explain the errors of a config, except missing values and unknown keys, a line per field.
 
-    Args:
-        error: of the validation.
-        name_of: returns how the user wrote a field.
+    `name_of` returns how the user wrote a field.
     """
     by_field: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():

@@ -25,11 +25,6 @@ _CROP_TOLERANCE = 1e-5
 def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptions) -> Encoders:
     """Load a frozen open_clip model, keeping only the towers of the given sides.
 
-    Args:
-        name: see `csalign.encoders.openclip_models.find_model`.
-        sides: which towers to load.
-        options: how to run them.
-
     Raises:
         ConfigError: the name has no known form.
         EncoderError: no such architecture or tag; the weights cannot be loaded or are of

@@ -321,12 +321,7 @@ class ImageTower(Protocol):
 
 
 class TowerImages(RunningEncoder):
-    """The image encoder around a tower; see `base.ImageEncoder` for its methods.
-
-    Args:
-        transform: converts an RGB image to `input_size`, (3, h, w).
-        preprocessing: what else determines the embeddings, for the record.
-    """
+    """The image encoder around a tower; see `base.ImageEncoder` for its methods."""
 
     def __init__(
         self,

@@ -58,12 +58,7 @@ def prepare_extras(
 ) -> Extras:
     """Read the tables and prompts of the extra metrics, before anything is computed.
 
-    Args:
-        options: that name them.
-        features: with the n images.
-        image_ids: n ids.
-        width: of the images' embeddings.
-        embed: returns unit rows of the texts of a feature set, in the space of the images.
+    `embed` returns unit rows of the texts of a feature set, in the space of the images.
 
     Returns:
         The labels of --labels, and a function of the images, (n, d) unit rows, the galleries and

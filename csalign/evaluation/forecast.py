@@ -81,12 +81,7 @@ class Curve(NamedTuple):
         return math.hypot(drawn, GALLERY_DEVIATION * math.log(GALLERY / self.gallery))
 
     def extrapolated(self, pairs: int, *, trained: bool = False) -> Band:
-        """Foretell the recall of a number of pairs: linear in log pairs, with a damped slope.
-
-        Args:
-            pairs: different ones, to fit on.
-            trained: of a trained adapter, not of the closed form.
-        """
+        """Foretell the recall of different pairs, linear in log pairs with a damped slope."""
         logs, means = np.log(self.pairs), self.odds.mean(0)
         slope, level = np.polyfit(logs, means, 1).tolist()
         last = (slope * float(logs[-1]) + level + float(means[-1])) / 2

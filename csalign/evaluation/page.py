@@ -54,15 +54,6 @@ def write_report(
 ) -> None:
     """Write the page of an evaluation and a run, either of which may be None.
 
-    Args:
-        page: where to write it, and what it shows.
-        title: of the page.
-        evaluation: with the rows to show, and the seed of their sample.
-        document: of the evaluation.
-        run: whose training to show.
-        is_training: whether the page is that of the training.
-        drawn: pairs in a projection, at most.
-
     Raises:
         SchemaError: the record of the run is damaged.
     """

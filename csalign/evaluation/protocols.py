@@ -168,12 +168,7 @@ def retrieval_block(folds: Sequence[Ranks]) -> dict[str, Any]:
 
 
 def twins_block(twins: Sequence[Twins], first: Sequence[Sequence[Ints]]) -> dict[str, Any]:
-    """Build the "twins" block, {} if there are none.
-
-    Args:
-        twins: of each fold.
-        first: of each fold the ranks of `Twins.first_ranks`; empty if they are unknown.
-    """
+    """Build the "twins" block, {} without any, from `Twins.first_ranks` (empty if unknown)."""
     images, texts = (sum(int(own.shared[side].sum()) for own in twins) for side in (0, 1))
     if not images + texts:
         return {}

@@ -64,10 +64,6 @@ def _bytes(block: _Block) -> int:
 class TokenRows:
     """The tokens of one side of a feature set, by row.
 
-    Args:
-        table: a side that stores tokens.
-        cache: its budget may be shared with other tables.
-
     Raises:
         DataError: the table stores no tokens.
         SchemaError: a shard is damaged.

@@ -44,10 +44,6 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
 
     Embeddings are streamed; ids, captions and other labels are held in memory.
 
-    Args:
-        config: the files and tables.
-        progress: called with the number of rows written.
-
     Raises:
         ConfigError: options conflict, or leave open which side is which.
         DataError: a file is missing or damaged, counts or ids do not match, or a row is not finite

@@ -189,12 +189,6 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
 
     Equal values of different types become equal strings: 7, 7.0, Decimal("7.00") and b"7" are "7".
 
-    Args:
-        column: the values.
-        name: of the column, for the message.
-        path: of the file, for the message.
-        start: row of the first value in the file.
-
     Raises:
         DataError: a text is not UTF-8, a list has several values, or a float is above 2**53.
     """
@@ -345,12 +339,6 @@ def list_width(file: ArrowFile, column: str) -> int:
 
 def to_matrix(column: pa.Array, width: int, name: str, start: int) -> Array:
     """Convert a column of (fixed-size) lists to an (n, width) array.
-
-    Args:
-        column: n lists of numbers.
-        width: expected length of each.
-        name: the file, for the message.
-        start: row of the first list in the file.
 
     Raises:
         DataError: a row is null, has another length, or contains a null.

@@ -77,12 +77,7 @@ class TrainingData:
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
-    """Load training rows, held-out rows and unpaired rows.
-
-    Args:
-        options: feature sets, splits, memory.
-        out: the run, beside which rows that do not fit into memory are kept without TMPDIR.
-        seed: of the held-out rows.
+    """Load training, held-out and unpaired rows; what does not fit into memory is kept near `out`.
 
     Raises:
         DataError: a split has no pairs, and fewer than 300 rows of a side; or it is both trained
@@ -389,14 +384,6 @@ def open_tokens(
     """Open the tokens of each side that trains with them; None if none does.
 
     With a token term both sides do, else those whose kind mixes tokens into the embedding.
-
-    Args:
-        path: of the feature set.
-        options: which tokens, and the memory for them.
-        objective: terms of the loss.
-        kinds: of both adapters.
-        unpaired: further sets, which cannot be combined with kinds that mix tokens in.
-        sub_batch: option that cannot be combined with tokens.
 
     Raises:
         ConfigError: tokens would change nothing, or cannot be combined with another option.

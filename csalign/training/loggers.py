@@ -104,13 +104,6 @@ def open_logs(
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
 
-    Args:
-        names: of csv, tensorboard and wandb.
-        folder: of the run.
-        run: its name.
-        config: its options, for wandb.
-        step: that the run resumes from.
-
     Yields:
         A function that logs the figures of some steps or validations everywhere.
 

@@ -40,7 +40,7 @@ def match_outputs(
     once: bool,
     seed: int,
 ) -> Matched | None:
-    """Match both sides' outputs over all rows, if that narrows the gap on validation.
+    """Match both sides' outputs over all rows, in place, if that narrows the gap on validation.
 
     It is applied if it costs at most 0.25 points of recall, less than a few hundred pairs can
     resolve. Else the means alone are matched, on the same terms.
@@ -49,14 +49,6 @@ def match_outputs(
     less. Unpaired rows are new rows. The weight of each is taken from the paired rows most
     similar to it, since a caption shared by a thousand images counts once among pairs and must
     not count a thousand times here.
-
-    Args:
-        adapter: both sides, on any device; changed in place if the match is applied.
-        data: training, held-out and unpaired rows.
-        sampler: of the training pairs and their weights.
-        before: the adapter's score on the held-out rows, None without any.
-        once: count equal captions once.
-        seed: of the sampled rows.
 
     Returns:
         What was applied; None if nothing was changed.

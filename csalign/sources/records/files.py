@@ -160,11 +160,6 @@ class Line(NamedTuple):
 def read_lines(name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Yield the lines of a UTF-8 file with their line ends.
 
-    Args:
-        name: of the file, for messages.
-        file: from its start, or from the start of a line.
-        max_bytes: of a line.
-
     Raises:
         DataError: the file cannot be read, or a line is too long; the message names the row.
     """

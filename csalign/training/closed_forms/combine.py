@@ -133,16 +133,7 @@ def assemble(
     matches: Matches | None,
     seed: int,
 ) -> Adapter:
-    """Fit the kernel of a combination on a sampler's pairs, and put it beside the networks.
-
-    Args:
-        combination: what was chosen.
-        networks: equal shares of what the kernel leaves; at least one, even if it has no share.
-        rows: of the pairs.
-        sampler: of the pairs to fit on.
-        matches: of unpaired rows, None without any.
-        seed: of samples.
-    """
+    """Fit the kernel of a combination on a sampler's pairs, beside networks of equal shares."""
     setting, kernel = combination.kernel, None
     if setting is not None:
         tick("kernel CCA of all parts")

@@ -81,14 +81,6 @@ def initialize(
     With several folds a setting is fitted without the images of each, and all are measured; the
     adapters are those fitted without the first.
 
-    Args:
-        options: kinds, widths, and whether to start from a closed form.
-        data: rows and folds; measured without tokens, which a closed form does not use.
-        sampler_of: returns the sampler of all pairs but those of some images.
-        token_widths: of the sides that take tokens.
-        seed: of random weights and of the unpaired rows that are matched.
-        unpaired_matches: whether to learn from matches of unpaired rows.
-
     Raises:
         ConfigError: there are no pairs, and the options exclude matches of unpaired rows.
     """
@@ -144,16 +136,7 @@ def fit_setting(
     token_widths: Mapping[Modality, int],
     seed: int,
 ) -> tuple[Adapter, Matches | None]:
-    """Fit the closed form that `initialize` chose on other pairs, such as all of them.
-
-    Args:
-        setting: of the start, or its JSON values.
-        options: as in `initialize`.
-        data: as in `initialize`.
-        sampler: of the pairs to fit on.
-        token_widths: as in `initialize`.
-        seed: as in `initialize`.
-    """
+    """Fit the closed form that `initialize` chose on other pairs, such as all of them."""
     chosen = Setting.model_validate(setting)
     start = _Fits(options, data, token_widths, seed).start(chosen, sampler, "")
     return start.adapter, start.matches

@@ -145,12 +145,6 @@ class Pools:
     ) -> tuple[ClosedForm, Matches]:
         """Make the rounds that a search chose, on any pairs.
 
-        Args:
-            pairs: moments of the pairs.
-            form: map of the first round's matches.
-            setting: share of the matches, and the ridge and power of each round.
-            width: of the shared space.
-
         Returns:
             The last round's map, and matches under it.
         """
@@ -193,15 +187,6 @@ def search(
 
     In each round every fold matches the same blocks of unpaired rows under its own map. The share
     that is best after some rounds continues alone.
-
-    Args:
-        pools: unpaired rows.
-        folds: moments of the pairs of each fold.
-        start: without matches.
-        width: of the shared space.
-        measure: measures the maps of all folds on their held-out rows.
-        few: whether there are few pairs, beside which matches deserve a larger share.
-        progress: called with each candidate.
     """
     mixed = [pools.mix(fold) for fold in folds]
     walks = {share: [start] for share in (SHARES_OF_FEW if few else SHARES)}

@@ -90,11 +90,6 @@ def distribution_weight(options: ObjectiveOptions) -> float:
 def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
     """Refuse terms that would be ignored, cannot be computed, or mean nothing.
 
-    Args:
-        options: the terms and their weights.
-        captions: as in ``--captions``.
-        rows: pairs per step; 0 without steps.
-
     Raises:
         ConfigError: options conflict.
     """

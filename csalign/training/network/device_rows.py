@@ -67,11 +67,7 @@ def upload_numbers(numbers: Sequence[Array], device: torch.device) -> Sequence[T
 
 
 class DeviceRows:
-    """Arrays of embeddings of both sides, rows of which become tensors on a device.
-
-    Args:
-        arrays: of each side, each (n, d), in memory or mapped.
-        device: to compute on.
+    """Arrays of embeddings (n, d), in memory or mapped, rows of which become tensors on a device.
 
     Attributes:
         kept: the arrays on the device, by their identity; empty where rows are read on the host.
@@ -108,12 +104,7 @@ class DeviceRows:
             self.kept = {}
 
     def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
-        """Take the rows of a batch from arrays that are kept.
-
-        Args:
-            plan: the batch.
-            rows: each (k,) int64, the rows of all that is picked, on the device.
-        """
+        """Take rows of arrays that are kept: of all that is picked, in order, each (k,) int64."""
         left = iter(rows)
         return {
             side: [

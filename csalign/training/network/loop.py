@@ -191,9 +191,6 @@ class Trainer:
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
 
-        Args:
-            log_lines: writes the figures of some steps or a validation; called in the main process.
-
         Yields:
             Before each step and at the end, when the state may be saved: whether the weights were
             just validated.
