@@ -129,7 +129,7 @@ class PairMoments:
             )
 
     def centred(self, to: Modality | None = None) -> ClosedForm:
-        """Subtract each side's mean, or move one onto that of `to`, for encoders that share a space.
+        """Subtract each side's mean, or move one onto that of `to`; for encoders of one space.
 
         This removes the centroid gap and changes nothing else.
         """

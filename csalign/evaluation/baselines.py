@@ -23,8 +23,9 @@ def measure_baselines(
     """Measure the baselines on the rows of an evaluation: block "baselines" of the document.
 
     Returns:
-        By name, "raw" first, fitted on `learned` (default: see `choose_split`), the blocks of figures, maybe "intervals", and "fitted_on", the rows.
-        What cannot be had is absent, and logged except for sides of different widths.
+        By name, "raw" first, fitted on `learned` (default: what the run was trained on, or see
+        `choose_split`), the blocks of figures, maybe "intervals", and "fitted_on", the rows. What
+        cannot be had is absent, and logged except for sides of different widths.
     """
     aligned, found = evaluation.aligned, dict[str, Any]()
     known: dict[str, Pairs] = {}

@@ -91,7 +91,7 @@ def test_minutes_are_filled_by_both_networks_and_what_follows(
     with caplog.at_level(logging.INFO, "csalign"):
         steps = timed.fit().steps
 
-    assert steps == 120  # 570 s of 600, 90 of them for a kernel CCA, as a twentieth of what is left is kept back
+    assert steps == 120  # 570 s of 600, 90 of them for a kernel CCA
     assert timed.trainer.steps_made == 120
     assert "training on cpu: 120 steps of 64 pairs, about 9m30s in all" in caplog.messages
     rates = [line["learning_rate"] for line in timed.lines if "learning_rate" in line]
