@@ -70,15 +70,9 @@ class _Solution(NamedTuple):
 
 
 class KernelCca:
-    """Kernel CCA of some pairs, for one gamma.
+    """Kernel CCA of some pairs, for one gamma > 0 and the side of the kernel.
 
-    Args:
-        pairs: to fit on.
-        gamma: of the kernel, > 0.
-        side: of the kernel.
-        seed: of the blocks and of samples.
-        inputs: adapters of both sides, of the width to map to, whose unit rows before centring are
-            the pairs'.
+    `inputs` are adapters of the width to map to; their unit rows before centring are the pairs'.
     """
 
     def __init__(

@@ -109,12 +109,6 @@ def shared_width(
     A kind that keeps its encoder's width decides; otherwise the given width, or else 256 or the
     width of the narrower encoder, whichever is smaller.
 
-    Args:
-        kinds: of both sides.
-        widths: of the embeddings of both sides.
-        asked: the width that the user gave, if any.
-        allow: as in `find_kind`.
-
     Raises:
         ConfigError: no such kind, or neither side has anything to learn.
         ShapeError: the sides, or one of them and the given width, contradict each other.

@@ -69,12 +69,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write a text file atomically: temporary name, fsync, rename.
-
-    Args:
-        path: final path; its folder must exist. Writes to an object store are atomic.
-        text: content, written as UTF-8 with ``\n`` line ends.
-    """
+    r"""Write a text file atomically, as UTF-8 with ``\n`` line ends, into a folder that exists."""
     if is_remote(path):
         path.write_bytes(text.encode())
         return

@@ -103,10 +103,6 @@ def respelled(name: str, root: Path | None = None) -> list[str]:
 
     Case, Unicode form, ``%20``, backslashes, quotes around it and spaces at its ends are spelling.
 
-    Args:
-        name: path, relative to `root`.
-        root: local folder (default: the working directory, or the root of an absolute path).
-
     Returns:
         Their paths relative to `root`; of an absolute path absolute ones.
     """
@@ -232,12 +228,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def require_kind(path: Path, *wanted: Kind) -> None:
-    """Raise DataError, with what is there and the remedy, unless an artifact of a kind is there.
-
-    Args:
-        path: of the folder, local or a URL.
-        wanted: the kinds that will do; the first is the usual one.
-    """
+    """Raise DataError, with what is there and the remedy, unless an artifact of a kind is there."""
     usual, remedy = wanted[0], _MAKERS[wanted[0]]
     if any((path / DOCUMENTS[kind]).is_file() for kind in wanted):
         return

@@ -179,11 +179,7 @@ def _table_rows(joined: Joined, side: Modality, chosen: Ints) -> Ints:
 def one_per_image(text_image: Ints, keys: Ints | None, most: int, rng: np.random.Generator) -> Ints:
     """Choose a text of each of at most `most` images at random, (k,) in random order.
 
-    Args:
-        text_image: (m,), the image of each text, -1 for none.
-        keys: (m,), equal for equal captions, of which one is then chosen; None to allow them.
-        most: pairs.
-        rng: for the choice.
+    Texts (m,) without an image have -1; of those with equal keys (m,) one is chosen.
     """
     texts = rng.permutation(np.flatnonzero(text_image >= 0))
     for groups in (text_image, keys):

@@ -60,13 +60,7 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
 class NpyExport:
     """Write ``images.npy`` and ``texts.npy``, each with a .csv of its strings, a line per row.
 
-    A context manager: leaving the block without an exception writes ``aligned.json``.
-
-    Args:
-        folder: an empty folder.
-        shapes: (rows, width) of each side.
-        dtype: "float16" or "float32".
-        note: further entries of ``aligned.json``.
+    A context manager: leaving the block without an exception writes ``aligned.json``, with `note`.
     """
 
     layout = "npy"

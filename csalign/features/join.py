@@ -247,11 +247,7 @@ def _no_pairs(features: FeatureSet, split: str, joined: Joined) -> str:
 
 
 def join_ids(features: FeatureSet, split: str) -> Joined:
-    """Select splits and join texts to images, without reading embeddings.
-
-    Args:
-        features: an open feature set.
-        split: names of splits, comma-separated, or "all" for every row.
+    """Select splits ("all", or comma-separated) and join texts to images; reads no embeddings.
 
     Raises:
         SchemaError: an id repeats, or the image of a text is missing or in another split.

@@ -98,13 +98,7 @@ def full_levels(rows: int, width: int) -> bytes:
 
 
 class VectorFile:
-    """Write a Parquet file with a column of vectors; Arrow writes the others.
-
-    Args:
-        path: of the file.
-        columns: the schema; the vectors are `pa.FixedSizeListArray` without nulls.
-        name: the column of vectors.
-        options: of `pq.ParquetWriter`.
+    """Write a Parquet file whose column `name` has vectors without nulls; Arrow writes the others.
 
     Attributes:
         bytes: written so far.

@@ -130,11 +130,7 @@ class FeatureTable:
         return column.cast(pa.string()).combine_chunks()
 
     def verify(self, *, again: bool = True) -> None:
-        """Compare every file with its checksum; raises SchemaError if one does not match.
-
-        Args:
-            again: also those that matched before and have not changed.
-        """
+        """Compare files with their checksums, `again` or if changed; raises SchemaError."""
         for shard in track(self.shards, "verifying: files", len(self.shards)):
             self._verify_file(shard, AGAIN, again=again)
         if (file := self._split_file) is not None:
@@ -169,12 +165,7 @@ class FeatureTable:
     def read(
         self, *columns: str, rows: Indices | None = None
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Stream columns, a row group at a time, with the number of its first row.
-
-        Args:
-            columns: names.
-            rows: ascending; row groups that hold none of them are skipped. None reads all.
-        """
+        """Stream columns of the row groups of `rows` (ascending), and the row each begins with."""
         return self._read(columns, rows)
 
     def _read(
@@ -303,9 +294,7 @@ class FeatureSet:
     def open(cls, path: Path, *, stored_splits: bool = False) -> Self:
         """Open a feature set and check its files against its manifest.
 
-        Args:
-            path: its folder.
-            stored_splits: ignore the splits that were made after the rows were written.
+        `stored_splits` ignores the splits that were made after the rows were written.
 
         Raises:
             DataError: there is no feature set at `path`.

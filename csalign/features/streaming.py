@@ -173,13 +173,7 @@ def load_training(
 
     The texts come in the order of their images, unpaired ones last, so that rows that are used
     together are stored together. One process per machine reads; all get the training rows.
-
-    Args:
-        features: the feature set.
-        joined: the training rows.
-        held_out: the few rows to validate on; None in a process that does not validate.
-        budget: for the training rows.
-        with_keys: compute the caption keys; otherwise all captions count as different.
+    Without `with_keys` all captions count as different.
 
     Raises:
         DataError: a row has no direction.

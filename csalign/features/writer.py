@@ -60,15 +60,7 @@ class Rows:
 
 
 class ShardWriter:
-    """Write one Parquet file of one side; `close` completes it.
-
-    Args:
-        folder: the feature set, local or in an object store.
-        name: of the file, without its suffix: ``part-00000``.
-        modality: the side.
-        info: its encoder.
-        dtype: "float16" or "float32".
-    """
+    """Write one Parquet file of one side; `close` completes it."""
 
     def __init__(
         self, folder: Path, name: str, modality: Modality, info: EncoderInfo, dtype: str

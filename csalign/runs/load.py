@@ -60,15 +60,9 @@ def load_adapter_for(
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    The name of a baseline, where no folder has it, stands for that baseline fitted here. Raises as
+    The name of a baseline, where no folder has it, stands for that baseline fitted on `fitted_on`
+    (default: `features`), of which `measured` are the splits that are measured. Raises as
     `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
-
-    Args:
-        features: to be aligned.
-        run: folder of the run, or name of a baseline.
-        options: how to load it.
-        fitted_on: the set to fit a baseline on (default: `features`).
-        measured: split(s) of it that are measured, if any.
     """
     if is_baseline(run):
         adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
@@ -261,17 +255,7 @@ def stream_aligned(
     strings: Sequence[str] = (),
     keep_tokens: bool = False,
 ) -> Iterator[Rows]:
-    """Align stored rows of one side, in order, in batches: unit rows (n, width) float32.
-
-    Args:
-        features: the feature set.
-        side: which side.
-        adapter: of both sides; None only normalises the rows.
-        rows: of the table, ascending; None for all.
-        batch_size: rows per batch, at most.
-        strings: columns to read too.
-        keep_tokens: whether to align the tokens too.
-    """
+    """Align some rows (ascending) of a side, in batches: unit rows (n, width) float32."""
     side, table = Modality.of(side), features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size

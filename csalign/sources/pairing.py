@@ -58,12 +58,7 @@ def describe_texts(
 ) -> tuple[TextRows, str | None]:
     """Return the columns of the text rows, and how their images were found, for people.
 
-    Args:
-        count: number of text rows.
-        images: the images, None if there are none.
-        labels: of the texts, row by row, or None.
-        rules: what decides the pairs; otherwise the columns of both sides do, or the order of the
-            rows if neither has keys.
+    Without rules the columns of both sides decide, or the order of the rows if neither has keys.
 
     Raises:
         DataError: counts differ, an id is missing, repeated or unknown, or keys do not match.

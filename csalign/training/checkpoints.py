@@ -91,15 +91,7 @@ class Checkpoint(NamedTuple):
 
 
 class UnfinishedRun:
-    """Folder of an unfinished run; opened by `open_run`.
-
-    Args:
-        path: of the folder.
-        ended: the phases that have ended, in order.
-        resumed: checkpoint to resume the next phase from, None for its start.
-        every: steps between resumable checkpoints; None for one per minute.
-        began: when the command did, by `time.monotonic`.
-    """
+    """Folder of an unfinished run; opened by `open_run`."""
 
     _trainer: Trainer
     _info: dict[str, Any]

@@ -60,10 +60,7 @@ class StepFigures:
         self._steps.append((dict(line), torch.stack(values)))
 
     def read(self, last: Line) -> tuple[list[dict[str, Any]], str]:
-        """Read and remove the figures of all steps.
-
-        Args:
-            last: more figures after the last step, which are checked alone.
+        """Read and remove the figures of all steps; check those of `last` too.
 
         Returns:
             The lines of the steps with numbers for tensors, up to the first figure that is not

@@ -49,10 +49,6 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Concatenate the rows of all processes, (sum of counts, d).
 
     All processes must compute the same from the result: each keeps the gradient of its own rows.
-
-    Args:
-        rows: (n, d), of this process.
-        counts: how many each process has.
     """
     found: Tensor = _AllGatherRows.apply(rows, counts)
     return found
@@ -133,12 +129,6 @@ class BatchLoss(nn.Module):
 
     If several processes train, each embeds its share of the rows, and all of them then compute
     the objective of the whole batch together; its value is the same in each.
-
-    Args:
-        options: the terms and their weights.
-        precision: of matrix multiplications.
-        sub_batch: rows per adapter pass; larger batches recompute their activations.
-        compiled: compile the parts of the objective that are computed in tiles.
 
     Attributes:
         sigma: bandwidth(s) of the last batch, on the device if found there; None if no term has

@@ -72,19 +72,6 @@ FIRST = Phase()
 class Trainer:
     """Trains adapters and keeps the weights that do best on validation.
 
-    Args:
-        adapter: both sides, initialized; trained in place.
-        data: training, held-out and unpaired rows.
-        tokens: to train with, None without any.
-        sampler: of the training pairs.
-        objective: terms of the loss.
-        options: of the optimization.
-        captions: use of captions.
-        device: where to compute, as in ``--device``.
-        seed: of everything random.
-        phase: which network of the run this is.
-        timer: of its steps, if their number is to be announced.
-
     Attributes:
         loss: of a batch.
         batch_size: pairs per step, at most.

@@ -75,13 +75,6 @@ def order_for(
     the window instead: then few row groups are decoded again, if texts are stored in the order of
     their images.
 
-    Args:
-        rows: training rows.
-        tokens: to train with, None without any.
-        leave_out: (n,) images that are not trained on.
-        window_bytes: of embeddings that are shuffled together.
-        block_bytes: of embeddings that are stored together.
-
     Raises:
         ConfigError: the token cache is too small for a row group of each side.
     """
