@@ -71,10 +71,7 @@ def _usage(error: Any) -> str:
 def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
     """Set up logging, and print expected errors as one or two lines with their exit code.
 
-    Anything else is a bug and keeps its traceback.
-
-    Yields:
-        The console on stderr.
+    Anything else is a bug and keeps its traceback. Yields the console on stderr.
 
     Raises:
         typer.Exit: with the exit code of an expected error or of a signal.

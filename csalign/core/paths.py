@@ -102,9 +102,7 @@ def respelled(name: str, root: Path | None = None) -> list[str]:
     """Find the files that a missing name may mean, which differ from it in spelling alone.
 
     Case, Unicode form, ``%20``, backslashes, quotes around it and spaces at its ends are spelling.
-
-    Returns:
-        Their paths relative to `root`; of an absolute path absolute ones.
+    Their paths are relative to `root`; of an absolute path absolute ones.
     """
     parts = name.replace("\\", "/").split("/")
     if root is not None and ".." in parts:

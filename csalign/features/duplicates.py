@@ -220,10 +220,8 @@ def _near_pairs(
 def merge_pairs(n: int, first: Ints, second: Ints) -> Ints:
     """Merge `n` rows into groups, by pairs (k,) of near rows, the closest first.
 
-    Two groups become one once at least half of the pairs between them have come.
-
-    Returns:
-        A row of each row's group, (n,).
+    Two groups become one once at least half of the pairs between them have come. Returns a row of
+    each row's group, (n,).
     """
     parents, sizes = list(range(n)), [1] * n
     shared: dict[int, dict[int, int]] = {}  # pairs between two groups so far

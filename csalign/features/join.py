@@ -146,11 +146,7 @@ class Joined:
         return Joined(self.name, len(images), text_image, compact(image_rows), compact(text_rows))
 
     def add(self, other: "Joined") -> tuple["Joined", Mask]:
-        """Add the captioned images of another split and their captions.
-
-        Returns:
-            All rows in the order of the tables, and a mask of the added images, (n,).
-        """
+        """Add the captioned images of another split, in the order of the tables; and a mask."""
         other = other.take_images(other.caption_counts > 0)
         image_rows, text_rows = (
             np.concatenate([self._rows(side), other._rows(side)]) for side in Modality
@@ -313,9 +309,8 @@ def select_rows(table: FeatureTable, names: Collection[str | None] | None) -> In
 def item_columns(features: FeatureSet, joined: Joined, side: Modality) -> dict[str, pa.Array]:
     """Read what is shown of each row of one side when a search finds it.
 
-    Returns:
-        The columns id; image_id, of texts; caption, of images that of their first text; and
-        source, of texts that of their image.
+    That is id; image_id, of texts; caption, of images that of their first text; and source, of
+    texts that of their image.
     """
     sources = features.images.strings(schema.SOURCE, joined.image_rows)
     captions = features.texts.strings(schema.CAPTION, joined.text_rows)

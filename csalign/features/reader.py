@@ -212,11 +212,7 @@ class FeatureTable:
     def parts(
         self, columns: Sequence[str], rows: Indices | None
     ) -> Iterator[tuple[slice, Indices, pa.RecordBatch]]:
-        """Stream the row groups that contain some rows, ascending; None for all.
-
-        Yields:
-            Positions in `rows`, the places of these rows in the batch, and the batch.
-        """
+        """Yield for each row group with some rows their positions in `rows`, and in the batch."""
         for first, batch in self.read(*columns, rows=rows):
             positions, local = places_within(rows, first, first + len(batch))
             if len(local):

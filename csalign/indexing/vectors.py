@@ -143,11 +143,7 @@ class VectorIndex:
 
 
 def exact_neighbours(queries: Floats, parts: Iterator[Floats], top: int) -> tuple[Floats, Ints]:
-    """Find the exact nearest rows of queries (q, d) among at least `top` streamed rows (n, d).
-
-    Returns:
-        Scores, descending, and rows, (q, top) each.
-    """
+    """Return scores, descending, and rows, (q, top) each, of queries (q, d) among rows (n, d)."""
     heap, seen = faiss.ResultHeap(len(queries), top, keep_max=True), 0
     for part in parts:
         rows = np.ascontiguousarray(part)

@@ -202,8 +202,7 @@ def fill_splits(
 ) -> tuple[pa.Array, pa.Array, int | None]:
     """Give images (n,) without a split the first one of their rows (m,), and vice versa.
 
-    Returns:
-        The splits of images, those of rows, and the first row whose image has another one.
+    Returns those of images, those of rows, and the first row whose image has another one.
     """
     rows = np.flatnonzero((owners >= 0) & splits.is_valid().to_numpy(zero_copy_only=False))
     images, first = np.unique(owners[rows], return_index=True)

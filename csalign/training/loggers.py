@@ -100,9 +100,7 @@ def open_logs(
     """Open the logs of a run, and close them after the block.
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
-
-    Yields:
-        A function that logs the figures of some steps or validations everywhere.
+    Yields a function that logs the figures of some steps or validations everywhere.
 
     Raises:
         ConfigError: a library is not installed, or wandb refuses the login.

@@ -48,10 +48,7 @@ def match_outputs(
     The fit is optimistic on its own training pairs: new rows are mapped elsewhere, and spread
     less. Unpaired rows are new rows. The weight of each is taken from the paired rows most
     similar to it, since a caption shared by a thousand images counts once among pairs and must
-    not count a thousand times here.
-
-    Returns:
-        What was applied; None if nothing was changed.
+    not count a thousand times here. Returns what was applied; None if nothing was.
     """
     unpaired = data.unpaired
     if data.val is None or before is None or not any(unpaired.count(side) for side in Modality):

@@ -43,10 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path) -> dict[str, int | None]:
-    """List the files below a folder by their relative path, sorted; hidden ones are skipped.
-
-    Returns:
-        The size in bytes of each, None where it was not listed.
+    """Return the size of each file (None if unknown) below a folder, sorted by relative path.
 
     Raises:
         DataError: a folder cannot be read.

@@ -214,8 +214,7 @@ def _search(
 ) -> tuple[KernelSetting, Adapter]:
     """Choose the settings of the kernel: coarsely on few rows, then around these on all.
 
-    Returns:
-        The settings, and the kernel CCA fitted without the rows of the first fold.
+    Returns them, and the kernel CCA fitted without the rows of the first fold.
     """
     began, found = time.monotonic(), dict[KernelSetting, Measured]()
     landmarks = min(len(np.unique(source.rows.caption_keys)), MAX_LANDMARKS)

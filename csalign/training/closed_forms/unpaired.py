@@ -143,11 +143,7 @@ class Pools:
     def follow(
         self, pairs: PairMoments, form: ClosedForm, setting: Setting, width: int
     ) -> tuple[ClosedForm, Matches]:
-        """Make the rounds that a search chose, on any pairs.
-
-        Returns:
-            The last round's map, and matches under it.
-        """
+        """Make the rounds that a search chose; return the last one's map, and its matches."""
         mixed = self.mix(pairs)
         for number, (ridge, power) in enumerate(setting.path, 1):
             moments = _toward(mixed, form, self.blocks(BLOCKS, number), setting.share)

@@ -6,9 +6,10 @@ thread reads those of the next batches while the device computes, and sends a bl
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Semaphore, Thread
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from csalign.core import distributed
-from csalign.core.arrays import Array
+from csalign.core.arrays import Array, Indices
 from csalign.core.enums import Modality
 from csalign.features.streaming import MIB
+from csalign.features.tokens import PaddedTokens
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +39,22 @@ class Picked(NamedTuple):
     rows: Array
 
 
-class Plan(Protocol):
-    """A batch of which the rows are known but not read."""
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A batch as row numbers."""
 
-    @property
-    def picked(self) -> Mapping[Modality, Sequence[Picked]]:
-        """Rows of each side."""
+    place: dict[str, int]  # of the batch after it, see `BatchLoader.state_dict`
+    picked: dict[Modality, list[Picked]]  # rows of the set's array (0) and of the pool's (1 ...)
+    counts: dict[Modality, list[int]]  # see `SideBatch`
+    shares: dict[Modality, slice]  # of this process, among the rows of a side
+    owner: Indices | None
+    others: Indices
+    token_pairs: tuple[Indices, Indices]
+    tokens: dict[Modality, PaddedTokens]
+    partner: Indices  # (b,) the pair that each is mixed with, (0,) without mixing
+    coefficient: float  # of that
 
 
-P = TypeVar("P", bound=Plan)
 Pieces = Mapping[Modality, Sequence[Tensor]]
 """Rows (k, d) on the device in the stored dtype, for each `Picked`."""
 
@@ -103,7 +112,7 @@ class DeviceRows:
         if self._device.type == "cuda":
             self.kept = {}
 
-    def take(self, plan: Plan, rows: Sequence[Tensor]) -> Pieces:
+    def take(self, plan: PlannedBatch, rows: Sequence[Tensor]) -> Pieces:
         """Take rows of arrays that are kept: of all that is picked, in order, each (k,) int64."""
         left = iter(rows)
         return {
@@ -114,14 +123,14 @@ class DeviceRows:
             for side, picked in plan.picked.items()
         }
 
-    def read(self, plan: Plan) -> Pieces:
+    def read(self, plan: PlannedBatch) -> Pieces:
         """Read the rows of a batch on the host, and copy them to the device."""
         return {
             side: [upload(own, self._device) for own in found]
             for side, found in self._gather(plan).items()
         }
 
-    def read_ahead(self, plans: Iterator[P]) -> Generator[tuple[P, Pieces]]:
+    def read_ahead(self, plans: Iterator[PlannedBatch]) -> Generator[tuple[PlannedBatch, Pieces]]:
         """Yield batches with their rows, which a thread reads and sends in blocks.
 
         What fails in the thread is raised here. Closing the iterator ends the thread.
@@ -158,15 +167,15 @@ class DeviceRows:
             room.release()
             thread.join()
 
-    def _gather(self, plan: Plan) -> dict[Modality, list[Array]]:
+    def _gather(self, plan: PlannedBatch) -> dict[Modality, list[Array]]:
         return {
             side: [self._arrays[side][array][rows] for array, rows in picked]
             for side, picked in plan.picked.items()
         }
 
-    def _read_block(self, plans: Iterator[Plan], stream: Any) -> "_Block":
+    def _read_block(self, plans: Iterator[PlannedBatch], stream: Any) -> "_Block":
         """Read the rows of the next batches, and begin to send them."""
-        read: list[tuple[Plan, dict[Modality, list[Array]]]] = []
+        read: list[tuple[PlannedBatch, dict[Modality, list[Array]]]] = []
         size = 0
         while size < BLOCK_BYTES:
             plan = next(plans)
@@ -180,7 +189,7 @@ class DeviceRows:
             sent = packed.to(self._device, non_blocking=stream is not None)
             arrived = None if stream is None else stream.record_event()
         pieces = iter(_divide(sent, flat))
-        batches: list[tuple[Any, Pieces]] = [
+        batches: list[tuple[PlannedBatch, Pieces]] = [
             (plan, {side: [next(pieces) for _ in found] for side, found in sides.items()})
             for plan, sides in read
         ]
@@ -190,7 +199,7 @@ class DeviceRows:
 class _Block(NamedTuple):
     """Batches with their rows, which share one memory on the device."""
 
-    batches: list[tuple[Any, Pieces]]
+    batches: list[tuple[PlannedBatch, Pieces]]
     memory: Tensor
     arrived: Any  # event of CUDA, after which the memory is filled
 

@@ -21,7 +21,14 @@ from csalign.features.tokens import PaddedTokens, Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
 from csalign.training.config import DataOptions
 from csalign.training.data import StoredTokens, Unpaired
-from csalign.training.network.device_rows import DeviceRows, Picked, Pieces, upload, upload_numbers
+from csalign.training.network.device_rows import (
+    DeviceRows,
+    Picked,
+    Pieces,
+    PlannedBatch,
+    upload,
+    upload_numbers,
+)
 
 WINDOW_BYTES = 256 * MIB  # of embeddings that are shuffled together
 BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one window
@@ -258,22 +265,6 @@ class Batch(NamedTuple):
     owner: Tensor | None  # (m,) position of each text's image; None where text i belongs to image i
     others: Tensor  # (k,) positions of the images whose other captions there are
     token_pairs: tuple[Tensor, Tensor]  # (p,) positions of images and texts
-
-
-@dataclass(frozen=True)
-class PlannedBatch:
-    """A batch as row numbers."""
-
-    place: dict[str, int]  # of the batch after it, see `BatchLoader.state_dict`
-    picked: dict[Modality, list[Picked]]  # rows of the set's array (0) and of the pool's (1 ...)
-    counts: dict[Modality, list[int]]  # see `SideBatch`
-    shares: dict[Modality, slice]  # of this process, among the rows of a side
-    owner: Indices | None
-    others: Indices
-    token_pairs: tuple[Indices, Indices]
-    tokens: dict[Modality, PaddedTokens]
-    partner: Indices  # (b,) the pair that each is mixed with, (0,) without mixing
-    coefficient: float  # of that
 
 
 @dataclass
