@@ -24,14 +24,7 @@ from csalign.metrics.twins import Twins
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import Pictures
-from csalign.runs.metadata import (
-    FEATURES,
-    SUMS,
-    read_environment,
-    read_lines,
-    read_settings,
-    run_folder,
-)
+from csalign.runs import metadata
 
 DRAWN = 1_000  # pairs in a projection
 SAMPLED = 5_000  # pairs, for cosines and spectra
@@ -60,11 +53,11 @@ def write_report(
     path, record = page.report, None
     assert path is not None
     if run is not None:
-        folder = run_folder(run)
-        environment = read_environment(folder)
-        for private in (SUMS, FEATURES):
+        folder = metadata.run_folder(run)
+        environment = metadata.read_environment(folder)
+        for private in (metadata.SUMS, metadata.FEATURES):
             environment.pop(private, None)
-        record = RunRecord(read_lines(folder), read_settings(folder), environment)
+        record = RunRecord(metadata.read_lines(folder), metadata.read_settings(folder), environment)
     if evaluation is None:
         write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
