@@ -17,9 +17,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from csalign.adapters.hub import with_local_runs
-from csalign.core.config import Config, parse_number
+from csalign.core.config import Config, did_you_mean, explain, field_of, parse_number
 from csalign.core.errors import ConfigError, CsalignError, ShapeError
-from csalign.core.mistakes import did_you_mean, explain, field_of
 from csalign.core.progress import Call, Progress, recorded_call, reported_to, silent
 from csalign.features.arrays import IN_MEMORY, as_array, is_array, is_pair_of_arrays, write_arrays
 
@@ -38,9 +37,6 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
     It takes the config, or the options as keywords; by position too those that are arguments on the
     command line, an adapter that is required, and `out`. Two arrays stand for a feature set, one
     for a file, an adapter in memory for a run. Its signature and docstring list the options.
-
-    Args:
-        work: function of a config, which its annotation names, and of a progress callback.
     """
     name = work.__name__
     signature = inspect.signature(work)
@@ -81,11 +77,7 @@ def as_function(work: Callable[[C, Progress], R]) -> Callable[..., R]:
 
 
 class _Inputs(ExitStack):
-    """Values that stand for paths, in temporary files until the block ends.
-
-    Args:
-        call: whose messages show names instead of those files.
-    """
+    """Values that stand for paths, in temporary files until the block ends."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()

@@ -5,16 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.side import CHUNK_ROWS, Rows, UnitRows
+from csalign.core.arrays import Doubles, Ints
 from csalign.core.enums import Modality
-
-Ints = npt.NDArray[np.int64]
 
 TINY = 1e-12  # avoids a division by 0 for constant features, whose variance is 0
 SHRINKAGE = 0.3  # towards equal variances, since few rows estimate small directions badly
@@ -62,7 +59,7 @@ class PairMoments:
         images: Rows,
         texts: Rows,
         pairs: tuple[Ints, Ints],
-        weights: npt.NDArray[np.float64],
+        weights: Doubles,
         units: tuple[UnitRows, UnitRows] = (UnitRows(), UnitRows()),
     ) -> "PairMoments":
         """Accumulate the moments in one pass.
@@ -132,12 +129,9 @@ class PairMoments:
             )
 
     def centred(self, to: Modality | None = None) -> ClosedForm:
-        """Subtract the mean of each side, for encoders that already share a space.
+        """Subtract each side's mean, or move one onto that of `to`; for encoders of one space.
 
         This removes the centroid gap and changes nothing else.
-
-        Args:
-            to: a side to leave unchanged; the other is then moved onto its mean.
         """
         identity = torch.eye(len(self.mean_x))
         if to is not None:
@@ -172,13 +166,10 @@ class PairMoments:
         return replace(form, image_mean=x, text_mean=y, image_bias=None, text_bias=None)
 
     def procrustes(self, to: Modality) -> ClosedForm:
-        """Rotate the centred unit rows of one side onto those of the other, which keeps its space.
+        """Rotate the centred unit rows of one side onto those of the other, `to`, which stays.
 
         The map is orthogonal, or has orthonormal rows or columns if the widths differ; it
         minimises the weighted mean squared error (Schönemann 1966).
-
-        Args:
-            to: the side whose map is the identity.
         """
         to = Modality.of(to)
         cross = self.cov_xy if to is Modality.TEXT else self.cov_xy.T
@@ -254,13 +245,8 @@ def match_moments(
     """Find affine maps after which the unit rows of both sides have similar moments.
 
     Each side goes half of the way: its mean unit row to 0, its covariance to the midpoint of the
-    two, by the optimal transport between Gaussians. If one side is frozen, the other goes all of
-    the way.
-
-    Args:
-        x: outputs of one side.
-        y: of the other, of the same width.
-        covariances: whether to match the covariances too, not only the means.
+    two (with `covariances`), by the optimal transport between Gaussians. If one side is frozen,
+    the other goes all of the way.
     """
     sides = [_Side(x), _Side(y)]
     frozen = [side for side in sides if side.is_frozen]

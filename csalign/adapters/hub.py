@@ -41,12 +41,7 @@ def local_path(path: Path) -> Path:
 
 
 def with_local_runs(settings: C, names: dict[str, str]) -> C:
-    """Return a config with the folders of the runs that it names on the hub; see `local_run`.
-
-    Args:
-        settings: the config.
-        names: gets the name on the hub by the folder.
-    """
+    """Return a config with the folders of the runs that it names on the hub; see `local_run`."""
     named = {option: getattr(settings, option, None) for option in RUNS}
     found = {option: local_run(run) for option, run in named.items() if run and is_on_hub(run)}
     names |= {str(folder): str(named[option]) for option, folder in found.items()}
@@ -67,11 +62,6 @@ def _named(run: Path | str) -> re.Match[str] | None:
 
 def fetch(name: str, *, subfolder: str | None = None, revision: str | None = None) -> Path:
     """Download an adapter from the Hugging Face hub, or find it in the cache; returns its folder.
-
-    Args:
-        name: of the repository, ``user/name``.
-        subfolder: in the repository.
-        revision: branch, tag or commit.
 
     Raises:
         DataError: no such repository, or the hub cannot be reached.

@@ -9,10 +9,9 @@ kernel ridge regression in blocks of at most `BLOCK_ROWS` rows, whose prediction
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -20,10 +19,9 @@ from torch.nn.functional import normalize
 from csalign.adapters.builtin import Kernel, Linear, fixed, gaussian
 from csalign.adapters.canonical import TINY, Outputs, match_moments
 from csalign.adapters.side import SideAdapter
+from csalign.core.arrays import Doubles, Indices
 from csalign.core.enums import Modality
 from csalign.core.records import Record
-
-Ints = npt.NDArray[Any]
 
 BLOCK_ROWS = 4_000  # a kernel matrix of 64 MB
 MAX_LANDMARKS = 32_000  # more would make every use of the adapter slow
@@ -56,8 +54,8 @@ class KernelPairs(NamedTuple):
 
     linear: Tensor  # (n, d) of the side with the linear map
     kernel: Tensor  # (n, e) of the side with the kernel
-    groups: Ints  # (n,) equal for equal rows of `kernel`, such as those of one caption
-    weights: npt.NDArray[np.float64]  # (n,), > 0
+    groups: Indices  # (n,) equal for equal rows of `kernel`, such as those of one caption
+    weights: Doubles  # (n,), > 0
 
 
 class _Solution(NamedTuple):
@@ -72,15 +70,9 @@ class _Solution(NamedTuple):
 
 
 class KernelCca:
-    """Kernel CCA of some pairs, for one gamma.
+    """Kernel CCA of some pairs, for one gamma > 0 and the side of the kernel.
 
-    Args:
-        pairs: to fit on.
-        gamma: of the kernel, > 0.
-        side: of the kernel.
-        seed: of the blocks and of samples.
-        inputs: adapters of both sides, of the width to map to, whose unit rows before centring are
-            the pairs'.
+    `inputs` are adapters of the width to map to; their unit rows before centring are the pairs'.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from csalign.core.config import did_you_mean
 from csalign.core.errors import ConfigError
-from csalign.core.mistakes import did_you_mean
 
 GROUP = "csalign.adapters"  # of the entry points of installed packages
 NAMES = ("linear", "mlp", "glu", "low-rank", "identity", "transformer")

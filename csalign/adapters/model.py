@@ -8,24 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from csalign.adapters.builtin import (
-    Glu,
-    Identity,
-    Kernel,
-    Linear,
-    LowRank,
-    Mlp,
-    Parts,
-    Transformer,
-)
+from csalign.adapters.builtin import Glu, Identity, Kernel, Linear, LowRank, Mlp, Parts, Transformer
 from csalign.adapters.canonical import ClosedForm
 from csalign.adapters.kinds import GROUP, check_kind
-from csalign.adapters.side import Array, SideAdapter, SideShape, to_tensor
+from csalign.adapters.side import SideAdapter, SideShape, to_tensor
+from csalign.core.arrays import Array, Mask
 from csalign.core.atomic import translate_os_errors
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError, reason_of
@@ -59,10 +50,6 @@ def find_kind(kind: str, *, allow: Collection[str] = ()) -> type[SideAdapter]:
 
     Installed entry points are found by name. Any other module is imported, which runs its code,
     only if the caller allows exactly that kind: a run folder from a stranger names kinds too.
-
-    Args:
-        kind: see `SideShape`.
-        allow: kinds ``package.module:Class`` that the user asked for.
 
     Raises:
         ConfigError: no such kind, it is not allowed, or it is not a `SideAdapter`.
@@ -121,12 +108,6 @@ def shared_width(
 
     A kind that keeps its encoder's width decides; otherwise the given width, or else 256 or the
     width of the narrower encoder, whichever is smaller.
-
-    Args:
-        kinds: of both sides.
-        widths: of the embeddings of both sides.
-        asked: the width that the user gave, if any.
-        allow: as in `find_kind`.
 
     Raises:
         ConfigError: no such kind, or neither side has anything to learn.
@@ -296,11 +277,7 @@ class Adapter(nn.Module):
 
     @torch.inference_mode()
     def embed_tokens(
-        self,
-        modality: Modality | str,
-        embeddings: Array,
-        tokens: Array,
-        mask: npt.NDArray[np.bool_],
+        self, modality: Modality | str, embeddings: Array, tokens: Array, mask: Mask
     ) -> tuple[Array, Array]:
         """Align the embeddings and tokens of one batch of a side.
 

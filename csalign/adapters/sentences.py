@@ -50,11 +50,7 @@ class SentenceAdapter(nn.Module):
     """
 
     def __init__(
-        self,
-        run: Path | str,
-        side: Modality | str = Modality.TEXT,
-        *,
-        allow: Collection[str] = (),
+        self, run: Path | str, side: Modality | str = Modality.TEXT, *, allow: Collection[str] = ()
     ) -> None:
         super().__init__()
         self._adapter, self._info = load_adapter_with_info(local_run(run), allow=allow)
@@ -85,12 +81,7 @@ class SentenceAdapter(nn.Module):
 
     @classmethod
     def load(
-        cls,
-        model_name_or_path: str,
-        subfolder: str = "",
-        *,
-        revision: str | None = None,
-        **_: Any,
+        cls, model_name_or_path: str, subfolder: str = "", *, revision: str | None = None, **_: Any
     ) -> Self:
         """Read what `save` wrote, from a folder or the hub; called by sentence-transformers."""
         folder = Path(model_name_or_path, subfolder)

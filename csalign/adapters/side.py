@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from csalign.core.arrays import Array
 from csalign.core.errors import ShapeError
 
 MAX_SIZE = 2**20  # beyond any real width; a damaged description cannot ask for all memory
@@ -18,8 +18,6 @@ LOUD = 10.0  # encoders' own embeddings reach 3
 MOST = 0.9
 LOUD_ROWS = 20_000
 LOUD_ROUNDS = 5
-
-Array = npt.NDArray[Any]
 
 
 class Rows(Protocol):
@@ -172,9 +170,6 @@ class SideAdapter(nn.Module):
     It is built from a `SideShape` alone, keeps everything it learns in its state dict, treats rows
     independently of each other, and its output does not depend on the norm of a row. The README of
     this package has an example.
-
-    Args:
-        shape: what to build.
 
     Attributes:
         accepts_closed_form: whether `start_from` accepts any linear map.

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 
 from csalign.adapters.checkpoint import load_adapter
 from csalign.adapters.model import Adapter
-from csalign.adapters.side import Array, SideAdapter
+from csalign.adapters.side import SideAdapter
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, OutputError, ShapeError, reason_of
 

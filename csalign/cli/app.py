@@ -18,23 +18,12 @@ from csalign.cli.help import Help, show_help
 from csalign.cli.options import GENERAL, Json
 from csalign.core import __version__
 from csalign.core.config import Config
-from csalign.evaluation.config import (
-    CompareConfig,
-    DiagnoseConfig,
-    EvalConfig,
-    InspectConfig,
-)
+from csalign.evaluation.config import CompareConfig, DiagnoseConfig, EvalConfig, InspectConfig
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.ingest.config import ExtractConfig, ImportConfig, SplitConfig
 from csalign.runs.config import ApplyConfig, ExportConfig
-from csalign.training.config import (
-    TrainConfig,
-    TuneConfig,
-    recipe_names,
-    recipe_text,
-    recipe_title,
-)
+from csalign.training.config import TrainConfig, TuneConfig, recipe_names, recipe_text, recipe_title
 
 EXAMPLES = """\
 Examples:
@@ -47,11 +36,7 @@ csalign help COMMAND shows the options of a command."""
 COMMANDS: dict[str, dict[str, tuple[type[Config], str, Callable[..., None]]]] = {
     "Data": {
         "extract": (ExtractConfig, "ingest.extract:extract", features_table),
-        "import": (
-            ImportConfig,
-            "ingest.import_arrays:import_arrays",
-            features_table,
-        ),
+        "import": (ImportConfig, "ingest.import_arrays:import_arrays", features_table),
         "split": (SplitConfig, "ingest.split:split", split_table),
         "inspect": (InspectConfig, "evaluation.inspect:inspect", inspect_table),
     },

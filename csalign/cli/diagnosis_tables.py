@@ -4,16 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
+from csalign.cli import render
 from csalign.cli.eval_tables import evaluated
 from csalign.cli.next_steps import Step, first_free
-from csalign.cli.render import (
-    print_closing,
-    print_line,
-    print_rows,
-    print_table,
-    print_title,
-    print_wrapped,
-)
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import figure_of, percent, recall_range
 from csalign.evaluation.config import DiagnoseConfig
@@ -44,14 +37,14 @@ def diagnosis_table(document: Document, settings: DiagnoseConfig) -> None:
     features, adapter = document["features"], document.get("adapter")
     _forecast(document["forecast"], features, document.get("names"))
     if "objective" in document:
-        print_line()
+        render.print_line()
         _conflict(document, settings)
     step: Step = ("train", features, "--out", first_free("run"))
     if adapter:
         step = ("eval", features, "--adapter", adapter)
     elif document["forecast"]["looks_random"]:
         step = "next: check the keys that join the pairs"
-    print_closing(settings, step)
+    render.print_closing(settings, step)
 
 
 def _forecast(found: Document, features: str, names: Names | None) -> None:
@@ -60,9 +53,9 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
     counted = f"{found['pairs']:,} pairs"
     if found["different"] < found["pairs"]:
         counted += f", {found['different']:,} of them different"
-    print_line(renamed(f"{features}, {split}: {counted}", names), "bold")
+    render.print_line(renamed(f"{features}, {split}: {counted}", names), "bold")
     for sentence in found["words"]:
-        print_wrapped(renamed(sentence, names))
+        render.print_wrapped(renamed(sentence, names))
     rows = [
         (f"linear maps, {own['pairs']:,} pairs{note}", recall_range(own))
         for key, note in (("curve", ""), ("extrapolated", ", foretold"))
@@ -70,8 +63,8 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
     ]
     if found["expected"]:
         rows += [(f"csalign train, {found['different']:,} pairs", recall_range(found["expected"]))]
-        print_title("mean recall in a gallery of 1,000, and where 9 of 10 lie")
-        print_rows(rows)
+        render.print_title("mean recall in a gallery of 1,000, and where 9 of 10 lie")
+        render.print_rows(rows)
     if found["mutual_knn"] is None:
         return
     shifts = found["sliced_wasserstein"]
@@ -85,26 +78,26 @@ def _forecast(found: Document, features: str, names: Names | None) -> None:
         own = shifts.get(side)
         cells += [f"{own['value']:.2f} (noise {own['noise']:.2f})" if own else ""] * bool(shifts)
         columns[renamed(side, names)] = cells
-    print_title("raw sides")
-    print_table(labels, columns)
+    render.print_title("raw sides")
+    render.print_table(labels, columns)
 
 
 def _conflict(document: Document, settings: DiagnoseConfig) -> None:
     infonce, objective, gap = document["infonce"], document["objective"], document["gap"]
-    print_line(f"{evaluated(document)}: {document['pairs']:,} pairs", "bold")
+    render.print_line(f"{evaluated(document)}: {document['pairs']:,} pairs", "bold")
     adapter = document["adapter"]
     given = settings.model_dump(include={*NAMED})
     is_run = adapter is not None and not is_baseline(adapter)
     source = {name: "this run: " if is_run and given[name] is None else "" for name in NAMED}
-    print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
-    print_line()
+    render.print_rows([(NAMED[name], f"{source[name]}{document[name]:g}") for name in NAMED])
+    render.print_line()
     for sentence in verdict(document):
-        print_wrapped(sentence)
-    print_line()
+        render.print_wrapped(sentence)
+    render.print_line()
     blocks = {"InfoNCE": infonce, "with CS": objective}
     columns = {name: [f"{own[term]:.4f}" for term in TERMS] for name, own in blocks.items()}
-    print_table([*TERMS.values()], columns)
-    print_title("divergence and gap")
+    render.print_table([*TERMS.values()], columns)
+    render.print_title("divergence and gap")
     cosine = objective["infonce_cs_gradient_cosine"]
     meanings = [
         ("CS divergence", f"{objective['cs_divergence']:.4f}", "between the two distributions"),
@@ -118,7 +111,7 @@ def _conflict(document: Document, settings: DiagnoseConfig) -> None:
     for side in ("image", "text"):
         label = renamed(f"uniformity, {side}", document.get("names"))
         meanings.append((label, f"{gap[f'uniformity_{side}']:.4f}", "lower is more spread out"))
-    print_rows([(name, f"{value:>8}   {meaning}") for name, value, meaning in meanings])
+    render.print_rows([(name, f"{value:>8}   {meaning}") for name, value, meaning in meanings])
 
 
 def verdict(document: Document) -> Iterator[str]:

@@ -20,8 +20,8 @@ from typer.core import TyperGroup
 from csalign.cli import render
 from csalign.cli.progress import line_start
 from csalign.core import atomic
+from csalign.core.config import did_you_mean
 from csalign.core.errors import ConfigError, CsalignError, ElsewhereError, Stopped
-from csalign.core.mistakes import did_you_mean
 from csalign.core.paths import is_store_error
 
 # Typer brings click along or depends on it, by version; of its errors it exports this one alone.
@@ -71,10 +71,7 @@ def _usage(error: Any) -> str:
 def error_exits(*, quiet: bool, verbose: int) -> Iterator[Console]:
     """Set up logging, and print expected errors as one or two lines with their exit code.
 
-    Anything else is a bug and keeps its traceback.
-
-    Yields:
-        The console on stderr.
+    Anything else is a bug and keeps its traceback. Yields the console on stderr.
 
     Raises:
         typer.Exit: with the exit code of an expected error or of a signal.

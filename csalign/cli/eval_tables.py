@@ -5,16 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
+from csalign.cli import render
 from csalign.cli.next_steps import Step, first_free, has_one_width
-from csalign.cli.render import (
-    is_verbose,
-    print_closing,
-    print_line,
-    print_rows,
-    print_table,
-    print_title,
-    print_wrapped,
-)
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import (
     Figure,
@@ -63,7 +55,7 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
     """Print the document of ``csalign eval``."""
     counts, names, every = document["counts"], document.get("names"), settings.all_figures
     if "distribution" in document:
-        print_line(
+        render.print_line(
             f"{document['generated']}: {counts['generated']:,} images, compared with "
             f"{document['images']}: {counts['images']:,} images, encoded by {document['encoder']}",
             "bold",
@@ -71,7 +63,7 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
         _figures(document, "distribution")
     else:
         rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
-        print_line(f"{evaluated(document)}: {renamed(rows, names)}", "bold")
+        render.print_line(f"{evaluated(document)}: {renamed(rows, names)}", "bold")
     wanted = RETRIEVAL if every else ESSENTIAL
     if "retrieval" in document:
         _retrieval_and_gap(document, names, wanted, every=every)
@@ -79,10 +71,10 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
     if settings.baselines and "baselines" in document:
         _baselines(document)
     if "distribution" not in document:
-        print_line()
+        render.print_line()
         for note in _notes(document, every=every):
-            print_wrapped(note)
-    print_closing(settings, *_after_eval(document, settings.split))
+            render.print_wrapped(note)
+    render.print_closing(settings, *_after_eval(document, settings.split))
 
 
 def evaluated(document: Document) -> str:
@@ -96,20 +88,20 @@ def _retrieval_and_gap(
     document: Document, names: Names | None, wanted: Sequence[str], *, every: bool
 ) -> None:
     retrieval, intervals, protocol = (document[k] for k in ("retrieval", "intervals", "protocol"))
-    if protocol["name"] != "all" or is_verbose():
-        print_wrapped(_protocol(protocol, names))
+    if protocol["name"] != "all" or render.is_verbose():
+        render.print_wrapped(_protocol(protocol, names))
     if document["index"]["kind"] != "exact":
-        print_wrapped(f"ranked by an approximate index ({document['index']['kind']})")
+        render.print_wrapped(f"ranked by an approximate index ({document['index']['kind']})")
     before = document.get("before", {})
     title = MEAN.show_between(retrieval["mean_recall"], intervals.get("mean_recall"))
     if before:
         title += f" (before: {MEAN.show(before['retrieval']['mean_recall'])})"
     blocks = _beside({way: retrieval[way] for way in DIRECTIONS}, before.get("retrieval"))
     _retrieval(f"retrieval: {MEAN.heading} {title}", blocks, names, wanted, intervals)
-    print_title("modality gap")
+    render.print_title("modality gap")
     _figures(document, "gap", () if every else GAP)
     if every:
-        print_line()
+        render.print_line()
         _figures(document, "hubness")
     mixed, former, around = (
         own and {f"{side} queries": own[side] for side in ("image", "text")} | {"both": own}
@@ -118,7 +110,7 @@ def _retrieval_and_gap(
     title = "one gallery of both sides"
     _retrieval(title, _beside(mixed, former), names, MIXED, around, family="mixed")
     if words := same_side_words(document["mixed"]["same_side@10"]):
-        print_wrapped(words)
+        render.print_wrapped(words)
 
 
 def _beside(blocks: Document, before: Document | None) -> Document:
@@ -146,7 +138,7 @@ def _figures(document: Document, block: str, wanted: Sequence[str] = ()) -> None
             first.append(figure.show(value_at(before, path)))
             between = figure.show_between(value, around)
             last.append(between if error is None else figure.show(value, error))
-    print_table(labels, {"before": first, "after": last} if before else {"": last})
+    render.print_table(labels, {"before": first, "after": last} if before else {"": last})
 
 
 def _retrieval(
@@ -158,7 +150,7 @@ def _retrieval(
     family: str = "retrieval",
 ) -> None:
     """Print a title and figures of a family, a row per block with what they all have."""
-    print_title(title)
+    render.print_title(title)
     columns = {}
     for name in wanted:
         if all(name in block for block in blocks.values()):
@@ -167,7 +159,7 @@ def _retrieval(
                 figure.show_between(block[name], around.get(label, {}).get(name))
                 for label, block in blocks.items()
             ]
-    print_table([_direction(label, names) for label in blocks], columns)
+    render.print_table([_direction(label, names) for label in blocks], columns)
 
 
 def _direction(label: str, names: Names | None) -> str:
@@ -180,7 +172,7 @@ def _further_tables(document: Document, names: Names | None, wanted: Sequence[st
     """Print what was only computed on request."""
     if groups := document.get("groups"):
         counts = ", ".join(f"{groups[key]:,} {key}" for key in ("classes", "images", "texts"))
-        print_title(f"groups by {groups['column']!r}: {renamed(counts, names)}")
+        render.print_title(f"groups by {groups['column']!r}: {renamed(counts, names)}")
         _figures(document, "groups", GROUPS)
     for name, block in document.get("corrected", {}).items():
         blocks = {way: block[way] for way in DIRECTIONS}
@@ -201,26 +193,26 @@ def _further_tables(document: Document, names: Names | None, wanted: Sequence[st
             _retrieval(title, blocks, names, wanted)
     if zero_shot := document.get("zero_shot"):
         counts = ", ".join(f"{zero_shot[key]:,} {key}" for key in ("images", "classes", "prompts"))
-        print_title(f"zero-shot classification: {renamed(counts, names)}")
+        render.print_title(f"zero-shot classification: {renamed(counts, names)}")
         _figures(document, "zero_shot", ZERO_SHOT)
     if explanations := document.get("explanations"):
-        print_title("definitions")
-        print_rows(
+        render.print_title("definitions")
+        render.print_rows(
             (
                 text.get("name") or place.removeprefix("corrected."),
                 text["formula"] + (f" ({text['source']})" if text["source"] else ""),
             )
             for place, text in explanations.items()
-            if "name" in text or place.startswith("corrected.") or is_verbose()
+            if "name" in text or place.startswith("corrected.") or render.is_verbose()
         )
 
 
 def _baselines(document: Document) -> None:
     """Print what needs no training, above the adapter."""
-    print_title("baselines: mean recall, mixed NDCG@10, same-side share and gap")
+    render.print_title("baselines: mean recall, mixed NDCG@10, same-side share and gap")
     labels, columns, note = baseline_table(document)
-    print_table(labels, columns)
-    print_wrapped(note)
+    render.print_table(labels, columns)
+    render.print_wrapped(note)
 
 
 def _protocol(protocol: Document, names: Names | None) -> str:
@@ -276,7 +268,7 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
         differences = [row["difference"].get("mean_recall") for row in rows]
         columns["difference"] = [MEAN.show_difference(**own) if own else "" for own in differences]
         columns["verdict"] = [row["verdict"] for row in rows]
-    print_table(labels, columns)
+    render.print_table(labels, columns)
     columns = {}
     for key, (way, place) in COMPARED.items():
         figure = figure_of(place)
@@ -286,16 +278,16 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
     for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
         if any(row[key] is not None for row in rows):
             columns[key] = ["-" if row[key] is None else format(row[key], kind) for row in rows]
-    print_line()
-    print_table(labels, columns)
-    print_line()
+    render.print_line()
+    render.print_table(labels, columns)
+    render.print_line()
     notes = [ARROWS]
     if any(row["intervals"] for row in rows):
         notes.append("± half of the 95 % bootstrap interval over images")
     if any(row["difference"] for row in rows):
         notes.append("differences in points, paired, with their 95 % interval")
-    print_wrapped("; ".join(notes))
-    print_closing(settings, *_after_compare(rows, settings.systems))
+    render.print_wrapped("; ".join(notes))
+    render.print_closing(settings, *_after_compare(rows, settings.systems))
 
 
 def _distinct(names: Sequence[str], paths: Sequence[object]) -> list[str]:
@@ -323,13 +315,13 @@ def _version_tables(document: Document, settings: CompareConfig) -> None:
     """Print each set against the first: ids, cosines and neighbours, then the maps by pairs."""
     for one in document["versions"]:
         _version_table(one)
-    print_closing(settings, *_after_versions(document["versions"][0]))
+    render.print_closing(settings, *_after_versions(document["versions"][0]))
 
 
 def _version_table(one: Document) -> None:
     old, new, ids = one["old"], one["new"], one["ids"]
     counts = f"{ids['common']:,} ids in both, {ids['distinct']:,} different vectors"
-    print_line(f"{new} against {old}: {counts}", "bold")
+    render.print_line(f"{new} against {old}: {counts}", "bold")
     apart = f"{ids['only_old']:,} ids of {old}, {ids['only_new']:,} of {new}; left out"
     rows = {"only in one": apart}
     if canary := one["canary"]:
@@ -343,23 +335,23 @@ def _version_table(one: Document) -> None:
             f"{percent(overlap['overlap@10'], 1)} of the 10 nearest are the same in both "
             f"[{100 * low:.1f}, {100 * high:.1f}]; by chance {percent(overlap['chance'], 1)}"
         )
-    print_rows(rows.items())
-    print_line()
+    render.print_rows(rows.items())
+    render.print_line()
     for sentence in one["words"]:
-        print_wrapped(sentence)
+        render.print_wrapped(sentence)
     if not one["maps"]:
         return
-    print_title("new queries, old vectors")
+    render.print_title("new queries, old vectors")
     lines = [*filter(None, [one["unmapped"]]), *one["maps"]]
     labels = [f"{row['pairs']:,} pairs" if row["pairs"] else "unmapped" for row in lines]
     columns = {
         figure.heading: [figure.show_between(row[key], row["intervals"][key]) for row in lines]
         for key, figure in OF_MAPS.items()
     }
-    print_table(labels, {"map": [row["map"] for row in lines], **columns})
-    print_line()
+    render.print_table(labels, {"map": [row["map"] for row in lines], **columns})
+    render.print_line()
     queries, gallery, learned = one["held_out"].values()
-    print_wrapped(
+    render.print_wrapped(
         "retention@10: share of the 10 nearest re-embedded items that are among the 10 nearest; "
         f"hit@1: own item first. {queries:,} queries among {gallery:,} held-out ids, maps learned "
         f"on {learned}; ± half of the 95 % interval"

@@ -22,11 +22,6 @@ _NAME = re.compile(r"^ {2,6}\S.*?(?=   |$)")
 def show_help(context: typer.Context, *, everything: bool = False, code: int = 0) -> None:
     """Print the help of a command and leave.
 
-    Args:
-        context: of the command.
-        everything: whether to print all options where the command has common ones.
-        code: exit code.
-
     Raises:
         typer.Exit: always.
     """

@@ -26,11 +26,7 @@ def table_lines(labels: Sequence[str], columns: Columns, width: int) -> list[str
 
     The first of these that fits is taken: one line per row; errors and intervals below their
     values; long labels on a line above their row; and several tables with the same labels.
-
-    Args:
-        labels: of the rows.
-        columns: as many cells each.
-        width: cells of a line. Single words that are longer stay complete all the same.
+    Single words that are longer than `width` cells stay complete all the same.
     """
     beside = _padded([("", ""), *((label, "") for label in labels)])
     ways: list[tuple[_Column, Sequence[str]]] = [(beside, [""] * len(labels))]

@@ -104,10 +104,7 @@ def _parameter(name: str, field: FieldInfo, info: Any) -> inspect.Parameter:
     kind, is_repeatable = _plain_type(field.annotation)
     annotation = list[kind] | None if is_repeatable else kind | None  # type: ignore[valid-type]
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[annotation, info],
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info]
     )
 
 

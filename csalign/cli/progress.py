@@ -28,10 +28,8 @@ _DETAIL = re.compile(r" \(.*\)$")
 def shown_progress(console: Console, *, quiet: bool) -> Iterator[Progress]:
     """Show what is reported in this block on the console, or nothing if `quiet`.
 
-    Every report also raises a signal whose first exception was dropped.
-
-    Yields:
-        The progress callback, which is the current one in the block.
+    Every report also raises a signal whose first exception was dropped. Yields the callback, which
+    is the current one in the block.
     """
     if quiet:
         with reported_to(_only_check):

@@ -6,17 +6,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from csalign.cli import render
 from csalign.cli.next_steps import ALIGNED, Step, first_free, splits_of
-from csalign.cli.render import (
-    print_closing,
-    print_json,
-    print_line,
-    print_rows,
-    print_table,
-    print_title,
-    print_wrapped,
-    print_wrote,
-)
 from csalign.core import results
 from csalign.core.enums import renamed
 from csalign.core.figures import counted, figure_of, percent
@@ -37,9 +28,9 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     parameters = ", ".join(
         f"{renamed(side, result.names)} {count:,}" for side, count in result.parameters.items()
     )
-    print_wrote(f"{result.run}")
+    render.print_wrote(f"{result.run}")
     steps = f"{result.steps:,} in" if result.steps else "none,"
-    print_rows(
+    render.print_rows(
         [
             ("start", result.start),
             ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
@@ -53,17 +44,17 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     )
     same = set() if result.steps else {"kept"}  # as the start
     if validation := {name: own for name, own in result.validation.items() if name not in same}:
-        print_title("validation")
+        render.print_title("validation")
         scores = validation.values()
         shown = {"mean_recall": RECALL, "centroid_distance": CENTROID}
-        print_table(
+        render.print_table(
             [VALIDATED.get(name, name) for name in validation],
             {one.heading: [one.show(own[name]) for own in scores] for name, one in shown.items()},
         )
     features = settings.features
     splits = splits_of(features)
     split = ["--split", "test"] if "test" in splits else []
-    print_closing(settings, ("eval", features, "--adapter", result.run, *split))
+    render.print_closing(settings, ("eval", features, "--adapter", result.run, *split))
 
 
 def best_words(step: int, start: str) -> str:
@@ -76,13 +67,13 @@ def best_words(step: int, start: str) -> str:
 def generate_table(result: results.GenerateResult, settings: GenerateConfig) -> None:
     """Print what was generated."""
     reused = f", {result.reused:,} of them from an earlier call" if result.reused else ""
-    print_wrote(
+    render.print_wrote(
         f"{result.out}: {counted(result.images, 'image')}{reused}, "
         f"by {result.decoder} from embeddings of norm {result.scale:.4g} (that of "
         f"{result.scale_from})"
     )
     made = ("--generated", result.out, "--encoder", "ENCODER")
-    print_closing(settings, ("eval", "--images", "REAL", *made))
+    render.print_closing(settings, ("eval", "--images", "REAL", *made))
 
 
 def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
@@ -90,7 +81,7 @@ def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
     there = result.validation
     states = [trial.state for trial in result.trials]
     rest = [f"{states.count(state)} {state}" for state in ("pruned", "failed") if state in states]
-    print_line(
+    render.print_line(
         f"{result.study}: {', '.join([counted(len(states), 'trial'), *rest])}; measured on "
         f"{there['name']}: {there['images']:,} images, {there['texts']:,} texts"
     )
@@ -100,8 +91,8 @@ def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
     shown = [t for i, t in enumerate(complete) if i < TRIALS_SHOWN or t.number == 0]
     names = [_trial_name(trial) for trial in shown]
     divergence = figure_of("gap.cs_divergence")
-    print_line()
-    print_table(
+    render.print_line()
+    render.print_table(
         names,
         {
             RECALL.heading: [RECALL.show(trial.mean_recall) for trial in shown],
@@ -119,16 +110,16 @@ def tune_tables(result: results.TuneResult, settings: TuneConfig) -> None:
         for name in searched
     }
     same = {name: {*own} - {"-"} for name, own in values.items() if len({*own} - {"-"}) == 1}
-    print_line()
+    render.print_line()
     if same:
         common = ", ".join(f"{name} {value}" for name, (value,) in same.items())
-        print_wrapped(f"settings of all these trials: {common}")
+        render.print_wrapped(f"settings of all these trials: {common}")
     if differing := {name: own for name, own in values.items() if name not in same}:
-        print_table(names, differing)
-    print_line()
+        render.print_table(names, differing)
+    render.print_line()
     for line in _tune_verdict(result, best):
-        print_wrapped(line)
-    print_closing(settings, ("train", "--config", result.config, "--out", first_free("run")))
+        render.print_wrapped(line)
+    render.print_closing(settings, ("train", "--config", result.config, "--out", first_free("run")))
 
 
 def _trial_name(trial: results.Trial) -> str:
@@ -167,14 +158,14 @@ def _tune_verdict(result: results.TuneResult, best: results.Trial) -> Iterator[s
 
 def recipes_table(titles: Mapping[str, str]) -> None:
     """Print the recipes and their purpose."""
-    print_line("csalign train --recipe NAME; csalign recipes NAME prints it", "bold")
-    print_rows(titles.items())
+    render.print_line("csalign train --recipe NAME; csalign recipes NAME prints it", "bold")
+    render.print_rows(titles.items())
 
 
 def index_table(document: Mapping[str, Any], settings: IndexConfig) -> None:
     """Print what was built."""
-    print_wrote(f"{document['path']}: {index_words(document)}")
-    print_closing(settings, search_step(document))
+    render.print_wrote(f"{document['path']}: {index_words(document)}")
+    render.print_closing(settings, search_step(document))
 
 
 def index_words(document: Mapping[str, Any]) -> str:
@@ -203,30 +194,30 @@ def search_step(document: Mapping[str, Any]) -> Step:
 def export_table(document: Mapping[str, Any], settings: ExportConfig) -> None:
     """Print the files of an export, and how much its outputs differ from the run's."""
     largest = max(document["differences"].values())
-    print_wrote(
+    render.print_wrote(
         f"{document['out']}: {', '.join(document['files'])}; "
         f"outputs differ from the run by at most {largest:.1e}"
     )
-    print_closing(settings, f"next: {document['out']}/README.md shows how to use it")
+    render.print_closing(settings, f"next: {document['out']}/README.md shows how to use it")
 
 
 def found(result: results.Found, settings: SearchConfig) -> None:
     """Print search results as tables or JSON lines, each query as soon as it is answered."""
     for one in result.queries:
         if result.jsonl:
-            print_json(one, indent=None)
+            render.print_json(one, indent=None)
             sys.stdout.flush()
             continue
-        print_line(one["query"], "bold")
+        render.print_line(one["query"], "bold")
         hits = one["hits"]
         digits = len(str(len(hits)))
-        print_rows(
+        render.print_rows(
             (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {hit['id']}", _words(hit))
             for hit in hits
         )
-        print_line()
+        render.print_line()
     if not result.jsonl:
-        print_closing(settings)
+        render.print_closing(settings)
 
 
 def _words(hit: Mapping[str, Any]) -> str:

@@ -31,12 +31,7 @@ _REMEDIES = {
 
 
 def os_error(error: Exception, path: Path | str | None = None) -> str:
-    """Word an error of a file system or object store: file, reason and remedy.
-
-    Args:
-        error: the exception.
-        path: of the file, if the error does not name it.
-    """
+    """Word an error of a file system or object store: file, reason and remedy."""
     name = getattr(error, "filename", None) or path
     number = getattr(error, "errno", None)
     if name is not None and ("://" in str(name) or is_store_error(error)):
@@ -74,12 +69,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write a text file atomically: temporary name, fsync, rename.
-
-    Args:
-        path: final path; its folder must exist. Writes to an object store are atomic.
-        text: content, written as UTF-8 with ``\n`` line ends.
-    """
+    r"""Write a text file atomically, as UTF-8 with ``\n`` line ends, into a folder that exists."""
     if is_remote(path):
         path.write_bytes(text.encode())
         return
@@ -96,11 +86,7 @@ def write_json(path: Path, document: Any) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a local path to write a file to, which is then renamed (or uploaded) to `path`.
 
-    Args:
-        path: final path, local or in an object store.
-
-    Yields:
-        The temporary path; removed if the block raises.
+    It is removed if the block raises.
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:

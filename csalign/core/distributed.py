@@ -262,15 +262,7 @@ def all_reduce_log_sum_exp(values: "Tensor") -> None:
 
 
 def all_gather_rows(rows: "Tensor", counts: Sequence[int]) -> "list[Tensor]":
-    """Gather the rows of all processes in all of them.
-
-    Args:
-        rows: (n, d), those of this process.
-        counts: how many each process has.
-
-    Returns:
-        One (n, d) per process.
-    """
+    """Gather the rows of all processes in all of them, one (n, d) per process."""
     if _world.size == 1:
         return [rows]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])

@@ -104,11 +104,6 @@ def renamed(label: str, names: Names | None) -> str:
         return label
     for short, long in _DIRECTIONS.items():
         label = label.replace(short, long)
-    return _SIDES.sub(lambda found: _own(found, names), label)
-
-
-def _own(found: re.Match[str], names: Names) -> str:
-    side, plural = found.groups()
-    name = names.get(side, side)
     # A plural "s" after a name of the user would be a guess.
-    return name + plural if name == side else name
+    plural = {f"{side}s": name if name != side else f"{side}s" for side, name in names.items()}
+    return _SIDES.sub(lambda found: {**names, **plural}.get(found[0], found[0]), label)

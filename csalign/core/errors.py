@@ -74,11 +74,7 @@ class ProcessesError(CsalignError):
 
 
 class ElsewhereError(CsalignError):
-    """Another process of the job failed and reports why.
-
-    Args:
-        exit_code: of that process.
-    """
+    """Another process of the job failed and reports why."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of the job failed")

@@ -29,12 +29,6 @@ def try_lock(
     """Lock an open file; return False if another process holds its lock.
 
     On a file system without locks this warns once per folder and returns `without_locks`.
-
-    Args:
-        file: whose lock is taken; closing it releases the lock.
-        shared: take a lock that others may share.
-        wait: wait until the lock is free.
-        without_locks: result on a file system without locks.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:

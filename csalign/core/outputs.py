@@ -141,9 +141,6 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     What is at `out` stays untouched until then. What a killed process left at ``OUT.partial`` is
     replaced. Callers run `check_output` first. For an object store the folder is built locally.
 
-    Args:
-        out: final folder.
-
     Yields:
         The folder to write into: new, empty and local.
 
@@ -191,11 +188,7 @@ def changing(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_work(folder: Path, own: str | None = None) -> None:
-    """Refuse a folder of unfinished work that the caller cannot resume.
-
-    Args:
-        folder: ``OUT.partial``.
-        own: "format" of the work that the caller can resume.
+    """Refuse a folder of unfinished work other than that of the format `own`.
 
     Raises:
         OutputError: the work there is of another kind.

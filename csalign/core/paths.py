@@ -102,13 +102,7 @@ def respelled(name: str, root: Path | None = None) -> list[str]:
     """Find the files that a missing name may mean, which differ from it in spelling alone.
 
     Case, Unicode form, ``%20``, backslashes, quotes around it and spaces at its ends are spelling.
-
-    Args:
-        name: path, relative to `root`.
-        root: local folder (default: the working directory, or the root of an absolute path).
-
-    Returns:
-        Their paths relative to `root`; of an absolute path absolute ones.
+    Their paths are relative to `root`; of an absolute path absolute ones.
     """
     parts = name.replace("\\", "/").split("/")
     if root is not None and ".." in parts:
@@ -215,11 +209,7 @@ class Kind(StrEnum):
     INDEX = "an index"
 
 
-DOCUMENTS = {
-    Kind.FEATURES: "manifest.json",
-    Kind.RUN: "adapter.json",
-    Kind.INDEX: "index.json",
-}
+DOCUMENTS = {Kind.FEATURES: "manifest.json", Kind.RUN: "adapter.json", Kind.INDEX: "index.json"}
 """The file that makes a folder an artifact of a kind; written last."""
 
 _MAKERS = {
@@ -236,12 +226,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def require_kind(path: Path, *wanted: Kind) -> None:
-    """Raise DataError, with what is there and the remedy, unless an artifact of a kind is there.
-
-    Args:
-        path: of the folder, local or a URL.
-        wanted: the kinds that will do; the first is the usual one.
-    """
+    """Raise DataError, with what is there and the remedy, unless an artifact of a kind is there."""
     usual, remedy = wanted[0], _MAKERS[wanted[0]]
     if any((path / DOCUMENTS[kind]).is_file() for kind in wanted):
         return

@@ -152,11 +152,8 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 def show_figures(figures: Mapping[str, str], *, notable: bool = False) -> None:
     """Show the latest figures of the phase that reported last, if the callback can.
 
-    That is, if it has a method ``figures(figures, notable)``.
-
-    Args:
-        figures: formatted, by name, in order; a value without a name is shown alone.
-        notable: worth a line of its own in a log.
+    That is, if it has a method ``figures(figures, notable)``. A value without a name is shown
+    alone; those that are `notable` are worth a line of their own in a log.
     """
     show = getattr(current_progress(), "figures", None)
     if show is not None:

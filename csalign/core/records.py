@@ -35,11 +35,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Args:
-        path: of the file.
-        remedy: what to do if it is damaged; ends the message.
+    """Read a JSON object from a file; `remedy` ends the message if it is damaged.
 
     Raises:
         SchemaError: it is not UTF-8, not JSON, or not an object.
@@ -56,12 +52,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_record(path: Path, kind: type[R], remedy: str) -> R:
-    """Read and validate a document.
-
-    Args:
-        path: of the file.
-        kind: of document; a "format_version" above its default is refused.
-        remedy: what to do if it is damaged; ends the message.
+    """Read and validate a document; `remedy` ends the message if it is damaged.
 
     Raises:
         SchemaError: it is damaged, or a later version of csalign wrote it.
@@ -84,12 +75,7 @@ def read_record(path: Path, kind: type[R], remedy: str) -> R:
 
 
 def read_job(path: Path, kind: type[R], *, restart: bool = False) -> R | None:
-    """Read the document of unfinished work; None if there is none.
-
-    Args:
-        path: of the file.
-        kind: of document.
-        restart: treat a damaged document as none.
+    """Read the document of unfinished work; None if there is none, or with `restart` a damaged one.
 
     Raises:
         SchemaError: it is damaged.

@@ -22,13 +22,10 @@ _delay_s = DELAY_S
 
 
 def catch_signals(delay_s: float = DELAY_S) -> None:
-    """Let SIGINT and SIGTERM raise `Stopped` in the main thread.
+    """Let SIGINT and SIGTERM raise `Stopped` in the main thread, `delay_s` late at most.
 
     Python drops an exception that is raised while a ``__del__`` runs, as libraries of object
     stores have. Then the signal is sent again, and `check` raises wherever work is counted.
-
-    Args:
-        delay_s: seconds that a `delayed` block may hold a signal back.
     """
     global _delay_s
     _delay_s = delay_s

@@ -40,8 +40,7 @@ _REMEDIES = {
 def read_tensors(path: Path) -> Tensors:
     """Read all tensors of a checkpoint; names in nested dicts are joined by a slash.
 
-    Args:
-        path: a safetensors file, one of `torch.save`, or the index.json of one in several files.
+    It is a safetensors file, one of `torch.save`, or the index.json of one in several files.
 
     Raises:
         EncoderError: no such file, or it contains anything but plain weights.

@@ -25,11 +25,6 @@ _CROP_TOLERANCE = 1e-5
 def load_open_clip(name: str, sides: Collection[Modality], options: EncoderOptions) -> Encoders:
     """Load a frozen open_clip model, keeping only the towers of the given sides.
 
-    Args:
-        name: see `csalign.encoders.openclip_models.find_model`.
-        sides: which towers to load.
-        options: how to run them.
-
     Raises:
         ConfigError: the name has no known form.
         EncoderError: no such architecture or tag; the weights cannot be loaded or are of
@@ -167,13 +162,14 @@ class OpenClipTexts(running.RunningEncoder):
 
     def _probe(self, spec: str, weights: str, activation: str) -> EncoderInfo:
         """Embed some texts, so that what cannot run fails before the work."""
+        name = getattr(getattr(self._tokenizer, "tokenizer", None), "name_or_path", "")
         return running.describe(
             self.embed(_SAMPLE),
             self._options,
             spec=spec,
             fingerprint=weights,
             preprocessing={
-                "tokenizer": _tokenizer_name(self._tokenizer),
+                "tokenizer": name or type(self._tokenizer).__name__,
                 "context_length": self._tokenizer.context_length,
                 "activation": activation,
             },
@@ -281,8 +277,3 @@ def _check_tokens(visual: Any, text: Any, sides: Collection[Modality]) -> None:
         if not is_plain[side]:
             tower = visual if side is Modality.IMAGE else text
             raise running.no_tokens(f"the {side} tower ({type(tower).__name__})")
-
-
-def _tokenizer_name(tokenizer: Any) -> str:
-    inner = getattr(tokenizer, "tokenizer", None)
-    return str(getattr(inner, "name_or_path", "")) or type(tokenizer).__name__

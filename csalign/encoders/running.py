@@ -203,13 +203,7 @@ def to_numpy(tensor: torch.Tensor) -> Floats:
 def embed_by_length(
     lengths: Sequence[int], batch_size: int, embed: Callable[[list[int]], Embedded]
 ) -> Embedded:
-    """Embed items in batches of similar length and return the results in the items' order.
-
-    Args:
-        lengths: of the items, at least one.
-        batch_size: items per batch.
-        embed: embeds the items at given positions.
-    """
+    """Embed items in batches of similar length and return the results in the items' order."""
     order = np.argsort(lengths, kind="stable")
     starts = range(0, len(order), batch_size)
     batches = [embed(order[start : start + batch_size].tolist()) for start in starts]
@@ -321,12 +315,7 @@ class ImageTower(Protocol):
 
 
 class TowerImages(RunningEncoder):
-    """The image encoder around a tower; see `base.ImageEncoder` for its methods.
-
-    Args:
-        transform: converts an RGB image to `input_size`, (3, h, w).
-        preprocessing: what else determines the embeddings, for the record.
-    """
+    """The image encoder around a tower; see `base.ImageEncoder` for its methods."""
 
     def __init__(
         self,

@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.side import UnitRows, loud_scale
+from csalign.core.arrays import Array, Ints
 from csalign.core.enums import Modality
 from csalign.core.figures import percent
 from csalign.features import schema
 from csalign.features.checks import LEAST_PAIRS, WINDOWS, check_directions
-from csalign.features.join import Array, Joined, Pairs, first_alike, text_keys
+from csalign.features.join import Joined, Pairs, first_alike, text_keys
 from csalign.features.reader import FeatureSet
-
-Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
 COMPARED = 2_000  # pairs, and unpaired rows of a side
@@ -181,11 +179,7 @@ def _table_rows(joined: Joined, side: Modality, chosen: Ints) -> Ints:
 def one_per_image(text_image: Ints, keys: Ints | None, most: int, rng: np.random.Generator) -> Ints:
     """Choose a text of each of at most `most` images at random, (k,) in random order.
 
-    Args:
-        text_image: (m,), the image of each text, -1 for none.
-        keys: (m,), equal for equal captions, of which one is then chosen; None to allow them.
-        most: pairs.
-        rng: for the choice.
+    Texts (m,) without an image have -1; of those with equal keys (m,) one is chosen.
     """
     texts = rng.permutation(np.flatnonzero(text_image >= 0))
     for groups in (text_image, keys):

@@ -22,14 +22,10 @@ def measure_baselines(
 ) -> dict[str, Any]:
     """Measure the baselines on the rows of an evaluation: block "baselines" of the document.
 
-    Args:
-        evaluation: of a run, or of rows without an adapter.
-        learned: rows to fit on (default: what the run was trained on, or see `choose_split`).
-        intervals: whether to add the intervals of the figures.
-
     Returns:
-        By name, "raw" first, the blocks of figures, maybe "intervals", and "fitted_on", the rows.
-        What cannot be had is absent, and logged except for sides of different widths.
+        By name, "raw" first, fitted on `learned` (default: what the run was trained on, or see
+        `choose_split`), the blocks of figures, maybe "intervals", and "fitted_on", the rows. What
+        cannot be had is absent, and logged except for sides of different widths.
     """
     aligned, found = evaluation.aligned, dict[str, Any]()
     known: dict[str, Pairs] = {}

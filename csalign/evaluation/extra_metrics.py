@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.figures import counted
@@ -28,8 +28,6 @@ from csalign.sources.records.tables import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 Values = list[str | None]
 Embed = Callable[[FeatureSet, PairedRows], Floats]
 Blocks = tuple[dict[str, Any], dict[str, Any]]
@@ -60,12 +58,7 @@ def prepare_extras(
 ) -> Extras:
     """Read the tables and prompts of the extra metrics, before anything is computed.
 
-    Args:
-        options: that name them.
-        features: with the n images.
-        image_ids: n ids.
-        width: of the images' embeddings.
-        embed: returns unit rows of the texts of a feature set, in the space of the images.
+    `embed` returns unit rows of the texts of a feature set, in the space of the images.
 
     Returns:
         The labels of --labels, and a function of the images, (n, d) unit rows, the galleries and

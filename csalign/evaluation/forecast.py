@@ -6,12 +6,12 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.canonical import PairMoments
+from csalign.core.arrays import Doubles, Ints
 from csalign.core.enums import Modality
 from csalign.core.figures import percent, recall_range
 from csalign.core.progress import tick, track
@@ -27,9 +27,6 @@ from csalign.features.checks import LEAST_PAIRS, alike
 from csalign.features.join import join_pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT
-
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 GALLERY = 1_000  # images and texts that a recall refers to
 CURVE_PAIRS = 10_000  # at most, to learn from
@@ -84,12 +81,7 @@ class Curve(NamedTuple):
         return math.hypot(drawn, GALLERY_DEVIATION * math.log(GALLERY / self.gallery))
 
     def extrapolated(self, pairs: int, *, trained: bool = False) -> Band:
-        """Foretell the recall of a number of pairs: linear in log pairs, with a damped slope.
-
-        Args:
-            pairs: different ones, to fit on.
-            trained: of a trained adapter, not of the closed form.
-        """
+        """Foretell the recall of different pairs, linear in log pairs with a damped slope."""
         logs, means = np.log(self.pairs), self.odds.mean(0)
         slope, level = np.polyfit(logs, means, 1).tolist()
         last = (slope * float(logs[-1]) + level + float(means[-1])) / 2

@@ -23,16 +23,7 @@ from csalign.features.schema import MANIFEST
 from csalign.ingest.job import Job, WorkShard
 from csalign.ingest.locks import merge_parts
 from csalign.ingest.partial_set import PartialSet
-from csalign.runs.metadata import (
-    ADAPTER,
-    CONFIG,
-    LINES,
-    find_refit,
-    read_environment,
-    read_lines,
-    read_settings,
-    run_folder,
-)
+from csalign.runs import metadata
 
 NO_SPLIT = "no split"
 STUDY, JOURNAL = "study.json", "journal.log"  # as in `training.tuning.tune`
@@ -97,7 +88,7 @@ def _inspect(path: Path) -> dict[str, Any]:
             return found
         if (folder / STUDY).is_file():
             return _inspect_study(folder)
-        if (folder / ADAPTER).is_file():
+        if (folder / metadata.ADAPTER).is_file():
             is_export = (folder / CARD).is_file()
             return _inspect_export(folder) if is_export else _inspect_run(folder)
         if (folder / INDEX).is_file():
@@ -108,8 +99,8 @@ def _inspect(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: contains arrays; make a feature set of them with csalign import")
     raise DataError(
         f"{path}: is not an artifact of csalign: it contains no {MANIFEST} (feature set), "
-        f"{ADAPTER} (run or export), {INDEX} (index) or {STUDY} (study); photos and tables are "
-        "read by csalign extract, arrays by csalign import"
+        f"{metadata.ADAPTER} (run or export), {INDEX} (index) or {STUDY} (study); photos and "
+        "tables are read by csalign extract, arrays by csalign import"
     )
 
 
@@ -157,14 +148,14 @@ def _inspect_unfinished(folder: Path) -> dict[str, Any]:
     except SchemaError:
         document = {}
     kind = document.get("format")
-    found = {"path": str(folder), "out": out, "config": str(folder / CONFIG)}
+    found = {"path": str(folder), "out": out, "config": str(folder / metadata.CONFIG)}
     if kind == Job.FORMAT:
         job = read_job(folder / JOB, Job)
         assert job is not None
         partial = PartialSet(folder, Path(out), job, WorkShard(0, 1))
         return {"kind": "unfinished features", **found, **partial.describe()}
     if kind == "csalign-training":
-        lines = list(_complete_lines(folder / LINES))
+        lines = list(_complete_lines(folder / metadata.LINES))
         steps = document["options"].get("steps")
         return {"kind": "unfinished run", **found, "step": _last_step(lines), "steps": steps}
     raise OutputError(f"{folder}: was left by an unfinished command; rerun it to resume")
@@ -191,9 +182,9 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
     from csalign.runs.load import load_run
 
     adapter, info = load_run(folder)
-    run = run_folder(folder)
-    settings, environment = read_settings(run), read_environment(run)
-    lines = read_lines(run)
+    run = metadata.run_folder(folder)
+    settings, environment = metadata.read_settings(run), metadata.read_environment(run)
+    lines = metadata.read_lines(run)
     scores = [line for line in lines if "validation" in line]
     return {
         "kind": "run",
@@ -209,7 +200,7 @@ def _inspect_run(folder: Path) -> dict[str, Any]:
         "bytes": _bytes(folder),
         "validation": scores,
         "figures": info.validation,
-        "refit": find_refit(lines),
+        "refit": metadata.find_refit(lines),
     }
 
 
@@ -245,7 +236,7 @@ def _inspect_study(folder: Path) -> dict[str, Any]:
     return {
         "kind": "study",
         "path": str(folder),
-        "config": str(folder / CONFIG),
+        "config": str(folder / metadata.CONFIG),
         "search": study.get("search", []),
         "trials": len(trials),
         "best": best,

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from csalign.adapters.checkpoint import AdapterInfo, read_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Floats
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.paths import is_remote
@@ -26,7 +24,6 @@ from csalign.runs.metadata import ADAPTER, find_features
 
 log = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float32]
 S = TypeVar("S", bound=SourceOptions)
 
 _TRAINED = {  # by what is known, and whether it is a baseline

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from csalign.core import distributed
+from csalign.core.arrays import Floats, Ints
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.evaluation import protocols
@@ -21,7 +22,7 @@ from csalign.evaluation.extra_metrics import (
     prepare_extras,
 )
 from csalign.evaluation.loading import Loaded, align, embed, load, load_adapter, warn_of_trained
-from csalign.evaluation.protocols import AlignedRows, Floats
+from csalign.evaluation.protocols import AlignedRows
 from csalign.features import join
 from csalign.features.checks import warn_of_queries
 from csalign.features.reader import FeatureSet
@@ -62,7 +63,7 @@ class Evaluation:
         return DirectionRanks.joined(forth), DirectionRanks.joined(back)
 
     @cached_property
-    def first_ranks(self) -> list[list[protocols.Ints]]:
+    def first_ranks(self) -> list[list[Ints]]:
         """Rank of each query's best match, both ways per fold; where exact, twins are matches."""
         found = [[own.first for own in ranks] for ranks in self.fold_ranks]
         if self.options.index != "exact":

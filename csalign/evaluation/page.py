@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.outputs import check_page
@@ -24,14 +24,7 @@ from csalign.metrics.twins import Twins
 from csalign.report.evaluation import RankedQuery, RunRecord, View, write_evaluation
 from csalign.report.page import Entry
 from csalign.report.thumbnails import Pictures
-from csalign.runs.metadata import (
-    FEATURES,
-    SUMS,
-    read_environment,
-    read_lines,
-    read_settings,
-    run_folder,
-)
+from csalign.runs import metadata
 
 DRAWN = 1_000  # pairs in a projection
 SAMPLED = 5_000  # pairs, for cosines and spectra
@@ -40,9 +33,6 @@ QUERIES_AT_A_TIME = 256
 THUMBNAIL = 128  # pixels
 ROUNDING = 1e-8  # of the largest eigenvalue; smaller ones are rounding errors
 FEWEST_TO_MAP = 20  # rows, for UMAP
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 def write_report(
@@ -57,26 +47,17 @@ def write_report(
 ) -> None:
     """Write the page of an evaluation and a run, either of which may be None.
 
-    Args:
-        page: where to write it, and what it shows.
-        title: of the page.
-        evaluation: with the rows to show, and the seed of their sample.
-        document: of the evaluation.
-        run: whose training to show.
-        is_training: whether the page is that of the training.
-        drawn: pairs in a projection, at most.
-
     Raises:
         SchemaError: the record of the run is damaged.
     """
     path, record = page.report, None
     assert path is not None
     if run is not None:
-        folder = run_folder(run)
-        environment = read_environment(folder)
-        for private in (SUMS, FEATURES):
+        folder = metadata.run_folder(run)
+        environment = metadata.read_environment(folder)
+        for private in (metadata.SUMS, metadata.FEATURES):
             environment.pop(private, None)
-        record = RunRecord(read_lines(folder), read_settings(folder), environment)
+        record = RunRecord(metadata.read_lines(folder), metadata.read_settings(folder), environment)
     if evaluation is None:
         write_evaluation(path, title, None, [], [], {}, record, is_training=is_training)
         return
@@ -147,14 +128,14 @@ def _neighbours(images: Floats, texts: Floats, seed: int) -> tuple[Floats, Float
     return x, y
 
 
-def _singular_values(rows: Floats) -> npt.NDArray[np.float64]:
+def _singular_values(rows: Floats) -> Doubles:
     centred = rows.astype(np.float64) - rows.mean(0, dtype=np.float64)
     values = np.linalg.eigvalsh(centred.T @ centred)[::-1]
-    kept: npt.NDArray[np.float64] = values[values > max(values[0], 1e-12) * ROUNDING]
+    kept: Doubles = values[values > max(values[0], 1e-12) * ROUNDING]
     return np.sqrt(kept)
 
 
-def _project(rows: Floats) -> tuple[npt.NDArray[np.float64], float]:
+def _project(rows: Floats) -> tuple[Doubles, float]:
     """Project onto the first two principal axes, (n, 2); return their share of the variance too."""
     centred = rows - rows.mean(0, dtype=np.float64)
     values, vectors = np.linalg.eigh(centred.T @ centred)

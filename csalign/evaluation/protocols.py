@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from csalign.core.arrays import Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted, percent
@@ -22,8 +22,6 @@ from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks, mean_recall, rank_both_ways
 from csalign.metrics.twins import Twins
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 Ranks = tuple[DirectionRanks, DirectionRanks]
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -170,12 +168,7 @@ def retrieval_block(folds: Sequence[Ranks]) -> dict[str, Any]:
 
 
 def twins_block(twins: Sequence[Twins], first: Sequence[Sequence[Ints]]) -> dict[str, Any]:
-    """Build the "twins" block, {} if there are none.
-
-    Args:
-        twins: of each fold.
-        first: of each fold the ranks of `Twins.first_ranks`; empty if they are unknown.
-    """
+    """Build the "twins" block, {} without any, from `Twins.first_ranks` (empty if unknown)."""
     images, texts = (sum(int(own.shared[side].sum()) for own in twins) for side in (0, 1))
     if not images + texts:
         return {}

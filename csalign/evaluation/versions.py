@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from csalign.adapters.canonical import ClosedForm, PairMoments
+from csalign.core.arrays import Array, Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.figures import percent
@@ -33,8 +33,6 @@ from csalign.metrics.bootstrap import percentiles
 
 log = logging.getLogger(__name__)
 
-Rows = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 NEIGHBOURS = 10
 FEWEST = 60  # common ids for neighbours and maps
@@ -130,7 +128,7 @@ class _Version:
 
     table: FeatureTable
     ids: pa.ChunkedArray  # of all rows of the set, (n,)
-    values: npt.NDArray[Any]  # (n, d) as stored
+    values: Array  # (n, d) as stored
     rows: Ints  # those that are compared, (m,)
 
     @classmethod
@@ -147,7 +145,7 @@ class _Version:
     def take(self, places: Ints) -> "_Version":
         return replace(self, rows=self.rows[places])
 
-    def unit(self, places: Any) -> Rows:
+    def unit(self, places: Any) -> Floats:
         rows = self.rows[places]
         return unit_rows(self.values[rows], self.ids.take(pa.array(rows)), str(self.table.folder))
 
@@ -262,7 +260,7 @@ def _neighbours(old: _Version, new: _Version) -> dict[str, Any]:
     return found
 
 
-def _learn(x: Rows, y: Rows) -> ClosedForm:
+def _learn(x: Floats, y: Floats) -> ClosedForm:
     """Fit old rows (n, d) to new ones (n, e): the map of the best mean cosine on a held-out fifth.
 
     With few pairs the cosine is less noisy than the retention, and with many it chooses as well.
@@ -274,7 +272,7 @@ def _learn(x: Rows, y: Rows) -> ClosedForm:
     return every[int(np.argmax(cosines))]
 
 
-def _forms(x: Rows, y: Rows) -> list[ClosedForm]:
+def _forms(x: Floats, y: Floats) -> list[ClosedForm]:
     rows = np.arange(len(x))
     moments = PairMoments.of(x, y, (rows, rows), np.ones(len(x)))
     ridges = (moments.ridge(Modality.TEXT, ridge) for ridge in RIDGES)

@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 
 CHUNK_ROWS = 65_536
 IN_MEMORY = "arrays-in-memory"
 """Name of the folder of a temporary feature set."""
-
-Array = npt.NDArray[Any]
 
 
 def as_rows(values: Any, name: str) -> Array:

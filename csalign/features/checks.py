@@ -1,12 +1,11 @@
 """Rows that cannot be used (no direction), and warnings of rows from which little can be learnt."""
 
 import logging
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from csalign.core.arrays import Array, Floats, Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import percent
@@ -16,8 +15,6 @@ from csalign.features.reader import FeatureSet, FeatureTable
 
 log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 
 CHECKED_ROWS = 65_536  # at a time, since a check makes a float32 copy
 _CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
@@ -59,17 +56,17 @@ def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]
     return found
 
 
-def _norms_fit(rows: Array) -> npt.NDArray[np.bool_]:
+def _norms_fit(rows: Array) -> Mask:
     wide = rows.astype(np.float32, copy=False)
     norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    fit: npt.NDArray[np.bool_] = (norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)
+    fit: Mask = (norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)
     return fit
 
 
-def _are_halves_good(rows: Array) -> npt.NDArray[np.bool_]:
+def _are_halves_good(rows: Array) -> Mask:
     """Check rows of float16, whose norms fit if they are finite and not 0, by their bits."""
     largest = (rows.astype("=f2", copy=False).view(np.uint16) & 0x7FFF).max(axis=1, initial=0)
-    good: npt.NDArray[np.bool_] = (largest > 0) & (largest < _INFINITE_HALF)
+    good: Mask = (largest > 0) & (largest < _INFINITE_HALF)
     return good
 
 
@@ -91,13 +88,13 @@ def check_directions(vectors: Array, ids: pa.Array, where: str) -> None:
             raise DataError(f"{where}: the embedding of {ids[start + row].as_py()!r} {reason}")
 
 
-def unit_rows(values: Array, ids: pa.Array, where: str) -> npt.NDArray[np.float32]:
+def unit_rows(values: Array, ids: pa.Array, where: str) -> Floats:
     """Scale rows (n, d) to norm 1, in float32, after `check_directions`."""
     check_directions(values, ids, where)
     return scaled(values)
 
 
-def scaled(rows: Array) -> npt.NDArray[np.float32]:
+def scaled(rows: Array) -> Floats:
     """Scale rows (n, d) to norm 1, in float32; those of norm 0 stay."""
     wide = rows.astype(np.float32)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Ints
 from csalign.core.progress import tick
 from csalign.features import schema
 from csalign.features.checks import check_directions
@@ -20,10 +21,8 @@ from csalign.features.join import first_alike, hash_rows
 from csalign.features.reader import FeatureTable, batch_vectors
 from csalign.features.streaming import MIB, MemoryBudget
 
-Floats = npt.NDArray[np.float64]
 Products = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int16]
-Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 NEAR = 0.9
@@ -74,11 +73,7 @@ class Links:
 
 
 def link_near_duplicates(
-    table: FeatureTable,
-    hashes: Hashes,
-    links: Links,
-    *,
-    exact_rows: int = EXACT_ROWS,
+    table: FeatureTable, hashes: Hashes, links: Links, *, exact_rows: int = EXACT_ROWS
 ) -> float | None:
     """Link the images that are copies or near-duplicates of each other.
 
@@ -127,7 +122,7 @@ def _hash_embeddings(table: FeatureTable) -> Ints:
     return np.concatenate(found)
 
 
-def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Floats]]:
+def _unit_rows(table: FeatureTable, rows: Ints) -> Iterator[tuple[slice, Doubles]]:
     """Stream rows (ascending) scaled to norm 1, in float64 so that rounding leaves no trace."""
     for places, local, batch in table.parts([schema.EMBEDDING], rows):
         wide = batch_vectors(batch, schema.EMBEDDING)[local].astype(np.float64)
@@ -225,10 +220,8 @@ def _near_pairs(
 def merge_pairs(n: int, first: Ints, second: Ints) -> Ints:
     """Merge `n` rows into groups, by pairs (k,) of near rows, the closest first.
 
-    Two groups become one once at least half of the pairs between them have come.
-
-    Returns:
-        A row of each row's group, (n,).
+    Two groups become one once at least half of the pairs between them have come. Returns a row of
+    each row's group, (n,).
     """
     parents, sizes = list(range(n)), [1] * n
     shared: dict[int, dict[int, int]] = {}  # pairs between two groups so far

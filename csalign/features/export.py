@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csalign.core import __version__, atomic
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import CsalignError, DataError, SchemaError, ShapeError
 from csalign.core.records import read_object
 from csalign.features import schema
 from csalign.features.reader import AGAIN
 from csalign.features.schema import ALIGNED, UNKNOWN, EncoderInfo
-from csalign.features.writer import Array, FeatureWriter, Rows
+from csalign.features.writer import FeatureWriter, Rows
 
 PART_ROWS = 1_000_000  # per file of clip-retrieval
 NOTE = "aligned.json"
@@ -59,13 +60,7 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
 class NpyExport:
     """Write ``images.npy`` and ``texts.npy``, each with a .csv of its strings, a line per row.
 
-    A context manager: leaving the block without an exception writes ``aligned.json``.
-
-    Args:
-        folder: an empty folder.
-        shapes: (rows, width) of each side.
-        dtype: "float16" or "float32".
-        note: further entries of ``aligned.json``.
+    A context manager: leaving the block without an exception writes ``aligned.json``, with `note`.
     """
 
     layout = "npy"

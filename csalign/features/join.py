@@ -3,21 +3,16 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Array, Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, ShapeError
 from csalign.features import schema
 from csalign.features.reader import AGAIN, FeatureSet, FeatureTable
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 _MIX = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)
 ALL = "all"
@@ -151,11 +146,7 @@ class Joined:
         return Joined(self.name, len(images), text_image, compact(image_rows), compact(text_rows))
 
     def add(self, other: "Joined") -> tuple["Joined", Mask]:
-        """Add the captioned images of another split and their captions.
-
-        Returns:
-            All rows in the order of the tables, and a mask of the added images, (n,).
-        """
+        """Add the captioned images of another split, in the order of the tables; and a mask."""
         other = other.take_images(other.caption_counts > 0)
         image_rows, text_rows = (
             np.concatenate([self._rows(side), other._rows(side)]) for side in Modality
@@ -252,11 +243,7 @@ def _no_pairs(features: FeatureSet, split: str, joined: Joined) -> str:
 
 
 def join_ids(features: FeatureSet, split: str) -> Joined:
-    """Select splits and join texts to images, without reading embeddings.
-
-    Args:
-        features: an open feature set.
-        split: names of splits, comma-separated, or "all" for every row.
+    """Select splits ("all", or comma-separated) and join texts to images; reads no embeddings.
 
     Raises:
         SchemaError: an id repeats, or the image of a text is missing or in another split.
@@ -322,9 +309,8 @@ def select_rows(table: FeatureTable, names: Collection[str | None] | None) -> In
 def item_columns(features: FeatureSet, joined: Joined, side: Modality) -> dict[str, pa.Array]:
     """Read what is shown of each row of one side when a search finds it.
 
-    Returns:
-        The columns id; image_id, of texts; caption, of images that of their first text; and
-        source, of texts that of their image.
+    That is id; image_id, of texts; caption, of images that of their first text; and source, of
+    texts that of their image.
     """
     sources = features.images.strings(schema.SOURCE, joined.image_rows)
     captions = features.texts.strings(schema.CAPTION, joined.text_rows)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-Array = npt.NDArray[Any]
+from csalign.core.arrays import Array
 
 # Of Thrift's compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _BINARY, _LIST, _STRUCT = 1, 2, 3, 4, 5, 6, 8, 9, 12
@@ -99,13 +98,7 @@ def full_levels(rows: int, width: int) -> bytes:
 
 
 class VectorFile:
-    """Write a Parquet file with a column of vectors; Arrow writes the others.
-
-    Args:
-        path: of the file.
-        columns: the schema; the vectors are `pa.FixedSizeListArray` without nulls.
-        name: the column of vectors.
-        options: of `pq.ParquetWriter`.
+    """Write a Parquet file whose column `name` has vectors without nulls; Arrow writes the others.
 
     Attributes:
         bytes: written so far.

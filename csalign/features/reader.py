@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from csalign.core.arrays import Array, Indices
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote, stand_in
@@ -20,9 +20,6 @@ from csalign.core.progress import tick, track
 from csalign.features import schema, verified
 from csalign.features.pages import fixed_lists, read_vectors
 from csalign.features.schema import EncoderInfo, Manifest, Shard, Splits, read_manifest
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[Any]
 
 AGAIN = "create the feature set again"
 
@@ -133,11 +130,7 @@ class FeatureTable:
         return column.cast(pa.string()).combine_chunks()
 
     def verify(self, *, again: bool = True) -> None:
-        """Compare every file with its checksum; raises SchemaError if one does not match.
-
-        Args:
-            again: also those that matched before and have not changed.
-        """
+        """Compare files with their checksums, `again` or if changed; raises SchemaError."""
         for shard in track(self.shards, "verifying: files", len(self.shards)):
             self._verify_file(shard, AGAIN, again=again)
         if (file := self._split_file) is not None:
@@ -169,19 +162,16 @@ class FeatureTable:
             tick("reading: rows", first + len(values), len(self))
         return out
 
-    def read(self, *columns: str, rows: Ints | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Stream columns, a row group at a time, with the number of its first row.
-
-        Args:
-            columns: names.
-            rows: ascending; row groups that hold none of them are skipped. None reads all.
-        """
+    def read(
+        self, *columns: str, rows: Indices | None = None
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Stream columns of the row groups of `rows` (ascending), and the row each begins with."""
         return self._read(columns, rows)
 
     def _read(
         self,
         columns: Sequence[str],
-        rows: Ints | None,
+        rows: Indices | None,
         out: Array | None = None,
         *,
         is_verified: bool = False,
@@ -220,19 +210,15 @@ class FeatureTable:
         return batch.set_column(place, batch.schema.field(place), own)
 
     def parts(
-        self, columns: Sequence[str], rows: Ints | None
-    ) -> Iterator[tuple[slice, Ints, pa.RecordBatch]]:
-        """Stream the row groups that contain some rows, ascending; None for all.
-
-        Yields:
-            Positions in `rows`, the places of these rows in the batch, and the batch.
-        """
+        self, columns: Sequence[str], rows: Indices | None
+    ) -> Iterator[tuple[slice, Indices, pa.RecordBatch]]:
+        """Yield for each row group with some rows their positions in `rows`, and in the batch."""
         for first, batch in self.read(*columns, rows=rows):
             positions, local = places_within(rows, first, first + len(batch))
             if len(local):
                 yield positions, local, batch
 
-    def take(self, rows: Ints | None) -> Array:
+    def take(self, rows: Indices | None) -> Array:
         """Read the embeddings of some rows (ascending), (k, d), in the stored dtype."""
         parts = [
             batch_vectors(batch, schema.EMBEDDING)[local]
@@ -240,7 +226,7 @@ class FeatureTable:
         ]
         return np.concatenate(parts or [np.empty((0, self.width), schema.DTYPES[self.dtype])])
 
-    def column(self, name: str, rows: Ints | None = None) -> pa.ChunkedArray:
+    def column(self, name: str, rows: Indices | None = None) -> pa.ChunkedArray:
         """Read a string column, all of it or some rows (ascending)."""
         chunks = [
             batch.column(name) if len(local) == len(batch) else batch.column(name).take(local)
@@ -248,7 +234,7 @@ class FeatureTable:
         ]
         return pa.chunked_array(chunks, pa.string())
 
-    def strings(self, name: str, rows: Ints | None = None) -> pa.Array:
+    def strings(self, name: str, rows: Indices | None = None) -> pa.Array:
         """Read a string column as one array of large strings, which may exceed 2 GiB."""
         return self.column(name, rows).cast(pa.large_string()).combine_chunks()
 
@@ -304,9 +290,7 @@ class FeatureSet:
     def open(cls, path: Path, *, stored_splits: bool = False) -> Self:
         """Open a feature set and check its files against its manifest.
 
-        Args:
-            path: its folder.
-            stored_splits: ignore the splits that were made after the rows were written.
+        `stored_splits` ignores the splits that were made after the rows were written.
 
         Raises:
             DataError: there is no feature set at `path`.
@@ -349,7 +333,7 @@ class FeatureSet:
         return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or "")))
 
 
-def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints]:
+def places_within(rows: Indices | None, first: int, last: int) -> tuple[slice, Indices]:
     """Find the rows (ascending; None is all) from `first` to before `last`.
 
     Returns their positions in `rows`, and their places counted from `first`.
@@ -360,7 +344,7 @@ def places_within(rows: Ints | None, first: int, last: int) -> tuple[slice, Ints
     return slice(start, stop), rows[start:stop] - first
 
 
-def _is_wanted(rows: Ints | None, first: int, last: int) -> bool:
+def _is_wanted(rows: Indices | None, first: int, last: int) -> bool:
     return first < last and (rows is None or len(places_within(rows, first, last)[1]) > 0)
 
 

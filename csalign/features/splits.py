@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from csalign.core import atomic
+from csalign.core.arrays import Ints, Mask
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
@@ -28,8 +28,6 @@ from csalign.features.schema import Splits, SplitSettings
 
 log = logging.getLogger(__name__)
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 TRAIN = "train"
 MOST_SHARING = 5  # images of a caption that keeps them together

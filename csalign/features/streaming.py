@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from csalign.core import distributed
+from csalign.core.arrays import Array, Indices
 from csalign.core.enums import Modality
 from csalign.core.errors import OutputError
 from csalign.core.progress import tick
@@ -20,9 +20,6 @@ from csalign.features import schema
 from csalign.features.checks import check_directions
 from csalign.features.join import Joined, PairedRows, Pairs, compact, first_alike, text_keys
 from csalign.features.reader import FeatureSet, FeatureTable, batch_vectors, places_within
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[Any]
 
 MIB = 1 << 20
 SPARE_BYTES = 256 * MIB  # of the disk, for everything else that the run writes
@@ -137,10 +134,10 @@ class _Target(NamedTuple):
     """
 
     name: str
-    rows: Ints | None
+    rows: Indices | None
     out: Array
-    places: Ints | None = None
-    keys: Ints | None = None
+    places: Indices | None = None
+    keys: Indices | None = None
 
 
 def _fill(table: FeatureTable, targets: Sequence[_Target]) -> None:
@@ -176,13 +173,7 @@ def load_training(
 
     The texts come in the order of their images, unpaired ones last, so that rows that are used
     together are stored together. One process per machine reads; all get the training rows.
-
-    Args:
-        features: the feature set.
-        joined: the training rows.
-        held_out: the few rows to validate on; None in a process that does not validate.
-        budget: for the training rows.
-        with_keys: compute the caption keys; otherwise all captions count as different.
+    Without `with_keys` all captions count as different.
 
     Raises:
         DataError: a row has no direction.
@@ -234,7 +225,9 @@ def load_training(
     return training, held_out.with_embeddings(features, *validated.values())
 
 
-def load_vectors(table: FeatureTable, rows: Ints | None, budget: MemoryBudget, name: str) -> Array:
+def load_vectors(
+    table: FeatureTable, rows: Indices | None, budget: MemoryBudget, name: str
+) -> Array:
     """Read some rows of a table (ascending; None for all), in order; raises as `load_training`."""
     count = len(table) if rows is None else len(rows)
     out = budget.rows((count, table.width), schema.DTYPES[table.dtype])

@@ -3,24 +3,21 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Array, Indices, Mask
 from csalign.core.errors import DataError, SchemaError
 from csalign.features import schema
 from csalign.features.reader import FeatureTable, flat_tokens
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[Any]
 
 
 class PaddedTokens(NamedTuple):
     """Tokens of some rows."""
 
     values: Array  # (n, t, d) in the stored dtype, 0 in the padding; t >= 1 is the largest count
-    mask: npt.NDArray[np.bool_]  # (n, t), true for tokens, false for padding
+    mask: Mask  # (n, t), true for tokens, false for padding
 
 
 _Block = tuple[Array, Array]  # a decoded row group: tokens (k, d), and each row's start, (n + 1,)
@@ -67,10 +64,6 @@ def _bytes(block: _Block) -> int:
 class TokenRows:
     """The tokens of one side of a feature set, by row.
 
-    Args:
-        table: a side that stores tokens.
-        cache: its budget may be shared with other tables.
-
     Raises:
         DataError: the table stores no tokens.
         SchemaError: a shard is damaged.
@@ -84,11 +77,11 @@ class TokenRows:
         self.groups = table.row_groups()
         self._firsts = np.array([group.first for group in self.groups], np.int64)
 
-    def group_of(self, rows: Ints) -> Ints:
+    def group_of(self, rows: Indices) -> Indices:
         """Return the row group of each row."""
         return np.searchsorted(self._firsts, rows, side="right") - 1
 
-    def take(self, rows: Ints, draws: Array | None = None) -> PaddedTokens:
+    def take(self, rows: Indices, draws: Array | None = None) -> PaddedTokens:
         """Read the tokens of some rows; see `Wanted` and `take_together`."""
         return take_together([Wanted(self, rows, draws)])[0]
 
@@ -112,7 +105,7 @@ class Wanted(NamedTuple):
     """
 
     source: TokenRows
-    rows: Ints
+    rows: Indices
     draws: Array | None = None
 
 

@@ -15,13 +15,7 @@ _SETTLED = 2.0
 
 
 def matches(path: Path, sha256: str, *, again: bool = False) -> bool:
-    """Compare a file with its SHA-256, unless it matched before and has not changed.
-
-    Args:
-        path: local files alone are remembered.
-        sha256: in hex.
-        again: read the file in any case.
-    """
+    """Compare a file with its SHA-256, `again` or unless it matched and has not changed."""
     mark = _mark(path, sha256)
     if mark is not None and not again and _exists(mark):
         return True

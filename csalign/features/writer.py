@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from csalign.core import __version__, atomic
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.features import schema
@@ -25,7 +25,6 @@ ROW_GROUP_ROWS = 8_192
 ROW_GROUP_BYTES = 32 << 20
 SHARD_BYTES = 512 << 20
 
-Array = npt.NDArray[Any]
 Strings = Sequence[str | None]
 
 
@@ -61,15 +60,7 @@ class Rows:
 
 
 class ShardWriter:
-    """Write one Parquet file of one side; `close` completes it.
-
-    Args:
-        folder: the feature set, local or in an object store.
-        name: of the file, without its suffix: ``part-00000``.
-        modality: the side.
-        info: its encoder.
-        dtype: "float16" or "float32".
-    """
+    """Write one Parquet file of one side; `close` completes it."""
 
     def __init__(
         self, folder: Path, name: str, modality: Modality, info: EncoderInfo, dtype: str

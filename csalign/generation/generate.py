@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter, read_info
 from csalign.core import atomic, locks, outputs
+from csalign.core.arrays import Array
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError, Stopped
@@ -57,7 +57,7 @@ class Prompts:
 
     ids: Sequence[str]
     texts: Sequence[str]  # "" where an embedding has none
-    embeddings: npt.NDArray[Any]  # (n, d) float32, unit rows
+    embeddings: Array  # (n, d) float32, unit rows
     fingerprint: str  # of the texts and of the encoder that embedded them
 
 

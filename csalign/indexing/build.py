@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from rich.filesize import decimal
 
@@ -15,6 +14,7 @@ from csalign.adapters.checkpoint import WEIGHTS
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
+from csalign.core.arrays import Floats, Ints
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
@@ -42,9 +42,6 @@ RECALL_AT = 10
 QUERIES = 1_000  # that recall is measured on, at most
 REFERENCES = 50_000  # rows of the other side that hubs are estimated from, at most
 log = logging.getLogger(__name__)
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,7 @@ def index(config: IndexConfig, progress: Progress = silent) -> Result:
 
 
 def build_index(
-    features: FeatureSet,
-    items: ItemOptions,
-    options: VectorOptions,
-    *,
-    batch_size: int = 8_192,
+    features: FeatureSet, items: ItemOptions, options: VectorOptions, *, batch_size: int = 8_192
 ) -> SearchIndex:
     """Build an index in memory; embeddings are streamed by row group. Raises as `index` does."""
     side = Modality(items.side)

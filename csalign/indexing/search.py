@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Array, Floats
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality, renamed
 from csalign.core.errors import (
@@ -60,7 +60,6 @@ THUMBNAIL = 256  # pixels
 
 log = logging.getLogger(__name__)
 
-Floats = npt.NDArray[np.float32]
 Document = dict[str, Any]
 Queries = tuple[Sequence[str], Floats]  # names, and unit rows (q, d) in the shared space
 
@@ -226,7 +225,7 @@ def _read_picture(path: str) -> Any:
         raise DataError(f"{path}: cannot be read ({reason}); pass another image") from None
 
 
-def _read_array(path: Path) -> npt.NDArray[Any]:
+def _read_array(path: Path) -> Array:
     """Read rows (n, d) of a .npy file."""
     try:
         with path.open("rb") as file:
@@ -237,7 +236,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
         ) from None
     if not isinstance(rows, np.ndarray) or not np.issubdtype(rows.dtype, np.floating):
         raise DataError(f"{path}: does not contain an array of floats; save it with numpy.save")
-    found: npt.NDArray[Any] = np.atleast_2d(rows)
+    found: Array = np.atleast_2d(rows)
     if found.ndim != 2 or not found.size:
         raise ShapeError(f"{path}: has shape {rows.shape}; it must be (d,) or (n, d)")
     return found

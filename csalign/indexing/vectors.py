@@ -10,8 +10,8 @@ from typing import Any, Self
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.errors import ConfigError, DataError, OutputError, SchemaError
 from csalign.core.paths import stand_in
 from csalign.indexing.manifest import REMEDY, Correction
@@ -24,9 +24,6 @@ MIN_SAMPLE = 16_384  # rows to train on, enough for codes of 8 bits
 MAX_EF_SEARCH = 1_024
 GROWTH = 1.5  # memory that FAISS needs while its lists grow, per byte of the index
 TIED = 1e-6  # scores that differ by less are equal
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 def choose_factory(rows: int) -> str:
@@ -146,11 +143,7 @@ class VectorIndex:
 
 
 def exact_neighbours(queries: Floats, parts: Iterator[Floats], top: int) -> tuple[Floats, Ints]:
-    """Find the exact nearest rows of queries (q, d) among at least `top` streamed rows (n, d).
-
-    Returns:
-        Scores, descending, and rows, (q, top) each.
-    """
+    """Return scores, descending, and rows, (q, top) each, of queries (q, d) among rows (n, d)."""
     heap, seen = faiss.ResultHeap(len(queries), top, keep_max=True), 0
     for part in parts:
         rows = np.ascontiguousarray(part)
@@ -167,7 +160,7 @@ class HubCorrection:
     """Map unit rows to vectors whose inner products are corrected scores."""
 
     name: Correction | None  # None leaves the rows as they are
-    means: npt.NDArray[np.float64] | None = None  # (2, d), items' and other side, for "centre"
+    means: Doubles | None = None  # (2, d), items' and other side, for "centre"
     references: Floats | None = None  # (r, d) of the other side, for the penalties of items
 
     def items(self, rows: Floats) -> Floats:

@@ -25,14 +25,7 @@ from csalign.features import schema
 from csalign.features.checks import warn_of_rows
 from csalign.features.reader import FeatureSet
 from csalign.ingest.config import ExtractConfig
-from csalign.ingest.job import (
-    Job,
-    PartRecord,
-    WorkShard,
-    assigned_parts,
-    check_array,
-    parse_shard,
-)
+from csalign.ingest.job import Job, PartRecord, WorkShard, assigned_parts, check_array, parse_shard
 from csalign.ingest.locks import open_partial_set, sole_owner
 from csalign.ingest.partial_set import PartialSet
 from csalign.ingest.pipeline import Pipeline

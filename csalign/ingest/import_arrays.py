@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from csalign.core import atomic, outputs
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError
 from csalign.core.progress import Progress, silent
@@ -24,7 +25,7 @@ from csalign.features.splits import divide, usual_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
-from csalign.sources.arrays.base import Array, Vectors
+from csalign.sources.arrays.base import Vectors
 from csalign.sources.arrays.naming import label_side
 from csalign.sources.arrays.opening import labels_beside, read_both, read_side, split_spec
 from csalign.sources.arrays.tables import read_label_table
@@ -42,10 +43,6 @@ def import_arrays(config: ImportConfig, progress: Progress = silent) -> Features
     """Write embeddings and the labels of their rows as a feature set.
 
     Embeddings are streamed; ids, captions and other labels are held in memory.
-
-    Args:
-        config: the files and tables.
-        progress: called with the number of rows written.
 
     Raises:
         ConfigError: options conflict, or leave open which side is which.

@@ -29,14 +29,8 @@ def open_partial_set(
     """Begin or resume a job, holding the lock of this process's shard.
 
     In an object store there are no locks: processes of the same shard write the same bytes.
-
-    Args:
-        out: the feature set to build.
-        job: describes it.
-        shard: of this process.
-        config: content of ``config.toml``, that of the process that begins.
-        restart: remove the unfinished parts of another job.
-        retry: resume although the source has changed; the caller rebuilds the parts of the change.
+    `restart` removes the unfinished parts of another job; `retry` resumes although the source has
+    changed, and the caller rebuilds the parts of the change.
 
     Raises:
         OutputError: the folder contains another job, or another process has this shard.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from csalign.core.arrays import Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.figures import counted
 from csalign.features import schema
@@ -25,9 +25,6 @@ from csalign.ingest.job import DIGEST_BYTES, Job, PartRecord
 log = logging.getLogger(__name__)
 
 _HELD_OUT = {"test": 0, "val": 1, "train": 3, "": 4}  # others are between val and train
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 def join_repeats(

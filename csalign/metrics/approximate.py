@@ -5,12 +5,9 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Floats, Ints, Mask
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 IndexName = Literal["ivf", "hnsw"]
 
@@ -81,9 +78,7 @@ def _rank(
     return DirectionRanks.joined(parts)
 
 
-def _ranks_in_list(
-    scores: Floats, matches: npt.NDArray[np.bool_], counts: Ints, last: int
-) -> DirectionRanks:
+def _ranks_in_list(scores: Floats, matches: Mask, counts: Ints, last: int) -> DirectionRanks:
     """Compute ranks from the falling scores of the listed items and their matches, (q, l)."""
     wrong = np.cumsum(~matches, axis=1)
     for place in reversed(range(wrong.shape[1] - 1)):  # ties count against the model

@@ -13,15 +13,12 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from csalign.core.arrays import Array, Doubles, Floats, Ints
 from csalign.core.progress import tick
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.float32]
 Place = tuple[str, ...]
 Interval = tuple[float, float]
 
@@ -38,7 +35,7 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 class Resampled(Protocol):
     """Figures that can be computed on each resample beside those of retrieval and gap."""
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
+    def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute figures (resamples,) by place, such as ``("mixed", "image", "ndcg@10")``.
 
         weights are (resamples, units), how often each unit was drawn; unit i is image i with its
@@ -52,7 +49,7 @@ class FoldMeans:
 
     folds: Sequence[tuple[Ints, Resampled]]
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
+    def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, as `Resampled` describes."""
         found = [own.figures(weights[:, images]) for images, own in self.folds]
         return {place: np.mean([own[place] for own in found], axis=0) for place in found[0]}
@@ -75,7 +72,7 @@ class Resamples:
     "ndcg@10")``; images is the number of images with texts.
     """
 
-    figures: dict[Place, Floats]
+    figures: dict[Place, Doubles]
     images: int
 
     def intervals(self) -> dict[str, Any]:
@@ -104,7 +101,7 @@ def nested(found: Mapping[Place, Any]) -> dict[str, Any]:
     return document
 
 
-def percentiles(values: Floats) -> Interval:
+def percentiles(values: Doubles) -> Interval:
     """Return the bounds of the middle 95 % of the values."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -112,8 +109,8 @@ def percentiles(values: Floats) -> Interval:
 
 def resample(
     ranks: tuple[DirectionRanks, DirectionRanks],
-    images: Rows,
-    texts: Rows,
+    images: Floats,
+    texts: Floats,
     text_image: Ints,
     *,
     resamples: int,
@@ -195,7 +192,7 @@ class Units:
         """Image of each paired text."""
         return self.of_text[self.paired]
 
-    def total(self, units: Ints, values: npt.NDArray[Any] | None = None) -> Floats:
+    def total(self, units: Ints, values: Array | None = None) -> Doubles:
         """Sum the values, or count, by unit, (count,)."""
         return np.bincount(units, weights=values, minlength=self.count).astype(np.float64)
 
@@ -223,8 +220,8 @@ class Units:
 class _RetrievalSums:
     """Ranks of one direction: sums by unit of the figures, queries by unit, and sorted ranks."""
 
-    sums: dict[str, Floats]
-    queries: Floats
+    sums: dict[str, Doubles]
+    queries: Doubles
     first: Ints
     owners: Ints
 
@@ -234,14 +231,14 @@ class _RetrievalSums:
         order = np.argsort(ranks.first, kind="stable")
         return cls(sums, units.total(owners), ranks.first[order], owners[order])
 
-    def figures(self, weights: Ints) -> dict[str, Floats]:
+    def figures(self, weights: Ints) -> dict[str, Doubles]:
         """Compute each figure on each resample, from weights (resamples, units)."""
         count = weights @ self.queries
         means = weights.astype(np.float64) @ np.stack(list(self.sums.values()), axis=1)
         found = {name: column / count for name, column in zip(self.sums, means.T, strict=True)}
         return found | {"median_rank": self._medians(weights, count)}
 
-    def _medians(self, weights: Ints, count: Floats) -> Floats:
+    def _medians(self, weights: Ints, count: Doubles) -> Doubles:
         """Compute the median rank of each resample, of count (resamples,) queries."""
         n = len(self.first)
         middles = (count - 1) // 2, count // 2
@@ -253,7 +250,7 @@ class _RetrievalSums:
             places = [(below <= middle[:, None]).sum(1) for middle in middles]
             if start == 0 or (places[0].min() > 0 and places[1].max() < stop - start):
                 break
-        medians: Floats = sum(self.first[start + place] for place in places) / 2
+        medians: Doubles = sum(self.first[start + place] for place in places) / 2
         return medians
 
 
@@ -265,13 +262,13 @@ class _GapSums:
     squared distances of a unit's pairs.
     """
 
-    images: Rows
-    texts: Rows
-    counts: Floats
-    squares: Floats
+    images: Floats
+    texts: Floats
+    counts: Doubles
+    squares: Doubles
 
     @classmethod
-    def of(cls, images: Rows, texts: Rows, units: Units) -> "_GapSums":
+    def of(cls, images: Floats, texts: Floats, units: Units) -> "_GapSums":
         summed = np.zeros((units.count, texts.shape[1]), np.float32)
         rows = torch.from_numpy(units.of_text), torch.from_numpy(texts)
         torch.from_numpy(summed).index_add_(0, *rows)
@@ -284,7 +281,7 @@ class _GapSums:
         counts = np.stack([units.total(rows) for rows in members], axis=1)
         return cls(images, summed, counts, units.total(units.owners, distances))
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
+    def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, from weights (resamples, units)."""
         narrow, wide = weights.astype(np.float32), weights.astype(np.float64)
         sum_x = (narrow[:, : len(self.images)] @ self.images).astype(np.float64)
@@ -302,7 +299,7 @@ class _GapSums:
         }
 
 
-def _within(sums: Floats, rows: Floats, twice: Floats) -> Floats:
+def _within(sums: Doubles, rows: Doubles, twice: Doubles) -> Doubles:
     """Compute the mean of (1 - cos) / 2 over the pairs of different rows of each resample.
 
     sums is the (r, d) sum of the rows drawn, rows their number, and twice the sum of the squares of
@@ -310,5 +307,5 @@ def _within(sums: Floats, rows: Floats, twice: Floats) -> Floats:
     """
     pairs = rows**2 - twice
     cosines = np.square(sums).sum(axis=1) - twice
-    mean: Floats = np.divide(cosines, pairs, out=np.ones_like(pairs), where=pairs > 0)
+    mean: Doubles = np.divide(cosines, pairs, out=np.ones_like(pairs), where=pairs > 0)
     return (1 - mean) / 2

@@ -124,12 +124,8 @@ corrected.centre :: retrieval by cosines after the mean of its modality is subtr
 """
 
 
-def _parse(text: str) -> dict[str, tuple[str, str]]:
-    entries = (line.split(" :: ") for line in re.sub(r"\n +", " ", text.strip()).splitlines())
-    return {place: (formula, "".join(source)) for place, formula, *source in entries}
-
-
-EXPLANATIONS = _parse(_TEXT)
+_ENTRIES = (line.split(" :: ") for line in re.sub(r"\n +", " ", _TEXT.strip()).splitlines())
+EXPLANATIONS = {place: (formula, "".join(source)) for place, formula, *source in _ENTRIES}
 
 
 def explain(document: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Doubles, Floats, Ints, Mask
 from csalign.core.errors import DataError
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import DIRECTIONS, Place, nested
 from csalign.metrics.gap import pair_folds
 from csalign.metrics.retrieval import STRIP_BYTES
-
-Rows = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 MOST_IMAGES = 5_000
 STARTS = 10  # of k-means
@@ -36,7 +32,7 @@ class GroupTasks:
     owners: Ints  # image row of each row
     labels: Ints  # from 0
     clusters: Ints
-    correct: npt.NDArray[np.bool_]  # whether k-NN among the other side's rows gives the label
+    correct: Mask  # whether k-NN among the other side's rows gives the label
     images: int  # how many of the rows are images
 
     def summary(self) -> dict[str, Any]:
@@ -63,7 +59,7 @@ class GroupTasks:
             }
         )
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
+    def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, as `bootstrap.Resampled` describes.
 
         AMI has none: what chance gives would have to be computed for each resample.
@@ -82,7 +78,7 @@ class GroupTasks:
         }
 
 
-def agreement(weights: Floats, labels: Ints, clusters: Ints) -> tuple[Floats, Floats]:
+def agreement(weights: Doubles, labels: Ints, clusters: Ints) -> tuple[Doubles, Doubles]:
     """Compute V-measure and adjusted Rand index of weighted rows, (resamples,) each.
 
     Both are functions of the sums of the weights by label, by cluster and by both, so a weight is
@@ -109,17 +105,17 @@ def agreement(weights: Floats, labels: Ints, clusters: Ints) -> tuple[Floats, Fl
     return np.maximum(v_measure, 0), ari
 
 
-def _sums(weights: Floats, groups: Ints) -> Floats:
+def _sums(weights: Doubles, groups: Ints) -> Doubles:
     """Sum the weights (resamples, rows) of each group that has rows."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    found: Floats = np.add.reduceat(weights[:, order], starts, axis=1)
+    found: Doubles = np.add.reduceat(weights[:, order], starts, axis=1)
     return found
 
 
 def group_tasks(
-    images: Rows,
-    texts: Rows,
+    images: Floats,
+    texts: Floats,
     text_image: Ints,
     labels: Sequence[str | None],
     *,
@@ -176,8 +172,8 @@ def group_tasks(
 
 
 def _neighbours_agree(
-    rows: Sequence[Rows], classes: Sequence[Ints], folds: Sequence[Ints]
-) -> npt.NDArray[np.bool_]:
+    rows: Sequence[Floats], classes: Sequence[Ints], folds: Sequence[Ints]
+) -> Mask:
     """Return whether k-NN among the second side's rows gives the class of each of the first."""
     from sklearn import config_context
     from sklearn.neighbors import KNeighborsClassifier

@@ -4,16 +4,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.features.checks import alike
 from csalign.metrics.bootstrap import percentiles
 from csalign.metrics.retrieval import STRIP_BYTES, score_strips
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Doubles = npt.NDArray[np.float64]
 
 CELLS = 4 << 20  # of a table of resamples, at a time
 TOP = 5

@@ -7,18 +7,14 @@ own side come first whatever they show, which recall across sides does not notic
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import Place, nested
 from csalign.metrics.neighbours import largest, unpacked
 from csalign.metrics.retrieval import STRIP_BYTES
 from csalign.objective.products import product
-
-Rows = npt.NDArray[np.float32]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 DEPTH = 10
 MOST_QUERIES = 2_000  # per side
@@ -30,9 +26,9 @@ class SideRanks(NamedTuple):
     """What the queries of one side find in the gallery of both sides, (q,) each."""
 
     owners: Ints  # image row of each query
-    ndcg: Floats  # in [0, 1]
-    recall: Floats  # share of the right items that are among the first 10
-    same_side: Floats  # share of the first 10 that are of the query's side
+    ndcg: Doubles  # in [0, 1]
+    recall: Doubles  # share of the right items that are among the first 10
+    same_side: Doubles  # share of the first 10 that are of the query's side
 
 
 class MixedRanks(NamedTuple):
@@ -50,9 +46,9 @@ class MixedRanks(NamedTuple):
         once = np.ones((1, 1 + max(own.owners.max() for own in self)), np.int64)
         return nested({place[1:]: float(own[0]) for place, own in self.figures(once).items()})
 
-    def figures(self, weights: Ints) -> dict[Place, Floats]:
+    def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, as `bootstrap.Resampled` describes."""
-        found: dict[Place, Floats] = {}
+        found: dict[Place, Doubles] = {}
         drawn = [weights[:, own.owners].astype(np.float64) for own in self]
         for name in SideRanks._fields[1:]:
             means = [w @ getattr(own, name) / w.sum(1) for w, own in zip(drawn, self, strict=True)]
@@ -66,8 +62,8 @@ class MixedRanks(NamedTuple):
 
 
 def rank_mixed(
-    images: Rows,
-    texts: Rows,
+    images: Floats,
+    texts: Floats,
     text_image: Ints,
     *,
     seed: int,
@@ -109,7 +105,7 @@ def rank_mixed(
 class _Corpus:
     """Rows of both sides, numbered images first; side 0 is images, 1 texts."""
 
-    def __init__(self, images: Rows, texts: Rows, text_image: Ints) -> None:
+    def __init__(self, images: Floats, texts: Floats, text_image: Ints) -> None:
         self.sides = torch.from_numpy(images), torch.from_numpy(texts)
         self.starts = 0, len(images)
         self.owners = np.concatenate([np.arange(len(images)), text_image])

@@ -8,19 +8,15 @@ from threading import Lock, local
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.arrays import Array, Doubles, Floats, Ints
 from csalign.core.progress import tick, track
 from csalign.features.checks import scaled
 from csalign.metrics.neighbours import NEIGHBOURS, Neighbours, largest, unpacked
 from csalign.objective.products import product
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 RECALL_AT = (1, 5, 10)
 INVERSE_TEMPERATURE = 30.0
@@ -39,7 +35,7 @@ class DirectionRanks(NamedTuple):
     recalled: Doubles  # (q, 3) float64, share of a query's matches among the first 1, 5 and 10
     r_precision: Doubles  # (q,) float64, share of a query's R matches among the first R
 
-    def by_query(self) -> dict[str, npt.NDArray[Any]]:
+    def by_query(self) -> dict[str, Array]:
         """Return the contribution of each query to metrics that are means over queries, (q,).
 
         R@K is 1 where at least one match is among the first K, as the CLIP papers count it;
@@ -60,15 +56,15 @@ class DirectionRanks(NamedTuple):
         means = {name: float(values.mean()) for name, values in self.by_query().items()}
         return means | {"median_rank": float(np.median(self.first))}
 
-    def take(self, queries: npt.NDArray[Any]) -> "DirectionRanks":
+    def take(self, queries: Array) -> "DirectionRanks":
         """Select queries by index or by mask."""
-        return DirectionRanks(*(values[queries] for values in self))
+        return DirectionRanks._make(values[queries] for values in self)
 
     @staticmethod
     def joined(parts: Sequence["DirectionRanks"]) -> "DirectionRanks":
         """Concatenate the queries of several parts, in order."""
         fields = zip(*parts, strict=True)
-        return DirectionRanks(*(np.concatenate(values) for values in fields))
+        return DirectionRanks._make(np.concatenate(values) for values in fields)
 
 
 def rank_both_ways(
@@ -124,7 +120,7 @@ def _ranks_of(wrong: Ints, counts: Ints) -> DirectionRanks:
     position = np.arange(len(wrong)) - starts[query] + 1
     ranks = position + wrong
 
-    def mean(values: npt.NDArray[Any]) -> Doubles:
+    def mean(values: Array) -> Doubles:
         sums: Doubles = np.add.reduceat(values, starts, dtype=np.float64)
         return sums / counts
 
@@ -300,10 +296,7 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
 def hubness_of(neighbours: tuple[Neighbours, Neighbours]) -> dict[str, float]:
     """Return what `hubness` does, from the neighbours of all images and of all texts."""
     forth, back = neighbours
-    return {
-        "image_to_text": forth.skewness(len(back)),
-        "text_to_image": back.skewness(len(forth)),
-    }
+    return {"image_to_text": forth.skewness(len(back)), "text_to_image": back.skewness(len(forth))}
 
 
 def corrected(images: Floats, texts: Floats, name: str) -> tuple[Floats, Floats]:

@@ -5,13 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from csalign.core.arrays import Floats, Ints, Mask
 from csalign.features.checks import COLLAPSE, FEW_EQUAL
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 CELLS = 16 << 20  # of a table of scores
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import plotly.graph_objects as go
 
+from csalign.core.arrays import Array
 from csalign.core.figures import (
     baseline_table,
     figure_of,
@@ -17,8 +17,6 @@ from csalign.core.figures import (
     value_at,
 )
 from csalign.report.page import Entry, Section, escape_label, write_page
-
-Array = npt.NDArray[Any]
 
 IMAGES, TEXTS, MATCHED, OTHER = "#3d85d1", "#d9702b", "#2f9e63", "#8a8f98"
 POINTS_OF_A_CURVE = 1_000
@@ -72,16 +70,8 @@ def write_evaluation(
 ) -> None:
     """Write the page of an evaluation or of a training run.
 
-    Args:
-        path: of the page.
-        title: of the page.
-        document: of ``csalign eval``, or None; with "before", the blocks of the same rows without
-            the adapter, tables show both.
-        views: of the embeddings, before and after the adapter.
-        labels: caption and id of each pair in the views.
-        queries: by heading, such as "Worst from image to text".
-        run: record of the adapter's training, or None.
-        is_training: whether the curves of the run come first.
+    If the document has "before", the blocks of the same rows without the adapter, tables show both.
+    Labels are caption and id of each pair in the views; the queries have headings.
     """
     curves = [] if run is None else list(_curves(run.metrics))
     sections = [*curves] if is_training else []

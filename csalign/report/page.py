@@ -79,13 +79,6 @@ def write_page(
     self-contained, with Plotly's code if it has a figure (about 5 MB), follows the reader's light
     or dark colours, prints, and may not use the network. The heading of an only section is
     omitted if it equals the title.
-
-    Args:
-        path: of the page.
-        title: of the page.
-        sections: of the page, in order.
-        names: names of the two sides (default: image and text), used in csalign's words only.
-        summary: the result in a sentence.
     """
     parts: list[tuple[Section, Markup]] = []
     for number, section in enumerate(sections):

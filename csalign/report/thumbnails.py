@@ -33,12 +33,7 @@ class Pictures:
     missing: list[str] = field(default_factory=list)
 
     def thumbnail(self, source: str | None, name: str | None = None) -> bytes:
-        """Return a small JPEG of an image file, or nothing if there is none that can be read.
-
-        Args:
-            source: path of the file; a URL has no thumbnail.
-            name: id of the image.
-        """
+        """Return a small JPEG of an image file, or nothing if there is none that can be read."""
         if source is None or "://" in source or "\0" in source:
             return b""
         self.wanted += 1

@@ -9,11 +9,12 @@ from csalign.adapters.canonical import ClosedForm, PairMoments, is_non_negative
 from csalign.adapters.checkpoint import AdapterInfo, unknown_info, weights_of
 from csalign.adapters.model import DEFAULT_WIDTH, Adapter
 from csalign.adapters.side import SideShape, UnitRows, loud_scale
+from csalign.core.arrays import Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import reported_to, silent, tick
 from csalign.features.checks import check_directions
-from csalign.features.join import ALL, Mask, Pairs, first_alike, join_ids, split_names
+from csalign.features.join import ALL, Pairs, first_alike, join_ids, split_names
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import mean_recall, rank_both_ways
 
@@ -63,12 +64,6 @@ def choose_split(
     measured ones, except for closed-form. Where nothing is measured, it is "all" unless there is a
     train split.
 
-    Args:
-        name: of the baseline.
-        features: the feature set.
-        measured: split(s) that are measured, if any.
-        trained: split(s) that the run was trained on, if there is one.
-
     Raises:
         DataError: closed-form would be fitted on the pairs that are measured.
     """
@@ -117,10 +112,6 @@ def fit_baseline(name: str, rows: Pairs) -> tuple[Adapter, str]:
     dimensions that do not vary become 0; both use the rows with a partner, or all where none has
     one. "closed-form" is CCA of unit rows as training makes them, 256 wide at most, with the ridge
     and power that do best on held-out images. Outputs are normalised again.
-
-    Args:
-        name: one of `csalign.adapters.kinds.BASELINES`.
-        rows: to fit on.
 
     Returns:
         The adapter in evaluation mode, and the name of its closed form.

@@ -13,6 +13,7 @@ from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo
 from csalign.adapters.model import Adapter
 from csalign.adapters.wrappers import run_onnx, write_onnx
 from csalign.core import atomic, outputs
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, OutputError
 from csalign.core.figures import percent
@@ -21,14 +22,7 @@ from csalign.core.records import parse_json, write_record
 from csalign.core.results import Result
 from csalign.features.reader import FeatureSet
 from csalign.runs.config import ExportConfig
-from csalign.runs.load import (
-    Array,
-    check_encoders,
-    check_features,
-    load_run,
-    public_spec,
-    stream_aligned,
-)
+from csalign.runs.load import check_encoders, check_features, load_run, public_spec, stream_aligned
 from csalign.runs.metadata import LINES, find_refit, read_lines, read_settings, run_folder
 
 TOLERANCE = 1e-5

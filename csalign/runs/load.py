@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from csalign.adapters.checkpoint import AdapterInfo, load_adapter_with_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Array, Ints
 from csalign.core.devices import pick_device
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
@@ -32,8 +32,6 @@ ROWS_WITH_TOKENS = 128  # per forward pass: each is a sequence of up to hundreds
 STREAMED_BYTES = 128 << 20  # a few row groups: rows come in order, so each is read once
 
 log = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
 
 
 def load_run(run: Path, allow: str | None = None) -> tuple[Adapter, AdapterInfo]:
@@ -62,15 +60,9 @@ def load_adapter_for(
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    The name of a baseline, where no folder has it, stands for that baseline fitted here. Raises as
+    The name of a baseline, where no folder has it, stands for that baseline fitted on `fitted_on`
+    (default: `features`), of which `measured` are the splits that are measured. Raises as
     `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
-
-    Args:
-        features: to be aligned.
-        run: folder of the run, or name of a baseline.
-        options: how to load it.
-        fitted_on: the set to fit a baseline on (default: `features`).
-        measured: split(s) of it that are measured, if any.
     """
     if is_baseline(run):
         adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
@@ -257,23 +249,13 @@ def stream_aligned(
     features: FeatureSet,
     side: Modality,
     adapter: Adapter | None,
-    rows: npt.NDArray[np.int64] | None,
+    rows: Ints | None,
     batch_size: int,
     *,
     strings: Sequence[str] = (),
     keep_tokens: bool = False,
 ) -> Iterator[Rows]:
-    """Align stored rows of one side, in order, in batches: unit rows (n, width) float32.
-
-    Args:
-        features: the feature set.
-        side: which side.
-        adapter: of both sides; None only normalises the rows.
-        rows: of the table, ascending; None for all.
-        batch_size: rows per batch, at most.
-        strings: columns to read too.
-        keep_tokens: whether to align the tokens too.
-    """
+    """Align some rows (ascending) of a side, in batches: unit rows (n, width) float32."""
     side, table = Modality.of(side), features.table(side)
     with_tokens = adapter is not None and (keep_tokens or adapter.side(side).embeds_with_tokens)
     size = min(batch_size, ROWS_WITH_TOKENS) if with_tokens else batch_size

@@ -85,10 +85,6 @@ def find_features(run: Path, fingerprint: str) -> Path:
     run, and the working directory. A set with another fingerprint does not count; one that differs
     in nothing but its splits is used only if there is no exact match.
 
-    Args:
-        run: of the run, or a checkpoint in it.
-        fingerprint: of the feature set.
-
     Raises:
         DataError: it is in none of these places, or was changed.
         SchemaError: the run does not record its features.

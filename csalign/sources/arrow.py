@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from csalign.core.arrays import Array, Ints
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import is_remote, stand_in
 from csalign.sources.records.files import local_copy, open_file, translate_errors
@@ -59,7 +59,7 @@ class ArrowFile:
     path: Path  # of the file
     schema: pa.Schema  # its columns
     names: tuple[str, ...]  # of the columns
-    group_ends: npt.NDArray[np.int64]  # cumulative rows of the row groups or batches
+    group_ends: Ints  # cumulative rows of the row groups or batches
     rows: int  # as the file states, which may be more than its groups contain
     _read: Callable[[int, list[str], int], Iterator[pa.RecordBatch]]
 
@@ -188,12 +188,6 @@ def to_strings(column: pa.Array, name: str, path: Path, start: int = 0) -> pa.Ar
     "" and NaN become null.
 
     Equal values of different types become equal strings: 7, 7.0, Decimal("7.00") and b"7" are "7".
-
-    Args:
-        column: the values.
-        name: of the column, for the message.
-        path: of the file, for the message.
-        start: row of the first value in the file.
 
     Raises:
         DataError: a text is not UTF-8, a list has several values, or a float is above 2**53.
@@ -343,14 +337,8 @@ def list_width(file: ArrowFile, column: str) -> int:
     return 1 if first is None else pc.list_value_length(first[0])[0].as_py() or 1
 
 
-def to_matrix(column: pa.Array, width: int, name: str, start: int) -> npt.NDArray[Any]:
+def to_matrix(column: pa.Array, width: int, name: str, start: int) -> Array:
     """Convert a column of (fixed-size) lists to an (n, width) array.
-
-    Args:
-        column: n lists of numbers.
-        width: expected length of each.
-        name: the file, for the message.
-        start: row of the first list in the file.
 
     Raises:
         DataError: a row is null, has another length, or contains a null.
@@ -365,6 +353,6 @@ def to_matrix(column: pa.Array, width: int, name: str, start: int) -> npt.NDArra
         row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // width
         reason = "contains nulls"
     else:
-        matrix: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+        matrix: Array = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         return matrix
     raise DataError(f"{name}, row {start + row}: {reason}; omit the row or encode it again")

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Floats, Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
@@ -21,12 +21,12 @@ from csalign.sources.arrays.naming import (
     label_side,
     plain_name,
 )
-from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated, first_rows
+from csalign.sources.labels import Labels, check_no_null, first_repeated, first_rows
 from csalign.sources.records.tables import IMAGE_NAMES, SPLIT_NAME
 
 _SAME = 1e-2  # distance of the sketches of one embedding that was computed twice
 
-Sketch = Callable[[], npt.NDArray[np.float32]]
+Sketch = Callable[[], Floats]
 Digests = Callable[[], Ints]
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ImageRows:
     owners: Ints  # (r,) image of each row of the array
     labels: Labels  # of the rows of the array
     key: str | None = None  # column of `labels` that the ids are, None if they are row numbers
-    kept: npt.NDArray[np.bool_] | None = None  # (r,) first row of each image, None for all
+    kept: Mask | None = None  # (r,) first row of each image, None for all
 
     @property
     def ids(self) -> pa.Array:
@@ -202,8 +202,7 @@ def fill_splits(
 ) -> tuple[pa.Array, pa.Array, int | None]:
     """Give images (n,) without a split the first one of their rows (m,), and vice versa.
 
-    Returns:
-        The splits of images, those of rows, and the first row whose image has another one.
+    Returns those of images, those of rows, and the first row whose image has another one.
     """
     rows = np.flatnonzero((owners >= 0) & splits.is_valid().to_numpy(zero_copy_only=False))
     images, first = np.unique(owners[rows], return_index=True)
@@ -215,7 +214,7 @@ def fill_splits(
     return known, of_rows, None if bad < 0 else bad
 
 
-def _first_unlike(keys: pa.Array, sketch: npt.NDArray[np.float32]) -> tuple[int, int] | None:
+def _first_unlike(keys: pa.Array, sketch: Floats) -> tuple[int, int] | None:
     """Return the first row whose embedding differs from the first one of its key, and that one."""
     first = first_rows(keys)
     # Rows that are not finite compare as equal here; they are refused when they are written.

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Ints
 from csalign.core.enums import Modality
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
@@ -26,7 +27,7 @@ from csalign.sources.arrays.naming import (
     plain_name,
 )
 from csalign.sources.image_rows import ImageRows, keys_of_images
-from csalign.sources.labels import Ints, Labels, first_repeated
+from csalign.sources.labels import Labels, first_repeated
 from csalign.sources.records.cells import MISSING
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 

@@ -4,13 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from csalign.core.arrays import Ints
 from csalign.core.errors import DataError
 from csalign.sources.arrays.naming import first_of
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from csalign.core.arrays import Ints
 from csalign.core.errors import DataError
 from csalign.sources.arrays.base import CHUNK_ROWS, UNNAMED
 from csalign.sources.arrays.files import open_npy
 from csalign.sources.arrays.naming import IMAGE_IDS, ITEM_IDS
 from csalign.sources.arrays.tables import read_label_table
 from csalign.sources.keys import Keys, match
-from csalign.sources.labels import Ints
 
 
 def owners_by_layout(

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from csalign.core.arrays import Ints
 from csalign.core.errors import DataError
 from csalign.sources.arrays.naming import (
     ITEM_IDS,
@@ -18,7 +19,7 @@ from csalign.sources.arrays.naming import (
 )
 from csalign.sources.image_rows import ImageRows, fill_splits, keys_of_images, row_numbers
 from csalign.sources.keys import ROW, Keys, Rank, key_pairs, match, unknown_key
-from csalign.sources.labels import Ints, Labels, check_no_null, first_repeated
+from csalign.sources.labels import Labels, check_no_null, first_repeated
 from csalign.sources.records.tables import CAPTION_NAMES, SPLIT_NAME
 
 ORDER = "order"  # of --pair-by: by the order of the rows
@@ -57,12 +58,7 @@ def describe_texts(
 ) -> tuple[TextRows, str | None]:
     """Return the columns of the text rows, and how their images were found, for people.
 
-    Args:
-        count: number of text rows.
-        images: the images, None if there are none.
-        labels: of the texts, row by row, or None.
-        rules: what decides the pairs; otherwise the columns of both sides do, or the order of the
-            rows if neither has keys.
+    Without rules the columns of both sides decide, or the order of the rows if neither has keys.
 
     Raises:
         DataError: counts differ, an id is missing, repeated or unknown, or keys do not match.

@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping
 
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.evaluation.agreement import measure_agreement, sample_rows
 from csalign.features.checks import LEAST_PAIRS
-from csalign.features.join import Array, Pairs
+from csalign.features.join import Pairs
 
 log = logging.getLogger(__name__)
 

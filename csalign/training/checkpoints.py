@@ -91,15 +91,7 @@ class Checkpoint(NamedTuple):
 
 
 class UnfinishedRun:
-    """Folder of an unfinished run; opened by `open_run`.
-
-    Args:
-        path: of the folder.
-        ended: the phases that have ended, in order.
-        resumed: checkpoint to resume the next phase from, None for its start.
-        every: steps between resumable checkpoints; None for one per minute.
-        began: when the command did, by `time.monotonic`.
-    """
+    """Folder of an unfinished run; opened by `open_run`."""
 
     _trainer: Trainer
     _info: dict[str, Any]
@@ -128,14 +120,6 @@ class UnfinishedRun:
         seed: int,
     ) -> None:
         """Begin a phase: load the checkpoint to resume from into the trainer; describe the run.
-
-        Args:
-            trainer: of the adapters of that checkpoint.
-            data: rows that they are trained on.
-            start: name of their initialization.
-            setting: of it, JSON values.
-            config: content of ``config.toml``.
-            seed: of the run.
 
         Raises:
             SchemaError: the checkpoint is not of this run.
@@ -298,14 +282,8 @@ def open_run(
     """Begin or resume a run; after the block, move its folder to `out`.
 
     If the block raises, all checkpoints stay. After a `TrainingError`, which resuming would only
-    repeat, those to resume from are removed.
-
-    Args:
-        out: final folder, after `check_out`.
-        job: description of the run.
-        restart: discard an unfinished run with other options, or a damaged one.
-        every: see `UnfinishedRun`.
-        began: likewise.
+    repeat, those to resume from are removed. `restart` discards an unfinished run with other
+    options, or a damaged one.
 
     Raises:
         OutputError: another process trains there, or another run or job is unfinished there.

@@ -22,10 +22,10 @@ from csalign.core.config import (
     Several,
     Share,
     Words,
+    did_you_mean,
 )
 from csalign.core.enums import DivergenceName, Modality, PairwiseName, Precision
 from csalign.core.errors import ConfigError
-from csalign.core.mistakes import did_you_mean
 from csalign.evaluation.config import PageOptions
 
 G = TypeVar("G", bound=Config)
@@ -218,8 +218,7 @@ class ObjectiveOptions(Config):
         1.0, description="Unpaired rows per side and step, as a multiple of the batch size."
     )
     unpaired_negatives: bool = Field(
-        False,
-        description="Use unpaired rows as extra negatives of InfoNCE, or in the uniformity.",
+        False, description="Use unpaired rows as extra negatives of InfoNCE, or in the uniformity."
     )
     match_moments: bool = Field(
         True, description="With unpaired rows, match the outputs' moments if recall holds."
@@ -285,8 +284,7 @@ class OptimizerOptions(Config):
         Precision.FLOAT32, description="Precision of matrix multiplications."
     )
     log_every: Count = Field(
-        50,
-        description="Steps between reads of the loss from the device, and writes of the log.",
+        50, description="Steps between reads of the loss from the device, and writes of the log."
     )
     compile: bool = Field(
         False,

@@ -5,14 +5,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from csalign.adapters.model import find_kind
 from csalign.adapters.side import SideShape
 from csalign.core import distributed
+from csalign.core.arrays import Array, Ints, Mask
 from csalign.core.devices import available_bytes
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError, DataError, ShapeError
@@ -31,8 +31,6 @@ from csalign.training.config import DataOptions, ObjectiveOptions, TokenOptions
 
 log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 
 MAX_VALIDATION_IMAGES = 2_000  # of a validation split, since it is measured many times
 LEAST_UNPAIRED = 300  # rows per side to match; fewer have few true matches among them
@@ -57,12 +55,12 @@ class TrainingData:
     rows: join.Pairs
     val: join.PairedRows | None  # held out; None if none are, and outside of the main process
     unpaired: "Unpaired"  # rows that the distribution term uses besides
-    folds: tuple[join.Mask, ...] = ()  # each (n,)
+    folds: tuple[Mask, ...] = ()  # each (n,)
     refit_split: str | None = None  # the split(s) that a refit learns from; None without one
     no_refit: str = ""  # why there is none
 
     @property
-    def held_out(self) -> join.Mask | None:
+    def held_out(self) -> Mask | None:
         """Mask of the images that are not trained on before a refit, (n,); None for none."""
         return self.folds[0] if self.folds else None
 
@@ -79,12 +77,7 @@ class TrainingData:
 
 
 def load_data(options: DataOptions, *, out: Path, seed: int) -> TrainingData:
-    """Load training rows, held-out rows and unpaired rows.
-
-    Args:
-        options: feature sets, splits, memory.
-        out: the run, beside which rows that do not fit into memory are kept without TMPDIR.
-        seed: of the held-out rows.
+    """Load training, held-out and unpaired rows; what does not fit into memory is kept near `out`.
 
     Raises:
         DataError: a split has no pairs, and fewer than 300 rows of a side; or it is both trained
@@ -152,7 +145,7 @@ class _Split(NamedTuple):
 
     rows: join.Joined
     val: join.Joined | None
-    folds: tuple[join.Mask, ...]
+    folds: tuple[Mask, ...]
     refit_split: str | None
     no_refit: str
 
@@ -214,7 +207,7 @@ def _split(features: FeatureSet, split: str, options: DataOptions, seed: int) ->
     return _Split(joined, val, folds, None if no_refit else split, no_refit)
 
 
-def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[join.Mask, ...]:
+def hold_out(features: FeatureSet, rows: join.Joined, seed: int) -> tuple[Mask, ...]:
     """Hold out some of the captioned images: 10 % (100 to 1,000), or 25 % of fewer than 400.
 
     Images that share a caption are on one side, and so are near-duplicates, unless there are more
@@ -260,7 +253,7 @@ def subsample(rows: join.Joined, seed: int) -> join.Joined:
     return rows.take_images(_mark(rows.n_images, captioned, MAX_VALIDATION_IMAGES, seed))
 
 
-def _mark(total: int, candidates: Ints, count: int, seed: int) -> npt.NDArray[np.bool_]:
+def _mark(total: int, candidates: Ints, count: int, seed: int) -> Mask:
     marks = np.zeros(total, np.bool_)
     marks[np.random.default_rng(seed).choice(candidates, count, replace=False)] = True
     return marks
@@ -270,7 +263,7 @@ class Part(NamedTuple):
     """Some rows (k,) of the embeddings (n, d) of one encoder, in memory or mapped."""
 
     values: Array
-    rows: npt.NDArray[Any]
+    rows: Array
 
 
 @dataclass(frozen=True)
@@ -297,7 +290,7 @@ class Unpaired:
             if n
         }
 
-    def locate(self, side: Modality, chosen: Ints) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def locate(self, side: Modality, chosen: Ints) -> Iterator[tuple[int, Array]]:
         """Yield the number of each part of a side, and the rows in it of ascending row numbers."""
         start = 0
         for number, (_, rows) in enumerate(self.parts[side]):
@@ -391,14 +384,6 @@ def open_tokens(
     """Open the tokens of each side that trains with them; None if none does.
 
     With a token term both sides do, else those whose kind mixes tokens into the embedding.
-
-    Args:
-        path: of the feature set.
-        options: which tokens, and the memory for them.
-        objective: terms of the loss.
-        kinds: of both adapters.
-        unpaired: further sets, which cannot be combined with kinds that mix tokens in.
-        sub_batch: option that cannot be combined with tokens.
 
     Raises:
         ConfigError: tokens would change nothing, or cannot be combined with another option.

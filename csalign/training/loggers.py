@@ -61,10 +61,7 @@ class StepFigures:
         self._steps.append(({**line, **dict.fromkeys(read)}, [*read], values))
 
     def read(self, last: Line) -> tuple[list[dict[str, Any]], str]:
-        """Read and remove the figures of all steps.
-
-        Args:
-            last: more figures after the last step, which are checked alone.
+        """Read and remove the figures of all steps; check those of `last` too.
 
         Returns:
             The lines of the steps with numbers for tensors, up to the first figure that is not
@@ -104,16 +101,7 @@ def open_logs(
     """Open the logs of a run, and close them after the block.
 
     The logs of a resumed run are continued: figures of steps that are repeated replace the old.
-
-    Args:
-        names: of csv, tensorboard and wandb.
-        folder: of the run.
-        run: its name.
-        config: its options, for wandb.
-        step: that the run resumes from.
-
-    Yields:
-        A function that logs the figures of some steps or validations everywhere.
+    Yields a function that logs the figures of some steps or validations everywhere.
 
     Raises:
         ConfigError: a library is not installed, or wandb refuses the login.

@@ -5,16 +5,16 @@ import logging
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.canonical import Outputs, match_moments, nearest_mean
 from csalign.adapters.model import Adapter
 from csalign.adapters.side import to_tensor
+from csalign.core.arrays import Array, Doubles, Ints
 from csalign.core.enums import Modality
 from csalign.core.progress import tick
 from csalign.features.join import Pairs
-from csalign.training.data import Array, TrainingData
+from csalign.training.data import TrainingData
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Score, validate
 
@@ -40,7 +40,7 @@ def match_outputs(
     once: bool,
     seed: int,
 ) -> Matched | None:
-    """Match both sides' outputs over all rows, if that narrows the gap on validation.
+    """Match both sides' outputs over all rows, in place, if that narrows the gap on validation.
 
     It is applied if it costs at most 0.25 points of recall, less than a few hundred pairs can
     resolve. Else the means alone are matched, on the same terms.
@@ -48,18 +48,7 @@ def match_outputs(
     The fit is optimistic on its own training pairs: new rows are mapped elsewhere, and spread
     less. Unpaired rows are new rows. The weight of each is taken from the paired rows most
     similar to it, since a caption shared by a thousand images counts once among pairs and must
-    not count a thousand times here.
-
-    Args:
-        adapter: both sides, on any device; changed in place if the match is applied.
-        data: training, held-out and unpaired rows.
-        sampler: of the training pairs and their weights.
-        before: the adapter's score on the held-out rows, None without any.
-        once: count equal captions once.
-        seed: of the sampled rows.
-
-    Returns:
-        What was applied; None if nothing was changed.
+    not count a thousand times here. Returns what was applied; None if nothing was.
     """
     unpaired = data.unpaired
     if data.val is None or before is None or not any(unpaired.count(side) for side in Modality):
@@ -140,14 +129,14 @@ def _apply_match(adapter: Adapter, outputs: list[Outputs], *, covariances: bool)
             adapter.side(side).then(change.weight.to(device), change.bias.to(device))
 
 
-def _at_most(most: int, total: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+def _at_most(most: int, total: int, rng: np.random.Generator) -> Ints:
     """Draw different numbers below `total`, ascending: all of them, or `most`."""
     return np.sort(rng.choice(total, most, replace=False)) if total > most else np.arange(total)
 
 
 def _paired_rows(
     side: Modality, rows: Pairs, sampler: PairSampler, *, once: bool, rng: np.random.Generator
-) -> tuple[Array, npt.NDArray[np.float64]]:
+) -> tuple[Array, Doubles]:
     """Return the paired rows of a side and their weights among pairs, 1 on average."""
     (images, texts), weights = sampler.weighted_pairs()
     own = images if side is Modality.IMAGE else texts

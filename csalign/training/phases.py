@@ -9,19 +9,12 @@ from typing import Any, NamedTuple
 
 from csalign.adapters.model import Adapter, find_kind
 from csalign.core import distributed, signals
+from csalign.core.arrays import Mask
 from csalign.core.errors import ConfigError, Stopped, TrainingError
-from csalign.core.progress import duration, tick
+from csalign.core.progress import tick
 from csalign.core.records import Record
-from csalign.features.join import Mask
 from csalign.training.checkpoints import UnfinishedRun
-from csalign.training.closed_forms.combine import (
-    Combination,
-    Fold,
-    assemble,
-    can_combine,
-    combine,
-    forecast,
-)
+from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
 from csalign.training.closed_forms.initialization import (
     Start,
     announce_start,
@@ -86,10 +79,14 @@ class Work:
         minutes = self.config.minutes
         return math.inf if minutes is None else 60 * minutes - self.clock()
 
-    def timer(self, after: float = 0.0) -> Timer:
-        """Build the timer of the first network, from the seconds of what follows the networks."""
-        networks = self.config.networks + self.data.refits
-        return Timer(self.clock, self.config.minutes, networks, after)
+    @property
+    def further(self) -> int:
+        """Networks to train after the first."""
+        return self.config.networks + self.data.refits - 1
+
+    def timer(self, *, combines: bool = False) -> Timer:
+        """Build the timer of the first network, which a kernel CCA may follow."""
+        return Timer(self.clock, self.config.minutes, self.further + 1, combines)
 
     def trainer(
         self, adapter: Adapter, phase: Phase = FIRST, timer: Timer | None = None
@@ -209,10 +206,10 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
     if setting.form == "assignment" and data.val is None:
         log.info("no network is trained: without validation it might only harm the start")
         phase = FIRST._replace(steps=0)
-    folds = _folds(work, adapter)
-    needed = forecast(adapter, data.rows, folds, config.seed) if folds else 0.0
-    timer = work.timer(needed if needed < work.seconds_left / 2 else 0.0)
+    folds, began = _folds(work, adapter), work.clock()
+    timer = work.timer(combines=bool(folds))
     trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
+    seconds = work.seconds_left - work.further * (work.clock() - began)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
         start=start,
@@ -226,11 +223,9 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         scale=trainer.scale,
     )
     decided = _match(work, adapter, decided, log_lines)
-    if needed > work.seconds_left:
-        text = "--minutes %g: omits the kernel CCA, which would take about %s"
-        log.info(text, config.minutes, duration(needed))
-        return adapter, decided
-    return adapter, _choose_parts(work, adapter, decided, matches, log_lines)
+    if folds:
+        decided = _choose_parts(work, adapter, decided, matches, folds, seconds, log_lines)
+    return adapter, decided
 
 
 def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
@@ -312,15 +307,24 @@ def _match(work: Work, adapter: Adapter, decided: Decided, log_lines: Log) -> De
 
 
 def _choose_parts(
-    work: Work, network: Adapter, decided: Decided, matches: Matches | None, log_lines: Log
+    work: Work,
+    network: Adapter,
+    decided: Decided,
+    matches: Matches | None,
+    folds: list[Fold],
+    seconds: float,
+    log_lines: Log,
 ) -> Decided:
-    """Choose between the network, a kernel CCA, and both."""
-    config, data, folds = work.config, work.data, _folds(work, network)
-    if not folds:
+    """Choose between the network, a kernel CCA, and both, in some seconds."""
+    config, name = work.config, _name_of(decided)
+    rows, joins, seed = work.data.rows, config.width is None, config.seed
+    options: dict[str, Any] = {"name": name, "joins": joins, "seed": seed, "seconds": seconds}
+    try:
+        found = combine(network, rows, folds, matches, **options)
+    except TimeoutError as needed:
+        text = "--minutes %g: omits the kernel CCA, which would take about %s"
+        log.info(text, config.minutes, needed)
         return decided
-    joins, seed = config.width is None, config.seed
-    name = _name_of(decided)
-    found = combine(network, data.rows, folds, matches, name=name, joins=joins, seed=seed)
     log.info("%s", found.summary)
     if found.combination.kernel is None:
         return decided

@@ -145,7 +145,7 @@ def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         "csalign: missing FEATURES and --out; for instance: csalign train features --out run",
         "csalign: --steps must be at least 0 (got -1)",
-        "csalign: --batch-size must be at least 2 (got 0)",
+        "csalign: --batch-size must be at least 2 or auto (got 0)",
     ]
 
 

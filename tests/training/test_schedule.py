@@ -70,7 +70,7 @@ class Timed:
         config = TrainConfig(features=features, out=Path("run"), **{**QUICK, **values})
         data = load_data(config.group(DataOptions), out=config.out, seed=0)
         work = Work(config, data, None)
-        timer = Timer(lambda: seconds(self.trainer.step), config.minutes, networks=2, after=60.0)
+        timer = Timer(lambda: seconds(self.trainer.step), config.minutes, networks=2, combines=True)
         self.trainer: Trainer = work.trainer(work.initialize().adapter, timer=timer)
         if state is not None:
             self.trainer.load_state_dict(state)
@@ -91,11 +91,11 @@ def test_minutes_are_filled_by_both_networks_and_what_follows(
     with caplog.at_level(logging.INFO, "csalign"):
         steps = timed.fit().steps
 
-    assert steps == 127  # 568 s of 600, as a twentieth of what is left is kept back
-    assert timed.trainer.steps_made == 127
-    assert "training on cpu: 127 steps of 64 pairs, about 9m28s in all" in caplog.messages
+    assert steps == 120  # 570 s of 600, 90 of them for a kernel CCA
+    assert timed.trainer.steps_made == 120
+    assert "training on cpu: 120 steps of 64 pairs, about 9m30s in all" in caplog.messages
     rates = [line["learning_rate"] for line in timed.lines if "learning_rate" in line]
-    assert len(rates) == 127
+    assert len(rates) == 120
     assert rates[-1] == min(rates[13:]) < 1e-3 * max(rates)
 
 
@@ -116,11 +116,11 @@ def test_slower_steps_end_in_time_with_the_best_weights(
     with caplog.at_level(logging.INFO, "csalign"):
         schedule = timed.fit()
 
-    assert schedule.steps == 127
-    assert schedule.until == 600 - 60 - 2 * 127
-    assert timed.trainer.steps_made == schedule.last == 45  # at 290 s of 286
-    assert timed.lines[-1]["step"] == 45  # which was validated
-    assert any("the time is up after 45 of 127 steps" in text for text in caplog.messages)
+    assert schedule.steps == 120
+    assert schedule.until == 600 - 90 - 2 * 120
+    assert timed.trainer.steps_made == schedule.last == 44  # at 280 s of 270
+    assert timed.lines[-1]["step"] == 44  # which was validated
+    assert any("the time is up after 44 of 120 steps" in text for text in caplog.messages)
     assert timed.trainer.best_score is not None
 
 
@@ -141,7 +141,7 @@ def test_steps_once_fixed_are_those_of_the_resumed_run(features: Path, tmp_path:
     resumed = Timed(features, lambda step: 0.5 * step, **values, state=state)
     resumed.trainer.adapter.load_state_dict(weights)
     assert resumed.fit() == stopped.trainer.schedule
-    assert resumed.trainer.steps_made == 127
+    assert resumed.trainer.steps_made == 120
 
 
 def test_a_run_stopped_before_its_steps_are_known_times_them_again(

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from csalign.core.arrays import Array, Floats, Ints, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.sources.arrays.naming import (
@@ -31,8 +32,6 @@ from csalign.sources.arrays.naming import (
 )
 from csalign.sources.arrow import lists_from
 from csalign.sources.labels import Labels
-
-Array = npt.NDArray[Any]
 
 CHUNK_ROWS = 8_192
 CHUNK_BYTES = 32 << 20
@@ -71,7 +70,7 @@ class Vectors:
     name: str  # as given by the user
     parts: tuple[Part, ...]  # at least one, all of one width
     labels: Labels  # of the rows, without columns where the files contain embeddings alone
-    kept: npt.NDArray[np.bool_] | None = None  # mask of the rows to use, None for all
+    kept: Mask | None = None  # mask of the rows to use, None for all
     unused: frozenset[str] = frozenset()  # other arrays of vectors in the files, named as parts
     in_table: bool = False  # whether other arrays of the file describe the same rows
     gap: str = ""  # which numbered parts have another between them that is missing
@@ -111,7 +110,7 @@ class Vectors:
         return all(part.dtype.itemsize == 2 for part in self.parts)
 
     @cached_property
-    def sketch(self) -> npt.NDArray[np.float32]:
+    def sketch(self) -> Floats:
         """Directions of all rows on a few random axes, (n, 8); they differ as the rows do."""
         axes = np.random.default_rng(0).normal(size=(self.width, _AXES)).astype(np.float32)
         found = []
@@ -154,7 +153,7 @@ class Vectors:
             start += len(part)
 
 
-def _where(part: Part, numbers: npt.NDArray[np.int64], row: int) -> str:
+def _where(part: Part, numbers: Ints, row: int) -> str:
     return part.where(int(numbers[row]))
 
 

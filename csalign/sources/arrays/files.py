@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import safetensors
 
+from csalign.core.arrays import Array
 from csalign.core.devices import available_bytes
 from csalign.core.errors import ConfigError, DataError, reason_of
 from csalign.core.records import parse_json
 from csalign.sources import arrow
-from csalign.sources.arrays.base import UNNAMED, Array, Container, Header
+from csalign.sources.arrays.base import UNNAMED, Container, Header
 from csalign.sources.arrays.naming import is_usual_key
 from csalign.sources.records.files import local_copy
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from csalign.core.arrays import Array
 from csalign.core.errors import DataError, reason_of
 from csalign.core.paths import likely_meant, stand_in
 from csalign.core.records import parse_json, read_object
 from csalign.sources import arrow
-from csalign.sources.arrays.base import UNNAMED, Array, Container, Header, labels_of
+from csalign.sources.arrays.base import UNNAMED, Container, Header, labels_of
 from csalign.sources.arrays.files import in_rows, label_list, open_npy, to_keys
 from csalign.sources.arrays.naming import are_vectors, is_id, is_usual_key, plain_name
 from csalign.sources.labels import Labels

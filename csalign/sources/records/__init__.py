@@ -198,11 +198,6 @@ class FileSource(ABC):
 def warn_of_unreadable(root: Path, lost: Mapping[int, str], count: int) -> None:
     """Warn of unreadable files.
 
-    Args:
-        root: folder of the files.
-        lost: reason per unreadable file, by position.
-        count: of all files.
-
     Raises:
         DataError: no file can be read.
     """

@@ -62,12 +62,8 @@ class Catalog:
 
     Begin each file, add its rows, and call `finish` before reading. Records come in the order of
     their first rows. The captions of an image are gathered wherever their rows are; a row that
-    contradicts an earlier one becomes a record with an error.
-
-    Args:
-        root: folder that image paths start from; None for the working directory, which paths may
-            leave.
-        caption_lines: each line of a .txt is a caption, rather than the whole text.
+    contradicts an earlier one becomes a record with an error. Image paths start from `root`; from
+    the working directory without one, which they may leave.
     """
 
     def __init__(self, root: Path | None, *, caption_lines: bool = True) -> None:

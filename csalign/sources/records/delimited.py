@@ -87,12 +87,6 @@ def read_dialect(table: Path, head: Sequence[str], form: str, known: Collection[
     The first line that is neither blank nor a comment is the header, unless the lines have the
     content of a list of images: names of files or URLs in a column of all of them.
 
-    Args:
-        table: its path, for messages.
-        head: lines with their ends.
-        form: ".tsv" where tabs are likelier than commas.
-        known: usual names of columns, as `plain_name` has them.
-
     Raises:
         DataError: the header is malformed or has a name twice.
     """
@@ -184,9 +178,7 @@ def _cells(row: str, sign: str) -> list[str]:
 def columns_of(rows: Sequence[Sequence[str]], *, can_cut: bool = True) -> list[str] | None:
     """Name the columns of a list of images by their content.
 
-    Args:
-        rows: cells of some rows, some with more than others if captions contain the separator.
-        can_cut: several columns of prose are several captions, not one with separators in it.
+    With `can_cut` several columns of prose are several captions, not one with separators in it.
 
     Returns:
         One of ``image`` and ``url``, and ``caption`` or ``caption_1`` and so on; None if there is

@@ -43,10 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def files_below(folder: Path) -> dict[str, int | None]:
-    """List the files below a folder by their relative path, sorted; hidden ones are skipped.
-
-    Returns:
-        The size in bytes of each, None where it was not listed.
+    """Return the size of each file (None if unknown) below a folder, sorted by relative path.
 
     Raises:
         DataError: a folder cannot be read.
@@ -159,11 +156,6 @@ class Line(NamedTuple):
 
 def read_lines(name: Path, file: BinaryIO, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Yield the lines of a UTF-8 file with their line ends.
-
-    Args:
-        name: of the file, for messages.
-        file: from its start, or from the start of a line.
-        max_bytes: of a line.
 
     Raises:
         DataError: the file cannot be read, or a line is too long; the message names the row.

@@ -95,13 +95,7 @@ def read_folder(
     """Read images with the .txt or .caption of the same stem or name; or texts alone.
 
     Images of the same stem share their captions, since a stem cannot say which one is meant. The
-    texts are read together with their images.
-
-    Args:
-        folder: where the files are.
-        found: the result of `files_below`.
-        images: those of them that are images.
-        caption_lines: each line of a text is a caption, rather than the whole text.
+    texts are read together with their images, with `caption_lines` a caption per line.
 
     Raises:
         DataError: there is neither an image nor a text.

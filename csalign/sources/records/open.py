@@ -26,13 +26,7 @@ from csalign.sources.records.folder import (
     tables_in,
     warn_of_unread,
 )
-from csalign.sources.records.tables import (
-    KNOWN_NAMES,
-    SUFFIXES,
-    Kind,
-    SourceOptions,
-    TableReader,
-)
+from csalign.sources.records.tables import KNOWN_NAMES, SUFFIXES, Kind, SourceOptions, TableReader
 from csalign.sources.records.webdataset import open_tars
 
 __all__ = ["SourceOptions", "open_source"]

@@ -13,18 +13,7 @@ from csalign.core.config import Config, Location
 from csalign.core.enums import usual_split
 from csalign.core.errors import DataError
 from csalign.core.records import parse_json
-from csalign.sources.records import delimited, files
-from csalign.sources.records.cells import (
-    BASE64_NAMES,
-    captions_of,
-    decode_base64,
-    id_of,
-    is_base64,
-    is_base64_name,
-    is_missing,
-    plain_name,
-    text_of,
-)
+from csalign.sources.records import cells, delimited, files
 from csalign.sources.records.delimited import Dialect, Values
 
 logger = logging.getLogger(__name__)
@@ -36,7 +25,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 IMAGE_NAMES = (
     *("image", "image_path", "image path", "image_file", "image_name", "img", "img_path"),
     *("filepath", "file_path", "file_name", "filename", "path", "file", "jpg", "jpeg", "png"),
-    *("webp", "image_bytes", "img_bytes", *BASE64_NAMES),
+    *("webp", "image_bytes", "img_bytes", *cells.BASE64_NAMES),
 )
 CAPTION_NAMES = (
     *("caption", "title", "text", "txt", "sentence", "captions", "caption_text", "sentences_raw"),
@@ -50,7 +39,7 @@ _FORMS = {"list": "list of images", ".txt": "text file with one caption per line
 # Usual names of columns, by which a header is recognised.
 KNOWN_NAMES = frozenset(
     [
-        *(plain_name(name) for name in (*IMAGE_NAMES, *CAPTION_NAMES, SPLIT_NAME)),
+        *(cells.plain_name(name) for name in (*IMAGE_NAMES, *CAPTION_NAMES, SPLIT_NAME)),
         *("id", "image_id", "img_id", "imgid", "cocoid", "caption_id", "text_id", "sentid"),
         *("sent", "comment_number", "url", "image_url"),
     ]
@@ -94,9 +83,9 @@ class TableColumns(NamedTuple):
         """Return the captions of a row, or raise `ValueError`."""
         if self.caption is None:
             return ()
-        found = captions_of(values.get(self.caption), self.caption)
+        found = cells.captions_of(values.get(self.caption), self.caption)
         for name in self.more:
-            found += captions_of(values.get(name), name)
+            found += cells.captions_of(values.get(name), name)
         return found
 
     def warn_of_one_side(
@@ -162,7 +151,7 @@ class SourceOptions(Config):
     def pick(self, names: Collection[str]) -> TableColumns:
         """Recognise those of the columns that are among `names`."""
         by_name: dict[str, str] = {}
-        for spell in (str.lower, plain_name, lambda name: plain_name(name).rstrip("s")):
+        for spell in (str.lower, cells.plain_name, lambda name: cells.plain_name(name).rstrip("s")):
             for name in names:
                 by_name.setdefault(spell(name), name)
 
@@ -187,7 +176,7 @@ def _numbered(names: Collection[str], known: Sequence[str]) -> list[str]:
     """Return the columns such as caption_1 and caption_2 by number, of the usual name found."""
     found: dict[str, list[tuple[int, str]]] = {}
     for name in names:
-        if match := re.fullmatch(r"([a-z_]+?)_?(\d+)", plain_name(name)):
+        if match := re.fullmatch(r"([a-z_]+?)_?(\d+)", cells.plain_name(name)):
             found.setdefault(match[1], []).append((int(match[2]), name))
     base = next((base for base in known or (*CAPTION_NAMES, "sent", "cap") if base in found), None)
     return [] if base is None else [name for _, name in sorted(found[base])]
@@ -251,7 +240,7 @@ class TableReader:
             self.found.warn_of_one_side(seen, self._table, self._options._skipped)
 
     def _named(self, found: TableColumns, names: Collection[str]) -> TableColumns:
-        ids = [name for own in _ID_NAMES for name in names if plain_name(name) == own]
+        ids = [name for own in _ID_NAMES for name in names if cells.plain_name(name) == own]
         if found.image or found.id or not found.caption or not ids or not self._has_images:
             return found
         return found._replace(image=ids[0])
@@ -266,7 +255,7 @@ class TableReader:
             row = next(self.rows(file), None)
         if row is None or row.error is not None:
             raise DataError("cannot be read, as its table has changed")
-        return decode_base64(row.image)
+        return cells.decode_base64(row.image)
 
     def values(self, file: BinaryIO) -> Iterator[Values]:
         """Yield number, offset, values by column, and error of each row of the open file."""
@@ -293,14 +282,14 @@ def dialect_of(
 ) -> Dialect:
     """Recognise how a table is written, with unique names of columns, or raise `DataError`."""
     given = (options.image_column, options.caption_column, options.split_column, options.id_column)
-    known = KNOWN_NAMES | {plain_name(name) for name in given if name}
+    known = KNOWN_NAMES | {cells.plain_name(name) for name in given if name}
     dialect = delimited.read_dialect(table, [line.text for line in head], form, known)
     for line in head[: dialect.start]:
         if line.error is not None:
             raise DataError(f"{table}, row {line.number}: {line.error}")
     names: list[str] = []
     for number, name in enumerate(dialect.names, 1):
-        if name in names and plain_name(name) in CAPTION_NAMES:
+        if name in names and cells.plain_name(name) in CAPTION_NAMES:
             name = f"{name}.{number}"  # as pandas does
         elif not name:
             name = f"column {number}"
@@ -318,16 +307,16 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
     """Make a row of a JSON object or of a table's cells; it has an error if they are unusable."""
     try:
         image, split = (
-            "" if name is None or values.get(name) is None else text_of(values[name], name)
+            "" if name is None or values.get(name) is None else cells.text_of(values[name], name)
             for name in (found.image, found.split)
         )
         captions = found.captions_in(values)
         own = None if found.id is None else values.get(found.id)
-        own = None if own is None else text_of(id_of(own) or own, str(found.id)) or None
+        own = None if own is None else cells.text_of(cells.id_of(own) or own, str(found.id)) or None
     except ValueError as error:
         return Row(number, error=str(error))
-    in_base64 = image and (is_base64_name(found.image) or is_base64(image))
-    split = split and (usual_split(split) or ("" if is_missing(split) else split))
+    in_base64 = image and (cells.is_base64_name(found.image) or cells.is_base64(image))
+    split = split and (usual_split(split) or ("" if cells.is_missing(split) else split))
     image = image if in_base64 or not image else delimited.without_number(image)
     lacks = found.caption is not None and not captions
     at = offset if in_base64 else None
@@ -336,7 +325,7 @@ def row_of(number: int, values: dict[str, Any], found: TableColumns, offset: int
 
 def labels_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of what may say which images are one."""
-    found = ((name, id_of(values.get(name))) for name in SHARED_NAMES)
+    found = ((name, cells.id_of(values.get(name))) for name in SHARED_NAMES)
     return [(name, own) for name, own in found if own]
 
 

@@ -56,12 +56,6 @@ def open_tars(
 ) -> TarSource:
     """Check the tars without reading them.
 
-    Args:
-        root: folder that all of them are below.
-        tars: the size of each tar by its relative path, None where it is not known.
-        columns: see `SourceOptions`.
-        caption_lines: each line of a txt is a caption, rather than the whole text.
-
     Raises:
         DataError: a file is missing, or none of them is a tar.
     """

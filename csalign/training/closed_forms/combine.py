@@ -1,29 +1,28 @@
 """Parts of the final adapter: the trained network and a kernel CCA, side by side or one of them."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from csalign.adapters.builtin import Parts
 from csalign.adapters.kernel_cca import MAX_LANDMARKS, KernelCca, KernelPairs, KernelSetting
 from csalign.adapters.model import Adapter, find_kind
 from csalign.adapters.side import SideAdapter, SideShape, to_tensor
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
-from csalign.core.progress import show_figures, tick
+from csalign.core.progress import duration, show_figures, tick
 from csalign.core.records import Record
 from csalign.features.join import Pairs
 from csalign.training.closed_forms.settings import POWERS, nearby, ridge_at, step_of
 from csalign.training.closed_forms.unpaired import Matches
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Measured, measure, pool
-
-Array = npt.NDArray[Any]
 
 MAX_PAIRS = 100_000  # to fit a kernel CCA on, which are in memory
 SEARCH_ROWS = 2_000  # of the kernel side, on which the side, gamma and ridge are chosen
@@ -73,18 +72,6 @@ def can_combine(adapter: Adapter) -> bool:
     )
 
 
-def forecast(network: Adapter, rows: Pairs, folds: Sequence[Fold], seed: int) -> float:
-    """Foretell the seconds that `combine` and `assemble` take, from one of their fits."""
-    began, (sampler, val) = time.monotonic(), folds[0]
-    source = _Source.beside(network, rows, None, seed)
-    fit = source.fit(sampler, Modality.TEXT, GAMMAS[0], SEARCH_ROWS)
-    for _, sides in fit.candidates([ridge_at(step) for step in STEPS], OTHER_RIDGES[2:3], POWERS):
-        _joined([(_embed(Adapter.of_sides(sides), val), 1.0)], val)
-    landmarks = min(len(np.unique(rows.caption_keys)), MAX_LANDMARKS)
-    fits = len(Modality) * len(GAMMAS) + FULL_FITS * max(1.0, landmarks / SEARCH_ROWS)
-    return (time.monotonic() - began) * len(folds) * fits
-
-
 def combine(
     network: Adapter,
     rows: Pairs,
@@ -94,6 +81,7 @@ def combine(
     name: str,
     joins: bool,
     seed: int,
+    seconds: float = math.inf,
 ) -> Combined:
     """Fit a kernel CCA, and choose on validation: the network, the kernel, or both.
 
@@ -108,6 +96,10 @@ def combine(
         name: of the network for people, which may still be its closed form.
         joins: whether both may stand side by side, twice as wide.
         seed: of samples.
+        seconds: that it may take, with `assemble`.
+
+    Raises:
+        TimeoutError: as the first fits show, it would take longer; names that time.
     """
     val, source = folds[0].val, _Source.beside(network, rows, matches, seed)
     own = _embed(network, val)
@@ -116,7 +108,7 @@ def combine(
     if alone.score.is_perfect:
         summary = f"parts: the {name} alone, which finds every match on validation"
         return Combined(network, Combination(kernel=None, share=0.0), alone, summary)
-    setting, kernel = _search(source, folds)
+    setting, kernel = _search(source, folds, seconds)
     other = _embed(kernel, val)
     for share in (1.0, *(SHARES if joins else ())):
         found[share] = _joined([(own, 1 - share), (other, share)], val)
@@ -141,16 +133,7 @@ def assemble(
     matches: Matches | None,
     seed: int,
 ) -> Adapter:
-    """Fit the kernel of a combination on a sampler's pairs, and put it beside the networks.
-
-    Args:
-        combination: what was chosen.
-        networks: equal shares of what the kernel leaves; at least one, even if it has no share.
-        rows: of the pairs.
-        sampler: of the pairs to fit on.
-        matches: of unpaired rows, None without any.
-        seed: of samples.
-    """
+    """Fit the kernel of a combination on a sampler's pairs, beside networks of equal shares."""
     setting, kernel = combination.kernel, None
     if setting is not None:
         tick("kernel CCA of all parts")
@@ -226,13 +209,15 @@ class _Source:
         return KernelPairs(units[side.other], units[side], groups, weights)
 
 
-def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Adapter]:
+def _search(
+    source: _Source, folds: Sequence[Fold], seconds: float
+) -> tuple[KernelSetting, Adapter]:
     """Choose the settings of the kernel: coarsely on few rows, then around these on all.
 
-    Returns:
-        The settings, and the kernel CCA fitted without the rows of the first fold.
+    Returns them, and the kernel CCA fitted without the rows of the first fold.
     """
-    found: dict[KernelSetting, Measured] = {}
+    began, found = time.monotonic(), dict[KernelSetting, Measured]()
+    landmarks = min(len(np.unique(source.rows.caption_keys)), MAX_LANDMARKS)
 
     def best() -> KernelSetting:
         return max(found, key=lambda setting: found[setting].score.mean_recall)
@@ -252,6 +237,9 @@ def _search(source: _Source, folds: Sequence[Fold]) -> tuple[KernelSetting, Adap
     for number, (side, gamma) in enumerate(grid, 1):
         fits = [source.fit(fold.sampler, side, gamma, SEARCH_ROWS) for fold in folds]
         measure_at(fits, STEPS, OTHER_RIDGES[2:3])
+        count = len(grid) + FULL_FITS * max(1.0, landmarks / SEARCH_ROWS)
+        if number == 1 and (needed := count * (time.monotonic() - began)) > seconds:
+            raise TimeoutError(duration(needed))
         tick(SEARCH, number, len(grid) + 1)
     chosen, tried = best(), set[int]()
     fits = [source.fit(fold.sampler, chosen.side, chosen.gamma, MAX_LANDMARKS) for fold in folds]

@@ -18,10 +18,11 @@ from csalign.adapters.checkpoint import load_adapter_with_info
 from csalign.adapters.kinds import BASELINES
 from csalign.adapters.model import Adapter, find_kind, shared_width
 from csalign.adapters.side import LOUD, SideShape, UnitRows, loud_scale
+from csalign.core.arrays import Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
 from csalign.core.progress import duration, show_figures, tick
-from csalign.features.join import Mask, Pairs
+from csalign.features.join import Pairs
 from csalign.runs.baselines import fit_baseline, some_of
 from csalign.training.closed_forms.settings import (
     LADDER,
@@ -80,14 +81,6 @@ def initialize(
     With several folds a setting is fitted without the images of each, and all are measured; the
     adapters are those fitted without the first.
 
-    Args:
-        options: kinds, widths, and whether to start from a closed form.
-        data: rows and folds; measured without tokens, which a closed form does not use.
-        sampler_of: returns the sampler of all pairs but those of some images.
-        token_widths: of the sides that take tokens.
-        seed: of random weights and of the unpaired rows that are matched.
-        unpaired_matches: whether to learn from matches of unpaired rows.
-
     Raises:
         ConfigError: there are no pairs, and the options exclude matches of unpaired rows.
     """
@@ -143,16 +136,7 @@ def fit_setting(
     token_widths: Mapping[Modality, int],
     seed: int,
 ) -> tuple[Adapter, Matches | None]:
-    """Fit the closed form that `initialize` chose on other pairs, such as all of them.
-
-    Args:
-        setting: of the start, or its JSON values.
-        options: as in `initialize`.
-        data: as in `initialize`.
-        sampler: of the pairs to fit on.
-        token_widths: as in `initialize`.
-        seed: as in `initialize`.
-    """
+    """Fit the closed form that `initialize` chose on other pairs, such as all of them."""
     chosen = Setting.model_validate(setting)
     start = _Fits(options, data, token_widths, seed).start(chosen, sampler, "")
     return start.adapter, start.matches

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.adapters.assignment import WIDTH, Clusters
 from csalign.adapters.canonical import ClosedForm, PairMoments, mutual_neighbours
 from csalign.adapters.side import CHUNK_ROWS, UnitRows
+from csalign.core.arrays import Array
 from csalign.core.enums import Modality
 from csalign.features.join import Pairs, hash_rows
 from csalign.training.closed_forms.settings import (
@@ -27,8 +27,6 @@ from csalign.training.closed_forms.settings import (
 from csalign.training.data import Unpaired
 from csalign.training.network.sampler import PairSampler
 from csalign.training.network.validation import Measured
-
-Array = npt.NDArray[Any]
 
 log = logging.getLogger(__name__)
 
@@ -145,17 +143,7 @@ class Pools:
     def follow(
         self, pairs: PairMoments, form: ClosedForm, setting: Setting, width: int
     ) -> tuple[ClosedForm, Matches]:
-        """Make the rounds that a search chose, on any pairs.
-
-        Args:
-            pairs: moments of the pairs.
-            form: map of the first round's matches.
-            setting: share of the matches, and the ridge and power of each round.
-            width: of the shared space.
-
-        Returns:
-            The last round's map, and matches under it.
-        """
+        """Make the rounds that a search chose; return the last one's map, and its matches."""
         mixed = self.mix(pairs)
         for number, (ridge, power) in enumerate(setting.path, 1):
             moments = _toward(mixed, form, self.blocks(BLOCKS, number), setting.share)
@@ -195,15 +183,6 @@ def search(
 
     In each round every fold matches the same blocks of unpaired rows under its own map. The share
     that is best after some rounds continues alone.
-
-    Args:
-        pools: unpaired rows.
-        folds: moments of the pairs of each fold.
-        start: without matches.
-        width: of the shared space.
-        measure: measures the maps of all folds on their held-out rows.
-        few: whether there are few pairs, beside which matches deserve a larger share.
-        progress: called with each candidate.
     """
     mixed = [pools.mix(fold) for fold in folds]
     walks = {share: [start] for share in (SHARES_OF_FEW if few else SHARES)}

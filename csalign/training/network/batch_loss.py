@@ -50,10 +50,6 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Concatenate the rows of all processes, (sum of counts, d).
 
     All processes must compute the same from the result: each keeps the gradient of its own rows.
-
-    Args:
-        rows: (n, d), of this process.
-        counts: how many each process has.
     """
     found: Tensor = _AllGatherRows.apply(rows, counts)
     return found
@@ -95,11 +91,6 @@ def initial_scale(options: ObjectiveOptions) -> float:
 
 def check_terms(options: ObjectiveOptions, *, captions: str, rows: int) -> None:
     """Refuse terms that would be ignored, cannot be computed, or mean nothing.
-
-    Args:
-        options: the terms and their weights.
-        captions: as in ``--captions``.
-        rows: pairs per step; 0 without steps.
 
     Raises:
         ConfigError: options conflict.
@@ -144,12 +135,6 @@ class BatchLoss(nn.Module):
 
     If several processes train, each embeds its share of the rows, and all of them then compute
     the objective of the whole batch together; its value is the same in each.
-
-    Args:
-        options: the terms and their weights.
-        precision: of matrix multiplications.
-        sub_batch: rows per adapter pass; larger batches recompute their activations.
-        compiled: compile the parts of the objective that are computed in tiles.
 
     Attributes:
         sigma: bandwidth(s) of the last batch, on the device if found there; None if no term has

@@ -7,27 +7,25 @@ thread reads those of the next batches while the device computes, and sends a bl
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Semaphore, Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from warnings import catch_warnings
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.core import distributed
+from csalign.core.arrays import Array, Indices
 from csalign.core.devices import free_bytes
 from csalign.core.enums import Modality
 from csalign.features.streaming import MIB
-
-if TYPE_CHECKING:
-    from csalign.training.network.sampler import PlannedBatch
+from csalign.features.tokens import PaddedTokens
 
 log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
 
 SHARE = 0.5  # of a device's free memory, for embeddings that are kept there
 BLOCK_BYTES = 32 * MIB  # of embeddings that are sent together
@@ -40,7 +38,23 @@ class Picked(NamedTuple):
     """Rows (k,) of one of the arrays of a side."""
 
     array: int
-    rows: npt.NDArray[Any]
+    rows: Array
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A batch as row numbers."""
+
+    place: dict[str, int]  # of the batch after it, see `BatchLoader.state_dict`
+    picked: dict[Modality, list[Picked]]  # rows of the set's array (0) and of the pool's (1 ...)
+    counts: dict[Modality, list[int]]  # see `SideBatch`
+    shares: dict[Modality, slice]  # of this process, among the rows of a side
+    owner: Indices | None
+    others: Indices
+    token_pairs: tuple[Indices, Indices]
+    tokens: dict[Modality, PaddedTokens]
+    partner: Indices  # (b,) the pair that each is mixed with, (0,) without mixing
+    coefficient: float  # of that
 
 
 Pieces = Mapping[Modality, Sequence[Tensor]]
@@ -64,11 +78,7 @@ def upload_numbers(numbers: Sequence[Array], device: torch.device) -> Sequence[T
 
 
 class DeviceRows:
-    """Arrays of embeddings of both sides, rows of which become tensors on a device.
-
-    Args:
-        arrays: of each side, each (n, d), in memory or mapped.
-        device: to compute on.
+    """Arrays of embeddings (n, d), in memory or mapped, rows of which become tensors on a device.
 
     Attributes:
         kept: the arrays on the device, by their identity; empty where rows are read on the host.
@@ -104,13 +114,8 @@ class DeviceRows:
         if self._device.type == "cuda":
             self.kept = {}
 
-    def take(self, plan: "PlannedBatch", rows: Sequence[Tensor]) -> Pieces:
-        """Take the rows of a batch from arrays that are kept.
-
-        Args:
-            plan: the batch.
-            rows: each (k,) int64, the rows of all that is picked, on the device.
-        """
+    def take(self, plan: PlannedBatch, rows: Sequence[Tensor]) -> Pieces:
+        """Take rows of arrays that are kept: of all that is picked, in order, each (k,) int64."""
         left = iter(rows)
         return {
             side: [
@@ -120,16 +125,14 @@ class DeviceRows:
             for side, picked in plan.picked.items()
         }
 
-    def read(self, plan: "PlannedBatch") -> Pieces:
+    def read(self, plan: PlannedBatch) -> Pieces:
         """Read the rows of a batch on the host, and copy them to the device."""
         return {
             side: [upload(own, self._device) for own in found]
             for side, found in self._gather(plan).items()
         }
 
-    def read_ahead(
-        self, plans: "Iterator[PlannedBatch]"
-    ) -> "Generator[tuple[PlannedBatch, Pieces]]":
+    def read_ahead(self, plans: Iterator[PlannedBatch]) -> Generator[tuple[PlannedBatch, Pieces]]:
         """Yield batches with their rows, which a thread reads and sends in blocks.
 
         What fails in the thread is raised here. Closing the iterator ends the thread.
@@ -166,13 +169,13 @@ class DeviceRows:
             room.release()
             thread.join()
 
-    def _gather(self, plan: "PlannedBatch") -> dict[Modality, list[Array]]:
+    def _gather(self, plan: PlannedBatch) -> dict[Modality, list[Array]]:
         return {
             side: [self._arrays[side][array][rows] for array, rows in picked]
             for side, picked in plan.picked.items()
         }
 
-    def _read_block(self, plans: "Iterator[PlannedBatch]", stream: Any) -> "_Block":
+    def _read_block(self, plans: Iterator[PlannedBatch], stream: Any) -> "_Block":
         """Read the rows of the next batches, and begin to send them."""
         read: list[tuple[PlannedBatch, dict[Modality, list[Array]]]] = []
         size = 0
@@ -198,7 +201,7 @@ class DeviceRows:
 class _Block(NamedTuple):
     """Batches with their rows, which share one memory on the device."""
 
-    batches: "list[tuple[PlannedBatch, Pieces]]"
+    batches: list[tuple[PlannedBatch, Pieces]]
     memory: Tensor
     arrived: Any  # event of CUDA, after which the memory is filled
 

@@ -73,19 +73,6 @@ FIRST = Phase()
 class Trainer:
     """Trains adapters and keeps the weights that do best on validation.
 
-    Args:
-        adapter: both sides, initialized; trained in place.
-        data: training, held-out and unpaired rows.
-        tokens: to train with, None without any.
-        sampler: of the training pairs.
-        objective: terms of the loss.
-        options: of the optimization.
-        captions: use of captions.
-        device: where to compute, as in ``--device``.
-        seed: of everything random.
-        phase: which network of the run this is.
-        timer: of its steps, if their number is to be announced.
-
     Attributes:
         loss: of a batch.
         batch_size: pairs per step, at most.
@@ -192,9 +179,6 @@ class Trainer:
 
     def fit(self, log_lines: Log) -> Generator[bool, None, None]:
         """Train, and leave the best weights in the adapter.
-
-        Args:
-            log_lines: writes the figures of some steps or a validation; called in the main process.
 
         Yields:
             Before each step and at the end, when the state may be saved: whether the weights were

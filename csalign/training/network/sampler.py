@@ -4,26 +4,31 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.core import distributed
+from csalign.core.arrays import Doubles, Indices, Mask
 from csalign.core.enums import Modality
 from csalign.core.errors import ConfigError
-from csalign.features.join import Mask, Pairs, compact
+from csalign.features.join import Pairs, compact
 from csalign.features.streaming import MIB
 from csalign.features.tokens import PaddedTokens, Wanted, take_together
 from csalign.objective.pairwise import mix_pairs
 from csalign.training.config import DataOptions
 from csalign.training.data import StoredTokens, Unpaired
-from csalign.training.network.device_rows import DeviceRows, Picked, Pieces, upload, upload_numbers
-
-Ints = npt.NDArray[Any]
+from csalign.training.network.device_rows import (
+    DeviceRows,
+    Picked,
+    Pieces,
+    PlannedBatch,
+    upload,
+    upload_numbers,
+)
 
 WINDOW_BYTES = 256 * MIB  # of embeddings that are shuffled together
 BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one window
@@ -33,18 +38,18 @@ BLOCK_BYTES = MIB  # of embeddings that are stored together and come into one wi
 class BatchRows:
     """Row numbers of one batch."""
 
-    images: Ints  # (b,) image rows
-    texts: Ints  # (m,) rows of the captions in the pairwise loss
-    owner: Ints | None  # (m,) position of each text's image; None if text i belongs to image i
-    others: Ints | None  # (b,) another caption of each image, -1 for none; None if unused
-    further: Ints  # (k,) all other captions of these images, each caption once
+    images: Indices  # (b,) image rows
+    texts: Indices  # (m,) rows of the captions in the pairwise loss
+    owner: Indices | None  # (m,) position of each text's image; None if text i belongs to image i
+    others: Indices | None  # (b,) another caption of each image, -1 for none; None if unused
+    further: Indices  # (k,) all other captions of these images, each caption once
 
 
-Order = Callable[[Ints, np.random.Generator], Ints]
+Order = Callable[[Indices, np.random.Generator], Indices]
 """Maps (k,) image rows to a permutation of their positions, the order of an epoch."""
 
 
-def uniform(images: Ints, rng: np.random.Generator) -> Ints:
+def uniform(images: Indices, rng: np.random.Generator) -> Indices:
     """Return a uniformly random permutation."""
     return rng.permutation(len(images))
 
@@ -56,7 +61,7 @@ class BlockOrder:
     block: int  # images per block
     window: int  # images per window, a multiple of `block`
 
-    def __call__(self, images: Ints, rng: np.random.Generator) -> Ints:
+    def __call__(self, images: Indices, rng: np.random.Generator) -> Indices:
         """See `Order`."""
         blocks = np.arange(len(images)) // self.block
         windows = rng.permutation(-(-len(images) // self.block)) // (self.window // self.block)
@@ -76,13 +81,6 @@ def order_for(
     It depends on the sizes alone, not on what is in memory. Tokens beyond their cache's budget set
     the window instead: then few row groups are decoded again, if texts are stored in the order of
     their images.
-
-    Args:
-        rows: training rows.
-        tokens: to train with, None without any.
-        leave_out: (n,) images that are not trained on.
-        window_bytes: of embeddings that are shuffled together.
-        block_bytes: of embeddings that are stored together.
 
     Raises:
         ConfigError: the token cache is too small for a row group of each side.
@@ -153,7 +151,7 @@ class PairSampler:
     def __len__(self) -> int:
         return len(self._images)
 
-    def weighted_pairs(self) -> tuple[tuple[Ints, Ints], npt.NDArray[np.float64]]:
+    def weighted_pairs(self) -> tuple[tuple[Indices, Indices], Doubles]:
         """Return all pairs as image rows and text rows, and their weights."""
         images = np.repeat(self._images, self._counts)
         weights = np.full(len(images), self._weight if self._captions == "first" else 1.0)
@@ -184,7 +182,9 @@ class PairSampler:
             part = slice(start, start + least + (number < more))
             yield self._batch(order[part], drawn[part], texts[part], rng)
 
-    def _batch(self, images: Ints, drawn: Ints, texts: Ints, rng: np.random.Generator) -> BatchRows:
+    def _batch(
+        self, images: Indices, drawn: Indices, texts: Indices, rng: np.random.Generator
+    ) -> BatchRows:
         rows, texts = self._images[images].astype(np.int64), texts.astype(np.int64)
         if self._captions == "all":
             texts = np.concatenate([texts, self._further(images, texts)])
@@ -195,7 +195,7 @@ class PairSampler:
         seen = texts if others is None else np.concatenate([texts, others[others >= 0]])
         return BatchRows(rows, texts, None, others, self._further(images, seen))
 
-    def _further(self, images: Ints, seen: Ints) -> Ints:
+    def _further(self, images: Indices, seen: Indices) -> Indices:
         """Return the captions of some images that are not in `seen`, no caption twice."""
         counts = self._counts[images]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -204,7 +204,7 @@ class PairSampler:
         kept = self._first_of_each(every)
         return every[kept[kept >= len(seen)]]
 
-    def _others(self, images: Ints, drawn: Ints, rng: np.random.Generator) -> Ints:
+    def _others(self, images: Indices, drawn: Indices, rng: np.random.Generator) -> Indices:
         """Return for each image a caption that was not drawn, no caption twice; -1 for none."""
         counts = self._counts[images]
         step = rng.integers(1, np.maximum(counts, 2))
@@ -215,7 +215,7 @@ class PairSampler:
         others[chosen] = texts[chosen]
         return others
 
-    def _first_of_each(self, texts: Ints) -> Ints:
+    def _first_of_each(self, texts: Indices) -> Indices:
         """Return the positions, ascending, of the first text with each caption."""
         return np.sort(np.unique(self._keys[texts], return_index=True)[1])
 
@@ -265,22 +265,6 @@ class Batch(NamedTuple):
     owner: Tensor | None  # (m,) position of each text's image; None where text i belongs to image i
     others: Tensor  # (k,) positions of the images whose other captions there are
     token_pairs: tuple[Tensor, Tensor]  # (p,) positions of images and texts
-
-
-@dataclass(frozen=True)
-class PlannedBatch:
-    """A batch as row numbers."""
-
-    place: dict[str, int]  # of the batch after it, see `BatchLoader.state_dict`
-    picked: dict[Modality, list[Picked]]  # rows of the set's array (0) and of the pool's (1 ...)
-    counts: dict[Modality, list[int]]  # see `SideBatch`
-    shares: dict[Modality, slice]  # of this process, among the rows of a side
-    owner: Ints | None
-    others: Ints
-    token_pairs: tuple[Ints, Ints]
-    tokens: dict[Modality, PaddedTokens]
-    partner: Ints  # (b,) the pair that each is mixed with, (0,) without mixing
-    coefficient: float  # of that
 
 
 @dataclass
@@ -388,7 +372,7 @@ class BatchLoader:
         pairs = rows.owner, has_other, token_pairs
         return PlannedBatch(place, picked, counts, shares, *pairs, tokens, partner, coefficient)
 
-    def _pick(self, side: Modality, stored: Ints, drawn: Ints, part: slice) -> list[Picked]:
+    def _pick(self, side: Modality, stored: Indices, drawn: Indices, part: slice) -> list[Picked]:
         """Pick the rows of a part of one side: the stored rows, pairs first, then the drawn."""
         first, last = (max(0, end - len(stored)) for end in (part.start, part.stop))
         located = self.unpaired.locate(side, drawn[first:last])
@@ -426,8 +410,8 @@ class BatchLoader:
         return Batch(images, texts, None if planned.owner is None else owners, others, (x, y))
 
     def _sample_tokens(
-        self, rows: BatchRows, stored: Mapping[Modality, list[Ints]], rng: np.random.Generator
-    ) -> tuple[tuple[Ints, Ints], dict[Modality, PaddedTokens]]:
+        self, rows: BatchRows, stored: Mapping[Modality, list[Indices]], rng: np.random.Generator
+    ) -> tuple[tuple[Indices, Indices], dict[Modality, PaddedTokens]]:
         """Draw the pairs of the token term, and read some tokens of each row that needs any."""
         if self.tokens is None:
             return (rows.images[:0], rows.images[:0]), {}

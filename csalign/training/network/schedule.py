@@ -25,6 +25,7 @@ MAX_BETWEEN = 1_000  # steps from one validation to the next
 PATIENCE = 10  # validations, and at least half of the steps
 WARM_UP, TIMED = 3, 10  # steps before those that are timed, and the least number of these
 TIMED_SECONDS, TIMED_SHARE = 2.0, 0.05  # that they last, up to a share of all steps
+KERNEL_SHARE = 0.15  # of the minutes, for a kernel CCA
 MARGIN = 0.95  # of the time left, for what is not foreseen
 
 
@@ -86,7 +87,7 @@ class Timer:
     clock: Callable[[], float] = time.monotonic  # seconds that the command has taken
     minutes: float | None = None  # that it may take
     networks: int = 1  # trained one after another, for as many steps
-    after: float = 0.0  # seconds of what follows them
+    combines: bool = False  # whether a kernel CCA follows them, for which time is kept
     announces: bool = True
 
     def begin(self, schedule: Schedule, made: int, device: torch.device, pairs: int) -> None:
@@ -121,7 +122,8 @@ class Timer:
         if self.minutes is not None and until is None:
             schedule = distributed.broadcast(lambda: self._fill(schedule, made))
         total = duration(self.clock() + self._seconds(schedule, made))
-        self._announce(schedule, f", about {total} in all")
+        kernel = ", and the kernel CCA" if self.combines and self.minutes is None else ""
+        self._announce(schedule, f", about {total} in all{kernel}")
         return schedule
 
     @contextmanager
@@ -144,14 +146,19 @@ class Timer:
         found = of(made + 1 + fit)
         if found.steps == schedule.steps:
             log.info("--minutes %g: more than %d epochs gain nothing", self.minutes, FULL_EPOCHS)
-        later = self.after + (self.networks - 1) * found.steps * self._step_s
+        later = self._after + (self.networks - 1) * found.steps * self._step_s
         return found._replace(until=60 * self.minutes - later)
 
     def _seconds(self, schedule: Schedule, made: int) -> float:
         """Return the seconds that the command takes from here on."""
         steps = self.networks * schedule.steps - made
         validations = math.ceil((schedule.steps - made) / schedule.every)
-        return steps * self._step_s + validations * self._validation_s + self.after
+        return steps * self._step_s + validations * self._validation_s + self._after
+
+    @property
+    def _after(self) -> float:
+        """Seconds that are kept for a kernel CCA."""
+        return 60 * (self.minutes or 0.0) * KERNEL_SHARE * self.combines
 
     def _announce(self, schedule: Schedule, estimate: str = "") -> None:
         steps = f"{schedule.steps:,} steps of {self._pairs:,} pairs"

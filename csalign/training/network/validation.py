@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 
 from csalign.adapters.model import Adapter
+from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import TrainingError
 from csalign.core.progress import reported_to, silent
@@ -19,8 +19,6 @@ from csalign.runs.load import embed_rows
 
 LEAST_SCALE, MOST_SCALE = 7.0, 40.0  # of logits in training
 SCALES = [3 * 1.05**step for step in range(60)]  # up to 53
-
-Doubles = npt.NDArray[np.float64]
 
 
 class Score(NamedTuple):
@@ -60,11 +58,7 @@ class Measured(NamedTuple):
         return bool(gains.mean() > errors * error)
 
 
-def measure(
-    images: npt.NDArray[np.float32],
-    texts: npt.NDArray[np.float32],
-    text_image: npt.NDArray[np.int64],
-) -> Measured:
+def measure(images: Floats, texts: Floats, text_image: Ints) -> Measured:
     """Measure unit rows (n, k) and (m, k); arguments as those of `rank_both_ways`.
 
     Raises:

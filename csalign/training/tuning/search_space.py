@@ -87,7 +87,9 @@ class SearchSpace:
             if kind != FIXED:
                 return self.base.bandwidth if kind == GIVEN else kind
         if name not in RANGES:
-            return trial.suggest_categorical(name, self._choices(name))
+            captions = ("first", "sample", "all")[: 2 if self.base.mixing else 3]
+            choices = {"adapter": self.adapters, "init": ("canonical", "random")}
+            return trial.suggest_categorical(name, choices.get(name, captions))
         bounds = self._range(name)
         value = trial.suggest_float(name, bounds.low, bounds.high, log=bounds.log)
         # Three digits are enough, but rounding must not leave the bounds.
@@ -97,10 +99,6 @@ class SearchSpace:
         if isinstance(self.base.bandwidth, float):
             return FIXED
         return "median" if self.base.bandwidth == "median" else GIVEN  # tied, or several
-
-    def _choices(self, name: str) -> Sequence[str]:
-        captions = ("first", "sample") if self.base.mixing else ("first", "sample", "all")
-        return {"adapter": self.adapters, "init": ("canonical", "random")}.get(name, captions)
 
     def _range(self, name: str) -> Range:
         """Return the range of a number, widened to include the given value."""

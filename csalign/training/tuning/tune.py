@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from csalign.core import __version__, atomic, locks, outputs, signals
+from csalign.core.arrays import Doubles
 from csalign.core.enums import Modality
 from csalign.core.errors import (
     CsalignError,
@@ -38,7 +39,7 @@ from csalign.core.progress import Progress, duration, reported_to, silent, tick,
 from csalign.core.records import read_object
 from csalign.core.results import Trial, TuneResult
 from csalign.features.join import PairedRows
-from csalign.metrics.bootstrap import Floats, Place, Resamples, resample
+from csalign.metrics.bootstrap import Place, Resamples, resample
 from csalign.metrics.retrieval import rank_both_ways
 from csalign.objective.divergences import cs_divergence
 from csalign.runs.load import embed_rows
@@ -221,7 +222,7 @@ def _difference(
     if default is None:
         return {}
     drawn = default[RESAMPLED]
-    places: dict[Place, Floats] = {
+    places: dict[Place, Doubles] = {
         (name,): np.array(values) for name, values in drawn["figures"].items()
     }
     baseline = Resamples(places, drawn["images"])
