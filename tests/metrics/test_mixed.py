@@ -9,7 +9,6 @@ from csalign.metrics.bootstrap import FoldMeans, resample
 from csalign.metrics.mixed import MixedRanks, SideRanks, rank_mixed
 from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import rank_both_ways
-from csalign.metrics.retrieval import rank_both_ways
 
 Array = npt.NDArray[Any]
 
