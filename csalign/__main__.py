@@ -1,5 +1,6 @@
 """The ``csalign`` command, and ``python -m csalign``."""
 
+import gc
 import io
 import os
 import sys
@@ -57,6 +58,7 @@ def main() -> None:
     repair_environment()
     catch_signals()
     open_closed_streams()
+    gc.disable()  # until all is imported: of what that makes nothing is ever garbage
     try:
         from csalign.cli.app import app
 

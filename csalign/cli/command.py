@@ -3,6 +3,7 @@
 Wrong paths and options are refused before the libraries of a command take seconds to import.
 """
 
+import gc
 import inspect
 import re
 import shlex
@@ -90,6 +91,8 @@ def command_of(
                     check_settings(settings)
                 module, _, name = function.partition(":")
                 work = getattr(import_module(f"csalign.{module}"), name)
+                gc.freeze()
+                gc.enable()
                 local = with_local_runs(settings, call.names)
                 failed = None
                 try:

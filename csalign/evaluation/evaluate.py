@@ -25,7 +25,6 @@ from csalign.features.checks import check_directions
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import FAILURES, MANIFEST
 from csalign.ingest.config import ExtractConfig
-from csalign.ingest.extract import SKIP, extract
 from csalign.metrics.explain import explain
 from csalign.metrics.gap import image_distances
 
@@ -177,6 +176,9 @@ def _load_images(name: str, config: EvalConfig) -> tuple[FeatureSet, Floats]:
                 raise ConfigError(f"--encoder is required, to encode the images of {name}")
             if config.split is not None:
                 raise ConfigError(f"--split: is for feature sets, which {name} is not")
+            # With all that reads sources.
+            from csalign.ingest.extract import SKIP, extract
+
             place = Path(folder, "features")
             options = ExtractConfig(
                 source=name,

@@ -26,7 +26,6 @@ from csalign.evaluation.protocols import AlignedRows
 from csalign.features import join
 from csalign.features.checks import warn_of_queries
 from csalign.features.reader import FeatureSet
-from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
 from csalign.metrics.bootstrap import FoldMeans, Resampled, Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.groups import GroupTasks, group_tasks
@@ -96,8 +95,11 @@ class Evaluation:
     @cached_property
     def mixed(self) -> tuple[MixedRanks, ...]:
         """Retrieval from one gallery of both sides, per fold."""
-        seed = self.options.seed
-        return tuple(rank_mixed(f.images, f.texts, f.text_image, seed=seed) for f in self.folds)
+        seed, known = self.options.seed, self.neighbours or [None] * len(self.folds)
+        return tuple(
+            rank_mixed(f.images, f.texts, f.text_image, seed=seed, neighbours=own)
+            for f, own in zip(self.folds, known, strict=True)
+        )
 
     @cached_property
     def groups(self) -> tuple[GroupTasks, ...]:
@@ -154,9 +156,7 @@ class Evaluation:
     def of_rows(self, images: Floats, texts: Floats) -> "Evaluation":
         """Rank other embeddings of the same rows: unit rows (n, d) and (m, d)."""
         plain = replace(self.aligned, images=images, texts=texts, adapter=None)
-        return measure_rows(
-            plain, self.options, labels=self.labels, device=self.device, with_neighbours=False
-        )
+        return measure_rows(plain, self.options, labels=self.labels, device=self.device)
 
 
 def measure(config: EvalConfig) -> Evaluation:
@@ -190,7 +190,6 @@ def measure_rows(
     labels: GroupLabels | None = None,
     device: str = "auto",
     divided: bool = False,
-    with_neighbours: bool = True,
 ) -> Evaluation:
     """Rank rows that are embedded already.
 
@@ -201,7 +200,6 @@ def measure_rows(
         labels: of the images, as `clustered_labels` returns them; None for no figures of groups.
         device: of the exact ranking, if it is CUDA.
         divided: whether all processes of the group call this, and share the ranking.
-        with_neighbours: whether exact ranking finds the neighbours too, for hubness.
     """
     rows, twins = aligned.rows, protocols.find_twins(aligned.rows)
     whole = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, twins)
@@ -211,15 +209,17 @@ def measure_rows(
         chosen = pick_device(device)
         chosen = chosen if chosen.type == "cuda" else torch.device("cpu")
         index: dict[str, Any] = {"kind": "exact", "device": chosen.type}
-        if with_neighbours:
-            neighbours = tuple(
-                (Neighbours(len(f.images), chosen), Neighbours(len(f.texts), chosen)) for f in folds
-            )
+        neighbours = tuple(
+            (Neighbours(len(f.images), chosen), Neighbours(len(f.texts), chosen)) for f in folds
+        )
         ranks = tuple(
             fold.rank(chosen, divided=divided, neighbours=own)
-            for fold, own in zip(folds, neighbours or [None] * len(folds), strict=True)
+            for fold, own in zip(folds, neighbours, strict=True)
         )
     else:
+        # faiss is loaded where it is wanted.
+        from csalign.metrics.approximate import JUDGED_BY, LISTED, rank_both_ways_by_index
+
         found = [
             rank_both_ways_by_index(fold.images, fold.texts, fold.text_image, options.index)
             for fold in folds

@@ -57,8 +57,7 @@ def find_unusable(embeddings: Array, dtype: str | None = None) -> dict[int, str]
 
 
 def _norms_fit(rows: Array) -> Mask:
-    wide = rows.astype(np.float32, copy=False)
-    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    norms = _norms(rows.astype(np.float32, copy=False))
     fit: Mask = (norms > schema.LEAST_NORM) & (norms < schema.MOST_NORM)
     return fit
 
@@ -97,18 +96,43 @@ def unit_rows(values: Array, ids: pa.Array, where: str) -> Floats:
 def scaled(rows: Array) -> Floats:
     """Scale rows (n, d) to norm 1, in float32; those of norm 0 stay."""
     wide = rows.astype(np.float32)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    np.divide(wide, norms, out=wide, where=norms > 0)
+    wide /= _scales(wide)
     return wide
+
+
+def _norms(rows: Floats) -> Floats:
+    norms: Floats = np.sqrt(np.einsum("ij,ij->i", rows, rows))  # without a copy
+    return norms
+
+
+def _scales(rows: Floats) -> Floats:
+    """Return the norms of rows (n, d) as a column (n, 1), with 1 in the place of 0."""
+    norms = _norms(rows)[:, None]
+    norms[norms == 0] = 1
+    return norms
 
 
 def alike(vectors: Array) -> Ints:
     """Return for each row (n, d) the first one of its direction, in float16's precision, (n,)."""
-    found = [np.empty(0, np.int64)]
-    for start in range(0, len(vectors), CHECKED_ROWS):
-        unit = scaled(vectors[start : start + CHECKED_ROWS]).astype(np.float16)
-        found.append(hash_rows(unit + np.float16(0)))  # -0 becomes 0
-    return first_alike(np.concatenate(found))
+    rows = found = np.arange(len(vectors))
+    # Few rows begin as another does, and only these are compared in all columns.
+    _, group, counts = np.unique(
+        _hashes(vectors, rows, FEW_COLUMNS), return_inverse=True, return_counts=True
+    )
+    rows = rows[counts[group] > 1]
+    found[rows] = rows[first_alike(_hashes(vectors, rows, None))]
+    return found
+
+
+def _hashes(vectors: Array, rows: Ints, columns: int | None) -> Ints:
+    """Hash the first columns of the directions of some rows, in float16's precision, (k,)."""
+    found = np.empty(len(rows), np.int64)
+    step = max(1, 8 * _CHECKED_VALUES // max(1, vectors.shape[1]))
+    for start in range(0, len(rows), step):
+        wide = vectors[rows[start : start + step]].astype(np.float32, copy=False)
+        unit = (wide[:, :columns] / _scales(wide)).astype(np.float16)
+        found[start : start + step] = hash_rows(unit + np.float16(0))  # -0 becomes 0
+    return found
 
 
 def warn_of_repeats(rows: Pairs, name: str) -> None:

@@ -12,14 +12,13 @@ import torch
 from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import Place, nested
-from csalign.metrics.neighbours import largest, unpacked
+from csalign.metrics.neighbours import NEIGHBOURS, TIE, Neighbours, largest, unpacked
 from csalign.metrics.retrieval import STRIP_BYTES
 from csalign.objective.products import product
 
-DEPTH = 10
+DEPTH = NEIGHBOURS
 MOST_QUERIES = 2_000  # per side
 LAST = -9.0  # below any cosine
-TIE = 1e-6  # scores of unit rows closer than this are equal, up to rounding
 
 
 class SideRanks(NamedTuple):
@@ -67,6 +66,7 @@ def rank_mixed(
     text_image: Ints,
     *,
     seed: int,
+    neighbours: tuple[Neighbours, Neighbours] | None = None,
     most: int = MOST_QUERIES,
     strip_bytes: int = STRIP_BYTES,
 ) -> MixedRanks:
@@ -82,6 +82,7 @@ def rank_mixed(
         texts: (m, d) float32, unit rows.
         text_image: (m,) row of the image that each text belongs to, -1 for none; not all -1.
         seed: draws the queries where one has more than `most`.
+        neighbours: of all images and texts on the other side, as `rank_both_ways` finds them.
         most: queries per side.
         strip_bytes: about the size of a table of scores.
     """
@@ -89,7 +90,7 @@ def rank_mixed(
     paired = np.flatnonzero(text_image >= 0)
     asked = np.unique(text_image[paired]), paired
     drawn = [np.sort(rng.choice(own, min(len(own), most), replace=False)) for own in asked]
-    corpus, done = _Corpus(images, texts, text_image), 0
+    corpus, done = _Corpus(images, texts, text_image, neighbours), 0
     step, found = max(1, strip_bytes // (4 * max(map(len, corpus.sides)))), []
     for side, queries in enumerate(drawn):
         parts = []
@@ -105,7 +106,14 @@ def rank_mixed(
 class _Corpus:
     """Rows of both sides, numbered images first; side 0 is images, 1 texts."""
 
-    def __init__(self, images: Floats, texts: Floats, text_image: Ints) -> None:
+    def __init__(
+        self,
+        images: Floats,
+        texts: Floats,
+        text_image: Ints,
+        neighbours: tuple[Neighbours, Neighbours] | None,
+    ) -> None:
+        self.neighbours = neighbours
         self.sides = torch.from_numpy(images), torch.from_numpy(texts)
         self.starts = 0, len(images)
         self.owners = np.concatenate([np.arange(len(images)), text_image])
@@ -121,14 +129,17 @@ class _Corpus:
         members, asking = self.by_owner[members], np.repeat(here, counts)
         values, places = [], []
         for other, (rows, start) in enumerate(zip(self.sides, self.starts, strict=True)):
-            scores = product(self.sides[side][queries], rows)
-            is_there = (members >= self.starts[1]) == other
-            scores[asking[is_there], members[is_there] - start] -= 2 * TIE
-            if other == side:
-                scores[here, queries] = LAST
-            best, found = unpacked(largest(scores, DEPTH, start))
+            if other != side and self.neighbours is not None:
+                best, found = self.neighbours[side].best(queries)
+            else:
+                scores = product(self.sides[side][queries], rows)
+                is_there = (members >= self.starts[1]) == other
+                scores[asking[is_there], members[is_there] - start] -= 2 * TIE
+                if other == side:
+                    scores[here, queries] = LAST
+                best, found = unpacked(largest(scores, DEPTH))
             values.append(best - TIE * (other != side))
-            places.append(found)
+            places.append(found + start)
         listed = torch.cat(values, dim=1).topk(min(DEPTH, len(self.owners) - 1), dim=1).indices
         first = torch.cat(places, dim=1).gather(1, listed).numpy()
         is_right = self.owners[first] == wanted[:, None]

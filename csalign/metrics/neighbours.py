@@ -3,14 +3,18 @@
 from threading import Lock
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.core import distributed
 
+Ints = npt.NDArray[np.int64]
+
 NEIGHBOURS = 10
 GROUP = 16
 ITEMS = (1 << 29) - 1  # the bits of a float64 that a float32 leaves free
+TIE = 1e-6  # scores of unit rows closer than this are equal, up to rounding
 
 
 def largest(scores: Tensor, k: int, first: int = 0) -> Tensor:
@@ -91,6 +95,17 @@ class Neighbours:
         del found[distributed.world().rank]
         for keys in found:
             self._merge(0, slice(None), keys.to(self._keys.device))
+
+    def number(self, queries: Ints, items: Ints) -> None:
+        """Replace the numbers of all queries and items by others, (q,) and (i,)."""
+        scores, found = unpacked(self._keys)
+        columns = torch.from_numpy(items).to(found.device)[found]
+        keys = torch.where(scores > -torch.inf, _packed(scores, columns), -torch.inf)
+        self._keys[torch.from_numpy(queries).to(found.device)] = keys
+
+    def best(self, queries: Ints) -> tuple[Tensor, Tensor]:
+        """Return the scores, -inf for none, and items of some queries, (k, `NEIGHBOURS`)."""
+        return unpacked(self._keys.cpu()[torch.from_numpy(queries)])
 
     def skewness(self, items: int) -> float:
         """Compute the skewness of the number of queries that have each item among their best.

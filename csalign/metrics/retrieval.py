@@ -15,7 +15,7 @@ from csalign.core import distributed
 from csalign.core.arrays import Array, Doubles, Floats, Ints
 from csalign.core.progress import tick, track
 from csalign.features.checks import scaled
-from csalign.metrics.neighbours import NEIGHBOURS, Neighbours, largest, unpacked
+from csalign.metrics.neighbours import NEIGHBOURS, TIE, Neighbours, largest, unpacked
 from csalign.objective.products import product
 
 RECALL_AT = (1, 5, 10)
@@ -92,8 +92,8 @@ def rank_both_ways(
         divided: share the tiles among the processes of the job, all of which must pass the same
             arguments; each returns all ranks.
         tile: rows and columns of a tile, at most (default: 1,024 on the CPU, 8,192 elsewhere).
-        neighbours: of all images and of all texts, to which the scores are added; their order is
-            another than that of the rows.
+        neighbours: of all images and of all texts, empty, to which the scores are added, those of
+            matches less twice `neighbours.TIE`.
 
     Returns:
         Image-to-text over the images with texts, and text-to-image over the paired texts, in row
@@ -103,6 +103,9 @@ def rank_both_ways(
     tile = tile or (CPU_TILE if device.type == "cpu" else DEVICE_TILE)
     matrix = _ScoreMatrix(images, texts, text_image, device, tile, neighbours)
     wrong_texts, wrong_images = matrix.wrong_ahead(divided)
+    if neighbours is not None:
+        neighbours[0].number(matrix.image_order, matrix.text_order)
+        neighbours[1].number(matrix.text_order, matrix.image_order)
     counts = matrix.counts[matrix.counts > 0]
     in_row_order = np.argsort(matrix.image_order[: len(counts)])
     wrong_images = wrong_images[np.argsort(matrix.text_order[: len(wrong_images)])]
@@ -213,6 +216,7 @@ class _ScoreMatrix:
         """Add the tile's wrong items that score at least as high as each match."""
         (column, row), scores, (_, at) = tile, self._scores(tile), self._matches(tile)
         if self._neighbours is not None:
+            scores[at] -= 2 * TIE  # where others tie, they come first
             there = scores[: len(self._images) - row, : len(self._texts) - column]
             self._neighbours[0].add(row, column, there)
             self._neighbours[1].add(column, row, there.T)

@@ -7,6 +7,7 @@ from sklearn.metrics import ndcg_score
 
 from csalign.metrics.bootstrap import FoldMeans, resample
 from csalign.metrics.mixed import MixedRanks, SideRanks, rank_mixed
+from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import rank_both_ways
 
 Array = npt.NDArray[Any]
@@ -62,6 +63,20 @@ def test_figures_equal_those_of_scikit_learn_and_of_a_loop(offset: float, strip_
     for side, own in enumerate(ranks):
         for name, values in by_loop(x, y, owners, side).items():
             np.testing.assert_allclose(getattr(own, name), values, atol=1e-12)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_neighbours_of_the_ranking_give_the_same(copies: int) -> None:
+    x, y, owners = captioned()
+    y, owners = np.tile(y, (copies, 1)), np.tile(owners, copies)  # scores tie
+    found = Neighbours(len(x)), Neighbours(len(y))
+    rank_both_ways(x, y, owners, tile=16, neighbours=found)
+
+    ranks = rank_mixed(x, y, owners, seed=0, neighbours=found)
+
+    for own, expected in zip(ranks, rank_mixed(x, y, owners, seed=0), strict=True):
+        for values, wanted in zip(own, expected, strict=True):
+            np.testing.assert_allclose(values, wanted)
 
 
 def test_a_summary_is_the_mean_over_queries_and_then_over_sides() -> None:

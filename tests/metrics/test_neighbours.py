@@ -47,3 +47,8 @@ def test_hubness_is_the_same_while_ranking(tile: int | None) -> None:
     rank_both_ways(images, texts, owners, tile=tile, neighbours=found)
 
     assert hubness_of(found) == pytest.approx(hubness(images, texts))
+    scores = images @ texts.T
+    scores[owners[owners >= 0], np.flatnonzero(owners >= 0)] -= 2e-6
+    for own, there in zip(found, (scores, scores.T), strict=True):
+        listed = own.best(np.arange(len(there)))[1].sort(dim=1).values.numpy()
+        assert (listed == np.sort(np.argsort(-there, axis=1)[:, :10], axis=1)).all()
