@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -28,6 +29,9 @@ from csalign.ingest.import_arrays import import_arrays
 
 # UMAP compiles for half a minute what then takes a second of plain Python on the rows of a test.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
+# What matched its checksum is remembered here, not in the user's cache; subprocesses inherit it.
+_CACHE = tempfile.TemporaryDirectory(prefix="csalign-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 # A loaded machine must not fail a test: results are asserted, never seconds. The examples are the
 # same each time, so that a change is judged by what it changed.
 settings.register_profile("csalign", deadline=None, derandomize=True)
