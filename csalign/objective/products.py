@@ -42,7 +42,8 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 def _suits(a: Tensor, b: Tensor) -> bool:
     """Return whether oneDNN can multiply a (..., d) by b (m, d), and is faster."""
-    return prod(a.shape) * len(b) >= MIN_TERMS and _is_plain(a, b) and bool(_onednn())
+    # Sizes come last: a graph that is exported must not depend on them.
+    return _is_plain(a, b) and prod(a.shape) * len(b) >= MIN_TERMS and bool(_onednn())
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def _run_phase(
     config, state = work.config, run.resumed and run.resumed.state
     name, setting = start[0], start[1].model_dump(mode="json")
     if state is not None:
-        phase = phase._replace(batch_size=state["batch_size"], scale=state["scale"])
+        phase = phase._replace(batch_size=state.get("batch_size"), scale=state.get("scale"))
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
