@@ -224,7 +224,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         batch_size=trainer.batch_size,
     )
     decided = _match(work, adapter, decided, log_lines)
-    if needed > work.seconds_left:
+    if needed > max(0.0, work.seconds_left):
         text = "--minutes %g: omits the kernel CCA, which would take about %s"
         log.info(text, config.minutes, duration(needed))
         return adapter, decided

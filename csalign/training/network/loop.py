@@ -24,7 +24,7 @@ from csalign.adapters.model import Adapter
 from csalign.core import distributed, signals
 from csalign.core.devices import free_bytes, pick_device
 from csalign.core.enums import Modality
-from csalign.core.errors import ConfigError, Stopped, TrainingError
+from csalign.core.errors import ConfigError, Stopped, TrainingError, reason_of
 from csalign.core.progress import show_figures, tick
 from csalign.features.streaming import MIB
 from csalign.training.config import ObjectiveOptions, OptimizerOptions
@@ -32,7 +32,7 @@ from csalign.training.data import StoredTokens, TrainingData
 from csalign.training.loggers import Line, StepFigures
 from csalign.training.network.batch_loss import BatchLoss, check_terms, compares_sets, uses_unpaired
 from csalign.training.network.device_rows import SHARE
-from csalign.training.network.memory import largest_batch
+from csalign.training.network.memory import LEAST_STEPS, largest_batch
 from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
 from csalign.training.network.step import Stepper, prepare_step
@@ -181,10 +181,17 @@ class Trainer:
         texts = data.rows.pairs / max(1, int((data.rows.caption_counts > 0).sum()))
         step = partial(prepare_step, self.adapter.shapes, objective, options, self.device, texts)
         memory = int(SHARE * (1 - SHARE) * free_bytes(self.device))  # beside the embeddings
-        found, needed = distributed.broadcast(
-            lambda: largest_batch(step, pairs=pairs, memory=memory)
-        )
-        counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}"
+        try:
+            found, needed = distributed.broadcast(
+                lambda: largest_batch(step, pairs=pairs, memory=memory)
+            )
+        except (ConfigError, RuntimeError) as error:  # code that depends on values
+            raise ConfigError(
+                f"--batch-size auto: cannot foresee the memory of a step ({reason_of(error)}); "
+                "give a number"
+            ) from error
+        why = ", and larger ones leave an epoch too few steps" * (2 * LEAST_STEPS * found > pairs)
+        counted = f"{found:,} pairs, a step takes {needed // MIB:,} MiB of {memory // MIB:,}{why}"
         log.info("--batch-size auto: %s", counted)
         return found
 
