@@ -1,6 +1,7 @@
 """The command that runs: how it was called, its warnings and its progress."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,12 +26,14 @@ class Call:
         command: the command line, or the call in Python.
         names: what messages and results show in place of paths, such as those of temporary files.
         date: when it began.
+        began: likewise, by `time.monotonic`.
         warnings: messages logged as warnings so far, each once.
     """
 
     command: str
     names: dict[str, str] = field(default_factory=dict)
     date: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.monotonic)
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

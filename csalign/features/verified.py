@@ -41,7 +41,11 @@ def _mark(path: Path, sha256: str) -> Path | None:
         return None
     try:
         own, cache = path.stat(), os.environ.get("XDG_CACHE_HOME")
-        root = Path(cache) if cache and Path(cache).is_absolute() else Path.home() / ".cache"
+        root = (
+            Path(cache)
+            if cache and Path(cache).is_absolute()
+            else Path.home().resolve(strict=True) / ".cache"
+        )
         state = (own.st_size, own.st_mtime_ns, own.st_ctime_ns, own.st_ino, sha256, path.resolve())
     except (OSError, RuntimeError):  # no home
         return None

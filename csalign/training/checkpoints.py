@@ -341,7 +341,13 @@ def _is_resumable(folder: Path) -> bool:
 
 
 def _difference(folder: Path, found: TrainingJob, job: TrainingJob) -> str:
-    old, new = ({**own.options, "checkpoint version": own.version} for own in (found, job))
+    if found.version != job.version:
+        return (
+            f"{folder}: contains a run of another version of csalign (checkpoints of version "
+            f"{found.version}, not {job.version}): finish it with that one, start again with "
+            "--overwrite, or choose another --out"
+        )
+    old, new = found.options, job.options
     changes = [
         f"{name.replace('_', '-')} {old.get(name, 'unset')}, not {new.get(name, 'unset')}"
         for name in {**new, **old}

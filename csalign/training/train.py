@@ -1,11 +1,10 @@
 """``csalign train``: adapters on cached features, with the CS-Aligner objective."""
 
 import logging
-import time
 from dataclasses import replace
 
 from csalign.core import devices, distributed
-from csalign.core.progress import Progress, reported_to, silent, tick
+from csalign.core.progress import Progress, current_call, reported_to, silent, tick
 from csalign.core.results import TrainResult
 from csalign.training.checkpoints import TrainingJob, check_run_folder, open_run
 from csalign.training.config import DataOptions, ObjectiveOptions, TrainConfig
@@ -43,7 +42,7 @@ def train(config: TrainConfig, progress: Progress = silent) -> TrainResult:
     >>> list(result.to_frame().columns)
     ['weights', 'mean_recall', 'mrr', 'centroid_distance']
     """
-    began = time.monotonic()
+    began = current_call().began
     config.check()
     terms = config.group(ObjectiveOptions)
     check_terms(terms, captions=config.captions, rows=0)  # those of a step once rows are known

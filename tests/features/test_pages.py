@@ -240,19 +240,20 @@ def test_damage_that_appears_later_is_forgotten_by_verify(tmp_path: Path, cache:
     assert mark.exists()
 
 
-@pytest.mark.parametrize("place", ["file", "no home"])
+@pytest.mark.parametrize("place", ["file", "file/home", "missing"])
 def test_without_a_cache_files_are_hashed_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: list[str], place: str
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if place == "file" else "")
-    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place) if place == "file" else "")
+    monkeypatch.setenv("HOME", str(tmp_path / place))
     table = make(tmp_path / "set", vectors(5, 4))
     settle(file_of(table))
 
     for _ in range(2):
         assert len(table.embeddings()) == 5
     assert len(hashed) == 2
+    assert not (tmp_path / "missing").exists()
 
 
 def test_remembered_files_are_bounded(tmp_path: Path, cache: Path) -> None:

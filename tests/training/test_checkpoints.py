@@ -280,6 +280,15 @@ def test_features_of_other_content_are_refused(mixed: Path, features: Path, tmp_
         run(features, tmp_path / "run")
 
 
+def test_a_run_of_another_version_is_refused_as_such(mixed: Path, tmp_path: Path) -> None:
+    stop(mixed, tmp_path / "run", 5)
+    path = unfinished(tmp_path / "run") / outputs.JOB
+    job = json.loads(path.read_text())
+    path.write_text(json.dumps({**job, "version": 5, "options": {}}))
+    with pytest.raises(OutputError, match=r"another version .* version 5, not 6\): finish it with"):
+        run(mixed, tmp_path / "run")
+
+
 def test_nothing_is_refused_where_nothing_would_be_lost(mixed: Path, tmp_path: Path) -> None:
     def progress(what: str, done: int, total: int | None) -> None:
         raise KeyboardInterrupt

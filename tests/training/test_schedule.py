@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from csalign.core.errors import ConfigError, OutputError, Stopped
+from csalign.core.progress import recorded_call
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import load_data
 from csalign.training.network.loop import Trainer
@@ -124,10 +125,13 @@ def test_slower_steps_end_in_time_with_the_best_weights(
     assert timed.trainer.best_score is not None
 
 
-def test_no_time_at_all_still_trains_a_little(features: Path) -> None:
+def test_no_time_at_all_still_trains_a_little_and_says_so(
+    features: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     timed = Timed(features, lambda step: 1e4 + step, minutes=0.1)
     timed.fit()
     assert 0 < timed.trainer.steps_made <= 14
+    assert "--minutes 0.1: 2h46m have passed before the steps; takes only 14" in caplog.messages
 
 
 def test_steps_once_fixed_are_those_of_the_resumed_run(features: Path, tmp_path: Path) -> None:
@@ -186,6 +190,23 @@ def test_a_run_with_minutes_is_resumed_with_the_same_minutes_only(
     with pytest.raises(OutputError, match=r"started with minutes 1\.0, not 2\.0"):
         train(config.model_copy(update={"minutes": 2.0}))
     assert train(config).steps == 200  # these pairs need no more
+
+
+def test_the_time_of_a_run_begins_with_the_call(features: Path, tmp_path: Path) -> None:
+    config = TrainConfig(features=features, out=tmp_path / "run", minutes=0.5, **QUICK)
+    with recorded_call("csalign train") as call:
+        call.began -= 60  # as if the libraries took so long to import
+        result = train(config)
+    assert result.seconds > 60
+    assert result.steps <= 14
+
+
+def test_time_that_is_up_is_not_blamed_on_what_was_not_asked_for(
+    features: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "csalign"):
+        train(TrainConfig(features=features, out=tmp_path / "run", minutes=1e-4, **QUICK))
+    assert not any("kernel CCA" in text for text in caplog.messages)
 
 
 def test_minutes_are_instead_of_steps_and_epochs_and_not_those_of_trials(features: Path) -> None:

@@ -537,6 +537,27 @@ def test_an_adapter_of_ones_own_is_imported_only_where_it_is_named(
     assert document["retrieval"]["mean_recall"] > 0
 
 
+def test_a_batch_is_not_found_for_an_adapter_that_depends_on_values(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "branching.py").write_text(
+        "from torch import nn\n"
+        "from csalign.adapters.side import SideAdapter\n"
+        "class Branching(SideAdapter):\n"
+        "    def __init__(self, shape):\n"
+        "        super().__init__(shape)\n"
+        "        self.map = nn.Linear(shape.input_width, shape.width)\n"
+        "    def forward(self, x, noise=0.0):\n"
+        "        z = self.map(self.inputs(x, noise))\n"
+        "        return z / 2 if float(z.detach().abs().mean()) > 9 else z\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"text_adapter": "branching:Branching"}
+    with pytest.raises(ConfigError, match=r"batch-size auto: .*branching:Branching.* give a numb"):
+        run(features, tmp_path / "run", **named, batch_size="auto")
+    assert run(features, tmp_path / "run", **named).run == tmp_path / "run"
+
+
 def test_unpaired_rows_reach_the_divergence_and_are_negatives(
     features: Path, arrays: tuple[Path, Path], tmp_path: Path
 ) -> None:

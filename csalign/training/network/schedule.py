@@ -105,8 +105,10 @@ class Timer:
             return schedule
         checks = until is not None and made % max(1, schedule.every // 10) == 0
         if checks and distributed.broadcast(lambda: self.clock() > (until or 0.0)):
-            text = "--minutes %g: the time is up after %d of %d steps, slower than the first ones"
-            log.info(text, self.minutes, made, schedule.steps)
+            log.info(
+                "--minutes %g: the time is up after %s of %s steps, slower than foreseen",
+                *(self.minutes, f"{made:,}", f"{schedule.steps:,}"),
+            )
             return schedule._replace(last=made)
         if count == 0:
             self._began = self._now()
@@ -146,6 +148,9 @@ class Timer:
         found = of(made + 1 + fit)
         if found.steps == schedule.steps:
             log.info("--minutes %g: more than %d epochs gain nothing", self.minutes, FULL_EPOCHS)
+        if left < 0:
+            text = "--minutes %g: %s have passed before the steps; takes only %d"
+            log.warning(text, self.minutes, duration(self.clock()), found.steps)
         later = self._after + (self.networks - 1) * found.steps * self._step_s
         return found._replace(until=60 * self.minutes - later)
 
