@@ -17,7 +17,9 @@ import torch
 
 from csalign.core.arrays import Array, Doubles, Floats, Ints
 from csalign.core.progress import tick
+from csalign.metrics.gap import pair_distances
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks
+from csalign.objective.products import product
 
 Place = tuple[str, ...]
 Interval = tuple[float, float]
@@ -25,7 +27,6 @@ Interval = tuple[float, float]
 LEVEL = 0.95
 FEWEST_IMAGES = 20  # with fewer, the resamples are too similar to support a verdict
 CELLS = 4 << 20  # weights of resamples at a time: 32 MB
-PAIRS_AT_A_TIME = 2_048
 MIDDLE = (0.4, 0.6)  # of the ranks, which has the median of nearly all resamples
 CENTROID = ("centroid_distance",)
 BIASED = (("groups", "v_measure"), ("groups", "ari"))  # copies of a row agree with each other
@@ -273,19 +274,18 @@ class _GapSums:
         rows = torch.from_numpy(units.of_text), torch.from_numpy(texts)
         torch.from_numpy(summed).index_add_(0, *rows)
         members = (np.arange(units.images), units.of_text, units.owners)
-        distances = np.empty(len(units.paired))
-        for start in range(0, len(distances), PAIRS_AT_A_TIME):
-            some = slice(start, start + PAIRS_AT_A_TIME)
-            apart = images[units.owners[some]] - texts[units.paired[some]]
-            distances[some] = np.einsum("ij,ij->i", apart, apart)
+        pairs = torch.from_numpy(units.owners), torch.from_numpy(units.paired)
+        distances = pair_distances(torch.from_numpy(images), rows[1], pairs).numpy()
         counts = np.stack([units.total(rows) for rows in members], axis=1)
         return cls(images, summed, counts, units.total(units.owners, distances))
 
     def figures(self, weights: Ints) -> dict[Place, Doubles]:
         """Compute each figure on each resample, from weights (resamples, units)."""
-        narrow, wide = weights.astype(np.float32), weights.astype(np.float64)
-        sum_x = (narrow[:, : len(self.images)] @ self.images).astype(np.float64)
-        sum_y = (narrow @ self.texts).astype(np.float64)
+        narrow, wide = torch.from_numpy(weights).float(), weights.astype(np.float64)
+        sum_x, sum_y = (
+            product(narrow[:, : len(rows)], torch.from_numpy(rows).T).double().numpy()
+            for rows in (self.images, self.texts)
+        )
         images, texts, paired = (wide @ self.counts).T
         twice_x, twice_y, _ = (np.square(wide) @ self.counts).T
         centroids = sum_x / images[:, None] - sum_y / texts[:, None]

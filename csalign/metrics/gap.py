@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 MAX_ROWS = 5_000
-CHUNK_ROWS = 4_096
+CHUNK_ROWS, PAIRS_AT_A_TIME = 4_096, 2_048
 SPECTRUM = 64
 UNIFORMITY_SIGMA = 0.5  # exp(-2 |x - y|^2) is the Gaussian kernel of this bandwidth
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1_000.0  # of the paper on CMMD
@@ -61,7 +61,7 @@ def gap_suite(
     rows_x, rows_y = (
         np.sort(rng.choice(n, min(n, max_rows), replace=False)) for n in (len(x), len(y))
     )
-    few_x, few_y = images[rows_x].double(), texts[rows_y].double()
+    few_x, few_y = images[rows_x], texts[rows_y]
     folds_x, folds_y = pair_folds(len(x), text_image, rng)
     tick("covariances")
     moments = _Moments.of(images), _Moments.of(texts)
@@ -101,7 +101,8 @@ def _kernel_figures(
             sigma,
             max(map(len, few)),
         )
-    return _values_and_errors(exact_mean_kernels(*few, sigmas=sigmas))[0], {}
+    x, y = (own.double() for own in few)
+    return _values_and_errors(exact_mean_kernels(x, y, sigmas=sigmas))[0], {}
 
 
 def _values_and_errors(means: list[MeanKernels]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,7 +146,7 @@ class _Moments(NamedTuple):
     rows: int
     mean: Tensor  # (d,)
     squares: float  # sum of the squared norms
-    root: Tensor  # R with R^T R = the biased covariance, at most (d, d)
+    root: Tensor  # R with R^T R = the biased covariance, at most (d, d); if so, rows are orthogonal
 
     @classmethod
     def of(cls, x: Tensor) -> "_Moments":
@@ -155,10 +156,10 @@ class _Moments(NamedTuple):
         for chunk in _chunks(x):
             centred = chunk - shift
             total += centred.sum(0)
-            if n > width:
+            if n >= width:
                 gram += _gram(centred)
         mean = shift + total / n
-        if n <= width:
+        if n < width:
             root = (x.double() - mean) / math.sqrt(n)
             return cls(n, mean, float(x.double().square().sum()), root)
         covariance = gram / n - torch.outer(total, total) / n**2
@@ -210,7 +211,8 @@ def _spectrum(root: Tensor) -> tuple[float, list[float]]:
 
     The rank is 1 and the shares are 0 where all rows coincide.
     """
-    values = torch.linalg.svdvals(root)
+    is_square = len(root) == root.shape[1]
+    values = root.norm(dim=1).sort().values.flip(0) if is_square else torch.linalg.svdvals(root)
     if float(values.sum()) <= 1e-12:
         return 1.0, torch.zeros_like(values)[:SPECTRUM].tolist()
     shares = values / values.sum()
@@ -225,11 +227,11 @@ def linear_separability(x: Tensor, y: Tensor, folds_x: Ints, folds_y: Ints) -> f
     counts half. 0.5 where a fold would leave a side empty. Folds are those of `pair_folds`: a twin
     of a held-out row among the training rows, with the other label, would lower the figure.
     """
-    origin, names, correct = x.mean(0), np.unique(folds_x), []
+    origin, names, correct = _mean(x), np.unique(folds_x), []
     sides = []
     for rows, of in ((x, folds_x), (y, folds_y)):
-        extended = torch.cat([rows - origin, rows.new_ones(len(rows), 1)], dim=1)
-        sides.append([extended[torch.from_numpy(of == name)] for name in names])
+        parts = [rows[torch.from_numpy(of == name)] - origin for name in names]
+        sides.append([torch.cat([own, own.new_ones(len(own), 1)], dim=1) for own in parts])
     if any(len(names) < 2 or min(map(len, own)) == 0 for own in sides):
         return 0.5
     grams = [[_gram(rows) for rows in own] for own in sides]
@@ -268,10 +270,13 @@ def _fisher_plane(*grams: Tensor) -> Tensor:
 
 def alignment(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> float:
     """Average the squared distance of matched pairs, in [0, 4] (Wang and Isola 2020, alpha 2)."""
-    total = 0.0
-    for own, matched in zip(*(torch.split(rows, CHUNK_ROWS) for rows in pairs), strict=True):
-        total += float((x[own] - y[matched]).square().sum(1, dtype=torch.float64).sum())
-    return total / len(pairs[0])
+    return float(pair_distances(x, y, pairs).mean(dtype=torch.float64))
+
+
+def pair_distances(x: Tensor, y: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the squared distances (k,) of the rows pairs[0] of x from the rows pairs[1] of y."""
+    parts = zip(*(torch.split(rows, PAIRS_AT_A_TIME) for rows in pairs), strict=True)
+    return torch.cat([(x[own] - y[matched]).square().sum(1) for own, matched in parts])
 
 
 def uniformity(x: Tensor, *, max_rows: int | None = None, seed: int = 0) -> float:
