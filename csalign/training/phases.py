@@ -266,8 +266,6 @@ def _run_phase(
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
-    if not phase.number and trainer.last and config.logit_scale == "auto" and trainer.scale:
-        log.info("logit scale: %.3g, by how well the start finds held-out pairs", trainer.scale)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from csalign.adapters.model import Adapter
+from csalign.adapters.side import SideShape
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError, TrainingError
 from csalign.features.join import Pairs
@@ -26,6 +28,7 @@ from csalign.training.data import Part, Unpaired, load_data
 from csalign.training.network.device_rows import DeviceRows, PlannedBatch
 from csalign.training.network.loop import Trainer
 from csalign.training.network.sampler import BatchLoader, PairSampler
+from csalign.training.network.validation import LEAST_SCALE, MOST_SCALE, logit_scale
 from csalign.training.phases import Work, find_tokens
 from csalign.training.train import train
 
@@ -243,3 +246,17 @@ def test_what_fails_while_reading_ahead_is_raised(tmp_path: Path) -> None:
     source = DeviceRows({side: [file] for side in Modality}, torch.device("cpu"))
     with pytest.raises(DataError, match="row 3"):
         next(source.read_ahead(plans()))
+
+
+def test_the_logit_scale_follows_from_how_well_the_start_finds_held_out_pairs() -> None:
+    def found(images: int, noise: float) -> float:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(images, 64)).astype(np.float32)
+        y = x + noise * rng.normal(size=x.shape).astype(np.float32)
+        adapter = Adapter({side: SideShape("identity", 64, 64) for side in Modality})
+        rows = Pairs(name="set", images=x, texts=y, text_image=np.arange(images))
+        return logit_scale(adapter, rows, None)
+
+    assert found(200, 10.0) == LEAST_SCALE
+    assert LEAST_SCALE < found(200, 1.0) < found(200, 0.7) <= MOST_SCALE
+    assert found(99, 0.7) == LEAST_SCALE  # too few to say

@@ -537,8 +537,11 @@ def test_an_adapter_of_ones_own_is_imported_only_where_it_is_named(
     assert document["retrieval"]["mean_recall"] > 0
 
 
-def test_a_batch_is_not_found_for_an_adapter_that_depends_on_values(
-    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_that_depends_on_values_trains_with_512_pairs(
+    features: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "branching.py").write_text(
         "from torch import nn\n"
@@ -553,9 +556,8 @@ def test_a_batch_is_not_found_for_an_adapter_that_depends_on_values(
     )
     monkeypatch.syspath_prepend(tmp_path)
     named = {"text_adapter": "branching:Branching"}
-    with pytest.raises(ConfigError, match=r"batch-size auto: .*branching:Branching.* give a numb"):
-        run(features, tmp_path / "run", **named, batch_size="auto")
-    assert run(features, tmp_path / "run", **named).run == tmp_path / "run"
+    run(features, tmp_path / "run", **named, batch_size="auto")
+    assert "using 512 pairs" in caplog.text
 
 
 def test_unpaired_rows_reach_the_divergence_and_are_negatives(

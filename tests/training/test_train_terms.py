@@ -226,7 +226,10 @@ def test_an_adaptive_weight_closes_the_gap_where_that_costs_no_recall(
             "label-smoothing: applies to infonce only.* sigmoid; leave it at 0",
         ),
         ({"uniformity": 1.0}, "applies to align-uniform only.* infonce; leave it at 2"),
-        ({"pairwise": "align-uniform", "logit_scale": 100.0}, "no logits; pass --logit-scale 7 "),
+        (
+            {"pairwise": "align-uniform", "logit_scale": 100.0},
+            "no logits; pass --logit-scale auto",
+        ),
         (
             {"pairwise": "align-uniform", "learn_scale": True},
             "--learn-scale: align-uniform has no logits",

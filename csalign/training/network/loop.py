@@ -36,11 +36,10 @@ from csalign.training.network.memory import LEAST_BATCH, largest_batch
 from csalign.training.network.sampler import Batch, BatchLoader, PairSampler
 from csalign.training.network.schedule import PATIENCE, Schedule, Timer, plan
 from csalign.training.network.step import Stepper, prepare_step
-from csalign.training.network.validation import Score, logit_scale, validate
+from csalign.training.network.validation import ENOUGH_IMAGES, Score, logit_scale, validate
 
 log = logging.getLogger(__name__)
 
-ENOUGH_IMAGES = 100  # to validate on; a recall of 100 % on fewer says little
 
 Log = Callable[[Sequence[Line]], None]
 

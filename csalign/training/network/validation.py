@@ -1,5 +1,6 @@
 """Figures on held-out rows, recall by image, and the noise rule."""
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,10 @@ from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
 from csalign.runs.load import embed_rows
 
+log = logging.getLogger(__name__)
+
 LEAST_SCALE, MOST_SCALE = 7.0, 40.0  # of logits in training
+ENOUGH_IMAGES = 100  # to validate on; what fewer show is noise in part
 SCALES = [3 * 1.05**step for step in range(60)]  # up to 53
 
 
@@ -95,9 +99,9 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
         features: where the tokens of the rows are read from, if the adapter needs them.
 
     Returns:
-        In [7, 40]; 7 without held-out pairs.
+        In [7, 40]; 7 with fewer than 100 held-out pairs, which say too little.
     """
-    if rows is None:
+    if rows is None or np.count_nonzero(rows.caption_counts) < ENOUGH_IMAGES:
         return LEAST_SCALE
     captioned = np.flatnonzero(rows.caption_counts)
     images = captioned[np.linspace(0, len(captioned) - 1, min(len(captioned), 500)).astype(int)]
@@ -111,7 +115,9 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
         for scale in SCALES
     ]
     calibrated = SCALES[int(torch.stack(losses).argmin())]
-    return float(min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24)))
+    found = float(min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24)))
+    log.info("logit scale: %.3g, by how well the start finds held-out pairs", found)
+    return found
 
 
 def pool(parts: Sequence[Measured]) -> Measured:
