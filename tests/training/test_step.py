@@ -258,5 +258,5 @@ def test_the_logit_scale_follows_from_how_well_the_start_finds_held_out_pairs() 
         return logit_scale(adapter, rows, None)
 
     assert found(200, 10.0) == LEAST_SCALE
-    assert LEAST_SCALE < found(200, 1.0) < found(200, 0.7) <= MOST_SCALE
-    assert found(99, 0.7) == LEAST_SCALE  # too few to say
+    assert LEAST_SCALE < found(200, 4.0) < found(200, 2.0) <= MOST_SCALE
+    assert found(99, 2.0) == LEAST_SCALE  # too few to say
