@@ -97,7 +97,7 @@ def test_coco_1k_is_the_mean_of_five_blocks_and_coco_5k_takes_all_captions(tmp_p
             kept[owner].append(row)
     texts = stored[np.concatenate(kept)]
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    np.testing.assert_array_equal(measured.aligned.texts, texts)
+    np.testing.assert_allclose(measured.aligned.texts, texts, rtol=1e-6)
 
     for name, figures in karpathy_folds(measured.aligned.images, texts).items():
         assert {key: block[name][key] for key in figures} == pytest.approx(figures)
