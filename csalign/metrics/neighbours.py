@@ -78,15 +78,21 @@ class Neighbours:
 
     def add(self, query: int, item: int, scores: Tensor) -> None:
         """Add the scores (q, i) of items, from one on, for queries, from one on; in any thread."""
-        some: slice | Tensor = slice(query, query + len(scores))
-        if scores.device.type == "cpu":  # elsewhere, to count the rows would be to wait for them
-            better = scores.amax(1) > self._keys[some].amin(1)
-            if 2 * int(better.sum()) < len(scores):
-                some, scores = query + better.nonzero()[:, 0], scores[better]
-        self._merge(query, some, largest(scores, NEIGHBOURS, item))
+        some = slice(query, query + len(scores))
+        least = unpacked(self._keys[some].amin(1))[0]
+        if scores.device.type != "cpu" or least.min() == -torch.inf:
+            self._merge(some, largest(scores, NEIGHBOURS, item))
+            return
+        better = (scores > least[:, None]).contiguous().numpy()  # few, once there are neighbours
+        rows, columns = map(torch.from_numpy, np.divmod(np.flatnonzero(better), better.shape[1]))
+        counts = rows.bincount(minlength=len(scores))
+        keys = torch.full((len(scores), int(counts.max())), -torch.inf, dtype=torch.float64)
+        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        keys[rows, place] = _packed(scores[rows, columns], columns + item)
+        self._merge(some, keys)
 
-    def _merge(self, query: int, some: slice | Tensor, keys: Tensor) -> None:
-        with self._locks.setdefault(query, Lock()):
+    def _merge(self, some: slice, keys: Tensor) -> None:
+        with self._locks.setdefault(some.start, Lock()):
             self._keys[some] = last(torch.cat([self._keys[some], keys], dim=1), NEIGHBOURS)
 
     def merge_processes(self) -> None:
@@ -94,7 +100,7 @@ class Neighbours:
         found = distributed.all_gather(self._keys.cpu())
         del found[distributed.world().rank]
         for keys in found:
-            self._merge(0, slice(None), keys.to(self._keys.device))
+            self._merge(slice(0, len(self)), keys.to(self._keys.device))
 
     def number(self, queries: Ints, items: Ints) -> None:
         """Replace the numbers of all queries and items by others, (q,) and (i,)."""
