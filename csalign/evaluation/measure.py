@@ -30,7 +30,7 @@ from csalign.metrics.bootstrap import FoldMeans, Resampled, Resamples, resample
 from csalign.metrics.gap import gap_suite
 from csalign.metrics.groups import GroupTasks, group_tasks
 from csalign.metrics.mixed import MixedRanks, rank_mixed
-from csalign.metrics.neighbours import Neighbours
+from csalign.metrics.neighbours import Both, Neighbours
 from csalign.metrics.retrieval import DirectionRanks, hubness, hubness_of
 
 COLLAPSED_RANK = 1.5  # effective dimensions
@@ -53,7 +53,7 @@ class Evaluation:
     extras: Extras | None
     device: str = "auto"
     labels: GroupLabels | None = None  # of the images, for the figures of groups
-    neighbours: tuple[tuple[Neighbours, Neighbours], ...] = ()  # per fold, found while ranking
+    neighbours: tuple[Both, ...] = ()  # per fold, found while ranking
 
     @cached_property
     def ranks(self) -> protocols.Ranks:
@@ -204,7 +204,7 @@ def measure_rows(
     rows, twins = aligned.rows, protocols.find_twins(aligned.rows)
     whole = protocols.Gallery(aligned.images, aligned.texts, rows.text_image, twins)
     folds = protocols.split_folds(options.protocol, whole)
-    neighbours: tuple[tuple[Neighbours, Neighbours], ...] = ()
+    neighbours: tuple[Both, ...] = ()
     if options.index == "exact":
         chosen = pick_device(device)
         chosen = chosen if chosen.type == "cuda" else torch.device("cpu")

@@ -18,7 +18,6 @@ from csalign.features.checks import alike
 from csalign.features.duplicates import Links
 from csalign.features.join import PairedRows
 from csalign.features.reader import FeatureSet
-from csalign.metrics.neighbours import Neighbours
 from csalign.metrics.retrieval import RECALL_AT, DirectionRanks, mean_recall, rank_both_ways
 from csalign.metrics.twins import Twins
 
@@ -86,16 +85,9 @@ class Gallery:
     text_image: Ints
     twins: Twins | None = None
 
-    def rank(
-        self,
-        device: torch.device | None = None,
-        *,
-        divided: bool = False,
-        neighbours: tuple[Neighbours, Neighbours] | None = None,
-    ) -> Ranks:
+    def rank(self, device: torch.device | None = None, **options: Any) -> Ranks:
         """Rank both ways; arguments as of `rank_both_ways`."""
-        rows = self.images, self.texts, self.text_image
-        return rank_both_ways(*rows, device, divided=divided, neighbours=neighbours)
+        return rank_both_ways(self.images, self.texts, self.text_image, device, **options)
 
 
 def select(name: Protocol, rows: PairedRows) -> PairedRows:

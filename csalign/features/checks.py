@@ -127,7 +127,7 @@ def alike(vectors: Array) -> Ints:
 def _hashes(vectors: Array, rows: Ints, columns: int | None) -> Ints:
     """Hash the first columns of the directions of some rows, in float16's precision, (k,)."""
     found = np.empty(len(rows), np.int64)
-    step = max(1, 8 * _CHECKED_VALUES // max(1, vectors.shape[1]))
+    step = max(1, _CHECKED_VALUES // max(1, vectors.shape[1]))
     for start in range(0, len(rows), step):
         wide = vectors[rows[start : start + step]].astype(np.float32, copy=False)
         unit = (wide[:, :columns] / _scales(wide)).astype(np.float16)

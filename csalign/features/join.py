@@ -350,7 +350,7 @@ def text_keys(captions: pa.Array, embeddings: Array) -> Ints:
     plain = pc.utf8_lower(pc.utf8_trim_whitespace(pc.utf8_normalize(captions, "NFC"))).to_pylist()
     found = np.fromiter(map(hash, plain), np.int64, len(plain))
     unknown = np.flatnonzero(captions.is_null().to_numpy(zero_copy_only=False))
-    found[unknown] = hash_rows(embeddings[unknown])
+    found[unknown] = hash_rows(_take(embeddings, unknown if len(unknown) < len(plain) else None))
     return found
 
 
@@ -360,14 +360,15 @@ def first_alike(keys: Ints) -> Ints:
     return first[group]
 
 
-def hash_rows(rows: Array, chunk: int = 8_192) -> Ints:
+def hash_rows(rows: Array, chunk: int = 4_096) -> Ints:
     """Hash the bytes of each row, (n,) int64."""
     found = np.zeros(len(rows), np.uint64)
     for start in range(0, len(rows), chunk):
         own, part = found[start : start + chunk], np.ascontiguousarray(rows[start : start + chunk])
         words = part.view(np.uint8).reshape(len(part), -1)
-        words = np.pad(words, ((0, 0), (0, -words.shape[1] % 8))).view(np.uint64)
-        for column in np.ascontiguousarray(words.T):
+        if words.shape[1] % 8:
+            words = np.pad(words, ((0, 0), (0, -words.shape[1] % 8)))
+        for column in np.ascontiguousarray(words.view(np.uint64).T):
             # Each step maps hashes one to one, and mixes the upper bits into the lower ones.
             own ^= column
             own *= _MIX[0]

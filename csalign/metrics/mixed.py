@@ -12,7 +12,7 @@ import torch
 from csalign.core.arrays import Doubles, Floats, Ints
 from csalign.core.progress import tick
 from csalign.metrics.bootstrap import Place, nested
-from csalign.metrics.neighbours import NEIGHBOURS, TIE, Neighbours, largest, unpacked
+from csalign.metrics.neighbours import NEIGHBOURS, TIE, Both, largest, unpacked
 from csalign.metrics.retrieval import STRIP_BYTES
 from csalign.objective.products import product
 
@@ -66,7 +66,7 @@ def rank_mixed(
     text_image: Ints,
     *,
     seed: int,
-    neighbours: tuple[Neighbours, Neighbours] | None = None,
+    neighbours: Both | None = None,
     most: int = MOST_QUERIES,
     strip_bytes: int = STRIP_BYTES,
 ) -> MixedRanks:
@@ -106,14 +106,8 @@ def rank_mixed(
 class _Corpus:
     """Rows of both sides, numbered images first; side 0 is images, 1 texts."""
 
-    def __init__(
-        self,
-        images: Floats,
-        texts: Floats,
-        text_image: Ints,
-        neighbours: tuple[Neighbours, Neighbours] | None,
-    ) -> None:
-        self.neighbours = neighbours
+    def __init__(self, images: Floats, texts: Floats, text_image: Ints, known: Both | None) -> None:
+        self.neighbours = known
         self.sides = torch.from_numpy(images), torch.from_numpy(texts)
         self.starts = 0, len(images)
         self.owners = np.concatenate([np.arange(len(images)), text_image])

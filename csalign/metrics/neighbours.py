@@ -124,3 +124,6 @@ class Neighbours:
         centred = counts - counts.mean()
         spread = float(centred.square().mean())
         return float(centred.pow(3).mean()) / spread**1.5 if spread else 0.0
+
+
+Both = tuple[Neighbours, Neighbours]  # of all images, and of all texts

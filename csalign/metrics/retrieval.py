@@ -15,7 +15,7 @@ from csalign.core import distributed
 from csalign.core.arrays import Array, Doubles, Floats, Ints
 from csalign.core.progress import tick, track
 from csalign.features.checks import scaled
-from csalign.metrics.neighbours import NEIGHBOURS, TIE, Neighbours, largest, unpacked
+from csalign.metrics.neighbours import NEIGHBOURS, TIE, Both, Neighbours, largest, unpacked
 from csalign.objective.products import product
 
 RECALL_AT = (1, 5, 10)
@@ -75,7 +75,7 @@ def rank_both_ways(
     *,
     divided: bool = False,
     tile: int | None = None,
-    neighbours: tuple[Neighbours, Neighbours] | None = None,
+    neighbours: Both | None = None,
 ) -> tuple[DirectionRanks, DirectionRanks]:
     """Rank every text for every image that has texts, and every image for every paired text.
 
@@ -151,7 +151,7 @@ class _ScoreMatrix:
         text_image: Ints,
         device: torch.device,
         tile: int,
-        neighbours: tuple[Neighbours, Neighbours] | None,
+        neighbours: Both | None,
     ) -> None:
         self._images, self._texts = (torch.from_numpy(own).to(device) for own in (images, texts))
         self._device, self._neighbours = device, neighbours
@@ -297,7 +297,7 @@ def hubness(images: Floats, texts: Floats, *, strip_bytes: int = STRIP_BYTES) ->
     return hubness_of(found)
 
 
-def hubness_of(neighbours: tuple[Neighbours, Neighbours]) -> dict[str, float]:
+def hubness_of(neighbours: Both) -> dict[str, float]:
     """Return what `hubness` does, from the neighbours of all images and of all texts."""
     forth, back = neighbours
     return {"image_to_text": forth.skewness(len(back)), "text_to_image": back.skewness(len(forth))}
