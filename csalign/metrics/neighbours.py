@@ -83,7 +83,7 @@ class Neighbours:
         if scores.device.type != "cpu" or least.min() == -torch.inf:
             self._merge(some, largest(scores, NEIGHBOURS, item))
             return
-        better = (scores > least[:, None]).contiguous().numpy()  # few, once there are neighbours
+        better = np.ascontiguousarray(scores.numpy() > least.numpy()[:, None])  # few, later on
         rows, columns = map(torch.from_numpy, np.divmod(np.flatnonzero(better), better.shape[1]))
         counts = rows.bincount(minlength=len(scores))
         keys = torch.full((len(scores), int(counts.max())), -torch.inf, dtype=torch.float64)
