@@ -3,13 +3,11 @@
 from threading import Lock
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from csalign.core import distributed
-
-Ints = npt.NDArray[np.int64]
+from csalign.core.arrays import Ints
 
 NEIGHBOURS = 10
 GROUP = 16

@@ -183,7 +183,7 @@ class ObjectiveOptions(Config):
     logit_scale: Annotated[Literal["auto"] | Positive, Number] = Field(
         "auto",
         description="Scale of cosines in InfoNCE (1/temperature), 7 to 40; auto is higher the "
-        "better the start tells held-out pairs apart.",
+        "better the recall of the start on held-out pairs.",
     )
     learn_scale: bool = Field(False, description="Learn the logit scale, from its given value.")
     label_smoothing: Fraction = Field(0.0, description="Label smoothing of InfoNCE.")

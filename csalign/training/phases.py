@@ -14,7 +14,14 @@ from csalign.core.errors import ConfigError, Stopped, TrainingError
 from csalign.core.progress import tick
 from csalign.core.records import Record
 from csalign.training.checkpoints import UnfinishedRun
-from csalign.training.closed_forms.combine import Combination, Fold, assemble, can_combine, combine
+from csalign.training.closed_forms.combine import (
+    Combination,
+    Fold,
+    TooSlow,
+    assemble,
+    can_combine,
+    combine,
+)
 from csalign.training.closed_forms.initialization import (
     Start,
     announce_start,
@@ -34,6 +41,7 @@ from csalign.training.config import (
 )
 from csalign.training.data import StoredTokens, TrainingData, open_tokens
 from csalign.training.moment_matching import match_again, match_outputs
+from csalign.training.network.batch_loss import LEAST_SCALE
 from csalign.training.network.loop import FIRST, Log, Phase, Trainer
 from csalign.training.network.sampler import PairSampler, make_sampler
 from csalign.training.network.schedule import Timer
@@ -266,6 +274,8 @@ def _run_phase(
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
     trainer = work.trainer(adapter, phase, timer)
+    if not phase.number and (trainer.scale or LEAST_SCALE) > LEAST_SCALE:
+        log.info("logit scale: %.3g, by the recall of the start on held-out pairs", trainer.scale)
     run.begin(trainer, work.data, name, setting, config=config.to_toml(), seed=config.seed)
     for validated in trainer.fit(log_lines):
         if validated and trainer.step:
@@ -319,7 +329,7 @@ def _choose_parts(
     options: dict[str, Any] = {"name": name, "joins": joins, "seed": seed, "seconds": seconds}
     try:
         found = combine(network, rows, folds, matches, **options)
-    except TimeoutError as needed:
+    except TooSlow as needed:
         text = "--minutes %g: omits the kernel CCA, which would take about %s"
         log.info(text, config.minutes, needed)
         return decided

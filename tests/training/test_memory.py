@@ -1,6 +1,7 @@
 """The memory of a step, from sizes alone, is what a step takes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,14 @@ def test_an_adapter_whose_step_depends_on_values_takes_the_least_batch(
     assert result.steps == 1
     assert "--batch-size auto: the memory of a step cannot be found (reads:Reads" in caplog.text
     assert "using 512 pairs" in caplog.text
+
+
+def test_all_captions_at_once_take_more_memory() -> None:
+    shapes = {side: SideShape("glu", WIDTH, 32, hidden=64) for side in Modality}
+    options = ObjectiveOptions(), OptimizerOptions(), torch.device("cpu")
+    first, every = (
+        step_bytes(partial(prepare_step, shapes, *options, 4.0, 512, captions=own))[1]
+        for own in ("first", "all")
+    )
+
+    assert every > 2 * first  # a table of all images and texts, which is not computed in tiles

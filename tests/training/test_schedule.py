@@ -104,7 +104,7 @@ def test_more_time_than_is_of_use_is_left(features: Path, caplog: pytest.LogCapt
     timed = Timed(features, lambda step: 2.0 * step, minutes=60)
     with caplog.at_level(logging.INFO, "csalign"):
         assert timed.fit().steps == 200
-    assert "--minutes 60: more than 40 epochs gain nothing" in caplog.messages
+    assert "--minutes 60: at most 40 epochs are taken" in caplog.messages
 
 
 def test_slower_steps_end_in_time_with_the_best_weights(

@@ -25,10 +25,11 @@ from csalign.objective.products import product
 from csalign.objective.tiles import Tiles
 from csalign.training.config import DataOptions, TrainConfig
 from csalign.training.data import Part, Unpaired, load_data
+from csalign.training.network.batch_loss import LEAST_SCALE
 from csalign.training.network.device_rows import DeviceRows, PlannedBatch
 from csalign.training.network.loop import Trainer
 from csalign.training.network.sampler import BatchLoader, PairSampler
-from csalign.training.network.validation import LEAST_SCALE, MOST_SCALE, logit_scale
+from csalign.training.network.validation import MOST_SCALE, logit_scale
 from csalign.training.phases import Work, find_tokens
 from csalign.training.train import train
 

@@ -99,7 +99,7 @@ def combine(
         seconds: that it may take, with `assemble`.
 
     Raises:
-        TimeoutError: as the first fits show, it would take longer; names that time.
+        TooSlow: as the first fits show, it would take longer; names that time.
     """
     val, source = folds[0].val, _Source.beside(network, rows, matches, seed)
     own = _embed(network, val)
@@ -158,6 +158,10 @@ def _put_together(networks: Sequence[Adapter], kernel: Adapter | None, share: fl
         sides[side] = Parts(SideShape("parts", shapes[0].input_width, width, parts=shapes), own)
         sides[side].shares = torch.tensor([share for _, share in parts])
     return Adapter.of_sides(sides)
+
+
+class TooSlow(Exception):
+    """A kernel CCA would take longer than it may; the message is that time."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ def _search(
         measure_at(fits, STEPS, OTHER_RIDGES[2:3])
         count = len(grid) + FULL_FITS * max(1.0, landmarks / SEARCH_ROWS)
         if number == 1 and (needed := count * (time.monotonic() - began)) > seconds:
-            raise TimeoutError(duration(needed))
+            raise TooSlow(duration(needed))
         tick(SEARCH, number, len(grid) + 1)
     chosen, tried = best(), set[int]()
     fits = [source.fit(fold.sampler, chosen.side, chosen.gamma, MAX_LANDMARKS) for fold in folds]

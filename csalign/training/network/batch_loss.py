@@ -21,12 +21,12 @@ from csalign.objective.kernels import Sigma, diagonal_share, median_distance
 from csalign.objective.loss import LossParts, Objective, TokenBatch
 from csalign.training.config import ObjectiveOptions
 from csalign.training.network.sampler import Batch, SideBatch
-from csalign.training.network.validation import LEAST_SCALE
 
 log = logging.getLogger(__name__)
 
 Bandwidth = float | tuple[float, ...] | None
 
+LEAST_SCALE = 7.0  # of logits in training, where it is chosen automatically
 MAX_LOGIT_SCALE = 100.0  # CLIP's clamp; training is unstable beyond it
 MEDIAN_EVERY = 10  # steps between refreshes of a median bandwidth
 MIN_MEDIAN = 0.1  # unit rows this close have collapsed; a narrower kernel would not help them

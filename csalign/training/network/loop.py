@@ -106,14 +106,18 @@ class Trainer:
         self._token_features = tokens.features if tokens else None
         size = options.batch_size
         if size == "auto":
-            size = phase.batch_size or self._fitting_batch(data, len(sampler), objective, options)
+            size = phase.batch_size or self._fitting_batch(
+                data, len(sampler), objective, options, captions
+            )
         self.batch_size, self.scale = size, phase.scale
-        if objective.logit_scale == "auto" and objective.pairwise is PairwiseName.INFONCE:
+        trains = 0 not in (options.steps, phase.steps)
+        is_infonce = objective.pairwise is PairwiseName.INFONCE
+        if trains and is_infonce and objective.logit_scale == "auto":
             self.scale = phase.scale or distributed.broadcast(
                 lambda: logit_scale(self.adapter, data.val, self._token_features)
             )
             objective = objective.model_copy(update={"logit_scale": self.scale})
-        rows = 0 if 0 in (options.steps, phase.steps) else min(size, len(sampler))
+        rows = min(size, len(sampler)) if trains else 0
         check_terms(objective, captions=captions, rows=rows)
         loss = BatchLoss(
             objective,
@@ -166,13 +170,19 @@ class Trainer:
         self._stepper = Stepper(self.adapter, self.loss, options, self.device)
 
     def _fitting_batch(
-        self, data: TrainingData, pairs: int, objective: ObjectiveOptions, options: OptimizerOptions
+        self,
+        data: TrainingData,
+        pairs: int,
+        objective: ObjectiveOptions,
+        options: OptimizerOptions,
+        captions: str,
     ) -> int:
         """Find the batch that fits into the memory of the device."""
         if self._token_features is not None:
             raise ConfigError("--batch-size auto: cannot be combined with tokens; give a number")
         texts = data.rows.pairs / max(1, int((data.rows.caption_counts > 0).sum()))
-        step = partial(prepare_step, self.adapter.shapes, objective, options, self.device, texts)
+        common = self.adapter.shapes, objective, options, self.device, texts
+        step = partial(prepare_step, *common, captions=captions)
         memory = int(SHARE * (1 - SHARE) * free_bytes(self.device))  # beside the embeddings
         return distributed.broadcast(lambda: _largest_batch(step, pairs, memory))
 
@@ -367,8 +377,8 @@ class Trainer:
         except torch.OutOfMemoryError:
             # Not a TrainingError, which no rerun could get past.
             raise ConfigError(
-                f"--batch-size {self.batch_size}: step {self.step} needs more memory than "
-                f"{self.device} has; lower it or --sub-batch, or use --batch-size auto"
+                f"--batch-size: step {self.step} of {self.batch_size} pairs needs more memory "
+                f"than {self.device} has; lower it, or --sub-batch"
             ) from None
         self._figures.add(
             {

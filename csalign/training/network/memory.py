@@ -17,8 +17,7 @@ LEAST_STEPS = 16  # of an epoch
 def step_bytes(prepare: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
     """Find how many bytes of tensors a training step has at the same time, at most.
 
-    It computes sizes alone, in milliseconds whatever the size, so nothing in the step may depend on
-    the value of a tensor.
+    It computes sizes alone, so nothing in the step may depend on the value of a tensor.
 
     Args:
         prepare: makes everything that the step uses, and returns the step: forward, backward and

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 EPOCHS = 15
 MANY_PAIRS = 1_000_000  # beyond, twice the pairs are seen 1.4 times as often in all
-FULL_EPOCHS = 40  # more gain nothing, however much time there is
+FULL_EPOCHS = 40  # at most, however much time there is
 MIN_STEPS = 200  # a small set fills few batches, and too few steps learn nothing
 VALIDATIONS = 20
 MAX_BETWEEN = 1_000  # steps from one validation to the next
@@ -147,7 +147,7 @@ class Timer:
         fit = bisect_right(more, MARGIN * left, key=lambda n: self._seconds(of(n), made))
         found = of(made + 1 + fit)
         if found.steps == schedule.steps:
-            log.info("--minutes %g: more than %d epochs gain nothing", self.minutes, FULL_EPOCHS)
+            log.info("--minutes %g: at most %d epochs are taken", self.minutes, FULL_EPOCHS)
         if left < 0:
             text = "--minutes %g: %s have passed before the steps; takes only %d"
             log.warning(text, self.minutes, duration(self.clock()), found.steps)

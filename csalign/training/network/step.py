@@ -130,6 +130,8 @@ def prepare_step(
     device: torch.device,
     texts: float,
     pairs: int,
+    *,
+    captions: str = "first",
 ) -> Callable[[], Any]:
     """Make a step of some pairs on embeddings of no meaning, to find what memory it takes.
 
@@ -140,6 +142,7 @@ def prepare_step(
         device: to compute on.
         texts: captions per image.
         pairs: of the batch.
+        captions: as in ``--captions``; with "all" each image is paired with all its texts.
     """
     with device:
         adapter = Adapter(shapes, allow={shape.kind for shape in shapes.values()})
@@ -147,16 +150,19 @@ def prepare_step(
     plain = options.model_copy(update={"compile": False})
     stepper = Stepper(adapter, loss, plain, device)
     unpaired = round(pairs * objective.unpaired_ratio * uses_unpaired(objective))
+    every = max(pairs, round(pairs * texts))
+    owner = torch.arange(every, device=device) % pairs if captions == "all" else None
+    paired = pairs if owner is None else every
     counts = {
         Modality.IMAGE: [pairs, 0, 0, unpaired],
-        Modality.TEXT: [pairs, 0, round(pairs * max(0.0, texts - 1)), unpaired],
+        Modality.TEXT: [paired, 0, every - paired, unpaired],
     }
     sides = {
         side: SideBatch(torch.ones(sum(own), shapes[side].input_width, device=device), own, None)
         for side, own in counts.items()
     }
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    batch = Batch(sides[Modality.IMAGE], sides[Modality.TEXT], None, none, (none, none))
+    batch = Batch(sides[Modality.IMAGE], sides[Modality.TEXT], owner, none, (none, none))
     return lambda: stepper.take(batch, 1, 0.0)
 
 

@@ -1,6 +1,5 @@
 """Figures on held-out rows, recall by image, and the noise rule."""
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,10 +16,9 @@ from csalign.features.join import Pairs
 from csalign.features.reader import FeatureSet
 from csalign.metrics.retrieval import RECALL_AT, rank_both_ways
 from csalign.runs.load import embed_rows
+from csalign.training.network.batch_loss import LEAST_SCALE
 
-log = logging.getLogger(__name__)
-
-LEAST_SCALE, MOST_SCALE = 7.0, 40.0  # of logits in training
+MOST_SCALE = 40.0  # of logits in training
 ENOUGH_IMAGES = 100  # to validate on; what fewer show is noise in part
 SCALES = [3 * 1.05**step for step in range(60)]  # up to 53
 
@@ -86,12 +84,12 @@ def measure(images: Floats, texts: Floats, text_image: Ints) -> Measured:
 
 
 def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | None) -> float:
-    """Find the scale of logits to train with, from the pairs that a start tells apart.
+    """Find the scale of logits to train with, from the recall of the start on held-out pairs.
 
-    At most 500 held-out pairs are told apart by the softmax of the start's cosines; c is the scale
-    at which their InfoNCE loss is least. Training does best at about c^2 / 24 (by validation on
-    three corpora of 1,000 to 80,000 pairs): well below c where few pairs are found, since a low
-    scale overfits less, and above it where most are.
+    c is the scale at which the InfoNCE loss of the start's cosines is least on at most 500 held-out
+    pairs. Training does best at about c^2 / 24 (by validation on three corpora of 5,000 to 80,000
+    pairs): well below c where few pairs are found, since a low scale overfits less, and above it
+    where most are.
 
     Args:
         adapter: the start, usually a closed form.
@@ -99,7 +97,7 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
         features: where the tokens of the rows are read from, if the adapter needs them.
 
     Returns:
-        In [7, 40]; 7 with fewer than 100 held-out pairs, which say too little.
+        In [7, 40]; 7 with fewer than 100 held-out images, too few to choose by.
     """
     if rows is None or np.count_nonzero(rows.caption_counts) < ENOUGH_IMAGES:
         return LEAST_SCALE
@@ -115,9 +113,7 @@ def logit_scale(adapter: Adapter, rows: Pairs | None, features: FeatureSet | Non
         for scale in SCALES
     ]
     calibrated = SCALES[int(torch.stack(losses).argmin())]
-    found = float(min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24)))
-    log.info("logit scale: %.3g, by how well the start finds held-out pairs", found)
-    return found
+    return float(min(MOST_SCALE, max(LEAST_SCALE, calibrated**2 / 24)))
 
 
 def pool(parts: Sequence[Measured]) -> Measured:
