@@ -133,7 +133,13 @@ def _plain_type(annotation: Any) -> tuple[Any, bool]:
     would lose one of its slashes.
     """
     kinds = [*_kinds(annotation)]
-    return bool if kinds == [bool] else str, kinds == [Path] and "tuple" in str(annotation)
+    is_several = (kinds == [Path] and "tuple" in str(annotation)) or _are_named(kinds)
+    return bool if kinds == [bool] else str, is_several
+
+
+def _are_named(kinds: list[Any]) -> bool:
+    """Return whether a field takes values by name, ``NAME=VALUE`` each."""
+    return [get_origin(kind) for kind in kinds] == [dict]
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -162,5 +168,6 @@ def _choices(annotation: Any) -> list[str]:
 def _metavar(annotation: Any) -> str:
     """Return short choices and types as help shows them, such as ``auto|NUMBER``."""
     words = [*_choices(annotation), *(_TYPES[k] for k in _kinds(annotation) if k in _TYPES)]
+    words += ["NAME=VALUE"] if _are_named([*_kinds(annotation)]) else []
     metavar = "|".join(dict.fromkeys(words))
     return metavar if len(metavar) <= _METAVAR_WIDTH else _CHOICE
