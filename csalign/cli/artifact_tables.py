@@ -8,7 +8,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from csalign.cli.next_steps import FAILURES, MANIFEST, NO_SPLIT, Step, after_features, first_free
-from csalign.cli.render import print_closing, print_line, print_rows, print_wrote
+from csalign.cli.render import print_closing, print_line, print_rows, print_wrapped, print_wrote
 from csalign.cli.tables import CENTROID, RECALL, best_words, index_words, search_step
 from csalign.core import results
 from csalign.core.config import Config
@@ -30,8 +30,8 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
 
     folder = result.features
     counts = {"image": result.images, "text": result.texts, "pair": result.pairs}
-    if result.items is not None and result.sides is not None:
-        counts = {"item": result.items["count"], "side": len(result.sides)}
+    if result.counts is not None and result.sides is not None:
+        counts = {"item": result.counts["items"], "side": len(result.sides)}
     listed = ", ".join(counted(number, noun) for noun, number in counts.items())
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
@@ -48,7 +48,7 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     size = f"{line}, {decimal(summary['bytes'])}"
     print_line(f"{size}, already complete") if result.existed else print_wrote(size)
     for text in _sided(result):
-        print_line(f"  {text}")
+        print_wrapped(f"  {text}")
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
         title = "joined by" if result.sides else "pairs"
@@ -70,15 +70,15 @@ def split_table(result: results.SplitResult, settings: Config) -> None:
 
 def _sided(result: results.FeaturesResult) -> Iterator[str]:
     """Yield the rows of each side, and how many items have several."""
-    if result.sides is None or result.items is None:
+    if result.sides is None or result.counts is None:
         return
     for name, own in result.sides.items():
         alone = f", {own['unpaired']:,} without a row of another side" * bool(own["unpaired"])
         rows = counted(own["rows"], "row")
         yield f"{name}: {rows}, {own['width']} wide, encoder {own['encoder']}{alone}"
-    by_sides = result.items["by_sides"].items()
+    by_sides = result.counts["by_sides"].items()
     yield "items: " + ", ".join(f"{n:,} of {counted(int(k), 'side')}" for k, n in by_sides)
-    pairs = result.items["pairs"].items()
+    pairs = result.counts["pairs"].items()
     yield "pairs: " + ", ".join(f"{a}-{b} {n:,}" for a, own in pairs for b, n in own.items())
 
 
