@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def _opened(config: ImportConfig) -> FeatureSet:
 
 def _open(specs: Mapping[str, Path], *, by_table: bool) -> dict[str, Vectors]:
     """Open each side, with the labels beside it; warn of vectors that are not used."""
-    found = {name: read_side(spec, name) for name, spec in specs.items()}
+    found = {name: with_splits(read_side(spec, name)) for name, spec in specs.items()}
     for name, own in found.items():
         if own.captions_each is not None:
             raise DataError(
@@ -279,6 +280,20 @@ def encoder_of(spec: str, vectors: Vectors) -> EncoderInfo:
         return own
     logger.info("%s: written by csalign, with the encoder %s", vectors.name, found.spec)
     return found.model_copy(update={"token_width": None, "token_space": None})
+
+
+def with_splits(vectors: Vectors) -> Vectors:
+    """Replace the stored splits of a side of a feature set by those that were made of it since."""
+    path = Path(vectors.name)
+    for folder in list(path.parents)[:2]:
+        if not is_remote(path) and (folder / schema.MANIFEST).is_file():
+            with suppress(DataError):  # another program's file of that name
+                features = FeatureSet.open(folder)
+                own = [s for s in features.sides if folder / schema.folder_of(s) == path]
+                if own and features.manifest.splits is not None:
+                    made = {schema.SPLIT: features.table(own[0]).strings(schema.SPLIT)}
+                    return replace(vectors, labels=vectors.labels.with_columns(made))
+    return vectors
 
 
 def divide_unfinished(folder: Path, settings: SplitSettings | None, out: Path) -> None:

@@ -15,6 +15,7 @@ from csalign.core.figures import counted
 from csalign.sources.arrays.naming import (
     IMAGE_IDS,
     ITEM_IDS,
+    ITEMS,
     TEXT_IDS,
     first_of,
     is_key,
@@ -25,7 +26,6 @@ from csalign.sources.keys import EXACT, Keys, examples, match, trimmed
 from csalign.sources.labels import Labels, check_no_null, first_repeated
 from csalign.sources.pairing import ORDER
 
-ITEMS = ("item", "item_id")  # columns of the keys of items
 BY_ROW = "row number from 0"
 _OWN_IDS = {"image": IMAGE_IDS, "text": TEXT_IDS}
 _FORMS = ("without spaces", "as numbers")  # of keys that two files may write differently
