@@ -291,8 +291,10 @@ def with_splits(vectors: Vectors) -> Vectors:
                 features = FeatureSet.open(folder)
                 own = [s for s in features.sides if folder / schema.folder_of(s) == path]
                 if own and features.manifest.splits is not None:
-                    made = {schema.SPLIT: features.table(own[0]).strings(schema.SPLIT)}
-                    return replace(vectors, labels=vectors.labels.with_columns(made))
+                    table, labels = features.table(own[0]), vectors.labels
+                    if labels.column(schema.ID).equals(table.strings(schema.ID)):
+                        made = {schema.SPLIT: table.strings(schema.SPLIT)}
+                        return replace(vectors, labels=labels.with_columns(made))
     return vectors
 
 
