@@ -26,7 +26,7 @@ from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo, SplitSettings
 from csalign.features.sides import item_column
-from csalign.features.splits import divide, usual_splits, write_splits
+from csalign.features.splits import TRAIN, divide, usual_splits, write_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
@@ -67,7 +67,11 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
     new = [describe_side(name, own.labels) for name, own in vectors.items()]
     items = join_items([*kept, *new], table, config.pair_by)
     filled = _fill_splits([*kept, *new], items)
-    columns = {side.name: _columns(side, items, filled[side.name]) for side in new}
+    stored = filled
+    if old is not None and old.manifest.splits is not None:  # which stand for those in the rows
+        plain = FeatureSet.open(config.out, stored_splits=True)
+        stored = _fill_splits([*(_stored(plain, side.name) for side in kept), *new], items)
+    columns = {side.name: _columns(side, items, stored[side.name]) for side in new}
     if {"image", "text"} <= columns.keys():
         image, text = columns["image"], columns["text"]
         places = pc.index_in(text[schema.ITEM], value_set=image[schema.ITEM], skip_nulls=True)
@@ -217,7 +221,8 @@ def _link(
     changes: dict[str, Any] = {"sides": {**manifest.sides, **written.sides}, "pairing": how}
     if (made := manifest.splits) is not None:  # which stand for the stored columns of all sides
         files = {
-            name: write_splits(folder, name, side.ids, filled[name]) for name, side in new.items()
+            name: write_splits(folder, name, side.ids, pc.fill_null(filled[name], TRAIN))
+            for name, side in new.items()
         }
         changes["splits"] = made.model_copy(update={"sides": {**made.sides, **files}})
     schema.write_manifest(folder, manifest.model_copy(update=changes))

@@ -149,7 +149,11 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
         found[side.name] = keys.take(of_rows) if side.known is None else side.known
         if captions is not None and side.name in captioned:
             texts[side.name] = table.column(captions).take(of_rows)
-    named = ", ".join(f"{name} by {words}" for name, (_, words) in read.items())
+    words = dict.fromkeys(own for _, own in read.values())
+    named = ", ".join(
+        f"{' and '.join(name for name, (_, by) in read.items() if by == own)} by {own}"
+        for own in words
+    )
     return Items(found, f"{table.name} ({named}{how})", (table, keys), texts)
 
 
