@@ -149,11 +149,10 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
         found[side.name] = keys.take(of_rows) if side.known is None else side.known
         if captions is not None and side.name in captioned:
             texts[side.name] = table.column(captions).take(of_rows)
-    words = dict.fromkeys(own for _, own in read.values())
-    named = ", ".join(
-        f"{' and '.join(name for name, (_, by) in read.items() if by == own)} by {own}"
-        for own in words
-    )
+    groups = dict[str, list[str]]()
+    for name, (_, by) in read.items():
+        groups.setdefault(by, []).append(name)
+    named = ", ".join(f"{' + '.join(own)} by {by}" for by, own in groups.items())
     return Items(found, f"{table.name} ({named}{how})", (table, keys), texts)
 
 
@@ -199,10 +198,10 @@ def _long_cells(
                 "correct it, or import that side too"
             )
     cells, found = _blank(table.column(str(ids or row))), {}
-    for own in dict.fromkeys(side.name for side in by_code if side is not None):
-        codes_of = [code for code, side in enumerate(by_code) if side and side.name == own]
+    for name in dict.fromkeys(side.name for side in by_code if side is not None):
+        codes_of = [code for code, side in enumerate(by_code) if side and side.name == name]
         is_own = pc.is_in(codes.indices, value_set=pa.array(codes_of, codes.indices.type))
-        found[own] = pc.if_else(is_own, cells, pa.scalar(None, cells.type)), ids is None
+        found[name] = pc.if_else(is_own, cells, pa.scalar(None, cells.type)), ids is None
     return found, {side, ids, row}
 
 

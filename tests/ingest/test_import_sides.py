@@ -11,6 +11,7 @@ import safetensors.numpy
 
 import csalign
 from csalign.core import outputs
+from csalign.core.enums import side_of
 from csalign.core.errors import ConfigError, CsalignError, DataError, OutputError
 from csalign.core.results import FeaturesResult
 from csalign.features.reader import FeatureSet
@@ -58,7 +59,7 @@ def loaded(folder: Path) -> SidedRows:
 
 
 def items_of(folder: Path, side: str, column: str = "item") -> list[Any]:
-    return FeatureSet.open(folder).table(side).strings(column).to_pylist()
+    return [*FeatureSet.open(folder).table(side).strings(column).to_pylist()]
 
 
 def test_a_wide_table_names_rows_by_id_or_number(files: dict[str, Path], tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_wide_table_names_rows_by_id_or_number(files: dict[str, Path], tmp_pat
     assert items_of(tmp_path / "set", "audio") == [None, "a", "b", *[None] * 9]
     assert items_of(tmp_path / "set", "audio", "split")[:3] == [None, "val", "train"]
     assert items_of(tmp_path / "set", "text", "image_id")[:2] == [None, "100"]
-    assert rows.sides["audio"].embeddings.tobytes() == numbers(12, 6).tobytes()
+    assert rows.sides[side_of("audio")].embeddings.tobytes() == numbers(12, 6).tobytes()
     assert rows.pairs("text", "audio")[0].tolist() == [1, 11]
     assert rows.pairs("text", "audio")[1].tolist() == [1, 1]
     assert result.sides is not None
@@ -81,7 +82,7 @@ def test_a_wide_table_names_rows_by_id_or_number(files: dict[str, Path], tmp_pat
     assert result.counts["by_sides"] == {"1": 31, "2": 1, "3": 1}
     assert result.counts["pairs"] == {"image": {"text": 2, "audio": 2}, "text": {"audio": 2}}
     assert result.pairing == (
-        f"{tmp_path}/items.csv (audio by row number from 0, text and image by id)"
+        f"{tmp_path}/items.csv (audio by row number from 0, text + image by id)"
     )
 
 
