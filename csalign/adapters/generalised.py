@@ -56,6 +56,12 @@ class GeneralForm(NamedTuple):
     name: str  # which closed form and its settings, as shown to users
     sides: dict[str, SideMap]
 
+    def functions(self, sides: Mapping[str, SideInput]) -> dict[str, Callable[[Array], Tensor]]:
+        """Return functions from raw rows of each side to unit outputs, for `consensus`."""
+        return {
+            name: partial(_outputs, side.unit, self.sides[name]) for name, side in sides.items()
+        }
+
 
 class _Spectrum(NamedTuple):
     """Principal components of the unit rows of one side, float64, the first first."""
@@ -211,6 +217,10 @@ def _item_means(
 
 def _components(unit: UnitRows, spectrum: _Spectrum, rows: Array) -> Tensor:
     return (unit(rows) - spectrum.mean.float()) @ spectrum.vectors.float()
+
+
+def _outputs(unit: UnitRows, side: SideMap, rows: Array) -> Tensor:
+    return side.outputs(unit(rows))
 
 
 def _chunks(items: Ints) -> Iterator[Ints]:

@@ -1,12 +1,11 @@
 """Kernel ridge regressions of any number of sides, each to the consensus of the others.
 
-The consensus is the mean output of an item's other sides under a `GeneralForm`. A prediction of it
-from one side keeps what that side shares with the others, so predictions of two sides can be
-compared; a Gaussian kernel predicts more than a linear map.
+The consensus is the mean output of an item's other sides in a space, such as that of generalised
+CCA. A prediction of it keeps what a side shares with the others, so predictions from two sides can
+be compared; a Gaussian kernel predicts more than a linear map.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from csalign.adapters.builtin import Kernel, fixed
-from csalign.adapters.generalised import GeneralForm, SideInput, SideMap, consensus, item_weights
-from csalign.adapters.kernel_cca import MAX_LANDMARKS, Regression, regress
-from csalign.adapters.side import SideAdapter, SideShape, UnitRows
+from csalign.adapters.generalised import SideInput, consensus, item_weights
+from csalign.adapters.kernel_cca import MAX_LANDMARKS, regress
+from csalign.adapters.side import SideAdapter, SideShape
 from csalign.core.arrays import Array
 from csalign.core.records import Record
 
@@ -33,98 +32,80 @@ class SidesSetting(Record):
         return f"kernels (gamma {self.gamma:g}, ridge {self.ridge:.2g})"
 
 
-class KernelSides:
-    """Kernels of all sides for one gamma > 0, towards the space of a form.
+def kernel_candidates(
+    sides: Mapping[str, SideInput],
+    outputs: Mapping[str, Callable[[Array], Tensor]],
+    gamma: float,
+    ridges: Sequence[float],
+    *,
+    seed: int,
+    limit: int = MAX_LANDMARKS,
+) -> Iterator[tuple[SidesSetting, dict[str, SideAdapter]]]:
+    """Fit the kernels of all sides for some ridges; yield an adapter of each side.
 
     Args:
-        sides: by name, each with items that another side has.
-        form: of these sides.
-        gamma: of the kernel.
+        sides: by name; each has an item that another side has.
+        outputs: functions from raw rows of each side to unit outputs (n, k) float32, of one space.
+        gamma: > 0.
+        ridges: > 0.
         seed: of the rows that are used and of their blocks.
-        limit: rows per side at most.
+        limit: rows of a side at most.
     """
-
-    def __init__(
-        self,
-        sides: Mapping[str, SideInput],
-        form: GeneralForm,
-        gamma: float,
-        seed: int,
-        *,
-        limit: int = MAX_LANDMARKS,
-    ) -> None:
-        outputs = {
-            name: partial(_outputs, side.unit, form.sides[name]) for name, side in sides.items()
-        }
-        self._sides = {
-            name: _Side(
-                side,
-                {other: own for other, own in sides.items() if other != name},
-                outputs,
-                np.random.default_rng(seed),
-                limit,
-            )
-            for name, side in sides.items()
-        }
-        self._gamma, self._seed = gamma, seed
-
-    def candidates(
-        self, ridges: Sequence[float]
-    ) -> Iterator[tuple[SidesSetting, dict[str, SideAdapter]]]:
-        """Fit for some ridges > 0; yield an adapter of each side, all of the form's width."""
-        fits = {
-            name: side.fit(self._gamma, ridges, self._seed) for name, side in self._sides.items()
-        }
-        for number, ridge in enumerate(ridges):
-            setting = SidesSetting(gamma=self._gamma, ridge=ridge)
-            yield setting, {name: own[number] for name, own in fits.items()}
-
-
-class _Side:
-    """Rows of one side, and what to predict from them."""
-
-    def __init__(
-        self,
-        side: SideInput,
-        others: Mapping[str, SideInput],
-        outputs: Mapping[str, partial[Tensor]],
-        rng: np.random.Generator,
-        limit: int,
-    ) -> None:
+    fits = {}
+    for name, side in sides.items():
+        others = {other: own for other, own in sides.items() if other != name}
         partners = np.unique(np.concatenate([own.items for own in others.values()]))
-        rows = np.flatnonzero((side.items >= 0) & np.isin(side.items, partners))
-        if len(rows) > limit:
-            rows = np.sort(rng.choice(rows, limit, replace=False))
+        has_partner = np.isin(side.items, partners) & (side.items >= 0)
+        rows = _some(np.flatnonzero(has_partner), seed, limit)
         items, place = np.unique(side.items[rows], return_inverse=True)
-        self.targets = consensus(others, outputs, items)[0][torch.from_numpy(place)]
-        self.weights = torch.from_numpy(item_weights(place)).float()
-        units = side.unit(side.rows[rows])
-        self.mean = self.weights @ units / self.weights.sum()
-        self.landmarks = normalize(units - self.mean, dim=1)
-        self.unit = side.unit
+        targets = consensus(others, outputs, items)[0].numpy()[place]
+        own = SideInput(side.rows[rows], place, side.unit)
+        fits[name] = add_kernel_side(own, targets, gamma, ridges, seed=seed, limit=limit)
+    for number, ridge in enumerate(ridges):
+        setting = SidesSetting(gamma=gamma, ridge=ridge)
+        yield setting, {name: own[number] for name, own in fits.items()}
 
-    def fit(self, gamma: float, ridges: Sequence[float], seed: int) -> list[SideAdapter]:
-        """Fit an adapter for each ridge."""
-        found = regress(self.targets, self.landmarks, self.weights, gamma, ridges, seed=seed)
-        return [self._adapter(gamma, own) for own in found]
 
-    def _adapter(self, gamma: float, found: Regression) -> Kernel:
-        shape = SideShape(
-            "kernel",
-            self.landmarks.shape[1],
-            self.targets.shape[1],
-            signed_sqrt=self.unit.signed_sqrt,
-            scaled=self.unit.scale is not None,
-            landmarks=len(self.landmarks),
-        )
-        with torch.device("meta"):
+def add_kernel_side(
+    side: SideInput,
+    targets: Array,
+    gamma: float,
+    ridges: Sequence[float],
+    *,
+    seed: int,
+    limit: int = MAX_LANDMARKS,
+) -> list[Kernel]:
+    """Regress the unit outputs of other sides on a kernel of one side, for each of some ridges.
+
+    The arguments are those of `add_side` and of `kernel_candidates`.
+    """
+    rows = _some(np.flatnonzero(side.items >= 0), seed, limit)
+    weights = torch.from_numpy(item_weights(side.items[rows])).float()
+    units = side.unit(side.rows[rows])
+    mean = weights @ units / weights.sum()
+    landmarks = normalize(units - mean, dim=1)
+    own = torch.from_numpy(targets[rows]).float()
+    shape = SideShape(
+        "kernel",
+        units.shape[1],
+        own.shape[1],
+        signed_sqrt=side.unit.signed_sqrt,
+        scaled=side.unit.scale is not None,
+        landmarks=len(rows),
+    )
+    kernels = []
+    for found in regress(own, landmarks, weights, gamma, ridges, seed=seed):
+        with torch.device("meta"):  # draws no random numbers
             kernel = Kernel(shape)
-        kernel.mean, kernel.gamma, kernel.scale = self.mean, torch.tensor(gamma), self.unit.scale
-        kernel.landmarks = fixed(self.landmarks)
-        kernel.weight = fixed(found.weight.T.contiguous())
-        kernel.bias = fixed(found.bias)
-        return kernel
+        kernel.mean, kernel.gamma, kernel.scale = mean, torch.tensor(gamma), side.unit.scale
+        kernel.landmarks = fixed(landmarks)
+        kernel.weight, kernel.bias = fixed(found.weight.T.contiguous()), fixed(found.bias)
+        kernels.append(kernel)
+    return kernels
 
 
-def _outputs(unit: UnitRows, form: SideMap, rows: Array) -> Tensor:
-    return form.outputs(unit(rows))
+def _some(rows: Array, seed: int, limit: int) -> Array:
+    """Draw `limit` of some rows, ascending; all if there are fewer."""
+    if len(rows) <= limit:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
