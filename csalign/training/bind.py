@@ -26,6 +26,7 @@ from csalign.core.results import Result
 from csalign.features import schema
 from csalign.features.join import ALL, hash_rows, select_rows, split_names
 from csalign.features.reader import FeatureSet, FeatureTable
+from csalign.features.schema import EncoderInfo
 from csalign.runs.baselines import choose_split
 from csalign.runs.load import check_encoder, load_run
 from csalign.runs.metadata import (
@@ -152,13 +153,9 @@ class _Run:
         remedy = f"pass --features with {share} embeddings of {{spec}}"
         is_own = self.features is not None and features.path == self.features.path
         if not is_own:
-            check_encoder(
-                {side: (table.encoder, needed)},
-                str(features.path),
-                f"{self.path} was trained on",
-                remedy,
-                any_encoder=any_encoder,
-            )
+            pair: dict[Any, tuple[EncoderInfo, EncoderInfo]] = {side: (table.encoder, needed)}
+            reference = f"{self.path} was trained on"
+            check_encoder(pair, str(features.path), reference, remedy, any_encoder=any_encoder)
         if table.width != needed.width:
             raise DataError(
                 f"{features.path}: the {share} embeddings are {table.width} wide, {self.path} "
@@ -250,7 +247,7 @@ def _shared_rows(
 ) -> tuple[Array, Array]:
     """Embed the different rows of the shared side: (n, k) by the second run, (n, l) by the first.
 
-    They come from the sets that both runs can embed, or else from pairs of sets by equal ids.
+    They come from the sets that both runs can embed, or else from pairs of given sets by equal ids.
     """
     runs = (second, first)
     sets = [FeatureSet.open(path) for path in config.features]
@@ -258,13 +255,15 @@ def _shared_rows(
     found: list[list[_Rows]] = [[], []]
     reasons = []
     for features in {features.path: features for features in sets}.values():
-        for run, rows in zip(runs, found, strict=True):
+        for run, own in zip(runs, found, strict=True):
             try:
-                rows.append(run.rows(features, share, any_encoder=config.any_encoder))
+                own.append(run.rows(features, share, any_encoder=config.any_encoder))
             except DataError as error:
                 reasons.append(f"; {error}")
     pairs = [*product(*found)]
-    pairs = [own for own in pairs if own[0].table.folder == own[1].table.folder] or pairs
+    same = [both for both in pairs if both[0].table.folder == both[1].table.folder]
+    # Sets that were not named may number different rows alike.
+    pairs = same or pairs[: len(pairs) * bool(config.features)]
     keys, x, y = [], [], []
     for one, other in pairs:
         rows, matched = one.common(other)
