@@ -1,4 +1,4 @@
-"""Tables of the commands that make something: train, tune, index, search, export, generate."""
+"""Tables of the commands that make something: train, tune, bind, index, search, and others."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +14,7 @@ from csalign.core.figures import counted, figure_of, percent
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
 from csalign.runs.config import ExportConfig
+from csalign.training.bind_config import BindConfig
 from csalign.training.config import TrainConfig, TuneConfig
 
 TRIALS_SHOWN = 10
@@ -55,6 +56,24 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     splits = splits_of(features)
     split = ["--split", "test"] if "test" in splits else []
     render.print_closing(settings, ("eval", features, "--adapter", result.run, *split))
+
+
+def bind_table(result: results.Result, settings: BindConfig) -> None:
+    """Print which sides a bound run has, and how well the shared side agrees in it."""
+    held, widths = result["held_out"], result["widths"]
+    render.print_wrote(f"{result['run']}")
+    mapped = ", ".join(result["mapped"])
+    rows = [
+        ("sides", ", ".join(result["sides"])),
+        ("shared", f"{result['shared']}, {result['rows']:,} different rows"),
+        ("mapped", f"{mapped}: {widths['from']} to {widths['to']} wide, by a rotation"),
+    ]
+    if held["rows"]:
+        recall = RECALL.show(held["mean_recall"])
+        shown = f"{RECALL.heading} {recall}, cosine {held['cosine']:.3f}"
+        rows.append(("agreement", f"{shown}, on {held['rows']:,} rows held out"))
+    render.print_rows(rows)
+    render.print_closing(settings, ("inspect", result["run"]))
 
 
 def best_words(step: int, start: str) -> str:
