@@ -11,7 +11,8 @@ from csalign.training.config import DataOptions, ObjectiveOptions, TrainConfig
 from csalign.training.data import announce_rows, load_data
 from csalign.training.loggers import check_logs, open_logs, write_page
 from csalign.training.network.batch_loss import check_terms
-from csalign.training.phases import Work, check_networks, find_tokens, follow_phases, run_phases
+from csalign.training.phases import follow_phases, run_phases
+from csalign.training.work import Work, check_networks, find_tokens
 
 log = logging.getLogger(__name__)
 
