@@ -101,7 +101,10 @@ def count_reads(trainer: Trainer, steps: int = 12) -> Counter[str]:
         {"pairwise": "sigmoid"},
         {"pairwise": "align-uniform"},
         {"cs_captions": "all", "unpaired_negatives": True},
-        *({"divergence": name} for name in ("mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none")),
+        *(
+            {"divergence": name}
+            for name in ("holder", "mmd", "gaussian-kl", "sinkhorn", "pairs-mse", "none")
+        ),
     ],
     ids=str,
 )

@@ -37,7 +37,7 @@ SUB_BATCH = 8_192  # rows per adapter pass by default
 AUTO_WEIGHT = 0.1  # initial value of an automatic lambda
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 10.0  # its limits
 RAISE, LOWER = 1.5, 0.5  # its factors after a validation
-_KERNELS = (DivergenceName.CS, DivergenceName.MMD)
+_KERNELS = (DivergenceName.CS, DivergenceName.HOLDER, DivergenceName.MMD)
 # Options that only some pairwise losses use.
 _OF_LOSSES = {
     "label_smoothing": (PairwiseName.INFONCE,),
