@@ -25,7 +25,7 @@ import torch
 from csalign.adapters.checkpoint import DESCRIPTION, WEIGHTS, AdapterInfo, save_adapter
 from csalign.adapters.model import Adapter
 from csalign.core import __version__, atomic, distributed, locks, outputs, signals
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide
 from csalign.core.errors import OutputError, SchemaError, Stopped, TrainingError
 from csalign.core.paths import is_remote
 from csalign.core.records import Record, read_job, write_record
@@ -269,7 +269,7 @@ class UnfinishedRun:
         save_adapter(folder, adapter, info)
 
 
-def info_of(features: FeatureSet, sides: Iterable[Modality]) -> dict[str, Any]:
+def info_of(features: FeatureSet, sides: Iterable[AnySide]) -> dict[str, Any]:
     """Return what `AdapterInfo` records of a feature set and the encoders of some of its sides."""
     encoders = {side: features.table(side).encoder for side in sides}
     return {

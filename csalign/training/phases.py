@@ -57,9 +57,9 @@ class Trained(NamedTuple):
     refit: str  # whether the held-out pairs were learned from, in words
 
 
-def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
-    """Train all networks, in the main process, and put the parts of the adapter together."""
-    config, data = work.config, work.data
+def train_networks(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[list[Adapter], Decided]:
+    """Train all networks of a `Work` or another `Timed`, in the main process."""
+    config = work.config
     networks = [load_initialized(own.folder, config.kinds)[0] for own in run.ended]
     if networks:
         decided = Decided.model_validate(run.ended[0].state)
@@ -71,6 +71,13 @@ def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
             run.end_phase(decided.model_dump(mode="json"))
         networks.append(_further_network(work, run, phase, decided))
     distributed.broadcast(lambda: None)  # no further phase
+    return networks, decided
+
+
+def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
+    """Train all networks, in the main process, and put the parts of the adapter together."""
+    config, data = work.config, work.data
+    networks, decided = train_networks(work, run, log_lines)
 
     def together(chosen: list[Adapter], phase: Phase) -> Adapter:
         matches = None
@@ -95,7 +102,7 @@ def run_phases(work: Work, run: UnfinishedRun, log_lines: Log) -> Trained:
     return Trained(adapter, measured, decided, parts, refit)
 
 
-def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
+def _first_network(work: Any, run: UnfinishedRun, log_lines: Log) -> tuple[Adapter, Decided]:
     """Choose a closed form, train from it, keep the best weights, and choose the parts."""
     config, data = work.config, work.data
     matches = None
@@ -114,7 +121,7 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
         phase = FIRST._replace(steps=0)
     folds, began = _folds(work, adapter), work.clock()
     timer = work.timer(combines=bool(folds))
-    trainer = _run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
+    trainer = run_phase(work, run, phase, adapter, (start, setting), log_lines, timer)
     seconds = work.seconds_left - work.further * (work.clock() - began)
     scores = {"start": trainer.start_score, "kept": trainer.best_score}
     decided = Decided(
@@ -134,15 +141,15 @@ def _first_network(work: Work, run: UnfinishedRun, log_lines: Log) -> tuple[Adap
     return adapter, decided
 
 
-def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
+def _further_network(work: Any, run: UnfinishedRun, phase: Phase, decided: Decided) -> Adapter:
     """Train another network from the same closed form, for as many steps as did best."""
     if run.resumed is None:
         tick("refitting the closed form")
-        adapter, _ = work.fit(decided.setting, phase)
+        adapter: Adapter = work.fit(decided.setting, phase)[0]
     else:
         adapter, _ = load_initialized(run.resumed.folder, work.config.kinds)
     start = decided.start, decided.setting
-    _run_phase(work, run, phase, adapter, start, lambda lines: None)
+    run_phase(work, run, phase, adapter, start, lambda lines: None)
     if decided.covariances is not None:
         match_again(
             adapter,
@@ -155,8 +162,8 @@ def _further_network(work: Work, run: UnfinishedRun, phase: Phase, decided: Deci
     return adapter
 
 
-def _run_phase(
-    work: Work,
+def run_phase(
+    work: Any,
     run: UnfinishedRun,
     phase: Phase,
     adapter: Adapter,
@@ -171,7 +178,7 @@ def _run_phase(
         phase = phase._replace(batch_size=state.get("batch_size"), scale=state.get("scale"))
     distributed.broadcast(lambda: (phase, adapter.shapes, adapter.state_dict(), state))
     tick("preparing")
-    trainer = work.trainer(adapter, phase, timer)
+    trainer: Trainer = work.trainer(adapter, phase, timer)
     if not phase.number and (trainer.scale or LEAST_SCALE) > LEAST_SCALE:
         log.info("logit scale: %.3g, by the recall of the start on held-out pairs", trainer.scale)
     run.begin(
@@ -191,7 +198,7 @@ def _run_phase(
     return trainer
 
 
-def _further_phases(work: Work, decided: Decided) -> list[Phase]:
+def _further_phases(work: Any, decided: Decided) -> list[Phase]:
     """List the networks to train after the first, which is not kept if there is a refit."""
     refits, networks = work.data.refits, work.config.networks
     is_unused = decided.parts.share == 1
@@ -206,10 +213,10 @@ def _further_phases(work: Work, decided: Decided) -> list[Phase]:
     return [Phase(n, what, *common) for n in numbers]
 
 
-def _match(work: Work, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:
+def _match(work: Any, adapter: Adapter, decided: Decided, log_lines: Log) -> Decided:
     """Match the moments of the first network's outputs."""
     config, data = work.config, work.data
-    if not config.match_moments or "kept" not in decided.scores:
+    if not (isinstance(work, Work) and config.match_moments and "kept" in decided.scores):
         return decided
     before, once = Score(**decided.scores["kept"]), config.caption_weights
     sampler = work.sampler(FIRST)
@@ -246,11 +253,11 @@ def _choose_parts(
     return decided.model_copy(update={"scores": scores, "parts": found.combination})
 
 
-def _folds(work: Work, network: Adapter) -> list[Fold]:
+def _folds(work: Any, network: Adapter) -> list[Fold]:
     """List the folds to choose a kernel CCA by, none if no kernel is tried."""
     config, data = work.config, work.data
     tries = config.ensemble == "auto" and config.init == "canonical" and can_combine(network)
-    if not tries or data.val is None:
+    if not (tries and isinstance(work, Work)) or data.val is None:
         return []
     further = [Fold(work.make_sampler(own), data.rows.take(own)) for own in data.folds[1:]]
     return [Fold(work.sampler(FIRST), data.val), *further]
@@ -292,7 +299,7 @@ def _word_refit(data: TrainingData, networks: int) -> str:
     return f"{several}refitted on all {pairs:,} pairs, {held_out}; the figures are those before it"
 
 
-def follow_phases(work: Work) -> None:
+def follow_phases(work: Any) -> None:
     """Take the same steps as the main process in `run_phases`."""
     while (sent := distributed.receive()) is not None:
         phase, shapes, weights, state = sent

@@ -23,7 +23,7 @@ from csalign.training.config import (
     TokenOptions,
     TrainConfig,
 )
-from csalign.training.data import StoredTokens, TrainingData, open_tokens
+from csalign.training.data import StoredTokens, TrainingData, announce_rows, open_tokens
 from csalign.training.network.build import build_trainer, source_of_pairs
 from csalign.training.network.loop import FIRST, Phase, Trainer
 from csalign.training.network.sampler import PairSampler, make_sampler
@@ -31,18 +31,44 @@ from csalign.training.network.schedule import Timer
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all processes of a job train from."""
+class Timed:
+    """Options of a job, and the time that it takes."""
 
     config: TrainConfig
-    data: TrainingData
-    tokens: StoredTokens | None
-    clock: Callable[[], float] = time.monotonic  # seconds that the command has taken
-    _samplers: dict[bool, PairSampler] = field(default_factory=dict)
+    data: Any  # what is trained on
+    clock: Callable[[], float] = field(default=time.monotonic, kw_only=True)  # seconds so far
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that are left of ``--minutes``."""
+        minutes = self.config.minutes
+        return math.inf if minutes is None else 60 * minutes - self.clock()
+
+    @property
+    def further(self) -> int:
+        """Networks to train after the first."""
+        return int(self.config.networks + self.data.refits - 1)
+
+    def timer(self, *, combines: bool = False) -> Timer:
+        """Build the timer of the first network, which a kernel CCA may follow."""
+        return Timer(self.clock, self.config.minutes, self.further + 1, combines)
 
     def refits(self, phase: Phase) -> bool:
-        """Return whether a phase learns from the held-out pairs too."""
-        return phase.number > 0 and self.data.refits
+        """Return whether a phase learns from the held-out rows too."""
+        return phase.number > 0 and bool(self.data.refits)
+
+    def complete(self, adapter: Adapter) -> Adapter:
+        """Return the adapter of a run, of one that a network is trained in."""
+        return adapter
+
+
+@dataclass(frozen=True)
+class Work(Timed):
+    """What all processes of a job on images and texts train from."""
+
+    data: TrainingData
+    tokens: StoredTokens | None
+    _samplers: dict[bool, PairSampler] = field(default_factory=dict)
 
     def sampler(self, phase: Phase = FIRST) -> PairSampler:
         """Return the sampler of the pairs that a phase learns from."""
@@ -60,21 +86,6 @@ class Work:
     def token_widths(self) -> dict[Any, int]:
         """Token width of each side that trains with tokens."""
         return self.tokens.widths if self.tokens else {}
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds that are left of ``--minutes``."""
-        minutes = self.config.minutes
-        return math.inf if minutes is None else 60 * minutes - self.clock()
-
-    @property
-    def further(self) -> int:
-        """Networks to train after the first."""
-        return self.config.networks + self.data.refits - 1
-
-    def timer(self, *, combines: bool = False) -> Timer:
-        """Build the timer of the first network, which a kernel CCA may follow."""
-        return Timer(self.clock, self.config.minutes, self.further + 1, combines)
 
     def trainer(
         self, adapter: Adapter, phase: Phase = FIRST, timer: Timer | None = None
@@ -103,10 +114,14 @@ class Work:
             "image_norm": mean_square(data.rows.images) ** 0.5,
         }
 
-    @staticmethod
-    def complete(adapter: Adapter) -> Adapter:
-        """Return the adapter of a run, of one that a network was trained in."""
-        return adapter
+    def announce(self) -> None:
+        """Log what is trained and validated on."""
+        announce_rows(self.data)
+
+    def counts(self) -> dict[str, int]:
+        """Count the pairs that are trained and validated on."""
+        val = self.data.val
+        return {"train": self.data.trained[0], "validation": val.pairs if val else 0}
 
     def initialize(self) -> Start:
         """Choose a closed form; see `initialize`."""
