@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from csalign.core.arrays import Array, Ints
 from csalign.core.enums import side_of
 from csalign.core.results import TrainResult
 from csalign.features.schema import EncoderInfo
@@ -34,7 +35,7 @@ def write_sided(
     folder.mkdir()
     rng = np.random.default_rng(0)
     latent = rng.normal(size=(items, 6))
-    written = {}
+    written: dict[str, tuple[Array, Ints]] = {}
     for side, width in WIDTHS.items():
         values = latent @ rng.normal(size=(6, width)) + 0.5 * rng.normal(size=(items, width))
         there = np.flatnonzero((rng.random(items) > missing) | (np.arange(items) >= items - 100))
@@ -48,7 +49,7 @@ def write_sided(
             if order is not None:
                 shuffled = order.permutation(len(there))
                 values, there = values[shuffled], there[shuffled]
-            columns = {
+            columns: dict[str, list[str | None]] = {
                 "id": [f"{side}{item}" for item in there],
                 "item": [f"i{item}" for item in there],
                 "split": ["test" if item >= items - 100 else "train" for item in there],

@@ -86,18 +86,19 @@ def test_two_complete_sides_have_the_loss_of_images_and_texts(
     images, texts = batch.sides[Modality.IMAGE], batch.sides[Modality.TEXT]
     wide = [SideBatch(own.rows, [count, 0, 0, 0], None) for own in (images, texts)]
     none = torch.zeros(0, dtype=torch.int64)
-    found = []
+    figures, gradients = [], []
     for loss, own in (
-        (BatchLoss(options), Batch(*wide, None, none, (none, none))),
+        (BatchLoss(options), Batch(wide[0], wide[1], None, none, (none, none))),
         (SidesLoss(options), batch),
     ):
         parts = loss(adapter, own, 1)
         adapter.zero_grad()
         parts.total.backward()
         gradient = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
-        found.append((*(float(own) for own in parts[:3]), gradient))
-    assert found[0][:3] == pytest.approx(found[1][:3], rel=1e-6)
-    assert torch.allclose(found[0][3], found[1][3], atol=1e-6)
+        figures.append([float(own.detach()) for own in parts[:3]])
+        gradients.append(gradient)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
 
 
 THREE = {"image": [*range(30)], "text": [*range(10, 40)], "audio": [*range(20, 50)]}
@@ -106,18 +107,18 @@ THREE = {"image": [*range(30)], "text": [*range(10, 40)], "audio": [*range(20, 5
 def test_a_pair_of_sides_counts_as_much_as_it_has_pairs() -> None:
     batch = batch_of(THREE)
     adapter, options = adapter_of(*THREE), ObjectiveOptions(noise=0.0, cs_weight=0.0)
-    found = SidesLoss(options)(adapter, batch, 1).pairwise
+    found = SidesLoss(options)(adapter, batch, 1).pairwise.detach()
 
     losses, counts = [], []
     for pair, own in batch.pairs.items():
         alone = SidesBatch(batch.sides, {pair: own})
-        losses.append(float(SidesLoss(options)(adapter, alone, 1).pairwise))
+        losses.append(float(SidesLoss(options)(adapter, alone, 1).pairwise.detach()))
         counts.append(len(own.first))
     assert sorted(counts) == [10, 20, 20]
     assert float(found) == pytest.approx(np.average(losses, weights=counts))
-    hub = float(SidesLoss(options, hub="image")(adapter, batch, 1).pairwise)
-    own = [("image" in pair) for pair in batch.pairs]
-    assert hub == pytest.approx(np.average(np.array(losses)[own], weights=np.array(counts)[own]))
+    hub = float(SidesLoss(options, hub="image")(adapter, batch, 1).pairwise.detach())
+    has = [("image" in pair) for pair in batch.pairs]
+    assert hub == pytest.approx(np.average(np.array(losses)[has], weights=np.array(counts)[has]))
 
 
 def test_all_rows_of_all_sides_are_compared() -> None:
@@ -130,7 +131,7 @@ def test_all_rows_of_all_sides_are_compared() -> None:
         side: torch.nn.functional.normalize(adapter.side(side)(own.rows), dim=1)
         for side, own in batch.sides.items()
     }
-    assert {side: len(own) for side, own in rows.items()} == {"image": 40, "text": 30, "audio": 36}
+    assert {side: len(own) for side, own in rows.items()} == {"image": 30, "text": 30, "audio": 36}
     parts = SidesLoss(options)(adapter, batch, 1)
     names = [*rows]
     expected = [
@@ -138,10 +139,10 @@ def test_all_rows_of_all_sides_are_compared() -> None:
         for number, one in enumerate(names)
         for other in names[number + 1 :]
     ]
-    assert float(parts.divergence) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(parts.divergence.detach()) == pytest.approx(np.mean(expected), rel=1e-5)
     at_once = SidesLoss(options.model_copy(update={"divergence": "holder"}))(adapter, batch, 1)
     whole = float(holder([*rows.values()], 0.5).detach())
-    assert float(at_once.divergence) == pytest.approx(whole / 3, rel=1e-5)
+    assert float(at_once.divergence.detach()) == pytest.approx(whole / 3, rel=1e-5)
 
 
 def test_a_batch_without_pairs_of_two_sides_has_a_gradient() -> None:
@@ -153,7 +154,7 @@ def test_a_batch_without_pairs_of_two_sides_has_a_gradient() -> None:
     assert torch.isfinite(parts.total)
     nothing = {pair: PairRows(*(own[:0] for own in pairs)) for pair, pairs in batch.pairs.items()}
     empty = SidesLoss(ObjectiveOptions(cs_weight=0.0))(adapter, batch._replace(pairs=nothing), 1)
-    assert float(empty.total) == 0
+    assert float(empty.total.detach()) == 0
     empty.total.backward()
 
 
@@ -170,12 +171,8 @@ def test_an_epoch_has_each_item_once_with_one_row_of_each_side() -> None:
     drawn = set()
     for seed in range(20):
         batches = [*sampler.epoch(2, np.random.default_rng(seed))]
-        assert [
-            len(np.unique(np.concatenate([own[1] for own in b.values()]))) for b in batches
-        ] == [
-            2,
-            1,
-        ]
+        places = [np.concatenate([own[1] for own in batch.values()]) for batch in batches]
+        assert [own.max() for own in places] == [1, 0]
         rows = {side: np.concatenate([b[side][0] for b in batches]) for side in batches[0]}
         owners = {side: np.array(items[side])[own] for side, own in rows.items()}
         assert {side: sorted(own) for side, own in owners.items()} == {
@@ -250,14 +247,9 @@ def test_the_figures_are_means_over_pairs_of_sides() -> None:
     }
     measured = measure_sides(outputs)
 
-    pairs = [
-        measure_sides({side: outputs[side] for side in pair})
-        for pair in (
-            (Modality.IMAGE, Modality.TEXT),
-            (Modality.IMAGE, AUDIO),
-            (Modality.TEXT, AUDIO),
-        )
-    ]
+    image, text = Modality
+    named = ((image, text), (image, AUDIO), (text, AUDIO))
+    pairs = [measure_sides({side: outputs[side] for side in pair}) for pair in named]
     assert pairs[1].score.mean_recall == 1
     assert pairs[0].score.mean_recall < 0.2
     assert measured.score == pytest.approx(np.mean([own.score for own in pairs], 0))
