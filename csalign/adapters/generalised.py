@@ -6,8 +6,9 @@ the items that have both sides, so that items without all sides count as far as 
 sides it is `PairMoments.cca`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,12 @@ class GeneralForm(NamedTuple):
 
     name: str  # which closed form and its settings, as shown to users
     sides: dict[str, SideMap]
+
+    def functions(self, sides: Mapping[str, SideInput]) -> dict[str, Callable[[Array], Tensor]]:
+        """Return functions from raw rows of each side to unit outputs, for `consensus`."""
+        return {
+            name: partial(_outputs, side.unit, self.sides[name]) for name, side in sides.items()
+        }
 
 
 class _Spectrum(NamedTuple):
@@ -168,6 +175,27 @@ def _spectrum(side: SideInput, limit: int) -> _Spectrum:
     return _Spectrum(total, values[:limit], vectors.flip(1)[:, :limit], values.mean())
 
 
+class _ByItem:
+    """The rows of a side in the order of their items, without those left out."""
+
+    def __init__(self, side: SideInput) -> None:
+        self._side = side
+        order = np.argsort(side.items, kind="stable")
+        self._rows = order[np.searchsorted(side.items[order], 0) :]
+        self.items = side.items[self._rows]
+
+    def means(self, items: Ints, of: Callable[[Array], Tensor]) -> tuple[Tensor, Tensor]:
+        """Average outputs of the rows of each item, ascending: (m, k), and (m, 1): 1 if any."""
+        place = np.searchsorted(items, self.items)
+        place[place == len(items)] = 0
+        known = np.flatnonzero(items[place] == self.items)
+        where = torch.from_numpy(place[known])
+        found = of(self._side.rows[self._rows[known]])
+        sizes = torch.bincount(where, minlength=len(items)).float()[:, None]
+        sums = torch.zeros(len(items), found.shape[1]).index_add_(0, where, found)
+        return sums / sizes.clamp(min=1), (sizes > 0).float()
+
+
 def _item_means(
     sides: Mapping[str, SideInput], spectra: Mapping[str, _Spectrum]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,29 +203,56 @@ def _item_means(
 
     Items with one side are left out. The second is (m, N), 1 or 0; both are float32.
     """
-    orders, owns = [], []
-    for side in sides.values():
-        order = np.argsort(side.items, kind="stable")
-        orders.append(order[np.searchsorted(side.items[order], 0) :])
-        owns.append(side.items[orders[-1]])
-    items, counts = np.unique(np.concatenate([np.unique(own) for own in owns]), return_counts=True)
-    items = items[counts > 1]
+    owns = [_ByItem(side) for side in sides.values()]
+    items, counts = np.unique(
+        np.concatenate([np.unique(own.items) for own in owns]), return_counts=True
+    )
+    for chunk in _chunks(items[counts > 1]):
+        found = [
+            own.means(chunk, partial(_components, side.unit, spectra[name]))
+            for own, (name, side) in zip(owns, sides.items(), strict=True)
+        ]
+        yield torch.cat([means for means, _ in found], 1), torch.cat([has for _, has in found], 1)
+
+
+def _components(unit: UnitRows, spectrum: _Spectrum, rows: Array) -> Tensor:
+    return (unit(rows) - spectrum.mean.float()) @ spectrum.vectors.float()
+
+
+def _outputs(unit: UnitRows, side: SideMap, rows: Array) -> Tensor:
+    return side.outputs(unit(rows))
+
+
+def _chunks(items: Ints) -> Iterator[Ints]:
     for start in range(0, len(items), ITEMS_AT_ONCE):
-        chunk = items[start : start + ITEMS_AT_ONCE]
-        means, present = [], []
-        for (name, side), order, own in zip(sides.items(), orders, owns, strict=True):
-            first, last = np.searchsorted(own, [chunk[0], chunk[-1] + 1])
-            place = np.searchsorted(chunk, own[first:last])
-            known = chunk[place] == own[first:last]
-            place = torch.from_numpy(place[known])
-            rows = side.unit(side.rows[order[first:last][known]])
-            spectrum = spectra[name]
-            found = (rows - spectrum.mean.float()) @ spectrum.vectors.float()
-            size = torch.bincount(place, minlength=len(chunk)).float()
-            mean = torch.zeros(len(chunk), found.shape[1]).index_add_(0, place, found)
-            means.append(mean / size.clamp(min=1)[:, None])
-            present.append((size > 0).float())
-        yield torch.cat(means, 1), torch.stack(present, 1)
+        yield items[start : start + ITEMS_AT_ONCE]
+
+
+def consensus(
+    sides: Mapping[str, SideInput],
+    outputs: Mapping[str, Callable[[Array], Tensor]],
+    items: Ints,
+) -> tuple[Tensor, Tensor]:
+    """Average the outputs of each item over its sides, of each side over its rows.
+
+    Args:
+        sides: the sides to average.
+        outputs: functions from raw rows of each side to unit outputs (n, k) float32.
+        items: (m,), m >= 1, each once, in any order.
+
+    Returns:
+        (m, k) float32, 0 for an item without sides; (m,), the number of sides it has.
+    """
+    order = np.argsort(items)
+    means, counts = [], []
+    owns = {name: _ByItem(side) for name, side in sides.items()}
+    for chunk in _chunks(items[order]):
+        found = [own.means(chunk, outputs[name]) for name, own in owns.items()]
+        count = sum(has for _, has in found)
+        means.append(sum(mean for mean, _ in found) / count.clamp(min=1))
+        counts.append(count[:, 0])
+    back = torch.from_numpy(np.argsort(order))
+    return torch.cat(means)[back], torch.cat(counts)[back]
 
 
 def _agreements(matrix: Tensor, widths: list[int], width: int) -> tuple[list[Tensor], Tensor]:
@@ -216,8 +271,8 @@ def add_side(side: SideInput, targets: Array, *, ridge: float) -> SideMap:
 
     Args:
         side: the new side; rows without a target have an item below 0.
-        targets: (n, k), for each row the mean of the unit outputs of its item's other sides, of
-            any norm; not used where the item is below 0.
+        targets: (n, k), for each row the `consensus` of its item's other sides; not used where
+            the item is below 0.
         ridge: > 0, relative to the mean eigenvalue; to be chosen on items held out.
     """
     used = np.flatnonzero(side.items >= 0)
