@@ -37,7 +37,7 @@ def write_sided(
     latent = rng.normal(size=(items, 6))
     written: dict[str, tuple[Array, Ints]] = {}
     for side, width in WIDTHS.items():
-        values = latent @ rng.normal(size=(6, width)) + 0.5 * rng.normal(size=(items, width))
+        values = latent @ rng.normal(size=(6, width)) + 1.2 * rng.normal(size=(items, width))
         there = np.flatnonzero((rng.random(items) > missing) | (np.arange(items) >= items - 100))
         written[side] = values[there].astype(np.float32), there
     images = {*written["image"][1].tolist()}
@@ -54,7 +54,7 @@ def write_sided(
                 "item": [f"i{item}" for item in there],
                 "split": ["test" if item >= items - 100 else "train" for item in there],
             }
-            if name == "text":
+            if side == name == "text":
                 columns["image_id"] = [f"image{item}" if item in images else None for item in there]
             writer.write(name, Rows(columns, values))
     return folder

@@ -58,10 +58,11 @@ def test_a_run_has_an_adapter_of_each_side(features: Path, tmp_path: Path) -> No
 
 
 def test_a_pair_of_sides_gains_from_the_items_that_lack_it(tmp_path: Path) -> None:
-    features = write_sided(tmp_path / "set", missing=0.7, items=500)
+    sides = ("audio", "image", "text", "video")
+    features = write_sided(tmp_path / "set", missing=0.7, items=600, sides=sides)
 
-    own = run(features, tmp_path / "own", sides=("audio", "text"))
-    every = run(features, tmp_path / "all")
+    own = run(features, tmp_path / "own", sides=("audio", "text"), ensemble="off")
+    every = run(features, tmp_path / "all", ensemble="off")
     assert own.sides == ["text", "audio"]
     assert recall(features, every.run, "text", "audio") > recall(features, own.run, "text", "audio")
 

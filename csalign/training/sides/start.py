@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from csalign.adapters.canonical import is_non_negative
-from csalign.adapters.generalised import GeneralForm, SideInput, SideMap, SideMoments, add_side
+from csalign.adapters.generalised import (
+    GeneralForm,
+    SideInput,
+    SideMap,
+    SideMoments,
+    add_side,
+    consensus,
+)
 from csalign.adapters.model import DEFAULT_WIDTH, Adapter, find_kind
 from csalign.adapters.side import UnitRows, loud_scale
 from csalign.core.arrays import Ints, Mask
@@ -105,7 +112,7 @@ class Starts:
         if setting.form == "random":
             adapter = self._build(self._width, setting.form)
             return Start(adapter, "random", summary, setting, None)
-        (form,) = self._fit(setting.form, setting.ridge, (setting.power,), leave_out)
+        (form,) = self.fit(setting.form, setting.ridge, (setting.power,), leave_out)
         adapter = self._build(len(next(iter(form.sides.values())).weight), setting.form)
         for side, own in form.sides.items():
             if side != self.added and self.added is not None:
@@ -148,14 +155,15 @@ class Starts:
             self._units[side, root] = UnitRows(root, loud_scale(rows, signed_sqrt=root))
         return self._units[side, root]
 
-    def _inputs(self, form: str, leave_out: Mask | None) -> dict[str, SideInput]:
+    def inputs(self, form: str, leave_out: Mask | None) -> dict[str, SideInput]:
+        """Return the rows of a form by side, without those of some items."""
         inputs: dict[str, SideInput] = {}
         for side, own in self.data.rows.sides.items():
             items = own.items if leave_out is None else _without(own.items, leave_out)
             inputs[side] = SideInput(own.embeddings, items, self._unit(side, form))
         return inputs
 
-    def _fit(
+    def fit(
         self, form: str, ridge: float, powers: tuple[float, ...], leave_out: Mask | None
     ) -> list[GeneralForm]:
         """Fit a form for each of some powers, if it has any."""
@@ -163,7 +171,7 @@ class Starts:
             return [self._fit_added(ridge, leave_out)]
         key = leave_out is None, form
         if key not in self._moments:
-            self._moments[key] = SideMoments.of(self._inputs(form, leave_out))
+            self._moments[key] = SideMoments.of(self.inputs(form, leave_out))
         moments = self._moments[key]
         if form == "gcca":
             return [*moments.gcca(ridge=ridge, powers=powers, width=self._width)]
@@ -174,20 +182,14 @@ class Starts:
     def _fit_added(self, ridge: float, leave_out: Mask | None) -> GeneralForm:
         """Regress the side that is added on the mean output of the other sides of an item."""
         assert self.added is not None
-        rows, added = self.data.rows.sides, self.added
-        total = np.zeros((self.data.rows.count, self._width), np.float32)
-        for side, own in rows.items():
-            if side != added:
-                units = own.embeddings / np.linalg.norm(own.embeddings, axis=1, keepdims=True)
-                np.add.at(total, own.items, units)
-        items = rows[added].items
-        targets = total[items]
-        known = targets.any(1) if leave_out is None else targets.any(1) & ~leave_out[items]
-        new = SideInput(
-            rows[added].embeddings, np.where(known, items, -1), self._unit(added, "ridge")
-        )
+        others = self.inputs("ridge", leave_out)
+        new, added = others.pop(self.added), self.added
+        outputs = dict.fromkeys(others, torch.from_numpy)
+        numbers, place = np.unique(new.items, return_inverse=True)
+        targets, counts = (own.numpy()[place] for own in consensus(others, outputs, numbers))
+        new = replace(new, items=np.where(counts > 0, new.items, -1))
         kept = SideMap(torch.zeros(self._width), torch.eye(self._width))
-        maps: dict[str, SideMap] = {side: kept for side in rows}  # noqa: C420
+        maps: dict[str, SideMap] = dict.fromkeys(others, kept)
         maps[added] = add_side(new, targets, ridge=ridge)
         return GeneralForm(f"ridge regression onto the others (ridge {ridge:g})", maps)
 
@@ -203,7 +205,7 @@ class Starts:
     def _at(self, form: str, step: int) -> Candidate:
         """Fit a form at a step of the ridges; the best of its powers."""
         ridge, found = ridge_at(step), []
-        forms = self._fit(form, ridge, POWERS, self.data.held_out)
+        forms = self.fit(form, ridge, POWERS, self.data.held_out)
         for power, own in zip(POWERS, forms, strict=False):
             setting = Setting.model_validate({"form": form, "ridge": ridge, "power": power})
             found.append(Candidate(setting, step, [own], self._measure(own, form)))

@@ -32,6 +32,7 @@ from csalign.training.network.loop import FIRST, Log, Phase, Trainer, Validation
 from csalign.training.network.schedule import Timer
 from csalign.training.phases import Trained, train_networks
 from csalign.training.sides.data import Sampler, SidesData, announce_sides, load_sides_data
+from csalign.training.sides.kernels import assemble_sides, choose_kernels
 from csalign.training.sides.loader import SidesLoader
 from csalign.training.sides.loss import SidesLoss
 from csalign.training.sides.options import check_several, check_two
@@ -147,8 +148,29 @@ class SidesWork(Timed):
             )
             log_lines([{"step": decided.made, "refit": {"pairs": total, "steps": decided.best}}])
         log.info("%s", refit)
-        adapter, first = self.complete(networks[-1]), self.complete(networks[0])
-        return Trained(adapter, first, decided, "", refit)
+        if not self._combines:
+            adapter = self.complete(networks[-1])
+            return Trained(adapter, adapter, decided, "", refit)
+        starts, setting = self._of_seed(self.config.seed), decided.setting
+        joins, seconds = self.config.width is None, self.seconds_left
+        chosen = choose_kernels(networks[0], starts, setting, joins=joins, seconds=seconds)
+        leave_out = None if data.refits else data.held_out
+        adapter = assemble_sides(chosen, networks[-1], starts, setting, leave_out)
+        if chosen.score is not None:
+            score = chosen.score._asdict()
+            log_lines([{"step": decided.made, "validation": score, "matched": True}])
+            decided = decided.model_copy(update={"scores": {**decided.scores, "parts": score}})
+        return Trained(adapter, adapter, decided, chosen.words, refit)
+
+    @property
+    def _combines(self) -> bool:
+        """Whether kernels may stand beside the network, or instead of it."""
+        chooses = self.config.ensemble == "auto" and self.config.init == "canonical"
+        return chooses and self.base is None and self.data.val is not None
+
+    def timer(self, *, combines: bool = False) -> Timer:
+        """Build the timer of the first network, which kernels may follow."""
+        return super().timer(combines=combines or self._combines)
 
     def _of_seed(self, seed: int) -> Starts:
         if seed not in self._starts:
