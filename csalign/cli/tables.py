@@ -34,7 +34,11 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     render.print_rows(
         [
             ("start", result.start),
-            ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
+            *[("sides", ", ".join(result.sides or ()))] * bool(result.sides),
+            (
+                "items" if result.sides else "pairs",
+                ", ".join(f"{part} {count:,}" for part, count in result.pairs.items()),
+            ),
             *[("parts", result.parts)] * bool(result.parts),
             ("width", f"{result.width:,}"),
             ("parameters", parameters),

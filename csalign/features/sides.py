@@ -132,6 +132,22 @@ def load_sides(
     return SidedRows(name, found, keys)
 
 
+def in_order(features: FeatureSet, rows: SidedRows) -> SidedRows:
+    """Sort the rows of each side by their item, and those of one item by their ids.
+
+    So sorted they do not depend on the order in which they are stored.
+    """
+    found = {}
+    for side, own in rows.sides.items():
+        order = np.argsort(own.items, kind="stable")
+        if (np.diff(own.items[order]) == 0).any():
+            ids = features.table(side).strings(schema.ID, own.table_rows)
+            rank = np.argsort(pc.sort_indices(ids).to_numpy())
+            order = np.lexsort((rank, own.items))
+        found[side] = own.take(order, own.items[order])
+    return replace(rows, sides=found)
+
+
 def item_column(features: FeatureSet, side: AnySide, rows: Ints | None = None) -> pa.Array:
     """Read the key of the item of each row (ascending; None is all), null for none, (n,).
 

@@ -123,7 +123,7 @@ def check_encoders(
 
 
 def check_encoder(
-    pairs: Mapping[Modality, tuple[EncoderInfo, EncoderInfo]],
+    pairs: Mapping[Any, tuple[EncoderInfo, EncoderInfo]],
     name: str,
     reference: str,
     remedy: str = "extract again with --{side}-encoder {spec}, train on these features",
