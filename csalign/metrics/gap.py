@@ -79,7 +79,9 @@ def gap_of_items(
         items: number of the item of each row, (n,) and (m,).
         pairs: all pairs of rows that share an item, (k,) and (k,); without any "alignment" and
             "rmg" are None.
-        sigma, seed, max_rows: as of `gap_suite`.
+        sigma: bandwidth of the CS and MMD figures.
+        seed: of the sampling above `max_rows` rows and of the classifier's folds.
+        max_rows: rows per side up to which all pairs of rows are computed.
     """
     rng = np.random.default_rng(seed)
     samples = _samples(x, y, max_rows, rng)

@@ -67,9 +67,13 @@ class FirstRanks(NamedTuple):
             name: float(values.mean()) if len(values) else None
             for name, values in self.by_query().items()
         }
-        median = float(np.median(self.first)) if len(self.first) else None
-        counts = {"queries": len(self.first), "gallery": self.gallery}
-        return found | {"median_rank": median} | counts
+        is_asked = len(self.first) > 0
+        return found | {
+            "median_rank": float(np.median(self.first)) if is_asked else None,
+            MEAN_RECALL: mean_of_recalls([self]) if is_asked else None,
+            "queries": len(self.first),
+            "gallery": int(self.gallery),
+        }
 
 
 class SubsetRanks(NamedTuple):
@@ -376,6 +380,7 @@ def resample_sides(
                 found = sums.figures(weights)
                 part |= {(*place, name): values for name, values in found.items()}
                 recalls.append(_recall(found))
+                part[*place, MEAN_RECALL] = recalls[-1]
             for place, (to_target, from_target) in subsets.items():
                 forth, back = to_target.means(weights), from_target.means(weights)
                 part |= {(*place, name): values for name, values in forth.items()}

@@ -15,7 +15,7 @@ from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.devices import pick_device
 from csalign.core.enums import AnySide, Modality
-from csalign.core.errors import ConfigError, DataError, ShapeError
+from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
 from csalign.core.progress import tick, track
 from csalign.core.results import EvalResult, leaves
 from csalign.evaluation.config import (
@@ -285,12 +285,11 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
             check_aligned(values, ids, place, config.adapter)
         points[name] = Points(values, own.items)
     device = pick_device(config.device)
-    evaluation = SidedEvaluation(
+    return SidedEvaluation(
         *(features, split, rows, points, options),
         device if device.type == "cuda" else torch.device("cpu"),
         **_of_adapter(features, split, config.adapter, adapter, info),
     )
-    return evaluation
 
 
 def _of_adapter(
@@ -333,13 +332,18 @@ def _sides_of_run(
     return kept
 
 
-def evaluate_sides(config: EvalConfig) -> SidesResult:
+def evaluate_sides(config: EvalConfig, unwritten: list[OutputError]) -> dict[str, Any]:
     """Measure several sides; see `evaluate`."""
     refuse_options(config, LabelOptions, ImageSetOptions)
-    if config.report is not None:
-        from csalign.core.outputs import check_page
-
-        check_page(config.report)
     evaluation = measure_sides(config, config)
     warn_of_trained([evaluation])
-    return SidesResult(evaluation.describe())
+    document = evaluation.describe()
+    if config.report is not None:
+        # Plotly takes a third of a second to load.
+        from csalign.report.sides import write_sides
+
+        try:
+            write_sides(config.report, document)
+        except OutputError as error:
+            unwritten.append(error)
+    return document
