@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from csalign.adapters.kinds import is_baseline
-from csalign.cli import render
+from csalign.cli import render, side_tables
 from csalign.cli.next_steps import Step, first_free, has_one_width
 from csalign.core.enums import Names, renamed
 from csalign.core.figures import (
@@ -61,6 +61,8 @@ def eval_tables(document: Document, settings: EvalConfig) -> None:
             "bold",
         )
         _figures(document, "distribution")
+    elif "matrix" in document:
+        side_tables.eval_table(document, evaluated(document), every=every)
     else:
         rows = f"{counts['images']:,} images, {counts['texts']:,} texts, {counts['pairs']:,} pairs"
         render.print_line(f"{evaluated(document)}: {renamed(rows, names)}", "bold")
@@ -236,12 +238,12 @@ def _notes(document: Document, *, every: bool) -> Iterator[str]:
                 "of the CS divergence, MMD and uniformity: ± the standard error of the estimate"
             )
     yield "; ".join(notes)
-    if "retrieval" in document and not every:
+    if not every and not {"retrieval", "matrix"}.isdisjoint(document):
         yield "more with --all-figures, definitions with --explain"
 
 
 def _after_eval(document: Document, split: str | None) -> Iterator[Step]:
-    if "retrieval" not in document:
+    if {"retrieval", "matrix"}.isdisjoint(document):
         return
     features, adapter = document["features"], document["adapter"]
     if adapter is None or is_baseline(adapter):

@@ -72,7 +72,7 @@ class FirstRanks(NamedTuple):
             "median_rank": float(np.median(self.first)) if is_asked else None,
             MEAN_RECALL: mean_of_recalls([self]) if is_asked else None,
             "queries": len(self.first),
-            "gallery": int(self.gallery),
+            "gallery": self.gallery,
         }
 
 
@@ -80,7 +80,7 @@ class SubsetRanks(NamedTuple):
     """Ranks by a subset of sides: of the target's rows for items, and of items for its rows."""
 
     scores: dict[str, Both]  # by the names of `SCORES`
-    best_side: str  # the one of "best_single"
+    best_side: str  # the first of "best_single"
 
 
 def mean_of_recalls(ranks: Sequence[FirstRanks]) -> float:
@@ -186,25 +186,25 @@ def rank_by_subsets(
       (SCALAR, arXiv 2609.15335);
     - mean: the cosine with the mean of the z_m;
     - sum: the mean of the <t, z_m>, which ranks as their sum where no side is missing;
-    - best_single: <t, z_m> of the side with the best mean recall; an item without it is last.
+    - best_single: <t, z_m> of the first side of the subset that the item has.
 
     Args:
         sides: the target and the sides of all subsets, by name.
         count: number of items.
         target: name of the side.
-        subsets: names of two other sides or more, each.
+        subsets: names of two other sides or more, each, the best first.
         device: where to multiply (default: the CPU).
         strip_bytes: size of the tables of scores that are held at a time, about.
 
     Returns:
-        By the names of a subset, joined by "+".
+        By the sorted names of a subset, joined by "+".
     """
     device = device or torch.device("cpu")
     names = sorted({name for subset in subsets for name in subset})
     vectors, has = zip(*(describe_items(sides[name], count) for name in names), strict=True)
     kept, own = np.flatnonzero(np.any(has, axis=0)), sides[target]
     described = _Described.of([rows[kept] for rows in vectors], np.stack(has)[:, kept], device)
-    members = {"+".join(subset): [names.index(name) for name in subset] for subset in subsets}
+    members = {"+".join(sorted(own)): [names.index(name) for name in own] for own in subsets}
     ways = [
         described.rank(own.rows, kept, own.items, members, strip_bytes, of_items=True),
         described.rank(own.rows, own.items, kept, members, strip_bytes, of_items=False),
@@ -213,17 +213,14 @@ def rank_by_subsets(
     for name, subset in members.items():
         is_in = np.any([has[k] for k in subset], axis=0)
 
-        def taken(place: Place, is_in: Mask = is_in) -> Both:
-            forth, back = (
-                FirstRanks(np.minimum(found[place], size)[is_in[items]], items[is_in[items]], size)
-                for (items, found), size in zip(ways, (len(own.items), is_in.sum()), strict=True)
-            )
-            return forth, back
+        def taken(score: str, name: str = name, is_in: Mask = is_in) -> Both:
+            ranks = []
+            for (items, found), size in zip(ways, (len(own.items), int(is_in.sum())), strict=True):
+                first, asked = found.get((name, score), items), is_in[items]
+                ranks.append(FirstRanks(np.minimum(first, size)[asked], items[asked], size))
+            return ranks[0], ranks[1]
 
-        singles = {names[k]: taken((str(k),)) for k in subset}
-        best = max(sorted(singles), key=lambda side: mean_of_recalls(singles[side]))
-        scores = {score: taken((name, score)) for score in SCORES[:-1]}
-        result[name] = SubsetRanks(scores | {SCORES[-1]: singles[best]}, best)
+        result[name] = SubsetRanks({score: taken(score) for score in SCORES}, names[subset[0]])
     return result
 
 
@@ -255,7 +252,7 @@ class _Described:
         """Rank by all scores, in one direction; queries and gallery are items of rows.
 
         Returns:
-            Item of each query, and ranks by subset and score, and by the number of a single side.
+            Item of each query, and ranks by subset and score.
         """
         m, g, device = len(self.vectors), len(gallery), self.gram.device
         step = _step(len(queries), g, strip_bytes // (4 * m + m * (m + 1) // 2 + 4))
@@ -298,16 +295,19 @@ def _scores(
     weights *= cosines
     for name, subset in members.items():
         own = [pair for pair in pairs if {*pair} <= {*subset}]
-        there, cosine = present[subset].sum(0), _sum(cosines[k] for k in subset)
+        there, cosine = present[subset].sum(0), _sum(cosines[k] for k in sorted(subset))
         tables = (
-            _sum(weights[k] for k in subset) / over(_sum(squares[pair] for pair in own)),
+            _sum(weights[k] for k in sorted(subset)) / over(_sum(squares[pair] for pair in own)),
             cosine / over(_sum(gram[pair] for pair in own)),
             cosine / there.clamp(min=1),
+            reduce(
+                lambda table, k: torch.where(present[k] > 0, cosines[k], table),
+                reversed(subset),
+                cosines[subset[-1]],
+            ),
         )
-        for score, table in zip(SCORES, tables, strict=False):
+        for score, table in zip(SCORES, tables, strict=True):
             yield (name, score), torch.where(there > 0, table, -torch.inf)
-    for k in range(m):
-        yield (str(k),), torch.where(present[k] > 0, cosines[k], -torch.inf)
 
 
 def _sum(tables: Iterable[Tensor]) -> Tensor:

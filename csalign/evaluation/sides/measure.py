@@ -114,7 +114,15 @@ class SidedEvaluation:
         subsets = {}
         if self.options.subsets and len(self.points) > 2:
             for target in track(self.points, "ranking: by several sides", len(self.points)):
-                others = subsets_of([name for name in self.points if name != target])
+                recall = {
+                    other: mean_of_recalls([matrix[other, target], matrix[target, other]])
+                    for other in self.points
+                    if other != target
+                }
+                others = [
+                    tuple(sorted(own, key=lambda name: (-recall[name], name)))
+                    for own in subsets_of([*recall])
+                ]
                 given = self.points, self.rows.count, target, others, self.device
                 subsets[target] = rank_by_subsets(*given)
         return Ranked(matrix, subsets)
