@@ -347,7 +347,6 @@ def evaluate_sides(config: EvalConfig, unwritten: list[OutputError]) -> dict[str
     warn_of_trained([evaluation])
     document = evaluation.describe()
     if config.report is not None:
-        # Plotly takes a third of a second to load.
         from csalign.report.sides import write_sides
 
         try:
