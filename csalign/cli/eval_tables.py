@@ -271,6 +271,8 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
         columns["difference"] = [MEAN.show_difference(**own) if own else "" for own in differences]
         columns["verdict"] = [row["verdict"] for row in rows]
     render.print_table(labels, columns)
+    if "sides" in document:
+        side_tables.compare_tables(rows, labels, document["sides"])
     columns = {}
     for key, (way, place) in COMPARED.items():
         figure = figure_of(place)
@@ -280,12 +282,14 @@ def compare_table(document: Document, settings: CompareConfig) -> None:
     for key, kind in (("parameters", ",.0f"), ("seconds", ",.1f")):
         if any(row[key] is not None for row in rows):
             columns[key] = ["-" if row[key] is None else format(row[key], kind) for row in rows]
-    render.print_line()
-    render.print_table(labels, columns)
+    if columns:
+        render.print_line()
+        render.print_table(labels, columns)
     render.print_line()
     notes = [ARROWS]
     if any(row["intervals"] for row in rows):
-        notes.append("± half of the 95 % bootstrap interval over images")
+        units = "items" if "sides" in document else "images"
+        notes.append(f"± half of the 95 % bootstrap interval over {units}")
     if any(row["difference"] for row in rows):
         notes.append("differences in points, paired, with their 95 % interval")
     render.print_wrapped("; ".join(notes))

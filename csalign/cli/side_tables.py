@@ -1,6 +1,7 @@
 """Tables of the commands that evaluate, for feature sets of more sides than images and texts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, permutations
 from typing import Any
 
 from csalign.cli import render
@@ -80,3 +81,29 @@ def _subsets(document: Document, *, every: bool) -> None:
         "best side: each item by the best side that it has; gain: of the query-weighted score over "
         f"that, in points{more}"
     )
+
+
+def compare_tables(rows: Sequence[Document], labels: Sequence[str], sides: Sequence[str]) -> None:
+    """Print recalls of each system against the baseline, and gaps, by pairs of sides."""
+    baseline = next((row for row in rows if row["verdict"] == "baseline"), rows[0])
+    ways = {f"{a} to {b}": f"{a}_to_{b}_mean_recall" for a, b in permutations(sides, 2)}
+    for row, label in zip(rows, labels, strict=True):
+        if row is baseline and len(rows) > 1:
+            continue
+        columns = {} if row is baseline else {"baseline": _shown(baseline, ways, SHORT)}
+        columns["recall"] = _shown(row, ways, SHORT)
+        if row["difference"]:
+            found = [row["difference"].get(name) for name in ways.values()]
+            columns["difference"] = [SHORT.show_difference(**own) if own else "" for own in found]
+            columns["verdict"] = [row["verdicts"].get(name, "") for name in ways.values()]
+        render.print_title(f"{label}: {SHORT.heading} by direction")
+        render.print_table([*ways], columns)
+    gaps = {f"{a}, {b}": f"{a}_{b}_centroid_distance" for a, b in combinations(sides, 2)}
+    figure = figure_of("gap.centroid_distance")._replace(digits=3)
+    render.print_title(f"modality gap: {figure.heading}")
+    columns = {own: _shown(row, gaps, figure) for own, row in zip(labels, rows, strict=True)}
+    render.print_table([*gaps], columns)
+
+
+def _shown(row: Document, places: Mapping[str, str], figure: Figure) -> list[str]:
+    return [figure.show(row[name]) for name in places.values()]
