@@ -107,3 +107,35 @@ def compare_tables(rows: Sequence[Document], labels: Sequence[str], sides: Seque
 
 def _shown(row: Document, places: Mapping[str, str], figure: Figure) -> list[str]:
     return [figure.show(row[name]) for name in places.values()]
+
+
+def diagnosis_tables(document: Document) -> None:
+    """Print the document of ``csalign diagnose``: words, items, and agreement by pairs of sides."""
+    split = "all rows" if document["split"] == "all" else document["split"].replace(",", " and ")
+    counts, sides = document["counts"], document["sides"]
+    about = f"{document['features']}, {split}: {counted(counts['items'], 'item')}"
+    render.print_line(about, "bold")
+    for sentence in document["forecast"]["words"]:
+        render.print_wrapped(sentence)
+    render.print_title("items by the number of their sides")
+    numbers = counts["items_by_sides"]
+    render.print_rows((name, f"{own:,}") for name, own in numbers.items())
+    for name, title, form in (
+        ("items", "items that both have", ",d"),
+        ("mutual_knn", "mutual 10-NN before training ↑", ".3f"),
+        ("cka", "linear CKA before training ↑", ".3f"),
+    ):
+        _triangle(title, sides, document["forecast"]["pairs"], name, form)
+
+
+def _triangle(title: str, sides: Sequence[str], pairs: Document, name: str, form: str) -> None:
+    def cell(a: str, b: str) -> str:
+        value = pairs[a][b][name]
+        return "-" if value is None else format(value, form)
+
+    render.print_title(title)
+    columns = {
+        b: [cell(a, b) if sides.index(a) < sides.index(b) else "" for a in sides[:-1]]
+        for b in sides[1:]
+    }
+    render.print_table([*sides[:-1]], columns)

@@ -14,7 +14,7 @@ from csalign.core.figures import value_at
 from csalign.core.paths import is_remote
 from csalign.core.progress import Progress, reported_to, silent, within
 from csalign.core.results import CompareResult
-from csalign.evaluation.config import CompareConfig, EvalConfig, LabelOptions
+from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.documents import Document, PairDocument, SidedDocument, read_document
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
 from csalign.evaluation.measure import Evaluation, describe, measure_loaded
@@ -167,7 +167,7 @@ def _evaluate(path: Path, config: CompareConfig, rows: _Rows) -> _Entry:
     shared = config.model_dump(include={*SHARED, "split", "sides"})
     options = EvalConfig(features=features, adapter=run, subsets=False, **shared)
     if is_sided(FeatureSet.open(options.feature_set), config.sides):
-        refuse_options(config, LabelOptions)
+        refuse_options(config, "labels", "groups")
         sided = measure_sides(options, options)
         found = SidedDocument.model_validate(sided.describe())
         return _Entry(path, found, sided.resamples, aligned=sided)

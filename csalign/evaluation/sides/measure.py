@@ -13,19 +13,13 @@ import torch
 from csalign.adapters.checkpoint import AdapterInfo, read_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
+from csalign.core.config import Config
 from csalign.core.devices import pick_device
 from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import ConfigError, DataError, OutputError, ShapeError
 from csalign.core.progress import tick, track
 from csalign.core.results import EvalResult, leaves
-from csalign.evaluation.config import (
-    AdaptedOptions,
-    EvalConfig,
-    ImageSetOptions,
-    LabelOptions,
-    MeasureOptions,
-    SourceOptions,
-)
+from csalign.evaluation.config import EvalConfig, MeasureOptions, SourceOptions
 from csalign.evaluation.loading import is_trained_on, warn_of_trained
 from csalign.features import schema
 from csalign.features.checks import unit_rows
@@ -49,6 +43,11 @@ from csalign.metrics.sides import (
 from csalign.runs.load import check_aligned, load_adapter_for
 
 ALL_SUBSETS = 5  # sides; of more, only all the others of a side, and all but one
+OF_PAIRS = (
+    *("protocol", "index", "baselines", "pictures", "umap", "groups", "labels", "relevance", "by"),
+    *("correct", "zero_shot", "class_of", "encoder"),
+)
+"""Options of ``csalign eval`` that have a meaning for images and texts only."""
 COLLAPSED_RANK = 1.5  # effective dimensions
 
 log = logging.getLogger(__name__)
@@ -61,26 +60,14 @@ def is_sided(features: FeatureSet, sides: Sequence[str] | None) -> bool:
     return {*chosen_sides(features, sides)} != {*Modality}
 
 
-def refuse_options(config: AdaptedOptions, *refused: type[AdaptedOptions | Any]) -> None:
-    """Raise ConfigError if an option is set that has a meaning for images and texts only."""
-    names = {name for own in refused for name in own.model_fields if name not in _SHARED}
-    names |= {*_TWO_SIDED} & {*type(config).model_fields}
-    given = [
-        config.shown(name)
-        for name in type(config).model_fields
-        if name in names and getattr(config, name) != type(config).model_fields[name].default
-    ]
-    if given:
+def refuse_options(config: Config, *names: str) -> None:
+    """Raise ConfigError if an option is set that has a meaning for two sides only."""
+    fields = type(config).model_fields
+    if given := [name for name in names if getattr(config, name) != fields[name].default]:
+        listed = ", ".join(map(config.shown, given))
         raise ConfigError(
-            f"{', '.join(given)}: only for images and texts; omit it, or pass --sides image,text"
+            f"{listed}: only for images and texts; omit it, or pass --sides image,text"
         )
-
-
-_SHARED = {"split", "device"}
-_TWO_SIDED = (
-    *("protocol", "index", "baselines", "pictures", "umap", "relevance", "by", "correct"),
-    *("zero_shot", "class_of"),
-)
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ class SidedEvaluation:
             "counts": {
                 "items": self.rows.count,
                 "rows": {str(name): len(own.items) for name, own in self.points.items()},
-                "pairs": _both_ways({pair: len(rows) for pair, (rows, _) in self.pairs.items()}),
+                "pairs": both_ways({pair: len(rows) for pair, (rows, _) in self.pairs.items()}),
             },
             "matrix": _nested({pair: own.summary() for pair, own in self.ranked.matrix.items()}),
             "mean_recall": self.ranked.mean_recall,
@@ -182,7 +169,7 @@ class SidedEvaluation:
             ranks |= {names[key]: value for key, value in own.pop("effective_rank").items()}
             del own["spectrum"]
             found[a, b] = own
-        return _both_ways(found), ranks
+        return both_ways(found), ranks
 
     def _subsets(self) -> dict[str, Any]:
         """Build the block "subsets"."""
@@ -241,7 +228,7 @@ def _nested(cells: Mapping[Pair, Any]) -> dict[str, Any]:
     return document
 
 
-def _both_ways(cells: Mapping[Pair, Any]) -> dict[str, Any]:
+def both_ways(cells: Mapping[Pair, Any]) -> dict[str, Any]:
     """Nest what has no direction by both orders of its sides."""
     names = dict.fromkeys(name for pair in cells for name in pair)
     ways = permutations(names, 2)
@@ -342,7 +329,7 @@ def _sides_of_run(
 
 def evaluate_sides(config: EvalConfig, unwritten: list[OutputError]) -> dict[str, Any]:
     """Measure several sides; see `evaluate`."""
-    refuse_options(config, LabelOptions, ImageSetOptions)
+    refuse_options(config, *OF_PAIRS)
     evaluation = measure_sides(config, config)
     warn_of_trained([evaluation])
     document = evaluation.describe()
