@@ -5,7 +5,7 @@ from itertools import combinations, permutations
 from typing import Any
 
 from csalign.cli import render
-from csalign.core.figures import Figure, counted, figure_of, value_at
+from csalign.core.figures import Figure, by_sides, counted, figure_of, value_at
 
 SHORT = Figure("mean recall", "↑", 100, 1)
 WITH_INTERVALS = 4  # sides, of which a matrix with intervals fits 80 columns
@@ -55,9 +55,8 @@ def _subsets(document: Document, *, every: bool) -> None:
         for subset, block in blocks.items():
             is_all = subset.count("+") == others - 1
             if every or is_all or len(sides) <= WITH_INTERVALS:
-                name = "all others" if is_all and others > 2 else subset
-                place = ("subsets", target, subset, "gain")
-                rows[f"{target} by {name}"] = block, value_at(document["intervals"], place)
+                around = value_at(document["intervals"], ("subsets", target, subset, "gain"))
+                rows[by_sides(target, subset, sides)] = block, around
             else:
                 hidden += 1
     if not rows:

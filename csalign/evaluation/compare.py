@@ -18,6 +18,7 @@ from csalign.evaluation.config import CompareConfig, EvalConfig
 from csalign.evaluation.documents import Document, PairDocument, SidedDocument, read_document
 from csalign.evaluation.loading import Loaded, load, warn_of_trained
 from csalign.evaluation.measure import Evaluation, describe, measure_loaded
+from csalign.evaluation.protocols import AlignedRows
 from csalign.evaluation.sides.measure import (
     SidedEvaluation,
     is_sided,
@@ -242,6 +243,7 @@ def _resample(entry: _Entry, config: CompareConfig) -> None:
     given = document.model_dump(include={"features", "adapter", "split"})
     given |= config.model_dump(include=SHARED)
     evaluation: SidedEvaluation | Evaluation
+    aligned: SidedEvaluation | AlignedRows
     try:
         options = EvalConfig.resolve(None, given | {"protocol": document.rule, "subsets": False})
         if document.sides:

@@ -22,7 +22,6 @@ from csalign.evaluation.loading import load_aligned, with_features
 from csalign.evaluation.protocols import AlignedRows
 from csalign.evaluation.sides.diagnose import diagnose_sides, write_pair
 from csalign.evaluation.sides.measure import is_sided
-from csalign.features.arrays import IN_MEMORY
 from csalign.features.join import ALL
 from csalign.features.reader import FeatureSet
 from csalign.features.sides import chosen_sides
@@ -120,11 +119,10 @@ def _diagnose_sides(features: FeatureSet, config: DiagnoseConfig, split: str) ->
     if len(chosen_sides(features, config.sides)) > 2:
         return diagnose_sides(features, config, split)
     with tempfile.TemporaryDirectory(prefix="csalign-") as parent:
-        folder = Path(parent, IN_MEMORY)
+        folder = Path(parent, features.path.name)
         write_pair(features, config, split, folder)
-        found = diagnose(
-            config.model_copy(update={"features": folder, "sides": None, "split": ALL})
-        )
+        pair = {"features": folder, "sides": None, "split": ALL}
+        found = diagnose(config.model_copy(update=pair))
     own = {"features": str(features.path), "split": split}
     found["forecast"]["split"] = split
     return {**found, **{key: value for key, value in own.items() if key in found}}

@@ -259,7 +259,7 @@ class _Described:
         if of_items:
             x, y = [torch.from_numpy(own).to(device) for own in self.vectors], [targets]
         else:
-            x, y = [torch.from_numpy(targets).to(device)], self.vectors
+            x, y = [torch.from_numpy(targets).to(device)], [*self.vectors]
         items = [_padded(rows, device) for rows in y]
 
         def scores(part: Ints) -> Iterator[tuple[Place, Tensor]]:
@@ -362,8 +362,10 @@ def resample_sides(
         return RetrievalSums.of(ranks, ranks.owners, units)
 
     asked = {pair: own for pair, own in ranked.matrix.items() if len(own.first)}
-    matrix = {("matrix", *pair): sums_of(own) for pair, own in asked.items()}
-    subsets = {
+    matrix: dict[Place, RetrievalSums] = {
+        ("matrix", *pair): sums_of(own) for pair, own in asked.items()
+    }
+    subsets: dict[Place, list[RetrievalSums]] = {
         ("subsets", target, name, score): [*map(sums_of, both)]
         for target, found in ranked.subsets.items()
         for name, own in found.items()
@@ -444,7 +446,8 @@ class _GapSums:
 
     def figures(self, weights: Doubles) -> dict[Place, Doubles]:
         """Compute each figure on each resample, from weights (resamples, items)."""
-        narrow, squared, found = torch.from_numpy(weights).float(), np.square(weights), {}
+        narrow, squared = torch.from_numpy(weights).float(), np.square(weights)
+        found: dict[Place, Doubles] = {}
         means, within = {}, {}
         for name, sums in self.sums.items():
             total = product(narrow, torch.from_numpy(sums).T).double().numpy()

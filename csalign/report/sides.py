@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from csalign.core.figures import Figure, counted, figure_of, value_at
+from csalign.core.figures import Figure, by_sides, counted, figure_of, value_at
 from csalign.report.page import Entry, Section, write_page
 
 # Transparent, so that the text of a cell can be read in light and dark colours.
@@ -119,7 +119,8 @@ def _subsets(document: Document) -> Section:
                 cells.append(Entry(MEAN.show(block[score]["mean_recall"]), note))
             note = _between(MEAN, around.get("gain")).strip(" []").replace(", ", " to ")
             cells.append(Entry(MEAN.show(block["gain"]), note))
-            rows.append([f"{target} by {subset}", block["best_side"], *cells])
+            label = by_sides(target, subset, document["sides"])
+            rows.append([label, block["best_side"], *cells])
     note = (
         "Mean recall % ↑, both ways, between rows of one side and items that are described by "
         "several of the others. Best single: each item by the best side that it has; gain: the "

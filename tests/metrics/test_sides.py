@@ -180,16 +180,19 @@ def test_an_item_is_described_by_the_mean_of_its_rows() -> None:
 def ranked_of(sides: dict[str, Points]) -> Ranked:
     matrix = {(a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
     subsets = {
-        target: rank_by_subsets(sides, COUNT, target, [tuple(n for n in sorted(sides) if n != target)])
+        target: rank_by_subsets(
+            sides, COUNT, target, [tuple(n for n in sorted(sides) if n != target)]
+        )
         for target in sides
     }
     return Ranked(matrix, subsets)
 
 
 def pairs_of(sides: dict[str, Points]) -> dict[tuple[str, str], tuple[Array, Array]]:
-    found = {}
+    found: dict[tuple[str, str], tuple[Array, Array]] = {}
     for a, b in combinations(sides, 2):
-        found[a, b] = np.nonzero(sides[a].items[:, None] == sides[b].items)
+        rows = np.nonzero(sides[a].items[:, None] == sides[b].items)
+        found[a, b] = rows[0], rows[1]
     return found
 
 
@@ -231,7 +234,7 @@ def test_intervals_of_two_sides_are_todays() -> None:
     x, owners = unit(rng.normal(size=(COUNT, 8))), np.repeat(np.arange(COUNT), 2)
     y = unit(x[owners] + 0.5 * rng.normal(size=(2 * COUNT, 8)))
     sides = {"image": Points(x, np.arange(COUNT)), "text": Points(y, owners)}
-    matrix = {pair: rank_rows(sides[pair[0]], sides[pair[1]]) for pair in permutations(sides)}
+    matrix = {(a, b): rank_rows(sides[a], sides[b]) for a, b in permutations(sides, 2)}
 
     old = resample(rank_both_ways(x, y, owners), x, y, owners, resamples=200, seed=5)
     new = resample_sides(sides, COUNT, Ranked(matrix, {}), pairs_of(sides), resamples=200, seed=5)

@@ -37,6 +37,11 @@ class _Pair:
     items: int  # that both sides have
     agreement: Agreement | None  # None of too few items
 
+    @property
+    def is_small(self) -> bool:
+        """Whether nothing can be said of so few items."""
+        return self.items < LEAST_PAIRS
+
     def describe(self) -> dict[str, Any]:
         names = ("compared", "cka", "mutual_knn", "mutual_knn_chance")
         own = self.agreement
@@ -45,16 +50,6 @@ class _Pair:
             **{name: getattr(own, name) if own else None for name in names},
             "looks_random": own is not None and own.is_random,
         }
-
-    def words(self, a: str, b: str) -> Iterator[str]:
-        """Word what stands in the way of aligning two sides."""
-        if self.items < LEAST_PAIRS or self.agreement is None:
-            yield (
-                f"{a} and {b} share {self.items:,} items; fewer than {LEAST_PAIRS} say little of "
-                "how well they align."
-            )
-        elif self.agreement.is_random or self.agreement.excess < HARDLY:
-            yield f"{a} and {b}: {next(self.agreement.findings())}."
 
 
 def diagnose_sides(features: FeatureSet, config: DiagnoseConfig, split: str) -> dict[str, Any]:
@@ -68,13 +63,14 @@ def diagnose_sides(features: FeatureSet, config: DiagnoseConfig, split: str) -> 
     rows = load_sides(features, split, config.sides)
     rng, there = np.random.default_rng(config.seed), rows.present
     numbers = np.bincount(there.sum(1), minlength=len(rows.sides) + 1)
-    pairs = {}
+    pairs: dict[tuple[str, str], _Pair] = {}
     chosen = [*combinations(range(len(rows.sides)), 2)]
     names = [*rows.sides]
     for i, j in track(chosen, "agreement: pairs of sides", len(chosen)):
         shared = np.flatnonzero(there[:, i] & there[:, j])
         some = rng.permutation(shared)[:COMPARED]
-        sample = Sample(*(_one_row_each(rows, names[k], some) for k in (i, j)), unpaired={})
+        x, y = (_one_row_each(rows, names[k], some) for k in (i, j))
+        sample = Sample(x, y, unpaired={})
         pairs[names[i], names[j]] = _Pair(len(shared), measure_agreement(sample, seed=config.seed))
     return {
         "features": str(features.path),
@@ -106,8 +102,16 @@ def _words(count: int, numbers: Ints, pairs: Mapping[tuple[str, str], _Pair]) ->
         f"{several:,} of {count:,} items have two sides or more, {complete:,} have all "
         f"{len(numbers) - 1}; the others count as unpaired rows."
     )
+    few = [f"{a} and {b} ({own.items:,})" for (a, b), own in pairs.items() if own.is_small]
+    if few:
+        yield (
+            f"Fewer than {LEAST_PAIRS} shared items say little of how well two sides align: "
+            f"{', '.join(few)}."
+        )
     for (a, b), own in pairs.items():
-        yield from own.words(a, b)
+        known = own.agreement
+        if not own.is_small and known and (known.is_random or known.excess < HARDLY):
+            yield f"{a} and {b}: {next(known.findings())}."
     excess: dict[str, list[float]] = {}
     for pair, own in pairs.items():
         for name in pair:

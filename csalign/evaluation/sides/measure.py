@@ -77,7 +77,7 @@ class SidedEvaluation:
     features: FeatureSet
     split: str  # comma-separated names
     rows: SidedRows
-    points: Mapping[str, Points]
+    points: Mapping[str, Points]  # by name
     options: MeasureOptions
     device: torch.device
     adapter: Path | None = None
@@ -131,14 +131,14 @@ class SidedEvaluation:
         return {
             **{"features": str(self.features.path), "split": self.split},
             "adapter": None if self.adapter is None else str(self.adapter),
-            "sides": [*map(str, self.points)],
+            "sides": [*self.points],
             "fingerprints": self.fingerprints(),
             "parameters": self.parameters,
             "bandwidth": self.options.bandwidth,
             "index": {"kind": "exact", "device": self.device.type},
             "counts": {
                 "items": self.rows.count,
-                "rows": {str(name): len(own.items) for name, own in self.points.items()},
+                "rows": {name: len(own.items) for name, own in self.points.items()},
                 "pairs": both_ways({pair: len(rows) for pair, (rows, _) in self.pairs.items()}),
             },
             "matrix": _nested({pair: own.summary() for pair, own in self.ranked.matrix.items()}),
@@ -159,9 +159,12 @@ class SidedEvaluation:
         ranks: dict[str, float] = {}
         for (a, b), pairs in track(self.pairs.items(), "gap: pairs of sides", len(self.pairs)):
             x, y = self.points[a], self.points[b]
-            settings = {"sigma": self.options.bandwidth, "seed": self.options.seed}
-            own = gap_of_items(x.rows, y.rows, (x.items, y.items), pairs, **settings)
-            names = {"image": str(a), "text": str(b)}
+            own = gap_of_items(
+                *(x.rows, y.rows, (x.items, y.items), pairs),
+                sigma=self.options.bandwidth,
+                seed=self.options.seed,
+            )
+            names = {"image": a, "text": b}
             for nested in (own, own.get("standard_errors", {})):
                 if "uniformity" in nested:
                     parts = nested["uniformity"].items()
@@ -183,7 +186,7 @@ class SidedEvaluation:
                 }
                 own, best = (block[score][MEAN_RECALL] for score in (SCORES[0], SCORES[-1]))
                 block |= {"best_side": ranks.best_side, "gain": own - best}
-                document.setdefault(str(target), {})[name] = block
+                document.setdefault(target, {})[name] = block
         return document
 
 
@@ -250,7 +253,7 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
     split = config.split or ("test" if "test" in features.splits() else ALL)
     names, adapter, info = chosen_sides(features, config.sides), None, None
     if config.adapter is not None:
-        names = _sides_of_run(features, config, names)
+        names = _sides_of_run(features, config.adapter, config.sides, names)
         adapter, info = load_adapter_for(features, config.adapter, config, sides=names)
     rows = load_sides(features, split, names)
     if empty := [name for name, own in rows.sides.items() if not len(own.items)]:
@@ -268,7 +271,7 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
             f"{features.path}: the sides have different widths ({listed}), so nothing can be "
             "compared before training; pass --adapter RUN, or --sides with those of one width"
         )
-    points = {}
+    points: dict[str, Points] = {}
     for name, own in rows.sides.items():
         tick(f"embedding: {name}")
         place = f"{rows.name}: {name.plural}"
@@ -278,7 +281,7 @@ def measure_sides(config: SourceOptions, options: MeasureOptions) -> SidedEvalua
         else:
             values = adapter.embed(name, own.embeddings)
             check_aligned(values, ids, place, config.adapter)
-        points[name] = Points(values, own.items)
+        points[str(name)] = Points(values, own.items)
     device = pick_device(config.device)
     return SidedEvaluation(
         *(features, split, rows, points, options),
@@ -305,10 +308,9 @@ def _of_adapter(
 
 
 def _sides_of_run(
-    features: FeatureSet, config: SourceOptions, names: tuple[AnySide, ...]
+    features: FeatureSet, run: Path, wanted: Sequence[str] | None, names: tuple[AnySide, ...]
 ) -> tuple[AnySide, ...]:
-    """Return the sides that a run has an adapter for, of those that are wanted."""
-    run = config.adapter
+    """Return the sides that a run has an adapter for, of those that are measured."""
     if is_baseline(run):
         raise ConfigError(
             f"{run}: is fitted on images and texts; pass --sides image,text, or a run of csalign "
@@ -317,7 +319,7 @@ def _sides_of_run(
     there = [*read_info(run).adapters]
     missing = [name for name in names if name not in there]
     kept = tuple(name for name in names if name in there)
-    if missing and (config.sides is not None or len(kept) < 2):
+    if missing and (wanted is not None or len(kept) < 2):
         raise ConfigError(
             f"{run}: has no adapter for {', '.join(missing)}, only for {', '.join(there)}; pass "
             f"--sides {','.join(kept) or 'A,B'}, or train on {features.path}"
