@@ -13,7 +13,7 @@ from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core.arrays import Array, Ints
 from csalign.core.devices import pick_device
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import DataError, ShapeError
 from csalign.core.progress import tick
 from csalign.features import schema
@@ -57,33 +57,41 @@ def load_adapter_for(
     *,
     fitted_on: FeatureSet | None = None,
     measured: str | None = None,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
     The name of a baseline, where no folder has it, stands for that baseline fitted on `fitted_on`
-    (default: `features`), of which `measured` are the splits that are measured. Raises as
-    `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
+    (default: `features`), of which `measured` are the splits that are measured; `sides` are those
+    that are embedded. Raises as `load_run`, `check_encoders`, `check_features` and
+    `load_baseline` do.
     """
     if is_baseline(run):
         adapter, info = load_baseline(run.name, fitted_on or features, measured=measured)
     else:
         adapter, info = load_run(run, options.allow_adapter)
-    check_encoders(features, run, info, any_encoder=options.any_encoder)
-    check_features(features, run, adapter)
+    check_encoders(features, run, info, any_encoder=options.any_encoder, sides=sides)
+    check_features(features, run, adapter, sides=sides)
     return adapter.to(pick_device(options.device)), info
 
 
 def check_features(
-    features: FeatureSet, run: Path, adapter: Adapter, tokens: Collection[Modality] = ()
+    features: FeatureSet,
+    run: Path,
+    adapter: Adapter,
+    tokens: Collection[Modality] = (),
+    *,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
 
     Tokens are needed of the sides in `tokens`, and of those that embed with tokens.
     """
-    for side in Modality:
-        table, own = features.table(side), adapter.side(side)
+    for side in sides:
+        table = features.table(side)
         if table.info is None:
             continue
+        own = adapter.side(side)
         if table.width != own.shape.input_width:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
@@ -105,7 +113,12 @@ def check_features(
 
 
 def check_encoders(
-    features: FeatureSet, run: Path, info: AdapterInfo, *, any_encoder: bool = False
+    features: FeatureSet,
+    run: Path,
+    info: AdapterInfo,
+    *,
+    any_encoder: bool = False,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
@@ -116,7 +129,7 @@ def check_encoders(
         return
     pairs = {
         side: (own, info.encoder(side))
-        for side in Modality
+        for side in sides
         if (own := features.table(side).info) is not None
     }
     check_encoder(pairs, str(features.path), f"{run} was trained on", any_encoder=any_encoder)
