@@ -30,6 +30,8 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
 
     folder = result.features
     counts = {"image": result.images, "text": result.texts, "pair": result.pairs}
+    if result.items is not None and result.sides is not None:
+        counts = {"item": result.items["count"], "side": len(result.sides)}
     listed = ", ".join(counted(number, noun) for noun, number in counts.items())
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
@@ -45,9 +47,12 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     summary = summarise_features(FeatureSet.open(folder))
     size = f"{line}, {decimal(summary['bytes'])}"
     print_line(f"{size}, already complete") if result.existed else print_wrote(size)
+    for text in _sided(result):
+        print_line(f"  {text}")
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
-        print_line(f"  pairs: {summary['pairing']}")
+        title = "joined by" if result.sides else "pairs"
+        print_line(f"  {title}: {summary['pairing']}")
     for text in _failures(result):
         print_line(f"  {text}")
     is_eval = isinstance(settings, ApplyConfig) and result.pairs
@@ -63,14 +68,35 @@ def split_table(result: results.SplitResult, settings: Config) -> None:
     print_closing(settings, *after_features(summarise_features(FeatureSet.open(result.features))))
 
 
+def _sided(result: results.FeaturesResult) -> Iterator[str]:
+    """Yield the rows of each side, and how many items have several."""
+    if result.sides is None or result.items is None:
+        return
+    for name, own in result.sides.items():
+        alone = f", {own['unpaired']:,} without a row of another side" * bool(own["unpaired"])
+        rows = counted(own["rows"], "row")
+        yield f"{name}: {rows}, {own['width']} wide, encoder {own['encoder']}{alone}"
+    by_sides = result.items["by_sides"].items()
+    yield "items: " + ", ".join(f"{n:,} of {counted(int(k), 'side')}" for k, n in by_sides)
+    pairs = result.items["pairs"].items()
+    yield "pairs: " + ", ".join(f"{a}-{b} {n:,}" for a, own in pairs for b, n in own.items())
+
+
 def _splits(summary: Mapping[str, Any]) -> str:
     """Word the splits of a feature set, with the rows of each side."""
     splits = summary["splits"]
     if set(splits) <= {NO_SPLIT}:
         return "none"
     order = sorted(splits, key=lambda name: ("train", "val", "test", name).index(name))
-    counts = [f"{name} {splits[name]['images']:,} + {splits[name]['texts']:,}" for name in order]
-    return f"{', '.join(counts)} ({renamed('images + texts', summary.get('names'))})"
+    sides = ["images", "texts"]
+    if further := [side for own in splits.values() for side in own if side not in sides]:
+        sides = [
+            side
+            for side in dict.fromkeys([*sides, *further])
+            if any(own[side] for own in splits.values())
+        ]
+    counts = [f"{name} " + " + ".join(f"{splits[name][own]:,}" for own in sides) for name in order]
+    return f"{', '.join(counts)} ({renamed(' + '.join(sides), summary.get('names'))})"
 
 
 def _failures(result: results.FeaturesResult) -> Iterator[str]:

@@ -223,7 +223,7 @@ class FeaturesResult(Fields):
     pairing: str | None = None  # of imported rows, such as "row order"; None if unknown
     existed: bool = False  # whether the same extraction had written it before
     joined: int | None = None  # images that repeated an earlier one, and have no row; None if none
-    # Of any number of sides: {"audio": {"rows": n, "unpaired": u, "width": d, "encoder": spec}, ...}
+    # {"audio": {"rows": n, "unpaired": u, "width": d, "encoder": spec}, ...}, of import --side
     sides: dict[str, dict[str, Any]] | None = None
     # {"count": n, "by_sides": {"1": n, ...}, "pairs": {"audio": {"text": n}, ...}}
     items: dict[str, Any] | None = None

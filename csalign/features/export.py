@@ -39,13 +39,16 @@ def recorded_encoder(file: Path) -> EncoderInfo | None:
 
     It is in ``manifest.json`` or ``aligned.json``, beside or above the file; None if there is none.
     """
-    for folder in list(file.parents)[:2]:
+    for folder in list(file.parents)[:3]:
         name = file.relative_to(folder).as_posix()
         with suppress(CsalignError, OSError, LookupError, TypeError, ValueError):  # none of ours
             if (folder / schema.MANIFEST).is_file():
                 found = schema.read_manifest(folder)
                 paths = {own.path: side for side in Modality for own in found.shards.side(side)}
-                return found.encoders.side(paths[name])
+                further = {s.path: own for own in found.sides.values() for s in own.shards}
+                return (
+                    further[name].encoder if name in further else found.encoders.side(paths[name])
+                )
             note = read_object(folder / NOTE, AGAIN)
             files = {f"{side_of(side).plural}.npy": side for side in note["widths"]}
             side = (files | {own: side for side, own in FOLDERS.items()})[name.split("/")[0]]

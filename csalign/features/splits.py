@@ -304,8 +304,8 @@ def _sizes(features: FeatureSet, settings: SplitSettings, count: int) -> dict[st
         what = "images with texts" if len(features.texts) else "images"
         what = "items of two sides or more" if _noun(features) == "items" else what
         raise DataError(
-            f"{path}: {wanted} {_noun(features)} would leave nothing to train on, of {count:,} {what} that "
-            "can be divided; ask for fewer"
+            f"{path}: {wanted} {_noun(features)} would leave nothing to train on, of {count:,} "
+            f"{what} that can be divided; ask for fewer"
         )
     return sizes
 
@@ -341,9 +341,9 @@ def _check_placed(
     for place, (name, size) in enumerate(sizes.items(), 1):
         found = int((is_candidate & (placed == place)).sum())
         problem = (
-            f"{name} has {found:,} of {size:,} {_noun(features)}, since groups of near-duplicates and shared "
-            f"captions stay together and the largest has {largest:,}; pass --no-group to divide "
-            "them"
+            f"{name} has {found:,} of {size:,} {_noun(features)}, since groups of near-duplicates "
+            f"and shared captions stay together and the largest has {largest:,}; pass --no-group "
+            "to divide them"
         )
         if not found:
             raise DataError(f"{features.path}: {problem}")

@@ -173,8 +173,8 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
 
         raise DataError(
             f"{where(bad)}: is in split {splits[bad].as_py()!r}, and {where(int(places[bad]))} of "
-            f"the same item {keys[bad].as_py()!r:.200} in {filled[bad].as_py()!r}; give an item one "
-            "split"
+            f"the same item {keys[bad].as_py()!r:.200} in {filled[bad].as_py()!r}; give an item "
+            "one split"
         )
     starts = ends - [len(own[1]) for own in stated.values()]
     return {
@@ -204,8 +204,8 @@ def _dtype(config: ImportConfig, old: FeatureSet | None, vectors: Any) -> str:
     if old is not None:
         if config.dtype not in (None, old.manifest.dtype):
             raise ConfigError(
-                f"--dtype {config.dtype}: {config.out} is stored as {old.manifest.dtype}, all sides "
-                "alike; omit it, or import all sides again"
+                f"--dtype {config.dtype}: all sides of {config.out} are {old.manifest.dtype}; omit "
+                "it, or import all sides again"
             )
         return old.manifest.dtype
     is_half = all(own.is_half for own in vectors)

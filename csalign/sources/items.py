@@ -132,8 +132,8 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
             if values is None:
                 raise DataError(
                     f"{table.name}: names no rows of {side.name} (columns: "
-                    f"{', '.join(table.names)}){did_you_mean(side.name, table.names)}; add a column "
-                    f"{side.name}, or give its file a column item and the table too"
+                    f"{', '.join(table.names)}){did_you_mean(side.name, table.names)}; add a "
+                    f"column {side.name}"
                 )
             own[side.name] = values[0]
     if not cells:
@@ -248,9 +248,9 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
         line = int(np.flatnonzero(is_wrong)[0])
         what = "" if by_row else f"{side.labels.name} has no ids, so that "
         raise DataError(
-            f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} ({is_wrong.sum():,} such "
-            f"cells): {what}cells are row numbers from 0 to {len(side) - 1}; correct them, or store "
-            "ids with the embeddings, as a .parquet with a column id does"
+            f"{table.where(line)}: {side.name} {cells[line].as_py()!r:.200} ({is_wrong.sum():,} "
+            f"such cells): {what}cells are row numbers from 0 to {len(side) - 1}; correct them, or "
+            "store ids with the embeddings, as a .parquet with a column id does"
         )
     return rows, BY_ROW
 
