@@ -26,7 +26,7 @@ from csalign.features.export import (
 )
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import ALIGNED, EncoderInfo
-from csalign.features.sides import describe_sides, item_column
+from csalign.features.sides import describe_sides
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.runs.config import ApplyConfig
 from csalign.runs.load import check_features, load_adapter_for, named_sides, stream_aligned
@@ -213,5 +213,5 @@ def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) ->
             f"--tokens: {config.adapter} was trained without tokens; train it with --token-weight"
         )
     found = [side for side in trained if side in features.sides and features.table(side).has_tokens]
-    check_features(features, config.adapter, adapter, found or trained)
+    check_features(features, config.adapter, adapter, found or trained, sides=features.sides)
     return found

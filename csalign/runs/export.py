@@ -137,9 +137,10 @@ def _samples(
     if config.features is None:
         return
     features = FeatureSet.open(config.features)
-    check_encoders(features, config.run, info, any_encoder=config.any_encoder)
-    check_features(features, config.run, adapter)
-    for side in features.sides:
+    sides = [side for side in features.sides if side in adapter.names]
+    check_encoders(features, config.run, info, any_encoder=config.any_encoder, sides=sides)
+    check_features(features, config.run, adapter, sides=sides)
+    for side in sides:
         table = features.table(side)
         if len(table):
             rows = np.unique(np.linspace(0, len(table) - 1, REAL_ROWS).astype(np.int64))
@@ -195,7 +196,7 @@ def _read_evaluation(config: ExportConfig, info: AdapterInfo) -> dict[str, Any] 
 
 
 def _recalls(evaluation: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """List the direction, name and value of the recalls of an evaluation, of any number of sides."""
+    """List the direction, name and value of the recalls of an evaluation."""
     directions: Mapping[str, Any] = evaluation.get("retrieval") or {
         f"{one}_to_{other}": own
         for one, row in evaluation["matrix"].items()
@@ -210,7 +211,7 @@ def _recalls(evaluation: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def _gap(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """List the figures of the gap, of any number of sides."""
+    """List the figures of the gap."""
     gap, names = evaluation["gap"], ("centroid_distance", "rmg", "cs_divergence", "frechet")
     if "matrix" not in evaluation:
         return {name.replace("_", " "): gap[name] for name in names}

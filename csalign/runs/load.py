@@ -68,17 +68,15 @@ def load_adapter_for(
     *,
     fitted_on: FeatureSet | None = None,
     measured: str | None = None,
-    sides: Collection[AnySide] | None = None,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> tuple[Adapter, AdapterInfo]:
     """Load the adapter of a run, for features of the encoders it was trained on.
 
-    Of the features `sides` are used, by default all; a run may map more.
-
     The name of a baseline, where no folder has it, stands for that baseline fitted on `fitted_on`
-    (default: `features`), of which `measured` are the splits that are measured. Raises as
-    `load_run`, `check_encoders`, `check_features` and `load_baseline` do.
+    (default: `features`), of which `measured` are the splits that are measured; `sides` are those
+    that are embedded. Raises as `load_run`, `check_encoders`, `check_features` and
+    `load_baseline` do.
     """
-    sides = features.sides if sides is None else sides
     if is_baseline(run):
         if further := [side for side in sides if side not in [*Modality]]:
             raise ConfigError(
@@ -98,23 +96,25 @@ def check_features(
     run: Path,
     adapter: Adapter,
     tokens: Collection[AnySide] = (),
-    sides: Collection[AnySide] | None = None,
+    *,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Raise DataError or ShapeError unless features have the widths, and tokens, of training.
 
-    Tokens are needed of the sides in `tokens`, and of those that embed with tokens. Of the features
-    `sides` are looked at, by default all; ConfigError if the adapter lacks one of them.
+    Tokens are needed of the sides in `tokens`, and of those that embed with tokens. `sides` are
+    those that are embedded; ConfigError if the adapter lacks one of them.
     """
-    for side in features.sides if sides is None else sides:
+    for side in sides:
+        table = features.table(side)
+        if table.info is None:
+            continue
         if side not in adapter.names:
             raise ConfigError(
                 f"{features.path}: has the side {side}, the adapter {run} maps "
-                f"{', '.join(adapter.names)}; name sides of these, or add it: csalign train "
-                f"{features.path} --add-side {side} --into {run} --out RUN"
+                f"{', '.join(adapter.names)}; select some of these with --sides, or add it: "
+                f"csalign train {features.path} --add-side {side} --into {run} --out RUN"
             )
-        table, own = features.table(side), adapter.side(side)
-        if table.info is None:
-            continue
+        own = adapter.side(side)
         if table.width != own.shape.input_width:
             raise ShapeError(
                 f"{features.path}: {side} embeddings are {table.width} wide, the adapter {run} "
@@ -141,7 +141,7 @@ def check_encoders(
     info: AdapterInfo,
     *,
     any_encoder: bool = False,
-    sides: Collection[AnySide] | None = None,
+    sides: Sequence[AnySide] = tuple(Modality),
 ) -> None:
     """Compare the encoders of features with those that a run was trained on; see `check_encoder`.
 
@@ -152,14 +152,14 @@ def check_encoders(
         return
     pairs = {
         side: (own, info.encoder(side))
-        for side in (features.sides if sides is None else sides)
+        for side in sides
         if side in info.adapters and (own := features.table(side).info) is not None
     }
     check_encoder(pairs, str(features.path), f"{run} was trained on", any_encoder=any_encoder)
 
 
 def check_encoder(
-    pairs: Mapping[AnySide, tuple[EncoderInfo, EncoderInfo]],
+    pairs: Mapping[Any, tuple[EncoderInfo, EncoderInfo]],
     name: str,
     reference: str,
     remedy: str = "extract again with --{side}-encoder {spec}, train on these features",
