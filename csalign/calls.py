@@ -103,6 +103,8 @@ class _Inputs(ExitStack):
             folder = self._new("adapter", "adapter")
             value.save(folder)
             return folder
+        if isinstance(value, dict):
+            return {key: self.place(key, own) for key, own in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self.place(option, own) for own in value)
         return value

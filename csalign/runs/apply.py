@@ -213,5 +213,5 @@ def _token_sides(config: ApplyConfig, features: FeatureSet, adapter: Adapter) ->
             f"--tokens: {config.adapter} was trained without tokens; train it with --token-weight"
         )
     found = [side for side in trained if side in features.sides and features.table(side).has_tokens]
-    check_features(features, config.adapter, adapter, found or trained, sides=features.sides)
+    check_features(features, config.adapter, adapter, found or trained, sides=found or trained)
     return found
