@@ -20,6 +20,7 @@ from csalign.features.checks import LEAST_PAIRS, examine
 from csalign.features.join import ALL, join_ids
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import MANIFEST
+from csalign.features.sides import describe_sides
 from csalign.ingest.job import Job, WorkShard
 from csalign.ingest.locks import merge_parts
 from csalign.ingest.partial_set import PartialSet
@@ -106,8 +107,9 @@ def _inspect(path: Path) -> dict[str, Any]:
 
 def summarise_features(features: FeatureSet) -> dict[str, Any]:
     """Summarise a feature set from its manifest and its split columns, without verifying it."""
-    manifest = features.manifest
+    manifest, sides = features.manifest, features.manifest.sides
     shards = [*manifest.shards.images, *manifest.shards.texts]
+    shards += [shard for side in sides.values() for shard in side.shards]
     splits = features.splits()
     return {
         "kind": "features",
@@ -115,7 +117,11 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "format_version": manifest.format_version,
         **({} if manifest.names is None else {"names": dict(manifest.names)}),
         "dtype": manifest.dtype,
-        "encoders": manifest.encoders.model_dump(mode="json"),
+        **_summarise_sides(features),
+        "encoders": {
+            **manifest.encoders.model_dump(mode="json"),
+            **{str(side): own.encoder.model_dump(mode="json") for side, own in sides.items()},
+        },
         "counts": manifest.counts.model_dump(),
         **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
         **({} if manifest.joined is None else {"joined": manifest.joined}),
@@ -124,6 +130,14 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "shards": len(shards),
         "fingerprint": manifest.fingerprint(),
     }
+
+
+def _summarise_sides(features: FeatureSet) -> dict[str, Any]:
+    """Count rows, items and pairs of features with sides beside images and texts."""
+    if not features.is_sided:
+        return {}
+    sides, items = describe_sides(features)
+    return {"sides": sides, "items": items}
 
 
 def _inspect_features(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from rich.filesize import decimal
 
 from csalign.adapters.checkpoint import DESCRIPTION as ADAPTER_DESCRIPTION
-from csalign.adapters.checkpoint import WEIGHTS
+from csalign.adapters.checkpoint import WEIGHTS, read_info
 from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter
 from csalign.core import atomic, outputs
@@ -40,8 +40,6 @@ from csalign.indexing.manifest import (
 )
 from csalign.indexing.vectors import HubCorrection, VectorIndex, choose_factory, exact_neighbours
 from csalign.runs.load import (
-    check_encoders,
-    check_features,
     index_again,
     load_adapter_for,
     named_sides,
@@ -111,11 +109,9 @@ def build_index(
     sides = named_sides(features, items.side.split(","))
     adapter, info = None, None
     if items.adapter is not None:
-        needed = sides if features.is_sided else tuple(Modality)
-        adapter, info = load_adapter_for(features, items.adapter, items, sides=needed)
-        asked = [side for side in features.sides if side in {*adapter.names} - {*needed}]
-        check_encoders(features, items.adapter, info, any_encoder=items.any_encoder, sides=asked)
-        check_features(features, items.adapter, adapter, sides=asked)
+        known = Modality if is_baseline(items.adapter) else read_info(items.adapter).adapters
+        used = [side for side in features.sides if side in sides or side in [*known]]
+        adapter, info = load_adapter_for(features, items.adapter, items, sides=used)
     joined = join_ids(features, items.split)
     rows = _Rows(features, joined, items.split, sides, adapter, batch_size)
     count = rows.count(sides)

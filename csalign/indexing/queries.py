@@ -143,10 +143,11 @@ class QueryEncoder:
         except CsalignError as error:
             if self.options.encoder is not None:
                 raise
+            option = f"--query {self.side}=" if self.options.queries else "--embedding "
             raise EncoderError(
-                f"{self.index}: its {self.side.plural} were encoded with {spec!r}, which cannot "
-                f"be run here ({error}); name the encoder with --encoder, or pass the query's own "
-                "embedding with --embedding FILE.npy"
+                f"{self.index}: its {self.side} embeddings come from {spec!r}, which cannot be run "
+                f"here ({error}); name the encoder with --encoder, or pass the query's own "
+                f"embedding with {option}FILE.npy"
             ) from error
         self._check(encoder.info, known)
         return encoder
@@ -180,6 +181,13 @@ class QueryEncoder:
     def _align(self, embedded: Embedded) -> Floats:
         rows = embedded.embeddings.astype(np.float32)
         if self.adapter is None:
+            own = self.manifest.sides[0]
+            known, width = self.manifest.encoders.get(own), rows.shape[1]
+            if known is not None and known.width != width:
+                raise ShapeError(
+                    f"{self.index}: stores {own.plural} without an adapter, {known.width} wide, "
+                    f"and the {self.side} query is {width} wide; build it with --adapter RUN"
+                )
             return scaled(rows)
         if not self._with_tokens:
             return self.adapter.embed(self.side, rows)

@@ -77,6 +77,11 @@ def find(config: SearchConfig, progress: Progress = silent) -> Found:
             f"{config.index}: has corrected scores (--correct {manifest.correct}), which a query "
             "of several sides cannot use; build an index without --correct"
         )
+    if asked[1:] and not index.vectors.keeps_vectors:
+        log.warning(
+            "%s: %s stores compressed vectors, so combined scores are approximate",
+            *(config.index, manifest.factory),
+        )
     encoders = [
         QueryEncoder(config.index, manifest, index.adapter, config, query) for query in asked
     ]
@@ -106,8 +111,9 @@ def _find_all(
     done = 0
     for parts in zip_longest(*(encoder.queries() for encoder in encoders), fillvalue=((), ())):
         names, rows = parts[0]
-        if encoders[1:]:
+        if config.queries:
             names = _names(config, [own for own, _ in parts])
+        if encoders[1:]:
             scores, found = search_combined(
                 index.vectors, np.stack([own for _, own in parts]), config.top
             )
@@ -137,6 +143,10 @@ def _names(config: SearchConfig, names: Sequence[Sequence[str]]) -> list[str]:
         " + ".join(f"{side}: {own}" for side, own in zip(config.queries, each, strict=True))
         for each in zip(*names, strict=True)
     ]
+
+
+def _shown(hit: Document) -> str:
+    return f"{hit['side']} {hit['id']}" if "side" in hit else hit["image_id"] or hit["id"]
 
 
 def _open(config: SearchConfig) -> SearchIndex:
@@ -188,7 +198,7 @@ def _with_page(
             pictures = [
                 Entry(
                     hit["caption"] or "",
-                    f"{hit['rank']}.  {hit['score']:.3f}  {hit['image_id'] or hit['id']}",
+                    f"{hit['rank']}.  {hit['score']:.3f}  {_shown(hit)}",
                     shown.thumbnail(hit["source"], hit["image_id"] or hit["id"]),
                 )
                 for hit in found["hits"]

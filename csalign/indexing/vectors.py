@@ -66,6 +66,11 @@ class VectorIndex:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether the vectors are stored as they were added."""
+        return re.fullmatch(r"(IVF\d+,)?R?Flat|HNSW\d*(,Flat)?", self.factory) is not None
+
     def set_effort(self, value: int) -> None:
         """Set nprobe or efSearch, at most the maximum; does nothing for other indexes."""
         if self._effort_name is not None:
