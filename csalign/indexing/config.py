@@ -157,7 +157,8 @@ class SearchConfig(QueryOptions, ItemOptions):
     def _accept_queries(cls, values: Any) -> Any:
         """Take queries by side as `query` too, which in Python is shorter."""
         if isinstance(values, Mapping) and isinstance(values.get("query"), Mapping):
-            return {**values, "query": None, "queries": values["query"]}
+            queries = {name: str(own) for name, own in values["query"].items()}
+            return {**values, "query": None, "queries": queries}
         return values
 
     def check(self) -> None:
