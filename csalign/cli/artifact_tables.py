@@ -8,7 +8,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from csalign.cli.next_steps import FAILURES, MANIFEST, NO_SPLIT, Step, after_features, first_free
-from csalign.cli.render import print_closing, print_line, print_rows, print_wrote
+from csalign.cli.render import print_closing, print_line, print_rows, print_wrapped, print_wrote
 from csalign.cli.tables import CENTROID, RECALL, best_words, index_words, search_step
 from csalign.core import results
 from csalign.core.config import Config
@@ -30,8 +30,8 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
 
     folder = result.features
     counts = {"image": result.images, "text": result.texts, "pair": result.pairs}
-    if result.items is not None and result.sides is not None:
-        counts = {"item": result.items["count"], "side": len(result.sides)}
+    if result.counts is not None and result.sides is not None:
+        counts = {"item": result.counts["items"], "side": len(result.sides)}
     listed = ", ".join(counted(number, noun) for noun, number in counts.items())
     line = f"{folder}: {renamed(listed, result.names)}"
     if not result.complete:
@@ -43,14 +43,14 @@ def features_table(result: results.FeaturesResult, settings: Config) -> None:
     if not (folder / MANIFEST).is_file():  # apply wrote another format
         print_wrote(line)
         for name, text in _sided(result).items():
-            print_line(f"  {name}: {text}")
+            print_wrapped(f"  {name}: {text}")
         print_closing(settings)
         return
     summary = summarise_features(FeatureSet.open(folder))
     size = f"{line}, {decimal(summary['bytes'])}"
     print_line(f"{size}, already complete") if result.existed else print_wrote(size)
     for name, text in _sided(result).items():
-        print_line(f"  {name}: {text}")
+        print_wrapped(f"  {name}: {text}")
     print_line(f"  splits: {_splits(summary)}")
     if "pairing" in summary:
         title = "joined by" if result.sides else "pairs"
@@ -72,14 +72,14 @@ def split_table(result: results.SplitResult, settings: Config) -> None:
 
 def _sided(summary: Mapping[str, Any]) -> dict[str, str]:
     """Word the rows of each side, and how many items have several; {} for images and texts."""
-    if not ("sides" in summary and "items" in summary):
+    if not ("sides" in summary and "counts" in summary):
         return {}
     found = {}
     for name, own in summary["sides"].items():
         alone = f", {own['unpaired']:,} without a row of another side" * bool(own["unpaired"])
         rows = counted(own["rows"], "row")
         found[name] = f"{rows}, {own['width']} wide, encoder {own['encoder']}{alone}"
-    by_sides, pairs = summary["items"]["by_sides"].items(), summary["items"]["pairs"].items()
+    by_sides, pairs = (summary["counts"][name].items() for name in ("by_sides", "pairs"))
     return {
         **found,
         "items": ", ".join(f"{n:,} of {counted(int(k), 'side')}" for k, n in by_sides),
@@ -132,10 +132,11 @@ def inspect_table(document: Mapping[str, Any], settings: Config) -> None:
 
 def _inspected_features(document: Mapping[str, Any]) -> Inspected:
     counts, names = document["counts"], document.get("names")
-    listed = ", ".join(counted(counts[f"{noun}s"], noun) for noun in ("image", "text", "pair"))
     encoders, sided = document["encoders"].items(), _sided(document)
-    if sided:
-        listed, encoders = "", {}.items()  # which are beside the rows of each side
+    if sided:  # which have the encoders
+        encoders, listed = {}.items(), ""
+    else:
+        listed = ", ".join(counted(counts[f"{noun}s"], noun) for noun in ("image", "text", "pair"))
     rows = {
         "rows": renamed(listed, names),
         **sided,

@@ -50,7 +50,7 @@ def has_one_width(features: Path | str) -> bool:
 def after_features(summary: Mapping[str, Any]) -> Iterator[Step]:
     """Suggest what to do with a feature set: split it, train on it, or index its one side."""
     counts, path = summary["counts"], summary["path"]
-    if counts["pairs"] or summary.get("items", {}).get("pairs"):
+    if counts["pairs"]:
         if "test" not in summary["splits"]:
             yield no_test_split(path)
         yield ("train", path, "--out", first_free("run"))

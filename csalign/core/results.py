@@ -205,7 +205,7 @@ class Fields(Result):
     def __post_init__(self) -> None:
         """Fill the mapping; optional values only if there are any."""
         values = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
-        optional = ("names", "pairing", "existed", "joined", "refit", "sides", "items")
+        optional = ("names", "pairing", "existed", "joined", "refit", "sides", "counts")
         self.update({key: value for key, value in values.items() if key not in optional or value})
 
 
@@ -225,8 +225,8 @@ class FeaturesResult(Fields):
     joined: int | None = None  # images that repeated an earlier one, and have no row; None if none
     # {"audio": {"rows": n, "unpaired": u, "width": d, "encoder": spec}, ...}, of import --side
     sides: dict[str, dict[str, Any]] | None = None
-    # {"count": n, "by_sides": {"1": n, ...}, "pairs": {"audio": {"text": n}, ...}}
-    items: dict[str, Any] | None = None
+    # {"items": n, "by_sides": {"1": n, ...}, "pairs": {"audio": {"text": n}, ...}}, likewise
+    counts: dict[str, Any] | None = None
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"side": name, **own} for name, own in (self.sides or {}).items()]

@@ -111,18 +111,19 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
     shards = [*manifest.shards.images, *manifest.shards.texts]
     shards += [shard for side in sides.values() for shard in side.shards]
     splits = features.splits()
+    described = describe_sides(features) if features.is_sided else None
     return {
         "kind": "features",
         "path": str(features.path),
         "format_version": manifest.format_version,
         **({} if manifest.names is None else {"names": dict(manifest.names)}),
         "dtype": manifest.dtype,
-        **_summarise_sides(features),
+        **({"sides": described[0]} if described else {}),
         "encoders": {
             **manifest.encoders.model_dump(mode="json"),
             **{str(side): own.encoder.model_dump(mode="json") for side, own in sides.items()},
         },
-        "counts": manifest.counts.model_dump(),
+        "counts": manifest.counts.model_dump() | (described[1] if described else {}),
         **({} if manifest.pairing is None else {"pairing": manifest.pairing}),
         **({} if manifest.joined is None else {"joined": manifest.joined}),
         "splits": {name or NO_SPLIT: counts for name, counts in splits.items()},
@@ -130,14 +131,6 @@ def summarise_features(features: FeatureSet) -> dict[str, Any]:
         "shards": len(shards),
         "fingerprint": manifest.fingerprint(),
     }
-
-
-def _summarise_sides(features: FeatureSet) -> dict[str, Any]:
-    """Count rows, items and pairs of features with sides beside images and texts."""
-    if not features.is_sided:
-        return {}
-    sides, items = describe_sides(features)
-    return {"sides": sides, "items": items}
 
 
 def _inspect_features(folder: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def describe_sides(
 
     Returns:
         By side "rows", those that are "unpaired" (their item has no other side), "width" and
-        "encoder"; and "count" of items, "by_sides", how many have rows of so many sides, and
+        "encoder"; and the number of "items", "by_sides", how many have rows of so many sides, and
         "pairs" of rows of each two sides that share an item.
     """
     chosen = features.sides if sides is None else sides
@@ -201,4 +201,4 @@ def describe_sides(
         for place, one in enumerate(chosen[:-1])
     }
     counts = {str(n): int(count) for n, count in enumerate(by_sides, 1) if count}
-    return found, {"count": len(keys), "by_sides": counts, "pairs": pairs}
+    return found, {"items": len(keys), "by_sides": counts, "pairs": pairs}

@@ -129,49 +129,6 @@ class SplitConfig(SplitOptions):
     overwrite: bool = Field(False, description="Replace splits that csalign made before.")
 
 
-class ExtractConfig(
-    SourceOptions, EncoderOptions, OutputConfig, SplitOptions, ExecutionOptions, ShardOptions
-):
-    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet.
-
-    >>> ExtractConfig(source="photos", out="features").dtype
-    'float16'
-    """
-
-    source: Annotated[str, BeforeValidator(str)] = Field(
-        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, .txt of "
-        "captions, or - for image paths on stdin; local or a URL."
-    )
-    example: ClassVar[str] = (
-        "csalign extract photos --out features --captions captions.csv "
-        "--encoder open_clip:ViT-B-32/openai"
-    )
-    common: ClassVar[tuple[str, ...]] = (
-        *("out", "encoder", "image_encoder", "text_encoder", "captions", "images", "val", "test"),
-        *("device", "batch_size", "overwrite"),
-    )
-
-    def to_toml(self) -> str:
-        """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
-        unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
-        return super(ExtractConfig, self.model_copy(update=unshared)).to_toml()
-
-    def may_replace(self) -> bool:
-        """Return whether the output may exist: it is to be replaced, or has the same options."""
-        try:
-            there = (self.out / "config.toml").read_text(encoding="utf-8")
-        except Exception:  # of any store; whoever writes there says what is wrong
-            return self.overwrite
-        return self.overwrite or there == self.to_toml()
-
-
-Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")]
-
-
-def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str | Path) else () if value is None else value
-
-
 RESERVED = ("item", "item_id", "id", "row", "side", "split", "caption")
 """Columns of tables of items, and so no names of sides."""
 
@@ -195,6 +152,83 @@ def _name_sides(value: Any) -> Any:
 
 
 Sided = BeforeValidator(_name_sides)
+
+
+class EncodedSideOptions(Config):
+    """Sides to encode, where they are not images and texts alone."""
+
+    panel: ClassVar[str] = "Any number of sides"
+
+    side: Annotated[dict[str, str] | None, Sided, Named] = Field(
+        None,
+        description="A side of a table, NAME=ENCODER or NAME=ENCODER@COLUMN, once per side: "
+        "timm: of images, hf: of texts, open_clip: of what the column contains. Each row is an "
+        "item, or those of one item column. An interrupted extraction resumes.",
+    )
+
+
+class ExtractConfig(
+    SourceOptions,
+    EncoderOptions,
+    OutputConfig,
+    EncodedSideOptions,
+    SplitOptions,
+    ExecutionOptions,
+    ShardOptions,
+):
+    """``csalign extract``: frozen encoders -> CLS and token embeddings in Parquet.
+
+    >>> ExtractConfig(source="photos", out="features").dtype
+    'float16'
+    """
+
+    source: Annotated[str, BeforeValidator(str)] = Field(
+        description="Folder, table, COCO or Karpathy JSON, WebDataset tars, Parquet, .txt of "
+        "captions, or - for image paths on stdin; local or a URL."
+    )
+    example: ClassVar[str] = (
+        "csalign extract photos --out features --captions captions.csv "
+        "--encoder open_clip:ViT-B-32/openai"
+    )
+    common: ClassVar[tuple[str, ...]] = (
+        *("out", "encoder", "image_encoder", "text_encoder", "side", "captions", "images"),
+        *("val", "test", "device", "batch_size", "overwrite"),
+    )
+
+    def check(self) -> None:
+        """Raise ConfigError if options of two sides and of any number are mixed."""
+        kept = {"source", "side", "images", "split_column", "dtype", "part_rows", "max_failures"}
+        kept |= {"retry_failures", "strict"}.union(
+            *(own.model_fields for own in (OutputConfig, SplitOptions, ExecutionOptions))
+        )
+        others = sorted(self.shown(name) for name in self.model_fields_set - kept)
+        if self.side is not None and others:
+            raise ConfigError(
+                f"{', '.join(others)}: cannot be used with --side; name encoders and columns by "
+                "--side NAME=ENCODER@COLUMN"
+            )
+        if self.side is not None and len(self.side) < 2:
+            raise ConfigError(f"--side: {', '.join(self.side)} alone; give two sides or more")
+
+    def to_toml(self) -> str:
+        """Return the configuration, equal for every process of a job; see `Config.to_toml`."""
+        unshared: dict[str, Any] = {"shard": "auto", "retry_failures": False}
+        return super(ExtractConfig, self.model_copy(update=unshared)).to_toml()
+
+    def may_replace(self) -> bool:
+        """Return whether the output may exist: it is to be replaced, or has the same options."""
+        try:
+            there = (self.out / "config.toml").read_text(encoding="utf-8")
+        except Exception:  # of any store; whoever writes there says what is wrong
+            return self.overwrite
+        return self.overwrite or there == self.to_toml()
+
+
+Name = Annotated[str, Field(min_length=1, max_length=30, pattern=r"^\w[\w -]*$")]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str | Path) else () if value is None else value
 
 
 class SideOptions(Config):

@@ -25,6 +25,7 @@ from csalign.ingest.import_sides import (
     divide_unfinished,
     encoder_of,
     import_sides,
+    with_splits,
     write_vectors,
 )
 from csalign.ingest.split import split_settings
@@ -160,6 +161,7 @@ def _open(config: ImportConfig, specs: Mapping[Modality | None, Path]) -> dict[M
             f"{min(both[0] & both[1])} and {len(both[0]) - 1} more are read as one array, of "
             "images and of texts; name that of each side with --image-column and --text-column"
         )
+    sides = {side: with_splits(vectors) for side, vectors in sides.items()}
     used = {part.name for vectors in sides.values() for part in vectors.parts}
     unused = set[str]().union(*(vectors.unused for vectors in sides.values())) - used
     for name in sorted(unused):

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from csalign.features.export import recorded_encoder
 from csalign.features.reader import FeatureSet
 from csalign.features.schema import EncoderInfo, SplitSettings
 from csalign.features.sides import item_column
-from csalign.features.splits import divide, usual_splits, write_splits
+from csalign.features.splits import TRAIN, divide, usual_splits, write_splits
 from csalign.features.writer import FeatureWriter, Rows
 from csalign.ingest.config import ImportConfig
 from csalign.ingest.split import split_settings
 from csalign.sources.arrays.base import Vectors
 from csalign.sources.arrays.opening import labels_beside, read_side, split_spec
 from csalign.sources.arrays.tables import read_label_table
+from csalign.sources.image_rows import fill_splits
 from csalign.sources.items import Items, SideKeys, describe_side, join_items
 from csalign.sources.labels import Labels
 from csalign.sources.records.tables import CAPTION_NAMES, IMAGE_NAMES
@@ -65,7 +67,11 @@ def import_sides(config: ImportConfig, progress: Progress = silent) -> FeaturesR
     new = [describe_side(name, own.labels) for name, own in vectors.items()]
     items = join_items([*kept, *new], table, config.pair_by)
     filled = _fill_splits([*kept, *new], items)
-    columns = {side.name: _columns(side, items, filled[side.name]) for side in new}
+    stored = filled
+    if old is not None and old.manifest.splits is not None:  # which stand for those in the rows
+        plain = FeatureSet.open(config.out, stored_splits=True)
+        stored = _fill_splits([*(_stored(plain, side.name) for side in kept), *new], items)
+    columns = {side.name: _columns(side, items, stored[side.name]) for side in new}
     if {"image", "text"} <= columns.keys():
         image, text = columns["image"], columns["text"]
         places = pc.index_in(text[schema.ITEM], value_set=image[schema.ITEM], skip_nulls=True)
@@ -92,14 +98,12 @@ def _opened(config: ImportConfig) -> FeatureSet:
     old, names = FeatureSet.open(config.out), [*(config.side or ())]
     if is_remote(config.out):
         raise ConfigError(f"{config.out}: --add needs a local set; copy it, add, and upload it")
-    both = [name for name in names if name in (*Modality,)]
-    if both:
+    if both := [name for name in names if name in (*Modality,)]:
         raise ConfigError(
             f"--add: {both[0]} cannot be added, since texts refer to images; import all sides "
             f"again: --side {both[0]}=FILE, and --side NAME={config.out}/sides/NAME for the others"
         )
-    there = [name for name in names if name in old.sides]
-    if there and not config.overwrite:
+    if not config.overwrite and (there := [name for name in names if name in old.sides]):
         raise ConfigError(
             f"{config.out}: has a side {there[0]} already; replace it with --overwrite, or choose "
             "another name"
@@ -109,7 +113,7 @@ def _opened(config: ImportConfig) -> FeatureSet:
 
 def _open(specs: Mapping[str, Path], *, by_table: bool) -> dict[str, Vectors]:
     """Open each side, with the labels beside it; warn of vectors that are not used."""
-    found = {name: read_side(spec, name) for name, spec in specs.items()}
+    found = {name: with_splits(read_side(spec, name)) for name, spec in specs.items()}
     for name, own in found.items():
         if own.captions_each is not None:
             raise DataError(
@@ -143,48 +147,28 @@ def _fill_splits(sides: Sequence[SideKeys], items: Items) -> dict[str, pa.Array]
     Raises:
         DataError: two rows or lines of one item are in different splits.
     """
-    none = pa.scalar(None, pa.large_string())
-    stated: dict[str, tuple[Labels, pa.Array, pa.Array]] = {}
-    for side in sides:
-        stated[side.name] = (side.labels, items.keys[side.name], _splits_of(side.labels, len(side)))
-    if items.lines is not None:
-        table, keys = items.lines
-        stated["lines"] = (table, keys, _splits_of(table, table.rows))
-    keys, splits = (
-        pa.chunked_array(
-            [own[place] for own in stated.values()], pa.large_string()
-        ).combine_chunks()
-        for place in (1, 2)
-    )
-    codes = keys.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    rows = np.flatnonzero((codes >= 0) & splits.is_valid().to_numpy(zero_copy_only=False))
-    first = np.full(int(codes.max(initial=-1)) + 1, -1)
-    first[codes[rows[::-1]]] = rows[::-1]
-    places = np.where(codes >= 0, first[codes], -1) if len(first) else np.full(len(codes), -1)
-    of_item = splits.take(pa.array(places, mask=places < 0))
-    filled = pc.coalesce(of_item, splits, none)
-    ends = np.cumsum([len(own[1]) for own in stated.values()])
-    if (bad := pc.not_equal(splits, filled).index(True).as_py()) >= 0:
-
-        def where(row: int) -> str:
-            part = int(np.searchsorted(ends, row, side="right"))
-            labels = [*stated.values()][part][0]
-            return labels.where(row - int(ends[part]) + labels.rows)
-
-        raise DataError(
-            f"{where(bad)}: is in split {splits[bad].as_py()!r}, and {where(int(places[bad]))} of "
-            f"the same item {keys[bad].as_py()!r:.200} in {filled[bad].as_py()!r}; give an item "
-            "one split"
-        )
-    starts = ends - [len(own[1]) for own in stated.values()]
-    return {
-        name: filled.slice(int(start), int(end - start))
-        for name, start, end in zip(stated, starts, ends, strict=True)
-    }
+    stated = [(side.name, side.labels, items.keys[side.name]) for side in sides]
+    stated += [] if items.lines is None else [("", *items.lines)]
+    keys = pa.chunked_array([own for _, _, own in stated]).combine_chunks().dictionary_encode()
+    splits = pa.chunked_array([_splits_of(labels) for _, labels, _ in stated]).combine_chunks()
+    codes = keys.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    none = pa.nulls(len(keys.dictionary), pa.large_string())
+    _, filled, bad = fill_splits(none, splits, codes)
+    found, start = {}, 0
+    for name, labels, own in stated:
+        if bad is not None and start <= bad < start + len(own):
+            raise DataError(
+                f"{labels.where(bad - start)}: is in split {splits[bad].as_py()!r}, and another "
+                f"row or line of item {keys[bad].as_py()!r:.200} in {filled[bad].as_py()!r}; give "
+                "an item one split"
+            )
+        found[name] = filled.slice(start, len(own))
+        start += len(own)
+    return found
 
 
-def _splits_of(labels: Labels, count: int) -> pa.Array:
-    return usual_splits(labels.find((schema.SPLIT,), pa.nulls(count, pa.large_string())))
+def _splits_of(labels: Labels) -> pa.Array:
+    return usual_splits(labels.find((schema.SPLIT,), pa.nulls(labels.rows, pa.large_string())))
 
 
 def _columns(side: SideKeys, items: Items, splits: pa.Array) -> dict[str, pa.Array]:
@@ -230,11 +214,15 @@ def _link(
                 os.link(path, target)
             except OSError:  # of a file system without links
                 shutil.copy2(path, target)
-    how = "; ".join(filter(None, [manifest.pairing, f"{', '.join(new)}: {written.pairing}"]))
+    hows = [
+        own for own in (manifest.pairing or "").split("; ") if own.partition(": ")[0] not in new
+    ]
+    how = "; ".join(filter(None, [*hows, *(f"{name}: {written.pairing}" for name in new)]))
     changes: dict[str, Any] = {"sides": {**manifest.sides, **written.sides}, "pairing": how}
     if (made := manifest.splits) is not None:  # which stand for the stored columns of all sides
         files = {
-            name: write_splits(folder, name, side.ids, filled[name]) for name, side in new.items()
+            name: write_splits(folder, name, side.ids, pc.fill_null(filled[name], TRAIN))
+            for name, side in new.items()
         }
         changes["splits"] = made.model_copy(update={"sides": {**made.sides, **files}})
     schema.write_manifest(folder, manifest.model_copy(update=changes))
@@ -276,7 +264,7 @@ def _result(features: FeatureSet, items: Items) -> FeaturesResult:
         for place, a in enumerate(names[:-1])
     }
     counted = {
-        "count": int(by_sides[1:].sum()),
+        "items": int(by_sides[1:].sum()),
         "by_sides": {str(n): int(own) for n, own in enumerate(by_sides) if n and own},
         "pairs": pairs,
     }
@@ -285,7 +273,7 @@ def _result(features: FeatureSet, items: Items) -> FeaturesResult:
         *(features.path, counts.images, counts.texts, counts.pairs, 0),
         pairing=features.manifest.pairing,
         sides=sides,
-        items=counted,
+        counts=counted,
     )
 
 
@@ -297,6 +285,22 @@ def encoder_of(spec: str, vectors: Vectors) -> EncoderInfo:
         return own
     logger.info("%s: written by csalign, with the encoder %s", vectors.name, found.spec)
     return found.model_copy(update={"token_width": None, "token_space": None})
+
+
+def with_splits(vectors: Vectors) -> Vectors:
+    """Replace the stored splits of a side of a feature set by those that were made of it since."""
+    path = Path(vectors.name)
+    for folder in list(path.parents)[:2]:
+        if not is_remote(path) and (folder / schema.MANIFEST).is_file():
+            with suppress(DataError):  # another program's file of that name
+                features = FeatureSet.open(folder)
+                own = [s for s in features.sides if folder / schema.folder_of(s) == path]
+                if own and features.manifest.splits is not None:
+                    table, labels = features.table(own[0]), vectors.labels
+                    if labels.column(schema.ID).equals(table.strings(schema.ID)):
+                        made = {schema.SPLIT: table.strings(schema.SPLIT)}
+                        return replace(vectors, labels=labels.with_columns(made))
+    return vectors
 
 
 def divide_unfinished(folder: Path, settings: SplitSettings | None, out: Path) -> None:

@@ -112,11 +112,11 @@ def _write(
     counted = config.out, images, texts, pairs, 0
     if not {*sides} - {*Modality}:
         return FeaturesResult(*counted, names=features.manifest.names)
-    described, items = describe_sides(features, sides)
+    described, counts = describe_sides(features, sides)
     aligned_sides = {
         name: own | {"width": info.adapters[sides[0]].width} for name, own in described.items()
     }
-    return FeaturesResult(*counted, sides=aligned_sides, items=items)
+    return FeaturesResult(*counted, sides=aligned_sides, counts=counts)
 
 
 def _aligned(

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from csalign.core.arrays import Ints
+from csalign.core.arrays import Ints, Mask
 from csalign.core.config import did_you_mean
 from csalign.core.errors import DataError
 from csalign.core.figures import counted
 from csalign.sources.arrays.naming import (
     IMAGE_IDS,
     ITEM_IDS,
+    ITEMS,
     TEXT_IDS,
     first_of,
     is_key,
@@ -25,7 +26,6 @@ from csalign.sources.keys import EXACT, Keys, examples, match, trimmed
 from csalign.sources.labels import Labels, check_no_null, first_repeated
 from csalign.sources.pairing import ORDER
 
-ITEMS = ("item", "item_id")  # columns of the keys of items
 BY_ROW = "row number from 0"
 _OWN_IDS = {"image": IMAGE_IDS, "text": TEXT_IDS}
 _FORMS = ("without spaces", "as numbers")  # of keys that two files may write differently
@@ -116,7 +116,7 @@ def join_items(sides: Sequence[SideKeys], table: Labels | None, by: str | None) 
 
 def _blank(cells: pa.Array) -> pa.Array:
     """Remove spaces around cells, and cells of nothing else."""
-    plain = pc.utf8_trim_whitespace(cells)
+    plain = pc.utf8_trim_whitespace(cells.cast(pa.large_string()))
     return pc.if_else(pc.equal(plain, ""), pa.scalar(None, plain.type), plain)
 
 
@@ -124,42 +124,35 @@ def _by_table(sides: Sequence[SideKeys], table: Labels) -> Items:
     by_name = {plain_name(side.name): side for side in sides}
     is_long = first_of(("side",), table.names) is not None
     cells, used = (_long_cells if is_long else _wide_cells)(by_name, table)
-    item = first_of(ITEMS, table.names)
-    own: dict[str, pa.Array] = {}  # items that a side of no column says itself
-    for side in sides:
-        if side.is_new and side.name not in cells:
-            values = _values(side, "item") if item is not None else None
-            if values is None:
-                raise DataError(
-                    f"{table.name}: names no rows of {side.name} (columns: "
-                    f"{', '.join(table.names)}){did_you_mean(side.name, table.names)}; add a "
-                    f"column {side.name}"
-                )
-            own[side.name] = values[0]
-    if not cells:
-        raise DataError(f"{table.name}: names no rows; add a column per side")
+    if missing := next((own.name for own in sides if own.is_new and own.name not in cells), None):
+        raise DataError(
+            f"{table.name}: names no rows of {missing} (columns: {', '.join(table.names)})"
+            f"{did_you_mean(missing, table.names)}; add a column {missing}"
+        )
     read = {name: _find_rows(table, by_name[plain_name(name)], *cells[name]) for name in cells}
     rows = {name: found for name, (found, _) in read.items()}
-    captions = first_of(("caption",), table.names)
-    captioned = [] if captions is None else [*rows] if is_long else [*{"text"} & {*rows}]
-    used |= {item, first_of(("split",), table.names), captions if captioned else None}
+    item, captions, split = (
+        first_of(own, table.names) for own in (ITEMS, ("caption",), ("split",))
+    )
+    captioned = {*rows} if is_long else {*rows} & {"text"}
+    used |= {item, split, captions if captioned else None}
     if unread := [name for name in table.names if name not in used]:
         log.warning(
-            "%s: columns %s are not read, as they name no side; the sides are %s",
+            "%s: not read: %s; columns are named like the sides: %s",
             *(table.name, ", ".join(unread), ", ".join(side.name for side in sides)),
         )
     keys, how = _line_keys(sides, table, rows, item)
-    found, texts = dict(own), {}
+    found, texts = {}, {}
     for side in sides:
-        if side.name in rows:
-            line_of = _line_of(table, side, rows[side.name], keys)
-            of_rows = pa.array(line_of, mask=line_of < 0)
-            found[side.name] = keys.take(of_rows)
-            if side.name in captioned:
-                texts[side.name] = table.column(str(captions)).take(of_rows)
-        if side.known is not None:
-            found[side.name] = side.known
-    named = ", ".join(f"{name} by {words}" for name, (_, words) in read.items())
+        line_of = _line_of(table, side, rows.get(side.name, np.empty(0, np.int64)), keys)
+        of_rows = pa.array(line_of, mask=line_of < 0)
+        found[side.name] = keys.take(of_rows) if side.known is None else side.known
+        if captions is not None and side.name in captioned:
+            texts[side.name] = table.column(captions).take(of_rows)
+    groups = dict[str, list[str]]()
+    for name, (_, by) in read.items():
+        groups.setdefault(by, []).append(name)
+    named = ", ".join(f"{' + '.join(own)} by {by}" for by, own in groups.items())
     return Items(found, f"{table.name} ({named}{how})", (table, keys), texts)
 
 
@@ -205,10 +198,10 @@ def _long_cells(
                 "correct it, or import that side too"
             )
     cells, found = _blank(table.column(str(ids or row))), {}
-    for own in dict.fromkeys(side.name for side in by_code if side is not None):
-        codes_of = [code for code, side in enumerate(by_code) if side and side.name == own]
+    for name in dict.fromkeys(side.name for side in by_code if side is not None):
+        codes_of = [code for code, side in enumerate(by_code) if side and side.name == name]
         is_own = pc.is_in(codes.indices, value_set=pa.array(codes_of, codes.indices.type))
-        found[own] = pc.if_else(is_own, cells, pa.scalar(None, cells.type)), ids is None
+        found[name] = pc.if_else(is_own, cells, pa.scalar(None, cells.type)), ids is None
     return found, {side, ids, row}
 
 
@@ -258,90 +251,72 @@ def _find_rows(table: Labels, side: SideKeys, cells: pa.Array, by_row: bool) -> 
 def _line_keys(
     sides: Sequence[SideKeys], table: Labels, rows: Mapping[str, Ints], item: str | None
 ) -> tuple[pa.Array, str]:
-    """Return the key of each line's item, and how it was found if that is not plain."""
+    """Return the key of each line's item, and how it was found if no column says it."""
     is_used = np.any([found >= 0 for found in rows.values()], axis=0)
-    if not is_used.all():
-        log.warning(
-            "%s: %s without a row of any side", table.name, counted(int((~is_used).sum()), "line")
-        )
+    if blank := int((~is_used).sum()):
+        log.warning("%s: %s without a row of any side", table.name, counted(blank, "line"))
     given = None if item is None else _blank(table.column(item))
-    if (
-        given is not None
-        and (bad := is_used & given.is_null().to_numpy(zero_copy_only=False)).any()
-    ):
-        line = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{table.where(line)}: has no {item}; give one to every line")
-    old = [side for side in sides if side.known is not None]
-    if old:
-        given = _line_keys_of_set(old, table, rows, given)
+    if given is not None and (lines := np.flatnonzero(is_used & ~_is_known(given))).size:
+        raise DataError(f"{table.where(int(lines[0]))}: has no {item}; give one to every line")
+    if old := [side for side in sides if side.known is not None]:
+        return _line_keys_of_set(old, table, rows, given), ""
     if given is not None:
         return given, ""
     numbers = row_numbers(table.rows)
-    repeating = [
-        side
-        for side in sides
-        if (own := rows[side.name][rows[side.name] >= 0]).size and len(np.unique(own)) < len(own)
-    ]
-    if not repeating:
+    repeats = {
+        name: int((found >= 0).sum()) - len(np.unique(found[found >= 0]))
+        for name, found in rows.items()
+    }
+    if not any(repeats.values()):
         return numbers, ""
-    problems = []
-    for side in repeating:
-        found = rows[side.name]
-        keys = pc.coalesce(
-            side.ids.take(pa.array(found, mask=found < 0)), _apart(numbers, "line ", side.ids)
-        )
-        try:
-            for own in sides:
-                _line_of(table, own, rows[own.name], keys)
-        except DataError as error:
-            problems.append(str(error))
-        else:
-            return keys, f"; lines of one {side.name} are one item"
-    raise DataError(
-        f"{problems[0]} (without a column item, lines of one {repeating[0].name} are one)"
-    )
+    often = max(repeats, key=lambda name: repeats[name])
+    ids = next(side.ids for side in sides if side.name == often)
+    found = rows[often]
+    keys = pc.coalesce(ids.take(pa.array(found, mask=found < 0)), _apart(numbers, ids))
+    return keys, f", lines of one {often} as one item"
 
 
 def _line_keys_of_set(
     old: Sequence[SideKeys], table: Labels, rows: Mapping[str, Ints], given: pa.Array | None
 ) -> pa.Array:
     """Return the items of lines that name rows, or items, of a set on disk."""
-    known = pa.chunked_array([side.known for side in old]).unique()
-    if given is None:
-        keys = pa.nulls(table.rows, pa.large_string())
-    else:
+    known = pa.chunked_array([side.known for side in old]).unique().drop_null()
+    keys = pa.nulls(table.rows, pa.large_string())
+    if given is not None:
         values, _ = _alike([given, known])
-        places = pc.index_in(values[0], value_set=values[1])
-        keys = pc.coalesce(known.take(places), given)
+        keys = pc.coalesce(known.take(pc.index_in(values[0], value_set=values[1])), given)
     for side in old:
-        if side.name not in rows:
-            continue
-        found = rows[side.name]
+        found = rows.get(side.name, np.full(table.rows, -1))
         own = pc.take(side.known, pa.array(found, mask=found < 0))
-        if (
-            alone := np.flatnonzero((found >= 0) & own.is_null().to_numpy(zero_copy_only=False))
-        ).size:
-            line = int(alone[0])
+        alone = np.flatnonzero((found >= 0) & ~_is_known(own))
+        other = pc.not_equal(own, keys).index(True).as_py()
+        if len(alone) or other >= 0:
+            line = int(alone[0]) if len(alone) else other
+            name = f"{side.name} {side.ids[int(found[line])].as_py()!r:.200}"
             raise DataError(
-                f"{table.where(line)}: {side.name} {side.ids[int(found[line])].as_py()!r:.200} "
-                "belongs to no item of the set, and --add changes none of its files; import all "
-                "sides again, or leave the line out"
-            )
-        if (line := pc.not_equal(own, keys).index(True).as_py()) >= 0:
-            raise DataError(
-                f"{table.where(line)}: {side.name} {side.ids[int(found[line])].as_py()!r:.200} is "
-                f"of item {own[line].as_py()!r:.200}, and the rest of the line of item "
-                f"{keys[line].as_py()!r:.200}; correct the line"
+                f"{table.where(line)}: {name} belongs to no item of the set, and --add changes "
+                "none of its files; leave the line out, or import all sides again"
+                if len(alone)
+                else f"{table.where(line)}: {name} is of item {own[line].as_py()!r:.200}, and the "
+                f"rest of the line of item {keys[line].as_py()!r:.200}; correct the line"
             )
         keys = pc.coalesce(keys, own)
-    return pc.coalesce(keys, _apart(row_numbers(table.rows), "line ", known))
+    return pc.coalesce(keys, _apart(row_numbers(table.rows), known))
 
 
-def _apart(keys: pa.Array, prefix: str, taken: pa.Array) -> pa.Array:
-    """Return keys with a prefix, so that none of them is taken."""
-    while pc.any(pc.is_in(found := pc.binary_join_element_wise(prefix, keys, ""), taken)).as_py():
+def _is_known(values: pa.Array) -> Mask:
+    known: Mask = values.is_valid().to_numpy(zero_copy_only=False)
+    return known
+
+
+def _apart(numbers: pa.Array, taken: pa.Array) -> pa.Array:
+    """Return keys of lines of which none is taken."""
+    prefix = "line "
+    while True:
+        found = pc.replace_substring_regex(numbers, "^", prefix)
+        if not pc.any(pc.is_in(found, value_set=taken)).as_py():
+            return found
         prefix = f"new {prefix}"
-    return found
 
 
 def _line_of(table: Labels, side: SideKeys, rows: Ints, keys: pa.Array) -> Ints:

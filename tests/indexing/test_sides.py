@@ -67,7 +67,7 @@ def test_a_hit_names_its_side_and_item(sided: Sided, tmp_path: Path) -> None:
         row = int(hit["id"].removeprefix("audio-").removeprefix("i"))
         assert hit["item"] == sided.items[hit["side"]][row]
         assert hit["caption"] == f"caption {hit['item'][1:]}"
-        assert hit["source"] == hit["item"]
+        assert hit["source"] == f"image-{hit['item'][1:]}"
 
 
 def test_an_item_has_the_split_of_its_rows(sided: Sided, tmp_path: Path) -> None:

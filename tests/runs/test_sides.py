@@ -63,7 +63,7 @@ def test_apply_writes_all_sides_with_their_items(sided: Sided, tmp_path: Path) -
         "width": 6,
         "encoder": "audio-encoder",
     }
-    assert result["items"]["by_sides"] == {"2": 20, "3": 30, "4": 10}
+    assert result["counts"]["by_sides"] == {"2": 20, "3": 30, "4": 10}
 
 
 def test_texts_keep_their_items_without_the_images(sided: Sided, tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_inspect_counts_sides_items_and_pairs(
 ) -> None:
     found = csalign.inspect(sided.features)
     assert found["sides"]["depth"]["rows"] == 20
-    assert found["items"]["pairs"]["image"] == {"text": 60, "audio": 40, "depth": 20}
-    assert found["items"]["pairs"]["audio"] == {"depth": 10}
+    assert found["counts"]["pairs"]["image"] == {"text": 60, "audio": 40, "depth": 20}
+    assert found["counts"]["pairs"]["audio"] == {"depth": 10}
     assert found["encoders"]["audio"]["spec"] == "audio-encoder"
     assert found["shards"] == 4
     assert {"image", "audio", "depth"} < found["health"].keys()

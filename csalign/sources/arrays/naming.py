@@ -46,6 +46,7 @@ REFERENCES = (  # of texts, to images
 )
 TEXT_IDS = ("text_id", "text_ids", "caption_id", "caption_ids", "text_key", "text_keys")
 ITEM_IDS = ("id", "ids", "key", "keys", "uid", "uuid")  # of either side
+ITEMS = ("item", "item_id")  # keys of items, of which a side may have several rows, or none
 PATHS = (*IMAGE_NAMES, "url", "image_url", "img_url", "uri", "image_uri", "sha256", "md5")
 _KEY_WORDS = {
     *("id", "ids", "key", "keys", "uid", "uuid", "guid", "hash", "sha", "md", "path", "paths"),

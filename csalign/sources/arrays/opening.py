@@ -65,7 +65,8 @@ def read_side(spec: Path, modality: str, column: str | None = None) -> base.Vect
     if path.is_dir() and is_clip_retrieval(path):
         sides = {str(side): own for side, own in read_clip_retrieval(path).items()}
         if modality not in sides:
-            missing = FOLDERS.get(modality, f"side {modality}")
+            folders = {str(side): folder for side, folder in FOLDERS.items()}
+            missing = folders.get(modality, f"side {modality}")
             raise DataError(f"{path}: has no {missing}; run clip-retrieval for that side")
         return sides[modality]
     if not path.exists():
