@@ -23,6 +23,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,10 +146,7 @@ def code_tokens(content: bytes) -> list[str]:
             value = element.get(key, "")
             if key in ("d", "points", "transform"):
                 letters = re.sub(r"[^a-zA-Z]", "", value)[:400]
-                tokens += [
-                    f"{key}:{pair}"
-                    for pair in map("".join, zip(letters, letters[1:], strict=False))
-                ]
+                tokens += [f"{key}:{pair}" for pair in map("".join, pairwise(letters))]
                 continue
             for colour in re.findall(r"#([0-9a-fA-F]{6})\b", value):
                 tokens.append(
