@@ -1,7 +1,7 @@
 """Adapters on disk: weights in safetensors, everything else in ``adapter.json``."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from csalign.adapters.kinds import is_baseline
 from csalign.adapters.model import Adapter, is_builtin
 from csalign.adapters.side import SideShape
 from csalign.core import __version__, atomic
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, SideName
 from csalign.core.errors import ConfigError, DataError, SchemaError, ShapeError
 from csalign.core.paths import DOCUMENTS, Kind, require_kind, stand_in
 from csalign.core.records import Record, read_record, write_record
@@ -23,7 +23,7 @@ from csalign.features.schema import EncoderInfo
 
 WEIGHTS = "adapter.safetensors"
 DESCRIPTION = DOCUMENTS[Kind.RUN]
-BothSides = Field(min_length=len(Modality))
+TwoOrMore = Field(min_length=2)
 
 
 class AdapterInfo(Record):
@@ -32,10 +32,10 @@ class AdapterInfo(Record):
     format: Literal["csalign-adapter"] = "csalign-adapter"
     format_version: Literal[1] = 1
     csalign_version: str = __version__
-    adapters: Annotated[dict[Modality, SideShape], BothSides]
-    encoders: Annotated[dict[Modality, str], BothSides]  # specs of those it was trained on
-    encoder_fingerprints: dict[Modality, str | None] | None = None  # None in old runs
-    encoder_settings: dict[Modality, dict[str, Any]] | None = None  # of `EncoderInfo.settings`
+    adapters: Annotated[dict[SideName, SideShape], TwoOrMore]
+    encoders: Annotated[dict[SideName, str], TwoOrMore]  # specs of those it was trained on
+    encoder_fingerprints: dict[SideName, str | None] | None = None  # None in old runs
+    encoder_settings: dict[SideName, dict[str, Any]] | None = None  # of `EncoderInfo.settings`
     start: str  # the closed form that training started from, or "random"
     step: int  # optimiser step of these weights
     logit_scale: float  # 1 / temperature of InfoNCE at that step
@@ -46,7 +46,7 @@ class AdapterInfo(Record):
     validation: dict[str, float] | None = None  # metrics of these weights
     weights_sha256: str = ""  # set by `save_adapter`
 
-    def encoder(self, side: Modality) -> EncoderInfo:
+    def encoder(self, side: AnySide) -> EncoderInfo:
         """Return what is known of the encoder that one side was trained on."""
         return EncoderInfo(
             spec=self.encoders[side],
@@ -56,11 +56,11 @@ class AdapterInfo(Record):
         )
 
 
-def unknown_info(shapes: dict[Modality, SideShape]) -> AdapterInfo:
+def unknown_info(shapes: Mapping[AnySide, SideShape]) -> AdapterInfo:
     """Describe an adapter of which only the shapes are known."""
     return AdapterInfo(
-        adapters=shapes,
-        encoders=dict.fromkeys(Modality, "unknown"),
+        adapters=dict(shapes),
+        encoders=dict.fromkeys(shapes, "unknown"),
         start="random",
         step=0,
         logit_scale=1.0,

@@ -18,7 +18,7 @@ from csalign.adapters.kinds import GROUP, check_kind
 from csalign.adapters.side import SideAdapter, SideShape, to_tensor
 from csalign.core.arrays import Array, Mask
 from csalign.core.atomic import translate_os_errors
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality, side_of
 from csalign.core.errors import ConfigError, CsalignError, DataError, ShapeError, reason_of
 from csalign.features.arrays import as_rows
 
@@ -149,11 +149,16 @@ def _translate_errors(kind: str, action: str) -> Iterator[None]:
         raise ConfigError(f"{kind}: failed to {action} ({reason})") from error
 
 
+def _module_name(side: str) -> str:
+    """Name the module of a side, apart from what a module has itself, such as "train"."""
+    return str(side) if side in [*Modality] else f"side:{side}"
+
+
 class Adapter(nn.Module):
-    """Adapters of both sides; `fit` and `load_adapter` return one.
+    """Adapters of two sides or more; `fit` and `load_adapter` return one.
 
     Args:
-        shapes: of each side, with one shared width.
+        shapes: of each side by name, with one shared width.
         allow: kinds ``package.module:Class`` that may be imported; see `find_kind`.
 
     Attributes:
@@ -172,40 +177,55 @@ class Adapter(nn.Module):
 
     info: "AdapterInfo | None" = None
 
-    def __init__(
-        self, shapes: Mapping[Modality, SideShape], *, allow: Collection[str] = ()
-    ) -> None:
+    image: SideAdapter
+    text: SideAdapter
+
+    def __init__(self, shapes: Mapping[Any, SideShape], *, allow: Collection[str] = ()) -> None:
         super().__init__()
-        image, text = shapes[Modality.IMAGE], shapes[Modality.TEXT]
-        if image.width != text.width:
-            raise ShapeError(
-                f"the image side maps to width {image.width}, the text side to {text.width}; "
-                "give both one width"
-            )
-        self.image = build_side(image, allow=allow)
-        self.text = build_side(text, allow=allow)
+        first, *others = shapes.items()
+        for side, shape in others:
+            if shape.width != first[1].width:
+                raise ShapeError(
+                    f"the {first[0]} side maps to width {first[1].width}, the {side} side to "
+                    f"{shape.width}; give both one width"
+                )
+        self._hold({side: build_side(shape, allow=allow) for side, shape in shapes.items()})
 
     @classmethod
-    def of_sides(cls, sides: Mapping[Modality, SideAdapter]) -> "Adapter":
-        """Make an adapter of two sides of one width, in evaluation mode."""
+    def of_sides(cls, sides: Mapping[Any, SideAdapter]) -> "Adapter":
+        """Make an adapter of sides of one width, in evaluation mode."""
         adapter = cls.__new__(cls)
         nn.Module.__init__(adapter)
-        adapter.image, adapter.text = sides[Modality.IMAGE], sides[Modality.TEXT]
+        adapter._hold(sides)
         return adapter.eval()
 
+    def _hold(self, sides: Mapping[str, SideAdapter]) -> None:
+        self.names: tuple[AnySide, ...] = tuple(map(side_of, sides))
+        for side, own in sides.items():
+            self.add_module(_module_name(side_of(side)), own)
+
     @property
-    def shapes(self) -> dict[Modality, SideShape]:
-        """The shapes of both sides, from which an equal adapter can be built."""
-        return {side: self.side(side).shape for side in Modality}
+    def shapes(self) -> dict[AnySide, SideShape]:
+        """The shapes of all sides, from which an equal adapter can be built."""
+        return {side: self.side(side).shape for side in self.names}
 
     @property
     def shares(self) -> list[float]:
         """Shares of the parts in cosines, which sum to 1; [1.0] without parts."""
-        return self.image.shares.tolist() if isinstance(self.image, Parts) else [1.0]
+        first = self.side(self.names[0])
+        return first.shares.tolist() if isinstance(first, Parts) else [1.0]
 
-    def side(self, modality: Modality | str) -> SideAdapter:
-        """Return the adapter of one side, "image" or "text"; ConfigError for any other name."""
-        return self.image if Modality.of(modality) is Modality.IMAGE else self.text
+    def side(self, name: str) -> SideAdapter:
+        """Return the adapter of one side, such as "image"; ConfigError if there is none."""
+        if name not in self.names:
+            if {*self.names} == {*Modality}:
+                name = Modality.of(name)
+            elif (found := side_of(name)) in self.names:
+                name = found
+            else:
+                raise ConfigError(f"{name!r} is not a side; use {' or '.join(self.names)}")
+        side: SideAdapter = self.get_submodule(_module_name(name))  # type: ignore[assignment]
+        return side
 
     def start_from(self, form: ClosedForm) -> None:
         """Make both sides compute a closed form.
@@ -219,15 +239,15 @@ class Adapter(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Count the parameters of each side, trained or fitted; 0 for a frozen one."""
         return {
-            side.value: sum(p.numel() for p in self.side(side).parameters()) for side in Modality
+            str(side): sum(p.numel() for p in self.side(side).parameters()) for side in self.names
         }
 
     @torch.inference_mode()
-    def embed(self, modality: Modality | str, embeddings: Any, *, batch_size: int = 8_192) -> Array:
+    def embed(self, modality: str, embeddings: Any, *, batch_size: int = 8_192) -> Array:
         """Align the embeddings of one side.
 
         Args:
-            modality: which side they come from, "image" or "text".
+            modality: which side they come from, such as "image" or "text".
             embeddings: (n, input_width), any float dtype, finite, no row of norm 0: a NumPy array,
                 a torch tensor, or lists of lists.
             batch_size: rows per forward pass.
@@ -240,7 +260,8 @@ class Adapter(nn.Module):
             ShapeError: the width is not the one that the adapter was trained on.
             DataError: a row has no direction: it is 0 or not finite.
         """
-        embeddings = as_rows(embeddings, f"{Modality.of(modality)} embeddings")
+        name = f"{side_of(modality)} embeddings"
+        embeddings = as_rows(embeddings, name)
         side = self._side_for(modality, embeddings)
         self.eval()
         out = np.empty((len(embeddings), side.shape.width), np.float32)
@@ -248,7 +269,7 @@ class Adapter(nn.Module):
             rows = to_tensor(embeddings[start : start + batch_size], side.mean.device)
             norms, own = rows.norm(dim=1), normalize(side(rows), dim=1)
             out[start : start + batch_size] = own.cpu().numpy()
-            _check_directions(norms.cpu().numpy(), f"{Modality.of(modality)} embeddings", start)
+            _check_directions(norms.cpu().numpy(), name, start)
         return out
 
     def embed_images(self, embeddings: Any, *, batch_size: int = 8_192) -> Array:
@@ -277,7 +298,7 @@ class Adapter(nn.Module):
 
     @torch.inference_mode()
     def embed_tokens(
-        self, modality: Modality | str, embeddings: Array, tokens: Array, mask: Mask
+        self, modality: str, embeddings: Array, tokens: Array, mask: Mask
     ) -> tuple[Array, Array]:
         """Align the embeddings and tokens of one batch of a side.
 
@@ -313,7 +334,7 @@ class Adapter(nn.Module):
         rows, own = (normalize(part, dim=-1).cpu().numpy() for part in aligned)
         return rows, own
 
-    def _side_for(self, modality: Modality | str, embeddings: Array) -> SideAdapter:
+    def _side_for(self, modality: str, embeddings: Array) -> SideAdapter:
         side = self.side(modality)
         if embeddings.ndim != 2 or embeddings.shape[1] != side.shape.input_width:
             raise ShapeError(

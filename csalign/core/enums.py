@@ -3,9 +3,13 @@
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import PlainSerializer, PlainValidator
 
 from csalign.core.errors import ConfigError
+
+_SIDE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class Modality(StrEnum):
@@ -42,6 +46,54 @@ class Modality(StrEnum):
     def plural(self) -> str:
         """Name of this side's folder in a feature set and of its counts."""
         return f"{self.value}s"
+
+
+class Side(str):
+    """Name of a side that is neither images nor texts, with what `Modality` has."""
+
+    @property
+    def value(self) -> str:
+        """The name as a plain string."""
+        return str(self)
+
+    @property
+    def plural(self) -> str:
+        """Name of this side's counts: the name itself, since a plural "s" would be a guess."""
+        return str(self)
+
+
+AnySide = Modality | Side
+
+
+def side_of(name: str) -> AnySide:
+    """Return the side of a name, which for images and texts may be in the plural.
+
+    Raises:
+        ConfigError: no side can have that name.
+
+    >>> side_of("images"), side_of("audio").plural
+    (<Modality.IMAGE: 'image'>, 'audio')
+    """
+    for side in Modality:
+        if name in (side.value, side.plural):
+            return side
+    if not _SIDE.fullmatch(name):
+        raise ConfigError(
+            f"{name!r}: cannot name a side; use up to 64 lower-case letters, digits, '-' and '_', "
+            "with a letter or digit first"
+        )
+    return Side(name)
+
+
+def _read_side(name: str) -> AnySide:
+    try:
+        return side_of(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+SideName = Annotated[AnySide, PlainValidator(_read_side), PlainSerializer(str)]
+"""A side in a document."""
 
 
 class PairwiseName(StrEnum):

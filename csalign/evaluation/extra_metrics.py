@@ -278,7 +278,7 @@ def _column(name: str, features: FeatureSet, ids: Sequence[str], groups: Labels 
     """Return the values of images in COLUMN of a table or the features, or TABLE.csv:COLUMN."""
     table, column = _parse_column(name, groups)
     images = features.images
-    stored = [n for n in schema.STRING_COLUMNS[images.modality] if n != schema.ID]
+    stored = [n for n in schema.string_columns(images.modality) if n != schema.ID]
     if table is not None and column in table.names:
         known = _values_by_key(table, IMAGE_KEYS, column)
         if not (count := sum(key in known for key in ids)):

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from csalign.core.arrays import Array, Floats, Ints, Mask
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality
 from csalign.core.errors import DataError
 from csalign.core.figures import percent
 from csalign.features import schema
@@ -21,7 +21,7 @@ _CHECKED_VALUES = 1 << 17  # likewise, few enough to stay in the caches of a CPU
 _INFINITE_HALF = 0x7C00  # bits of float16
 FEW_QUERIES = 30
 LEAST_PAIRS = 200  # different ones; of fewer nothing is said of both sides
-COLLAPSE = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}  # share of a side in equal rows
+COLLAPSE: dict[AnySide, float] = {Modality.IMAGE: 0.1, Modality.TEXT: 0.5}  # share of equal rows
 FEW_EQUAL = 10  # may be so by chance, or copies
 LEAST_SPREAD = 1e-5  # variance of unit rows, at most 1; the narrowest encoders have 0.01
 WINDOW, WINDOWS = 512, 4  # of rows in a sample
@@ -167,15 +167,16 @@ def examine(features: FeatureSet) -> tuple[dict[str, dict[str, float]], list[str
         variance; and "effective_dimensions", (sum v)^2 / sum v^2 of the variances v along principal
         axes.
     """
-    tables = [table for table in (features.images, features.texts) if len(table)]
+    tables = [table for table in map(features.table, features.sides) if len(table)]
     samples = [_sample(table) for table in tables]
     found, lines = {}, []
     for table, rows in zip(tables, samples, strict=True):
         found[table.modality.value], problem = _examine(rows, table.modality)
         lines += [f"{table.modality.plural}: {problem}"] * bool(problem)
-    if len(samples) == 2 and samples[0].shape[1] == samples[1].shape[1]:
-        first, total = len(samples[0]), sum(map(len, samples))
-        equal = int((alike(np.concatenate(samples))[first:] < first).sum())
+    both = [table.modality for table in tables[:2]] == [*Modality]
+    if both and samples[0].shape[1] == samples[1].shape[1]:
+        first, total = len(samples[0]), sum(map(len, samples[:2]))
+        equal = int((alike(np.concatenate(samples[:2]))[first:] < first).sum())
         # Of equal sides in different order, samples share few rows.
         if equal >= max(2, (total - first) * first / len(features.images) / 2):
             lines.append(
@@ -201,7 +202,7 @@ def _sample(table: FeatureTable) -> Array:
     return table.take(rows)
 
 
-def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
+def _examine(rows: Array, side: AnySide) -> tuple[dict[str, float], str]:
     """Measure rows (k, d), and word what is unusual, "" if nothing; see `examine`."""
     _, first, counts = np.unique(alike(rows), return_index=True, return_counts=True)
     unit, most = scaled(rows[first]), int(counts.max())
@@ -218,7 +219,8 @@ def _examine(rows: Array, side: Modality) -> tuple[dict[str, float], str]:
         "top3_share": _top3(shares),
         "effective_dimensions": float(np.square(some).sum()) ** 2 / products if products else 1.0,
     }
-    if most >= FEW_EQUAL and found["equal_rows"] > COLLAPSE[side]:
+    collapsed = COLLAPSE.get(side, COLLAPSE[Modality.TEXT])
+    if most >= FEW_EQUAL and found["equal_rows"] > collapsed:
         return found, (
             f"{percent(found['equal_rows'], 0)} repeat one embedding; check the input (blank "
             "pictures, no text) and the pooling (a padding token is the same everywhere)"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csalign.core.arrays import Array, Indices
-from csalign.core.enums import Modality
-from csalign.core.errors import DataError, SchemaError, reason_of
+from csalign.core.enums import AnySide, Modality, side_of
+from csalign.core.errors import ConfigError, DataError, SchemaError, reason_of
 from csalign.core.paths import is_remote, stand_in
 from csalign.core.progress import tick, track
 from csalign.features import schema, verified
@@ -38,11 +38,12 @@ class FeatureTable:
     """One side of a feature set on disk; reads nothing until asked."""
 
     folder: Path  # the feature set
-    modality: Modality
+    modality: AnySide
     info: EncoderInfo | None  # its encoder; None if the feature set has no such side
     dtype: str  # as stored, "float16" or "float32"
     shards: tuple[Shard, ...]  # in row order
     splits: Splits | None = None  # which stand for the stored column of splits
+    items: bool = False  # whether images and texts have a column of items
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
@@ -71,7 +72,7 @@ class FeatureTable:
             SchemaError: a shard is missing, truncated, not listed, or has other columns.
         """
         listed = {self._path(shard).name for shard in self.shards}
-        side = self.folder / self.modality.plural
+        side = self.folder / schema.folder_of(self.modality)
         for path in sorted(side.glob("*.parquet") if side.exists() else ()):
             if path.name not in listed:
                 raise SchemaError(
@@ -80,7 +81,9 @@ class FeatureTable:
                 )
         for shard in self.shards:
             info = self.encoder
-            columns = schema.table_schema(self.modality, self.dtype, info.width, info.token_width)
+            columns = schema.table_schema(
+                self.modality, self.dtype, info.width, info.token_width, items=self.items
+            )
             self._check_file(shard, columns, AGAIN)
         if (file := self._split_file) is not None:
             self._check_file(file, schema.splits_schema(), self._divide_again)
@@ -285,6 +288,7 @@ class FeatureSet:
     manifest: Manifest
     images: FeatureTable
     texts: FeatureTable
+    further: dict[str, FeatureTable] = field(default_factory=dict)  # sides by name
 
     @classmethod
     def open(cls, path: Path, *, stored_splits: bool = False) -> Self:
@@ -299,36 +303,65 @@ class FeatureSet:
         manifest = read_manifest(path)
         if stored_splits:
             manifest = manifest.model_copy(update={"splits": None})
-        counts = {Modality.IMAGE: manifest.counts.images, Modality.TEXT: manifest.counts.texts}
-        tables = []
-        for side, count in counts.items():
-            shards = tuple(manifest.shards.side(side))
-            info = manifest.encoders.side(side)
-            table = FeatureTable(path, side, info, manifest.dtype, shards, manifest.splits)
+        found: dict[AnySide, FeatureTable] = {}
+
+        def add(side: AnySide, info: EncoderInfo | None, shards: list[Shard], count: int) -> None:
+            table = FeatureTable(
+                *(path, side, info, manifest.dtype, tuple(shards)),
+                *(manifest.splits, manifest.items),
+            )
             table.check()
             if len(table) != count:
                 raise SchemaError(
                     f"{path}: the shards have {len(table)} {side.plural}, the manifest counts "
                     f"{count}; {AGAIN}"
                 )
-            tables.append(table)
-        return cls(path, manifest, *tables)
+            found[side] = table
 
-    def table(self, modality: Modality) -> FeatureTable:
-        """Return the table of one side."""
-        return self.images if Modality.of(modality) is Modality.IMAGE else self.texts
+        for side, count in zip(
+            Modality, (manifest.counts.images, manifest.counts.texts), strict=True
+        ):
+            add(side, manifest.encoders.side(side), manifest.shards.side(side), count)
+        for name in sorted(manifest.sides):
+            entry = manifest.sides[name]
+            add(name, entry.encoder, entry.shards, entry.rows)
+        images, texts, *_ = found.values()
+        further = {str(side): table for side, table in [*found.items()][len(Modality) :]}
+        return cls(path, manifest, images, texts, further)
+
+    @property
+    def sides(self) -> tuple[AnySide, ...]:
+        """The sides that are stored: images, texts, then the others by name."""
+        return self.manifest.side_names
+
+    @property
+    def is_sided(self) -> bool:
+        """Whether there are sides beside images and texts."""
+        return bool(self.further)
+
+    def table(self, side: str) -> FeatureTable:
+        """Return the table of one side; ConfigError for a name that is not a side of this set."""
+        if side in self.further:
+            return self.further[side]
+        if self.further and side_of(side) not in (*Modality, *self.further):
+            raise ConfigError(
+                f"{self.path}: has no side {side!r}; its sides are {', '.join(self.sides)}"
+            )
+        return self.images if Modality.of(side) is Modality.IMAGE else self.texts
 
     def verify(self) -> None:
         """Compare every shard with its checksum."""
-        self.images.verify()
-        self.texts.verify()
+        for table in (self.images, self.texts, *self.further.values()):
+            table.verify()
 
     def splits(self) -> dict[str | None, dict[str, int]]:
         """Count rows by split: ``{"train": {"images": n, "texts": m}, ...}``; None is no split."""
         found: dict[str | None, dict[str, int]] = {}
-        for table in (self.images, self.texts):
+        tables = (self.images, self.texts, *self.further.values())
+        for table in tables:
             for entry in table.column(schema.SPLIT).value_counts().to_pylist():
-                counts = found.setdefault(entry["values"], {"images": 0, "texts": 0})
+                none = {own.modality.plural: 0 for own in tables}
+                counts = found.setdefault(entry["values"], none)
                 counts[table.modality.plural] = entry["counts"]
         return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0] or "")))
 

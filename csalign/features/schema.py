@@ -3,14 +3,14 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from csalign.core import atomic
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality, Side, SideName
 from csalign.core.errors import CsalignError, DataError
 from csalign.core.paths import DOCUMENTS, Kind, is_store_error, require_kind
 from csalign.core.records import Record, read_record
@@ -18,12 +18,14 @@ from csalign.core.records import Record, read_record
 MANIFEST = DOCUMENTS[Kind.FEATURES]
 FAILURES = "failures.jsonl"
 SPLITS = "splits"
-ENTRIES = frozenset({MANIFEST, FAILURES, SPLITS, "images", "texts", "config.toml"})
+SIDES = "sides"
+ENTRIES = frozenset({MANIFEST, FAILURES, SPLITS, SIDES, "images", "texts", "config.toml"})
 """Names in the folder of a feature set."""
-FORMAT_VERSION: Final = 2  # of sets with "splits"; all others are of version 1
+FORMAT_VERSION: Final = 2  # of sets with "splits", "sides" or "items"; all others are of version 1
 
 ID = "id"
 IMAGE_ID = "image_id"
+ITEM = "item"
 CAPTION = "caption"
 SOURCE = "source"
 SPLIT = "split"
@@ -34,6 +36,7 @@ STRING_COLUMNS = {
     Modality.IMAGE: (ID, SOURCE, SPLIT),
     Modality.TEXT: (ID, IMAGE_ID, CAPTION, SPLIT),
 }
+SIDE_COLUMNS = (ID, ITEM, CAPTION, SOURCE, SPLIT)  # strings of any further side
 DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
@@ -44,13 +47,31 @@ LEAST_NORM, MOST_NORM = 1e-10, 1e18
 RESCALE = "scale the embeddings to norms about 1, which changes no result"
 
 
+def string_columns(side: AnySide, *, items: bool = False) -> tuple[str, ...]:
+    """Return the string columns of a side; with `items` images and texts have their item too."""
+    if not isinstance(side, Modality):
+        return SIDE_COLUMNS
+    return (*STRING_COLUMNS[side], *((ITEM,) if items else ()))
+
+
+def folder_of(side: AnySide) -> str:
+    """Return the folder of a side's files within the set."""
+    return side.plural if isinstance(side, Modality) else f"{SIDES}/{side}"
+
+
 def table_schema(
-    modality: Modality, dtype: str, width: int, token_width: int | None = None
+    side: AnySide,
+    dtype: str,
+    width: int,
+    token_width: int | None = None,
+    *,
+    items: bool = False,
 ) -> pa.Schema:
     """Build the Arrow schema of one side's Parquet files; no `token_width` means no tokens."""
     number = DTYPES[dtype]
+    names = string_columns(side, items=items)
     fields = [pa.field(ID, pa.string(), nullable=False)]
-    fields += [pa.field(name, pa.string()) for name in STRING_COLUMNS[modality] if name != ID]
+    fields += [pa.field(name, pa.string()) for name in names if name != ID]
     fields.append(pa.field(EMBEDDING, vector_type(number, width), nullable=False))
     if token_width is not None:
         fields.append(pa.field(TOKENS, pa.list_(vector_type(number, token_width)), nullable=False))
@@ -171,12 +192,33 @@ class Splits(Record):
     threshold: float | None  # least cosine of near-duplicates; None if only equal ones were grouped
     groups: int  # of several images
     grouped: int  # images in them
-    images: Shard
+    images: Shard | None
     texts: Shard | None
+    sides: dict[SideName, Shard] = Field(default_factory=dict)  # of the further sides
 
-    def side(self, modality: Modality) -> Shard | None:
+    def side(self, side: AnySide) -> Shard | None:
         """Return the file of one side; None if the side is not stored."""
-        return self.images if modality is Modality.IMAGE else self.texts
+        if not isinstance(side, Modality):
+            return self.sides.get(side)
+        return self.images if side is Modality.IMAGE else self.texts
+
+
+class SideEntry(Record):
+    """A further side: its encoder, and its files in row order."""
+
+    encoder: EncoderInfo
+    rows: int = Field(ge=0)
+    shards: list[Shard]
+
+
+def _further(side: AnySide) -> Side:
+    """Raise ValueError unless a side may stand beside images and texts."""
+    if isinstance(side, Modality):
+        raise ValueError(f"{side} has a folder of its own")
+    return side
+
+
+FurtherSide = Annotated[SideName, AfterValidator(_further)]
 
 
 class Manifest(Record):
@@ -185,7 +227,10 @@ class Manifest(Record):
     "names" are the names of the sides if they are not images and texts; "source_root" is the folder
     that relative sources of images start from; "pairing" is what paired imported rows, such as
     "row order" or "image_id"; "job" is the SHA-256 of the extraction that wrote the set; "joined"
-    counts the images that repeated an earlier one, and have no row. Each is omitted if unknown.
+    counts the images that repeated an earlier one, and have no row; "sides" are those beside images
+    and texts; "items" says that images and texts have the column item, by which the rows of all
+    sides belong together (else an image has its id, and a text its image_id). Each is omitted if
+    unknown or empty.
     """
 
     format: Literal["csalign-features"] = "csalign-features"
@@ -201,18 +246,28 @@ class Manifest(Record):
     counts: Counts
     shards: Shards
     splits: Splits | None = None
+    sides: dict[FurtherSide, SideEntry] = Field(default_factory=dict)
+    items: bool = False
+
+    @property
+    def side_names(self) -> tuple[AnySide, ...]:
+        """The sides that are stored: images, texts, then the others by name."""
+        both = (side for side in Modality if self.encoders.side(side) is not None)
+        return (*both, *sorted(self.sides))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the shards' checksums, which identifies the files of this set.
 
         Copies of a set have the same one. Rows written again may not, as the bytes of a Parquet
-        file depend on the version of pyarrow that wrote it. With `splits`, that of their files
-        follows after a hyphen; see `same_rows`.
+        file depend on the version of pyarrow that wrote it. That of each further side follows
+        after a "+", and that of the files of `splits` after a hyphen; see `same_rows`.
         """
         found = _sha256_of(*self.shards.images, *self.shards.texts)
+        further = sorted(self.sides)
+        found += "".join(f"+{_sha256_of(*self.sides[name].shards)}" for name in further)
         if self.splits is None:
             return found
-        files = (self.splits.side(side) for side in Modality)
+        files = [self.splits.side(side) for side in (*Modality, *further)]
         return f"{found}-{_sha256_of(*(file for file in files if file is not None))}"
 
     @property
@@ -229,8 +284,13 @@ def _sha256_of(*files: Shard) -> str:
 
 
 def same_rows(one: str, other: str) -> bool:
-    """Return whether two fingerprints are of the same rows, maybe divided into other splits."""
-    return one.partition("-")[0] == other.partition("-")[0]
+    """Return whether two fingerprints are of the same rows, maybe divided into other splits.
+
+    A set to which sides were added still has the rows that it had.
+    """
+    (first, *sides), (second, *others) = (own.partition("-")[0].split("+") for own in (one, other))
+    smaller, larger = sorted(({*sides}, {*others}), key=len)
+    return first == second and smaller <= larger and (bool(smaller) or first != _sha256_of())
 
 
 def source_root(sources: Iterable[Any]) -> str | None:
@@ -269,5 +329,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     for name in ("names", "source_root", "pairing", "job", "joined", "splits"):
         if document[name] is None:
             del document[name]
-    document["format_version"] = FORMAT_VERSION if manifest.splits else 1
+    # An older csalign takes an unknown key for damage.
+    for part, name in ((document, "sides"), (document, "items"), (document.get("splits"), "sides")):
+        if part and not part[name]:
+            del part[name]
+    is_new = manifest.splits or manifest.sides or manifest.items
+    document["format_version"] = FORMAT_VERSION if is_new else 1
     atomic.write_json(folder / MANIFEST, document)

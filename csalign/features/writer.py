@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from csalign.core import __version__, atomic
 from csalign.core.arrays import Array
-from csalign.core.enums import Modality
+from csalign.core.enums import AnySide, Modality, Side, side_of
 from csalign.core.errors import DataError, ShapeError
 from csalign.features import schema
 from csalign.features.checks import find_unusable
@@ -32,7 +32,7 @@ Strings = Sequence[str | None]
 class Rows:
     """Some rows of one side."""
 
-    # n values of each of `schema.STRING_COLUMNS`, arrays of Arrow or lists; omitted is null
+    # n values of each of `schema.string_columns`, arrays of Arrow or lists; omitted is null
     columns: Mapping[str, Strings | pa.Array]
     embeddings: Array  # (n, d), any float dtype, finite, no row of norm 0
     tokens: Sequence[Array] | None = None  # n arrays (t_i, d_t), any float dtype
@@ -51,7 +51,7 @@ class Rows:
         """Return the n values of a string column as a list."""
         return self.column(name).to_pylist()  # type: ignore[no-any-return]
 
-    def stored(self, side: Modality, dtype: str) -> Array:
+    def stored(self, side: AnySide, dtype: str) -> Array:
         """Cast the embeddings; raises DataError if one has no direction, as given or cast."""
         for row, reason in find_unusable(self.embeddings, dtype).items():
             name = f"{side} {self.column(schema.ID)[row].as_py()!r}"
@@ -63,15 +63,26 @@ class ShardWriter:
     """Write one Parquet file of one side; `close` completes it."""
 
     def __init__(
-        self, folder: Path, name: str, modality: Modality, info: EncoderInfo, dtype: str
+        self,
+        folder: Path,
+        name: str,
+        modality: AnySide,
+        info: EncoderInfo,
+        dtype: str,
+        *,
+        items: bool = False,
     ) -> None:
         self.modality = modality
+        self._names = schema.string_columns(modality, items=items)
+        self._shown = schema.folder_of(modality)
         self.bytes = 0  # of the rows written, in memory; about as many as on disk
         self._rows = 0
         self._info = info
         self._dtype = dtype
-        self._path = folder / modality.plural / f"{name}.parquet"
-        self._schema = schema.table_schema(modality, dtype, info.width, info.token_width)
+        self._path = folder / self._shown / f"{name}.parquet"
+        self._schema = schema.table_schema(
+            modality, dtype, info.width, info.token_width, items=items
+        )
         self._pending: list[pa.RecordBatch] = []
         self._stack = ExitStack()
         self._temporary: Path | None = None
@@ -87,8 +98,7 @@ class ShardWriter:
         shape, expected = rows.embeddings.shape, (len(rows.columns[schema.ID]), self._info.width)
         if shape != expected:
             raise ShapeError(f"{self.modality} embeddings have shape {shape}, expected {expected}")
-        names = schema.STRING_COLUMNS[self.modality]
-        arrays = [rows.column(name) for name in names]
+        arrays = [rows.column(name) for name in self._names]
         embeddings = rows.stored(self.modality, self._dtype)
         arrays.append(fixed_lists(embeddings, self._schema.field(schema.EMBEDDING).type))
         if self._info.token_width is not None:
@@ -108,7 +118,7 @@ class ShardWriter:
         with atomic.translate_os_errors(self._path):
             self._file.close()
             self._stack.close()
-        path = f"{self.modality.plural}/{self._path.name}"
+        path = f"{self._shown}/{self._path.name}"
         return Shard(
             path=path, rows=self._rows, bytes=self._file.bytes, sha256=self._file.sha256.hexdigest()
         )
@@ -144,7 +154,7 @@ class ShardWriter:
         with atomic.translate_os_errors(self._path):
             if self._file is None:
                 self._temporary = self._stack.enter_context(atomic.atomic_path(self._path))
-                strings = list(schema.STRING_COLUMNS[self.modality])
+                strings = list(self._names)
                 file = VectorFile(
                     self._temporary,
                     self._schema,
@@ -166,7 +176,7 @@ class ShardWriter:
 
 
 class FeatureWriter:
-    """Write both sides of a feature set; use as a context manager.
+    """Write the sides of a feature set; use as a context manager.
 
     Leaving the block without an exception checks the ids and writes the manifest.
 
@@ -177,6 +187,7 @@ class FeatureWriter:
         names: of the sides, if not image and text.
         source_root: folder that relative sources start from, if known.
         pairing: how texts were paired with images, if known; see `schema.Manifest`.
+        items: whether images and texts get a column of items, as further sides have.
 
     Raises:
         DataError: at the end, an id repeats or the image of a text is missing.
@@ -185,33 +196,40 @@ class FeatureWriter:
     def __init__(
         self,
         folder: Path,
-        encoders: Mapping[Modality, EncoderInfo],
+        encoders: Mapping[Any, EncoderInfo],
         dtype: str,
         names: Mapping[Modality, str] | None = None,
         source_root: str | None = None,
         pairing: str | None = None,
+        *,
+        items: bool = False,
     ) -> None:
-        self._pairing = pairing
+        self._pairing, self._items = pairing, items
         self._names = None if names is None else dict(names)
         self._source_root = source_root
         self._folder = folder
-        self._encoders = dict(encoders)
+        self._encoders: dict[AnySide, EncoderInfo] = {
+            side_of(side): info for side, info in encoders.items()
+        }
+        sides = dict.fromkeys([*Modality, *self._encoders])
         self._dtype = dtype
-        self._writers: dict[Modality, ShardWriter] = {}
-        self._shards: dict[Modality, list[Shard]] = {side: [] for side in Modality}
-        self._ids: dict[Modality, list[pa.Array]] = {side: [] for side in Modality}
+        self._writers: dict[AnySide, ShardWriter] = {}
+        self._shards: dict[AnySide, list[Shard]] = {side: [] for side in sides}
+        self._ids: dict[AnySide, list[pa.Array]] = {side: [] for side in sides}
         self._image_ids: list[pa.Array] = []
         (folder / schema.FAILURES).touch()
 
-    def write(self, modality: Modality, rows: Rows) -> None:
+    def write(self, side: str, rows: Rows) -> None:
         """Append rows to one side; raises DataError if an id is missing, and as `ShardWriter`."""
-        modality = Modality.of(modality)
+        modality = side_of(side) if side in self._encoders else Modality.of(side)
         ids = rows.column(schema.ID)
         if (row := pc.fill_null(pc.equal(ids, ""), True).index(True).as_py()) >= 0:
             raise DataError(f"{modality} {row}: has no id")
         if modality not in self._writers:
             name, info = f"part-{len(self._shards[modality]):05d}", self._encoders[modality]
-            self._writers[modality] = ShardWriter(self._folder, name, modality, info, self._dtype)
+            self._writers[modality] = ShardWriter(
+                self._folder, name, modality, info, self._dtype, items=self._items
+            )
         self._writers[modality].write(rows)
         self._ids[modality].append(ids)
         if modality is Modality.TEXT:
@@ -236,14 +254,15 @@ class FeatureWriter:
                 for writer in self._writers.values():
                     writer.abort(error)
 
-    def _close(self, side: Modality) -> None:
+    def _close(self, side: AnySide) -> None:
         if (shard := self._writers[side].close()) is not None:
             self._shards[side].append(shard)
         del self._writers[side]  # one that fails stays, to be aborted
 
     def _finish(self) -> None:
-        images, texts = (pa.chunked_array(self._ids[side], pa.string()) for side in Modality)
-        for side, ids in zip(Modality, (images, texts), strict=True):
+        all_ids = {side: pa.chunked_array(own, pa.string()) for side, own in self._ids.items()}
+        images, texts = (all_ids[side] for side in Modality)
+        for side, ids in all_ids.items():
             if side is Modality.TEXT and texts.equals(images):
                 continue
             if len(repeated := repeated_ids(ids)):
@@ -267,6 +286,13 @@ class FeatureWriter:
             dtype=self._dtype,
             encoders=schema.Encoders(image=image, text=text),
             counts=schema.Counts(images=len(images), texts=len(texts), pairs=pairs, failures=0),
-            shards=schema.Shards(**{side.plural: shards for side, shards in self._shards.items()}),
+            shards=schema.Shards(**{side.plural: self._shards[side] for side in Modality}),
+            sides={
+                side: schema.SideEntry(encoder=info, rows=len(all_ids[side]), shards=shards)
+                for side, info in self._encoders.items()
+                for shards in [self._shards[side]]
+                if isinstance(side, Side)
+            },
+            items=self._items,
         )
         schema.write_manifest(self._folder, manifest)

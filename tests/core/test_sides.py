@@ -35,14 +35,14 @@ def takes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Take]:
         path = folder / f"written-{side}-{np.random.default_rng().integers(2**62)}"
         path.mkdir()
         with FeatureWriter(path, info, "float32") as writer:
-            writer.write(side, Rows({"id": ["a"]}, images[:1]))  # type: ignore[arg-type]
+            writer.write(side, Rows({"id": ["a"]}, images[:1]))
         return FeatureSet.open(path).manifest.counts
 
     found: dict[str, Take] = {
         "Adapter.side": adapter.side,
         "Adapter.embed": lambda side: adapter.embed(side, images).tolist(),
         "SentenceAdapter": lambda side: csalign.SentenceAdapter(folder / "run", side)._modality,
-        "FeatureSet.table": features.table,  # type: ignore[dict-item]
+        "FeatureSet.table": features.table,
         "Manifest.encoders": manifest.encoders.side,  # type: ignore[dict-item]
         "Manifest.shards": lambda side: manifest.shards.side(side)[0].path,  # type: ignore[arg-type]
         "Encoders.side": Encoders("x", "y").side,  # type: ignore[arg-type,dict-item]

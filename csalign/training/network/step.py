@@ -124,7 +124,7 @@ class Stepper:
 
 
 def prepare_step(
-    shapes: Mapping[Modality, SideShape],
+    shapes: Mapping[Any, SideShape],
     objective: ObjectiveOptions,
     options: OptimizerOptions,
     device: torch.device,
