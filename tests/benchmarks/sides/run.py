@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 from matrix import (
+    Embed,
     Pair,
     Sides,
     all_ranks,
@@ -187,11 +188,7 @@ def pairwise(problem: Problem, sides: Sides) -> None:
                 )
                 train = ("train", folder / "set", "--out", folder / "run", "--seed", problem.seed)
                 document, spent = command(*train)
-                adapter = csalign.load_adapter(folder / "run")
-                modality = {a: "image", b: "text"}
-                ranks = pair_ranks(
-                    sides, (a, b), lambda name, rows: adapter.embed(modality[name], rows)
-                )
+                ranks = pair_ranks(sides, (a, b), two_sided(folder / "run", (a, b)))
             problem.keep(
                 own, ranks, spent, start=document.get("start"), pairs=document.get("pairs")
             )
@@ -201,6 +198,12 @@ def pairwise(problem: Problem, sides: Sides) -> None:
         cpu_s += done["cpu_s"]
         pairs[f"{a}-{b}"] = done["pairs"]
     problem.keep("pairwise", found, cpu_s, models=len(pairs), pairs=pairs)
+
+
+def two_sided(run: Path, pair: Pair) -> Embed:
+    """Return a function that embeds the sides of a pair, which the run calls image and text."""
+    adapter, modality = csalign.load_adapter(run), dict(zip(pair, ("image", "text"), strict=True))
+    return lambda name, rows: adapter.embed(modality[name], rows)
 
 
 def sided_set(problem: Problem, sides: Sides) -> Path:
