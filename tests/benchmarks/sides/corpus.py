@@ -6,12 +6,14 @@ Usage::
     python tests/benchmarks/icons/prepare.py --work ICONS
     python tests/benchmarks/sides/corpus.py art --source OC --out DIR/art
     python tests/benchmarks/sides/corpus.py icons --source ICONS --out DIR/icons
+    apt-get -o Acquire::Languages=en,de,fr,ja update
+    python tests/benchmarks/sides/corpus.py packages --out DIR/packages
 
 Writes an array NAME.npy per side, and tables for ``csalign import --pairs``: ``items.csv`` with a
 column per side, which holds the row of an item in that side's array or nothing, and
 ``items-P-S.csv`` without P % of the memberships of training items, chosen by seed S. A row without
 a membership is of no item in that table. Needs what the two other scripts need, and
-``scikit-learn``. Minutes on one core, once those have run.
+``scikit-learn`` and ``python-debian``. Minutes on one core, once those have run.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from debian import deb822
 from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -42,6 +46,7 @@ Ints = NDArray[np.int64]
 
 HELD_OUT = 0.1  # share of the items, for each of test and val
 ICON_SETS = ("mdi", "hugeicons", "tabler", "lucide")  # by four designers, with the most in common
+LANGUAGES = {"german": "de", "french": "fr", "japanese": "ja"}
 _DRAWN = ("style", "fill", "stroke", "d", "transform", "points", "stop-color")
 
 
@@ -198,6 +203,65 @@ def item_of(name: str) -> str:
     return " ".join(sorted(name.casefold().split()))
 
 
+def packages(_: Path | None) -> Corpus:
+    """Debian packages: the line that describes each in four languages, and its tags.
+
+    Items are packages with current translations into two of three languages, one of each source
+    package in all its versions, so that no relative of a held-out package is trained on.
+    """
+    tags, family, current = {}, {}, {}
+    for entry in deb822.Deb822.iter_paragraphs(apt_lists("Packages", "en")):
+        name = entry["Package"]
+        current[name] = entry["Description-md5"]
+        family[name] = re.sub(r"[\d.]+", "", entry.get("Source", name).split()[0])
+        tags[name] = sorted(set(entry.get("Tag", "").replace(",", " ").split()))
+    lines: dict[str, dict[str, str]] = {}
+    for language in ("en", *LANGUAGES.values()):
+        lines[language] = {}
+        for entry in deb822.Deb822.iter_paragraphs(apt_lists("Translations", language)):
+            name = entry["Package"]
+            if current.get(name) == entry["Description-md5"]:
+                lines[language][name] = entry[f"Description-{language}"].split("\n")[0].strip()
+    english = lines.pop("en")
+    one_each: dict[str, str] = {}
+    for name in sorted(english):
+        if sum(name in own for own in lines.values()) >= 2:
+            one_each.setdefault(family[name], name)
+    items = sorted(one_each.values())
+    counts = Counter(english[name].casefold() for name in items)
+    splits = split_items(items, [counts[english[name].casefold()] == 1 for name in items])
+    texts = sentence_features([english[name] for name in items])
+    sides = {"english": Side("all-MiniLM-L6-v2, mean pooled", texts, every(texts))}
+    for side, language in LANGUAGES.items():
+        words = [word_tokens(lines[language].get(name, "")) for name in items]
+        sides[side] = Side(*weighted_tokens(words, splits, 256))
+    sides["tags"] = Side(*weighted_tokens([tags[name] for name in items], splits, 128))
+    return Corpus(items, splits, sides)
+
+
+def apt_lists(kind: str, language: str) -> str:
+    """Return the downloaded lists of a kind (Packages, Translations), whatever compresses them."""
+    options = ["-o", f"Acquire::Languages={language}"]
+    command = ["apt-get", *options, "indextargets", "--format", "$(FILENAME)"]
+    command.append(f"Created-By: {kind}")
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    command = ["/usr/lib/apt/apt-helper", *options, "cat-file", *names]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def word_tokens(line: str) -> list[str]:
+    """Return the words of a line in small letters, and their letters in groups of three.
+
+    Groups of two where words are of Chinese characters or kana.
+    """
+    tokens = []
+    for word in re.findall(r"\w+", line.casefold()):
+        size = 3 if word.isascii() or word[0] < "\u3000" else 2
+        padded = f"<{word}>" if size == 3 else word
+        tokens += [word, *(padded[at : at + size] for at in range(len(padded) - size + 1))]
+    return tokens
+
+
 def drop(corpus: Corpus, share: float, seed: int) -> NDArray[np.bool_]:
     """Take away memberships of training items at random; each item keeps one at least.
 
@@ -240,16 +304,19 @@ def describe(corpus: Corpus) -> str:
     )
 
 
+CORPORA = {"art": art, "icons": icons, "packages": packages}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("corpus", choices=("art", "icons"))
-    parser.add_argument("--source", type=Path, required=True, help="folder of the other script")
+    parser.add_argument("corpus", choices=tuple(CORPORA))
+    parser.add_argument("--source", type=Path, help="folder of the other script, of art and icons")
     parser.add_argument("--out", type=Path, required=True, help="folder for all results")
     parser.add_argument("--missing", default="0.2,0.6", help="shares of memberships to take away")
     parser.add_argument("--seeds", default="0,1,2", help="seeds of which are taken away")
     arguments = parser.parse_args()
-    corpus = {"art": art, "icons": icons}[arguments.corpus](arguments.source)
+    corpus = CORPORA[arguments.corpus](arguments.source)
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     for name, side in corpus.sides.items():
