@@ -263,9 +263,13 @@ def volume(problem: Problem, sides: Sides) -> None:
     if not start.exists():
         raise RuntimeError("volume starts from the run of gcca: run that first")
     began = time.process_time()
-    adapters = train_volume(sides, csalign.load_adapter(start), hub_of(sides), problem.seed)
+    kept, last, step = train_volume(sides, csalign.load_adapter(start), hub_of(sides), problem.seed)
     spent = time.process_time() - began
-    problem.keep("volume", all_ranks(sides, embedding(adapters)), spent, models=1)
+    figures = {
+        "best_step": step,
+        "last_mean_recall": mean_recall(all_ranks(sides, embedding(last))),
+    }
+    problem.keep("volume", all_ranks(sides, embedding(kept)), spent, models=1, **figures)
 
 
 def hub_of(sides: Sides) -> str:

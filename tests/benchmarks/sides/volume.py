@@ -72,11 +72,12 @@ def train_volume(
     learning_rate: float = 1e-3,
     noise: float = 0.5,
     validations: int = 20,
-) -> dict[str, SideAdapter]:
+) -> tuple[dict[str, SideAdapter], dict[str, SideAdapter], int]:
     """Train from a closed form with the settings that ``csalign train`` has by default.
 
     Returns:
-        The adapter of each side, as it was at the best of the validations.
+        The adapter of each side as it was at the best of the validations, and at the end, and the
+        step of that validation.
     """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
@@ -93,12 +94,12 @@ def train_volume(
         optimizer,
         lambda step: min((step + 1) / warmup, (1 + np.cos(np.pi * step / steps)) / 2),
     )
-    best, kept = -1.0, copy.deepcopy(adapters)
+    best, best_step, kept = -1.0, 0, copy.deepcopy(adapters)
     for step in range(steps + 1):
         if step % max(1, steps // validations) == 0 or step == steps:
             value = mean_recall(all_ranks(sides, embedding(adapters), "val"))
             if value > best:
-                best, kept = value, copy.deepcopy(adapters)
+                best, best_step, kept = value, step, copy.deepcopy(adapters)
         if step == steps:
             break
         others, items = groups[generator.choice(len(groups), p=sizes / sizes.sum())]
@@ -113,7 +114,7 @@ def train_volume(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-    return kept
+    return kept, adapters, best_step
 
 
 def grouped(
