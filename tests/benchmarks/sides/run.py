@@ -339,8 +339,6 @@ def table(problems: Sequence[Problem], methods: Sequence[str]) -> Iterator[str]:
 def matrix_table(problems: Sequence[Problem], method: str) -> Iterator[str]:
     """Lines of Markdown: recall from the side of the line to that of the column, over seeds."""
     done = [own.ranks(method) for own in problems if own.file(method).exists()]
-    if not done:
-        return
     names = problems[0].sides().names
     yield f"| {method} | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
@@ -384,8 +382,9 @@ def report(groups: Mapping[tuple[str, int], Sequence[Problem]]) -> Iterator[str]
         yield f"\n### {corpus}, {missing} % missing\n"
         yield from table(problems, METHODS)
         for method in METHODS:
-            yield ""
-            yield from matrix_table(problems, method)
+            if any(own.file(method).exists() for own in problems):
+                yield ""
+                yield from matrix_table(problems, method)
         if any(problems[0].folder.glob("add-*.json")):
             yield ""
             yield from added_table(problems)
