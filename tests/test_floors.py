@@ -35,7 +35,7 @@ ONLY_DOORS = {
         "training/tuning/tune.py",
     },
     "jinja2": {"runs/export.py", "report/page.py"},
-    "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py"},
+    "plotly": {"report/diagnosis.py", "report/evaluation.py", "report/page.py", "report/sides.py"},
     "pyarrow": {
         "evaluation/versions.py",
         "indexing/build.py",

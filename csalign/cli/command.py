@@ -35,6 +35,8 @@ _KINDS = {
     "zero_shot": (Kind.FEATURES,),
     "adapter": (Kind.RUN,),
     "run": (Kind.RUN,),
+    "first": (Kind.RUN,),
+    "second": (Kind.RUN,),
     "index": (Kind.INDEX, Kind.FEATURES),
 }
 """Fields with paths of artifacts, and the kinds that they accept."""

@@ -61,7 +61,7 @@ def parameters_of(config: type[Config]) -> list[inspect.Parameter]:
             argument = typer.Argument(metavar=shown, help=_help(field), show_default=False)
             parameters.append(_parameter(name, field, argument))
             continue
-        flags = [_flag(own) for own in (name, *config.aliases_of(name))]
+        flags = [config.shown(name), *map(_flag, config.aliases_of(name))]
         extra = field.json_schema_extra
         hidden = isinstance(extra, dict) and bool(extra.get("hidden"))  # an older form
         if _plain_type(field.annotation) == (bool, False):

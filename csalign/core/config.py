@@ -204,7 +204,10 @@ class Config(BaseModel):
         """Return a field as it is written on the command line: ``--out``, or ``FEATURES``."""
         if name in cls.positional and name in cls.model_fields:
             return cls.model_fields[name].title or name.upper()
-        return f"--{name.removesuffix('_').replace('_', '-')}"
+        field = cls.model_fields.get(name)
+        extra = None if field is None else field.json_schema_extra
+        flag = extra.get("flag", name) if isinstance(extra, dict) else name
+        return f"--{str(flag).removesuffix('_').replace('_', '-')}"
 
     def check(self) -> None:
         """Raise ConfigError if options are missing or do not go together."""

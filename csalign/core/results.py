@@ -275,7 +275,7 @@ class TrainResult(Fields):
     steps: int  # optimizer steps made
     best_step: int  # of the network; 0 is the initialization, if no step beat it
     start: str  # closed form of the initialization with its settings, or "random"
-    pairs: dict[str, int]  # texts with an image, in training and validation
+    pairs: dict[str, int]  # texts with an image (or items), in training and validation
     width: int  # of the aligned embeddings: the sum of those of the parts
     parameters: dict[str, int]  # by side, of all parts
     # Figures by what they are of, before a refit: "start", the initialization; "kept", the best
@@ -286,6 +286,7 @@ class TrainResult(Fields):
     names: Names | None = None  # of the sides, None for image and text
     parts: str = ""  # and shares, such as "network 50 %, kernel CCA (...) 50 %"; "": a network
     refit: str = ""  # whether the held-out pairs were learned from at the end, in words
+    sides: list[str] | None = None  # of a set of several, whose items `pairs` counts; else None
 
     def _rows(self) -> list[dict[str, Any]]:
         return [{"weights": name, **score} for name, score in self.validation.items()]
