@@ -58,6 +58,7 @@ ONLY_DOORS = {
         "features/pages.py",
         "features/reader.py",
         "features/schema.py",
+        "features/sides.py",
         "features/splits.py",
         "features/writer.py",
         "ingest/repeats.py",

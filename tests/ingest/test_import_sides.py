@@ -427,7 +427,10 @@ def test_the_saved_configuration_imports_again(files: dict[str, Path], tmp_path:
     saved = tmp_path / "set" / "config.toml"
     import_arrays(ImportConfig.resolve(saved, {"out": tmp_path / "again"}))
 
-    assert FeatureSet.open(tmp_path / "again").manifest.sides["audio"].encoder.spec == "laion/clap"
+    assert (
+        FeatureSet.open(tmp_path / "again").manifest.sides[side_of("audio")].encoder.spec
+        == "laion/clap"
+    )
 
 
 def test_an_existing_set_is_not_replaced(files: dict[str, Path], tmp_path: Path) -> None:
