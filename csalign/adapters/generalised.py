@@ -147,14 +147,15 @@ class SideMoments:
         maps = [scale[:, None] * part for scale, part in zip(scales, parts, strict=True)]
         # With a ridge the deviations of a direction differ between the sides, beyond the part that
         # each takes in it. They become equal, and for two sides every inner product stays.
-        taken = [torch.linalg.vector_norm(part, dim=0).clamp(min=TINY) for part in parts]
-        spread = torch.stack(
+        taken = torch.stack([torch.linalg.vector_norm(part, dim=0) for part in parts])
+        variances = torch.stack(
             [
-                (own.values @ part.square()).clamp(min=TINY).sqrt() / norm
+                own.values @ (part / norm.clamp(min=TINY)).square()
                 for own, part, norm in zip(spectra, maps, taken, strict=True)
             ]
         )
-        balance = spread.log().mean(0).exp() / spread
+        spread = variances.clamp(min=TINY).sqrt()
+        balance = (taken.square() * spread.log()).sum(0).exp() / spread
         for power in powers:
             sides = {}
             for (name, own), part, factor in zip(self.spectra.items(), maps, balance, strict=True):
