@@ -22,8 +22,7 @@ from csalign.core.arrays import Array, Doubles, Ints
 from csalign.core.enums import Modality
 from csalign.core.errors import DataError
 
-MAX_COMPONENTS = 1_024  # principal components of a side; beyond, the ridge leaves little
-MAX_TOTAL = 4_096  # of all sides together, if that leaves `LEAST_COMPONENTS` for each
+MAX_COMPONENTS = 4_096  # principal components of all sides, if that leaves each as many as
 LEAST_COMPONENTS = 256
 ITEMS_AT_ONCE = 4_096
 PLAIN = UnitRows()
@@ -85,8 +84,8 @@ class SideMoments:
     def of(cls, sides: Mapping[str, SideInput]) -> "SideMoments":
         """Accumulate the moments in two passes over the rows.
 
-        A side's mean and covariance are those of all its rows, with or without partner. Beyond
-        `MAX_COMPONENTS` principal components, or fewer of many sides, its dimensions are dropped.
+        A side's mean and covariance are those of all its rows, with or without partner. Of
+        its principal components the first 2,048 of two sides, 1,024 of four and so on are kept.
 
         Args:
             sides: by name, at least 2, each with at least 1 row to use.
@@ -94,7 +93,7 @@ class SideMoments:
         Raises:
             DataError: sides share no item with the others, directly or through a third.
         """
-        limit = min(MAX_COMPONENTS, max(LEAST_COMPONENTS, MAX_TOTAL // len(sides)))
+        limit = max(LEAST_COMPONENTS, MAX_COMPONENTS // len(sides))
         spectra = {name: _spectrum(side, limit) for name, side in sides.items()}
         widths = [len(own.values) for own in spectra.values()]
         total, count = sum(widths), len(sides)
