@@ -170,6 +170,15 @@ class Parts(SideAdapter):
         self.parts = nn.ModuleList(parts)
         self.register_buffer("shares", torch.full((len(parts),), 1 / len(parts)))
 
+    @classmethod
+    def of(cls, parts: Sequence[SideAdapter], shares: Sequence[float]) -> "Parts":
+        """Put adapters of one input width side by side, with shares that sum to 1."""
+        shapes = tuple(part.shape for part in parts)
+        width = sum(shape.width for shape in shapes)
+        found = cls(SideShape("parts", shapes[0].input_width, width, parts=shapes), parts)
+        found.shares = torch.tensor(shares)
+        return found
+
     def forward(self, x: Tensor, noise: float = 0.0) -> Tensor:
         """See `SideAdapter.forward`."""
         roots = self.shares.sqrt()

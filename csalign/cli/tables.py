@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from csalign.cli import render
 from csalign.cli.next_steps import ALIGNED, Step, first_free, splits_of
 from csalign.core import results
-from csalign.core.enums import renamed
+from csalign.core.enums import Modality, renamed, side_of
 from csalign.core.figures import counted, figure_of, percent
 from csalign.generation.config import GenerateConfig
 from csalign.indexing.config import IndexConfig, SearchConfig
@@ -34,7 +34,11 @@ def train_table(result: results.TrainResult, settings: TrainConfig) -> None:
     render.print_rows(
         [
             ("start", result.start),
-            ("pairs", ", ".join(f"{part} {count:,}" for part, count in result.pairs.items())),
+            *[("sides", ", ".join(result.sides or ()))] * bool(result.sides),
+            (
+                "items" if result.sides else "pairs",
+                ", ".join(f"{part} {count:,}" for part, count in result.pairs.items()),
+            ),
             *[("parts", result.parts)] * bool(result.parts),
             ("width", f"{result.width:,}"),
             ("parameters", parameters),
@@ -190,6 +194,7 @@ def index_table(document: Mapping[str, Any], settings: IndexConfig) -> None:
 def index_words(document: Mapping[str, Any]) -> str:
     """Word the kind, content, size and recall of an index."""
     recall, names = document["recall"], document.get("names")
+    plural = ", ".join(side_of(side).plural for side in document["side"].split(","))
     quality = "exact search"
     if recall is not None:
         quality = (
@@ -198,7 +203,7 @@ def index_words(document: Mapping[str, Any]) -> str:
         )
     return (
         f"{document['factory']} index of {document['rows']:,} "
-        f"{renamed(document['side'] + 's', names)}, {decimal(document['bytes'])}, {quality}"
+        f"{renamed(plural, names)}, {decimal(document['bytes'])}, {quality}"
     )
 
 
@@ -207,6 +212,9 @@ def search_step(document: Mapping[str, Any]) -> Step:
     known = (document["encoders"].get("text") or {}).get("spec", "")
     if known.startswith(ENCODERS) and ALIGNED not in known:
         return ("search", document["path"], "a red bicycle")
+    others = [side for side in document["encoders"] if side not in document["side"].split(",")]
+    if len(document["encoders"]) > len(Modality) and others:
+        return ("search", document["path"], "--query", f"{others[0]}=query.npy")
     return ("search", document["path"], "--embedding", "query.npy")
 
 
@@ -231,12 +239,20 @@ def found(result: results.Found, settings: SearchConfig) -> None:
         hits = one["hits"]
         digits = len(str(len(hits)))
         render.print_rows(
-            (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {hit['id']}", _words(hit))
+            (f"{hit['rank']:>{digits}}   {hit['score']:.4f}   {_name(hit)}", _words(hit))
             for hit in hits
         )
         render.print_line()
     if not result.jsonl:
         render.print_closing(settings)
+
+
+def _name(hit: Mapping[str, Any]) -> str:
+    """Name a hit: its id, and among several sides its side and item."""
+    if "side" not in hit:
+        return str(hit["id"])
+    item = f" of {hit['item']}" if hit["item"] not in (None, hit["id"]) else ""
+    return f"{hit['side']} {hit['id']}{item}"
 
 
 def _words(hit: Mapping[str, Any]) -> str:

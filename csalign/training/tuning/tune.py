@@ -46,8 +46,8 @@ from csalign.runs.load import embed_rows
 from csalign.training.config import DataOptions, TrainConfig, TuneConfig
 from csalign.training.data import TrainingData, load_data
 from csalign.training.network.schedule import VALIDATIONS
-from csalign.training.phases import Work, find_tokens
 from csalign.training.tuning.search_space import SearchSpace, search_space
+from csalign.training.work import Work, find_tokens
 
 log = logging.getLogger(__name__)
 
